@@ -1,0 +1,46 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The environment is up to date when this file is newer than pyproject.toml.
+READY = $(VENV)/.installed
+# One thread for each of the two test processes: more of them only get in each other's way.
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: help install test demo lint format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+install: $(READY) ## make the environment in .venv
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: $(READY) ## run the tests and doctests, and print the coverage
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report term
+
+demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
+	$(BIN)/python tutorials/eight_schools.py
+
+lint: $(READY) ## check style, format and annotations
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY) ## put every file into the house format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(READY) ## run the known failures of flow libraries on Pyro, Zuko and nflows
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/peers.py
+
+clean: ## remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

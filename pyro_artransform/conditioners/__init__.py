@@ -1,0 +1,12 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Conditioners: networks that map x to the parameters of each coordinate's law."""
+
+from . import masks
+from .base import Conditioner
+from .masked_input import MaskedInput
+from .masked_linear import MaskedLinear
+from .masked_mlp import MaskedMLP
+
+__all__ = ["Conditioner", "MaskedInput", "MaskedLinear", "MaskedMLP", "masks"]

@@ -1,0 +1,140 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Any network, made autoregressive by masking its input."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from .base import Conditioner
+from .masks import check_adjacency, check_order, order_to_adjacency
+
+
+class MaskedInput(Conditioner):
+    r"""Makes any network autoregressive by evaluating it on D masked copies of its input.
+
+    .. math::
+
+        \theta_i = \mathrm{net}(x \odot m_i)_i,
+
+    where the mask :math:`m_i` keeps the coordinates before i and sets the rest to zero. It costs D
+    evaluations of the network, as one batch.
+
+    If ``net`` returns parameters, shape ``(*, D, P)``, this is a conditioner. If it returns an elementwise
+    :class:`~torch.distributions.transforms.Transform` on ``(*, D)``, this is a ``meta`` for
+    :class:`~pyro_artransform.transforms.AutoregressiveTransform`.
+
+    :param net: a callable of x, shape ``(*, D)``, and of a context where one is passed. A network is
+        registered.
+    :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
+        default 0 .. D-1.
+    :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``.
+    :raises TypeError: if ``net`` cannot be called, or returns something else.
+    :raises ValueError: if the order or the adjacency is wrong, or what ``net`` returns has another shape.
+
+    Example::
+
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Unflatten(-1, (3, 2)))
+        >>> MaskedInput(net)(torch.zeros(5, 3)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    autoregressive = True
+    adjacency: Tensor | None
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor | Transform],
+        *,
+        order: Tensor | Sequence[int] | None = None,
+        adjacency: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"net: expected a callable, got {type(net).__name__}")
+        if order is not None and adjacency is not None:
+            raise ValueError("expected an order or an adjacency, got both")
+        if order is not None:
+            adjacency = order_to_adjacency(check_order(order, len(order)))
+        elif adjacency is not None:
+            adjacency = check_adjacency(adjacency, len(adjacency))
+        self.net = net
+        self.register_buffer("adjacency", adjacency)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> Tensor | Transform:
+        """Returns the parameters, or the transform that the network returns for its own masked copy.
+
+        :param x: shape ``(*, D)``.
+        :param context: shape ``(*, C)``, handed to the network with one more dimension for the copies.
+        :return: shape ``(*, D, P)``, or an elementwise transform on ``(*, D)``.
+        """
+        # not a product: what is masked may be infinite
+        copies = torch.where(self._mask(x), x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))
+        out = self.net(copies) if context is None else self.net(copies, _repeat(context, copies))
+        if isinstance(out, Transform):
+            return _OwnCopyTransform(out)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"net: expected a tensor or a Transform, got {type(out).__name__}")
+        dim = x.shape[-1]
+        if out.dim() < 3 or out.shape[-3:-1] != (dim, dim):
+            raise ValueError(
+                f"net: expected parameters of shape (*, {dim}, P) for an input of shape (*, {dim}), "
+                f"got {tuple(out.shape)} for {tuple(copies.shape)}"
+            )
+        return out.diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        dim = x.shape[-1] if x.dim() else 0
+        if self.adjacency is None:
+            return torch.ones((dim, dim), dtype=torch.bool, device=x.device).tril(-1)
+        if dim != len(self.adjacency):
+            raise ValueError(f"x: expected shape (*, {len(self.adjacency)}), got {tuple(x.shape)}")
+        return self.adjacency
+
+
+def _repeat(context: Tensor, copies: Tensor) -> Tensor:
+    """The context of each copy, shape ``(*, D, C)``."""
+    return context.unsqueeze(-2).expand(context.shape[:-1] + (copies.shape[-1], -1))
+
+
+class _OwnCopyTransform(Transform):
+    """Coordinate i of an elementwise transform on ``(*, D, D)``, from its i-th copy."""
+
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+
+    def __init__(self, base: Transform) -> None:
+        super().__init__()
+        if base.event_dim != 0:
+            raise ValueError(
+                f"net: expected an elementwise transform (event_dim 0), got event_dim {base.event_dim}"
+            )
+        self.base = base
+
+    @property
+    def sign(self) -> int:
+        return self.base.sign
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._own(self.base(self._copies(x)))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._own(self.base.inv(self._copies(y)))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        ladj = self.base.log_abs_det_jacobian(self._copies(x), self._copies(y))
+        return self._own(ladj.expand(self._copies(x).shape))
+
+    @staticmethod
+    def _copies(x: Tensor) -> Tensor:
+        return x.unsqueeze(-2).expand(x.shape[:-1] + (x.shape[-1], x.shape[-1]))
+
+    @staticmethod
+    def _own(copies: Tensor) -> Tensor:
+        return copies.diagonal(dim1=-2, dim2=-1)

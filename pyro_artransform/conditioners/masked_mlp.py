@@ -1,0 +1,175 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The masked multilayer perceptron."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import Conditioner
+from .masked_linear import MaskedLinear
+from .masks import (
+    check_adjacency,
+    check_order,
+    depth,
+    hidden_sets,
+    levels,
+    mlp_masks,
+    order_to_adjacency,
+)
+
+
+class MaskedMLP(Conditioner):
+    r"""A multilayer perceptron that is autoregressive by its masks.
+
+    The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, a
+    masked linear layer from the inputs to the outputs keeps each dependence of the graph.
+
+    :param input_dim: the number D of coordinates.
+    :param num_params: the number P of parameters of each coordinate.
+    :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
+        ``max(64, 2 * input_dim)``.
+    :param context_dim: the size C of the context, 0 for none.
+    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
+    :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
+        default 0 .. D-1.
+    :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
+        ``[i, j]`` says that coordinate i depends on coordinate j.
+    :raises ValueError: for a size that is not positive, an order that is no permutation, a graph with a
+        cycle, or both an order and a graph.
+
+    Example::
+
+        >>> conditioner = MaskedMLP(3, 2, hidden_dims=[16, 16], context_dim=4)
+        >>> conditioner(torch.zeros(5, 3), torch.zeros(5, 4)).shape
+        torch.Size([5, 3, 2])
+
+    **References**
+
+    1. MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle, 2015),
+       https://arxiv.org/abs/1502.03509
+    """
+
+    autoregressive = True
+    adjacency: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_params: int,
+        hidden_dims: int | Sequence[int] | None = None,
+        *,
+        context_dim: int = 0,
+        nonlinearity: Callable[[Tensor], Tensor] | None = None,
+        order: Tensor | Sequence[int] | None = None,
+        adjacency: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_dim = _check_size("input_dim", input_dim, 1)
+        self.num_params = _check_size("num_params", num_params, 1)
+        self.context_dim = _check_size("context_dim", context_dim, 0)
+        self.hidden_dims = _check_hidden_dims(hidden_dims, input_dim)
+        self.nonlinearity = nn.ELU() if nonlinearity is None else nonlinearity
+        self._depth: tuple[tuple[int, int] | None, int] = (None, 0)
+        self._register_graph(order, adjacency)
+        self._build_layers()
+
+    @property
+    def hidden_state(self) -> object:
+        """A nonlinearity that is no module, for what it may hold; else None."""
+        return None if isinstance(self.nonlinearity, nn.Module) else self.nonlinearity
+
+    @property
+    def depth(self) -> int:
+        """The number of coordinates on the longest path of the graph, as many passes invert exactly."""
+        key = id(self.adjacency), self.adjacency._version
+        if self._depth[0] != key:
+            self._depth = key, depth(self.adjacency)
+        return self._depth[1]
+
+    def _register_graph(
+        self, order: Tensor | Sequence[int] | None, adjacency: Tensor | None
+    ) -> None:
+        if order is not None and adjacency is not None:
+            raise ValueError("expected an order or an adjacency, got both")
+        if adjacency is not None:
+            adjacency = check_adjacency(adjacency, self.input_dim)
+            checked = levels(adjacency).argsort(stable=True)
+        else:
+            checked = check_order(range(self.input_dim) if order is None else order, self.input_dim)
+            adjacency = order_to_adjacency(checked)
+        self.register_buffer("order", checked)
+        self.register_buffer("adjacency", adjacency)
+
+    def _build_layers(self) -> None:
+        masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
+        masks[-1] = masks[-1].repeat(self.num_params, 1)
+        self.layers = nn.ModuleList(MaskedLinear(m.shape[1], m.shape[0], m) for m in masks)
+        self.context_layer = self._maybe_linear(self.context_dim > 0)
+        sets = hidden_sets(self.adjacency, self.context_dim > 0)
+        self.skip = self._maybe_skip(min(self.hidden_dims) < len(sets))
+        for layer in (self.layers[-1], self.skip):
+            if layer is not None:
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
+
+    def _maybe_linear(self, wanted: bool) -> nn.Linear | None:
+        return nn.Linear(self.context_dim, self.hidden_dims[0], bias=False) if wanted else None
+
+    def _maybe_skip(self, wanted: bool) -> MaskedLinear | None:
+        mask = self.adjacency.repeat(self.num_params, 1)
+        return MaskedLinear(self.input_dim, len(mask), mask, bias=False) if wanted else None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the parameters.
+
+        :param x: shape ``(*, D)``.
+        :param context: shape ``(*, C)``, its batch shape broadcasts with that of ``x``.
+        :return: shape ``(*, D, P)``.
+        :raises ValueError: if ``x`` or the context has another size, or the context is missing.
+        """
+        self._check_input(x, context)
+        hidden = self.layers[0](x)
+        if self.context_layer is not None:
+            hidden = hidden + self.context_layer(context)
+        for layer in self.layers[1:]:
+            hidden = layer(self.nonlinearity(hidden))
+        if self.skip is not None:
+            hidden = hidden + self.skip(x)
+        # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
+        rows = hidden.reshape(hidden.shape[:-1] + (self.num_params, self.input_dim))
+        return rows.transpose(-1, -2)
+
+    def _check_input(self, x: Tensor, context: Tensor | None) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.input_dim:
+            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
+        if (context is None) != (self.context_dim == 0):
+            got = "none" if context is None else f"one of shape {tuple(context.shape)}"
+            wanted = f"a context of shape (*, {self.context_dim})" if self.context_dim else "none"
+            raise ValueError(f"context: expected {wanted}, got {got}")
+        if context is not None and context.shape[-1:] != (self.context_dim,):
+            raise ValueError(
+                f"context: expected shape (*, {self.context_dim}), got {tuple(context.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
+        return f"{sizes}, hidden_dims={self.hidden_dims}, context_dim={self.context_dim}"
+
+
+def _check_size(name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _check_hidden_dims(hidden_dims: int | Sequence[int] | None, input_dim: int) -> tuple[int, ...]:
+    if hidden_dims is None:
+        return (max(64, 2 * input_dim),) * 2
+    widths = (hidden_dims,) if isinstance(hidden_dims, int) else tuple(hidden_dims)
+    if not widths:
+        raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
+    return tuple(_check_size("hidden_dims", width, 1) for width in widths)

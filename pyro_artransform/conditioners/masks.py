@@ -1,0 +1,177 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Masks of autoregressive networks, as pure functions.
+
+An *adjacency* is a boolean ``(D, D)`` matrix of a directed acyclic graph: entry ``[i, j]`` says that
+the parameters of coordinate ``i`` may depend on ``x_j``. The *parents* of ``i`` are the ones of row ``i``.
+
+A hidden unit carries the set of inputs that it may see. A unit may feed another one if its own set
+is a subset of the other's, and an output ``i`` if it is a subset of the parents of ``i``; then output ``i``
+sees its parents and nothing else, at any depth. For the full graph of an order the sets are nested and
+the rule is the one of MADE, with degrees in place of sets.
+
+**References**
+
+1. MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle, 2015),
+   https://arxiv.org/abs/1502.03509
+2. Graphical Normalizing Flows (Wehenkel, Louppe, 2021), https://arxiv.org/abs/2006.02548
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_order(order: Tensor | Sequence[int], input_dim: int) -> Tensor:
+    """Returns ``order`` as a long tensor, after a check that it is a permutation.
+
+    :param order: ``order[k]`` is the coordinate that comes k-th, shape ``(D,)``.
+    :param input_dim: the number D of coordinates.
+    :raises ValueError: if it is not a permutation of ``0 .. D-1``.
+    """
+    order = torch.as_tensor(order)
+    expected = torch.arange(input_dim, device=order.device)
+    if order.shape != (input_dim,) or not torch.equal(order.sort().values.long(), expected):
+        raise ValueError(
+            f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
+        )
+    return order.long()
+
+
+def order_to_adjacency(order: Tensor) -> Tensor:
+    """The full graph of an order: each coordinate depends on all that come before it.
+
+    :param order: a permutation, shape ``(D,)``.
+    :return: boolean, shape ``(D, D)``.
+    """
+    rank = order.argsort()
+    return rank[:, None] > rank[None, :]
+
+
+def levels(adjacency: Tensor) -> Tensor:
+    """The level of each coordinate: 0 without parents, else one more than its highest parent's.
+
+    :param adjacency: boolean, shape ``(D, D)``.
+    :return: long, shape ``(D,)``.
+    :raises ValueError: if the graph has a cycle; the message names it.
+    """
+    parents = adjacency.detach().cpu()
+    level = torch.full((len(parents),), -1, dtype=torch.long, device=parents.device)
+    for k in range(len(parents)):
+        ready = (level < 0) & ~(parents & (level < 0)).any(-1)
+        if not ready.any():
+            break
+        level[ready] = k
+    if (level < 0).any():
+        raise ValueError(_cycle_message(parents, level < 0))
+    return level.to(adjacency.device)
+
+
+def depth(adjacency: Tensor) -> int:
+    """The number of coordinates on the longest path of the graph.
+
+    As many fixed-point passes invert the transform exactly: D for a full graph, 2 for a coupling,
+    1 for an elementwise transform.
+
+    :param adjacency: boolean, shape ``(D, D)``.
+    :raises ValueError: if the graph has a cycle.
+    """
+    return int(levels(adjacency).max()) + 1
+
+
+def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
+    """Returns ``adjacency`` as a boolean tensor, after a check that it is an acyclic graph.
+
+    :param adjacency: shape ``(D, D)``, boolean (or zeros and ones).
+    :param input_dim: the number D of coordinates.
+    :raises ValueError: if the shape or an entry is wrong or the graph has a cycle (a coordinate that
+        depends on itself is one); the message names the cycle.
+    """
+    adjacency = torch.as_tensor(adjacency)
+    if adjacency.shape != (input_dim, input_dim):
+        raise ValueError(
+            f"adjacency: expected shape {(input_dim, input_dim)}, got {tuple(adjacency.shape)}"
+        )
+    if ((adjacency != 0) & (adjacency != 1)).any():
+        raise ValueError("adjacency: expected booleans (or zeros and ones), got other values")
+    adjacency = adjacency.bool()
+    levels(adjacency)
+    return adjacency
+
+
+def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
+    """The distinct sets of inputs that hidden units need to carry, the shallow ones first.
+
+    They are the parents of the coordinates. The empty set is needed for units that see a context
+    only, or if there is no other.
+
+    :param adjacency: boolean, shape ``(D, D)``.
+    :param with_context: whether units without inputs are of use.
+    :return: boolean, shape ``(number of sets, D)``, sorted by :func:`set_levels`.
+    """
+    sets = adjacency.unique(dim=0)
+    if not with_context and sets.any():
+        sets = sets[sets.any(-1)]
+    return sets[set_levels(sets, levels(adjacency)).argsort(stable=True)]
+
+
+def set_levels(sets: Tensor, level: Tensor) -> Tensor:
+    """The step of an inversion at which all members of a set are known, 0 for the empty set.
+
+    :param sets: boolean, shape ``(N, D)``.
+    :param level: levels of the coordinates, shape ``(D,)``.
+    :return: long, shape ``(N,)``.
+    """
+    return (sets * (level + 1)).amax(-1)
+
+
+def spread(sets: Tensor, hidden_dim: int) -> Tensor:
+    """Gives each of ``hidden_dim`` units a set, evenly and in order; the last set always has one.
+
+    :param sets: boolean, shape ``(N, D)``.
+    :param hidden_dim: the number H of units.
+    :return: boolean, shape ``(H, D)``.
+    """
+    unit = torch.arange(1, hidden_dim + 1, device=sets.device)
+    return sets[(unit * len(sets) + hidden_dim - 1) // hidden_dim - 1]
+
+
+def subset_mask(inner: Tensor, outer: Tensor) -> Tensor:
+    """The mask ``[b, a]`` that says whether set ``a`` of ``inner`` is a subset of set ``b`` of ``outer``.
+
+    :param inner: boolean, shape ``(M, D)``.
+    :param outer: boolean, shape ``(N, D)``.
+    :return: boolean, shape ``(N, M)``.
+    """
+    missing = (~outer).float() @ inner.float().T
+    return missing == 0
+
+
+def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool) -> list[Tensor]:
+    """The masks of a multilayer perceptron, from the inputs to the D outputs.
+
+    :param adjacency: boolean, shape ``(D, D)``.
+    :param hidden_dims: the widths of the hidden layers.
+    :param with_context: whether the first layer sees a context too.
+    :return: one boolean mask for each layer, shape ``(out, in)``.
+    """
+    sets = hidden_sets(adjacency, with_context)
+    layers = [spread(sets, hidden_dim) for hidden_dim in hidden_dims]
+    masks = [layers[0]]
+    masks += [subset_mask(inner, outer) for inner, outer in zip(layers, layers[1:])]
+    return masks + [subset_mask(layers[-1], adjacency)]
+
+
+def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:
+    """Names a cycle among coordinates that all have a parent among them."""
+    path = [int(unresolved.nonzero()[0, 0])]
+    while path[-1] not in path[:-1]:
+        path.append(int((parents[path[-1]] & unresolved).nonzero()[0, 0]))
+    cycle = path[path.index(path[-1]) :][::-1]
+    arrows = " -> ".join(str(i) for i in cycle)
+    return (
+        f"adjacency: expected an acyclic graph, got the cycle {arrows} "
+        "(entry [i, j] says that coordinate i depends on coordinate j)"
+    )

@@ -1,0 +1,31 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Transforms: the autoregressive core, composition and inversion, and the names that Zuko's users know."""
+
+from ..univariate import MonotonicAffineTransform, MonotonicRQSTransform
+from .autoregressive import (
+    AutoregressiveTransform,
+    ConditionalAutoregressiveTransform,
+    check_structure,
+)
+from .base import FlowModule, InverseTransformModule, inverse
+from .chain import ComposedTransform, ConditionalComposedTransform, chain
+from .conditioned import ConditionedUnivariate
+from .permute import PermutationTransform
+
+__all__ = [
+    "AutoregressiveTransform",
+    "ComposedTransform",
+    "ConditionalAutoregressiveTransform",
+    "ConditionalComposedTransform",
+    "ConditionedUnivariate",
+    "FlowModule",
+    "InverseTransformModule",
+    "MonotonicAffineTransform",
+    "MonotonicRQSTransform",
+    "PermutationTransform",
+    "chain",
+    "check_structure",
+    "inverse",
+]

@@ -1,0 +1,232 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What every transform of this package does alike: values, inverses, memory, copies."""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+
+from .memory import Pair, remember, visible_tensors
+
+
+class FlowModule(TransformModule):
+    r"""A bijection of real vectors that owns its parameters.
+
+    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; calling, inverting and
+    the log-determinant follow, as :class:`torch.distributions.transforms.Transform` promises them.
+
+    With ``cache_size=1`` the last pair is remembered, so that scoring a draw that was just made costs
+    no further evaluation. What is remembered is handed out only where recomputing would give the
+    same value and gradient, see :mod:`~pyro_artransform.transforms.memory`; as in torch, ``t.inv(t(x))`` then
+    is ``x`` itself. The two primitives remember nothing.
+
+    :param cache_size: 1 to remember the last pair, 0 not to.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    sign = +1
+
+    def __init__(self, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=_check_cache_size(cache_size))
+        self._pair: Pair | None = None
+        self._pair_is_inverse = False
+        self._inv: weakref.ref[InverseTransformModule] | None = None
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value and the log-determinant, from one evaluation of each network.
+
+        :param x: shape ``(*, D)``.
+        :return: ``y`` of shape ``(*, D)`` and ``log |det dy/dx|`` of shape ``(*,)``.
+        """
+        raise NotImplementedError
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse and its log-determinant.
+
+        :param y: shape ``(*, D)``.
+        :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
+        """
+        raise NotImplementedError
+
+    @property
+    def inv(self) -> "InverseTransformModule":
+        """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
+        inverse = None if self._inv is None else self._inv()
+        if inverse is None:
+            inverse = InverseTransformModule(self)
+            self._inv = weakref.ref(inverse)
+        return inverse
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._step(x, inverse=False)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._step(y, inverse=True)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_ladj(y)[0]
+
+    def _step(self, given: Tensor, inverse: bool) -> Tensor:
+        if self._cache_size == 0:
+            return self._inverse(given) if inverse else self._call(given)
+        pair = self._pair
+        if pair is not None and self._pair_is_inverse != inverse:
+            source = pair.source_of(given, visible_tensors(self))
+            if source is not None:
+                return source
+        result, ladj = self.inverse_and_ladj(given) if inverse else self.call_and_ladj(given)
+        self._pair = remember(given, result, ladj, visible_tensors(self))
+        self._pair_is_inverse = inverse
+        return result
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """The log-determinant ``log |det dy/dx|`` at ``x``.
+
+        :param x: shape ``(*, D)``.
+        :param y: the value at ``x``, shape ``(*, D)``.
+        :return: shape ``(*,)``.
+        """
+        pair = self._pair
+        if pair is not None:
+            source, result = (y, x) if self._pair_is_inverse else (x, y)
+            ladj = pair.ladj_of(source, result, visible_tensors(self))
+            if ladj is not None:
+                return -ladj if self._pair_is_inverse else ladj
+        return self.call_and_ladj(x)[1]
+
+    def with_cache(self, cache_size: int = 1) -> "FlowModule":
+        """A transform with the same parameters that remembers as told.
+
+        :param cache_size: 0 or 1.
+        :raises ValueError: for another number.
+        """
+        if _check_cache_size(cache_size) == self._cache_size:
+            return self
+        twin = copy.copy(self)
+        twin._cache_size = cache_size
+        return twin
+
+    def clear_cache(self) -> None:
+        """Forgets the remembered pair."""
+        self._pair = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a remembered pair and a reference to the inverse belong to one object in one process
+        return {**self.__dict__, "_pair": None, "_inv": None}
+
+
+class InverseTransformModule(TransformModule):
+    r"""The inverse of a transform, as a module that owns the transform's parameters.
+
+    :param transform: the transform to invert; it becomes the submodule ``transform``.
+
+    Example::
+
+        >>> from pyro_artransform import affine_autoregressive
+        >>> inverse = affine_autoregressive(3).inv
+        >>> inverse(torch.zeros(5, 3)).shape, len(list(inverse.parameters())) > 0
+        (torch.Size([5, 3]), True)
+    """
+
+    bijective = True
+
+    def __init__(self, transform: FlowModule) -> None:
+        super().__init__()
+        self.transform = transform
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.domain
+
+    @property
+    def sign(self) -> int:
+        return self.transform.sign
+
+    @property
+    def inv(self) -> FlowModule:
+        """The transform itself."""
+        return self.transform
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.transform._inv_call(y)
+
+    def _inv_call(self, x: Tensor) -> Tensor:
+        return self.transform(x)
+
+    def _call(self, y: Tensor) -> Tensor:
+        return self.transform._inverse(y)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.transform._call(x)
+
+    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log |det dx/dy|``, for ``y`` of shape ``(*, D)``."""
+        return self.transform.inverse_and_ladj(y)
+
+    def inverse_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` and ``log |det dy/dx|``, for ``x`` of shape ``(*, D)``."""
+        return self.transform.call_and_ladj(x)
+
+    def log_abs_det_jacobian(self, y: Tensor, x: Tensor) -> Tensor:
+        """``log |det dx/dy|`` at ``y``, whose inverse is ``x``, shape ``(*,)``."""
+        return -self.transform.log_abs_det_jacobian(x, y)
+
+    def with_cache(self, cache_size: int = 1) -> "InverseTransformModule":
+        """The inverse of the transform that remembers as told."""
+        if cache_size == self.transform._cache_size:
+            return self
+        return InverseTransformModule(self.transform.with_cache(cache_size))
+
+    def clear_cache(self) -> None:
+        """Forgets the remembered pair."""
+        self.transform.clear_cache()
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the inverse's value."""
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of the inverse's argument."""
+        return self.transform.forward_shape(shape)
+
+
+def inverse(transform: FlowModule | InverseTransformModule) -> TransformModule:
+    """The inverse of a transform, a module that owns the parameters; the same as ``transform.inv``.
+
+    :param transform: a transform of this package.
+    :raises TypeError: for any other object.
+
+    Example::
+
+        >>> from pyro_artransform import affine_autoregressive
+        >>> t = affine_autoregressive(3)
+        >>> inverse(inverse(t)) is t
+        True
+    """
+    if not isinstance(transform, (FlowModule, InverseTransformModule)):
+        raise TypeError(
+            f"expected a transform of this package, got {type(transform).__name__}; "
+            "chain([transform]) makes one of any TransformModule"
+        )
+    return transform.inv
+
+
+def _check_cache_size(cache_size: int) -> int:
+    if cache_size not in (0, 1):
+        raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
+    return cache_size

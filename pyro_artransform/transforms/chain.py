@@ -1,0 +1,193 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Composition that keeps every parameter, in both directions."""
+
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import ConditionalTransformModule, constraints
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+from torch.distributions import ComposeTransform, Transform
+
+from .base import FlowModule
+from .evaluate import call_and_ladj, inverse_and_ladj, sum_ladj
+
+
+class FixedTransform(nn.Module):
+    """Holds a transform that is no module in a list of modules.
+
+    :param transform: a torch transform, without parameters to train.
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+
+    @property
+    def hidden_state(self) -> Transform:
+        """The transform, for its tensors."""
+        return self.transform
+
+
+class ComposedTransform(FlowModule):
+    r"""Applies transforms one after the other, the first one first.
+
+    .. math::
+
+        T = T_n \circ \dots \circ T_1
+
+    Every part that is a module is registered, whichever direction is used; the log-determinants are
+    summed over all event dimensions.
+
+    :param transforms: torch transforms, in the order in which they are applied.
+    :param cache_size: 1 to remember the last pair, 0 not to.
+    :raises TypeError: if a part is no transform.
+    :raises ValueError: if there is none.
+
+    Example::
+
+        >>> from pyro_artransform import affine_autoregressive
+        >>> t = ComposedTransform(affine_autoregressive(3), PermutationTransform([2, 1, 0]))
+        >>> t(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, *transforms: Transform, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        _check_parts(transforms, Transform)
+        self.transforms = nn.ModuleList(
+            t if isinstance(t, nn.Module) else FixedTransform(t) for t in transforms
+        )
+
+    @property
+    def parts(self) -> list[Transform]:
+        """The transforms, in the order in which they are applied."""
+        return [t.transform if isinstance(t, FixedTransform) else t for t in self.transforms]
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return _at_least_vector(ComposeTransform(self.parts).domain)
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return _at_least_vector(ComposeTransform(self.parts).codomain)
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return all(part.bijective for part in self.parts)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        event_dim = self.domain.event_dim
+        total: Tensor | None = None
+        for part in self.parts:
+            y, ladj = call_and_ladj(part, x)
+            ladj = sum_ladj(ladj, x if y.dim() < x.dim() else y, part.domain.event_dim, event_dim)
+            event_dim += part.codomain.event_dim - part.domain.event_dim
+            total = ladj if total is None else total + ladj
+            x = y
+        return x, total
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        event_dim = self.codomain.event_dim
+        total: Tensor | None = None
+        for part in reversed(self.parts):
+            x, ladj = inverse_and_ladj(part, y)
+            ladj = sum_ladj(ladj, y if x.dim() < y.dim() else x, part.codomain.event_dim, event_dim)
+            event_dim += part.domain.event_dim - part.codomain.event_dim
+            total = ladj if total is None else total + ladj
+            y = x
+        return y, total
+
+    def clear_cache(self) -> None:
+        """Forgets the remembered pair, of the parts too."""
+        super().clear_cache()
+        for part in self.parts:
+            if hasattr(part, "clear_cache"):
+                part.clear_cache()
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of y for an x of the given shape."""
+        for part in self.parts:
+            shape = part.forward_shape(shape)
+        return shape
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of x for a y of the given shape."""
+        for part in reversed(self.parts):
+            shape = part.inverse_shape(shape)
+        return shape
+
+
+class ConditionalComposedTransform(ConditionalTransformModule):
+    """Transforms one after the other, some of which depend on a context.
+
+    :param transforms: conditional transforms and torch transforms, in the order in which they are
+        applied.
+    :raises TypeError: if a part is neither.
+    :raises ValueError: if there is none.
+    """
+
+    domain = FlowModule.domain
+    codomain = FlowModule.codomain
+    bijective = True
+    event_dim = 1
+
+    def __init__(self, *transforms: Transform | ConditionalTransform) -> None:
+        super().__init__()
+        _check_parts(transforms, (Transform, ConditionalTransform))
+        self.transforms = nn.ModuleList(
+            t if isinstance(t, nn.Module) else FixedTransform(t) for t in transforms
+        )
+
+    def condition(self, context: Tensor) -> ComposedTransform:
+        """The composition for one context.
+
+        :param context: shape ``(*, C)``; its batch shape broadcasts with that of x.
+        """
+        return ComposedTransform(*(self._conditioned(t, context) for t in self.transforms))
+
+    @staticmethod
+    def _conditioned(part: nn.Module, context: Tensor) -> Transform:
+        if isinstance(part, FixedTransform):
+            return part.transform
+        return part.condition(context) if isinstance(part, ConditionalTransform) else part
+
+    def clear_cache(self) -> None:
+        """Does nothing: each conditioned transform has its own memory."""
+
+
+def chain(
+    transforms: Sequence[Transform | ConditionalTransform],
+) -> ComposedTransform | ConditionalComposedTransform:
+    """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
+
+    :param transforms: transforms, some of which may be conditional.
+    :return: a transform, or a conditional one if a part is.
+    :raises TypeError: if a part is no transform.
+    :raises ValueError: if there is none.
+
+    Example::
+
+        >>> from pyro_artransform import affine_autoregressive
+        >>> t = chain([affine_autoregressive(3), affine_autoregressive(3, order=[2, 1, 0])])
+        >>> t.inv(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
+    """
+    if any(isinstance(t, ConditionalTransform) for t in transforms):
+        return ConditionalComposedTransform(*transforms)
+    return ComposedTransform(*transforms)  # type: ignore[arg-type]
+
+
+def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -> None:
+    if not transforms:
+        raise ValueError("expected at least one transform, got none")
+    for part in transforms:
+        if not isinstance(part, kinds):
+            raise TypeError(f"expected transforms, got {type(part).__name__}")
+
+
+def _at_least_vector(constraint: constraints.Constraint) -> constraints.Constraint:
+    missing = 1 - constraint.event_dim
+    return constraints.independent(constraint, missing) if missing > 0 else constraint

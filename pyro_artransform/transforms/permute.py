@@ -1,0 +1,51 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Permutations of the coordinates."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import FlowModule
+
+
+class PermutationTransform(FlowModule):
+    r"""Reorders the coordinates.
+
+    .. math::
+
+        y_k = x_{\mathrm{order}_k}
+
+    The order is a buffer, so it is saved and restored with the parameters around it.
+
+    :param order: a permutation of 0 .. D-1, shape ``(D,)``.
+    :param cache_size: 1 to remember the last pair, 0 not to.
+    :raises ValueError: if it is no permutation.
+
+    Example::
+
+        >>> PermutationTransform(torch.tensor([2, 0, 1]))(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([3., 1., 2.])
+    """
+
+    order: Tensor
+
+    def __init__(self, order: Tensor | Sequence[int], *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        order = torch.as_tensor(order)
+        if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
+            raise ValueError(f"order: expected a permutation of 0 .. D-1, got {order.tolist()}")
+        self.register_buffer("order", order.long())
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pick(x, self.order)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pick(y, self.order.argsort())
+
+    def _pick(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[-1:] != index.shape:
+            raise ValueError(f"x: expected shape (*, {len(index)}), got {tuple(x.shape)}")
+        return x[..., index], x.new_zeros(x.shape[:-1])

@@ -1,0 +1,121 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether a meta is autoregressive, found by differentiation.
+
+A network without masks gives a wrong log-determinant and a wrong inverse, and no other sign of it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+from torch.func import functional_call
+
+Meta = Callable[[Tensor], Transform]
+
+_DRAWS = 2
+
+
+def faulty_coordinates(meta: Meta, x: Tensor) -> list[int]:
+    """The coordinates whose law depends on their own value, directly or around a cycle.
+
+    The map :math:`u \\mapsto \\mathrm{meta}(u)^{-1}(y)` at fixed y is the one that the inverse iterates; the
+    transform is autoregressive, up to an order of the coordinates, if its Jacobian has no cycle. It
+    is differentiated at a random point with the parameters as they are and with re-drawn ones, since
+    a last layer of zeros hides every dependence.
+
+    :param meta: a function of x that returns a transform.
+    :param x: an argument that the transform is used with, shape ``(*, D)``; its shape, dtype and
+        device are used.
+    :return: the coordinates at fault, empty if there are none.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (1,) * (x.dim() - 1) + x.shape[-1:]
+    depends = torch.zeros(x.shape[-1:] * 2, dtype=torch.bool, device=x.device)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        for candidate in _candidates(meta, generator):
+            point = _normal(shape, x, generator)
+            depends = depends | _dependencies(candidate, point)
+    return _on_a_cycle(depends)
+
+
+class StructureCheck:
+    """Looks once whether a meta is autoregressive; conditioned copies of a transform share one."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def faults(self, meta: Meta, x: Tensor) -> list[int]:
+        """The coordinates at fault, empty if the meta is autoregressive by construction.
+
+        :param meta: a function of x that returns a transform.
+        :param x: an argument, shape ``(*, D)``.
+        """
+        self.done = True
+        known = getattr(meta, "autoregressive", False) is True
+        return [] if known else faulty_coordinates(meta, x)
+
+
+def describe(faults: list[int]) -> str:
+    """What is wrong and what to do, in words."""
+    return (
+        f"the meta is not autoregressive: the parameters of the coordinates {faults} depend on these "
+        "coordinates themselves, so the log-determinant and the inverse are wrong. Use "
+        "pyro_artransform.conditioners.MaskedMLP, or wrap the network in MaskedInput(net), which makes "
+        "any network autoregressive"
+    )
+
+
+def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
+    yield meta
+    if isinstance(meta, nn.Module):
+        for _ in range(_DRAWS):
+            yield _redrawn(meta, generator)
+
+
+def _redrawn(meta: nn.Module, generator: torch.Generator) -> Meta:
+    """The module with other parameters; its own stay as they are."""
+    parameters = {
+        name: _normal(p.shape, p, generator) / max(p[0].numel() if p.dim() > 1 else 4, 1) ** 0.5
+        for name, p in meta.named_parameters()
+        if p.is_floating_point()
+    }
+    return lambda x: functional_call(meta, parameters, (x,))
+
+
+def _normal(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    # drawn on the CPU, where a generator works for every device
+    draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return draw.to(dtype=like.dtype, device=like.device)
+
+
+def _dependencies(meta: Meta, point: Tensor) -> Tensor:
+    """The boolean matrix whose entry [i, j] says that the law of coordinate i depends on x_j."""
+    point = point.detach().requires_grad_()
+    transform = meta(point)
+    if transform.event_dim == 0:
+        out = transform(point.detach())
+    else:
+        out = transform.inv(meta(point.detach())(point.detach()).detach())
+    rows = [_gradient(out[..., i].sum(), point) for i in range(point.shape[-1])]
+    size = torch.stack(rows).abs()
+    return size > 1e3 * torch.finfo(size.dtype).eps * size.nan_to_num().max()
+
+
+def _gradient(out: Tensor, point: Tensor) -> Tensor:
+    """The gradient summed over the batch; zero where the output does not depend on the point."""
+    gradient = None
+    if out.requires_grad:
+        (gradient,) = torch.autograd.grad(out, point, retain_graph=True, allow_unused=True)
+    gradient = torch.zeros_like(point) if gradient is None else gradient
+    return gradient.reshape(-1, point.shape[-1]).sum(0)
+
+
+def _on_a_cycle(depends: Tensor) -> list[int]:
+    """The nodes that reach themselves."""
+    reach = depends.float()
+    for _ in range(len(depends).bit_length()):
+        reach = ((reach + reach @ reach) > 0).float()
+    return reach.diagonal().nonzero().flatten().tolist()

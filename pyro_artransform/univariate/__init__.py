@@ -1,0 +1,35 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Univariate families: from parameters to increasing bijections of the real line."""
+
+from .affine import (
+    Additive,
+    AdditiveTransform,
+    Affine,
+    GatedAffine,
+    GatedAffineTransform,
+    MonotonicAffineTransform,
+)
+from .base import ElementwiseTransform, Univariate, soft_bound, split_params
+from .monotone import MonotoneNeural, MonotoneNeuralTransform
+from .root import MonotoneTransform
+from .spline import MonotonicRQSTransform, RationalQuadraticSpline
+
+__all__ = [
+    "Additive",
+    "AdditiveTransform",
+    "Affine",
+    "ElementwiseTransform",
+    "GatedAffine",
+    "GatedAffineTransform",
+    "MonotoneNeural",
+    "MonotoneNeuralTransform",
+    "MonotoneTransform",
+    "MonotonicAffineTransform",
+    "MonotonicRQSTransform",
+    "RationalQuadraticSpline",
+    "Univariate",
+    "soft_bound",
+    "split_params",
+]

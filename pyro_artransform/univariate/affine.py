@@ -1,0 +1,213 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Affine laws: with a bounded log-scale, without a scale, and with a gate."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .base import (
+    ElementwiseTransform,
+    Univariate,
+    check_broadcast,
+    positive,
+    soft_bound,
+    split_params,
+)
+
+
+class MonotonicAffineTransform(ElementwiseTransform):
+    r"""
+    An affine transform whose scale is positive and bounded.
+
+    .. math:: y = x \exp(b(\text{scale})) + \text{shift}
+
+    where :math:`b` is :func:`~pyro_artransform.univariate.soft_bound`. ``x`` and the parameters
+    broadcast to each other.
+
+    :param Tensor shift: The shift, of shape ``(*, D)``.
+    :param Tensor scale: The unconstrained scale, of shape ``(*, D)``; 0 is a scale of 1.
+    :param float bound: The bound of the log-scale.
+    :raises ValueError: If the shapes do not broadcast.
+
+    Example::
+
+        >>> import torch
+        >>> transform = MonotonicAffineTransform(torch.zeros(5), torch.zeros(5))
+        >>> y, ladj = transform.call_and_ladj(torch.randn(32, 5))
+        >>> y.shape, ladj.shape
+        (torch.Size([32, 5]), torch.Size([32, 5]))
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, bound: float = 3.0) -> None:
+        super().__init__()
+        check_broadcast("shift and scale", shift, scale)
+        self.shift = shift
+        self.log_scale = soft_bound(scale, positive("bound", bound))
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.addcmul(self.shift, x, self.log_scale.exp())
+        return y, self.log_scale.expand_as(y)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = (y - self.shift) * (-self.log_scale).exp()
+        return x, -self.log_scale.expand_as(x)
+
+
+class Affine(Univariate):
+    r"""
+    The affine family: a shift and a log-scale, in this order.
+
+    :param float bound: The bound of the log-scale.
+    :raises ValueError: If ``bound`` is not positive and finite.
+
+    Example::
+
+        >>> import torch
+        >>> family = Affine()
+        >>> transform = family(torch.zeros(32, 5, family.num_params))
+        >>> transform(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+    """
+
+    num_params = 2
+
+    def __init__(self, *, bound: float = 3.0) -> None:
+        super().__init__()
+        self.bound = positive("bound", bound)
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+    def forward(self, params: Tensor) -> MonotonicAffineTransform:
+        self.check_params(params)
+        shift, scale = split_params(params, (1, 1))
+        return MonotonicAffineTransform(shift[..., 0], scale[..., 0], self.bound)
+
+
+class AdditiveTransform(ElementwiseTransform):
+    r"""
+    A shift: :math:`y = x + \text{shift}`.
+
+    :param Tensor shift: The shift, of shape ``(*, D)``; broadcasts with ``x``.
+
+    Example::
+
+        >>> import torch
+        >>> AdditiveTransform(torch.ones(5))(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+
+    References:
+
+    NICE: Non-linear Independent Components Estimation (Dinh et al., 2014),
+    https://arxiv.org/abs/1410.8516
+    """
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + self.shift
+        return y, torch.zeros_like(y)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = y - self.shift
+        return x, torch.zeros_like(x)
+
+
+class Additive(Univariate):
+    """
+    The additive family: a shift, which preserves volume.
+
+    Example::
+
+        >>> import torch
+        >>> family = Additive()
+        >>> family(torch.zeros(32, 5, family.num_params))(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+    """
+
+    num_params = 1
+
+    def forward(self, params: Tensor) -> AdditiveTransform:
+        self.check_params(params)
+        return AdditiveTransform(params[..., 0])
+
+
+class GatedAffineTransform(ElementwiseTransform):
+    r"""
+    A gate that mixes the input with a mean, as the memory cell of an LSTM does.
+
+    .. math:: y = s x + (1 - s) \text{mean} \qquad s = \sigma(\text{gate})
+
+    :param Tensor mean: The mean, of shape ``(*, D)``.
+    :param Tensor gate: The logit of ``s``, of shape ``(*, D)``; it is not bounded here.
+    :raises ValueError: If the shapes do not broadcast.
+
+    Example::
+
+        >>> import torch
+        >>> transform = GatedAffineTransform(torch.zeros(5), torch.zeros(5))
+        >>> transform(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+    """
+
+    def __init__(self, mean: Tensor, gate: Tensor) -> None:
+        super().__init__()
+        check_broadcast("mean and gate", mean, gate)
+        self.mean = mean
+        self.gate = gate
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.gate.sigmoid() * x + (-self.gate).sigmoid() * self.mean
+        return y, logsigmoid(self.gate).expand_as(y)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = (y - self.mean) / self.gate.sigmoid() + self.mean
+        return x, -logsigmoid(self.gate).expand_as(x)
+
+
+class GatedAffine(Univariate):
+    r"""
+    The gated family of the paper on inverse autoregressive flows: a mean and a gate.
+
+    Since :math:`s < 1`, zero parameters are *not* the identity, unlike in every other family.
+    They are a gate that is nearly open: :math:`y = \sigma(\text{gate\_bias}) x`. The gate is
+    bounded such that :math:`\log s` stays above -3.05.
+
+    :param float gate_bias: The logit of the gate at zero parameters.
+    :raises ValueError: If ``gate_bias`` is negative or not finite.
+
+    Example::
+
+        >>> import torch
+        >>> family = GatedAffine()
+        >>> family(torch.zeros(32, 5, family.num_params))(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+
+    References:
+
+    Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+    https://arxiv.org/abs/1606.04934
+    """
+
+    num_params = 2
+
+    def __init__(self, *, gate_bias: float = 2.0) -> None:
+        super().__init__()
+        if not 0 <= gate_bias < math.inf:
+            raise ValueError(f"expected gate_bias to be finite and at least 0, got {gate_bias!r}")
+        self.gate_bias = float(gate_bias)
+
+    def extra_repr(self) -> str:
+        return f"gate_bias={self.gate_bias}"
+
+    def forward(self, params: Tensor) -> GatedAffineTransform:
+        self.check_params(params)
+        mean, raw = split_params(params, (1, 1))
+        gate = self.gate_bias + soft_bound(raw[..., 0], 3.0 + self.gate_bias)
+        return GatedAffineTransform(mean[..., 0], gate)

@@ -1,0 +1,146 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A monotone network of one hidden layer, onto the whole real line."""
+
+import torch
+from torch import Tensor
+
+from .base import Univariate, at_least, broadcast_error, soft_bound, split_params
+from .root import MonotoneTransform
+
+# The bounds of the logarithms of the slopes and of the softness.
+SLOPE_BOUND = 2.5
+SOFTNESS_BOUND = 1.5
+
+# The units are spread over this many standard deviations on both sides.
+HALF_RANGE = 3.0
+
+
+class MonotoneNeuralTransform(MonotoneTransform):
+    r"""
+    A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \dots` to :math:`v_K`.
+
+    .. math::
+        y = \text{shift} + \frac{v_0 + v_K}{2} x
+        + \frac{\tau}{2} \sum_{j=1}^K (v_j - v_{j-1}) \sqrt{1 + (x - k_j)^2 / \tau^2}
+
+    It is a monotone network with one hidden layer of K units, and a smoothed piecewise linear
+    function: its slope is a convex combination of the positive numbers :math:`v_j`, whatever the
+    other parameters are. So it maps onto the whole real line, all slopes can be reached
+    everywhere, the two tails have slopes of their own, and no gradient dies exponentially.
+
+    :math:`\log v_j` is the bounded ``slopes``; :math:`k_j` is the j-th of K evenly spaced points
+    in (-3, 3) plus ``knots``, bounded such that their order remains; :math:`\tau` is their
+    distance times the exponential of the bounded ``softness``. Zero parameters are the identity,
+    exactly.
+
+    :param Tensor shift: Of shape ``(*, D)``.
+    :param Tensor slopes: Unconstrained, of shape ``(*, D, K + 1)``.
+    :param Tensor knots: Unconstrained, of shape ``(*, D, K)``.
+    :param Tensor softness: Unconstrained, of shape ``(*, D)``.
+    :raises ValueError: If the shapes do not go together.
+
+    Example::
+
+        >>> import torch
+        >>> transform = MonotoneNeuralTransform(
+        ...     torch.randn(5), torch.randn(5, 9), torch.randn(5, 8), torch.randn(5)
+        ... )
+        >>> y, ladj = transform.call_and_ladj(torch.randn(32, 5))
+        >>> y.shape, ladj.shape
+        (torch.Size([32, 5]), torch.Size([32, 5]))
+
+    References:
+
+    Neural Autoregressive Flows (Huang et al., 2018), https://arxiv.org/abs/1804.00779
+    """
+
+    def __init__(self, shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
+        super().__init__()
+        _check_shapes(shift, slopes, knots, softness)
+        count = knots.shape[-1]
+        spacing = 2 * HALF_RANGE / count
+        speeds = torch.exp(soft_bound(slopes, SLOPE_BOUND))
+        centres = torch.arange(count, dtype=knots.dtype, device=knots.device) - 0.5 * (count - 1)
+        self.shift = shift
+        self.speeds = speeds
+        self.tails = 0.5 * (speeds[..., 0] + speeds[..., -1])
+        self.jumps = 0.5 * (speeds[..., 1:] - speeds[..., :-1])
+        self.knots = centres * spacing + soft_bound(knots, 0.5 * spacing)
+        self.softness = spacing * torch.exp(soft_bound(softness, SOFTNESS_BOUND))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(units={self.knots.shape[-1]})"
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Further out the square could overflow, and the law is a line to round-off.
+        far = torch.finfo(x.dtype).max ** 0.5 * 1e-6
+        near = x.clamp(-far, far)
+        z = (near.unsqueeze(-1) - self.knots) / self.softness.unsqueeze(-1)
+        root = torch.sqrt(1 + z * z)
+        bend = self.softness * (self.jumps * root).sum(-1)
+        slope = self.tails + (self.jumps * z / root).sum(-1)
+        y = self.shift + self.tails * near + bend + slope * (x - near)
+        return y, torch.log(slope).expand_as(y)
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Lines through the value at zero, with the smallest and the largest slope."""
+        rise = y - self.call_and_ladj(torch.zeros_like(y))[0]
+        steep = rise / self.speeds.amax(-1)
+        flat = rise / self.speeds.amin(-1)
+        return torch.minimum(steep, flat), torch.maximum(steep, flat)
+
+
+class MonotoneNeural(Univariate):
+    """
+    The family of monotone networks with one hidden layer.
+
+    The parameters of a coordinate are a shift, ``count_units`` + 1 slopes, ``count_units`` knots
+    and a softness: 2 K + 3 in all. Its inverse is found by Newton's method, with exact gradients.
+
+    :param int count_units: The number of hidden units, K, at least 1.
+    :raises ValueError: If ``count_units`` is out of its range.
+
+    Example::
+
+        >>> import torch
+        >>> family = MonotoneNeural(count_units=8)
+        >>> transform = family(torch.zeros(32, 5, family.num_params))
+        >>> transform(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+
+    References:
+
+    Neural Autoregressive Flows (Huang et al., 2018), https://arxiv.org/abs/1804.00779
+    """
+
+    def __init__(self, *, count_units: int = 8) -> None:
+        super().__init__()
+        self.count_units = at_least("count_units", count_units, 1)
+        self.num_params = 2 * count_units + 3
+
+    def extra_repr(self) -> str:
+        return f"count_units={self.count_units}"
+
+    def forward(self, params: Tensor) -> MonotoneNeuralTransform:
+        self.check_params(params)
+        count = self.count_units
+        shift, slopes, knots, softness = split_params(params, (1, count + 1, count, 1))
+        return MonotoneNeuralTransform(shift[..., 0], slopes, knots, softness[..., 0])
+
+
+def _check_shapes(shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
+    if torch.jit.is_tracing():
+        return
+    if slopes.dim() == 0 or knots.dim() == 0 or not slopes.shape[-1] == knots.shape[-1] + 1 > 1:
+        raise ValueError(
+            "expected slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1, "
+            f"got {tuple(slopes.shape)} and {tuple(knots.shape)}"
+        )
+    shapes = [shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape]
+    if any(shape != shapes[0] for shape in shapes[1:]):
+        try:
+            torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            raise broadcast_error("shift, slopes[0], knots[0] and softness", shapes) from None

@@ -1,0 +1,127 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""True inverses for increasing laws that have none in closed form."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import ElementwiseTransform
+
+
+def values_can_be_read() -> bool:
+    """
+    Whether a tensor's value may be looked at now.
+
+    It may not while ``torch.jit`` or ``torch.compile`` record, and in a ``torch.func`` transform.
+    """
+    return not (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def solve_increasing(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    y: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    max_steps: int,
+    fixed_steps: int,
+) -> Tensor:
+    """
+    Solves ``function(x) = y`` for each element, to about the square root of the precision.
+
+    A Newton step is taken where it stays in the bracket and is at most half as long as the step
+    before it, and a bisection elsewhere. So either the step or the bracket halves each time.
+
+    :param function: From ``x`` to the value and the logarithm of the derivative, both elementwise.
+    :param Tensor y: Finite, of shape ``(*, D)``.
+    :param Tensor low: A lower bound of the root, of the same shape.
+    :param Tensor high: An upper bound of the root, of the same shape.
+    :param int max_steps: The largest number of steps, where convergence can be tested.
+    :param int fixed_steps: The number of steps where it cannot.
+    :return: The roots, of the same shape.
+    """
+    can_stop = values_can_be_read()
+    tolerance = torch.finfo(y.dtype).eps ** 0.5
+    x, last = 0.5 * (low + high), high - low
+    for _ in range(max_steps if can_stop else fixed_steps):
+        value, ladj = function(x)
+        residual = value - y
+        low = torch.where(residual < 0, x, low)
+        high = torch.where(residual > 0, x, high)
+        step = -residual * torch.exp(-ladj)
+        newton, length = x + step, step.abs()
+        inside = (newton >= low) & (newton <= high)
+        # A root that is found stays, while round-off moves it and others are still sought.
+        found = length <= tolerance * (1 + x.abs())
+        good = found | (inside & (2 * length <= last))
+        following = torch.where(good, newton, 0.5 * (low + high))
+        last = (following - x).abs()
+        x = following
+        # Asked in this way, an element that is not a number does not keep the others waiting.
+        if can_stop and not (last > tolerance * (1 + x.abs())).any():
+            break
+    return x
+
+
+class MonotoneTransform(ElementwiseTransform):
+    """
+    An increasing elementwise law without a closed-form inverse.
+
+    A subclass implements :meth:`call_and_ladj` and :meth:`bracket`. The inverse is found by Newton
+    steps that a bracket guards, and is exact to round-off for every ``y``. Its gradients come from
+    the implicit function theorem, so they cost the same however many steps the search took.
+    """
+
+    #: The largest number of steps of the search.
+    max_steps = 200
+
+    #: The number of steps where convergence cannot be tested (``torch.jit``, ``torch.compile``,
+    #: ``torch.func``).
+    fixed_steps = 32
+
+    def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Bounds of the inverse.
+
+        :param Tensor y: Finite, of shape ``(*, D)``.
+        :return: Finite tensors ``low`` and ``high`` of the shape of the result, such that the
+            inverse of ``y`` lies between them.
+        """
+        raise NotImplementedError
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        finite = y.isfinite()
+        target = torch.where(finite, y, 0.0)
+        x = self._search(target.detach())
+        # Newton's method converges quadratically: the derivative of a Newton step with respect to
+        # its starting point is zero at the root. So one step from a detached root has the exact
+        # first derivatives (those of the implicit function theorem), and a step from there, whose
+        # starting point is right to first order, the exact second derivatives. The two also take
+        # the root from the square root of the precision to the precision.
+        for _ in range(2):
+            value, ladj = self.call_and_ladj(x)
+            x = x + (target - value) * torch.exp(-ladj)
+        ladj = -self.call_and_ladj(x)[1]
+        return torch.where(finite, x, y), ladj
+
+    @torch.no_grad()
+    def _search(self, y: Tensor) -> Tensor:
+        low, high = self.bracket(y)
+        y = y.expand_as(low)
+        x = solve_increasing(
+            self.call_and_ladj,
+            y,
+            low,
+            high,
+            max_steps=self.max_steps,
+            fixed_steps=self.fixed_steps,
+        )
+        # A trace does not record no_grad, and forward-mode differentiation ignores it.
+        return x.detach()
