@@ -33,7 +33,7 @@ def check_order(order: Tensor | Sequence[int], input_dim: int) -> Tensor:
     """
     order = torch.as_tensor(order)
     expected = torch.arange(input_dim, device=order.device)
-    if order.shape != (input_dim,) or not torch.equal(order.sort().values.long(), expected):
+    if order.shape != (input_dim,) or not bool((order.sort().values == expected).all()):
         raise ValueError(
             f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
         )

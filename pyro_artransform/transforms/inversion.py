@@ -96,30 +96,33 @@ def _ladj(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _iterate(meta: Meta, y: Tensor, plan: Plan) -> tuple[Tensor, Transform, bool]:
-    """Passes until nothing moves; the last transform has the parameters of the solution."""
+    """Passes until nothing moves; the last transform has the parameters of the solution.
+
+    What moved by round-off alone stays where it is: the map may amplify the jitter of an early
+    coordinate from pass to pass.
+    """
     x = torch.zeros_like(y)
-    for done in range(1, plan.passes + 1):
+    for _ in range(plan.passes):
         transform = meta(_finite(x))
-        previous, x = x, transform.inv(y)
-        if done < plan.passes or not plan.exact:
-            if _same(x, previous):
-                return x, transform, True
+        new = transform.inv(y)
+        moved = _moved(new, x)
+        if not bool(moved.any()):
+            return x.expand(new.shape), transform, True
+        x = torch.where(moved, new, x)
     return x, transform, False
 
 
 def _finite(x: Tensor) -> Tensor:
     """Early passes may overflow, and infinity times a masked zero would spoil what is exact already."""
-    large = torch.finfo(x.dtype).max ** 0.4
+    large = torch.finfo(x.dtype).max ** 0.75
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
-def _same(x: Tensor, previous: Tensor) -> bool:
-    """Whether a pass changed no number by more than round-off; what is not finite will not change."""
-    if x.shape != previous.shape:
-        return False
-    change = (x - previous).abs()
-    moved = change > 2 * torch.finfo(x.dtype).eps * (1 + x.abs())
-    return not bool((moved & change.isfinite()).any())
+def _moved(new: Tensor, old: Tensor) -> Tensor:
+    """What changed by more than round-off; what became infinite or undefined in the same way did not."""
+    change = (new - old).abs()
+    still = change <= 2 * torch.finfo(new.dtype).eps * (1 + new.abs())
+    return ~(still | (new == old) | (new.isnan() & old.isnan()))
 
 
 def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, plan: Plan) -> None:
@@ -185,6 +188,6 @@ def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tens
             values, point, weights, retain_graph=True, allow_unused=True
         )
         previous, v = v, g_out if pulled is None else g_out + pulled
-        if _same(v, previous):
+        if not bool(_moved(v, previous).any()):
             break
     return v

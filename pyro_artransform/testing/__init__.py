@@ -1,0 +1,11 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The contracts of this package as assertions, for its own tests and for those of third parties."""
+
+from .conditioner import check_conditioner
+from .redraw import redraw
+from .transform import check_transform
+from .univariate import check_univariate
+
+__all__ = ["check_conditioner", "check_transform", "check_univariate", "redraw"]

@@ -1,0 +1,199 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The contract of a transform, as assertions."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor
+
+from .redraw import normal_like, redraw
+
+BATCH_SHAPES = ((), (3,), (3, 4))
+
+
+def check_transform(
+    make: Callable[[], TransformModule],
+    input_dim: int,
+    *,
+    gain: float = 1.0,
+    picklable: bool = True,
+    atol: float = 1e-9,
+) -> None:
+    """Checks that a transform of real vectors keeps its contract, in both directions.
+
+    The log-determinant is that of the autograd Jacobian, with shape ``x.shape[:-1]``; the inverse undoes
+    the transform and has the opposite log-determinant; its gradients are right, in y and in every
+    parameter; the inverse owns the parameters; nothing remembered is out of date after parameters
+    changed by any means; copies and pickles work and train apart; the dtype follows the input.
+
+    :param make: builds the transform; its parameters are then re-drawn.
+    :param input_dim: the number D of coordinates.
+    :param gain: a factor for the re-drawn weights.
+    :param picklable: False for a transform around a local function.
+    :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
+    :raises AssertionError: that says which contract broke, and for which input.
+    """
+    transform = redraw(make().double(), gain)
+    assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"
+    assert transform.event_dim == 1, f"event_dim: expected 1, got {transform.event_dim}"
+    for shape in BATCH_SHAPES:
+        x = normal_like(shape + (input_dim,), _number(torch.float64))
+        _check_values(transform, x, atol)
+    x = normal_like((3, input_dim), _number(torch.float64), seed=1)
+    _check_log_det(transform, x, atol)
+    _check_inverse_gradients(transform, x)
+    _check_ownership(transform)
+    _check_memory(transform, x, atol)
+    _check_copies(transform, x, picklable, atol)
+    _check_dtype(make, input_dim, gain)
+
+
+def _number(dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device="cpu")
+
+
+def _close(a: Tensor, b: Tensor, atol: float) -> bool:
+    return a.shape == b.shape and bool(((a - b).abs() <= atol * (1 + b.abs())).all())
+
+
+def _check_values(transform: Any, x: Tensor, atol: float) -> None:
+    where = f"for x of shape {tuple(x.shape)}"
+    y, ladj = transform.call_and_ladj(x)
+    assert y.shape == x.shape, f"call_and_ladj: expected y of the shape of x {where}, got {y.shape}"
+    assert ladj.shape == x.shape[:-1], (
+        f"log-determinant: expected shape {tuple(x.shape[:-1])} {where}, got {tuple(ladj.shape)}"
+    )
+    assert _close(transform(x), y, atol), f"__call__ differs from call_and_ladj {where}"
+    fresh = x.clone()
+    assert _close(transform.log_abs_det_jacobian(fresh, transform(fresh)), ladj, atol), (
+        f"log_abs_det_jacobian differs from call_and_ladj {where}"
+    )
+    back, inverse_ladj = transform.inv.call_and_ladj(y.detach().clone())
+    error = ((back - x).abs() / (1 + x.abs())).max().item()
+    assert error <= atol, f"inverse: T.inv(T(x)) is off by {error:.2g} {where}"
+    assert _close(inverse_ladj, -ladj, atol), f"inv.call_and_ladj: not the opposite of ladj {where}"
+    far = transform.inv(x.clone()).detach()
+    residual = (transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)
+    assert residual.max() <= atol, (
+        f"inverse: T(T.inv(y)) is off by {residual.max().item():.2g} of the largest number {where}"
+    )
+    for name in ("forward_shape", "inverse_shape"):
+        shape = getattr(transform, name)(x.shape)
+        assert shape == x.shape, f"{name}: expected {tuple(x.shape)}, got {tuple(shape)}"
+
+
+def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
+    ladj = transform.call_and_ladj(x)[1]
+    for row, value in zip(x, ladj):
+        jacobian = torch.autograd.functional.jacobian(lambda v: transform.call_and_ladj(v)[0], row)
+        expected = torch.linalg.slogdet(jacobian)[1]
+        assert _close(value, expected, atol), (
+            f"log-determinant: {value.item():.8g}, but that of the autograd Jacobian is "
+            f"{expected.item():.8g} at x = {row.tolist()}"
+        )
+
+
+def _check_inverse_gradients(transform: Any, x: Tensor) -> None:
+    """T(T.inv(y)) is y, so its gradient in y is the weight itself and that in a parameter zero."""
+    y = transform.call_and_ladj(x)[0].detach().requires_grad_()
+    weight = normal_like(tuple(y.shape), y, seed=2)
+    parameters = [p for p in transform.parameters() if p.requires_grad]
+    back, ladj = transform.inv.call_and_ladj(y)
+    again, ladj_again = transform.call_and_ladj(back)
+    loss = (weight * again).sum() + (ladj + ladj_again).sum()
+    g_y, *rest = torch.autograd.grad(loss, [y, *parameters], allow_unused=True)
+    error = (g_y - weight).abs().max().item()
+    assert error <= 1e-7, f"gradient of the inverse in y is off by {error:.2g}"
+    for gradient in rest:
+        worst = 0.0 if gradient is None else gradient.abs().max().item()
+        assert worst <= 1e-6, f"gradient of the inverse in the parameters is off by {worst:.2g}"
+
+
+def _check_ownership(transform: Any) -> None:
+    count = len(list(transform.parameters()))
+    inverse = transform.inv
+    assert len(list(inverse.parameters())) == count, "inv: it does not own the parameters"
+    assert inverse.inv is transform, "inv: t.inv.inv is not t"
+    assert len({id(p) for p in transform.parameters()}) == count, "a parameter is registered twice"
+    cyclic = any(m is inverse for m in transform.modules())
+    cyclic = cyclic and any(m is transform for m in inverse.modules())
+    assert not cyclic, "inv: the transform and its inverse are submodules of each other"
+
+
+def _check_memory(transform: Any, x: Tensor, atol: float) -> None:
+    """What is remembered must be what recomputing gives, however the parameters were changed."""
+    parameters = list(transform.parameters())
+    if not parameters:
+        return
+    edits: dict[str, Callable[[Tensor], Any]] = {
+        "an edit through p.data": lambda p: p.data.add_(0.01),
+        "an edit in place": lambda p: p.detach().add_(0.01),
+    }
+    for name, edit in edits.items():
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                y = transform(x)
+                with torch.no_grad():
+                    for p in parameters:
+                        edit(p)
+                stale = transform.log_abs_det_jacobian(x, y)
+                fresh = transform.log_abs_det_jacobian(x.clone(), y.clone())
+                assert _close(stale, fresh, atol), f"memory: old log-determinant after {name}"
+                stale, fresh = transform.inv(y), transform.inv(y.detach().clone())
+                assert _close(stale, fresh, atol), f"memory: old inverse after {name}"
+    with torch.no_grad():
+        y = transform(x)
+    for _ in range(2):
+        given, copied = (
+            torch.autograd.grad(_score(transform, v), parameters, allow_unused=True)
+            for v in (y, y.clone())
+        )
+        for a, b in zip(given, copied):
+            same = (a is None) == (b is None) and (a is None or _close(a, b, 1e-7))
+            assert same, "memory: another gradient for a value made without gradients"
+
+
+def _score(transform: Any, y: Tensor) -> Tensor:
+    x = transform.inv(y)
+    return -x.square().sum() - transform.log_abs_det_jacobian(x, y).sum()
+
+
+def _check_copies(transform: Any, x: Tensor, picklable: bool, atol: float) -> None:
+    transform(x).sum().backward()
+    inverse = transform.inv
+    expected = transform(x).detach()
+    copies = {"deepcopy": copy.deepcopy(transform), "deepcopy of inv": copy.deepcopy(inverse).inv}
+    if picklable:
+        copies["pickle"] = pickle.loads(pickle.dumps(transform))
+        copies["pickle of inv"] = pickle.loads(pickle.dumps(inverse)).inv
+    with torch.no_grad():
+        for name, twin in copies.items():
+            assert _close(twin(x), expected, atol), f"{name}: other values"
+            for p in twin.parameters():
+                p.add_(1.0)
+            assert _close(transform(x), expected, atol), f"{name}: it shares parameters"
+        assert _close(transform.with_cache(0)(x), expected, atol), "with_cache: other values"
+
+
+def _check_dtype(make: Callable[[], Any], input_dim: int, gain: float) -> None:
+    before = torch.get_default_dtype()
+    try:
+        for default in (torch.float32, torch.float64):
+            torch.set_default_dtype(default)
+            for dtype in (torch.float32, torch.float64):
+                transform = redraw(make().to(dtype), gain)
+                x = normal_like((3, input_dim), _number(dtype))
+                y, ladj = transform.call_and_ladj(x)
+                back, inverse_ladj = transform.inv.call_and_ladj(y.detach())
+                found = {t.dtype for t in (y, ladj, back, inverse_ladj)}
+                assert found == {dtype}, (
+                    f"dtype: expected {dtype} under the default {default}, got {found}"
+                )
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,275 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The package's contracts as assertions, for its own tests and for those of third parties."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_artransform.univariate import Univariate
+
+
+def _require(holds: Tensor | bool, who: str, contract: str, **values: Tensor) -> None:
+    """Fails with the first input for which the contract does not hold, in words."""
+    bad = ~torch.as_tensor(holds)
+    if not bad.any():
+        return
+    where = tuple(bad.nonzero()[0].tolist())
+    shown = {
+        name: value.detach().broadcast_to(bad.shape)[where].item() for name, value in values.items()
+    }
+    listed = ", ".join(f"{name} = {value:.9g}" for name, value in shown.items())
+    at = f" for {listed}" if listed else ""
+    raise AssertionError(f"{who}: {contract} (contract broken{at}; entry {where})")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_univariate(
+    univariate: Univariate,
+    *,
+    dtype: torch.dtype = torch.float64,
+    identity_at_zero: bool = True,
+    onto_at: float = 1e3,
+    seed: int = 0,
+) -> None:
+    """
+    Checks the contracts of a univariate family.
+
+    That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection;
+    zero parameters are the identity; the log-determinant is the logarithm of the derivative; the
+    map is strictly increasing, onto the real line, and its inverse and the log-determinant of that
+    are right; densities integrate to one; gradients pass ``gradcheck`` in both directions and
+    stay finite at large parameters; shapes broadcast; dtypes follow the input under either
+    default dtype; and a NaN stays one.
+
+    :param Univariate univariate: The family; it is copied, not changed.
+    :param torch.dtype dtype: The dtype for the checks of values; float32 has wider tolerances.
+    :param bool identity_at_zero: Whether zero parameters are the identity. Only a family whose
+        docstring excuses it should say no.
+    :param float onto_at: The values ``+-onto_at`` must have an inverse.
+    :param int seed: The seed of the parameters that are tried; the global state is not touched.
+    :raises AssertionError: Says which contract is broken, and for which input.
+
+    Example::
+
+        >>> from pyro_artransform.univariate import Affine
+        >>> check_univariate(Affine())
+    """
+    _Univariate(univariate, dtype, seed).check(identity_at_zero, onto_at)
+
+
+class _Univariate:
+    """A family under check, and the parameters that are tried."""
+
+    def __init__(self, family: Univariate, dtype: torch.dtype, seed: int) -> None:
+        self.who = type(family).__name__
+        self.family = copy.deepcopy(family).to(dtype)
+        self.dtype = dtype
+        self.eps = torch.finfo(dtype).eps
+        self.tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def check(self, identity_at_zero: bool, onto_at: float) -> None:
+        self.interface()
+        if identity_at_zero:
+            self.identity()
+        for gain in (1.0, 4.0):
+            params = self.params(6, gain=gain)
+            self.increasing(params)
+            self.log_derivative(params)
+            self.round_trip(params)
+            self.onto(params, onto_at)
+            self.density(params)
+        self.shapes()
+        self.dtypes()
+        self.large_params()
+        self.gradients()
+        self.not_a_number()
+
+    def params(self, *shape: int, gain: float = 1.0) -> Tensor:
+        size = (*shape, self.family.num_params)
+        return gain * torch.randn(size, generator=self.generator, dtype=self.dtype)
+
+    def grid(self, low: float, high: float, count: int) -> Tensor:
+        """Points of shape ``(count, 1)``, to broadcast with parameters of several coordinates."""
+        return torch.linspace(low, high, count, dtype=self.dtype).unsqueeze(-1)
+
+    def interface(self) -> None:
+        count = self.family.num_params
+        ok = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        _require(ok, self.who, f"num_params must be a positive int, got {count!r}")
+        transform = self.family(self.params(2))
+        kind = type(transform).__name__
+        ok = isinstance(transform, Transform)
+        _require(ok, self.who, f"forward(params) must return a torch Transform, got {kind}")
+        ok = transform.domain.event_dim == 0 == transform.codomain.event_dim
+        _require(ok, self.who, "the transform must be elementwise (event_dim 0)")
+        _require(bool(transform.bijective), self.who, "the transform must say bijective = True")
+
+    def identity(self) -> None:
+        transform = self.family(torch.zeros_like(self.params(1)))
+        points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 30.0, 1e2]
+        x = torch.tensor(points + [-point for point in points], dtype=self.dtype).unsqueeze(-1)
+        y = transform(x)
+        limit = 20 * self.eps * (1 + x.abs())
+        _require((y - x).abs() <= limit, self.who, "zero params must be the identity", x=x, y=y)
+        ladj = transform.log_abs_det_jacobian(x, y)
+        ok = ladj.abs() <= 20 * self.eps
+        _require(ok, self.who, "zero params must have log-determinant zero", x=x, ladj=ladj)
+
+    def increasing(self, params: Tensor) -> None:
+        transform = self.family(params)
+        for width in (1e3, 10.0):
+            x = self.grid(-width, width, 2001)
+            y = transform(x)
+            ok = y[1:] > y[:-1]
+            message = "the map must be strictly increasing"
+            _require(ok, self.who, message, x=x[:-1], next_x=x[1:], y=y[:-1], next_y=y[1:])
+
+    def log_derivative(self, params: Tensor) -> None:
+        x = (self.grid(-12, 12, 199) + params[..., 0] * 0).requires_grad_()
+        transform = self.family(params)
+        y = transform(x)
+        ladj = transform.log_abs_det_jacobian(x, y)
+        ok = ladj.shape == x.shape
+        _require(ok, self.who, f"the log-determinant must have shape {tuple(x.shape)}, elementwise")
+        expected = torch.autograd.grad(y.sum(), x)[0].log()
+        message = "the log-determinant must be the logarithm of the derivative"
+        limit = self.tolerance * 10 * (1 + expected.abs())
+        ok = (ladj - expected).abs() <= limit
+        _require(ok, self.who, message, x=x, ladj=ladj, expected=expected)
+        if hasattr(transform, "call_and_ladj"):
+            y_too, ladj_too = transform.call_and_ladj(x)
+            ok = torch.isclose(y_too, y) & torch.isclose(ladj_too, ladj)
+            message = "call_and_ladj must agree with the call and log_abs_det_jacobian"
+            _require(ok, self.who, message, x=x, ladj=ladj_too, expected=ladj)
+
+    def round_trip(self, params: Tensor) -> None:
+        x = self.grid(-30, 30, 301) + params[..., 0] * 0
+        transform = self.family(params)
+        y = transform(x)
+        back = transform.inv(y)
+        ladj = transform.log_abs_det_jacobian(x, y)
+        # Where the map is flat, round-off in y is more round-off in x, whatever the inverse does.
+        limit = self.tolerance * (1 + x.abs()) * (-ladj).exp().clamp_min(1.0)
+        ok = (back - x).abs() <= limit
+        _require(ok, self.who, "the inverse must undo the map", x=x, y=y, inverse=back)
+        back_ladj = transform.inv.log_abs_det_jacobian(y, back)
+        ok = (ladj + back_ladj).abs() <= 1e3 * self.tolerance * (1 + ladj.abs())
+        message = "the inverse's log-determinant must be minus that of the map"
+        _require(ok, self.who, message, x=x, ladj=ladj, of_inverse=back_ladj)
+
+    def onto(self, params: Tensor, onto_at: float) -> None:
+        transform = self.family(params)
+        y = self.grid(-onto_at, onto_at, 2) + params[..., 0] * 0
+        x = transform.inv(y)
+        again = transform(x)
+        ok = x.isfinite() & ((again - y).abs() <= self.tolerance * 10 * (1 + y.abs()))
+        _require(ok, self.who, "the map must be onto the real line", y=y, inverse=x, again=again)
+
+    def density(self, params: Tensor) -> None:
+        transform = self.family(params)
+        ends = transform(self.grid(-9, 9, 2) + params[..., 0] * 0)
+        unit = self.grid(0, 1, 8001)
+        y = ends[0] + (ends[1] - ends[0]) * unit
+        x = transform.inv(y)
+        log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
+        log_density = log_density + transform.inv.log_abs_det_jacobian(y, x)
+        total = torch.trapezoid(log_density.exp(), y, dim=0)
+        ok = (total - 1).abs() <= 2e-3
+        _require(ok, self.who, "the density of its image must integrate to one", integral=total)
+
+    def shapes(self) -> None:
+        for batch in ((), (3,), (3, 4)):
+            self.same_shape((*batch, 5), (*batch, 5))
+            self.same_shape((5,), (*batch, 5))
+
+    def same_shape(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        params = self.params(*params_shape)
+        x = torch.randn(shape, generator=self.generator, dtype=self.dtype)
+        transform = self.family(params)
+        y = transform(x)
+        results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
+        got = [tuple(result.shape) for result in results]
+        message = f"the call, log-determinant and inverse must have the shape {shape} of x, got {got}"
+        _require(all(one == shape for one in got), self.who, message)
+        view = params.transpose(-1, -2).contiguous().transpose(-1, -2)
+        message = "a transposed view of the same params must give the same result"
+        same = torch.isclose(self.family(view)(x), y, rtol=self.tolerance, atol=self.tolerance)
+        _require(same, self.who, message, x=x)
+
+    def dtypes(self) -> None:
+        for default in (torch.float32, torch.float64):
+            for dtype in (torch.float32, torch.float64):
+                with _default_dtype(default):
+                    self.same_dtype(dtype)
+
+    def same_dtype(self, dtype: torch.dtype) -> None:
+        transform = copy.deepcopy(self.family).to(dtype)(self.params(3).to(dtype))
+        x = self.grid(-2, 2, 3).to(dtype)
+        y = transform(x)
+        results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
+        got = [result.dtype for result in results]
+        message = (
+            f"the dtype must follow the input, {dtype} (default dtype "
+            f"{torch.get_default_dtype()}), got {got} of the call, log-determinant and inverse"
+        )
+        _require(all(one == dtype for one in got), self.who, message)
+
+    def large_params(self) -> None:
+        for gain in (10.0, 100.0):
+            params = self.params(50, gain=gain).requires_grad_()
+            x = (self.grid(-30, 30, 61) + params[..., 0] * 0).detach().requires_grad_()
+            transform = self.family(params)
+            y = transform(x)
+            ladj = transform.log_abs_det_jacobian(x, y)
+            ok = y.isfinite() & ladj.isfinite()
+            message = f"values must be finite at large params (random, times {gain:g})"
+            _require(ok, self.who, message, x=x, y=y, ladj=ladj)
+            total = y.sum() + ladj.sum() + transform.inv(x).sum()
+            for gradient in torch.autograd.grad(total, (params, x)):
+                message = f"gradients must be finite at large params (random, times {gain:g})"
+                _require(gradient.isfinite(), self.who, message, gradient=gradient)
+
+    def gradients(self) -> None:
+        family = copy.deepcopy(self.family).double()
+        params = self.params(4).double().requires_grad_()
+        x = torch.randn(4, generator=self.generator, dtype=torch.float64).requires_grad_()
+
+        def forward(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            transform = family(params)
+            y = transform(x)
+            return y, transform.log_abs_det_jacobian(x, y)
+
+        def inverse(params: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            transform = family(params)
+            x = transform.inv(y)
+            return x, transform.log_abs_det_jacobian(x, y)
+
+        for name, function in (("map", forward), ("inverse", inverse)):
+            try:
+                torch.autograd.gradcheck(function, (params, x))
+            except RuntimeError as error:
+                message = f"the gradients of the {name} must agree with differences: {error}"
+                raise AssertionError(f"{self.who}: {message}") from error
+
+    def not_a_number(self) -> None:
+        nan = torch.full_like(self.params(1)[..., 0], math.nan)
+        transform = self.family(self.params(1))
+        _require(transform(nan).isnan(), self.who, "a NaN must stay one in the map")
+        _require(transform.inv(nan).isnan(), self.who, "a NaN must stay one in the inverse")

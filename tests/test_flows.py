@@ -1,0 +1,119 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions.transforms import iterated
+
+import pyro_artransform as pa
+from pyro_artransform.testing import check_transform, redraw
+from pyro_artransform.univariate import RationalQuadraticSpline
+
+BUILDERS = {
+    "affine_autoregressive": pa.affine_autoregressive,
+    "spline_autoregressive": pa.spline_autoregressive,
+    "iaf": pa.iaf,
+    "maf": pa.maf,
+}
+CONDITIONAL = {
+    "affine": pa.conditional_affine_autoregressive,
+    "spline": pa.conditional_spline_autoregressive,
+    "iaf": pa.conditional_iaf,
+    "maf": pa.conditional_maf,
+}
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_contract(build, dim):
+    check_transform(lambda: build(dim), dim)
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_starts_as_the_identity(build, dtype):
+    t = build(4).to(dtype)
+    for size in (1e-8, 1e-6, 1e-2, 1.0, 1e2):
+        x = torch.full((3, 4), size, dtype=dtype)
+        y, ladj = t.call_and_ladj(x)
+        assert (y - x).abs().max() <= 20 * torch.finfo(dtype).eps * max(1.0, size)
+        assert ladj.abs().max() <= 1e-5 if dtype == torch.float32 else 1e-13
+
+
+@pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL.keys())
+def test_conditional(build):
+    t = build(3, 2)
+    x = torch.randn(5, 3)
+    for context in (torch.randn(5, 2), torch.randn(1, 2), torch.randn(2)):
+        assert torch.allclose(t.condition(context)(x), x)
+    redraw(t)
+    q = dist.ConditionalTransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [t])
+    given = q.condition(torch.randn(5, 2))
+    value = given.rsample()
+    assert value.shape == (5, 3)
+    loss = -given.log_prob(value.detach().clone()).sum()
+    loss.backward()
+    assert all(p.grad is not None for p in t.parameters())
+
+
+@pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL.keys())
+def test_conditional_needs_a_context_of_positive_size(build):
+    with pytest.raises(ValueError, match="context_dim"):
+        build(3, 0)
+
+
+def test_order_alternates():
+    orders = [part.meta.conditioner.order.tolist() for part in pa.iaf(3, 4).parts]
+    assert orders == [[0, 1, 2], [2, 1, 0], [0, 1, 2], [2, 1, 0]]
+
+
+@pytest.mark.parametrize("build", [pa.affine_autoregressive, pa.spline_autoregressive])
+def test_iterated(build):
+    t = redraw(iterated(3, build, 4))
+    q = dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), [t])
+    value = q.rsample((5,))
+    assert torch.allclose(q.log_prob(value), q.log_prob(value.detach().clone()), atol=1e-9)
+
+
+def test_arguments_reach_the_network():
+    t = pa.spline_autoregressive(
+        3, 7, count_bins=5, bound=2.0, nonlinearity=torch.tanh, order=[2, 1, 0]
+    )
+    assert t.meta.conditioner.hidden_dims == (7,)
+    assert t.meta.conditioner.nonlinearity is torch.tanh
+    assert t.meta.conditioner.order.tolist() == [2, 1, 0]
+    assert t.meta.univariate.num_params == 14
+    flow = pa.iaf(3, 2, univariate=lambda: RationalQuadraticSpline(count_bins=4))
+    assert flow.parts[1].meta.univariate.num_params == 11
+
+
+@pytest.mark.parametrize("build", [pa.iaf, pa.maf])
+@pytest.mark.parametrize("number", [0, 1.5, True])
+def test_bad_number_of_layers(build, number):
+    with pytest.raises(ValueError, match="num_transforms: expected an integer of at least 1"):
+        build(3, number)
+
+
+@pytest.mark.parametrize("build", [*BUILDERS.values()])
+def test_bad_sizes(build):
+    with pytest.raises(ValueError, match="input_dim"):
+        build(0)
+    with pytest.raises(ValueError, match="hidden_dims"):
+        build(3, hidden_dims=())
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+def test_trains(build):
+    """Density fitting of a shifted, correlated Gaussian lowers the loss, in both directions."""
+    t = build(2)
+    q = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [t])
+    data = torch.randn(256, 2) @ torch.tensor([[0.5, 0.4], [0.0, 0.3]]) + 0.5
+    optim = torch.optim.Adam(t.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(100):
+        optim.zero_grad()
+        loss = -q.log_prob(data).mean()
+        loss.backward()
+        optim.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5

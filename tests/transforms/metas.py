@@ -1,0 +1,81 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Metas of every kind: one line adds a family or a conditioner to the tests of the transforms."""
+
+import torch
+from torch import nn
+
+from pyro_artransform.conditioners import Conditioner, MaskedInput, MaskedMLP
+from pyro_artransform.univariate import (
+    Additive,
+    Affine,
+    GatedAffine,
+    MonotoneNeural,
+    MonotonicAffineTransform,
+    RationalQuadraticSpline,
+)
+
+FAMILIES = {
+    "affine": Affine,
+    "gated": GatedAffine,
+    "additive": Additive,
+    "spline": lambda: RationalQuadraticSpline(count_bins=4, bound=3.0),
+    "monotone": lambda: MonotoneNeural(count_units=3),
+}
+
+
+class Dense(nn.Module):
+    """A network without masks, of x and maybe a context, that returns parameters."""
+
+    def __init__(self, input_dim, num_params, context_dim=0):
+        super().__init__()
+        self.first = nn.Linear(input_dim + context_dim, 16)
+        self.last = nn.Linear(16, input_dim * num_params)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.shape = input_dim, num_params
+
+    def forward(self, x, context=None):
+        if context is not None:
+            batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+            x = torch.cat([x.expand(*batch, -1), context.expand(*batch, -1)], -1)
+        return self.last(self.first(x).tanh()).unflatten(-1, self.shape)
+
+
+class DenseTransform(Dense):
+    """A network without masks that returns a transform, as in the original description."""
+
+    def forward(self, x, context=None):
+        params = super().forward(x, context)
+        return MonotonicAffineTransform(params[..., 0], params[..., 1])
+
+
+class CumulativeConditioner(Conditioner):
+    """A conditioner from elsewhere, autoregressive but not known to be so."""
+
+    def __init__(self, input_dim, num_params, context_dim=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(input_dim, num_params))
+        self.context = nn.Linear(context_dim, num_params) if context_dim else None
+
+    def forward(self, x, context=None):
+        before = torch.nn.functional.pad(x.tanh().cumsum(-1)[..., :-1], (1, 0))
+        params = before[..., None] * self.weight
+        return params if context is None else params + self.context(context)[..., None, :]
+
+
+def _graph(input_dim):
+    generator = torch.Generator().manual_seed(input_dim)
+    order = torch.randperm(input_dim, generator=generator)
+    dag = (torch.rand(input_dim, input_dim, generator=generator) < 0.4).tril(-1)
+    return dag[order][:, order]
+
+
+CONDITIONERS = {
+    "mlp": lambda d, p, c: MaskedMLP(d, p, hidden_dims=[16, 16], context_dim=c),
+    "narrow": lambda d, p, c: MaskedMLP(d, p, hidden_dims=3, context_dim=c),
+    "reverse": lambda d, p, c: MaskedMLP(d, p, context_dim=c, order=range(d - 1, -1, -1)),
+    "graph": lambda d, p, c: MaskedMLP(d, p, context_dim=c, adjacency=_graph(d)),
+    "masked input": lambda d, p, c: MaskedInput(Dense(d, p, c)),
+    "foreign": CumulativeConditioner,
+}

@@ -1,0 +1,140 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import AffineTransform
+from torch.func import jacrev, vmap
+
+from pyro_artransform import affine_autoregressive, iaf, spline_autoregressive
+from pyro_artransform.conditioners import MaskedMLP, masks
+from pyro_artransform.testing import redraw
+from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform.univariate import Affine
+
+from ..conditioners.test_masks import random_dag
+from .metas import CumulativeConditioner
+
+
+def unrolled(t, y):
+    """D full passes, differentiated by autograd."""
+    x = torch.zeros_like(y)
+    for _ in range(y.shape[-1]):
+        x = t.meta(x).inv(y)
+    return x
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_passes_as_deep_as_the_graph_are_exact_and_one_fewer_is_not(seed):
+    adjacency = random_dag(8, 0.5, seed)
+    meta = redraw(ConditionedUnivariate(MaskedMLP(8, 2, adjacency=adjacency), Affine()), 4.0)
+    depth = masks.depth(adjacency)
+    x = torch.randn(20, 8)
+    y = AutoregressiveTransform(meta)(x).detach()
+    exact = AutoregressiveTransform(meta, passes=depth).inv(y)
+    assert torch.allclose(exact, x, atol=1e-10)
+    with pytest.warns(RuntimeWarning, match=f"not converged after {depth - 1} passes") as caught:
+        AutoregressiveTransform(meta, passes=depth - 1).inv(y)
+    assert caught[0].filename == __file__
+
+
+def test_exact_inverse_says_nothing():
+    t = AutoregressiveTransform(redraw(ConditionedUnivariate(CumulativeConditioner(6, 2), Affine())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t.inv(torch.randn(20, 6))
+
+
+def test_gradients_agree_with_unrolled_autograd():
+    t = redraw(affine_autoregressive(6, [16, 16]), 2.0)
+    y = torch.randn(5, 6, requires_grad=True)
+    weight = torch.randn(5, 6)
+    targets = [y, *t.parameters()]
+    expected = torch.autograd.grad((weight * unrolled(t, y)).sum(), targets, allow_unused=True)
+    given = torch.autograd.grad((weight * t.inv(y.clone())).sum(), targets, allow_unused=True)
+    for a, b in zip(given, expected):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_gradients_reach_parameters_that_nobody_sees():
+    hidden = torch.tensor([0.3, 0.2], requires_grad=True)
+
+    def meta(x):
+        return AffineTransform(hidden[0] * nn.functional.pad(x[..., :-1], (1, 0)), hidden[1].exp())
+
+    t = AutoregressiveTransform(meta)
+    y = torch.randn(4, 3)
+    (given,) = torch.autograd.grad(t.inv(y).sum(), hidden)
+    (expected,) = torch.autograd.grad(unrolled(t, y).sum(), hidden)
+    assert torch.allclose(given, expected)
+
+
+def test_gradient_only_where_one_is_needed():
+    t = redraw(affine_autoregressive(3))
+    for p in t.parameters():
+        p.requires_grad_(False)
+    assert not t.inv(torch.randn(3)).requires_grad
+    assert t.inv(torch.randn(3, requires_grad=True)).requires_grad
+
+
+def test_second_derivative_raises_clearly():
+    t = redraw(affine_autoregressive(3))
+    y = torch.randn(3, requires_grad=True)
+    (g,) = torch.autograd.grad(t.inv(y).square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(g.sum(), y)
+
+
+@pytest.mark.parametrize("build", [affine_autoregressive, spline_autoregressive, iaf])
+def test_torch_func(build):
+    t = redraw(build(4))
+    y = torch.randn(5, 4)
+    x = t.inv(y)
+    assert torch.allclose(vmap(t.inv)(y), x)
+    rows = vmap(jacrev(t.inv))(y)
+    forward = torch.stack([torch.autograd.functional.jacobian(t, row) for row in x])
+    assert torch.allclose(rows @ forward, torch.eye(4).expand(5, 4, 4), atol=1e-8)
+
+
+@pytest.mark.parametrize("build", [affine_autoregressive, spline_autoregressive])
+def test_tracing(build):
+    t = redraw(build(4))
+    y = torch.randn(5, 4)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda v: t.inv.call_and_ladj(v), (y,))
+        other = torch.randn(7, 4)
+        for given, expected in zip(traced(other), t.inv.call_and_ladj(other)):
+            assert torch.allclose(given, expected)
+
+
+def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate():
+    t = redraw(affine_autoregressive(4), 2.0)
+    y = torch.randn(3, 4)
+    expected = t.inv(y)
+    y = y.clone()
+    y[0, 2], y[1, 1] = torch.inf, torch.nan
+    x = t.inv(y)
+    assert torch.equal(x[2], expected[2])
+    assert torch.allclose(x[0, :2], expected[0, :2])
+    assert torch.allclose(x[1, :1], expected[1, :1])
+
+
+def test_early_passes_may_overflow():
+    # each coordinate multiplies the one before by 1e3: garbage of early passes overflows float32
+    def meta(x):
+        return AffineTransform(1e3 * nn.functional.pad(x[..., :-1], (1, 0)) ** 2, 1.0)
+
+    t = AutoregressiveTransform(meta)
+    x = torch.full((1, 8), 1e-3).float()
+    y = t(x)
+    assert torch.allclose(t.inv(y.clone()), x, atol=1e-5)
+
+
+def test_overwritten_parameters_leave_the_inverse_exact():
+    t = affine_autoregressive(5)
+    for p in t.parameters():
+        p.data.normal_()
+    x = torch.randn(7, 5)
+    assert torch.allclose(t.inv(t(x).detach()), x, atol=1e-8)

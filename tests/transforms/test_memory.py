@@ -1,0 +1,230 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import gc
+import weakref
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_artransform import affine_autoregressive, iaf
+from pyro_artransform.testing import redraw
+from pyro_artransform.transforms import AutoregressiveTransform, chain
+from pyro_artransform.transforms.memory import visible_tensors
+from pyro_artransform.univariate import MonotonicAffineTransform
+
+
+@pytest.fixture
+def counted():
+    """A flow and a count of the evaluations of its networks."""
+    flow = redraw(iaf(4, num_transforms=2))
+    calls = []
+    for part in flow.parts:
+        part.meta.conditioner.register_forward_hook(lambda *_: calls.append(1))
+    return flow, calls
+
+
+def distribution(flow, dim=4):
+    return dist.TransformedDistribution(dist.Normal(torch.zeros(dim), 1.0).to_event(1), [flow])
+
+
+def test_sampling_and_scoring_cost_one_evaluation_each_network(counted):
+    flow, calls = counted
+    q = distribution(flow)
+    q.log_prob(q.rsample((5,))).sum().backward()
+    assert len(calls) == 2
+
+
+def test_scoring_each_part_in_a_list_costs_one_evaluation(counted):
+    flow, calls = counted
+    q = dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), flow.parts)
+    q.log_prob(q.rsample((5,)))
+    assert len(calls) == 2
+
+
+def test_value_and_log_determinant_cost_one_evaluation(counted):
+    flow, calls = counted
+    flow.call_and_ladj(torch.randn(4))
+    assert len(calls) == 2
+
+
+def test_log_determinant_of_the_inverse_costs_no_more_than_the_inverse(counted):
+    flow, calls = counted
+    y = torch.randn(4)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            calls.clear()
+            flow.inv._call(y)
+            alone = len(calls)
+            calls.clear()
+            flow.inv.call_and_ladj(y)
+            assert len(calls) <= alone
+
+
+def test_inverse_of_the_value_is_the_argument_itself():
+    t = redraw(affine_autoregressive(3))
+    x = torch.randn(5, 3)
+    y = t(x)
+    assert t.inv(y) is x
+    assert t.inv(y) is x
+    z = t.inv(torch.randn(5, 3))
+    assert torch.equal(t.with_cache(0)(z), t(z.clone()))
+
+
+def test_a_graph_is_handed_out_once():
+    t = redraw(affine_autoregressive(3))
+    x = torch.randn(5, 3)
+    for made in (t(x), t(x).detach()):
+        for _ in range(2):
+            t.log_abs_det_jacobian(x, made).sum().backward()
+    y = t(x)
+    for _ in range(2):
+        (-distribution(t, 3).log_prob(y).mean()).backward()
+
+
+def test_clipped_adam_is_noticed():
+    t = redraw(affine_autoregressive(3))
+    q = distribution(t, 3)
+    optim = pyro.optim.clipped_adam.ClippedAdam(t.parameters(), lr=0.1)
+    y = q.sample((5,))
+    q.log_prob(torch.randn(5, 3)).sum().backward()
+    y2 = q.sample((5,))
+    optim.step()
+    for value in (y, y2):
+        assert torch.allclose(q.log_prob(value), q.log_prob(value.clone()), atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_edits_of_the_values_are_noticed(grad):
+    t = redraw(affine_autoregressive(3))
+    for edit in (lambda v: v.add_(1), lambda v: v.data.add_(1)):
+        with torch.set_grad_enabled(grad):
+            x = torch.randn(5, 3)
+            y = t(x)
+            with torch.no_grad():
+                edit(y)
+            assert torch.allclose(t(t.inv(y).detach().clone()), y)
+            y = t(x)
+            with torch.no_grad():
+                edit(x)
+            assert torch.allclose(t.log_abs_det_jacobian(x, y), t.call_and_ladj(x)[1])
+
+
+def test_lambda_whose_parameters_nobody_sees():
+    shift = torch.tensor(1.0, requires_grad=True)
+    t = AutoregressiveTransform(lambda x: MonotonicAffineTransform(shift, 0.1 * shift))
+    assert visible_tensors(t) is None
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            x = torch.randn(5, 3)
+            y = t(x)
+            shift.data.add_(1.0)
+            assert torch.allclose(t.inv(y), t.inv(y.clone()))
+            assert not torch.allclose(t.inv(y), x)
+            assert torch.allclose(t.log_abs_det_jacobian(x, y), (0.3 * shift).expand(5), atol=1e-2)
+
+
+def test_tensors_that_a_module_hides_in_attributes_are_seen():
+    class Hides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shifts = {"a": [torch.ones(3)]}
+
+        def forward(self, x):
+            return MonotonicAffineTransform(self.shifts["a"][0], torch.zeros_like(x))
+
+    t = AutoregressiveTransform(Hides())
+    assert visible_tensors(t)[-1] is t.meta.shifts["a"][0]
+    x = torch.zeros(3)
+    y = t(x)
+    assert t.inv(y) is x
+    t.meta.shifts["a"][0].add_(1.0)
+    assert torch.allclose(t.inv(y), torch.full((3,), -1.0))
+    t.meta.function = lambda x: x
+    assert visible_tensors(t) is None
+
+
+def test_context_is_part_of_the_state():
+    from pyro_artransform import conditional_affine_autoregressive
+
+    context = torch.zeros(2)
+    t = redraw(conditional_affine_autoregressive(3, 2)).condition(context)
+    assert any(tensor is context for tensor in visible_tensors(t))
+    x = torch.randn(3)
+    y = t(x)
+    context.add_(1.0)
+    assert not torch.equal(t.inv(y), x)
+
+
+def test_replaced_parameters_are_noticed():
+    t = redraw(affine_autoregressive(3))
+    x = torch.randn(3)
+    y = t(x)
+    layer = t.meta.conditioner.layers[-1]
+    layer.bias = nn.Parameter(layer.bias + 1)
+    assert not torch.allclose(t.inv(y), x)
+
+
+def test_gradients_wanted_now_but_not_then():
+    t = redraw(affine_autoregressive(3))
+    x = torch.randn(3)
+    with torch.no_grad():
+        y = t(x)
+    assert t.log_abs_det_jacobian(x, y).requires_grad
+    assert t.inv(y).requires_grad
+    y = t(x)
+    with torch.no_grad():
+        assert not t.log_abs_det_jacobian(x, y).requires_grad
+        assert not t.inv(y).requires_grad
+
+
+def test_nothing_grows_and_graphs_go_with_their_values():
+    t = redraw(affine_autoregressive(3))
+    size = len(vars(t))
+    refs = []
+    for _ in range(5):
+        y = t(torch.randn(3))
+        refs.append(weakref.ref(y.grad_fn))
+        del y
+    for _ in range(1000):
+        t.inv  # noqa: B018
+    gc.collect()
+    assert len(vars(t)) == size
+    assert sum(isinstance(o, type(t.inv)) for o in gc.get_objects()) <= 1
+    assert t._pair._ladj is None
+
+
+def test_cache_size():
+    t = affine_autoregressive(3)
+    assert t.with_cache(1) is t
+    plain = t.with_cache(0)
+    assert set(plain.parameters()) == set(t.parameters())
+    x = torch.randn(3)
+    assert plain.inv(plain(x)) is not x
+    assert t.inv.with_cache(1).inv is t
+    assert t.inv.with_cache(0).inv._cache_size == 0
+    for bad in (2, -1, None):
+        with pytest.raises(ValueError, match="cache_size: expected 0 or 1"):
+            t.with_cache(bad)
+        with pytest.raises(ValueError, match="cache_size: expected 0 or 1"):
+            AutoregressiveTransform(lambda x: x, cache_size=bad)
+
+
+def test_clear_cache():
+    t = chain([redraw(affine_autoregressive(3))])
+    x = torch.randn(3)
+    for forget in (t.clear_cache, t.inv.clear_cache):
+        y = t(x)
+        forget()
+        assert t.inv(y) is not x
+
+
+def test_copies_do_not_carry_the_memory():
+    t = redraw(affine_autoregressive(3))
+    y = t(torch.randn(3))
+    assert copy.deepcopy(t)._pair is None
+    assert t._pair is not None
+    assert t.inv(y) is not None
