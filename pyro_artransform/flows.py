@@ -178,7 +178,7 @@ def iaf(
     1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
        Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, 0)
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, None)
     return ComposedTransform(*(AutoregressiveTransform(meta) for meta in metas))
 
 
@@ -277,19 +277,20 @@ def _metas(
     hidden_dims: HiddenDims,
     univariate: Callable[[], Univariate],
     nonlinearity: Nonlinearity,
-    context_dim: int,
+    context_dim: int | None,
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
-    if not isinstance(num_transforms, int) or isinstance(num_transforms, bool) or num_transforms < 1:
+    if (
+        not isinstance(num_transforms, int)
+        or isinstance(num_transforms, bool)
+        or num_transforms < 1
+    ):
         raise ValueError(
             f"num_transforms: expected an integer of at least 1, got {num_transforms!r}"
         )
-    options = {"nonlinearity": nonlinearity, "context_dim": context_dim}
-    reverse = range(input_dim - 1, -1, -1)
-    return [
-        _meta(univariate(), input_dim, hidden_dims, order=reverse if k % 2 else None, **options)
-        for k in range(num_transforms)
-    ]
+    orders = [range(input_dim - 1, -1, -1) if k % 2 else None for k in range(num_transforms)]
+    options = [_options(nonlinearity, order, None, context_dim) for order in orders]
+    return [_meta(univariate(), input_dim, hidden_dims, **network) for network in options]
 
 
 def _meta(

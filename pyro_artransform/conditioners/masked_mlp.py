@@ -4,6 +4,7 @@
 """The masked multilayer perceptron."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,6 @@ class MaskedMLP(Conditioner):
         self.context_dim = _check_size("context_dim", context_dim, 0)
         self.hidden_dims = _check_hidden_dims(hidden_dims, input_dim)
         self.nonlinearity = nn.ELU() if nonlinearity is None else nonlinearity
-        self._depth: tuple[tuple[int, int] | None, int] = (None, 0)
         self._register_graph(order, adjacency)
         self._build_layers()
 
@@ -81,14 +81,6 @@ class MaskedMLP(Conditioner):
     def hidden_state(self) -> object:
         """A nonlinearity that is no module, for what it may hold; else None."""
         return None if isinstance(self.nonlinearity, nn.Module) else self.nonlinearity
-
-    @property
-    def depth(self) -> int:
-        """The number of coordinates on the longest path of the graph, as many passes invert exactly."""
-        key = id(self.adjacency), self.adjacency._version
-        if self._depth[0] != key:
-            self._depth = key, depth(self.adjacency)
-        return self._depth[1]
 
     def _register_graph(
         self, order: Tensor | Sequence[int] | None, adjacency: Tensor | None
@@ -103,6 +95,12 @@ class MaskedMLP(Conditioner):
             adjacency = order_to_adjacency(checked)
         self.register_buffer("order", checked)
         self.register_buffer("adjacency", adjacency)
+        #: The number of coordinates on the longest path: as many passes invert exactly.
+        self.depth = depth(adjacency)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.depth = depth(self.adjacency)
 
     def _build_layers(self) -> None:
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
@@ -131,7 +129,9 @@ class MaskedMLP(Conditioner):
         :return: shape ``(*, D, P)``.
         :raises ValueError: if ``x`` or the context has another size, or the context is missing.
         """
-        self._check_input(x, context)
+        # while torch.jit traces, sizes are tensors and cannot be compared
+        if not torch.jit.is_tracing():
+            self._check_input(x, context)
         hidden = self.layers[0](x)
         if self.context_layer is not None:
             hidden = hidden + self.context_layer(context)

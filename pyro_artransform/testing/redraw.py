@@ -20,7 +20,9 @@ def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
         for parameter in module.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
             size = gain / max(fan_in, 1) ** 0.5
-            draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+            draw = torch.rand(
+                parameter.shape, generator=generator, dtype=torch.float64, device="cpu"
+            )
             parameter.copy_((2 * draw - 1) * size)
     return module
 

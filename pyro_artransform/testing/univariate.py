@@ -185,7 +185,7 @@ class _Univariate:
     def density(self, params: Tensor) -> None:
         transform = self.family(params)
         ends = transform(self.grid(-9, 9, 2) + params[..., 0] * 0)
-        unit = self.grid(0, 1, 8001)
+        unit = self.grid(0, 1, 3001)
         y = ends[0] + (ends[1] - ends[0]) * unit
         x = transform.inv(y)
         log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
@@ -206,7 +206,9 @@ class _Univariate:
         y = transform(x)
         results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
         got = [tuple(result.shape) for result in results]
-        message = f"the call, log-determinant and inverse must have the shape {shape} of x, got {got}"
+        message = (
+            f"the call, log-determinant and inverse must have the shape {shape} of x, got {got}"
+        )
         _require(all(one == shape for one in got), self.who, message)
         view = params.transpose(-1, -2).contiguous().transpose(-1, -2)
         message = "a transposed view of the same params must give the same result"

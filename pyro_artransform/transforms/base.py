@@ -121,6 +121,9 @@ class FlowModule(TransformModule):
         """Forgets the remembered pair."""
         self._pair = None
 
+    # the tree of submodules says more than a bare name
+    __repr__ = torch.nn.Module.__repr__
+
     def __getstate__(self) -> dict[str, Any]:
         # a remembered pair and a reference to the inverse belong to one object in one process
         return {**self.__dict__, "_pair": None, "_inv": None}
@@ -144,6 +147,8 @@ class InverseTransformModule(TransformModule):
     def __init__(self, transform: FlowModule) -> None:
         super().__init__()
         self.transform = transform
+
+    __repr__ = torch.nn.Module.__repr__
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Transform
 
 from .evaluate import inverse_and_ladj, sum_ladj, values_are_readable
@@ -142,7 +141,7 @@ def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, plan: Plan) -> None:
 
 def _with_gradient(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Evaluates once more, with a graph, and solves the triangular system in the backward pass."""
-    point = x.detach().requires_grad_()
+    point = _finite(x.detach()).requires_grad_()
     transform = meta(point)
     out, ladj = inverse_and_ladj(transform, y)
     ladj = sum_ladj(ladj, out, transform.event_dim, 1)
@@ -173,8 +172,12 @@ class _Implicit(torch.autograd.Function):
         return out.view_as(out), ladj.view_as(ladj)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_out: Tensor, g_ladj: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of an inverse cannot be differentiated again (create_graph=True). "
+                "Inside a torch.func transform, such as torch.func.hessian, it can"
+            )
         out, ladj, point = ctx.graph
         return _solve(out, ladj, point, g_out, g_ladj), g_ladj, None
 

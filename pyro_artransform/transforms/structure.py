@@ -85,7 +85,9 @@ def _redrawn(meta: nn.Module, generator: torch.Generator) -> Meta:
     return lambda x: functional_call(meta, parameters, (x,))
 
 
-def _normal(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+def _normal(
+    shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator
+) -> Tensor:
     # drawn on the CPU, where a generator works for every device
     draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return draw.to(dtype=like.dtype, device=like.device)

@@ -50,9 +50,7 @@ def test_contract_with_a_graph(adjacency, options):
 def test_contract_with_an_order():
     order = [2, 0, 3, 1]
     conditioner = MaskedMLP(4, 2, order=order)
-    check_conditioner(
-        lambda: MaskedMLP(4, 2, order=order), 4, adjacency=conditioner.adjacency
-    )
+    check_conditioner(lambda: MaskedMLP(4, 2, order=order), 4, adjacency=conditioner.adjacency)
     jacobian = torch.autograd.functional.jacobian(redraw(conditioner), torch.randn(4))
     assert (jacobian != 0).any(1).sum(-1).tolist() == [1, 3, 0, 2]
 
@@ -93,7 +91,10 @@ def test_all_parameters_move_within_two_steps():
         ({"hidden_dims": ()}, "hidden_dims: expected at least one width, got an empty sequence"),
         ({"hidden_dims": [8, 0]}, "hidden_dims: expected an integer of at least 1, got 0"),
         ({"order": [0, 1, 1]}, "permutation"),
-        ({"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)}, "an order or an adjacency, got both"),
+        (
+            {"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)},
+            "an order or an adjacency, got both",
+        ),
         ({"adjacency": torch.eye(3)}, "cycle 0 -> 0"),
     ],
 )

@@ -136,20 +136,22 @@ def test_check_leaves_parameters_and_random_numbers_alone():
     assert all(torch.equal(p, before[name]) for name, p in foreign.named_parameters())
 
 
-@pytest.mark.parametrize("known", [MaskedMLP(3, 2), MaskedInput(Dense(3, 2))])
-def test_own_conditioners_skip_the_check(known, monkeypatch):
+@pytest.mark.parametrize("make", [MaskedMLP, lambda d, p: MaskedInput(Dense(d, p))])
+def test_own_conditioners_skip_the_check(make, monkeypatch):
     def fail(*_):
         raise RuntimeError("checked")
 
     monkeypatch.setattr("pyro_artransform.transforms.structure.faulty_coordinates", fail)
-    AutoregressiveTransform(ConditionedUnivariate(known, Affine()))(torch.zeros(3))
+    AutoregressiveTransform(ConditionedUnivariate(make(3, 2), Affine()))(torch.zeros(3))
     with pytest.raises(RuntimeError, match="checked"):
         AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))
 
 
 def test_no_check_without_validation():
     with pyro.validation_enabled(False):
-        assert structure_warnings(AutoregressiveTransform(DenseTransform(3, 2)), torch.randn(3)) == []
+        assert (
+            structure_warnings(AutoregressiveTransform(DenseTransform(3, 2)), torch.randn(3)) == []
+        )
 
 
 def test_check_structure_raises():
@@ -173,7 +175,9 @@ def test_condition():
     assert set(t.inv.condition(torch.zeros(5, 2)).parameters()) == set(t.parameters())
     with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got \(5, 1\)"):
         t.condition(torch.zeros(5, 1))(torch.zeros(5, 3))
-    with pytest.raises(ValueError, match=r"context: expected a tensor of shape \(\*, C\), got None"):
+    with pytest.raises(
+        ValueError, match=r"context: expected a tensor of shape \(\*, C\), got None"
+    ):
         t.condition(None)
 
 

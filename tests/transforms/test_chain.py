@@ -69,7 +69,9 @@ def test_other_domains():
     assert t.codomain.event_dim == 1
     assert t.codomain.base_constraint is constraints.positive
     q = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [t])
-    assert torch.allclose(q.log_prob(torch.ones(3)), dist.Normal(0.0, 1.0).log_prob(torch.zeros(3)).sum())
+    assert torch.allclose(
+        q.log_prob(torch.ones(3)), dist.Normal(0.0, 1.0).log_prob(torch.zeros(3)).sum()
+    )
     assert t.bijective
     assert t.sign == 1
     first = chain([SoftplusTransform(), AffineTransform(torch.zeros(2), torch.ones(2))])

@@ -42,7 +42,9 @@ def test_forward(family, conditioner, dim):
 @pytest.mark.parametrize(("family", "conditioner", "dim"), PAIRS)
 def test_inverse(family, conditioner, dim):
     check_transform(
-        lambda: AutoregressiveTransform(make_meta(family, conditioner, dim)).inv, dim, gain=gain(dim)
+        lambda: AutoregressiveTransform(make_meta(family, conditioner, dim)).inv,
+        dim,
+        gain=gain(dim),
     )
 
 

@@ -47,7 +47,9 @@ class AutoregressiveFlow(nn.Module):
         self.transforms = []
         for _ in range(layers):
             net = MaskedInput(AutoregressiveNet(features))
-            self.transforms.append(zuko.transforms.AutoregressiveTransform(meta=net, passes=features))
+            self.transforms.append(
+                zuko.transforms.AutoregressiveTransform(meta=net, passes=features)
+            )
             perm = torch.randperm(features)
             self.transforms.append(zuko.transforms.PermutationTransform(perm))
         self.flow = zuko.transforms.ComposedTransform(*self.transforms)
@@ -57,7 +59,9 @@ class AutoregressiveFlow(nn.Module):
 
 
 def log_det(transform, x):
-    rows = [torch.autograd.functional.jacobian(lambda v: transform.call_and_ladj(v)[0], r) for r in x]
+    rows = [
+        torch.autograd.functional.jacobian(lambda v: transform.call_and_ladj(v)[0], r) for r in x
+    ]
     return torch.stack([torch.linalg.slogdet(jacobian)[1] for jacobian in rows])
 
 
