@@ -4,9 +4,9 @@
 """Conditioners: networks that map x to the parameters of each coordinate's law."""
 
 from . import masks
-from .base import Conditioner
+from .base import Blocks, Conditioner
 from .masked_input import MaskedInput
 from .masked_linear import MaskedLinear
 from .masked_mlp import MaskedMLP
 
-__all__ = ["Conditioner", "MaskedInput", "MaskedLinear", "MaskedMLP", "masks"]
+__all__ = ["Blocks", "Conditioner", "MaskedInput", "MaskedLinear", "MaskedMLP", "masks"]

@@ -4,9 +4,41 @@
 """What a conditioner promises."""
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Blocks(Protocol):
+    """A conditioner at one batch, evaluated on blocks of levels of its graph, in their order.
+
+    Coordinates are sorted by level; all before the open block are known.
+    """
+
+    @property
+    def order(self) -> Tensor | None:
+        """The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already."""
+
+    @property
+    def levels(self) -> list[int]:
+        """``levels[k]`` coordinates come before level k; ``depth + 1`` entries."""
+
+    def open(self, start: int, stop: int) -> None:
+        """Begins the block of the levels ``start`` to ``stop - 1``."""
+
+    def params(self, x: Tensor | None) -> Tensor:
+        """The parameters of the block's n coordinates, shape ``(B, n, P)``.
+
+        :param x: their values, shape ``(B, n)``, or None for a block of one level.
+        """
+
+    def close(self, x: Tensor, levels: int) -> None:
+        """Makes the first levels of the block known.
+
+        :param x: the values of their coordinates, shape ``(B, n)``.
+        :param levels: the level up to which, not included, all is known then.
+        """
 
 
 class Conditioner(torch.nn.Module, ABC):
@@ -26,6 +58,17 @@ class Conditioner(torch.nn.Module, ABC):
     """
 
     autoregressive: bool = False
+
+    def blocks(self, x: Tensor, context: Tensor | None = None) -> Blocks | None:
+        """The evaluation from the first level of the graph to the last, or None.
+
+        A conditioner that offers it can be inverted for about the price of one evaluation; any other is
+        inverted by fixed-point passes.
+
+        :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
+        :param context: shape ``(B, C)`` or ``(C,)``, or None.
+        """
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .base import Conditioner
+from .blocks import MLPBlocks, Weights, layout
 from .masked_linear import MaskedLinear
 from .masks import (
     check_adjacency,
     check_order,
-    depth,
     hidden_sets,
     levels,
     mlp_masks,
     order_to_adjacency,
+    set_levels,
+    spread,
 )
 
 
@@ -75,6 +77,7 @@ class MaskedMLP(Conditioner):
         self.hidden_dims = _check_hidden_dims(hidden_dims, input_dim)
         self.nonlinearity = nn.ELU() if nonlinearity is None else nonlinearity
         self._register_graph(order, adjacency)
+        self._read_graph()
         self._build_layers()
 
     @property
@@ -95,12 +98,19 @@ class MaskedMLP(Conditioner):
             adjacency = order_to_adjacency(checked)
         self.register_buffer("order", checked)
         self.register_buffer("adjacency", adjacency)
-        #: The number of coordinates on the longest path: as many passes invert exactly.
-        self.depth = depth(adjacency)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.depth = depth(self.adjacency)
+        self._read_graph()
+
+    def _read_graph(self) -> None:
+        """What follows from the graph, kept for the inverse."""
+        level = levels(self.adjacency)
+        sets = hidden_sets(self.adjacency, self.context_dim > 0)
+        steps = [set_levels(spread(sets, width), level) for width in self.hidden_dims]
+        self._layout = layout(level, steps)
+        #: The number of coordinates on the longest path: as many passes invert exactly.
+        self.depth = len(self._layout.levels) - 1
 
     def _build_layers(self) -> None:
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
@@ -129,9 +139,7 @@ class MaskedMLP(Conditioner):
         :return: shape ``(*, D, P)``.
         :raises ValueError: if ``x`` or the context has another size, or the context is missing.
         """
-        # while torch.jit traces, sizes are tensors and cannot be compared
-        if not torch.jit.is_tracing():
-            self._check_input(x, context)
+        self._check_input(x, context)
         hidden = self.layers[0](x)
         if self.context_layer is not None:
             hidden = hidden + self.context_layer(context)
@@ -143,7 +151,35 @@ class MaskedMLP(Conditioner):
         rows = hidden.reshape(hidden.shape[:-1] + (self.num_params, self.input_dim))
         return rows.transpose(-1, -2)
 
+    def blocks(self, x: Tensor, context: Tensor | None = None) -> MLPBlocks:
+        """The network as it is evaluated block by block, from the first level of the graph on.
+
+        :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
+        :param context: shape ``(B, C)`` or ``(C,)``.
+        """
+        self._check_input(x, context)
+        return MLPBlocks(self._layout, self._sorted_weights(context), self.nonlinearity, x[:, :0])
+
+    def _sorted_weights(self, context: Tensor | None) -> Weights:
+        first, *hidden, last = self.layers
+        biases = [layer.bias for layer in (first, *hidden)]
+        if self.context_layer is not None:
+            biases[0] = biases[0] + self.context_layer(context)
+        order, rows = self._layout.order, (self.num_params, self.input_dim)
+        skip = None if self.skip is None else self.skip.masked_weight().unflatten(0, rows)
+        weights = Weights(
+            first.masked_weight(),
+            [layer.masked_weight() for layer in hidden],
+            last.masked_weight().unflatten(0, rows),
+            skip,
+            biases,
+            last.bias.unflatten(0, rows),
+        )
+        return weights if order is None else weights.sorted(order)
+
     def _check_input(self, x: Tensor, context: Tensor | None) -> None:
+        if torch.jit.is_tracing():
+            return  # sizes are tensors then and cannot be compared
         if x.dim() == 0 or x.shape[-1] != self.input_dim:
             raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
         if (context is None) != (self.context_dim == 0):

@@ -13,7 +13,7 @@ from torch.distributions import Transform
 
 from .base import FlowModule
 from .evaluate import call_and_ladj, sum_ladj, values_are_readable
-from .inversion import invert, plan_passes
+from .inversion import invert
 from .structure import StructureCheck, describe
 from .warn import warn_user
 
@@ -87,8 +87,7 @@ class AutoregressiveTransform(FlowModule):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
-        plan = plan_passes(y, self.passes, getattr(self.meta, "depth", None))
-        return invert(self.meta, y, plan)
+        return invert(self.meta, y, self.passes)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() == 0:
@@ -135,9 +134,14 @@ class ContextMeta(torch.nn.Module):
         return self.context.shape[:-1]
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("autoregressive", "depth"):
+        if name in ("autoregressive", "depth", "univariate"):
             return getattr(self.meta, name)
         return super().__getattr__(name)
+
+    def blocks(self, y: Tensor) -> Any:
+        """The conditioner as it is evaluated block by block, None if it cannot be."""
+        offer = getattr(self.meta, "blocks", None)
+        return None if offer is None else offer(y, self.context)
 
     def forward(self, x: Tensor) -> Transform:
         """The transform for a given x."""

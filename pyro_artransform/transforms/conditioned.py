@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..conditioners import Conditioner
+from ..conditioners import Blocks, Conditioner
 from ..univariate import Univariate
 
 
@@ -55,6 +55,17 @@ class ConditionedUnivariate(torch.nn.Module):
     def depth(self) -> int | None:
         """The depth of the conditioner's graph, None if it does not say."""
         return getattr(self.conditioner, "depth", None)
+
+    def blocks(self, y: Tensor, context: Tensor | None = None) -> Blocks | None:
+        """The conditioner as it is evaluated block by block, None if it cannot be.
+
+        :param y: shape ``(*, D)``, its batch shape that of the result.
+        :param context: shape ``(*, C)``.
+        """
+        rows = y.reshape(-1, y.shape[-1])
+        if context is not None and context.dim() > 1:
+            context = context.expand(y.shape[:-1] + context.shape[-1:]).flatten(0, -2)
+        return self.conditioner.blocks(rows, context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The transform for a given x.

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from ..univariate.base import values_can_be_read
+
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """``y`` and ``log |dy/dx|``, by the transform's own ``call_and_ladj`` where it has one.
@@ -49,7 +51,9 @@ def sum_ladj(ladj: Tensor, value: Tensor, event_dim: int, total_event_dim: int) 
     """
     shape = value.shape[: value.dim() - event_dim]
     missing = total_event_dim - event_dim
-    ladj = ladj if ladj.shape == shape else ladj.expand(shape)
+    # while torch.jit traces, sizes are tensors and cannot be compared
+    if torch.jit.is_tracing() or ladj.shape != shape:
+        ladj = ladj.expand(shape)
     return ladj.sum(tuple(range(-missing, 0))) if missing > 0 else ladj
 
 
@@ -59,11 +63,7 @@ def values_are_readable(*tensors: Tensor) -> bool:
     It may not while ``torch.jit`` or ``torch.compile`` trace, inside a ``torch.func`` transform, and on the
     meta device.
     """
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return all(tensor.device.type != "meta" for tensor in tensors)
+    return values_can_be_read() and all(tensor.device.type != "meta" for tensor in tensors)
 
 
 def _forget(transform: Transform) -> None:

@@ -25,6 +25,7 @@ the graph is deep; neither the passes nor the Jacobian are kept in memory.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +37,17 @@ from .warn import warn_user
 
 Meta = Callable[[Tensor], Transform]
 
+MIN_PASSES = 2  # it takes at least one more to see that nothing moves
+MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
+
+
+def block_size(depth: int, batch: int, input_dim: int) -> int:
+    """The number of levels in a block."""
+    return depth
+
 
 class Plan(NamedTuple):
-    """How to invert.
+    """How to invert by passes.
 
     :param passes: at most so many passes.
     :param exact: whether so many passes are known to be enough.
@@ -48,83 +57,154 @@ class Plan(NamedTuple):
     exact: bool
 
 
-def plan_passes(y: Tensor, passes: int | None, depth: int | None) -> Plan:
-    """The number of passes for an inverse.
+def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
+    """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
 
+    :param meta: a function of x that returns a transform.
     :param y: shape ``(*, D)``.
-    :param passes: the number that the user asked for, or None.
-    :param depth: the depth of the graph where it is known.
+    :param passes: at most so many fixed-point passes; None for an exact inverse, by whichever way is
+        cheapest.
+    :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
     """
+    batch = getattr(meta, "batch_shape", torch.Size())
+    y = y.expand(torch.broadcast_shapes(y.shape, batch + y.shape[-1:])) if batch else y
+    readable = values_are_readable(y)
+    offer = getattr(meta, "blocks", None) if passes is None else None
+    if not readable:
+        blocks = None if offer is None else offer(y)
+        return _unrolled(meta, y, passes) if blocks is None else _by_levels(meta, blocks, y)
+    with torch.no_grad():
+        blocks = None if offer is None else offer(y)
+        if blocks is None:
+            x, ladj = _by_passes(meta, y.detach(), passes)
+        else:
+            x, ladj = _by_blocks(meta, blocks, y.detach())
+    return _with_gradient(meta, x, y) if torch.is_grad_enabled() else (x, ladj)
+
+
+def _plan(meta: Meta, y: Tensor, passes: int | None) -> Plan:
+    depth = getattr(meta, "depth", None)
     if passes is None:
         # one pass more than D shows, where the depth is not known, that nothing moves any more
         return Plan(y.shape[-1] + 1, False) if depth is None else Plan(depth, True)
     return Plan(passes, depth is not None and passes >= depth)
 
 
-def invert(meta: Meta, y: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
-
-    :param meta: a function of x that returns a transform.
-    :param y: shape ``(*, D)``.
-    :param plan: how many passes.
-    :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
-    """
-    if not values_are_readable(y):
-        return _unrolled(meta, y, plan)
-    with torch.no_grad():
-        x, transform, converged = _iterate(meta, y.detach(), plan)
-        if not (converged or plan.exact):
-            _warn_of_residual(meta, x, y, plan)
-    if not torch.is_grad_enabled():
-        return x, _ladj(transform, x, y)
-    return _with_gradient(meta, x, y)
-
-
-def _unrolled(meta: Meta, y: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+def _unrolled(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     """All passes, differentiated by autograd: where no value can be read."""
     x = torch.zeros_like(y)
-    for _ in range(plan.passes - 1):
+    for _ in range(min(_plan(meta, y, passes).passes, y.shape[-1]) - 1):
         x = meta(x).inv(y)
     x, ladj = inverse_and_ladj(transform := meta(x), y)
     return x, sum_ladj(ladj, x, transform.event_dim, 1)
 
 
-def _ladj(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
-    ladj = transform.log_abs_det_jacobian(x, y)
-    return -sum_ladj(ladj, x, transform.event_dim, 1)
-
-
-def _iterate(meta: Meta, y: Tensor, plan: Plan) -> tuple[Tensor, Transform, bool]:
-    """Passes until nothing moves; the last transform has the parameters of the solution.
+def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
+    """Passes until nothing moves.
 
     What moved by round-off alone stays where it is: the map may amplify the jitter of an early
     coordinate from pass to pass.
     """
+    plan = _plan(meta, y, passes)
     x = torch.zeros_like(y)
     for _ in range(plan.passes):
         transform = meta(_finite(x))
         new = transform.inv(y)
         moved = _moved(new, x)
-        if not bool(moved.any()):
-            return x.expand(new.shape), transform, True
         x = torch.where(moved, new, x)
-    return x, transform, False
+        if not bool(moved.any()):
+            break
+    else:
+        if not plan.exact:
+            _warn_of_residual(meta, x, y, plan.passes)
+    ladj = transform.log_abs_det_jacobian(x, y)
+    return x, -sum_ladj(ladj, x, transform.event_dim, 1)
+
+
+def _by_levels(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One level of the graph after the other, differentiated by autograd, without reading a value."""
+    rows = _sorted_rows(blocks, y)
+    done = []
+    for k, (first, last) in enumerate(pairwise(blocks.levels)):
+        blocks.open(k, k + 1)
+        done.append(inverse_and_ladj(meta.univariate(blocks.params(None)), rows[:, first:last]))
+        blocks.close(done[-1][0], k + 1)
+    return _assembled(blocks, done, y)
+
+
+def _by_blocks(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of levels one after the other, and passes within each until nothing moves."""
+    large = _large(y)
+    clean = y.nan_to_num(0.0, large, -large)
+    rows, levels = _sorted_rows(blocks, clean), blocks.levels
+    size, start, done = block_size(len(levels) - 1, len(rows), y.shape[-1]), 0, []
+    while start < len(levels) - 1:
+        stop = min(start + size, len(levels) - 1)
+        blocks.open(start, stop)
+        target = rows[:, levels[start] : levels[stop]]
+        x, ladj, exact = _settle(meta.univariate, blocks, target, stop - start)
+        if exact < stop - start:
+            # the passes converge slowly here: what is exact is kept, and smaller blocks follow
+            stop, size = start + exact, max(size // 4, 1)
+            count = levels[stop] - levels[start]
+            x, ladj = x[:, :count], ladj[:, :count]
+        blocks.close(x, stop)
+        done.append((x, ladj))
+        start = stop
+    x, ladj = _assembled(blocks, done, y)
+    return x + (y - clean), ladj
+
+
+def _settle(family: Any, blocks: Any, y: Tensor, depth: int) -> tuple[Tensor, Tensor, int]:
+    """Passes within the open block, until nothing moves or all its levels are exact.
+
+    :return: x and its log-determinant by coordinate, and the number of levels that are exact.
+    """
+    if depth == 1:
+        return *inverse_and_ladj(family(blocks.params(None)), y), 1
+    large = _large(y)
+    x = torch.zeros_like(y)
+    for k in range(1, min(depth, MAX_PASSES) + 1):
+        new, ladj = inverse_and_ladj(family(blocks.params(x)), y)
+        # early passes may overflow, and infinity times a masked zero would spoil what is exact
+        new = new.clamp(-large, large)
+        if MIN_PASSES < k < depth and not bool(_moved(new, x).any()):
+            return new, ladj, depth
+        x = new
+    return x, ladj, k
+
+
+def _sorted_rows(blocks: Any, y: Tensor) -> Tensor:
+    rows = y.reshape(-1, y.shape[-1])
+    return rows if blocks.order is None else rows[:, blocks.order]
+
+
+def _assembled(blocks: Any, done: list[tuple[Tensor, Tensor]], y: Tensor) -> tuple[Tensor, Tensor]:
+    """The coordinates in their own order, and the sum of the log-determinants."""
+    x, ladj = (torch.cat(parts, -1) for parts in zip(*done))
+    x = x if blocks.order is None else x[:, blocks.order.argsort()]
+    return x.reshape(y.shape), ladj.sum(-1).reshape(y.shape[:-1])
+
+
+def _large(y: Tensor) -> float:
+    """So large that nothing sensible is larger, so small that sums of products stay finite."""
+    return torch.finfo(y.dtype).max ** 0.75
 
 
 def _finite(x: Tensor) -> Tensor:
     """Early passes may overflow, and infinity times a masked zero would spoil what is exact already."""
-    large = torch.finfo(x.dtype).max ** 0.75
+    large = _large(x)
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
 def _moved(new: Tensor, old: Tensor) -> Tensor:
     """What changed by more than round-off; what became infinite or undefined in the same way did not."""
-    change = (new - old).abs()
-    still = change <= 2 * torch.finfo(new.dtype).eps * (1 + new.abs())
+    change = (new - old).abs_()
+    still = change <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
     return ~(still | (new == old) | (new.isnan() & old.isnan()))
 
 
-def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, plan: Plan) -> None:
+def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:
     """Says how far ``meta(x)(x)`` is from y, if it is further than round-off explains."""
     residual = (meta(x)(x) - y).abs()
     scale = 1e3 * torch.finfo(x.dtype).eps * (1 + x.abs() + y.abs())
@@ -132,7 +212,7 @@ def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, plan: Plan) -> None:
     if bool(bad.any()):
         worst = torch.where(bad, residual, torch.zeros_like(residual)).max().item()
         warn_user(
-            f"the inverse of an AutoregressiveTransform has not converged after {plan.passes} passes: "
+            f"the inverse of an AutoregressiveTransform has not converged after {passes} passes: "
             f"the largest residual |T(x) - y| is {worst:.3g}. Leave passes=None for an exact inverse of "
             "an autoregressive meta",
             RuntimeWarning,

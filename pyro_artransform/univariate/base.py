@@ -6,10 +6,24 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+
+def values_can_be_read() -> bool:
+    """
+    Whether a tensor's value may be looked at now.
+
+    It may not while ``torch.jit`` or ``torch.compile`` record, and in a ``torch.func`` transform.
+    """
+    return not (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def soft_bound(x: Tensor, bound: float) -> Tensor:
@@ -25,9 +39,37 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     :param float bound: The largest absolute value, positive.
     :return: A tensor of the shape of ``x``; 0 at 0 exactly.
     """
-    # The same function as the quotient, but that one overflows at large x and its automatic
-    # derivative is a difference of two nearly equal numbers (zero in float32 from |x| = 1e4 on).
-    return torch.sin(torch.atan(x / bound)) * bound
+    if not values_can_be_read():
+        # The same function, in a form whose automatic derivatives are right to any order.
+        return torch.sin(torch.atan(x / bound)) * bound
+    return _SoftBound.apply(x, bound) if torch.is_grad_enabled() else _quotient(x, bound)
+
+
+def _quotient(x: Tensor, bound: float) -> Tensor:
+    x = x.clamp(-1e15, 1e15)  # the square must not overflow in float32
+    return (x * x).mul_(bound**-2).add_(1.0).rsqrt_().mul_(x)
+
+
+class _SoftBound(torch.autograd.Function):
+    """
+    The quotient with its derivative in closed form.
+
+    The automatic derivative of the quotient is a difference of nearly equal numbers: wrong by up
+    to 200 % in float32 for ``|x|`` up to 1e4 and bound 3, and zero further out. The sine of the arc
+    tangent has a good one, but takes eight times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound
+        return _quotient(x, bound)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        slope = torch.rsqrt(1 + (x.clamp(-1e12, 1e12) / ctx.bound) ** 2)
+        return gradient * slope**3, None
 
 
 def broadcast_error(names: str, shapes: list[torch.Size]) -> ValueError:
@@ -68,7 +110,8 @@ def positive(name: str, value: float) -> float:
     :param float value: Its value.
     :raises ValueError: If it is not.
     """
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    # Comparisons only: torch.compile may make this number a symbol.
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"expected {name} to be a positive finite number, got {value!r}")
     return float(value)
 

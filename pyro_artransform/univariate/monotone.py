@@ -65,10 +65,11 @@ class MonotoneNeuralTransform(MonotoneTransform):
         centres = torch.arange(count, dtype=knots.dtype, device=knots.device) - 0.5 * (count - 1)
         self.shift = shift
         self.speeds = speeds
-        self.tails = 0.5 * (speeds[..., 0] + speeds[..., -1])
+        self.left, self.right = speeds[..., 0], speeds[..., -1]
         self.jumps = 0.5 * (speeds[..., 1:] - speeds[..., :-1])
         self.knots = centres * spacing + soft_bound(knots, 0.5 * spacing)
-        self.softness = spacing * torch.exp(soft_bound(softness, SOFTNESS_BOUND))
+        softness = spacing * torch.exp(soft_bound(softness, SOFTNESS_BOUND))
+        self.softness = softness.square().unsqueeze(-1)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(units={self.knots.shape[-1]})"
@@ -77,11 +78,20 @@ class MonotoneNeuralTransform(MonotoneTransform):
         # Further out the square could overflow, and the law is a line to round-off.
         far = torch.finfo(x.dtype).max ** 0.5 * 1e-6
         near = x.clamp(-far, far)
-        z = (near.unsqueeze(-1) - self.knots) / self.softness.unsqueeze(-1)
-        root = torch.sqrt(1 + z * z)
-        bend = self.softness * (self.jumps * root).sum(-1)
-        slope = self.tails + (self.jumps * z / root).sum(-1)
-        y = self.shift + self.tails * near + bend + slope * (x - near)
+        # All terms grow with x and cancel each other but for the tail's own line, which float32
+        # cannot afford. So that line is taken out, with a = sqrt(1 + x^2) as the smooth |x|: the
+        # differences of roots that remain are quotients of their squares' differences. The sign
+        # is never 0, so that at 0 too each derivative is that of one smooth piece.
+        a = torch.sqrt(1 + near * near)
+        sign = torch.where(near >= 0, 1.0, -1.0).to(x.dtype)
+        line = torch.where(near >= 0, self.right, self.left) * near
+        corner = 0.5 * (self.right - self.left) / (a + sign * near)
+        step = near.unsqueeze(-1) - self.knots
+        root = torch.sqrt(step * step + self.softness)
+        excess = self.knots * (self.knots - 2 * near.unsqueeze(-1)) + (self.softness - 1)
+        bend = (self.jumps * excess / (root + a.unsqueeze(-1))).sum(-1)
+        slope = 0.5 * (self.left + self.right) + (self.jumps * step / root).sum(-1)
+        y = self.shift + line + corner + bend + slope * (x - near)
         return y, torch.log(slope).expand_as(y)
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,20 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import ElementwiseTransform
-
-
-def values_can_be_read() -> bool:
-    """
-    Whether a tensor's value may be looked at now.
-
-    It may not while ``torch.jit`` or ``torch.compile`` record, and in a ``torch.func`` transform.
-    """
-    return not (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    )
+from .base import ElementwiseTransform, values_can_be_read
 
 
 def solve_increasing(
@@ -49,7 +36,11 @@ def solve_increasing(
     """
     can_stop = values_can_be_read()
     tolerance = torch.finfo(y.dtype).eps ** 0.5
+    # A root at the very end of the bracket would seem to be outside by round-off.
+    low = low - tolerance * (1 + low.abs())
+    high = high + tolerance * (1 + high.abs())
     x, last = 0.5 * (low + high), high - low
+    settled = torch.zeros_like(y, dtype=torch.bool)
     for _ in range(max_steps if can_stop else fixed_steps):
         value, ladj = function(x)
         residual = value - y
@@ -58,10 +49,12 @@ def solve_increasing(
         step = -residual * torch.exp(-ladj)
         newton, length = x + step, step.abs()
         inside = (newton >= low) & (newton <= high)
-        # A root that is found stays, while round-off moves it and others are still sought.
         found = length <= tolerance * (1 + x.abs())
         good = found | (inside & (2 * length <= last))
         following = torch.where(good, newton, 0.5 * (low + high))
+        # A root that was found stays, so that it does not depend on how long others are sought.
+        following = torch.where(settled, x, following)
+        settled = settled | found
         last = (following - x).abs()
         x = following
         # Asked in this way, an element that is not a number does not keep the others waiting.
@@ -111,17 +104,16 @@ class MonotoneTransform(ElementwiseTransform):
         ladj = -self.call_and_ladj(x)[1]
         return torch.where(finite, x, y), ladj
 
-    @torch.no_grad()
     def _search(self, y: Tensor) -> Tensor:
-        low, high = self.bracket(y)
-        y = y.expand_as(low)
-        x = solve_increasing(
-            self.call_and_ladj,
-            y,
-            low,
-            high,
-            max_steps=self.max_steps,
-            fixed_steps=self.fixed_steps,
-        )
+        with torch.no_grad():
+            low, high = self.bracket(y)
+            x = solve_increasing(
+                self.call_and_ladj,
+                y.expand_as(low),
+                low,
+                high,
+                max_steps=self.max_steps,
+                fixed_steps=self.fixed_steps,
+            )
         # A trace does not record no_grad, and forward-mode differentiation ignores it.
         return x.detach()

@@ -201,7 +201,8 @@ class RationalQuadraticSpline(Univariate):
     def forward(self, params: Tensor) -> MonotonicRQSTransform:
         self.check_params(params)
         sizes = (self.count_bins, self.count_bins, self.count_bins - 1)
-        return MonotonicRQSTransform(*split_params(params, sizes), bound=self.bound)
+        widths, heights, derivatives = split_params(params, sizes)
+        return MonotonicRQSTransform(widths, heights, derivatives, self.bound)
 
 
 def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
@@ -241,8 +242,6 @@ def _broadcast(t: Tensor, *tables: Tensor) -> list[Tensor]:
     ]
 
 
-def _inside_only(
-    inside: Tensor, x: Tensor, change: Tensor, ladj: Tensor
-) -> tuple[Tensor, Tensor]:
+def _inside_only(inside: Tensor, x: Tensor, change: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
     """The spline inside, the identity outside."""
     return torch.where(inside, x + change, x), torch.where(inside, ladj, 0.0)

@@ -1,0 +1,68 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+
+from pyro_artransform.univariate import (
+    Affine,
+    ElementwiseTransform,
+    GatedAffine,
+    Univariate,
+    soft_bound,
+    split_params,
+)
+
+
+def test_soft_bound_is_the_quotient_of_its_formula():
+    x = torch.linspace(-20, 20, 401, requires_grad=True)
+    y = soft_bound(x, 3.0)
+    assert torch.allclose(y, x / torch.sqrt(1 + (x / 3) ** 2))
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(slope, (1 + (x / 3) ** 2) ** -1.5)
+
+
+@pytest.mark.parametrize("value", [1.0, 1e2, 1e4, -1e4, 1e5])
+def test_gradient_of_soft_bound_never_dies(value):
+    """F7. The automatic derivative of the quotient is 8 % off at 1e4 and zero at 1e5."""
+    x = torch.tensor(value, dtype=torch.float32, requires_grad=True)
+    (slope,) = torch.autograd.grad(soft_bound(x, 3.0), x)
+    expected = torch.tensor((1 + (value / 3) ** 2) ** -1.5, dtype=torch.float32)
+    assert torch.isclose(slope, expected, rtol=1e-3, atol=0.0)
+
+
+def test_soft_bound_does_not_overflow():
+    x = torch.tensor([1e30, -1e30, torch.inf, 0.0, torch.nan], dtype=torch.float32)
+    y = soft_bound(x, 3.0)
+    assert torch.equal(y[:4], torch.tensor([3.0, -3.0, 3.0, 0.0], dtype=torch.float32))
+    assert y[4].isnan()
+
+
+def test_split_params_gives_views_in_order():
+    params = torch.randn(4, 3, 7)
+    for source in (params, params.transpose(-1, -2).contiguous().transpose(-1, -2), params[0, 0]):
+        parts = split_params(source, (1, 4, 2))
+        assert [part.shape[-1] for part in parts] == [1, 4, 2]
+        assert torch.equal(torch.cat(parts, -1), source)
+        assert parts[0].data_ptr() == source.data_ptr()
+
+
+def test_gradient_of_split_params():
+    base = torch.randn(4, 7, 3, requires_grad=True)
+    parts = split_params(base.transpose(-1, -2), (1, 4, 2))
+    sum(part.square().sum() for part in parts).backward()
+    assert torch.allclose(base.grad, 2 * base)
+
+
+def test_repr_tells_the_arguments():
+    assert repr(Affine()) == "Affine(bound=3.0)"
+    assert repr(GatedAffine()) == "GatedAffine(gate_bias=2.0)"
+
+
+def test_the_contract_is_abstract():
+    transform = ElementwiseTransform()
+    for function in (transform, transform.inv):
+        with pytest.raises(NotImplementedError):
+            function(torch.zeros(3))
+    with pytest.raises(NotImplementedError):
+        Univariate()(torch.zeros(3, 2))

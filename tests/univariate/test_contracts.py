@@ -1,0 +1,191 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every univariate family."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from pyro_artransform.testing import check_univariate
+from pyro_artransform.univariate import MonotoneTransform
+
+from .families import FAMILIES, STARTS_AT_IDENTITY
+
+every_family = pytest.mark.parametrize("new", FAMILIES.values(), ids=FAMILIES.keys())
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", FAMILIES)
+def test_contracts(name, dtype):
+    check_univariate(FAMILIES[name](), dtype=dtype, identity_at_zero=name in STARTS_AT_IDENTITY)
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", STARTS_AT_IDENTITY)
+def test_zero_params_are_the_identity_bit_by_bit(name, dtype):
+    """F10: nflows' identity initialisation is none."""
+    family = FAMILIES[name]()
+    points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 8.0, 1e2, 1e4, 1e30]
+    x = torch.tensor(points + [-point for point in points], dtype=dtype).unsqueeze(-1)
+    transform = family(torch.zeros(1, family.num_params, dtype=dtype))
+    for function in (transform, transform.inv):
+        y, ladj = function.call_and_ladj(x)
+        assert torch.equal(y, x)
+        assert torch.equal(ladj, torch.zeros_like(x))
+
+
+@every_family
+def test_params_move_the_map_from_the_first_step(new):
+    family = new()
+    params = torch.zeros(64, family.num_params, requires_grad=True)
+    y, ladj = family(params).call_and_ladj(torch.linspace(-2.9, 2.9, 64))
+    (y.square() - ladj).sum().backward()
+    assert (params.grad != 0).any(-1).all()
+
+
+@every_family
+def test_log_derivative_is_bounded_to_about_three(new):
+    """F7: a scale that explodes; also what keeps plain SVI finite."""
+    family = new()
+    params = 1e3 * torch.randn(2000, family.num_params)
+    x = torch.cat([torch.linspace(-8, 8, 33), torch.tensor([-1e4, 1e4])]).unsqueeze(-1)
+    ladj = family(params).call_and_ladj(x)[1]
+    assert ladj.abs().max() < 3.5
+
+
+@pytest.mark.parametrize("gain", [1.0, 2.0, 4.0])
+@every_family
+def test_round_trip_in_float32(new, gain):
+    """F5: where float32 cannot give x back, the residual stays at round-off."""
+    family = new()
+    params = gain * torch.randn(32, family.num_params, dtype=torch.float32)
+    transform = family(params)
+    x = torch.linspace(-30, 30, 1201, dtype=torch.float32).unsqueeze(-1)
+    y = transform(x)
+    back = transform.inv(y)
+    slope = transform.log_abs_det_jacobian(x, y).exp()
+    assert ((back - x).abs() * slope.clamp(max=1.0) < 1e-4).all()
+    assert ((transform(back) - y).abs() / (1 + y.abs()) < 2e-5).all()
+
+
+@every_family
+def test_strictly_increasing_and_onto(new):
+    """F4: a flow that does not reach all of the real line."""
+    transform = new()(2 * torch.randn(16, new().num_params))
+    x = torch.linspace(-1e3, 1e3, 2001).unsqueeze(-1)
+    assert (transform(x).diff(dim=0) > 0).all()
+    assert torch.allclose(transform(transform.inv(x)), x, rtol=1e-10)
+
+
+@every_family
+def test_infinities_pass_and_raise_nothing(new):
+    transform = new()(torch.randn(3, new().num_params))
+    x = torch.tensor([-torch.inf, torch.inf, torch.nan])
+    for function in (transform, transform.inv):
+        y = function(x)
+        assert torch.equal(y[:2], x[:2])
+        assert y[2].isnan()
+
+
+@every_family
+def test_nan_params_do_not_raise(new):
+    transform = new()(torch.full((3, new().num_params), torch.nan))
+    assert transform(torch.ones(3)).isnan().all()
+    assert transform.inv(torch.ones(3)).isnan().all()
+
+
+@every_family
+def test_no_elements(new):
+    transform = new()(torch.zeros(0, 3, new().num_params))
+    for function in (transform, transform.inv):
+        y, ladj = function.call_and_ladj(torch.zeros(0, 3))
+        assert y.shape == ladj.shape == (0, 3)
+
+
+@every_family
+def test_wrong_number_of_params(new):
+    family = new()
+    with pytest.raises(ValueError, match=rf"expected .*{family.num_params}.*got \(4, 99\)"):
+        family(torch.zeros(4, 99))
+
+
+@every_family
+def test_copies(new):
+    family = new()
+    params, x = torch.randn(3, family.num_params), torch.randn(3)
+    y = family(params)(x)
+    assert torch.equal(copy.deepcopy(family)(params)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(family))(params)(x), y)
+    inverse = pickle.loads(pickle.dumps(family(params).inv))
+    assert torch.allclose(inverse(y), x)
+
+
+def _both_directions(family):
+    def function(params, x):
+        y, ladj = family(params).call_and_ladj(x)
+        back, back_ladj = family(params).inv.call_and_ladj(x)
+        return y, ladj, back, back_ladj
+
+    return function
+
+
+@every_family
+def test_trace(new, monkeypatch):
+    """F23: TorchScript differentiates slices, and not the output of a split."""
+    # A trace unrolls the search for a root, and TorchScript is slow on long graphs.
+    monkeypatch.setattr(MonotoneTransform, "fixed_steps", 8)
+    family = new()
+    function = _both_directions(family)
+    params, x = torch.randn(4, 3, family.num_params), torch.randn(4, 3)
+    traced = torch.jit.trace(function, (params, x), check_trace=False)
+    for _ in range(3):
+        params = (0.5 * torch.randn_like(params)).requires_grad_()
+        expected = function(params, x)
+        (expected_grad,) = torch.autograd.grad(sum(part.sum() for part in expected), params)
+        got = traced(params, x)
+        (grad,) = torch.autograd.grad(sum(part.sum() for part in got), params)
+        assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))
+        assert torch.allclose(grad, expected_grad)
+
+
+@pytest.mark.parametrize("name", ["affine", "gated", "spline", "monotone"])
+def test_compile(name):
+    family = FAMILIES[name]()
+    function = _both_directions(family)
+    params, x = torch.randn(4, 3, family.num_params), torch.randn(4, 3)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    for got, expected in zip(compiled(params, x), function(params, x), strict=True):
+        assert torch.allclose(got, expected)
+
+
+@every_family
+def test_function_transforms(new):
+    family = new()
+    params, x = torch.randn(4, family.num_params), torch.randn(4)
+
+    def total(params, x):
+        return sum(part.sum() for part in _both_directions(family)(params, x))
+
+    for function in (torch.func.jacrev(total), torch.func.jacfwd(total)):
+        got = torch.func.vmap(function)(params.unsqueeze(1), x.unsqueeze(1)).squeeze(1)
+        expected = torch.autograd.functional.jacobian(lambda p: total(p, x), params)
+        assert torch.allclose(got, expected)
+
+
+@every_family
+def test_inverse_is_a_transform_with_the_same_interface(new):
+    transform = new()(torch.randn(3, new().num_params))
+    y = torch.randn(3)
+    assert transform.inv.inv is transform
+    assert transform.inv == transform.inv
+    assert transform.inv != transform
+    assert transform.with_cache() is transform
+    assert repr(transform) in repr(transform.inv)
+    x, ladj = transform.inv.call_and_ladj(y)
+    assert torch.allclose(transform.inv.log_abs_det_jacobian(y, x), ladj)
+    again, minus = transform.inv.inverse_and_ladj(x)
+    assert torch.allclose(again, y)
+    assert torch.allclose(minus, -ladj)
