@@ -59,7 +59,9 @@ class Conditioner(torch.nn.Module, ABC):
 
     autoregressive: bool = False
 
-    def blocks(self, x: Tensor, context: Tensor | None = None) -> Blocks | None:
+    def blocks(
+        self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
+    ) -> Blocks | None:
         """The evaluation from the first level of the graph to the last, or None.
 
         A conditioner that offers it can be inverted for about the price of one evaluation; any other is
@@ -67,6 +69,8 @@ class Conditioner(torch.nn.Module, ABC):
 
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
+        :param in_place: whether values may be written in place, which is faster, but neither autograd
+            nor ``torch.func`` can follow.
         """
         return None
 

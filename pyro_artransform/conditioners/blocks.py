@@ -73,13 +73,41 @@ class Weights(NamedTuple):
         )
 
 
+class Known:
+    """Columns that become known from left to right.
+
+    :param like: a tensor of shape ``(B, *)``, whose dtype and device are used.
+    :param width: the number of columns in the end.
+    :param in_place: whether to write them into one tensor, which autograd and ``torch.func`` cannot follow.
+    """
+
+    def __init__(self, like: Tensor, width: int, in_place: bool) -> None:
+        self.count = 0
+        self._columns = like.new_empty((like.shape[0], width)) if in_place else like[:, :0]
+        self._in_place = in_place
+
+    def append(self, columns: Tensor, count: int) -> None:
+        """Adds the first ``count`` of some columns."""
+        columns = columns[:, :count]
+        if self._in_place:
+            self._columns[:, self.count : self.count + count] = columns
+        else:
+            self._columns = torch.cat([self._columns, columns], -1)
+        self.count += count
+
+    def get(self) -> Tensor:
+        """What is known, shape ``(B, count)``."""
+        return self._columns[:, : self.count]
+
+
 class MLPBlocks:
     """The evaluation of one network at one batch, from the first level to the last.
 
     :param layout: the sorted layout.
     :param weights: the sorted weights.
     :param nonlinearity: the elementwise activation.
-    :param known: an empty tensor of shape ``(B, 0)``, of the dtype and device of the inputs.
+    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
+    :param in_place: see :class:`Known`.
     """
 
     def __init__(
@@ -87,11 +115,12 @@ class MLPBlocks:
         layout: Layout,
         weights: Weights,
         nonlinearity: Callable[[Tensor], Tensor],
-        known: Tensor,
+        like: Tensor,
+        in_place: bool,
     ) -> None:
         self._layout, self._weights, self._act = layout, weights, nonlinearity
-        self._known = known
-        self._hidden = [known for _ in layout.units]
+        self._inputs = Known(like, layout.levels[-1], in_place)
+        self._hidden = [Known(like, units[-1], in_place) for units in layout.units]
 
     @property
     def order(self) -> Tensor | None:
@@ -110,23 +139,28 @@ class MLPBlocks:
         :param stop: one more than its last level.
         """
         first, last = self._layout.levels[start], self._layout.levels[stop]
-        self._complete(start)
-        self._base = [self._preactivation(i, start, stop - 1) for i in range(len(self._hidden))]
-        w = self._weights
-        ready = self._hidden[-1].shape[-1]
-        moving = self._layout.units[-1][stop - 1]
-        rows = w.last[:, first:last]
-        bias = w.last_bias[:, first:last].reshape(-1)
-        self._out_base = torch.addmm(bias, self._hidden[-1], rows[..., :ready].flatten(0, 1).T)
-        self._out = rows[..., ready:moving].flatten(0, 1).T
-        self._skip = None
-        if w.skip is not None:
-            known = w.skip[:, first:last, :first].flatten(0, 1).T
-            self._out_base = torch.addmm(self._out_base, self._known, known)
-            self._skip = w.skip[:, first:last, first:last].flatten(0, 1).T
         self._first, self._width = first, last - first
-        self._moving = [self._square(i, start, stop - 1) for i in range(len(self._hidden))]
-        self._moved = [base[:, :0] for base in self._base]
+        self._complete(start)
+        moving = range(len(self._hidden)) if stop > start + 1 else ()
+        self._base = [self._affine(i, self._rows(i, start, stop)) for i in moving]
+        self._square = [self._inside(i, start, stop) for i in moving]
+        self._moved: list[Tensor] = []
+        self._open_outputs(first, last, self._rows(-1, start, stop))
+
+    def _open_outputs(self, first: int, last: int, moving: slice) -> None:
+        """What is known contributes to the block's parameters, and the weights of what is not."""
+        weights, hidden = self._weights, self._hidden[-1]
+        rows = weights.last[:, first:last]
+        bias = weights.last_bias[:, first:last].reshape(-1)
+        known = rows[..., : hidden.count].flatten(0, 1).T
+        self._out_base = torch.addmm(bias, hidden.get(), known)
+        self._out = rows[..., moving].flatten(0, 1).T
+        self._skip = None
+        if weights.skip is not None:
+            skip = weights.skip[:, first:last]
+            known = skip[..., :first].flatten(0, 1).T
+            self._out_base = torch.addmm(self._out_base, self._inputs.get(), known)
+            self._skip = skip[..., first:last].flatten(0, 1).T
 
     def params(self, x: Tensor | None) -> Tensor:
         """The parameters of the block's coordinates.
@@ -137,9 +171,8 @@ class MLPBlocks:
         """
         out = self._out_base
         if x is not None:
-            hidden = x
-            self._moved = []
-            for base, weight in zip(self._base, self._moving):
+            hidden, self._moved = x, []
+            for base, weight in zip(self._base, self._square):
                 hidden = self._act(torch.addmm(base, hidden, weight))
                 self._moved.append(hidden)
             out = torch.addmm(out, hidden, self._out)
@@ -153,35 +186,32 @@ class MLPBlocks:
         :param x: the values of their coordinates, shape ``(B, n)``.
         :param levels: the level up to which, not included, all is known then.
         """
-        self._known = torch.cat([self._known, x], -1)
-        for i, moved in enumerate(self._moved):
-            count = self._layout.units[i][levels - 1] - self._hidden[i].shape[-1]
-            if count > 0:
-                self._hidden[i] = torch.cat([self._hidden[i], moved[:, :count]], -1)
+        self._inputs.append(x, self._layout.levels[levels] - self._inputs.count)
+        for hidden, moved, units in zip(self._hidden, self._moved, self._layout.units):
+            hidden.append(moved, units[levels - 1] - hidden.count)
 
     def _complete(self, start: int) -> None:
         """Computes the units that can be known now and are not yet."""
-        for i, done in enumerate(self._hidden):
-            end = self._layout.units[i][start]
-            if end > done.shape[-1]:
-                new = self._act(self._affine(i, slice(done.shape[-1], end)))
-                self._hidden[i] = torch.cat([done, new], -1)
+        for i, (hidden, units) in enumerate(zip(self._hidden, self._layout.units)):
+            count = units[start] - hidden.count
+            if count:
+                new = self._act(self._affine(i, slice(hidden.count, units[start])))
+                hidden.append(new, count)
 
     def _affine(self, i: int, rows: slice) -> Tensor:
         """What is known contributes to some units of a layer, shape ``(B, number of units)``."""
-        source = self._known if i == 0 else self._hidden[i - 1]
+        source = self._inputs if i == 0 else self._hidden[i - 1]
         weight = self._weights.first if i == 0 else self._weights.hidden[i - 1]
         bias = self._weights.biases[i][..., rows]
-        return torch.addmm(bias, source, weight[rows, : source.shape[-1]].T)
+        return torch.addmm(bias, source.get(), weight[rows, : source.count].T)
 
-    def _preactivation(self, i: int, start: int, last: int) -> Tensor:
-        units = self._layout.units[i]
-        return self._affine(i, slice(units[start], units[last]))
+    def _rows(self, i: int, start: int, stop: int) -> slice:
+        """The units of a layer that depend on the block's coordinates."""
+        return slice(self._layout.units[i][start], self._layout.units[i][stop - 1])
 
-    def _square(self, i: int, start: int, last: int) -> Tensor:
-        """The weights from a block's own part of one layer to its part of the next, transposed."""
-        rows = slice(self._layout.units[i][start], self._layout.units[i][last])
+    def _inside(self, i: int, start: int, stop: int) -> Tensor:
+        """The weights from the block's own part of one layer to its part of the next, transposed."""
+        rows = self._rows(i, start, stop)
         if i == 0:
             return self._weights.first[rows, self._first : self._first + self._width].T
-        columns = slice(self._layout.units[i - 1][start], self._layout.units[i - 1][last])
-        return self._weights.hidden[i - 1][rows, columns].T
+        return self._weights.hidden[i - 1][rows, self._rows(i - 1, start, stop)].T

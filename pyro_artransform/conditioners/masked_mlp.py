@@ -151,14 +151,13 @@ class MaskedMLP(Conditioner):
         rows = hidden.reshape(hidden.shape[:-1] + (self.num_params, self.input_dim))
         return rows.transpose(-1, -2)
 
-    def blocks(self, x: Tensor, context: Tensor | None = None) -> MLPBlocks:
-        """The network as it is evaluated block by block, from the first level of the graph on.
-
-        :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
-        :param context: shape ``(B, C)`` or ``(C,)``.
-        """
+    def blocks(
+        self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
+    ) -> MLPBlocks:
+        """The network as it is evaluated block by block, see :class:`~.base.Conditioner`."""
         self._check_input(x, context)
-        return MLPBlocks(self._layout, self._sorted_weights(context), self.nonlinearity, x[:, :0])
+        weights = self._sorted_weights(context)
+        return MLPBlocks(self._layout, weights, self.nonlinearity, x, in_place)
 
     def _sorted_weights(self, context: Tensor | None) -> Weights:
         first, *hidden, last = self.layers

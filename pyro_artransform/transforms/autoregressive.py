@@ -138,10 +138,10 @@ class ContextMeta(torch.nn.Module):
             return getattr(self.meta, name)
         return super().__getattr__(name)
 
-    def blocks(self, y: Tensor) -> Any:
+    def blocks(self, y: Tensor, *, in_place: bool = False) -> Any:
         """The conditioner as it is evaluated block by block, None if it cannot be."""
         offer = getattr(self.meta, "blocks", None)
-        return None if offer is None else offer(y, self.context)
+        return None if offer is None else offer(y, self.context, in_place=in_place)
 
     def forward(self, x: Tensor) -> Transform:
         """The transform for a given x."""

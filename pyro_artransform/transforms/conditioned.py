@@ -56,16 +56,19 @@ class ConditionedUnivariate(torch.nn.Module):
         """The depth of the conditioner's graph, None if it does not say."""
         return getattr(self.conditioner, "depth", None)
 
-    def blocks(self, y: Tensor, context: Tensor | None = None) -> Blocks | None:
+    def blocks(
+        self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
+    ) -> Blocks | None:
         """The conditioner as it is evaluated block by block, None if it cannot be.
 
         :param y: shape ``(*, D)``, its batch shape that of the result.
         :param context: shape ``(*, C)``.
+        :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
         rows = y.reshape(-1, y.shape[-1])
         if context is not None and context.dim() > 1:
             context = context.expand(y.shape[:-1] + context.shape[-1:]).flatten(0, -2)
-        return self.conditioner.blocks(rows, context)
+        return self.conditioner.blocks(rows, context, in_place=in_place)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The transform for a given x.

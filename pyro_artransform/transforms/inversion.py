@@ -74,7 +74,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
         blocks = None if offer is None else offer(y)
         return _unrolled(meta, y, passes) if blocks is None else _by_levels(meta, blocks, y)
     with torch.no_grad():
-        blocks = None if offer is None else offer(y)
+        blocks = None if offer is None else offer(y, in_place=True)
         if blocks is None:
             x, ladj = _by_passes(meta, y.detach(), passes)
         else:
@@ -168,7 +168,7 @@ def _settle(family: Any, blocks: Any, y: Tensor, depth: int) -> tuple[Tensor, Te
         new, ladj = inverse_and_ladj(family(blocks.params(x)), y)
         # early passes may overflow, and infinity times a masked zero would spoil what is exact
         new = new.clamp(-large, large)
-        if MIN_PASSES < k < depth and not bool(_moved(new, x).any()):
+        if MIN_PASSES < k < depth and _settled(new, x):
             return new, ladj, depth
         x = new
     return x, ladj, k
@@ -202,6 +202,12 @@ def _moved(new: Tensor, old: Tensor) -> Tensor:
     change = (new - old).abs_()
     still = change <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
     return ~(still | (new == old) | (new.isnan() & old.isnan()))
+
+
+def _settled(new: Tensor, old: Tensor) -> bool:
+    """Whether finite numbers changed by no more than round-off."""
+    change = (new - old).abs_()
+    return not bool((change > new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)).any())
 
 
 def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:
