@@ -13,7 +13,7 @@ from torch.distributions import Transform
 
 from .base import FlowModule
 from .evaluate import call_and_ladj, sum_ladj, values_are_readable
-from .inversion import invert
+from .inversion import at_solution, invert
 from .structure import StructureCheck, describe
 from .warn import warn_user
 
@@ -88,6 +88,10 @@ class AutoregressiveTransform(FlowModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
         return invert(self.meta, y, self.passes)
+
+    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        return at_solution(self.meta, x, y)
 
     def _check(self, x: Tensor) -> None:
         if x.dim() == 0:

@@ -56,6 +56,17 @@ class FlowModule(TransformModule):
         """
         raise NotImplementedError
 
+    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse at y where x is known: nothing is inverted, and the gradients are the same.
+
+        The gradient of a flow's log-density at its own draw needs no more than this.
+
+        :param x: the inverse of y, shape ``(*, D)``; its own graph is not followed.
+        :param y: the value at x, shape ``(*, D)``.
+        :return: as of :meth:`inverse_and_ladj`.
+        """
+        return self.inverse_and_ladj(y)
+
     @property
     def inv(self) -> "InverseTransformModule":
         """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
@@ -185,6 +196,10 @@ class InverseTransformModule(TransformModule):
 
     def inverse_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` and ``log |det dy/dx|``, for ``x`` of shape ``(*, D)``."""
+        return self.transform.call_and_ladj(x)
+
+    def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`inverse_and_ladj`, which needs no help from y."""
         return self.transform.call_and_ladj(x)
 
     def log_abs_det_jacobian(self, y: Tensor, x: Tensor) -> Tensor:

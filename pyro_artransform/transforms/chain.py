@@ -3,7 +3,7 @@
 
 """Composition that keeps every parameter, in both directions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from pyro.distributions import ConditionalTransformModule, constraints
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from .base import FlowModule
-from .evaluate import call_and_ladj, inverse_and_ladj, sum_ladj
+from .evaluate import call_and_ladj, inverse_and_ladj, inverse_at, sum_ladj
+
+Step = Callable[[Transform, Tensor], tuple[Tensor, Tensor]]
 
 
 class FixedTransform(nn.Module):
@@ -90,15 +92,26 @@ class ComposedTransform(FlowModule):
         return x, total
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pull_back(y, inverse_and_ladj)
+
+    def _pull_back(self, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The parts in reverse, each by a function of the part and its value."""
         event_dim = self.codomain.event_dim
         total: Tensor | None = None
         for part in reversed(self.parts):
-            x, ladj = inverse_and_ladj(part, y)
+            x, ladj = step(part, y)
             ladj = sum_ladj(ladj, y if x.dim() < y.dim() else x, part.codomain.event_dim, event_dim)
             event_dim += part.domain.event_dim - part.codomain.event_dim
             total = ladj if total is None else total + ladj
             y = x
         return y, total
+
+    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            known = [x.detach()]
+            for part in self.parts[:-1]:
+                known.append(call_and_ladj(part, known[-1])[0])
+        return self._pull_back(y, lambda part, value: inverse_at(part, known.pop(), value))
 
     def clear_cache(self) -> None:
         """Forgets the remembered pair, of the parts too."""

@@ -40,6 +40,17 @@ def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, -transform.log_abs_det_jacobian(x, y)
 
 
+def inverse_at(transform: Transform, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`inverse_and_ladj`, where x is known, if the transform can make use of it.
+
+    :param transform: any bijective torch transform.
+    :param x: the inverse of y.
+    :param y: a value.
+    """
+    own = getattr(transform, "inverse_at", None)
+    return inverse_and_ladj(transform, y) if own is None else own(x, y)
+
+
 def sum_ladj(ladj: Tensor, value: Tensor, event_dim: int, total_event_dim: int) -> Tensor:
     """Sums a log-determinant over the event dimensions that a transform did not sum itself.
 

@@ -79,7 +79,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
             x, ladj = _by_passes(meta, y.detach(), passes)
         else:
             x, ladj = _by_blocks(meta, blocks, y.detach())
-    return _with_gradient(meta, x, y) if torch.is_grad_enabled() else (x, ladj)
+    return at_solution(meta, x, y) if torch.is_grad_enabled() else (x, ladj)
 
 
 def _plan(meta: Meta, y: Tensor, passes: int | None) -> Plan:
@@ -225,8 +225,21 @@ def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:
         )
 
 
-def _with_gradient(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluates once more, with a graph, and solves the triangular system in the backward pass."""
+def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse and its log-determinant where the inverse is known, from one evaluation.
+
+    The triangular system of the gradient is solved in the backward pass.
+
+    :param meta: a function of x that returns a transform.
+    :param x: the inverse of y, shape ``(*, D)``.
+    :param y: shape ``(*, D)``.
+    :return: as of :func:`invert`.
+    """
+    if not values_are_readable(y):
+        raise RuntimeError(
+            "the gradient at a known pair is solved by iteration, which torch.jit, torch.compile and "
+            "torch.func cannot follow; use inverse_and_ladj there"
+        )
     point = _finite(x.detach()).requires_grad_()
     transform = meta(point)
     out, ladj = inverse_and_ladj(transform, y)

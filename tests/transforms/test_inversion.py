@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import AffineTransform
 from torch.func import hessian, jacrev, vmap
 
-from pyro_artransform import affine_autoregressive, iaf, spline_autoregressive
+from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
 from pyro_artransform.conditioners import MaskedMLP, masks
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
@@ -149,3 +149,36 @@ def test_overwritten_parameters_leave_the_inverse_exact():
         p.data.normal_()
     x = torch.randn(7, 5)
     assert torch.allclose(t.inv(t(x).detach()), x, atol=1e-8)
+
+
+@pytest.mark.parametrize("build", [affine_autoregressive, spline_autoregressive, iaf, maf])
+def test_gradient_at_a_known_pair_needs_no_inverse(build, monkeypatch):
+    t = redraw(build(5), 2.0)
+    x = torch.randn(7, 5)
+    y = t(x).detach().requires_grad_()
+    weight = torch.randn(7, 5)
+    targets = [y, *t.parameters()]
+
+    def gradients(back, ladj):
+        return torch.autograd.grad((weight * back).sum() + ladj.square().sum(), targets)
+
+    expected = gradients(*t.inverse_and_ladj(y))
+    ladj_there = t.call_and_ladj(x)[1]
+
+    def fail(*_):
+        raise RuntimeError("inverted")
+
+    monkeypatch.setattr("pyro_artransform.transforms.autoregressive.invert", fail)
+    for a, b in zip(gradients(*t.inverse_at(x, y)), expected):
+        assert torch.allclose(a, b, atol=1e-9)
+    with torch.no_grad():
+        back, ladj = t.inverse_at(x, y)
+        assert torch.allclose(back, x, atol=1e-12)
+        assert torch.allclose(ladj, -ladj_there, atol=1e-12)
+
+
+def test_known_pair_where_no_value_can_be_read():
+    t = redraw(affine_autoregressive(3))
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="use inverse_and_ladj there"):
+        vmap(lambda v: t.inverse_at(v, v))(x)
