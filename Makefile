@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY) ## run the tests and doctests, and print the coverage
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report term
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5 --cov --cov-report term
 
 demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
 	$(BIN)/python tutorials/eight_schools.py

@@ -3,7 +3,7 @@
 
 """Autoregressive transforms and flow guides for Pyro."""
 
-from . import conditioners, transforms, univariate
+from . import conditioners, testing, transforms, univariate
 from .flows import (
     affine_autoregressive,
     conditional_affine_autoregressive,
@@ -14,10 +14,14 @@ from .flows import (
     maf,
     spline_autoregressive,
 )
+from .guides import AutoAutoregressive, AutoIAF, AutoMAF
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoAutoregressive",
+    "AutoIAF",
+    "AutoMAF",
     "affine_autoregressive",
     "conditional_affine_autoregressive",
     "conditional_iaf",
@@ -27,6 +31,7 @@ __all__ = [
     "iaf",
     "maf",
     "spline_autoregressive",
+    "testing",
     "transforms",
     "univariate",
 ]

@@ -160,19 +160,18 @@ class MaskedMLP(Conditioner):
         return MLPBlocks(self._layout, weights, self.nonlinearity, x, in_place)
 
     def _sorted_weights(self, context: Tensor | None) -> Weights:
-        first, *hidden, last = self.layers
-        biases = [layer.bias for layer in (first, *hidden)]
+        layers: Any = self.layers
+        biases = [layer.bias for layer in layers[:-1]]
         if self.context_layer is not None:
             biases[0] = biases[0] + self.context_layer(context)
         order, rows = self._layout.order, (self.num_params, self.input_dim)
-        skip = None if self.skip is None else self.skip.masked_weight().unflatten(0, rows)
         weights = Weights(
-            first.masked_weight(),
-            [layer.masked_weight() for layer in hidden],
-            last.masked_weight().unflatten(0, rows),
-            skip,
-            biases,
-            last.bias.unflatten(0, rows),
+            first=layers[0].masked_weight(),
+            hidden=[layer.masked_weight() for layer in layers[1:-1]],
+            last=layers[-1].masked_weight().unflatten(0, rows),
+            skip=None if self.skip is None else self.skip.masked_weight().unflatten(0, rows),
+            biases=biases,
+            last_bias=layers[-1].bias.unflatten(0, rows),
         )
         return weights if order is None else weights.sorted(order)
 

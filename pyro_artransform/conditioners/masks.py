@@ -19,6 +19,7 @@ the rule is the one of MADE, with degrees in place of sets.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool)
     sets = hidden_sets(adjacency, with_context)
     layers = [spread(sets, hidden_dim) for hidden_dim in hidden_dims]
     masks = [layers[0]]
-    masks += [subset_mask(inner, outer) for inner, outer in zip(layers, layers[1:])]
+    masks += [subset_mask(inner, outer) for inner, outer in pairwise(layers)]
     return masks + [subset_mask(layers[-1], adjacency)]
 
 

@@ -69,7 +69,7 @@ def _check_shapes(conditioner: nn.Module, dim: int, context_dim: int, dtype: tor
     for shape in BATCH_SHAPES:
         x, context = _inputs(shape, dim, context_dim, dtype)
         params = evaluate(conditioner, x, context)
-        assert params.dim() == x.dim() + 1 and params.shape[:-1] == x.shape, (
+        assert params.shape[:-1] == x.shape, (
             f"shape: expected {tuple(x.shape)} + (P,) for x of shape {tuple(x.shape)}, "
             f"got {tuple(params.shape)}"
         )

@@ -39,7 +39,7 @@ def check_transform(
     :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
     :raises AssertionError: that says which contract broke, and for which input.
     """
-    transform = redraw(make().double(), gain)
+    transform: Any = redraw(make().double(), gain)
     assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"
     assert transform.event_dim == 1, f"event_dim: expected 1, got {transform.event_dim}"
     for shape in BATCH_SHAPES:
@@ -189,7 +189,7 @@ def _check_dtype(make: Callable[[], Any], input_dim: int, gain: float) -> None:
         for default in (torch.float32, torch.float64):
             torch.set_default_dtype(default)
             for dtype in (torch.float32, torch.float64):
-                transform = redraw(make().to(dtype), gain)
+                transform: Any = redraw(make().to(dtype), gain)
                 x = normal_like((3, input_dim), _number(dtype))
                 y, ladj = transform.call_and_ladj(x)
                 back, inverse_ladj = transform.inv.call_and_ladj(y.detach())

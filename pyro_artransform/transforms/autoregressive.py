@@ -208,9 +208,10 @@ def check_structure(module: torch.nn.Module, x: Tensor) -> None:
     :raises ValueError: if one of them is not autoregressive; the message names the coordinates.
     """
     for part in module.modules():
-        if isinstance(part, AutoregressiveTransform):
-            if faults := part.structure.faults(part.meta, x):
-                raise ValueError(describe(faults))
+        if not isinstance(part, AutoregressiveTransform):
+            continue
+        if faults := part.structure.faults(part.meta, x):
+            raise ValueError(describe(faults))
 
 
 def _check_meta(meta: Any) -> Any:

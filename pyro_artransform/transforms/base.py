@@ -38,7 +38,7 @@ class FlowModule(TransformModule):
         super().__init__(cache_size=_check_cache_size(cache_size))
         self._pair: Pair | None = None
         self._pair_is_inverse = False
-        self._inv: weakref.ref[InverseTransformModule] | None = None
+        self._inverse_ref: weakref.ref[InverseTransformModule] | None = None
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and the log-determinant, from one evaluation of each network.
@@ -70,10 +70,10 @@ class FlowModule(TransformModule):
     @property
     def inv(self) -> "InverseTransformModule":
         """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
-        inverse = None if self._inv is None else self._inv()
+        inverse = None if self._inverse_ref is None else self._inverse_ref()
         if inverse is None:
             inverse = InverseTransformModule(self)
-            self._inv = weakref.ref(inverse)
+            self._inverse_ref = weakref.ref(inverse)
         return inverse
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class FlowModule(TransformModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # a remembered pair and a reference to the inverse belong to one object in one process
-        return {**self.__dict__, "_pair": None, "_inv": None}
+        return {**self.__dict__, "_pair": None, "_inverse_ref": None}
 
 
 class InverseTransformModule(TransformModule):
@@ -202,9 +202,9 @@ class InverseTransformModule(TransformModule):
         """As :meth:`inverse_and_ladj`, which needs no help from y."""
         return self.transform.call_and_ladj(x)
 
-    def log_abs_det_jacobian(self, y: Tensor, x: Tensor) -> Tensor:
-        """``log |det dx/dy|`` at ``y``, whose inverse is ``x``, shape ``(*,)``."""
-        return -self.transform.log_abs_det_jacobian(x, y)
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """The log-determinant of this inverse at its argument ``x``, whose value is ``y``, shape ``(*,)``."""
+        return -self.transform.log_abs_det_jacobian(y, x)
 
     def with_cache(self, cache_size: int = 1) -> "InverseTransformModule":
         """The inverse of the transform that remembers as told."""

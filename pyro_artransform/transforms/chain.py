@@ -4,6 +4,7 @@
 """Composition that keeps every parameter, in both directions."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from pyro.distributions import ConditionalTransformModule, constraints
@@ -62,27 +63,19 @@ class ComposedTransform(FlowModule):
         self.transforms = nn.ModuleList(
             t if isinstance(t, nn.Module) else FixedTransform(t) for t in transforms
         )
+        composed = ComposeTransform(list(transforms))
+        self.domain = _at_least_vector(composed.domain)
+        self.codomain = _at_least_vector(composed.codomain)
+        self.bijective = composed.bijective
 
     @property
-    def parts(self) -> list[Transform]:
+    def parts(self) -> list[Any]:
         """The transforms, in the order in which they are applied."""
         return [t.transform if isinstance(t, FixedTransform) else t for t in self.transforms]
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return _at_least_vector(ComposeTransform(self.parts).domain)
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return _at_least_vector(ComposeTransform(self.parts).codomain)
-
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return all(part.bijective for part in self.parts)
-
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         event_dim = self.domain.event_dim
-        total: Tensor | None = None
+        total: Any = None
         for part in self.parts:
             y, ladj = call_and_ladj(part, x)
             ladj = sum_ladj(ladj, x if y.dim() < x.dim() else y, part.domain.event_dim, event_dim)
@@ -97,7 +90,7 @@ class ComposedTransform(FlowModule):
     def _pull_back(self, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The parts in reverse, each by a function of the part and its value."""
         event_dim = self.codomain.event_dim
-        total: Tensor | None = None
+        total: Any = None
         for part in reversed(self.parts):
             x, ladj = step(part, y)
             ladj = sum_ladj(ladj, y if x.dim() < y.dim() else x, part.codomain.event_dim, event_dim)
@@ -151,7 +144,8 @@ class ConditionalComposedTransform(ConditionalTransformModule):
         super().__init__()
         _check_parts(transforms, (Transform, ConditionalTransform))
         self.transforms = nn.ModuleList(
-            t if isinstance(t, nn.Module) else FixedTransform(t) for t in transforms
+            t if isinstance(t, nn.Module) else FixedTransform(cast(Transform, t))
+            for t in transforms
         )
 
     def condition(self, context: Tensor) -> ComposedTransform:
@@ -162,7 +156,7 @@ class ConditionalComposedTransform(ConditionalTransformModule):
         return ComposedTransform(*(self._conditioned(t, context) for t in self.transforms))
 
     @staticmethod
-    def _conditioned(part: nn.Module, context: Tensor) -> Transform:
+    def _conditioned(part: Any, context: Tensor) -> Any:
         if isinstance(part, FixedTransform):
             return part.transform
         return part.condition(context) if isinstance(part, ConditionalTransform) else part
@@ -201,6 +195,6 @@ def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -
             raise TypeError(f"expected transforms, got {type(part).__name__}")
 
 
-def _at_least_vector(constraint: constraints.Constraint) -> constraints.Constraint:
+def _at_least_vector(constraint: constraints.Constraint) -> Any:
     missing = 1 - constraint.event_dim
     return constraints.independent(constraint, missing) if missing > 0 else constraint

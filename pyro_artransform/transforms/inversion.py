@@ -13,9 +13,9 @@ Coordinate i of u reads only coordinates before i, so each pass makes the next l
 exact, and after as many passes as the graph is deep all of them are.
 
 The gradient follows from the implicit function theorem. With :math:`M = \partial u / \partial x`, which
-is strictly triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`. The solution is
-found as the limit of :math:`v \leftarrow g + M^\top v`, a vector-Jacobian product each, exact after as many as
-the graph is deep; neither the passes nor the Jacobian are kept in memory.
+is strictly triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`. The solution
+is found as the limit of :math:`v \leftarrow g + M^\top v`, a vector-Jacobian product each, exact after as
+many as the graph is deep; neither the passes nor the Jacobian are kept in memory.
 
 **References**
 
@@ -251,7 +251,8 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reaches_other_leaves(out: Tensor, ladj: Tensor, point: Tensor) -> bool:
     """Whether a parameter, seen or not, is in the graph: ``point`` alone needs no gradient."""
-    todo, seen = [out.grad_fn, ladj.grad_fn], {None}
+    todo: list[Any] = [out.grad_fn, ladj.grad_fn]
+    seen: set[Any] = {None}
     while todo:
         node = todo.pop()
         if node not in seen:
