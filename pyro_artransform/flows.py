@@ -50,6 +50,7 @@ def affine_autoregressive(
 
     Example::
 
+        >>> import torch
         >>> import pyro.distributions as dist
         >>> base = dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1)
         >>> dist.TransformedDistribution(base, [affine_autoregressive(3)]).rsample((5,)).shape
@@ -84,6 +85,7 @@ def spline_autoregressive(
 
     Example::
 
+        >>> import torch
         >>> spline_autoregressive(3, count_bins=4)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
@@ -110,6 +112,7 @@ def conditional_affine_autoregressive(
 
     Example::
 
+        >>> import torch
         >>> t = conditional_affine_autoregressive(3, context_dim=2)
         >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
@@ -138,6 +141,7 @@ def conditional_spline_autoregressive(
 
     Example::
 
+        >>> import torch
         >>> t = conditional_spline_autoregressive(3, context_dim=2)
         >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
@@ -170,6 +174,7 @@ def iaf(
 
     Example::
 
+        >>> import torch
         >>> iaf(3, num_transforms=2)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
 
@@ -197,6 +202,7 @@ def maf(
 
     Example::
 
+        >>> import torch
         >>> maf(3, num_transforms=2)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
 
@@ -230,6 +236,7 @@ def conditional_iaf(
 
     Example::
 
+        >>> import torch
         >>> flow = conditional_iaf(3, context_dim=2, num_transforms=2)
         >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
@@ -256,6 +263,7 @@ def conditional_maf(
 
     Example::
 
+        >>> import torch
         >>> flow = conditional_maf(3, context_dim=2, num_transforms=2)
         >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])

@@ -37,6 +37,7 @@ class MaskedInput(Conditioner):
 
     Example::
 
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Unflatten(-1, (3, 2)))
         >>> MaskedInput(net)(torch.zeros(5, 3)).shape
         torch.Size([5, 3, 2])

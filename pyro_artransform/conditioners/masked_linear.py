@@ -27,6 +27,7 @@ class MaskedLinear(torch.nn.Linear):
 
     Example::
 
+        >>> import torch
         >>> layer = MaskedLinear(3, 2, torch.tensor([[1, 0, 0], [1, 1, 0]]))
         >>> layer(torch.zeros(5, 3)).shape
         torch.Size([5, 2])

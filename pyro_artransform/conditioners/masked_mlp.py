@@ -45,6 +45,7 @@ class MaskedMLP(Conditioner):
 
     Example::
 
+        >>> import torch
         >>> conditioner = MaskedMLP(3, 2, hidden_dims=[16, 16], context_dim=4)
         >>> conditioner(torch.zeros(5, 3), torch.zeros(5, 4)).shape
         torch.Size([5, 3, 2])

@@ -46,6 +46,7 @@ class AutoregressiveTransform(FlowModule):
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform.conditioners import MaskedMLP
         >>> from pyro_artransform.transforms import ConditionedUnivariate
         >>> from pyro_artransform.univariate import Affine
@@ -166,6 +167,7 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform import conditional_affine_autoregressive
         >>> t = conditional_affine_autoregressive(3, context_dim=2)
         >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape

@@ -147,6 +147,7 @@ class InverseTransformModule(TransformModule):
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform import affine_autoregressive
         >>> inverse = affine_autoregressive(3).inv
         >>> inverse(torch.zeros(5, 3)).shape, len(list(inverse.parameters())) > 0

@@ -51,7 +51,9 @@ class ComposedTransform(FlowModule):
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform import affine_autoregressive
+        >>> from pyro_artransform.transforms import PermutationTransform
         >>> t = ComposedTransform(affine_autoregressive(3), PermutationTransform([2, 1, 0]))
         >>> t(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
@@ -177,6 +179,7 @@ def chain(
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform import affine_autoregressive
         >>> t = chain([affine_autoregressive(3), affine_autoregressive(3, order=[2, 1, 0])])
         >>> t.inv(torch.zeros(5, 3)).shape

@@ -25,6 +25,7 @@ class ConditionedUnivariate(torch.nn.Module):
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform.conditioners import MaskedMLP
         >>> from pyro_artransform.univariate import Affine
         >>> meta = ConditionedUnivariate(MaskedMLP(3, Affine().num_params), Affine())

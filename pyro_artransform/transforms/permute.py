@@ -26,6 +26,7 @@ class PermutationTransform(FlowModule):
 
     Example::
 
+        >>> import torch
         >>> PermutationTransform(torch.tensor([2, 0, 1]))(torch.tensor([1.0, 2.0, 3.0]))
         tensor([3., 1., 2.])
     """
