@@ -20,13 +20,13 @@ from torch import Tensor
 class Layout(NamedTuple):
     """The sorted layout of a network.
 
-    :param order: the coordinates sorted by level, or None if they are in that order already.
+    :param natural: whether the coordinates are in the order of their levels.
     :param levels: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
     :param units: for each hidden layer, ``units[k]`` of its units are known once the coordinates
         before level k are; ``depth`` entries.
     """
 
-    order: Tensor | None
+    natural: bool
     levels: list[int]
     units: list[list[int]]
 
@@ -37,12 +37,11 @@ def layout(level: Tensor, steps: Sequence[Tensor]) -> Layout:
     :param level: the level of each coordinate, shape ``(D,)``.
     :param steps: for each hidden layer, the step at which each unit is known, sorted.
     """
-    order = level.argsort(stable=True)
-    natural = torch.equal(order, torch.arange(len(order), device=order.device))
+    natural = bool((level.diff() >= 0).all())
     depth = int(level.max()) + 1
     counts = [int((level < k).sum()) for k in range(depth + 1)]
     units = [[int((step <= k).sum()) for k in range(depth)] for step in steps]
-    return Layout(None if natural else order, counts, units)
+    return Layout(natural, counts, units)
 
 
 class Weights(NamedTuple):
@@ -104,6 +103,7 @@ class MLPBlocks:
     """The evaluation of one network at one batch, from the first level to the last.
 
     :param layout: the sorted layout.
+    :param order: the coordinates sorted by level, or None if they are in that order already.
     :param weights: the sorted weights.
     :param nonlinearity: the elementwise activation.
     :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
@@ -113,19 +113,21 @@ class MLPBlocks:
     def __init__(
         self,
         layout: Layout,
+        order: Tensor | None,
         weights: Weights,
         nonlinearity: Callable[[Tensor], Tensor],
         like: Tensor,
         in_place: bool,
     ) -> None:
-        self._layout, self._weights, self._act = layout, weights, nonlinearity
+        self._layout, self._order = layout, order
+        self._weights, self._act = weights, nonlinearity
         self._inputs = Known(like, layout.levels[-1], in_place)
         self._hidden = [Known(like, units[-1], in_place) for units in layout.units]
 
     @property
     def order(self) -> Tensor | None:
         """The coordinates sorted by level, or None if they are in that order already."""
-        return self._layout.order
+        return self._order
 
     @property
     def levels(self) -> list[int]:

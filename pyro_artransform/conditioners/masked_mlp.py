@@ -59,6 +59,7 @@ class MaskedMLP(Conditioner):
     autoregressive = True
     adjacency: Tensor
     order: Tensor
+    by_level: Tensor
 
     def __init__(
         self,
@@ -106,10 +107,15 @@ class MaskedMLP(Conditioner):
 
     def _read_graph(self) -> None:
         """What follows from the graph, kept for the inverse."""
-        level = levels(self.adjacency)
-        sets = hidden_sets(self.adjacency, self.context_dim > 0)
+        if self.adjacency.is_meta:
+            return  # there is nothing to read; what was known stays
+        adjacency = self.adjacency.to("cpu")
+        level = levels(adjacency)
+        sets = hidden_sets(adjacency, self.context_dim > 0)
         steps = [set_levels(spread(sets, width), level) for width in self.hidden_dims]
         self._layout = layout(level, steps)
+        by_level = level.argsort(stable=True).to(self.adjacency.device)
+        self.register_buffer("by_level", by_level, persistent=False)
         #: The number of coordinates on the longest path: as many passes invert exactly.
         self.depth = len(self._layout.levels) - 1
 
@@ -124,6 +130,8 @@ class MaskedMLP(Conditioner):
             if layer is not None:
                 for parameter in layer.parameters():
                     nn.init.zeros_(parameter)
+        # the graph was worked out on the CPU; the layers are wherever torch puts new tensors
+        self.to(self.layers[0].weight.device)
 
     def _maybe_linear(self, wanted: bool) -> nn.Linear | None:
         return nn.Linear(self.context_dim, self.hidden_dims[0], bias=False) if wanted else None
@@ -157,15 +165,16 @@ class MaskedMLP(Conditioner):
     ) -> MLPBlocks:
         """The network as it is evaluated block by block, see :class:`~.base.Conditioner`."""
         self._check_input(x, context)
-        weights = self._sorted_weights(context)
-        return MLPBlocks(self._layout, weights, self.nonlinearity, x, in_place)
+        order = None if self._layout.natural else self.by_level
+        weights = self._sorted_weights(context, order)
+        return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
 
-    def _sorted_weights(self, context: Tensor | None) -> Weights:
+    def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
         layers: Any = self.layers
         biases = [layer.bias for layer in layers[:-1]]
         if self.context_layer is not None:
             biases[0] = biases[0] + self.context_layer(context)
-        order, rows = self._layout.order, (self.num_params, self.input_dim)
+        rows = self.num_params, self.input_dim
         weights = Weights(
             first=layers[0].masked_weight(),
             hidden=[layer.masked_weight() for layer in layers[1:-1]],

@@ -26,14 +26,14 @@ from torch import Tensor
 
 
 def check_order(order: Tensor | Sequence[int], input_dim: int) -> Tensor:
-    """Returns ``order`` as a long tensor, after a check that it is a permutation.
+    """Returns ``order`` as a long tensor on the CPU, after a check that it is a permutation.
 
     :param order: ``order[k]`` is the coordinate that comes k-th, shape ``(D,)``.
     :param input_dim: the number D of coordinates.
     :raises ValueError: if it is not a permutation of ``0 .. D-1``.
     """
-    order = torch.as_tensor(order)
-    expected = torch.arange(input_dim, device=order.device)
+    order = torch.as_tensor(order, device="cpu")
+    expected = torch.arange(input_dim, device="cpu")
     if order.shape != (input_dim,) or not bool((order.sort().values == expected).all()):
         raise ValueError(
             f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
@@ -58,7 +58,7 @@ def levels(adjacency: Tensor) -> Tensor:
     :return: long, shape ``(D,)``.
     :raises ValueError: if the graph has a cycle; the message names it.
     """
-    parents = adjacency.detach().cpu()
+    parents = adjacency.detach().to("cpu")
     level = torch.full((len(parents),), -1, dtype=torch.long, device=parents.device)
     for k in range(len(parents)):
         ready = (level < 0) & ~(parents & (level < 0)).any(-1)
@@ -83,14 +83,14 @@ def depth(adjacency: Tensor) -> int:
 
 
 def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
-    """Returns ``adjacency`` as a boolean tensor, after a check that it is an acyclic graph.
+    """Returns ``adjacency`` as a boolean tensor on the CPU, after a check that it is an acyclic graph.
 
     :param adjacency: shape ``(D, D)``, boolean (or zeros and ones).
     :param input_dim: the number D of coordinates.
     :raises ValueError: if the shape or an entry is wrong or the graph has a cycle (a coordinate that
         depends on itself is one); the message names the cycle.
     """
-    adjacency = torch.as_tensor(adjacency)
+    adjacency = torch.as_tensor(adjacency, device="cpu")
     if adjacency.shape != (input_dim, input_dim):
         raise ValueError(
             f"adjacency: expected shape {(input_dim, input_dim)}, got {tuple(adjacency.shape)}"

@@ -4,8 +4,9 @@
 """The contracts of this package as assertions, for its own tests and for those of third parties."""
 
 from .conditioner import check_conditioner
+from .guide import check_guide
 from .redraw import redraw
 from .transform import check_transform
 from .univariate import check_univariate
 
-__all__ = ["check_conditioner", "check_transform", "check_univariate", "redraw"]
+__all__ = ["check_conditioner", "check_guide", "check_transform", "check_univariate", "redraw"]

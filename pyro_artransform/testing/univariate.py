@@ -103,11 +103,14 @@ class _Univariate:
 
     def params(self, *shape: int, gain: float = 1.0) -> Tensor:
         size = (*shape, self.family.num_params)
-        return gain * torch.randn(size, generator=self.generator, dtype=self.dtype)
+        return gain * self.normal(size, self.dtype)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=dtype, device="cpu")
 
     def grid(self, low: float, high: float, count: int) -> Tensor:
         """Points of shape ``(count, 1)``, to broadcast with parameters of several coordinates."""
-        return torch.linspace(low, high, count, dtype=self.dtype).unsqueeze(-1)
+        return torch.linspace(low, high, count, dtype=self.dtype, device="cpu").unsqueeze(-1)
 
     def interface(self) -> None:
         count = self.family.num_params
@@ -124,7 +127,9 @@ class _Univariate:
     def identity(self) -> None:
         transform = self.family(torch.zeros_like(self.params(1)))
         points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 30.0, 1e2]
-        x = torch.tensor(points + [-point for point in points], dtype=self.dtype).unsqueeze(-1)
+        x = torch.tensor(
+            points + [-point for point in points], dtype=self.dtype, device="cpu"
+        ).unsqueeze(-1)
         y = transform(x)
         limit = 20 * self.eps * (1 + x.abs())
         _require((y - x).abs() <= limit, self.who, "zero params must be the identity", x=x, y=y)
@@ -201,7 +206,7 @@ class _Univariate:
 
     def same_shape(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
         params = self.params(*params_shape)
-        x = torch.randn(shape, generator=self.generator, dtype=self.dtype)
+        x = self.normal(shape, self.dtype)
         transform = self.family(params)
         y = transform(x)
         results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
@@ -251,7 +256,7 @@ class _Univariate:
     def gradients(self) -> None:
         family = copy.deepcopy(self.family).double()
         params = self.params(4).double().requires_grad_()
-        x = torch.randn(4, generator=self.generator, dtype=torch.float64).requires_grad_()
+        x = self.normal((4,), torch.float64).requires_grad_()
 
         def forward(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             transform = family(params)

@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
+from .evaluate import values_are_readable
 from .memory import Pair, remember, visible_tensors
 
 
@@ -89,7 +90,7 @@ class FlowModule(TransformModule):
         return self.inverse_and_ladj(y)[0]
 
     def _step(self, given: Tensor, inverse: bool) -> Tensor:
-        if self._cache_size == 0:
+        if self._cache_size == 0 or not values_are_readable(given):
             return self._inverse(given) if inverse else self._call(given)
         pair = self._pair
         if pair is not None and self._pair_is_inverse != inverse:
@@ -108,7 +109,7 @@ class FlowModule(TransformModule):
         :param y: the value at ``x``, shape ``(*, D)``.
         :return: shape ``(*,)``.
         """
-        pair = self._pair
+        pair = self._pair if values_are_readable(x) else None
         if pair is not None:
             source, result = (y, x) if self._pair_is_inverse else (x, y)
             ladj = pair.ladj_of(source, result, visible_tensors(self))

@@ -76,10 +76,11 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         blocks = None if offer is None else offer(y, in_place=True)
         if blocks is None:
-            x, ladj = _by_passes(meta, y.detach(), passes)
+            x, ladj, point = _by_passes(meta, y.detach(), passes)
         else:
             x, ladj = _by_blocks(meta, blocks, y.detach())
-    return at_solution(meta, x, y) if torch.is_grad_enabled() else (x, ladj)
+            point = x
+    return _with_gradient(meta, point, y, (x, ladj)) if torch.is_grad_enabled() else (x, ladj)
 
 
 def _plan(meta: Meta, y: Tensor, passes: int | None) -> Plan:
@@ -99,8 +100,8 @@ def _unrolled(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor
     return x, sum_ladj(ladj, x, transform.event_dim, 1)
 
 
-def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
-    """Passes until nothing moves.
+def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Passes until nothing moves: x, the log-determinant, and the argument of the last pass.
 
     What moved by round-off alone stays where it is: the map may amplify the jitter of an early
     coordinate from pass to pass.
@@ -108,7 +109,8 @@ def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tenso
     plan = _plan(meta, y, passes)
     x = torch.zeros_like(y)
     for _ in range(plan.passes):
-        transform = meta(_finite(x))
+        point = _finite(x)
+        transform = meta(point)
         new = transform.inv(y)
         moved = _moved(new, x)
         x = torch.where(moved, new, x)
@@ -118,7 +120,7 @@ def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tenso
         if not plan.exact:
             _warn_of_residual(meta, x, y, plan.passes)
     ladj = transform.log_abs_det_jacobian(x, y)
-    return x, -sum_ladj(ladj, x, transform.event_dim, 1)
+    return x, -sum_ladj(ladj, x, transform.event_dim, 1), point
 
 
 def _by_levels(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,13 +242,21 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             "the gradient at a known pair is solved by iteration, which torch.jit, torch.compile and "
             "torch.func cannot follow; use inverse_and_ladj there"
         )
+    return _with_gradient(meta, x, y, None)
+
+
+def _with_gradient(
+    meta: Meta, x: Tensor, y: Tensor, values: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Evaluates at x with a graph; the values are those given, so that they are the same without one."""
     point = _finite(x.detach()).requires_grad_()
     transform = meta(point)
     out, ladj = inverse_and_ladj(transform, y)
     ladj = sum_ladj(ladj, out, transform.event_dim, 1)
+    values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or _reaches_other_leaves(out, ladj, point)):
-        return out.detach(), ladj.detach()
-    return _Implicit.apply(out, ladj, point)
+        return values
+    return _Implicit.apply(out, ladj, point, *values)
 
 
 def _reaches_other_leaves(out: Tensor, ladj: Tensor, point: Tensor) -> bool:
@@ -267,19 +277,21 @@ class _Implicit(torch.autograd.Function):
     """The identity, whose backward pass turns a gradient at the solution into one at the last pass."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, ladj: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, out: Tensor, ladj: Tensor, point: Tensor, x: Tensor, ladj_at_x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.graph = out, ladj, point
-        return out.view_as(out), ladj.view_as(ladj)
+        return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
 
     @staticmethod
-    def backward(ctx: Any, g_out: Tensor, g_ladj: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, g_out: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of an inverse cannot be differentiated again (create_graph=True). "
                 "Inside a torch.func transform, such as torch.func.hessian, it can"
             )
         out, ladj, point = ctx.graph
-        return _solve(out, ladj, point, g_out, g_ladj), g_ladj, None
+        return _solve(out, ladj, point, g_out, g_ladj), g_ladj, None, None, None
 
 
 def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ values* (a write through ``p.data`` moves no version counter), gradients are wan
 they were then, and what carries a graph of the transform is handed out once.
 """
 
+import functools
 import types
 import weakref
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from torch.distributions.constraints import Constraint
 from .evaluate import values_are_readable
 
 _KNOWN = ("torch.nn.", "pyro_artransform.")
+_KNOWN_PACKAGES = ("torch", "pyro", "math", "functools", "pyro_artransform")
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = (
     *(type(None), bool, int, float, str, type, torch.dtype, torch.device),
@@ -109,10 +111,31 @@ def _collect(owner: object, found: list[Tensor], seen: set[int]) -> bool:
         return _collect_all(owner, found, seen)
     if isinstance(owner, dict):
         return _collect_all(owner.values(), found, seen)
+    seen.add(id(owner))
     if isinstance(owner, Transform):
-        seen.add(id(owner))
         return _collect_all(vars(owner).values(), found, seen)
+    if isinstance(owner, types.FunctionType):
+        return _collect_all(_read_by(owner), found, seen)
+    if isinstance(owner, types.MethodType):
+        return _collect_all((owner.__func__, owner.__self__), found, seen)
+    if isinstance(owner, functools.partial):
+        return _collect_all((owner.func, owner.args, owner.keywords), found, seen)
+    if isinstance(owner, types.ModuleType):
+        return owner.__name__.split(".")[0] in _KNOWN_PACKAGES
     return isinstance(owner, _PLAIN)
+
+
+def _read_by(function: types.FunctionType) -> list[object]:
+    """What a function may read besides its arguments: its closure, defaults and globals."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    names = _names_in(function.__code__)
+    return cells + defaults + [v for k, v in function.__globals__.items() if k in names]
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = (_names_in(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _collect_module(module: nn.Module, found: list[Tensor], seen: set[int]) -> bool:
@@ -121,12 +144,13 @@ def _collect_module(module: nn.Module, found: list[Tensor], seen: set[int]) -> b
     seen.add(id(module))
     found.extend(p for p in module._parameters.values() if p is not None)
     found.extend(b for b in module._buffers.values() if b is not None)
-    own = getattr(module, "hidden_state", None)
-    if own is not None:
-        return _collect(own, found, seen)
+    hidden = getattr(module, "hidden_state", None)
+    if hidden is not None:
+        return _collect(hidden, found, seen)
     if type(module).__module__.startswith(_KNOWN):
         return True
-    return _collect_all((v for k, v in vars(module).items() if k not in _INTERNAL), found, seen)
+    own = [v for k, v in vars(module).items() if k not in _INTERNAL]
+    return _collect_all([*own, type(module).forward], found, seen)
 
 
 def _collect_all(values: Iterable[object], found: list[Tensor], seen: set[int]) -> bool:

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import functools
 import gc
 
 import pyro
@@ -116,18 +117,63 @@ def test_edits_of_the_values_are_noticed(grad):
             assert torch.allclose(t.log_abs_det_jacobian(x, y), t.call_and_ladj(x)[1])
 
 
-def test_lambda_whose_parameters_nobody_sees():
-    shift = torch.tensor(1.0, requires_grad=True)
-    t = AutoregressiveTransform(lambda x: MonotonicAffineTransform(shift, 0.1 * shift))
-    assert visible_tensors(t) is None
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
+WEIGHT = torch.tensor(1.0, requires_grad=True)
+
+
+class Holder:
+    weight = WEIGHT
+
+
+def reads_a_global(x):
+    return MonotonicAffineTransform(WEIGHT, 0.1 * WEIGHT)
+
+
+def reads_an_object(x):
+    return MonotonicAffineTransform(HOLDER.weight, 0.1 * HOLDER.weight)
+
+
+HOLDER = Holder()
+
+
+class ReadsAGlobal(nn.Module):
+    def forward(self, x):
+        return reads_a_global(x)
+
+
+def reads_a_closure():
+    inner = WEIGHT
+    return lambda x: (lambda: MonotonicAffineTransform(inner, 0.1 * inner))()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        reads_a_global,
+        reads_an_object,
+        ReadsAGlobal(),
+        reads_a_closure(),
+        functools.partial(lambda w, x: MonotonicAffineTransform(w, 0.1 * w), WEIGHT),
+        ReadsAGlobal().forward,
+    ],
+)
+def test_parameters_that_nobody_registered(meta, grad):
+    t = AutoregressiveTransform(meta)
+    with torch.set_grad_enabled(grad):
+        for edit in (lambda: WEIGHT.data.add_(1.0), lambda: WEIGHT.detach().add_(1.0)):
             x = torch.randn(5, 3)
             y = t(x)
-            shift.data.add_(1.0)
+            edit()
             assert torch.allclose(t.inv(y), t.inv(y.clone()))
             assert not torch.allclose(t.inv(y), x)
-            assert torch.allclose(t.log_abs_det_jacobian(x, y), (0.3 * shift).expand(5), atol=1e-2)
+            expected = t.call_and_ladj(x)[1]
+            assert torch.allclose(t.log_abs_det_jacobian(x, y), expected)
+
+
+def test_what_may_be_read_unseen_is_not_remembered():
+    assert visible_tensors(AutoregressiveTransform(reads_an_object)) is None
+    assert visible_tensors(AutoregressiveTransform(reads_a_global))[-1] is WEIGHT
+    assert visible_tensors(AutoregressiveTransform(ReadsAGlobal()))[-1] is WEIGHT
 
 
 def test_tensors_that_a_module_hides_in_attributes_are_seen():
@@ -146,7 +192,7 @@ def test_tensors_that_a_module_hides_in_attributes_are_seen():
     assert t.inv(y) is x
     t.meta.shifts["a"][0].add_(1.0)
     assert torch.allclose(t.inv(y), torch.full((3,), -1.0))
-    t.meta.function = lambda x: x
+    t.meta.unknown = Holder()
     assert visible_tensors(t) is None
 
 

@@ -1,0 +1,9 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Flow guides of Pyro models."""
+
+from .base import AutoAutoregressive
+from .presets import AutoIAF, AutoMAF
+
+__all__ = ["AutoAutoregressive", "AutoIAF", "AutoMAF"]

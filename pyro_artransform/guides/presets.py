@@ -1,0 +1,179 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Flow guides that need no choice of a flow."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..flows import iaf, maf, spline_autoregressive
+from ..transforms import chain
+from . import saving
+from .base import AutoAutoregressive
+from .starting import init_to_prior_median
+
+Nonlinearity = Callable[[Tensor], Tensor]
+
+
+class PresetGuide(AutoAutoregressive):
+    """A guide whose flow is a stack of one kind, and can be built again from plain data."""
+
+    _stack: Callable[..., nn.Module]
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        num_transforms: int = 3,
+        hidden_dims: int | Sequence[int] | None = None,
+        nonlinearity: Nonlinearity | None = None,
+        full_rank: bool | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_prior_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        shape = (_check_num_transforms(num_transforms), _check_hidden_dims(hidden_dims))
+        _check_nonlinearity(nonlinearity)
+        super().__init__(
+            model,
+            flow=partial(_preset_flow, type(self)._stack, *shape, nonlinearity),
+            full_rank=full_rank,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+        )
+        self._arguments.update(
+            num_transforms=shape[0], hidden_dims=shape[1], nonlinearity=nonlinearity
+        )
+
+    def _arguments_to_plain(self) -> dict[str, Any]:
+        nonlinearity = saving.nonlinearity_to_plain(self._arguments["nonlinearity"])
+        return {**self._arguments, "nonlinearity": nonlinearity}
+
+    @classmethod
+    def _arguments_from_plain(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        nonlinearity = saving.nonlinearity_from_plain(plain["nonlinearity"])
+        return {**plain, "nonlinearity": nonlinearity}
+
+
+class AutoIAF(PresetGuide):
+    """A guide whose flow is an inverse autoregressive flow: a draw and its density are cheap.
+
+    That is what variational inference asks of a guide. The density at values from elsewhere
+    (:meth:`log_prob`) needs the inverse of the flow, which costs several evaluations of its
+    networks.
+
+    :param model: a Pyro model.
+    :param num_transforms: the number of autoregressive layers; their order alternates.
+    :param hidden_dims: the width or widths of the hidden layers of each network.
+    :param nonlinearity: their activation. A guide with a module of ``torch.nn`` or a function of
+        ``torch`` can be saved by :meth:`save`.
+    :param full_rank: as for :class:`AutoAutoregressive`.
+    :param init_loc_fn: as for :class:`AutoAutoregressive`.
+    :param init_scale: as for :class:`AutoAutoregressive`.
+    :raises TypeError: as for :class:`AutoAutoregressive`.
+    :raises ValueError: as for :class:`AutoAutoregressive`, and for a size that is not positive.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro_artransform import AutoIAF
+        >>> def model():
+        ...     with pyro.plate("coordinates", 2):
+        ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> guide = AutoIAF(model)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> guide.sample_posterior(5)["z"].shape
+        torch.Size([5, 2])
+
+    **References**
+
+    1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans,
+       Jozefowicz, Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
+    """
+
+    _stack = staticmethod(iaf)
+
+
+class AutoMAF(PresetGuide):
+    """A guide whose flow is a masked autoregressive flow: the density at any values is cheap.
+
+    Draws need the inverse of each layer, which costs several evaluations of its networks, so that
+    each step of SVI costs more than :class:`AutoIAF`'s. Its arguments are the same.
+
+    :param model: a Pyro model.
+    :param num_transforms: the number of autoregressive layers; their order alternates.
+    :param hidden_dims: the width or widths of the hidden layers of each network.
+    :param nonlinearity: their activation. A guide with a module of ``torch.nn`` or a function of
+        ``torch`` can be saved by :meth:`save`.
+    :param full_rank: as for :class:`AutoAutoregressive`.
+    :param init_loc_fn: as for :class:`AutoAutoregressive`.
+    :param init_scale: as for :class:`AutoAutoregressive`.
+    :raises TypeError: as for :class:`AutoAutoregressive`.
+    :raises ValueError: as for :class:`AutoAutoregressive`, and for a size that is not positive.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_artransform import AutoMAF
+        >>> def model():
+        ...     with pyro.plate("coordinates", 2):
+        ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> guide = AutoMAF(model)
+        >>> draws = guide.sample_posterior(5)
+        >>> guide.log_prob(draws).shape
+        torch.Size([5])
+
+    **References**
+
+    1. Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
+       https://arxiv.org/abs/1705.07057
+    """
+
+    _stack = staticmethod(maf)
+
+
+def _preset_flow(
+    stack: Callable[..., nn.Module],
+    num_transforms: int,
+    hidden_dims: int | list[int] | None,
+    nonlinearity: Nonlinearity | None,
+    latent_dim: int,
+) -> nn.Module:
+    if latent_dim > 1:
+        return stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
+    # affine layers of one coordinate are affine together, and bend nothing
+    layers = range(num_transforms)
+    return chain([spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in layers])
+
+
+def _check_num_transforms(num_transforms: int) -> int:
+    if (
+        not isinstance(num_transforms, int)
+        or isinstance(num_transforms, bool)
+        or num_transforms < 1
+    ):
+        raise ValueError(f"num_transforms: expected a positive integer, got {num_transforms!r}")
+    return num_transforms
+
+
+def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:
+    if hidden_dims is None:
+        return None
+    widths = [hidden_dims] if isinstance(hidden_dims, int) else list(hidden_dims)
+    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
+        raise ValueError(f"hidden_dims: expected positive integers, got {hidden_dims!r}")
+    return widths
+
+
+def _check_nonlinearity(nonlinearity: Nonlinearity | None) -> None:
+    if nonlinearity is None:
+        return
+    if isinstance(nonlinearity, type) or not callable(nonlinearity):
+        raise TypeError(
+            f"nonlinearity: expected a function or a module such as torch.nn.ELU(), got "
+            f"{nonlinearity!r}"
+        )
