@@ -131,7 +131,7 @@ class MaskedMLP(Conditioner):
                 for parameter in layer.parameters():
                     nn.init.zeros_(parameter)
         # the graph was worked out on the CPU; the layers are wherever torch puts new tensors
-        self.to(self.layers[0].weight.device)
+        self.to(next(self.layers.parameters()).device)
 
     def _maybe_linear(self, wanted: bool) -> nn.Linear | None:
         return nn.Linear(self.context_dim, self.hidden_dims[0], bias=False) if wanted else None
