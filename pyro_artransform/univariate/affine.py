@@ -53,8 +53,9 @@ class MonotonicAffineTransform(ElementwiseTransform):
         return y, self.log_scale.expand_as(y)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = (y - self.shift) * (-self.log_scale).exp()
-        return x, -self.log_scale.expand_as(x)
+        ladj = -self.log_scale
+        x = (y - self.shift) * ladj.exp()
+        return x, ladj.expand_as(x)
 
 
 class Affine(Univariate):

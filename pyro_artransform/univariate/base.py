@@ -47,7 +47,8 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
 
 def _quotient(x: Tensor, bound: float) -> Tensor:
     x = x.clamp(-1e15, 1e15)  # the square must not overflow in float32
-    return (x * x).mul_(bound**-2).add_(1.0).rsqrt_().mul_(x)
+    # numbers as arguments of a kernel are cheaper than as operands, which become tensors first
+    return torch.addcmul(x.new_ones(()), x, x, value=bound**-2).rsqrt_().mul_(x)
 
 
 class _SoftBound(torch.autograd.Function):
