@@ -1,0 +1,114 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Every notebook runs from end to end, and is saved as it ran, with its pictures."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = ROOT / "tutorials"
+# an absolute path of somebody's machine
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|var|work|opt|usr)/|[A-Z]:\\\\")
+MAX_BYTES = 400_000
+
+NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
+    for cell in code_cells(notebook):
+        yield from cell.outputs
+
+
+def kinds(cell: nbformat.NotebookNode) -> set[str]:
+    """What a cell put out: ``stdout``, ``image/png``, ..."""
+    found = set()
+    for output in cell.outputs:
+        found |= {output.name} if output.output_type == "stream" else set(output.get("data", {}))
+    return found
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    texts = [output.get("text", "") for output in outputs(notebook)]
+    texts += [output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
+    return "\n".join(texts)
+
+
+def test_the_promised_notebooks_are_there() -> None:
+    assert {"extending.ipynb", "svi_flow_guide.ipynb"} <= {path.name for path in NOTEBOOKS}
+
+
+@every_notebook
+def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortened, as ``CI`` in the environment asks; an error in any cell is an error here."""
+    saved = read(path)
+    monkeypatch.setenv("CI", "true")
+    # The kernel chooses its own way to show pictures; one from outside would suppress them.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    # Run from a checkout that is not installed, the kernel has to find the package too.
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    fresh = read(path)
+    client = nbclient.NotebookClient(
+        fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(TUTORIALS)}}
+    )
+    client.execute()
+    assert [kinds(cell) for cell in code_cells(fresh)] == [kinds(c) for c in code_cells(saved)]
+
+
+@every_notebook
+def test_saved_notebook_ran_from_top_to_bottom(path: Path) -> None:
+    counts = [cell.execution_count for cell in code_cells(read(path))]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@every_notebook
+def test_saved_notebook_has_its_pictures(path: Path) -> None:
+    notebook = read(path)
+    draws = [cell for cell in code_cells(notebook) if "plt.show()" in cell.source]
+    assert draws
+    assert all("image/png" in kinds(cell) for cell in draws)
+    assert path.stat().st_size <= MAX_BYTES
+
+
+@every_notebook
+def test_saved_notebook_prints_no_error_and_no_warning(path: Path) -> None:
+    notebook = read(path)
+    assert all(output.output_type != "error" for output in outputs(notebook))
+    assert all(output.get("name") != "stderr" for output in outputs(notebook))
+
+
+@every_notebook
+def test_saved_notebook_shows_what_its_cells_print(path: Path) -> None:
+    cells = code_cells(read(path))
+    prints = [cell for cell in cells if re.search(r"^ *print\(", cell.source, re.MULTILINE)]
+    assert prints
+    assert all("stdout" in kinds(cell) for cell in prints)
+
+
+@every_notebook
+def test_saved_notebook_names_no_machine(path: Path) -> None:
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not MACHINE_PATH.search(printed(notebook))
+
+
+@every_notebook
+def test_notebook_has_the_licence_header(path: Path) -> None:
+    assert "SPDX-License-Identifier: Apache-2.0" in read(path).cells[0].source
