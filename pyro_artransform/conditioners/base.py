@@ -24,6 +24,10 @@ class Blocks(Protocol):
     def levels(self) -> list[int]:
         """``levels[k]`` coordinates come before level k; ``depth + 1`` entries."""
 
+    @property
+    def work(self) -> int:
+        """The multiplications that one evaluation of one row takes."""
+
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``."""
 

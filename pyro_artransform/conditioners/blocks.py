@@ -120,7 +120,10 @@ class MLPBlocks:
         in_place: bool,
     ) -> None:
         self._layout, self._order = layout, order
-        self._weights, self._act = weights, nonlinearity
+        self._weights = weights
+        # called without its hooks, as often as it is
+        self._act = getattr(nonlinearity, "forward", nonlinearity)
+        self._batch = like.shape[0]
         self._inputs = Known(like, layout.levels[-1], in_place)
         self._hidden = [Known(like, units[-1], in_place) for units in layout.units]
 
@@ -133,6 +136,12 @@ class MLPBlocks:
     def levels(self) -> list[int]:
         """``levels[k]`` coordinates come before level k; ``depth + 1`` entries."""
         return self._layout.levels
+
+    @property
+    def work(self) -> int:
+        """The multiplications that one evaluation of one row takes."""
+        w = self._weights
+        return sum(weight.numel() for weight in (w.first, *w.hidden, w.last))
 
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``; all before it are closed.
@@ -155,13 +164,13 @@ class MLPBlocks:
         rows = weights.last[:, first:last]
         bias = weights.last_bias[:, first:last].reshape(-1)
         known = rows[..., : hidden.count].flatten(0, 1).T
-        self._out_base = torch.addmm(bias, hidden.get(), known)
+        self._out_base = _add_product(bias, hidden, known)
         self._out = rows[..., moving].flatten(0, 1).T
         self._skip = None
         if weights.skip is not None:
             skip = weights.skip[:, first:last]
             known = skip[..., :first].flatten(0, 1).T
-            self._out_base = torch.addmm(self._out_base, self._inputs.get(), known)
+            self._out_base = _add_product(self._out_base, self._inputs, known)
             self._skip = skip[..., first:last].flatten(0, 1).T
 
     def params(self, x: Tensor | None) -> Tensor:
@@ -180,7 +189,9 @@ class MLPBlocks:
             out = torch.addmm(out, hidden, self._out)
             if self._skip is not None:
                 out = torch.addmm(out, x, self._skip)
-        return out.unflatten(-1, (-1, self._width)).transpose(-1, -2)
+        if x is None:
+            out = out.expand(self._batch, out.shape[-1])
+        return out.reshape(self._batch, -1, self._width).transpose(1, 2)
 
     def close(self, x: Tensor, levels: int) -> None:
         """Makes the first levels of the block known, with the units of the last evaluation.
@@ -198,14 +209,14 @@ class MLPBlocks:
             count = units[start] - hidden.count
             if count:
                 new = self._act(self._affine(i, slice(hidden.count, units[start])))
-                hidden.append(new, count)
+                hidden.append(new.expand(self._batch, count), count)
 
     def _affine(self, i: int, rows: slice) -> Tensor:
         """What is known contributes to some units of a layer, shape ``(B, number of units)``."""
         source = self._inputs if i == 0 else self._hidden[i - 1]
         weight = self._weights.first if i == 0 else self._weights.hidden[i - 1]
         bias = self._weights.biases[i][..., rows]
-        return torch.addmm(bias, source.get(), weight[rows, : source.count].T)
+        return _add_product(bias, source, weight[rows, : source.count].T)
 
     def _rows(self, i: int, start: int, stop: int) -> slice:
         """The units of a layer that depend on the block's coordinates."""
@@ -217,3 +228,8 @@ class MLPBlocks:
         if i == 0:
             return self._weights.first[rows, self._first : self._first + self._width].T
         return self._weights.hidden[i - 1][rows, self._rows(i - 1, start, stop)].T
+
+
+def _add_product(bias: Tensor, known: Known, weight: Tensor) -> Tensor:
+    """``bias + known @ weight``; the bias alone, which broadcasts, while nothing is known."""
+    return torch.addmm(bias, known.get(), weight) if known.count else bias

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import TransformModule
+from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,7 +19,7 @@ from . import packing
 from .affine import LocationScale
 from .arguments import check_callables, check_count, check_scale, new_flow
 from .kept import KeptGuide
-from .starting import StartingValues, init_to_prior_median
+from .starting import StartingValues
 from .structure import (
     is_hidden,
     refuse_moving_structure,
@@ -53,7 +54,7 @@ class AutoAutoregressive(KeptGuide):
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latent
         dimensions.
     :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
-        default the prior median of each coordinate.
+        default the median of the prior.
     :param init_scale: the standard deviation to start with, on the unconstrained space.
     :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
         is no module or has no parameters.
@@ -81,7 +82,7 @@ class AutoAutoregressive(KeptGuide):
         *,
         flow: Callable[[int], nn.Module],
         full_rank: bool | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_prior_median,
+        init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
         check_callables(model=model, flow=flow, init_loc_fn=init_loc_fn)

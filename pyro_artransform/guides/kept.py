@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from . import saving
 from .packing import unconstrained_shape
-from .starting import StartingValues, init_to_prior_median
+from .starting import StartingValues
 from .store import Standing, claim
 from .structure import latent_sites, slim_trace
 
@@ -65,7 +65,7 @@ class KeptGuide(AutoContinuous):
 
     @model.setter
     def model(self, model: Callable[..., Any]) -> None:
-        self._model = (InitMessenger(StartingValues(init_to_prior_median))(model),)
+        self._model = (InitMessenger(StartingValues(init_to_median))(model),)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model":

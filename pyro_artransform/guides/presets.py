@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ..flows import iaf, maf, spline_autoregressive
 from ..transforms import chain
 from . import saving
 from .base import AutoAutoregressive
-from .starting import init_to_prior_median
 
 Nonlinearity = Callable[[Tensor], Tensor]
 
@@ -31,7 +31,7 @@ class PresetGuide(AutoAutoregressive):
         hidden_dims: int | Sequence[int] | None = None,
         nonlinearity: Nonlinearity | None = None,
         full_rank: bool | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_prior_median,
+        init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
         shape = (_check_num_transforms(num_transforms), _check_hidden_dims(hidden_dims))

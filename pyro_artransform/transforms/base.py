@@ -138,6 +138,7 @@ class FlowModule(TransformModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # a remembered pair and a reference to the inverse belong to one object in one process
+        _drop_weak_references(self)
         return {**self.__dict__, "_pair": None, "_inverse_ref": None}
 
 
@@ -208,6 +209,10 @@ class InverseTransformModule(TransformModule):
         """The log-determinant of this inverse at its argument ``x``, whose value is ``y``, shape ``(*,)``."""
         return -self.transform.log_abs_det_jacobian(y, x)
 
+    def __getstate__(self) -> dict[str, Any]:
+        _drop_weak_references(self)
+        return dict(self.__dict__)
+
     def with_cache(self, cache_size: int = 1) -> "InverseTransformModule":
         """The inverse of the transform that remembers as told."""
         if cache_size == self.transform._cache_size:
@@ -246,6 +251,12 @@ def inverse(transform: FlowModule | InverseTransformModule) -> TransformModule:
             "chain([transform]) makes one of any TransformModule"
         )
     return transform.inv
+
+
+def _drop_weak_references(module: torch.nn.Module) -> None:
+    # Pyro's param store leaves one on each parameter, and it cannot be pickled
+    for parameter in module.parameters():
+        vars(parameter).pop("unconstrained", None)
 
 
 def _check_cache_size(cache_size: int) -> int:

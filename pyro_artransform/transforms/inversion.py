@@ -33,17 +33,13 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from .evaluate import inverse_and_ladj, sum_ladj, values_are_readable
+from .schedule import Problem, block_size
 from .warn import warn_user
 
 Meta = Callable[[Tensor], Transform]
 
 MIN_PASSES = 2  # it takes at least one more to see that nothing moves
 MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
-
-
-def block_size(depth: int, batch: int, input_dim: int) -> int:
-    """The number of levels in a block."""
-    return depth
 
 
 class Plan(NamedTuple):
@@ -139,12 +135,15 @@ def _by_blocks(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
     large = _large(y)
     clean = y.nan_to_num(0.0, large, -large)
     rows, levels = _sorted_rows(blocks, clean), blocks.levels
-    size, start, done = block_size(len(levels) - 1, len(rows), y.shape[-1]), 0, []
+    family = meta.univariate.forward
+    shape = len(levels) - 1, len(rows), y.shape[-1], meta.univariate.num_params
+    size = block_size(Problem(*shape, work=blocks.work), y.device.type)
+    start, done = 0, []
     while start < len(levels) - 1:
         stop = min(start + size, len(levels) - 1)
         blocks.open(start, stop)
         target = rows[:, levels[start] : levels[stop]]
-        x, ladj, exact = _settle(meta.univariate, blocks, target, stop - start)
+        x, ladj, exact = _settle(family, blocks, target, stop - start)
         if exact < stop - start:
             # the passes converge slowly here: what is exact is kept, and smaller blocks follow
             stop, size = start + exact, max(size // 4, 1)
@@ -210,7 +209,7 @@ def _settled(new: Tensor, old: Tensor) -> bool:
     """Whether finite numbers changed by no more than round-off, as :func:`_moved` has it, in few steps."""
     unit = 2 * torch.finfo(new.dtype).eps
     excess = (new - old).abs_().sub_(new.abs(), alpha=unit)
-    return bool(excess.amax() <= unit)
+    return excess.amax().item() <= unit
 
 
 def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:

@@ -11,7 +11,13 @@ from .affine import (
     GatedAffineTransform,
     MonotonicAffineTransform,
 )
-from .base import ElementwiseTransform, Univariate, soft_bound, split_params
+from .base import (
+    ElementwiseTransform,
+    Univariate,
+    soft_bound,
+    split_params,
+    unbind_params,
+)
 from .monotone import MonotoneNeural, MonotoneNeuralTransform
 from .root import MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
@@ -32,4 +38,5 @@ __all__ = [
     "Univariate",
     "soft_bound",
     "split_params",
+    "unbind_params",
 ]

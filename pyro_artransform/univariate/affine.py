@@ -15,7 +15,7 @@ from .base import (
     check_broadcast,
     positive,
     soft_bound,
-    split_params,
+    unbind_params,
 )
 
 
@@ -85,8 +85,8 @@ class Affine(Univariate):
 
     def forward(self, params: Tensor) -> MonotonicAffineTransform:
         self.check_params(params)
-        shift, scale = split_params(params, (1, 1))
-        return MonotonicAffineTransform(shift[..., 0], scale[..., 0], self.bound)
+        shift, scale = unbind_params(params)
+        return MonotonicAffineTransform(shift, scale, self.bound)
 
 
 class AdditiveTransform(ElementwiseTransform):
@@ -209,6 +209,6 @@ class GatedAffine(Univariate):
 
     def forward(self, params: Tensor) -> GatedAffineTransform:
         self.check_params(params)
-        mean, raw = split_params(params, (1, 1))
-        gate = self.gate_bias + soft_bound(raw[..., 0], 3.0 + self.gate_bias)
-        return GatedAffineTransform(mean[..., 0], gate)
+        mean, raw = unbind_params(params)
+        gate = self.gate_bias + soft_bound(raw, 3.0 + self.gate_bias)
+        return GatedAffineTransform(mean, gate)

@@ -149,6 +149,18 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [part.transpose(-1, -2) for part in parts]
 
 
+def unbind_params(params: Tensor) -> Sequence[Tensor]:
+    """
+    The parameters of a family, one by one.
+
+    :param Tensor params: Of shape ``(*, D, P)``.
+    :return: P views of shape ``(*, D)``.
+    """
+    if torch.jit.is_tracing() or params.dim() < 2:
+        return [params[..., k] for k in range(params.shape[-1])]
+    return params.transpose(-1, -2).unbind(-2)
+
+
 class ElementwiseTransform(Transform):
     """
     An increasing bijection of the real line, applied to each element.

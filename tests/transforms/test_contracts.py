@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family with every conditioner, in both directions."""
 
+import copy
+
 import pytest
 import torch
 
@@ -83,14 +85,17 @@ def test_zero_pattern_of_the_jacobian_is_the_graph(family, dim):
 
 
 def worst_round_trip(transform, x):
-    """Of T.inv(T(x)) - x, and of the residual T(T.inv(y)) - y, relative to 1 + |x| and to the largest of
+    """Of T.inv(T(x)) - x relative to 1 + |x|, and of the residual T(T.inv(y)) - y relative to the largest of
     1 + |y| + |T.inv(y)| in a row: sums over the row carry its round-off to every coordinate."""
     with torch.no_grad():
         y = transform.call_and_ladj(x)[0]
         back = transform.inv.call_and_ladj(y)[0]
-        residual = (transform.call_and_ladj(back)[0] - y).abs().amax(-1)
-        residual = residual / (1 + y.abs() + back.abs()).amax(-1)
-    return ((back - x).abs() / (1 + x.abs())).max().item(), residual.max().item()
+        again = transform.call_and_ladj(back)[0]
+        exact = copy.deepcopy(transform).double().call_and_ladj(back.double())[0]
+    scale = (1 + y.abs() + back.abs()).amax(-1)
+    residual = ((again - y).abs().amax(-1) / scale).max().item()
+    round_off = ((again - exact).abs().amax(-1) / scale).max().item()
+    return ((back - x).abs() / (1 + x.abs())).max().item(), residual, round_off
 
 
 def last_layer_redrawn(transform, gain):
@@ -123,14 +128,15 @@ def test_round_trip_of_three_layers(family, gain):
 
 
 def check_round_trip(make, dim, gain):
-    """1e-9 in float64 and 1e-4 in float32 for x up to 30; where the map amplifies float32's round-off
-    beyond that, the residual has to stay at round-off (1e-5 is 80 of float32's units)."""
+    """1e-9 in float64 and 1e-4 in float32 for x up to 30; where the map amplifies round-off beyond that, the
+    residual has to stay at round-off: 1e-5 is 80 of float32's units. Far out, where a solution is 1e8 times
+    as large as x, T itself is evaluated less exactly than that; then 20 times its own error is allowed."""
     x = torch.cat([torch.randn(50, dim), torch.empty(50, dim).uniform_(-30, 30)])
     transform = last_layer_redrawn(make(), gain)
-    error, residual = worst_round_trip(transform, x)
+    error, residual, _ = worst_round_trip(transform, x)
     assert error < 1e-9 or residual < 1e-13
-    error, residual = worst_round_trip(transform.float(), x.float())
-    assert error < 1e-4 or residual < 1e-5
+    error, residual, round_off = worst_round_trip(transform.float(), x.float())
+    assert error < 1e-4 or residual < max(1e-5, 20 * round_off)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

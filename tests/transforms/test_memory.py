@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -274,3 +275,12 @@ def test_copies_do_not_carry_the_memory():
     assert copy.deepcopy(t)._pair is None
     assert t._pair is not None
     assert t.inv(y) is not None
+
+
+def test_pickle_after_pyro_has_registered_the_parameters():
+    flow = redraw(iaf(3))
+    pyro.module("flow", flow)
+    x = torch.randn(4, 3)
+    for source in (flow, flow.inv):
+        twin = pickle.loads(pickle.dumps(source))
+        assert torch.allclose(twin(x), source(x))

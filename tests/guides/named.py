@@ -1,0 +1,57 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Every guide and every model by name: a new one is one more line."""
+
+import pytest
+from pyro.distributions import transforms
+
+from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform.transforms import chain
+
+from . import models
+
+GUIDES = {
+    "iaf": lambda model, **o: AutoIAF(model, num_transforms=2, hidden_dims=8, **o),
+    "maf": lambda model, **o: AutoMAF(model, num_transforms=2, hidden_dims=8, **o),
+    "splines": lambda model, **o: AutoAutoregressive(
+        model, flow=lambda d: spline_autoregressive(d, 8), **o
+    ),
+    "inverse": lambda model, **o: AutoAutoregressive(
+        model, flow=lambda d: affine_autoregressive(d, 8).inv, **o
+    ),
+    "chain": lambda model, **o: AutoAutoregressive(
+        model, flow=lambda d: chain([iaf(d, 1, 8), maf(d, 1, 8)]), **o
+    ),
+    "diagonal": lambda model, **o: AutoIAF(model, hidden_dims=8, full_rank=False, **o),
+}
+FOREIGN = {
+    "Pyro's": lambda model, **o: AutoAutoregressive(
+        model, flow=lambda d: transforms.affine_autoregressive(d, hidden_dims=[40]), **o
+    ),
+    "iterated": lambda model, **o: AutoAutoregressive(
+        model,
+        flow=lambda d: transforms.iterated(2, lambda: affine_autoregressive(d, 8)),
+        **o,
+    ),
+    "elementwise": lambda model, **o: AutoAutoregressive(
+        model, flow=lambda d: transforms.spline(d), **o
+    ),
+}
+MODELS = {
+    "two": models.regression,
+    "one": models.one_dimensional,
+    "shapes": models.shapes,
+    "mixed": models.mixed_dtypes,
+    "gaussian": models.gaussian,
+}
+every_guide = pytest.mark.parametrize(
+    "new", [*GUIDES.values(), *FOREIGN.values()], ids=[*GUIDES, *FOREIGN]
+)
+own_guides = pytest.mark.parametrize("new", GUIDES.values(), ids=GUIDES)
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+
+
+def skip_pyros_warning(new, model):
+    if new is FOREIGN["Pyro's"] and model is models.one_dimensional:
+        pytest.skip("Pyro warns of its own flow in one dimension")

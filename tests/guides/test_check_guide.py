@@ -1,0 +1,126 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""The assertions about guides: they pass for each guide, and each can fail."""
+
+import copy
+
+import pyro
+import pytest
+import torch
+
+from pyro_artransform.guides import AutoIAF
+from pyro_artransform.testing import check_guide
+
+from . import models
+from .named import FOREIGN, GUIDES
+
+
+@pytest.mark.parametrize("name", [*GUIDES, *FOREIGN])
+def test_guides(name):
+    new = {**GUIDES, **FOREIGN}[name]
+    pyro.param("kept", torch.ones(()))
+    for model in (models.regression, models.gaussian):
+        check_guide(new, model, models.data())
+    assert list(pyro.get_param_store()) == ["kept"]
+
+
+class Wrong(AutoIAF):
+    def __init__(self, model):
+        super().__init__(model, num_transforms=1, hidden_dims=8)
+
+
+class WrongShape(Wrong):
+    def sample_posterior(self, n, *args, **kwargs):
+        draws = super().sample_posterior(n, *args, **kwargs)
+        return {name: value[0] for name, value in draws.items()}
+
+
+class WrongDtype(Wrong):
+    def sample_posterior(self, n, *args, **kwargs):
+        draws = super().sample_posterior(n, *args, **kwargs)
+        return {name: value.float() for name, value in draws.items()}
+
+
+class WrongSupport(Wrong):
+    def sample_posterior(self, n, *args, **kwargs):
+        draws = super().sample_posterior(n, *args, **kwargs)
+        return {name: -value.abs() for name, value in draws.items()}
+
+
+class WrongQuantiles(Wrong):
+    def quantiles(self, quantiles, *args, **kwargs):
+        return self.median(num_samples=10)
+
+    def median(self, *args, **kwargs):
+        return {name: value[0] for name, value in super().quantiles([0.5]).items()}
+
+
+class WrongLogProb(Wrong):
+    def log_prob(self, values):
+        return super().log_prob(values) + 1
+
+
+class WrongPath(Wrong):
+    def rsample_and_log_prob(self, n, path=False):
+        z, log_q = super().rsample_and_log_prob(n)
+        return z, log_q * (1 + path)
+
+
+class Frozen(Wrong):
+    def _finish(self, prototype, loc):
+        super()._finish(prototype, loc)
+        self.transform.transforms[1].loc.register_hook(torch.zeros_like)
+
+
+class NoClaim(Wrong):
+    def _claim(self):
+        pass
+
+
+class SharedCopy(Wrong):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class ForgetfulCopy(Wrong):
+    def __deepcopy__(self, memo):
+        twin = super().__deepcopy__(memo)
+        twin.start_at(torch.zeros(2))
+        return twin
+
+
+class UnpickledAnew(Wrong):
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.start_at(torch.zeros(2))
+
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
+
+
+class DeafToTheStore(Wrong):
+    def _claim(self):
+        pyro.clear_param_store()
+        super()._claim()
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (WrongShape, r"sample_posterior\(5\): 'loc' has shape \(\), expected \(5,\)"),
+        (WrongDtype, "'loc' is torch.float32"),
+        (WrongSupport, "'scale' left its support"),
+        (WrongQuantiles, r"quantiles: 'loc' has shape \(\), expected \(2,\)"),
+        (WrongLogProb, "log_prob: .* for a draw whose density in the guide's trace is"),
+        (WrongPath, r"rsample_and_log_prob\(path=True\)"),
+        (Frozen, "SVI: 1 of .* parameters never move: .*loc"),
+        (NoClaim, "a second guide: .* parameters never move"),
+        (SharedCopy, "deepcopy: training the copy moves"),
+        (ForgetfulCopy, "deepcopy: another density"),
+        (UnpickledAnew, "another density"),
+        (DeafToTheStore, "a loaded param store: the guide does not have its parameters"),
+    ],
+)
+def test_it_can_fail(guide, message):
+    with pytest.raises(AssertionError, match=message):
+        check_guide(guide, models.regression, models.data())

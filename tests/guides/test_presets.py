@@ -1,0 +1,138 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from pyro_artransform.conditioners import MaskedMLP
+from pyro_artransform.guides import AutoIAF, AutoMAF
+from pyro_artransform.univariate import RationalQuadraticSpline
+
+from . import models
+
+both = pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])
+
+
+@both
+def test_arguments_reach_the_flow(kind):
+    guide = kind(models.gaussian, num_transforms=2, hidden_dims=[7, 5], nonlinearity=nn.Tanh())
+    guide(models.data())
+    networks = [m for m in guide.modules() if isinstance(m, MaskedMLP)]
+    assert len(networks) == 2
+    for network in networks:
+        assert network.hidden_dims == (7, 5)
+        assert isinstance(network.nonlinearity, nn.Tanh)
+    assert networks[0].order.tolist() != networks[1].order.tolist()
+
+
+@both
+def test_full_rank_by_default_where_it_is_cheap(kind):
+    for size, full_rank, expected in (
+        (200, None, True),
+        (201, None, False),
+        (201, True, True),
+        (3, False, False),
+    ):
+        guide = kind(
+            lambda size=size: pyro.sample("z", dist.Normal(torch.zeros(size), 1).to_event(1)),
+            num_transforms=1,
+            hidden_dims=4,
+            full_rank=full_rank,
+        )
+        guide()
+        assert (guide.transform.transforms[1].lower is not None) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_transforms": 0}, ValueError, "num_transforms: expected a positive integer, got 0"),
+        ({"num_transforms": 1.5}, ValueError, "num_transforms: expected"),
+        ({"num_transforms": True}, ValueError, "num_transforms: expected"),
+        ({"hidden_dims": ()}, ValueError, r"hidden_dims: expected positive integers, got \(\)"),
+        ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims: expected"),
+        ({"hidden_dims": 0}, ValueError, "hidden_dims: expected"),
+        ({"nonlinearity": "tanh"}, TypeError, "nonlinearity: expected a function or a module"),
+        ({"nonlinearity": nn.Tanh}, TypeError, r"such as torch\.nn\.ELU\(\), got <class"),
+    ],
+)
+@both
+def test_bad_arguments_at_construction(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        kind(models.regression, **options)
+
+
+def fit(guide, model, steps=350):
+    optim = pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
+    )
+    elbo = Trace_ELBO(16, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(model, guide, optim, elbo)
+    for _ in range(steps):
+        svi.step()
+        optim.step()
+
+
+def test_bends_in_one_dimension():
+    """Affine layers of one coordinate are a Gaussian together: the skewed target tells.
+
+    The best Gaussian on the unconstrained space, of location -1/2 and scale 1, is 0.081 nats short;
+    the Monte Carlo error of the ELBO below is 0.002.
+    """
+
+    def model():
+        pyro.sample("x", dist.Exponential(torch.ones(())))
+
+    guide = AutoIAF(model, num_transforms=2, hidden_dims=8)
+    fit(guide, model)
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(20_000)
+    log_p = z[:, 0] - z[:, 0].exp()
+    assert -0.04 < (log_p - log_q).mean() < 0.008
+    splines = [m for m in guide.modules() if isinstance(m, RationalQuadraticSpline)]
+    assert len(splines) == 2
+    other = AutoMAF(model, num_transforms=2, hidden_dims=8)
+    other()
+    other.load_state_dict(guide.state_dict())
+
+
+@both
+def test_fits_a_correlated_gaussian(kind):
+    loc, scale_tril = torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.0], [0.8, 0.3]])
+    target = dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+    def model():
+        pyro.sample("z", target)
+
+    guide = kind(model, num_transforms=2, hidden_dims=8)
+    fit(guide, model)
+    draws = guide.sample_posterior(20_000)["z"]
+    assert torch.allclose(draws.mean(0), loc, atol=0.1)
+    assert torch.allclose(draws.T.cov(), scale_tril @ scale_tril.T, atol=0.15)
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(20_000)
+    assert abs((target.log_prob(z) - log_q).mean()) < 0.03
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_plain_svi_stays_finite_in_float32(seed):
+    """One particle and Adam at 1e-2, on a simplex, a scale and a location; shortened."""
+    torch.set_default_dtype(torch.float32)
+    pyro.set_rng_seed(seed)
+
+    def model():
+        probs = pyro.sample("probs", dist.Dirichlet(torch.tensor([0.5, 2.0, 10.0])))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(()), 10.0))
+        pyro.sample("obs", dist.Normal(loc * probs[0], scale), obs=torch.tensor(3.0))
+
+    guide = AutoIAF(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = torch.tensor([svi.step() for _ in range(40)])
+    assert losses.isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in guide.parameters())
+    assert {value.dtype for value in guide().values()} == {torch.float32}

@@ -1,0 +1,49 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""A few steps of SVI, and whether they moved what they should."""
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+from . import models
+
+
+def train(guide, steps=4, model=models.regression, elbo=None):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo or Trace_ELBO())
+    return [svi.step(models.data()) for _ in range(steps)]
+
+
+def parameters(guide):
+    return {name: value.detach().clone() for name, value in guide.named_parameters()}
+
+
+def unmoved(guide, before):
+    now = dict(guide.named_parameters())
+    assert now.keys() == before.keys()
+    return [name for name, value in before.items() if torch.equal(value, now[name])]
+
+
+def trains(guide, others=()):
+    """Every parameter moves, and none of the others'."""
+    guide(models.data())
+    before, theirs = parameters(guide), [parameters(other) for other in others]
+    train(guide)
+    assert before
+    assert not unmoved(guide, before)
+    for other, old in zip(others, theirs, strict=True):
+        assert len(unmoved(other, old)) == len(old)
+
+
+def redraw(guide):
+    """A guide that is no Gaussian any more."""
+    with torch.no_grad():
+        for name, parameter in guide.named_parameters():
+            if "transforms.0" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter) / max(parameter.shape) ** 0.5)
+    return guide
+
+
+def redraw_after_call(guide):
+    guide(models.data())
+    return redraw(guide)
