@@ -5,8 +5,9 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ def check_univariate(
     dtype: torch.dtype = torch.float64,
     identity_at_zero: bool = True,
     onto_at: float = 1e3,
+    log_slope_bound: float = 10.0,
     seed: int = 0,
 ) -> None:
     """
@@ -54,14 +56,16 @@ def check_univariate(
     zero parameters are the identity; the log-determinant is the logarithm of the derivative; the
     map is strictly increasing, onto the real line, and its inverse and the log-determinant of that
     are right; densities integrate to one; gradients pass ``gradcheck`` in both directions and
-    stay finite at large parameters; shapes broadcast; dtypes follow the input under either
-    default dtype; and a NaN stays one.
+    stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the
+    input under either default dtype; and a NaN stays one.
 
     :param Univariate univariate: The family; it is copied, not changed.
     :param torch.dtype dtype: The dtype for the checks of values; float32 has wider tolerances.
     :param bool identity_at_zero: Whether zero parameters are the identity. Only a family whose
         docstring excuses it should say no.
     :param float onto_at: The values ``+-onto_at`` must have an inverse.
+    :param float log_slope_bound: The largest log-slope, of either sign, for ``|x| <= 3``: a bound of
+        about 3 is what a layer of a flow should have, some families are steeper here and there.
     :param int seed: The seed of the parameters that are tried; the global state is not touched.
     :raises AssertionError: Says which contract is broken, and for which input.
 
@@ -70,16 +74,20 @@ def check_univariate(
         >>> from pyro_artransform.univariate import Affine
         >>> check_univariate(Affine())
     """
-    _Univariate(univariate, dtype, seed).check(identity_at_zero, onto_at)
+    checked = _Univariate(univariate, dtype, log_slope_bound, seed)
+    checked.check(identity_at_zero, onto_at)
 
 
 class _Univariate:
     """A family under check, and the parameters that are tried."""
 
-    def __init__(self, family: Univariate, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self, family: Univariate, dtype: torch.dtype, log_slope_bound: float, seed: int
+    ) -> None:
         self.who = type(family).__name__
         self.family = copy.deepcopy(family).to(dtype)
         self.dtype = dtype
+        self.log_slope_bound = log_slope_bound
         self.eps = torch.finfo(dtype).eps
         self.tolerance = 1e-9 if dtype == torch.float64 else 1e-4
         self.generator = torch.Generator().manual_seed(seed)
@@ -116,13 +124,24 @@ class _Univariate:
         count = self.family.num_params
         ok = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         _require(ok, self.who, f"num_params must be a positive int, got {count!r}")
-        transform = self.family(self.params(2))
+        transform = self.tried("forward(params)", lambda: self.family(self.params(2)))
         kind = type(transform).__name__
         ok = isinstance(transform, Transform)
         _require(ok, self.who, f"forward(params) must return a torch Transform, got {kind}")
         ok = transform.domain.event_dim == 0 == transform.codomain.event_dim
         _require(ok, self.who, "the transform must be elementwise (event_dim 0)")
         _require(bool(transform.bijective), self.who, "the transform must say bijective = True")
+        x = self.normal((2,), self.dtype)
+        y = self.tried("the transform", lambda: transform(x))
+        self.tried("its inverse", lambda: transform.inv(y))
+        self.tried("its log_abs_det_jacobian", lambda: transform.log_abs_det_jacobian(x, y))
+
+    def tried(self, what: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            shape = f"params of shape (2, {self.family.num_params})"
+            raise AssertionError(f"{self.who}: {what} failed for {shape}: {error!r}") from error
 
     def identity(self) -> None:
         transform = self.family(torch.zeros_like(self.params(1)))
@@ -189,9 +208,8 @@ class _Univariate:
 
     def density(self, params: Tensor) -> None:
         transform = self.family(params)
-        ends = transform(self.grid(-9, 9, 2) + params[..., 0] * 0)
-        unit = self.grid(0, 1, 3001)
-        y = ends[0] + (ends[1] - ends[0]) * unit
+        # points that are even in x are close together wherever the density of y is high
+        y = transform(self.grid(-9, 9, 3001) + params[..., 0] * 0)
         x = transform.inv(y)
         log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
         log_density = log_density + transform.inv.log_abs_det_jacobian(y, x)
@@ -248,6 +266,12 @@ class _Univariate:
             ok = y.isfinite() & ladj.isfinite()
             message = f"values must be finite at large params (random, times {gain:g})"
             _require(ok, self.who, message, x=x, y=y, ladj=ladj)
+            ok = (ladj.abs() <= self.log_slope_bound) | (x.abs() > 3)
+            message = (
+                f"log-slopes must be bounded, here by {self.log_slope_bound:g} for |x| <= 3, at "
+                f"large params (random, times {gain:g}): see soft_bound"
+            )
+            _require(ok, self.who, message, x=x, ladj=ladj)
             total = y.sum() + ladj.sum() + transform.inv(x).sum()
             for gradient in torch.autograd.grad(total, (params, x)):
                 message = f"gradients must be finite at large params (random, times {gain:g})"

@@ -76,37 +76,37 @@ class ComposedTransform(FlowModule):
         return [t.transform if isinstance(t, FixedTransform) else t for t in self.transforms]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        event_dim = self.domain.event_dim
-        total: Any = None
-        for part in self.parts:
-            y, ladj = call_and_ladj(part, x)
-            ladj = sum_ladj(ladj, x if y.dim() < x.dim() else y, part.domain.event_dim, event_dim)
-            event_dim += part.codomain.event_dim - part.domain.event_dim
-            total = ladj if total is None else total + ladj
-            x = y
-        return x, total
+        return self._follow(x, self.parts, call_and_ladj, inverse=False)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._pull_back(y, inverse_and_ladj)
+        return self._follow(y, self.parts[::-1], inverse_and_ladj, inverse=True)
 
-    def _pull_back(self, y: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The parts in reverse, each by a function of the part and its value."""
-        event_dim = self.codomain.event_dim
+    def _follow(
+        self, value: Tensor, parts: list[Any], step: Step, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Each part in turn, by a function of the part and its argument, and the sum of the ladjs."""
+        event_dim = self.codomain.event_dim if inverse else self.domain.event_dim
         total: Any = None
-        for part in reversed(self.parts):
-            x, ladj = step(part, y)
-            ladj = sum_ladj(ladj, y if x.dim() < y.dim() else x, part.codomain.event_dim, event_dim)
-            event_dim += part.domain.event_dim - part.codomain.event_dim
+        for part in parts:
+            ends = part.domain.event_dim, part.codomain.event_dim
+            source, target = reversed(ends) if inverse else ends
+            result, ladj = step(part, value)
+            event_dim += target - source
+            ladj = sum_ladj(ladj, result, target, event_dim)
             total = ladj if total is None else total + ladj
-            y = x
-        return y, total
+            value = result
+        return value, total
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             known = [x.detach()]
             for part in self.parts[:-1]:
                 known.append(call_and_ladj(part, known[-1])[0])
-        return self._pull_back(y, lambda part, value: inverse_at(part, known.pop(), value))
+
+        def step(part: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
+            return inverse_at(part, known.pop(), value)
+
+        return self._follow(y, self.parts[::-1], step, inverse=True)
 
     def clear_cache(self) -> None:
         """Forgets the remembered pair, of the parts too."""

@@ -6,58 +6,34 @@ from torch import nn
 
 from pyro_artransform.conditioners import MaskedInput
 from pyro_artransform.testing import check_conditioner
-from pyro_artransform.univariate import MonotonicAffineTransform
 
+from ..transforms.metas import Dense, DenseTransform
 from .test_masks import random_dag
-
-
-class Unmasked(nn.Module):
-    """Any network: every output sees every input, and the context."""
-
-    def __init__(self, input_dim, num_params, context_dim=0):
-        super().__init__()
-        self.first = nn.Linear(input_dim + context_dim, 16)
-        self.last = nn.Linear(16, input_dim * num_params)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-        self.shape = input_dim, num_params
-
-    def forward(self, x, context=None):
-        if context is not None:
-            batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-            x = torch.cat([x.expand(*batch, -1), context.expand(*batch, -1)], -1)
-        return self.last(self.first(x).tanh()).unflatten(-1, self.shape)
-
-
-class UnmaskedTransform(Unmasked):
-    def forward(self, x, context=None):
-        params = super().forward(x, context)
-        return MonotonicAffineTransform(params[..., 0], params[..., 1])
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("input_dim", [1, 2, 5])
 def test_contract(input_dim, context_dim):
     check_conditioner(
-        lambda: MaskedInput(Unmasked(input_dim, 2, context_dim)), input_dim, context_dim=context_dim
+        lambda: MaskedInput(Dense(input_dim, 2, context_dim)), input_dim, context_dim=context_dim
     )
 
 
 def test_contract_with_a_graph():
     graph = random_dag(6, 0.4)
-    check_conditioner(lambda: MaskedInput(Unmasked(6, 2), adjacency=graph), 6, adjacency=graph)
+    check_conditioner(lambda: MaskedInput(Dense(6, 2), adjacency=graph), 6, adjacency=graph)
     order = [2, 0, 1]
-    assert MaskedInput(Unmasked(3, 2), order=order).adjacency.sum(-1).tolist() == [1, 2, 0]
+    assert MaskedInput(Dense(3, 2), order=order).adjacency.sum(-1).tolist() == [1, 2, 0]
 
 
 def test_masked_infinity_does_no_harm():
-    conditioner = MaskedInput(Unmasked(3, 2))
+    conditioner = MaskedInput(Dense(3, 2))
     x = torch.tensor([0.5, torch.inf, torch.nan])
     assert torch.isfinite(conditioner(x)[:2]).all()
 
 
 def test_network_that_returns_a_transform():
-    net = UnmaskedTransform(3, 2)
+    net = DenseTransform(3, 2)
     nn.init.normal_(net.last.weight)
     transform, x = MaskedInput(net)(x := torch.randn(4, 3)), x
     y = transform(x)
@@ -73,9 +49,9 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="net: expected a callable, got int"):
         MaskedInput(3)
     with pytest.raises(ValueError, match="an order or an adjacency, got both"):
-        MaskedInput(Unmasked(2, 2), order=[0, 1], adjacency=torch.zeros(2, 2))
+        MaskedInput(Dense(2, 2), order=[0, 1], adjacency=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="cycle"):
-        MaskedInput(Unmasked(2, 2), adjacency=torch.ones(2, 2))
+        MaskedInput(Dense(2, 2), adjacency=torch.ones(2, 2))
 
 
 def test_bad_networks():
@@ -87,4 +63,4 @@ def test_bad_networks():
         vector = torch.distributions.StickBreakingTransform()
         MaskedInput(lambda x: vector)(torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"expected shape \(\*, 2\), got \(5, 3\)"):
-        MaskedInput(Unmasked(2, 2), order=[0, 1])(torch.zeros(5, 3))
+        MaskedInput(Dense(2, 2), order=[0, 1])(torch.zeros(5, 3))

@@ -126,3 +126,15 @@ def test_inverse_of_a_chain_is_a_module_that_owns_the_parameters():
     flow = iaf(3)
     assert len(list(inverse(flow).parameters())) == len(list(flow.parameters())) > 0
     assert inverse(inverse(flow)) is flow
+
+
+def test_context_broadcasts_through_a_chain():
+    t = redraw(chain([affine_autoregressive(3), conditional_affine_autoregressive(3, 2)]))
+    conditioned = t.condition(torch.randn(5, 2))
+    x = torch.randn(3)
+    y, ladj = conditioned.call_and_ladj(x)
+    assert y.shape == (5, 3)
+    assert ladj.shape == (5,)
+    back, inverse_ladj = conditioned.inv.call_and_ladj(y)
+    assert torch.allclose(back, x.expand(5, 3))
+    assert torch.allclose(inverse_ladj, -ladj)

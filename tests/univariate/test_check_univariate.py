@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Transform, constraints
 
 from pyro_artransform.testing import check_univariate
-from pyro_artransform.univariate import GatedAffine, Univariate, soft_bound
+from pyro_artransform.univariate import Affine, GatedAffine, Univariate, soft_bound
 
 
 class SinhArcsinhTransform(Transform):
@@ -196,3 +196,33 @@ def test_global_state_is_left_alone():
     check_univariate(SinhArcsinh())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() == dtype
+
+
+class OneParameterTooMany(SinhArcsinh):
+    num_params = 3
+
+    def forward(self, params):
+        skew, weight = params.unbind(-1)
+        return self.transform(skew, weight.exp())
+
+
+class NoInverse(SinhArcsinhTransform):
+    def _inverse(self, y):
+        raise NotImplementedError
+
+
+class WithoutInverse(SinhArcsinh):
+    transform = NoInverse
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (lambda: Affine(bound=12.0), "Affine: log-slopes must be bounded, here by 10"),
+        (OneParameterTooMany, r"forward\(params\) failed for params of shape \(2, 3\): ValueError"),
+        (WithoutInverse, r"its inverse failed .*NotImplementedError"),
+    ],
+)
+def test_what_fails_names_the_contract(family, message):
+    with pytest.raises(AssertionError, match=message):
+        check_univariate(family())
