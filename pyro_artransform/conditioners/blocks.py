@@ -121,8 +121,7 @@ class MLPBlocks:
     ) -> None:
         self._layout, self._order = layout, order
         self._weights = weights
-        # called without its hooks, as often as it is
-        self._act = getattr(nonlinearity, "forward", nonlinearity)
+        self._act = nonlinearity
         self._batch = like.shape[0]
         self._inputs = Known(like, layout.levels[-1], in_place)
         self._hidden = [Known(like, units[-1], in_place) for units in layout.units]
@@ -191,7 +190,8 @@ class MLPBlocks:
                 out = torch.addmm(out, x, self._skip)
         if x is None:
             out = out.expand(self._batch, out.shape[-1])
-        return out.reshape(self._batch, -1, self._width).transpose(1, 2)
+        count = out.shape[-1] // self._width
+        return out.reshape(self._batch, count, self._width).transpose(1, 2)
 
     def close(self, x: Tensor, levels: int) -> None:
         """Makes the first levels of the block known, with the units of the last evaluation.

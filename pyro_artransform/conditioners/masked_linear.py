@@ -3,6 +3,8 @@
 
 """A linear layer with a mask."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,9 +21,9 @@ class MaskedLinear(torch.nn.Linear):
 
     :param in_features: the number of inputs.
     :param out_features: the number of outputs.
-    :param mask: zeros and ones, shape ``(out_features, in_features)``; kept as a buffer of the weight's
-        dtype, since the product of two float tensors is many times faster than that of a float and a
-        boolean one.
+    :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists; kept as a
+        buffer of the weight's dtype, since the product of two float tensors is many times faster than
+        that of a float and a boolean one.
     :param bias: whether to add a bias.
     :raises ValueError: if the mask has another shape.
 
@@ -36,9 +38,14 @@ class MaskedLinear(torch.nn.Linear):
     mask: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, mask: Tensor, bias: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Tensor | Sequence[Sequence[int]],
+        bias: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
+        mask = torch.as_tensor(mask, device=self.weight.device)
         if mask.shape != self.weight.shape:
             raise ValueError(
                 f"mask: expected shape {tuple(self.weight.shape)} (out_features, in_features), "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_callable, check_elementwise, check_hidden_dims, check_size
 from .base import Conditioner
 from .blocks import MLPBlocks, Weights, layout
 from .masked_linear import MaskedLinear
@@ -35,13 +36,16 @@ class MaskedMLP(Conditioner):
     :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
         ``max(64, 2 * input_dim)``.
     :param context_dim: the size C of the context, 0 for none.
-    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
+    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``: a deterministic
+        function of each number alone, the same for every unit, which leaves its argument as it is. All
+        hidden layers share it, and its parameters if it is a module that has some.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
         ``[i, j]`` says that coordinate i depends on coordinate j.
-    :raises ValueError: for a size that is not positive, an order that is no permutation, a graph with a
-        cycle, or both an order and a graph.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a size that is not positive, a nonlinearity that is not elementwise, an order
+        that is no permutation, a graph with a cycle, or both an order and a graph.
 
     Example::
 
@@ -73,19 +77,17 @@ class MaskedMLP(Conditioner):
         adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.input_dim = _check_size("input_dim", input_dim, 1)
-        self.num_params = _check_size("num_params", num_params, 1)
-        self.context_dim = _check_size("context_dim", context_dim, 0)
-        self.hidden_dims = _check_hidden_dims(hidden_dims, input_dim)
+        self.input_dim = check_size("input_dim", input_dim, 1)
+        self.num_params = check_size("num_params", num_params, 1)
+        self.context_dim = check_size("context_dim", context_dim, 0)
+        self.hidden_dims = check_hidden_dims(hidden_dims, self.input_dim)
         self.nonlinearity = nn.ELU() if nonlinearity is None else nonlinearity
+        check_callable(self.nonlinearity)
         self._register_graph(order, adjacency)
         self._read_graph()
         self._build_layers()
-
-    @property
-    def hidden_state(self) -> object:
-        """A nonlinearity that is no module, for what it may hold; else None."""
-        return None if isinstance(self.nonlinearity, nn.Module) else self.nonlinearity
+        like = next(self.layers.parameters())
+        check_elementwise(self.nonlinearity, max(self.hidden_dims), like)
 
     def _register_graph(
         self, order: Tensor | Sequence[int] | None, adjacency: Tensor | None
@@ -162,12 +164,22 @@ class MaskedMLP(Conditioner):
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
-    ) -> MLPBlocks:
-        """The network as it is evaluated block by block, see :class:`~.base.Conditioner`."""
+    ) -> MLPBlocks | None:
+        """The network as it is evaluated block by block, see :class:`~.base.Conditioner`.
+
+        None if a subclass has another ``forward`` or there are hooks: blocks do not go through them.
+        """
+        if type(self).forward is not MaskedMLP.forward or self._has_hooks():
+            return None
         self._check_input(x, context)
         order = None if self._layout.natural else self.by_level
         weights = self._sorted_weights(context, order)
         return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
+
+    def _has_hooks(self) -> bool:
+        modules = (self, *self.layers, *([] if self.skip is None else [self.skip]))
+        changed = any(type(layer).forward is not MaskedLinear.forward for layer in modules[1:])
+        return changed or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
     def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
         layers: Any = self.layers
@@ -190,6 +202,9 @@ class MaskedMLP(Conditioner):
             return  # sizes are tensors then and cannot be compared
         if x.dim() == 0 or x.shape[-1] != self.input_dim:
             raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
+        dtype = self.layers[0].mask.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x: expected {dtype}, the network's own, got {x.dtype}")
         if (context is None) != (self.context_dim == 0):
             got = "none" if context is None else f"one of shape {tuple(context.shape)}"
             wanted = f"a context of shape (*, {self.context_dim})" if self.context_dim else "none"
@@ -202,18 +217,3 @@ class MaskedMLP(Conditioner):
     def extra_repr(self) -> str:
         sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
         return f"{sizes}, hidden_dims={self.hidden_dims}, context_dim={self.context_dim}"
-
-
-def _check_size(name: str, value: int, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    return value
-
-
-def _check_hidden_dims(hidden_dims: int | Sequence[int] | None, input_dim: int) -> tuple[int, ...]:
-    if hidden_dims is None:
-        return (max(64, 2 * input_dim),) * 2
-    widths = (hidden_dims,) if isinstance(hidden_dims, int) else tuple(hidden_dims)
-    if not widths:
-        raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
-    return tuple(_check_size("hidden_dims", width, 1) for width in widths)

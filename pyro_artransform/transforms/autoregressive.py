@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from .base import FlowModule
-from .evaluate import call_and_ladj, sum_ladj, values_are_readable
+from .evaluate import as_transform, call_and_ladj, sum_ladj, values_are_readable
 from .inversion import at_solution, invert
-from .structure import StructureCheck, describe
+from .structure import StructureCheck, by_construction, describe
 from .warn import warn_user
 
 
@@ -75,14 +75,9 @@ class AutoregressiveTransform(FlowModule):
         self.passes = _check_passes(passes)
         self.structure = StructureCheck()
 
-    @property
-    def hidden_state(self) -> Any:
-        """A meta that is no module, whose parameters nobody sees; else None."""
-        return None if isinstance(self.meta, torch.nn.Module) else self.meta
-
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        transform = self.meta(x)
+        transform = as_transform(self.meta(x))
         y, ladj = call_and_ladj(transform, x)
         return y, sum_ladj(ladj, y, transform.event_dim, 1)
 
@@ -95,12 +90,27 @@ class AutoregressiveTransform(FlowModule):
         return at_solution(self.meta, x, y)
 
     def _check(self, x: Tensor) -> None:
-        if x.dim() == 0:
-            raise ValueError("expected a tensor of shape (*, D), got a scalar")
-        if self.structure.done or not is_validation_enabled() or not values_are_readable(x):
+        if x.dim() == 0 or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
+            )
+        self._check_batch(x)
+        if not self.structure.is_due() or not is_validation_enabled():
+            return
+        if not values_are_readable(x) or torch.is_inference_mode_enabled():
             return
         if faults := self.structure.faults(self.meta, x):
             warn_user(f"AutoregressiveTransform: {describe(faults)}", UserWarning)
+
+    def _check_batch(self, x: Tensor) -> None:
+        batch = getattr(self.meta, "batch_shape", ())
+        if not batch or torch.jit.is_tracing():
+            return
+        if any(a != b and 1 not in (a, b) for a, b in zip(batch[::-1], x.shape[-2::-1])):
+            raise ValueError(
+                f"expected batch shapes of the context and of x that broadcast, got {tuple(batch)} "
+                f"and {tuple(x.shape[:-1])}"
+            )
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of y for an x of the given shape: the context's batch shape broadcasts."""
@@ -128,10 +138,9 @@ class ContextMeta(torch.nn.Module):
         self.context = context
 
     @property
-    def hidden_state(self) -> Any:
-        """The context, and a meta that is no module."""
-        own = self.meta if not isinstance(self.meta, torch.nn.Module) else None
-        return [self.context, own]
+    def autoregressive(self) -> bool:
+        """Whether the meta is autoregressive by construction."""
+        return by_construction(self.meta)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -139,7 +148,7 @@ class ContextMeta(torch.nn.Module):
         return self.context.shape[:-1]
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("autoregressive", "depth", "univariate"):
+        if name in ("depth", "univariate"):
             return getattr(self.meta, name)
         return super().__getattr__(name)
 
@@ -186,6 +195,10 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
         self.meta = _check_meta(meta)
         self.passes = _check_passes(passes)
         self.structure = StructureCheck()
+
+    def forward(self, *_: Any) -> None:
+        """Says what to call."""
+        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
         """The transform for one context.

@@ -9,14 +9,39 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
 from .evaluate import values_are_readable
-from .memory import Pair, remember, visible_tensors
+from .memory import Pair, remember
+from .visible import visible_state
+
+#: A remembered pair and a reference to the inverse belong to one object in one process.
+_OWN: dict[str, Any] = {"_pair": None, "_inverse_ref": None}
 
 
-class FlowModule(TransformModule):
+class CopyableModule(TransformModule):
+    """A transform module whose copies and pickles share nothing with it and leave it as it is."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CopyableModule":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        kept = {key: value for key, value in vars(self).items() if key not in _OWN}
+        vars(twin).update(
+            copy.deepcopy(kept, memo), **{k: v for k, v in _OWN.items() if k in vars(self)}
+        )
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: _OWN.get(key, value) for key, value in vars(self).items()}
+        # copies of the parameters are without the weak reference, which cannot be pickled, that
+        # Pyro's param store leaves on the originals and still needs
+        state["_modules"] = copy.deepcopy(self._modules)
+        return state
+
+
+class FlowModule(CopyableModule):
     r"""A bijection of real vectors that owns its parameters.
 
     A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; calling, inverting and
@@ -94,11 +119,11 @@ class FlowModule(TransformModule):
             return self._inverse(given) if inverse else self._call(given)
         pair = self._pair
         if pair is not None and self._pair_is_inverse != inverse:
-            source = pair.source_of(given, visible_tensors(self))
+            source = pair.source_of(given, visible_state(self))
             if source is not None:
                 return source
         result, ladj = self.inverse_and_ladj(given) if inverse else self.call_and_ladj(given)
-        self._pair = remember(given, result, ladj, visible_tensors(self))
+        self._pair = remember(given, result, ladj, visible_state(self))
         self._pair_is_inverse = inverse
         return result
 
@@ -112,7 +137,7 @@ class FlowModule(TransformModule):
         pair = self._pair if values_are_readable(x) else None
         if pair is not None:
             source, result = (y, x) if self._pair_is_inverse else (x, y)
-            ladj = pair.ladj_of(source, result, visible_tensors(self))
+            ladj = pair.ladj_of(source, result, visible_state(self))
             if ladj is not None:
                 return -ladj if self._pair_is_inverse else ladj
         return self.call_and_ladj(x)[1]
@@ -125,7 +150,8 @@ class FlowModule(TransformModule):
         """
         if _check_cache_size(cache_size) == self._cache_size:
             return self
-        twin = copy.copy(self)
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self), **_OWN)
         twin._cache_size = cache_size
         return twin
 
@@ -136,13 +162,8 @@ class FlowModule(TransformModule):
     # the tree of submodules says more than a bare name
     __repr__ = torch.nn.Module.__repr__
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a remembered pair and a reference to the inverse belong to one object in one process
-        _drop_weak_references(self)
-        return {**self.__dict__, "_pair": None, "_inverse_ref": None}
 
-
-class InverseTransformModule(TransformModule):
+class InverseTransformModule(CopyableModule):
     r"""The inverse of a transform, as a module that owns the transform's parameters.
 
     :param transform: the transform to invert; it becomes the submodule ``transform``.
@@ -178,7 +199,10 @@ class InverseTransformModule(TransformModule):
 
     @property
     def inv(self) -> FlowModule:
-        """The transform itself."""
+        """The transform itself, of which this is the inverse: ``t.inv.inv is t`` for it too."""
+        reference = self.transform._inverse_ref
+        if reference is None or reference() is None:
+            self.transform._inverse_ref = weakref.ref(self)
         return self.transform
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -208,10 +232,6 @@ class InverseTransformModule(TransformModule):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The log-determinant of this inverse at its argument ``x``, whose value is ``y``, shape ``(*,)``."""
         return -self.transform.log_abs_det_jacobian(y, x)
-
-    def __getstate__(self) -> dict[str, Any]:
-        _drop_weak_references(self)
-        return dict(self.__dict__)
 
     def with_cache(self, cache_size: int = 1) -> "InverseTransformModule":
         """The inverse of the transform that remembers as told."""
@@ -245,18 +265,17 @@ def inverse(transform: FlowModule | InverseTransformModule) -> TransformModule:
         >>> inverse(inverse(t)) is t
         True
     """
+    if isinstance(transform, ConditionalTransform):
+        raise TypeError(
+            f"expected a transform, got the conditional {type(transform).__name__}: condition it "
+            "first, inverse(transform.condition(context)), or take its .inv"
+        )
     if not isinstance(transform, (FlowModule, InverseTransformModule)):
         raise TypeError(
             f"expected a transform of this package, got {type(transform).__name__}; "
-            "chain([transform]) makes one of any TransformModule"
+            "chain([transform]) makes one of any torch transform"
         )
     return transform.inv
-
-
-def _drop_weak_references(module: torch.nn.Module) -> None:
-    # Pyro's param store leaves one on each parameter, and it cannot be pickled
-    for parameter in module.parameters():
-        vars(parameter).pop("unconstrained", None)
 
 
 def _check_cache_size(cache_size: int) -> int:

@@ -4,13 +4,14 @@
 """Composition that keeps every parameter, in both directions."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pyro.distributions import ConditionalTransformModule, constraints
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
+from torch.distributions.transforms import _InverseTransform
 
 from .base import FlowModule
 from .evaluate import call_and_ladj, inverse_and_ladj, inverse_at, sum_ladj
@@ -21,17 +22,36 @@ Step = Callable[[Transform, Tensor], tuple[Tensor, Tensor]]
 class FixedTransform(nn.Module):
     """Holds a transform that is no module in a list of modules.
 
-    :param transform: a torch transform, without parameters to train.
+    :param transform: a torch transform.
+    :raises TypeError: if there is a module inside, whose parameters would be lost.
     """
 
-    def __init__(self, transform: Transform) -> None:
+    def __init__(self, transform: Transform | ConditionalTransform) -> None:
         super().__init__()
+        inside = [v for v in vars(transform).values() if isinstance(v, nn.Module)]
+        if inside:
+            raise TypeError(
+                f"{type(transform).__name__} holds the module {type(inside[0]).__name__}, whose "
+                "parameters would be lost: expected a transform that is a module itself, or one "
+                "without modules"
+            )
         self.transform = transform
 
-    @property
-    def hidden_state(self) -> Transform:
-        """The transform, for its tensors."""
-        return self.transform
+
+def as_module(transform: Any) -> nn.Module:
+    """A transform as a module that owns whatever parameters there are.
+
+    torch's inverses and compositions are no modules, and lose what they are made of.
+
+    :param transform: a torch transform, or a conditional one.
+    """
+    if isinstance(transform, nn.Module):
+        return transform
+    if isinstance(transform, _InverseTransform):
+        return ComposedTransform(transform.inv).inv
+    if isinstance(transform, ComposeTransform) and transform.parts:
+        return ComposedTransform(*transform.parts)
+    return FixedTransform(transform)
 
 
 class ComposedTransform(FlowModule):
@@ -62,9 +82,7 @@ class ComposedTransform(FlowModule):
     def __init__(self, *transforms: Transform, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         _check_parts(transforms, Transform)
-        self.transforms = nn.ModuleList(
-            t if isinstance(t, nn.Module) else FixedTransform(t) for t in transforms
-        )
+        self.transforms = nn.ModuleList(map(as_module, transforms))
         composed = ComposeTransform(list(transforms))
         self.domain = _at_least_vector(composed.domain)
         self.codomain = _at_least_vector(composed.codomain)
@@ -145,10 +163,11 @@ class ConditionalComposedTransform(ConditionalTransformModule):
     def __init__(self, *transforms: Transform | ConditionalTransform) -> None:
         super().__init__()
         _check_parts(transforms, (Transform, ConditionalTransform))
-        self.transforms = nn.ModuleList(
-            t if isinstance(t, nn.Module) else FixedTransform(cast(Transform, t))
-            for t in transforms
-        )
+        self.transforms = nn.ModuleList(map(as_module, transforms))
+
+    def forward(self, *_: Any) -> None:
+        """Says what to call."""
+        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for one context.
@@ -185,9 +204,19 @@ def chain(
         >>> t.inv(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
+    transforms = _as_list(transforms)
     if any(isinstance(t, ConditionalTransform) for t in transforms):
         return ConditionalComposedTransform(*transforms)
-    return ComposedTransform(*transforms)  # type: ignore[arg-type]
+    return ComposedTransform(*transforms)
+
+
+def _as_list(transforms: Any) -> list[Any]:
+    if isinstance(transforms, (Transform, ConditionalTransform)):
+        raise TypeError(
+            f"expected a sequence of transforms, got one {type(transforms).__name__}; "
+            "chain([transform]) takes it"
+        )
+    return list(transforms)
 
 
 def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -> None:

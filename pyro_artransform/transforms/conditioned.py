@@ -9,6 +9,7 @@ from torch.distributions import Transform
 
 from ..conditioners import Blocks, Conditioner
 from ..univariate import Univariate
+from .structure import by_construction
 
 
 class ConditionedUnivariate(torch.nn.Module):
@@ -50,7 +51,7 @@ class ConditionedUnivariate(torch.nn.Module):
     @property
     def autoregressive(self) -> bool:
         """Whether the conditioner is autoregressive by construction."""
-        return self.conditioner.autoregressive
+        return by_construction(self.conditioner)
 
     @property
     def depth(self) -> int | None:
@@ -66,6 +67,12 @@ class ConditionedUnivariate(torch.nn.Module):
         :param context: shape ``(*, C)``.
         :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
+        # a subclass or a hook may do more than the two parts say
+        changed = type(self).forward is not ConditionedUnivariate.forward
+        if changed or any(
+            m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate)
+        ):
+            return None
         rows = y.reshape(-1, y.shape[-1])
         if context is not None and context.dim() > 1:
             context = context.expand(y.shape[:-1] + context.shape[-1:]).flatten(0, -2)

@@ -5,9 +5,31 @@
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 
 from ..univariate.base import values_can_be_read
+
+
+def as_transform(value: object) -> Transform:
+    """What a meta returned, after a check that it is a bijection of real vectors.
+
+    :param value: anything.
+    :raises TypeError: if it is no torch transform.
+    :raises ValueError: if it acts on something else than real numbers or vectors.
+    """
+    if not isinstance(value, Transform):
+        raise TypeError(
+            f"meta: expected a function that returns a torch Transform, got one that returns a "
+            f"{type(value).__name__}. For a network that returns parameters, "
+            "ConditionedUnivariate(conditioner, family) is the meta"
+        )
+    for side in (value.domain, value.codomain):
+        if getattr(side, "base_constraint", side) is not constraints.real or side.event_dim > 1:
+            raise ValueError(
+                f"meta: expected a transform of real numbers or vectors, got {type(value).__name__} "
+                f"from {value.domain} to {value.codomain}"
+            )
+    return value
 
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from .evaluate import inverse_and_ladj, sum_ladj, values_are_readable
+from .evaluate import as_transform, inverse_and_ladj, sum_ladj, values_are_readable
 from .schedule import Problem, block_size
 from .warn import warn_user
 
@@ -65,7 +65,8 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     batch = getattr(meta, "batch_shape", torch.Size())
     y = y.expand(torch.broadcast_shapes(y.shape, batch + y.shape[-1:])) if batch else y
     readable = values_are_readable(y)
-    offer = getattr(meta, "blocks", None) if passes is None else None
+    known = passes is None and getattr(meta, "univariate", None) is not None
+    offer = getattr(meta, "blocks", None) if known else None
     if not readable:
         blocks = None if offer is None else offer(y)
         return _unrolled(meta, y, passes) if blocks is None else _by_levels(meta, blocks, y)
@@ -106,7 +107,7 @@ def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tenso
     x = torch.zeros_like(y)
     for _ in range(plan.passes):
         point = _finite(x)
-        transform = meta(point)
+        transform = as_transform(meta(point))
         new = transform.inv(y)
         moved = _moved(new, x)
         x = torch.where(moved, new, x)
@@ -207,6 +208,8 @@ def _moved(new: Tensor, old: Tensor) -> Tensor:
 
 def _settled(new: Tensor, old: Tensor) -> bool:
     """Whether finite numbers changed by no more than round-off, as :func:`_moved` has it, in few steps."""
+    if new.numel() == 0:
+        return True
     unit = 2 * torch.finfo(new.dtype).eps
     excess = (new - old).abs_().sub_(new.abs(), alpha=unit)
     return excess.amax().item() <= unit

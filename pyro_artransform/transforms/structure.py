@@ -6,6 +6,7 @@
 A network without masks gives a wrong log-determinant and a wrong inverse, and no other sign of it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.func import functional_call
 
+from .evaluate import as_transform
+
 Meta = Callable[[Tensor], Transform]
 
 _DRAWS = 2
 
 
-def faulty_coordinates(meta: Meta, x: Tensor) -> list[int]:
-    """The coordinates whose law depends on their own value, directly or around a cycle.
+def dependencies(meta: Meta, x: Tensor) -> Tensor:
+    """Which coordinates the law of each coordinate depends on.
 
     The map :math:`u \\mapsto \\mathrm{meta}(u)^{-1}(y)` at fixed y is the one that the inverse iterates; the
     transform is autoregressive, up to an order of the coordinates, if its Jacobian has no cycle. It
@@ -29,7 +32,7 @@ def faulty_coordinates(meta: Meta, x: Tensor) -> list[int]:
     :param meta: a function of x that returns a transform.
     :param x: an argument that the transform is used with, shape ``(*, D)``; its shape, dtype and
         device are used.
-    :return: the coordinates at fault, empty if there are none.
+    :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the law of coordinate i depends on x_j.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1,) * (x.dim() - 1) + x.shape[-1:]
@@ -38,14 +41,40 @@ def faulty_coordinates(meta: Meta, x: Tensor) -> list[int]:
         for candidate in _candidates(meta, generator):
             point = _normal(shape, x, generator)
             depends = depends | _dependencies(candidate, point)
-    return _on_a_cycle(depends)
+    return depends
+
+
+def by_construction(module: object) -> bool:
+    """Whether a module says that it is autoregressive, and says so of its present ``forward``.
+
+    A subclass that overrides ``forward`` may break what its base class promised.
+
+    :param module: a conditioner or a meta.
+    """
+    for cls in type(module).__mro__:
+        if "autoregressive" in vars(cls):
+            return getattr(module, "autoregressive", False) is True
+        if "forward" in vars(cls):
+            return False
+    return False
 
 
 class StructureCheck:
-    """Looks once whether a meta is autoregressive; conditioned copies of a transform share one."""
+    """Looks whether a meta is autoregressive; conditioned copies of a transform share one.
+
+    It looks once. If nothing depends on x yet, as with a last layer of zeros that cannot be re-drawn, it
+    looks again at the 2nd, 4th, 8th, ... call.
+    """
 
     def __init__(self) -> None:
-        self.done = False
+        self._calls, self._done = 0, False
+
+    def is_due(self) -> bool:
+        """Whether to look now."""
+        if self._done:
+            return False
+        self._calls += 1
+        return self._calls & (self._calls - 1) == 0
 
     def faults(self, meta: Meta, x: Tensor) -> list[int]:
         """The coordinates at fault, empty if the meta is autoregressive by construction.
@@ -53,9 +82,12 @@ class StructureCheck:
         :param meta: a function of x that returns a transform.
         :param x: an argument, shape ``(*, D)``.
         """
-        self.done = True
-        known = getattr(meta, "autoregressive", False) is True
-        return [] if known else faulty_coordinates(meta, x)
+        self._done = by_construction(meta)
+        if self._done:
+            return []
+        depends = dependencies(meta, x)
+        self._done = isinstance(meta, nn.Module) or bool(depends.any())
+        return _on_a_cycle(depends)
 
 
 def describe(faults: list[int]) -> str:
@@ -69,10 +101,14 @@ def describe(faults: list[int]) -> str:
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
-    yield meta
-    if isinstance(meta, nn.Module):
-        for _ in range(_DRAWS):
-            yield _redrawn(meta, generator)
+    if not isinstance(meta, nn.Module):
+        yield meta
+        return
+    # a copy, since layers such as batch normalisation change when they are used in training
+    copied = copy.deepcopy(meta).eval()
+    yield copied
+    for _ in range(_DRAWS):
+        yield _redrawn(copied, generator)
 
 
 def _redrawn(meta: nn.Module, generator: torch.Generator) -> Meta:
@@ -96,7 +132,7 @@ def _normal(
 def _dependencies(meta: Meta, point: Tensor) -> Tensor:
     """The boolean matrix whose entry [i, j] says that the law of coordinate i depends on x_j."""
     point = point.detach().requires_grad_()
-    transform = meta(point)
+    transform = as_transform(meta(point))
     if transform.event_dim == 0:
         out = transform(point.detach())
     else:

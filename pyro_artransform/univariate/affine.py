@@ -42,7 +42,7 @@ class MonotonicAffineTransform(ElementwiseTransform):
         (torch.Size([32, 5]), torch.Size([32, 5]))
     """
 
-    def __init__(self, shift: Tensor, scale: Tensor, bound: float = 3.0) -> None:
+    def __init__(self, shift: Tensor, scale: Tensor, *, bound: float = 3.0) -> None:
         super().__init__()
         check_broadcast("shift and scale", shift, scale)
         self.shift = shift
@@ -86,7 +86,7 @@ class Affine(Univariate):
     def forward(self, params: Tensor) -> MonotonicAffineTransform:
         self.check_params(params)
         shift, scale = unbind_params(params)
-        return MonotonicAffineTransform(shift, scale, self.bound)
+        return MonotonicAffineTransform(shift, scale, bound=self.bound)
 
 
 class AdditiveTransform(ElementwiseTransform):

@@ -46,7 +46,8 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
 
 
 def _quotient(x: Tensor, bound: float) -> Tensor:
-    x = x.clamp(-1e15, 1e15)  # the square must not overflow in float32
+    large = torch.finfo(x.dtype).max ** 0.4
+    x = x.clamp(-large, large)  # the square must not overflow
     # numbers as arguments of a kernel are cheaper than as operands, which become tensors first
     return torch.addcmul(x.new_ones(()), x, x, value=bound**-2).rsqrt_().mul_(x)
 
@@ -69,7 +70,8 @@ class _SoftBound(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        slope = torch.rsqrt(1 + (x.clamp(-1e12, 1e12) / ctx.bound) ** 2)
+        large = torch.finfo(x.dtype).max ** 0.3
+        slope = torch.rsqrt(1 + (x.clamp(-large, large) / ctx.bound) ** 2)
         return gradient * slope**3, None
 
 

@@ -81,7 +81,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
     """
 
     def __init__(
-        self, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float = 5.0
+        self, widths: Tensor, heights: Tensor, derivatives: Tensor, *, bound: float = 5.0
     ) -> None:
         super().__init__()
         _check_shapes(widths, heights, derivatives)
@@ -202,7 +202,7 @@ class RationalQuadraticSpline(Univariate):
         self.check_params(params)
         sizes = (self.count_bins, self.count_bins, self.count_bins - 1)
         widths, heights, derivatives = split_params(params, sizes)
-        return MonotonicRQSTransform(widths, heights, derivatives, self.bound)
+        return MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound)
 
 
 def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:

@@ -141,7 +141,7 @@ def test_own_conditioners_skip_the_check(make, monkeypatch):
     def fail(*_):
         raise RuntimeError("checked")
 
-    monkeypatch.setattr("pyro_artransform.transforms.structure.faulty_coordinates", fail)
+    monkeypatch.setattr("pyro_artransform.transforms.structure.dependencies", fail)
     AutoregressiveTransform(ConditionedUnivariate(make(3, 2), Affine()))(torch.zeros(3))
     with pytest.raises(RuntimeError, match="checked"):
         AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))
@@ -201,3 +201,125 @@ def test_conditional_network_is_checked_once_for_all_contexts():
     with pytest.warns(UserWarning, match="not autoregressive"):
         t.condition(torch.zeros(4, 1))(torch.randn(4, 3))
     assert structure_warnings(t.condition(torch.ones(4, 1)), torch.randn(4, 3)) == []
+
+
+class Leaks(MaskedMLP):
+    """A subclass that breaks what its base class promises."""
+
+    def forward(self, x, context=None):
+        return super().forward(x, context) + x.sum(-1)[..., None, None]
+
+
+class Doubles(MaskedMLP):
+    def forward(self, x, context=None):
+        return 2 * super().forward(x, context)
+
+
+def test_a_subclass_answers_for_itself():
+    t = AutoregressiveTransform(ConditionedUnivariate(Leaks(3, 2), Affine()))
+    (message,) = structure_warnings(t, torch.randn(5, 3))
+    assert "[0, 1, 2]" in message
+    t = AutoregressiveTransform(redraw(ConditionedUnivariate(Doubles(3, 2), Affine())))
+    x = torch.randn(5, 3)
+    assert structure_warnings(t, x) == []
+    assert torch.allclose(t.inv(t(x).detach()), x)
+
+
+@pytest.mark.parametrize("part", ["conditioner", "conditioner.layers.2", "univariate"])
+def test_hooks_act_in_both_directions(part):
+    t = AutoregressiveTransform(redraw(ConditionedUnivariate(MaskedMLP(3, 2), Affine())))
+
+    def changes(module, given, out):
+        return (
+            out + 1
+            if isinstance(out, torch.Tensor)
+            else MonotonicAffineTransform(out.shift + 1, out.log_scale)
+        )
+
+    t.meta.get_submodule(part).register_forward_hook(changes)
+    x = torch.randn(5, 3)
+    y = t(x).detach()
+    assert torch.allclose(t.inv(y), x)
+
+
+def test_batch_normalisation_is_probed_on_a_copy():
+    class Normalises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return MonotonicAffineTransform(self.norm(x), torch.zeros_like(x))
+
+    meta = Normalises()
+    (message,) = structure_warnings(AutoregressiveTransform(meta), torch.randn(5, 3))
+    assert "[0, 1, 2]" in message
+    assert meta.norm.num_batches_tracked == 1
+    wrapped = MaskedInput(nn.Sequential(Dense(3, 2), nn.BatchNorm2d(3)))
+    assert not wrapped.autoregressive
+    assert wrapped.eval().autoregressive
+
+
+def test_hidden_network_with_a_last_layer_of_zeros_is_found_later():
+    net = nn.Linear(3, 3)
+    nn.init.zeros_(net.weight)
+    t = AutoregressiveTransform(lambda x: MonotonicAffineTransform(0 * x, net(x)))
+    x = torch.randn(5, 3)
+    assert structure_warnings(t, x) == []
+    nn.init.normal_(net.weight)
+    assert any("[0, 1, 2]" in message for _ in range(3) for message in structure_warnings(t, x))
+
+
+def test_what_a_meta_must_return():
+    x = torch.randn(5, 3)
+    for meta in (nn.Linear(3, 3), MaskedMLP(3, 2)):
+        for use in (lambda t: t(x), lambda t: t.inv(x)):
+            with pytest.raises(TypeError, match=r"returns a Tensor.*ConditionedUnivariate"):
+                use(AutoregressiveTransform(meta))
+    for transform in (
+        torch.distributions.SigmoidTransform(),
+        AffineTransform(0.0, 1.0, event_dim=2),
+    ):
+        with pytest.raises(
+            ValueError, match="expected a transform of real numbers or vectors, got"
+        ):
+            AutoregressiveTransform(lambda x, t=transform: t)(x)
+
+
+def test_numbers_of_the_wrong_kind():
+    t = AutoregressiveTransform(ConditionedUnivariate(MaskedMLP(3, 2), Affine()))
+    with pytest.raises(ValueError, match=r"expected floating-point numbers .*got torch\.int64"):
+        t(torch.zeros(5, 3, dtype=torch.long))
+    for use in (t, t.inv):
+        with pytest.raises(ValueError, match=r"expected torch\.float64.*got torch\.float32"):
+            use(torch.zeros(5, 3).float())
+
+
+def test_context_and_x_that_do_not_broadcast():
+    t = ConditionalAutoregressiveTransform(
+        ConditionedUnivariate(MaskedMLP(3, 2, context_dim=2), Affine())
+    )
+    conditioned = t.condition(torch.zeros(4, 2))
+    for use in (conditioned, conditioned.inv):
+        with pytest.raises(ValueError, match=r"that broadcast, got \(4,\) and \(5,\)"):
+            use(torch.zeros(5, 3))
+    with pytest.raises(TypeError, match=r"call \.condition\(context\)"):
+        t(torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+def test_empty_batch(shape):
+    t = redraw(AutoregressiveTransform(ConditionedUnivariate(MaskedMLP(3, 2), Affine())))
+    for use in (t, t.inv):
+        y, ladj = use.call_and_ladj(torch.zeros(shape))
+        assert y.shape == shape
+        assert ladj.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    t = redraw(AutoregressiveTransform(ConditionedUnivariate(MaskedMLP(3, 2), Affine()))).to(dtype)
+    x = torch.randn(5, 3).to(dtype)
+    y, ladj = t.call_and_ladj(x)
+    assert y.dtype == ladj.dtype == dtype
+    assert (t.inv(y.detach()) - x).abs().max() < 0.1

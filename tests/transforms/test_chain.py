@@ -1,5 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -111,6 +113,38 @@ def test_nested_order_of_application():
     assert chain([double, shift]).parts == [double, shift]
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t.inv,
+        lambda t: torch.distributions.ComposeTransform([t]),
+        lambda t: torch.distributions.ComposeTransform([t.inv, ExpTransform()]).inv,
+    ],
+    ids=["inverse", "compose", "inverse of compose"],
+)
+def test_torch_wrappers_keep_their_parameters_and_copies(wrap):
+    part = dist.transforms.affine_autoregressive(3, [8])
+    t = chain([wrap(part), affine_autoregressive(3)])
+    assert {id(p) for p in part.parameters()} < {id(p) for p in t.parameters()}
+    x = torch.rand(4, 3) + 0.5
+    with torch.no_grad():
+        y, ladj = t.call_and_ladj(x)
+        assert torch.allclose(t.inv.call_and_ladj(y)[0], x, atol=1e-8)
+        twin = copy.deepcopy(t)
+        assert torch.allclose(twin(x), y)
+    jacobian = torch.autograd.functional.jacobian(lambda v: t.call_and_ladj(v)[0], x[1])
+    assert torch.allclose(torch.linalg.slogdet(jacobian)[1], ladj[1])
+
+
+def test_a_wrapper_that_would_lose_parameters_is_refused():
+    part = dist.transforms.affine_autoregressive(3, [8])
+    wrapper = torch.distributions.IndependentTransform(part, 0)
+    with pytest.raises(
+        TypeError, match="IndependentTransform holds the module AffineAutoregressive"
+    ):
+        chain([wrapper])
+
+
 def test_bad_parts():
     with pytest.raises(ValueError, match="at least one transform, got none"):
         chain([])
@@ -120,6 +154,16 @@ def test_bad_parts():
         chain([conditional_affine_autoregressive(3, 2), torch.nn.Linear(3, 3)])
     with pytest.raises(TypeError, match="expected a transform of this package, got ExpTransform"):
         inverse(ExpTransform())
+    with pytest.raises(TypeError, match="condition it first"):
+        inverse(conditional_affine_autoregressive(3, 2))
+    with pytest.raises(TypeError, match="expected a sequence of transforms, got one"):
+        chain(affine_autoregressive(3))
+    with pytest.raises(TypeError, match=r"call \.condition\(context\)"):
+        chain([conditional_affine_autoregressive(3, 2)])(torch.zeros(3))
+
+
+def test_a_generator_of_parts():
+    assert len(chain(affine_autoregressive(3) for _ in range(2)).parts) == 2
 
 
 def test_inverse_of_a_chain_is_a_module_that_owns_the_parameters():

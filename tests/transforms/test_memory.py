@@ -18,7 +18,7 @@ from pyro_artransform.transforms import (
     InverseTransformModule,
     chain,
 )
-from pyro_artransform.transforms.memory import visible_tensors
+from pyro_artransform.transforms.visible import visible_state
 from pyro_artransform.univariate import MonotonicAffineTransform
 
 
@@ -172,9 +172,15 @@ def test_parameters_that_nobody_registered(meta, grad):
 
 
 def test_what_may_be_read_unseen_is_not_remembered():
-    assert visible_tensors(AutoregressiveTransform(reads_an_object)) is None
-    assert visible_tensors(AutoregressiveTransform(reads_a_global))[-1] is WEIGHT
-    assert visible_tensors(AutoregressiveTransform(ReadsAGlobal()))[-1] is WEIGHT
+    assert visible_state(AutoregressiveTransform(reads_an_object)) is None
+    assert any(
+        tensor is WEIGHT
+        for tensor in visible_state(AutoregressiveTransform(reads_a_global)).tensors
+    )
+    assert any(
+        tensor is WEIGHT
+        for tensor in visible_state(AutoregressiveTransform(ReadsAGlobal())).tensors
+    )
 
 
 def test_tensors_that_a_module_hides_in_attributes_are_seen():
@@ -187,14 +193,14 @@ def test_tensors_that_a_module_hides_in_attributes_are_seen():
             return MonotonicAffineTransform(self.shifts["a"][0], torch.zeros_like(x))
 
     t = AutoregressiveTransform(Hides())
-    assert visible_tensors(t)[-1] is t.meta.shifts["a"][0]
+    assert any(tensor is t.meta.shifts["a"][0] for tensor in visible_state(t).tensors)
     x = torch.zeros(3)
     y = t(x)
     assert t.inv(y) is x
     t.meta.shifts["a"][0].add_(1.0)
     assert torch.allclose(t.inv(y), torch.full((3,), -1.0))
     t.meta.unknown = Holder()
-    assert visible_tensors(t) is None
+    assert visible_state(t) is None
 
 
 def test_context_is_part_of_the_state():
@@ -202,7 +208,7 @@ def test_context_is_part_of_the_state():
 
     context = torch.zeros(2)
     t = redraw(conditional_affine_autoregressive(3, 2)).condition(context)
-    assert any(tensor is context for tensor in visible_tensors(t))
+    assert any(tensor is context for tensor in visible_state(t).tensors)
     x = torch.randn(3)
     y = t(x)
     context.add_(1.0)
@@ -284,3 +290,105 @@ def test_pickle_after_pyro_has_registered_the_parameters():
     for source in (flow, flow.inv):
         twin = pickle.loads(pickle.dumps(source))
         assert torch.allclose(twin(x), source(x))
+
+
+class Counts(nn.Module):
+    """Counts its calls in an attribute, and reads a global in another method than forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.law()
+
+    def law(self):
+        return MonotonicAffineTransform(WEIGHT, 0.1 * WEIGHT)
+
+
+def test_numbers_that_count_are_no_obstacle_and_other_methods_are_seen():
+    t = AutoregressiveTransform(Counts())
+    q = distribution(t, 3)
+    q.sample()
+    t.meta.calls = 0
+    value = q.rsample((5,))
+    q.log_prob(value)
+    assert t.meta.calls == 1
+    value = q.rsample((5,))
+    WEIGHT.data.add_(1.0)
+    assert torch.allclose(q.log_prob(value), q.log_prob(value.clone()))
+
+
+class ReadsInItsCall(torch.distributions.Transform):
+    domain = codomain = torch.distributions.constraints.real
+    bijective = True
+    sign = 1
+
+    def _call(self, x):
+        return x + WEIGHT.detach()
+
+    def _inverse(self, y):
+        return y - WEIGHT.detach()
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.zeros_like(x)
+
+
+def test_a_transform_that_reads_a_global_is_seen():
+    t = chain([ReadsInItsCall()])
+    x = torch.randn(3)
+    y = t(x)
+    WEIGHT.data.add_(1.0)
+    assert torch.allclose(t.inv(y), x - 1)
+
+
+def test_training_and_evaluation_are_two_states():
+    class Doubles(nn.Module):
+        def forward(self, x):
+            return MonotonicAffineTransform(torch.full_like(x, float(self.training)), 0 * x)
+
+    t = AutoregressiveTransform(Doubles())
+    x = torch.zeros(3)
+    y = t(x)
+    t.eval()
+    assert torch.equal(t.inv(y), torch.ones(3))
+
+
+def test_inference_mode():
+    t = redraw(affine_autoregressive(3))
+    q = distribution(t, 3)
+    with torch.inference_mode():
+        value = q.sample((5,))
+        expected = q.log_prob(value.clone())
+        assert torch.allclose(q.log_prob(value), expected)
+    assert torch.allclose(q.log_prob(value.clone()), expected)
+
+
+def test_nothing_is_kept_when_the_result_is_gone():
+    t = redraw(affine_autoregressive(3))
+    x = torch.randn(3, requires_grad=True) * 2
+    y = t(x)
+    assert t._pair._source is x
+    del y
+    assert t._pair._source is None
+    assert t._pair._evidence == []
+
+
+def test_twins_and_copies_leave_what_pyro_needs():
+    t = redraw(affine_autoregressive(3))
+
+    def model():
+        pyro.module("t", t)
+        copy.deepcopy(t)
+        pickle.dumps(t.with_cache(0))
+        with pyro.plate("data", 4):
+            pyro.sample("x", distribution(t, 3), obs=torch.zeros(4, 3))
+
+    svi = pyro.infer.SVI(model, lambda: None, pyro.optim.Adam({}), pyro.infer.Trace_ELBO())
+    assert svi.step() != svi.step()
+
+
+def test_inverse_of_a_copied_inverse():
+    twin = copy.deepcopy(affine_autoregressive(3).inv)
+    assert twin.inv.inv is twin
