@@ -81,7 +81,7 @@ class Ours(Subject):
         return t.log_abs_det_jacobian(raw.detach(), raw.detach())
 
     def spline(self, widths, heights, derivatives, bound):
-        t = transforms.MonotonicRQSTransform(widths, heights, derivatives, bound)
+        t = transforms.MonotonicRQSTransform(widths, heights, derivatives, bound=bound)
         return t.call_and_ladj, t.inv.call_and_ladj
 
     def laws(self):
