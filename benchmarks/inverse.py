@@ -30,7 +30,8 @@ SIZES = {8: 64, 32: 128, 128: 256, 512: 1024}
 BATCHES = (1, 64, 1024)
 OPERATIONS = ("forward", "inverse", "gradient")
 SECONDS = 2.0  # of each operation of each library, about
-LIMIT = 60.0  # no operation that takes longer is started
+SLOW = 5.0  # what takes longer is timed once
+LIMIT = 30.0  # what is expected to take longer, from the batch before, is not started
 
 
 class Ours:
@@ -136,16 +137,16 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def medians(functions: dict[str, Callable[[], object]], estimates: dict[str, float]) -> dict:
+def medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each, the libraries taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    rounds = max(3, min(200, int(SECONDS / max(estimates[n] for n in functions))))
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(seconds(function))
-            # a fast one is timed more often than a slow one lets it
-            while len(times[name]) < 5 and estimates[name] < 0.05:
-                times[name].append(seconds(function))
+    times = {name: [seconds(function)] for name, function in functions.items()}
+    quick = [name for name in functions if times[name][0] < SLOW]
+    for name in quick:
+        times[name] = [seconds(functions[name])]  # the first call also allocates
+    longest = max((times[name][0] for name in quick), default=SECONDS)
+    for _ in range(max(4, min(200, int(SECONDS / longest)))):
+        for name in quick:
+            times[name].append(seconds(functions[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -172,26 +173,26 @@ def exact_error(ours: Ours, y: torch.Tensor) -> float:
         return (ours.inverse(y) - x).abs().max().item()
 
 
-def measure(family: str, dim: int, batch: int, expected: dict[str, float]) -> list[dict]:
-    """A row for each operation; ``expected`` holds the seconds that one row of a batch took before."""
+def measure(family: str, dim: int, batch: int, before: dict[str, float]) -> list[dict]:
+    """A row for each operation; ``before`` holds the seconds that the batch before took, by name."""
     torch.manual_seed(0)
     libraries = [make(family, dim, SIZES[dim]) for make in PEERS[family]]
     x = torch.randn(batch, dim)
     rows = []
     for name in OPERATIONS:
-        functions, estimates = {}, {}
-        for library in libraries:
-            key = f"{family} {name} {library.name} {dim}"
-            if expected.get(key, 0.0) * batch > LIMIT:
-                continue
-            function = operation(library, name, x)
-            estimates[library.name] = min(seconds(function), seconds(function))
-            expected[key] = estimates[library.name] / batch
-            functions[library.name] = function
+        keys = {library.name: f"{family} {name} {library.name} {dim}" for library in libraries}
+        functions = {
+            library.name: operation(library, name, x)
+            for library in libraries
+            # each batch is at most 64 times the one before and takes at most some 16 times as long
+            if before.get(keys[library.name], 0.0) * 16 <= LIMIT
+        }
+        found = medians(functions)
+        before |= {keys[n]: t for n, t in found.items()}
+        before |= {key: LIMIT for n, key in keys.items() if n not in found}
         row = {"family": family, "D": dim, "batch": batch, "operation": name}
-        row["ms"] = {n: 1e3 * t for n, t in medians(functions, estimates).items()}
-        slow = {n for n, t in estimates.items() if t > 5.0}
-        row["peak MB"] = {n: peak_memory(f) / 1e6 for n, f in functions.items() if n not in slow}
+        row["ms"] = {n: 1e3 * t for n, t in found.items()}
+        row["peak MB"] = {n: peak_memory(f) / 1e6 for n, f in functions.items() if found[n] < SLOW}
         rows.append(row)
     rows[1]["error"] = exact_error(libraries[0], x)
     graph = operation_forward_backward(libraries[0], x)
@@ -224,7 +225,7 @@ def table(rows: list[dict], family: str, name: str) -> str:
         ms = row["ms"]
         peers = [ms[n] for n in names[1:] if n in ms]
         ratio = f"{min(peers) / ms[names[0]]:.1f}" if peers else ""
-        cells = " | ".join(f"{ms[n]:.3g}" if n in ms else f"over {LIMIT:.0f} s" for n in names)
+        cells = " | ".join(f"{ms[n]:.3g}" if n in ms else "not run" for n in names)
         lines.append(f"| {row['D']}, {SIZES[row['D']]}, {row['batch']} | {cells} | {ratio} |")
     return "\n".join(lines)
 
@@ -298,11 +299,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows, expected = [], {}
+    rows, before = [], {}
     for family in PEERS:
         for dim in list(SIZES)[: 2 if args.quick else None]:
             for batch in BATCHES:
-                rows += measure(family, dim, batch, expected)
+                rows += measure(family, dim, batch, before)
                 for row in rows[-len(OPERATIONS) :]:
                     times = ", ".join(f"{n} {t:.3g}" for n, t in row["ms"].items())
                     print(f"{family} D={dim} batch={batch} {row['operation']}: {times}", flush=True)

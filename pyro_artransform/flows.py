@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .conditioners import MaskedMLP
+from .conditioners.arguments import check_size
 from .transforms import (
     AutoregressiveTransform,
     ComposedTransform,
@@ -46,7 +47,8 @@ def affine_autoregressive(
     :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
     :param order: ``order[k]`` is the coordinate that comes k-th, by default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph: ``[i, j]`` says that i depends on j.
-    :raises ValueError: for a wrong size, order or graph.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -81,7 +83,8 @@ def spline_autoregressive(
     :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
     :param order: ``order[k]`` is the coordinate that comes k-th, by default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph: ``[i, j]`` says that i depends on j.
-    :raises ValueError: for a wrong size, order or graph.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -108,7 +111,8 @@ def conditional_affine_autoregressive(
     The forward direction of ``.condition(context)`` is cheap; the inverse costs a few times as much.
 
     :param context_dim: the size C of the context.
-    :raises ValueError: for a wrong size, order or graph.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -117,7 +121,7 @@ def conditional_affine_autoregressive(
         >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    network = _options(nonlinearity, order, adjacency, context_dim)
+    network = _conditional_options(context_dim, nonlinearity, order, adjacency)
     return ConditionalAutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **network))
 
 
@@ -137,7 +141,8 @@ def conditional_spline_autoregressive(
     The forward direction of ``.condition(context)`` is cheap; the inverse costs a few times as much.
 
     :param context_dim: the size C of the context.
-    :raises ValueError: for a wrong size, order or graph.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -147,7 +152,7 @@ def conditional_spline_autoregressive(
         torch.Size([5, 3])
     """
     univariate = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
-    network = _options(nonlinearity, order, adjacency, context_dim)
+    network = _conditional_options(context_dim, nonlinearity, order, adjacency)
     return ConditionalAutoregressiveTransform(_meta(univariate, input_dim, hidden_dims, **network))
 
 
@@ -169,8 +174,10 @@ def iaf(
     :param hidden_dims: the width or widths of the hidden layers, by default two of ``max(64, 2 D)``.
     :param univariate: makes the univariate family of each layer, such as
         :class:`~pyro_artransform.univariate.Affine` or ``lambda: RationalQuadraticSpline(count_bins=8)``.
-    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
-    :raises ValueError: for a wrong size.
+    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``; one module given
+        here is shared by all layers, with its parameters if it has some.
+    :raises TypeError: if the nonlinearity or the maker of families is no function.
+    :raises ValueError: for a wrong size, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -183,7 +190,8 @@ def iaf(
     1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
        Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, None)
+    network = _options(nonlinearity, None, None)
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, network)
     return ComposedTransform(*(AutoregressiveTransform(meta) for meta in metas))
 
 
@@ -232,7 +240,8 @@ def conditional_iaf(
     costs a few times as much.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
-    :raises ValueError: for a wrong size.
+    :raises TypeError: if the nonlinearity or the maker of families is no function.
+    :raises ValueError: for a wrong size, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -241,7 +250,8 @@ def conditional_iaf(
         >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, context_dim)
+    network = _conditional_options(context_dim, nonlinearity, None, None)
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, network)
     return ConditionalComposedTransform(*(ConditionalAutoregressiveTransform(m) for m in metas))
 
 
@@ -259,7 +269,8 @@ def conditional_maf(
     For ``.condition(context)`` the density of any point is cheap, sampling costs a few times as much.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
-    :raises ValueError: for a wrong size.
+    :raises TypeError: if the nonlinearity or the maker of families is no function.
+    :raises ValueError: for a wrong size, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -284,21 +295,30 @@ def _metas(
     num_transforms: int,
     hidden_dims: HiddenDims,
     univariate: Callable[[], Univariate],
-    nonlinearity: Nonlinearity,
-    context_dim: int | None,
+    options: dict[str, Any],
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
-    if (
-        not isinstance(num_transforms, int)
-        or isinstance(num_transforms, bool)
-        or num_transforms < 1
-    ):
-        raise ValueError(
-            f"num_transforms: expected an integer of at least 1, got {num_transforms!r}"
+    input_dim = check_size("input_dim", input_dim, 1)
+    layers = range(check_size("num_transforms", num_transforms, 1))
+    orders = [range(input_dim - 1, -1, -1) if k % 2 else None for k in layers]
+    networks = [{**options, "order": order} for order in orders]
+    return [_meta(_family(univariate), input_dim, hidden_dims, **network) for network in networks]
+
+
+def _family(univariate: Callable[[], Univariate]) -> Univariate:
+    """A new family for a layer."""
+    expected = "univariate: expected a function that makes a family, such as Affine, got"
+    if isinstance(univariate, Univariate):
+        article = "an" if type(univariate).__name__[0] in "AEIOU" else "a"
+        raise TypeError(
+            f"{expected} {article} {univariate!r}; one family would be shared by all layers"
         )
-    orders = [range(input_dim - 1, -1, -1) if k % 2 else None for k in range(num_transforms)]
-    options = [_options(nonlinearity, order, None, context_dim) for order in orders]
-    return [_meta(univariate(), input_dim, hidden_dims, **network) for network in options]
+    if not callable(univariate):
+        raise TypeError(f"{expected} {univariate!r}")
+    family = univariate()
+    if not isinstance(family, Univariate):
+        raise TypeError(f"univariate: expected it to make a Univariate, got {family!r}")
+    return family
 
 
 def _meta(
@@ -312,10 +332,11 @@ def _options(
     nonlinearity: Nonlinearity,
     order: Tensor | Sequence[int] | None,
     adjacency: Tensor | None,
-    context_dim: int | None = None,
 ) -> dict[str, Any]:
-    """The options of the network; a conditional one needs a context of positive size."""
-    if context_dim is not None and context_dim < 1:
-        raise ValueError(f"context_dim: expected an integer of at least 1, got {context_dim!r}")
-    shared = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
-    return {**shared, "context_dim": context_dim or 0}
+    """The options of a network."""
+    return {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+
+
+def _conditional_options(context_dim: int, *options: Any) -> dict[str, Any]:
+    """The options of a network with a context, whose size is positive."""
+    return {**_options(*options), "context_dim": check_size("context_dim", context_dim, 1)}

@@ -2,25 +2,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo runs from end to end, and in full its flow guide is as good as the README says."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tutorials" / "eight_schools.py"
 LOG_EVIDENCE = -31.315
 
 
-def run(out: Path, *options: str, smoke_test: bool) -> str:
+def run(folder: Path, *options: str, smoke_test: bool) -> str:
     env = {name: value for name, value in os.environ.items() if name != "CI"}
-    env |= {"MPLBACKEND": "Agg"} | ({"CI": "true"} if smoke_test else {})
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *options]
+    env |= {"MPLBACKEND": "Agg", "TMPDIR": str(folder)} | ({"CI": "true"} if smoke_test else {})
+    command = [sys.executable, str(SCRIPT), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def demo() -> ModuleType:
+    """The script of a full run as a module."""
+    spec = importlib.util.spec_from_file_location("eight_schools", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CI", raising=False)
+        spec.loader.exec_module(script)
+    return script
 
 
 def elbos(printed: str) -> dict[str, tuple[float, float]]:
@@ -30,18 +46,43 @@ def elbos(printed: str) -> dict[str, tuple[float, float]]:
 
 def test_demo_in_short(tmp_path: Path) -> None:
     out = tmp_path / "eight_schools.png"
-    printed = run(out, smoke_test=True)
+    printed = run(tmp_path, "--out", str(out), smoke_test=True)
     sites = re.findall(r"^([a-z]+(?:\[\d\])?)(?: +-?\d+\.\d\d){10}$", printed, flags=re.MULTILINE)
     assert sites == ["mu", "tau", *(f"theta[{j}]" for j in range(8))]
     assert list(elbos(printed)) == ["AutoNormal", "AutoMultivariateNormal", "AutoIAF"]
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_in_short_leaves_the_picture_of_the_full_one(tmp_path: Path) -> None:
+    picture = SCRIPT.with_suffix(".png").read_bytes()
+    printed = run(tmp_path, "--steps", "2", smoke_test=True)
+    assert SCRIPT.with_suffix(".png").read_bytes() == picture
+    (path,) = tmp_path.rglob("*.png")
+    assert f"Picture: {path}." in printed
+
+
+@pytest.mark.parametrize(
+    ("steps", "label"),
+    [
+        (2_000, "ELBO, mean of 100 steps"),
+        (400, "ELBO, mean of 40 steps"),
+        (20, "ELBO, mean of 2 steps"),
+        (5, "ELBO"),
+    ],
+)
+def test_the_picture_says_over_how_many_steps_it_averages(steps: int, label: str) -> None:
+    script = demo()
+    panel = Figure().subplots()
+    script.draw_elbos(panel, {name: torch.zeros(steps) for name in script.GUIDES})
+    assert panel.get_ylabel() == label
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_demo_in_full(tmp_path: Path, seed: int) -> None:
     """Four standard errors, since no ELBO is above the evidence but by chance."""
-    printed = run(tmp_path / "eight_schools.png", "--seed", str(seed), smoke_test=False)
+    out = str(tmp_path / "eight_schools.png")
+    printed = run(tmp_path, "--out", out, "--seed", str(seed), smoke_test=False)
     found = elbos(printed)
     assert all(mean <= LOG_EVIDENCE + 4 * error for mean, error in found.values())
     assert found["AutoIAF"][0] >= -31.6

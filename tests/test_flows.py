@@ -1,5 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -7,7 +8,7 @@ from pyro.distributions.transforms import iterated
 
 import pyro_artransform as pa
 from pyro_artransform.testing import check_transform, redraw
-from pyro_artransform.univariate import RationalQuadraticSpline
+from pyro_artransform.univariate import Affine, RationalQuadraticSpline
 
 BUILDERS = {
     "affine_autoregressive": pa.affine_autoregressive,
@@ -58,8 +59,10 @@ def test_conditional(build):
 
 @pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL.keys())
 def test_conditional_needs_a_context_of_positive_size(build):
-    with pytest.raises(ValueError, match="context_dim"):
-        build(3, 0)
+    for bad in (0, 2.0, "2", None):
+        message = f"context_dim: expected an integer of at least 1, got {bad!r}"
+        with pytest.raises(ValueError, match=message):
+            build(3, bad)
 
 
 def test_order_alternates():
@@ -88,7 +91,7 @@ def test_arguments_reach_the_network():
 
 
 @pytest.mark.parametrize("build", [pa.iaf, pa.maf])
-@pytest.mark.parametrize("number", [0, 1.5, True])
+@pytest.mark.parametrize("number", [0, 1.5, True, "3", None])
 def test_bad_number_of_layers(build, number):
     with pytest.raises(ValueError, match="num_transforms: expected an integer of at least 1"):
         build(3, number)
@@ -96,10 +99,48 @@ def test_bad_number_of_layers(build, number):
 
 @pytest.mark.parametrize("build", [*BUILDERS.values()])
 def test_bad_sizes(build):
-    with pytest.raises(ValueError, match="input_dim"):
-        build(0)
+    for bad in (0, 3.0, "3", True, None):
+        message = f"input_dim: expected an integer of at least 1, got {bad!r}"
+        with pytest.raises(ValueError, match=message):
+            build(bad)
     with pytest.raises(ValueError, match="hidden_dims"):
         build(3, hidden_dims=())
+
+
+def test_integers_of_numpy():
+    assert len(pa.iaf(np.int64(3), np.int64(2), np.int32(8)).parts) == 2
+    flow = pa.conditional_iaf(np.int64(3), np.int64(2))
+    assert flow.condition(torch.zeros(2))(torch.zeros(5, 3)).shape == (5, 3)
+    assert pa.spline_autoregressive(np.int64(3)).meta.conditioner.input_dim == 3
+
+
+@pytest.mark.parametrize("build", [pa.iaf, pa.maf])
+def test_one_family_for_all_layers_is_refused(build):
+    with pytest.raises(
+        TypeError, match=r"such as Affine, got an Affine\(.*\); one family would be"
+    ):
+        build(3, univariate=Affine())
+    with pytest.raises(TypeError, match="got a RationalQuadraticSpline"):
+        build(3, univariate=RationalQuadraticSpline())
+    with pytest.raises(TypeError, match=r"univariate: expected a function .*, got 3$"):
+        build(3, univariate=3)
+
+
+@pytest.mark.parametrize("univariate", [torch.nn.ELU, lambda: 3, lambda: Affine])
+def test_function_that_makes_no_family(univariate):
+    with pytest.raises(TypeError, match="univariate: expected it to make a Univariate, got"):
+        pa.iaf(3, univariate=univariate)
+
+
+@pytest.mark.parametrize("build", [*BUILDERS.values()])
+def test_nonlinearity_that_is_not_elementwise(build):
+    with pytest.raises(ValueError, match="deterministic elementwise function"):
+        build(3, 8, nonlinearity=torch.nn.LayerNorm(8))
+
+
+def test_one_nonlinearity_is_shared_by_all_layers():
+    flow = pa.iaf(3, 3, nonlinearity=torch.nn.PReLU())
+    assert len({id(part.meta.conditioner.nonlinearity) for part in flow.parts}) == 1
 
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())

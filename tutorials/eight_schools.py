@@ -21,6 +21,7 @@ https://doi.org/10.3102/10769986006004377
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,12 +180,14 @@ def draw_funnel(panel: plt.Axes, name: str, guide: Draws, nuts: Draws) -> None:
 
 
 def draw_elbos(panel: plt.Axes, elbos: dict[str, Tensor]) -> None:
+    num_steps = min(len(history) for history in elbos.values())
+    window = max(1, min(100, num_steps // 10))
     for name, history in elbos.items():
-        window = max(1, min(100, len(history) // 10))
         smooth = history.unfold(0, window, 1).mean(-1)
         panel.plot(torch.arange(window, len(history) + 1), smooth, color=COLOURS[name], label=name)
     panel.axhline(LOG_EVIDENCE, color="black", linestyle="--", linewidth=1, label="log evidence")
-    panel.set(xlabel="step", ylabel="ELBO, mean of 100 steps", xlim=(0, None), ylim=(-36, -30.9))
+    label = f"ELBO, mean of {window} steps" if window > 1 else "ELBO"
+    panel.set(xlabel="step", ylabel=label, xlim=(0, None), ylim=(-36, -30.9))
     panel.legend(loc="lower right", ncols=2, frameon=False)
 
 
@@ -212,5 +215,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fit the eight schools, and compare with NUTS.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20 if smoke_test else 2_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"))
+    # A shortened run does not overwrite the picture of a full one.
+    picture = Path(__file__).with_suffix(".png")
+    folder = Path(tempfile.gettempdir()) if smoke_test else picture.parent
+    parser.add_argument("--out", type=Path, default=folder / picture.name)
     main(parser.parse_args())

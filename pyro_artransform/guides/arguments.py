@@ -11,6 +11,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TransformModule
+from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
 from ..transforms import check_structure
@@ -34,6 +35,37 @@ def new_flow(make_flow: Callable[[int], Any], loc: Tensor) -> TransformModule:
     if dist.is_validation_enabled():
         check_structure(flow, loc)
     return flow
+
+
+def check_model(model: Any) -> None:
+    """Refuses what cannot be a model, and a transform in place of one.
+
+    :raises TypeError: if it is such.
+    """
+    if not callable(model):
+        raise TypeError(f"model: expected a callable, got {type(model).__name__}")
+    if isinstance(model, (torch.distributions.Transform, ConditionalTransform)):
+        raise TypeError(
+            "model: expected a Pyro model, a callable with sample statements, got the transform "
+            f"{type(model).__name__}; a flow goes into AutoAutoregressive(model, flow=...), as a "
+            "callable that takes the latent dimension and returns it"
+        )
+
+
+def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    """Numbers as a tensor; one that is a tensor of floats already stays as it is.
+
+    :param name: what they are, for the message.
+    :param value: a tensor, an array, or a list of numbers.
+    :param like: a tensor of the dtype and device wanted.
+    :raises ValueError: if it is none of these.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    try:
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected an array of numbers, got {value!r}: {error}") from None
 
 
 def check_callables(**given: Any) -> None:

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -17,8 +18,10 @@ from torch.func import functional_call
 from ..transforms import ComposedTransform
 from . import packing
 from .affine import LocationScale
-from .arguments import check_callables, check_count, check_scale, new_flow
+from .arguments import check_callables, check_count, check_model, check_scale, new_flow, to_tensor
+from .drawn import DrawnDistribution
 from .kept import KeptGuide
+from .meeting import refuse_other_model
 from .starting import StartingValues
 from .structure import (
     is_hidden,
@@ -85,7 +88,8 @@ class AutoAutoregressive(KeptGuide):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        check_callables(model=model, flow=flow, init_loc_fn=init_loc_fn)
+        check_model(model)
+        check_callables(flow=flow, init_loc_fn=init_loc_fn)
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         super().__init__(model, StartingValues(init_loc_fn))
@@ -112,10 +116,10 @@ class AutoAutoregressive(KeptGuide):
             super()._setup_prototype(*args, **kwargs)
             loc = self._checked_init_loc()
             refuse_subsampling(self.prototype_trace)
-            refuse_moving_structure(
+            self._observed = refuse_moving_structure(
                 self.prototype_trace, lambda: self.model(*args, **kwargs), rng_state
             )
-            self._finish(slim_trace(self.prototype_trace, lambda t: t.detach().clone()), loc)
+            self._finish(self.prototype_trace, loc)
         except BaseException:
             # half a prototype would pass for a whole one at the next call
             self.prototype_trace = None
@@ -135,6 +139,17 @@ class AutoAutoregressive(KeptGuide):
 
     def _finish(self, prototype: poutine.Trace, loc: Tensor) -> None:
         """Everything that follows from the latent sites and the starting point."""
+        # a parameter made in inference mode could never train
+        with torch.inference_mode(False):
+            self._build(loc.detach().clone())
+            self.prototype_trace = slim_trace(prototype, lambda t: t.detach().clone())
+        if self.master is None:
+            # NeuTraReparam looks at the plates, and may come before the first call
+            with poutine.block():
+                self._create_plates()
+
+    def _build(self, loc: Tensor) -> None:
+        """The flow, and the location and scale after it."""
         self.latent_dim = len(loc)
         flow = self._new_flow(loc)
         if self._arguments["full_rank"] is None:
@@ -145,11 +160,6 @@ class AutoAutoregressive(KeptGuide):
         self._parts = flow, affine
         self._flow_start = {k: v.detach().clone() for k, v in flow.state_dict().items()}
         self.transform = ComposedTransform(flow, affine)
-        self.prototype_trace = prototype
-        if self.master is None:
-            # NeuTraReparam looks at the plates, and may come before the first call
-            with poutine.block():
-                self._create_plates()
 
     def _new_flow(self, loc: Tensor) -> TransformModule:
         if self._make_flow is None:
@@ -165,7 +175,8 @@ class AutoAutoregressive(KeptGuide):
         :param kwargs: its keyword arguments.
         :return: the value of each site.
         :raises ValueError: if a latent has another shape for these arguments than at the first call
-            (where Pyro's validation is on).
+            (where Pyro's validation is on); at the first call of a guide that was loaded with a
+            model, if that has other latents than the file.
         """
         self.set_up(*args, **kwargs)
         self._check_arguments(args, kwargs)
@@ -174,10 +185,15 @@ class AutoAutoregressive(KeptGuide):
 
     def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs the model again where the shapes of its arguments are not those of the last call."""
-        if not (args or kwargs) or self._model is None or torch._C._get_tracing_state():
+        if self._model is None or torch._C._get_tracing_state():
             return
         shapes = shapes_of((args, kwargs))
-        if shapes != self._shapes and dist.is_validation_enabled():
+        if not self._met_model:
+            refuse_other_model(
+                self.prototype_trace, self._observed, lambda: self.model(*args, **kwargs)
+            )
+            self._met_model = True
+        elif (args or kwargs) and shapes != self._shapes and dist.is_validation_enabled():
             refuse_other_shapes(self.prototype_trace, lambda: self.model(*args, **kwargs))
         self._shapes = shapes
 
@@ -202,6 +218,21 @@ class AutoAutoregressive(KeptGuide):
         )
         return posterior
 
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the vector of all latents, as the auxiliary site of the guide.
+
+        :param args: the model's arguments.
+        :param kwargs: its keyword arguments.
+        :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
+        """
+        # one for each call, which can then answer for its draw without a look at any tensor
+        posterior = DrawnDistribution(
+            self.get_base_dist(), self.get_transform(), validate_args=False
+        )
+        name = f"_{self._pyro_name}_latent"
+        latent: Tensor = pyro.sample(name, posterior, infer={"is_auxiliary": True})
+        return latent
+
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for site, value in super()._unpack_latent(latent):
             # latents of mixed dtypes share one vector
@@ -224,29 +255,32 @@ class AutoAutoregressive(KeptGuide):
 
     def _draw(self, n: int) -> Tensor:
         """Latents of shape ``(n, latent_dim)``, by chunks, which bounds what the network holds."""
-        posterior = self.get_posterior()
+        base, transform = self.get_base_dist(), self.get_transform()
         sizes = [min(_CHUNK, n - start) for start in range(0, check_count("n", n), _CHUNK)]
-        return torch.cat([posterior.sample((size,)) for size in sizes])
+        return torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
 
-    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The log-density at values of all sites, on the constrained space.
 
         The measure on simplices and matrices is Pyro's, that of ``biject_to``. Going back to the
         unconstrained space loses digits near the edges of a support, in float32 all of them: a
         draw's own density is better had from :meth:`rsample_and_log_prob`.
 
-        :param values: for each site a tensor of shape ``batch + site shape``, as
+        :param values: for each site a tensor, array or list of shape ``batch + site shape``, as
             :meth:`sample_posterior` returns them.
         :param args: the model's arguments, needed only if the guide was never called.
         :param kwargs: its keyword arguments, likewise.
         :return: shape ``batch``.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape.
+        :raises ValueError: if a site is missing or unknown, or a value has another shape; where
+            Pyro's validation is on, also if one is outside its support (its density means nothing).
         """
         self.set_up(*args, **kwargs)
         latent, ladj = packing.unconstrain(self.prototype_trace, values)
         latent = latent.to(self._location_scale.loc.dtype)
         x, inverse_ladj = self.get_transform().inverse_and_ladj(latent)
-        log_density: Tensor = self.get_base_dist().log_prob(x) + inverse_ladj - ladj
+        normal: Any = self.get_base_dist()
+        # summed here: torch's Independent cannot sum over no draws
+        log_density: Tensor = normal.base_dist.log_prob(x).sum(-1) + inverse_ladj - ladj
         return log_density
 
     @torch.no_grad()
@@ -287,10 +321,10 @@ class AutoAutoregressive(KeptGuide):
 
     # What a fit uses beyond Pyro's interface
 
-    def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
+    def start_at(self, loc: Any, scale_tril: Any = None) -> None:
         """Becomes a Gaussian on the unconstrained space: the flow is again as it was when new.
 
-        :param loc: its location, shape ``(latent_dim,)``.
+        :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
         :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``; by
             default ``init_scale`` times the identity.
         :raises ValueError: if a shape is wrong, a number not finite, or the scale no such matrix;
@@ -300,6 +334,8 @@ class AutoAutoregressive(KeptGuide):
         if scale_tril is None:
             init_scale = self._arguments["init_scale"]
             scale_tril = torch.full_like(affine.loc.detach(), init_scale).diag()
+        loc = to_tensor("loc", loc, affine.loc)
+        scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         self.get_transform()
         affine.set_(loc, scale_tril)
         self._flow.load_state_dict(self._flow_start)

@@ -47,6 +47,10 @@ class KeptGuide(AutoContinuous):
         self._arguments: dict[str, Any] = {}
         self._parts: Any = None
         self._flow_start: dict[str, Tensor] = {}
+        #: the sites that had data at the set-up, if that is known
+        self._observed: list[str] | None = None
+        #: whether the latents are known to be the model's: not where a file says what they are
+        self._met_model = True
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -109,7 +113,9 @@ class KeptGuide(AutoContinuous):
     def __deepcopy__(self: Guide, memo: dict[int, Any]) -> Guide:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # a parameter copied in inference mode could never train
+        with torch.inference_mode(False):
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin._model, twin._make_flow = self._model, self._make_flow
         return twin
 
@@ -143,6 +149,7 @@ class KeptGuide(AutoContinuous):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # called with local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        saving.check_finite({k: v for k, v in state_dict.items() if k.startswith(prefix)})
         problem = self._meet(state_dict, prefix)
         if problem is not None:
             args[-1].append(problem)
@@ -180,6 +187,7 @@ class KeptGuide(AutoContinuous):
         self._prototype_frames = {frame.name: frame for stack in stacks for frame in stack}
         self._finish(prototype, torch.zeros_like(loc))
         self._standing = Standing.CARRIED
+        self._met_model = False
 
     # Files
 
@@ -188,13 +196,16 @@ class KeptGuide(AutoContinuous):
 
         :param path: where to.
         :raises RuntimeError: if the guide was never called.
-        :raises ValueError: if a support or an argument cannot be written as plain data.
+        :raises ValueError: if a support or an argument cannot be written as plain data, or a
+            parameter is not finite.
         """
         self._check_set_up()
         self._claim()
         sites = saving.plain_to_tensor(self._sites_to_plain())
         state = {**self.state_dict(), "_extra_state": sites}
-        saving.write(path, type(self).__name__, self._arguments_to_plain(), state)
+        saving.check_finite(state)
+        plain = self._arguments_to_plain()
+        saving.write(path, type(self).__name__, plain, state, self._observed)
 
     @classmethod
     def load(
@@ -208,13 +219,14 @@ class KeptGuide(AutoContinuous):
         """Reads a guide from a file that :meth:`save` wrote.
 
         :param path: where from.
-        :param model: the model, to train on. To draw and to score, none is needed.
+        :param model: the model, to train on. To draw and to score, none is needed. The first call
+            of the guide checks that its latents are those of the file.
         :param map_location: as for ``torch.load``.
         :param arguments: arguments of the constructor that no file holds: ``flow``, where it is not
             a preset's own.
         :return: a guide that draws without the model and without data.
-        :raises ValueError: if the file is of another class of guide, holds NaN, or is of another
-            flow.
+        :raises ValueError: if the file is none that :meth:`save` wrote, is of another class of
+            guide, holds NaN, or is of another flow.
         """
         saved = saving.read(path, cls.__name__, map_location)
         known = cls._arguments_from_plain(saved["arguments"])
@@ -223,6 +235,7 @@ class KeptGuide(AutoContinuous):
             guide.load_state_dict(saved["state"])
         except RuntimeError as error:
             raise ValueError(f"{path}: expected a guide with this flow, got: {error}") from error
+        guide._observed = saved["observed"]
         if model is None:
             guide._model = None
         return guide

@@ -18,6 +18,8 @@ from .structure import latent_site, latent_sites
 
 FORMAT = 1
 
+_KEYS = {"format", "class", "arguments", "state", "observed"}
+
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
 
 _SUPPORTS = (
@@ -147,7 +149,11 @@ def nonlinearity_from_plain(plain: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def write(
-    path: str | os.PathLike[str], class_name: str, arguments: dict[str, Any], state: dict[str, Any]
+    path: str | os.PathLike[str],
+    class_name: str,
+    arguments: dict[str, Any],
+    state: dict[str, Any],
+    observed: list[str] | None,
 ) -> None:
     """Writes a guide's file.
 
@@ -155,9 +161,10 @@ def write(
     :param class_name: the class of the guide.
     :param arguments: the arguments of its constructor, as plain data.
     :param state: its state dict.
+    :param observed: the names of the model's sites that had data, if they are known.
     """
     saved = {"format": FORMAT, "class": class_name, "arguments": arguments, "state": dict(state)}
-    torch.save(saved, path)
+    torch.save({**saved, "observed": observed}, path)
 
 
 def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> dict[str, Any]:
@@ -168,13 +175,41 @@ def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> di
     :param map_location: as for ``torch.load``.
     :raises ValueError: if the file is of another format or class, or holds NaN.
     """
-    saved = torch.load(path, map_location=map_location, weights_only=True)
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a guide's file of format {FORMAT}, got another file")
+    saved = _load(path, map_location)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not saved.keys() >= _KEYS:
+        raise _no_such_file(path)
     if saved["class"] != class_name:
         raise ValueError(f"{path}: expected a guide of class {class_name}, got {saved['class']}")
     check_finite(saved["state"])
     return saved
+
+
+def _load(path: str | os.PathLike[str], map_location: Any) -> Any:
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception:
+        if _holds_plain_data(path):
+            # what was wrong is map_location
+            raise
+        # torch advises to load such a file with weights_only=False, which runs whatever is in it
+        raise _no_such_file(path) from None
+
+
+def _holds_plain_data(path: str | os.PathLike[str]) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def _no_such_file(path: str | os.PathLike[str]) -> ValueError:
+    return ValueError(
+        f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
+        "another file"
+    )
 
 
 def check_finite(state: dict[str, Tensor]) -> None:

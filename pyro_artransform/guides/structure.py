@@ -227,7 +227,7 @@ class ShiftedLatents(Messenger):
 
 def refuse_moving_structure(
     first: poutine.Trace, rerun: Callable[[], Any], rng_state: Tensor
-) -> None:
+) -> list[str]:
     """Refuses a model whose sites or supports depend on the values of its latents.
 
     The model is run again with other latents and the same random numbers; everything else, the
@@ -236,12 +236,14 @@ def refuse_moving_structure(
     :param first: the trace of the first run.
     :param rerun: runs the model.
     :param rng_state: the state of the generator before the first run.
+    :return: the names of the sites that have data.
     :raises ValueError: if a site comes, goes, or changes its shape or support.
     """
     with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
         torch.set_rng_state(rng_state)
-        second = poutine.trace(poutine.block(rerun, is_hidden)).get_trace()
-    nodes = (latent_sites(first), latent_sites(second))
+        second = poutine.trace(rerun).get_trace()
+    latents = {k: site for k, site in latent_sites(second).items() if not is_hidden(site)}
+    nodes = (latent_sites(first), latents)
     for name in sorted(nodes[0].keys() ^ nodes[1].keys()):
         raise ValueError(
             f"site '{name}' is there for some values of the other latents only: expected the same "
@@ -249,6 +251,7 @@ def refuse_moving_structure(
         )
     for name, site in nodes[0].items():
         _compare(name, site, nodes[1][name])
+    return list(second.observation_nodes)
 
 
 def _compare(name: str, site: Site, other: Site) -> None:
@@ -282,7 +285,8 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
-    return bool(a == b)
+    same = a == b
+    return bool(same.all() if isinstance(same, Tensor) else same)
 
 
 def describe_support(support: constraints.Constraint) -> str:

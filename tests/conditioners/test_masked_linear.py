@@ -23,6 +23,13 @@ def test_mask_is_saved_and_follows_the_dtype():
     assert layer.float().mask.dtype == torch.float32
 
 
+def test_mask_as_a_list():
+    layer = MaskedLinear(2, 2, [[1, 0], [1, 1]])
+    assert torch.equal(layer.mask, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+
+
 def test_wrong_shape():
     with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(3, 2\)"):
         MaskedLinear(3, 2, MASK.T)
+    with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(2,\)"):
+        MaskedLinear(3, 2, [1, 0])

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import transforms
 from torch import nn
 
-from pyro_artransform import affine_autoregressive
+from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
 from pyro_artransform.transforms import AutoregressiveTransform, MonotonicAffineTransform
 
@@ -40,6 +40,22 @@ def test_bad_kinds():
         AutoAutoregressive(models.regression, flow=affine_autoregressive(2))
     with pytest.raises(ValueError, match="full_rank: expected None, True or False, got 'full'"):
         AutoIAF(models.regression, full_rank="full")
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        (iaf(3), "ComposedTransform"),
+        (affine_autoregressive(3).inv, "InverseTransformModule"),
+        (conditional_affine_autoregressive(3, 2), "ConditionalAutoregressiveTransform"),
+        (transforms.ExpTransform(), "ExpTransform"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_transform_in_place_of_the_model(transform, name):
+    message = rf"expected a Pyro model.*transform {name}.*AutoAutoregressive\(model, flow=\.\.\.\)"
+    with pytest.raises(TypeError, match=message):
+        AutoIAF(transform)
 
 
 class Doubled(transforms.AffineTransform, nn.Module):

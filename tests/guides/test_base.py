@@ -118,6 +118,38 @@ def test_log_prob_has_gradients():
     assert all(parameter.grad is not None for parameter in guide.parameters())
 
 
+@pytest.mark.parametrize("name", GUIDES)
+def test_log_prob_of_no_draws_and_of_arrays(name):
+    guide = redraw_after_call(GUIDES[name](models.regression))
+    draws = guide.sample_posterior(4)
+    assert guide.log_prob({k: v[:0] for k, v in draws.items()}).shape == (0,)
+    expected = guide.log_prob(draws)
+    for convert in (torch.Tensor.numpy, torch.Tensor.tolist):
+        got = guide.log_prob({k: convert(v) for k, v in draws.items()})
+        assert torch.equal(got, expected)
+
+
+def test_log_prob_outside_the_support():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    values = {"loc": torch.zeros(2), "scale": torch.tensor([-1.0, 1.0])}
+    with pytest.raises(ValueError, match=r"expected 'scale' inside its support .*, got -1\.0"):
+        guide.log_prob(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quantiles_of_a_model_in_half_precision(dtype):
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3, dtype=dtype), 1.0).to_event(1))
+
+    guide = AutoIAF(model, num_transforms=1, hidden_dims=8, init_scale=0.5)
+    guide.set_up()
+    guide.start_at([0.0, 1.0, -1.0])
+    found = guide.quantiles([0.025, 0.5, 0.975], num_samples=4000)["z"]
+    assert found.dtype == guide.median(num_samples=10)["z"].dtype == dtype
+    expected = torch.tensor([[-1.96], [0.0], [1.96]]) * 0.5 + torch.tensor([0.0, 1.0, -1.0])
+    assert torch.allclose(found.double(), expected, atol=0.1)
+
+
 def test_arguments_set_the_guide_up():
     draws = {"loc": torch.zeros(2), "scale": torch.ones(2)}
     data = models.data()
@@ -254,6 +286,22 @@ def test_start_at_refuses():
         with pytest.raises(ValueError, match=message):
             guide.start_at(loc, scale_tril)
     assert len(unmoved(guide, before)) == len(before)
+
+
+def test_start_at_takes_lists():
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data(torch.float32))
+    guide.start_at([1, 2], [[0.5, 0], [0.25, 1.0]])
+    latent, log_q = guide.rsample_and_log_prob(5)
+    scale_tril = torch.tensor([[0.5, 0.0], [0.25, 1.0]], dtype=torch.float32)
+    expected = dist.MultivariateNormal(latent.new_tensor([1.0, 2.0]), scale_tril=scale_tril)
+    assert torch.allclose(expected.log_prob(latent), log_q, atol=1e-5)
+    guide.start_at(torch.tensor([1, 2]).numpy())
+    with pytest.raises(ValueError, match=r"loc: expected shape \(2,\), got \(4,\)"):
+        guide.start_at([0.0] * 4)
+    for bad in ("origin", [[1.0], []], None):
+        with pytest.raises(ValueError, match=r"loc: expected an array of numbers, got"):
+            guide.start_at(bad)
 
 
 def path_gradient(guide, log_p):

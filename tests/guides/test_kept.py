@@ -300,3 +300,22 @@ def test_load_without_a_model_says_so(tmp_path):
     for _ in range(4):
         svi.step(models.data())
     assert not unmoved(loaded, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_that_are_not_finite(tmp_path, value):
+    guide = new_guide()
+    guide(models.data())
+    before = parameters(guide)
+    name = "transform.transforms.1.log_scale"
+    state = {**guide.state_dict(), name: torch.tensor([0.0, value])}
+    message = f"parameter '{name}': expected finite numbers, got 1 of 2"
+    for other in (guide, new_guide()):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    assert len(unmoved(guide, before)) == len(before)
+    with torch.no_grad():
+        guide.transform.transforms[1].log_scale[1] = value
+    with pytest.raises(ValueError, match=message):
+        guide.save(tmp_path / "guide")
+    assert not (tmp_path / "guide").exists()

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -71,3 +72,45 @@ def test_quantiles_by_columns(monkeypatch):
 def test_bad_levels(levels):
     with pytest.raises(ValueError, match="expected numbers between 0 and 1, got"):
         packing.check_levels(levels, torch.zeros(()))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist])
+def test_arrays_and_lists(prototype, convert):
+    values = packing.constrain(prototype, torch.randn(5, _size(prototype)))
+    expected = packing.unconstrain(prototype, values)
+    got = packing.unconstrain(prototype, {k: convert(v) for k, v in values.items()})
+    assert all(map(torch.equal, got, expected))
+    for bad in ("high", [[1.0], [1.0, 2.0]]):
+        with pytest.raises(
+            ValueError, match=r"values\['unit'\]: expected an array of numbers, got"
+        ):
+            packing.unconstrain(prototype, {**values, "unit": bad})
+
+
+@pytest.mark.parametrize("batch", [(0,), (3, 0), (0, 2)])
+def test_no_draws(prototype, batch):
+    values = packing.constrain(prototype, torch.zeros(*batch, _size(prototype)))
+    latent, ladj = packing.unconstrain(prototype, values)
+    assert latent.shape == (*batch, _size(prototype))
+    assert ladj.shape == batch
+
+
+def test_values_outside_the_support(prototype):
+    values = packing.constrain(prototype, torch.zeros(5, _size(prototype)))
+    outside = {**values, "cell": values["cell"].clone()}
+    outside["cell"][3, 1, 2] = 1.5
+    message = r"expected 'cell' inside its support Interval\(.*\), got 1.5"
+    with pytest.raises(ValueError, match=message):
+        packing.unconstrain(prototype, outside)
+    pyro.enable_validation(False)
+    assert packing.unconstrain(prototype, outside)[1].shape == (5,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quantiles_in_half_precision(dtype):
+    draws = torch.randn(1001, 3).to(dtype)
+    levels = packing.check_levels([0.05, 0.95], draws)
+    assert torch.equal(levels, torch.tensor([0.05, 0.95], dtype=torch.float32))
+    found = packing.quantiles_of(draws, levels)
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.quantile(draws.float(), levels, dim=0).to(dtype))

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import traceback
 
 import pyro
 import pytest
@@ -146,3 +147,46 @@ def test_bad_files(tmp_path):
     torch.save({**saved, "arguments": {**saved["arguments"], "num_transforms": 1}}, path)
     with pytest.raises(ValueError, match="expected a guide with this flow"):
         AutoIAF.load(path)
+
+
+def write_text(path):
+    path.write_text("sites: loc, scale")
+
+
+def write_param_store(path):
+    AutoIAF(models.regression, hidden_dims=8)(models.data())
+    pyro.get_param_store().save(str(path))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_text,
+        write_param_store,
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"state": {}, "format": 1}, path),
+        lambda path: torch.save(nn.Linear(2, 2), path),
+    ],
+    ids=["text", "param store", "empty", "dict", "module"],
+)
+def test_files_that_save_did_not_write(write, tmp_path):
+    path = tmp_path / "guide"
+    write(path)
+    with pytest.raises(
+        ValueError, match="a guide's file of format 1, as the guide's save"
+    ) as error:
+        AutoIAF.load(path)
+    assert "weights_only" not in "".join(traceback.format_exception(error.value))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        AutoIAF.load(tmp_path / "guide")
+
+
+def test_errors_of_map_location_are_its_own(tmp_path):
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    with pytest.raises(RuntimeError, match="nowhere"):
+        AutoIAF.load(tmp_path / "guide", map_location="nowhere")

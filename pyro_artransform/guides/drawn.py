@@ -1,0 +1,61 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The distribution of one call of a guide, which knows the density of what it drew."""
+
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+class _Draw(NamedTuple):
+    value: Tensor
+    log_prob: Tensor
+    with_gradients: bool
+    version: int | None
+
+
+class DrawnDistribution(dist.TransformedDistribution):
+    """A transformed distribution that keeps its last draw together with the log-density there.
+
+    A step of SVI draws once and scores the draw, at the same parameters: both come from one
+    evaluation of the transform, and nothing has to be inverted or compared. The log-density that is
+    kept is that of the parameters at the draw, so there is one such object for each call of a guide.
+    Any other value is scored as everywhere.
+
+    It has one transform, a :class:`~pyro_artransform.transforms.FlowModule`.
+    """
+
+    # no __init__ of its own, which expand, as plates call it, would refuse
+    _draw: _Draw | None = None
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """A reparametrised draw, of shape ``sample_shape + batch_shape + event_shape``."""
+        (transform,) = self.transforms
+        x = self.base_dist.rsample(sample_shape)
+        value, ladj = transform.call_and_ladj(x)
+        log_prob = self.base_dist.log_prob(x) - ladj
+        self._draw = _Draw(value, log_prob, torch.is_grad_enabled(), _version(value))
+        drawn: Tensor = value
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of shape ``sample_shape + batch_shape``."""
+        draw = self._draw
+        if draw is not None and draw.value is value and _is_as_drawn(draw):
+            return draw.log_prob
+        log_prob: Tensor = super().log_prob(value)
+        return log_prob
+
+
+def _is_as_drawn(draw: _Draw) -> bool:
+    """Whether a draw has not been edited since, and gradients are wanted as then."""
+    same_gradients = draw.with_gradients == torch.is_grad_enabled()
+    return same_gradients and draw.version == _version(draw.value)
+
+
+def _version(value: Tensor) -> int | None:
+    # a tensor of inference mode counts none
+    return None if value.is_inference() else value._version
