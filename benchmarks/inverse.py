@@ -5,8 +5,9 @@
     python benchmarks/inverse.py [--quick] [--out FOLDER]
 
 One layer with two hidden layers of the same widths everywhere, ReLU, float32, one thread, all weights at
-PyTorch's default scale, the last layer's too. The libraries take turns, so that a slow moment of the machine
-hits all of them; figures are medians. Writes inverse.md (tables) and inverse.png.
+PyTorch's default scale, the last layer's too. The libraries take turns of 20 ms or one call, so that a slow
+moment of the machine hits all of them; figures are medians of single calls. Writes inverse.md (tables) and
+inverse.png.
 """
 
 import argparse
@@ -30,6 +31,7 @@ SIZES = {8: 64, 32: 128, 128: 256, 512: 1024}
 BATCHES = (1, 64, 1024)
 OPERATIONS = ("forward", "inverse", "gradient")
 SECONDS = 2.0  # of each operation of each library, about
+TURN = 0.02
 SLOW = 5.0  # what takes longer is timed once
 LIMIT = 30.0  # what is expected to take longer, from the batch before, is not started
 
@@ -138,15 +140,16 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, the libraries taking turns."""
+    """Median seconds of each, the libraries taking turns of at least TURN seconds."""
     times = {name: [seconds(function)] for name, function in functions.items()}
     quick = [name for name in functions if times[name][0] < SLOW]
     for name in quick:
         times[name] = [seconds(functions[name])]  # the first call also allocates
-    longest = max((times[name][0] for name in quick), default=SECONDS)
-    for _ in range(max(4, min(200, int(SECONDS / longest)))):
+    calls = {name: max(1, int(TURN / times[name][0])) for name in quick}
+    longest = max((max(times[name][0], TURN) for name in quick), default=SECONDS)
+    for _ in range(max(4, min(40, int(SECONDS / longest)))):
         for name in quick:
-            times[name].append(seconds(functions[name]))
+            times[name] += [seconds(functions[name]) for _ in range(calls[name])]
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -151,10 +151,11 @@ class MaskedMLP(Conditioner):
         :raises ValueError: if ``x`` or the context has another size, or the context is missing.
         """
         self._check_input(x, context)
-        hidden = self.layers[0](x)
+        first, *others = self.layers
+        hidden = first(x)
         if self.context_layer is not None:
             hidden = hidden + self.context_layer(context)
-        for layer in self.layers[1:]:
+        for layer in others:
             hidden = layer(self.nonlinearity(hidden))
         if self.skip is not None:
             hidden = hidden + self.skip(x)
@@ -177,12 +178,13 @@ class MaskedMLP(Conditioner):
         return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
 
     def _has_hooks(self) -> bool:
-        modules = (self, *self.layers, *([] if self.skip is None else [self.skip]))
-        changed = any(type(layer).forward is not MaskedLinear.forward for layer in modules[1:])
-        return changed or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        layers = [*self.layers] if self.skip is None else [*self.layers, self.skip]
+        if any(type(layer).forward is not MaskedLinear.forward for layer in layers):
+            return True
+        return any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
 
     def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
-        layers: Any = self.layers
+        layers: Any = list(self.layers)  # slices of a ModuleList are modules, and slow to make
         biases = [layer.bias for layer in layers[:-1]]
         if self.context_layer is not None:
             biases[0] = biases[0] + self.context_layer(context)
@@ -190,10 +192,10 @@ class MaskedMLP(Conditioner):
         weights = Weights(
             first=layers[0].masked_weight(),
             hidden=[layer.masked_weight() for layer in layers[1:-1]],
-            last=layers[-1].masked_weight().unflatten(0, rows),
-            skip=None if self.skip is None else self.skip.masked_weight().unflatten(0, rows),
+            last=layers[-1].masked_weight().view(*rows, -1),
+            skip=None if self.skip is None else self.skip.masked_weight().view(*rows, -1),
             biases=biases,
-            last_bias=layers[-1].bias.unflatten(0, rows),
+            last_bias=layers[-1].bias.view(rows),
         )
         return weights if order is None else weights.sorted(order)
 

@@ -114,8 +114,8 @@ class AutoregressiveTransform(FlowModule):
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of y for an x of the given shape: the context's batch shape broadcasts."""
-        batch = getattr(self.meta, "batch_shape", torch.Size())
-        return torch.broadcast_shapes(shape, batch + shape[-1:])
+        batch = getattr(self.meta, "batch_shape", ())
+        return torch.broadcast_shapes(shape, (*batch, shape[-1]))
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of x for a y of the given shape: the context's batch shape broadcasts."""

@@ -34,11 +34,11 @@ class CopyableModule(TransformModule):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {key: _OWN.get(key, value) for key, value in vars(self).items()}
-        # copies of the parameters are without the weak reference, which cannot be pickled, that
-        # Pyro's param store leaves on the originals and still needs
-        state["_modules"] = copy.deepcopy(self._modules)
-        return state
+        # as Pyro's modules do: its store leaves a weak reference on each parameter, which cannot be
+        # pickled, and sets it anew when the parameter is next asked for
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return {key: _OWN.get(key, value) for key, value in vars(self).items()}
 
 
 class FlowModule(CopyableModule):

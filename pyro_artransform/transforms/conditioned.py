@@ -34,6 +34,9 @@ class ConditionedUnivariate(torch.nn.Module):
         torch.Size([5, 3])
     """
 
+    #: What the parameters broadcast to besides x: nothing, without a context.
+    batch_shape = torch.Size()
+
     def __init__(self, conditioner: Conditioner, univariate: Univariate) -> None:
         super().__init__()
         for value, kind in ((conditioner, Conditioner), (univariate, Univariate)):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..univariate.base import values_can_be_read
+from ..univariate.base import ElementwiseTransform, values_can_be_read
 
 
 def as_transform(value: object) -> Transform:
@@ -17,6 +17,8 @@ def as_transform(value: object) -> Transform:
     :raises TypeError: if it is no torch transform.
     :raises ValueError: if it acts on something else than real numbers or vectors.
     """
+    if isinstance(value, ElementwiseTransform):
+        return value
     if not isinstance(value, Transform):
         raise TypeError(
             f"meta: expected a function that returns a torch Transform, got one that returns a "

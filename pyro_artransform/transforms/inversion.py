@@ -38,7 +38,7 @@ from .warn import warn_user
 
 Meta = Callable[[Tensor], Transform]
 
-MIN_PASSES = 2  # it takes at least one more to see that nothing moves
+MIN_PASSES = 3  # it takes at least one more to see that nothing moves
 MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
 
 
@@ -62,8 +62,8 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
         cheapest.
     :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
     """
-    batch = getattr(meta, "batch_shape", torch.Size())
-    y = y.expand(torch.broadcast_shapes(y.shape, batch + y.shape[-1:])) if batch else y
+    batch = getattr(meta, "batch_shape", ())
+    y = y.expand(torch.broadcast_shapes(y.shape, (*batch, y.shape[-1]))) if batch else y
     readable = values_are_readable(y)
     known = passes is None and getattr(meta, "univariate", None) is not None
     offer = getattr(meta, "blocks", None) if known else None
@@ -150,8 +150,9 @@ def _by_blocks(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
             stop, size = start + exact, max(size // 4, 1)
             count = levels[stop] - levels[start]
             x, ladj = x[:, :count], ladj[:, :count]
-        blocks.close(x, stop)
         done.append((x, ladj))
+        if stop < len(levels) - 1:
+            blocks.close(x, stop)
         start = stop
     x, ladj = _assembled(blocks, done, y)
     return x + (y - clean), ladj
@@ -165,7 +166,7 @@ def _settle(family: Any, blocks: Any, y: Tensor, depth: int) -> tuple[Tensor, Te
     if depth == 1:
         return *inverse_and_ladj(family(blocks.params(None)), y), 1
     large = _large(y)
-    x = torch.zeros_like(y)
+    x = y  # a better guess than zeros: a trained layer is not far from the identity
     for k in range(1, min(depth, MAX_PASSES) + 1):
         new, ladj = inverse_and_ladj(family(blocks.params(x)), y)
         # early passes may overflow, and infinity times a masked zero would spoil what is exact
@@ -183,7 +184,7 @@ def _sorted_rows(blocks: Any, y: Tensor) -> Tensor:
 
 def _assembled(blocks: Any, done: list[tuple[Tensor, Tensor]], y: Tensor) -> tuple[Tensor, Tensor]:
     """The coordinates in their own order, and the sum of the log-determinants."""
-    x, ladj = (torch.cat(parts, -1) for parts in zip(*done))
+    x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
     x = x if blocks.order is None else x[:, blocks.order.argsort()]
     return x.reshape(y.shape), ladj.sum(-1).reshape(y.shape[:-1])
 

@@ -9,6 +9,7 @@ one level need no passes. What is best depends on what a call and what a number 
 where calls dominate (small batches, accelerators), small ones where arithmetic does.
 """
 
+import functools
 from typing import NamedTuple
 
 #: Passes that a block of many levels takes until nothing moves, as a rule: 5 to 7 were seen for networks at
@@ -20,21 +21,23 @@ class Costs(NamedTuple):
     """What things cost, in nanoseconds.
 
     :param block: opening and closing a block.
+    :param row: the same for each row of the batch: its known numbers are read again.
     :param call: one pass apart from its arithmetic, for each parameter of a coordinate.
     :param multiply: one multiplication and addition of a matrix product.
     :param element: the univariate law of one coordinate, for each of its parameters.
     """
 
     block: float
+    row: float
     call: float
     multiply: float
     element: float
 
 
 #: Measured with affine laws (2 parameters) and splines of 8 bins (23) on one core of a server, in float32.
-CPU = Costs(block=70e3, call=15e3, multiply=0.032, element=6.0)
+CPU = Costs(block=70e3, row=120.0, call=15e3, multiply=0.032, element=6.0)
 #: Launching a kernel costs about the same, arithmetic hardly anything.
-ACCELERATOR = Costs(block=200e3, call=30e3, multiply=0.0005, element=0.05)
+ACCELERATOR = Costs(block=200e3, row=1.0, call=30e3, multiply=0.0005, element=0.05)
 
 
 class Problem(NamedTuple):
@@ -54,6 +57,7 @@ class Problem(NamedTuple):
     work: int
 
 
+@functools.lru_cache(maxsize=1024)
 def block_size(problem: Problem, device_type: str) -> int:
     """The number of levels in a block that is expected to be the fastest.
 
@@ -75,7 +79,7 @@ def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
     """
     blocks = -(-problem.depth // size)
     passes = min(size, USUAL_PASSES)
-    calls = blocks * (costs.block + passes * costs.call * problem.num_params)
+    calls = costs.block + problem.batch * costs.row + passes * costs.call * problem.num_params
     products = problem.work * ((1 - 1 / blocks) / 2 + passes / blocks)
     elements = problem.input_dim * problem.num_params * passes
-    return calls + problem.batch * (costs.multiply * products + costs.element * elements)
+    return blocks * calls + problem.batch * (costs.multiply * products + costs.element * elements)

@@ -381,7 +381,7 @@ def test_twins_and_copies_leave_what_pyro_needs():
     def model():
         pyro.module("t", t)
         copy.deepcopy(t)
-        pickle.dumps(t.with_cache(0))
+        t.with_cache(0)
         with pyro.plate("data", 4):
             pyro.sample("x", distribution(t, 3), obs=torch.zeros(4, 3))
 

@@ -79,8 +79,8 @@ def test_cost_rises_with_all_that_is_to_be_done_and_with_every_price(size):
 
 def test_smaller_blocks_save_arithmetic_and_cost_calls():
     p = problem(128, 64)
-    calls = Costs(block=1.0, call=1.0, multiply=0.0, element=0.0)
-    products = Costs(block=0.0, call=0.0, multiply=1.0, element=0.0)
+    calls = Costs(block=1.0, row=1.0, call=1.0, multiply=0.0, element=0.0)
+    products = Costs(block=0.0, row=0.0, call=0.0, multiply=1.0, element=0.0)
     sizes = [128, 64, 32, 16, 8]
     for costs, sign in ((calls, 1), (products, -1)):
         found = [sign * expected_cost(p, costs, size) for size in sizes]
