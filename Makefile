@@ -37,9 +37,10 @@ format: $(READY) ## put every file into the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY) ## run the known failures of flow libraries on Pyro, Zuko and nflows
+bench: $(READY) ## known failures of flow libraries, and what an inverse costs, beside the peers
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/peers.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inverse.py
 
 clean: ## remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
