@@ -306,7 +306,11 @@ def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tens
         (pulled,) = torch.autograd.grad(
             values, point, weights, retain_graph=True, allow_unused=True
         )
-        previous, v = v, g_out if pulled is None else g_out + pulled
-        if not bool(_moved(v, previous).any()):
+        if pulled is None:
+            break
+        previous, v = v, g_out + pulled
+        # relative to the row: the scale of a gradient is that of the loss, which may be any
+        change, size = (t.abs().amax(-1) for t in (v - previous, v))
+        if bool((change <= 2 * torch.finfo(v.dtype).eps * size).all()):
             break
     return v

@@ -35,7 +35,7 @@ class Costs(NamedTuple):
 
 
 #: Measured with affine laws (2 parameters) and splines of 8 bins (23) on one core of a server, in float32.
-CPU = Costs(block=70e3, row=120.0, call=15e3, multiply=0.032, element=6.0)
+CPU = Costs(block=70e3, row=120.0, call=15e3, multiply=0.032, element=4.0)
 #: Launching a kernel costs about the same, arithmetic hardly anything.
 ACCELERATOR = Costs(block=200e3, row=1.0, call=30e3, multiply=0.0005, element=0.05)
 

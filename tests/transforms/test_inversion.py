@@ -60,6 +60,18 @@ def test_gradients_agree_with_unrolled_autograd():
         assert torch.allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_gradients_scale_with_the_loss(scale):
+    """A convergence test with an absolute part would stop early where gradients are small."""
+    t = redraw(affine_autoregressive(6, [16, 16]), 4.0).float()
+    y = torch.randn(5, 6).float().requires_grad_()
+    targets = [y, *t.parameters()]
+    expected = torch.autograd.grad(t.inv(y.clone()).square().sum(), targets)
+    given = torch.autograd.grad(scale * t.inv(y.clone()).square().sum(), targets)
+    for a, b in zip(given, expected):
+        assert (a / scale - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 def test_gradients_reach_parameters_that_nobody_sees():
     hidden = torch.tensor([0.3, 0.2], requires_grad=True)
 
