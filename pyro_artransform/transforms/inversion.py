@@ -303,9 +303,9 @@ def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tens
     v = g_out
     for _ in range(out.shape[-1]):
         values, weights = zip(*((t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad))
-        (pulled,) = torch.autograd.grad(
+        pulled: Any = torch.autograd.grad(
             values, point, weights, retain_graph=True, allow_unused=True
-        )
+        )[0]
         if pulled is None:
             break
         previous, v = v, g_out + pulled
