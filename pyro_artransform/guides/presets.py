@@ -10,9 +10,11 @@ from typing import Any
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
+from ..conditioners.arguments import check_callable
 from ..flows import iaf, maf, spline_autoregressive
 from ..transforms import chain
 from . import saving
+from .arguments import check_count
 from .base import AutoAutoregressive
 
 Nonlinearity = Callable[[Tensor], Tensor]
@@ -34,8 +36,9 @@ class PresetGuide(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        shape = (_check_num_transforms(num_transforms), _check_hidden_dims(hidden_dims))
-        _check_nonlinearity(nonlinearity)
+        shape = (check_count("num_transforms", num_transforms), _check_hidden_dims(hidden_dims))
+        if nonlinearity is not None:
+            check_callable(nonlinearity)
         super().__init__(
             model,
             flow=partial(_preset_flow, type(self)._stack, *shape, nonlinearity),
@@ -150,16 +153,6 @@ def _preset_flow(
     return chain([spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in layers])
 
 
-def _check_num_transforms(num_transforms: int) -> int:
-    if (
-        not isinstance(num_transforms, int)
-        or isinstance(num_transforms, bool)
-        or num_transforms < 1
-    ):
-        raise ValueError(f"num_transforms: expected a positive integer, got {num_transforms!r}")
-    return num_transforms
-
-
 def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:
     if hidden_dims is None:
         return None
@@ -167,13 +160,3 @@ def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[in
     if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
         raise ValueError(f"hidden_dims: expected positive integers, got {hidden_dims!r}")
     return widths
-
-
-def _check_nonlinearity(nonlinearity: Nonlinearity | None) -> None:
-    if nonlinearity is None:
-        return
-    if isinstance(nonlinearity, type) or not callable(nonlinearity):
-        raise TypeError(
-            f"nonlinearity: expected a function or a module such as torch.nn.ELU(), got "
-            f"{nonlinearity!r}"
-        )
