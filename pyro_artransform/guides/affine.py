@@ -62,6 +62,21 @@ class LocationScale(FlowModule):
             x = rows.reshape(x.shape)
         return x, -self._ladj(y)
 
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``y``, the log-determinant and the score of y, of shapes ``(*, D)``, ``(*,)``, ``(*, D)``."""
+        y, ladj = self.call_and_ladj(x)
+        with torch.no_grad():
+            if self.lower is not None:
+                rows = torch.linalg.solve_triangular(
+                    self.lower,
+                    score.reshape(-1, score.shape[-1]),
+                    upper=False,
+                    left=False,
+                    unitriangular=True,
+                )
+                score = rows.reshape(score.shape)
+            return y, ladj, score * (-self.log_scale).exp()
+
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Sets the location and the scale in place.
 

@@ -13,7 +13,6 @@ from pyro import poutine
 from pyro.distributions import TransformModule
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..transforms import ComposedTransform
 from . import packing
@@ -356,12 +355,22 @@ class AutoAutoregressive(KeptGuide):
         """
         base, transform = self.get_base_dist(), self.get_transform()
         x = base.rsample((check_count("n", n),))
-        latent, ladj = transform.call_and_ladj(x)
-        log_q = base.log_prob(x) - ladj
-        if path:
-            through = _log_prob_at_fixed_parameters(transform, base, x, latent)
-            log_q = log_q.detach() + (through - through.detach())
-        return latent, log_q
+        if not path:
+            latent, ladj = transform.call_and_ladj(x)
+            return latent, base.log_prob(x) - ladj
+        latent, ladj, score = transform.call_and_score(x, -x)
+        log_q = (base.log_prob(x) - ladj).detach()
+        through = (score * latent).sum(-1)
+        return latent, log_q + (through - through.detach())
+
+    def step_units(self) -> dict[str, Tensor]:
+        """The size of an optimiser's unit step, for each parameter of which it is not one.
+
+        The location is in the units of the model: a step suits it that is a share of its scale.
+
+        :return: by the name of a parameter, a tensor of its shape.
+        """
+        return {"transform.transforms.1.loc": self._location_scale.log_scale.detach().exp()}
 
     @property
     def _flow(self) -> nn.Module:
@@ -372,25 +381,3 @@ class AutoAutoregressive(KeptGuide):
     def _location_scale(self) -> LocationScale:
         self._check_set_up()
         return self._parts[1]
-
-
-class _Inverse(nn.Module):
-    """The inverse of a transform at a known pair, as a module to call."""
-
-    def __init__(self, transform: ComposedTransform) -> None:
-        super().__init__()
-        self.transform = transform
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_at(x, y)
-
-
-def _log_prob_at_fixed_parameters(
-    transform: ComposedTransform, base: dist.TorchDistribution, x: Tensor, latent: Tensor
-) -> Tensor:
-    """The log-density of latents, which come from x, with a gradient by the latents only."""
-    inverse = _Inverse(transform)
-    fixed = {name: parameter.detach() for name, parameter in inverse.named_parameters()}
-    x, ladj = functional_call(inverse, fixed, (x, latent))
-    log_prob: Tensor = base.log_prob(x) + ladj
-    return log_prob

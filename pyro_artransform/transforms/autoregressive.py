@@ -14,6 +14,7 @@ from torch.distributions import Transform
 from .base import FlowModule
 from .evaluate import as_transform, call_and_ladj, sum_ladj, values_are_readable
 from .inversion import at_solution, invert
+from .score import score_by_products
 from .structure import StructureCheck, by_construction, describe
 from .warn import warn_user
 
@@ -88,6 +89,18 @@ class AutoregressiveTransform(FlowModule):
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
         return at_solution(self.meta, x, y)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._check(x)
+        with torch.enable_grad():
+            point = x if x.requires_grad else x.detach().requires_grad_()
+            transform = as_transform(self.meta(point))
+            y, ladj = call_and_ladj(transform, point)
+        if transform.event_dim > 0 or ladj.shape != y.shape or y.shape != x.shape:
+            return super().call_and_score(x, score)
+        depth = getattr(self.meta, "depth", None) or x.shape[-1]
+        score = score_by_products(point, y, ladj, score.detach(), depth)
+        return y, ladj.sum(-1), score
 
     def _check(self, x: Tensor) -> None:
         if x.dim() == 0 or not x.is_floating_point():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .evaluate import values_are_readable
 from .memory import Pair, remember
+from .score import score_by_inverse
 from .visible import visible_state
 
 #: A remembered pair and a reference to the inverse belong to one object in one process.
@@ -92,6 +93,31 @@ class FlowModule(CopyableModule):
         :return: as of :meth:`inverse_and_ladj`.
         """
         return self.inverse_and_ladj(y)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The value, the log-determinant, and the score of the value's density.
+
+        The score of a density is the gradient of its logarithm. If x has density p, ``y = T(x)`` has
+        the density q with
+
+        .. math::
+
+            \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log |\det J|)
+
+        whose parameters are held fixed: with it the gradient of an ELBO flows through draws alone.
+
+        :param x: shape ``(*, D)``.
+        :param score: the score of the density of x, shape ``(*, D)``.
+        :return: as of :meth:`call_and_ladj`, with their graph; and shape ``(*, D)``, without one.
+
+        **References**
+
+        1. Gradients should stay on Path: Better Estimators of the Reverse- and Forward KL Divergence
+           for Normalizing Flows (Vaitl, Nicoli, Nakajima, Kessel, 2022),
+           https://arxiv.org/abs/2207.08219
+        """
+        y, ladj = self.call_and_ladj(x)
+        return y, ladj, score_by_inverse(self, x, y, score)
 
     @property
     def inv(self) -> "InverseTransformModule":
@@ -228,6 +254,11 @@ class InverseTransformModule(CopyableModule):
     def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`inverse_and_ladj`, which needs no help from y."""
         return self.transform.call_and_ladj(x)
+
+    def call_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`FlowModule.call_and_score`."""
+        x, ladj = self.call_and_ladj(y)
+        return x, ladj, score_by_inverse(self, y, x, score)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The log-determinant of this inverse at its argument ``x``, whose value is ``y``, shape ``(*,)``."""

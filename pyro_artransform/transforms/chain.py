@@ -15,6 +15,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from .base import FlowModule
 from .evaluate import call_and_ladj, inverse_and_ladj, inverse_at, sum_ladj
+from .score import call_and_score
 
 Step = Callable[[Transform, Tensor], tuple[Tensor, Tensor]]
 
@@ -125,6 +126,15 @@ class ComposedTransform(FlowModule):
             return inverse_at(part, known.pop(), value)
 
         return self._follow(y, self.parts[::-1], step, inverse=True)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def step(part: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal score
+            y, ladj, score = call_and_score(part, value, score)
+            return y, ladj
+
+        y, ladj = self._follow(x, self.parts, step, inverse=False)
+        return y, ladj, score
 
     def clear_cache(self) -> None:
         """Forgets the remembered pair, of the parts too."""

@@ -46,6 +46,9 @@ class PermutationTransform(FlowModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._pick(y, self.order.argsort())
 
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.call_and_ladj(x), score[..., self.order]
+
     def _pick(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[-1:] != index.shape:
             raise ValueError(f"x: expected shape (*, {len(index)}), got {tuple(x.shape)}")
