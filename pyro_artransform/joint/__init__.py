@@ -1,0 +1,9 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
+
+from .density import LogJoint
+from .latents import Latents
+
+__all__ = ["Latents", "LogJoint"]

@@ -1,0 +1,280 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The log joint density of a Pyro model as a function of many draws at once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .enumeration import summed_out
+from .latents import Latents, is_enumerated
+from .scoring import ScoredRun
+from .whole import WholeLatents
+
+_NUM_CHECKS = 5
+_CHECK_SCALE = 0.1
+_PLATE = "_draws"
+
+
+class LogJoint:
+    r"""The log joint density of a Pyro model, with the Jacobian, on the unconstrained space.
+
+    .. math::
+
+        \log p(x, c(z)) + \log |\det c'(z)|
+
+    where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
+    by the fastest of three ways that agrees with the model run one draw at a time: in one more
+    :class:`pyro.plate` to the left of the model's own, by ``torch.vmap``, or one after the other.
+    Discrete latents that are marked for enumeration are summed out, and elements of latents that a
+    mask takes out have their prior density. Pyro's validation is off while
+    the model runs, so that a draw outside of what the model can take gives NaN and no error.
+
+    :param model: a Pyro model.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param init_loc_fn: where the latents are in the run that shows what they are, one of Pyro's
+        starting functions.
+    :raises ValueError: if a latent is discrete and not enumerated, or there is no latent.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(0.3))
+        >>> log_joint = LogJoint(model)
+        >>> log_joint(torch.zeros(5, 1)).shape, log_joint.way
+        (torch.Size([5]), 'plate')
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+    ) -> None:
+        self._run = WholeLatents()(lambda: model(*args, **(kwargs or {})))
+        trace = self._trace_of(init_loc_fn)
+        self.latents = Latents(trace)
+        self.num_plates = _plate_nesting(trace)
+        self.is_subsampled = _is_subsampled(trace)
+        self.is_enumerated = any(is_enumerated(node) for node in _sample_nodes(trace))
+        #: "plate", "vmap" or "loop", and for a loop what the other ways failed of
+        self.way, self.reason = self._choose_way()
+
+    @property
+    def latent_dim(self) -> int:
+        """The number of unconstrained coordinates."""
+        return self.latents.latent_dim
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The log joint density of draws, NaN where the model fails.
+
+        :param z: shape ``(n, latent_dim)``.
+        :return: shape ``(n,)``.
+        """
+        with _quietly():
+            try:
+                return self._ways()[self.way](z)
+            except (torch.linalg.LinAlgError, ValueError):
+                # one draw that a factorisation refuses must not cost the others
+                return torch.stack([self._one_or_nan(row) for row in z])
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """The value of each latent site, of shape ``batch + site shape``.
+
+        :param z: shape ``batch + (latent_dim,)``.
+        """
+        return self.latents.constrain(z)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The vector of all latents, shape ``batch + (latent_dim,)``.
+
+        :param values: for each latent site, shape ``batch + site shape``.
+        :raises ValueError: if a site is missing, or a value has another shape.
+        """
+        return self.latents.unconstrain(values)
+
+    @torch.no_grad()
+    def culprits(self, z: Tensor) -> list[str]:
+        """The sites whose log-density is not finite at one of the draws.
+
+        :param z: shape ``(n, latent_dim)``.
+        """
+        found: dict[str, None] = {}
+        with _quietly():
+            for row in z:
+                found |= dict.fromkeys(self._culprits_of(row))
+        return list(found)
+
+    def _culprits_of(self, z: Tensor) -> list[str]:
+        run = ScoredRun(self.latents.constrain(z))
+        try:
+            with _hidden(), run:
+                self._run()
+        except (torch.linalg.LinAlgError, ValueError) as error:
+            return [f"the model itself ({error})"]
+        return [name for name, term in run.terms.items() if not term.isfinite()]
+
+    # The three ways
+
+    def _ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"plate": self._by_plate, "vmap": self._by_vmap, "loop": self._by_loop}
+
+    def _by_plate(self, z: Tensor) -> Tensor:
+        values, ladj = self.latents.constrain_with_ladj(z)
+        placed = {name: self._in_plate(name, value) for name, value in values.items()}
+        dim = -1 - self.num_plates
+        if self.is_enumerated and len(z) == 1:
+            # Pyro's variable elimination has no dimension for a plate of one
+            return torch.stack([self._one(z[0])])
+        if self.is_enumerated:
+            with _hidden(), pyro.plate(_PLATE, len(z), dim=dim):
+                return ladj + self._summed_out(placed, _PLATE)
+        run = ScoredRun(placed, keep_dim=dim)
+        with _hidden(), run, pyro.plate(_PLATE, len(z), dim=dim):
+            self._run()
+        return sum(run.terms.values(), ladj)
+
+    def _in_plate(self, name: str, value: Tensor) -> Tensor:
+        """A value of shape ``(n,) + site shape`` with its draws to the left of all plates."""
+        site = self.latents.sites[name]
+        batch_dim = len(site.shape) - site.event_dim
+        padding = (1,) * (self.num_plates - batch_dim)
+        return value.reshape(value.shape[:1] + padding + value.shape[1:])
+
+    def _by_vmap(self, z: Tensor) -> Tensor:
+        found: Tensor = torch.vmap(self._one, randomness="same")(z)
+        return found
+
+    def _by_loop(self, z: Tensor) -> Tensor:
+        state = torch.get_rng_state()
+        found = []
+        for row in z:
+            # what the model draws itself, as a minibatch, is the same for all
+            torch.set_rng_state(state)
+            found.append(self._one(row))
+        return torch.stack(found)
+
+    def _one(self, z: Tensor) -> Tensor:
+        values, ladj = self.latents.constrain_with_ladj(z)
+        if self.is_enumerated:
+            with _hidden():
+                return ladj + self._summed_out(values, None)
+        run = ScoredRun(values)
+        with _hidden(), run:
+            self._run()
+        return sum(run.terms.values(), ladj)
+
+    def _summed_out(self, values: Mapping[str, Tensor], draws: str | None) -> Tensor:
+        placed = poutine.condition(self._run, dict(values))
+        left = -1 - self.num_plates - (draws is not None)
+        return summed_out(placed, left, draws)
+
+    def _one_or_nan(self, z: Tensor) -> Tensor:
+        try:
+            return self._one(z)
+        except (torch.linalg.LinAlgError, ValueError):
+            return z.sum() * torch.nan
+
+    # Set-up
+
+    def _trace_of(self, init_loc_fn: Callable[..., Any]) -> poutine.Trace:
+        with _quietly(), torch.no_grad(), _hidden(), InitMessenger(_starting(init_loc_fn)):
+            trace: poutine.Trace = poutine.trace(self._run).get_trace()
+        return trace
+
+    @torch.no_grad()
+    def _choose_way(self) -> tuple[str, str]:
+        start = self.latents.start
+        with torch.random.fork_rng(devices=[]):
+            z = start + _CHECK_SCALE * torch.randn_like(start.expand(_NUM_CHECKS, -1))
+        state = torch.get_rng_state()
+        with _quietly():
+            expected = torch.stack([self._reseeded(state, self._one_or_nan, row) for row in z])
+            reason = ""
+            for name in ("plate", "vmap"):
+                reason = self._objection(name, z, expected, state)
+                if not reason:
+                    return name, ""
+        return "loop", reason
+
+    def _objection(self, name: str, z: Tensor, expected: Tensor, state: Tensor) -> str:
+        """What speaks against a way, or an empty string."""
+        try:
+            found = self._reseeded(state, self._ways()[name], z)
+        except Exception as error:  # whatever a model raises for many draws says the same: not so
+            return f"{type(error).__name__}: {error}"
+        if found.shape != expected.shape or not _are_close(found, expected):
+            return "many draws at once give another log-density than one at a time"
+        return ""
+
+    @staticmethod
+    def _reseeded(state: Tensor, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        torch.set_rng_state(state)
+        return function(z)
+
+
+def _starting(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
+    def value(site: Any) -> Tensor:
+        if is_enumerated(site) or site["fn"].support.is_discrete:
+            drawn: Tensor = site["fn"].sample()
+            return drawn
+        try:
+            started: Tensor = init_loc_fn(site)
+        except NotImplementedError:  # an improper prior has no draws, and so no median
+            started = _origin(site["fn"])
+        return started
+
+    return value
+
+
+def _origin(fn: Any) -> Tensor:
+    """The value of a distribution that is at zero on the unconstrained space."""
+    bijection = biject_to(fn.support)
+    kind = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
+    origin: Tensor = bijection(torch.zeros(bijection.inverse_shape(fn.shape()), **kind))
+    return origin
+
+
+def _sample_nodes(trace: poutine.Trace) -> Iterator[Any]:
+    return (node for node in trace.nodes.values() if node["type"] == "sample")
+
+
+def _frames(trace: poutine.Trace) -> Iterator[Any]:
+    return (frame for node in _sample_nodes(trace) for frame in node["cond_indep_stack"])
+
+
+def _plate_nesting(trace: poutine.Trace) -> int:
+    return max((-frame.dim for frame in _frames(trace) if frame.vectorized), default=0)
+
+
+def _is_subsampled(trace: poutine.Trace) -> bool:
+    return any(frame.full_size not in (None, frame.size) for frame in _frames(trace))
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-4 if found.dtype == torch.float32 else 1e-8
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with pyro.validation_enabled(False):
+        yield
+
+
+def _hidden() -> Any:
+    """Hides the sites of a run from handlers around it, its parameters not: they are trained."""
+    return poutine.block(hide_types=["sample", "observe"])

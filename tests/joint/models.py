@@ -1,0 +1,203 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Models of all kinds, each without arguments."""
+
+from typing import ClassVar
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.ops.indexing import Vindex
+
+DATA = (1.3, 0.2, 2.9, -0.4, 1.7)
+
+
+def data():
+    return torch.tensor(DATA)
+
+
+class Ordered(dist.TorchDistribution):
+    """Positive numbers in order: the sums of exponential ones."""
+
+    arg_constraints: ClassVar = {}
+    support = dist.constraints.positive_ordered_vector
+
+    def __init__(self, rate):
+        self.steps = dist.Exponential(rate)
+        super().__init__(rate.shape[:-1], rate.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Ordered(self.steps.rate.expand(torch.Size(batch_shape) + self.event_shape))
+
+    def sample(self, sample_shape=torch.Size()):  # noqa: B008
+        return self.steps.sample(sample_shape).cumsum(-1)
+
+    def log_prob(self, value):
+        return -(self.steps.rate * value.diff(prepend=torch.zeros_like(value[..., :1]))).sum(-1)
+
+
+def one_plate():
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", 5):
+        z = pyro.sample("z", dist.Normal(loc, scale))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=data())
+
+
+def nested_plates():
+    outer, inner = pyro.plate("outer", 4, dim=-1), pyro.plate("inner", 2, dim=-2)
+    with outer:
+        row = pyro.sample("row", dist.Normal(0.0, 1.0))
+        pyro.sample("pairs", dist.HalfNormal(torch.tensor([1.0, 2.0])).to_event(1))
+    with inner:
+        column = pyro.sample("column", dist.Normal(0.0, 1.0))
+    with outer, inner:
+        cell = pyro.sample("cell", dist.Beta(2.0, 3.0))
+        pyro.sample("y", dist.Normal(row + column, cell), obs=torch.ones(2, 4))
+
+
+def supports():
+    pyro.sample("probs", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    pyro.sample("corr", dist.LKJCholesky(3, torch.tensor(2.0)))
+    pyro.sample("unit", dist.Uniform(-1.0, 2.0))
+    with pyro.plate("rows", 2):
+        rates = pyro.sample("rates", Ordered(torch.ones(3)))
+        pyro.sample("y", dist.Poisson(rates).to_event(1), obs=torch.ones(2, 3))
+    with pyro.plate("simplices", 2):
+        pyro.sample("simplex", dist.Dirichlet(torch.ones(4)))
+
+
+def scaled_and_masked():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with poutine.scale(scale=2.5), pyro.plate("scaled", 5):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=data())
+    with pyro.plate("masked", 5), poutine.mask(mask=data() > 1):
+        local = pyro.sample("local", dist.Normal(z, 1.0))
+        pyro.sample("x", dist.Normal(local, 1.0), obs=data())
+
+
+def partly_observed():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=data(), obs_mask=data() > 0)
+
+
+def factors():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("one", -(z**4))
+    with pyro.plate("data", 5):
+        pyro.factor("many", -((data() - z) ** 2))
+
+
+def deterministic():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    square = pyro.deterministic("square", z**2)
+    pyro.sample("y", dist.Normal(square, 1.0), obs=torch.tensor(0.4))
+
+
+def sequential_plate():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("steps", 3):
+        x = pyro.sample(f"x_{i}", dist.Normal(z, 1.0))
+        pyro.sample(f"y_{i}", dist.Normal(x, 1.0), obs=torch.tensor(0.1 * i))
+
+
+def mixed_dtypes():
+    single = torch.tensor([0.5, 1.5], dtype=torch.float32)
+    pyro.sample("single", dist.Normal(single, 1.0).to_event(1))
+    pyro.sample("double", dist.HalfNormal(torch.tensor(1.0, dtype=torch.float64)))
+
+
+def matrix_product():
+    """Its matrix-vector product cannot take draws on the left."""
+    x = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=data())
+
+
+def silently_wrong_in_a_plate():
+    """A sum over everything mixes draws, and no shape tells."""
+    with pyro.plate("data", 5):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=torch.tensor(0.3))
+
+
+def python_branch():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    scale = 1.0 if z > 0 else 2.0
+    pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.3))
+
+
+def python_number():
+    z = pyro.sample("z", dist.HalfNormal(1.0))
+    pyro.sample("y", dist.Normal(torch.full((), z.item()), 1.0), obs=torch.tensor(0.3))
+
+
+@config_enumerate
+def mixture():
+    locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 2.0]), 1.0).to_event(1))
+    probs = pyro.sample("probs", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("data", 5):
+        kind = pyro.sample("kind", dist.Categorical(probs))
+        pyro.sample("y", dist.Normal(Vindex(locs)[..., kind], 1.0), obs=data())
+
+
+@config_enumerate
+def chain():
+    """A hidden Markov chain of two states from the first one, and two sequences of data."""
+    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    state = torch.tensor(0)
+    with pyro.plate("sequences", 2):
+        for t in pyro.markov(range(5)):
+            law = dist.Categorical(Vindex(rows)[..., state, :])
+            state = pyro.sample(f"state_{t}", law)
+            emitted = dist.Normal(Vindex(locs)[..., state], 1.0)
+            pyro.sample(f"y_{t}", emitted, obs=torch.stack([data()[t], -data()[t]]))
+
+
+def marginal_chain():
+    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    start = torch.tensor([0.0, -torch.inf])
+    for name, sign in (("first", 1), ("second", -1)):
+        law = dist.DiscreteHMM(start, rows.log(), dist.Normal(locs, 1.0))
+        pyro.sample(name, law, obs=sign * data())
+
+
+def marginal_mixture():
+    locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 2.0]), 1.0).to_event(1))
+    probs = pyro.sample("probs", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("data", 5):
+        kinds = dist.Categorical(probs[..., None, :])
+        parts = dist.Normal(locs[..., None, :], 1.0)
+        pyro.sample("y", dist.MixtureSameFamily(kinds, parts), obs=data())
+
+
+def gaussian_process():
+    """Its covariance has no Cholesky factor for a large length scale."""
+    length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
+    x = torch.linspace(0.0, 1.0, 20)
+    kernel = torch.exp(-0.5 * ((x[:, None] - x) / length[..., None, None]) ** 2)
+    scale_tril = torch.linalg.cholesky(
+        kernel + 1e-10 * torch.eye(20) - 1e-9 * length[..., None, None]
+    )
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(20), scale_tril=scale_tril), obs=x)
+
+
+def refuses_negative():
+    """Its density is not finite for negative draws."""
+    z = pyro.sample("z", dist.Normal(1.0, 1.0))
+    pyro.sample("root", dist.Normal(z.sqrt(), 1.0), obs=torch.tensor(1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+
+def one_observation(dtype):
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(torch.ones((), dtype=dtype)))
+        pyro.sample("y", dist.Normal(0.0, scale), obs=torch.ones((), dtype=dtype))
+
+    return model

@@ -1,0 +1,182 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to
+
+from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.whole import WholeLatents
+
+from . import models
+
+WAYS = {
+    "one_plate": "plate",
+    "nested_plates": "plate",
+    "supports": "plate",
+    "scaled_and_masked": "plate",
+    "partly_observed": "plate",
+    "factors": "plate",
+    "deterministic": "plate",
+    "sequential_plate": "plate",
+    "mixed_dtypes": "plate",
+    "marginal_mixture": "vmap",
+    "matrix_product": "vmap",
+    "silently_wrong_in_a_plate": "vmap",
+    "python_branch": "loop",
+    "python_number": "loop",
+}
+
+
+def by_trace(model, z):
+    """The log joint density at one draw, from Pyro's trace of the conditioned model."""
+    trace = poutine.trace(model).get_trace()
+    values, total, start = {}, 0.0, 0
+    for name, site in trace.iter_stochastic_nodes():
+        if site_is_subsample(site):
+            continue
+        bijection = biject_to(site["fn"].support)
+        shape = bijection.inverse_shape(site["value"].shape)
+        part = z[start : start + shape.numel()].reshape(shape).to(site["value"].dtype)
+        values[name] = bijection(part)
+        total = total + bijection.log_abs_det_jacobian(part, values[name]).sum()
+        start += shape.numel()
+    assert start == len(z)
+    conditioned = poutine.condition(WholeLatents()(model), values)
+    return total + poutine.trace(conditioned).get_trace().log_prob_sum()
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_agrees_with_the_trace(name):
+    model = getattr(models, name)
+    log_joint = LogJoint(model)
+    assert log_joint.way == WAYS[name], log_joint.reason
+    z = torch.randn(7, log_joint.latent_dim)
+    expected = torch.stack([by_trace(model, row) for row in z])
+    assert expected.isfinite().all()
+    tolerance = 1e-6 if name == "mixed_dtypes" else 1e-12
+    assert torch.allclose(log_joint(z), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["supports", "scaled_and_masked", "matrix_product", "mixture"])
+def test_gradient_by_differences(name):
+    log_joint = LogJoint(getattr(models, name))
+    z = torch.randn(3, log_joint.latent_dim, requires_grad=True)
+    assert torch.autograd.gradcheck(log_joint, (z,))
+
+
+@pytest.mark.parametrize("name", ["python_branch", "one_plate"])
+def test_gradients_of_draws_are_apart(name):
+    log_joint = LogJoint(getattr(models, name))
+    z = torch.randn(4, log_joint.latent_dim, requires_grad=True)
+    (gradient,) = torch.autograd.grad(log_joint(z)[1], z)
+    assert gradient[1].abs().min() > 0
+    assert not gradient[[0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("name", ["mixture", "chain"])
+def test_enumerated_is_the_marginal(name):
+    summed_out = LogJoint(getattr(models, name))
+    marginal = LogJoint(getattr(models, f"marginal_{name}"))
+    assert summed_out.is_enumerated
+    assert not marginal.is_enumerated
+    z = torch.randn(6, summed_out.latent_dim)
+    assert torch.allclose(summed_out(z), marginal(z))
+
+
+def test_one_draw_without_a_factorisation():
+    log_joint = LogJoint(models.gaussian_process)
+    z = torch.tensor([[-1.0], [25.0], [-2.0]])
+    found = log_joint(z)
+    assert found.isnan().tolist() == [False, True, False]
+    assert torch.allclose(found[[0, 2]], log_joint(z[[0, 2]]))
+    assert "model itself" in log_joint.culprits(z)[0]
+
+
+def test_masked_latents_have_their_prior():
+    def model():
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=z[0], obs_mask=is_there)
+
+    z = torch.randn(4, 2)
+    is_there = torch.tensor([True, False])
+    expected = dist.Normal(0.0, 1.0).log_prob(z[0, 0]) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    log_joint = LogJoint(model)
+    assert log_joint.way == "plate"
+    assert torch.allclose(log_joint(z), expected)
+
+
+def test_one_draw_of_an_enumerated_model():
+    log_joint = LogJoint(models.mixture)
+    z = torch.randn(3, log_joint.latent_dim)
+    assert torch.allclose(log_joint(z[:1]), log_joint(z)[:1])
+
+
+def test_culprits():
+    log_joint = LogJoint(models.refuses_negative)
+    z = torch.tensor([[1.0], [-1.0]])
+    assert log_joint(z).isfinite().tolist() == [True, False]
+    assert log_joint.culprits(z) == ["root"]
+    assert log_joint.culprits(z[:1]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dtype_is_the_models(dtype):
+    log_joint = LogJoint(models.one_observation(dtype))
+    assert log_joint.latents.start.dtype == dtype
+    found = log_joint(torch.zeros(3, 1, dtype=dtype))
+    assert found.dtype == dtype
+    assert log_joint.way == "plate"
+
+
+def test_arguments_of_the_model():
+    def model(data, *, scale):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("y", dist.Normal(z, scale), obs=data)
+
+    data = torch.tensor([0.5, 1.0])
+    log_joint = LogJoint(model, (data,), {"scale": 2.0})
+    z = torch.tensor([[0.3]])
+    expected = dist.Normal(0.0, 1.0).log_prob(z[0]) + dist.Normal(0.3, 2.0).log_prob(data).sum()
+    assert torch.allclose(log_joint(z), expected)
+
+
+def test_minibatch_is_the_same_for_all_draws():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 100, subsample_size=3) as indices:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=indices.to(z.dtype))
+
+    log_joint = LogJoint(model)
+    assert log_joint.is_subsampled
+    found = log_joint(torch.zeros(10, 1))
+    assert (found == found[0]).all()
+    assert not torch.equal(found, log_joint(torch.zeros(10, 1)))
+
+
+def test_leaves_no_trace():
+    """The caller's handlers see nothing of it, and its random numbers stay as they were."""
+    with poutine.trace() as traced:
+        log_joint = LogJoint(models.one_plate)
+        state = torch.get_rng_state()
+        log_joint(torch.zeros(3, log_joint.latent_dim))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert set(traced.trace.nodes) <= {"_INPUT", "_RETURN"}
+
+
+def test_refuses():
+    def no_latent():
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    def discrete():
+        pyro.sample("kind", dist.Categorical(torch.ones(3)))
+
+    with pytest.raises(ValueError, match="no continuous latent"):
+        LogJoint(no_latent)
+    with pytest.raises(ValueError, match=r"'kind' is discrete: expected continuous latents"):
+        LogJoint(discrete)
