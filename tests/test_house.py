@@ -25,12 +25,13 @@ ARROWS: dict[str, set[str]] = {
     "transforms": {"univariate", "conditioners"},
     "flows": {"univariate", "conditioners", "transforms"},
     "guides": {"univariate", "conditioners", "transforms", "flows"},
-    "diagnostics": {"univariate", "conditioners", "transforms"},
-    "inference": {"univariate", "conditioners", "transforms", "diagnostics"},
+    "joint": set(),
+    "diagnostics": {"joint"},
+    "inference": {"joint", "diagnostics"},
     "plots": {"inference", "diagnostics"},
     "testing": {
         *("univariate", "conditioners", "transforms", "flows", "guides"),
-        *("inference", "diagnostics"),
+        *("joint", "diagnostics", "inference"),
     },
 }
 # Nothing in the package imports these; the front door may name them, and imports plots on use only.

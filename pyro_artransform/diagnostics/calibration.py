@@ -1,0 +1,263 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Simulation-based calibration: whether posteriors of simulated data are right on average."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+
+from .uniformity import uniformity_pvalue
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SBC:
+    """The ranks of true values among draws of the posteriors of their data.
+
+    :param ranks: for each site integers from 0 to ``num_draws``, of shape ``(num_simulations,) +
+        site shape``. They are uniform if the posteriors are right.
+    :param num_draws: the number of draws of each posterior.
+    """
+
+    ranks: Values
+    num_draws: int
+
+    @property
+    def num_simulations(self) -> int:
+        """The number of simulated data sets."""
+        return len(next(iter(self.ranks.values())))
+
+    def pvalues(self) -> Values:
+        """The p-value of uniform ranks for each coordinate, by site, each of the site's shape.
+
+        The test sees the whole distribution of ranks
+        (:func:`~pyro_artransform.diagnostics.uniformity_pvalue`).
+        """
+        flat = [ranks.reshape(self.num_simulations, -1) for ranks in self.ranks.values()]
+        # of all at once, which share most of the work
+        pvalues = uniformity_pvalue(torch.cat(flat, 1), self.num_draws)
+        parts = pvalues.split([ranks.shape[1] for ranks in flat])
+        return {
+            name: part.reshape(ranks.shape[1:])
+            for (name, ranks), part in zip(self.ranks.items(), parts)
+        }
+
+    def passed(self, alpha: float = 0.01) -> bool:
+        """Whether no coordinate's ranks depart from uniform ones.
+
+        :param alpha: the probability that right posteriors fail, over all coordinates together
+            (Bonferroni's bound).
+        """
+        pvalues = torch.cat([value.flatten() for value in self.pvalues().values()])
+        return bool((pvalues * len(pvalues)).min() >= alpha)
+
+    def coverage(self, levels: Sequence[float] | Tensor = (0.5, 0.9)) -> Values:
+        """The share of true values inside of central intervals; right ones have the levels.
+
+        :param levels: q probabilities.
+        :return: for each site a tensor of shape ``(q,) + site shape``.
+        """
+        covered = {}
+        for name, ranks in self.ranks.items():
+            distance = ((ranks + 0.5) / (self.num_draws + 1) - 0.5).abs()
+            halves = torch.as_tensor(levels, dtype=distance.dtype, device=distance.device) / 2
+            halves = halves.reshape((-1,) + (1,) * distance.dim())
+            covered[name] = (distance <= halves).to(distance.dtype).mean(1)
+        return covered
+
+    def __repr__(self) -> str:
+        pvalues, coverage = self.pvalues(), self.coverage((0.5, 0.9))
+        width = max(map(len, ["site", *self.ranks]))
+        lines = [
+            f"SBC of {self.num_simulations} simulations, {self.num_draws} draws each: "
+            f"{'passed' if self.passed() else 'failed'}",
+            f"{'site':{width}}  smallest p-value  coverage of 50 %, of 90 %",
+        ]
+        for name in self.ranks:
+            half, most = coverage[name].reshape(2, -1).mean(1).tolist()
+            smallest = pvalues[name].min().item()
+            lines.append(
+                f"{name:{width}}  {smallest:16.4f}  {100 * half:14.1f} %, {100 * most:.1f} %"
+            )
+        return "\n".join(lines)
+
+
+def sbc(
+    model: Callable[..., Any],
+    fit_one: Callable[[Values], Any],
+    *args: Any,
+    num_simulations: int = 100,
+    num_draws: int = 99,
+    observed: Iterable[str] | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> SBC:
+    """Simulation-based calibration of whatever makes posteriors of a model.
+
+    Latents and data are drawn from the model, a posterior is made of the data alone, and the ranks
+    of the latents among its draws are taken; over many simulations they are uniform if posteriors
+    are right. It finds posteriors that are too narrow, too wide or off to one side on average over
+    the prior; a posterior that ignores its data and is the prior passes too.
+
+    The data sites are those that have data when the model runs with the arguments given here (the
+    real data, which are not used otherwise), or those in ``observed``, for a model that draws its
+    data where it is given none.
+
+    :param model: a Pyro model. What it draws is drawn from the prior, so it may have no factors.
+    :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a
+        dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
+        function of the number of draws that returns such a dict. It runs with a param store of its
+        own, empty at first.
+    :param args: the model's arguments.
+    :param num_simulations: the number of simulated data sets.
+    :param num_draws: the number of draws of each posterior; ranks go from 0 to it.
+    :param observed: the names of the data sites.
+    :param seed: the seed of Pyro's generators, which is set.
+    :param progress: whether to show a progress bar.
+    :param kwargs: the model's keyword arguments.
+    :raises ValueError: if a number is not positive, the model has no such data sites or has factors,
+        or draws have wrong shapes or no latent's name.
+    :raises TypeError: if ``fit_one`` returns something else.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> from pyro_artransform.diagnostics import sbc
+        >>> def model(y=None):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     return pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> def fit_one(data):
+        ...     return {"z": data["y"] / 2 + 0.5**0.5 * torch.randn(99)}
+        >>> result = sbc(model, fit_one, observed=["y"], progress=False)
+        >>> result.ranks["z"].shape, result.passed()
+        (torch.Size([100]), True)
+
+    **References**
+
+    1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
+       Simpson, Vehtari, Gelman, 2018), https://arxiv.org/abs/1804.06788
+    """
+    _check_count("num_simulations", num_simulations)
+    _check_count("num_draws", num_draws)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    names = _data_sites(model, args, kwargs, observed)
+    ranks: dict[str, list[Tensor]] = {}
+    for _ in _bar(num_simulations, progress):
+        truth, data = _simulate(model, args, kwargs, names)
+        with pyro.get_param_store().scope():
+            draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
+        for name, rank in _ranks(truth, draws, num_draws).items():
+            ranks.setdefault(name, []).append(rank)
+    return SBC({name: torch.stack(found) for name, found in ranks.items()}, num_draws)
+
+
+def _bar(num_simulations: int, progress: bool) -> Iterable[int]:
+    from tqdm.auto import trange
+
+    bar: Iterable[int] = trange(num_simulations, disable=not progress)
+    return bar
+
+
+def _data_sites(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    observed: Iterable[str] | None,
+) -> set[str]:
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    sites = {k: site for k, site in trace.nodes.items() if _is_drawn(site)}
+    factors = [name for name, site in sites.items() if site_is_factor(site)]
+    if factors:
+        raise ValueError(
+            f"model: expected one to simulate from, got one with the factors {factors}"
+        )
+    names = {k for k, site in sites.items() if site["is_observed"]} | set(observed or ())
+    if not names <= sites.keys():
+        raise ValueError(
+            f"observed: expected sites of {sorted(sites)}, got {sorted(names - sites.keys())}"
+        )
+    if not names:
+        raise ValueError(
+            "observed: expected the names of the data sites of a model that has no data here, or a "
+            "model that is given its data"
+        )
+    return names
+
+
+def _is_drawn(site: Any) -> bool:
+    is_sample = site["type"] == "sample" and not site_is_subsample(site)
+    return is_sample and not site["infer"].get("_deterministic")
+
+
+@torch.no_grad()
+def _simulate(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: set[str]
+) -> tuple[Values, Values]:
+    """Latents and data of one run of the model."""
+    with poutine.block():
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+    sites: dict[str, Any] = {k: site for k, site in trace.nodes.items() if _is_drawn(site)}
+    truth = {name: site["value"] for name, site in sites.items() if name not in names}
+    return truth, {name: sites[name]["value"] for name in sites if name in names}
+
+
+@torch.no_grad()
+def _draws_of(
+    posterior: Any, num_draws: int, truth: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    if hasattr(posterior, "sample_posterior"):
+        posterior = posterior.sample_posterior(num_draws)
+    elif isinstance(posterior, AutoGuide):
+        drawn = Predictive(posterior, num_samples=num_draws)(*args, **kwargs)
+        # which puts a dimension in place of each plate that a site is not in
+        posterior = {
+            name: drawn[name].reshape((num_draws, *value.shape))
+            for name, value in truth.items()
+            if name in drawn
+        }
+    elif callable(posterior):
+        posterior = posterior(num_draws)
+    if not isinstance(posterior, Mapping):
+        raise TypeError(
+            "fit_one: expected a guide, a dict of draws, or a function that returns one, got "
+            f"{type(posterior).__name__}"
+        )
+    return posterior
+
+
+def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:
+    names = [name for name in truth if name in draws]
+    if not names:
+        raise ValueError(f"fit_one: expected draws of {sorted(truth)}, got {sorted(draws)}")
+    found = {}
+    for name in names:
+        expected, got = (num_draws, *truth[name].shape), tuple(draws[name].shape)
+        if got != expected:
+            raise ValueError(f"fit_one: expected draws of '{name}' of shape {expected}, got {got}")
+        found[name] = _rank(truth[name], draws[name])
+    return found
+
+
+def _rank(truth: Tensor, draws: Tensor) -> Tensor:
+    """The number of draws below the truth; ties go either way by chance."""
+    num_ties = (draws == truth).sum(0)
+    by_chance = torch.rand(num_ties.shape, device=num_ties.device) * (num_ties + 1)
+    return (draws < truth).sum(0) + by_chance.long().minimum(num_ties)
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {count!r}")

@@ -1,0 +1,225 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Importance sampling with a guide: what it says of the guide, and draws that it improves."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf, log, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .psis import fit_tail, smooth_tail
+from .weights import Values, weighted_draws
+
+GOOD_KHAT = 0.7
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """What importance weights say of the guide that made them.
+
+    Draws whose weight is zero or not finite, where the model has no density or fails, are counted
+    in ``num_nonfinite`` and left out: the ELBO is that of the guide without them, which is a lower
+    bound of the log evidence too. The evidence and ``ess`` are those of Pareto-smoothed weights.
+
+    :param elbo: the evidence lower bound, in nats.
+    :param elbo_se: its standard error.
+    :param log_evidence: the log of the mean weight.
+    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5.
+    :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
+        estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
+    :param khat_se: its standard error.
+    :param ess: the effective number of draws, from 0 to ``num_samples``.
+    :param num_samples: the number of draws.
+    :param num_nonfinite: how many of them were left out.
+    :param log_weights: the log weights themselves, of shape ``(num_samples,)``.
+    """
+
+    elbo: float
+    elbo_se: float
+    log_evidence: float
+    log_evidence_se: float
+    khat: float
+    khat_se: float
+    ess: float
+    num_samples: int
+    num_nonfinite: int
+    log_weights: Tensor = field(repr=False)
+
+    @classmethod
+    def from_log_weights(cls, log_weights: Tensor) -> "Importance":
+        """The diagnosis of weights that are there already.
+
+        :param log_weights: the log density of the model minus that of the guide, at draws of the
+            guide; shape ``(S,)``.
+        :raises ValueError: if the shape is another.
+        """
+        tail = fit_tail(log_weights)
+        elbo, elbo_se = _elbo(log_weights)
+        log_evidence, log_evidence_se, ess = _evidence(smooth_tail(log_weights, tail))
+        return cls(
+            elbo=elbo,
+            elbo_se=elbo_se,
+            log_evidence=log_evidence,
+            log_evidence_se=log_evidence_se,
+            khat=tail.khat,
+            khat_se=tail.khat_se,
+            ess=ess,
+            num_samples=len(log_weights),
+            num_nonfinite=int((~log_weights.isfinite()).sum()),
+            log_weights=log_weights.detach(),
+        )
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{'ELBO':14}{self.elbo:10.3f} ± {self.elbo_se:.3f}",
+            f"{'log evidence':14}{self.log_evidence:10.3f} ± {self.log_evidence_se:.3f}",
+            f"{'k-hat':14}{self.khat:10.2f} ± {self.khat_se:.2f} ({_word(self.khat)})",
+            f"{'ESS':14}{self.ess:10.0f} of {self.num_samples}",
+        ]
+        if self.num_nonfinite:
+            lines.append(f"{'left out':14}{self.num_nonfinite:10} draws of no finite weight")
+        return "\n".join(lines)
+
+
+def importance(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    num_samples: int = 10_000,
+    *args: Any,
+    **kwargs: Any,
+) -> Importance:
+    """Weighs draws of a guide by the model: ELBO, evidence, k-hat and effective sample size.
+
+    Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
+    out; other ones need a guide that draws them. Of a model that sub-samples its data each chunk of
+    1,000 draws sees another minibatch, whose noise is in the weights: give the diagnosis all data.
+
+    :param model: a Pyro model.
+    :param guide: a guide of it.
+    :param num_samples: how many draws.
+    :param args: the arguments of both.
+    :param kwargs: their keyword arguments.
+    :raises ValueError: if the guide lacks a latent of the model, or ``num_samples`` is no positive
+        integer.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_artransform.diagnostics import importance
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> result = importance(model, model, 1000)
+        >>> result.elbo, result.khat, result.ess
+        (0.0, 0.0, 1000.0)
+
+    **References**
+
+    1. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,
+       2018), https://arxiv.org/abs/1802.02538
+    """
+    _check_count("num_samples", num_samples)
+    chunks = weighted_draws(model, guide, num_samples, args, kwargs)
+    return Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
+
+
+def psis_resample(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    n: int,
+    *args: Any,
+    num_proposals: int | None = None,
+    **kwargs: Any,
+) -> Values:
+    """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
+
+    The resampling is systematic: a draw comes ``n`` times its weight often, rounded up or down, so
+    that means over the result are those of the weights but for the least possible noise, whatever
+    ``n`` is. (Without replacement no draw would come twice, and means would lean to the guide's.)
+
+    :param model: a Pyro model.
+    :param guide: a guide of it.
+    :param n: how many draws to return; their order is random.
+    :param args: the arguments of both.
+    :param num_proposals: how many draws of the guide to choose from; by default ``5 n``, and 10,000
+        at least.
+    :param kwargs: the keyword arguments of both.
+    :return: for each site a tensor of shape ``(n,) + site shape``.
+    :raises ValueError: if the guide lacks a latent of the model, a number is no positive integer,
+        or no draw has a finite weight.
+
+    **References**
+
+    1. Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry, 2024),
+       https://arxiv.org/abs/1507.02646
+    2. Non-Uniform Random Variate Generation in Genetic Algorithms: Reducing Bias and Inefficiency
+       in the Selection Algorithm (Baker, 1987); Monte Carlo Filter and Smoother for Non-Gaussian
+       Nonlinear State Space Models (Kitagawa, 1996), https://doi.org/10.2307/1390750
+    """
+    _check_count("n", n)
+    num_proposals = max(10_000, 5 * n) if num_proposals is None else num_proposals
+    _check_count("num_proposals", num_proposals)
+    chunks = list(weighted_draws(model, guide, num_proposals, args, kwargs))
+    weights = torch.cat([chunk.log_weights for chunk in chunks])
+    tail = fit_tail(weights)
+    if not weights.isfinite().any():
+        raise ValueError(f"no draw of {num_proposals} has a finite weight: the guide is far off")
+    if tail.khat > GOOD_KHAT:
+        warnings.warn(
+            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} a few draws carry the weights, and "
+            "resampling is no better than the guide. Fit the guide for longer, or a more "
+            "expressive one",
+            stacklevel=2,
+        )
+    chosen = _systematic(smooth_tail(weights, tail), n)
+    found = {}
+    for name in chunks[0].values:
+        value = torch.cat([chunk.values[name] for chunk in chunks])
+        found[name] = value[chosen.to(value.device)]
+    return found
+
+
+def _systematic(log_weights: Tensor, n: int) -> Tensor:
+    """Indices of a systematic sample, shape ``(n,)``, in random order."""
+    cumulative = log_weights.softmax(0).cumsum(0)
+    marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
+    # the sum of the weights is one to round-off only
+    chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
+    return chosen[torch.randperm(n, device=chosen.device)]
+
+
+def _elbo(log_weights: Tensor) -> tuple[float, float]:
+    """The ELBO and its standard error, of the guide without the draws of no finite weight."""
+    found = log_weights.detach().to("cpu", torch.float64)
+    found = found[found.isfinite()]
+    if not len(found):
+        return -inf, inf
+    share = len(found) / len(log_weights)
+    variance = found.var().item() if len(found) > 1 else inf
+    return found.mean().item() + log(share), sqrt((variance + 1 - share) / len(found))
+
+
+def _evidence(log_weights: Tensor) -> tuple[float, float, float]:
+    """The log evidence, its standard error, and the effective number of draws."""
+    largest = log_weights.max()
+    if not largest.isfinite():
+        return -inf, inf, 0.0
+    weights = (log_weights - largest).exp()
+    ess = (weights.sum() ** 2 / weights.square().sum()).item()
+    log_evidence = (largest + weights.mean().log()).item()
+    return log_evidence, sqrt(max(1 / ess - 1 / len(weights), 0.0)), ess
+
+
+def _word(khat: float) -> str:
+    if khat <= 0.5:
+        return "good"
+    return "acceptable" if khat <= GOOD_KHAT else "bad"
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {count!r}")

@@ -1,0 +1,141 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The tail of importance weights: its Pareto index k-hat, and weights with a smoothed tail.
+
+**References**
+
+1. Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry, 2024),
+   https://arxiv.org/abs/1507.02646
+2. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman, 2018),
+   https://arxiv.org/abs/1802.02538
+3. A New and Efficient Estimation Method for the Generalized Pareto Distribution (Zhang, Stephens,
+   2009), https://doi.org/10.1198/tech.2009.08017
+"""
+
+from math import ceil, isfinite, log, sqrt
+from typing import NamedTuple
+
+import torch
+from pyro.ops.stats import fit_generalized_pareto
+from torch import Tensor
+
+#: What k-hat is at most, and where weights are such that no fit of their tail means anything.
+WORST_KHAT = 10.0
+
+# how many draws Pyro's prior on k, with its mean of 0.5, counts for
+_PRIOR_SIZE = 10
+# weights that are smaller than the largest by more than this count for nothing
+_LOG_RANGE = 15 * log(10)
+_FEW = 10
+_NAN_SHARE = 0.01
+
+
+class ParetoTail(NamedTuple):
+    """The generalised Pareto distribution of the largest weights.
+
+    It is that of ``weight / cutoff - 1``, for the ``size`` weights above the cutoff, with index
+    ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
+    """
+
+    khat: float
+    khat_se: float
+    scale: float
+    log_cutoff: float
+    size: int
+
+
+def fit_tail(log_weights: Tensor) -> ParetoTail:
+    r"""The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
+
+    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine has nothing to
+    go on:
+
+    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0;
+    - weights of zero (``-inf``) are weights like others;
+    - of those that are NaN, where the model has failed, up to 1 % count as zero; with more of them,
+      with one of ``+inf``, with none that is finite and with fewer than ten tail weights within a
+      factor of 1e15 of the largest, k-hat is 10, which it is at most.
+
+    The standard error is that of a generalised Pareto index from M draws, :math:`(1 + k) /
+    \sqrt{M}`, where the prior that shrinks k-hat towards 0.5 counts as ten more draws.
+
+    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
+    """
+    weights = _to_double(log_weights)
+    size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
+    ordered = _zero_if_not_finite(weights).sort().values
+    largest = ordered[-1].item()
+    if _is_hopeless(weights, largest):
+        return _tail(WORST_KHAT, size)
+    log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
+    if largest - log_cutoff <= _round_off(log_weights.dtype, largest):
+        return _tail(0.0, size, log_cutoff=log_cutoff)
+    is_cut = log_cutoff < largest - _LOG_RANGE
+    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
+    exceedances = (ordered[ordered > log_cutoff] - log_cutoff).expm1()
+    if is_cut and len(exceedances) < min(size, _FEW):
+        return _tail(WORST_KHAT, size, log_cutoff=log_cutoff)
+    khat, scale = _fit_pareto(exceedances)
+    return _tail(khat, len(exceedances), scale=scale, log_cutoff=log_cutoff)
+
+
+def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
+    """Log weights, the largest replaced by quantiles of their Pareto tail.
+
+    None is larger than the largest weight was. Weights that are not finite become zero.
+
+    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
+    :param tail: what :func:`fit_tail` finds of them, where that is known.
+    :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
+    """
+    if tail is None:
+        tail = fit_tail(log_weights)
+    weights = _zero_if_not_finite(_to_double(log_weights))
+    if isfinite(tail.scale):
+        levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
+        smoothed = tail.log_cutoff + _pareto_quantiles(levels, tail).log1p()
+        weights[weights.argsort()[-tail.size :]] = smoothed.clamp(max=weights.max().item())
+    return weights
+
+
+def _pareto_quantiles(levels: Tensor, tail: ParetoTail) -> Tensor:
+    if abs(tail.khat) < 1e-8:
+        return -tail.scale * torch.log1p(-levels)
+    return tail.scale * torch.expm1(-tail.khat * torch.log1p(-levels)) / tail.khat
+
+
+def _tail(
+    khat: float, size: int, *, scale: float = float("nan"), log_cutoff: float = float("nan")
+) -> ParetoTail:
+    # the limit law holds for k > -1/2
+    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
+    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
+
+
+def _to_double(log_weights: Tensor) -> Tensor:
+    if log_weights.dim() != 1 or not len(log_weights):
+        raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
+    return log_weights.detach().to("cpu", torch.float64)
+
+
+def _zero_if_not_finite(log_weights: Tensor) -> Tensor:
+    return torch.where(log_weights.isfinite(), log_weights, -torch.inf)
+
+
+def _is_hopeless(log_weights: Tensor, largest: float) -> bool:
+    share = log_weights.isnan().double().mean().item()
+    return not isfinite(largest) or share > _NAN_SHARE or bool((log_weights == torch.inf).any())
+
+
+def _round_off(dtype: torch.dtype, largest: float) -> float:
+    return 16 * torch.finfo(dtype).eps * max(1.0, abs(largest))
+
+
+def _fit_pareto(exceedances: Tensor) -> tuple[float, float]:
+    # the routine makes its grid on the default device
+    with torch.device("cpu"):
+        khat, scale = fit_generalized_pareto(exceedances)
+    if not isfinite(khat):
+        return WORST_KHAT, float("nan")
+    return min(khat, WORST_KHAT), scale

@@ -1,0 +1,300 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pictures of results: each function draws into matplotlib's Axes and returns them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .diagnostics import SBC, Importance, fit_tail, simultaneous_bands
+
+try:
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+except ImportError as error:
+    raise ImportError("plots need matplotlib: pip install pyro_artransform[plots]") from error
+
+__all__ = ["plot_elbo", "plot_khat", "plot_pairs", "plot_ranks"]
+
+_BLUE, _ORANGE, _GREY = "#2c6fbb", "#d9772b", "#9a9a9a"
+_MAX_COORDINATES = 8
+_MAX_POINTS = 2000
+
+
+def plot_elbo(history: Any, ax: Axes | None = None) -> Axes:
+    """The ELBO by step, and its running median.
+
+    The axis shows the last nine tenths of the steps in full; the first ones, often hundreds of nats
+    below, may leave it.
+
+    :param history: the ELBO of each step, or a result with such a ``history``.
+    :param ax: where to draw; by default new Axes.
+    :raises ValueError: if there are no steps.
+    """
+    steps = torch.as_tensor(getattr(history, "history", history), device="cpu").double().flatten()
+    if not len(steps):
+        raise ValueError("history: expected the ELBO of at least one step, got none")
+    ax = _axes(ax)
+    x = range(1, len(steps) + 1)
+    ax.plot(x, steps.numpy(), color=_BLUE, alpha=0.3, linewidth=0.8, label="step")
+    median = _running_median(steps, max(1, len(steps) // 50))
+    ax.plot(x, median.numpy(), color=_BLUE, linewidth=1.8, label="running median")
+    shown = steps[len(steps) // 10 :]
+    shown = shown[shown.isfinite()]
+    if len(shown) > 1 and shown.max() > shown.min():
+        margin = 0.05 * (shown.max() - shown.min()).item()
+        ax.set_ylim(shown.min().item() - margin, shown.max().item() + margin)
+    ax.set_xlabel("step")
+    ax.set_ylabel("ELBO (nats)")
+    ax.legend(frameon=False, loc="lower right")
+    return _tidied(ax)
+
+
+def _running_median(values: Tensor, half: int) -> Tensor:
+    padded = torch.cat([values[:1].expand(half), values, values[-1:].expand(half)])
+    return padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
+
+
+def plot_pairs(
+    draws: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor] | None = None,
+    names: Sequence[str] | None = None,
+) -> Any:
+    """Each coordinate against each other one, with their histograms on the diagonal.
+
+    Below the diagonal the draws are over those of the reference, and above it under them, so that
+    what one of the two misses is seen. The axes leave out the outermost half per cent.
+
+    :param draws: draws of a guide, for each site a tensor of shape ``(n,) + site shape``.
+    :param reference: draws to compare with, such as those of MCMC.
+    :param names: the coordinates to show, such as ``["tau", "theta[0]", "theta[3]"]``, or sites,
+        which stand for all of theirs; by default the first eight.
+    :return: an array of Axes, one for each pair.
+    :raises ValueError: if a name is none of a coordinate or site.
+    """
+    columns = _columns(draws)
+    chosen = _chosen(columns, names)
+    series = {"guide": columns}
+    if reference is not None:
+        series = {"reference": _columns(reference), "guide": columns}
+    missing = [name for name in chosen if any(name not in drawn for drawn in series.values())]
+    if missing:
+        raise ValueError(f"reference: expected the coordinates {chosen}, got none of {missing}")
+    size = len(chosen)
+    figure, axes = plt.subplots(
+        size, size, figsize=(1.8 * size + 1,) * 2, squeeze=False, layout="constrained"
+    )
+    ranges = {name: _range([drawn[name] for drawn in series.values()]) for name in chosen}
+    for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
+        layers = list(series.items()) if i >= j else list(series.items())[::-1]
+        for label, drawn in layers:
+            _draw_pair(axes[i, j], drawn, row, column, label, ranges[column])
+        _dress_pair(axes[i, j], row, column, ranges, is_left=j == 0, is_last=i == size - 1)
+    if reference is not None:
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=2)
+    figure.align_labels()
+    return axes
+
+
+def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws of each coordinate by name, of shape ``(n,)``."""
+    columns = {}
+    for name, value in draws.items():
+        indices = list(product(*map(range, value.shape[1:])))
+        flat = value.detach().cpu().reshape(len(value), len(indices))
+        for index, column in zip(indices, flat.unbind(1)):
+            position = f"[{', '.join(map(str, index))}]" if index else ""
+            columns[name + position] = column
+    return columns
+
+
+def _chosen(columns: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        return list(columns)[:_MAX_COORDINATES]
+    found: list[str] = []
+    for name in names:
+        those = [column for column in columns if name in (column, column.partition("[")[0])]
+        if not those:
+            raise ValueError(f"names: expected some of {list(columns)}, got '{name}'")
+        found += those
+    return found
+
+
+def _range(columns: Sequence[Tensor]) -> tuple[float, float]:
+    """The range of draws but for the outermost half per cent, and a margin."""
+    ordered = [column.double().sort().values for column in columns]
+    low = min(column[int(0.005 * len(column))].item() for column in ordered)
+    high = max(column[-1 - int(0.005 * len(column))].item() for column in ordered)
+    margin = 0.08 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _draw_pair(
+    ax: Axes,
+    series: Mapping[str, Tensor],
+    row: str,
+    column: str,
+    label: str,
+    limits: tuple[float, float],
+) -> None:
+    x, y = series[column], series[row]
+    is_reference = label == "reference"
+    colour = _GREY if is_reference else _BLUE
+    if row == column:
+        kind = "stepfilled" if is_reference else "step"
+        bins = max(10, min(40, int(len(x) ** 0.5)))
+        look = {"alpha": 0.45} if is_reference else {"linewidth": 1.4}
+        ax.hist(
+            x.numpy(),
+            bins=bins,
+            range=limits,
+            density=True,
+            histtype=kind,  # type: ignore[arg-type]
+            color=colour,
+            label=label,
+            **look,  # type: ignore[arg-type]
+        )
+        return
+    step = max(1, -(-len(x) // _MAX_POINTS))
+    ax.scatter(x[::step].numpy(), y[::step].numpy(), s=3, color=colour, alpha=0.35, linewidths=0)
+
+
+def _dress_pair(
+    ax: Axes,
+    row: str,
+    column: str,
+    ranges: Mapping[str, tuple[float, float]],
+    *,
+    is_left: bool,
+    is_last: bool,
+) -> None:
+    _tidied(ax)
+    ax.tick_params(labelsize=7)
+    ax.locator_params(nbins=4)
+    ax.set_xlim(ranges[column])
+    if row == column:
+        ax.set_yticks([])
+    else:
+        ax.set_ylim(ranges[row])
+    if is_last:
+        ax.set_xlabel(column)
+    else:
+        ax.set_xticklabels([])
+    if is_left:
+        ax.set_ylabel(row)
+    elif row != column:
+        ax.set_yticklabels([])
+
+
+def plot_ranks(
+    result: SBC, names: Sequence[str] | None = None, ax: Axes | None = None, level: float = 0.95
+) -> Axes:
+    """The distribution functions of ranks minus the uniform one, with simultaneous bands.
+
+    Each line is a coordinate. One of a right posterior stays in the bands all the way with
+    probability ``level``. A line that rises above and then falls below, an S, is that of a
+    posterior too narrow; the mirror image of one too wide; a hill or a valley of one to one side.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.sbc` found.
+    :param names: the sites to show; by default all.
+    :param ax: where to draw; by default new Axes.
+    :param level: the level of the bands, for each coordinate on its own.
+    :raises ValueError: if a site is unknown.
+
+    **References**
+
+    1. Graphical Test for Discrete Uniformity and Its Applications in Goodness of Fit Evaluation and
+       Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022),
+       https://arxiv.org/abs/2103.10522
+    """
+    names = list(result.ranks) if names is None else list(names)
+    unknown = [name for name in names if name not in result.ranks]
+    if unknown:
+        raise ValueError(f"names: expected some of {list(result.ranks)}, got {unknown}")
+    points, lower, upper = simultaneous_bands(result.num_simulations, result.num_draws, level)
+    ax = _axes(ax)
+    ax.fill_between(
+        points.numpy(),
+        (lower - points).numpy(),
+        (upper - points).numpy(),
+        step="mid",
+        color=_GREY,
+        alpha=0.25,
+        linewidth=0,
+        label=f"{100 * level:g} % of right posteriors",
+    )
+    ax.axhline(0, color=_GREY, linewidth=0.8)
+    for colour, name in enumerate(names):
+        ranks = result.ranks[name].reshape(result.num_simulations, -1).cpu()
+        below = (ranks[..., None] < points * (result.num_draws + 1) - 1e-6).double().mean(0)
+        for i, line in enumerate(below - points):
+            label = name if i == 0 else None
+            ax.step(points, line, where="mid", color=f"C{colour}", linewidth=1.1, label=label)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("rank / number of draws")
+    ax.set_ylabel("ECDF of ranks − uniform")
+    ax.legend(
+        frameon=False,
+        fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=min(4, len(names) + 1),
+    )
+    return _tidied(ax)
+
+
+def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
+    """The largest importance weights against their rank, with the Pareto tail fitted to them.
+
+    Both axes are logarithmic: the line of a tail of index k has the slope -1 / k far out, and the
+    steeper it falls the better.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.importance` found.
+    :param ax: where to draw; by default new Axes.
+    """
+    ordered = result.log_weights.detach().to("cpu", torch.float64)
+    ordered = ordered[ordered.isfinite()].sort(descending=True).values
+    tail = fit_tail(result.log_weights)
+    ax = _axes(ax)
+    ax.set_title(f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}")
+    ax.set_xlabel("weight / mean weight")
+    ax.set_ylabel("share of draws with a larger weight")
+    if len(ordered):
+        _draw_tail(ax, ordered - result.log_evidence, tail, result)
+    return _tidied(ax)
+
+
+def _draw_tail(ax: Axes, ordered: Tensor, tail: Any, result: Importance) -> None:
+    shares = (ordered.new_ones(len(ordered)).cumsum(0) - 0.5) / result.num_samples
+    shown = slice(0, max(3 * tail.size, 10))
+    ax.loglog(
+        ordered[shown].exp().numpy(),
+        shares[shown].numpy(),
+        ".",
+        color=_BLUE,
+        markersize=4,
+        alpha=0.6,
+        markeredgewidth=0,
+        label="weights",
+    )
+    if isfinite(tail.scale):
+        levels = shares[: tail.size] * result.num_samples / tail.size
+        quantiles = torch.special.expm1(-tail.khat * levels.log()) / tail.khat * tail.scale
+        weights = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()
+        ax.loglog(weights, shares[: tail.size], color=_ORANGE, linewidth=1.8, label="Pareto tail")
+    ax.legend(frameon=False)
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return plt.subplots(figsize=(6, 3.6), layout="constrained")[1] if ax is None else ax
+
+
+def _tidied(ax: Axes) -> Axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

@@ -1,0 +1,364 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+import warnings
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoStructured,
+)
+
+from pyro_artransform import AutoIAF, AutoMAF
+from pyro_artransform.diagnostics import Importance, importance, psis_resample
+from pyro_artransform.diagnostics.psis import WORST_KHAT
+
+from . import conjugate
+
+WIDE = {"init_loc_fn": pyro.infer.autoguide.init_to_value(values={"rate": torch.tensor(2.3)})}
+GUIDES = {
+    "AutoIAF": lambda model: AutoIAF(model, init_scale=0.35, **WIDE),
+    "AutoMAF": lambda model: AutoMAF(model, init_scale=0.35, **WIDE),
+    "AutoNormal": lambda model: AutoNormal(model, init_scale=0.35, **WIDE),
+    "AutoDiagonalNormal": lambda model: AutoDiagonalNormal(model, init_scale=0.35, **WIDE),
+    "AutoMultivariateNormal": lambda model: AutoMultivariateNormal(model, init_scale=0.35, **WIDE),
+    "AutoLowRank": lambda model: AutoLowRankMultivariateNormal(model, init_scale=0.25, **WIDE),
+    "AutoStructured": lambda model: AutoStructured(model, init_scale=0.35, **WIDE),
+    "AutoGuideList": lambda model: _guide_list(model),
+    "by_hand": lambda model: _by_hand,
+    "auxiliary": lambda model: _with_auxiliary,
+}
+
+
+def _guide_list(model):
+    guides = AutoGuideList(model)
+    guides.append(AutoIAF(poutine.block(model, expose=["rate"]), init_scale=0.35, **WIDE))
+    return guides
+
+
+def _by_hand(data):
+    pyro.sample("rate", dist.Gamma(10.0, 4.0))
+
+
+def _with_auxiliary(data):
+    latent = pyro.sample("latent", dist.Normal(0.8, 0.35), infer={"is_auxiliary": True})
+    pyro.sample("rate", dist.Delta(latent.exp(), log_density=-latent))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_evidence_of_any_guide(name):
+    """The evidence is known; each estimate of it is right within four standard errors."""
+    data = conjugate.counts()
+    guide = GUIDES[name](conjugate.gamma_poisson)
+    result = importance(conjugate.gamma_poisson, guide, 4000, data)
+    expected = conjugate.gamma_poisson_evidence()
+    assert abs(result.log_evidence - expected) < 4 * result.log_evidence_se
+    assert result.log_evidence_se < 0.05
+    assert result.elbo < expected + 4 * result.elbo_se
+    assert result.khat < 0.7
+    assert 400 < result.ess < 4000
+    assert result.num_samples == 4000
+    assert result.num_nonfinite == 0
+
+
+def _item_guide(data=None):
+    """It needs a number of a draw, which many draws at once do not have."""
+    mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
+    with pyro.plate("data", len(conjugate.REALS)):
+        locs = 0.8 * torch.tensor(conjugate.REALS) + 0.2 * mean.item()
+        pyro.sample("z", dist.Normal(locs, 0.55))
+
+
+def _wrong_in_a_plate(data=None):
+    """Its sum is over draws too, in a plate, and no shape tells."""
+    mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
+    with pyro.plate("data", len(conjugate.REALS)):
+        locs = 0.8 * torch.tensor(conjugate.REALS) + 0.2 * mean.sum()
+        pyro.sample("z", dist.Normal(locs, 0.55))
+
+
+def test_pyros_flow_guide():
+    """A new one is near the standard normal: most of its draws weigh little."""
+    guide = AutoIAFNormal(conjugate.local_normals, hidden_dim=[4])
+    result = importance(conjugate.local_normals, guide, 4000)
+    expected = conjugate.local_normals_evidence()
+    assert abs(result.log_evidence - expected) < 4 * result.log_evidence_se
+    assert result.log_evidence_se < 0.3
+
+
+@pytest.mark.parametrize("guide", [conjugate.local_guide, _item_guide, _wrong_in_a_plate])
+def test_guides_in_a_plate_or_one_at_a_time(guide):
+    result = importance(conjugate.local_normals, guide, 2000)
+    expected = conjugate.local_normals_evidence()
+    assert abs(result.log_evidence - expected) < 4 * result.log_evidence_se
+    assert result.log_evidence_se < 0.1
+
+
+def _local_subsampled_guide():
+    mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
+    reals = torch.tensor(conjugate.REALS)
+    with pyro.plate("data", 3, subsample_size=2, dim=-1) as indices:
+        pyro.sample("z", dist.Normal(0.8 * reals[indices] + 0.2 * mean, 0.55))
+
+
+def _local_subsampled_model():
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    reals = torch.tensor(conjugate.REALS)
+    with pyro.plate("data", 3, subsample_size=2, dim=-1) as indices:
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=reals[indices])
+
+
+def test_minibatch_of_the_guide_is_the_models():
+    """The ELBO is unbiased; other indices in the model than in the guide would cost 2 nats."""
+    whole = importance(conjugate.local_normals, conjugate.local_guide, 2000)
+    parts = importance(_local_subsampled_model, _local_subsampled_guide, 2000)
+    assert abs(parts.elbo - whole.elbo) < 4 * math.hypot(parts.elbo_se, whole.elbo_se)
+    assert parts.elbo_se < 0.1
+
+
+@pytest.mark.parametrize("guide", [AutoIAF, AutoNormal, AutoDiagonalNormal])
+def test_enumerated_latents_are_summed_out(guide):
+    data = torch.tensor(conjugate.REALS)
+    continuous = poutine.block(conjugate.mixture, hide=["kind"])
+    located = pyro.infer.autoguide.init_to_value(values={"loc": torch.tensor(0.5)})
+    fitted = guide(continuous, init_loc_fn=located, init_scale=0.8)
+    result = importance(conjugate.mixture, fitted, 2000, data)
+    assert abs(result.log_evidence - conjugate.mixture_evidence()) < 4 * result.log_evidence_se
+    assert result.log_evidence_se < 0.05
+
+
+def test_discrete_latents_of_the_guide():
+    model = poutine.infer_config(conjugate.mixture, lambda site: {})
+    data = torch.tensor(conjugate.REALS)
+    result = importance(model, conjugate.mixture_guide, 1500, data)
+    assert abs(result.log_evidence - conjugate.mixture_evidence()) < 4 * result.log_evidence_se
+    assert result.log_evidence_se < 0.05
+
+
+def test_the_posterior_itself():
+    """All weights are the evidence."""
+    result = importance(conjugate.gamma_poisson, conjugate.gamma_guide, 2000, conjugate.counts())
+    expected = conjugate.gamma_poisson_evidence()
+    assert result.elbo == pytest.approx(expected, abs=1e-10)
+    assert result.log_evidence == pytest.approx(expected, abs=1e-10)
+    assert result.elbo_se < 1e-10
+    assert result.log_evidence_se < 1e-6
+    assert result.khat == 0
+    assert result.ess == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dtype_is_the_models(dtype):
+    data = conjugate.counts().to(dtype)
+
+    def model(data):
+        rate = pyro.sample("rate", dist.Gamma(data.new_tensor(2.0), 1.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("y", dist.Poisson(rate), obs=data)
+
+    for guide in (AutoIAF(model), AutoNormal(model)):
+        assert importance(model, guide, 100, data).log_weights.dtype == dtype
+
+
+@pytest.mark.parametrize("make", [AutoDelta, "by_hand", "partly"])
+def test_a_point_is_no_posterior(make):
+    """A guide that is a point at some site has an infinite density, whatever its trace says."""
+
+    def by_hand():
+        pyro.sample("mean", dist.Delta(torch.tensor(1.0)))
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def partly():
+        pyro.sample("mean", dist.Normal(1.0, 0.9))
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Delta(torch.tensor(conjugate.REALS)))
+
+    named = {"by_hand": by_hand, "partly": partly}
+    guide = named[make] if make in named else make(conjugate.local_normals)
+    result = importance(conjugate.local_normals, guide, 100)
+    assert result.khat == WORST_KHAT
+    assert result.elbo == -math.inf
+    assert result.ess == 0
+    assert result.num_nonfinite == 100
+
+
+def test_a_guide_that_misses_a_latent():
+    def guide():
+        pyro.sample("mean", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(
+        ValueError, match=r"expected all latents of the model, got none for \['z'\]"
+    ):
+        importance(conjugate.local_normals, guide, 10)
+
+
+def test_a_discrete_guide_that_misses_a_latent():
+    def guide(data):
+        with pyro.plate("data", len(data)):
+            pyro.sample("kind", dist.Bernoulli(0.5))
+
+    with pytest.raises(
+        ValueError, match=r"expected all latents of the model, got none for \['loc'\]"
+    ):
+        importance(conjugate.mixture, guide, 10, torch.tensor(conjugate.REALS))
+
+
+def test_third_party_guide_of_wrong_shape():
+    class Guide:
+        def __call__(self):
+            pass
+
+        def rsample_and_log_prob(self, n, path=False):
+            return torch.zeros(n, 3), torch.zeros(n)
+
+    with pytest.raises(ValueError, match=r"latents of shape \(10, 4\) .* got \(10, 3\)"):
+        importance(conjugate.local_normals, Guide(), 10)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True])
+def test_bad_counts(count):
+    with pytest.raises(ValueError, match="expected a positive integer, got"):
+        importance(conjugate.local_normals, conjugate.local_guide, count)
+    with pytest.raises(ValueError, match="expected a positive integer, got"):
+        psis_resample(conjugate.local_normals, conjugate.local_guide, count)
+
+
+# From weights
+
+
+def test_estimates_of_weights_of_a_known_law():
+    """Log-normal weights of mean one: the ELBO is minus half of their variance."""
+    sd = 0.3
+    result = Importance.from_log_weights(sd * torch.randn(20_000) - sd**2 / 2)
+    assert abs(result.elbo + sd**2 / 2) < 4 * result.elbo_se
+    assert result.elbo_se == pytest.approx(sd / 20_000**0.5, rel=0.05)
+    assert abs(result.log_evidence) < 4 * result.log_evidence_se
+    assert result.log_evidence_se == pytest.approx((math.expm1(sd**2) / 20_000) ** 0.5, rel=0.05)
+    assert result.ess == pytest.approx(20_000 * math.exp(-(sd**2)), rel=0.02)
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_draws_of_no_weight_are_rejected(value):
+    """The guide without them has the ELBO of a density that is larger by the share left."""
+    weights = torch.cat([0.1 * torch.randn(995), torch.full((5,), value)])
+    result = Importance.from_log_weights(weights)
+    assert result.num_nonfinite == 5
+    assert result.elbo == pytest.approx(weights[:995].mean().item() + math.log(0.995))
+    assert result.elbo <= result.log_evidence
+    assert result.khat < 0.7
+    assert "5 draws of no finite weight" in repr(result)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_never_above_the_evidence(seed):
+    """No estimate is above the evidence by more than four standard errors, a heavy tail included."""
+    torch.manual_seed(seed)
+    for scale in (0.01, 0.5, 1.0, 3.0):
+        # weights of a guide that is a Gaussian of this scale, on a standard one
+        z = scale * torch.randn(5000)
+        result = Importance.from_log_weights(math.log(scale) - z**2 / 2 + (z / scale) ** 2 / 2)
+        assert result.elbo <= 4 * result.elbo_se + 1e-12
+        assert result.log_evidence <= 4 * result.log_evidence_se + 1e-12
+        assert math.isfinite(result.khat)
+    assert result.khat < 0.7
+
+
+def test_khat_flags_a_narrow_guide():
+    """Of a Gaussian guide on a Gaussian posterior k is 1 - (its sd / the posterior's) squared."""
+    for scale, bad in ((0.9, False), (0.3, True)):
+        z = scale * torch.randn(10_000)
+        result = Importance.from_log_weights(math.log(scale) - z**2 / 2 + (z / scale) ** 2 / 2)
+        assert (result.khat > 0.7) == bad
+        assert abs(result.khat - (1 - scale**2)) < 4 * result.khat_se
+
+
+def test_repr():
+    text = repr(Importance.from_log_weights(torch.zeros(100)))
+    assert "k-hat               0.00" in text
+    assert "(good)" in text
+    assert "100 of 100" in text
+    assert "left out" not in text
+    assert "(bad)" in repr(Importance.from_log_weights(2.0 * torch.randn(1000) ** 2))
+
+
+# Resampling
+
+
+def test_resampled_draws_are_the_posteriors():
+    """Of a guide 20 % too wide and off by half an sd: means and sds are the posterior's."""
+    data = conjugate.counts()
+    posterior = conjugate.gamma_posterior(data)
+
+    def guide(data):
+        pyro.sample("rate", dist.Gamma(9.0, 4.0))
+
+    draws = psis_resample(conjugate.gamma_poisson, guide, 4000, data)["rate"]
+    assert draws.shape == (4000,)
+    sd = posterior.variance.sqrt()
+    # the effective number of draws of 20,000 is about 15,000: five standard errors
+    assert abs(draws.mean() - posterior.mean) < 0.08 * sd
+    assert abs(draws.std() / sd - 1) < 0.06
+    assert abs(9.0 / 4.0 - posterior.mean) > 0.1 * sd
+
+
+def test_resampling_takes_rows():
+    """The sites of a draw stay together: the guide's z depends on its mean."""
+    with pytest.warns(UserWarning, match="k-hat"):
+        draws = psis_resample(conjugate.local_normals, _coupled, 500, num_proposals=1000)
+    assert draws["mean"].shape == (500,)
+    assert draws["z"].shape == (500, 3)
+    assert torch.allclose(draws["z"].mean(1), draws["mean"] + 0.1, atol=0.02)
+
+
+def _coupled(data=None):
+    mean = pyro.sample("mean", dist.Normal(1.0, 0.6))
+    with pyro.plate("data", len(conjugate.REALS)):
+        pyro.sample("z", dist.Normal(mean + 0.1, 0.001))
+
+
+def test_more_draws_than_proposals():
+    draws = psis_resample(conjugate.local_normals, conjugate.local_guide, 300, num_proposals=50)
+    assert draws["mean"].shape == (300,)
+    assert len(draws["mean"].unique()) <= 50
+    # copies of a draw do not stand side by side
+    assert (draws["mean"].diff() == 0).double().mean() < 0.5
+
+
+def test_resampling_a_discrete_guide():
+    model = poutine.infer_config(conjugate.mixture, lambda site: {})
+    data = torch.tensor(conjugate.REALS)
+    draws = psis_resample(model, conjugate.mixture_guide, 50, data, num_proposals=100)
+    assert draws["kind"].shape == (50, 3)
+
+
+def test_resampling_by_heavy_weights_warns():
+    def guide(data):
+        pyro.sample("rate", dist.Gamma(1000.0, 1000.0 / 3.4))
+
+    with pytest.warns(UserWarning, match=r"k-hat is \d.*Fit the guide for longer"):
+        psis_resample(conjugate.gamma_poisson, guide, 10, conjugate.counts())
+
+
+def test_resampling_without_weights():
+    with pytest.raises(ValueError, match="no draw of 20 has a finite weight"):
+        psis_resample(
+            conjugate.local_normals, AutoDelta(conjugate.local_normals), 5, num_proposals=20
+        )
+
+
+def test_good_weights_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        psis_resample(conjugate.gamma_poisson, _by_hand, 10, conjugate.counts())
