@@ -3,7 +3,8 @@
 
 """Flow guides of Pyro models."""
 
+from .amortized import AutoAmortized
 from .base import AutoAutoregressive
 from .presets import AutoIAF, AutoMAF
 
-__all__ = ["AutoAutoregressive", "AutoIAF", "AutoMAF"]
+__all__ = ["AutoAmortized", "AutoAutoregressive", "AutoIAF", "AutoMAF"]

@@ -3,7 +3,8 @@
 
 """The distribution of one call of a guide, which knows the density of what it drew."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -48,6 +49,35 @@ class DrawnDistribution(dist.TransformedDistribution):
             return draw.log_prob
         log_prob: Tensor = super().log_prob(value)
         return log_prob
+
+
+class PathDistribution(DrawnDistribution):
+    """A distribution whose density of its own draw has a gradient by the draw, and by nothing else.
+
+    The gradient of an ELBO then is the path gradient. The maker of the object sets :attr:`through`.
+    """
+
+    #: of the argument and the value of the transform, the log-density at fixed parameters
+    through: Callable[[Tensor, Tensor], Tensor]
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "PathDistribution":
+        """The distribution with another batch shape."""
+        expanded: PathDistribution = super().expand(batch_shape, _instance)
+        expanded.through = self.through
+        return expanded
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """A reparametrised draw, of shape ``sample_shape + batch_shape + event_shape``."""
+        (transform,) = self.transforms
+        x = self.base_dist.rsample(sample_shape)
+        value, ladj = transform.call_and_ladj(x)
+        log_prob = self.base_dist.log_prob(x) - ladj
+        if torch.is_grad_enabled():
+            through = self.through(x.detach(), value)
+            log_prob = log_prob.detach() + (through - through.detach())
+        self._draw = _Draw(value, log_prob, torch.is_grad_enabled(), _version(value))
+        drawn: Tensor = value
+        return drawn
 
 
 def _is_as_drawn(draw: _Draw) -> bool:

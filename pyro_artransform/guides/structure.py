@@ -157,10 +157,9 @@ def refuse_subsampling(trace: poutine.Trace) -> None:
                 raise ValueError(
                     f"site '{name}' is in the sub-sampled plate '{frame.name}' ({frame.size} of "
                     f"{frame.full_size}): this guide has one latent for each of a fixed set of "
-                    "elements and cannot follow a minibatch. Do not sub-sample the plate, or "
-                    "guide this site by a function of your own in an AutoGuideList, with "
-                    "parameters for each element; an amortised guide, whose network reads the data "
-                    "of the minibatch, is planned"
+                    "elements and cannot follow a minibatch. Use AutoAmortized(model, encoder), whose "
+                    "encoder reads the data of the minibatch, or AutoAmortized(model), which has "
+                    "parameters for each element; or do not sub-sample the plate"
                 )
 
 

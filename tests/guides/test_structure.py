@@ -124,7 +124,9 @@ def test_subsampled_plate():
         with pyro.plate("items", 20, subsample_size=5):
             pyro.sample("z", dist.Normal(0, 1))
 
-    refuses(model, r"site 'z' is in the sub-sampled plate 'items' \(5 of 20\).*amortised")
+    refuses(
+        model, r"site 'z' is in the sub-sampled plate 'items' \(5 of 20\).*AutoAmortized\(model, "
+    )
 
 
 def test_subsampled_plate_without_latents_is_fine():
