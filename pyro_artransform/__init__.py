@@ -3,7 +3,10 @@
 
 """Autoregressive transforms and flow guides for Pyro."""
 
-from . import conditioners, testing, transforms, univariate
+import importlib
+from typing import Any
+
+from . import conditioners, diagnostics, inference, testing, transforms, univariate
 from .flows import (
     affine_autoregressive,
     conditional_affine_autoregressive,
@@ -14,24 +17,38 @@ from .flows import (
     maf,
     spline_autoregressive,
 )
-from .guides import AutoAutoregressive, AutoIAF, AutoMAF
+from .guides import AutoAmortized, AutoAutoregressive, AutoIAF, AutoMAF
+from .inference import FitResult, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoAmortized",
     "AutoAutoregressive",
     "AutoIAF",
     "AutoMAF",
+    "FitResult",
     "affine_autoregressive",
     "conditional_affine_autoregressive",
     "conditional_iaf",
     "conditional_maf",
     "conditional_spline_autoregressive",
     "conditioners",
+    "diagnostics",
+    "fit",
     "iaf",
+    "inference",
     "maf",
+    "plots",
     "spline_autoregressive",
     "testing",
     "transforms",
     "univariate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``plots`` needs an extra, and is imported when it is first used."""
+    if name == "plots":
+        return importlib.import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,59 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files from which a fit goes on as if it had not been interrupted."""
+
+import os
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+_FORMAT = "pyro_artransform fit 1"
+
+
+def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Writes the state of a fit: to another file first, so that no kill leaves half of one.
+
+    :param path: where to.
+    :param state: tensors and plain data.
+    """
+    target = Path(path)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save({"format": _FORMAT, **state}, file)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what :func:`write` wrote.
+
+    :param path: where from.
+    :raises ValueError: if the file is something else.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError):
+        state = None
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected a checkpoint of fit, got another file")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Takes over what :func:`random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

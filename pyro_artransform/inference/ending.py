@@ -1,0 +1,57 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a fit ends with: the best of the last, the averaged and the best parameters."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..diagnostics import fit_tail
+from .training import Training
+
+_NUM_DRAWS = 5000
+# ELBOs as near to each other as this, in nats, are as good
+_AS_GOOD = 0.01
+
+
+class _Score(NamedTuple):
+    elbo: float
+    khat: float
+
+
+def keep_the_best(training: Training) -> str:
+    """Leaves the parameters at the candidate with the largest ELBO on common noise.
+
+    Of candidates whose ELBOs are next to equal the one with the smallest k-hat is kept.
+
+    :param training: a training that is over.
+    :return: the name of the candidate.
+    """
+    candidates = training.candidates()
+    state = torch.get_rng_state()
+    scores = {}
+    for name, values in candidates.items():
+        torch.set_rng_state(state)
+        training.set_parameters(values)
+        draws = training.objective.elbo_draws(_NUM_DRAWS)
+        scores[name] = _score(draws, training.objective.has_weights)
+    best = _best(scores)
+    training.set_parameters(candidates[best])
+    return best
+
+
+def _score(draws: Tensor, are_weights: bool) -> _Score:
+    elbo = draws.mean().item()
+    if not math.isfinite(elbo):
+        return _Score(-math.inf, math.inf)
+    return _Score(elbo, fit_tail(draws).khat if are_weights else 0.0)
+
+
+def _best(scores: dict[str, _Score]) -> str:
+    highest = max(score.elbo for score in scores.values())
+    as_good = [name for name, score in scores.items() if score.elbo >= highest - _AS_GOOD]
+    # in their order where neither says anything
+    return min(as_good, key=lambda name: (scores[name].khat, -scores[name].elbo))

@@ -1,0 +1,93 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a fit returns."""
+
+from dataclasses import dataclass, field
+from html import escape
+
+from ..diagnostics import Importance
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FitResult:
+    """A verdict on a posterior, with the numbers that it rests on. The posterior itself is the guide.
+
+    :param elbo: the evidence lower bound in nats, from draws that were not trained on.
+    :param elbo_se: its standard error.
+    :param log_evidence: the log evidence, by Pareto-smoothed importance sampling.
+    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5.
+    :param khat: the Pareto index of the importance weights.
+    :param khat_se: its standard error.
+    :param ess: the effective number of ``num_samples`` draws.
+    :param num_samples: the number of draws behind these numbers.
+    :param trusted: whether k-hat, the standard error of the ELBO, the distance of the ELBO from the
+        evidence, the evidence from draws around the guide, and the starts all allow to trust it.
+    :param verdict: the same in words, and what to do where it is not trusted.
+    :param history: the ELBO of each step, ``nan`` where the step was skipped.
+    :param num_steps: the number of steps.
+    :param num_skipped: how many of them were skipped, since the loss or its gradient was not finite.
+    :param num_gradients: how many gradients of the model's log density the steps took.
+    :param seconds: wall time of all of it.
+    :param stopped_because: why the steps ended.
+    :param start: where the fit started.
+    :param end: which parameters it ended with: the last ones, their average, or the best ones.
+    :param step_size: the step size; ``None`` where the optimiser is the user's.
+    :param culprits: the sites that made steps be skipped, with the number of times.
+    :param one_at_a_time: why the model was run for one draw after the other; empty where it was not.
+    :param importance: the importance weights and what they say; ``None`` for a model that
+        sub-samples its data.
+    """
+
+    elbo: float
+    elbo_se: float
+    log_evidence: float
+    log_evidence_se: float
+    khat: float
+    khat_se: float
+    ess: float
+    num_samples: int
+    trusted: bool
+    verdict: str
+    history: list[float]
+    num_steps: int
+    num_skipped: int
+    num_gradients: int
+    seconds: float
+    stopped_because: str
+    start: str
+    end: str
+    step_size: float | None
+    culprits: dict[str, int] = field(default_factory=dict)
+    one_at_a_time: str = ""
+    importance: Importance | None = None
+
+    def rows(self) -> dict[str, str]:
+        """The numbers in words, by name."""
+        rows = {
+            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}",
+            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+            "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
+            "ESS": f"{self.ess:.0f} of {self.num_samples}",
+            "steps": f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}",
+            "start": self.start,
+        }
+        if self.num_skipped:
+            named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
+            rows["skipped"] = f"{self.num_skipped} steps, because of {named}"
+        if self.one_at_a_time:
+            rows["slow"] = f"the model was run for one draw after the other ({self.one_at_a_time})"
+        return rows
+
+    def __repr__(self) -> str:
+        lines = [f"  {name:13} {value}" for name, value in self.rows().items()]
+        return "\n".join([f"FitResult: {self.verdict}", *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{escape(name)}</th>"
+            f"<td style='text-align:left'>{escape(value)}</td></tr>"
+            for name, value in self.rows().items()
+        )
+        colour = "#2e7d32" if self.trusted else "#c62828"
+        return f"<p style='color:{colour}'>{escape(self.verdict)}</p><table>{rows}</table>"
