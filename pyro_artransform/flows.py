@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .conditioners import MaskedMLP
+from .conditioners import MaskedMLP, Unconditional
 from .conditioners.arguments import check_size
 from .transforms import (
     AutoregressiveTransform,
@@ -24,7 +24,7 @@ from .transforms import (
     ConditionedUnivariate,
     InverseTransformModule,
 )
-from .univariate import Affine, RationalQuadraticSpline, Univariate
+from .univariate import Affine, Hinged, RationalQuadraticSpline, Univariate
 
 HiddenDims = int | Sequence[int] | None
 Nonlinearity = Callable[[Tensor], Tensor] | None
@@ -95,6 +95,26 @@ def spline_autoregressive(
     univariate = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
     network = _options(nonlinearity, order, adjacency)
     return AutoregressiveTransform(_meta(univariate, input_dim, hidden_dims, **network))
+
+
+def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
+    """A law of its own for each coordinate, with smooth hinges, whatever the other ones are.
+
+    In front of a stack of affine layers it makes of Gaussian noise such that is skewed and has the
+    tails that the posterior wants. It is the identity at first.
+
+    :param input_dim: the number D of coordinates.
+    :raises ValueError: if it is not positive.
+
+    Example::
+
+        >>> import torch
+        >>> hinged_marginals(3)(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
+    """
+    univariate = Hinged()
+    conditioner = Unconditional(input_dim, univariate.num_params)
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, univariate))
 
 
 def conditional_affine_autoregressive(

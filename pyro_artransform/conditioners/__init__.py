@@ -8,5 +8,14 @@ from .base import Blocks, Conditioner
 from .masked_input import MaskedInput
 from .masked_linear import MaskedLinear
 from .masked_mlp import MaskedMLP
+from .unconditional import Unconditional
 
-__all__ = ["Blocks", "Conditioner", "MaskedInput", "MaskedLinear", "MaskedMLP", "masks"]
+__all__ = [
+    "Blocks",
+    "Conditioner",
+    "MaskedInput",
+    "MaskedLinear",
+    "MaskedMLP",
+    "Unconditional",
+    "masks",
+]

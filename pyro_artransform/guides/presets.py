@@ -11,7 +11,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ..conditioners.arguments import check_callable
-from ..flows import iaf, maf, spline_autoregressive
+from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import chain
 from . import saving
 from .arguments import check_count
@@ -146,11 +146,14 @@ def _preset_flow(
     nonlinearity: Nonlinearity | None,
     latent_dim: int,
 ) -> nn.Module:
+    # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
+    noise = hinged_marginals(latent_dim)
     if latent_dim > 1:
-        return stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
-    # affine layers of one coordinate are affine together, and bend nothing
-    layers = range(num_transforms)
-    return chain([spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in layers])
+        layers = stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
+        return chain([noise, layers])
+    count = range(num_transforms)
+    splines = [spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in count]
+    return chain([noise, *splines])
 
 
 def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:

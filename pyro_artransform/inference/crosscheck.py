@@ -31,7 +31,7 @@ _SMALL_SHARE = 0.05
 _GOOD_KHAT = 0.7
 # how far outside to look for modes, in standard deviations of the guide
 _FAR = (3.0, 10.0, 30.0, 100.0)
-_NUM_SCREENED = 2000
+_NUM_SCREENED = 500
 _NUM_CLIMBS = 16
 _NUM_CLIMBS_BY_LOOP = 4
 

@@ -223,7 +223,7 @@ class PyroObjective:
 
     @torch.no_grad()
     def _plate_nesting(self) -> int:
-        nodes = [node for trace in self._traces() for node in trace.nodes.values()]
+        nodes: list[Any] = [node for trace in self._traces() for node in trace.nodes.values()]
         frames = [frame for node in nodes for frame in node.get("cond_indep_stack", ())]
         return max((-frame.dim for frame in frames if frame.vectorized), default=0)
 

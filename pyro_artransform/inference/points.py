@@ -59,7 +59,8 @@ def _prior_point(log_joint: LogJoint, model: Callable[[], Any]) -> Tensor:
             trace = poutine.trace(model).get_trace()
     except (torch.linalg.LinAlgError, ValueError):  # the model refuses some draws of its prior
         return log_joint.latents.start
-    values = {name: trace.nodes[name]["value"] for name in log_joint.latents.sites}
+    nodes: Any = trace.nodes
+    values = {name: nodes[name]["value"] for name in log_joint.latents.sites}
     return log_joint.unconstrain(values)
 
 

@@ -18,6 +18,7 @@ from .base import (
     split_params,
     unbind_params,
 )
+from .hinged import Hinged, HingedTransform
 from .monotone import MonotoneNeural, MonotoneNeuralTransform
 from .root import MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
@@ -29,6 +30,8 @@ __all__ = [
     "ElementwiseTransform",
     "GatedAffine",
     "GatedAffineTransform",
+    "Hinged",
+    "HingedTransform",
     "MonotoneNeural",
     "MonotoneNeuralTransform",
     "MonotoneTransform",

@@ -5,11 +5,12 @@
 import torch
 from torch import nn
 
-from pyro_artransform.conditioners import Conditioner, MaskedInput, MaskedMLP
+from pyro_artransform.conditioners import Conditioner, MaskedInput, MaskedMLP, Unconditional
 from pyro_artransform.univariate import (
     Additive,
     Affine,
     GatedAffine,
+    Hinged,
     MonotoneNeural,
     MonotonicAffineTransform,
     RationalQuadraticSpline,
@@ -19,6 +20,7 @@ FAMILIES = {
     "affine": Affine,
     "gated": GatedAffine,
     "additive": Additive,
+    "hinged": Hinged,
     "spline": lambda: RationalQuadraticSpline(count_bins=4, bound=3.0),
     "monotone": lambda: MonotoneNeural(count_units=3),
 }
@@ -77,5 +79,6 @@ CONDITIONERS = {
     "reverse": lambda d, p, c: MaskedMLP(d, p, context_dim=c, order=range(d - 1, -1, -1)),
     "graph": lambda d, p, c: MaskedMLP(d, p, context_dim=c, adjacency=_graph(d)),
     "masked input": lambda d, p, c: MaskedInput(Dense(d, p, c)),
+    "unconditional": lambda d, p, c: Unconditional(d, p),
     "foreign": CumulativeConditioner,
 }

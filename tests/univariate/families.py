@@ -6,6 +6,7 @@ from pyro_artransform.univariate import (
     Additive,
     Affine,
     GatedAffine,
+    Hinged,
     MonotoneNeural,
     RationalQuadraticSpline,
 )
@@ -16,6 +17,8 @@ FAMILIES = {
     "additive": Additive,
     "gated": GatedAffine,
     "gated, half open": lambda: GatedAffine(gate_bias=0.0),
+    "hinged": Hinged,
+    "hinged, one knot": lambda: Hinged(knots=[0.5], width=0.1),
     "spline": RationalQuadraticSpline,
     "spline, two bins": lambda: RationalQuadraticSpline(count_bins=2, bound=3),
     "spline, many bins": lambda: RationalQuadraticSpline(count_bins=16, bound=8.0),
