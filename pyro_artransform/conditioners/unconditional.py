@@ -31,7 +31,9 @@ class Unconditional(Conditioner):
         super().__init__()
         self.input_dim = check_size("input_dim", input_dim, 1)
         self.num_params = check_size("num_params", num_params, 1)
-        self.params = nn.Parameter(torch.zeros(input_dim, num_params))
+        # a layer of PyTorch knows where new parameters go, and of what dtype they are
+        self.params = nn.Parameter(nn.Linear(num_params, input_dim, bias=False).weight.detach())
+        nn.init.zeros_(self.params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the parameters.

@@ -21,6 +21,7 @@ from .whole import WholeLatents
 
 _NUM_CHECKS = 5
 _CHECK_SCALE = 0.1
+_FEW = 32
 _PLATE = "_draws"
 
 
@@ -85,11 +86,16 @@ class LogJoint:
         :return: shape ``(n,)``.
         """
         with _quietly():
-            try:
-                return self._ways()[self.way](z)
-            except (torch.linalg.LinAlgError, ValueError):
-                # one draw that a factorisation refuses must not cost the others
-                return torch.stack([self._one_or_nan(row) for row in z])
+            return self._values_or_nan(z)
+
+    def _values_or_nan(self, z: Tensor) -> Tensor:
+        """One draw that a factorisation refuses must not cost the others."""
+        try:
+            return self._ways()[self.way](z)
+        except (torch.linalg.LinAlgError, ValueError):
+            if len(z) > _FEW:
+                return torch.cat([self._values_or_nan(part) for part in z.split(_FEW)])
+            return torch.stack([self._one_or_nan(row) for row in z])
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """The value of each latent site, of shape ``batch + site shape``.
@@ -243,8 +249,9 @@ def _starting(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
 def _origin(fn: Any) -> Tensor:
     """The value of a distribution that is at zero on the unconstrained space."""
     bijection = biject_to(fn.support)
-    kind = {"dtype": torch.get_default_dtype(), "device": torch.get_default_device()}
-    origin: Tensor = bijection(torch.zeros(bijection.inverse_shape(fn.shape()), **kind))
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    shape = bijection.inverse_shape(fn.shape())
+    origin: Tensor = bijection(torch.zeros(shape, dtype=dtype, device=device))
     return origin
 
 

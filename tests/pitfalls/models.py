@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of the cases: at the top level of a module, so that a guide of one can be pickled."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pyro
 import torch
 from pyro import distributions as dist
@@ -64,3 +67,74 @@ def dynamic_support():
     upper = pyro.sample("upper", dist.LogNormal(torch.zeros(()), torch.ones(())))
     inner = pyro.sample("inner", dist.Uniform(torch.zeros(()), upper))
     pyro.sample("obs", dist.Normal(inner, 0.1), obs=torch.full((), 0.7))
+
+
+def standard():
+    """A standard Normal, which is its own posterior."""
+    pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+
+# Posteriors that are known: of log evidence 0, with exact draws
+
+
+class Target(NamedTuple):
+    """A model and exact draws of its posterior."""
+
+    model: Callable
+    draws: Callable[[int], torch.Tensor]
+
+
+def anywhere(site):
+    """A starting value for a flat prior."""
+    return torch.zeros(site["fn"].shape())
+
+
+def _flat(log_density, draws):
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        pyro.factor("target", log_density(z))
+
+    return Target(model, draws)
+
+
+def _correlated():
+    law = dist.MultivariateNormal(torch.ones(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
+    return _flat(law.log_prob, lambda n: law.sample((n,)))
+
+
+def _bent(bend):
+    """The second coordinate given the first: ``bend`` is its location and scale."""
+
+    def log_density(z):
+        below = dist.Normal(*bend(z[..., 0])).log_prob(z[..., 1])
+        return dist.Normal(0.0, 1.5).log_prob(z[..., 0]) + below
+
+    def draws(n):
+        first = 1.5 * torch.randn(n)
+        return torch.stack([first, dist.Normal(*bend(first)).sample()], -1)
+
+    return _flat(log_density, draws)
+
+
+def _two_modes(apart, weight):
+    locs = torch.tensor([[0.0, 0.0], [apart, 0.0]])
+
+    def log_density(z):
+        parts = dist.Normal(locs, 1.0).to_event(1).log_prob(z.unsqueeze(-2))
+        return (parts + torch.tensor([weight, 1 - weight]).log()).logsumexp(-1)
+
+    def draws(n):
+        return locs[(torch.rand(n) > weight).long()] + torch.randn(n, 2)
+
+    return _flat(log_density, draws)
+
+
+def targets() -> dict[str, Target]:
+    """All of them, in the default dtype."""
+    return {
+        "a correlated Gaussian": _correlated(),
+        "a funnel": _bent(lambda x: (torch.zeros_like(x), (x / 2).exp())),
+        "a banana": _bent(lambda x: (0.5 * x**2, torch.ones_like(x))),
+        "modes 4 apart": _two_modes(4.0, 0.7),
+        "modes 20 apart": _two_modes(20.0, 0.7),
+    }

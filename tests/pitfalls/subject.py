@@ -147,6 +147,32 @@ class Subject:
         """Draws from a guide that was never called."""
         return guide()
 
+    # Fits
+
+    def fit(
+        self,
+        model: Callable,
+        guide,
+        steps: int,
+        callback: Callable[[int, float], Any] | None = None,
+    ) -> Any:
+        """Trains a guide; returns what the package says of it, if it says anything."""
+        for step in range(1, steps + 1):
+            (loss,) = train(guide, model, 1)
+            if callback is not None:
+                callback(step, -loss)
+
+    def trusts(self, result: Any) -> bool:
+        """Whether the package calls the result of a fit good."""
+        raise NotApplicable("no verdict")
+
+    def elbo(self, model: Callable, guide) -> tuple[float, float]:
+        """The ELBO and its standard error, in nats."""
+        elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)
+        with torch.no_grad():
+            found = -torch.tensor([elbo.loss(model, guide) for _ in range(50)])
+        return found.mean().item(), found.std().item() / 50**0.5
+
     def _load_state(self, path: Path, model: Callable):
         guide = self.guide(model)
         guide()

@@ -12,9 +12,6 @@ from .ours import Ours
 from .subject import Subject
 from .tensor_cases import bare_factory_calls
 
-#: About fitting and its verdict, and tested there.
-ELSEWHERE = {8, 11, 12, 30, 31}
-
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Ours:
@@ -28,7 +25,7 @@ def test_pitfall(case: Callable[[Subject], None], ours: Ours) -> None:
 
 def test_every_failure_has_a_case() -> None:
     numbers = {int(name[1:3]) for name in CASES}
-    assert numbers == set(range(1, 32)) - ELSEWHERE
+    assert numbers == set(range(1, 32))
 
 
 @pytest.mark.parametrize(

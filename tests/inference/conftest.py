@@ -1,0 +1,31 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Fits that are quick, for tests of what a fit does and not of how well it does it."""
+
+import importlib
+
+import pytest
+
+FEWER = {
+    "fit": {"_NUM_SAMPLES": 500},
+    "start": {"_NUM_POINTS": 4, "_NUM_POINTS_BY_LOOP": 3, "_NUM_MEAN_FIELDS": 1, "_FINE": 128},
+    "meanfield": {"_NUM_STEPS": 20},
+    "newton": {"_MAX_STEPS": 6},
+    "pilots": {"_NUM_STEPS": 4, "_NUM_DRAWS": 64},
+    "ending": {"_NUM_DRAWS": 128},
+    "crosscheck": {
+        "_NUM_DRAWS": 500,
+        "_NUM_SCREENED": 40,
+        "_NUM_CLIMBS": 2,
+        "_NUM_CLIMBS_BY_LOOP": 2,
+    },
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Fewer draws, points and trials, so that a fit takes a fraction of a second."""
+    for name, constants in FEWER.items():
+        module = importlib.import_module(f"pyro_artransform.inference.{name}")
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)

@@ -1,0 +1,345 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What can be fitted, and what is left behind."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+
+from pyro_artransform import AutoAutoregressive, AutoMAF, fit, spline_autoregressive
+
+from . import models
+from .models import small
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def fitted(model, guide, *args, num_steps=20, num_particles=8, **kwargs):
+    options = {"num_steps": num_steps, "num_particles": num_particles, "progress": False}
+    return fit(model, guide, *args, **{**options, **kwargs})
+
+
+def guide_list(model):
+    guide = AutoGuideList(model)
+    guide.append(small(poutine.block(model, hide=["scale"])))
+    guide.append(AutoNormal(poutine.block(model, expose=["scale"])))
+    return guide
+
+
+GUIDES = {
+    "AutoIAF": small,
+    "diagonal": partial(small, full_rank=False),
+    "AutoMAF": lambda model: AutoMAF(model, num_transforms=1, hidden_dims=8),
+    "splines": lambda model: AutoAutoregressive(
+        model, flow=lambda dim: spline_autoregressive(dim, 8)
+    ),
+    "AutoNormal": AutoNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoIAFNormal": AutoIAFNormal,
+    "a function": lambda model: models.hand_written,
+    "a list with one of ours": guide_list,
+}
+
+
+def check(result):
+    assert len(result.history) == result.num_steps
+    assert math.isfinite(result.elbo)
+    assert math.isfinite(result.log_evidence)
+    assert math.isfinite(result.khat)
+    assert result.num_skipped == 0
+    return result
+
+
+def moved(parameters, before):
+    assert before
+    return all(not torch.equal(value, before[name]) for name, value in parameters.items())
+
+
+def parameters(guide, *args):
+    """Copies of all there are, the guide's and the model's."""
+    store = pyro.get_param_store()
+    found = {name: store[name] for name in store.keys()}  # noqa: SIM118, its items are constrained
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides(name):
+    guide = GUIDES[name](models.regression)
+    with poutine.block():
+        guide()
+    before = parameters(guide)
+    result = check(fitted(models.regression, guide, num_steps=40))
+    after = parameters(guide)
+    assert any(not torch.equal(after[k], before[k]) for k in before)
+    assert all(value.isfinite().all() for value in after.values())
+    assert -60 < result.elbo < -11.9
+
+
+@pytest.mark.parametrize("kind", [AutoDelta, AutoLaplaceApproximation])
+def test_a_point_is_no_posterior(kind):
+    guide = kind(models.regression)
+    result = fitted(models.regression, guide, num_steps=200)
+    assert not result.trusted
+    assert "AutoDelta" in result.verdict
+    assert math.isfinite(result.khat)
+    assert result.history[-1] > result.history[0]
+
+
+def test_adam_goes_where_it_should():
+    result = fitted(models.location, AutoNormal(models.location), num_steps=600)
+    assert result.trusted, result
+    assert result.history[-1] > result.history[0] + 1
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+@pytest.mark.parametrize("name", ["scaled", "masked", "partly_observed"])
+def test_scales_and_masks(name, kind):
+    model = getattr(models, name)
+    result = check(fitted(model, kind(model), num_steps=30))
+    observed = models.data().repeat(2) if name == "scaled" else models.data()[models.data() > 0]
+    covariance = torch.eye(len(observed)) + 9 * torch.ones(len(observed), 1)
+    law = dist.MultivariateNormal(torch.zeros(len(observed)), covariance)
+    truth = law.log_prob(observed).item()
+    assert result.elbo < truth + 0.1
+    assert kind is AutoNormal or result.elbo > truth - 0.5
+
+
+@pytest.mark.parametrize("make", [small, lambda m: AutoNormal(poutine.block(m, hide=["kind"]))])
+def test_enumerated(make):
+    guide = make(models.mixture)
+    result = check(fitted(models.mixture, guide, num_steps=100))
+    assert -20 < result.history[-1] < -9
+    assert result.elbo < result.log_evidence + 4 * result.log_evidence_se
+
+
+def test_one_dimension():
+    for model in (models.location, models.with_param):
+        check(fitted(model, small(model)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_dtypes(dtype, kind):
+    torch.set_default_dtype(torch.float64 if kind is small else dtype)
+    values = models.data().to(dtype)
+    guide = kind(models.regression)
+    check(fitted(models.regression, guide, values))
+    assert all(value.dtype == dtype for value in guide.parameters())
+
+
+def test_arguments():
+    def model(x, *, y, scale=1.0):
+        slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, scale), obs=y)
+
+    x = torch.linspace(0, 1, 8)
+    for kind in (small, AutoNormal):
+        guide = kind(model)
+        check(fitted(model, guide, x, y=2 * x, scale=0.1, num_steps=300))
+        if kind is small:
+            assert abs(guide.sample_posterior(100)["slope"].mean() - 2) < 0.1
+
+
+# Parameters of the model
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_parameters_of_the_model_are_trained(kind):
+    """The noise goes from 4 to about the deviation of the data."""
+    fitted(models.with_param, kind(models.with_param), num_steps=400)
+    assert 0.5 < pyro.param("noise").item() < 3.0
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_module_in_the_model_is_trained(kind):
+    decoder = models.Decoder()
+    before = {name: value.detach().clone() for name, value in decoder.named_parameters()}
+    result = check(fitted(decoder, kind(decoder), num_steps=100))
+    assert moved(dict(decoder.named_parameters()), before)
+    assert result.history[-1] > result.history[0]
+
+
+def test_module_in_the_model_with_local_parameters():
+    with pyro.settings.context(module_local_params=True):
+        decoder = models.Decoder()
+        before = {name: value.detach().clone() for name, value in decoder.named_parameters()}
+        guide = small(decoder)
+        check(fitted(decoder, guide, num_steps=20))
+        assert moved(dict(decoder.named_parameters()), before)
+
+
+# Models that need to be told about
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_model_that_is_looped_over(kind):
+    guide = kind(models.branching)
+    with pytest.warns(UserWarning, match="one draw after the other, which is slow") as caught:
+        result = check(fitted(models.branching, guide, num_steps=5, num_particles=4))
+    assert len(caught) == 1
+    assert caught[0].filename.endswith("test_fit.py")
+    assert "one draw after the other" in repr(result)
+
+
+def test_model_that_is_not_looped_over_says_nothing():
+    assert "after the other" not in repr(fitted(models.regression, small(models.regression)))
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_minibatches_are_never_trusted(kind):
+    guide = kind(models.subsampled)
+    result = fitted(models.subsampled, guide, num_steps=200)
+    assert not result.trusted
+    assert "sub-samples" in result.verdict
+    assert result.importance is None
+    assert math.isfinite(result.elbo)
+
+
+def test_guide_that_lacks_a_latent():
+    guide = AutoNormal(poutine.block(models.regression, hide=["scale"]))
+    with pytest.raises(ValueError, match=r"expected all latents of the model.*scale"):
+        fitted(models.regression, guide)
+    ours = small(poutine.block(models.regression, hide=["scale"]))
+    with pytest.raises(ValueError, match="expected latents of shape"):
+        fitted(models.regression, ours)
+
+
+def test_discrete_sites_of_the_guide():
+    def model():
+        kind = pyro.sample("kind", dist.Bernoulli(0.5))
+        z = pyro.sample("z", dist.Normal(kind, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+
+    with pytest.raises(ValueError, match="'kind' is discrete"):
+        fitted(model, AutoNormal(poutine.block(model, hide=["kind"])))
+
+
+def test_nothing_to_train():
+    def guide():
+        pyro.sample("loc", dist.Normal(1.0, 1.0))
+
+    with pytest.raises(ValueError, match="nothing to train"):
+        fitted(models.location, guide)
+
+
+def test_laplace_approximation_has_nothing_to_train():
+    guide = AutoLaplaceApproximation(models.location)
+    fitted(models.location, guide, num_steps=3)
+    with pytest.raises(ValueError, match="nothing to train"):
+        fitted(models.location, guide.laplace_approximation())
+
+
+def test_model_without_a_finite_density_names_the_site():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("broken", dist.Normal(z * torch.nan, 1.0), obs=torch.tensor(0.0))
+
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="broken"):
+        fitted(model, small(model))
+
+
+# What is left behind
+
+
+def run(seed):
+    pyro.clear_param_store()
+    guide = small(models.regression)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    result = fitted(models.regression, guide, seed=seed)
+    return result, guide.state_dict(), torch.rand(3), np.random.rand(3)
+
+
+def test_seed():
+    torch.manual_seed(99)
+    np.random.seed(99)
+    untouched = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    (a, a_state, a_torch, a_numpy), (b, b_state, *_) = run(1), run(1)
+    assert a.history == b.history
+    assert (a.elbo, a.khat, a.verdict) == (b.elbo, b.khat, b.verdict)
+    for name, value in a_state.items():
+        assert torch.equal(value, b_state[name]), name
+    assert torch.equal(a_torch, untouched[0])
+    assert np.array_equal(a_numpy, untouched[1])
+    assert run(2)[0].history != a.history
+
+
+def test_generators_are_put_back_after_an_error():
+    torch.manual_seed(99)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+
+    def stop(step, elbo):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fitted(models.location, AutoNormal(models.location), seed=1, callback=stop)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_parameters_are_in_the_store(kind, tmp_path):
+    """As after SVI: whoever saves the store saves the guide."""
+    guide = kind(models.regression)
+    fitted(models.regression, guide)
+    store = pyro.get_param_store()
+    held = {id(value) for _, value in store.named_parameters()}
+    assert {id(value) for value in guide.parameters()} <= held
+
+
+def test_settings_stay():
+    guide = small(models.regression)
+    fitted(models.regression, guide)
+    assert pyro.distributions.is_validation_enabled()
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in guide.parameters())
+    with poutine.trace() as traced:
+        fitted(models.location, AutoNormal(models.location), num_steps=3)
+    assert "sample" not in {node["type"] for node in traced.trace.nodes.values()}
+
+
+def test_under_no_grad():
+    with torch.no_grad():
+        check(fitted(models.regression, small(models.regression)))
+        check(fitted(models.regression, AutoNormal(models.regression)))
+
+
+def test_prints_nothing(capfd, caplog):
+    fitted(models.regression, small(models.regression), num_steps=3)
+    fitted(models.regression, AutoNormal(models.regression), num_steps=3)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_progress_bar(capsys):
+    pytest.importorskip("tqdm")
+    fitted(models.regression, small(models.regression), num_steps=7, progress=True)
+    shown = capsys.readouterr().err
+    assert "7/7" in shown
+    assert "ELBO -" in shown
+    assert "verdict" in shown
+
+
+def test_a_fit_goes_on_from_the_one_before():
+    guide = small(models.regression)
+    first = fitted(models.regression, guide, num_steps=200, num_particles=32)
+    second = fitted(models.regression, guide, num_steps=5)
+    assert second.start == "the guide as it stood"
+    assert second.elbo > first.elbo - 0.3

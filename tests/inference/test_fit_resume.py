@@ -1,0 +1,239 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A fit that goes on from a file is as if nothing had been."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pyro
+import pyro.optim
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+from pyro_artransform import AutoAutoregressive, affine_autoregressive, fit
+
+from . import models
+from .models import small
+from .test_fit_steps import OPTIMS, soon  # noqa: F401, a fixture
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def fresh(model, kind, seed=0):
+    """As in a new process: neither store nor guide know anything."""
+    pyro.clear_param_store()
+    torch.manual_seed(seed)
+    model = model() if isinstance(model, type) else model
+    return model, kind(model)
+
+
+def fitted(model, guide, num_steps=24, **kwargs):
+    return fit(model, guide, num_steps=num_steps, num_particles=4, progress=False, **kwargs)
+
+
+def parameters():
+    store = pyro.get_param_store()
+    return {name: store[name].detach().clone() for name in store.keys()}  # noqa: SIM118
+
+
+def stop_at(at):
+    return lambda step, elbo: step == at
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def any_order(model):
+    """A guide whose order is drawn when it is made: a buffer, and no parameter."""
+    flow = lambda dim: affine_autoregressive(dim, 8, order=torch.randperm(dim))  # noqa: E731
+    return AutoAutoregressive(model, flow=flow)
+
+
+CASES = {
+    "ours, any order": (models.gaussian, any_order, {}),
+    "ours": (models.regression, small, {}),
+    "ours, user's optimiser": (models.regression, small, {"optim": "AdamW"}),
+    "stock": (models.regression, AutoNormal, {}),
+    "stock, Pyro's optimiser": (models.regression, AutoNormal, {"optim": "ClippedAdam"}),
+    "stock, scheduler": (models.regression, AutoMultivariateNormal, {"optim": "scheduler"}),
+    "function": (models.regression, lambda model: models.hand_written, {}),
+    "model with a parameter": (models.with_param, small, {}),
+    "model with a parameter, stock": (models.with_param, AutoNormal, {}),
+    "module": (models.Decoder, small, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_step_is_lost(name, tmp_path):
+    model, kind, options = CASES[name]
+    optim = OPTIMS.get(options.get("optim"), lambda: None)
+    path = tmp_path / "fit.pt"
+    whole = fitted(*fresh(model, kind), seed=3, optim=optim())
+    expected = parameters()
+    part = fitted(*fresh(model, kind), seed=3, optim=optim(), checkpoint=path, callback=stop_at(11))
+    assert part.num_steps == 11
+    assert not same(expected, parameters())
+    rest = fitted(*fresh(model, kind, seed=1), optim=optim(), resume=path)
+    assert rest.history == whole.history
+    assert expected
+    assert same(expected, parameters())
+    assert (rest.elbo, rest.khat, rest.verdict) == (whole.elbo, whole.khat, whole.verdict)
+    for field in ("num_steps", "num_gradients", "start", "end", "step_size", "stopped_because"):
+        assert getattr(rest, field) == getattr(whole, field), field
+
+
+def test_interrupt_and_resume(tmp_path):
+    def interrupt(step, elbo):
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    path = tmp_path / "fit.pt"
+    whole = fitted(*fresh(models.regression, small), seed=3)
+    expected = parameters()
+    part = fitted(*fresh(models.regression, small), seed=3, checkpoint=path, callback=interrupt)
+    assert "resume it" in part.verdict
+    rest = fitted(*fresh(models.regression, small), resume=path, checkpoint=path)
+    assert rest.history == whole.history
+    assert rest.history[:7] == part.history
+    assert same(expected, parameters())
+    assert "interrupted" not in rest.verdict
+    again = fitted(*fresh(models.regression, small), resume=path)
+    assert again.history == whole.history
+    assert same(expected, parameters())
+
+
+def test_a_fit_that_ends_by_itself(soon, tmp_path):  # noqa: F811
+    path = tmp_path / "fit.pt"
+    whole = fitted(*fresh(models.location, small), seed=3, num_steps=None)
+    expected = parameters()
+    for at in (20, whole.num_steps - 3):
+        options = {"num_steps": None, "checkpoint": path, "callback": stop_at(at)}
+        fitted(*fresh(models.location, small), seed=3, **options)
+        rest = fitted(*fresh(models.location, small), num_steps=None, resume=path)
+        assert rest.history == whole.history
+        assert rest.stopped_because == whole.stopped_because
+        assert same(expected, parameters())
+
+
+def test_skipped_steps_are_remembered(tmp_path):
+    path = tmp_path / "fit.pt"
+    calls = [0]
+
+    def model():
+        models.location()
+        calls[0] += 1
+        bad = model.is_bad
+        pyro.factor("odd", torch.tensor(math.nan if bad else 0.0))
+
+    def callback(step, elbo):
+        model.is_bad = step in (3, 5)
+        return step == 8
+
+    model.is_bad = False
+    with pyro.validation_enabled(False):
+        part = fitted(*fresh(model, small), seed=1, checkpoint=path, callback=callback)
+        model.is_bad = False
+        rest = fitted(*fresh(model, small), resume=path)
+    assert part.num_skipped == rest.num_skipped == 2
+    assert part.culprits == rest.culprits == {"odd": 2}
+    assert [step for step, elbo in enumerate(rest.history, 1) if math.isnan(elbo)] == [4, 6]
+
+
+# What is no checkpoint of this fit
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "fit.pt"
+    fitted(*fresh(models.regression, small), checkpoint=path, callback=stop_at(5))
+    return path
+
+
+def test_of_another_model_or_guide(path):
+    others = {
+        "another model": (models.gaussian, small),
+        "another guide": (models.regression, AutoNormal),
+        "a function": (models.regression, lambda model: models.hand_written),
+        "another size": (models.regression, partial(small, full_rank=False)),
+        "more parameters": (models.with_param, small),
+    }
+    for name, case in others.items():
+        with pytest.raises(ValueError, match=r"resume: expected|checkpoint: expected"):
+            pytest.fail(f"{name}: {fitted(*fresh(*case), resume=path)}")
+
+
+def test_with_other_options(path):
+    with pytest.raises(ValueError, match="num_steps=24, as before, got 30"):
+        fitted(*fresh(models.regression, small), num_steps=30, resume=path)
+    with pytest.raises(ValueError, match="num_particles=4, as before, got 5"):
+        fit(*fresh(models.regression, small), num_particles=5, progress=False, resume=path)
+    with pytest.raises(ValueError, match="optim"):
+        fitted(*fresh(models.regression, small), optim=OPTIMS["AdamW"](), resume=path)
+
+
+def test_number_of_steps_need_not_be_given_again(path):
+    rest = fit(*fresh(models.regression, small), num_particles=4, progress=False, resume=path)
+    assert rest.num_steps == 24
+
+
+def test_of_something_else(tmp_path):
+    path = tmp_path / "guide.pt"
+    guide = small(models.regression)
+    guide(torch.zeros(3))
+    guide.save(path)
+    with pytest.raises(ValueError, match="expected a checkpoint of fit"):
+        fitted(*fresh(models.regression, small), resume=path)
+
+
+# Kills
+
+
+KILLED = """
+import importlib, os, random, signal, sys, time
+import torch
+from pyro_artransform import fit
+from pyro_artransform.inference.checkpoint import read
+from tests.inference import models
+
+importlib.import_module("pyro_artransform.inference.fit")._CHECKPOINT_EVERY = 1
+torch.set_num_threads(1)
+path = sys.argv[1]
+model = models.location
+options = {"num_particles": 4, "progress": False, "num_steps": 1_000_000, "checkpoint": path}
+steps = []
+for attempt in range(4):
+    child = os.fork()
+    if not child:
+        fit(model, models.small(model), resume=path if steps else None, **options)
+    before = os.stat(path).st_mtime_ns if steps else None
+    while not os.path.exists(path) or os.stat(path).st_mtime_ns == before:
+        time.sleep(0.002)
+    time.sleep(0.1 * random.Random(attempt).random())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    steps.append(len(read(path)["training"]["losses"]))
+assert steps == sorted(set(steps)), steps
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_leaves_a_file_that_loads(tmp_path):
+    """Four times in a row, each fit going on from where the last one was killed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "fit.pt")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,266 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The steps of a fit: callbacks, optimisers, steps that are not finite."""
+
+import importlib
+import math
+import signal
+import threading
+from functools import partial
+
+import pyro
+import pyro.optim
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_artransform import fit
+from pyro_artransform.inference import FitError
+
+from . import models
+from .models import small
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def fitted(model, guide, num_steps=20, num_particles=8, **kwargs):
+    options = {"num_steps": num_steps, "num_particles": num_particles, "progress": False}
+    return fit(model, guide, **{**options, **kwargs})
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """A fit that decides by itself after tens of steps."""
+    module = importlib.import_module("pyro_artransform.inference.schedule")
+    for name, value in (
+        ("_WINDOW", 18),
+        ("_MIN_DECAY", 10),
+        ("_MAX_DECAY", 20),
+        ("_NUM_TAIL_STEPS", 5),
+    ):
+        monkeypatch.setattr(module, name, value)
+    module = importlib.import_module("pyro_artransform.inference.fit")
+    monkeypatch.setattr(module, "_MAX_CONSTANT", {True: 90, False: 90})
+
+
+# Ends
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_ends_by_itself(soon, kind):
+    result = fitted(models.location, kind(models.location), num_steps=None)
+    assert 36 < result.num_steps < 120
+    assert "ELBO" in result.stopped_because
+    assert result.num_gradients > 8 * result.num_steps
+
+
+def test_callback():
+    calls = []
+    result = fitted(
+        models.regression,
+        small(models.regression),
+        num_steps=7,
+        callback=lambda step, elbo: calls.append((step, elbo)),
+    )
+    assert [step for step, _ in calls] == list(range(1, 8))
+    assert [elbo for _, elbo in calls] == result.history
+    assert "7 steps" in result.stopped_because
+
+
+@pytest.mark.parametrize("answer", [1, "stop", None, False])
+def test_only_true_stops(answer):
+    result = fitted(
+        models.location, AutoNormal(models.location), num_steps=5, callback=lambda *_: answer
+    )
+    assert result.num_steps == 5
+
+
+def test_callback_stops():
+    result = fitted(
+        models.location, AutoNormal(models.location), callback=lambda step, elbo: step == 3
+    )
+    assert result.num_steps == 3
+    assert result.stopped_because == "the callback asked to stop"
+    assert "interrupted" not in result.verdict
+
+
+# Interrupts
+
+
+def interrupt(step, elbo):
+    if step == 4:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupt_keeps_what_was_learned():
+    guide = small(models.regression)
+    result = fitted(models.regression, guide, callback=interrupt)
+    assert result.num_steps == 4
+    assert math.isfinite(result.elbo)
+    assert not result.trusted
+    assert "interrupted" in result.verdict
+    assert "interrupted" in result.stopped_because
+    assert guide.sample_posterior(3)["loc"].shape == (3,)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_second_interrupt():
+    def twice(step, elbo):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(models.location, AutoNormal(models.location), callback=twice)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_interrupt_before_the_first_step(monkeypatch):
+    module = importlib.import_module("pyro_artransform.inference.fit")
+
+    def interrupted(new_training):
+        signal.raise_signal(signal.SIGINT)
+        return 0.01, 0
+
+    monkeypatch.setattr(module, "choose_step_size", interrupted)
+    result = fitted(models.regression, small(models.regression))
+    assert result.num_steps == 0
+    assert math.isfinite(result.elbo)
+
+
+def test_outside_of_the_main_thread():
+    results = []
+
+    def run():
+        torch.set_default_dtype(torch.float64)
+        results.append(fitted(models.location, AutoNormal(models.location)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert results[0].num_steps == 20
+
+
+# Optimisers
+
+
+def scheduler():
+    options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
+    return pyro.optim.ExponentialLR(options)
+
+
+OPTIMS = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.05}),
+    "by parameter": lambda: pyro.optim.Adam(lambda name: {"lr": 0.05 if name else 0.0}),
+    "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05}),
+    "scheduler": scheduler,
+    "AdamW": lambda: partial(torch.optim.AdamW, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMS)
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_optim(name, kind):
+    guide = kind(models.with_param)
+    result = fitted(models.with_param, guide, num_steps=100, optim=OPTIMS[name]())
+    assert result.step_size is None
+    assert sum(result.history[-10:]) > sum(result.history[:10])
+    assert pyro.param("noise").item() < 3.5
+
+
+@pytest.mark.parametrize("optim", ["adam", 0.01, {"lr": 0.1}], ids=str)
+def test_what_is_no_optimiser(optim):
+    with pytest.raises(TypeError, match="optim"):
+        fitted(models.location, AutoNormal(models.location), optim=optim)
+
+
+# Steps that are not finite
+
+
+def faulty(at, kind=math.nan):
+    """A regression whose likelihood is NaN, or has a gradient of NaN, in its at-th runs."""
+    runs = [0]
+
+    def model():
+        runs[0] += 1
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        pyro.sample("fine", dist.Normal(loc, 1.0), obs=torch.tensor(1.0))
+        value = loc
+        if model.is_on and runs[0] in at:
+            value = models.Faulty.apply(loc) if kind == "gradient" else loc * kind
+        pyro.sample("y", dist.Normal(value, 1.0), obs=torch.tensor(1.0))
+
+    model.is_on = False
+    return model, runs
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+@pytest.mark.parametrize("fault", [math.nan, "gradient"])
+def test_a_fault_at_a_step(kind, fault):
+    """Parameters stay finite, the step is counted, and the fit goes on."""
+    at = set()
+    model, runs = faulty(at, fault)
+    guide = kind(model)
+    steps = []
+
+    def callback(step, elbo):
+        model.is_on = True
+        at.clear()
+        if step == 9:
+            at.update(range(runs[0] + 1, runs[0] + 10_000))
+        if step == 10:
+            steps.append({name: p.detach().clone() for name, p in guide.named_parameters()})
+        assert all(p.isfinite().all() for p in guide.parameters())
+
+    result = fitted(model, guide, num_steps=30, callback=callback)
+    assert result.num_steps == 30
+    assert result.num_skipped == 1
+    assert [step for step, elbo in enumerate(result.history, 1) if math.isnan(elbo)] == [10]
+    assert result.culprits == ({"y": 1} if fault != "gradient" else {"the gradient": 1})
+    assert ("y (1)" if fault != "gradient" else "the gradient (1)") in repr(result)
+    assert math.isfinite(result.elbo)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_a_fault_for_ever(kind):
+    at = set()
+    model, runs = faulty(at)
+    guide = kind(model)
+
+    def callback(step, elbo):
+        model.is_on = True
+        if step == 5:
+            at.update(range(runs[0] + 1, runs[0] + 100_000))
+
+    with pytest.raises(FitError, match=r"in a row, because of y\."):
+        fitted(model, guide, num_steps=1000, callback=callback)
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_many_faults_are_not_trusted(kind):
+    at = set()
+    model, runs = faulty(at)
+
+    def callback(step, elbo):
+        model.is_on = step % 2 == 1 and step < 40
+        at.clear()
+        at.update(range(runs[0] + 1, runs[0] + 10_000))
+
+    result = fitted(model, kind(model), num_steps=40, callback=callback)
+    assert 15 < result.num_skipped <= 20
+    assert not result.trusted
+    assert "had to be skipped" in result.verdict
+
+
+def test_draws_where_the_model_fails_are_in_the_verdict():
+    def model():
+        z = pyro.sample("z", dist.Normal(1.0, 1.0))
+        pyro.factor("root", 0 * (z + 1.5).sqrt())
+
+    guide = AutoNormal(model, init_scale=0.9)
+    with pyro.validation_enabled(False):
+        result = fitted(model, guide, num_steps=2)
+    assert not result.trusted
+    assert "fails at" in result.verdict

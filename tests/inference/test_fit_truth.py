@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The verdict tells the truth: targets of log evidence 0, where the gap is minus the ELBO."""
+
+import importlib
+
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_median
+
+from pyro_artransform import fit
+from pyro_artransform.diagnostics import importance
+
+from . import models
+from .conftest import FEWER
+from .models import small
+
+#: A gap above this, in nats, is none to trust.
+WRONG = 0.2
+
+
+@pytest.fixture(autouse=True)
+def _short_start(monkeypatch):
+    """Fewer trials and starts; the verdict itself as it is."""
+    for name in ("start", "meanfield", "pilots"):
+        module = importlib.import_module(f"pyro_artransform.inference.{name}")
+        for constant, value in FEWER[name].items():
+            monkeypatch.setattr(module, constant, value)
+
+
+def started(site):
+    """A starting value for a flat prior too."""
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        return torch.randn(site["fn"].shape())
+
+
+def fitted(model, kind, seed=0, num_steps=150):
+    guide = kind(model, init_loc_fn=started)
+    options = {"num_steps": num_steps, "num_particles": 16, "progress": False}
+    result = fit(model, guide, seed=seed, **options)
+    return result, -importance(model, guide, 20_000).elbo
+
+
+def tells_the_truth(result, gap):
+    assert not (result.trusted and gap > WRONG), f"a gap of {gap:.2f}: {result}"
+    if gap > WRONG:
+        assert result.verdict.startswith("Not trusted: ")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_correlated_gaussian_is_trusted(seed):
+    result, gap = fitted(models.gaussian, small, seed)
+    assert result.trusted, result
+    assert gap < 0.01
+
+
+def test_a_correlated_gaussian_under_independent_ones_is_not():
+    result, gap = fitted(models.gaussian, AutoNormal)
+    assert gap > WRONG
+    tells_the_truth(result, gap)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(("apart", "weight"), [(4.0, 0.5), (20.0, 0.7)])
+def test_two_modes(apart, weight, dim, kind):
+    result, gap = fitted(models.two_modes(dim, apart, weight), kind)
+    if kind is AutoNormal or apart == 20:
+        assert gap > WRONG
+    tells_the_truth(result, gap)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_funnel(kind):
+    result, gap = fitted(models.funnel, kind)
+    assert gap > WRONG
+    tells_the_truth(result, gap)
+
+
+def test_heavy_tails():
+    """Not so wide that its own draws show the tails, and trained until the gap is least."""
+    result, gap = fitted(models.student, AutoNormal, num_steps=400)
+    assert gap > WRONG
+    tells_the_truth(result, gap)

@@ -1,0 +1,73 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import torch
+
+from pyro_artransform.inference import pilots
+from pyro_artransform.inference.pilots import STEP_SIZES, choose_step_size
+
+from .test_training import Bowl, training_of
+
+
+def choose(objective):
+    sizes = []
+
+    def new_training(step_size):
+        sizes.append(step_size)
+        return training_of(objective, 1000, step_size)
+
+    return *choose_step_size(new_training), sizes
+
+
+def test_far_away_large_steps_win():
+    objective = Bowl()
+    best, count, sizes = choose(objective)
+    assert best == max(STEP_SIZES)
+    assert sorted(sizes) == sorted(STEP_SIZES)
+    assert count == objective.calls == pilots._NUM_STEPS * len(STEP_SIZES)
+    assert torch.equal(objective.x, torch.zeros(4))
+
+
+def test_where_large_steps_harm_small_ones_win():
+    class Narrow(Bowl):
+        def loss(self, num_particles):
+            return 1e6 * super().loss(num_particles)
+
+    objective = Narrow()
+    with torch.no_grad():
+        objective.x.fill_(3.0)
+    best, _, _ = choose(objective)
+    assert best == min(STEP_SIZES)
+    assert torch.equal(objective.x, torch.full((4,), 3.0))
+
+
+def test_common_noise():
+    class Seen(Bowl):
+        def loss(self, num_particles):
+            self.draws.append(torch.rand(()).item())
+            return super().loss(num_particles)
+
+    objective = Seen()
+    objective.draws = []
+    choose(objective)
+    assert len(set(objective.draws)) == pilots._NUM_STEPS
+
+
+def test_a_trial_that_fails_or_ends_nowhere_is_not_chosen(monkeypatch):
+    monkeypatch.setattr("pyro_artransform.inference.training._MAX_SKIPS", 5)
+
+    class Fragile(Bowl):
+        def loss(self, num_particles):
+            # whoever has gone further than the smallest steps can
+            return super().loss(num_particles) + torch.where(self.x.max() > 0.15, torch.nan, 0.0)
+
+    best, _, _ = choose(Fragile())
+    assert best == min(STEP_SIZES)
+
+
+def test_all_fail():
+    faults = dict.fromkeys(range(1, 10_000), float("nan"))
+    objective = Bowl(faults)
+    best, _, _ = choose(objective)
+    assert best in STEP_SIZES
+    assert torch.equal(objective.x, torch.zeros(4))

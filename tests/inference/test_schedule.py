@@ -1,0 +1,113 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+
+from pyro_artransform.inference import schedule
+from pyro_artransform.inference.schedule import LIMIT, PLATEAU, Schedule
+
+
+def noise(n):
+    return torch.randn(n, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def steps(plan, losses):
+    """Shows losses to a schedule one by one, until it is over; returns how many that took."""
+    for step in range(1, len(losses) + 1):
+        if plan.is_over(step - 1):
+            return step - 1
+        plan.observe(losses[:step])
+    return len(losses)
+
+
+def test_a_given_number_of_steps():
+    plan = Schedule(50, max_constant=1000)
+    assert [plan.is_over(step) for step in (0, 49, 50)] == [False, False, True]
+    factors = [plan.factor(step) for step in range(50)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[0] < factors[15]
+    assert factors[25] > factors[35] > factors[49]
+    assert factors[49] < 0.02
+    assert "50" in plan.reason
+    # losses change nothing
+    before = plan.state()
+    steps(plan, [1.0] * 5000)
+    assert plan.state() == before
+
+
+def test_steps_for_the_tails():
+    plan, plain = Schedule(100, 1000, has_tail_steps=True), Schedule(100, 1000)
+    assert [step for step in range(100) if plan.is_for_tails(step)] == [
+        *range(plan.tail_start, 100)
+    ]
+    assert not any(plain.is_for_tails(step) for step in range(100))
+    assert plan.is_over(100)
+    assert not plan.is_over(99)
+    factors = [plan.factor(step) for step in range(100)]
+    assert factors[plan.tail_start - 1] < 0.01
+    assert 0 < max(factors[plan.tail_start :]) < 0.5
+    by_itself = Schedule(None, 100_000, has_tail_steps=True)
+    taken = steps(by_itself, noise(20_000))
+    assert by_itself.decay_start < by_itself.tail_start < by_itself.end == taken
+
+
+def test_one_step():
+    plan = Schedule(1, max_constant=1000)
+    assert plan.factor(0) > 0
+    assert plan.is_over(1)
+
+
+def test_ends_where_nothing_moves():
+    plan = Schedule(None, max_constant=100_000)
+    taken = steps(plan, noise(20_000))
+    assert plan.reason == PLATEAU
+    assert taken == plan.end < 20_000
+    assert plan.factor(plan.decay_start) == 1.0
+    assert plan.factor(plan.end - 1) < 0.01
+
+
+def test_goes_on_while_it_improves():
+    falling = [x - 0.01 * step for step, x in enumerate(noise(5000))]
+    plan = Schedule(None, max_constant=100_000)
+    assert steps(plan, falling) == 5000
+    assert plan.end is None
+    assert plan.factor(4999) == 1.0
+
+
+def test_limit():
+    falling = [x - 0.01 * step for step, x in enumerate(noise(20_000))]
+    plan = Schedule(None, max_constant=1000)
+    steps(plan, falling)
+    assert plan.reason == LIMIT
+    assert 1000 <= plan.decay_start <= 1000 + schedule._WINDOW
+
+
+def test_skipped_steps_are_left_out():
+    holes = [math.nan if step % 7 == 0 else x for step, x in enumerate(noise(20_000))]
+    plan = Schedule(None, max_constant=100_000)
+    steps(plan, holes)
+    assert plan.reason == PLATEAU
+
+
+@pytest.mark.parametrize("losses", [[math.nan] * 5000, [math.nan, 1.0] + [math.nan] * 4998])
+def test_nothing_but_skipped_steps(losses):
+    plan = Schedule(None, max_constant=3000)
+    steps(plan, losses)
+    assert plan.end is not None
+
+
+def test_state():
+    losses = noise(20_000)
+    whole, first = Schedule(None, max_constant=900), Schedule(None, max_constant=900)
+    taken = steps(whole, losses)
+    for step in range(1, taken // 2):
+        first.observe(losses[:step])
+    second = Schedule(None, max_constant=900)
+    second.restore(first.state())
+    for step in range(taken // 2, taken + 1):
+        second.observe(losses[:step])
+    assert second.state() == whole.state()
+    assert [second.factor(k) for k in range(taken)] == [whole.factor(k) for k in range(taken)]

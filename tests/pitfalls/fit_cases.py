@@ -1,0 +1,129 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Cases about fitting, and about what is said of the result."""
+
+import math
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro import distributions as dist
+
+from . import models
+from .guide_cases import unconstrained_draws
+from .subject import Subject, prepare
+
+
+def f08_scale_floor(subject: Subject) -> None:
+    """Posteriors of any width are fitted, in a number of steps that does not depend on it."""
+    for sd in (1e-4, 1e4):
+        prepare()
+
+        def model(sd=sd):
+            pyro.sample("z", dist.Normal(torch.full((2,), 3 * sd), sd).to_event(1))
+
+        guide = subject.guide(model)
+        subject.fit(model, guide, 200)
+        found = unconstrained_draws(guide, 4_000).std(0)
+        off = (found / sd - 1).abs().max()
+        assert off < 0.1, f"a target of sd {sd:.0e}: {found.tolist()}"
+
+
+def f11_nan_gradient(subject: Subject) -> None:
+    """One step without a finite loss changes no parameter, is counted, and the site is named."""
+    for fault in (math.nan, math.inf):
+        prepare()
+        factor = [1.0]
+
+        def model(factor=factor):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("fine", dist.Normal(z[..., 0], 1.0), obs=torch.tensor(0.5))
+            pyro.sample("broken", dist.Normal(z[..., 1] * factor[0], 1.0), obs=torch.tensor(0.5))
+
+        def callback(step, elbo, factor=factor, fault=fault):
+            factor[0] = fault if step == 5 else 1.0
+
+        guide = subject.guide(model)
+        with pyro.validation_enabled(False):
+            result = subject.fit(model, guide, 20, callback)
+        for name, value in guide.named_parameters():
+            assert value.isfinite().all(), f"one loss of {fault} leaves {name} not finite"
+        assert getattr(result, "num_skipped", 0) == 1, "the step is not counted"
+        assert "broken" in repr(result), "the site is not named"
+        assert "fine" not in repr(result), "the wrong site is named"
+    _check_stops(subject, model, factor)
+
+
+def _check_stops(subject: Subject, model: Callable, factor: list[float]) -> None:
+    def callback(step, elbo):
+        factor[0] = math.nan
+        assert step < 1_000, "a thousand steps without a finite loss, and no end"
+
+    prepare()
+    factor[0] = 1.0
+    guide = subject.guide(model)
+    with pyro.validation_enabled(False):
+        message = None
+        try:
+            subject.fit(model, guide, 2_000, callback)
+        except RuntimeError as error:
+            message = str(error)
+    assert message is not None, "no finite loss in 2,000 steps, and no error"
+    assert "broken" in message, f"does not name the site: {message}"
+    for name, value in guide.named_parameters():
+        assert value.isfinite().all(), f"{name} is not finite after the error"
+
+
+def f12_large_context(subject: Subject) -> None:
+    """A context of large variance, or with a column that is constant, gives finite losses."""
+    subject.needs_flows()
+    x = torch.randn(64, 3)
+    for family in subject.families:
+        for scale in (1.0, 1e3):
+            prepare()
+            context = scale * torch.randn(64, 2)
+            context[:, 1] = scale
+            flow = subject.scramble(subject.flow(3, family, context_dim=2))
+            optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+            for step in range(10):
+                y, ladj = subject.call_and_ladj(flow, x, context)
+                loss = (0.5 * y.square().sum(-1) - ladj).mean()
+                where = f"{family}, context of sd {scale:.0e}, step {step}"
+                assert loss.isfinite(), f"{where}: loss {loss}"
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+
+def f30_reported_good(subject: Subject) -> None:
+    """Whoever calls a posterior good has one: right moments, and no mode of it lost."""
+    for name, target in models.targets().items():
+        prepare()
+        guide = subject.guide(target.model, init_loc_fn=models.anywhere)
+        trusted = subject.trusts(subject.fit(target.model, guide, 300))
+        if not trusted:
+            assert name != "a correlated Gaussian", f"{name}: not trusted"
+            continue
+        draws, exact = unconstrained_draws(guide, 20_000), target.draws(20_000)
+        off = (draws.mean(0) - exact.mean(0)).abs() / exact.std(0)
+        assert off.max() < 0.3, f"{name}: called good, means off by {off.max():.2f} sd"
+        width = (draws.std(0) / exact.std(0) - 1).abs()
+        # what the gap in nats that a verdict lets pass can be
+        assert width.max() < 0.4, f"{name}: called good, sds off by {width.max():.2f}"
+
+
+def f31_above_evidence(subject: Subject) -> None:
+    """An ELBO is 0 where the guide is the posterior, and never above the evidence."""
+    guide = subject.prior_guide(models.standard)
+    guide()
+    elbo, error = subject.elbo(models.standard, guide)
+    assert abs(elbo) < 4 * error + 1e-6, f"the guide is the posterior, and its ELBO {elbo:.2g}"
+    for name, target in models.targets().items():
+        for steps in (0, 30):
+            prepare()
+            guide = subject.guide(target.model, init_loc_fn=models.anywhere)
+            guide()
+            if steps:
+                subject.fit(target.model, guide, steps)
+            elbo, error = subject.elbo(target.model, guide)
+            assert elbo < 4 * error, f"{name}, {steps} steps: {elbo:.3g} ± {error:.2g}, above 0"
