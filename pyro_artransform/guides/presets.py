@@ -149,7 +149,7 @@ def _preset_flow(
     # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
     noise = hinged_marginals(latent_dim)
     if latent_dim > 1:
-        layers = stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
+        layers: Any = stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
         return chain([noise, layers])
     count = range(num_transforms)
     splines = [spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in count]

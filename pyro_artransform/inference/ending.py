@@ -14,7 +14,7 @@ from .training import Training
 
 _NUM_DRAWS = 5000
 # ELBOs as near to each other as this, in nats, are as good
-_AS_GOOD = 0.01
+_AS_GOOD = 0.02
 
 
 class _Score(NamedTuple):

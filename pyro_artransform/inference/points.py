@@ -16,8 +16,9 @@ from ..joint import LogJoint
 from .gaussians import evaluated
 
 _RADIUS = 2.0
-# a mode that is further away than this, by the units of the unconstrained space, will not be found
-_FAR = (4.0, 10.0, 25.0)
+# the shells reach from one unit of the unconstrained space to about a hundred
+_NEAR, _WIDER = 1.0, 2.2
+_TRIED, _TRIED_BY_LOOP = 64, 4
 _MAX_HALVINGS = 12
 
 
@@ -26,7 +27,7 @@ def starting_points(
 ) -> Tensor:
     """Points at which the density is finite: home, draws of the prior, points around, points far out.
 
-    A point without a finite density is drawn towards home until it has one.
+    A point without a finite density is drawn towards one that has it.
 
     :param log_joint: the log joint density of the model.
     :param model: the model, with its arguments.
@@ -37,11 +38,19 @@ def starting_points(
     num_prior = max((count - 1) // 3, 1)
     drawn = [home, log_joint.latents.start]
     drawn += [_prior_point(log_joint, model) for _ in range(num_prior)]
-    while len(drawn) < count:
-        k = len(drawn) - num_prior - 2
-        spread = _FAR[(k // 2) % len(_FAR)] if k % 2 else _RADIUS
-        drawn.append(home + spread * torch.randn_like(home))
-    return _drawn_home(log_joint, torch.stack(drawn[:count]), home)
+    drawn += _best_of_shells(log_joint, home, count - len(drawn))
+    return _drawn_home(log_joint, torch.stack(drawn[:count]))
+
+
+def _best_of_shells(log_joint: LogJoint, home: Tensor, count: int) -> list[Tensor]:
+    """Around home, near and further out, in each shell the point of the largest density of several."""
+    tried = _TRIED_BY_LOOP if log_joint.way == "loop" else _TRIED
+    spreads = [_NEAR * _WIDER**k for k in range(max(count, 0))]
+    found = []
+    for spread in spreads:
+        points = home + spread * torch.randn_like(home.expand(tried, -1))
+        found.append(points[evaluated(log_joint, points).argmax()])
+    return found
 
 
 def _prior_point(log_joint: LogJoint, model: Callable[[], Any]) -> Tensor:
@@ -64,11 +73,16 @@ def _prior_point(log_joint: LogJoint, model: Callable[[], Any]) -> Tensor:
     return log_joint.unconstrain(values)
 
 
-def _drawn_home(log_joint: LogJoint, points: Tensor, home: Tensor) -> Tensor:
-    points = torch.where(points.isfinite(), points, home)
+def _drawn_home(log_joint: LogJoint, points: Tensor) -> Tensor:
+    """Draws points without a finite density towards the first one that has it."""
+    points = points[points.isfinite().all(-1)]
+    is_good = evaluated(log_joint, points).isfinite()
+    if not bool(is_good.any()):
+        return points[:0]
+    home = points[is_good][0]
     for _ in range(_MAX_HALVINGS):
-        lost = ~evaluated(log_joint, points).isfinite()
-        if not bool(lost.any()):
+        if bool(is_good.all()):
             break
-        points = torch.where(lost[:, None], 0.5 * (points + home), points)
-    return points[evaluated(log_joint, points).isfinite()]
+        points = torch.where(is_good[:, None], points, 0.5 * (points + home))
+        is_good = evaluated(log_joint, points).isfinite()
+    return points[is_good]

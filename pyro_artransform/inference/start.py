@@ -20,6 +20,8 @@ _NUM_POINTS_BY_LOOP = 4
 _NUM_MEAN_FIELDS = 4
 _ROUGH, _FINE = 64, 1024
 _NUM_FINALISTS = 6
+# a scale that stays within what a model can take, if its edge is near
+_NARROW = 0.1
 # a start has to be better than the guide by so many standard errors and nats to take its place
 _CLEARLY = 2.0
 _WORTHWHILE = 0.01
@@ -103,15 +105,17 @@ def _gather(log_joint: LogJoint, points: Tensor) -> tuple[_Candidates, Modes | N
     except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
         return candidates, None
     unit = Gaussians(modes.gaussians.loc, torch.diag_embed(torch.ones_like(points)))
+    narrow = Gaussians(modes.gaussians.loc, _NARROW * unit.scale_tril)
     count = len(points)
     candidates += _Candidates(["a Gaussian on the way to a mode"] * count, best)
     candidates += _Candidates(["the curvature at a mode"] * count, modes.gaussians)
     candidates += _Candidates(["a mode, with unit scale"] * count, unit)
+    candidates += _Candidates(["a mode, with a small scale"] * count, narrow)
     return candidates, modes
 
 
 def _from_mean_fields(log_joint: LogJoint, points: Tensor) -> _Candidates:
-    scales = torch.diag_embed(torch.full_like(points, 0.1))
+    scales = torch.diag_embed(torch.full_like(points, _NARROW))
     rough = elbos(log_joint, Gaussians(points, scales), _noise(points, _ROUGH))
     promising = points[rough.argsort(descending=True)[:_NUM_MEAN_FIELDS]]
     fitted = mean_field(log_joint, promising)

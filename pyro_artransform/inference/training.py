@@ -61,7 +61,7 @@ class Training:
         self._average = self._snapshot()
         self._best = self._snapshot()
         self._best_loss = math.inf
-        self._before_tails: list[Tensor] = []
+        self._kept: dict[str, list[Tensor]] = {}
 
     @property
     def num_steps(self) -> int:
@@ -136,12 +136,21 @@ class Training:
             # a young average forgets its start faster
             weight = max(_AVERAGE_WEIGHT, 1 / (self.num_steps + 1))
             torch._foreach_lerp_(self._average, trained, weight)
-        if self.num_steps == self.schedule.tail_start != self.schedule.end:
-            self._before_tails = self._snapshot()
+        self._keep_on_the_way()
         if self.num_steps % _BLOCK == 0:
             loss = statistics.fmean(self.losses[-_BLOCK:])
             if loss < self._best_loss:
                 self._best, self._best_loss = self._snapshot(), loss
+
+    def _keep_on_the_way(self) -> None:
+        """Keeps what later steps, which see the middle of a posterior better, may lose at its rim."""
+        schedule, step = self.schedule, self.num_steps
+        if schedule.decay_start is None or schedule.tail_start is None:
+            return
+        if step == schedule.decay_start + (schedule.tail_start - schedule.decay_start) // 3:
+            self._kept["averaged on the way"] = [value.clone() for value in self._average]
+        if step == schedule.tail_start != schedule.end:
+            self._kept["last before the tails"] = self._snapshot()
 
     def _snapshot(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters.values()]
@@ -160,8 +169,7 @@ class Training:
         found = {"last": self._snapshot()}
         if self.num_steps:
             found["averaged"] = self._average
-        if self._before_tails:
-            found["last before the tails"] = self._before_tails
+        found.update(self._kept)
         if math.isfinite(self._best_loss):
             found["best"] = self._best
         return found
@@ -176,7 +184,7 @@ class Training:
             "norms": list(self._norms),
             "average": [value.clone() for value in self._average],
             "best": [value.clone() for value in self._best],
-            "before_tails": [value.clone() for value in self._before_tails],
+            "kept": {name: [v.clone() for v in values] for name, values in self._kept.items()},
             "counts": [self.num_skipped, self._skips_in_a_row, self.num_gradients],
             "best_loss": self._best_loss,
             "culprits": dict(self.culprits),
@@ -198,7 +206,7 @@ class Training:
         self._norms = list(state["norms"])
         self._average = [value.clone() for value in state["average"]]
         self._best = [value.clone() for value in state["best"]]
-        self._before_tails = [value.clone() for value in state["before_tails"]]
+        self._kept = {name: [v.clone() for v in vs] for name, vs in state["kept"].items()}
         self.num_skipped, self._skips_in_a_row, self.num_gradients = state["counts"]
         self._best_loss = state["best_loss"]
         self.culprits = Counter(state["culprits"])

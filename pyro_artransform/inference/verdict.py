@@ -14,7 +14,7 @@ _GOOD_KHAT = 0.7
 # k-hat has no scale: a tail above all other weights by less than this share of their sum moves
 # nothing, whatever its index
 _SMALL_TAIL = 0.001
-_MAX_GAP = 0.15
+_MAX_GAP = 0.1
 _MAX_SE = 0.05
 _MAX_LOST = 0.05
 _MAX_SKIPPED = 0.1

@@ -12,10 +12,6 @@ from torch import Tensor
 from .base import ElementwiseTransform, Univariate, positive, soft_bound, unbind_params
 
 
-# how far a slope can fall beyond the first, the second and the later knots
-_FALL = (1.0, 0.2, 0.05)
-
-
 class HingedTransform(ElementwiseTransform):
     r"""
     Smooth hinges, one after the other, each of which changes the slope beyond its knot.
@@ -86,10 +82,6 @@ class Hinged(Univariate):
     There are two log-slopes for each knot; their bounds sum to 3. What Gaussian noise lacks of the
     shape of a marginal, such as the exponential tail of the logarithm of a scale, this has.
 
-    Away from the centre a slope can grow, but hardly fall: a negative parameter acts by a fifth
-    beyond the first knot and by a twentieth beyond the later ones. The ELBO likes to cut off a tail in
-    which the other coordinates are not right yet, and then no draw is left there to set them right.
-
     :param knots: Where the slopes change, positive or zero, mirrored to the left.
     :param float width: How smoothly.
     :raises ValueError: If there is no knot, a knot is negative, or ``width`` is not positive.
@@ -121,11 +113,8 @@ class Hinged(Univariate):
 
     def forward(self, params: Tensor) -> HingedTransform:
         self.check_params(params)
-        right, left = [], []
-        for k, log_slope in enumerate(unbind_params(soft_bound(params, self.bound))):
-            fall = _FALL[min(k // 2, len(_FALL) - 1)]
-            (left if k % 2 else right).append(torch.maximum(log_slope, fall * log_slope))
-        return HingedTransform(right, left, self.knots, self.width)
+        log_slopes = unbind_params(soft_bound(params, self.bound))
+        return HingedTransform(log_slopes[0::2], log_slopes[1::2], self.knots, self.width)
 
 
 def _known(total: Tensor | None) -> Tensor:

@@ -24,16 +24,12 @@ def test_sides_are_mirror_images():
     assert torch.allclose(right(x), -left(-x))
 
 
-def test_slopes_hardly_fall_further_out():
-    """A tail that the ELBO would cut off stays there to be learned from."""
+def test_the_slopes_of_all_knots_are_bounded_together():
     family = Hinged()
-    params = torch.full((1, family.num_params), -100.0)
-    x = torch.tensor([[-50.0], [0.0], [50.0]])
-    tails = family(params).call_and_ladj(x)[1]
-    # the inner knot may take away all of its bound, 1, the outer ones a fifth and a twentieth of it
-    assert torch.allclose(tails[[0, 2]], torch.tensor(-1.25), atol=1e-3)
-    up = family(-params).call_and_ladj(x)[1]
-    assert torch.allclose(up[[0, 2]], torch.tensor(3.0), atol=1e-2)
+    params = torch.full((1, family.num_params), 100.0)
+    x = torch.tensor([[-50.0], [50.0]])
+    assert torch.allclose(family(params).call_and_ladj(x)[1], torch.tensor(3.0), atol=1e-2)
+    assert torch.allclose(family(-params).call_and_ladj(x)[1], torch.tensor(-3.0), atol=2e-2)
 
 
 @pytest.mark.parametrize("knots", [[], [-1.0], [float("inf")]])
