@@ -13,7 +13,9 @@ from ..diagnostics import fit_tail
 from .training import Training
 
 _NUM_DRAWS = 5000
-# ELBOs as near to each other as this, in nats, are as good
+# weights with no larger k-hat have a variance, and then only the ELBO counts
+_GOOD_KHAT = 0.5
+# ELBOs as near to each other as this, in nats, are as good where k-hat is larger
 _AS_GOOD = 0.02
 
 
@@ -25,7 +27,7 @@ class _Score(NamedTuple):
 def keep_the_best(training: Training) -> str:
     """Leaves the parameters at the candidate with the largest ELBO on common noise.
 
-    Of candidates whose ELBOs are next to equal the one with the smallest k-hat is kept.
+    Where its k-hat is large, another one with a smaller k-hat is kept if its ELBO is next to equal.
 
     :param training: a training that is over.
     :return: the name of the candidate.
@@ -53,5 +55,4 @@ def _score(draws: Tensor, are_weights: bool) -> _Score:
 def _best(scores: dict[str, _Score]) -> str:
     highest = max(score.elbo for score in scores.values())
     as_good = [name for name, score in scores.items() if score.elbo >= highest - _AS_GOOD]
-    # in their order where neither says anything
-    return min(as_good, key=lambda name: (scores[name].khat, -scores[name].elbo))
+    return min(as_good, key=lambda name: (max(scores[name].khat, _GOOD_KHAT), -scores[name].elbo))

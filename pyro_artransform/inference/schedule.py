@@ -57,6 +57,11 @@ class Schedule:
         """Whether the step after so many steps is for the tails."""
         return self.tail_start is not None and step >= self.tail_start
 
+    def skip_tails(self) -> None:
+        """Ends before the steps for the tails, unless the number of steps was given."""
+        if self.reason in (PLATEAU, LIMIT):
+            self.end = self.tail_start
+
     def factor(self, step: int) -> float:
         """What to multiply the step size by.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diagnostics import fit_tail
 from .objectives import TAIL_PARTICLES, Objective
 from .optimisers import Optimiser
 from .schedule import Schedule
@@ -21,6 +22,9 @@ _AVERAGE_WEIGHT = 0.01
 _BLOCK = 50
 # in a row; a posterior that fails so often does not come right by itself
 _MAX_SKIPS = 100
+# weights with no larger k-hat have a variance: nothing is wrong with the tails
+_GOOD_KHAT = 0.5
+_NUM_DRAWS = 5000
 # naming a culprit runs the model again
 _MAX_NAMED = 20
 
@@ -150,6 +154,8 @@ class Training:
         if step == schedule.decay_start + (schedule.tail_start - schedule.decay_start) // 3:
             self._kept["averaged on the way"] = [value.clone() for value in self._average]
         if step == schedule.tail_start != schedule.end:
+            if fit_tail(self.objective.elbo_draws(_NUM_DRAWS)).khat <= _GOOD_KHAT:
+                schedule.skip_tails()
             self._kept["last before the tails"] = self._snapshot()
 
     def _snapshot(self) -> list[Tensor]:

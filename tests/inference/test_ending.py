@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from pyro_artransform.inference import ending
 from pyro_artransform.inference.ending import keep_the_best
 
 from .test_training import Bowl, run, training_of
@@ -59,3 +60,10 @@ def test_of_two_as_good_the_one_with_the_lighter_tail(has_weights):
 
 def test_without_a_step():
     assert keep_the_best(training_of(Bowl())) == "last"
+
+
+def test_a_small_khat_counts_only_where_it_is_needed():
+    score = ending._Score
+    scores = {"a": score(-1.0, 0.9), "b": score(-1.01, 0.6), "c": score(-1.5, 0.1)}
+    assert ending._best(scores) == "b"
+    assert ending._best({"a": score(-1.0, 0.45), "b": score(-1.01, 0.1)}) == "a"

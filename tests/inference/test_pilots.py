@@ -33,6 +33,9 @@ def test_where_large_steps_harm_small_ones_win():
         def loss(self, num_particles):
             return 1e6 * super().loss(num_particles)
 
+        def elbo_draws(self, count):
+            return 1e6 * super().elbo_draws(count)
+
     objective = Narrow()
     with torch.no_grad():
         objective.x.fill_(3.0)
@@ -59,7 +62,7 @@ def test_a_trial_that_fails_or_ends_nowhere_is_not_chosen(monkeypatch):
     class Fragile(Bowl):
         def loss(self, num_particles):
             # whoever has gone further than the smallest steps can
-            return super().loss(num_particles) + torch.where(self.x.max() > 0.15, torch.nan, 0.0)
+            return super().loss(num_particles) + torch.where(self.x.max() > 0.05, torch.nan, 0.0)
 
     best, _, _ = choose(Fragile())
     assert best == min(STEP_SIZES)
@@ -71,3 +74,15 @@ def test_all_fail():
     best, _, _ = choose(objective)
     assert best in STEP_SIZES
     assert torch.equal(objective.x, torch.zeros(4))
+
+
+def test_a_little_better_is_no_reason_for_a_small_step_size(monkeypatch):
+    """The trials are short, and the fit is long."""
+
+    class Shaky(Bowl):
+        def elbo_draws(self, count):
+            # the smaller the steps, the better by a little
+            return torch.full((8,), -0.1 * float(self.x.detach().abs().max()))
+
+    best, _, _ = choose(Shaky())
+    assert best == max(STEP_SIZES)

@@ -111,3 +111,17 @@ def test_state():
         second.observe(losses[:step])
     assert second.state() == whole.state()
     assert [second.factor(k) for k in range(taken)] == [whole.factor(k) for k in range(taken)]
+
+
+def test_tails_that_need_nothing_are_skipped_unless_steps_were_asked_for():
+    by_itself = Schedule(None, 100, has_tail_steps=True)
+    losses = []
+    while by_itself.end is None:
+        losses.append(0.0)
+        by_itself.observe(losses)
+    assert by_itself.tail_start < by_itself.end
+    by_itself.skip_tails()
+    assert by_itself.is_over(by_itself.tail_start)
+    asked = Schedule(100, 100, has_tail_steps=True)
+    asked.skip_tails()
+    assert asked.end == 100

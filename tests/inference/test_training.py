@@ -150,7 +150,7 @@ def test_candidates():
     assert set(training.candidates()) == {"last"}
     run(training)
     found = training.candidates()
-    assert set(found) == {"last", "averaged", "best"}
+    assert {"last", "averaged", "best"} <= set(found)
     for values in found.values():
         assert (values[0] - 3).abs().max() < 0.5
     training.set_parameters(found["averaged"])

@@ -1,0 +1,117 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Which flow a preset should have: `fit` with several of them on small posteriors of several kinds.
+
+    python benchmarks/flows.py [POSTERIOR ...] [--seeds 2]
+
+Prints for each posterior and flow the distance of the ELBO from the best log evidence that any of
+them has found (nats), k-hat, and seconds; medians over seeds, and the worst k-hat.
+"""
+
+import argparse
+import statistics
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from pyro_artransform import (
+    AutoAutoregressive,
+    fit,
+    hinged_marginals,
+    iaf,
+    spline_autoregressive,
+)
+from pyro_artransform.transforms import chain
+
+EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def centred() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(EFFECTS)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, ERRORS.double()), obs=EFFECTS.double())
+
+
+def noncentred() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(EFFECTS)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * z, ERRORS.double()), obs=EFFECTS.double())
+
+
+def regression() -> None:
+    """Ten observations: the posterior of the slopes has the tails of a Student's t."""
+    x = torch.linspace(-1, 1, 10)
+    y = 100 + 30 * x + 5 * torch.sin(7 * x)
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1000.0).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfCauchy(10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(beta[..., :1] + beta[..., 1:] * x, sigma), obs=y)
+
+
+def process() -> None:
+    """The length, the height and the noise of a Gaussian process with eight observations."""
+    x = torch.linspace(0, 10, 8)
+    y = torch.sin(x) + 0.3 * torch.cos(5 * x)
+    length = pyro.sample("length", dist.Gamma(5.0, 2.0))
+    height = pyro.sample("height", dist.HalfNormal(2.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    away = (x[:, None] - x) / length[..., None, None]
+    cov = height[..., None, None] ** 2 * torch.exp(-0.5 * away**2)
+    cov = cov + (noise[..., None, None] ** 2 + 1e-6) * torch.eye(len(x))
+    chol = torch.linalg.cholesky(cov)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=chol), obs=y)
+
+
+POSTERIORS = {f.__name__: f for f in (centred, noncentred, regression, process)}
+FLOWS = {
+    "3 affine": iaf,
+    "hinges, 3 affine (preset)": lambda d: chain([hinged_marginals(d), iaf(d)]),
+    "hinges, 2 affine": lambda d: chain([hinged_marginals(d), iaf(d, 2)]),
+    "2 splines": lambda d: chain(
+        [spline_autoregressive(d), spline_autoregressive(d, order=range(d - 1, -1, -1))]
+    ),
+}
+
+
+def run(posterior: str, flow: str, seed: int):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    model = POSTERIORS[posterior]
+    return fit(model, AutoAutoregressive(model, flow=FLOWS[flow]), progress=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("posteriors", nargs="*", default=list(POSTERIORS))
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    print("| posterior | flow | gap (nats) | k-hat | worst k-hat | steps | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for posterior in args.posteriors:
+        found = {flow: [run(posterior, flow, s) for s in range(args.seeds)] for flow in FLOWS}
+        evidence = max(r.log_evidence for rs in found.values() for r in rs)
+        for flow, results in found.items():
+            gap, khat, steps, seconds = (
+                statistics.median(values)
+                for values in zip(
+                    *((evidence - r.elbo, r.khat, r.num_steps, r.seconds) for r in results)
+                )
+            )
+            worst = max(r.khat for r in results)
+            print(
+                f"| {posterior} | {flow} | {gap:.4f} | {khat:.2f} | {worst:.2f} | {steps:.0f} "
+                f"| {seconds:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
