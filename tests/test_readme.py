@@ -4,10 +4,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pyro_artransform
 from pyro_artransform import transforms
 
 from .test_eight_schools import demo, elbos, run
@@ -21,25 +23,45 @@ TABLE = {name: (float(mean), float(error)) for name, mean, error in ROWS}
 COMMANDS = "\n".join(code for language, code in BLOCKS if language == "sh")
 
 
-def test_the_guide_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training is shortened."""
     monkeypatch.chdir(tmp_path)
     code = "\n".join(block for language, block in BLOCKS if language == "python")
-    shortened, count = re.subn(r"range\(\d[\d_]+\)", "range(5)", code)
-    assert count == 1
-    names: dict[str, object] = {}
+    short_fit = r"= fit(\1, num_steps=5, progress=False, seed=0)"
+    shortened, num_fits = re.subn(r"= fit\((.*?)\)", short_fit, code)
+    shortened, num_loops = re.subn(r"range\(\d[\d_]+\)", "range(5)", shortened)
+    assert (num_fits, num_loops) == (1, 1)
+    names: dict[str, Any] = {}
     exec(compile(shortened, "README.md", "exec"), names)
-    posterior = names["posterior"]
-    shapes = {site: tuple(value.shape) for site, value in posterior.items()}
-    assert shapes == {"mu": (1000,), "tau": (1000,), "theta": (1000, 8)}
-    assert all(torch.isfinite(value).all() for value in posterior.values())
+    assert names["result"].num_steps == 5
+    for draws, expected in (
+        ("posterior", {"mu": (1000,), "tau": (1000,), "theta": (1000, 8)}),
+        ("local_posterior", {"mean": (100,), "z": (100, 1000)}),
+    ):
+        posterior = names[draws]
+        assert {site: tuple(value.shape) for site, value in posterior.items()} == expected
+        assert all(torch.isfinite(value).all() for value in posterior.values())
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:inference|diagnostics)\.\w+)", README)))
+)
+def test_the_functions_are_there(name: str) -> None:
+    part, function = name.split(".")
+    assert function in getattr(pyro_artransform, part).__all__
+
+
+def test_the_plots_are_there() -> None:
+    (row,) = re.findall(r"`plots\.(plot_\w+(?:, plot_\w+)*)`", README)
+    assert set(row.split(", ")) == set(pyro_artransform.plots.__all__)
 
 
 def test_the_eight_schools_are_fitted_as_described() -> None:
     script = demo()
-    assert f"{script.NUM_PARTICLES} vectorised particles" in README
     assert f"from {script.NUM_DRAWS:,} draws" in README
     assert script.LOG_EVIDENCE == LOG_EVIDENCE
-    assert "2,000 steps" in README
+    (num_transforms,) = re.findall(r"`num_transforms=(\d)` for `AutoIAF`", README)
+    assert script.GUIDES["AutoIAF"].keywords == {"num_transforms": int(num_transforms)}
     assert list(TABLE) == list(script.GUIDES)
 
 

@@ -51,7 +51,9 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_the_promised_notebooks_are_there() -> None:
-    assert {"extending.ipynb", "svi_flow_guide.ipynb"} <= {path.name for path in NOTEBOOKS}
+    assert {"diagnosing.ipynb", "extending.ipynb", "svi_flow_guide.ipynb"} <= {
+        path.name for path in NOTEBOOKS
+    }
 
 
 @every_notebook

@@ -13,8 +13,8 @@ from ..diagnostics import fit_tail
 from .training import Training
 
 _NUM_DRAWS = 5000
-# weights with no larger k-hat have a variance, and then only the ELBO counts
-_GOOD_KHAT = 0.5
+# far enough from 0.5, above which weights have no variance: then only the ELBO counts
+_GOOD_KHAT = 0.4
 # ELBOs as near to each other as this, in nats, are as good where k-hat is larger
 _AS_GOOD = 0.02
 

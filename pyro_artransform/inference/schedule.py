@@ -14,7 +14,7 @@ _DECAY_SHARE = 0.6  # of the constant phase
 _MIN_DECAY, _MAX_DECAY = 400, 1500
 # an improvement from one window to the next that is too small to go on for, in nats
 _STILL = 0.004
-_NUM_TAIL_STEPS = 150
+_NUM_TAIL_STEPS = 100
 _TAIL_FACTOR = 0.2
 _STATE = ("decay_start", "tail_start", "end", "reason")
 

@@ -22,8 +22,8 @@ _AVERAGE_WEIGHT = 0.01
 _BLOCK = 50
 # in a row; a posterior that fails so often does not come right by itself
 _MAX_SKIPS = 100
-# weights with no larger k-hat have a variance: nothing is wrong with the tails
-_GOOD_KHAT = 0.5
+# far enough from 0.5, above which weights have no variance, for the noise of k-hat
+_GOOD_KHAT = 0.35
 _NUM_DRAWS = 5000
 # naming a culprit runs the model again
 _MAX_NAMED = 20
