@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import torch
 
+from .schedule import Schedule
 from .training import FitError, Training
 
 STEP_SIZES = (5e-3, 2e-3, 5e-4)
 _NUM_STEPS = 60
 _NUM_DRAWS = 1024
 # in nats
-_CLEARLY = 0.5
+_CLEARLY = 1.0
 
 
 def choose_step_size(new_training: Callable[[float], Training]) -> tuple[float, int]:
@@ -31,6 +32,8 @@ def choose_step_size(new_training: Callable[[float], Training]) -> tuple[float, 
     for step_size in STEP_SIZES:
         torch.set_rng_state(state)
         training = new_training(step_size)
+        # that of the fit may be over before the trial is
+        training.schedule = Schedule(None, 2 * _NUM_STEPS)
         before = training.candidates()["last"]
         scores[step_size] = _score(training)
         training.set_parameters(before)
