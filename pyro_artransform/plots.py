@@ -16,6 +16,7 @@ from .diagnostics import SBC, Importance, fit_tail, simultaneous_bands
 try:
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
+    from matplotlib.ticker import NullFormatter
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install pyro_artransform[plots]") from error
 
@@ -288,6 +289,7 @@ def _draw_tail(ax: Axes, ordered: Tensor, tail: Any, result: Importance) -> None
         quantiles = torch.special.expm1(-tail.khat * levels.log()) / tail.khat * tail.scale
         weights = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()
         ax.loglog(weights, shares[: tail.size], color=_ORANGE, linewidth=1.8, label="Pareto tail")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
     ax.legend(frameon=False)
 
 

@@ -17,7 +17,7 @@ from .test_eight_schools import demo, elbos, run
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-LOG_EVIDENCE = float(re.findall(r"log evidence, (-[\d.]+)\.", README)[0])
+LOG_EVIDENCE = float(re.findall(r"log\s+evidence, (-[\d.]+)\.", README)[0])
 ROWS = re.findall(r"^\| (?:Pyro's )?`(Auto\w+)` \| (-[\d.]+) \| ([\d.]+) \|$", README, re.M)
 TABLE = {name: (float(mean), float(error)) for name, mean, error in ROWS}
 COMMANDS = "\n".join(code for language, code in BLOCKS if language == "sh")

@@ -36,6 +36,7 @@ from .training import Training
 from .verdict import Facts, judge
 
 _NUM_SAMPLES = 10_000
+_NUM_NOISY_SAMPLES = 500
 _MAX_CONSTANT = {True: 2500, False: 4000}
 _CHECKPOINT_EVERY = 100
 
@@ -330,11 +331,12 @@ class _Fit:
 
     def _weigh(self) -> tuple[Tensor | None, Importance]:
         """Draws of the guide on the unconstrained space, where it has them, and their weights."""
-        chunks = list(
-            weighted_draws(
-                self._model, self._guide, _NUM_SAMPLES, self._args, self._kwargs, self._log_joint
-            )
+        # the weights of minibatches are noise, and draws for them come one at a time
+        count = _NUM_NOISY_SAMPLES if self._log_joint.is_subsampled else _NUM_SAMPLES
+        draws = weighted_draws(
+            self._model, self._guide, count, self._args, self._kwargs, self._log_joint
         )
+        chunks = list(draws)
         found = Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
         latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
         return (torch.cat(latents) if latents else None), found

@@ -81,9 +81,9 @@ def _about_weights(found: Importance) -> Iterator[str]:
     if found.khat > _GOOD_KHAT and _tail_share(found) > _SMALL_TAIL:
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {_GOOD_KHAT}: the posterior has "
-            "tails or corners that the guide does not reach. Use AutoIAF with more transforms, a "
-            "model without funnels (pyro.infer.reparam), or diagnostics.psis_resample for what "
-            "importance weights can mend"
+            "tails or corners that the guide does not reach. Use a flow guide if this one is a "
+            "Gaussian, a model without funnels (pyro.infer.reparam), or diagnostics.psis_resample "
+            "for what importance weights can mend"
         )
     if found.elbo_se > _MAX_SE:
         yield (
