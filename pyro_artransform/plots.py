@@ -108,7 +108,7 @@ def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     columns = {}
     for name, value in draws.items():
         indices = list(product(*map(range, value.shape[1:])))
-        flat = value.detach().cpu().reshape(len(value), len(indices))
+        flat = value.detach().to("cpu").reshape(len(value), len(indices))
         for index, column in zip(indices, flat.unbind(1)):
             position = f"[{', '.join(map(str, index))}]" if index else ""
             columns[name + position] = column
@@ -232,7 +232,7 @@ def plot_ranks(
     )
     ax.axhline(0, color=_GREY, linewidth=0.8)
     for colour, name in enumerate(names):
-        ranks = result.ranks[name].reshape(result.num_simulations, -1).cpu()
+        ranks = result.ranks[name].reshape(result.num_simulations, -1).to("cpu")
         below = (ranks[..., None] < points * (result.num_draws + 1) - 1e-6).double().mean(0)
         for i, line in enumerate(below - points):
             label = name if i == 0 else None

@@ -254,7 +254,7 @@ def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values
 def _rank(truth: Tensor, draws: Tensor) -> Tensor:
     """The number of draws below the truth; ties go either way by chance."""
     num_ties = (draws == truth).sum(0)
-    by_chance = torch.rand(num_ties.shape, device=num_ties.device) * (num_ties + 1)
+    by_chance = torch.rand_like(num_ties, dtype=torch.float64) * (num_ties + 1)
     return (draws < truth).sum(0) + by_chance.long().minimum(num_ties)
 
 

@@ -62,7 +62,11 @@ def _largest_rare(tails: Tensor, levels: Tensor, alpha: float) -> Tensor:
     candidates = candidates[candidates <= alpha] * _ABOVE_TIES
     found = candidates.new_tensor(-1.0)
     while len(candidates):
-        chosen = torch.linspace(0, len(candidates) - 1, _AT_A_TIME, device="cpu").long().unique()
+        chosen = (
+            torch.linspace(0, len(candidates) - 1, _AT_A_TIME, dtype=torch.float64, device="cpu")
+            .long()
+            .unique()
+        )
         rare = _probability_of_reaching(candidates[chosen], tails, levels) <= alpha
         num_rare = int(rare.sum())
         if not num_rare:

@@ -147,13 +147,13 @@ def _preset_flow(
     latent_dim: int,
 ) -> nn.Module:
     # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
-    noise = hinged_marginals(latent_dim)
     if latent_dim > 1:
         layers: Any = stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
-        return chain([noise, layers])
+        # in front of layers that are dear to draw from, the noise would slow plain SVI down
+        return chain([hinged_marginals(latent_dim), layers]) if stack is iaf else layers
     count = range(num_transforms)
     splines = [spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in count]
-    return chain([noise, *splines])
+    return chain([hinged_marginals(1), *splines])
 
 
 def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:

@@ -37,7 +37,7 @@ from .verdict import Facts, judge
 
 _NUM_SAMPLES = 10_000
 _NUM_NOISY_SAMPLES = 500
-_MAX_CONSTANT = {True: 2500, False: 4000}
+_MAX_CONSTANT = {True: 2000, False: 4000}
 _CHECKPOINT_EVERY = 100
 
 

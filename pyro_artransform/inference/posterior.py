@@ -231,7 +231,7 @@ def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int)
 
 
 def _numbers(value: Tensor) -> Any:
-    return value.detach().cpu().numpy()
+    return value.detach().to("cpu").numpy()
 
 
 def _arviz() -> Any:

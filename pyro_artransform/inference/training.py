@@ -186,7 +186,7 @@ class Training:
             "parameters": dict(zip(self.parameters, self._snapshot())),
             "optimiser": self.optimiser.state(),
             "schedule": self.schedule.state(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
             "norms": list(self._norms),
             "average": [value.clone() for value in self._average],
             "best": [value.clone() for value in self._best],

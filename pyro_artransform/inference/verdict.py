@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 from ..diagnostics import Importance, fit_tail
 from .crosscheck import SecondOpinion
 
@@ -100,7 +102,7 @@ def _about_weights(found: Importance) -> Iterator[str]:
 
 def _tail_share(found: Importance) -> float:
     """How much of the sum of the weights is above the cutoff of their tail, from 0 to 1."""
-    weights = found.log_weights.double().cpu().softmax(0)
+    weights = found.log_weights.to("cpu", torch.float64).softmax(0)
     cutoff = fit_tail(found.log_weights).log_cutoff - found.log_weights.double().logsumexp(0).item()
     return float((weights - math.exp(cutoff)).clamp_min(0).sum())
 

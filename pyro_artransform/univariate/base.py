@@ -30,42 +30,35 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     r"""
     Squashes the real line smoothly into ``(-bound, bound)``, with slope 1 at zero.
 
-    .. math:: b(x) = \frac{x}{(1 + (x / \text{bound})^4)^{1/4}}
+    .. math:: b(x) = \frac{x}{\sqrt{1 + (x / \text{bound})^2}}
 
-    Up to half of the bound this is the identity to within 2 %, so that a log-scale that is linear
-    in its context, as in a funnel, stays such. The gradient decays like ``|x|**-5`` and so is still
-    a positive number where that of a hyperbolic tangent has long been rounded to zero.
+    The gradient decays like ``|x|**-3`` and so is still a positive number where that of a
+    hyperbolic tangent has long been rounded to zero.
 
     :param Tensor x: A tensor of any shape.
     :param float bound: The largest absolute value, positive.
     :return: A tensor of the shape of ``x``; 0 at 0 exactly.
     """
     if not values_can_be_read():
-        # The same function with automatic derivatives, which are right to any order.
-        return _quotient(x, bound)
+        # The same function, in a form whose automatic derivatives are right to any order.
+        return torch.sin(torch.atan(x / bound)) * bound
     return _SoftBound.apply(x, bound) if torch.is_grad_enabled() else _quotient(x, bound)
 
 
 def _quotient(x: Tensor, bound: float) -> Tensor:
-    # further out the fourth power would overflow in float32, and nothing changes any more
-    x = x.clamp(-_FAR * bound, _FAR * bound)
-    return x * _fourth(x, bound).rsqrt().sqrt()
-
-
-def _fourth(x: Tensor, bound: float) -> Tensor:
-    """``1 + (x / bound)^4``."""
-    square = (x * (1 / bound)).square()
-    return torch.addcmul(square.new_ones(()), square, square)
-
-
-_FAR = 1e7
+    large = torch.finfo(x.dtype).max ** 0.4
+    x = x.clamp(-large, large)  # the square must not overflow
+    # numbers as arguments of a kernel are cheaper than as operands, which become tensors first
+    return torch.addcmul(x.new_ones(()), x, x, value=bound**-2).rsqrt_().mul_(x)
 
 
 class _SoftBound(torch.autograd.Function):
     """
     The quotient with its derivative in closed form.
 
-    The automatic derivative of the quotient is a difference of nearly equal numbers far out.
+    The automatic derivative of the quotient is a difference of nearly equal numbers: wrong by up
+    to 200 % in float32 for ``|x|`` up to 1e4 and bound 3, and zero further out. The sine of the arc
+    tangent has a good one, but takes eight times as long.
     """
 
     @staticmethod
@@ -77,9 +70,9 @@ class _SoftBound(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        far = _FAR * ctx.bound
-        root = _fourth(x.clamp(-far, far), ctx.bound).rsqrt()
-        return gradient * root * root * root.sqrt(), None
+        large = torch.finfo(x.dtype).max ** 0.3
+        slope = torch.rsqrt(1 + (x.clamp(-large, large) / ctx.bound) ** 2)
+        return gradient * slope**3, None
 
 
 def broadcast_error(names: str, shapes: list[torch.Size]) -> ValueError:

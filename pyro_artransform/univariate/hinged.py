@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .base import ElementwiseTransform, Univariate, positive, soft_bound, unbind_params
 
+# a slope moves a whole tail: at the pace of a network's weights it would be restless
+_PACE = 0.1
+
 
 class HingedTransform(ElementwiseTransform):
     r"""
@@ -113,7 +116,7 @@ class Hinged(Univariate):
 
     def forward(self, params: Tensor) -> HingedTransform:
         self.check_params(params)
-        log_slopes = unbind_params(soft_bound(params, self.bound))
+        log_slopes = unbind_params(soft_bound(_PACE * params, self.bound))
         return HingedTransform(log_slopes[0::2], log_slopes[1::2], self.knots, self.width)
 
 

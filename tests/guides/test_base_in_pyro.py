@@ -23,6 +23,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.infer.reparam import NeuTraReparam
 
+from pyro_artransform.conditioners import Conditioner
 from pyro_artransform.guides import AutoIAF, AutoMAF
 
 from . import models
@@ -189,14 +190,17 @@ def test_one_evaluation_of_each_network_in_a_step():
     guide = AutoIAF(models.regression, num_transforms=2, hidden_dims=8)
     guide(models.data())
     calls = []
-    for transform in guide.transform.transforms[0].transforms:
-        transform.meta.conditioner.register_forward_hook(lambda *_: calls.append(1))
+    conditioners = [part for part in guide.modules() if isinstance(part, Conditioner)]
+    for conditioner in conditioners:
+        conditioner.register_forward_hook(lambda *_: calls.append(1))
+    count = len(conditioners)
+    assert count == 3  # that of the noise, and one for each layer
     train(guide, 3)
-    assert len(calls) == 2 * 3
+    assert len(calls) == count * 3
     guide.rsample_and_log_prob(5)
-    assert len(calls) == 2 * 4
+    assert len(calls) == count * 4
     guide.sample_posterior(5)
-    assert len(calls) == 2 * 5
+    assert len(calls) == count * 5
 
 
 def test_no_growing_state():

@@ -3,6 +3,7 @@
 """Fits that are quick, for tests of what a fit does and not of how well it does it."""
 
 import importlib
+import signal
 
 import pytest
 
@@ -29,3 +30,11 @@ def quick(monkeypatch):
         module = importlib.import_module(f"pyro_artransform.inference.{name}")
         for constant, value in constants.items():
             monkeypatch.setattr(module, constant, value)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as Python has it, which a shell takes away from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

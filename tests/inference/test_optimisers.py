@@ -137,7 +137,7 @@ def test_own_adam_goes_on():
         torch.optim.Adam([torch.zeros(1, requires_grad=True)]),
         pyro.optim.multi.MixedMultiOptimizer([]),
     ],
-    ids=repr,
+    ids=lambda optim: type(optim).__name__,
 )
 def test_what_is_no_optimiser(optim):
     with pytest.raises(TypeError, match=r"optim: expected an optimiser of pyro\.optim, or"):

@@ -17,17 +17,17 @@ from pyro_artransform.univariate import (
 def test_soft_bound_is_the_quotient_of_its_formula():
     x = torch.linspace(-20, 20, 401, requires_grad=True)
     y = soft_bound(x, 3.0)
-    assert torch.allclose(y, x / (1 + (x / 3) ** 4) ** 0.25)
+    assert torch.allclose(y, x / torch.sqrt(1 + (x / 3) ** 2))
     (slope,) = torch.autograd.grad(y.sum(), x)
-    assert torch.allclose(slope, (1 + (x / 3) ** 4) ** -1.25)
+    assert torch.allclose(slope, (1 + (x / 3) ** 2) ** -1.5)
 
 
 @pytest.mark.parametrize("value", [1.0, 1e2, 1e4, -1e4, 1e5])
 def test_gradient_of_soft_bound_never_dies(value):
-    """F7. The automatic derivative of the quotient is zero where the terms of it cancel."""
+    """F7. The automatic derivative of the quotient is 8 % off at 1e4 and zero at 1e5."""
     x = torch.tensor(value, dtype=torch.float32, requires_grad=True)
     (slope,) = torch.autograd.grad(soft_bound(x, 3.0), x)
-    expected = torch.tensor((1 + (value / 3) ** 4) ** -1.25, dtype=torch.float32)
+    expected = torch.tensor((1 + (value / 3) ** 2) ** -1.5, dtype=torch.float32)
     assert torch.isclose(slope, expected, rtol=1e-3, atol=0.0)
 
 
