@@ -31,7 +31,8 @@ class FitResult:
     :param seconds: wall time of all of it.
     :param stopped_because: why the steps ended.
     :param start: where the fit started.
-    :param end: which parameters it ended with: the last ones, their average, or the best ones.
+    :param end: which parameters it ended with: the last ones, their average, the best ones, or
+        those that were kept on the way.
     :param step_size: the step size; ``None`` where the optimiser is the user's.
     :param culprits: the sites that made steps be skipped, with the number of times.
     :param one_at_a_time: why the model was run for one draw after the other; empty where it was not.
