@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from .counts import check_counts
 from .uniformity import uniformity_pvalue
 
 Values = dict[str, Tensor]
@@ -148,8 +149,8 @@ def sbc(
     1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
        Simpson, Vehtari, Gelman, 2018), https://arxiv.org/abs/1804.06788
     """
-    _check_count("num_simulations", num_simulations)
-    _check_count("num_draws", num_draws)
+    check_counts(num_simulations=num_simulations)
+    check_counts(num_draws=num_draws)
     if seed is not None:
         pyro.set_rng_seed(seed)
     names = _data_sites(model, args, kwargs, observed)
@@ -256,8 +257,3 @@ def _rank(truth: Tensor, draws: Tensor) -> Tensor:
     num_ties = (draws == truth).sum(0)
     by_chance = torch.rand_like(num_ties, dtype=torch.float64) * (num_ties + 1)
     return (draws < truth).sum(0) + by_chance.long().minimum(num_ties)
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {count!r}")

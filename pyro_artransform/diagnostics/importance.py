@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counts import check_counts
 from .psis import fit_tail, smooth_tail
 from .weights import Values, weighted_draws
 
@@ -122,7 +123,7 @@ def importance(
     1. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,
        2018), https://arxiv.org/abs/1802.02538
     """
-    _check_count("num_samples", num_samples)
+    check_counts(num_samples=num_samples)
     chunks = weighted_draws(model, guide, num_samples, args, kwargs)
     return Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
 
@@ -160,9 +161,9 @@ def psis_resample(
        in the Selection Algorithm (Baker, 1987); Monte Carlo Filter and Smoother for Non-Gaussian
        Nonlinear State Space Models (Kitagawa, 1996), https://doi.org/10.2307/1390750
     """
-    _check_count("n", n)
+    check_counts(n=n)
     num_proposals = max(10_000, 5 * n) if num_proposals is None else num_proposals
-    _check_count("num_proposals", num_proposals)
+    check_counts(num_proposals=num_proposals)
     chunks = list(weighted_draws(model, guide, num_proposals, args, kwargs))
     weights = torch.cat([chunk.log_weights for chunk in chunks])
     tail = fit_tail(weights)
@@ -218,8 +219,3 @@ def _word(khat: float) -> str:
     if khat <= 0.5:
         return "good"
     return "acceptable" if khat <= GOOD_KHAT else "bad"
-
-
-def _check_count(name: str, count: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {count!r}")

@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..joint import LogJoint
+from ..joint.runs import agree, is_subsampled, plate_nesting
 from ..joint.scoring import ScoredRun
 
 Model = Callable[..., Any]
@@ -134,17 +135,9 @@ def _needs_replay(guide_trace: poutine.Trace) -> bool:
     take over.
     """
     sites = _latent_sites(guide_trace).values()
-    if any(frame.full_size not in (None, frame.size) for frame in _frames(guide_trace)):
+    if is_subsampled(guide_trace):
         return True
     return any(site["fn"].support.is_discrete for site in sites)
-
-
-def _frames(trace: Any) -> Iterator[Any]:
-    return (frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ()))
-
-
-def _plate_nesting(trace: poutine.Trace) -> int:
-    return max((-frame.dim for frame in _frames(trace) if frame.vectorized), default=0)
 
 
 def _latent_sites(trace: poutine.Trace) -> dict[str, Any]:
@@ -180,7 +173,7 @@ class _Traced:
         self._run = lambda: guide(*args, **kwargs)
         self._log_joint = log_joint
         trace = _trace(self._run, (), {})
-        self._num_plates = max(log_joint.num_plates, _plate_nesting(trace))
+        self._num_plates = max(log_joint.num_plates, plate_nesting(trace))
         self._shapes = {name: site["value"].shape for name, site in _latent_sites(trace).items()}
         missing = sorted(log_joint.latents.sites.keys() - self._shapes.keys())
         if missing:
@@ -226,10 +219,9 @@ class _Traced:
         except Exception:  # whatever a guide raises for many draws says the same: not so
             return False
         expected = torch.stack([log_q for _, log_q in again])
-        tolerance = 1e-4 if log_q.dtype == torch.float32 else 1e-8
         same = {name: torch.stack([run[0][name] for run in again]) for name in values}
         return all(
-            torch.allclose(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
+            agree(found, wanted)
             for found, wanted in [(log_q, expected), *((values[k], same[k]) for k in values)]
         )
 

@@ -16,8 +16,10 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor, nn
 
 from ..diagnostics import Importance
+from ..diagnostics.counts import check_counts
 from ..diagnostics.weights import weighted_draws
 from ..joint import LogJoint
+from ..joint.runs import hidden_sites
 from . import checkpoint as files
 from .crosscheck import second_opinion
 from .ending import keep_the_best
@@ -26,7 +28,7 @@ from .interrupts import Interrupts
 from .newton import Modes
 from .objectives import Objective, PathObjective, PyroObjective, offers_protocol
 from .optimisers import Adam, users_optimiser
-from .options import check_counts, check_names, keyword_only
+from .options import check_names, keyword_only
 from .pilots import STEP_SIZES, choose_step_size
 from .progress import ProgressBar
 from .result import FitResult
@@ -369,7 +371,7 @@ def _load(guide: Any, state: Any) -> None:
 
 def _set_up(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Lets a guide learn the latents of its model, and enter its parameters into Pyro's store."""
-    with torch.no_grad(), pyro.poutine.block(hide_types=["sample", "observe"]):
+    with torch.no_grad(), hidden_sites():
         guide(*args, **kwargs)
 
 

@@ -14,6 +14,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
+from ..joint.runs import agree
+
 Values = dict[str, Tensor]
 
 _CHUNK = 1000
@@ -124,7 +126,7 @@ class Likelihood:
                 found = way(few)
             except Exception:  # whatever a model raises for many draws says the same: not so
                 continue
-            if all(_are_close(found[k], value) for k, value in expected.items()):
+            if all(agree(found[k], value) for k, value in expected.items()):
                 return name
         return "loop"
 
@@ -183,10 +185,3 @@ def _refuse_subsampling(frames: list[Any]) -> None:
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "
                 f"({frame.size} of {frame.full_size})"
             )
-
-
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    tolerance = 1e-4 if found.dtype == torch.float32 else 1e-8
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=tolerance, atol=tolerance, equal_nan=True
-    )

@@ -14,9 +14,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ..joint import LogJoint
+from ..joint.runs import hidden_sites, plate_nesting
 from ..joint.whole import WholeLatents
 
 Model = Callable[..., Any]
@@ -159,7 +161,8 @@ class PyroObjective:
         self._model, self._guide = WholeLatents()(model), guide
         self._arguments = arguments
         self._kind = TraceEnum_ELBO if log_joint.is_enumerated else Trace_ELBO
-        self._num_plates = self._plate_nesting()
+        with torch.no_grad():
+            self._num_plates = plate_nesting(*self._traces())
         self._elbos: dict[int, Any] = {}
         #: whether many particles are evaluated at once
         self.is_vectorized = True
@@ -221,12 +224,6 @@ class PyroObjective:
             replayed = poutine.replay(self._model, trace=guide_trace)
             return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
 
-    @torch.no_grad()
-    def _plate_nesting(self) -> int:
-        nodes: list[Any] = [node for trace in self._traces() for node in trace.nodes.values()]
-        frames = [frame for node in nodes for frame in node.get("cond_indep_stack", ())]
-        return max((-frame.dim for frame in frames if frame.vectorized), default=0)
-
     def _can_be_vectorized(self) -> bool:
         """Whether the mean over particles at once is that over particles in turn, but for noise."""
         with torch.random.fork_rng(devices=[]):
@@ -277,7 +274,7 @@ def _not_finite(trace: poutine.Trace) -> Iterator[str]:
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or not hasattr(node["fn"], "log_prob"):
             continue
-        if type(node["fn"]).__name__ == "_Subsample":
+        if site_is_subsample(node):
             continue
         if not bool(node["fn"].log_prob(node["value"]).isfinite().all()):
             yield name
@@ -289,7 +286,6 @@ def _quietly() -> Iterator[None]:
 
     The sites are hidden from handlers around the fit, the parameters not.
     """
-    hidden = poutine.block(hide_types=["sample", "observe"])
-    with hidden, pyro.validation_enabled(False), warnings.catch_warnings():
+    with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered ")
         yield

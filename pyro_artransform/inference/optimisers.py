@@ -146,7 +146,7 @@ def users_optimiser(optim: Any, parameters: Sequence[Tensor]) -> Optimiser:
         raise TypeError("optim: expected a scheduler that needs no loss, got ReduceLROnPlateau")
     if isinstance(optim, PyroOptim):
         return PyroOptimiser(optim, parameters)
-    made = optim(list(parameters)) if isinstance(optim, Callable) else None  # type: ignore[arg-type]
+    made = optim(list(parameters)) if callable(optim) else None
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
             "optim: expected an optimiser of pyro.optim, or a function of a list of parameters that "

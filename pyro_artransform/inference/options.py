@@ -48,14 +48,3 @@ def _free_names(model: Any) -> list[str]:
         return list(inspect.signature(getattr(model, "forward", model)).parameters)
     except (TypeError, ValueError):  # not every callable says what it takes
         return []
-
-
-def check_counts(**counts: Any) -> None:
-    """Checks numbers of steps and the like.
-
-    :param counts: the numbers by name.
-    :raises ValueError: if one is no positive integer.
-    """
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")

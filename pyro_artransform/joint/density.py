@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 
 from .enumeration import summed_out
 from .latents import Latents, is_enumerated
+from .runs import agree, hidden_sites, is_subsampled, plate_nesting
 from .scoring import ScoredRun
 from .whole import WholeLatents
 
@@ -68,8 +69,8 @@ class LogJoint:
         self._run = WholeLatents()(lambda: model(*args, **(kwargs or {})))
         trace = self._trace_of(init_loc_fn)
         self.latents = Latents(trace)
-        self.num_plates = _plate_nesting(trace)
-        self.is_subsampled = _is_subsampled(trace)
+        self.num_plates = plate_nesting(trace)
+        self.is_subsampled = is_subsampled(trace)
         self.is_enumerated = any(is_enumerated(node) for node in _sample_nodes(trace))
         #: "plate", "vmap" or "loop", and for a loop what the other ways failed of
         self.way, self.reason = self._choose_way()
@@ -127,7 +128,7 @@ class LogJoint:
     def _culprits_of(self, z: Tensor) -> list[str]:
         run = ScoredRun(self.latents.constrain(z))
         try:
-            with _hidden(), run:
+            with hidden_sites(), run:
                 self._run()
         except (torch.linalg.LinAlgError, ValueError) as error:
             return [f"the model itself ({error})"]
@@ -146,10 +147,10 @@ class LogJoint:
             # Pyro's variable elimination has no dimension for a plate of one
             return torch.stack([self._one(z[0])])
         if self.is_enumerated:
-            with _hidden(), pyro.plate(_PLATE, len(z), dim=dim):
+            with hidden_sites(), pyro.plate(_PLATE, len(z), dim=dim):
                 return ladj + self._summed_out(placed, _PLATE)
         run = ScoredRun(placed, keep_dim=dim)
-        with _hidden(), run, pyro.plate(_PLATE, len(z), dim=dim):
+        with hidden_sites(), run, pyro.plate(_PLATE, len(z), dim=dim):
             self._run()
         return sum(run.terms.values(), ladj)
 
@@ -176,10 +177,10 @@ class LogJoint:
     def _one(self, z: Tensor) -> Tensor:
         values, ladj = self.latents.constrain_with_ladj(z)
         if self.is_enumerated:
-            with _hidden():
+            with hidden_sites():
                 return ladj + self._summed_out(values, None)
         run = ScoredRun(values)
-        with _hidden(), run:
+        with hidden_sites(), run:
             self._run()
         return sum(run.terms.values(), ladj)
 
@@ -197,7 +198,7 @@ class LogJoint:
     # Set-up
 
     def _trace_of(self, init_loc_fn: Callable[..., Any]) -> poutine.Trace:
-        with _quietly(), torch.no_grad(), _hidden(), InitMessenger(_starting(init_loc_fn)):
+        with _quietly(), torch.no_grad(), hidden_sites(), InitMessenger(_starting(init_loc_fn)):
             trace: poutine.Trace = poutine.trace(self._run).get_trace()
         return trace
 
@@ -222,7 +223,7 @@ class LogJoint:
             found = self._reseeded(state, self._ways()[name], z)
         except Exception as error:  # whatever a model raises for many draws says the same: not so
             return f"{type(error).__name__}: {error}"
-        if found.shape != expected.shape or not _are_close(found, expected):
+        if not agree(found, expected):
             return "many draws at once give another log-density than one at a time"
         return ""
 
@@ -259,29 +260,7 @@ def _sample_nodes(trace: poutine.Trace) -> Iterator[Any]:
     return (node for node in trace.nodes.values() if node["type"] == "sample")
 
 
-def _frames(trace: poutine.Trace) -> Iterator[Any]:
-    return (frame for node in _sample_nodes(trace) for frame in node["cond_indep_stack"])
-
-
-def _plate_nesting(trace: poutine.Trace) -> int:
-    return max((-frame.dim for frame in _frames(trace) if frame.vectorized), default=0)
-
-
-def _is_subsampled(trace: poutine.Trace) -> bool:
-    return any(frame.full_size not in (None, frame.size) for frame in _frames(trace))
-
-
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    tolerance = 1e-4 if found.dtype == torch.float32 else 1e-8
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
 @contextmanager
 def _quietly() -> Iterator[None]:
     with pyro.validation_enabled(False):
         yield
-
-
-def _hidden() -> Any:
-    """Hides the sites of a run from handlers around it, its parameters not: they are trained."""
-    return poutine.block(hide_types=["sample", "observe"])
