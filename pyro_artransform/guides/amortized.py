@@ -3,8 +3,7 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -17,14 +16,15 @@ from . import default_flows, encoding, packing
 from .amortized_kept import KeptAmortized
 from .arguments import check_count, check_model, check_scale
 from .drawn import DrawnDistribution, PathDistribution
-from .elements import delta, from_values, split_globals, to_values
+from .elements import batch_shape_of, from_values, inside, sample_sites, split_globals, to_values
 from .factors import base_of, check_flows
-from .frames import check_plates, new_plate
-from .groups import Frame, Group
+from .frames import check_plates, check_same, check_table, new_plate
+from .groups import Frame
 from .hierarchy import Hierarchy
-from .structure import Site
 
 _CHUNK = 2**16
+# of the noise of the steps: it averages out sooner than a location comes from far away
+_AHEAD = 2.0
 
 Plates = dict[str, pyro.plate]
 Rows = dict[str, Tensor]
@@ -163,17 +163,17 @@ class AutoAmortized(KeptAmortized):
             known: Any = (layout, None, None, None, drawn)
             posterior = self._drawn(hierarchy, base, hierarchy.globals.transform, known)
             latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer=_auxiliary())
-            values.update(_sample_sites(split_globals(layout, latent), plates))
+            values.update(sample_sites(split_globals(layout, latent), plates))
         for k, (group, factor) in enumerate(zip(layout.groups, hierarchy.factors)):
-            row, rest = rows[group.name], hierarchy.rest(layout, group.parents, latent, drawn)
+            row, rest = rows[group.name], hierarchy.rest(layout, group, latent, drawn)
             batch = torch.broadcast_shapes(row.shape[:-1], *(part.shape[:-1] for part in rest))
             base = base_of(hierarchy.like, batch, factor.latent_dim)
             known = (layout, k, row.detach(), latent, drawn)
             posterior = self._drawn(hierarchy, base, factor.transform(row, rest), known)
             name = f"_{self._pyro_name}_{group.name}_latent"
-            with _inside(plates, group.dims):
+            with inside(plates, group.dims):
                 drawn[group.name] = pyro.sample(name, posterior, infer=_auxiliary())
-            values.update(_sample_sites(group.split(drawn[group.name]), plates))
+            values.update(sample_sites(group.split(drawn[group.name]), plates))
         return values
 
     def _drawn(
@@ -184,6 +184,8 @@ class AutoAmortized(KeptAmortized):
             return DrawnDistribution(base, transform, validate_args=False)
         posterior = PathDistribution(base, transform, validate_args=False)
         posterior.through = lambda *pair: hierarchy.at_fixed_parameters(*known, pair)
+        if known[1] is None and hierarchy.globals is not None:
+            posterior.location = hierarchy.globals.loc
         return posterior
 
     def _plates_for(
@@ -217,7 +219,7 @@ class AutoAmortized(KeptAmortized):
                 row = encoding.rows_of(group, found, feature_dim, sizes, full_sizes, indices)
                 rows[group.name] = row.to(hierarchy.like.dtype)
                 continue
-            _check_table(group, factor.table, full_sizes)
+            check_table(group, factor.table, full_sizes)
             chosen = {dim: indices[name] for name, dim in group.dims.items() if name in indices}
             rows[group.name] = factor.embeddings(chosen)
         return rows
@@ -233,6 +235,37 @@ class AutoAmortized(KeptAmortized):
         features = encoding.features_by_group(found, self._layout.groups)
         encoding.check_keys(features, encoded)
         return features
+
+    @torch.no_grad()
+    def start_near(self, values: Mapping[str, Any], share: float = 1.0) -> None:
+        """Starts near draws of the latents of a mini-batch, as the globals and an element vary in them.
+
+        The globals become a Gaussian of the draws' location and of their covariance times ``share``,
+        each element one that depends on them as the mean element does. The flows are left as
+        they are.
+
+        :param values: for each site a tensor of shape ``(n,) + site shape``, the locals of any
+            number of elements.
+        :param share: what part of all elements these are: the posterior given all is narrower.
+        :raises ValueError: if a site is missing or unknown, or a value has another shape.
+        """
+        shapes = {group.name: batch_shape_of(group, values) for group in self._layout.groups}
+        latent, drawn, _ = from_values(self._layout, values, shapes)
+        self._parts.start_near(self._layout, latent, drawn, share)
+
+    def step_units(self) -> dict[str, Tensor]:
+        """The size of an optimiser's unit step, for each parameter of which it is not one.
+
+        That of the globals' location is their scale, times the square root of how many mini-batches
+        there are: by so much the location that one of them asks for misses that of all.
+
+        :return: by the name of a parameter, a tensor of its shape.
+        """
+        if self._parts.globals is None:
+            return {}
+        ratio = max(frame.full_size / frame.size for frame in self._frames.values())
+        name, scale = self._parts.globals.location_and_scale()
+        return {f"transform.globals.{name}": _AHEAD * ratio**0.5 * scale}
 
     # Draws and densities
 
@@ -329,7 +362,7 @@ class AutoAmortized(KeptAmortized):
             else:
                 row = factor.embeddings({})
                 now = {name: row.shape[dim - 1] for name, dim in group.dims.items()}
-            _check_same(group, sizes, now)
+            check_same(group, sizes, now)
             sizes.update(now)
             rows[group.name] = row
         return rows
@@ -349,41 +382,3 @@ def _auxiliary() -> Any:
 def _is_partial(frame: Frame) -> bool:
     partial: bool = frame.size != frame.full_size
     return partial
-
-
-def _inside(plates: Plates, names: Iterable[str]) -> ExitStack:
-    """Some of the plates, to be entered together."""
-    stack = ExitStack()
-    for name in names:
-        stack.enter_context(plates[name])
-    return stack
-
-
-def _sample_sites(parts: Iterable[tuple[Site, Tensor]], plates: Plates) -> dict[str, Tensor]:
-    """The sample statements of sites at their unconstrained values."""
-    values = {}
-    for site, latent in parts:
-        with _inside(plates, [frame.name for frame in site["cond_indep_stack"]]):
-            values[site["name"]] = pyro.sample(site["name"], delta(site, latent))
-    return values
-
-
-def _check_table(group: Group, table: Tensor, full_sizes: Mapping[str, int]) -> None:
-    for name, dim in group.dims.items():
-        expected, got = table.shape[dim - 1], full_sizes[name]
-        if expected != got:
-            raise ValueError(
-                f"plate '{name}' around the sites {sorted(group.sites)} has another size than at the "
-                f"guide's set-up: expected {expected} elements, for which there are embeddings, got "
-                f"{got}. Make a new guide, or give it an encoder, which has features of any element"
-            )
-
-
-def _check_same(group: Group, sizes: Mapping[str, int], now: Mapping[str, int]) -> None:
-    for name in sizes.keys() & now.keys():
-        if sizes[name] != now[name]:
-            raise ValueError(
-                f"the elements of plate '{name}' have to be the same for all latents: expected "
-                f"{sizes[name]}, got {now[name]} for the sites {sorted(group.sites)}. Embeddings are "
-                "of all elements, and the features of a mini-batch are not"
-            )

@@ -3,10 +3,12 @@
 
 """Between the values of all sites and the latent vectors of globals and elements."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from math import prod
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -14,11 +16,12 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .arguments import to_tensor
-from .groups import Layout
+from .groups import Group, Layout
 from .packing import constrain, unconstrain, unconstrained_shape
 from .structure import Site, latent_site, latent_sites
 
 Values = dict[str, Tensor]
+Plates = dict[str, pyro.plate]
 
 
 def delta(site: Site, latent: Tensor) -> dist.Delta:
@@ -35,6 +38,34 @@ def delta(site: Site, latent: Tensor) -> dist.Delta:
     batch = value.shape[: value.dim() - event_dim]
     log_density = -ladj.reshape(batch + (-1,)).sum(-1)
     return dist.Delta(value, log_density=log_density, event_dim=event_dim)
+
+
+def inside(plates: Plates, names: Iterable[str]) -> ExitStack:
+    """Some of the plates, to be entered together."""
+    stack = ExitStack()
+    for name in names:
+        stack.enter_context(plates[name])
+    return stack
+
+
+def sample_sites(parts: Iterable[tuple[Site, Tensor]], plates: Plates) -> dict[str, Tensor]:
+    """The sample statements of sites at their unconstrained values."""
+    values = {}
+    for site, latent in parts:
+        with inside(plates, [frame.name for frame in site["cond_indep_stack"]]):
+            values[site["name"]] = pyro.sample(site["name"], delta(site, latent))
+    return values
+
+
+def batch_shape_of(group: Group, values: Mapping[str, Tensor]) -> torch.Size:
+    """The batch shape of the elements that there are values of.
+
+    :param group: a group of local latents.
+    :param values: for each site a tensor of shape ``(n,) + site shape``.
+    """
+    name, site = next(iter(group.sites.items()))
+    shape = values[name].shape
+    return shape[1 : len(shape) - site["fn"].event_dim]
 
 
 def split_globals(layout: Layout, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:

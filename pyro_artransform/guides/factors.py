@@ -49,6 +49,11 @@ class GlobalFactor(nn.Module):
         """The location, shape ``(D,)``."""
         return self._affine.loc
 
+    def location_and_scale(self) -> tuple[str, Tensor]:
+        """The name of the parameter that is the location, and the scale, shape ``(D,)``."""
+        last = len(self.transform.transforms) - 1
+        return f"transform.transforms.{last}.loc", self._affine.log_scale.detach().exp()
+
     @property
     def context_dim(self) -> int:
         """The number of what the locals see of the globals."""
@@ -69,6 +74,17 @@ class GlobalFactor(nn.Module):
         """
         deviation = (latent - self.loc) * (-self._affine.log_scale).exp()
         return deviation if self.summary is None else self.summary(deviation)
+
+    @torch.no_grad()
+    def start_near(self, latent: Tensor, share: float) -> None:
+        """Becomes a Gaussian of the location of draws, and of their covariance times a share.
+
+        :param latent: draws, shape ``(n, D)``.
+        :param share: the share.
+        """
+        loc = latent.mean(0)
+        tril = torch.linalg.cholesky(share * torch.atleast_2d(latent.T.cov()))
+        self._affine.set_(loc, tril if self._affine.lower is not None else tril.diagonal().diag())
 
 
 class GivenLocationScale(ElementwiseTransform):
@@ -189,6 +205,22 @@ class LocalFactor(nn.Module):
             rows = rows.index_select(dim - 1, index)
         selected: Tensor = rows
         return selected
+
+    @torch.no_grad()
+    def start_near(self, context: Tensor, elements: Tensor) -> None:
+        """Sets the location, the scale and the linear part so that they suit draws of elements.
+
+        :param context: what the elements see of the globals, shape ``(n, C)``.
+        :param elements: the draws, shape ``(n, elements, D)``.
+        """
+        loc, seen = elements.mean(0), slice(self.feature_dim, self.feature_dim + context.shape[-1])
+        centred = context - context.mean(0)
+        # the mean over elements first: their slopes are linear in it
+        slopes = torch.linalg.lstsq(centred, (elements - loc).mean(1)).solution
+        rest = elements - loc - (centred @ slopes)[:, None]
+        self.affine.linear.weight[:, seen] = slopes.T
+        self.affine.loc.copy_(loc.mean(0))
+        self.affine.log_scale.copy_(rest.square().mean((0, 1)).sqrt().log())
 
     def transform(self, row: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
         """From the base to the unconstrained space, for given elements.

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .groups import Frame, frames_of, plates_of
+from .groups import Frame, Group, frames_of, plates_of
 from .structure import Site, is_hidden, latent_sites
 
 # of a longer sequence the length and the first element have to do
@@ -176,4 +176,33 @@ def check_plates(plates: Mapping[str, pyro.plate], frames: Mapping[str, Frame]) 
             raise ValueError(
                 f"create_plates: expected plate '{name}' of (size, sub-sample size, dim) {expected}, "
                 f"as the model has it for these arguments, got {got}"
+            )
+
+
+def check_table(group: Group, table: Tensor, full_sizes: Mapping[str, int]) -> None:
+    """Refuses plates of another size than a table of embeddings has rows.
+
+    :raises ValueError: if there is one.
+    """
+    for name, dim in group.dims.items():
+        expected, got = table.shape[dim - 1], full_sizes[name]
+        if expected != got:
+            raise ValueError(
+                f"plate '{name}' around the sites {sorted(group.sites)} has another size than at the "
+                f"guide's set-up: expected {expected} elements, for which there are embeddings, got "
+                f"{got}. Make a new guide, or give it an encoder, which has features of any element"
+            )
+
+
+def check_same(group: Group, sizes: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Refuses other numbers of elements for one group of latents than for another.
+
+    :raises ValueError: if they differ.
+    """
+    for name in sizes.keys() & now.keys():
+        if sizes[name] != now[name]:
+            raise ValueError(
+                f"the elements of plate '{name}' have to be the same for all latents: expected "
+                f"{sizes[name]}, got {now[name]} for the sites {sorted(group.sites)}. Embeddings are "
+                "of all elements, and the features of a mini-batch are not"
             )

@@ -41,6 +41,11 @@ class Group(NamedTuple):
         return sum(unconstrained_shape(site).numel() for site in self.sites.values())
 
     @property
+    def num_elements(self) -> int:
+        """How many elements there are, those outside of the mini-batch included."""
+        return prod(f.full_size for f in next(iter(self.sites.values()))["cond_indep_stack"])
+
+    @property
     def batch_dims(self) -> int:
         """The number of batch dimensions, with those of size 1."""
         return -min(self.dims.values())

@@ -3,6 +3,7 @@
 
 """An amortised posterior on the unconstrained space: globals, then each group of locals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .factors import GlobalFactor, LocalFactor, base_of
-from .groups import Layout
+from .groups import Group, Layout
 
 Latents = dict[str, Tensor]
 
@@ -50,21 +51,26 @@ class Hierarchy(nn.Module):
         return self.factors[0].loc if self.globals is None else self.globals.loc
 
     def rest(
-        self, layout: Layout, parents: Sequence[str], latent: Tensor | None, drawn: Latents
+        self, layout: Layout, group: Group, latent: Tensor | None, drawn: Latents
     ) -> list[Tensor]:
         """What the locals of a group depend on besides the features of each element.
 
+        All elements together know the globals better than one of them does, by the square root of
+        their number: in units of what one knows, the globals move an element by a number of order
+        one. In larger units a first, random dependence on them would cost as much as all elements
+        together, and the globals would hide from it by becoming too narrow.
+
         :param layout: the layout of the latents.
-        :param parents: the names of the group's parents.
+        :param group: the group.
         :param latent: the globals, shape ``(*, D)``.
         :param drawn: the locals of the parents.
         :return: tensors of shape ``(*, C)``, whose batch shapes broadcast.
         """
         seen = []
         if self.globals is not None and latent is not None:
-            seen.append(self.globals.as_context(latent))
+            seen.append(self.globals.as_context(latent) / math.sqrt(group.num_elements))
         factors = {group.name: factor for group, factor in zip(layout.groups, self.factors)}
-        return seen + [drawn[name] - factors[name].loc for name in parents]
+        return seen + [drawn[name] - factors[name].loc for name in group.parents]
 
     def forward(
         self,
@@ -87,7 +93,7 @@ class Hierarchy(nn.Module):
         """
         transform: Any = None if self.globals is None else self.globals.transform
         if k is not None:
-            rest = self.rest(layout, layout.groups[k].parents, latent, drawn)
+            rest = self.rest(layout, layout.groups[k], latent, drawn)
             transform = self.factors[k].transform(row, rest)  # type: ignore[arg-type]
         x, ladj = transform.inverse_at(*pair)
         return _normal(x) + ladj
@@ -119,11 +125,30 @@ class Hierarchy(nn.Module):
             latent = self.globals.transform.call_and_ladj(x)[0]
         for group, factor in zip(layout.groups, self.factors):
             row = rows[group.name]
-            transform = factor.transform(row, self.rest(layout, group.parents, latent, drawn))
+            transform = factor.transform(row, self.rest(layout, group, latent, drawn))
             batch = torch.broadcast_shapes(lead, row.shape[:-1])
             x = base_of(self.like, batch, factor.latent_dim).sample()
             drawn[group.name] = transform.call_and_ladj(x)[0]
         return latent, drawn
+
+    def start_near(
+        self, layout: Layout, latent: Tensor | None, drawn: Latents, share: float
+    ) -> None:
+        """Sets locations and scales, and the linear dependence on the globals, by draws.
+
+        :param layout: the layout of the latents.
+        :param latent: draws of the globals, shape ``(n, 1, ..., D)``.
+        :param drawn: those of the locals, shape ``(n, 1, ...) + batch shape + (D,)``.
+        :param share: by what to multiply the covariance of the globals.
+        """
+        if self.globals is None or latent is None:
+            return
+        flat = latent.reshape(len(latent), -1)
+        self.globals.start_near(flat, share)
+        context = self.globals.as_context(flat)
+        for group, factor in zip(layout.groups, self.factors):
+            elements = drawn[group.name].reshape(len(flat), -1, factor.latent_dim)
+            factor.start_near(context / math.sqrt(group.num_elements), elements)
 
     def log_prob(
         self, layout: Layout, rows: Mapping[str, Tensor], latent: Tensor | None, drawn: Latents
@@ -141,7 +166,7 @@ class Hierarchy(nn.Module):
             x, ladj = self.globals.transform.inverse_and_ladj(latent)
             parts.append(_normal(x) + ladj)
         for group, factor in zip(layout.groups, self.factors):
-            rest = self.rest(layout, group.parents, latent, drawn)
+            rest = self.rest(layout, group, latent, drawn)
             x, ladj = factor.transform(rows[group.name], rest).inverse_and_ladj(drawn[group.name])
             parts.append(_normal(x) + ladj)
         return torch.stack([part.flatten(1).sum(-1) for part in parts]).sum(0)

@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoContinuous
 
-from pyro_artransform.guides import AutoAutoregressive, AutoIAF
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, drawn
 from pyro_artransform.transforms.chain import ComposedTransform
 
 from . import models
@@ -158,3 +158,15 @@ def test_the_posterior_is_never_out_of_date(through_data):
             (parameter.data if through_data else parameter).add_(0.1)
     assert torch.allclose(posterior.log_prob(draw), posterior.log_prob(draw.clone()))
     assert not torch.allclose(posterior.log_prob(draw), before)
+
+
+def test_mean_gradient_of_draws_goes_to_the_location_and_the_rest_to_the_scale():
+    x, forces = torch.randn(6, 1, 3), torch.randn(6, 1, 3)
+    loc, scale = (torch.ones(3, requires_grad=True) for _ in range(2))
+    value = drawn._moved_by(loc, loc + scale * x)
+    found = torch.autograd.grad((forces * value).sum(), (loc, scale))
+    assert torch.allclose(value, loc + scale * x)
+    assert torch.allclose(found[0], forces.sum((0, 1)))
+    # an estimate of a covariance from six pairs, times six
+    covariance = ((forces - forces.mean(0)) * (x - x.mean(0))).sum((0, 1)) * 6 / 5
+    assert torch.allclose(found[1], covariance)
