@@ -10,6 +10,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .gaussians import Gaussians
+from .newton import Modes
 
 _FORMAT = "pyro_artransform fit 1"
 
@@ -57,3 +61,37 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def packed(modes: Modes | None) -> list[Tensor] | None:
+    """Modes as tensors, which :func:`unpacked` turns back."""
+    return None if modes is None else [*modes.gaussians, modes.value, modes.converged]
+
+
+def unpacked(tensors: list[Tensor] | None) -> Modes | None:
+    """What :func:`packed` packed."""
+    if tensors is None:
+        return None
+    loc, scale_tril, value, converged = tensors
+    return Modes(Gaussians(loc, scale_tril), value, converged)
+
+
+def check_same(state: dict[str, Any], **options: Any) -> None:
+    """Checks that a fit goes on with the options of its checkpoint.
+
+    :raises ValueError: if it does not.
+    """
+    for name, value in options.items():
+        if value != state[name] and value is not None:
+            raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {value!r}")
+
+
+def load_guide(guide: Any, state: Any) -> None:
+    """Loads the state dict of a guide.
+
+    :raises ValueError: if it is of another one.
+    """
+    try:
+        guide.load_state_dict(state)
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"resume: expected a checkpoint of this guide, got: {error}") from error

@@ -48,8 +48,14 @@ class Objective(Protocol):
     def step_units(self) -> dict[str, Tensor]:
         """What to multiply the steps of some parameters by, by name."""
 
-    def elbo_draws(self, count: int) -> Tensor:
-        """Independent unbiased estimates of the ELBO, ``(n,)`` of them, from ``count`` draws."""
+    def elbo_draws(self, count: int, num_estimates: int = ...) -> Tensor:
+        """Independent unbiased estimates of the ELBO, ``(n,)`` of them, from ``count`` draws.
+
+        Where draws cannot be told apart, n is at most about ``num_estimates``.
+        """
+
+    def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Has other arguments of model and guide from now on, as those of another mini-batch."""
 
     def culprits(self) -> list[str]:
         """The sites that make the last loss other than finite, as far as it can be said."""
@@ -76,7 +82,7 @@ class PathObjective:
     """
 
     def __init__(self, log_joint: LogJoint, guide: Any) -> None:
-        self._log_joint = log_joint
+        self._of_any_batch = self._log_joint = log_joint
         self._guide = guide
         self._last = log_joint.latents.start[None]
 
@@ -127,11 +133,24 @@ class PathObjective:
         offered = getattr(self._guide, "step_units", dict)
         return {f"guide.{name}": unit for name, unit in offered().items()}
 
+    def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._log_joint = self._of_any_batch.at(args, kwargs)
+
     @torch.no_grad()
-    def elbo_draws(self, count: int) -> Tensor:
-        z, log_q = self._guide.rsample_and_log_prob(count)
-        values = [self._log_joint(chunk) for chunk in z.split(_CHUNK)]
-        return torch.cat(values) - log_q
+    def elbo_draws(self, count: int, num_estimates: int = 0) -> Tensor:
+        z, log_q = self.draws(count)
+        return self.log_density(z) - log_q
+
+    @torch.no_grad()
+    def draws(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draws of the guide and their log-densities, shapes ``(n, latent_dim)`` and ``(n,)``."""
+        found: tuple[Tensor, Tensor] = self._guide.rsample_and_log_prob(count)
+        return found
+
+    @torch.no_grad()
+    def log_density(self, z: Tensor) -> Tensor:
+        """The log joint density of draws, shape ``(n,)``."""
+        return torch.cat([self._log_joint(chunk) for chunk in z.split(_CHUNK)])
 
     def culprits(self) -> list[str]:
         if not bool(self._last.isfinite().all()):
@@ -140,10 +159,14 @@ class PathObjective:
 
 
 _CHUNK = 1024
+_NUM_ESTIMATES = 32
 
 
 class PyroObjective:
     """The ELBO by Pyro's estimators, for any guide.
+
+    A guide that has a path gradient of its own, by an attribute ``path`` that is true or false, is
+    asked for it.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -164,6 +187,8 @@ class PyroObjective:
         with torch.no_grad():
             self._num_plates = plate_nesting(*self._traces())
         self._elbos: dict[int, Any] = {}
+        #: by the name of a guide's parameter, its name in Pyro's store
+        self._names: dict[str, str] = {}
         #: whether many particles are evaluated at once
         self.is_vectorized = True
         # particles are a plate
@@ -177,7 +202,7 @@ class PyroObjective:
     def loss(self, num_particles: int) -> Tensor:
         args, kwargs = self._arguments
         elbo = self._elbo(num_particles)
-        with _quietly():
+        with _quietly(), _by_path(self._guide):
             loss: Tensor = elbo.differentiable_loss(self._model, self._guide, *args, **kwargs)
         return loss
 
@@ -185,10 +210,18 @@ class PyroObjective:
         return _captured(lambda: self._value(1))
 
     def step_units(self) -> dict[str, Tensor]:
-        return {}
+        guide: Any = self._guide
+        offered: dict[str, Tensor] = getattr(guide, "step_units", dict)()
+        if offered and not self._names:
+            own = {id(parameter): name for name, parameter in guide.named_parameters()}
+            self._names = {own.get(id(p), ""): name for name, p in self.parameters().items()}
+        return {self._names[name]: unit for name, unit in offered.items() if name in self._names}
 
-    def elbo_draws(self, count: int) -> Tensor:
-        batch = max(count // _NUM_ESTIMATES, 1)
+    def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._arguments = args, kwargs
+
+    def elbo_draws(self, count: int, num_estimates: int = _NUM_ESTIMATES) -> Tensor:
+        batch = max(count // num_estimates, 1)
         losses = [self._value(batch) for _ in range(max(count // batch, 1))]
         like = next(iter(self.parameters().values()))
         return -like.new_tensor(losses, dtype=torch.float64)
@@ -241,7 +274,20 @@ class PyroObjective:
 
 _NUM_CHECKED = 8
 _NUM_LOOKS = 16
-_NUM_ESTIMATES = 32
+
+
+@contextmanager
+def _by_path(guide: Any) -> Iterator[None]:
+    """With the path gradient of a guide that has one, and then as it was."""
+    before = getattr(guide, "path", None)
+    if not isinstance(before, bool):
+        yield
+        return
+    guide.path = True
+    try:
+        yield
+    finally:
+        guide.path = before
 
 
 def _captured(run: Callable[[], Any]) -> dict[str, Tensor]:

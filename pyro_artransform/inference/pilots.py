@@ -28,23 +28,26 @@ def choose_step_size(new_training: Callable[[float], Training]) -> tuple[float, 
     :return: the step size, and the number of steps that all trials took.
     """
     state = torch.get_rng_state()
-    scores = {}
+    scores, total = {}, 0
     for step_size in STEP_SIZES:
         torch.set_rng_state(state)
         training = new_training(step_size)
+        # a trial need not be longer than the fit
+        num_steps = min(_NUM_STEPS, training.schedule.end or _NUM_STEPS)
         # that of the fit may be over before the trial is
         training.schedule = Schedule(None, 2 * _NUM_STEPS)
         before = training.candidates()["last"]
-        scores[step_size] = _score(training)
+        scores[step_size] = _score(training, num_steps)
+        total += num_steps
         training.set_parameters(before)
     enough = max(scores.values()) - _CLEARLY
     best = next(step_size for step_size in STEP_SIZES if scores[step_size] >= enough)
-    return best, _NUM_STEPS * len(STEP_SIZES)
+    return best, total
 
 
-def _score(training: Training) -> float:
+def _score(training: Training, num_steps: int) -> float:
     try:
-        for _ in range(_NUM_STEPS):
+        for _ in range(num_steps):
             training.step()
     except FitError:
         return -math.inf

@@ -37,15 +37,27 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.set_description(what)
 
-    def update(self, losses: Sequence[float], total: int | None) -> None:
-        """Goes on to the number of losses, of so many in all if that is known."""
+    def update(
+        self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
+    ) -> None:
+        """Goes on to the number of losses, of so many in all if that is known.
+
+        :param losses: one for each step.
+        :param total: the number of steps in all.
+        :param epoch: which epoch that is, in words.
+        :param batch: where in it, in words.
+        """
         if self._bar is None:
             return
         if total is not None:
             self._bar.total = total
+        if epoch:
+            self._bar.set_description(epoch, refresh=False)
         recent = [loss for loss in losses[-_SHOWN:] if math.isfinite(loss)]
-        if recent:
-            self._bar.set_postfix_str(f"ELBO {-math.fsum(recent) / len(recent):.3f}", refresh=False)
+        elbo = f"ELBO {-math.fsum(recent) / len(recent):.3f}" if recent else ""
+        shown = ", ".join(filter(None, (batch, elbo)))
+        if shown:
+            self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(len(losses) - self._bar.n)
 
 

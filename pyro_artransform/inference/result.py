@@ -3,6 +3,7 @@
 
 """What a fit returns."""
 
+import math
 from dataclasses import dataclass, field
 from html import escape
 
@@ -12,6 +13,12 @@ from ..diagnostics import Importance
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult:
     """A verdict on a posterior, with the numbers that it rests on. The posterior itself is the guide.
+
+    After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
+    where the model scales its batches up, and otherwise that of a batch. Its standard error is from
+    the draws, and from the batches that the pass has left out. What rests on the weights of all
+    data, ``log_evidence``, ``khat`` and ``ess``, is ``nan`` unless the pass had all data, and a guide
+    with ``rsample_and_log_prob`` the same draws for all of them.
 
     :param elbo: the evidence lower bound in nats, from draws that were not trained on.
     :param elbo_se: its standard error.
@@ -65,11 +72,14 @@ class FitResult:
 
     def rows(self) -> dict[str, str]:
         """The numbers in words, by name."""
-        rows = {
-            "ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}",
-            "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
-            "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
-            "ESS": f"{self.ess:.0f} of {self.num_samples}",
+        rows = {"ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}"}
+        if not math.isnan(self.khat):
+            rows |= {
+                "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+                "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
+                "ESS": f"{self.ess:.0f} of {self.num_samples}",
+            }
+        rows |= {
             "steps": f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}",
             "start": self.start,
         }

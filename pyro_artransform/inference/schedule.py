@@ -12,6 +12,7 @@ _CONSTANT_SHARE = 0.4  # of a given number of steps
 _WINDOW = 300
 _DECAY_SHARE = 0.6  # of the constant phase
 _MIN_DECAY, _MAX_DECAY = 400, 1500
+_MIN_EPOCHS = 3  # in a window, and in the decay
 # an improvement from one window to the next that is too small to go on for, in nats
 _STILL = 0.004
 _NUM_TAIL_STEPS = 100
@@ -33,12 +34,20 @@ class Schedule:
     :param num_steps: the number of steps; by default the fit finds out itself.
     :param max_constant: the longest constant phase, where it does.
     :param has_tail_steps: whether there are steps for the tails.
+    :param epoch: the number of steps that see all data once: the schedule looks at whole epochs.
+    :param min_decay: the shortest time for the step size to go down.
     """
 
     def __init__(
-        self, num_steps: int | None, max_constant: int, has_tail_steps: bool = False
+        self,
+        num_steps: int | None,
+        max_constant: int,
+        has_tail_steps: bool = False,
+        epoch: int = 1,
+        min_decay: int = _MIN_DECAY,
     ) -> None:
-        self._max_constant = max_constant
+        self.max_constant = max_constant
+        self._epoch, self._min_decay = epoch, min_decay
         self._has_tail_steps = has_tail_steps
         self.decay_start: int | None = None
         self.tail_start: int | None = None
@@ -84,15 +93,23 @@ class Schedule:
 
         :param losses: one for each step, those of skipped steps not finite.
         """
-        step = len(losses)
-        if self.end is not None or step < 2 * _WINDOW or step % (_WINDOW // 6):
+        step, window = len(losses), self._whole(_WINDOW, _MIN_EPOCHS)
+        if self.end is not None or step < 2 * window or step % self._whole(_WINDOW // 6):
             return
-        is_still = _is_still(losses[-2 * _WINDOW : -_WINDOW], losses[-_WINDOW:])
-        if is_still or step >= self._max_constant:
-            decay = min(max(math.ceil(_DECAY_SHARE * step), _MIN_DECAY), _MAX_DECAY)
+        before, after = losses[-2 * window : -window], losses[-window:]
+        is_still = _is_still(_by_epoch(before, self._epoch), _by_epoch(after, self._epoch))
+        if is_still or step >= self.max_constant:
+            longest = max(_MAX_DECAY, self._whole(1, _MIN_EPOCHS))
+            decay = min(max(math.ceil(_DECAY_SHARE * step), self._min_decay), longest)
             tail = _NUM_TAIL_STEPS if self._has_tail_steps else 0
-            self._set_ends(step, step + decay, step + decay + tail)
+            self._set_ends(step, step + self._whole(decay), step + self._whole(decay) + tail)
             self.reason = PLATEAU if is_still else LIMIT
+
+    def _whole(self, steps: int, min_epochs: int = 1) -> int:
+        """At least so many steps that make whole epochs, and at least so many of them."""
+        if self._epoch == 1:
+            return steps
+        return self._epoch * max(math.ceil(steps / self._epoch), min_epochs)
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, as plain data."""
@@ -108,6 +125,14 @@ def _half_cosine(step: int, start: int, end: int) -> float:
     """One up to the start, then down to zero at the end."""
     share = max(step - start, 0) / max(end - start, 1)
     return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _by_epoch(losses: Sequence[float], epoch: int) -> list[float]:
+    """The mean of each epoch, in which the differences between batches are no noise."""
+    if epoch == 1:
+        return list(losses)
+    epochs = (losses[start : start + epoch] for start in range(0, len(losses), epoch))
+    return [_mean_and_variance(values)[0] for values in epochs]
 
 
 def _is_still(before: Sequence[float], after: Sequence[float]) -> bool:

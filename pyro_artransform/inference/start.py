@@ -74,6 +74,26 @@ def find_start(log_joint: LogJoint, model: Callable[[], Any], guide: Any) -> Sta
     return Start("the guide as it stood", own_elbo, modes)
 
 
+def best_gaussian(
+    log_joint: LogJoint, model: Callable[[], Any], home: Tensor, count: int
+) -> tuple[str, Gaussians, Modes | None] | None:
+    """The best of the Gaussians, by its ELBO.
+
+    :param log_joint: the log joint density of the model.
+    :param model: the model, with its arguments.
+    :param home: a point to look around, shape ``(latent_dim,)``.
+    :param count: from how many points to look.
+    :return: its name, itself as the only one of its kind, and the modes that were found on the way;
+        nothing if the density is not finite anywhere, or no ELBO is.
+    """
+    points = starting_points(log_joint, model, home, count)
+    if not len(points):
+        return None
+    candidates, modes = _gather(log_joint, points)
+    best, elbo = _best(log_joint, candidates)
+    return (best.names[0], best.gaussians, modes) if elbo > -torch.inf else None
+
+
 def _num_points(log_joint: LogJoint) -> int:
     return _NUM_POINTS_BY_LOOP if log_joint.way == "loop" else _NUM_POINTS
 

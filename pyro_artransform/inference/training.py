@@ -14,11 +14,11 @@ from torch import Tensor
 from ..diagnostics import fit_tail
 from .objectives import TAIL_PARTICLES, Objective
 from .optimisers import Optimiser
+from .pace import Pace
 from .schedule import Schedule
 
 _CLIP_WINDOW = 100
 _CLIP_FACTOR = 3.0
-_AVERAGE_WEIGHT = 0.01
 _BLOCK = 50
 # in a row; a posterior that fails so often does not come right by itself
 _MAX_SKIPS = 100
@@ -41,6 +41,7 @@ class Training:
     :param optimiser: takes the steps.
     :param schedule: says how large they are, and when to end.
     :param num_particles: draws for each step.
+    :param pace: says how far back the average of the parameters reaches; by default about 100 steps.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class Training:
         optimiser: Optimiser,
         schedule: Schedule,
         num_particles: int,
+        pace: Pace | None = None,
     ) -> None:
         self.objective, self.parameters = objective, parameters
         self.optimiser, self.schedule = optimiser, schedule
         self.num_particles = num_particles
+        self._pace = pace or Pace(schedule.max_constant)
         #: the loss of each step, not a finite number where the step was skipped
         self.losses: list[float] = []
         self.num_skipped = 0
@@ -137,8 +140,7 @@ class Training:
         """Keeps the running average, and the parameters after the best block of steps."""
         with torch.no_grad():
             trained = list(self.parameters.values())
-            # a young average forgets its start faster
-            weight = max(_AVERAGE_WEIGHT, 1 / (self.num_steps + 1))
+            weight = self._pace.average_weight(self.num_steps)
             torch._foreach_lerp_(self._average, trained, weight)
         self._keep_on_the_way()
         if self.num_steps % _BLOCK == 0:

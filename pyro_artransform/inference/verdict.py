@@ -11,6 +11,7 @@ import torch
 
 from ..diagnostics import Importance, fit_tail
 from .crosscheck import SecondOpinion
+from .minibatches import PassEstimate
 
 _GOOD_KHAT = 0.7
 # k-hat has no scale: a tail above all other weights by less than this share of their sum moves
@@ -53,10 +54,7 @@ def judge(importance: Importance, second: SecondOpinion | None, facts: Facts) ->
     """
     objections = [*_about_steps(facts)]
     if facts.is_point:
-        objections.append(
-            "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before "
-            "its laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
-        )
+        objections.append(_POINT)
     elif facts.is_subsampled:
         objections.append(
             "the model sub-samples its data, so that the numbers below rest on the noisy density of "
@@ -71,6 +69,47 @@ def judge(importance: Importance, second: SecondOpinion | None, facts: Facts) ->
     if objections:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
     return Verdict(True, _praise(importance, second))
+
+
+_POINT = (
+    "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
+    "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
+)
+
+
+def judge_minibatches(
+    found: PassEstimate, weights: Importance | None, is_of_all: bool, facts: Facts
+) -> Verdict:
+    """The verdict on a fit by mini-batches, of which nobody can say that it can be trusted.
+
+    :param found: the ELBO from one pass over the loader.
+    :param weights: the weights of the guide's draws with all data, where they are known.
+    :param is_of_all: whether each batch is scaled up to all data.
+    :param facts: what else is known of the fit.
+    """
+    objections = [*_about_steps(facts)]
+    if facts.is_point:
+        objections.append(_POINT)
+    elif weights is not None:
+        objections += _about_weights(weights)
+    of = "of all data" if is_of_all else "of a batch, on the average,"
+    known = (
+        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
+    )
+    if weights is not None:
+        objections.append(
+            f"{known}, and k-hat is {weights.khat:.2f} ± {weights.khat_se:.2f} by a pass over all of "
+            "them, but nobody has looked for mass elsewhere. On data that fit into memory fit "
+            "without a loader, which does"
+        )
+    else:
+        objections.append(
+            f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
+            "weights of mini-batches are noise. On data that fit into memory run "
+            "diagnostics.importance with all of them and a model that does not sub-sample; on "
+            "others, diagnostics.sbc with simulated data"
+        )
+    return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
 
 
 def _about_weights(found: Importance) -> Iterator[str]:

@@ -5,5 +5,7 @@
 
 from .density import LogJoint
 from .latents import Latents
+from .mean import MeanLogJoint
+from .outline import Outline
 
-__all__ = ["Latents", "LogJoint"]
+__all__ = ["Latents", "LogJoint", "MeanLogJoint", "Outline"]

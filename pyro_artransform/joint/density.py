@@ -3,6 +3,7 @@
 
 """The log joint density of a Pyro model as a function of many draws at once."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributions import biject_to
 
 from .enumeration import summed_out
 from .latents import Latents, is_enumerated
+from .outline import Outline, Outlines, outline_of
 from .runs import agree, hidden_sites, is_subsampled, plate_nesting
 from .scoring import ScoredRun
 from .whole import WholeLatents
@@ -66,8 +68,11 @@ class LogJoint:
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
     ) -> None:
-        self._run = WholeLatents()(lambda: model(*args, **(kwargs or {})))
-        trace = self._trace_of(init_loc_fn)
+        self._model, self._init_loc_fn = model, init_loc_fn
+        self._run = _bound(model, args, kwargs or {})
+        trace = self._trace_of(self._run)
+        self._outlines = Outlines()
+        self._outlines.keep(args, kwargs or {}, outline_of(trace))
         self.latents = Latents(trace)
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = is_subsampled(trace)
@@ -79,6 +84,36 @@ class LogJoint:
     def latent_dim(self) -> int:
         """The number of unconstrained coordinates."""
         return self.latents.latent_dim
+
+    def at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> "LogJoint":
+        """The log joint density of the same model for other arguments, as of another mini-batch.
+
+        It is evaluated in the same way, which is not chosen anew, so that this costs next to nothing.
+
+        :param args: the arguments.
+        :param kwargs: the keyword arguments.
+        :raises ValueError: if with these the model has other latents, or some of other shapes.
+        """
+        shapes = self.outline(args, kwargs).shapes
+        expected = {name: site.shape for name, site in self.latents.sites.items()}
+        if shapes != expected:
+            raise ValueError(
+                "the model has other latents with these arguments: expected the sites and shapes "
+                f"{_plain(expected)}, got {_plain(shapes)}. Latents of the elements of a mini-batch "
+                "need a guide that is told of the mini-batch, such as AutoAmortized"
+            )
+        other = copy.copy(self)
+        other._run = _bound(self._model, args, kwargs or {})
+        return other
+
+    def outline(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Outline:
+        """What a run with other arguments says of its sites; arguments of known shapes need no run.
+
+        :param args: the arguments.
+        :param kwargs: the keyword arguments.
+        """
+        run = _bound(self._model, args, kwargs or {})
+        return self._outlines.find(args, kwargs or {}, lambda: self._trace_of(run))
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log joint density of draws, NaN where the model fails.
@@ -197,9 +232,10 @@ class LogJoint:
 
     # Set-up
 
-    def _trace_of(self, init_loc_fn: Callable[..., Any]) -> poutine.Trace:
-        with _quietly(), torch.no_grad(), hidden_sites(), InitMessenger(_starting(init_loc_fn)):
-            trace: poutine.Trace = poutine.trace(self._run).get_trace()
+    def _trace_of(self, run: Callable[[], Any]) -> poutine.Trace:
+        starting = InitMessenger(_starting(self._init_loc_fn))
+        with _quietly(), torch.no_grad(), hidden_sites(), starting:
+            trace: poutine.Trace = poutine.trace(run).get_trace()
         return trace
 
     @torch.no_grad()
@@ -231,6 +267,17 @@ class LogJoint:
     def _reseeded(state: Tensor, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         torch.set_rng_state(state)
         return function(z)
+
+
+def _bound(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Callable[[], Any]:
+    run: Callable[[], Any] = WholeLatents()(lambda: model(*args, **kwargs))
+    return run
+
+
+def _plain(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _starting(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:

@@ -8,7 +8,8 @@ import signal
 import pytest
 
 FEWER = {
-    "fit": {"_NUM_SAMPLES": 500},
+    "conclusion": {"_NUM_SAMPLES": 500},
+    "minibatches": {"_NUM_DRAWS": 100, "_SHARE_OF_DRAWS": 1},
     "start": {"_NUM_POINTS": 4, "_NUM_POINTS_BY_LOOP": 3, "_NUM_MEAN_FIELDS": 1, "_FINE": 128},
     "meanfield": {"_NUM_STEPS": 20},
     "newton": {"_MAX_STEPS": 6},

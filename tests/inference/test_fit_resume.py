@@ -204,7 +204,7 @@ from pyro_artransform import fit
 from pyro_artransform.inference.checkpoint import read
 from tests.inference import models
 
-importlib.import_module("pyro_artransform.inference.fit")._CHECKPOINT_EVERY = 1
+importlib.import_module("pyro_artransform.inference.fitting")._CHECKPOINT_EVERY = 1
 torch.set_num_threads(1)
 path = sys.argv[1]
 model = models.location

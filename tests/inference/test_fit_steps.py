@@ -41,7 +41,7 @@ def soon(monkeypatch):
         ("_NUM_TAIL_STEPS", 5),
     ):
         monkeypatch.setattr(module, name, value)
-    module = importlib.import_module("pyro_artransform.inference.fit")
+    module = importlib.import_module("pyro_artransform.inference.pace")
     monkeypatch.setattr(module, "_MAX_CONSTANT", {True: 90, False: 90})
 
 
@@ -117,7 +117,7 @@ def test_second_interrupt():
 
 
 def test_interrupt_before_the_first_step(monkeypatch):
-    module = importlib.import_module("pyro_artransform.inference.fit")
+    module = importlib.import_module("pyro_artransform.inference.fitting")
 
     def interrupted(new_training):
         signal.raise_signal(signal.SIGINT)

@@ -32,6 +32,15 @@ def test_number_of_steps_may_be_open(tqdm, capsys):
     assert "2step" in capsys.readouterr().err
 
 
+def test_epochs(tqdm, capsys):
+    with ProgressBar(True) as bar:
+        bar.update([math.nan, 1.0], 10, "epoch 1/2", "batch 2/5")
+        bar._bar.refresh()
+    shown = capsys.readouterr().err
+    assert "epoch 1/2" in shown
+    assert "batch 2/5, ELBO -1.000" in shown
+
+
 def test_nothing_where_it_is_not_wanted(capsys):
     with ProgressBar(False) as bar:
         bar.say("fit")

@@ -125,3 +125,25 @@ def test_tails_that_need_nothing_are_skipped_unless_steps_were_asked_for():
     asked = Schedule(100, 100, has_tail_steps=True)
     asked.skip_tails()
     assert asked.end == 100
+
+
+def test_whole_epochs():
+    for epoch in (7, 250):
+        plan = Schedule(None, 100_000, epoch=epoch)
+        taken = steps(plan, noise(40_000))
+        assert taken == plan.end
+        assert not plan.decay_start % epoch
+        assert not plan.end % epoch
+        assert plan.decay_start >= 6 * epoch
+
+
+def test_differences_between_batches_are_no_noise():
+    """A slow improvement, under batches that differ by much more."""
+    batches = [100.0 * value for value in noise(50)]
+    losses = [batches[step % 50] - 0.01 * step for step in range(6000)]
+    plan = Schedule(None, 4000, epoch=50)
+    steps(plan, losses)
+    assert plan.reason == LIMIT
+    blind = Schedule(None, 4000)
+    steps(blind, losses)
+    assert blind.reason == PLATEAU
