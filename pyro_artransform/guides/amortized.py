@@ -257,15 +257,16 @@ class AutoAmortized(KeptAmortized):
         """The size of an optimiser's unit step, for each parameter of which it is not one.
 
         That of the globals' location is their scale, times the square root of how many mini-batches
-        there are: by so much the location that one of them asks for misses that of all.
+        there are: by so much the location that one of them asks for misses that of all. Their flow
+        goes slower by as much.
 
-        :return: by the name of a parameter, a tensor of its shape.
+        :return: by the name of a parameter, a tensor of its shape or a number as a tensor.
         """
         if self._parts.globals is None:
             return {}
         ratio = max(frame.full_size / frame.size for frame in self._frames.values())
-        name, scale = self._parts.globals.location_and_scale()
-        return {f"transform.globals.{name}": _AHEAD * ratio**0.5 * scale}
+        units = self._parts.globals.step_units(_AHEAD * ratio**0.5, ratio**-0.5)
+        return {f"transform.globals.{name}": unit for name, unit in units.items()}
 
     # Draws and densities
 

@@ -49,10 +49,22 @@ class GlobalFactor(nn.Module):
         """The location, shape ``(D,)``."""
         return self._affine.loc
 
-    def location_and_scale(self) -> tuple[str, Tensor]:
-        """The name of the parameter that is the location, and the scale, shape ``(D,)``."""
-        last = len(self.transform.transforms) - 1
-        return f"transform.transforms.{last}.loc", self._affine.log_scale.detach().exp()
+    def step_units(self, of_location: float, of_flow: float) -> dict[str, Tensor]:
+        """The sizes of an optimiser's unit steps, by the names of parameters.
+
+        :param of_location: that of the location, in units of the scale.
+        :param of_flow: that of all parameters of the flow.
+        """
+        scale = self._affine.log_scale.detach().exp()
+        *flows, affine = [
+            f"transform.transforms.{k}" for k in range(len(self.transform.transforms))
+        ]
+        units = {f"{affine}.loc": of_location * scale}
+        if of_flow != 1:
+            flow = scale.new_full((), of_flow)
+            named = (name for name, _ in self.named_parameters())
+            units.update({name: flow for name in named if name.startswith(tuple(flows))})
+        return units
 
     @property
     def context_dim(self) -> int:

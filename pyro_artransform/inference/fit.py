@@ -61,10 +61,12 @@ def fit(
     :param model: a Pyro model.
     :param guide: any Pyro guide of it. One that has the methods ``start_at(loc, scale_tril=None)``
         and ``rsample_and_log_prob(n, path=False)``, as those of this package have, is started and
-        trained through them. Where such a guide has ``step_units()``, it returns by the name of a
+        trained through them. Where a guide has ``step_units()``, it returns by the name of a
         parameter what to multiply its steps by. Any other guide that has an attribute ``path``,
         ``False`` or ``True``, has it true in each step, and then as it was: with it the gradient
-        of the guide's density flows through the draws only.
+        of the guide's density flows through the draws only. If it has ``start_near(values, share)``,
+        it is started by that, at draws of the best Gaussian of the latents of one mini-batch, which
+        is that share of all elements.
     :param args: the arguments of model and guide; none with a loader.
     :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
         finds out itself.

@@ -170,3 +170,18 @@ def test_mean_gradient_of_draws_goes_to_the_location_and_the_rest_to_the_scale()
     # an estimate of a covariance from six pairs, times six
     covariance = ((forces - forces.mean(0)) * (x - x.mean(0))).sum((0, 1)) * 6 / 5
     assert torch.allclose(found[1], covariance)
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 3), (3, 2, 1, 3), (4, 3)])
+def test_draws_in_pairs(shape):
+    x = torch.randn(shape)
+    pairs = drawn._in_pairs(x)
+    assert pairs.shape == x.shape
+    rows = pairs.reshape(-1, 3)
+    assert torch.equal(rows[: len(rows) // 2], x.reshape(-1, 3)[: len(rows) // 2])
+    assert torch.equal(rows[len(rows) // 2 :], -rows[: len(rows) // 2])
+
+
+def test_an_odd_number_of_draws_is_as_drawn():
+    x = torch.randn(5, 3)
+    assert torch.equal(drawn._in_pairs(x), x)

@@ -126,11 +126,23 @@ def test_a_guide_that_is_better_already_stays():
     assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
 
 
-def test_step_units_are_those_of_the_location():
+def test_step_units_of_globals_follow_the_noise_of_mini_batches():
     y = torch.randn(BATCH)
     guide, _ = started(hierarchy, y)
     objective = PyroObjective(hierarchy, guide, ((y,), {}), LogJoint(hierarchy, (y,)))
-    ((name, unit),) = objective.step_units().items()
+    trained, ratio = objective.parameters(), SIZE / BATCH
+    units = {id(trained[name]): unit for name, unit in objective.step_units().items()}
+    *flow, affine = guide.transform.globals.transform.transforms
+    scale = affine.log_scale.detach().exp()
+    assert torch.allclose(units.pop(id(affine.loc)), 2 * math.sqrt(ratio) * scale)
+    bent = [parameter for part in flow for parameter in part.parameters()]
+    assert units.keys() == {id(parameter) for parameter in bent}
+    assert all(unit == ratio**-0.5 for unit in units.values())
+
+
+def test_step_units_of_globals_that_see_all_data():
+    y = torch.randn(SIZE)
+    guide, _ = started(hierarchy, y)
+    objective = PyroObjective(hierarchy, guide, ((y,), {}), LogJoint(hierarchy, (y,)))
+    ((name, _),) = objective.step_units().items()
     assert objective.parameters()[name] is guide.transform.globals.loc
-    scale = guide.transform.globals.transform.transforms[-1].log_scale.detach().exp()
-    assert torch.allclose(unit, 2 * math.sqrt(SIZE / BATCH) * scale)

@@ -48,3 +48,8 @@ def test_noise_that_cancels_in_an_epoch_is_averaged_away():
     before, _ = averaged(Pace(1000), epochs)
     assert abs(found) < 0.05
     assert abs(found) < abs(before)
+
+
+def test_noise_has_time_to_average_out():
+    calm = pace_of(True, None, False).min_decay
+    assert min(pace_of(True, 10, True).min_decay, pace_of(False, None, True).min_decay) > 2 * calm

@@ -9,12 +9,12 @@ from pyro_artransform.inference.pilots import STEP_SIZES, choose_step_size
 from .test_training import Bowl, training_of
 
 
-def choose(objective):
+def choose(objective, num_steps=1000):
     sizes = []
 
     def new_training(step_size):
         sizes.append(step_size)
-        return training_of(objective, 1000, step_size)
+        return training_of(objective, num_steps, step_size)
 
     return *choose_step_size(new_training), sizes
 
@@ -26,6 +26,12 @@ def test_far_away_large_steps_win():
     assert sorted(sizes) == sorted(STEP_SIZES)
     assert count == objective.calls == pilots._NUM_STEPS * len(STEP_SIZES)
     assert torch.equal(objective.x, torch.zeros(4))
+
+
+def test_a_trial_is_no_longer_than_the_fit():
+    objective = Bowl()
+    _, count, sizes = choose(objective, 5)
+    assert count == objective.calls == 5 * len(sizes)
 
 
 def test_where_large_steps_harm_small_ones_win():
