@@ -4,7 +4,7 @@
 """When the step size goes down, and when a fit ends."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _WARM_UP = 20
@@ -12,6 +12,8 @@ _CONSTANT_SHARE = 0.4  # of a given number of steps
 _WINDOW = 300
 _DECAY_SHARE = 0.6  # of the constant phase
 _MIN_DECAY, _MAX_DECAY = 400, 1500
+# of a guide that is further from the evidence than this, in nats, small steps still make much
+_MUCH, _LONG_DECAY = 0.2, 3400
 _MIN_EPOCHS = 3  # in a window, and in the decay
 # an improvement from one window to the next that is too small to go on for, in nats
 _STILL = 0.004
@@ -88,10 +90,11 @@ class Schedule:
         """Whether so many steps are enough."""
         return self.end is not None and step >= self.end
 
-    def observe(self, losses: Sequence[float]) -> None:
+    def observe(self, losses: Sequence[float], gap: Callable[[], float]) -> None:
         """Looks at the losses so far, and ends the constant phase once they have stopped falling.
 
         :param losses: one for each step, those of skipped steps not finite.
+        :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
         """
         step, window = len(losses), self._whole(_WINDOW, _MIN_EPOCHS)
         if self.end is not None or step < 2 * window or step % self._whole(_WINDOW // 6):
@@ -101,6 +104,7 @@ class Schedule:
         if is_still or step >= self.max_constant:
             longest = max(_MAX_DECAY, self._whole(1, _MIN_EPOCHS))
             decay = min(max(math.ceil(_DECAY_SHARE * step), self._min_decay), longest)
+            decay = max(decay, _LONG_DECAY) if gap() > _MUCH else decay
             tail = _NUM_TAIL_STEPS if self._has_tail_steps else 0
             self._set_ends(step, step + self._whole(decay), step + self._whole(decay) + tail)
             self.reason = PLATEAU if is_still else LIMIT

@@ -95,8 +95,15 @@ class Training:
             self._skip()
         self.losses.append(loss if math.isfinite(norm) else math.nan)
         self._remember()
-        self.schedule.observe(self.losses)
+        self.schedule.observe(self.losses, self._gap)
         return loss
+
+    def _gap(self) -> float:
+        """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
+        if not self.objective.has_weights:
+            return 0.0
+        draws = self.objective.elbo_draws(_NUM_DRAWS)
+        return (draws.logsumexp(0) - math.log(len(draws)) - draws.mean()).item()
 
     @torch.enable_grad()
     def _loss_and_gradients(self) -> tuple[float, list[Tensor | None]]:

@@ -14,12 +14,16 @@ def noise(n):
     return torch.randn(n, generator=torch.Generator().manual_seed(0)).tolist()
 
 
+def no_gap():
+    return 0.0
+
+
 def steps(plan, losses):
     """Shows losses to a schedule one by one, until it is over; returns how many that took."""
     for step in range(1, len(losses) + 1):
         if plan.is_over(step - 1):
             return step - 1
-        plan.observe(losses[:step])
+        plan.observe(losses[:step], no_gap)
     return len(losses)
 
 
@@ -69,6 +73,27 @@ def test_ends_where_nothing_moves():
     assert plan.factor(plan.end - 1) < 0.01
 
 
+def test_a_guide_far_from_the_evidence_gets_more_small_steps():
+    asked = []
+
+    def ends(gap):
+        def look():
+            asked.append(gap)
+            return gap
+
+        plan = Schedule(None, max_constant=100_000)
+        losses = noise(20_000)
+        for step in range(1, len(losses)):
+            plan.observe(losses[:step], look)
+        return plan.decay_start, plan.end
+
+    (start, near), (same, far) = ends(0.01), ends(0.5)
+    assert start == same
+    assert far - same >= 5 * (near - start)
+    # the look costs draws: one for each fit
+    assert asked == [0.01, 0.5]
+
+
 def test_goes_on_while_it_improves():
     falling = [x - 0.01 * step for step, x in enumerate(noise(5000))]
     plan = Schedule(None, max_constant=100_000)
@@ -104,11 +129,11 @@ def test_state():
     whole, first = Schedule(None, max_constant=900), Schedule(None, max_constant=900)
     taken = steps(whole, losses)
     for step in range(1, taken // 2):
-        first.observe(losses[:step])
+        first.observe(losses[:step], no_gap)
     second = Schedule(None, max_constant=900)
     second.restore(first.state())
     for step in range(taken // 2, taken + 1):
-        second.observe(losses[:step])
+        second.observe(losses[:step], no_gap)
     assert second.state() == whole.state()
     assert [second.factor(k) for k in range(taken)] == [whole.factor(k) for k in range(taken)]
 
@@ -118,7 +143,7 @@ def test_tails_that_need_nothing_are_skipped_unless_steps_were_asked_for():
     losses = []
     while by_itself.end is None:
         losses.append(0.0)
-        by_itself.observe(losses)
+        by_itself.observe(losses, no_gap)
     assert by_itself.tail_start < by_itself.end
     by_itself.skip_tails()
     assert by_itself.is_over(by_itself.tail_start)

@@ -222,3 +222,17 @@ def test_state_of_other_parameters():
 
     with pytest.raises(ValueError, match="checkpoint: expected the parameters"):
         training_of(Bowl()).restore(training_of(Other()).state())
+
+
+def test_gap_to_the_evidence():
+    class Weighted(Bowl):
+        has_weights = True
+
+        def elbo_draws(self, count):
+            # log weights of a Gaussian: their mean is half the variance below the evidence
+            return -7.0 + 0.8 * torch.randn(count)
+
+    torch.manual_seed(0)
+    # the standard error is 0.8 / sqrt(5000), and that of the evidence about as large
+    assert abs(training_of(Weighted())._gap() - 0.32) < 0.06
+    assert training_of(Bowl())._gap() == 0.0
