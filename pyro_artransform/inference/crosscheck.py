@@ -182,7 +182,10 @@ def _heavy_tailed(log_joint: LogJoint, around: Gaussians, known: Known | None) -
     noise = torch.randn_like(mixture.loc[which])
     gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], _DEGREES)).sample()
     noise = noise * (_DEGREES / gamma).sqrt()
-    draws = mixture.loc[which] + (mixture.scale_tril[which] @ noise[..., None])[..., 0]
+    draws = mixture.loc[which]
+    for k, scale_tril in enumerate(mixture.scale_tril):
+        # a scale for each draw would take their number times D^2 of memory
+        draws[which == k] += noise[which == k] @ scale_tril.mT
     log_q = (_student_log_probs(mixture, draws) + shares.log()[:, None]).logsumexp(0)
     return Importance.from_log_weights(evaluated(log_joint, draws) - log_q)
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference.crosscheck import second_opinion
+from pyro_artransform.inference import crosscheck
+from pyro_artransform.inference.crosscheck import Known, second_opinion
+from pyro_artransform.inference.gaussians import Gaussians
 from pyro_artransform.inference.newton import climb
 from pyro_artransform.joint import LogJoint
 
@@ -141,3 +143,30 @@ def test_dtype(dtype):
 
     found = opinion(model, torch.randn(2000, 2, dtype=dtype))
     assert abs(found.log_evidence) < 0.1
+
+
+def test_thousands_of_latents_fit_into_memory():
+    """As of all elements of an amortised guide: a matrix for each draw would take 32 GB."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2000), 1.0).to_event(1))
+
+    log_joint = LogJoint(model)
+    around = Gaussians(torch.zeros(1, 2000), torch.eye(2000)[None])
+    found = crosscheck._heavy_tailed(log_joint, around, None)
+    assert math.isfinite(found.log_evidence)
+
+
+def test_draws_around_each_gaussian_have_its_shape():
+    """An evidence is right only if the draws are of the density that they are weighed by."""
+
+    def model():
+        cov = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+        pyro.sample("z", dist.MultivariateNormal(torch.tensor([3.0, -2.0]), cov))
+
+    loc = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
+    tril = torch.tensor([[[1.0, 0.0], [-0.5, 2.0]], [[1.0, 0.0], [0.9, 0.6]]])
+    known = Known(Gaussians(loc[1:], tril[1:]), torch.zeros(1))
+    found = crosscheck._heavy_tailed(LogJoint(model), Gaussians(loc[:1], tril[:1]), known)
+    # its standard error is below 0.01
+    assert abs(found.log_evidence) < 0.05
