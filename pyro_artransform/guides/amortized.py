@@ -101,8 +101,9 @@ class AutoAmortized(KeptAmortized):
     """
 
     #: Whether the density of the guide's draws has a gradient by the draws only, and not by its own
-    #: parameters. For an ELBO its expectation is the same and its variance lower: at the exact
-    #: posterior of an element, none. It takes one more evaluation of each network. Other
+    #: parameters. Its variance is lower: at the exact posterior of an element, none. Of several
+    #: particles the mean gradient moves the location of the globals alone, and vanishes with it, so
+    #: that an ELBO has the same optima. It takes one more evaluation of each network. Other
     #: objectives, such as ``RenyiELBO``, need it to be false.
     path = False
 

@@ -91,27 +91,45 @@ class PathDistribution(DrawnDistribution):
         return drawn
 
 
+def _are_paired(count: int) -> bool:
+    """Whether so many draws are made as mirror images: a single pair has no spread but its own."""
+    return count % 2 == 0 and count > 2
+
+
 def _in_pairs(x: Tensor) -> Tensor:
-    """Draws of which each has its mirror image beside it, where their number is even.
+    """Draws of which each has its mirror image beside it, where their number allows.
 
     What bends the mean of the draws by a curve of the transform is then free of noise as far as the
     density is a Gaussian, and the location need not run after it.
     """
     count = x.shape[:-1].numel()
-    if count % 2:
+    if not _are_paired(count):
         return x
     half = x.reshape(count, -1)[: count // 2]
     return torch.cat([half, -half]).reshape(x.shape)
 
 
 def _moved_by(location: Tensor, value: Tensor) -> Tensor:
-    """Draws whose mean gradient goes to the location; of a single draw, the draw itself."""
+    """Draws, in pairs, whose mean gradient goes to the location; of a single draw, the draw itself."""
     count = value.shape[:-1].numel()
     if count == 1 or not value.requires_grad:
         return value
     rows = value.reshape(count, -1)
-    rows.register_hook(lambda grad: (grad - grad.mean(0)) * (count / (count - 1)))
+    rows.register_hook(_without_mean)
     return rows.reshape(value.shape) + (location - location.detach())
+
+
+def _without_mean(grad: Tensor) -> Tensor:
+    """Gradients of draws without their mean, times what makes estimates of covariances unbiased.
+
+    Of pairs only the even part has a mean, and there are half as many independent ones of it.
+    """
+    if not _are_paired(len(grad)):
+        return (grad - grad.mean(0)) * (len(grad) / (len(grad) - 1))
+    one, other = grad.chunk(2)
+    odd, even, pairs = (one - other) / 2, (one + other) / 2, len(one)
+    even = (even - even.mean(0)) * (pairs / (pairs - 1))
+    return torch.cat([even + odd, even - odd])
 
 
 def _is_as_drawn(draw: _Draw) -> bool:

@@ -3,7 +3,7 @@
 
 """Where a fit starts whose guide knows the elements of plates by a mini-batch only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,16 +30,29 @@ class SharedPrior(LogJoint):
 
     :param log_joint: the log joint density of the model.
     :param share: what part of all data the mini-batch is.
+    :param elements: the names of the latents of its elements.
     """
 
-    def __init__(self, log_joint: LogJoint, share: float) -> None:
+    def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
         self.__dict__.update(log_joint.__dict__)
         self._scaled, self._share = log_joint, share
+        sites = [self.latents.sites[name] for name in elements]
+        self._bent = [site for site in sites if not site.is_free]
         self._state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
         with self._fixed():
-            return self._share * self._scaled(z)
+            # the Jacobian of an element is not scaled up as its density is
+            return self._share * self._scaled(z) + (1 - self._share) * self._ladj(z)
+
+    def _ladj(self, z: Tensor) -> Tensor:
+        """The log-determinants of the ways to the values of the elements."""
+        parts, total = self.latents.split(z), z.new_zeros(z.shape[:-1])
+        for site in self._bent:
+            part = parts[site.name]
+            ladj = site.bijection.log_abs_det_jacobian(part, site.bijection(part))
+            total = total + ladj.reshape((*z.shape[:-1], -1)).sum(-1)
+        return total
 
     def _fixed(self) -> AbstractContextManager[Any]:
         return _Reseeded(self._state) if self.is_subsampled else nullcontext()
@@ -78,7 +91,8 @@ def find_batch_start(
     as_it_stands = Start("the guide as it stood", float("nan"), None)
     if not outline.globals or log_joint.latent_dim > _MOST_LATENTS or log_joint.way == "loop":
         return as_it_stands
-    density = SharedPrior(log_joint, 1 / outline.scale)
+    elements = log_joint.latents.sites.keys() - set(outline.globals)
+    density = SharedPrior(log_joint, 1 / outline.scale, elements)
     home = log_joint.latents.start
     found = best_gaussian(density, lambda: model(*batch[0], **batch[1]), home, _NUM_POINTS)
     if found is None:
@@ -86,8 +100,11 @@ def find_batch_start(
     name, gaussians, modes = found
     before = _compared(elbo_draws)
     kept = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    guide.start_near(log_joint.constrain(_drawn(gaussians)), 1 / outline.scale)
-    after = _compared(elbo_draws)
+    try:
+        guide.start_near(log_joint.constrain(_drawn(gaussians)), 1 / outline.scale)
+        after = _compared(elbo_draws)
+    except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
+        after = -torch.inf
     if after > before:
         return Start(name, after, modes if outline.scale == 1 else None)
     with torch.no_grad():

@@ -161,7 +161,19 @@ class Batches:
         """Whether an epoch is known to have each of its rows once."""
         sampler = self._sampler()
         drawn = isinstance(sampler, WeightedRandomSampler)
-        return self.can_go_on and not (drawn or getattr(sampler, "replacement", False))
+        drawn = drawn or getattr(sampler, "replacement", False)
+        return self.can_go_on and not (drawn or self._leaves_rows_out())
+
+    def _leaves_rows_out(self) -> bool:
+        """Whether some rows of the data are in no batch; a subset that the user chose is the data."""
+        sampler, batch_sampler = self._sampler(), getattr(self._loader, "batch_sampler", None)
+        if batch_sampler is None or not hasattr(sampler, "__len__"):
+            return False
+        is_subset = isinstance(sampler, SubsetRandomSampler)
+        if not is_subset and len(sampler) < len(self._loader.dataset):  # type: ignore[attr-defined]
+            return True
+        drops_last = getattr(batch_sampler, "drop_last", False)
+        return bool(drops_last and len(sampler) % batch_sampler.batch_size)
 
     def _generators(self) -> list[torch.Generator]:
         """The loader's own ones."""

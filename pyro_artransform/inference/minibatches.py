@@ -83,11 +83,11 @@ class MinibatchObjective:
         return self.loss(num_particles)
 
     def weight(self, batch: Batch) -> float:
-        """How many rows a batch has beside the largest, from 0 to 1; one where nothing is scaled.
+        """How many rows a batch has beside the largest of those held; one where nothing is scaled.
 
         :param batch: a batch.
         """
-        return min(self._least_scale / self._log_joint.outline(*batch).scale, 1.0)
+        return self._least_scale / self._log_joint.outline(*batch).scale
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._objective.see(args, kwargs)

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from pyro.infer.autoguide import AutoGuideList
+from pyro.infer.autoguide import AutoCallable, AutoGuideList
 
 from ..joint import LogJoint
 from ..joint.outline import Outline
@@ -39,7 +39,7 @@ def check_use(batches: Batches, guide: Any, log_joint: LogJoint, first: Batch) -
     :param first: any batch.
     :raises ValueError: if they are not.
     """
-    if batches.num_batches == 1:
+    if batches.num_batches == 1 and batches.is_partition:
         return
     outline = log_joint.outline(*first)
     _check_indices(guide, outline)
@@ -86,5 +86,7 @@ def _knows_no_batch(guide: Any) -> bool:
 
 def _is_stock(guide: Any) -> bool:
     """Whether a guide is one of Pyro's own that has parameters for each element of a plate."""
+    if isinstance(guide, AutoCallable):  # a function of the user's in an AutoGuideList
+        return False
     is_pyros = type(guide).__module__.startswith("pyro.infer.autoguide")
     return is_pyros and not getattr(guide, "amortized_plates", ())

@@ -3,6 +3,7 @@
 
 """What a run of a model says of its sites, for arguments that change from one mini-batch to the next."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ class Outline(NamedTuple):
     :param shapes: the shape of each continuous latent.
     :param globals: the names of those that are in no plate.
     :param in_part: the names of those in a plate that holds a part of its elements only.
-    :param scale: the largest number that a log-density is multiplied by: in a plate of 100 elements,
-        of which 20 are there, it is 5.
-    :param is_scaled: whether any log-density is multiplied by another number than one.
+    :param scale: the largest number that the log-density of data is multiplied by, beside that of
+        the latents in no plate: in a plate of 100 elements, of which 20 are there, it is 5.
+    :param is_scaled: whether it is another number than one.
     """
 
     shapes: dict[str, torch.Size]
@@ -41,13 +42,16 @@ def outline_of(trace: poutine.Trace) -> Outline:
     """
     sites: list[Any] = [node for node in trace.nodes.values() if _is_site(node)]
     latents = [node for node in sites if not node["is_observed"] and not is_enumerated(node)]
-    scales = [_largest(node["scale"]) for node in sites]
+    globals_ = [node for node in latents if not node["cond_indep_stack"]]
+    data = [node for node in sites if node["is_observed"]] or sites
+    common = max((_largest(node["scale"]) for node in globals_), default=1.0)
+    scale = max((_largest(node["scale"]) for node in data), default=1.0) / common
     return Outline(
         shapes={node["name"]: node["value"].shape for node in latents},
-        globals=[node["name"] for node in latents if not node["cond_indep_stack"]],
+        globals=[node["name"] for node in globals_],
         in_part=[node["name"] for node in latents if any(map(_is_part, node["cond_indep_stack"]))],
-        scale=max(scales, default=1.0),
-        is_scaled=any(scale != 1.0 for scale in scales),
+        scale=scale,
+        is_scaled=not math.isclose(scale, 1.0, rel_tol=1e-9),
     )
 
 
@@ -98,4 +102,4 @@ def _signature(value: Any) -> Any:
         return tuple((name, _signature(value[name])) for name in sorted(value, key=str))
     if isinstance(value, (tuple, list)):
         return tuple(map(_signature, value))
-    return value if isinstance(value, (int, str, type(None))) else type(value)
+    return value if isinstance(value, (int, float, str, type(None))) else type(value)

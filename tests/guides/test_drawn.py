@@ -160,16 +160,33 @@ def test_the_posterior_is_never_out_of_date(through_data):
     assert not torch.allclose(posterior.log_prob(draw), before)
 
 
-def test_mean_gradient_of_draws_goes_to_the_location_and_the_rest_to_the_scale():
-    x, forces = torch.randn(6, 1, 3), torch.randn(6, 1, 3)
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_mean_gradient_of_draws_goes_to_the_location_and_the_rest_to_the_scale(count):
+    x, forces = torch.randn(count, 1, 3), torch.randn(count, 1, 3)
     loc, scale = (torch.ones(3, requires_grad=True) for _ in range(2))
     value = drawn._moved_by(loc, loc + scale * x)
     found = torch.autograd.grad((forces * value).sum(), (loc, scale))
     assert torch.allclose(value, loc + scale * x)
     assert torch.allclose(found[0], forces.sum((0, 1)))
-    # an estimate of a covariance from six pairs, times six
-    covariance = ((forces - forces.mean(0)) * (x - x.mean(0))).sum((0, 1)) * 6 / 5
+    covariance = ((forces - forces.mean(0)) * (x - x.mean(0))).sum((0, 1)) * count / (count - 1)
     assert torch.allclose(found[1], covariance)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_gradient_of_scale_and_skew_is_unbiased(count):
+    """However few draws, in pairs or not: what is even in them counts as what is odd."""
+    loc, scale, skew = (torch.zeros(1, requires_grad=True) for _ in range(3))
+    found = []
+    for _ in range(4000):
+        x = drawn._in_pairs(torch.randn(count, 1))
+        value = drawn._moved_by(loc, loc + (1 + scale) * x + skew * (x**2 - 1))
+        found.append(
+            torch.stack(torch.autograd.grad((value**3 / 3 + value**2 / 2).mean(), (scale, skew)))
+        )
+    found = torch.stack(found)[..., 0]
+    error = found.std(0) / len(found) ** 0.5
+    # the covariances of the force, x + x^2, with x and with x^2 - 1
+    assert ((found.mean(0) - torch.tensor([1.0, 2.0])).abs() < 5 * error + 1e-12).all()
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 3), (3, 2, 1, 3), (4, 3)])

@@ -87,12 +87,33 @@ def test_shared_prior():
     prior = dist.Normal(0.0, 1e3).log_prob(z[:, 0]) * BATCH / SIZE
     local = dist.Normal(z[:, :1], 1.0).log_prob(z[:, 1:]).sum(-1)
     data = dist.Normal(z[:, 1:], 0.5).log_prob(y).sum(-1)
-    assert torch.allclose(SharedPrior(log_joint, BATCH / SIZE)(z), prior + local + data)
+    assert torch.allclose(SharedPrior(log_joint, BATCH / SIZE, ["z"])(z), prior + local + data)
+
+
+def test_shared_prior_of_elements_that_are_positive():
+    """Their Jacobian counts once, as their density does."""
+
+    def model():
+        with pyro.plate("groups", SIZE, subsample_size=BATCH):
+            pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+
+    u = torch.randn(5, BATCH)
+    density = SharedPrior(LogJoint(model), BATCH / SIZE, ["rate"])
+    assert torch.allclose(density(u), dist.Normal(0.0, 1.0).log_prob(u).sum(-1))
+
+
+def test_a_start_without_a_covariance_is_no_error(monkeypatch):
+    def fail(*_):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(AutoAmortized, "start_near", fail)
+    _, start = started(hierarchy, torch.randn(BATCH))
+    assert start.name == "the guide as it stood"
 
 
 def test_shared_prior_of_a_plate_that_draws_is_a_function():
     log_joint = LogJoint(drawing, (torch.randn(SIZE),))
-    density, z = SharedPrior(log_joint, BATCH / SIZE), torch.randn(3, 1 + BATCH)
+    density, z = SharedPrior(log_joint, BATCH / SIZE, ["z"]), torch.randn(3, 1 + BATCH)
     state = torch.get_rng_state()
     assert torch.equal(density(z), density(z))
     assert torch.equal(state, torch.get_rng_state())

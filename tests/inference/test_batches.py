@@ -254,3 +254,20 @@ def test_what_is_known_of_the_order():
             return 43
 
     assert not Batches(DataLoader(TensorDataset(x), sampler=Odd())).can_go_on
+
+
+def test_rows_that_are_left_out():
+    """A batch of some of the rows is not all data, though it may be the only one."""
+    data = TensorDataset(numbers())
+
+    def is_partition(**options):
+        return Batches(DataLoader(data, **options)).is_partition
+
+    assert is_partition(batch_size=10, shuffle=True)
+    assert not is_partition(batch_size=30, shuffle=True, drop_last=True)
+    assert not is_partition(batch_size=10, drop_last=True)
+    assert is_partition(batch_size=43, drop_last=True)
+    some = torch.utils.data.RandomSampler(data, num_samples=20)
+    assert not is_partition(batch_size=20, sampler=some)
+    chosen = torch.utils.data.SubsetRandomSampler(range(20))
+    assert is_partition(batch_size=10, sampler=chosen)

@@ -101,6 +101,21 @@ def test_a_pass_over_all_data():
     assert (found.num_draws, found.num_batches, found.share) == (1000, 5, 1.0)
 
 
+def test_a_pass_over_batches_of_all_sizes(monkeypatch):
+    """One of them larger than all that candidates are compared on."""
+
+    def make_loader(x, y):
+        return list(zip(x.split([3] * 11 + [10]), y.split([3] * 11 + [10])))
+
+    monkeypatch.setattr(minibatches_module, "_NUM_HELD", 3)
+    by_batch, objective = objectives(make_loader=make_loader)
+    torch.manual_seed(1)
+    found = by_batch.over_a_pass()
+    objective.see(rows(), {})
+    torch.manual_seed(1)
+    assert torch.allclose(found.log_weights, objective.elbo_draws(1000), rtol=1e-9)
+
+
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_the_error_of_a_part_of_a_pass(kind, monkeypatch):
     """It covers what the batches that were left out may be."""

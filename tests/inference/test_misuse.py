@@ -78,3 +78,29 @@ def test_a_guide_that_is_a_function():
     check(model, guide)
     with pytest.raises(ValueError, match="'z' is of all batches"):
         check(model, AutoNormal(model))
+
+
+def test_a_scale_of_everything_is_no_scaling_up():
+    def normalised(y):
+        with poutine.scale(scale=1 / 43):
+            unscaled(y)
+
+    def lifted(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        with poutine.scale(scale=4.3), pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="'mean' is of all batches"):
+        check(normalised, encoded(normalised))
+    check(lifted, AutoNormal(lifted))
+
+
+def test_a_function_in_a_list_is_the_users():
+    def local(y):
+        with pyro.plate("groups", 43, subsample_size=len(y)):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
+    guide = AutoGuideList(loaders.groups)
+    guide.append(AutoNormal(poutine.block(loaders.groups, expose=["mean"])))
+    guide.append(local)
+    check(loaders.groups, guide)
