@@ -16,7 +16,15 @@ from . import default_flows, encoding, packing
 from .amortized_kept import KeptAmortized
 from .arguments import check_count, check_model, check_scale
 from .drawn import DrawnDistribution, PathDistribution
-from .elements import batch_shape_of, from_values, inside, sample_sites, split_globals, to_values
+from .elements import (
+    Plates,
+    batch_shape_of,
+    from_values,
+    inside,
+    sample_sites,
+    split_globals,
+    to_values,
+)
 from .factors import base_of, check_flows
 from .frames import check_plates, check_same, check_table, new_plate
 from .groups import Frame
@@ -26,7 +34,6 @@ _CHUNK = 2**16
 # of the noise of the steps: it averages out sooner than a location comes from far away
 _AHEAD = 2.0
 
-Plates = dict[str, pyro.plate]
 Rows = dict[str, Tensor]
 
 

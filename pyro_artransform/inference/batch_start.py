@@ -4,15 +4,14 @@
 """Where a fit starts whose guide knows the elements of plates by a mini-batch only."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..joint import LogJoint
-from .gaussians import Gaussians
-from .start import Start, best_gaussian
+from .gaussians import noise
+from .start import AS_IT_STOOD, Start, best_gaussian
 
 # a Gaussian of all latents of a mini-batch has a matrix of this size squared
 _MOST_LATENTS = 1000
@@ -41,7 +40,9 @@ class SharedPrior(LogJoint):
         self._state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
-        with self._fixed():
+        with torch.random.fork_rng(devices=[], enabled=self.is_subsampled):
+            if self.is_subsampled:
+                torch.set_rng_state(self._state)
             # the Jacobian of an element is not scaled up as its density is
             return self._share * self._scaled(z) + (1 - self._share) * self._ladj(z)
 
@@ -49,27 +50,8 @@ class SharedPrior(LogJoint):
         """The log-determinants of the ways to the values of the elements."""
         parts, total = self.latents.split(z), z.new_zeros(z.shape[:-1])
         for site in self._bent:
-            part = parts[site.name]
-            ladj = site.bijection.log_abs_det_jacobian(part, site.bijection(part))
-            total = total + ladj.reshape((*z.shape[:-1], -1)).sum(-1)
+            total = total + site.with_ladj(parts[site.name], z.shape[:-1])[1]
         return total
-
-    def _fixed(self) -> AbstractContextManager[Any]:
-        return _Reseeded(self._state) if self.is_subsampled else nullcontext()
-
-
-class _Reseeded:
-    """Torch's CPU generator at a given state, and then as it was."""
-
-    def __init__(self, state: Tensor) -> None:
-        self._state = state
-
-    def __enter__(self) -> None:
-        self._before = torch.get_rng_state()
-        torch.set_rng_state(self._state)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.set_rng_state(self._before)
 
 
 def find_batch_start(
@@ -88,7 +70,7 @@ def find_batch_start(
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
     """
     outline = log_joint.outline(*batch)
-    as_it_stands = Start("the guide as it stood", float("nan"), None)
+    as_it_stands = Start(AS_IT_STOOD, float("nan"), None)
     if not outline.globals or log_joint.latent_dim > _MOST_LATENTS or log_joint.way == "loop":
         return as_it_stands
     elements = log_joint.latents.sites.keys() - set(outline.globals)
@@ -101,7 +83,9 @@ def find_batch_start(
     before = _compared(elbo_draws)
     kept = {name: p.detach().clone() for name, p in guide.named_parameters()}
     try:
-        guide.start_near(log_joint.constrain(_drawn(gaussians)), 1 / outline.scale)
+        loc, scale_tril = gaussians.loc, gaussians.scale_tril[0]
+        draws = loc + noise(loc, _NUM_DRAWS) @ scale_tril.mT
+        guide.start_near(log_joint.constrain(draws), 1 / outline.scale)
         after = _compared(elbo_draws)
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
@@ -111,13 +95,6 @@ def find_batch_start(
         for name, parameter in guide.named_parameters():
             parameter.copy_(kept[name])
     return as_it_stands._replace(elbo=before)
-
-
-def _drawn(gaussians: Gaussians) -> Tensor:
-    """Antithetic draws of the only Gaussian, shape ``(n, D)``: their mean has no noise."""
-    loc, tril = gaussians.loc[0], gaussians.scale_tril[0]
-    half = torch.randn_like(loc.expand(_NUM_DRAWS // 2, -1)) @ tril.T
-    return loc + torch.cat([half, -half])
 
 
 def _compared(elbo_draws: Callable[[int], Tensor]) -> float:

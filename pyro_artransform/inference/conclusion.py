@@ -73,11 +73,7 @@ def from_all_data(subject: Subject, modes: Modes | None, facts: Facts) -> Findin
     return Findings(
         elbo=found.elbo,
         elbo_se=found.elbo_se,
-        log_evidence=found.log_evidence,
-        log_evidence_se=found.log_evidence_se,
-        khat=found.khat,
-        khat_se=found.khat_se,
-        ess=found.ess,
+        **_by_weights(found),
         num_samples=found.num_samples,
         trusted=trusted,
         verdict=verdict,
@@ -106,16 +102,18 @@ def from_minibatches(subject: Subject, objective: MinibatchObjective, facts: Fac
     return Findings(
         elbo=found.elbo,
         elbo_se=found.elbo_se,
-        log_evidence=math.nan if weights is None else weights.log_evidence,
-        log_evidence_se=math.nan if weights is None else weights.log_evidence_se,
-        khat=math.nan if weights is None else weights.khat,
-        khat_se=math.nan if weights is None else weights.khat_se,
-        ess=math.nan if weights is None else weights.ess,
+        **_by_weights(weights),
         num_samples=found.num_draws,
         trusted=trusted,
         verdict=verdict,
         importance=weights,
     )
+
+
+def _by_weights(weights: Importance | None) -> dict[str, float]:
+    """The numbers that only weights of all data tell, by name: not a number where there are none."""
+    names = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
+    return {name: math.nan if weights is None else getattr(weights, name) for name in names}
 
 
 def _weighed(subject: Subject, count: int) -> tuple[Tensor | None, Importance]:

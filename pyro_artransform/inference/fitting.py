@@ -29,7 +29,7 @@ from .pilots import STEP_SIZES, choose_step_size
 from .progress import ProgressBar
 from .result import FitResult
 from .schedule import Schedule
-from .start import Start, find_start
+from .start import AS_IT_STOOD, Start, find_start
 from .training import Training
 from .verdict import Facts
 
@@ -56,7 +56,7 @@ class Fitting:
         self._batches, held = batches, hold(batches) if batches is not None else [batch]
         self._args, self._kwargs = held[0]
         self._model, self._guide = model, guide
-        self._start = Start("the guide as it stood", float("nan"), None)
+        self._start = Start(AS_IT_STOOD, float("nan"), None)
         self._step_size: float | None = None
         self._num_steps: int | None = None
         self._num_pilot_steps = 0

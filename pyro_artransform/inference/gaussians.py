@@ -34,6 +34,17 @@ class Gaussians(NamedTuple):
         return Gaussians(self.loc, torch.diag_embed(precision.rsqrt()))
 
 
+def noise(like: Tensor, count: int) -> Tensor:
+    """Antithetic standard normal draws, so that a Gaussian's first moment has no noise.
+
+    :param like: gives dimension, dtype and device, shape ``(S, D)``.
+    :param count: how many, an even number.
+    :return: shape ``(count, D)``.
+    """
+    half = torch.randn_like(like[:1].expand(count // 2, -1))
+    return torch.cat([half, -half])
+
+
 def elbos(log_density: Callable[[Tensor], Tensor], gaussians: Gaussians, noise: Tensor) -> Tensor:
     """The ELBO of each Gaussian on common noise; ``-inf`` where it is not finite.
 

@@ -5,6 +5,8 @@
 
 from typing import NamedTuple
 
+from .schedule import MIN_DECAY
+
 # the longest constant phase in steps, with the path gradient and without
 _MAX_CONSTANT = {True: 2000, False: 4000}
 _MAX_CONSTANT_EPOCHS = 20
@@ -12,7 +14,7 @@ _AVERAGED = 100
 _AVERAGED_EPOCHS = 2
 _AVERAGED_SHARE = 1 / 3
 # the noise of mini-batches has to average out too
-_MIN_DECAY, _MIN_NOISY_DECAY = 400, 1000
+_MIN_NOISY_DECAY = 1000
 
 
 class Pace(NamedTuple):
@@ -31,7 +33,7 @@ class Pace(NamedTuple):
     epoch: int = 1
     averaged: int = _AVERAGED
     averaged_share: float = 0.0
-    min_decay: int = _MIN_DECAY
+    min_decay: int = MIN_DECAY
 
     def average_weight(self, step: int) -> float:
         """The weight of the newest parameters in their running average.

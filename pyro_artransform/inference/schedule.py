@@ -11,7 +11,7 @@ _WARM_UP = 20
 _CONSTANT_SHARE = 0.4  # of a given number of steps
 _WINDOW = 300
 _DECAY_SHARE = 0.6  # of the constant phase
-_MIN_DECAY, _MAX_DECAY = 400, 1500
+MIN_DECAY, _MAX_DECAY = 400, 1500
 # of a guide that is further from the evidence than this, in nats, small steps still make much
 _MUCH, _LONG_DECAY = 0.2, 3400
 _MIN_EPOCHS = 3  # in a window, and in the decay
@@ -46,7 +46,7 @@ class Schedule:
         max_constant: int,
         has_tail_steps: bool = False,
         epoch: int = 1,
-        min_decay: int = _MIN_DECAY,
+        min_decay: int = MIN_DECAY,
     ) -> None:
         self.max_constant = max_constant
         self._epoch, self._min_decay = epoch, min_decay

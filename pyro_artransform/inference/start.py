@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..joint import LogJoint
-from .gaussians import Gaussians, elbos, evaluated
+from .gaussians import Gaussians, elbos, evaluated, noise
 from .meanfield import mean_field
 from .newton import HESSIAN_LIMIT, Modes, climb
 from .points import starting_points
@@ -25,6 +25,10 @@ _NARROW = 0.1
 # a start has to be better than the guide by so many standard errors and nats to take its place
 _CLEARLY = 2.0
 _WORTHWHILE = 0.01
+
+
+#: the name of a start that leaves the guide alone
+AS_IT_STOOD = "the guide as it stood"
 
 
 class Start(NamedTuple):
@@ -71,7 +75,7 @@ def find_start(log_joint: LogJoint, model: Callable[[], Any], guide: Any) -> Sta
         return Start(best.names[0], elbo, modes)
     if own_elbo == -torch.inf:
         raise ValueError(_no_start(log_joint, home))
-    return Start("the guide as it stood", own_elbo, modes)
+    return Start(AS_IT_STOOD, own_elbo, modes)
 
 
 def best_gaussian(
@@ -121,7 +125,7 @@ def _gather(log_joint: LogJoint, points: Tensor) -> tuple[_Candidates, Modes | N
     if log_joint.latent_dim > HESSIAN_LIMIT:
         return candidates, None
     try:
-        modes, best, _ = climb(log_joint, points, _noise(points, _ROUGH))
+        modes, best, _ = climb(log_joint, points, noise(points, _ROUGH))
     except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
         return candidates, None
     unit = Gaussians(modes.gaussians.loc, torch.diag_embed(torch.ones_like(points)))
@@ -136,7 +140,7 @@ def _gather(log_joint: LogJoint, points: Tensor) -> tuple[_Candidates, Modes | N
 
 def _from_mean_fields(log_joint: LogJoint, points: Tensor) -> _Candidates:
     scales = torch.diag_embed(torch.full_like(points, _NARROW))
-    rough = elbos(log_joint, Gaussians(points, scales), _noise(points, _ROUGH))
+    rough = elbos(log_joint, Gaussians(points, scales), noise(points, _ROUGH))
     promising = points[rough.argsort(descending=True)[:_NUM_MEAN_FIELDS]]
     fitted = mean_field(log_joint, promising)
     return _Candidates(["a mean-field fit"] * len(promising), fitted)
@@ -144,18 +148,12 @@ def _from_mean_fields(log_joint: LogJoint, points: Tensor) -> _Candidates:
 
 def _best(log_joint: LogJoint, candidates: _Candidates) -> tuple[_Candidates, float]:
     like = candidates.gaussians.loc
-    rough = elbos(log_joint, candidates.gaussians, _noise(like, _ROUGH))
+    rough = elbos(log_joint, candidates.gaussians, noise(like, _ROUGH))
     finalists = candidates.take(rough.argsort(descending=True)[:_NUM_FINALISTS])
     fine = _FINE if log_joint.way != "loop" else _ROUGH
-    scores = elbos(log_joint, finalists.gaussians, _noise(like, fine))
+    scores = elbos(log_joint, finalists.gaussians, noise(like, fine))
     k = scores.argmax(keepdim=True)
     return finalists.take(k), scores[k].item()
-
-
-def _noise(like: Tensor, count: int) -> Tensor:
-    """Antithetic standard normal draws, so that a Gaussian's first moment has no noise."""
-    half = torch.randn_like(like[:1].expand(count // 2, -1))
-    return torch.cat([half, -half])
 
 
 def _place(guide: Any, log_joint: LogJoint, best: _Candidates, own_elbo: float) -> bool:
@@ -164,7 +162,7 @@ def _place(guide: Any, log_joint: LogJoint, best: _Candidates, own_elbo: float) 
         guide.start_at(best.gaussians.loc[0], best.gaussians.scale_tril[0])
     except ValueError:
         independent = best.gaussians.diagonal()
-        if elbos(log_joint, independent, _noise(independent.loc, _FINE)).item() <= own_elbo:
+        if elbos(log_joint, independent, noise(independent.loc, _FINE)).item() <= own_elbo:
             return False
         guide.start_at(independent.loc[0], independent.scale_tril[0])
     return True

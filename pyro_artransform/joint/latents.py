@@ -33,6 +33,16 @@ class LatentSite(NamedTuple):
         """How many coordinates of the latent vector are this site's."""
         return prod(self.unconstrained_shape)
 
+    def with_ladj(self, part: Tensor, batch: torch.Size) -> tuple[Tensor, Tensor]:
+        """The value of an unconstrained part, and the log-determinant of the way there.
+
+        :param part: shape ``batch + unconstrained_shape``.
+        :param batch: the batch shape, that of the log-determinant.
+        """
+        value = self.bijection(part)
+        ladj = self.bijection.log_abs_det_jacobian(part, value)
+        return value, ladj.reshape((*batch, -1)).sum(-1)
+
     @property
     def is_free(self) -> bool:
         """Whether the site is on the unconstrained space itself."""
@@ -87,10 +97,10 @@ class Latents:
         values, total = {}, z.new_zeros(batch)
         for name, part in self.split(z).items():
             site = self.sites[name]
-            values[name] = part if site.is_free else site.bijection(part)
+            values[name] = part
             if not site.is_free:
-                ladj = site.bijection.log_abs_det_jacobian(part, values[name])
-                total = total + ladj.reshape((*batch, -1)).sum(-1)
+                values[name], ladj = site.with_ladj(part, batch)
+                total = total + ladj
         return values, total
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
 from .latents import is_enumerated
+from .runs import is_part
 
 # arguments of other shapes come and go by batches: so many are remembered
 _MOST_SIGNATURES = 64
@@ -25,14 +26,17 @@ class Outline(NamedTuple):
     :param in_part: the names of those in a plate that holds a part of its elements only.
     :param scale: the largest number that the log-density of data is multiplied by, beside that of
         the latents in no plate: in a plate of 100 elements, of which 20 are there, it is 5.
-    :param is_scaled: whether it is another number than one.
     """
 
     shapes: dict[str, torch.Size]
     globals: list[str]
     in_part: list[str]
     scale: float
-    is_scaled: bool
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the data are scaled, up or down."""
+        return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
 
 
 def outline_of(trace: poutine.Trace) -> Outline:
@@ -49,9 +53,8 @@ def outline_of(trace: poutine.Trace) -> Outline:
     return Outline(
         shapes={node["name"]: node["value"].shape for node in latents},
         globals=[node["name"] for node in globals_],
-        in_part=[node["name"] for node in latents if any(map(_is_part, node["cond_indep_stack"]))],
+        in_part=[node["name"] for node in latents if any(map(is_part, node["cond_indep_stack"]))],
         scale=scale,
-        is_scaled=not math.isclose(scale, 1.0, rel_tol=1e-9),
     )
 
 
@@ -84,10 +87,6 @@ class Outlines:
 
 def _is_site(node: Any) -> bool:
     return node["type"] == "sample" and not site_is_subsample(node)
-
-
-def _is_part(frame: Any) -> bool:
-    return frame.full_size not in (None, frame.size)
 
 
 def _largest(scale: Any) -> float:

@@ -29,11 +29,19 @@ def plate_nesting(*traces: poutine.Trace) -> int:
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
-    """Whether a plate holds a part of its elements only.
+    """Whether any plate holds a part of its elements only.
 
     :param trace: a trace.
     """
-    return any(frame.full_size not in (None, frame.size) for frame in frames(trace))
+    return any(map(is_part, frames(trace)))
+
+
+def is_part(frame: Any) -> bool:
+    """Whether a plate holds a part of its elements only.
+
+    :param frame: its frame.
+    """
+    return frame.full_size not in (None, frame.size)
 
 
 def hidden_sites() -> Any:

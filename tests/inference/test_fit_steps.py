@@ -36,7 +36,6 @@ def soon(monkeypatch):
     module = importlib.import_module("pyro_artransform.inference.schedule")
     for name, value in (
         ("_WINDOW", 18),
-        ("_MIN_DECAY", 10),
         ("_MAX_DECAY", 20),
         ("_NUM_TAIL_STEPS", 5),
     ):
