@@ -13,10 +13,12 @@ from ..diagnostics import fit_tail
 from .training import Training
 
 _NUM_DRAWS = 5000
-# far enough from 0.5, above which weights have no variance: then only the ELBO counts
-_GOOD_KHAT = 0.4
+# of k-hat: so small that a smaller one is no better, and where weights have no variance any more
+_GOOD_KHAT, _BAD_KHAT = 0.25, 0.5
 # ELBOs as near to each other as this, in nats, are as good where k-hat is larger
 _AS_GOOD = 0.02
+# the ELBO that one unit of k-hat is worth, in nats, below the bad one and above. The noise of k-hat is 0.1
+_WORTH, _WORTH_OF_VARIANCE = 0.04, 0.2
 
 
 class _Score(NamedTuple):
@@ -55,4 +57,10 @@ def _score(draws: Tensor, are_weights: bool) -> _Score:
 def _best(scores: dict[str, _Score]) -> str:
     highest = max(score.elbo for score in scores.values())
     as_good = [name for name, score in scores.items() if score.elbo >= highest - _AS_GOOD]
-    return min(as_good, key=lambda name: (max(scores[name].khat, _GOOD_KHAT), -scores[name].elbo))
+    return max(as_good, key=lambda name: _worth(scores[name]))
+
+
+def _worth(score: _Score) -> float:
+    without_variance = max(score.khat - _BAD_KHAT, 0.0)
+    cost = _WORTH * max(score.khat, _GOOD_KHAT) + _WORTH_OF_VARIANCE * without_variance
+    return score.elbo - cost

@@ -33,6 +33,15 @@ class FitError(RuntimeError):
     """A fit that cannot go on."""
 
 
+def gap_of(log_weights: Tensor) -> float:
+    """How far the ELBO is from the log evidence, in nats, by importance sampling.
+
+    :param log_weights: of draws of the guide, shape ``(n,)``.
+    """
+    log_evidence = log_weights.logsumexp(0) - math.log(len(log_weights))
+    return float(log_evidence - log_weights.mean())
+
+
 class Training:
     """A fit between its start and its end, of which everything can be saved and restored.
 
@@ -102,8 +111,7 @@ class Training:
         """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
         if not self.objective.has_weights:
             return 0.0
-        draws = self.objective.elbo_draws(_NUM_DRAWS)
-        return (draws.logsumexp(0) - math.log(len(draws)) - draws.mean()).item()
+        return gap_of(self.objective.elbo_draws(_NUM_DRAWS))
 
     @torch.enable_grad()
     def _loss_and_gradients(self) -> tuple[float, list[Tensor | None]]:

@@ -67,3 +67,13 @@ def test_a_small_khat_counts_only_where_it_is_needed():
     scores = {"a": score(-1.0, 0.9), "b": score(-1.01, 0.6), "c": score(-1.5, 0.1)}
     assert ending._best(scores) == "b"
     assert ending._best({"a": score(-1.0, 0.38), "b": score(-1.01, 0.1)}) == "a"
+
+
+def test_next_to_no_elbo_is_given_for_a_smaller_khat():
+    score = ending._Score
+    # as two candidates of a fit of a Gaussian process were: the nearer ELBO is noise
+    assert ending._best({"a": score(-1.0, 0.55), "b": score(-1.0004, 0.33)}) == "b"
+    assert ending._best({"a": score(-1.0, 0.45), "b": score(-1.015, 0.35)}) == "a"
+    assert ending._best({"a": score(-1.0, 0.2), "b": score(-1.0004, 0.1)}) == "a"
+    # where weights have no variance, k-hat counts for more
+    assert ending._best({"a": score(-1.0, 0.85), "b": score(-1.015, 0.75)}) == "b"

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import pytest
 import torch
 
 from pyro_artransform.inference import pilots
@@ -48,6 +49,28 @@ def test_where_large_steps_harm_small_ones_win():
     best, _, _ = choose(objective)
     assert best == min(STEP_SIZES)
     assert torch.equal(objective.x, torch.full((4,), 3.0))
+
+
+class Weighed(Bowl):
+    """Log weights that are so far from the evidence."""
+
+    has_weights = True
+    gap = 0.0
+
+    def elbo_draws(self, count):
+        noise = torch.randn(count)
+        noise = noise - noise.mean()
+        return super().elbo_draws(count).detach() + (2 * self.gap) ** 0.5 * noise / noise.std()
+
+
+@pytest.mark.parametrize(("gap", "count"), [(0.5, 1), (1.6, len(STEP_SIZES))])
+def test_near_the_evidence_no_smaller_step_could_be_clearly_better(gap, count):
+    objective = Weighed()
+    objective.gap = gap
+    best, total, sizes = choose(objective)
+    assert best == max(STEP_SIZES)
+    assert sizes == list(STEP_SIZES[:count])
+    assert total == objective.calls == pilots._NUM_STEPS * count
 
 
 def test_common_noise():
