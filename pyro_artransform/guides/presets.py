@@ -18,12 +18,18 @@ from .arguments import check_count
 from .base import AutoAutoregressive
 
 Nonlinearity = Callable[[Tensor], Tensor]
+_Network = tuple[int | list[int] | None, Nonlinearity | None]
 
 
 class PresetGuide(AutoAutoregressive):
     """A guide whose flow is a stack of one kind, and can be built again from plain data."""
 
     _stack: Callable[..., nn.Module]
+
+    @staticmethod
+    def _default_network(latent_dim: int) -> _Network:
+        """The hidden layers and the activation where none are given; ``None`` is the builders' own."""
+        return None, None
 
     def __init__(
         self,
@@ -41,7 +47,7 @@ class PresetGuide(AutoAutoregressive):
             check_callable(nonlinearity)
         super().__init__(
             model,
-            flow=partial(_preset_flow, type(self)._stack, *shape, nonlinearity),
+            flow=partial(_preset_flow, type(self), *shape, nonlinearity),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
@@ -50,9 +56,23 @@ class PresetGuide(AutoAutoregressive):
             num_transforms=shape[0], hidden_dims=shape[1], nonlinearity=nonlinearity
         )
 
+    @classmethod
+    def _network(
+        cls,
+        latent_dim: int,
+        hidden_dims: int | list[int] | None,
+        nonlinearity: Nonlinearity | None,
+    ) -> _Network:
+        """What was given, and for the rest the defaults."""
+        default_dims, default_nonlinearity = cls._default_network(latent_dim)
+        return hidden_dims or default_dims, nonlinearity or default_nonlinearity
+
     def _arguments_to_plain(self) -> dict[str, Any]:
-        nonlinearity = saving.nonlinearity_to_plain(self._arguments["nonlinearity"])
-        return {**self._arguments, "nonlinearity": nonlinearity}
+        # with the defaults, so that a version that has others reads the same flow
+        given = self._arguments["hidden_dims"], self._arguments["nonlinearity"]
+        hidden_dims, nonlinearity = self._network(self.latent_dim, *given)
+        plain = saving.nonlinearity_to_plain(nonlinearity)
+        return {**self._arguments, "hidden_dims": hidden_dims, "nonlinearity": plain}
 
     @classmethod
     def _arguments_from_plain(cls, plain: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +89,11 @@ class AutoIAF(PresetGuide):
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
-    :param hidden_dims: the width or widths of the hidden layers of each network.
-    :param nonlinearity: their activation. A guide with a module of ``torch.nn`` or a function of
-        ``torch`` can be saved by :meth:`save`.
+    :param hidden_dims: the width or widths of the hidden layers of each network; by default one
+        layer of ``max(128, 4 * latent_dim)``.
+    :param nonlinearity: their activation, by default ``torch.nn.SiLU()``, which is of second order
+        near zero, as the skewness of a posterior is. A guide with a module of ``torch.nn`` or a
+        function of ``torch`` can be saved by :meth:`save`.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.
@@ -100,18 +122,24 @@ class AutoIAF(PresetGuide):
 
     _stack = staticmethod(iaf)
 
+    @staticmethod
+    def _default_network(latent_dim: int) -> _Network:
+        return max(128, 4 * latent_dim), nn.SiLU()
+
 
 class AutoMAF(PresetGuide):
     """A guide whose flow is a masked autoregressive flow: the density at any values is cheap.
 
     Draws need the inverse of each layer, which costs several evaluations of its networks, so that
-    each step of SVI costs more than :class:`AutoIAF`'s. Its arguments are the same.
+    each step of SVI costs more than :class:`AutoIAF`'s. Its arguments are the same, with other networks
+    by default.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
-    :param hidden_dims: the width or widths of the hidden layers of each network.
-    :param nonlinearity: their activation. A guide with a module of ``torch.nn`` or a function of
-        ``torch`` can be saved by :meth:`save`.
+    :param hidden_dims: the width or widths of the hidden layers of each network, by default two of
+        ``max(64, 2 * latent_dim)``.
+    :param nonlinearity: their activation, by default ``torch.nn.ELU()``. A guide with a module of
+        ``torch.nn`` or a function of ``torch`` can be saved by :meth:`save`.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.
@@ -140,12 +168,14 @@ class AutoMAF(PresetGuide):
 
 
 def _preset_flow(
-    stack: Callable[..., nn.Module],
+    preset: type[PresetGuide],
     num_transforms: int,
     hidden_dims: int | list[int] | None,
     nonlinearity: Nonlinearity | None,
     latent_dim: int,
 ) -> nn.Module:
+    stack = preset._stack
+    hidden_dims, nonlinearity = preset._network(latent_dim, hidden_dims, nonlinearity)
     # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
     if latent_dim > 1:
         layers: Any = stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)

@@ -66,6 +66,35 @@ def test_bad_arguments_at_construction(kind, options, error, message):
         kind(models.regression, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dims", "nonlinearity"), [(AutoIAF, (128,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
+)
+def test_networks_by_default(kind, dims, nonlinearity, tmp_path):
+    """A file has them written out: another version may have other ones."""
+    guide = kind(models.regression)
+    guide(models.data())
+    networks = [module for module in guide.modules() if isinstance(module, MaskedMLP)]
+    assert [network.hidden_dims for network in networks] == [dims] * 3
+    assert all(type(network.nonlinearity) is nonlinearity for network in networks)
+    guide.save(tmp_path / "guide.pt")
+    twin = kind.load(tmp_path / "guide.pt")
+    found = [module.hidden_dims for module in twin.modules() if isinstance(module, MaskedMLP)]
+    assert found == [dims] * 3
+    wide = AutoIAF(lambda: pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1)))
+    wide()
+    assert next(m for m in wide.modules() if isinstance(m, MaskedMLP)).hidden_dims == (160,)
+
+
+def test_a_file_has_the_defaults_of_its_version(tmp_path, monkeypatch):
+    guide = AutoIAF(models.regression)
+    guide(models.data())
+    guide.save(tmp_path / "guide.pt")
+    monkeypatch.setattr(AutoIAF, "_default_network", staticmethod(lambda latent_dim: (8, None)))
+    twin = AutoIAF.load(tmp_path / "guide.pt")
+    draws = guide.sample_posterior(3)
+    assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
+
+
 def fit(guide, model, steps=350):
     optim = pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
