@@ -65,7 +65,10 @@ class PresetGuide(AutoAutoregressive):
     ) -> _Network:
         """What was given, and for the rest the defaults."""
         default_dims, default_nonlinearity = cls._default_network(latent_dim)
-        return hidden_dims or default_dims, nonlinearity or default_nonlinearity
+        return (
+            default_dims if hidden_dims is None else hidden_dims,
+            default_nonlinearity if nonlinearity is None else nonlinearity,
+        )
 
     def _arguments_to_plain(self) -> dict[str, Any]:
         # with the defaults, so that a version that has others reads the same flow
