@@ -136,18 +136,14 @@ class AutoAmortized(KeptAmortized):
         }
 
     @property
-    def sites_by_index(self) -> list[str]:
-        """The sites whose elements are looked up by their plates' indices, which nobody gives.
+    def needs_indices(self) -> bool:
+        """Whether elements are looked up by their plates' indices, and nobody says what these are.
 
-        Batches of data as the model's arguments would meet the embeddings of other elements, unless
-        each batch has all elements of these plates.
+        Then batches of data as the model's arguments would meet embeddings of other elements.
 
         :raises RuntimeError: if the guide was never called.
         """
-        if self.create_plates is not None:
-            return []
-        groups = zip(self._layout.groups, self._parts.factors)
-        return [name for group, f in groups if f.table is not None for name in group.sites]
+        return self.create_plates is None and any(f.table is not None for f in self._parts.factors)
 
     # The guide as Pyro calls it
 

@@ -48,17 +48,16 @@ def check_use(batches: Batches, guide: Any, log_joint: LogJoint, first: Batch) -
 
 def _check_indices(guide: Any, outline: Outline) -> None:
     parts = _parts(guide)
-    looked_up = [name for part in parts for name in getattr(part, "sites_by_index", ())]
-    at_fault = [name for name in looked_up if name not in outline.whole]
-    if all(map(_is_stock, parts)) and getattr(guide, "create_plates", None) is None:
-        at_fault += outline.in_part
-    if not at_fault:
+    needs = any(getattr(part, "needs_indices", False) for part in parts)
+    without = all(map(_is_stock, parts)) and getattr(guide, "create_plates", None) is None
+    if not (needs or (without and outline.in_part)):
         return
+    named = f" (as '{outline.in_part[0]}')" if outline.in_part else ""
     raise ValueError(
-        f"loader: the guide looks up what it knows of the elements of a plate (as '{at_fault[0]}') "
-        "by their indices, and draws these itself: they are not those of the rows of a batch. "
-        "Expected create_plates=, a function of a batch that returns the plate with the indices of "
-        "its rows (subsample=), or an AutoAmortized with an encoder, which needs no indices"
+        f"loader: the guide looks up what it knows of the elements of a plate{named} by their "
+        "indices, and draws these itself: they are not those of the rows of a batch. Expected "
+        "create_plates=, a function of a batch that returns the plate with the indices of its rows "
+        "(subsample=), or an AutoAmortized with an encoder, which needs no indices"
     )
 
 

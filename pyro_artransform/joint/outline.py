@@ -16,8 +16,6 @@ from .runs import is_part
 
 # arguments of other shapes come and go by batches: so many are remembered
 _MOST_SIGNATURES = 64
-# more than round-off
-_ABOVE = 1 + 1e-9
 
 
 class Outline(NamedTuple):
@@ -26,8 +24,6 @@ class Outline(NamedTuple):
     :param shapes: the shape of each continuous latent.
     :param globals: the names of those that are in no plate.
     :param in_part: the names of those in a plate that holds a part of its elements only.
-    :param whole: the names of those in plates beside which data are scaled up, as rows are that are
-        a part of all: such plates hold all of their elements.
     :param scale: the largest number that the log-density of data is multiplied by, beside that of
         the latents in no plate: in a plate of 100 elements, of which 20 are there, it is 5.
     """
@@ -35,7 +31,6 @@ class Outline(NamedTuple):
     shapes: dict[str, torch.Size]
     globals: list[str]
     in_part: list[str]
-    whole: list[str]
     scale: float
 
     @property
@@ -54,16 +49,12 @@ def outline_of(trace: poutine.Trace) -> Outline:
     globals_ = [node for node in latents if not node["cond_indep_stack"]]
     data = [node for node in sites if node["is_observed"]] or sites
     common = max((_largest(node["scale"]) for node in globals_), default=1.0)
-    of_data = max((_largest(node["scale"]) for node in data), default=1.0)
-    locals_ = [node for node in latents if node["cond_indep_stack"]]
-    in_part = [node["name"] for node in locals_ if any(map(is_part, node["cond_indep_stack"]))]
-    below = [node["name"] for node in locals_ if of_data > _ABOVE * _largest(node["scale"])]
+    scale = max((_largest(node["scale"]) for node in data), default=1.0) / common
     return Outline(
         shapes={node["name"]: node["value"].shape for node in latents},
         globals=[node["name"] for node in globals_],
-        in_part=in_part,
-        whole=[name for name in below if name not in in_part],
-        scale=of_data / common,
+        in_part=[node["name"] for node in latents if any(map(is_part, node["cond_indep_stack"]))],
+        scale=scale,
     )
 
 

@@ -141,7 +141,7 @@ def test_features_of_some_plates_and_embeddings_of_others():
     guide = AutoAmortized(model, lambda y: {"rows": y[:, None]})
     guide(data(5))
     assert guide(data(4))["z"].shape == (4,)
-    assert guide.sites_by_index == ["beta"]
+    assert guide.needs_indices
     tables = [factor.table for factor in guide.transform.locals]
     assert tables[0].shape == (3, 10)
     assert tables[1] is None

@@ -174,7 +174,7 @@ def test_indices_that_the_model_gives():
         trace = pyro.poutine.trace(guide).get_trace(y, now)
         assert torch.equal(trace.nodes["groups"]["value"], now)
         assert trace.nodes["z"]["value"].shape == now.shape
-    assert guide.sites_by_index == []
+    assert not guide.needs_indices
     assert guide.sample_posterior(2)["z"].shape == (2, 12)
 
 

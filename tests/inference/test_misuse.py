@@ -58,33 +58,6 @@ def test_locals_that_share_their_parameters():
         check(loaders.groups, AutoNormalMessenger(loaders.groups))
 
 
-def of_schools(y, size=43):
-    """Each batch has rows of all schools."""
-    mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
-    with pyro.plate("schools", 3):
-        level = pyro.sample("level", dist.Normal(mean, 1.0))
-    school = torch.arange(len(y)) % 3
-    with pyro.plate("rows", size, subsample_size=len(y)):
-        pyro.sample("y", dist.Normal(level[..., school], 1.0), obs=y)
-
-
-def test_embeddings_of_elements_that_all_batches_have():
-    check(of_schools, AutoAmortized(of_schools, local_flow=None))
-
-    def scaled(y):
-        with poutine.scale(scale=43 / len(y)):
-            unscaled(y)
-
-    def rows_alone(y):
-        with poutine.scale(scale=43 / len(y)), pyro.plate("groups", len(y)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-
-    for model in (scaled, rows_alone, unscaled, loaders.groups):
-        with pytest.raises(ValueError, match=r"\(as 'z'\) by their indices"):
-            check(model, AutoAmortized(model, local_flow=None))
-
-
 def test_one_batch_can_be_anything():
     check(unscaled, AutoNormal(unscaled), size=43)
     check(loaders.groups, AutoAmortized(loaders.groups, local_flow=None), size=43)

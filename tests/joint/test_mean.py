@@ -114,11 +114,11 @@ def test_outline():
         **{"loc": (), "width": (), "part": (5,), "all": (4, 2)}
     }
     assert outline.globals == ["loc", "width"]
-    assert (outline.in_part, outline.whole) == (["part"], ["all"])
+    assert outline.in_part == ["part"]
     assert outline.scale == 3.5
     assert outline.is_scaled
     whole = LogJoint(model, (Y,)).outline((Y,))
-    assert (whole.scale, whole.is_scaled, whole.in_part, whole.whole) == (1.0, False, [], [])
+    assert (whole.scale, whole.is_scaled, whole.in_part) == (1.0, False, [])
 
 
 def test_outlines_go_by_numbers_too():
