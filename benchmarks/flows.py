@@ -86,8 +86,9 @@ def logistic() -> None:
 
 
 def wide(d: int, num_transforms: int = 3) -> nn.Module:
-    """The networks that :class:`AutoIAF` has."""
-    return iaf(d, num_transforms, max(128, 4 * d), nonlinearity=nn.SiLU())
+    """Layers with the networks that :class:`AutoIAF` has by default."""
+    hidden_dims, nonlinearity = AutoIAF._default_network(d)
+    return iaf(d, num_transforms, hidden_dims, nonlinearity=nonlinearity)
 
 
 def splines(d: int) -> nn.Module:
@@ -124,9 +125,9 @@ def main() -> None:
     print("| posterior | flow | gap (nats) | k-hat | worst k-hat | steps | seconds |")
     print("|---|---|---|---|---|---|---|")
     for posterior in args.posteriors:
-        found = {flow: [run(posterior, flow, s) for s in range(args.seeds)] for flow in GUIDES}
+        found = {name: [run(posterior, name, s) for s in range(args.seeds)] for name in GUIDES}
         evidence = max(r.log_evidence for rs in found.values() for r in rs)
-        for flow, results in found.items():
+        for name, results in found.items():
             gap, khat, steps, seconds = (
                 statistics.median(values)
                 for values in zip(
@@ -135,7 +136,7 @@ def main() -> None:
             )
             worst = max(r.khat for r in results)
             print(
-                f"| {posterior} | {flow} | {gap:.4f} | {khat:.2f} | {worst:.2f} | {steps:.0f} "
+                f"| {posterior} | {name} | {gap:.4f} | {khat:.2f} | {worst:.2f} | {steps:.0f} "
                 f"| {seconds:.0f} |",
                 flush=True,
             )

@@ -18,7 +18,7 @@ from .arguments import check_count
 from .base import AutoAutoregressive
 
 Nonlinearity = Callable[[Tensor], Tensor]
-_Network = tuple[int | list[int] | None, Nonlinearity | None]
+_Network = tuple[int | list[int], Nonlinearity]
 
 
 class PresetGuide(AutoAutoregressive):
@@ -28,8 +28,8 @@ class PresetGuide(AutoAutoregressive):
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
-        """The hidden layers and the activation where none are given; ``None`` is the builders' own."""
-        return None, None
+        """The hidden layers and the activation where none are given."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -168,6 +168,10 @@ class AutoMAF(PresetGuide):
     """
 
     _stack = staticmethod(maf)
+
+    @staticmethod
+    def _default_network(latent_dim: int) -> _Network:
+        return [max(64, 2 * latent_dim)] * 2, nn.ELU()
 
 
 def _preset_flow(

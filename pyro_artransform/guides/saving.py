@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .structure import latent_site, latent_sites
 
-FORMAT = 1
+FORMAT = 2
 
 _KEYS = {"format", "class", "arguments", "state", "observed"}
 

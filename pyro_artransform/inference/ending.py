@@ -17,8 +17,8 @@ _NUM_DRAWS = 5000
 _GOOD_KHAT, _BAD_KHAT = 0.25, 0.5
 # ELBOs as near to each other as this, in nats, are as good where k-hat is larger
 _AS_GOOD = 0.02
-# the ELBO that one unit of k-hat is worth, in nats, below the bad one and above. The noise of k-hat is 0.1
-_WORTH, _WORTH_OF_VARIANCE = 0.04, 0.2
+# the nats that one unit of k-hat costs, and so many more above the bad one; the noise of k-hat is 0.1
+_PRICE, _PRICE_WITHOUT_VARIANCE = 0.04, 0.2
 
 
 class _Score(NamedTuple):
@@ -29,7 +29,7 @@ class _Score(NamedTuple):
 def keep_the_best(training: Training) -> str:
     """Leaves the parameters at the candidate with the largest ELBO on common noise.
 
-    Where its k-hat is large, another one with a smaller k-hat is kept if its ELBO is next to equal.
+    Another one with a clearly smaller k-hat is kept if its ELBO is next to equal.
 
     :param training: a training that is over.
     :return: the name of the candidate.
@@ -61,6 +61,6 @@ def _best(scores: dict[str, _Score]) -> str:
 
 
 def _worth(score: _Score) -> float:
-    without_variance = max(score.khat - _BAD_KHAT, 0.0)
-    cost = _WORTH * max(score.khat, _GOOD_KHAT) + _WORTH_OF_VARIANCE * without_variance
-    return score.elbo - cost
+    price = _PRICE * max(score.khat, _GOOD_KHAT)
+    price += _PRICE_WITHOUT_VARIANCE * max(score.khat - _BAD_KHAT, 0.0)
+    return score.elbo - price

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..diagnostics import fit_tail
 from .schedule import Schedule
 from .training import FitError, Training, gap_of
 
@@ -16,6 +17,7 @@ _NUM_STEPS = 60
 _NUM_DRAWS = 1024
 # in nats
 _CLEARLY = 1.0
+_MAX_KHAT = 0.7
 
 
 def choose_step_size(new_training: Callable[[float], Training]) -> tuple[float, int]:
@@ -59,4 +61,6 @@ def _score(training: Training, num_steps: int) -> tuple[float, float]:
     elbo = draws.mean().item()
     if not math.isfinite(elbo):
         return -math.inf, math.inf
-    return elbo, gap_of(draws) if training.objective.has_weights else math.inf
+    # weights with a heavy tail know too little of the evidence
+    is_known = training.objective.has_weights and fit_tail(draws).khat < _MAX_KHAT
+    return elbo, gap_of(draws) if is_known else math.inf

@@ -69,28 +69,28 @@ def test_bad_arguments_at_construction(kind, options, error, message):
 @pytest.mark.parametrize(
     ("kind", "dims", "nonlinearity"), [(AutoIAF, (128,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
 )
-def test_networks_by_default(kind, dims, nonlinearity, tmp_path):
-    """A file has them written out: another version may have other ones."""
+def test_networks_by_default(kind, dims, nonlinearity):
     guide = kind(models.regression)
     guide(models.data())
     networks = [module for module in guide.modules() if isinstance(module, MaskedMLP)]
     assert [network.hidden_dims for network in networks] == [dims] * 3
     assert all(type(network.nonlinearity) is nonlinearity for network in networks)
-    guide.save(tmp_path / "guide.pt")
-    twin = kind.load(tmp_path / "guide.pt")
-    found = [module.hidden_dims for module in twin.modules() if isinstance(module, MaskedMLP)]
-    assert found == [dims] * 3
-    wide = AutoIAF(lambda: pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1)))
-    wide()
-    assert next(m for m in wide.modules() if isinstance(m, MaskedMLP)).hidden_dims == (160,)
 
 
-def test_a_file_has_the_defaults_of_its_version(tmp_path, monkeypatch):
-    guide = AutoIAF(models.regression)
+@pytest.mark.parametrize(("kind", "width"), [(AutoIAF, 160), (AutoMAF, 80)])
+def test_networks_widen_with_the_latents(kind, width):
+    guide = kind(lambda: pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1)))
+    guide()
+    assert next(m for m in guide.modules() if isinstance(m, MaskedMLP)).hidden_dims[0] == width
+
+
+@both
+def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
+    guide = kind(models.regression)
     guide(models.data())
     guide.save(tmp_path / "guide.pt")
-    monkeypatch.setattr(AutoIAF, "_default_network", staticmethod(lambda latent_dim: (8, None)))
-    twin = AutoIAF.load(tmp_path / "guide.pt")
+    monkeypatch.setattr(kind, "_default_network", staticmethod(lambda latent_dim: (8, nn.Tanh())))
+    twin = kind.load(tmp_path / "guide.pt")
     draws = guide.sample_posterior(3)
     assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
 

@@ -52,21 +52,25 @@ def test_where_large_steps_harm_small_ones_win():
 
 
 class Weighed(Bowl):
-    """Log weights that are so far from the evidence."""
+    """Log weights that are so far from the evidence, with or without a tail."""
 
     has_weights = True
-    gap = 0.0
+    gap, tail = 0.0, 0.0
 
     def elbo_draws(self, count):
         noise = torch.randn(count)
-        noise = noise - noise.mean()
-        return super().elbo_draws(count).detach() + (2 * self.gap) ** 0.5 * noise / noise.std()
+        noise = (2 * self.gap) ** 0.5 * (noise - noise.mean()) / noise.std()
+        noise = noise + self.tail * torch.rand(count).log().neg()
+        return super().elbo_draws(count).detach() + noise
 
 
-@pytest.mark.parametrize(("gap", "count"), [(0.5, 1), (1.6, len(STEP_SIZES))])
-def test_near_the_evidence_no_smaller_step_could_be_clearly_better(gap, count):
+@pytest.mark.parametrize(
+    ("gap", "tail", "count"),
+    [(0.5, 0.0, 1), (1.6, 0.0, len(STEP_SIZES)), (0.1, 1.0, len(STEP_SIZES))],
+)
+def test_near_the_evidence_no_smaller_step_could_be_clearly_better(gap, tail, count):
     objective = Weighed()
-    objective.gap = gap
+    objective.gap, objective.tail = gap, tail
     best, total, sizes = choose(objective)
     assert best == max(STEP_SIZES)
     assert sizes == list(STEP_SIZES[:count])
