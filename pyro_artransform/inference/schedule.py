@@ -13,7 +13,7 @@ _WINDOW = 300
 _DECAY_SHARE = 0.6  # of the constant phase
 MIN_DECAY, _MAX_DECAY = 400, 1500
 # of a guide that is further from the evidence than this, in nats, small steps still make much
-_MUCH, _LONG_DECAY = 0.2, 3400
+_MUCH, _LONG_DECAY = 0.2, 2800
 _MIN_EPOCHS = 3  # in a window, and in the decay
 # an improvement from one window to the next that is too small to go on for, in nats
 _STILL = 0.004
