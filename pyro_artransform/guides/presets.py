@@ -10,7 +10,7 @@ from typing import Any
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..conditioners.arguments import check_callable
+from ..conditioners.arguments import check_callable, check_hidden_dims
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import chain
 from . import saving
@@ -24,7 +24,10 @@ _Network = tuple[int | list[int], Nonlinearity]
 class PresetGuide(AutoAutoregressive):
     """A guide whose flow is a stack of one kind, and can be built again from plain data."""
 
-    _stack: Callable[..., nn.Module]
+    @staticmethod
+    def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
+        """The flow in more than one dimension, of so many layers with such networks."""
+        raise NotImplementedError
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
@@ -47,7 +50,7 @@ class PresetGuide(AutoAutoregressive):
             check_callable(nonlinearity)
         super().__init__(
             model,
-            flow=partial(_preset_flow, type(self), *shape, nonlinearity),
+            flow=partial(self._preset_flow, *shape, nonlinearity),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
@@ -69,6 +72,22 @@ class PresetGuide(AutoAutoregressive):
             default_dims if hidden_dims is None else hidden_dims,
             default_nonlinearity if nonlinearity is None else nonlinearity,
         )
+
+    @classmethod
+    def _preset_flow(
+        cls,
+        num_transforms: int,
+        hidden_dims: int | list[int] | None,
+        nonlinearity: Nonlinearity | None,
+        latent_dim: int,
+    ) -> nn.Module:
+        hidden_dims, nonlinearity = cls._network(latent_dim, hidden_dims, nonlinearity)
+        # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
+        if latent_dim > 1:
+            return cls._stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
+        count = range(num_transforms)
+        splines = [spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in count]
+        return chain([hinged_marginals(1), *splines])
 
     def _arguments_to_plain(self) -> dict[str, Any]:
         # with the defaults, so that a version that has others reads the same flow
@@ -123,7 +142,10 @@ class AutoIAF(PresetGuide):
        Jozefowicz, Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
 
-    _stack = staticmethod(iaf)
+    @staticmethod
+    def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
+        layers = iaf(latent_dim, *shape, **options)
+        return chain([hinged_marginals(latent_dim), layers])
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
@@ -167,30 +189,14 @@ class AutoMAF(PresetGuide):
        https://arxiv.org/abs/1705.07057
     """
 
-    _stack = staticmethod(maf)
+    @staticmethod
+    def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
+        # noise of hinges in front of layers that are dear to draw from would slow plain SVI down
+        return maf(latent_dim, *shape, **options)
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
-        return [max(64, 2 * latent_dim)] * 2, nn.ELU()
-
-
-def _preset_flow(
-    preset: type[PresetGuide],
-    num_transforms: int,
-    hidden_dims: int | list[int] | None,
-    nonlinearity: Nonlinearity | None,
-    latent_dim: int,
-) -> nn.Module:
-    stack = preset._stack
-    hidden_dims, nonlinearity = preset._network(latent_dim, hidden_dims, nonlinearity)
-    # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
-    if latent_dim > 1:
-        layers: Any = stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
-        # in front of layers that are dear to draw from, the noise would slow plain SVI down
-        return chain([hinged_marginals(latent_dim), layers]) if stack is iaf else layers
-    count = range(num_transforms)
-    splines = [spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in count]
-    return chain([hinged_marginals(1), *splines])
+        return list(check_hidden_dims(None, latent_dim)), nn.ELU()
 
 
 def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:

@@ -166,11 +166,12 @@ class Batches:
 
     def _leaves_rows_out(self) -> bool:
         """Whether some rows of the data are in no batch; a subset that the user chose is the data."""
-        sampler, batch_sampler = self._sampler(), getattr(self._loader, "batch_sampler", None)
+        loader: Any = self._loader
+        sampler, batch_sampler = self._sampler(), getattr(loader, "batch_sampler", None)
         if batch_sampler is None or not hasattr(sampler, "__len__"):
             return False
         is_subset = isinstance(sampler, SubsetRandomSampler)
-        if not is_subset and len(sampler) < len(self._loader.dataset):  # type: ignore[attr-defined]
+        if not is_subset and len(sampler) < len(loader.dataset):
             return True
         drops_last = getattr(batch_sampler, "drop_last", False)
         return bool(drops_last and len(sampler) % batch_sampler.batch_size)

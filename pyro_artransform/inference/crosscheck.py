@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..diagnostics import Importance
+from ..diagnostics.importance import GOOD_KHAT
 from ..joint import LogJoint
 from .gaussians import Gaussians, evaluated
 from .newton import HESSIAN_LIMIT, Modes, climb
@@ -28,7 +29,6 @@ _MAX_MODES = 8
 _GUIDE_SHARE = 0.5
 # a mode with less of the mass than this is no loss
 _SMALL_SHARE = 0.05
-_GOOD_KHAT = 0.7
 # how far outside to look for modes, in standard deviations of the guide
 _FAR = (3.0, 10.0, 30.0, 100.0)
 _NUM_SCREENED = 500
@@ -67,7 +67,7 @@ def second_opinion(
     around = _around(draws)
     known = _distinct([found for found in (modes, _from_afar(log_joint, around)) if found])
     found = _heavy_tailed(log_joint, around, known)
-    reliable = found.khat <= _GOOD_KHAT and found.ess > 0.02 * _NUM_DRAWS
+    reliable = found.khat <= GOOD_KHAT and found.ess > 0.02 * _NUM_DRAWS
     if reliable and found.log_evidence - log_evidence < -math.log1p(-_SMALL_SHARE):
         # mass that a curvature promises and draws do not find is not there
         return SecondOpinion(found.log_evidence, found.log_evidence_se, 0.0, 0)

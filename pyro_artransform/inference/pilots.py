@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..diagnostics import fit_tail
+from ..diagnostics.importance import GOOD_KHAT
 from .schedule import Schedule
 from .training import FitError, Training, gap_of
 
@@ -17,7 +18,6 @@ _NUM_STEPS = 60
 _NUM_DRAWS = 1024
 # in nats
 _CLEARLY = 1.0
-_MAX_KHAT = 0.7
 
 
 def choose_step_size(new_training: Callable[[float], Training]) -> tuple[float, int]:
@@ -62,5 +62,5 @@ def _score(training: Training, num_steps: int) -> tuple[float, float]:
     if not math.isfinite(elbo):
         return -math.inf, math.inf
     # weights with a heavy tail know too little of the evidence
-    is_known = training.objective.has_weights and fit_tail(draws).khat < _MAX_KHAT
+    is_known = training.objective.has_weights and fit_tail(draws).khat < GOOD_KHAT
     return elbo, gap_of(draws) if is_known else math.inf

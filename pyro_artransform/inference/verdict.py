@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from ..diagnostics import Importance, fit_tail
+from ..diagnostics.importance import GOOD_KHAT
 from .crosscheck import SecondOpinion
 from .minibatches import PassEstimate
 
-_GOOD_KHAT = 0.7
 # k-hat has no scale: a tail above all other weights by less than this share of their sum moves
 # nothing, whatever its index
 _SMALL_TAIL = 0.001
@@ -119,9 +119,9 @@ def _about_weights(found: Importance) -> Iterator[str]:
             "draws of the guide: check supports and data"
         )
         return
-    if found.khat > _GOOD_KHAT and _tail_share(found) > _SMALL_TAIL:
+    if found.khat > GOOD_KHAT and _tail_share(found) > _SMALL_TAIL:
         yield (
-            f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {_GOOD_KHAT}: the posterior has "
+            f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "
             "Gaussian, a model without funnels (pyro.infer.reparam), or diagnostics.psis_resample "
             "for what importance weights can mend"
@@ -182,6 +182,6 @@ def _praise(found: Importance, second: SecondOpinion | None) -> str:
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
         f"is {found.khat:.2f} ± {found.khat_se:.2f}"
     )
-    if found.khat > _GOOD_KHAT:
+    if found.khat > GOOD_KHAT:
         words += f" (of a tail of {100 * _tail_share(found):.2g} % of the weight)"
     return words + (", and no start found mass elsewhere." if second is not None else ".")
