@@ -11,8 +11,7 @@ import torch
 
 import pyro_artransform
 from pyro_artransform import transforms
-
-from .test_eight_schools import demo, elbos, run
+from tests.test_eight_schools import demo, elbos, run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

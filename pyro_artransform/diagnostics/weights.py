@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.runs import agree, is_subsampled, plate_nesting
+from ..joint.plates import agree, is_subsampled, plate_nesting
 from ..joint.scoring import ScoredRun
 
 Model = Callable[..., Any]

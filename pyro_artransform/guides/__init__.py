@@ -3,8 +3,8 @@
 
 """Flow guides of Pyro models."""
 
-from .amortized import AutoAmortized
-from .base import AutoAutoregressive
+from .amortized.amortized_guide import AutoAmortized
+from .autoregressive import AutoAutoregressive
 from .presets import AutoIAF, AutoMAF
 
 __all__ = ["AutoAmortized", "AutoAutoregressive", "AutoIAF", "AutoMAF"]

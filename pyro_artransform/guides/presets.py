@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..conditioners.arguments import check_callable, check_hidden_dims
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import chain
-from . import saving
-from .arguments import check_count
-from .base import AutoAutoregressive
+from .autoregressive import AutoAutoregressive
+from .flow_factory import check_count
+from .persistence import serialization as saving
 
 Nonlinearity = Callable[[Tensor], Tensor]
 _Network = tuple[int | list[int], Nonlinearity]

@@ -3,10 +3,10 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
+from ..posterior.summary import Summary, log_likelihood, summary, to_inference_data
 from .fit import fit
-from .posterior import Summary, log_likelihood, summary, to_inference_data
+from .optimization.training import FitError
 from .result import FitResult
-from .training import FitError
 
 __all__ = [
     "FitError",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gaussians import Gaussians
-from .newton import Modes
+from .initialization.gaussians import Gaussians
+from .initialization.newton import Modes
 
 _FORMAT = "pyro_artransform fit 1"
 

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..diagnostics.counts import check_counts
-from .batches import Batch, Batches
-from .fitting import Fitting
+from .data.checks import check_arguments
+from .data.loader import Batch, Batches
+from .data.options import check_names, keyword_only
 from .interrupts import Interrupts
-from .misuse import check_arguments
-from .options import check_names, keyword_only
 from .progress import ProgressBar
 from .result import FitResult
 from .seeding import seeded
+from .stages import Fitting
 
 
 def fit(

@@ -4,8 +4,8 @@
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
 from .density import LogJoint
-from .latents import Latents
 from .mean import MeanLogJoint
 from .outline import Outline
+from .sites import Latents, Site
 
-__all__ = ["Latents", "LogJoint", "MeanLogJoint", "Outline"]
+__all__ = ["Latents", "LogJoint", "MeanLogJoint", "Outline", "Site"]

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .enumeration import summed_out
-from .latents import Latents, is_enumerated
+from .masked_latents import WholeLatents
 from .outline import Outline, Outlines, outline_of
-from .runs import agree, hidden_sites, is_subsampled, plate_nesting
+from .plates import agree, hidden_sites, is_subsampled, plate_nesting
 from .scoring import ScoredRun
-from .whole import WholeLatents
+from .sites import Latents, is_enumerated, latent_nodes
 
 _NUM_CHECKS = 5
 _CHECK_SCALE = 0.1
@@ -73,7 +73,9 @@ class LogJoint:
         trace = self._trace_of(self._run)
         self._outlines = Outlines()
         self._outlines.keep(args, kwargs or {}, outline_of(trace))
-        self.latents = Latents(trace)
+        self.latents = Latents.from_trace(trace)
+        #: where the latents were in the run that showed what they are, shape ``(latent_dim,)``
+        self.start = self.latents.unconstrain(_values(trace))
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = is_subsampled(trace)
         self.is_enumerated = any(is_enumerated(node) for node in _sample_nodes(trace))
@@ -240,7 +242,7 @@ class LogJoint:
 
     @torch.no_grad()
     def _choose_way(self) -> tuple[str, str]:
-        start = self.latents.start
+        start = self.start
         with torch.random.fork_rng(devices=[]):
             z = start + _CHECK_SCALE * torch.randn_like(start.expand(_NUM_CHECKS, -1))
         state = torch.get_rng_state()
@@ -274,6 +276,10 @@ def _bound(
 ) -> Callable[[], Any]:
     run: Callable[[], Any] = WholeLatents()(lambda: model(*args, **kwargs))
     return run
+
+
+def _values(trace: poutine.Trace) -> dict[str, Tensor]:
+    return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
 
 
 def _plain(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:

@@ -11,8 +11,8 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
-from .latents import is_enumerated
-from .runs import is_part
+from .plates import is_part
+from .sites import is_enumerated
 
 # arguments of other shapes come and go by batches: so many are remembered
 _MOST_SIGNATURES = 64

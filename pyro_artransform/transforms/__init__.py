@@ -9,9 +9,9 @@ from .autoregressive import (
     ConditionalAutoregressiveTransform,
     check_structure,
 )
-from .base import FlowModule, InverseTransformModule, inverse
 from .chain import ComposedTransform, ConditionalComposedTransform, chain
 from .conditioned import ConditionedUnivariate
+from .flow_module import FlowModule, InverseTransformModule, inverse
 from .permute import PermutationTransform
 
 __all__ = [

@@ -11,11 +11,11 @@ from pyro.distributions import ConditionalTransformModule, is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
-from .base import FlowModule
+from .dependencies import StructureCheck, by_construction, describe
 from .evaluate import as_transform, call_and_ladj, sum_ladj, values_are_readable
+from .flow_module import FlowModule
 from .inversion import at_solution, invert
 from .score import score_by_products
-from .structure import StructureCheck, by_construction, describe
 from .warn import warn_user
 
 
@@ -38,7 +38,7 @@ class AutoregressiveTransform(FlowModule):
     :param passes: the largest number of fixed-point passes of the inverse, which is exact after as
         many as the dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: 1 to remember the last pair, 0 not to; see
-        :class:`~pyro_artransform.transforms.base.FlowModule`.
+        :class:`~pyro_artransform.transforms.flow_module.FlowModule`.
     :raises TypeError: if ``meta`` cannot be called.
     :raises ValueError: if ``passes`` is not a positive integer.
 

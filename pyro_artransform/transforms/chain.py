@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from .base import FlowModule
 from .evaluate import call_and_ladj, inverse_and_ladj, inverse_at, sum_ladj
+from .flow_module import FlowModule
 from .score import call_and_score
 
 Step = Callable[[Transform, Tensor], tuple[Tensor, Tensor]]

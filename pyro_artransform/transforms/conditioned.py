@@ -9,7 +9,7 @@ from torch.distributions import Transform
 
 from ..conditioners import Blocks, Conditioner
 from ..univariate import Univariate
-from .structure import by_construction
+from .dependencies import by_construction
 
 
 class ConditionedUnivariate(torch.nn.Module):

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from .block_size import Problem, block_size
 from .evaluate import as_transform, inverse_and_ladj, sum_ladj, values_are_readable
-from .schedule import Problem, block_size
 from .warn import warn_user
 
 Meta = Callable[[Tensor], Transform]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import FlowModule
+from .flow_module import FlowModule
 
 
 class PermutationTransform(FlowModule):

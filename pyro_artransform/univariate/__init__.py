@@ -11,13 +11,7 @@ from .affine import (
     GatedAffineTransform,
     MonotonicAffineTransform,
 )
-from .base import (
-    ElementwiseTransform,
-    Univariate,
-    soft_bound,
-    split_params,
-    unbind_params,
-)
+from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
 from .hinged import Hinged, HingedTransform
 from .monotone import MonotoneNeural, MonotoneNeuralTransform
 from .root import MonotoneTransform

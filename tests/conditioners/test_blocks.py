@@ -9,8 +9,7 @@ import torch
 
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.testing import redraw
-
-from .test_masks import random_dag
+from tests.conditioners.test_masks import random_dag
 
 DIM = 9
 BATCH = 4

@@ -6,9 +6,8 @@ from torch import nn
 
 from pyro_artransform.conditioners import MaskedInput
 from pyro_artransform.testing import check_conditioner
-
-from ..transforms.metas import Dense, DenseTransform
-from .test_masks import random_dag
+from tests.conditioners.test_masks import random_dag
+from tests.transforms.metas import Dense, DenseTransform
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])

@@ -8,8 +8,7 @@ from torch import nn
 
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.testing import check_conditioner, redraw
-
-from .test_masks import random_dag
+from tests.conditioners.test_masks import random_dag
 
 CHAIN = torch.diag(torch.ones(4), -1).bool()
 COUPLING = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 0]]).bool()

@@ -11,8 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import log_weights
 from pyro_artransform.joint import LogJoint
-
-from . import conjugate
+from tests.diagnostics import conjugate
 
 
 @pytest.mark.parametrize("guide", [AutoIAF, AutoNormal, "by hand"])

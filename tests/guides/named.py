@@ -8,8 +8,7 @@ from pyro.distributions import transforms
 from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
 from pyro_artransform.transforms import chain
-
-from . import models
+from tests.guides import models
 
 GUIDES = {
     "iaf": lambda model, **o: AutoIAF(model, num_transforms=2, hidden_dims=8, **o),

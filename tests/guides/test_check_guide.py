@@ -10,9 +10,8 @@ import torch
 
 from pyro_artransform.guides import AutoIAF
 from pyro_artransform.testing import check_guide
-
-from . import models
-from .named import FOREIGN, GUIDES
+from tests.guides import models
+from tests.guides.named import FOREIGN, GUIDES
 
 
 @pytest.mark.parametrize("name", [*GUIDES, *FOREIGN])

@@ -9,10 +9,9 @@ import torch
 from pyro import poutine
 
 from pyro_artransform.guides import AutoIAF
-
-from . import models
-from .named import GUIDES
-from .training import redraw_after_call, trains
+from tests.guides import models
+from tests.guides.named import GUIDES
+from tests.guides.training import redraw_after_call, trains
 
 
 def test_a_copy_trains():

@@ -11,8 +11,7 @@ from torch import nn
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.guides import AutoIAF, AutoMAF
 from pyro_artransform.univariate import RationalQuadraticSpline
-
-from . import models
+from tests.guides import models
 
 both = pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])
 

@@ -6,7 +6,7 @@ import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-from . import models
+from tests.guides import models
 
 
 def train(guide, steps=4, model=models.regression, elbo=None):

@@ -8,14 +8,19 @@ import signal
 import pytest
 
 FEWER = {
-    "conclusion": {"_NUM_SAMPLES": 500},
-    "minibatches": {"_NUM_DRAWS": 100, "_SHARE_OF_DRAWS": 1},
-    "start": {"_NUM_POINTS": 4, "_NUM_POINTS_BY_LOOP": 3, "_NUM_MEAN_FIELDS": 1, "_FINE": 128},
-    "meanfield": {"_NUM_STEPS": 20},
-    "newton": {"_MAX_STEPS": 6},
-    "pilots": {"_NUM_STEPS": 4, "_NUM_DRAWS": 64},
-    "ending": {"_NUM_DRAWS": 128},
-    "crosscheck": {
+    "evaluation.evaluate": {"_NUM_SAMPLES": 500},
+    "objectives.minibatch_elbo": {"_NUM_DRAWS": 100, "_SHARE_OF_DRAWS": 1},
+    "initialization.search": {
+        "_NUM_POINTS": 4,
+        "_NUM_POINTS_BY_LOOP": 3,
+        "_NUM_MEAN_FIELDS": 1,
+        "_FINE": 128,
+    },
+    "initialization.mean_field": {"_NUM_STEPS": 20},
+    "initialization.newton": {"_MAX_STEPS": 6},
+    "optimization.learning_rate": {"_NUM_STEPS": 4, "_NUM_DRAWS": 64},
+    "optimization.selection": {"_NUM_DRAWS": 128},
+    "evaluation.missed_modes": {
         "_NUM_DRAWS": 500,
         "_NUM_SCREENED": 40,
         "_NUM_CLIMBS": 2,

@@ -22,9 +22,8 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_artransform import AutoAutoregressive, AutoMAF, fit, spline_autoregressive
-
-from . import models
-from .models import small
+from tests.inference import models
+from tests.inference.models import small
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -18,10 +18,9 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_artransform import AutoAutoregressive, affine_autoregressive, fit
-
-from . import models
-from .models import small
-from .test_fit_steps import OPTIMS, soon  # noqa: F401, a fixture
+from tests.inference import models
+from tests.inference.models import small
+from tests.inference.test_fit_steps import OPTIMS, soon  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -204,7 +203,7 @@ from pyro_artransform import fit
 from pyro_artransform.inference.checkpoint import read
 from tests.inference import models
 
-importlib.import_module("pyro_artransform.inference.fitting")._CHECKPOINT_EVERY = 1
+importlib.import_module("pyro_artransform.inference.stages")._CHECKPOINT_EVERY = 1
 torch.set_num_threads(1)
 path = sys.argv[1]
 model = models.location

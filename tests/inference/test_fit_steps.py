@@ -18,9 +18,8 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import fit
 from pyro_artransform.inference import FitError
-
-from . import models
-from .models import small
+from tests.inference import models
+from tests.inference.models import small
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -33,14 +32,14 @@ def fitted(model, guide, num_steps=20, num_particles=8, **kwargs):
 @pytest.fixture
 def soon(monkeypatch):
     """A fit that decides by itself after tens of steps."""
-    module = importlib.import_module("pyro_artransform.inference.schedule")
+    module = importlib.import_module("pyro_artransform.inference.optimization.schedule")
     for name, value in (
         ("_WINDOW", 18),
         ("_MAX_DECAY", 20),
         ("_NUM_TAIL_STEPS", 5),
     ):
         monkeypatch.setattr(module, name, value)
-    module = importlib.import_module("pyro_artransform.inference.pace")
+    module = importlib.import_module("pyro_artransform.inference.optimization.pace")
     monkeypatch.setattr(module, "_MAX_CONSTANT", {True: 90, False: 90})
 
 
@@ -116,7 +115,7 @@ def test_second_interrupt():
 
 
 def test_interrupt_before_the_first_step(monkeypatch):
-    module = importlib.import_module("pyro_artransform.inference.fitting")
+    module = importlib.import_module("pyro_artransform.inference.stages")
 
     def interrupted(new_training):
         signal.raise_signal(signal.SIGINT)

@@ -11,10 +11,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_med
 
 from pyro_artransform import fit
 from pyro_artransform.diagnostics import importance
-
-from . import models
-from .conftest import FEWER
-from .models import small
+from tests.inference import models
+from tests.inference.conftest import FEWER
+from tests.inference.models import small
 
 #: A gap above this, in nats, is none to trust.
 WRONG = 0.2
@@ -23,7 +22,11 @@ WRONG = 0.2
 @pytest.fixture(autouse=True)
 def _short_start(monkeypatch):
     """Fewer trials and starts; the verdict itself as it is."""
-    for name in ("start", "meanfield", "pilots"):
+    for name in (
+        "initialization.search",
+        "initialization.mean_field",
+        "optimization.learning_rate",
+    ):
         module = importlib.import_module(f"pyro_artransform.inference.{name}")
         for constant, value in FEWER[name].items():
             monkeypatch.setattr(module, constant, value)

@@ -7,8 +7,7 @@ import math
 import pytest
 
 from pyro_artransform import FitResult, fit
-
-from . import models
+from tests.inference import models
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.whole import WholeLatents
-
-from . import models
+from pyro_artransform.joint.masked_latents import WholeLatents
+from tests.joint import models
 
 WAYS = {
     "one_plate": "plate",
@@ -127,7 +127,7 @@ def test_culprits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dtype_is_the_models(dtype):
     log_joint = LogJoint(models.one_observation(dtype))
-    assert log_joint.latents.start.dtype == dtype
+    assert log_joint.start.dtype == dtype
     found = log_joint(torch.zeros(3, 1, dtype=dtype))
     assert found.dtype == dtype
     assert log_joint.way == "plate"
@@ -180,3 +180,12 @@ def test_refuses():
         LogJoint(no_latent)
     with pytest.raises(ValueError, match=r"'kind' is discrete: expected continuous latents"):
         LogJoint(discrete)
+
+
+def test_start_is_the_value_of_the_first_run():
+    pyro.set_rng_seed(0)
+    log_joint = LogJoint(models.one_plate)
+    pyro.set_rng_seed(0)  # the median of the prior is that of draws
+    trace = poutine.trace(InitMessenger(init_to_median)(models.one_plate)).get_trace()
+    for name, value in log_joint.constrain(log_joint.start).items():
+        assert torch.allclose(value, trace.nodes[name]["value"])

@@ -13,8 +13,8 @@ what was broken by hand to see it fail.
 
 from collections.abc import Callable
 
-from . import fit_cases, flow_cases, guide_cases, saving_cases, tensor_cases
-from .subject import Subject
+from tests.pitfalls import fit_cases, flow_cases, guide_cases, saving_cases, tensor_cases
+from tests.pitfalls.subject import Subject
 
 CASES: dict[str, Callable[[Subject], None]] = {
     name: case

@@ -9,9 +9,9 @@ import pyro
 import torch
 from pyro import distributions as dist
 
-from . import models
-from .guide_cases import unconstrained_draws
-from .subject import Subject, prepare
+from tests.pitfalls import models
+from tests.pitfalls.guide_cases import unconstrained_draws
+from tests.pitfalls.subject import Subject, prepare
 
 
 def f08_scale_floor(subject: Subject) -> None:

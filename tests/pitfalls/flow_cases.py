@@ -13,7 +13,7 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from .subject import NotApplicable, Subject, default_dtype
+from tests.pitfalls.subject import NotApplicable, Subject, default_dtype
 
 FLOATS = (torch.float32, torch.float64)
 Perturbation = Callable[[list[Tensor], Callable[[], Tensor]], None]

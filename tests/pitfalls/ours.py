@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import pyro_artransform as art
 from pyro_artransform import conditioners, guides, transforms, univariate
-
-from .subject import Subject, load_whole, save_state, save_whole
+from tests.pitfalls.subject import Subject, load_whole, save_state, save_whole
 
 HIDDEN = 16
 LAWS = {

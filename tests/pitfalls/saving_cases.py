@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import models
-from .subject import (
+from tests.pitfalls import models
+from tests.pitfalls.subject import (
     NotApplicable,
     Subject,
     in_fresh_process,

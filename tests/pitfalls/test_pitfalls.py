@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from .cases import CASES
-from .ours import Ours
-from .subject import Subject
-from .tensor_cases import bare_factory_calls
+from tests.pitfalls.cases import CASES
+from tests.pitfalls.ours import Ours
+from tests.pitfalls.subject import Subject
+from tests.pitfalls.tensor_cases import bare_factory_calls
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ from pyro_artransform.transforms import (
     check_structure,
 )
 from pyro_artransform.univariate import Affine, MonotonicAffineTransform
-
-from .metas import CumulativeConditioner, Dense, DenseTransform
+from tests.transforms.metas import CumulativeConditioner, Dense, DenseTransform
 
 
 def test_is_a_pyro_transform_module():
@@ -141,7 +140,7 @@ def test_own_conditioners_skip_the_check(make, monkeypatch):
     def fail(*_):
         raise RuntimeError("checked")
 
-    monkeypatch.setattr("pyro_artransform.transforms.structure.dependencies", fail)
+    monkeypatch.setattr("pyro_artransform.transforms.dependencies.dependencies", fail)
     AutoregressiveTransform(ConditionedUnivariate(make(3, 2), Affine()))(torch.zeros(3))
     with pytest.raises(RuntimeError, match="checked"):
         AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))

@@ -14,8 +14,7 @@ from pyro_artransform.transforms import (
     ConditionedUnivariate,
     chain,
 )
-
-from .metas import CONDITIONERS, FAMILIES
+from tests.transforms.metas import CONDITIONERS, FAMILIES
 
 # Each pair of a family and a conditioner once at D = 5, and each of the two at every other D.
 PAIRS = [(family, conditioner, 5) for family in FAMILIES for conditioner in CONDITIONERS]

@@ -27,9 +27,8 @@ from pyro_artransform.transforms import (
 )
 from pyro_artransform.transforms.evaluate import inverse_and_ladj
 from pyro_artransform.univariate import Affine
-
-from ..conditioners.test_masks import random_dag
-from .metas import CONDITIONERS, FAMILIES
+from tests.conditioners.test_masks import random_dag
+from tests.transforms.metas import CONDITIONERS, FAMILIES
 
 
 def unrolled(flow, y):

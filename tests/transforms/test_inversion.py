@@ -13,9 +13,8 @@ from pyro_artransform.conditioners import MaskedMLP, masks
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
 from pyro_artransform.univariate import Affine
-
-from ..conditioners.test_masks import random_dag
-from .metas import CumulativeConditioner
+from tests.conditioners.test_masks import random_dag
+from tests.transforms.metas import CumulativeConditioner
 
 
 def unrolled(t, y):

@@ -13,11 +13,7 @@ from torch import nn
 
 from pyro_artransform import affine_autoregressive, iaf
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import (
-    AutoregressiveTransform,
-    InverseTransformModule,
-    chain,
-)
+from pyro_artransform.transforms import AutoregressiveTransform, InverseTransformModule, chain
 from pyro_artransform.transforms.visible import visible_state
 from pyro_artransform.univariate import MonotonicAffineTransform
 

@@ -10,8 +10,7 @@ import torch
 
 from pyro_artransform.testing import check_univariate
 from pyro_artransform.univariate import MonotoneTransform
-
-from .families import FAMILIES, STARTS_AT_IDENTITY
+from tests.univariate.families import FAMILIES, STARTS_AT_IDENTITY
 
 every_family = pytest.mark.parametrize("new", FAMILIES.values(), ids=FAMILIES.keys())
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

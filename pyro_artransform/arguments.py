@@ -1,0 +1,95 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks of arguments: each returns the checked value, or raises with what was expected and got."""
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> int:
+    """An integer, NumPy's too, that is large enough; a bool is none.
+
+    :param name: the name of the argument.
+    :param value: its value.
+    :param least: the smallest value allowed.
+    :raises ValueError: if it is none.
+    """
+    size = _as_index(value)
+    if size is None or size < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return size
+
+
+def check_positive(name: str, value: Any) -> float:
+    """A positive finite number as a float; NumPy's numbers are real too, a bool is none.
+
+    :raises ValueError: if it is none.
+    """
+    is_number = isinstance(value, (float, int, Real)) and not isinstance(value, bool)
+    # comparisons only: torch.compile may make this number a symbol
+    if not (is_number and 0 < value < math.inf):
+        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+    return float(value)
+
+
+def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
+    """Something that can be called and is no class.
+
+    :param wanted: what is expected, in words.
+    :raises TypeError: if it is none.
+    """
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
+    return value
+
+
+def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
+    """The widths of hidden layers, from an integer or a sequence of integers.
+
+    :raises ValueError: if they are neither, or there is none.
+    """
+    if _as_index(hidden_dims) is not None:
+        return [check_integer("hidden_dims", hidden_dims)]
+    if isinstance(hidden_dims, (str, bytes)) or not isinstance(hidden_dims, Iterable):
+        raise ValueError(
+            f"hidden_dims: expected a positive integer or a sequence of them, got {hidden_dims!r}"
+        )
+    widths = [check_integer("hidden_dims", width) for width in hidden_dims]
+    if not widths:
+        raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
+    return widths
+
+
+def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    """Numbers as a tensor; one that is a tensor of floats already stays as it is.
+
+    :param value: a tensor, an array, or a list of numbers.
+    :param like: a tensor of the dtype and device wanted.
+    :raises ValueError: if it is none of these.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    try:
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected an array of numbers, got {value!r}: {error}") from None
+
+
+def _as_index(value: Any) -> int | None:
+    """The integer that a value stands for, None if it stands for none."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

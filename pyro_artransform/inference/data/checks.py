@@ -1,0 +1,92 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Uses of mini-batches that would train on something else than was meant, and in silence."""
+
+from typing import Any
+
+from pyro.infer.autoguide import AutoCallable, AutoGuideList
+
+from ...joint import LogJoint
+from ...joint.outline import Outline
+from .loader import Batch, Batches
+
+
+def check_arguments(
+    loader: Any, epochs: int | None, num_steps: int | None, args: tuple[Any, ...]
+) -> None:
+    """Checks that the options of a fit go together.
+
+    :raises ValueError: if they do not.
+    """
+    if loader is None and epochs is not None:
+        raise ValueError("epochs: expected a loader to count them by, or num_steps instead")
+    if epochs is not None and num_steps is not None:
+        raise ValueError(f"expected epochs or num_steps, got both ({epochs} and {num_steps})")
+    if loader is not None and args:
+        raise ValueError(
+            "expected no positional arguments of the model beside a loader, whose batches are its "
+            f"arguments, got {len(args)}. Keyword arguments are added to each batch"
+        )
+
+
+def check_use(batches: Batches, guide: Any, log_joint: LogJoint, first: Batch) -> None:
+    """Checks that the mini-batches of a loader are what model and guide take them for.
+
+    :param batches: the batches of the loader.
+    :param guide: the guide, after its first call.
+    :param log_joint: the log joint density of the model.
+    :param first: any batch.
+    :raises ValueError: if they are not.
+    """
+    if batches.num_batches == 1 and batches.is_partition:
+        return
+    outline = log_joint.outline(*first)
+    _check_indices(guide, outline)
+    _check_scale(guide, outline)
+
+
+def _check_indices(guide: Any, outline: Outline) -> None:
+    parts = _parts(guide)
+    needs = any(getattr(part, "needs_indices", False) for part in parts)
+    without = all(map(_is_stock, parts)) and getattr(guide, "create_plates", None) is None
+    if not (needs or (without and outline.in_part)):
+        return
+    named = f" (as '{outline.in_part[0]}')" if outline.in_part else ""
+    raise ValueError(
+        f"loader: the guide looks up what it knows of the elements of a plate{named} by their "
+        "indices, and draws these itself: they are not those of the rows of a batch. Expected "
+        "create_plates=, a function of a batch that returns the plate with the indices of its rows "
+        "(subsample=), or an AutoAmortized with an encoder, which needs no indices"
+    )
+
+
+def _check_scale(guide: Any, outline: Outline) -> None:
+    """Whether latents that are the same for all batches would meet one batch at a time."""
+    knows_no_batch = all(_knows_no_batch(part) for part in _parts(guide))
+    common = list(outline.shapes) if knows_no_batch else outline.globals
+    if outline.is_scaled or not common:
+        return
+    raise ValueError(
+        f"loader: the latent '{common[0]}' is of all batches, and the model does not say that a "
+        "batch is a part of the data: its likelihood would count as if there were no other rows. "
+        "Expected the rows in pyro.plate(name, number of all rows, subsample_size=len(batch)), or "
+        "poutine.scale"
+    )
+
+
+def _parts(guide: Any) -> list[Any]:
+    return list(guide) if isinstance(guide, AutoGuideList) else [guide]
+
+
+def _knows_no_batch(guide: Any) -> bool:
+    """Whether the latents of a guide are the same whatever its arguments."""
+    return hasattr(guide, "rsample_and_log_prob") or _is_stock(guide)
+
+
+def _is_stock(guide: Any) -> bool:
+    """Whether a guide is one of Pyro's own that has parameters for each element of a plate."""
+    if isinstance(guide, AutoCallable):  # a function of the user's in an AutoGuideList
+        return False
+    is_pyros = type(guide).__module__.startswith("pyro.infer.autoguide")
+    return is_pyros and not getattr(guide, "amortized_plates", ())

@@ -1,0 +1,95 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What diagnostics and fits ask of a guide beyond Pyro's own interface.
+
+Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
+``isinstance``, so a guide of a third party needs no base class.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class ReparametrizedGuide(Protocol):
+    """A guide that draws on the unconstrained space, with the density there."""
+
+    def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
+        """Reparametrized draws on the unconstrained space, and their log-densities.
+
+        :param n: how many.
+        :param path: whether the gradient of the log-density flows through the draws only.
+        :return: shapes ``(n, latent_dim)`` and ``(n,)``, with gradients.
+        """
+        ...
+
+
+@runtime_checkable
+class FlowGuide(ReparametrizedGuide, Protocol):
+    """A guide that a fit initializes and trains by the path gradient: those of this package."""
+
+    def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
+        """Becomes a Gaussian on the unconstrained space, the flow the identity.
+
+        :param loc: shape ``(latent_dim,)``.
+        :param scale_tril: lower triangular, shape ``(latent_dim, latent_dim)``; by default that of a
+            new guide.
+        :raises ValueError: if the guide cannot have this scale.
+        """
+        ...
+
+
+@runtime_checkable
+class MinibatchGuide(Protocol):
+    """A guide of the elements of a mini-batch, such as ``AutoAmortized``."""
+
+    @property
+    def needs_indices(self) -> bool:
+        """Whether elements are looked up by indices that nobody gives, so that batches need them."""
+        ...
+
+    def path_gradient(self) -> AbstractContextManager[None]:
+        """A context in which the density of the guide's draws has a gradient by the draws only."""
+        ...
+
+    def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Starts near draws of the latents of one mini-batch.
+
+        :param values: for each site, shape ``(n,) + site shape``.
+        :param share: what part of all elements the mini-batch is.
+        """
+        ...
+
+
+@runtime_checkable
+class ScaledSteps(Protocol):
+    """A guide that says in which units an optimizer should move some of its parameters."""
+
+    def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
+        """For each parameter whose steps are not in its own units, a factor that broadcasts to it."""
+        ...
+
+
+@runtime_checkable
+class SetUpGuide(Protocol):
+    """A guide that learns the latents of its model without drawing."""
+
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the model with these arguments, unless that is done already."""
+        ...
+
+
+@runtime_checkable
+class PosteriorGuide(Protocol):
+    """A guide with draws of all sites."""
+
+    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of all sites, each of shape ``(n,) + site shape``.
+
+        :param args: the model's arguments, only where the guide is amortized.
+        """
+        ...

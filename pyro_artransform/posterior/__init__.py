@@ -1,0 +1,8 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of a posterior: summaries, log-likelihoods, and ArviZ data sets."""
+
+from .summary import Summary, log_likelihood, summary, to_inference_data
+
+__all__ = ["Summary", "log_likelihood", "summary", "to_inference_data"]

@@ -1,0 +1,154 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Draws, densities and summaries of an amortised guide, by element."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_artransform import AutoAmortized
+from tests.guides.amortized import hierarchies
+from tests.guides.amortized.hierarchies import NESTED, Encoder, SubsamplingEncoder, data, redraw
+
+
+def nested_guide():
+    guide = AutoAmortized(hierarchies.nested)
+    guide()
+    return redraw(guide)
+
+
+def test_shapes_dtypes_and_supports():
+    guide = nested_guide()
+    draws = guide.sample_posterior(7)
+    assert {name: tuple(value.shape[1:]) for name, value in draws.items()} == NESTED
+    assert list(draws) == list(guide.prototype_trace.nodes)
+    for name, site in guide.prototype_trace.nodes.items():
+        assert draws[name].shape[0] == 7
+        assert site["fn"].support.check(draws[name]).all()
+    assert guide.log_prob(draws).shape == (7,)
+    for name, value in guide.quantiles([0.1, 0.9], num_samples=30).items():
+        assert value.shape == (2, *NESTED[name])
+    for name, value in guide.median(num_samples=30).items():
+        assert value.shape == NESTED[name]
+
+
+def test_draws_do_not_depend_on_chunks(monkeypatch):
+    guide = nested_guide()
+    monkeypatch.setattr("pyro_artransform.guides.amortized.amortized_guide._CHUNK", 50)
+    draws = guide.sample_posterior(5)
+    assert draws["cell"].shape == (5, 4, 6)
+    assert len(draws["cell"][:, 0, 0].unique()) == 5
+
+
+def test_density_by_quadrature():
+    """The density of a global and an element integrates to one."""
+
+    def model():
+        pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("items", 1):
+            pyro.sample("unit", dist.Beta(2.0, 2.0))
+
+    guide = AutoAmortized(model, init_scale=1.0)
+    guide()
+    redraw(guide)
+    rate, unit = torch.linspace(-9, 9, 181).exp(), torch.linspace(-12, 12, 241).sigmoid()
+    grid = torch.cartesian_prod(rate, unit)
+    with torch.no_grad():
+        log_q = guide.log_prob({"rate": grid[:, 0], "unit": grid[:, 1:]})
+    jacobian = grid[:, 0] * grid[:, 1] * (1 - grid[:, 1])
+    assert abs((log_q.exp() * jacobian).sum() * 0.1 * 0.1 - 1) < 2e-3
+
+
+def test_density_of_draws_is_the_entropy_of_a_new_guide():
+    """At the start q is Gaussian: the mean of -log q is known."""
+    guide = AutoAmortized(hierarchies.standard)
+    draws = guide.sample_posterior(200)
+    numbers = sum(value[0].numel() for value in draws.values())
+    entropy = numbers * (0.5 * math.log(2 * math.pi * math.e) + math.log(0.1))
+    # the standard deviation of -log q is sqrt(numbers / 2)
+    assert abs(-guide.log_prob(draws).mean() - entropy) < 5 * (numbers / 2 / 200) ** 0.5
+
+
+def test_elements_with_an_encoder_are_those_of_the_arguments():
+    guide = AutoAmortized(hierarchies.batched, Encoder())
+    guide(data(4))
+    redraw(guide)
+    for size in (4, 9):
+        draws = guide.sample_posterior(3, data(size))
+        assert draws["z"].shape == (3, size)
+        assert guide.log_prob(draws, data(size)).shape == (3,)
+    with pytest.raises(ValueError, match=r"values: expected 'z' of shape \(3, 4\), got \(3, 9\)"):
+        guide.log_prob(draws, data(4))
+
+
+def test_elements_with_an_encoder_of_the_mini_batch_are_all():
+    y = data()
+    guide = AutoAmortized(hierarchies.minibatch, SubsamplingEncoder())
+    guide(y)
+    with torch.no_grad():
+        guide.transform.locals[0].affine.linear.weight[:, 0] = 2.0
+    draws = guide.sample_posterior(3, y)
+    assert draws["z"].shape == (3, 12)
+    medians = guide.median(y, num_samples=2_000)["z"]
+    again = guide.median(y.flip(0), num_samples=2_000)["z"]
+    assert (medians - again.flip(0)).abs().max() < 0.02 < medians.std()
+
+
+def test_locals_depend_on_globals_and_on_their_parents():
+    guide = AutoAmortized(hierarchies.nested)
+    guide()
+    # the context of a cell is its embedding, three globals, and the three latents of its parent
+    weight = guide.transform.locals[2].affine.linear.weight
+    assert weight.shape == (1, 8 + 3 + 3)
+    for columns, sees_globals in ((slice(8, 11), True), (slice(11, 14), False)):
+        with torch.no_grad():
+            weight.zero_()
+            weight[:, columns] = 2.0
+        draws = guide.sample_posterior(4_000)
+        rates = draws["rate"].log()
+        cell = ((draws["cell"] + 1) / 3).logit()[:, 0, 0]
+        others = [draws["scale"].log(), rates[:, 0], rates[:, 1]]
+        found = torch.stack([cell, *others]).corrcoef()[0, 1:].abs()
+        assert (found > 0.3).tolist() == [sees_globals, not sees_globals, False]
+        assert (found < 0.1).tolist() == [not sees_globals, sees_globals, True]
+
+
+def test_each_element_can_have_any_place_and_width():
+    guide = AutoAmortized(hierarchies.groups)
+    guide(data())
+    places, widths = torch.linspace(-100.0, 100.0, 12), torch.logspace(-4, 3, 12)
+    with torch.no_grad():
+        local = guide.transform.locals[0]
+        local.table[:, -2] = places - local.loc
+        local.table[:, -1] = (widths / 0.1).log()
+    z = guide.sample_posterior(5_000)["z"]
+    # five standard errors
+    assert ((z.mean(0) - places) / widths).abs().max() < 5 / 5_000**0.5
+    assert (z.std(0) / widths - 1).abs().max() < 5 / 10_000**0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mean": torch.zeros(3)}, r"expected the sites \['mean', 'z'\], got \['mean'\]"),
+        ({"mean": torch.zeros(3), "z": torch.zeros(3, 5)}, r"'z' of shape \(3, 12\), got \(3, 5\)"),
+        ({"mean": torch.zeros(2), "z": torch.zeros(3, 12)}, "as many draws of each site"),
+        ({"mean": torch.zeros(()), "z": torch.zeros(12)}, r"'mean' of shape \(n,\) \+ site shape"),
+    ],
+)
+def test_values_that_do_not_fit(values, message):
+    guide = AutoAmortized(hierarchies.groups)
+    guide(data())
+    with pytest.raises(ValueError, match=message):
+        guide.log_prob(values)
+
+
+def test_numbers_that_are_no_counts():
+    guide = AutoAmortized(hierarchies.groups)
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
+        guide.sample_posterior(0, data())
+    with pytest.raises(ValueError, match="quantiles: expected numbers between 0 and 1"):
+        guide.quantiles([2.0], data())

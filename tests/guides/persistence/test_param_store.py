@@ -1,0 +1,336 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+from pyro_artransform import iaf
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF
+from tests.guides import models
+from tests.guides.training import parameters, train, trains, unmoved
+
+
+def new_guide(**options):
+    return AutoIAF(models.regression, num_transforms=2, hidden_dims=8, **options)
+
+
+def entries(name):
+    return {k: v for k, v in pyro.get_param_store().named_parameters() if k.startswith(f"{name}.")}
+
+
+def in_the_store(guide):
+    own = [id(p) for p in guide.parameters()]
+    return own == [id(p) for p in entries(guide._pyro_name).values()]
+
+
+def latent_names(guide):
+    trace = pyro.poutine.trace(guide).get_trace(models.data())
+    return [name for name in trace.nodes if name.endswith("_latent")]
+
+
+def test_living_guides_take_suffixes():
+    """F15."""
+    guides = [new_guide() for _ in range(3)]
+    for guide in guides:
+        guide(models.data())
+    assert [latent_names(g) for g in guides] == [
+        ["_AutoIAF_latent"],
+        ["_AutoIAF_1_latent"],
+        ["_AutoIAF_2_latent"],
+    ]
+    for guide in guides:
+        trains(guide, [g for g in guides if g is not guide])
+        assert in_the_store(guide)
+
+
+def test_module_local_params():
+    with pyro.settings.context(module_local_params=True):
+        guides = [new_guide() for _ in range(2)]
+        for guide in guides:
+            trains(guide, [g for g in guides if g is not guide and list(g.parameters())])
+            assert latent_names(guide) == ["_AutoIAF_latent"]
+        loss = Trace_ELBO()(models.regression, guides[0])
+        assert len(list(loss.parameters())) == len(list(guides[0].parameters()))
+        loss(models.data()).backward()
+    assert len(pyro.get_param_store()) == 0
+
+
+def test_a_dead_guides_entries_are_adopted():
+    guide = new_guide()
+    train(guide)
+    before, name = parameters(guide), guide._pyro_name
+    gone = weakref.ref(guide)
+    del guide
+    assert gone() is None, "a guide must not be in a reference cycle"
+    second = new_guide()
+    second(models.data())
+    assert second._pyro_name == name
+    assert len(unmoved(second, before)) == len(before)
+    trains(second)
+    assert in_the_store(second)
+
+
+def test_a_guide_in_a_cycle_is_dead():
+    guide = new_guide()
+    train(guide)
+    guide.cycle = [guide]
+    gc.disable()
+    try:
+        del guide
+        second = new_guide()
+        second(models.data())
+    finally:
+        gc.enable()
+    assert second._pyro_name == "AutoIAF"
+
+
+def test_a_dead_guide_of_another_size_is_no_hindrance():
+    train(new_guide())
+    second = AutoIAF(models.regression, hidden_dims=16)
+    trains(second)
+    assert second._pyro_name == "AutoIAF_1"
+
+
+def test_store_cleared_while_a_guide_lives():
+    first = new_guide()
+    train(first)
+    pyro.clear_param_store()
+    second = new_guide()
+    train(second)
+    assert second._pyro_name == "AutoIAF"
+    before = parameters(first)
+    first(models.data())
+    assert len(unmoved(first, before)) == len(before)
+    assert first._pyro_name == "AutoIAF_1"
+    trains(first, [second])
+    trains(second, [first])
+    del second
+    pyro.clear_param_store()
+    trains(first)
+    assert first._pyro_name == "AutoIAF_1"
+
+
+def test_store_cleared_and_filled_by_a_guide_that_died():
+    first = new_guide()
+    train(first)
+    before = parameters(first)
+    pyro.clear_param_store()
+    train(new_guide())
+    first(models.data())
+    assert len(unmoved(first, before)) == len(before)
+    assert first._pyro_name == "AutoIAF_1"
+
+
+def test_a_suffix_that_is_taken_in_its_turn():
+    first, second = new_guide(), new_guide()
+    train(first)
+    train(second)
+    pyro.clear_param_store()
+    twin = copy.deepcopy(second)
+    train(twin)
+    assert twin._pyro_name == "AutoIAF_1"
+    trains(second, [first, twin])
+    assert second._pyro_name == "AutoIAF"
+    trains(first, [second, twin])
+    assert first._pyro_name == "AutoIAF_2"
+
+
+def test_drawing_registers_nothing():
+    old = new_guide()
+    train(old)
+    pyro.clear_param_store()
+    old.sample_posterior(3)
+    assert len(pyro.get_param_store()) == 0
+    fresh = new_guide()
+    fresh.sample_posterior(3, models.data())
+    assert len(pyro.get_param_store()) == 0
+    trains(fresh, [old])
+    assert fresh._pyro_name == "AutoIAF"
+
+
+@pytest.mark.parametrize("plain_tensors", [False, True])
+def test_loaded_store_goes_on_training(tmp_path, plain_tensors):
+    """F14, in one process; a guide that lives, and one that is new."""
+    living = new_guide()
+    train(living)
+    state = pyro.get_param_store().get_state()
+    if plain_tensors:
+        state["params"] = {k: v.detach().clone() for k, v in state["params"].items()}
+    torch.save(state, tmp_path / "store")
+    saved = parameters(living)
+    train(living)
+    pyro.get_param_store().load(str(tmp_path / "store"))
+    living.sample_posterior(2)
+    assert len(unmoved(living, saved)) == len(saved)
+    assert in_the_store(living)
+    trains(living)
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "store"))
+    fresh = new_guide()
+    fresh.sample_posterior(2, models.data())
+    assert len(unmoved(fresh, saved)) == len(saved)
+    trains(fresh, [living])
+    assert in_the_store(fresh)
+    # nothing that was replaced is kept by the store's other index
+    assert len(pyro.get_param_store()._param_to_name) == len(pyro.get_param_store())
+
+
+def test_two_guides_of_a_loaded_store(tmp_path):
+    guides = [new_guide(), new_guide()]
+    for guide in guides:
+        train(guide)
+    saved = [parameters(guide) for guide in guides]
+    pyro.get_param_store().save(str(tmp_path / "store"))
+    del guides, guide
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "store"))
+    guides = [new_guide(), new_guide()]
+    for guide, values in zip(guides, saved, strict=True):
+        guide(models.data())
+        assert len(unmoved(guide, values)) == len(values)
+    trains(guides[0], [guides[1]])
+    trains(guides[1], [guides[0]])
+
+
+def test_loaded_store_of_another_guide(tmp_path):
+    train(new_guide())
+    pyro.get_param_store().save(str(tmp_path / "store"))
+    for options, message in (
+        (
+            {"num_transforms": 2, "hidden_dims": 16},
+            r"does not fit: expected \(\(16, 2\).* got \(\(8, 2\)",
+        ),
+        ({"num_transforms": 1, "hidden_dims": 8}, "has a parameter"),
+        ({"num_transforms": 3, "hidden_dims": 8}, "has no parameter"),
+    ):
+        pyro.clear_param_store()
+        pyro.get_param_store().load(str(tmp_path / "store"))
+        with pytest.raises(ValueError, match=f"{message}.*clear_param_store"):
+            AutoIAF(models.regression, **options)(models.data())
+
+
+def test_scopes():
+    store, guide = pyro.get_param_store(), new_guide()
+    with store.scope() as first:
+        train(guide)
+        before = parameters(guide)
+    second = copy.deepcopy(first)
+    with store.scope(second):
+        train(guide)
+        assert not unmoved(guide, before)
+    with store.scope(first):
+        guide(models.data())
+        assert len(unmoved(guide, before)) == len(before)
+
+
+def test_copies_train_apart():
+    """F18: also from a store that another guide of the name has filled."""
+    guide = new_guide()
+    train(guide)
+    for way in (copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))):
+        twin = way(guide)
+        before = parameters(guide)
+        assert len(unmoved(twin, before)) == len(before)
+        trains(twin, [guide])
+        trains(guide, [twin])
+        del twin
+
+
+def test_a_copy_keeps_its_values_when_the_original_dies():
+    guide = new_guide()
+    train(guide)
+    best, pickled, before = copy.deepcopy(guide), pickle.dumps(guide), parameters(guide)
+    train(guide)
+    del guide
+    for twin in (best, pickle.loads(pickled)):
+        twin.sample_posterior(2)
+        assert len(unmoved(twin, before)) == len(before)
+        twin(models.data())
+        assert len(unmoved(twin, before)) == len(before)
+        trains(twin)
+
+
+def test_unpickled_into_an_empty_store():
+    guide = new_guide()
+    train(guide)
+    pickled, before = pickle.dumps(guide), parameters(guide)
+    del guide
+    pyro.clear_param_store()
+    twin = pickle.loads(pickled)
+    twin(models.data())
+    assert twin._pyro_name == "AutoIAF"
+    assert len(unmoved(twin, before)) == len(before)
+    trains(twin)
+
+
+def test_an_unpickled_guide_counts_more_than_a_loaded_store(tmp_path):
+    guide = new_guide()
+    train(guide)
+    pickled, before = pickle.dumps(guide), parameters(guide)
+    train(guide)
+    pyro.get_param_store().save(str(tmp_path / "store"))
+    del guide
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(tmp_path / "store"))
+    twin = pickle.loads(pickled)
+    twin(models.data())
+    assert len(unmoved(twin, before)) == len(before)
+    trains(twin)
+
+
+def test_a_guide_and_its_store_pickled_together():
+    guide = new_guide()
+    train(guide)
+    both = pickle.dumps(
+        (guide.__getstate__()["_pyro_name"], guide, pyro.get_param_store().get_state())
+    )
+    del guide
+    pyro.clear_param_store()
+    name, twin, state = pickle.loads(both)
+    pyro.get_param_store().set_state(state)
+    trains(twin)
+    assert twin._pyro_name == name == "AutoIAF"
+
+
+def test_parameters_that_are_not_contiguous():
+    """The store keeps a copy of such a parameter and would train that."""
+
+    weights = []
+
+    def flow(dim):
+        transform = iaf(dim, 1, 8)
+        for module in transform.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = module.weight.data.T.contiguous().T
+                weights.append(module.weight)
+        return transform
+
+    guide = AutoAutoregressive(models.regression, flow=flow)
+    trains(guide)
+    own = {id(p) for p in guide.parameters()}
+    assert all(id(weight) in own for weight in weights)
+
+
+def test_parameters_used_twice():
+    def flow(dim):
+        transform = iaf(dim, 2, 8)
+        one, two = (t.meta.conditioner for t in transform.transforms)
+        two.layers[1].weight = one.layers[1].weight
+        return transform
+
+    guide = AutoAutoregressive(models.regression, flow=flow)
+    train(guide)
+    before = parameters(guide)
+    pyro.get_param_store().set_state(copy.deepcopy(pyro.get_param_store().get_state()))
+    trains(guide)
+    one, two = (t.meta.conditioner for t in guide.transform.transforms[0].transforms)
+    assert one.layers[1].weight is two.layers[1].weight
+    assert in_the_store(guide)
+    assert before

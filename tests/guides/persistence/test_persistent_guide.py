@@ -1,0 +1,320 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+
+from pyro_artransform import iaf, spline_autoregressive
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from tests.guides import models
+from tests.guides.training import parameters, train, trains, unmoved
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def new_guide():
+    return AutoIAF(models.regression, num_transforms=2, hidden_dims=8, nonlinearity=nn.Tanh())
+
+
+def score(guide):
+    grid = torch.linspace(-2, 2, 7 * guide.latent_dim).reshape(7, -1).sin() * 2
+    with torch.no_grad():
+        return guide.get_posterior().log_prob(grid)
+
+
+# Copies
+
+
+def test_deepcopy_keeps_the_model_and_pickle_says_that_it_does_not():
+    guide = new_guide()
+    for use in (lambda: None, lambda: guide(models.data()), lambda: train(guide, 2)):
+        use()
+        model = guide.model
+        twin, unpickled = copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))
+        assert twin.model is model
+        assert guide.model is model, "the original has lost its model"
+        with pytest.raises(RuntimeError, match="this AutoIAF has no model: pickle drops it"):
+            _ = unpickled.model
+    unpickled.model = models.regression
+    assert unpickled.model is not None
+    trains(unpickled, [guide, twin])
+
+
+def test_deepcopy_does_not_copy_a_model_that_is_a_module():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = PyroModule[nn.Linear](2, 1)
+            self.linear.weight = PyroSample(dist.Normal(0, 1).expand([1, 2]).to_event(2))
+
+        def forward(self, values):
+            mean = self.linear(values)[:, 0]
+            with pyro.plate("data", len(values)):
+                pyro.sample("obs", dist.Normal(mean, 1), obs=values[:, 0])
+
+    model, values = Model(), torch.randn(5, 2)
+    guide = AutoIAF(model)
+    guide(values)
+    assert copy.deepcopy(guide).model is guide.model
+    names = {name for name, _ in guide.named_parameters()}
+    assert not any("linear" in name for name in names)
+    unpickled = pickle.loads(pickle.dumps(guide))
+    unpickled.model = model
+    assert {name for name, _ in unpickled.named_parameters()} == names
+    unpickled(values)
+
+
+def test_copies_of_a_guide_that_was_used():
+    """F18."""
+    guide = new_guide()
+    uses = {
+        "called": lambda: guide(models.data()),
+        "trained": lambda: train(guide, 2),
+        "inverted": lambda: guide.get_transform().inv(torch.zeros(2)),
+        "scored": lambda: guide.log_prob(guide.sample_posterior(3)).sum().backward(),
+        "path": lambda: guide.rsample_and_log_prob(2, path=True)[1].sum().backward(),
+        "predicted": lambda: Predictive(models.regression, guide=guide, num_samples=2)(
+            models.data()
+        ),
+    }
+    for name, use in uses.items():
+        use()
+        for way in (copy.deepcopy, copy.copy, lambda g: pickle.loads(pickle.dumps(g))):
+            assert torch.equal(score(way(guide)), score(guide)), name
+
+
+def test_pickle_holds_neither_the_data_nor_local_functions():
+    big = torch.randn(100_000)
+    seen = []
+
+    def model(values):
+        seen.append(len(values))
+        models.regression(values[:8])
+
+    guide = AutoAutoregressive(model, flow=lambda dim: iaf(dim, 1, 8))
+    guide(big)
+    pickled = pickle.dumps(guide)
+    assert len(pickled) < 30_000
+    trains(pickle.loads(pickled))
+
+
+def test_pickled_before_the_first_call():
+    guide = pickle.loads(pickle.dumps(new_guide()))
+    guide.model = models.regression
+    with pytest.raises(RuntimeError, match="pickled before its first call, without its flow"):
+        guide(models.data())
+
+
+def test_copy_before_the_first_call():
+    guide = copy.deepcopy(new_guide())
+    trains(guide)
+
+
+# State dicts
+
+
+def test_state_dict_before_the_first_call():
+    """F17."""
+    guide = new_guide()
+    train(guide)
+    state = guide.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    fresh = new_guide()
+    fresh.load_state_dict(state, strict=True)
+    assert torch.equal(score(fresh), score(guide))
+    assert set(fresh.sample_posterior(3)) == {"loc", "scale"}
+    trains(fresh, [guide])
+
+
+def test_state_dict_of_a_list():
+    from pyro.infer.autoguide import AutoGuideList, AutoNormal
+
+    def new_list():
+        guides = AutoGuideList(models.regression)
+        guides.append(AutoIAF(pyro.poutine.block(models.regression, hide=["scale"])))
+        guides.append(AutoNormal(pyro.poutine.block(models.regression, expose=["scale"])))
+        return guides
+
+    guides = new_list()
+    train(guides, 3)
+    other = new_list()[0]
+    part = {k.removeprefix("0."): v for k, v in guides.state_dict().items() if k[:2] == "0."}
+    other.load_state_dict(part)
+    assert torch.equal(score(other), score(guides[0]))
+
+
+def test_state_dict_of_other_sites():
+    guide, other = AutoIAF(models.regression), AutoIAF(models.gaussian)
+    guide(models.data())
+    other(models.data())
+    with pytest.raises(RuntimeError, match=r"of other sites: expected \{'z': \(3,\)\}, got"):
+        other.load_state_dict(guide.state_dict())
+
+
+# Files
+
+OTHER_PROCESS = """
+import pathlib, sys, pyro, torch
+torch.set_default_dtype(torch.{default})
+torch.manual_seed(11)
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform import spline_autoregressive
+from tests.guides import models
+from tests.guides.persistence.test_persistent_guide import new_guide, score
+from tests.guides.training import trains
+
+for path in sys.argv[1:]:
+    pyro.clear_param_store()
+    kind = dict(iaf=AutoIAF, maf=AutoMAF, custom=AutoAutoregressive)[pathlib.Path(path).name]
+    flow = dict(flow=spline_autoregressive) if kind is AutoAutoregressive else dict()
+    expected = torch.load(path + ".score")
+    guide = kind.load(path, **flow)
+    assert torch.equal(score(guide), expected["score"]), "another density"
+    draws = guide.sample_posterior(4)
+    assert {{k: (tuple(v.shape), v.dtype) for k, v in draws.items()}} == expected["draws"]
+    guide = kind.load(path, models.regression, **flow)
+    trains(guide, others=[])
+    if kind is AutoIAF:
+        pyro.clear_param_store()
+        pyro.get_param_store().load(path + ".store")
+        guide = new_guide()
+        guide.sample_posterior(2, models.data(torch.float64))
+        assert torch.equal(score(guide), expected["score"]), "store: another density"
+        guide = torch.load(path + ".pickle", weights_only=False)
+        assert torch.equal(score(guide), expected["score"]), "pickle: another density"
+"""
+
+
+def test_files_in_another_process(tmp_path):
+    """F13, F14, F17, F20: other seed, other default dtype, no model, no data."""
+    guides = {
+        "iaf": new_guide(),
+        "maf": AutoMAF(models.regression, hidden_dims=[8], init_scale=0.3, full_rank=False),
+        "custom": AutoAutoregressive(models.regression, flow=spline_autoregressive),
+    }
+    for name, guide in guides.items():
+        pyro.clear_param_store()
+        train(guide, 5)
+        guide.save(tmp_path / name)
+        draws = guide.sample_posterior(4)
+        shapes = {k: (tuple(v.shape), v.dtype) for k, v in draws.items()}
+        torch.save({"score": score(guide), "draws": shapes}, tmp_path / f"{name}.score")
+        torch.load(tmp_path / name)
+        if name == "iaf":
+            pyro.get_param_store().save(str(tmp_path / "iaf.store"))
+            torch.save(guide, tmp_path / "iaf.pickle")
+    code = OTHER_PROCESS.format(default="float64")
+    run_in_another_process(code, *(str(tmp_path / name) for name in guides))
+
+
+def run_in_another_process(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_file_of_all_kinds_of_sites(tmp_path):
+    guide = AutoIAF(models.shapes, hidden_dims=8)
+    guide(models.data(torch.float32))
+    guide.save(tmp_path / "guide")
+    loaded = AutoIAF.load(tmp_path / "guide")
+    pyro.set_rng_seed(1)
+    expected = guide.sample_posterior(5)
+    pyro.set_rng_seed(1)
+    draws = loaded.sample_posterior(5)
+    assert list(draws) == list(expected)
+    for name, value in draws.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name]), name
+    # the plates are in the file: a call enters them, and NeuTraReparam asks for them
+    values = loaded()
+    assert {name: tuple(v.shape) for name, v in values.items()} == models.SHAPES
+    assert {name: plate.dim for name, plate in loaded.plates.items()} == {"outer": -1, "inner": -2}
+
+
+def test_loaded_guide_meets_its_model(tmp_path):
+    guide = AutoIAF(models.locals_of, hidden_dims=8)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    loaded = AutoIAF.load(tmp_path / "guide", models.locals_of)
+    with pytest.raises(ValueError, match=r"site 'z': the guide was set up for the shape \(8,\)"):
+        loaded(models.data()[:3])
+    loaded(models.data())
+
+
+def test_a_loaded_guide_keeps_its_arguments(tmp_path):
+    guide = AutoIAF(models.regression, hidden_dims=(8, 4), init_scale=0.7, full_rank=False)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    loaded = AutoIAF.load(tmp_path / "guide")
+    loaded.save(tmp_path / "again")
+    first, second = torch.load(tmp_path / "guide"), torch.load(tmp_path / "again")
+    assert first["arguments"] == second["arguments"]
+    assert first["arguments"]["hidden_dims"] == [8, 4]
+    loaded.start_at(torch.ones(2))
+    assert torch.allclose(loaded.transform.transforms[1].log_scale.exp(), torch.tensor(0.7))
+
+
+def test_save_before_the_first_call(tmp_path):
+    with pytest.raises(RuntimeError, match="does not know the model's latents yet: call it"):
+        new_guide().save(tmp_path / "guide")
+
+
+def test_custom_flow_is_given_to_load_again(tmp_path):
+    guide = AutoAutoregressive(models.regression, flow=spline_autoregressive)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    with pytest.raises(TypeError, match="flow"):
+        AutoAutoregressive.load(tmp_path / "guide")
+    with pytest.raises(ValueError, match="expected a guide with this flow"):
+        AutoAutoregressive.load(tmp_path / "guide", flow=lambda dim: iaf(dim, 1, 8))
+
+
+def test_load_without_a_model_says_so(tmp_path):
+    guide = new_guide()
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    loaded = AutoIAF.load(tmp_path / "guide")
+    with pytest.raises(RuntimeError, match=r"AutoIAF\.load\(path, model\)"):
+        _ = loaded.model
+    before = parameters(loaded)
+    svi = SVI(models.regression, loaded, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    for _ in range(4):
+        svi.step(models.data())
+    assert not unmoved(loaded, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_that_are_not_finite(tmp_path, value):
+    guide = new_guide()
+    guide(models.data())
+    before = parameters(guide)
+    name = "transform.transforms.1.log_scale"
+    state = {**guide.state_dict(), name: torch.tensor([0.0, value])}
+    message = f"parameter '{name}': expected finite numbers, got 1 of 2"
+    for other in (guide, new_guide()):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+    assert len(unmoved(guide, before)) == len(before)
+    with torch.no_grad():
+        guide.transform.transforms[1].log_scale[1] = value
+    with pytest.raises(ValueError, match=message):
+        guide.save(tmp_path / "guide")
+    assert not (tmp_path / "guide").exists()

@@ -1,0 +1,192 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import traceback
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.distributions import constraints
+from torch import nn
+from torch.distributions import biject_to
+
+from pyro_artransform.guides import AutoIAF
+from pyro_artransform.guides.persistence import serialization as saving
+from pyro_artransform.guides.sites.records import latent_sites, same_support
+from tests.guides import models
+
+FNS = {
+    "normal": lambda new: dist.Normal(new([0.0, 1.0]), 1.0).to_event(1),
+    "gamma": lambda new: dist.Gamma(new(1.0), 1.0),
+    "pareto": lambda new: dist.Pareto(new([1.0, 2.5]), 2.0),
+    "uniform": lambda new: dist.Uniform(new(-1.0), new([2.0, 1 / 3])).to_event(1),
+    "beta": lambda new: dist.Beta(new(1.0), 1.0),
+    "mises": lambda new: dist.VonMises(new(1.0), 1.0),
+    "dirichlet": lambda new: dist.Dirichlet(new([1.0, 2.0, 3.0])),
+    "lkj": lambda new: dist.LKJCholesky(3, new(1.0)),
+    "half": lambda new: dist.HalfCauchy(new(1.0)),
+    "ordered": lambda new: dist.TransformedDistribution(
+        dist.Normal(new([0.0, 0.0, 0.0]), 1.0).to_event(1), [dist.transforms.OrderedTransform()]
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sites_survive_json(dtype):
+    def model():
+        with pyro.plate("plate", 2, dim=-3):
+            for name, fn in FNS.items():
+                pyro.sample(name, fn(torch.zeros((), dtype=dtype).new_tensor))
+
+    guide = AutoIAF(model, hidden_dims=8)
+    guide()
+    plain = json.loads(json.dumps(saving.sites_to_plain(guide.prototype_trace)))
+    back = latent_sites(saving.sites_from_plain(plain, torch.zeros(())))
+    sites = latent_sites(guide.prototype_trace)
+    assert list(back) == list(sites) == list(FNS)
+    for name, site in sites.items():
+        assert same_support(back[name]["fn"].support, site["fn"].support), name
+        assert back[name]["fn"].batch_shape == site["fn"].batch_shape
+        assert back[name]["fn"].event_shape == site["fn"].event_shape
+        assert back[name]["value"].dtype == site["value"].dtype == dtype
+        assert back[name]["cond_indep_stack"] == site["cond_indep_stack"]
+        biject_to(back[name]["fn"].support)
+
+
+def test_bytes_in_a_tensor():
+    for plain in (None, [], [{"a": [1, 2.5, "é"]}]):
+        text = saving.plain_to_tensor(plain)
+        assert text.dtype == torch.uint8
+        assert saving.tensor_to_plain(text) == plain
+
+
+class Odd(constraints.Constraint):
+    event_dim = 0
+
+    def check(self, value):
+        return value == value
+
+
+@biject_to.register(Odd)
+def _biject_to_odd(constraint):
+    return dist.transforms.identity_transform
+
+
+class OddNormal(dist.Normal):
+    support = Odd()
+
+
+def test_support_that_cannot_be_written(tmp_path):
+    def model():
+        pyro.sample("fine", dist.Normal(0, 1))
+        pyro.sample("odd", OddNormal(0, 1))
+
+    guide = AutoIAF(model, hidden_dims=8)
+    guide()
+    with pytest.raises(ValueError, match=r"support of site 'odd' cannot be written.* got Odd"):
+        guide.save(tmp_path / "guide")
+    # a state dict does without, and then needs a guide that was called
+    state, fresh = guide.state_dict(), AutoIAF(model, hidden_dims=8)
+    with pytest.raises(RuntimeError, match="AutoIAF was never called, so it has no parameters yet"):
+        fresh.load_state_dict(state)
+    fresh()
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.transform.transforms[1].loc, guide.transform.transforms[1].loc)
+
+
+@pytest.mark.parametrize(
+    "nonlinearity",
+    [
+        nn.Tanh(),
+        nn.LeakyReLU(0.3),
+        nn.ELU(alpha=0.7),
+        nn.Softplus(beta=2),
+        nn.GELU(approximate="tanh"),
+        torch.tanh,
+        nn.functional.silu,
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_nonlinearity(nonlinearity):
+    plain = json.loads(json.dumps(saving.nonlinearity_to_plain(nonlinearity)))
+    back = saving.nonlinearity_from_plain(plain)
+    x = torch.linspace(-3, 3, 50)
+    assert torch.equal(back(x), nonlinearity(x))
+    assert type(back) is type(nonlinearity)
+
+
+@pytest.mark.parametrize("nonlinearity", [lambda x: x, nn.Sequential(nn.Tanh(), nn.Tanh())])
+def test_nonlinearity_that_cannot_be_written(nonlinearity, tmp_path):
+    guide = AutoIAF(models.regression, hidden_dims=8, nonlinearity=nonlinearity)
+    guide(models.data())
+    with pytest.raises(ValueError, match=r"nonlinearity: expected a module of torch\.nn or a func"):
+        guide.save(tmp_path / "guide")
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "guide"
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(path)
+    saved = torch.load(path)
+    for bad in (3, {}, {**saved, "format": saved["format"] - 1}):
+        torch.save(bad, path)
+        with pytest.raises(ValueError, match=f"expected a guide's file of format {saving.FORMAT}"):
+            AutoIAF.load(path)
+    torch.save({**saved, "class": "AutoMAF"}, path)
+    with pytest.raises(ValueError, match="expected a guide of class AutoIAF, got AutoMAF"):
+        AutoIAF.load(path)
+    name = "transform.transforms.1.log_scale"
+    for value in (float("nan"), float("inf")):
+        state = {**saved["state"], name: torch.tensor([0.0, value])}
+        torch.save({**saved, "state": state}, path)
+        with pytest.raises(ValueError, match=f"'{name}': expected finite numbers, got 1 of 2"):
+            AutoIAF.load(path)
+    torch.save({**saved, "arguments": {**saved["arguments"], "num_transforms": 1}}, path)
+    with pytest.raises(ValueError, match="expected a guide with this flow"):
+        AutoIAF.load(path)
+
+
+def write_text(path):
+    path.write_text("sites: loc, scale")
+
+
+def write_param_store(path):
+    AutoIAF(models.regression, hidden_dims=8)(models.data())
+    pyro.get_param_store().save(str(path))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_text,
+        write_param_store,
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"state": {}, "format": saving.FORMAT}, path),
+        lambda path: torch.save(nn.Linear(2, 2), path),
+    ],
+    ids=["text", "param store", "empty", "dict", "module"],
+)
+def test_files_that_save_did_not_write(write, tmp_path):
+    path = tmp_path / "guide"
+    write(path)
+    with pytest.raises(
+        ValueError, match=f"a guide's file of format {saving.FORMAT}, as the guide's save"
+    ) as error:
+        AutoIAF.load(path)
+    assert "weights_only" not in "".join(traceback.format_exception(error.value))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        AutoIAF.load(tmp_path / "guide")
+
+
+def test_errors_of_map_location_are_its_own(tmp_path):
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    with pytest.raises(RuntimeError, match="nowhere"):
+        AutoIAF.load(tmp_path / "guide", map_location="nowhere")

@@ -1,0 +1,243 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import config_enumerate
+
+from pyro_artransform.guides import AutoIAF
+from pyro_artransform.guides.sites import records as structure
+from tests.guides import models
+
+
+def refuses(model, message, *args):
+    guide = AutoIAF(model, hidden_dims=8)
+    for _ in range(2):
+        # the second call must not find half a guide
+        with pytest.raises(ValueError, match=message):
+            guide(*args)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Bernoulli(0.5),
+        dist.Categorical(torch.ones(3)),
+        dist.OneHotCategorical(torch.ones(3)),
+        dist.Poisson(3.0),
+        dist.Bernoulli(torch.full((2,), 0.5)).to_event(1),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_discrete_latent(fn):
+    def model():
+        pyro.sample("z", dist.Normal(0, 1))
+        pyro.sample("k", fn)
+
+    refuses(model, r"site 'k' is discrete.*config_enumerate\(model\).*hide=\['k'\]")
+
+
+def test_enumerated_and_hidden_latents_are_left_alone():
+    for model in (
+        config_enumerate(models.mixture),
+        config_enumerate(models.mixture, default="sequential"),
+        poutine.block(models.mixture, hide=["kind"]),
+        poutine.block(config_enumerate(models.mixture), hide=["kind"]),
+    ):
+        assert set(AutoIAF(model, hidden_dims=8)(models.data())) == {"locs", "probs"}
+
+
+@pytest.mark.parametrize(
+    ("fn", "support"),
+    [
+        (lambda a: dist.Uniform(0.0, a), "interval"),
+        (lambda a: dist.Uniform(torch.zeros(3), a * torch.ones(3)).to_event(1), "independent"),
+        (lambda a: dist.Pareto(a, 2.0), "greater"),
+        (lambda a: dist.Uniform(-a, 1.0), "interval"),
+    ],
+)
+def test_support_that_depends_on_a_latent(fn, support):
+    """F28. The site and its two supports are in the message."""
+
+    def model():
+        a = pyro.sample("a", dist.LogNormal(0, 1))
+        pyro.sample("b", fn(a))
+
+    refuses(model, f"(?i)support of site 'b' depends on other latents: .*{support}.* a fixed scale")
+
+
+def test_supports_that_depend_on_data_or_chance_are_fine():
+    def model(values):
+        upper = values.max() + torch.rand(())
+        a = pyro.sample("a", dist.Uniform(values.min(), upper))
+        with pyro.plate("data", len(values), subsample_size=3) as index:
+            pyro.sample("obs", dist.Normal(a, 1), obs=values[index])
+            lowest = values[index].min()
+        pyro.sample("b", dist.Uniform(lowest - 1.0, 10.0))
+
+    assert set(AutoIAF(model, hidden_dims=8)(models.data())) == {"a", "b"}
+
+
+def test_the_second_look_leaves_the_random_state():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1e-6).to_event(1))
+        if z[0] > 1e-3:
+            torch.rand(3)
+
+    pyro.set_rng_seed(3)
+    poutine.trace(poutine.block(AutoIAF(model).model, structure.is_hidden)).get_trace()
+    after_one_run = torch.get_rng_state()
+    pyro.set_rng_seed(3)
+    rng_state = torch.get_rng_state()
+    wrapped = AutoIAF(model).model
+    trace = poutine.trace(wrapped).get_trace()
+    structure.refuse_moving_structure(trace, wrapped, rng_state)
+    assert torch.equal(torch.get_rng_state(), after_one_run)
+
+
+def test_sites_that_come_and_go():
+    def model():
+        a = pyro.sample("a", dist.Normal(0, 1e-6))
+        if a < 1e-3:
+            pyro.sample("b", dist.Normal(0, 1))
+
+    refuses(model, "site 'b' is there for some values of the other latents only")
+
+
+def test_shape_that_depends_on_a_latent():
+    def model():
+        a = pyro.sample("a", dist.Normal(0, 1e-6))
+        pyro.sample("b", dist.Normal(torch.zeros(1 + int(a > 1e-3)), 1).to_event(1))
+
+    refuses(model, r"shape of site 'b' depends on other latents: .*\(1,\) and \(2,\)")
+
+
+def test_subsampled_plate():
+    """F24: Pyro's guides are off by 21.5 nats here and say nothing."""
+
+    def model():
+        pyro.sample("global", dist.Normal(0, 1))
+        with pyro.plate("items", 20, subsample_size=5):
+            pyro.sample("z", dist.Normal(0, 1))
+
+    refuses(
+        model, r"site 'z' is in the sub-sampled plate 'items' \(5 of 20\).*AutoAmortized\(model, "
+    )
+
+
+def test_subsampled_plate_without_latents_is_fine():
+    def model(values):
+        loc = pyro.sample("loc", dist.Normal(0, 1))
+        with pyro.plate("data", len(values), subsample_size=3) as index:
+            pyro.sample("obs", dist.Normal(loc, 1), obs=values[index])
+
+    assert set(AutoIAF(model)(models.data())) == {"loc"}
+
+
+def test_starting_value_outside_the_support():
+    def model():
+        pyro.sample("s", dist.HalfNormal(1.0))
+
+    guide = AutoIAF(model, init_loc_fn=lambda site: torch.zeros(()))
+    with pytest.raises(ValueError, match=r"site 's': expected a starting value inside .* got 0\.0"):
+        guide()
+
+
+def test_errors_of_pyro_stay_pyros():
+    with pytest.raises(RuntimeError, match="found no latent variables"):
+        AutoIAF(models.no_latents)(models.data())
+
+    def sequential():
+        for i in pyro.plate("loop", 2):
+            pyro.sample(f"z{i}", dist.Normal(0, 1))
+
+    guide = AutoIAF(sequential)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r"sequential pyro\.plate"):
+            guide()
+
+
+def test_other_shapes_of_the_latents():
+    """A batch of one would broadcast, and give a wrong loss and no sign of it."""
+    guide = AutoIAF(models.locals_of)
+    guide(models.data())
+    for other in (models.data()[:1], models.data()[:3], models.data().repeat(2)):
+        with pytest.raises(ValueError, match=rf"site 'z': .* \(8,\), .* \({len(other)},\)"):
+            guide(other)
+        guide(models.data())
+    guide()
+    pyro.enable_validation(False)
+    guide(models.data()[:1])
+
+
+def test_what_is_predicted_is_no_latent_of_the_guide():
+    def model(values, obs=None):
+        loc = pyro.sample("loc", dist.Normal(0, 1))
+        with pyro.plate("data", len(values), subsample_size=2):
+            pyro.sample("obs", dist.Normal(loc, 1), obs=obs)
+
+    guide = AutoIAF(model, hidden_dims=8)
+    guide(torch.zeros(4), torch.zeros(2))
+    assert set(guide(torch.zeros(5))) == {"loc"}
+
+
+def test_other_shapes_run_the_model_once():
+    runs = []
+
+    def model(values, scale=None):
+        runs.append(len(values))
+        models.regression(values)
+
+    guide = AutoIAF(model)
+    guide(models.data())
+    runs.clear()
+    for values in (models.data(), models.data()[:3], models.data()[:3], models.data()):
+        guide(values)
+        guide(values, scale=None) if len(runs) > 5 else None
+    assert runs == [3, 8]
+
+
+def test_shapes_of_arguments():
+    arguments = (torch.zeros(2, 3), [1, {"x": torch.zeros(4)}], None, list(range(1000)))
+    assert structure.shapes_of(arguments) == (
+        4,
+        (2, 3),
+        (2, None, {"x": (4,)}),
+        None,
+        (1000, None),
+    )
+
+
+def test_same_support():
+    interval, same = constraints.interval, structure.same_support
+    assert same(interval(0.0, torch.ones(2)), interval(0.0, torch.ones(2)))
+    assert not same(interval(0.0, torch.ones(2)), interval(0.0, torch.tensor([1.0, 2.0])))
+    assert not same(interval(0.0, 1.0), constraints.half_open_interval(0.0, 1.0))
+    nested = [constraints.independent(interval(0.0, upper), 1) for upper in (1.0, 1.0, 2.0)]
+    assert same(nested[0], nested[1])
+    assert not same(nested[0], nested[2])
+    cat = [constraints.cat([interval(0.0, upper), constraints.real]) for upper in (1.0, 1.0, 2.0)]
+    assert same(cat[0], cat[1])
+    assert not same(cat[0], cat[2])
+
+
+def test_the_prototype_holds_neither_data_nor_graph():
+    scale = torch.ones((), requires_grad=True)
+
+    def model(values):
+        pyro.sample("a", dist.Normal(0, 2 * scale))
+        pyro.sample("b", dist.Uniform(-(scale**2), values.max()))
+
+    guide = AutoIAF(model)
+    guide(models.data())
+    assert list(guide.prototype_trace.nodes) == ["a", "b"]
+    for site in guide.prototype_trace.nodes.values():
+        assert isinstance(site["fn"], structure.SiteShape)
+        assert not site["value"].requires_grad
+    support = guide.prototype_trace.nodes["b"]["fn"].support
+    assert not support.lower_bound.requires_grad
+    assert support.upper_bound.item() == pytest.approx(3.1)

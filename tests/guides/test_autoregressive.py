@@ -1,0 +1,368 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a guide is and offers: its start, draws, densities, dtypes, and the protocol for a fit."""
+
+import copy
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import init_to_value
+
+from pyro_artransform.guides import AutoIAF
+from tests.guides import models
+from tests.guides.named import (
+    FOREIGN,
+    GUIDES,
+    every_guide,
+    every_model,
+    own_guides,
+    skip_pyros_warning,
+)
+from tests.guides.training import parameters, redraw, redraw_after_call, train, unmoved
+
+# The start
+
+
+@own_guides
+@every_model
+def test_a_new_guide_is_the_normal(new, model):
+    """F9, exactly: the density at any point, and the map of each base draw."""
+    guide = new(model, init_scale=0.3)
+    guide(models.data())
+    loc = guide._init_loc()
+    latent = loc + torch.randn(20, guide.latent_dim).to(loc.dtype)
+    expected = dist.Normal(loc, 0.3).to_event(1).log_prob(latent)
+    assert torch.allclose(guide.get_posterior().log_prob(latent), expected, atol=1e-6)
+    x = guide.get_base_dist().sample((20,))
+    assert torch.allclose(guide.get_transform()(x), loc + 0.3 * x, atol=1e-6)
+
+
+def test_init_loc_is_honoured():
+    values = {"loc": torch.tensor(-40.0), "scale": torch.tensor(20.0)}
+    guide = AutoIAF(models.regression, init_loc_fn=init_to_value(values=values), init_scale=1e-3)
+    draws = guide.sample_posterior(1000, models.data())
+    assert torch.allclose(draws["loc"], values["loc"], atol=0.01)
+    assert torch.allclose(draws["scale"].log(), values["scale"].log(), atol=0.01)
+
+
+def test_starts_in_the_middle_of_the_prior():
+    def model():
+        pyro.sample("z", dist.Normal(torch.tensor([-300.0, 40.0]), 1.0).to_event(1))
+
+    median = AutoIAF(model).median()["z"]
+    assert torch.allclose(median, torch.tensor([-300.0, 40.0]), atol=1.0)
+
+
+def test_the_parameters_do_not_depend_on_who_draws_first():
+    values = []
+    for first in (lambda g: g(models.data()), lambda g: g.sample_posterior(3, models.data())):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        guide = AutoIAF(models.regression, hidden_dims=8)
+        first(guide)
+        values.append(parameters(guide))
+    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+
+
+# Draws and densities
+
+
+@every_guide
+@every_model
+def test_draws_and_their_densities(new, model):
+    skip_pyros_warning(new, model)
+    guide = redraw_after_call(new(model))
+    draws = guide.sample_posterior(6)
+    trace = poutine.trace(guide).get_trace(models.data())
+    sites = guide.prototype_trace.nodes
+    assert list(draws) == list(sites)
+    for name, value in draws.items():
+        assert value.shape == (6, *sites[name]["value"].shape)
+        assert value.dtype == sites[name]["value"].dtype
+        assert not value.requires_grad
+        assert sites[name]["fn"].support.check(value).all()
+    # the density of one draw, as Pyro has it from the guide's own trace
+    own = {name: trace.nodes[name]["value"] for name in sites}
+    atol = 1e-3 if model is models.mixed_dtypes else 1e-7
+    assert torch.allclose(guide.log_prob(own), trace.log_prob_sum(), atol=atol)
+    assert guide.log_prob(draws).shape == (6,)
+    batch = {name: value.reshape((2, 3, *value.shape[1:])) for name, value in draws.items()}
+    assert torch.allclose(guide.log_prob(batch).flatten(), guide.log_prob(draws))
+
+
+def test_many_draws_come_in_chunks(monkeypatch):
+    guide = redraw_after_call(AutoIAF(models.gaussian, hidden_dims=8))
+    monkeypatch.setattr("pyro_artransform.guides.autoregressive._CHUNK", 100)
+    sizes = []
+    guide.transform.transforms[1].register_forward_pre_hook(lambda *_: None)
+    original = guide.transform.call_and_ladj
+    monkeypatch.setattr(
+        guide.transform, "call_and_ladj", lambda x: sizes.append(len(x)) or original(x)
+    )
+    assert guide.sample_posterior(250)["z"].shape == (250, 3)
+    assert sizes == [100, 100, 50]
+
+
+def test_density_integrates_to_one():
+    guide = redraw_after_call(AutoIAF(models.one_dimensional, num_transforms=2, hidden_dims=8))
+    rate = torch.linspace(-12, 8, 20_001).exp()
+    with torch.no_grad():
+        density = guide.log_prob({"rate": rate}).exp()
+    assert abs(torch.trapezoid(density, rate) - 1) < 1e-4
+
+
+def test_log_prob_has_gradients():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    draws = {k: v.requires_grad_() for k, v in guide.sample_posterior(3).items()}
+    guide.log_prob(draws).sum().backward()
+    assert all((value.grad != 0).all() for value in draws.values())
+    assert all(parameter.grad is not None for parameter in guide.parameters())
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_log_prob_of_no_draws_and_of_arrays(name):
+    guide = redraw_after_call(GUIDES[name](models.regression))
+    draws = guide.sample_posterior(4)
+    assert guide.log_prob({k: v[:0] for k, v in draws.items()}).shape == (0,)
+    expected = guide.log_prob(draws)
+    for convert in (torch.Tensor.numpy, torch.Tensor.tolist):
+        got = guide.log_prob({k: convert(v) for k, v in draws.items()})
+        assert torch.equal(got, expected)
+
+
+def test_log_prob_outside_the_support():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    values = {"loc": torch.zeros(2), "scale": torch.tensor([-1.0, 1.0])}
+    with pytest.raises(ValueError, match=r"expected 'scale' inside its support .*, got -1\.0"):
+        guide.log_prob(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quantiles_of_a_model_in_half_precision(dtype):
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3, dtype=dtype), 1.0).to_event(1))
+
+    guide = AutoIAF(model, num_transforms=1, hidden_dims=8, init_scale=0.5)
+    guide.set_up()
+    guide.start_at([0.0, 1.0, -1.0])
+    found = guide.quantiles([0.025, 0.5, 0.975], num_samples=4000)["z"]
+    assert found.dtype == guide.median(num_samples=10)["z"].dtype == dtype
+    expected = torch.tensor([[-1.96], [0.0], [1.96]]) * 0.5 + torch.tensor([0.0, 1.0, -1.0])
+    assert torch.allclose(found.double(), expected, atol=0.1)
+
+
+def test_arguments_set_the_guide_up():
+    draws = {"loc": torch.zeros(2), "scale": torch.ones(2)}
+    data = models.data()
+    for use in (
+        lambda guide: guide.sample_posterior(2, data),
+        lambda guide: guide.sample_posterior(2, values=data),
+        lambda guide: guide.log_prob(draws, data),
+        lambda guide: guide.median(data, num_samples=10),
+        lambda guide: guide.quantiles([0.5], values=data, num_samples=10),
+    ):
+        guide = AutoIAF(models.regression, hidden_dims=8)
+        use(guide)
+        assert guide.latent_dim == 2
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, True, "3"])
+def test_bad_counts(n):
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    for name, use in (
+        ("n", lambda: guide.sample_posterior(n)),
+        ("n", lambda: guide.rsample_and_log_prob(n)),
+        ("num_samples", lambda: guide.median(num_samples=n)),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got {n!r}"):
+            use()
+
+
+@every_model
+def test_quantiles(model):
+    guide = redraw_after_call(AutoIAF(model, hidden_dims=8))
+    levels = [0.05, 0.5, 0.95]
+    found = guide.quantiles(levels, num_samples=4000)
+    pyro.set_rng_seed(1)
+    draws = guide.sample_posterior(4000)
+    for name, value in found.items():
+        assert value.shape == (3, *draws[name].shape[1:])
+        assert (value[0] <= value[1]).all()
+        assert (value[1] <= value[2]).all()
+        below = (draws[name] <= value[:, None]).double().mean(1)
+        # a strictly monotone coordinate is below its quantile as often as the level says; those of
+        # a matrix that are fixed are always there. Four standard errors, of both samples
+        expected = torch.tensor(levels).reshape((3,) + (1,) * (value.dim() - 1))
+        fixed = draws[name].std(0) < 1e-9
+        off = (below - expected).abs()[:, ~fixed]
+        assert (off < 4 * math.sqrt(2 * 0.25 / 4000)).all(), name
+        one = guide.quantiles(torch.tensor(0.5), num_samples=10)[name]
+        assert one.shape == (1, *value.shape[1:])
+    medians = guide.median(num_samples=10)
+    assert {name: v.shape for name, v in medians.items()} == {
+        name: v.shape[1:] for name, v in draws.items()
+    }
+    with pytest.raises(ValueError, match="quantiles: expected numbers between 0 and 1, got"):
+        guide.quantiles([0.5, 1.5])
+
+
+# dtypes and devices
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@own_guides
+def test_dtype_is_the_models(new, dtype, default):
+    """F21."""
+    torch.set_default_dtype(default)
+    data = models.data(dtype)
+    guide = new(models.regression)
+    svi = SVI(models.regression, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(data)
+    assert {p.dtype for p in guide.parameters()} == {dtype}
+    draws = guide.sample_posterior(3)
+    z, log_q = guide.rsample_and_log_prob(3)
+    results = [*guide(data).values(), *draws.values(), *guide.quantiles([0.5]).values(), z, log_q]
+    results.append(guide.log_prob(draws))
+    assert {value.dtype for value in results} == {dtype}
+
+
+def test_mixed_dtypes_are_cast_back():
+    guide = AutoIAF(models.mixed_dtypes, hidden_dims=8)
+    values = guide(models.data())
+    assert {p.dtype for p in guide.parameters()} == {torch.float64}
+    assert values["single"].dtype == torch.float32
+    assert values["double"].dtype == torch.float64
+
+
+def test_moving_a_guide():
+    """F22: every tensor goes along, the supports' bounds and the start too."""
+
+    def model(values):
+        pyro.sample("z", dist.Uniform(values.new_tensor([-1.0, 0.0]), values.max()).to_event(1))
+
+    guide = AutoIAF(model, hidden_dims=8)
+    guide(models.data(torch.float64))
+    guide.float()
+    assert {value.dtype for value in guide.sample_posterior(3).values()} == {torch.float32}
+    guide.start_at(torch.zeros(2))
+    guide.to("meta")
+    assert {p.device.type for p in guide.parameters()} == {"meta"}
+    site = guide.prototype_trace.nodes["z"]
+    assert site["value"].device.type == "meta"
+    assert site["fn"].support.base_constraint.lower_bound.device.type == "meta"
+    assert all(value.device.type == "meta" for value in guide._flow_start.values())
+
+
+# What a fit uses
+
+
+@pytest.mark.parametrize("name", ["iaf", "maf", "splines"])
+def test_start_at(name):
+    guide = redraw_after_call(GUIDES[name](models.gaussian))
+    before = [id(p) for p in guide.parameters()]
+    loc, scale_tril = torch.tensor([3.0, -2.0, 0.5]), models.gaussian_tril(torch.zeros(()))
+    guide.start_at(loc, scale_tril)
+    z, log_q = guide.rsample_and_log_prob(50)
+    expected = dist.MultivariateNormal(loc, scale_tril=scale_tril).log_prob(z)
+    assert torch.allclose(log_q, expected)
+    assert [id(p) for p in guide.parameters()] == before
+    train(guide, 3, models.gaussian)
+    guide.start_at(loc)
+    z, log_q = guide.rsample_and_log_prob(50)
+    assert torch.allclose(log_q, dist.Normal(loc, 0.1).to_event(1).log_prob(z))
+
+
+def test_start_at_refuses():
+    guide = AutoIAF(models.gaussian, hidden_dims=8, full_rank=False)
+    guide(models.data())
+    redraw(guide)
+    before = parameters(guide)
+    for loc, scale_tril, message in (
+        (torch.zeros(2), torch.eye(3), "loc: expected shape"),
+        (torch.zeros(3), models.gaussian_tril(torch.zeros(())), "full_rank=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guide.start_at(loc, scale_tril)
+    assert len(unmoved(guide, before)) == len(before)
+
+
+def test_start_at_takes_lists():
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data(torch.float32))
+    guide.start_at([1, 2], [[0.5, 0], [0.25, 1.0]])
+    latent, log_q = guide.rsample_and_log_prob(5)
+    scale_tril = torch.tensor([[0.5, 0.0], [0.25, 1.0]], dtype=torch.float32)
+    expected = dist.MultivariateNormal(latent.new_tensor([1.0, 2.0]), scale_tril=scale_tril)
+    assert torch.allclose(expected.log_prob(latent), log_q, atol=1e-5)
+    guide.start_at(torch.tensor([1, 2]).numpy())
+    with pytest.raises(ValueError, match=r"loc: expected shape \(2,\), got \(4,\)"):
+        guide.start_at([0.0] * 4)
+    for bad in ("origin", [[1.0], []], None):
+        with pytest.raises(ValueError, match=r"loc: expected an array of numbers, got"):
+            guide.start_at(bad)
+
+
+def path_gradient(guide, log_p):
+    guide.zero_grad()
+    z, log_q = guide.rsample_and_log_prob(16, path=True)
+    (log_p(z) - log_q).mean().backward()
+    return {name: p.grad for name, p in guide.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", [*GUIDES, "Pyro's"])
+def test_path_gradient_is_zero_at_the_optimum(name):
+    """The gradient of every draw, not its mean: the score term is what has noise there."""
+    guide = redraw_after_call({**GUIDES, **FOREIGN}[name](models.gaussian))
+    target = copy.deepcopy(guide).requires_grad_(False)
+
+    def log_p(z):
+        x, ladj = target.get_transform().inverse_and_ladj(z)
+        return target.get_base_dist().log_prob(x) + ladj
+
+    gradients = path_gradient(guide, log_p)
+    assert gradients
+    for key, gradient in gradients.items():
+        assert gradient.abs().max() < 1e-8, key
+    z, log_q = guide.rsample_and_log_prob(16)
+    (log_p(z) - log_q).mean().backward()
+    assert any(p.grad.abs().max() > 1e-3 for p in guide.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_path_gradient_has_the_right_mean(name):
+    """Off from the optimum: the full gradient less that of the score, whose mean is zero."""
+    guide = redraw_after_call(GUIDES[name](models.gaussian))
+    log_p = dist.Normal(torch.tensor([1.0, 0.0, -1.0]), 0.5).to_event(1).log_prob
+    pyro.set_rng_seed(1)
+    path = path_gradient(guide, log_p)
+    pyro.set_rng_seed(1)
+    guide.zero_grad()
+    z, log_q = guide.rsample_and_log_prob(16)
+    (log_p(z) - log_q).mean().backward(retain_graph=True)
+    full = {key: p.grad.clone() for key, p in guide.named_parameters() if p.grad is not None}
+    guide.zero_grad()
+    x, ladj = guide.get_transform().inverse_and_ladj(z.detach())
+    score = guide.get_base_dist().log_prob(x) + ladj
+    assert torch.allclose(score, log_q)
+    score.mean().backward()
+    for key, p in guide.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(path[key], full[key] + p.grad, atol=1e-7), key
+
+
+def test_path_changes_no_value():
+    guide = redraw_after_call(AutoIAF(models.gaussian, hidden_dims=8))
+    results = []
+    for path in (False, True):
+        pyro.set_rng_seed(1)
+        results.append(guide.rsample_and_log_prob(5, path=path))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -1,0 +1,234 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""A guide wherever Pyro's autoguides go: SVI, Predictive, NeuTra, lists of guides."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    JitTrace_ELBO,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.reparam import NeuTraReparam
+
+from pyro_artransform.conditioners import Conditioner
+from pyro_artransform.guides import AutoIAF, AutoMAF
+from tests.guides import models
+from tests.guides.named import GUIDES, every_guide, every_model, skip_pyros_warning
+from tests.guides.training import parameters, redraw_after_call, train, unmoved
+
+
+@every_guide
+@every_model
+def test_every_parameter_trains(new, model):
+    """F16: also what is behind a zero last layer, from the second step on."""
+    skip_pyros_warning(new, model)
+    guide = new(model)
+    guide(models.data())
+    before = parameters(guide)
+    losses = train(guide, 5, model)
+    assert all(math.isfinite(loss) for loss in losses)
+    one = guide.latent_dim == 1  # where no coordinate is before another, weights cannot act
+    still = [name for name in unmoved(guide, before) if not (one and "transforms.0" in name)]
+    assert not still
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Trace_ELBO, {"num_particles": 3}),
+        (Trace_ELBO, {"num_particles": 3, "vectorize_particles": True}),
+        (TraceGraph_ELBO, {}),
+        (TraceGraph_ELBO, {"num_particles": 3, "vectorize_particles": True}),
+        (TraceEnum_ELBO, {}),
+        (TraceMeanField_ELBO, {}),
+        (JitTrace_ELBO, {"ignore_jit_warnings": True}),
+    ],
+)
+@pytest.mark.parametrize("name", ["iaf", "maf", "splines"])
+def test_elbos(name, kind, options):
+    for model in (models.regression, models.shapes):
+        guide, elbo = GUIDES[name](model), kind(max_plate_nesting=2, **options)
+        guide(models.data())
+        before = parameters(guide)
+        assert all(math.isfinite(loss) for loss in train(guide, 3, model, elbo))
+        assert not unmoved(guide, before)
+        if kind is JitTrace_ELBO:
+            break  # one is slow enough to compile
+
+
+def test_jit_is_the_same():
+    """F23: the loss and the gradients, at parameters that move."""
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    compiled = JitTrace_ELBO(ignore_jit_warnings=True)
+    train(guide, 1, elbo=compiled)
+    for seed in range(4):
+        results = []
+        for elbo in (Trace_ELBO(), compiled):
+            pyro.set_rng_seed(seed)
+            guide.zero_grad()
+            loss = elbo.loss_and_grads(models.regression, guide, models.data())
+            results.append([torch.tensor(loss), *(p.grad for p in guide.parameters())])
+        for plain, jit in zip(*results, strict=True):
+            assert torch.allclose(plain, jit)
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter.sub_(0.02 * parameter.grad.sign())
+
+
+def test_vectorised_particles_have_a_density_each():
+    """F26."""
+    guide = redraw_after_call(AutoIAF(models.shapes, hidden_dims=8))
+    with torch.no_grad(), pyro.plate("particles", 11, dim=-3):
+        trace = poutine.trace(guide).get_trace(models.data())
+    trace.compute_log_prob()
+    assert trace.nodes["_AutoIAF_latent"]["log_prob"].shape == (11, 1, 1)
+    assert trace.nodes["_AutoIAF_latent"]["infer"]["is_auxiliary"]
+    losses = {}
+    for vectorized in (False, True):
+        elbo = Trace_ELBO(10, vectorize_particles=vectorized, max_plate_nesting=2)
+        with torch.no_grad():
+            draws = [elbo.loss(models.shapes, guide, models.data()) for _ in range(12)]
+        losses[vectorized] = torch.tensor(draws)
+    error = (losses[False].var() / 12 + losses[True].var() / 12).sqrt()
+    assert abs(losses[False].mean() - losses[True].mean()) < 4 * error
+
+
+def test_enumerated_model():
+    model = config_enumerate(models.mixture)
+    guide = AutoIAF(model, hidden_dims=8)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    losses = train(guide, 100, model, elbo)
+    assert sum(losses[-20:]) < sum(losses[:20])
+    assert set(guide(models.data())) == {"locs", "probs"}
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive(parallel):
+    """F25: also for data of another size, where the latents are not in the plate."""
+    guide = AutoIAF(models.regression, hidden_dims=8)
+
+    def predict(values, obs=None):
+        loc = pyro.sample("loc", dist.Normal(values.new_zeros(()), 3.0))
+        scale = pyro.sample("scale", dist.LogNormal(values.new_zeros(()), 1.0))
+        with pyro.plate("data", len(values)):
+            pyro.sample("obs", dist.Normal(loc, scale), obs=obs)
+
+    guide = AutoIAF(predict, hidden_dims=8)
+    guide(models.data(), models.data())
+    for size in (8, 3, 20):
+        predictive = Predictive(predict, guide=guide, num_samples=5, parallel=parallel)
+        draws = predictive(torch.zeros(size))
+        assert draws["obs"].shape == (5, size)
+        assert draws["loc"].numel() == 5
+
+
+def test_predictive_of_plates_in_parallel():
+    guide = AutoIAF(models.shapes, hidden_dims=8)
+    guide(models.data())
+    predictive = Predictive(models.shapes, guide=guide, num_samples=5, parallel=True)
+    draws = predictive(models.data())
+    for name, shape in models.SHAPES.items():
+        assert draws[name].numel() == 5 * torch.Size(shape).numel(), name
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])
+def test_neutra(kind):
+    guide = kind(models.regression, num_transforms=1, hidden_dims=8)
+    guide.set_up(models.data())
+    neutra = NeuTraReparam(guide)
+    model = poutine.reparam(models.regression, config=lambda _: neutra)
+    mcmc = MCMC(NUTS(model, max_tree_depth=3), num_samples=3, warmup_steps=3, disable_progbar=True)
+    mcmc.run(models.data())
+    samples = neutra.transform_sample(mcmc.get_samples()["loc_shared_latent"])
+    assert samples["scale"].shape == (3,)
+
+
+def test_conditioned_model():
+    model = poutine.condition(models.regression, data={"loc": torch.tensor(1.0)})
+    guide = AutoIAF(model)
+    train(guide, 3, model)
+    assert set(guide(models.data())) == {"scale"}
+
+
+def test_in_a_list():
+    def new_list():
+        guides = AutoGuideList(models.regression)
+        guides.append(AutoNormal(poutine.block(models.regression, expose=["scale"])))
+        guides.append(AutoIAF(poutine.block(models.regression, hide=["scale"]), hidden_dims=8))
+        return guides
+
+    lists = [new_list(), new_list()]
+    for guides in lists:
+        train(guides, 2)
+    for guides, other in (lists, lists[::-1]):
+        before, theirs = parameters(guides[1]), parameters(other[1])
+        train(guides, 4)
+        assert not [name for name in unmoved(guides[1], before) if "transforms.0" not in name]
+        assert len(unmoved(other[1], theirs)) == len(theirs)
+        assert set(guides(models.data())) == {"loc", "scale"}
+        assert guides.median(models.data())["loc"].shape == ()
+        assert guides.quantiles([0.1, 0.9], models.data())["loc"].shape == (2,)
+    trace = poutine.trace(lists[0]).get_trace(models.data())
+    assert "_AutoGuideList.1_latent" in trace.nodes
+
+
+def test_one_evaluation_of_each_network_in_a_step():
+    guide = AutoIAF(models.regression, num_transforms=2, hidden_dims=8)
+    guide(models.data())
+    calls = []
+    conditioners = [part for part in guide.modules() if isinstance(part, Conditioner)]
+    for conditioner in conditioners:
+        conditioner.register_forward_hook(lambda *_: calls.append(1))
+    count = len(conditioners)
+    assert count == 3  # that of the noise, and one for each layer
+    train(guide, 3)
+    assert len(calls) == count * 3
+    guide.rsample_and_log_prob(5)
+    assert len(calls) == count * 4
+    guide.sample_posterior(5)
+    assert len(calls) == count * 5
+
+
+def test_no_growing_state():
+    """F29."""
+    guide = AutoIAF(models.regression, num_transforms=1, hidden_dims=4)
+    for _ in range(3):
+        guide(models.data())
+    before = {name: len(value) for name, value in vars(guide).items() if hasattr(value, "__len__")}
+    stored = len(pyro.get_param_store())
+    for size in range(1, 60):
+        guide(models.data()[: 1 + size % 8])
+        guide.sample_posterior(2)
+    after = {name: len(value) for name, value in vars(guide).items() if hasattr(value, "__len__")}
+    assert after == before
+    assert len(pyro.get_param_store()) == stored
+
+
+def test_before_the_first_call():
+    guide = AutoIAF(models.regression)
+    for use in (
+        guide.get_transform,
+        guide.get_base_dist,
+        guide.get_posterior,
+        lambda: guide.start_at(torch.zeros(2)),
+        lambda: guide.rsample_and_log_prob(3),
+    ):
+        with pytest.raises(RuntimeError, match="call it, or set_up, with the model's arguments"):
+            use()
+    guide.set_up(models.data())
+    transform = guide.get_transform()
+    guide.set_up()
+    assert guide.get_transform() is transform

@@ -1,0 +1,204 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""The density of a guide's own draw: from the evaluation that made it, and never of another one."""
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoContinuous
+
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF
+from pyro_artransform.guides import distributions as drawn
+from pyro_artransform.transforms.chain import ComposedTransform
+from tests.guides import models
+from tests.guides.named import GUIDES, every_guide, every_model, skip_pyros_warning
+from tests.guides.training import redraw_after_call, train
+
+
+def trace_of(guide):
+    return poutine.trace(guide).get_trace(models.data())
+
+
+def latent_site_of(trace):
+    (site,) = (s for s in trace.nodes.values() if s.get("infer", {}).get("is_auxiliary"))
+    return site
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_step_compares_no_tensors(name, monkeypatch):
+    guide = redraw_after_call(GUIDES[name](models.gaussian))
+    train(guide, 1, models.gaussian)
+    calls = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: calls.append(1) or equal(*pair))
+    train(guide, 2, models.gaussian)
+    assert not calls
+
+
+@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO, JitTrace_ELBO])
+def test_a_step_inverts_nothing(name, elbo, monkeypatch):
+    guide = redraw_after_call(GUIDES[name](models.regression))
+
+    def refuse(self, y):
+        raise AssertionError("the whole transform was inverted")
+
+    monkeypatch.setattr(ComposedTransform, "_inverse", refuse)
+    options = {"ignore_jit_warnings": True} if elbo is JitTrace_ELBO else {}
+    train(guide, 2, elbo=elbo(**options))
+
+
+@every_guide
+@every_model
+def test_loss_and_gradients_are_as_pyro_has_them(new, model, monkeypatch):
+    skip_pyros_warning(new, model)
+    guide = redraw_after_call(new(model))
+    elbo = Trace_ELBO(3, vectorize_particles=True, max_plate_nesting=2)
+    results = []
+    for sample_latent in (AutoAutoregressive.sample_latent, AutoContinuous.sample_latent):
+        monkeypatch.setattr(AutoAutoregressive, "sample_latent", sample_latent)
+        pyro.set_rng_seed(3)
+        guide.zero_grad()
+        loss = elbo.loss_and_grads(model, guide, models.data())
+        gradients = [p.grad.clone() for p in guide.parameters() if p.grad is not None]
+        results.append([torch.tensor(loss), *gradients])
+    assert len(results[0]) > 2
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_another_value_has_its_own_density(name):
+    guide = redraw_after_call(GUIDES[name](models.regression))
+    posterior = guide.get_posterior()
+    other = trace_of(guide)
+    replayed = latent_site_of(poutine.trace(poutine.replay(guide, other)).get_trace(models.data()))
+    assert replayed["value"] is latent_site_of(other)["value"]
+    assert torch.allclose(replayed["fn"].log_prob(replayed["value"]), latent_density(other))
+    site = latent_site_of(trace_of(guide))
+    for value in (torch.zeros(2), site["value"].detach().clone(), site["value"] + 1):
+        assert torch.allclose(site["fn"].log_prob(value), posterior.log_prob(value))
+    data = {site["name"]: torch.ones(2)}
+    conditioned = latent_site_of(trace_of(poutine.condition(guide, data=data)))
+    assert torch.allclose(
+        conditioned["fn"].log_prob(data[site["name"]]), posterior.log_prob(torch.ones(2))
+    )
+
+
+def latent_density(trace):
+    trace.compute_log_prob()
+    return latent_site_of(trace)["log_prob"]
+
+
+def test_an_edited_draw():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    with torch.no_grad():
+        site = latent_site_of(trace_of(guide))
+        site["value"].add_(1.0)
+        expected = guide.get_posterior().log_prob(site["value"].clone())
+        assert torch.allclose(site["fn"].log_prob(site["value"]), expected)
+
+
+def test_drawn_without_gradients_and_scored_with_them():
+    """F3."""
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    with torch.no_grad():
+        trace = trace_of(guide)
+        kept = latent_site_of(trace)["fn"].log_prob(latent_site_of(trace)["value"])
+    assert not kept.requires_grad
+    log_prob = latent_density(trace)
+    assert torch.allclose(log_prob, kept)
+    log_prob.backward()
+    assert all(parameter.grad is not None for parameter in guide.parameters())
+
+
+def test_scored_twice():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    site = latent_site_of(trace_of(guide))
+    twice = [site["fn"].log_prob(site["value"]) for _ in range(2)]
+    sum(twice).backward()
+    assert torch.equal(*twice)
+
+
+def test_expanded_and_masked():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    with pyro.plate("outer", 4, dim=-2), pyro.plate("inner", 3, dim=-1):
+        site = latent_site_of(trace_of(guide))
+    fn, value = site["fn"], site["value"]
+    assert fn.batch_shape == (4, 3)
+    expected = guide.get_posterior().log_prob(value.detach())
+    assert expected.shape == (4, 3)
+    assert torch.allclose(fn.log_prob(value), expected)
+    assert fn.expand((5, 4, 3))().shape == (5, 4, 3, 2)
+    masked = fn.mask(torch.tensor([True, False, True]))
+    draw = masked()
+    expected = guide.get_posterior().log_prob(draw.detach()) * torch.tensor([1.0, 0.0, 1.0])
+    assert torch.allclose(masked.log_prob(draw), expected)
+    with poutine.mask(mask=False):
+        assert not latent_density(trace_of(guide)).any()
+
+
+def test_the_posterior_is_the_plain_distribution():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    assert type(guide.get_posterior()) is dist.TransformedDistribution
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_the_posterior_is_never_out_of_date(through_data):
+    """F1."""
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    posterior = guide.get_posterior()
+    draw = posterior.rsample().detach()
+    before = posterior.log_prob(draw)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            (parameter.data if through_data else parameter).add_(0.1)
+    assert torch.allclose(posterior.log_prob(draw), posterior.log_prob(draw.clone()))
+    assert not torch.allclose(posterior.log_prob(draw), before)
+
+
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_mean_gradient_of_draws_goes_to_the_location_and_the_rest_to_the_scale(count):
+    x, forces = torch.randn(count, 1, 3), torch.randn(count, 1, 3)
+    loc, scale = (torch.ones(3, requires_grad=True) for _ in range(2))
+    value = drawn._moved_by(loc, loc + scale * x)
+    found = torch.autograd.grad((forces * value).sum(), (loc, scale))
+    assert torch.allclose(value, loc + scale * x)
+    assert torch.allclose(found[0], forces.sum((0, 1)))
+    covariance = ((forces - forces.mean(0)) * (x - x.mean(0))).sum((0, 1)) * count / (count - 1)
+    assert torch.allclose(found[1], covariance)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_gradient_of_scale_and_skew_is_unbiased(count):
+    """However few draws, in pairs or not: what is even in them counts as what is odd."""
+    loc, scale, skew = (torch.zeros(1, requires_grad=True) for _ in range(3))
+    found = []
+    for _ in range(4000):
+        x = drawn._in_pairs(torch.randn(count, 1))
+        value = drawn._moved_by(loc, loc + (1 + scale) * x + skew * (x**2 - 1))
+        found.append(
+            torch.stack(torch.autograd.grad((value**3 / 3 + value**2 / 2).mean(), (scale, skew)))
+        )
+    found = torch.stack(found)[..., 0]
+    error = found.std(0) / len(found) ** 0.5
+    # the covariances of the force, x + x^2, with x and with x^2 - 1
+    assert ((found.mean(0) - torch.tensor([1.0, 2.0])).abs() < 5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 3), (3, 2, 1, 3), (4, 3)])
+def test_draws_in_pairs(shape):
+    x = torch.randn(shape)
+    pairs = drawn._in_pairs(x)
+    assert pairs.shape == x.shape
+    rows = pairs.reshape(-1, 3)
+    assert torch.equal(rows[: len(rows) // 2], x.reshape(-1, 3)[: len(rows) // 2])
+    assert torch.equal(rows[len(rows) // 2 :], -rows[: len(rows) // 2])
+
+
+def test_an_odd_number_of_draws_is_as_drawn():
+    x = torch.randn(5, 3)
+    assert torch.equal(drawn._in_pairs(x), x)

@@ -1,0 +1,122 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+from fractions import Fraction
+
+import pytest
+import torch
+from pyro.distributions import transforms
+from torch import nn
+
+from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform.transforms import AutoregressiveTransform, MonotonicAffineTransform
+from tests.guides import models
+
+
+@pytest.mark.parametrize("guide", [AutoIAF, AutoMAF])
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "wide", None, True])
+def test_bad_init_scale(guide, scale):
+    with pytest.raises(ValueError, match="init_scale: expected a positive number, got "):
+        guide(models.regression, init_scale=scale)
+
+
+@pytest.mark.parametrize("scale", [2, 0.5, Fraction(1, 3), torch.tensor(0.5).numpy()[()]])
+def test_any_positive_number_is_a_scale(scale):
+    guide = AutoIAF(models.regression, init_scale=scale)
+    guide(models.data())
+    assert guide.transform.transforms[1].log_scale.exp().allclose(torch.tensor(float(scale)))
+
+
+def test_bad_kinds():
+    with pytest.raises(TypeError, match="model: expected a callable, got str"):
+        AutoIAF("model")
+    with pytest.raises(TypeError, match="init_loc_fn: expected a callable, got dict"):
+        AutoIAF(models.regression, init_loc_fn={"loc": 0.0})
+    with pytest.raises(TypeError, match="flow: expected a callable, got int"):
+        AutoAutoregressive(models.regression, flow=3)
+    with pytest.raises(TypeError, match="got the module AutoregressiveTransform; write flow="):
+        AutoAutoregressive(models.regression, flow=affine_autoregressive(2))
+    with pytest.raises(ValueError, match="full_rank: expected None, True or False, got 'full'"):
+        AutoIAF(models.regression, full_rank="full")
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        (iaf(3), "ComposedTransform"),
+        (affine_autoregressive(3).inv, "InverseTransformModule"),
+        (conditional_affine_autoregressive(3, 2), "ConditionalAutoregressiveTransform"),
+        (transforms.ExpTransform(), "ExpTransform"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_transform_in_place_of_the_model(transform, name):
+    message = rf"expected a Pyro model.*transform {name}.*AutoAutoregressive\(model, flow=\.\.\.\)"
+    with pytest.raises(TypeError, match=message):
+        AutoIAF(transform)
+
+
+class Doubled(transforms.AffineTransform, nn.Module):
+    def __init__(self):
+        nn.Module.__init__(self)
+        super().__init__(0.0, 2.0)
+
+    __hash__ = nn.Module.__hash__
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (lambda dim: transforms.affine_autoregressive(dim).inv, "got _InverseTransform"),
+        (lambda dim: [affine_autoregressive(dim)], "got list"),
+        (
+            lambda dim: torch.distributions.ComposeTransform([affine_autoregressive(dim)]),
+            r"got ComposeTransform.*chain\(",
+        ),
+        (lambda dim: nn.Linear(dim, dim), "got Linear"),
+        (lambda dim: transforms.Permute(torch.arange(dim)), "got Permute"),
+        (lambda dim: Doubled(), "parameters to train, got one without"),
+        (
+            lambda dim: affine_autoregressive(dim).requires_grad_(False),
+            "parameters to train, got one without",
+        ),
+    ],
+)
+def test_flows_that_are_none(flow, message):
+    """F16: in Pyro such a guide runs and nothing learns."""
+    guide = AutoAutoregressive(models.regression, flow=flow)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=message):
+            guide(models.data())
+
+
+class Unmasked(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        shift, scale = self.linear(x).chunk(2, -1)
+        return MonotonicAffineTransform(shift, scale)
+
+
+def test_flow_that_is_not_autoregressive():
+    flow = lambda dim: AutoregressiveTransform(Unmasked(dim))  # noqa: E731
+    guide = AutoAutoregressive(models.regression, flow=flow)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"not autoregressive.*\[0, 1\]"):
+            guide(models.data())
+
+
+def test_flow_follows_the_models_device_not_the_default():
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        guide.set_up(models.data().new_zeros(3, device="cpu"))
+    finally:
+        torch.set_default_device(None if before.type == "cpu" else before)
+    assert {p.device.type for p in guide.parameters()} == {"cpu"}

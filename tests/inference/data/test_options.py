@@ -1,0 +1,79 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+from functools import partial
+
+import pyro
+import pytest
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import config_enumerate
+from torch import nn
+
+from pyro_artransform import AutoIAF, fit
+from pyro_artransform.inference.data.options import keyword_only
+
+OPTIONS = sorted(keyword_only(fit))
+
+
+class Model(nn.Module):
+    def forward(self, seed):
+        """Nothing."""
+
+
+def with_parameter(name):
+    space = {}
+    exec(f"def model(x=None, {name}=None): pass", space)
+    return space["model"]
+
+
+def refused(model, name):
+    with pytest.raises(ValueError, match=rf"'{name}'.*functools.partial\(model, {name}=") as error:
+        fit(model, AutoIAF(model))
+    return error
+
+
+def test_what_the_options_are():
+    issue = {"num_steps", "num_particles", "seed", "progress", "callback", "checkpoint", "resume"}
+    assert issue <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_model_with_a_parameter_of_an_options_name(name):
+    refused(with_parameter(name), name)
+
+
+def test_however_the_model_is_wrapped():
+    model = with_parameter("seed")
+    refused(config_enumerate(model), "seed")
+    refused(poutine.scale(poutine.block(model), scale=2.0), "seed")
+    refused(partial(model, 1.0), "seed")
+    refused(partial(model, x=1.0), "seed")
+    refused(Model(), "seed")
+
+
+def test_bound_parameters_are_none(quick):
+    def model(num_steps):
+        pyro.sample("z", dist.Normal(0.0, float(num_steps)))
+
+    for bound in (
+        partial(model, num_steps=3),
+        partial(model, 3),
+        poutine.scale(partial(model, 3), scale=1.0),
+    ):
+        guide = AutoIAF(partial(model, num_steps=3), num_transforms=1, hidden_dims=4)
+        assert fit(bound, guide, num_steps=2, num_particles=4, progress=False).num_steps == 2
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "10"])
+@pytest.mark.parametrize("name", ["num_steps", "num_particles"])
+def test_numbers_out_of_range(name, value):
+    model = with_parameter("y")
+    with pytest.raises(ValueError, match=rf"{name}: expected a positive integer, got {value!r}"):
+        fit(model, AutoIAF(model), **{name: value})
+
+
+def test_callback_that_is_no_function():
+    model = with_parameter("y")
+    with pytest.raises(TypeError, match="callback: expected a function, got int"):
+        fit(model, AutoIAF(model), callback=3)

@@ -1,0 +1,171 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_artransform.inference.evaluation import missed_modes as crosscheck
+from pyro_artransform.inference.evaluation.missed_modes import Known, second_opinion
+from pyro_artransform.inference.initialization.gaussians import Gaussians
+from pyro_artransform.inference.initialization.newton import climb
+from pyro_artransform.joint import LogJoint
+from tests.inference import models
+
+
+def opinion(model, draws, log_evidence=0.0, modes=None):
+    return second_opinion(LogJoint(model), draws, log_evidence, modes)
+
+
+def one_mode(dim, n=2000):
+    return torch.randn(n, dim)
+
+
+def both_modes(dim, apart, weight, n=2000):
+    draws = torch.randn(n, dim)
+    draws[torch.rand(n) > weight, 0] += apart
+    return draws
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize(("apart", "weight"), [(8.0, 0.5), (20.0, 0.7), (60.0, 0.9)])
+def test_a_far_mode_is_found_though_no_start_knew_it(dim, apart, weight):
+    """Draws of one mode, whose weights are all alike: the evidence seems to be its share."""
+    found = opinion(models.two_modes(dim, apart, weight), one_mode(dim), math.log(weight))
+    assert found.num_lost == 1
+    assert abs(found.lost_mass - (1 - weight)) < 0.05
+    assert math.isnan(found.log_evidence) or abs(found.log_evidence) < 0.1
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_nothing_is_missed_where_both_modes_have_draws(dim):
+    found = opinion(models.two_modes(dim, 20.0, 0.7), both_modes(dim, 20.0, 0.7))
+    assert (found.lost_mass, found.num_lost) == (0.0, 0)
+    assert abs(found.log_evidence) < 0.1
+
+
+def test_small_modes_are_no_loss():
+    found = opinion(models.two_modes(2, 20.0, 0.98), one_mode(2), math.log(0.98))
+    assert found.num_lost == 0
+
+
+def test_modes_that_a_start_has_found():
+    model = models.two_modes(2, 1000.0, 0.5)
+    log_joint = LogJoint(model)
+    points = torch.tensor([[0.0, 0.0], [1000.0, 0.0]])
+    modes, _, _ = climb(log_joint, points, torch.randn(4, 2))
+    found = second_opinion(log_joint, one_mode(2), math.log(0.5), modes)
+    assert found.num_lost == 1
+
+
+def test_narrow_guide():
+    """Draws of a guide that is too narrow: heavy tails around it find the rest."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    found = opinion(model, 0.4 * one_mode(2), -0.8)
+    assert abs(found.log_evidence) < 0.15
+    assert found.num_lost == 0
+
+
+def test_a_good_guide_of_one_mode():
+    draws = torch.ones(3) + one_mode(3) @ torch.tensor(models.SCALE_TRIL).T
+    found = opinion(models.gaussian, draws)
+    assert found.num_lost == 0
+    assert abs(found.log_evidence) < 0.1
+
+
+def test_mass_that_the_curvature_only_promises():
+    """A far mode that is flat at its top and steep around it: Laplace's approximation of its mass is
+    a thousand times too large, and draws around it know better."""
+
+    def log_density(z):
+        radius = (z - torch.tensor([60.0, 0.0])).square().sum(-1)
+        far = -6.5 - 0.005 * radius - 50 * radius**2
+        near = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+        return torch.stack([near, far]).logsumexp(0)
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        pyro.factor("target", log_density(z))
+
+    modes, _, _ = climb(log_density, torch.tensor([[0.1, 0.0], [60.1, 0.0]]), torch.randn(4, 2))
+    assert modes.converged.all()
+    promised = modes.value + modes.gaussians.log_volume() + math.log(2 * math.pi)
+    assert promised[1] > math.log(0.3)
+    found = opinion(model, one_mode(2), 0.0, modes)
+    assert found.num_lost == 0
+    assert abs(found.log_evidence) < 0.1
+
+
+def test_draws_that_cannot_be_used():
+    for draws in (torch.full((100, 3), torch.nan), torch.zeros(1, 3)):
+        found = opinion(models.gaussian, draws)
+        assert math.isnan(found.log_evidence)
+        assert found.num_lost == 0
+    some = torch.ones(3) + one_mode(3) @ torch.tensor(models.SCALE_TRIL).T
+    some[::7] = torch.nan
+    assert abs(opinion(models.gaussian, some).log_evidence) < 0.1
+
+
+def test_no_density_outside_and_no_hessian():
+    def fails_outside():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("near", 0 * (9 - (z**2).sum(-1)).sqrt())
+
+    found = opinion(fails_outside, one_mode(2))
+    assert found.num_lost == 0
+
+    def once():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        pyro.factor("target", -models.Once.apply(z))
+
+    assert opinion(once, 0.7 * one_mode(1), -2.0).num_lost == 0
+
+
+def test_many_dimensions_and_loops(quick):
+    def many():
+        pyro.sample("z", dist.Normal(torch.zeros(210), 1.0).to_event(1))
+
+    assert opinion(many, one_mode(210)).num_lost == 0
+    assert opinion(models.branching, one_mode(1), -2.0).num_lost == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dtype(dtype):
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1))
+
+    found = opinion(model, torch.randn(2000, 2, dtype=dtype))
+    assert abs(found.log_evidence) < 0.1
+
+
+def test_thousands_of_latents_fit_into_memory():
+    """As of all elements of an amortised guide: a matrix for each draw would take 32 GB."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2000), 1.0).to_event(1))
+
+    log_joint = LogJoint(model)
+    around = Gaussians(torch.zeros(1, 2000), torch.eye(2000)[None])
+    found = crosscheck._heavy_tailed(log_joint, around, None)
+    assert math.isfinite(found.log_evidence)
+
+
+def test_draws_around_each_gaussian_have_its_shape():
+    """An evidence is right only if the draws are of the density that they are weighed by."""
+
+    def model():
+        cov = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+        pyro.sample("z", dist.MultivariateNormal(torch.tensor([3.0, -2.0]), cov))
+
+    loc = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
+    tril = torch.tensor([[[1.0, 0.0], [-0.5, 2.0]], [[1.0, 0.0], [0.9, 0.6]]])
+    known = Known(Gaussians(loc[1:], tril[1:]), torch.zeros(1))
+    found = crosscheck._heavy_tailed(LogJoint(model), Gaussians(loc[:1], tril[:1]), known)
+    # its standard error is below 0.01
+    assert abs(found.log_evidence) < 0.05

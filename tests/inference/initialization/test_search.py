@@ -1,0 +1,187 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import init_to_value
+
+from pyro_artransform import AutoIAF
+from pyro_artransform.inference.initialization.search import find_start
+from pyro_artransform.joint import LogJoint
+from tests.inference import models
+from tests.inference.models import small
+
+
+def start_of(model, guide):
+    guide.set_up()
+    return find_start(LogJoint(model), model, guide)
+
+
+def elbo(model, guide, count=2000):
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(count)
+        return (LogJoint(model)(z) - log_q).mean().item()
+
+
+def state(guide):
+    return {name: value.clone() for name, value in guide.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_raw_scales():
+    """Columns of scale 1e4 and 1e-4: the start is as good as a Gaussian can be."""
+    guide = small(models.raw_scales)
+    found = start_of(models.raw_scales, guide)
+    truth = models.raw_scales_evidence()
+    assert truth - 1 < found.elbo < truth + 0.1
+    assert truth - 1 < elbo(models.raw_scales, guide) < truth + 0.1
+    assert found.modes.converged.any()
+
+
+def test_gaussian_is_found_exactly():
+    guide = small(models.gaussian)
+    start_of(models.gaussian, guide)
+    assert abs(elbo(models.gaussian, guide)) < 1e-3
+
+
+def test_neck_of_a_funnel_is_no_place_to_start(quick):
+    """The mode of a funnel is in its neck: what is chosen has the larger ELBO."""
+    guide = small(models.funnel)
+    found = start_of(models.funnel, guide)
+    at_mode = small(models.funnel)
+    at_mode.set_up()
+    best = found.modes.value.argmax()
+    gaussian = found.modes.gaussians.take(best)
+    at_mode.start_at(gaussian.loc, gaussian.scale_tril)
+    assert elbo(models.funnel, guide) > elbo(models.funnel, at_mode) + 1
+    assert elbo(models.funnel, guide) > -3
+
+
+def test_heavier_of_two_modes():
+    model = models.two_modes(1, 20.0, 0.1)
+    guide = small(model, init_loc_fn=init_to_value(values={"z": torch.tensor([-1.0])}))
+    start_of(model, guide)
+    draws = guide.sample_posterior(100)["z"]
+    assert (draws - 20).abs().max() < 6
+
+
+def test_guide_that_is_good_already_stays_as_it_stands(quick):
+    guide = small(models.gaussian)
+    guide.set_up()
+    guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
+    before = state(guide)
+    found = start_of(models.gaussian, guide)
+    assert found.name == "the guide as it stood"
+    assert same(before, state(guide))
+
+
+def test_trained_guide_stays_as_it_stands(quick):
+    """Its flow is worth more than any Gaussian."""
+    guide = small(models.regression)
+    guide.set_up()
+    optimiser = torch.optim.Adam(guide.parameters(), 0.02)
+    log_joint = LogJoint(models.regression)
+    for _ in range(150):
+        z, log_q = guide.rsample_and_log_prob(32, path=True)
+        optimiser.zero_grad()
+        (log_q - log_joint(z)).mean().backward()
+        optimiser.step()
+    before = state(guide)
+    found = start_of(models.regression, guide)
+    assert found.name == "the guide as it stood"
+    assert same(before, state(guide))
+
+
+def test_starts_that_are_not_finite_are_skipped(quick):
+    """The density is NaN around where the guide is, and at most of the candidates."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.full((2,), 3.0), 1.0).to_event(1))
+        pyro.factor("root", 0 * (z[..., 0] - 1).sqrt())
+
+    guide = small(model, init_loc_fn=init_to_value(values={"z": torch.zeros(2)}))
+    with pyro.validation_enabled(False):
+        found = start_of(model, guide)
+    assert found.name != "the guide as it stood"
+    assert torch.tensor(found.elbo).isfinite()
+    assert all(value.isfinite().all() for value in guide.parameters())
+    assert (guide.sample_posterior(100)["z"].mean(0) - 3).abs().max() < 1
+
+
+def test_nothing_finite_names_the_site(quick):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("fine", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+        pyro.sample("broken", dist.Normal(z * torch.nan, 1.0), obs=torch.tensor(0.0))
+
+    guide = small(model)
+    with pyro.validation_enabled(False):
+        guide.set_up()
+    with pytest.raises(ValueError, match=r"finite log density.*broken is not finite") as error:
+        find_start(LogJoint(model), model, guide)
+    assert "fine" not in str(error.value)
+
+
+def test_diagonal_guide():
+    guide = small(models.gaussian, full_rank=False)
+    start_of(models.gaussian, guide)
+    precision = torch.cholesky_inverse(torch.tensor(models.SCALE_TRIL))
+    best = dist.Normal(torch.ones(3), precision.diagonal().rsqrt()).to_event(1)
+    target = dist.MultivariateNormal(torch.ones(3), scale_tril=torch.tensor(models.SCALE_TRIL))
+    expected = -torch.distributions.kl_divergence(
+        dist.MultivariateNormal(best.mean, covariance_matrix=best.variance.diag()), target
+    )
+    assert abs(elbo(models.gaussian, guide) - expected) < 0.2
+
+
+def test_many_dimensions(quick, monkeypatch):
+    """Above the limit there are no Hessians, and a start all the same."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.full((210,), 5.0), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 100.0), obs=torch.tensor(0.0))
+
+    def no_hessian(*args):
+        raise AssertionError("a Hessian in many dimensions")
+
+    monkeypatch.setattr("pyro_artransform.inference.initialization.search.climb", no_hessian)
+    guide = AutoIAF(model, num_transforms=1, hidden_dims=4)
+    guide.set_up()
+    before = elbo(model, guide, 100)
+    found = start_of(model, guide)
+    assert found.modes is None
+    assert elbo(model, guide, 100) >= before - 1
+
+
+def test_gradient_that_cannot_be_differentiated_twice(quick):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        pyro.factor("target", -models.Once.apply(z - 3))
+
+    guide = small(model)
+    found = start_of(model, guide)
+    assert found.elbo > -5
+    assert abs(guide.sample_posterior(200)["z"].mean() - 3) < 1.0
+
+
+def test_model_that_is_looped_over(quick):
+    guide = small(models.branching)
+    found = start_of(models.branching, guide)
+    assert torch.tensor(found.elbo).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dtype(dtype, quick):
+    def model():
+        pyro.sample("z", dist.Normal(torch.full((2,), 50.0, dtype=dtype), 1e-2).to_event(1))
+
+    guide = small(model, init_loc_fn=init_to_value(values={"z": torch.zeros(2, dtype=dtype)}))
+    start_of(model, guide)
+    draws = guide.sample_posterior(100)["z"]
+    assert draws.dtype == dtype
+    assert (draws - 50).abs().max() < 0.1

@@ -1,0 +1,244 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+
+from pyro_artransform import AutoAutoregressive, AutoIAF, AutoMAF, spline_autoregressive
+from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective, offers_protocol
+from pyro_artransform.joint import LogJoint
+from tests.inference import models
+from tests.inference.models import small
+
+
+def path(model, guide):
+    guide.set_up()
+    return PathObjective(LogJoint(model), guide)
+
+
+def by_pyro(model, guide):
+    guide()
+    return PyroObjective(model, guide, ((), {}), LogJoint(model))
+
+
+def gradients(objective, count):
+    loss = objective.loss(count)
+    return torch.autograd.grad(loss, list(objective.parameters().values()), allow_unused=True)
+
+
+GUIDES = {
+    "AutoIAF": AutoIAF,
+    "AutoMAF": AutoMAF,
+    "splines": lambda model: AutoAutoregressive(model, flow=spline_autoregressive),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_gradient_vanishes_at_the_posterior(name):
+    """Draw by draw, where that of Pyro's ELBO has the noise of the score."""
+    guide = GUIDES[name](models.gaussian)
+    objective = path(models.gaussian, guide)
+    guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
+    found = gradients(objective, 4)
+    assert max(g.abs().max() for g in found if g is not None) < 1e-8
+    noisy = gradients(by_pyro(models.gaussian, guide), 4)
+    assert max(g.abs().max() for g in noisy if g is not None) > 1e-2
+
+
+def test_gradient_away_from_the_posterior_is_that_of_pyro():
+    guide = small(models.regression)
+    ours, theirs = path(models.regression, guide), by_pyro(models.regression, guide)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    shift = guide.transform.transforms[1].loc
+    sums = []
+    for objective in (ours, theirs):
+        draws = [torch.autograd.grad(objective.loss(200), shift)[0] for _ in range(40)]
+        sums.append((torch.stack(draws).mean(0), torch.stack(draws).std(0) / 40**0.5))
+    (a, a_se), (b, b_se) = sums
+    assert ((a - b).abs() < 4 * (a_se + b_se)).all()
+    assert a.abs().max() > 10 * a_se.max()
+
+
+def test_loss_for_the_tails():
+    """The value is the negative ELBO, the gradient vanishes at the posterior, and only there."""
+    guide = small(models.gaussian)
+    objective = path(models.gaussian, guide)
+    guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
+    trained = list(objective.parameters().values())
+    found = torch.autograd.grad(objective.tail_loss(8), trained, allow_unused=True)
+    assert max(g.abs().max() for g in found if g is not None) < 1e-8
+    guide.start_at(torch.ones(3), 0.7 * torch.tensor(models.SCALE_TRIL))
+    state = torch.get_rng_state()
+    losses = torch.stack([objective.tail_loss(8).detach() for _ in range(50)])
+    torch.set_rng_state(state)
+    assert torch.allclose(losses.mean(), objective.loss(50 * 8 * 8).detach(), atol=0.1)
+    scale = guide.transform.transforms[1].log_scale
+    (pulled,) = torch.autograd.grad(objective.tail_loss(500), scale)
+    (plain,) = torch.autograd.grad(objective.loss(4000), scale)
+    assert (pulled < 1.2 * plain).all()
+    assert (plain < 0).all()
+
+
+@pytest.mark.parametrize("make", [path, by_pyro])
+@pytest.mark.parametrize("name", ["regression", "scaled", "masked", "location"])
+def test_loss_is_the_negative_elbo(name, make):
+    model = getattr(models, name)
+    guide = small(model)
+    objective = make(model, guide)
+    elbo = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+    with torch.no_grad():
+        expected = torch.tensor([elbo.loss(model, guide) for _ in range(10)])
+        found = torch.stack([objective.loss(500).detach() for _ in range(10)])
+    noise = (expected.var() + found.var()).sqrt() / 10**0.5
+    assert abs(expected.mean() - found.mean()) < 4 * noise
+    draws = objective.elbo_draws(5000)
+    assert len(draws) > 1
+    assert abs(draws.mean() + expected.mean()) < 4 * noise + 4 * draws.std() / len(draws) ** 0.5
+    assert not draws.requires_grad
+
+
+def test_parameters_of_guide_and_model():
+    guide = small(models.with_param)
+    objective = path(models.with_param, guide)
+    found = objective.parameters()
+    own = {f"guide.{name}" for name, _ in guide.named_parameters()}
+    assert set(found) == own | {"noise"}
+    assert all(p.requires_grad and p.is_leaf for p in found.values())
+    assert len({id(p) for p in found.values()}) == len(found)
+    # the same objects each time: an optimiser holds them
+    assert all(p is found[name] for name, p in objective.parameters().items())
+    assert gradients(objective, 4)[list(found).index("noise")].abs() > 0
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal, AutoDelta, AutoIAFNormal])
+def test_parameters_of_stock_guides(kind):
+    guide = kind(models.regression)
+    objective = by_pyro(models.regression, guide)
+    found = objective.parameters()
+    assert len({id(p) for p in found.values()}) == len(found)
+    assert len(found) == len(list(guide.parameters()))
+    assert all(g is not None for g in gradients(objective, 4))
+
+
+def test_parameters_of_modules_and_functions():
+    decoder = models.Decoder()
+    for make, guide in ((path, small(decoder)), (by_pyro, AutoNormal(decoder))):
+        names = set(make(decoder, guide).parameters())
+        assert {"linear.weight", "linear.bias"} <= {name.split("$$$")[-1] for name in names}
+    found = by_pyro(models.regression, models.hand_written).parameters()
+    assert set(found) == {"its_loc", "its_scale"}
+
+
+def test_enumerated_model():
+    guide = AutoNormal(poutine.block(models.mixture, hide=["kind"]))
+    theirs = by_pyro(models.mixture, guide)
+    ours = small(models.mixture)
+    mine = path(models.mixture, ours)
+    for objective in (theirs, mine):
+        assert objective.parameters()
+        assert objective.elbo_draws(64).isfinite().all()
+        assert all(g.isfinite().all() for g in gradients(objective, 8) if g is not None)
+
+
+def test_one_draw_of_an_enumerated_model():
+    mine = path(models.mixture, small(models.mixture))
+    assert mine.loss(1).isfinite()
+
+
+def test_masked_latents_do_not_run_away():
+    """Elements without a density have their prior, for Pyro's ELBO too: it has a maximum."""
+    guide = AutoNormal(models.partly_observed)
+    objective = by_pyro(models.partly_observed, guide)
+    named = objective.parameters().items()
+    (scale,) = [p for name, p in named if "scales" in name and "unobserved" in name]
+    losses = []
+    for _ in range(3):
+        losses.append(-objective.elbo_draws(640).mean())
+        with torch.no_grad():
+            scale[models.data() > 0] += 5.0  # what is observed, and so stands for nothing here
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_vectorised_where_model_and_guide_allow():
+    assert by_pyro(models.regression, AutoNormal(models.regression)).is_vectorized
+    assert not by_pyro(models.branching, AutoNormal(models.branching)).is_vectorized
+
+    def mixes_draws():
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=torch.tensor(0.3))
+
+    def guide_that_mixes_draws():
+        loc = pyro.param("its_loc", torch.tensor(3.0))
+        first = pyro.sample("loc", dist.Normal(loc, 0.1))
+        pyro.sample("scale", dist.LogNormal(first.sum(), 1.0))
+
+    assert not by_pyro(mixes_draws, AutoNormal(mixes_draws)).is_vectorized
+    assert not by_pyro(models.regression, guide_that_mixes_draws).is_vectorized
+
+
+def test_a_model_that_fails_for_some_draws_is_vectorised_all_the_same():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("root", (z + 0.02).sqrt())
+
+    with pyro.validation_enabled(False):
+        guide = AutoNormal(model)
+        objective = by_pyro(model, guide)
+    assert objective.is_vectorized
+
+
+@pytest.mark.parametrize("make", [path, by_pyro])
+def test_culprits(make):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("fine", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+        pyro.factor("broken", torch.where(z > 0, z, torch.nan))
+
+    with pyro.validation_enabled(False):
+        objective = make(model, small(model))
+    while objective.loss(16).isfinite():
+        pass
+    assert objective.culprits() == ["broken"]
+
+
+@pytest.mark.parametrize("make", [path, by_pyro])
+def test_no_culprits(make):
+    objective = make(models.regression, small(models.regression))
+    objective.loss(4)
+    assert objective.culprits() == []
+
+
+def test_draws_that_are_not_finite_are_the_guides_own_fault():
+    guide = small(models.regression)
+    objective = path(models.regression, guide)
+    with torch.no_grad():
+        guide.transform.transforms[1].loc.fill_(torch.nan)
+    objective.loss(4)
+    assert objective.culprits() == ["the guide's own draws"]
+
+
+def test_leaves_nothing_behind(caplog):
+    """No line in a log, no site for a handler around it, no validation switched off."""
+    guide, log_joint = AutoNormal(models.regression), LogJoint(models.regression)
+    guide()
+    with poutine.trace() as traced:
+        objective = PyroObjective(models.regression, guide, ((), {}), log_joint)
+        objective.loss(4)
+        objective.parameters()
+    assert "sample" not in {node["type"] for node in traced.trace.nodes.values()}
+    assert pyro.distributions.is_validation_enabled()
+    assert not caplog.records
+
+
+def test_who_offers_the_protocol():
+    assert offers_protocol(small(models.regression))
+    assert not offers_protocol(AutoNormal(models.regression))
+    assert not offers_protocol(models.hand_written)

@@ -1,0 +1,147 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_artransform.inference.data.loader import Batches
+from pyro_artransform.inference.objectives import minibatch_elbo as minibatches_module
+from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective
+from pyro_artransform.inference.objectives.minibatch_elbo import MinibatchObjective, hold
+from pyro_artransform.joint import LogJoint
+from tests.inference import loaders
+from tests.inference.loaders import listed, rows, shuffled, small
+
+
+def objectives(kind=small, make_loader=listed):
+    """The objective by batches, and that of all data."""
+    x, y = rows()
+    guide = kind(loaders.regression)
+    guide(x, y)
+    batches = Batches(make_loader(x, y))
+    log_joint = LogJoint(loaders.regression, (x[:10], y[:10]))
+    if kind is small:
+        objective = PathObjective(log_joint, guide)
+    else:
+        objective = PyroObjective(loaders.regression, guide, ((x, y), {}), log_joint)
+    return MinibatchObjective(objective, batches, log_joint, hold(batches)), objective
+
+
+def gradient(objective, guide_parameters):
+    torch.manual_seed(0)
+    found = torch.autograd.grad(objective.loss(4), guide_parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+@pytest.mark.parametrize("make_loader", [listed, loaders.with_generator])
+def test_the_steps_of_an_epoch_add_up(kind, make_loader):
+    """To the gradient of all data, which those of scaled batches would not, since the last is short."""
+    by_batch, objective = objectives(kind, make_loader)
+    parameters = list(objective.parameters().values())
+    found = sum(gradient(by_batch, parameters) for _ in range(5)) * 10 / 43
+    objective.see(rows(), {})
+    assert torch.allclose(found, gradient(objective, parameters), rtol=1e-9, atol=1e-9)
+
+
+def test_the_loss_is_that_of_the_batch():
+    by_batch, objective = objectives()
+    x, y = rows()
+    for k in (*range(5), 0):
+        torch.manual_seed(k)
+        loss = by_batch.loss(4)
+        torch.manual_seed(k)
+        objective.see((x[10 * k : 10 * k + 10], y[10 * k : 10 * k + 10]), {})
+        assert torch.allclose(loss, objective.loss(4))
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_comparisons_see_the_same_batches(kind):
+    by_batch, _ = objectives(kind, shuffled)
+    torch.manual_seed(1)
+    first = by_batch.elbo_draws(200)
+    by_batch.loss(2)
+    torch.manual_seed(1)
+    assert torch.equal(by_batch.elbo_draws(200), first)
+    assert first.isfinite().all()
+
+
+def test_comparisons_go_on_the_log_weights_of_all_data():
+    by_batch, objective = objectives()
+    torch.manual_seed(1)
+    found = by_batch.elbo_draws(400)
+    objective.see(rows(), {})
+    torch.manual_seed(1)
+    assert torch.allclose(found, objective.elbo_draws(20), rtol=1e-9)
+
+
+def test_start_is_in_the_mean_density(monkeypatch):
+    by_batch, objective = objectives()
+    z = torch.randn(6, 3)
+    objective.see(rows(), {})
+    assert torch.allclose(by_batch.for_start()(z), objective.log_density(z), rtol=1e-9)
+    monkeypatch.setattr(minibatches_module, "_NUM_FOR_START", 2)
+    assert not torch.allclose(by_batch.for_start()(z), objective.log_density(z), rtol=1e-3)
+
+
+def test_a_pass_over_all_data():
+    by_batch, objective = objectives(make_loader=shuffled)
+    torch.manual_seed(1)
+    found = by_batch.over_a_pass()
+    objective.see(rows(), {})
+    torch.manual_seed(1)
+    expected = objective.elbo_draws(1000)
+    assert torch.allclose(found.log_weights, expected, rtol=1e-9)
+    assert math.isclose(found.elbo, expected.mean(), rel_tol=1e-9)
+    assert math.isclose(found.elbo_se, expected.std() / 1000**0.5, rel_tol=1e-6)
+    assert (found.num_draws, found.num_batches, found.share) == (1000, 5, 1.0)
+
+
+def test_a_pass_over_batches_of_all_sizes(monkeypatch):
+    """One of them larger than all that candidates are compared on."""
+
+    def make_loader(x, y):
+        return list(zip(x.split([3] * 11 + [10]), y.split([3] * 11 + [10])))
+
+    monkeypatch.setattr(minibatches_module, "_NUM_HELD", 3)
+    by_batch, objective = objectives(make_loader=make_loader)
+    torch.manual_seed(1)
+    found = by_batch.over_a_pass()
+    objective.see(rows(), {})
+    torch.manual_seed(1)
+    assert torch.allclose(found.log_weights, objective.elbo_draws(1000), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_the_error_of_a_part_of_a_pass(kind, monkeypatch):
+    """It covers what the batches that were left out may be."""
+    by_batch, _ = objectives(kind)
+    whole = by_batch.over_a_pass()
+    monkeypatch.setattr(minibatches_module, "_MAX_BATCHES", 3)
+    part = by_batch.over_a_pass()
+    assert part.num_batches == 3
+    assert 0.5 < part.share < 0.7
+    assert part.log_weights is None
+    assert part.elbo_se > 2 * whole.elbo_se
+    assert abs(part.elbo - whole.elbo) < 4 * part.elbo_se
+
+
+@pytest.mark.parametrize("make_loader", [loaders.weighted, loaders.Unknown])
+def test_what_is_no_partition_has_no_weights_of_all_data(make_loader):
+    by_batch, _ = objectives(make_loader=make_loader)
+    found = by_batch.over_a_pass()
+    assert found.log_weights is None
+    assert found.share == 0
+
+
+def test_errors_of_a_weighted_mean():
+    """By hand: weights 2 and 1, means 3 and 0, variances by draws 0.09 and 0."""
+    seen = minibatches_module._Seen()
+    seen.means, seen.errors, seen.weights = [3.0, 0.0], [0.09, 0.0], [2.0, 1.0]
+    assert minibatches_module._mean_and_error(seen, 1.0) == pytest.approx((2.0, 0.2))
+    deviations = 2 * (4 / 9 * 1 + 1 / 9 * 4)
+    expected = math.sqrt(0.04 + 0.5 * deviations)
+    assert minibatches_module._mean_and_error(seen, 0.5) == pytest.approx((2.0, expected))

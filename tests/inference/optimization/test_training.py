@@ -1,0 +1,238 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+
+from pyro_artransform.inference.optimization import training as training_module
+from pyro_artransform.inference.optimization.optimizers import Adam
+from pyro_artransform.inference.optimization.schedule import Schedule
+from pyro_artransform.inference.optimization.training import FitError, Training
+
+
+class Bowl:
+    """The loss ``|x - 3|^2 / 2`` with noise, and faults at given steps."""
+
+    def __init__(self, faults=None):
+        self.x = torch.zeros(4, requires_grad=True)
+        self.unused = torch.ones(2, requires_grad=True)
+        self.faults = faults or {}
+        self.calls = 0
+
+    def loss(self, num_particles):
+        self.calls += 1
+        fault = self.faults.get(self.calls)
+        noise = 0.1 * torch.randn_like(self.x)
+        loss = 0.5 * ((self.x - 3 + noise) ** 2).sum()
+        if fault == "gradient":
+            return loss + 0 * (self.x - self.x.detach()).abs().sqrt().sum()
+        if fault == "steep":
+            return loss * 1e6
+        return loss if fault is None else loss * fault
+
+    has_weights = False
+
+    def tail_loss(self, num_particles):
+        self.tail_calls = getattr(self, "tail_calls", 0) + 1
+        return self.loss(num_particles)
+
+    def parameters(self):
+        return {"x": self.x, "unused": self.unused}
+
+    def elbo_draws(self, count):
+        return -0.5 * ((self.x - 3) ** 2).sum() + torch.zeros(count)
+
+    def culprits(self):
+        return [] if self.faults.get(self.calls) == "gradient" else ["y"]
+
+
+def training_of(objective, num_steps=200, step_size=0.05):
+    parameters = objective.parameters()
+    optimiser = Adam(parameters, step_size)
+    return Training(objective, parameters, optimiser, Schedule(num_steps, 1000), 8)
+
+
+def run(training, count=None):
+    while not training.is_over() and count != 0:
+        training.step()
+        count = None if count is None else count - 1
+    return training
+
+
+def test_trains():
+    training = run(training_of(Bowl()))
+    assert training.num_steps == 200
+    assert (training.objective.x - 3).abs().max() < 0.3
+    assert torch.equal(training.objective.unused, torch.ones(2))
+    assert training.num_skipped == 0
+    assert all(p.grad is None for p in training.parameters.values())
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, "gradient"])
+@pytest.mark.parametrize("at", [1, 7, 50])
+def test_a_step_that_is_not_finite_is_skipped(fault, at):
+    objective = Bowl({at: fault})
+    training = training_of(objective)
+    for step in range(1, 60):
+        before = objective.x.detach().clone()
+        loss = training.step()
+        assert objective.x.isfinite().all()
+        assert torch.equal(before, objective.x) == (step == at)
+        if step == at:
+            assert math.isfinite(loss) == (fault == "gradient")
+            assert math.isnan(training.losses[-1])
+    assert training.num_skipped == 1
+    assert dict(training.culprits) == {"the gradient" if fault == "gradient" else "y": 1}
+    run(training)
+    assert all(v.isfinite().all() for values in training.candidates().values() for v in values)
+    assert (objective.x - 3).abs().max() < 0.3
+
+
+def test_stops_after_many_in_a_row():
+    objective = Bowl(dict.fromkeys(range(20, 2000), math.nan))
+    training = training_of(objective, 1000)
+    with pytest.raises(FitError, match=r"in a row, because of y\. The parameters are finite"):
+        run(training)
+    assert training.num_skipped == training_module._MAX_SKIPS
+    assert training.num_steps < 200
+    assert objective.x.isfinite().all()
+    assert not torch.equal(objective.x, torch.zeros(4))
+
+
+def test_goes_on_while_some_steps_are_good():
+    faults = {step: math.nan for step in range(1, 2000) if step % 10}
+    training = run(training_of(Bowl(faults), 1000))
+    assert training.num_steps == 1000
+    assert training.num_skipped == 900
+    assert sum(training.culprits.values()) == training_module._MAX_NAMED
+
+
+def test_nothing_to_train():
+    class Constant(Bowl):
+        def loss(self, num_particles):
+            return torch.zeros(())
+
+    with pytest.raises(FitError, match="nothing to train"):
+        training_of(Constant()).step()
+
+
+def test_trains_without_gradients_around_it():
+    with torch.no_grad():
+        training = run(training_of(Bowl()), 50)
+    assert (training.objective.x > 0.5).all()
+
+
+def test_gradients_are_clipped_against_their_running_median():
+    """A gradient a million times the others moves no more than a few of them together."""
+
+    class Plain(Adam):
+        def step(self, factor):
+            self.seen = [p.grad.norm().item() for p in trained if p.grad is not None]
+            super().step(factor)
+
+    objective = Bowl({30: "steep"})
+    trained = list(objective.parameters().values())
+    optimiser = Plain(objective.parameters(), 0.0)
+    training = Training(objective, objective.parameters(), optimiser, Schedule(200, 1000), 8)
+    norms = []
+    for _ in range(40):
+        training.step()
+        norms.append(max(optimiser.seen))
+    usual = sorted(norms)[20]
+    assert max(norms) == norms[29]
+    assert 2 * usual < norms[29] < 10 * usual
+
+
+def test_candidates():
+    training = training_of(Bowl(), 400)
+    assert set(training.candidates()) == {"last"}
+    run(training)
+    found = training.candidates()
+    assert {"last", "averaged", "best"} <= set(found)
+    for values in found.values():
+        assert (values[0] - 3).abs().max() < 0.5
+    training.set_parameters(found["averaged"])
+    assert torch.equal(training.objective.x, found["averaged"][0])
+
+
+def test_steps_for_the_tails():
+    """The last steps are theirs, and the parameters before them stay a candidate."""
+    objective = Bowl()
+    training = training_of(objective)
+    training.schedule = Schedule(100, 1000, has_tail_steps=True)
+    start = training.schedule.tail_start
+    assert 50 < start < 100
+    run(training, start)
+    before = objective.x.detach().clone()
+    assert not hasattr(objective, "tail_calls")
+    run(training)
+    assert objective.tail_calls == 100 - start
+    assert torch.equal(training.candidates()["last before the tails"][0], before)
+    assert not torch.equal(objective.x, before)
+    assert training.num_gradients > 100 * 8
+
+
+def test_average_has_less_noise():
+    spread = {"last": [], "averaged": []}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        training = run(training_of(Bowl(), 10_000), 1000)  # the step size is still constant
+        for name, values in spread.items():
+            values.append((training.candidates()[name][0] - 3).square().mean().item())
+    assert sum(spread["averaged"]) < 0.7 * sum(spread["last"])
+
+
+def test_best_is_kept_when_it_gets_worse():
+    """Once the loss explodes, the best block before is what is remembered."""
+    objective = Bowl()
+    training = run(training_of(objective, 2000, step_size=0.1), 200)
+    with torch.no_grad():
+        objective.x.fill_(50.0)
+    run(training, 100)
+    assert (training.candidates()["best"][0] - 3).abs().max() < 0.5
+    assert (training.candidates()["last"][0] - 3).abs().min() > 5
+
+
+@pytest.mark.parametrize("at", [0, 1, 49, 50, 120])
+def test_state(at):
+    faults = {30: math.nan, 130: math.nan}
+    torch.manual_seed(1)
+    whole = run(training_of(Bowl(faults)))
+    torch.manual_seed(1)
+    first = run(training_of(Bowl(faults)), at)
+    second = training_of(Bowl(faults))
+    second.objective.calls = first.objective.calls
+    second.restore(first.state())
+    run(second)
+    assert torch.equal(
+        torch.tensor(whole.losses).nan_to_num(7), torch.tensor(second.losses).nan_to_num(7)
+    )
+    assert whole.num_skipped == second.num_skipped == 2
+    assert whole.culprits == second.culprits
+    for name, values in whole.candidates().items():
+        assert all(torch.equal(a, b) for a, b in zip(values, second.candidates()[name])), name
+
+
+def test_state_of_other_parameters():
+    class Other(Bowl):
+        def parameters(self):
+            return {"x": self.x}
+
+    with pytest.raises(ValueError, match="checkpoint: expected the parameters"):
+        training_of(Bowl()).restore(training_of(Other()).state())
+
+
+def test_gap_to_the_evidence():
+    class Weighted(Bowl):
+        has_weights = True
+
+        def elbo_draws(self, count):
+            # log weights of a Gaussian: their mean is half the variance below the evidence
+            return -7.0 + 0.8 * torch.randn(count)
+
+    torch.manual_seed(0)
+    # the standard error is 0.8 / sqrt(5000), and that of the evidence about as large
+    assert abs(training_of(Weighted())._gap() - 0.32) < 0.06
+    assert training_of(Bowl())._gap() == 0.0

@@ -1,0 +1,260 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fits by mini-batches: what they reach, see and say."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+from pyro_artransform import AutoAmortized, fit
+from pyro_artransform.diagnostics import importance
+from tests.inference import loaders
+from tests.inference.loaders import Autoencoder, listed, rows, shuffled, small
+
+
+def fitted(model, guide, loader, **kwargs):
+    options = {"num_particles": 4, "progress": False}
+    return fit(model, guide, loader=loader, **{**options, **kwargs})
+
+
+def check(result, steps):
+    assert result.num_steps == len(result.history) == steps
+    assert result.num_skipped == 0
+    assert all(map(math.isfinite, result.history))
+    assert math.isfinite(result.elbo)
+    assert result.elbo_se > 0
+    return result
+
+
+def quick_adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.02)
+
+
+# What they reach
+
+
+@pytest.mark.usefixtures("quick")
+def test_regression_reaches_the_posterior():
+    """Of 43 rows in batches of 10, the last of them of 3."""
+    x, y = rows()
+    mean, sd, evidence = loaders.exact(x, y)
+    guide = small(loaders.regression)
+    options = {"epochs": 80, "num_particles": 16, "seed": 0}
+    result = fitted(loaders.regression, guide, shuffled(x, y), **options)
+    check(result, 400)
+    draws = guide.sample_posterior(10_000)["weights"]
+    # an error of the fit of 0.05 deviations, and 0.01 by the number of draws
+    assert ((draws.mean(0) - mean).abs() < 0.1 * sd).all()
+    assert ((draws.std(0) / sd - 1).abs() < 0.1).all()
+    assert abs(result.elbo - evidence) < 0.05 + 4 * result.elbo_se
+    assert result.start != "the guide as it stood"
+
+
+def test_stock_guide():
+    x, y = rows()
+    mean, sd, _ = loaders.exact(x, y)
+    guide = AutoNormal(loaders.regression)
+    options = {"epochs": 80, "num_particles": 16, "seed": 0, "optim": quick_adam}
+    check(fitted(loaders.regression, guide, shuffled(x, y), **options), 400)
+    assert ((guide.median()["weights"] - mean).abs() < 0.3 * sd).all()
+
+
+@pytest.mark.usefixtures("quick")
+def test_autoencoder():
+    """Guide and model are trained, and a short last batch is one more."""
+    networks, (x, _) = Autoencoder(), rows()
+    guide = networks.guide()
+    guide(x[:10])
+    before = {name: value.detach().clone() for name, value in networks.named_parameters()}
+    result = check(fitted(networks.model, guide, shuffled(x), epochs=20, seed=0), 100)
+    assert all(not torch.equal(v, before[k]) for k, v in networks.named_parameters())
+    assert sum(result.history[-10:]) > sum(result.history[:10]) + 1
+    assert "of a batch, on the average" in result.verdict
+    assert not guide.path
+
+
+@pytest.mark.usefixtures("quick")
+def test_amortized_locals_and_globals():
+    _, y = rows()
+    guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
+    options = {"epochs": 80, "num_particles": 8, "seed": 0, "optim": quick_adam}
+    result = fitted(loaders.groups, guide, shuffled(y), **options)
+    check(result, 400)
+    covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
+    law = dist.MultivariateNormal(torch.zeros(43), covariance)
+    # a linear encoder can be exact; what is left is the noise of the batches
+    assert law.log_prob(y) - 1 < result.elbo < law.log_prob(y) + 4 * result.elbo_se
+    assert "of all data" in result.verdict
+    assert math.isnan(result.khat)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", [lambda *data: [data], lambda *d: shuffled(*d, batch_size=100)])
+def test_a_loader_of_one_batch_is_as_good_as_arguments(kind):
+    x, y = rows()
+    _, _, evidence = loaders.exact(x, y)
+    options = {"epochs": 150, "num_particles": 16, "seed": 0}
+    result = fitted(loaders.regression, small(loaders.regression), kind(x, y), **options)
+    assert result.num_steps == 150
+    assert result.trusted, result
+    assert abs(result.log_evidence - evidence) < 0.02
+
+
+@pytest.mark.usefixtures("quick")
+def test_weights_of_all_data_from_a_pass():
+    """Those of the same draws with all data at once."""
+    x, y = rows()
+    guide = small(loaders.regression)
+    result = fitted(loaders.regression, guide, shuffled(x, y), epochs=3, seed=0)
+    check(result, 15)
+    found = importance(loaders.regression, guide, 20_000, x, y)
+    assert abs(result.elbo - found.elbo) < 5 * math.hypot(result.elbo_se, found.elbo_se)
+    assert result.elbo_se < 3 * found.elbo_se * 20_000**0.5 / 1000**0.5
+    assert abs(result.log_evidence - found.log_evidence) < 0.2
+    for loader in (shuffled(x, y, drop_last=True), loaders.weighted(x, y), loaders.Unknown(x, y)):
+        result = fitted(loaders.regression, small(loaders.regression), loader, num_steps=3)
+        assert math.isnan(result.khat)
+        assert result.importance is None
+        assert result.elbo_se > 0.3  # the batches that nobody saw, of which there may be any
+
+
+# What is passed on
+
+
+@pytest.mark.usefixtures("quick")
+def test_arguments_of_all_kinds():
+    seen = []
+
+    def model(x, y, size):
+        seen.append((len(x), size))
+        loaders.regression(x, y, size)
+
+    x, y = rows()
+    by_name = [{"x": a, "y": b} for a, b in listed(x, y)]
+    for loader in (listed(x, y), by_name):
+        seen.clear()
+        check(fitted(model, small(model), loader, num_steps=7, size=43), 7)
+        assert set(seen) == {(10, 43), (3, 43)}
+    with pytest.raises(ValueError, match="without 'x'"):
+        fitted(model, small(model), by_name, num_steps=7, size=43, x=x)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_each_step_sees_the_next_batch(kind):
+    """After the trials of step sizes the loader is at its beginning."""
+    seen, at_step = [], []
+
+    def model(x, y):
+        seen.append(x[0, 0].item())
+        loaders.regression(x, y)
+
+    def callback(step, elbo):
+        at_step.append(seen[-1])
+
+    batches = listed(*rows())
+    fitted(model, kind(model), batches, epochs=3, callback=callback)
+    assert at_step == [batch[0][0, 0].item() for batch in batches] * 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_ends_by_itself(monkeypatch):
+    for name, value in (("_WINDOW", 18), ("_MAX_DECAY", 20)):
+        monkeypatch.setattr(f"pyro_artransform.inference.optimization.schedule.{name}", value)
+    x, y = rows()
+    result = fitted(loaders.regression, small(loaders.regression), shuffled(x, y), seed=1)
+    assert result.stopped_because == "the ELBO stopped moving"
+    assert 40 <= result.num_steps <= 500
+    assert not result.num_steps % 5
+
+
+@pytest.mark.usefixtures("quick")
+def test_path_gradient_is_asked_for_and_given_back():
+    class Watched(AutoAmortized):
+        def forward(self, *args, **kwargs):
+            asked.append(self.path)
+            return super().forward(*args, **kwargs)
+
+    _, y = rows()
+    for options in ({"loader": shuffled(y), "epochs": 2}, {"num_steps": 2}):
+        for path in (False, True):
+            asked = []
+            guide = Watched(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
+            guide.path = path
+            args = () if "loader" in options else (y,)
+            fit(loaders.groups, guide, *args, progress=False, num_particles=2, **options)
+            assert guide.path is path
+            assert asked.count(True) >= 2
+            assert path or asked.count(False) >= 2
+
+
+# Words
+
+
+@pytest.mark.usefixtures("quick")
+def test_verdict_of_mini_batches():
+    x, y = rows()
+    _, _, evidence = loaders.exact(x, y)
+    result = fitted(loaders.regression, small(loaders.regression), shuffled(x, y), epochs=20)
+    assert not result.trusted
+    for words in (
+        "mini-batches",
+        "of all data is",
+        "k-hat is",
+        "mass elsewhere",
+        "without a loader",
+    ):
+        assert words in result.verdict
+    assert abs(result.elbo - evidence) < 1
+    assert "nan" not in repr(result)
+
+
+@pytest.mark.usefixtures("quick")
+def test_verdict_of_mini_batches_without_weights():
+    model, (x, y) = loaders.regression, rows()
+    result = fitted(model, AutoNormal(model), shuffled(x, y), epochs=1)
+    assert not result.trusted
+    for words in ("mini-batches", "of all data", "5 batches", "diagnostics.importance", "sbc"):
+        assert words in result.verdict
+    assert result.importance is None
+    for words in ("k-hat  ", "nan"):
+        assert words not in repr(result) + result._repr_html_()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_point_is_no_posterior():
+    x, y = rows()
+    result = fitted(loaders.regression, AutoDelta(loaders.regression), shuffled(x, y), epochs=2)
+    assert "AutoDelta" in result.verdict
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_bar(capsys):
+    pytest.importorskip("tqdm")
+    options = {"epochs": 2, "progress": True}
+    fitted(loaders.regression, small(loaders.regression), shuffled(*rows()), **options)
+    shown = capsys.readouterr().err
+    assert "10/10" in shown
+    assert "batch 5/5, ELBO -" in shown
+
+
+@pytest.mark.usefixtures("quick")
+def test_says_nothing(capfd):
+    fitted(loaders.regression, small(loaders.regression), shuffled(*rows()), epochs=1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_model_that_is_looped_over(quick):
+    def looped(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 43, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z if z > 0 else -z, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="one draw after the other") as caught:
+        fitted(looped, small(looped), shuffled(rows()[1]), epochs=1, num_particles=2)
+    assert caught[0].filename.endswith("test_fit_loader.py")

@@ -1,0 +1,134 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a fit by mini-batches refuses, and what comes near it and is fine."""
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_artransform import AutoAmortized, fit
+from tests.inference import loaders
+from tests.inference.loaders import listed, rows, shuffled, small
+from tests.inference.test_fit_loader import check, fitted
+
+
+def test_options_that_do_not_go_together():
+    x, y = rows()
+    model, loader = loaders.regression, shuffled(x, y)
+    with pytest.raises(ValueError, match="epochs: expected a loader"):
+        fit(model, small(model), x, y, epochs=3)
+    with pytest.raises(ValueError, match="epochs or num_steps, got both"):
+        fit(model, small(model), loader=loader, epochs=3, num_steps=5)
+    with pytest.raises(ValueError, match=r"no positional arguments.*got 2"):
+        fit(model, small(model), x, y, loader=loader)
+    for epochs in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="epochs"):
+            fit(model, small(model), loader=loader, epochs=epochs)
+
+    def taken(x, loader):
+        pass
+
+    with pytest.raises(ValueError, match="parameter 'loader', which is an option of fit"):
+        fit(taken, small(taken), x)
+
+
+def test_what_is_no_loader():
+    model = loaders.regression
+    with pytest.raises(TypeError, match="begins anew"):
+        fitted(model, small(model), iter(listed(*rows())))
+    with pytest.raises(ValueError, match="at least one batch"):
+        fitted(model, small(model), [])
+    with pytest.raises(TypeError, match="got int"):
+        fitted(model, small(model), [1, 2])
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_globals_that_would_see_one_batch_only(kind):
+    def model(x, y):
+        loaders.regression(x, y, len(x))
+
+    with pytest.raises(
+        ValueError, match=r"'weights' is of all batches.*subsample_size=len\(batch\)"
+    ):
+        fitted(model, kind(model), shuffled(*rows()))
+
+
+@pytest.mark.usefixtures("quick")
+def test_scaled_by_hand():
+    def model(x, y):
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        with poutine.scale(scale=43 / len(x)), pyro.plate("data", len(x)):
+            mean = (x * weights).sum(-1)
+            pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
+
+    check(fitted(model, small(model), shuffled(*rows()), epochs=2), 10)
+
+
+@pytest.mark.usefixtures("quick")
+def test_globals_that_are_parameters():
+    def model(y):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    _, y = rows()
+    guide = AutoAmortized(model, lambda y: y[:, None], local_flow=None)
+    check(fitted(model, guide, shuffled(y), epochs=3), 15)
+    assert pyro.param("mean") != 0
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_locals_that_would_be_shared_by_all_batches(kind):
+    """A guide that is not told of the batch has one latent for the first row of each."""
+
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    with pytest.raises(ValueError, match="'z' is of all batches"):
+        fitted(model, kind(model), shuffled(rows()[1][:40]))
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda m: AutoAmortized(m, flow=None, local_flow=None), AutoNormal]
+)
+def test_elements_that_are_looked_up_by_other_indices(kind):
+    with pytest.raises(ValueError, match=r"'z'.*create_plates=.*encoder"):
+        fitted(loaders.groups, kind(loaders.groups), shuffled(rows()[1]))
+
+
+@pytest.mark.usefixtures("quick")
+def test_indices_that_are_given():
+    def model(index, y):
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", 43, subsample=index):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def create_plates(index, y):
+        return pyro.plate("groups", 43, subsample=index)
+
+    _, y = rows()
+    options = {"flow": None, "local_flow": None, "create_plates": create_plates}
+    loader = shuffled(torch.arange(43), y)
+    check(fitted(model, AutoAmortized(model, **options), loader, epochs=2), 10)
+    check(fitted(model, AutoNormal(model, create_plates=create_plates), loader, epochs=2), 10)
+
+
+def test_latents_of_a_short_last_batch():
+    """Half of the model sees all rows, and the other has a latent for each of the batch."""
+
+    def model(y):
+        with pyro.plate("data", 43, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"other latents with these arguments.*\(3,\)"):
+        fitted(model, small(model), listed(rows()[1])[::-1], epochs=1)

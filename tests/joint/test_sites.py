@@ -1,0 +1,96 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal
+
+from pyro_artransform.joint import Latents
+from tests.joint import models
+
+SHAPES = {
+    "probs": (3,),
+    "corr": (3, 3),
+    "unit": (),
+    "rates": (2, 3),
+    "simplex": (2, 4),
+}
+
+
+@pytest.fixture
+def latents():
+    return Latents.from_trace(poutine.trace(models.supports).get_trace())
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_there_and_back(latents, batch):
+    z = torch.randn(*batch, latents.latent_dim)
+    values, ladj = latents.constrain_with_ladj(z)
+    assert {name: tuple(v.shape) for name, v in values.items()} == {
+        name: batch + shape for name, shape in SHAPES.items()
+    }
+    for name, value in latents.constrain(z).items():
+        assert torch.equal(value, values[name])
+        assert latents.sites[name].bijection.codomain.check(value).all()
+    assert torch.allclose(latents.unconstrain(values), z)
+    assert ladj.shape == batch
+
+
+def test_log_determinant(latents):
+    """Simplices and factors of correlation matrices by their free coordinates."""
+    z = torch.randn(latents.latent_dim)
+    total = 0.0
+    for name, part in latents.split(z).items():
+        bijection = latents.sites[name].bijection
+        total = total + bijection.log_abs_det_jacobian(part, bijection(part)).sum()
+    assert torch.allclose(latents.constrain_with_ladj(z)[1], total)
+
+
+def test_log_determinant_of_scalars_by_differentiation():
+    latents = Latents.from_trace(poutine.trace(models.one_plate).get_trace())
+    z = torch.randn(latents.latent_dim)
+
+    def all_values(z):
+        return torch.cat([value.flatten() for value in latents.constrain(z).values()])
+
+    jacobian = torch.autograd.functional.jacobian(all_values, z)
+    assert torch.allclose(latents.constrain_with_ladj(z)[1], jacobian.slogdet().logabsdet)
+
+
+@pytest.mark.parametrize("model", [models.supports, models.nested_plates, models.mixed_dtypes])
+def test_packs_as_pyro_does(model):
+    guide = AutoDiagonalNormal(model)
+    guide()
+    latents = Latents.from_trace(guide.prototype_trace)
+    z = torch.randn(guide.latent_dim)
+    for name, value in latents.constrain(z).items():
+        theirs = guide.median()[name]
+        assert value.shape == theirs.shape
+    values = {site["name"]: part for site, part in guide._unpack_latent(z)}
+    assert list(values) == list(latents.sites)
+    for name, part in latents.split(z).items():
+        assert torch.allclose(part, values[name].reshape(part.shape).to(part.dtype))
+
+
+def test_dtypes_of_sites():
+    latents = Latents.from_trace(poutine.trace(models.mixed_dtypes).get_trace())
+    values = latents.constrain(torch.zeros(4, 3))
+    assert values["single"].dtype == torch.float32
+    assert values["double"].dtype == torch.float64
+    assert latents.unconstrain(values).dtype == torch.float64
+
+
+def test_names(latents):
+    names = latents.names()
+    assert len(names) == len(set(names)) == latents.latent_dim
+    assert names[:2] == ["probs[0]", "probs[1]"]
+    assert "unit" in names
+
+
+def test_bad_values(latents):
+    values = latents.constrain(torch.zeros(5, latents.latent_dim))
+    with pytest.raises(ValueError, match=r"expected the sites .*, no \['unit'\]"):
+        latents.unconstrain({k: v for k, v in values.items() if k != "unit"})
+    with pytest.raises(ValueError, match=r"'probs' of shape \(\.\.\., \*\(3,\)\), got \(5, 2\)"):
+        latents.unconstrain({**values, "probs": values["probs"][:, :2]})

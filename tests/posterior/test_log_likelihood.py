@@ -1,0 +1,169 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import config_enumerate
+
+from pyro_artransform.inference import log_likelihood
+from pyro_artransform.posterior.log_likelihood import Likelihood
+
+DATA = (1.3, 0.2, 2.9, -0.4, 1.7)
+MASK = (True, True, False, True, False)
+
+
+def data():
+    return torch.tensor(DATA)
+
+
+def plate(values):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.Normal(z, 2.0), obs=values)
+
+
+def product(values):
+    x = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.Normal(x @ z, 2.0), obs=values)
+
+
+def branch(values):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.Normal(z if z > 0 else -2 * z, 2.0), obs=values)
+
+
+def sums_over_draws(values):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 5):
+        pyro.sample("y", dist.Normal(z.sum(), 2.0), obs=values)
+
+
+def expected_of(name, z):
+    x = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
+    means = {
+        "plate": lambda: z[:, None],
+        "product": lambda: z @ x.T,
+        "branch": lambda: torch.where(z > 0, z, -2 * z)[:, None],
+        "sums_over_draws": lambda: z[:, None],
+    }
+    return dist.Normal(means[name](), 2.0).log_prob(data())
+
+
+WAYS = {plate: "plate", product: "vmap", branch: "loop", sums_over_draws: "vmap"}
+
+
+@pytest.mark.parametrize("model", WAYS)
+@pytest.mark.parametrize("n", [1, 7, 1001])
+def test_pointwise(model, n):
+    z = torch.randn(n, 2) if model is product else torch.randn(n)
+    draws = {"z": z, "y": torch.zeros(n, 5), "unknown": torch.zeros(n)}
+    found = log_likelihood(model, draws, data())
+    assert list(found) == ["y"]
+    assert torch.allclose(found["y"], expected_of(model.__name__, z))
+    assert not found["y"].requires_grad
+    if n > 1:
+        assert Likelihood(model, (data(),), {}).way(draws) == WAYS[model]
+
+
+def test_scales_are_left_out_and_masked_data_are_zero():
+    def model(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("scaled", 5), poutine.scale(scale=3.0):
+            pyro.sample("y", dist.Normal(z, 2.0), obs=values)
+        with pyro.plate("masked", 5), poutine.mask(mask=torch.tensor(MASK)):
+            pyro.sample("x", dist.Normal(z, 2.0), obs=values)
+
+    z = torch.randn(6)
+    found = log_likelihood(model, {"z": z}, data())
+    expected = dist.Normal(z[:, None], 2.0).log_prob(data())
+    assert torch.allclose(found["y"], expected)
+    assert torch.allclose(found["x"], torch.where(torch.tensor(MASK), expected, 0.0))
+
+
+def test_partly_observed_site():
+    def model(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(z, 2.0), obs=values, obs_mask=torch.tensor(MASK))
+
+    draws = {"z": torch.randn(6), "y_unobserved": torch.randn(6, 5)}
+    found = log_likelihood(model, draws, data())
+    expected = dist.Normal(draws["z"][:, None], 2.0).log_prob(data())
+    assert list(found) == ["y_observed"]
+    assert torch.allclose(found["y_observed"], torch.where(torch.tensor(MASK), expected, 0.0))
+
+
+def test_events_nested_plates_and_what_has_no_data():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("factor", -(z**2))
+        pyro.deterministic("square", z**2)
+        outer, inner = pyro.plate("outer", 4, dim=-1), pyro.plate("inner", 3, dim=-2)
+        with outer:
+            local = pyro.sample("local", dist.Normal(z, 1.0))
+        with outer, inner:
+            vectors = dist.Normal(local[..., None].expand(*local.shape, 2), 1.0).to_event(1)
+            pyro.sample("vector", vectors, obs=torch.ones(3, 4, 2))
+        pyro.sample("one", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    draws = {"z": torch.randn(6), "local": torch.randn(6, 4)}
+    found = log_likelihood(model, draws)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "vector": (6, 3, 4),
+        "one": (6,),
+    }
+    each = dist.Normal(draws["local"], 1.0).log_prob(torch.ones(())) * 2
+    assert torch.allclose(found["vector"], each[:, None].expand(6, 3, 4))
+    assert torch.allclose(found["one"], dist.Normal(draws["z"], 1.0).log_prob(torch.tensor(0.0)))
+
+
+def test_batch_dimensions_without_a_plate():
+    def model(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 2.0).expand([5]), obs=values)
+
+    pyro.enable_validation(False)
+    z = torch.randn(6)
+    found = log_likelihood(model, {"z": z}, data())["y"]
+    assert torch.allclose(found, dist.Normal(z[:, None], 2.0).log_prob(data()))
+
+
+def test_bad_input():
+    @config_enumerate
+    def mixture(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z + kind, 1.0), obs=values)
+
+    def minibatch(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5, subsample_size=2) as indices:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=values[indices])
+
+    z = torch.randn(6)
+    with pytest.raises(ValueError, match=r"expected those of all latents, got none of \['z'\]"):
+        log_likelihood(plate, {}, data())
+    with pytest.raises(ValueError, match=r"expected those of all latents, got none of \['kind'\]"):
+        log_likelihood(mixture, {"z": z}, data())
+    with pytest.raises(
+        ValueError, match=r"expected all data, got the sub-sampled plate 'data' \(2"
+    ):
+        log_likelihood(minibatch, {"z": z}, data())
+    with pytest.raises(ValueError, match=r"expected 'z' of shape \(6,\), got \(6, 2\)"):
+        log_likelihood(plate, {"z": torch.randn(6, 2)}, data())
+    kinds = {"z": z, "kind": torch.ones(6, 5)}
+    found = log_likelihood(mixture, kinds, data())["y"]
+    assert torch.allclose(found, dist.Normal(z[:, None] + 1, 1.0).log_prob(data()))
+
+
+def test_handlers_around_it_see_nothing():
+    with poutine.trace() as traced:
+        log_likelihood(plate, {"z": torch.randn(6)}, data())
+    assert set(traced.trace.nodes) <= {"_INPUT", "_RETURN"}
