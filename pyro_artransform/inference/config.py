@@ -61,15 +61,15 @@ class InitializationConfig:
 class OptimizationConfig:
     """Step sizes, their schedule, the gradient, and the choice among parameters at the end."""
 
-    #: step sizes of Adam, the first one unless a trial objects (by hand)
+    #: step sizes of Adam, the first one unless the search finds a better one (by hand)
     step_sizes: tuple[float, ...] = (5e-3, 2e-3, 5e-4)
     #: Adam's decay rates; the second one is short since steps are few (by hand)
     betas: tuple[float, float] = (0.9, 0.99)
-    #: steps of a trial of a step size, and draws that it is judged by (by hand)
-    trial_steps: int = 60
-    trial_draws: int = 1024
+    #: steps for each step size in the search, and draws that it is judged by (by hand)
+    search_steps: int = 60
+    search_draws: int = 1024
     #: nats by which a smaller step size has to win (by hand)
-    trial_min_gain: float = 1.0
+    search_min_gain: float = 1.0
     #: steps in which the step size rises at first (by hand)
     warm_up: int = 20
     #: the constant part of a given number of steps (by hand)

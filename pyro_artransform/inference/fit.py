@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..diagnostics.counts import check_counts
+from .config import FitConfig
 from .data.checks import check_arguments
 from .data.loader import Batch, Batches
 from .data.options import check_names, keyword_only
@@ -33,6 +34,7 @@ def fit(
     optim: Any = None,
     loader: Iterable[Any] | None = None,
     epochs: int | None = None,
+    config: FitConfig | None = None,
     **kwargs: Any,
 ) -> FitResult:
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
@@ -88,6 +90,7 @@ def fit(
         middle of an epoch where the order is that of a list, or of a sampler of PyTorch; elsewhere
         from the next epoch, with a warning.
     :param epochs: how often to go through the loader, instead of ``num_steps``.
+    :param config: all numbers that a fit is tuned by; the defaults are meant for every model.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
     :raises ValueError: if the model has a parameter of the name of one of these options, if there is
@@ -149,7 +152,7 @@ def fit(
             stack.callback(batches.close)
         if batches is not None and epochs is not None:
             num_steps = epochs * batches.num_batches
-        run = Fitting(model, guide, Batch(args, kwargs), batches)
+        run = Fitting(model, guide, Batch(args, kwargs), batches, config or FitConfig())
         run.warn_if_slow()
         training = run.begin(num_steps, num_particles, optim, resume, bar)
         run.warn_if_out_of_place()

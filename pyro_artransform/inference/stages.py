@@ -15,6 +15,7 @@ from torch import nn
 from ..joint import LogJoint
 from ..joint.plates import hidden_sites
 from . import checkpoint as files
+from .config import FitConfig
 from .data.checks import check_use
 from .data.loader import Batch, Batches
 from .evaluation.evaluate import Findings, Subject, from_all_data, from_minibatches
@@ -51,7 +52,9 @@ class Fitting:
         guide: Any,
         batch: Batch,
         batches: Batches | None = None,
+        config: FitConfig | None = None,
     ) -> None:
+        self._config = config or FitConfig()
         self._began = time.perf_counter()
         self._batches, held = batches, hold(batches) if batches is not None else [batch]
         self._args, self._kwargs = held[0]
@@ -167,7 +170,9 @@ class Fitting:
         if self._by_protocol:
             bar.say("start")
             density = self._minibatches.for_start() if self._minibatches else self._log_joint
-            self._start = find_start(density, self._run_model, self._guide)
+            self._start = find_start(
+                density, self._run_model, self._guide, self._config.initialization
+            )
         elif hasattr(self._guide, "start_near"):
             bar.say("start")
             self._start = self._find_batch_start()
@@ -180,7 +185,12 @@ class Fitting:
         batch = self._args, self._kwargs
         self._objective.see(*batch)
         return find_batch_start(
-            self._log_joint, self._model, self._guide, batch, self._objective.elbo_draws
+            self._log_joint,
+            self._model,
+            self._guide,
+            batch,
+            self._objective.elbo_draws,
+            self._config.initialization,
         )
 
     def _run_model(self) -> Any:
@@ -297,8 +307,10 @@ class Fitting:
         skipped_share = training.num_skipped / max(training.num_steps, 1)
         facts = Facts(skipped_share=skipped_share, is_over=is_over)
         if self._minibatches is not None:
-            return from_minibatches(self._subject(), self._minibatches, facts)
-        return from_all_data(self._subject(), self._start.modes, facts)
+            return from_minibatches(
+                self._subject(), self._minibatches, facts, self._config.evaluation
+            )
+        return from_all_data(self._subject(), self._start.modes, facts, self._config.evaluation)
 
 
 def _set_up(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,40 +2,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits that are quick, for tests of what a fit does and not of how well it does it."""
 
-import importlib
 import signal
+from functools import partial
 
 import pytest
 
-FEWER = {
-    "evaluation.evaluate": {"_NUM_SAMPLES": 500},
-    "objectives.minibatch_elbo": {"_NUM_DRAWS": 100, "_SHARE_OF_DRAWS": 1},
-    "initialization.search": {
-        "_NUM_POINTS": 4,
-        "_NUM_POINTS_BY_LOOP": 3,
-        "_NUM_MEAN_FIELDS": 1,
-        "_FINE": 128,
-    },
-    "initialization.mean_field": {"_NUM_STEPS": 20},
-    "initialization.newton": {"_MAX_STEPS": 6},
-    "optimization.learning_rate": {"_NUM_STEPS": 4, "_NUM_DRAWS": 64},
-    "optimization.selection": {"_NUM_DRAWS": 128},
-    "evaluation.missed_modes": {
-        "_NUM_DRAWS": 500,
-        "_NUM_SCREENED": 40,
-        "_NUM_CLIMBS": 2,
-        "_NUM_CLIMBS_BY_LOOP": 2,
-    },
-}
+from pyro_artransform import fit
+from pyro_artransform.inference.config import (
+    EvaluationConfig,
+    FitConfig,
+    InitializationConfig,
+    MinibatchConfig,
+    OptimizationConfig,
+)
+
+#: Fewer draws, points and steps of searches, so that a fit takes a fraction of a second.
+QUICK = FitConfig(
+    initialization=InitializationConfig(
+        num_points=4,
+        num_points_by_loop=3,
+        num_mean_fields=1,
+        num_fine=128,
+        mean_field_steps=20,
+        max_newton_steps=6,
+    ),
+    optimization=OptimizationConfig(search_steps=4, search_draws=64, selection_draws=128),
+    minibatch=MinibatchConfig(num_draws=100, draws_divisor=1),
+    evaluation=EvaluationConfig(
+        num_samples=500, num_heavy=500, num_screened=40, num_climbs=2, num_climbs_by_loop=2
+    ),
+)
+
+quick_fit = partial(fit, config=QUICK)
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Fewer draws, points and trials, so that a fit takes a fraction of a second."""
-    for name, constants in FEWER.items():
-        module = importlib.import_module(f"pyro_artransform.inference.{name}")
-        for constant, value in constants.items():
-            monkeypatch.setattr(module, constant, value)
+def quick() -> FitConfig:
+    """The settings of a fit that is quick."""
+    return QUICK
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...diagnostics import Importance
 from ...diagnostics.weights import weighted_draws
 from ...joint import LogJoint
+from ..config import EvaluationConfig
 from ..initialization.newton import Modes
 from ..objectives.minibatch_elbo import MinibatchObjective
 from .missed_modes import second_opinion
@@ -53,7 +54,9 @@ class Findings(NamedTuple):
     importance: Importance | None
 
 
-def from_all_data(subject: Subject, modes: Modes | None, facts: Facts) -> Findings:
+def from_all_data(
+    subject: Subject, modes: Modes | None, facts: Facts, config: EvaluationConfig | None = None
+) -> Findings:
     """What draws of a guide say where the model sees all data, or takes mini-batches itself.
 
     :param subject: model and guide.
@@ -81,7 +84,12 @@ def from_all_data(subject: Subject, modes: Modes | None, facts: Facts) -> Findin
     )
 
 
-def from_minibatches(subject: Subject, objective: MinibatchObjective, facts: Facts) -> Findings:
+def from_minibatches(
+    subject: Subject,
+    objective: MinibatchObjective,
+    facts: Facts,
+    config: EvaluationConfig | None = None,
+) -> Findings:
     """What one pass over a loader says.
 
     :param subject: model and guide, with the arguments of a batch.

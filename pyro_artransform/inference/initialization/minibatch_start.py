@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...joint import LogJoint
+from ..config import InitializationConfig
 from .gaussians import noise
 from .search import AS_IT_STOOD, Start, best_gaussian
 
@@ -60,6 +61,7 @@ def find_batch_start(
     guide: Any,
     batch: tuple[tuple[Any, ...], Mapping[str, Any]],
     elbo_draws: Callable[[int], Tensor],
+    config: InitializationConfig | None = None,
 ) -> Start:
     """Puts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...joint import LogJoint
+from ..config import InitializationConfig
 from .gaussians import Gaussians, elbos, evaluated, noise
 from .mean_field import mean_field
 from .newton import HESSIAN_LIMIT, Modes, climb
@@ -56,7 +57,12 @@ class _Candidates(NamedTuple):
         return _Candidates([self.names[i] for i in index.tolist()], self.gaussians.take(index))
 
 
-def find_start(log_joint: LogJoint, model: Callable[[], Any], guide: Any) -> Start:
+def find_start(
+    log_joint: LogJoint,
+    model: Callable[[], Any],
+    guide: Any,
+    config: InitializationConfig | None = None,
+) -> Start:
     """Puts a guide at the best of: itself, Gaussians on the way to modes, mean-field fits.
 
     :param log_joint: the log joint density of the model.
