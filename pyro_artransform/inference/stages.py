@@ -18,10 +18,10 @@ from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
 from .data.loader import Batch, Batches
-from .evaluation.evaluate import Findings, Subject, from_all_data, from_minibatches
-from .evaluation.verdict import Facts
-from .initialization.minibatch_start import find_batch_start
-from .initialization.search import AS_IT_STOOD, Start, find_start
+from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate, evaluate_minibatches
+from .evaluation.verdict import FitStatus
+from .initialization.minibatch_start import find_initial_minibatch_guide
+from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
 from .interrupts import Interrupts
 from .objectives.elbo import Objective, PathObjective, PyroObjective, offers_protocol
 from .objectives.minibatch_elbo import MinibatchObjective, hold
@@ -59,7 +59,7 @@ class Fitting:
         self._batches, held = batches, hold(batches) if batches is not None else [batch]
         self._args, self._kwargs = held[0]
         self._model, self._guide = model, guide
-        self._start = Start(AS_IT_STOOD, float("nan"), None)
+        self._start = InitialGuide(UNCHANGED, float("nan"), None)
         self._step_size: float | None = None
         self._num_steps: int | None = None
         self._num_pilot_steps = 0
@@ -94,8 +94,8 @@ class Fitting:
         alone = batches.num_batches == 1 and batches.is_partition
         return alone and not self._log_joint.is_subsampled
 
-    def _subject(self) -> Subject:
-        return Subject(self._model, self._guide, self._args, self._kwargs, self._log_joint)
+    def _subject(self) -> ModelAndGuide:
+        return ModelAndGuide(self._model, self._guide, self._args, self._kwargs, self._log_joint)
 
     def _why_slow(self, is_slow: bool) -> str:
         """Why draws are evaluated one after the other; empty where they are not."""
@@ -170,7 +170,7 @@ class Fitting:
         if self._by_protocol:
             bar.say("start")
             density = self._minibatches.for_start() if self._minibatches else self._log_joint
-            self._start = find_start(
+            self._start = find_initial_guide(
                 density, self._run_model, self._guide, self._config.initialization
             )
         elif hasattr(self._guide, "start_near"):
@@ -181,10 +181,10 @@ class Fitting:
             self._step_size, self._num_pilot_steps = choose_step_size(new_training)
         return new_training(self._step_size or STEP_SIZES[0])
 
-    def _find_batch_start(self) -> Start:
-        batch = self._args, self._kwargs
+    def _find_batch_start(self) -> InitialGuide:
+        batch = Batch(self._args, self._kwargs)
         self._objective.see(*batch)
-        return find_batch_start(
+        return find_initial_minibatch_guide(
             self._log_joint,
             self._model,
             self._guide,
@@ -205,7 +205,9 @@ class Fitting:
         self._step_size = state["step_size"]
         self._num_pilot_steps = state["num_pilot_steps"]
         self._seconds_before = state["seconds"]
-        self._start = Start(state["start"], state["start_elbo"], files.unpacked(state["modes"]))
+        self._start = InitialGuide(
+            state["start"], state["start_elbo"], files.unpacked(state["modes"])
+        )
         training = new_training(self._step_size or STEP_SIZES[0])
         training.restore(state["training"])
         self._restore_batches(state.get("batches"))
@@ -289,7 +291,7 @@ class Fitting:
         end = keep_the_best(training)
         findings = self._find(training, is_over)
         return FitResult(
-            **findings._asdict(),
+            **findings.result_fields(),
             history=[-loss for loss in training.losses],
             num_steps=training.num_steps,
             num_skipped=training.num_skipped,
@@ -303,14 +305,14 @@ class Fitting:
             one_at_a_time=self._one_at_a_time,
         )
 
-    def _find(self, training: Training, is_over: bool) -> Findings:
+    def _find(self, training: Training, is_over: bool) -> Evaluation:
         skipped_share = training.num_skipped / max(training.num_steps, 1)
-        facts = Facts(skipped_share=skipped_share, is_over=is_over)
+        status = FitStatus(skipped_share=skipped_share, is_complete=is_over)
         if self._minibatches is not None:
-            return from_minibatches(
-                self._subject(), self._minibatches, facts, self._config.evaluation
+            return evaluate_minibatches(
+                self._subject(), self._minibatches, status, self._config.evaluation
             )
-        return from_all_data(self._subject(), self._start.modes, facts, self._config.evaluation)
+        return evaluate(self._subject(), self._start.modes, status, self._config.evaluation)
 
 
 def _set_up(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

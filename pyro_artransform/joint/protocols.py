@@ -7,11 +7,29 @@ Any Pyro guide will do; one that has the methods of a protocol is used through t
 ``isinstance``, so a guide of a third party needs no base class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+from .sites import Latents
+
+
+class LogDensity(Protocol):
+    """A log-density on the unconstrained space of a model's latents."""
+
+    latents: Latents
+    start: Tensor
+    way: str
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Its values, shape ``(n,)``, at draws of shape ``(n, latent_dim)``."""
+        ...
+
+    def culprits(self, z: Tensor) -> list[str]:
+        """The sites whose log-density is not finite at one of the draws."""
+        ...
 
 
 @runtime_checkable
@@ -54,6 +72,10 @@ class MinibatchGuide(Protocol):
 
     def path_gradient(self) -> AbstractContextManager[None]:
         """A context in which the density of the guide's draws has a gradient by the draws only."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, as those of a module."""
         ...
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
