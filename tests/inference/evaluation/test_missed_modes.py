@@ -19,7 +19,6 @@ from pyro_artransform.inference.initialization.newton import climb
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 
-
 DEFAULTS = EvaluationConfig()
 
 

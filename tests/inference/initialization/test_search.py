@@ -16,7 +16,6 @@ from pyro_artransform.joint import LogJoint
 from tests.inference import models
 from tests.inference.models import small
 
-
 DEFAULTS = InitializationConfig()
 
 
