@@ -96,7 +96,7 @@ def from_minibatches(subject: Subject, objective: MinibatchObjective, facts: Fac
     is_point = any(
         value.is_floating_point() and bool((value == value[:1]).all()) for value in values
     )
-    is_of_all = subject.log_joint.outline(subject.args, subject.kwargs).is_scaled
+    is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     facts = facts._replace(is_point=is_point)
     trusted, verdict = judge_minibatches(found, weights, is_of_all, facts)
     return Findings(

@@ -95,9 +95,9 @@ class Known(NamedTuple):
 
 def _from_afar(log_joint: LogJoint, around: Gaussians) -> Modes | None:
     """The modes above points far outside of a Gaussian, as far as Hessians are affordable."""
-    if log_joint.latent_dim > HESSIAN_LIMIT:
+    if log_joint.latents.latent_dim > HESSIAN_LIMIT:
         return None
-    count = _NUM_CLIMBS_BY_LOOP if log_joint.way == "loop" else _NUM_CLIMBS
+    count = _NUM_CLIMBS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CLIMBS
     points = _surprising(log_joint, around, count)
     if not len(points):
         return None
@@ -111,7 +111,7 @@ def _from_afar(log_joint: LogJoint, around: Gaussians) -> Modes | None:
 def _surprising(log_joint: LogJoint, around: Gaussians, count: int) -> Tensor:
     """Far points: half of them any, half those whose density exceeds the Gaussian's tail the most."""
     (loc,), (scale_tril,) = around
-    screened = _NUM_SCREENED if log_joint.way != "loop" else 10 * count
+    screened = _NUM_SCREENED if log_joint.strategy != "loop" else 10 * count
     noise = torch.randn_like(loc.expand(screened, -1))
     far = loc.new_tensor(_FAR).repeat(math.ceil(screened / len(_FAR)))[:screened, None]
     points = loc + far * noise @ scale_tril.T

@@ -20,7 +20,7 @@ _NUM_DRAWS = 4000
 _NUM_COMPARED = 512
 
 
-class SharedPrior(LogJoint):
+class SharedPrior:
     """The log joint density of a mini-batch by itself, with its share of the density of the globals.
 
     A model scales the log-density of a mini-batch up to all data, that of its locals included,
@@ -33,18 +33,23 @@ class SharedPrior(LogJoint):
     """
 
     def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
-        self.__dict__.update(log_joint.__dict__)
+        self.latents, self.start = log_joint.latents, log_joint.start
+        self.strategy = log_joint.strategy
         self._scaled, self._share = log_joint, share
         sites = [self.latents.sites[name] for name in elements]
         self._bent = [site for site in sites if not site.is_unconstrained]
         self._state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
-        with torch.random.fork_rng(devices=[], enabled=self.is_subsampled):
-            if self.is_subsampled:
+        draws = self._scaled.is_subsampled
+        with torch.random.fork_rng(devices=[], enabled=draws):
+            if draws:
                 torch.set_rng_state(self._state)
             # the Jacobian of an element is not scaled up as its density is
             return self._share * self._scaled(z) + (1 - self._share) * self._ladj(z)
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        return self._scaled.nonfinite_sites(z)
 
     def _ladj(self, z: Tensor) -> Tensor:
         """The log-determinants of the ways to the values of the elements."""
@@ -69,12 +74,16 @@ def find_batch_start(
     :param batch: the arguments of both.
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
     """
-    outline = log_joint.outline(*batch)
+    structure = log_joint.structure(*batch)
     as_it_stands = Start(AS_IT_STOOD, float("nan"), None)
-    if not outline.globals or log_joint.latent_dim > _MOST_LATENTS or log_joint.way == "loop":
+    if (
+        not structure.global_latents
+        or log_joint.latents.latent_dim > _MOST_LATENTS
+        or log_joint.strategy == "loop"
+    ):
         return as_it_stands
-    elements = log_joint.latents.sites.keys() - set(outline.globals)
-    density = SharedPrior(log_joint, 1 / outline.scale, elements)
+    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
+    density = SharedPrior(log_joint, 1 / structure.scale, elements)
     home = log_joint.start
     found = best_gaussian(density, lambda: model(*batch[0], **batch[1]), home, _NUM_POINTS)
     if found is None:
@@ -85,12 +94,12 @@ def find_batch_start(
     try:
         loc, scale_tril = gaussians.loc, gaussians.scale_tril[0]
         draws = loc + noise(loc, _NUM_DRAWS) @ scale_tril.mT
-        guide.start_near(log_joint.constrain(draws), 1 / outline.scale)
+        guide.start_near(log_joint.latents.constrain(draws), 1 / structure.scale)
         after = _compared(elbo_draws)
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
     if after > before:
-        return Start(name, after, modes if outline.scale == 1 else None)
+        return Start(name, after, modes if structure.scale == 1 else None)
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
             parameter.copy_(kept[name])

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from ...joint import LogJoint
+from ...joint import LogDensity
 from .gaussians import evaluated
 
 _RADIUS = 2.0
@@ -23,7 +23,7 @@ _MAX_HALVINGS = 12
 
 
 def starting_points(
-    log_joint: LogJoint, model: Callable[[], Any], home: Tensor, count: int
+    log_joint: LogDensity, model: Callable[[], Any], home: Tensor, count: int
 ) -> Tensor:
     """Points at which the density is finite: home, draws of the prior, points around, points far out.
 
@@ -42,9 +42,9 @@ def starting_points(
     return _drawn_home(log_joint, torch.stack(drawn[:count]))
 
 
-def _best_of_shells(log_joint: LogJoint, home: Tensor, count: int) -> list[Tensor]:
+def _best_of_shells(log_joint: LogDensity, home: Tensor, count: int) -> list[Tensor]:
     """Around home, near and further out, in each shell the point of the largest density of several."""
-    tried = _TRIED_BY_LOOP if log_joint.way == "loop" else _TRIED
+    tried = _TRIED_BY_LOOP if log_joint.strategy == "loop" else _TRIED
     spreads = [_NEAR * _WIDER**k for k in range(max(count, 0))]
     found = []
     for spread in spreads:
@@ -53,7 +53,7 @@ def _best_of_shells(log_joint: LogJoint, home: Tensor, count: int) -> list[Tenso
     return found
 
 
-def _prior_point(log_joint: LogJoint, model: Callable[[], Any]) -> Tensor:
+def _prior_point(log_joint: LogDensity, model: Callable[[], Any]) -> Tensor:
     def sampled(site: Any) -> Tensor:
         try:
             value: Tensor = site["fn"].sample().detach()
@@ -71,10 +71,10 @@ def _prior_point(log_joint: LogJoint, model: Callable[[], Any]) -> Tensor:
         return log_joint.start
     nodes: Any = trace.nodes
     values = {name: nodes[name]["value"] for name in log_joint.latents.sites}
-    return log_joint.unconstrain(values)
+    return log_joint.latents.unconstrain(values)
 
 
-def _drawn_home(log_joint: LogJoint, points: Tensor) -> Tensor:
+def _drawn_home(log_joint: LogDensity, points: Tensor) -> Tensor:
     """Draws points without a finite density towards the first one that has it."""
     points = points[points.isfinite().all(-1)]
     is_good = evaluated(log_joint, points).isfinite()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...joint import LogJoint
+from ...joint import LogDensity
 from .gaussians import Gaussians, elbos, evaluated, noise
 from .mean_field import mean_field
 from .newton import HESSIAN_LIMIT, Modes, climb
@@ -56,7 +56,7 @@ class _Candidates(NamedTuple):
         return _Candidates([self.names[i] for i in index.tolist()], self.gaussians.take(index))
 
 
-def find_start(log_joint: LogJoint, model: Callable[[], Any], guide: Any) -> Start:
+def find_start(log_joint: LogDensity, model: Callable[[], Any], guide: Any) -> Start:
     """Puts a guide at the best of: itself, Gaussians on the way to modes, mean-field fits.
 
     :param log_joint: the log joint density of the model.
@@ -79,7 +79,7 @@ def find_start(log_joint: LogJoint, model: Callable[[], Any], guide: Any) -> Sta
 
 
 def best_gaussian(
-    log_joint: LogJoint, model: Callable[[], Any], home: Tensor, count: int
+    log_joint: LogDensity, model: Callable[[], Any], home: Tensor, count: int
 ) -> tuple[str, Gaussians, Modes | None] | None:
     """The best of the Gaussians, by its ELBO.
 
@@ -98,31 +98,31 @@ def best_gaussian(
     return (best.names[0], best.gaussians, modes) if elbo > -torch.inf else None
 
 
-def _num_points(log_joint: LogJoint) -> int:
-    return _NUM_POINTS_BY_LOOP if log_joint.way == "loop" else _NUM_POINTS
+def _num_points(log_joint: LogDensity) -> int:
+    return _NUM_POINTS_BY_LOOP if log_joint.strategy == "loop" else _NUM_POINTS
 
 
-def _no_start(log_joint: LogJoint, home: Tensor) -> str:
+def _no_start(log_joint: LogDensity, home: Tensor) -> str:
     return (
         "expected a model with a finite log density somewhere near its starting values, found none: "
-        f"{', '.join(log_joint.culprits(home[None])) or 'the sum of its sites'} is not finite there. "
+        f"{', '.join(log_joint.nonfinite_sites(home[None])) or 'the sum of its sites'} is not finite there. "
         "Give the guide an init_loc_fn with values that the data allow"
     )
 
 
 @torch.no_grad()
-def _as_it_stands(log_joint: LogJoint, guide: Any) -> tuple[Tensor, float, float]:
+def _as_it_stands(log_joint: LogDensity, guide: Any) -> tuple[Tensor, float, float]:
     """The centre of a guide, its ELBO, and the standard error of it."""
-    z, log_q = guide.rsample_and_log_prob(_FINE if log_joint.way != "loop" else _ROUGH)
+    z, log_q = guide.rsample_and_log_prob(_FINE if log_joint.strategy != "loop" else _ROUGH)
     ratios = evaluated(log_joint, z) - log_q
     error = ratios.std() / len(ratios) ** 0.5
     elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     return z.median(0).values, elbo.item(), error.nan_to_num(0.0, 0.0, 0.0).item()
 
 
-def _gather(log_joint: LogJoint, points: Tensor) -> tuple[_Candidates, Modes | None]:
+def _gather(log_joint: LogDensity, points: Tensor) -> tuple[_Candidates, Modes | None]:
     candidates = _from_mean_fields(log_joint, points)
-    if log_joint.latent_dim > HESSIAN_LIMIT:
+    if log_joint.latents.latent_dim > HESSIAN_LIMIT:
         return candidates, None
     try:
         modes, best, _ = climb(log_joint, points, noise(points, _ROUGH))
@@ -138,7 +138,7 @@ def _gather(log_joint: LogJoint, points: Tensor) -> tuple[_Candidates, Modes | N
     return candidates, modes
 
 
-def _from_mean_fields(log_joint: LogJoint, points: Tensor) -> _Candidates:
+def _from_mean_fields(log_joint: LogDensity, points: Tensor) -> _Candidates:
     scales = torch.diag_embed(torch.full_like(points, _NARROW))
     rough = elbos(log_joint, Gaussians(points, scales), noise(points, _ROUGH))
     promising = points[rough.argsort(descending=True)[:_NUM_MEAN_FIELDS]]
@@ -146,17 +146,17 @@ def _from_mean_fields(log_joint: LogJoint, points: Tensor) -> _Candidates:
     return _Candidates(["a mean-field fit"] * len(promising), fitted)
 
 
-def _best(log_joint: LogJoint, candidates: _Candidates) -> tuple[_Candidates, float]:
+def _best(log_joint: LogDensity, candidates: _Candidates) -> tuple[_Candidates, float]:
     like = candidates.gaussians.loc
     rough = elbos(log_joint, candidates.gaussians, noise(like, _ROUGH))
     finalists = candidates.take(rough.argsort(descending=True)[:_NUM_FINALISTS])
-    fine = _FINE if log_joint.way != "loop" else _ROUGH
+    fine = _FINE if log_joint.strategy != "loop" else _ROUGH
     scores = elbos(log_joint, finalists.gaussians, noise(like, fine))
     k = scores.argmax(keepdim=True)
     return finalists.take(k), scores[k].item()
 
 
-def _place(guide: Any, log_joint: LogJoint, best: _Candidates, own_elbo: float) -> bool:
+def _place(guide: Any, log_joint: LogDensity, best: _Candidates, own_elbo: float) -> bool:
     """Starts the guide at a candidate, without its correlations if it cannot have any."""
     try:
         guide.start_at(best.gaussians.loc[0], best.gaussians.scale_tril[0])
