@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
-from ..diagnostics.counts import check_counts
+from ..arguments import check_integer
 from .config import FitConfig
 from .data.checks import check_arguments
 from .data.loader import Batch, Batches
@@ -134,11 +134,11 @@ def fit(
        https://arxiv.org/abs/1802.02538
     """
     check_names(model, _OPTIONS)
-    check_counts(num_particles=num_particles)
+    check_integer("num_particles", num_particles)
     check_arguments(loader, epochs, num_steps, args)
     for name, count in (("num_steps", num_steps), ("epochs", epochs)):
         if count is not None:
-            check_counts(**{name: count})
+            check_integer(name, count)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
     with (

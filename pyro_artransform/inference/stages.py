@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..joint import LogJoint
-from ..joint.plates import hidden_sites
+from ..joint.handlers import hidden_sites
 from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
@@ -127,7 +127,7 @@ class Fitting:
         """Whether the guide's latents are all latents of the model."""
         with torch.no_grad():
             latent, _ = self._guide.rsample_and_log_prob(1)
-        return latent.shape[-1] == self._log_joint.latent_dim
+        return latent.shape[-1] == self._log_joint.latents.latent_dim
 
     # Start
 

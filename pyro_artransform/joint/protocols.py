@@ -13,24 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from .sites import Latents
-
-
-class LogDensity(Protocol):
-    """A log-density on the unconstrained space of a model's latents."""
-
-    latents: Latents
-    start: Tensor
-    way: str
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Its values, shape ``(n,)``, at draws of shape ``(n, latent_dim)``."""
-        ...
-
-    def culprits(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws."""
-        ...
-
 
 @runtime_checkable
 class ReparametrizedGuide(Protocol):

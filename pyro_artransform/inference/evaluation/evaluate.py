@@ -111,7 +111,7 @@ def evaluate_minibatches(
     is_point = any(
         value.is_floating_point() and bool((value == value[:1]).all()) for value in values
     )
-    is_of_all = subject.log_joint.outline(subject.args, subject.kwargs).is_scaled
+    is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     status = status._replace(is_point=is_point)
     verdict = judge_minibatches(found, weights, is_of_all, status, config)
     return Evaluation(found.elbo, found.elbo_se, found.num_draws, weights, False, verdict)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_KHAT
-from ...joint.protocols import LogDensity
+from ...joint import LogDensity
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Gaussians, concatenate, evaluate_density
 from ..initialization.newton import Modes, climb
@@ -109,7 +109,7 @@ def _overdispersed_points(
     """Far points: half of them any, half those whose density exceeds the Gaussian's tail the most."""
     (loc,), (scale_tril,) = around
     screened, count = config.num_screened, config.num_climbs
-    if log_density.way == "loop":
+    if log_density.strategy == "loop":
         screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
     noise = torch.randn_like(loc.expand(screened, -1))
     far = loc.new_tensor(config.far).repeat(math.ceil(screened / len(config.far)))[:screened, None]

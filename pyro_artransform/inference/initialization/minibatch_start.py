@@ -32,7 +32,11 @@ class SharedPrior:
 
     def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
         self._log_joint, self._share = log_joint, share
-        self.latents, self.start, self.way = log_joint.latents, log_joint.start, log_joint.way
+        self.latents, self.start, self.strategy = (
+            log_joint.latents,
+            log_joint.start,
+            log_joint.strategy,
+        )
         sites = [self.latents.sites[name] for name in elements]
         self._constrained = [site for site in sites if not site.is_unconstrained]
         self._random_state = torch.get_rng_state()
@@ -52,9 +56,9 @@ class SharedPrior:
             total = total + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
         return total
 
-    def culprits(self, z: Tensor) -> list[str]:
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
         """The sites whose log-density is not finite at one of the draws."""
-        return self._log_joint.culprits(z)
+        return self._log_joint.nonfinite_sites(z)
 
 
 def find_initial_minibatch_guide(
@@ -74,7 +78,7 @@ def find_initial_minibatch_guide(
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
     :param config: how many candidates there are, and how they are compared.
     """
-    scale = log_joint.outline(*batch).scale
+    scale = log_joint.structure(*batch).scale
     unchanged = InitialGuide(UNCHANGED, float("nan"), None)
     best = _best_gaussian(log_joint, model, batch, config)
     if best is None or best.elbo == -torch.inf:
@@ -84,7 +88,7 @@ def find_initial_minibatch_guide(
     loc, scale_tril = best.gaussian.loc, best.gaussian.scale_tril[0]
     draws = loc + antithetic_noise(loc, config.num_minibatch_draws) @ scale_tril.mT
     try:
-        guide.start_near(log_joint.constrain(draws), 1 / scale)
+        guide.start_near(log_joint.latents.constrain(draws), 1 / scale)
         after = _compare(elbo_draws, config)
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
@@ -100,12 +104,12 @@ def _best_gaussian(
     log_joint: LogJoint, model: Callable[..., object], batch: Batch, config: InitializationConfig
 ) -> BestGaussian | None:
     """The best Gaussian of the latents of a mini-batch; ``None`` if there is none, or it is too expensive."""
-    outline = log_joint.outline(*batch)
-    is_large = log_joint.latent_dim > config.max_minibatch_latents
-    if not outline.globals or is_large or log_joint.way == "loop":
+    structure = log_joint.structure(*batch)
+    is_large = log_joint.latents.latent_dim > config.max_minibatch_latents
+    if not structure.global_latents or is_large or log_joint.strategy == "loop":
         return None
-    elements = log_joint.latents.sites.keys() - set(outline.globals)
-    density = SharedPrior(log_joint, 1 / outline.scale, elements)
+    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
+    density = SharedPrior(log_joint, 1 / structure.scale, elements)
     few_points = replace(config, num_points=config.num_points_by_loop)
     search = GaussianSearch(density, partial(model, *batch[0], **batch[1]), few_points)
     return search.best(log_joint.start)

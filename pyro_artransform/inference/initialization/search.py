@@ -13,7 +13,8 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from ...joint.protocols import FlowGuide, LogDensity
+from ...joint import LogDensity
+from ...joint.protocols import FlowGuide
 from ..config import InitializationConfig
 from .gaussians import (
     Gaussians,
@@ -65,7 +66,7 @@ def find_initial_guide(
     :param config: how many candidates there are, and how they are compared.
     :raises ValueError: if neither the guide nor any candidate has a finite ELBO.
     """
-    if log_density.way == "loop":
+    if log_density.strategy == "loop":
         config = config.for_loop()
     search = GaussianSearch(log_density, model, config)
     center, own_elbo, own_se = search.evaluate(guide)
@@ -76,7 +77,7 @@ def find_initial_guide(
     if best is None or own_elbo == -torch.inf:
         raise ValueError(
             "expected a model with a finite log density somewhere near its starting values, found none: "
-            f"{', '.join(log_density.culprits(center[None])) or 'the sum of its sites'} is not finite "
+            f"{', '.join(log_density.nonfinite_sites(center[None])) or 'the sum of its sites'} is not finite "
             "there. Give the guide an init_loc_fn with values that the data allow"
         )
     return InitialGuide(UNCHANGED, own_elbo, best.modes)

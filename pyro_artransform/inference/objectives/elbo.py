@@ -18,8 +18,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ...joint import LogJoint
-from ...joint.masked_latents import WholeLatents
-from ...joint.plates import hidden_sites, plate_nesting
+from ...joint.handlers import UnmaskedLatents, hidden_sites
+from ...joint.plates import plate_nesting
 
 Model = Callable[..., Any]
 
@@ -134,7 +134,7 @@ class PathObjective:
         return {f"guide.{name}": unit for name, unit in offered().items()}
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._log_joint = self._of_any_batch.at(args, kwargs)
+        self._log_joint = self._of_any_batch.with_arguments(args, kwargs)
 
     @torch.no_grad()
     def elbo_draws(self, count: int, num_estimates: int = 0) -> Tensor:
@@ -155,7 +155,7 @@ class PathObjective:
     def culprits(self) -> list[str]:
         if not bool(self._last.isfinite().all()):
             return ["the guide's own draws"]
-        return self._log_joint.culprits(self._last)
+        return self._log_joint.nonfinite_sites(self._last)
 
 
 _CHUNK = 1024
@@ -181,7 +181,7 @@ class PyroObjective:
         arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
         log_joint: LogJoint,
     ) -> None:
-        self._model, self._guide = WholeLatents()(model), guide
+        self._model, self._guide = UnmaskedLatents()(model), guide
         self._arguments = arguments
         self._kind = TraceEnum_ELBO if log_joint.is_enumerated else Trace_ELBO
         with torch.no_grad():
@@ -192,7 +192,7 @@ class PyroObjective:
         #: whether many particles are evaluated at once
         self.is_vectorized = True
         # particles are a plate
-        self.is_vectorized = log_joint.way == "plate" and self._can_be_vectorized()
+        self.is_vectorized = log_joint.strategy == "plate" and self._can_be_vectorized()
 
     has_weights = False
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...joint import LogJoint, MeanLogJoint
+from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..data.loader import Batch, Batches
 from .elbo import Objective, PathObjective
 
@@ -68,7 +68,7 @@ class MinibatchObjective:
         :param held: the batches.
         """
         self._held = held
-        self._least_scale = min(self._log_joint.outline(*batch).scale for batch in held)
+        self._least_scale = min(self._log_joint.structure(*batch).scale for batch in held)
 
     def loss(self, num_particles: int) -> Tensor:
         batch = self._batches.next()
@@ -87,7 +87,7 @@ class MinibatchObjective:
 
         :param batch: a batch.
         """
-        return self._least_scale / self._log_joint.outline(*batch).scale
+        return self._least_scale / self._log_joint.structure(*batch).scale
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._objective.see(args, kwargs)
@@ -131,7 +131,7 @@ class MinibatchObjective:
     def culprits(self) -> list[str]:
         return self._objective.culprits()
 
-    def for_start(self) -> LogJoint:
+    def for_start(self) -> LogDensity:
         """The mean log joint density of several batches."""
         few = self._held[:: math.ceil(len(self._held) / _NUM_FOR_START)]
         return MeanLogJoint(self._log_joint, few, [self.weight(batch) for batch in few])
@@ -181,7 +181,7 @@ class MinibatchObjective:
 
     def _note(self, seen: "_Seen", batch: Batch) -> None:
         seen.weights.append(self.weight(batch))
-        seen.scales.append(self._log_joint.outline(*batch).scale)
+        seen.scales.append(self._log_joint.structure(*batch).scale)
 
     def _share_seen(self, scales: list[float]) -> float:
         """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
