@@ -15,7 +15,9 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from .counts import check_counts
+from ..arguments import check_integer
+from ..joint.handlers import is_deterministic
+from ..joint.protocols import PosteriorGuide
 from .uniformity import uniformity_pvalue
 
 Values = dict[str, Tensor]
@@ -149,8 +151,8 @@ def sbc(
     1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
        Simpson, Vehtari, Gelman, 2018), https://arxiv.org/abs/1804.06788
     """
-    check_counts(num_simulations=num_simulations)
-    check_counts(num_draws=num_draws)
+    check_integer("num_simulations", num_simulations)
+    check_integer("num_draws", num_draws)
     if seed is not None:
         pyro.set_rng_seed(seed)
     names = _data_sites(model, args, kwargs, observed)
@@ -200,7 +202,7 @@ def _data_sites(
 
 def _is_drawn(site: Any) -> bool:
     is_sample = site["type"] == "sample" and not site_is_subsample(site)
-    return is_sample and not site["infer"].get("_deterministic")
+    return is_sample and not is_deterministic(site)
 
 
 @torch.no_grad()
@@ -219,7 +221,7 @@ def _simulate(
 def _draws_of(
     posterior: Any, num_draws: int, truth: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Tensor]:
-    if hasattr(posterior, "sample_posterior"):
+    if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)
     elif isinstance(posterior, AutoGuide):
         drawn = Predictive(posterior, num_samples=num_draws)(*args, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .counts import check_counts
+from ..arguments import check_integer
 from .psis import fit_tail, smooth_tail
 from .weights import Values, weighted_draws
 
@@ -123,7 +123,7 @@ def importance(
     1. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,
        2018), https://arxiv.org/abs/1802.02538
     """
-    check_counts(num_samples=num_samples)
+    check_integer("num_samples", num_samples)
     chunks = weighted_draws(model, guide, num_samples, args, kwargs)
     return Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
 
@@ -161,9 +161,9 @@ def psis_resample(
        in the Selection Algorithm (Baker, 1987); Monte Carlo Filter and Smoother for Non-Gaussian
        Nonlinear State Space Models (Kitagawa, 1996), https://doi.org/10.2307/1390750
     """
-    check_counts(n=n)
+    check_integer("n", n)
     num_proposals = max(10_000, 5 * n) if num_proposals is None else num_proposals
-    check_counts(num_proposals=num_proposals)
+    check_integer("num_proposals", num_proposals)
     chunks = list(weighted_draws(model, guide, num_proposals, args, kwargs))
     weights = torch.cat([chunk.log_weights for chunk in chunks])
     tail = fit_tail(weights)

@@ -3,7 +3,7 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
-from ..posterior.summary import Summary, log_likelihood, summary, to_inference_data
+from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .fit import fit
 from .optimization.training import FitError
 from .result import FitResult

@@ -7,7 +7,7 @@ The name after each number is its source: a paper, a benchmark of the repository
 worked on the posteriors of ``benchmarks/flows.md``, and nobody has measured others.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class InitializationConfig:
     max_halvings: int = 12
     #: points from which mean-field fits are tried (by hand)
     num_mean_fields: int = 4
-    #: steps of Adam of such a fit, its draws a step, its step size and the decay of it (by hand)
+    #: steps of Adam of such a fit, its draws a step, its step size, decay rates of its moments, and the
+    #: decay of the step size (by hand)
     mean_field_steps: int = 150
     mean_field_particles: int = 8
     mean_field_step_size: float = 0.1
+    mean_field_betas: tuple[float, float] = (0.9, 0.99)
     mean_field_decay: float = 0.985
     #: Newton steps of a climb (by hand)
     max_newton_steps: int = 40
@@ -55,6 +57,15 @@ class InitializationConfig:
     #: draws of that Gaussian that an amortized guide is started by, and those compared on (by hand)
     num_minibatch_draws: int = 4000
     num_minibatch_compared: int = 512
+
+    def for_loop(self) -> "InitializationConfig":
+        """Fewer points and draws, where the model is run for one draw after the other."""
+        return replace(
+            self,
+            num_points=self.num_points_by_loop,
+            num_tried=self.num_tried_by_loop,
+            num_fine=self.num_rough,
+        )
 
 
 @dataclass(frozen=True)
@@ -165,15 +176,27 @@ class EvaluationConfig:
     #: the widening of the Gaussian around the guide, and its part of the mixture (by hand)
     heavy_inflation: float = 1.2
     heavy_guide_share: float = 0.5
+    #: the effective share of these draws from which their evidence is used (by hand)
+    heavy_min_ess: float = 0.02
     #: modes in the mixture (by hand)
     max_modes: int = 8
+    #: mean squared distance a coordinate, in its standard deviations, of two modes that are not the
+    #: same (by hand)
+    min_mode_distance: float = 1.0
     #: how far outside modes are looked for, in standard deviations of the guide (by hand)
     far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
     #: points screened there, and climbs from the best of them (by hand)
     num_screened: int = 500
     num_climbs: int = 16
+    #: the same where the model is run for one draw after the other (by hand)
+    num_screened_by_loop: int = 40
     num_climbs_by_loop: int = 4
-    #: a mode with less of the mass than this is no loss; with more, no trust (by hand)
+    #: Newton steps of a climb, and more coordinates than are affordable for it (as for initial guides)
+    max_newton_steps: int = 40
+    max_hessian_dim: int = 200
+    #: a mode has been missed if its share of the draws is less than this part of its mass (by hand)
+    min_draws_share: float = 0.1
+    #: a missed mode with less of the mass than this is no loss; with more, no trust (by hand)
     max_lost: float = 0.05
     #: the distance of the ELBO from the evidence, and its standard error, in nats (by hand)
     max_gap: float = 0.1

@@ -16,7 +16,7 @@ from .data.checks import check_arguments, check_names
 from .data.loader import Batch, BatchStream
 from .result import FitResult
 from .session import noted_interrupts, progress_bar, seeded
-from .stages import evaluate, initialize, optimize, resume_fit, save_checkpoint, set_up
+from .stages import conclude, initialize, optimize, resume_fit, save_checkpoint, set_up
 
 
 def fit(
@@ -163,7 +163,7 @@ def fit(
         minibatches = None if problem.minibatches is None else stream
         ending = optimize(training, minibatches, save, callback, bar, interrupted)
         bar.say("verdict")
-        return evaluate(problem, initialized, training, ending)
+        return conclude(problem, initialized, training, ending)
 
 
 _PARAMETERS = inspect.signature(fit).parameters.values()

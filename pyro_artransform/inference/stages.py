@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 from ..joint import LogJoint
-from ..joint.plates import hidden_sites
+from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps
 from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
 from .data.loader import Batch, BatchStream
-from .evaluation.evaluate import Subject, from_all_data, from_minibatches
-from .evaluation.verdict import Facts
-from .initialization.minibatch_start import find_batch_start
-from .initialization.search import AS_IT_STOOD, Start, find_start
+from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches
+from .evaluation.verdict import FitStatus
+from .initialization.minibatch_start import find_initial_minibatch_guide
+from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
 from .objectives.minibatch_elbo import MinibatchObjective, validation_batches
 from .objectives.objective import BatchObjective, Objective
 from .objectives.path_gradient import PathObjective
@@ -56,7 +56,7 @@ class Problem:
     :param began: when it began, in seconds of :func:`time.perf_counter`.
     """
 
-    subject: Subject
+    subject: ModelAndGuide
     objective: Objective
     schedule: Schedule
     by_path: bool
@@ -88,7 +88,7 @@ class Initialized:
     :param seconds: the seconds of a fit that this one goes on from.
     """
 
-    initial: Start
+    initial: InitialGuide
     step_size: float | None = None
     search_steps: int = 0
     seconds: float = 0.0
@@ -121,7 +121,7 @@ def set_up(
     log_joint = LogJoint(model, args, kwargs)
     if stream is not None:
         check_use(stream, guide, log_joint, arguments)
-    subject = Subject(model, guide, args, kwargs, log_joint)
+    subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
     # a guide that lacks a latent is an error now, and not after the last step
     next(subject.weighted_draws(1))
     minibatches, num_batches = None, None
@@ -147,14 +147,17 @@ def set_up(
     )
 
 
-def _objective_of_batch(subject: Subject, config: FitConfig, num_estimates: int) -> BatchObjective:
+def _objective_of_batch(
+    subject: ModelAndGuide, config: FitConfig, num_estimates: int
+) -> BatchObjective:
     """The objective for one batch: by the path gradient, if the guide has all latents of the model."""
     model, guide, args, kwargs, log_joint = subject
-    if isinstance(guide, FlowGuide):
+    offered: object = guide
+    if isinstance(offered, FlowGuide):
         with torch.no_grad():
-            latent, _ = guide.rsample_and_log_prob(1)
-        if latent.shape[-1] == log_joint.latent_dim:
-            return PathObjective(log_joint, guide, config.optimization)
+            latent, _ = offered.rsample_and_log_prob(1)
+        if latent.shape[-1] == log_joint.latents.latent_dim:
+            return PathObjective(log_joint, offered, config.optimization)
     return PyroObjective(model, guide, Batch(args, kwargs), log_joint, num_estimates)
 
 
@@ -175,18 +178,19 @@ def _is_all_data(stream: BatchStream, log_joint: LogJoint) -> bool:
 def initialize(problem: Problem, trainer: Trainer, bar: ProgressBar) -> Initialized:
     """Puts the guide at the best initial one, and chooses a step size."""
     subject, config = problem.subject, problem.config.initialization
-    initial = Start(AS_IT_STOOD, math.nan, None)
-    if isinstance(subject.guide, FlowGuide) and problem.by_path:
+    guide: object = subject.guide
+    initial = InitialGuide(UNCHANGED, math.nan, None)
+    if isinstance(guide, FlowGuide) and problem.by_path:
         bar.say("start")
         minibatches = problem.minibatches
         density = subject.log_joint if minibatches is None else minibatches.mean_log_joint()
         model = partial(subject.model, *subject.args, **subject.kwargs)
-        initial = find_start(density, model, subject.guide, config)
-    elif isinstance(subject.guide, MinibatchGuide):
+        initial = find_initial_guide(density, model, guide, config)
+    elif isinstance(guide, MinibatchGuide):
         bar.say("start")
-        arguments, draws = (subject.args, subject.kwargs), problem.objective.elbo_draws
-        initial = find_batch_start(
-            subject.log_joint, subject.model, subject.guide, arguments, draws, config
+        arguments, draws = Batch(subject.args, subject.kwargs), problem.objective.elbo_draws
+        initial = find_initial_minibatch_guide(
+            subject.log_joint, subject.model, guide, arguments, draws, config
         )
     if trainer.optim is not None:
         return Initialized(initial)
@@ -208,7 +212,7 @@ def resume_fit(
         raise ValueError("resume: expected the optim that the checkpoint was made with")
     if state["guide"] is not None:
         files.load_guide(problem.subject.guide, state["guide"])
-    initial = Start(state["start"], state["start_elbo"], files.unpack_modes(state["modes"]))
+    initial = InitialGuide(state["start"], state["start_elbo"], files.unpack_modes(state["modes"]))
     initialized = Initialized(
         initial, state["step_size"], state["num_pilot_steps"], state["seconds"]
     )
@@ -293,20 +297,20 @@ def save_checkpoint(
     files.write(path, state)
 
 
-def evaluate(
+def conclude(
     problem: Problem, initialized: Initialized, training: Training, ending: Ending
 ) -> FitResult:
     """The result of a fit, with the guide at the best parameters."""
     if problem.stream is not None:
         problem.stream.close()
     end, config = select_parameters(training), problem.config.evaluation
-    facts = Facts(training.num_skipped / max(training.num_steps, 1), ending.is_planned)
+    status = FitStatus(training.num_skipped / max(training.num_steps, 1), ending.is_planned)
     if problem.minibatches is not None:
-        found = from_minibatches(problem.subject, problem.minibatches, facts, config)
+        found = evaluate_minibatches(problem.subject, problem.minibatches, status, config)
     else:
-        found = from_all_data(problem.subject, initialized.initial.modes, facts, config)
+        found = evaluate(problem.subject, initialized.initial.modes, status, config)
     return FitResult(
-        **found._asdict(),
+        **found.result_fields(),
         history=[-loss for loss in training.losses],
         num_steps=training.num_steps,
         num_skipped=training.num_skipped,

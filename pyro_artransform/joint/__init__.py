@@ -3,9 +3,8 @@
 
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
-from .density import LogJoint
-from .mean import MeanLogJoint
-from .outline import Outline
+from .density import LogDensity, LogJoint, MeanLogJoint
+from .plates import ModelStructure
 from .sites import Latents, Site
 
-__all__ = ["Latents", "LogJoint", "MeanLogJoint", "Outline", "Site"]
+__all__ = ["Latents", "LogDensity", "LogJoint", "MeanLogJoint", "ModelStructure", "Site"]

@@ -4,9 +4,8 @@
 """The log joint density of a Pyro model as a function of many draws at once."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import pyro
 import torch
@@ -15,17 +14,43 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .enumeration import summed_out
-from .masked_latents import WholeLatents
-from .outline import Outline, Outlines, outline_of
-from .plates import agree, hidden_sites, is_subsampled, plate_nesting
-from .scoring import ScoredRun
+from .evaluation import DRAWS, DrawPlate, ModelFailures, Terms, choose_strategy, evaluate_many
+from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, sum_out_discrete
+from .plates import ModelStructure, argument_signature, is_subsampled, plate_nesting
 from .sites import Latents, is_enumerated, latent_nodes
 
-_NUM_CHECKS = 5
-_CHECK_SCALE = 0.1
-_FEW = 32
-_PLATE = "_draws"
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+_NUM_COMPARED = 5
+_COMPARED_SCALE = 0.1
+# arguments of other shapes come and go by batches: so many are remembered
+_MOST_SIGNATURES = 64
+
+
+class LogDensity(Protocol):
+    """A log density of the latents of a model on the unconstrained space."""
+
+    #: the latents that it is a density of
+    latents: Latents
+    #: initial values of the latents, shape ``(latent_dim,)``
+    start: Tensor
+    #: how many draws are evaluated: "plate", "vmap" or "loop"
+    strategy: str
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The log density of draws, NaN where the model fails.
+
+        :param z: shape ``(n, latent_dim)``.
+        :return: shape ``(n,)``.
+        """
+        ...
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log-density is not finite at one of the draws.
+
+        :param z: shape ``(n, latent_dim)``.
+        """
+        ...
 
 
 class LogJoint:
@@ -36,17 +61,16 @@ class LogJoint:
         \log p(x, c(z)) + \log |\det c'(z)|
 
     where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    by the fastest of three ways that agrees with the model run one draw at a time: in one more
-    :class:`pyro.plate` to the left of the model's own, by ``torch.vmap``, or one after the other.
-    Discrete latents that are marked for enumeration are summed out, and elements of latents that a
-    mask takes out have their prior density. Pyro's validation is off while
-    the model runs, so that a draw outside of what the model can take gives NaN and no error.
+    where that agrees with single runs (see :mod:`~pyro_artransform.joint.evaluation`). Discrete
+    latents that are marked for enumeration are summed out, and masked elements of latents have
+    their prior density. Pyro's validation is off while the model runs, so that an impossible draw
+    gives NaN and no error.
 
     :param model: a Pyro model.
     :param args: its arguments.
     :param kwargs: its keyword arguments.
-    :param init_loc_fn: where the latents are in the run that shows what they are, one of Pyro's
-        starting functions.
+    :param init_loc_fn: gives the values of the latents in the first run, one of Pyro's initialization
+        functions.
     :raises ValueError: if a latent is discrete and not enumerated, or there is no latent.
 
     Example::
@@ -56,7 +80,7 @@ class LogJoint:
         ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
         ...     pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(0.3))
         >>> log_joint = LogJoint(model)
-        >>> log_joint(torch.zeros(5, 1)).shape, log_joint.way
+        >>> log_joint(torch.zeros(5, 1)).shape, log_joint.strategy
         (torch.Size([5]), 'plate')
     """
 
@@ -68,54 +92,69 @@ class LogJoint:
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
     ) -> None:
-        self._model, self._init_loc_fn = model, init_loc_fn
-        self._run = _bound(model, args, kwargs or {})
-        trace = self._trace_of(self._run)
-        self._outlines = Outlines()
-        self._outlines.keep(args, kwargs or {}, outline_of(trace))
+        # a function of its own, since Pyro reads every attribute of what a handler wraps
+        self._model = UnmaskedLatents()(lambda *args, **kwargs: model(*args, **kwargs))
+        self._init_loc_fn = init_loc_fn
+        self._arguments: Arguments = args, kwargs or {}
+        trace = self._trace(*self._arguments)
+        key = argument_signature(self._arguments, with_floats=True)
+        self._structures = {key: ModelStructure.from_trace(trace)}
         self.latents = Latents.from_trace(trace)
-        #: where the latents were in the run that showed what they are, shape ``(latent_dim,)``
-        self.start = self.latents.unconstrain(_values(trace))
+        #: the values of the latents in the first run, shape ``(latent_dim,)``
+        self.start = self.latents.unconstrain(
+            {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
+        )
+        self._event_dims = {name: site.event_dim for name, site in self.latents.sites.items()}
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = is_subsampled(trace)
-        self.is_enumerated = any(is_enumerated(node) for node in _sample_nodes(trace))
-        #: "plate", "vmap" or "loop", and for a loop what the other ways failed of
-        self.way, self.reason = self._choose_way()
+        nodes: Any = trace.nodes
+        self.is_enumerated = any(
+            is_enumerated(node) for node in nodes.values() if node["type"] == "sample"
+        )
+        #: how many draws are evaluated: "plate", "vmap" or "loop", and why it is a loop
+        self.strategy, self.reason = self._choose_strategy(_around(self.start))
 
-    @property
-    def latent_dim(self) -> int:
-        """The number of unconstrained coordinates."""
-        return self.latents.latent_dim
+    def with_arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> "LogJoint":
+        """The log joint density of the same model for other arguments, such as another mini-batch.
 
-    def at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> "LogJoint":
-        """The log joint density of the same model for other arguments, as of another mini-batch.
-
-        It is evaluated in the same way, which is not chosen anew, so that this costs next to nothing.
+        Its strategy is the same and not chosen anew, so that this costs next to nothing.
 
         :param args: the arguments.
         :param kwargs: the keyword arguments.
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
-        shapes = self.outline(args, kwargs).shapes
+        shapes = self.structure(args, kwargs).shapes
         expected = {name: site.shape for name, site in self.latents.sites.items()}
         if shapes != expected:
+            wanted, got = ({k: tuple(v) for k, v in x.items()} for x in (expected, shapes))
             raise ValueError(
                 "the model has other latents with these arguments: expected the sites and shapes "
-                f"{_plain(expected)}, got {_plain(shapes)}. Latents of the elements of a mini-batch "
-                "need a guide that is told of the mini-batch, such as AutoAmortized"
+                f"{wanted}, got {got}. Latents of the elements of a mini-batch need a guide that is "
+                "told of the mini-batch, such as AutoAmortized"
             )
         other = copy.copy(self)
-        other._run = _bound(self._model, args, kwargs or {})
+        other._arguments = args, kwargs or {}
         return other
 
-    def outline(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Outline:
-        """What a run with other arguments says of its sites; arguments of known shapes need no run.
+    def structure(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> ModelStructure:
+        """The sites of a run with other arguments; arguments of known shapes need no run.
 
         :param args: the arguments.
         :param kwargs: the keyword arguments.
         """
-        run = _bound(self._model, args, kwargs or {})
-        return self._outlines.find(args, kwargs or {}, lambda: self._trace_of(run))
+        key = argument_signature((args, kwargs or {}), with_floats=True)
+        if key not in self._structures:
+            # whether there was a run before must not show in the draws that follow
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                trace = self._trace(args, kwargs or {})
+            if len(self._structures) >= _MOST_SIGNATURES:
+                self._structures.clear()
+            self._structures[key] = ModelStructure.from_trace(trace)
+        return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log joint density of draws, NaN where the model fails.
@@ -123,179 +162,117 @@ class LogJoint:
         :param z: shape ``(n, latent_dim)``.
         :return: shape ``(n,)``.
         """
-        with _quietly():
-            return self._values_or_nan(z)
-
-    def _values_or_nan(self, z: Tensor) -> Tensor:
-        """One draw that a factorisation refuses must not cost the others."""
-        try:
-            return self._ways()[self.way](z)
-        except (torch.linalg.LinAlgError, ValueError):
-            if len(z) > _FEW:
-                return torch.cat([self._values_or_nan(part) for part in z.split(_FEW)])
-            return torch.stack([self._one_or_nan(row) for row in z])
-
-    def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """The value of each latent site, of shape ``batch + site shape``.
-
-        :param z: shape ``batch + (latent_dim,)``.
-        """
-        return self.latents.constrain(z)
-
-    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The vector of all latents, shape ``batch + (latent_dim,)``.
-
-        :param values: for each latent site, shape ``batch + site shape``.
-        :raises ValueError: if a site is missing, or a value has another shape.
-        """
-        return self.latents.unconstrain(values)
+        with pyro.validation_enabled(False):
+            return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan)["total"]
 
     @torch.no_grad()
-    def culprits(self, z: Tensor) -> list[str]:
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
         """The sites whose log-density is not finite at one of the draws.
 
         :param z: shape ``(n, latent_dim)``.
         """
         found: dict[str, None] = {}
-        with _quietly():
-            for row in z:
-                found |= dict.fromkeys(self._culprits_of(row))
+        for row in z:
+            scored = SiteLogProbs(self.latents.constrain(row))
+            try:
+                with pyro.validation_enabled(False), hidden_sites(), scored:
+                    self._run()
+            except ModelFailures as error:
+                found[f"the model itself ({error})"] = None
+                continue
+            for name, log_prob in scored.log_probs.items():
+                if not log_prob.sum().isfinite():
+                    found[name] = None
         return list(found)
 
-    def _culprits_of(self, z: Tensor) -> list[str]:
-        run = ScoredRun(self.latents.constrain(z))
-        try:
-            with hidden_sites(), run:
-                self._run()
-        except (torch.linalg.LinAlgError, ValueError) as error:
-            return [f"the model itself ({error})"]
-        return [name for name, term in run.terms.items() if not term.isfinite()]
-
-    # The three ways
-
-    def _ways(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"plate": self._by_plate, "vmap": self._by_vmap, "loop": self._by_loop}
-
-    def _by_plate(self, z: Tensor) -> Tensor:
-        values, ladj = self.latents.constrain_with_ladj(z)
-        placed = {name: self._in_plate(name, value) for name, value in values.items()}
-        dim = -1 - self.num_plates
-        if self.is_enumerated and len(z) == 1:
+    def _evaluate(self, draws: Mapping[str, Tensor], size: int | None) -> Terms:
+        z = draws["z"]
+        if self.is_enumerated and size == 1:
             # Pyro's variable elimination has no dimension for a plate of one
-            return torch.stack([self._one(z[0])])
+            return {"total": self._evaluate({"z": z[0]}, None)["total"][None]}
+        values, total = self.latents.constrain_with_ladj(z)
+        plate = DrawPlate(size, self.num_plates)
+        placed = plate.place(values, self._event_dims)
         if self.is_enumerated:
-            with hidden_sites(), pyro.plate(_PLATE, len(z), dim=dim):
-                return ladj + self._summed_out(placed, _PLATE)
-        run = ScoredRun(placed, keep_dim=dim)
-        with hidden_sites(), run, pyro.plate(_PLATE, len(z), dim=dim):
-            self._run()
-        return sum(run.terms.values(), ladj)
+            return {"total": total + self._sum_out_discrete(placed, plate)}
+        with hidden_sites(), SiteLogProbs(placed) as scored:
+            plate.run(self._run)
+        for log_prob in scored.log_probs.values():
+            total = total + plate.sum(log_prob)
+        return {"total": total}
 
-    def _in_plate(self, name: str, value: Tensor) -> Tensor:
-        """A value of shape ``(n,) + site shape`` with its draws to the left of all plates."""
-        site = self.latents.sites[name]
-        batch_dim = len(site.shape) - site.event_dim
-        padding = (1,) * (self.num_plates - batch_dim)
-        return value.reshape(value.shape[:1] + padding + value.shape[1:])
+    def _sum_out_discrete(self, values: Mapping[str, Tensor], plate: DrawPlate) -> Tensor:
+        conditioned = poutine.condition(lambda: plate.run(self._run), dict(values))
+        draws = None if plate.size is None else DRAWS
+        with hidden_sites():
+            return sum_out_discrete(conditioned, -1 - self.num_plates - (draws is not None), draws)
 
-    def _by_vmap(self, z: Tensor) -> Tensor:
-        found: Tensor = torch.vmap(self._one, randomness="same")(z)
-        return found
+    def _run(self) -> None:
+        args, kwargs = self._arguments
+        self._model(*args, **kwargs)
 
-    def _by_loop(self, z: Tensor) -> Tensor:
-        state = torch.get_rng_state()
-        found = []
-        for row in z:
-            # what the model draws itself, as a minibatch, is the same for all
-            torch.set_rng_state(state)
-            found.append(self._one(row))
-        return torch.stack(found)
-
-    def _one(self, z: Tensor) -> Tensor:
-        values, ladj = self.latents.constrain_with_ladj(z)
-        if self.is_enumerated:
-            with hidden_sites():
-                return ladj + self._summed_out(values, None)
-        run = ScoredRun(values)
-        with hidden_sites(), run:
-            self._run()
-        return sum(run.terms.values(), ladj)
-
-    def _summed_out(self, values: Mapping[str, Tensor], draws: str | None) -> Tensor:
-        placed = poutine.condition(self._run, dict(values))
-        left = -1 - self.num_plates - (draws is not None)
-        return summed_out(placed, left, draws)
-
-    def _one_or_nan(self, z: Tensor) -> Tensor:
-        try:
-            return self._one(z)
-        except (torch.linalg.LinAlgError, ValueError):
-            return z.sum() * torch.nan
-
-    # Set-up
-
-    def _trace_of(self, run: Callable[[], Any]) -> poutine.Trace:
-        starting = InitMessenger(_starting(self._init_loc_fn))
-        with _quietly(), torch.no_grad(), hidden_sites(), starting:
-            trace: poutine.Trace = poutine.trace(run).get_trace()
+    def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> poutine.Trace:
+        init = InitMessenger(_initial_value(self._init_loc_fn))
+        with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
+            trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
 
     @torch.no_grad()
-    def _choose_way(self) -> tuple[str, str]:
-        start = self.start
-        with torch.random.fork_rng(devices=[]):
-            z = start + _CHECK_SCALE * torch.randn_like(start.expand(_NUM_CHECKS, -1))
-        state = torch.get_rng_state()
-        with _quietly():
-            expected = torch.stack([self._reseeded(state, self._one_or_nan, row) for row in z])
-            reason = ""
-            for name in ("plate", "vmap"):
-                reason = self._objection(name, z, expected, state)
-                if not reason:
-                    return name, ""
-        return "loop", reason
-
-    def _objection(self, name: str, z: Tensor, expected: Tensor, state: Tensor) -> str:
-        """What speaks against a way, or an empty string."""
-        try:
-            found = self._reseeded(state, self._ways()[name], z)
-        except Exception as error:  # whatever a model raises for many draws says the same: not so
-            return f"{type(error).__name__}: {error}"
-        if not agree(found, expected):
-            return "many draws at once give another log-density than one at a time"
-        return ""
-
-    @staticmethod
-    def _reseeded(state: Tensor, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        torch.set_rng_state(state)
-        return function(z)
+    def _choose_strategy(self, z: Tensor) -> tuple[str, str]:
+        """The strategy, and the reason for a loop, by a comparison at draws of shape ``(n, latent_dim)``."""
+        with pyro.validation_enabled(False):
+            return choose_strategy(self._evaluate, {"z": z}, _nan)
 
 
-def _bound(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Callable[[], Any]:
-    run: Callable[[], Any] = WholeLatents()(lambda: model(*args, **kwargs))
-    return run
+class MeanLogJoint:
+    """The log joint density of a model as the weighted mean of that for several arguments.
+
+    The density of each mini-batch is scaled up to all data, and its mode is many standard deviations
+    of the posterior away from that of all data. The more mini-batches, the closer is their mean.
+
+    :param log_joint: the log joint density for any arguments.
+    :param arguments: the positional and the keyword arguments of each mini-batch.
+    :param weights: the weight of each, positive.
+    """
+
+    def __init__(
+        self, log_joint: LogJoint, arguments: Sequence[Arguments], weights: Sequence[float]
+    ) -> None:
+        self.latents, self.start = log_joint.latents, log_joint.start
+        self.strategy = log_joint.strategy
+        self._parts = [log_joint.with_arguments(args, kwargs) for args, kwargs in arguments]
+        self._shares = [weight / sum(weights) for weight in weights]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        values = [share * part(z) for share, part in zip(self._shares, self._parts)]
+        return sum(values[1:], values[0])
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        found = [name for part in self._parts for name in part.nonfinite_sites(z)]
+        return list(dict.fromkeys(found))
 
 
-def _values(trace: poutine.Trace) -> dict[str, Tensor]:
-    return {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
+def _around(start: Tensor) -> Tensor:
+    """The draws at which strategies are compared, which take no random numbers of the caller."""
+    with torch.random.fork_rng(devices=[]):
+        return start + _COMPARED_SCALE * torch.randn_like(start.expand(_NUM_COMPARED, -1))
 
 
-def _plain(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in shapes.items()}
+def _nan(draws: Mapping[str, Tensor]) -> Terms:
+    """The log joint density of a draw where the model fails, with a gradient."""
+    return {"total": draws["z"].sum() * torch.nan}
 
 
-def _starting(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
+def _initial_value(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
     def value(site: Any) -> Tensor:
         if is_enumerated(site) or site["fn"].support.is_discrete:
             drawn: Tensor = site["fn"].sample()
             return drawn
         try:
-            started: Tensor = init_loc_fn(site)
+            initial: Tensor = init_loc_fn(site)
         except NotImplementedError:  # an improper prior has no draws, and so no median
-            started = _origin(site["fn"])
-        return started
+            initial = _origin(site["fn"])
+        return initial
 
     return value
 
@@ -307,13 +284,3 @@ def _origin(fn: Any) -> Tensor:
     shape = bijection.inverse_shape(fn.shape())
     origin: Tensor = bijection(torch.zeros(shape, dtype=dtype, device=device))
     return origin
-
-
-def _sample_nodes(trace: poutine.Trace) -> Iterator[Any]:
-    return (node for node in trace.nodes.values() if node["type"] == "sample")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    with pyro.validation_enabled(False):
-        yield

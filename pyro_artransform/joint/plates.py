@@ -1,17 +1,96 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What one run of a model or a guide says of its plates, and how runs are hidden and compared."""
+"""The plates of a run of a model or a guide: their nesting, sub-sampling and scale."""
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
+
+from .sites import is_enumerated
+
+_LONGEST_SEQUENCE = 16
 
 
-def frames(*traces: poutine.Trace) -> Iterator[Any]:
+class ModelStructure(NamedTuple):
+    """The sites of a run of a model, without their values.
+
+    :param shapes: the shape of each continuous latent.
+    :param global_latents: the names of those that are in no plate.
+    :param subsampled_latents: the names of those in a plate that holds a part of its elements only.
+    :param scale: the largest factor of the log-density of data, relative to that of the global
+        latents: in a plate of 100 elements, 20 of them present, it is 5.
+    """
+
+    shapes: dict[str, torch.Size]
+    global_latents: list[str]
+    subsampled_latents: list[str]
+    scale: float
+
+    @classmethod
+    def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
+        """The structure of a traced run."""
+        sites: list[Any] = [node for node in trace.nodes.values() if _is_site(node)]
+        latents = [node for node in sites if not node["is_observed"] and not is_enumerated(node)]
+        in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
+        data = [node for node in sites if node["is_observed"]] or sites
+        return cls(
+            shapes={node["name"]: node["value"].shape for node in latents},
+            global_latents=[node["name"] for node in in_no_plate],
+            subsampled_latents=[
+                node["name"] for node in latents if any(map(is_part, node["cond_indep_stack"]))
+            ],
+            scale=_largest_scale(data) / _largest_scale(in_no_plate),
+        )
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the data are scaled, up or down."""
+        return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
+
+
+def _is_site(node: Any) -> bool:
+    return node["type"] == "sample" and not site_is_subsample(node)
+
+
+def _largest_scale(nodes: list[Any]) -> float:
+    scales = [node["scale"] for node in nodes]
+    return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
+
+
+def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
+    """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
+
+    That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
+    length and the first element.
+
+    :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
+    :param with_floats: whether floats count too, as for the scale of data.
+    """
+    if isinstance(arguments, Mapping):
+        names = sorted(arguments, key=str)
+        return tuple(
+            (name, argument_signature(arguments[name], with_floats=with_floats)) for name in names
+        )
+    if isinstance(arguments, (tuple, list)):
+        few = arguments if len(arguments) <= _LONGEST_SEQUENCE else arguments[:1]
+        return len(arguments), *(argument_signature(x, with_floats=with_floats) for x in few)
+    if isinstance(arguments, (int, str, type(None))) or (
+        with_floats and isinstance(arguments, float)
+    ):
+        return arguments
+    shape = getattr(arguments, "shape", None)
+    if shape is None:
+        return type(arguments)
+    return tuple(shape), getattr(arguments, "dtype", None)
+
+
+def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
     """The frames of the plates around each site, as often as they occur.
 
     :param traces: traces of models and guides.
@@ -25,7 +104,7 @@ def plate_nesting(*traces: poutine.Trace) -> int:
 
     :param traces: traces of models and guides.
     """
-    return max((-frame.dim for frame in frames(*traces) if frame.vectorized), default=0)
+    return max((-frame.dim for frame in frames(*traces) if frame.dim is not None), default=0)
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
@@ -36,26 +115,9 @@ def is_subsampled(trace: poutine.Trace) -> bool:
     return any(map(is_part, frames(trace)))
 
 
-def is_part(frame: Any) -> bool:
+def is_part(frame: CondIndepStackFrame) -> bool:
     """Whether a plate holds a part of its elements only.
 
     :param frame: its frame.
     """
     return frame.full_size not in (None, frame.size)
-
-
-def hidden_sites() -> Any:
-    """Hides the sites of a run from handlers around it, its parameters not: they are trained."""
-    return poutine.block(hide_types=["sample", "observe"])
-
-
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether many draws at once gave what one at a time did, but for round-off.
-
-    :param found: a tensor.
-    :param expected: another one.
-    """
-    tolerance = 1e-4 if found.dtype == torch.float32 else 1e-8
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=tolerance, atol=tolerance, equal_nan=True
-    )

@@ -7,7 +7,7 @@ Any Pyro guide will do; one that has the methods of a protocol is used through t
 ``isinstance``, so a guide of a third party needs no base class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +54,10 @@ class MinibatchGuide(Protocol):
 
     def path_gradient(self) -> AbstractContextManager[None]:
         """A context in which the density of the guide's draws has a gradient by the draws only."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, as those of a module."""
         ...
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:

@@ -3,6 +3,8 @@
 
 """Draws of a posterior: summaries, log-likelihoods, and ArviZ data sets."""
 
-from .summary import Summary, log_likelihood, summary, to_inference_data
+from .arviz import to_inference_data
+from .log_likelihood import log_likelihood
+from .summary import Summary, summary
 
 __all__ = ["Summary", "log_likelihood", "summary", "to_inference_data"]

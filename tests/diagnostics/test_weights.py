@@ -21,7 +21,7 @@ def test_weights_are_those_of_the_latents(guide):
     guide = conjugate.local_guide if guide == "by hand" else guide(model, init_scale=0.5)
     latent, weights = log_weights(model, guide, 5)
     log_joint = LogJoint(model)
-    values = log_joint.constrain(latent)
+    values = log_joint.latents.constrain(latent)
     for i in range(5):
         row = {name: value[i] for name, value in values.items()}
         log_p = poutine.trace(poutine.condition(model, row)).get_trace().log_prob_sum()

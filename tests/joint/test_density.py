@@ -11,10 +11,10 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.masked_latents import WholeLatents
+from pyro_artransform.joint.handlers import UnmaskedLatents
 from tests.joint import models
 
-WAYS = {
+STRATEGIES = {
     "one_plate": "plate",
     "nested_plates": "plate",
     "supports": "plate",
@@ -46,16 +46,16 @@ def by_trace(model, z):
         total = total + bijection.log_abs_det_jacobian(part, values[name]).sum()
         start += shape.numel()
     assert start == len(z)
-    conditioned = poutine.condition(WholeLatents()(model), values)
+    conditioned = poutine.condition(UnmaskedLatents()(model), values)
     return total + poutine.trace(conditioned).get_trace().log_prob_sum()
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_agrees_with_the_trace(name):
     model = getattr(models, name)
     log_joint = LogJoint(model)
-    assert log_joint.way == WAYS[name], log_joint.reason
-    z = torch.randn(7, log_joint.latent_dim)
+    assert log_joint.strategy == STRATEGIES[name], log_joint.reason
+    z = torch.randn(7, log_joint.latents.latent_dim)
     expected = torch.stack([by_trace(model, row) for row in z])
     assert expected.isfinite().all()
     tolerance = 1e-6 if name == "mixed_dtypes" else 1e-12
@@ -65,14 +65,14 @@ def test_agrees_with_the_trace(name):
 @pytest.mark.parametrize("name", ["supports", "scaled_and_masked", "matrix_product", "mixture"])
 def test_gradient_by_differences(name):
     log_joint = LogJoint(getattr(models, name))
-    z = torch.randn(3, log_joint.latent_dim, requires_grad=True)
+    z = torch.randn(3, log_joint.latents.latent_dim, requires_grad=True)
     assert torch.autograd.gradcheck(log_joint, (z,))
 
 
 @pytest.mark.parametrize("name", ["python_branch", "one_plate"])
 def test_gradients_of_draws_are_apart(name):
     log_joint = LogJoint(getattr(models, name))
-    z = torch.randn(4, log_joint.latent_dim, requires_grad=True)
+    z = torch.randn(4, log_joint.latents.latent_dim, requires_grad=True)
     (gradient,) = torch.autograd.grad(log_joint(z)[1], z)
     assert gradient[1].abs().min() > 0
     assert not gradient[[0, 2, 3]].any()
@@ -84,7 +84,7 @@ def test_enumerated_is_the_marginal(name):
     marginal = LogJoint(getattr(models, f"marginal_{name}"))
     assert summed_out.is_enumerated
     assert not marginal.is_enumerated
-    z = torch.randn(6, summed_out.latent_dim)
+    z = torch.randn(6, summed_out.latents.latent_dim)
     assert torch.allclose(summed_out(z), marginal(z))
 
 
@@ -94,7 +94,7 @@ def test_one_draw_without_a_factorisation():
     found = log_joint(z)
     assert found.isnan().tolist() == [False, True, False]
     assert torch.allclose(found[[0, 2]], log_joint(z[[0, 2]]))
-    assert "model itself" in log_joint.culprits(z)[0]
+    assert "model itself" in log_joint.nonfinite_sites(z)[0]
 
 
 def test_masked_latents_have_their_prior():
@@ -106,22 +106,22 @@ def test_masked_latents_have_their_prior():
     is_there = torch.tensor([True, False])
     expected = dist.Normal(0.0, 1.0).log_prob(z[0, 0]) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
     log_joint = LogJoint(model)
-    assert log_joint.way == "plate"
+    assert log_joint.strategy == "plate"
     assert torch.allclose(log_joint(z), expected)
 
 
 def test_one_draw_of_an_enumerated_model():
     log_joint = LogJoint(models.mixture)
-    z = torch.randn(3, log_joint.latent_dim)
+    z = torch.randn(3, log_joint.latents.latent_dim)
     assert torch.allclose(log_joint(z[:1]), log_joint(z)[:1])
 
 
-def test_culprits():
+def test_nonfinite_sites():
     log_joint = LogJoint(models.refuses_negative)
     z = torch.tensor([[1.0], [-1.0]])
     assert log_joint(z).isfinite().tolist() == [True, False]
-    assert log_joint.culprits(z) == ["root"]
-    assert log_joint.culprits(z[:1]) == []
+    assert log_joint.nonfinite_sites(z) == ["root"]
+    assert log_joint.nonfinite_sites(z[:1]) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -130,7 +130,7 @@ def test_dtype_is_the_models(dtype):
     assert log_joint.start.dtype == dtype
     found = log_joint(torch.zeros(3, 1, dtype=dtype))
     assert found.dtype == dtype
-    assert log_joint.way == "plate"
+    assert log_joint.strategy == "plate"
 
 
 def test_arguments_of_the_model():
@@ -164,7 +164,7 @@ def test_leaves_no_trace():
     with poutine.trace() as traced:
         log_joint = LogJoint(models.one_plate)
         state = torch.get_rng_state()
-        log_joint(torch.zeros(3, log_joint.latent_dim))
+        log_joint(torch.zeros(3, log_joint.latents.latent_dim))
         assert torch.equal(torch.get_rng_state(), state)
     assert set(traced.trace.nodes) <= {"_INPUT", "_RETURN"}
 
@@ -187,5 +187,5 @@ def test_start_is_the_value_of_the_first_run():
     log_joint = LogJoint(models.one_plate)
     pyro.set_rng_seed(0)  # the median of the prior is that of draws
     trace = poutine.trace(InitMessenger(init_to_median)(models.one_plate)).get_trace()
-    for name, value in log_joint.constrain(log_joint.start).items():
+    for name, value in log_joint.latents.constrain(log_joint.start).items():
         assert torch.allclose(value, trace.nodes[name]["value"])

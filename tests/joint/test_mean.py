@@ -38,21 +38,21 @@ Y = torch.linspace(-1.0, 2.0, SIZE)
 @pytest.mark.parametrize("function", [model, branching])
 def test_at_other_arguments(function):
     log_joint = LogJoint(function, (Y[:3],))
-    z = torch.randn(5, log_joint.latent_dim)
+    z = torch.randn(5, log_joint.latents.latent_dim)
     before = log_joint(z)
     for part in (Y[3:6], Y[6:], Y, Y[:3] + 1):
-        other = log_joint.at((part,))
-        assert other.way == log_joint.way
+        other = log_joint.with_arguments((part,))
+        assert other.strategy == log_joint.strategy
         assert torch.allclose(other(z), LogJoint(function, (part,))(z))
     assert torch.equal(log_joint(z), before)
-    assert not torch.allclose(log_joint.at((Y[3:6],))(z), before)
+    assert not torch.allclose(log_joint.with_arguments((Y[3:6],))(z), before)
 
 
 def test_keyword_arguments():
     log_joint = LogJoint(model, (), {"y": Y[:3]})
     z = torch.randn(5, 2)
     expected = LogJoint(model, (Y[3:6], 2.0))(z)
-    assert torch.allclose(log_joint.at((), {"y": Y[3:6], "scale": 2.0})(z), expected)
+    assert torch.allclose(log_joint.with_arguments((), {"y": Y[3:6], "scale": 2.0})(z), expected)
 
 
 def test_the_model_is_run_for_new_shapes_only():
@@ -66,18 +66,18 @@ def test_the_model_is_run_for_new_shapes_only():
     runs.clear()
     state = torch.get_rng_state()
     for size in (3, 2, 3, 2, 1):
-        log_joint.at((Y[:size],))
+        log_joint.with_arguments((Y[:size],))
     assert runs == [2, 1]
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_other_latents():
     log_joint = LogJoint(rows, (Y[:3],))
-    log_joint.at((Y[3:6],))
+    log_joint.with_arguments((Y[3:6],))
     with pytest.raises(
         ValueError, match=r"expected .*'z': \(3,\).*got .*'z': \(2,\).*AutoAmortized"
     ):
-        log_joint.at((Y[:2],))
+        log_joint.with_arguments((Y[:2],))
 
 
 def test_mean_of_a_partition_is_that_of_all_data():
@@ -88,20 +88,20 @@ def test_mean_of_a_partition_is_that_of_all_data():
     assert torch.allclose(found, expected)
     gradients = [torch.autograd.grad(value.sum(), z)[0] for value in (found, expected)]
     assert torch.allclose(*gradients)
-    assert (mean.latent_dim, mean.way) == (2, log_joint.way)
+    assert (mean.latents.latent_dim, mean.strategy) == (2, log_joint.strategy)
 
 
-def test_culprits_of_any_part():
+def test_nonfinite_sites_of_any_part():
     log_joint = LogJoint(model, (Y[:3],))
     bad = torch.full((3,), torch.inf)
     mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((bad,), {})], [1.0, 1.0])
-    assert mean.culprits(torch.zeros(1, 2)) == ["y"]
+    assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
 
 
 # What a run looks like
 
 
-def test_outline():
+def test_model_structure():
     def both(y):
         model(y)
         with pyro.plate("groups", 10, subsample_size=5):
@@ -109,19 +109,19 @@ def test_outline():
         with pyro.plate("items", 4):
             pyro.sample("all", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    outline = LogJoint(both, (Y[:3],)).outline((Y[:2],))
-    assert {name: tuple(shape) for name, shape in outline.shapes.items()} == {
+    structure = LogJoint(both, (Y[:3],)).structure((Y[:2],))
+    assert {name: tuple(shape) for name, shape in structure.shapes.items()} == {
         **{"loc": (), "width": (), "part": (5,), "all": (4, 2)}
     }
-    assert outline.globals == ["loc", "width"]
-    assert outline.in_part == ["part"]
-    assert outline.scale == 3.5
-    assert outline.is_scaled
-    whole = LogJoint(model, (Y,)).outline((Y,))
-    assert (whole.scale, whole.is_scaled, whole.in_part) == (1.0, False, [])
+    assert structure.global_latents == ["loc", "width"]
+    assert structure.subsampled_latents == ["part"]
+    assert structure.scale == 3.5
+    assert structure.is_scaled
+    whole = LogJoint(model, (Y,)).structure((Y,))
+    assert (whole.scale, whole.is_scaled, whole.subsampled_latents) == (1.0, False, [])
 
 
-def test_outlines_go_by_numbers_too():
+def test_model_structures_go_by_numbers_too():
     """As where the number of all rows is an argument."""
 
     def sized(y, size):
@@ -130,4 +130,4 @@ def test_outlines_go_by_numbers_too():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
     log_joint = LogJoint(sized, (Y, 7))
-    assert [log_joint.outline((Y, size)).scale for size in (7, 14, 28)] == [1.0, 2.0, 4.0]
+    assert [log_joint.structure((Y, size)).scale for size in (7, 14, 28)] == [1.0, 2.0, 4.0]

@@ -55,10 +55,10 @@ def expected_of(name, z):
     return dist.Normal(means[name](), 2.0).log_prob(data())
 
 
-WAYS = {plate: "plate", product: "vmap", branch: "loop", sums_over_draws: "vmap"}
+STRATEGIES = {plate: "plate", product: "vmap", branch: "loop", sums_over_draws: "vmap"}
 
 
-@pytest.mark.parametrize("model", WAYS)
+@pytest.mark.parametrize("model", STRATEGIES)
 @pytest.mark.parametrize("n", [1, 7, 1001])
 def test_pointwise(model, n):
     z = torch.randn(n, 2) if model is product else torch.randn(n)
@@ -68,7 +68,7 @@ def test_pointwise(model, n):
     assert torch.allclose(found["y"], expected_of(model.__name__, z))
     assert not found["y"].requires_grad
     if n > 1:
-        assert Likelihood(model, (data(),), {}).way(draws) == WAYS[model]
+        assert Likelihood(model, (data(),), {}).strategy(draws) == STRATEGIES[model]
 
 
 def test_scales_are_left_out_and_masked_data_are_zero():

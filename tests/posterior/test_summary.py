@@ -13,8 +13,8 @@ from pyro.infer import Predictive, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.inference import summary, to_inference_data
-from pyro_artransform.posterior import summary as posterior
+from pyro_artransform.joint import quantiles
+from pyro_artransform.posterior import summary, to_inference_data
 from pyro_artransform.posterior.log_likelihood import Likelihood
 
 DATA = (1.3, 0.2, 2.9, -0.4)
@@ -59,8 +59,8 @@ def test_summary():
 def test_summary_in_chunks(monkeypatch):
     draws = {"b": torch.randn(101, 3, 4)}
     expected = summary(draws)
-    assert posterior._QUANTILE_NUMBERS < 2**24  # which torch.quantile takes
-    monkeypatch.setattr(posterior, "_QUANTILE_NUMBERS", 250)
+    assert quantiles._QUANTILE_NUMBERS < 2**24  # which torch.quantile takes
+    monkeypatch.setattr(quantiles, "_QUANTILE_NUMBERS", 250)
     found = summary(draws)
     for name, value in expected["b"].items():
         assert torch.equal(found["b"][name], value)
@@ -179,7 +179,7 @@ def test_predictions_of_vectors_and_plates(arviz):
         with pyro.plate("data", 4):
             pyro.sample("y", dist.Normal(beta[..., 0], 0.01), obs=values)
 
-    assert Likelihood(vectors, (data(),), {}).way({"beta": torch.randn(4, 2)}) == "plate"
+    assert Likelihood(vectors, (data(),), {}).strategy({"beta": torch.randn(4, 2)}) == "plate"
     found = to_inference_data(vectors, AutoIAF(vectors, init_scale=1.0), 4, data())
     beta, y = (torch.tensor(found[g][k].values)[0] for g, k in PREDICTED)
     assert torch.allclose(y, beta[:, :1].expand(4, 4), atol=0.05)

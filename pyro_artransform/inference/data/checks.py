@@ -12,7 +12,7 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from torch import nn
 
 from ...joint import LogJoint
-from ...joint.outline import Outline
+from ...joint.plates import ModelStructure
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from .loader import Batch, BatchStream
 
@@ -69,19 +69,19 @@ def check_use(
     """
     if stream.num_batches == 1 and stream.is_partition:
         return
-    outline = log_joint.outline(*first)
-    _check_indices(guide, outline)
-    _check_scale(guide, outline)
+    structure = log_joint.structure(*first)
+    _check_indices(guide, structure)
+    _check_scale(guide, structure)
 
 
-def _check_indices(guide: Callable[..., object], outline: Outline) -> None:
+def _check_indices(guide: Callable[..., object], structure: ModelStructure) -> None:
     parts = list(_parts(guide))
     needs = any(isinstance(part, MinibatchGuide) and part.needs_indices for part in parts)
     creates_plates = isinstance(guide, AutoGuide) and guide.create_plates is not None
     without = all(map(_is_stock, parts)) and not creates_plates
-    if not (needs or (without and outline.in_part)):
+    if not (needs or (without and structure.subsampled_latents)):
         return
-    named = f" (as '{outline.in_part[0]}')" if outline.in_part else ""
+    named = f" (as '{structure.subsampled_latents[0]}')" if structure.subsampled_latents else ""
     raise ValueError(
         f"loader: the guide looks up what it knows of the elements of a plate{named} by their "
         "indices, and draws these itself: they are not those of the rows of a batch. Expected "
@@ -90,11 +90,11 @@ def _check_indices(guide: Callable[..., object], outline: Outline) -> None:
     )
 
 
-def _check_scale(guide: Callable[..., object], outline: Outline) -> None:
+def _check_scale(guide: Callable[..., object], structure: ModelStructure) -> None:
     """Whether latents that are the same for all batches would meet one batch at a time."""
     knows_no_batch = all(_knows_no_batch(part) for part in _parts(guide))
-    common = list(outline.shapes) if knows_no_batch else outline.globals
-    if outline.is_scaled or not common:
+    common = list(structure.shapes) if knows_no_batch else structure.global_latents
+    if structure.is_scaled or not common:
         return
     raise ValueError(
         f"loader: the latent '{common[0]}' is of all batches, and the model does not say that a "

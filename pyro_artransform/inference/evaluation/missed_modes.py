@@ -1,13 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A second opinion on a posterior, from draws that are not the guide's.
+"""Mass of a posterior that a guide has missed, by draws that are not the guide's.
 
-A guide's own draws never come from where it has no mass, so that their weights look good where a
-whole mode is missing. Two looks from outside: importance sampling with heavy tails around the
-guide and around every mode that is known; and, where there are too many dimensions for that, the
-mass of each mode by its curvature beside the share of draws near it. The modes are those that the
-search for a start has found, and those that are reached from points far outside of the guide.
+A guide never draws where it has no mass, so that its weights look good where a whole mode is missing.
+Two checks do not rest on its draws: importance sampling with heavy tails around the guide and
+around every known mode; and, where there are too many dimensions for that, the mass of each mode by
+its curvature beside the share of draws near it. The modes are those that the search for an initial
+guide has found, and those reached by climbs from overdispersed starts.
 """
 
 import math
@@ -18,30 +18,18 @@ from torch import Tensor
 
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_KHAT
-from ...joint import LogJoint
-from ..initialization.gaussians import Gaussians, evaluated
-from ..initialization.newton import HESSIAN_LIMIT, Modes, climb
-
-_NUM_DRAWS = 4000
-_DEGREES = 3.0
-_INFLATION = 1.2
-_MAX_MODES = 8
-_GUIDE_SHARE = 0.5
-# a mode with less of the mass than this is no loss
-_SMALL_SHARE = 0.05
-# how far outside to look for modes, in standard deviations of the guide
-_FAR = (3.0, 10.0, 30.0, 100.0)
-_NUM_SCREENED = 500
-_NUM_CLIMBS = 16
-_NUM_CLIMBS_BY_LOOP = 4
+from ...joint import LogDensity
+from ..config import EvaluationConfig
+from ..initialization.gaussians import Gaussians, concatenate, evaluate_density
+from ..initialization.newton import Modes, climb
 
 
-class SecondOpinion(NamedTuple):
-    """What the outside looks found.
+class MissedModes(NamedTuple):
+    """What was found outside of a guide.
 
     :param log_evidence: the log evidence from heavy-tailed draws, ``nan`` if it is not reliable.
     :param log_evidence_se: its standard error.
-    :param lost_mass: the share of the posterior in modes of which the guide has no draws, from 0 to 1.
+    :param lost_mass: the share of the posterior in modes without draws of the guide, from 0 to 1.
     :param num_lost: how many such modes there are.
     """
 
@@ -51,103 +39,112 @@ class SecondOpinion(NamedTuple):
     num_lost: int
 
 
-def second_opinion(
-    log_joint: LogJoint, draws: Tensor, log_evidence: float, modes: Modes | None
-) -> SecondOpinion:
-    """Looks for mass of the posterior that a guide has missed.
-
-    :param log_joint: the log joint density of the model.
-    :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
-    :param log_evidence: the log evidence according to them.
-    :param modes: the modes that are known.
-    """
-    draws = draws[draws.isfinite().all(-1)]
-    if len(draws) < 2:
-        return SecondOpinion(math.nan, math.nan, 0.0, 0)
-    around = _around(draws)
-    known = _distinct([found for found in (modes, _from_afar(log_joint, around)) if found])
-    found = _heavy_tailed(log_joint, around, known)
-    reliable = found.khat <= GOOD_KHAT and found.ess > 0.02 * _NUM_DRAWS
-    if reliable and found.log_evidence - log_evidence < -math.log1p(-_SMALL_SHARE):
-        # mass that a curvature promises and draws do not find is not there
-        return SecondOpinion(found.log_evidence, found.log_evidence_se, 0.0, 0)
-    share, count = (0.0, 0) if known is None else _lost(draws, known, log_evidence)
-    log_z = found.log_evidence if reliable else math.nan
-    return SecondOpinion(log_z, found.log_evidence_se, share, count)
-
-
-def _around(draws: Tensor) -> Gaussians:
-    centred = draws - draws.mean(0)
-    sd = centred.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    scaled = centred / sd
-    covariance = scaled.T @ scaled / max(len(draws) - 1, 1)
-    jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
-    lower = torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(draws.mean(0)[None], (_INFLATION * sd[:, None] * lower)[None])
-
-
-class Known(NamedTuple):
-    """Distinct modes, and the log evidence of each by its curvature."""
+class DistinctModes(NamedTuple):
+    """Modes that are not the same, and the log evidence of each by its curvature."""
 
     gaussians: Gaussians
     log_masses: Tensor
 
 
-def _from_afar(log_joint: LogJoint, around: Gaussians) -> Modes | None:
+def find_missed_modes(
+    log_density: LogDensity,
+    draws: Tensor,
+    log_evidence: float,
+    modes: Modes | None,
+    config: EvaluationConfig,
+) -> MissedModes:
+    """Searches for mass of the posterior that a guide has missed.
+
+    :param log_density: the log joint density of the model.
+    :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
+    :param log_evidence: the log evidence according to them.
+    :param modes: the modes that are known already.
+    :param config: how many draws and climbs to spend.
+    """
+    draws = draws[draws.isfinite().all(-1)]
+    if len(draws) < 2:
+        return MissedModes(math.nan, math.nan, 0.0, 0)
+    around = _fit_gaussian(draws, config.heavy_inflation)
+    distinct = _distinct(modes, _climb_from_afar(log_density, around, config), config)
+    found = weigh_heavy_tailed(log_density, around, distinct, config)
+    reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
+    if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
+        # draws do not find the mass that a curvature suggests
+        return MissedModes(found.log_evidence, found.log_evidence_se, 0.0, 0)
+    share, count = (0.0, 0) if distinct is None else _lost(draws, distinct, log_evidence, config)
+    log_z = found.log_evidence if reliable else math.nan
+    return MissedModes(log_z, found.log_evidence_se, share, count)
+
+
+def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
+    """The Gaussian of the mean and covariance of draws, widened."""
+    centered = draws - draws.mean(0)
+    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    scaled = centered / sd
+    covariance = scaled.T @ scaled / max(len(draws) - 1, 1)
+    jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
+    lower = torch.linalg.cholesky(covariance + jitter)
+    return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
+
+
+def _climb_from_afar(
+    log_density: LogDensity, around: Gaussians, config: EvaluationConfig
+) -> Modes | None:
     """The modes above points far outside of a Gaussian, as far as Hessians are affordable."""
-    if log_joint.latent_dim > HESSIAN_LIMIT:
+    if log_density.latents.latent_dim > config.max_hessian_dim:
         return None
-    count = _NUM_CLIMBS_BY_LOOP if log_joint.way == "loop" else _NUM_CLIMBS
-    points = _surprising(log_joint, around, count)
+    points = _overdispersed_points(log_density, around, config)
     if not len(points):
         return None
     try:
-        modes, _, _ = climb(log_joint, points, torch.zeros_like(points[:1]))
+        modes, _ = climb(log_density, points, torch.zeros_like(points[:1]), config.max_newton_steps)
     except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
         return None
     return modes
 
 
-def _surprising(log_joint: LogJoint, around: Gaussians, count: int) -> Tensor:
+def _overdispersed_points(
+    log_density: LogDensity, around: Gaussians, config: EvaluationConfig
+) -> Tensor:
     """Far points: half of them any, half those whose density exceeds the Gaussian's tail the most."""
     (loc,), (scale_tril,) = around
-    screened = _NUM_SCREENED if log_joint.way != "loop" else 10 * count
+    screened, count = config.num_screened, config.num_climbs
+    if log_density.strategy == "loop":
+        screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
     noise = torch.randn_like(loc.expand(screened, -1))
-    far = loc.new_tensor(_FAR).repeat(math.ceil(screened / len(_FAR)))[:screened, None]
+    far = loc.new_tensor(config.far).repeat(math.ceil(screened / len(config.far)))[:screened, None]
     points = loc + far * noise @ scale_tril.T
-    density = evaluated(log_joint, points)
+    density = evaluate_density(log_density, points)
     points, density = points[density.isfinite()], density[density.isfinite()]
     half = count // 2
-    surprise = density + 0.5 * points.shape[-1] * _distances(around, points)[0]
-    order = surprise[half:].argsort(descending=True)[: count - half]
+    excess = density + 0.5 * points.shape[-1] * _distances(around, points)[0]
+    order = excess[half:].argsort(descending=True)[: count - half]
     return torch.cat([points[:half], points[half:][order]])
 
 
-def _distinct(found: list[Modes]) -> Known | None:
-    """The maxima that are not the same, those with the most mass first."""
-    if not found:
+def _distinct(
+    known: Modes | None, found: Modes | None, config: EvaluationConfig
+) -> DistinctModes | None:
+    """The maxima that are not the same, those with the most mass first (Laplace's approximation)."""
+    parts = list(filter(None, (known, found)))
+    if not parts:
         return None
-    loc, scale_tril = (torch.cat(part) for part in zip(*(modes.gaussians for modes in found)))
-    masses = torch.cat([_log_masses(modes) for modes in found])
-    converged = torch.cat([modes.converged for modes in found])
-    gaussians, kept = Gaussians(loc, scale_tril), list[int]()
+    groups, values, converged = zip(*parts)
+    gaussians = concatenate(groups)
+    constant = 0.5 * gaussians.loc.shape[-1] * math.log(2 * math.pi)
+    masses = torch.cat(values) + gaussians.log_volume() + constant
+    is_maximum, kept = torch.cat(converged), list[int]()
     for i in masses.argsort(descending=True).tolist():
-        if not bool(converged[i]) or len(kept) == _MAX_MODES:
+        if not bool(is_maximum[i]) or len(kept) == config.max_modes:
             continue
-        distances = _distances(gaussians.take(kept), loc[i : i + 1])
-        if bool((distances > 1.0).all()):
+        distances = _distances(gaussians.take(kept), gaussians.loc[i : i + 1])
+        if bool((distances > config.min_mode_distance).all()):
             kept.append(i)
-    return Known(gaussians.take(kept), masses[kept]) if kept else None
-
-
-def _log_masses(modes: Modes) -> Tensor:
-    """The log evidence of each mode by its curvature (Laplace's approximation)."""
-    dim = modes.gaussians.loc.shape[-1]
-    return modes.value + modes.gaussians.log_volume() + 0.5 * dim * math.log(2 * math.pi)
+    return DistinctModes(gaussians.take(kept), masses[kept]) if kept else None
 
 
 def _distances(gaussians: Gaussians, points: Tensor) -> Tensor:
-    """Squared distances of points from each Gaussian in its own units, by its dimension.
+    """Squared distances of points from each Gaussian in its own units, divided by the dimension.
 
     :param gaussians: S of them.
     :param points: shape ``(n, D)``.
@@ -158,43 +155,53 @@ def _distances(gaussians: Gaussians, points: Tensor) -> Tensor:
     return (units**2).mean(-2)
 
 
-def _lost(draws: Tensor, known: Known, log_evidence: float) -> tuple[float, int]:
+def _lost(
+    draws: Tensor, modes: DistinctModes, log_evidence: float, config: EvaluationConfig
+) -> tuple[float, int]:
     """The share of the mass in modes with next to no draws, and the number of these modes."""
-    dim = draws.shape[-1]
-    ball = 1 + 3 * math.sqrt(2 / dim)  # in which a Gaussian has all but its tail
-    share_of_draws = (_distances(known.gaussians, draws) < ball).double().mean(-1)
-    share = (known.log_masses.double() - log_evidence).exp()
+    ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
+    share_of_draws = (_distances(modes.gaussians, draws) < ball).double().mean(-1)
+    share = (modes.log_masses.double() - log_evidence).exp()
     share = share / (1 + share)
-    lost = (share > _SMALL_SHARE) & (share_of_draws < 0.1 * share)
-    total = share[lost].sum().clamp(max=1.0)
-    return float(total), int(lost.sum())
+    lost = (share > config.max_lost) & (share_of_draws < config.min_draws_share * share)
+    return float(share[lost].sum().clamp(max=1.0)), int(lost.sum())
 
 
-def _heavy_tailed(log_joint: LogJoint, around: Gaussians, known: Known | None) -> Importance:
-    """Importance sampling from a mixture of Student's t around the guide and around each mode."""
-    parts = [around] if known is None else [around, known.gaussians]
-    mixture = Gaussians(*(torch.cat(part) for part in zip(*parts)))
-    count = len(mixture.loc)
-    others = (1 - _GUIDE_SHARE) / max(count - 1, 1)
-    weights = [_GUIDE_SHARE if count > 1 else 1.0] + [others] * (count - 1)
+def weigh_heavy_tailed(
+    log_density: LogDensity,
+    around: Gaussians,
+    modes: DistinctModes | None,
+    config: EvaluationConfig,
+) -> Importance:
+    """Importance sampling from a mixture of Student's t around the guide and around each mode.
+
+    :param log_density: the log joint density of the model.
+    :param around: the Gaussian of the guide, S = 1.
+    :param modes: the modes.
+    :param config: the number of draws, and the mixture.
+    """
+    mixture = around if modes is None else concatenate([around, modes.gaussians])
+    count, degrees = len(mixture.loc), config.heavy_degrees
+    others = (1 - config.heavy_guide_share) / max(count - 1, 1)
+    weights = [config.heavy_guide_share if count > 1 else 1.0] + [others] * (count - 1)
     shares = mixture.loc.new_tensor(weights)
-    which = torch.multinomial(shares, _NUM_DRAWS, replacement=True)
+    which = torch.multinomial(shares, config.num_heavy, replacement=True)
     noise = torch.randn_like(mixture.loc[which])
-    gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], _DEGREES)).sample()
-    noise = noise * (_DEGREES / gamma).sqrt()
+    gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], degrees)).sample()
+    noise = noise * (degrees / gamma).sqrt()
     draws = mixture.loc[which]
     for k, scale_tril in enumerate(mixture.scale_tril):
         # a scale for each draw would take their number times D^2 of memory
         draws[which == k] += noise[which == k] @ scale_tril.mT
-    log_q = (_student_log_probs(mixture, draws) + shares.log()[:, None]).logsumexp(0)
-    return Importance.from_log_weights(evaluated(log_joint, draws) - log_q)
+    log_q = (_student_log_probs(mixture, draws, degrees) + shares.log()[:, None]).logsumexp(0)
+    return Importance.from_log_weights(evaluate_density(log_density, draws) - log_q)
 
 
-def _student_log_probs(gaussians: Gaussians, points: Tensor) -> Tensor:
+def _student_log_probs(gaussians: Gaussians, points: Tensor, degrees: float) -> Tensor:
     """The log-densities of multivariate t distributions at points, shape ``(S, n)``."""
     dim = points.shape[-1]
-    half = 0.5 * (_DEGREES + dim)
-    constant = math.lgamma(half) - math.lgamma(0.5 * _DEGREES)
-    constant -= 0.5 * dim * math.log(_DEGREES * math.pi)
+    half = 0.5 * (degrees + dim)
+    constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
+    constant -= 0.5 * dim * math.log(degrees * math.pi)
     squared = _distances(gaussians, points) * dim
-    return constant - gaussians.log_volume()[:, None] - half * torch.log1p(squared / _DEGREES)
+    return constant - gaussians.log_volume()[:, None] - half * torch.log1p(squared / degrees)

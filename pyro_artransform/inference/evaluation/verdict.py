@@ -11,16 +11,9 @@ import torch
 
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
+from ..config import EvaluationConfig
 from ..objectives.minibatch_elbo import PassEstimate
-from .missed_modes import SecondOpinion
-
-# k-hat has no scale: a tail above all other weights by less than this share of their sum moves
-# nothing, whatever its index
-_SMALL_TAIL = 0.001
-_MAX_GAP = 0.1
-_MAX_SE = 0.05
-_MAX_LOST = 0.05
-_MAX_SKIPPED = 0.1
+from .missed_modes import MissedModes
 
 
 class Verdict(NamedTuple):
@@ -30,45 +23,47 @@ class Verdict(NamedTuple):
     words: str
 
 
-class Facts(NamedTuple):
-    """What else a verdict has to know.
+class FitStatus(NamedTuple):
+    """How a fit ended, and of what kind its guide and model are.
 
     :param skipped_share: the share of steps that were skipped, from 0 to 1.
-    :param is_over: whether the fit came to its end by itself.
+    :param is_complete: whether the fit ended by itself.
     :param is_point: whether the guide is a single value at some site.
-    :param is_subsampled: whether the model sees a minibatch of its data at a time.
+    :param is_subsampled: whether the model sees one mini-batch of its data at a time.
     """
 
     skipped_share: float = 0.0
-    is_over: bool = True
+    is_complete: bool = True
     is_point: bool = False
     is_subsampled: bool = False
 
 
-def judge(importance: Importance, second: SecondOpinion | None, facts: Facts) -> Verdict:
+def judge(
+    weights: Importance, missed: MissedModes | None, status: FitStatus, config: EvaluationConfig
+) -> Verdict:
     """The verdict on a fit.
 
-    :param importance: the weights of the guide's own draws.
-    :param second: what was found around the guide; ``None`` if nobody looked.
-    :param facts: what else is known of the fit.
+    :param weights: the weights of the guide's own draws.
+    :param missed: what was found outside of the guide; ``None`` if it was not computed.
+    :param status: how the fit ended.
+    :param config: the bounds of trust.
     """
-    objections = [*_about_steps(facts)]
-    if facts.is_point:
+    objections = list(_about_steps(status, config))
+    if status.is_point:
         objections.append(_POINT)
-    elif facts.is_subsampled:
+    elif status.is_subsampled:
         objections.append(
             "the model sub-samples its data, so that the numbers below rest on the noisy density of "
             "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
             "diagnostics.importance with a model that sees all data"
         )
     else:
-        objections += [
-            *_about_weights(importance),
-            *_about_surroundings(importance, second),
-        ]
+        objections += _about_weights(weights, config)
+        if missed is not None:
+            objections += _about_missed_modes(weights, missed, config)
     if objections:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
-    return Verdict(True, _praise(importance, second))
+    return Verdict(True, _trusted(weights, missed))
 
 
 _POINT = (
@@ -78,20 +73,25 @@ _POINT = (
 
 
 def judge_minibatches(
-    found: PassEstimate, weights: Importance | None, is_of_all: bool, facts: Facts
+    found: PassEstimate,
+    weights: Importance | None,
+    is_of_all: bool,
+    status: FitStatus,
+    config: EvaluationConfig,
 ) -> Verdict:
-    """The verdict on a fit by mini-batches, of which nobody can say that it can be trusted.
+    """The verdict on a fit by mini-batches, which is never trusted: missed modes are not searched for.
 
     :param found: the ELBO from one pass over the loader.
     :param weights: the weights of the guide's draws with all data, where they are known.
     :param is_of_all: whether each batch is scaled up to all data.
-    :param facts: what else is known of the fit.
+    :param status: how the fit ended.
+    :param config: the bounds of trust.
     """
-    objections = [*_about_steps(facts)]
-    if facts.is_point:
+    objections = list(_about_steps(status, config))
+    if status.is_point:
         objections.append(_POINT)
     elif weights is not None:
-        objections += _about_weights(weights)
+        objections += _about_weights(weights, config)
     of = "of all data" if is_of_all else "of a batch, on the average,"
     known = (
         f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
@@ -112,27 +112,27 @@ def judge_minibatches(
     return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
 
 
-def _about_weights(found: Importance) -> Iterator[str]:
+def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
     if not math.isfinite(found.elbo) or found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
             "draws of the guide: check supports and data"
         )
         return
-    if found.khat > GOOD_KHAT and _tail_share(found) > _SMALL_TAIL:
+    if found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "
             "Gaussian, a model without funnels (pyro.infer.reparam), or diagnostics.psis_resample "
             "for what importance weights can mend"
         )
-    if found.elbo_se > _MAX_SE:
+    if found.elbo_se > config.max_se:
         yield (
             f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
             "vary too much"
         )
     gap = found.log_evidence - found.elbo
-    if gap > _MAX_GAP:
+    if gap > config.max_gap:
         yield (
             f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
             "was not trained for long enough"
@@ -146,37 +146,37 @@ def _tail_share(found: Importance) -> float:
     return float((weights - math.exp(cutoff)).clamp_min(0).sum())
 
 
-def _about_surroundings(found: Importance, second: SecondOpinion | None) -> Iterator[str]:
-    if second is None:
-        return
-    if second.lost_mass > _MAX_LOST:
+def _about_missed_modes(
+    found: Importance, missed: MissedModes, config: EvaluationConfig
+) -> Iterator[str]:
+    if missed.lost_mass > config.max_lost:
         yield (
-            f"about {100 * second.lost_mass:.0f} % of the posterior is in {second.num_lost} other "
+            f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "
             "mode(s), found from other starting points, of which the guide has no draws: the starts "
             "disagree. Break the symmetry in the model (ordered supports, tighter priors), or sum "
             "out what switches"
         )
-    missed = second.log_evidence - found.elbo
-    noise = 2 * math.hypot(second.log_evidence_se, found.elbo_se)
-    already_said = found.log_evidence - found.elbo > _MAX_GAP
-    if missed > _MAX_GAP + noise and not already_said:
+    more = missed.log_evidence - found.elbo
+    noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
+    already_said = found.log_evidence - found.elbo > config.max_gap
+    if more > config.max_gap + noise and not already_said:
         yield (
-            f"draws around the guide find {missed:.2f} nats more evidence than its ELBO: there is "
+            f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
             "mass of the posterior where the guide has none"
         )
 
 
-def _about_steps(facts: Facts) -> Iterator[str]:
-    if not facts.is_over:
+def _about_steps(status: FitStatus, config: EvaluationConfig) -> Iterator[str]:
+    if not status.is_complete:
         yield "the fit was interrupted before its end: resume it from its checkpoint"
-    if facts.skipped_share > _MAX_SKIPPED:
+    if status.skipped_share > config.max_skipped:
         yield (
-            f"{100 * facts.skipped_share:.0f} % of the steps had to be skipped, since the loss or its "
+            f"{100 * status.skipped_share:.0f} % of the steps had to be skipped, since the loss or its "
             "gradient was not finite"
         )
 
 
-def _praise(found: Importance, second: SecondOpinion | None) -> str:
+def _trusted(found: Importance, missed: MissedModes | None) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
@@ -184,4 +184,4 @@ def _praise(found: Importance, second: SecondOpinion | None) -> str:
     )
     if found.khat > GOOD_KHAT:
         words += f" (of a tail of {100 * _tail_share(found):.2g} % of the weight)"
-    return words + (", and no start found mass elsewhere." if second is not None else ".")
+    return words + (", and no start found mass elsewhere." if missed is not None else ".")

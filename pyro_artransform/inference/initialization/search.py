@@ -1,43 +1,41 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where a fit starts: the best of many candidates, by their ELBO on common noise."""
+"""The initial guide: the best of many candidates, by their ELBO on common noise."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from ...joint import LogJoint
+from ...joint import LogDensity
+from ...joint.protocols import FlowGuide
 from ..config import InitializationConfig
-from .gaussians import Gaussians, elbos, evaluated, noise
-from .mean_field import mean_field
-from .newton import HESSIAN_LIMIT, Modes, climb
-from .points import starting_points
+from .gaussians import (
+    Gaussians,
+    antithetic_noise,
+    concatenate,
+    elbos,
+    evaluate_density,
+    fit_mean_field,
+)
+from .newton import Modes, climb
 
-_NUM_POINTS = 12
-_NUM_POINTS_BY_LOOP = 4
-_NUM_MEAN_FIELDS = 4
-_ROUGH, _FINE = 64, 1024
-_NUM_FINALISTS = 6
-# a scale that stays within what a model can take, if its edge is near
-_NARROW = 0.1
-# a start has to be better than the guide by so many standard errors and nats to take its place
-_CLEARLY = 2.0
-_WORTHWHILE = 0.01
+#: the name of the candidate that is the guide itself, which then does not change
+UNCHANGED = "initial guide"
 
 
-#: the name of a start that leaves the guide alone
-AS_IT_STOOD = "the guide as it stood"
+class InitialGuide(NamedTuple):
+    """What a guide was initialized with.
 
-
-class Start(NamedTuple):
-    """What the search for a start found.
-
-    :param name: the candidate that won.
+    :param name: the candidate that was chosen.
     :param elbo: its ELBO.
-    :param modes: the modes that were found on the way, as far as second derivatives were affordable.
+    :param modes: the modes that were found on the way, if second derivatives were affordable.
     """
 
     name: str
@@ -45,130 +43,178 @@ class Start(NamedTuple):
     modes: Modes | None
 
 
-class _Candidates(NamedTuple):
-    names: list[str]
-    gaussians: Gaussians
+class BestGaussian(NamedTuple):
+    """The candidate with the largest ELBO, as S = 1 Gaussians, and the modes found on the way."""
 
-    def __add__(self, other: "_Candidates") -> "_Candidates":  # type: ignore[override]
-        both = (torch.cat(pair) for pair in zip(self.gaussians, other.gaussians))
-        return _Candidates(self.names + other.names, Gaussians(*both))
-
-    def take(self, index: Tensor) -> "_Candidates":
-        return _Candidates([self.names[i] for i in index.tolist()], self.gaussians.take(index))
+    name: str
+    gaussian: Gaussians
+    elbo: float
+    modes: Modes | None
 
 
-def find_start(
-    log_joint: LogJoint,
-    model: Callable[[], Any],
-    guide: Any,
-    config: InitializationConfig | None = None,
-) -> Start:
-    """Puts a guide at the best of: itself, Gaussians on the way to modes, mean-field fits.
+def find_initial_guide(
+    log_density: LogDensity,
+    model: Callable[[], object],
+    guide: FlowGuide,
+    config: InitializationConfig,
+) -> InitialGuide:
+    """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits.
 
-    :param log_joint: the log joint density of the model.
+    :param log_density: the log joint density of the model.
     :param model: the model, with its arguments.
-    :param guide: a guide with ``start_at`` and ``rsample_and_log_prob``.
+    :param guide: the guide.
+    :param config: how many candidates there are, and how they are compared.
     :raises ValueError: if neither the guide nor any candidate has a finite ELBO.
     """
-    home, own_elbo, own_se = _as_it_stands(log_joint, guide)
-    points = starting_points(log_joint, model, home, _num_points(log_joint))
-    if not len(points):
-        raise ValueError(_no_start(log_joint, home))
-    candidates, modes = _gather(log_joint, points)
-    best, elbo = _best(log_joint, candidates)
-    needed = own_elbo + _CLEARLY * own_se + _WORTHWHILE
-    if elbo > needed and _place(guide, log_joint, best, own_elbo):
-        return Start(best.names[0], elbo, modes)
-    if own_elbo == -torch.inf:
-        raise ValueError(_no_start(log_joint, home))
-    return Start(AS_IT_STOOD, own_elbo, modes)
+    if log_density.strategy == "loop":
+        config = config.for_loop()
+    search = GaussianSearch(log_density, model, config)
+    center, own_elbo, own_se = search.evaluate(guide)
+    best = search.best(center)
+    needed = own_elbo + config.min_gain_in_se * own_se + config.min_gain
+    if best and best.elbo > needed and search.start_at(best.gaussian, guide, own_elbo):
+        return InitialGuide(best.name, best.elbo, best.modes)
+    if best is None or own_elbo == -torch.inf:
+        raise ValueError(
+            "expected a model with a finite log density somewhere near its starting values, found none: "
+            f"{', '.join(log_density.nonfinite_sites(center[None])) or 'the sum of its sites'} is not finite "
+            "there. Give the guide an init_loc_fn with values that the data allow"
+        )
+    return InitialGuide(UNCHANGED, own_elbo, best.modes)
 
 
-def best_gaussian(
-    log_joint: LogJoint, model: Callable[[], Any], home: Tensor, count: int
-) -> tuple[str, Gaussians, Modes | None] | None:
-    """The best of the Gaussians, by its ELBO.
+@dataclass(frozen=True)
+class GaussianSearch:
+    """A search for the Gaussian with the largest ELBO.
 
-    :param log_joint: the log joint density of the model.
+    :param log_density: the log joint density of the model.
     :param model: the model, with its arguments.
-    :param home: a point to look around, shape ``(latent_dim,)``.
-    :param count: from how many points to look.
-    :return: its name, itself as the only one of its kind, and the modes that were found on the way;
-        nothing if the density is not finite anywhere, or no ELBO is.
+    :param config: how many candidates there are, and how they are compared.
     """
-    points = starting_points(log_joint, model, home, count)
-    if not len(points):
-        return None
-    candidates, modes = _gather(log_joint, points)
-    best, elbo = _best(log_joint, candidates)
-    return (best.names[0], best.gaussians, modes) if elbo > -torch.inf else None
 
+    log_density: LogDensity
+    model: Callable[[], object]
+    config: InitializationConfig
 
-def _num_points(log_joint: LogJoint) -> int:
-    return _NUM_POINTS_BY_LOOP if log_joint.way == "loop" else _NUM_POINTS
+    @torch.no_grad()
+    def evaluate(self, guide: FlowGuide) -> tuple[Tensor, float, float]:
+        """The center of a guide, its ELBO, and the standard error of it."""
+        z, log_q = guide.rsample_and_log_prob(self.config.num_fine)
+        ratios = evaluate_density(self.log_density, z) - log_q
+        error = ratios.std() / len(ratios) ** 0.5
+        elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+        return z.median(0).values, elbo.item(), error.nan_to_num(0.0, 0.0, 0.0).item()
 
+    def start_at(self, gaussian: Gaussians, guide: FlowGuide, own_elbo: float) -> bool:
+        """Starts a guide at a Gaussian, without its correlations if the guide cannot have any.
 
-def _no_start(log_joint: LogJoint, home: Tensor) -> str:
-    return (
-        "expected a model with a finite log density somewhere near its starting values, found none: "
-        f"{', '.join(log_joint.culprits(home[None])) or 'the sum of its sites'} is not finite there. "
-        "Give the guide an init_loc_fn with values that the data allow"
-    )
+        :return: whether it did, which it does not where that is worse than the guide itself.
+        """
+        try:
+            guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
+        except ValueError:
+            independent = gaussian.diagonal()
+            noise = antithetic_noise(independent.loc, self.config.num_fine)
+            if elbos(self.log_density, independent, noise).item() <= own_elbo:
+                return False
+            guide.start_at(independent.loc[0], independent.scale_tril[0])
+        return True
 
+    def best(self, center: Tensor) -> BestGaussian | None:
+        """The best candidate from points around a center; ``None`` if none has a finite density."""
+        points = self.points(center)
+        if not len(points):
+            return None
+        candidates, modes = self._candidates(points)
+        names = []
+        for name, part in candidates.items():
+            names += [name] * len(part.loc)
+        gaussians = concatenate(candidates.values())
+        noise = antithetic_noise(points, self.config.num_rough)
+        rough = elbos(self.log_density, gaussians, noise)
+        finalists = rough.argsort(descending=True)[: self.config.num_finalists]
+        noise = antithetic_noise(points, self.config.num_fine)
+        fine = elbos(self.log_density, gaussians.take(finalists), noise)
+        k = fine.argmax(keepdim=True)
+        name = names[int(finalists[k])]
+        return BestGaussian(name, gaussians.take(finalists[k]), fine[k].item(), modes)
 
-@torch.no_grad()
-def _as_it_stands(log_joint: LogJoint, guide: Any) -> tuple[Tensor, float, float]:
-    """The centre of a guide, its ELBO, and the standard error of it."""
-    z, log_q = guide.rsample_and_log_prob(_FINE if log_joint.way != "loop" else _ROUGH)
-    ratios = evaluated(log_joint, z) - log_q
-    error = ratios.std() / len(ratios) ** 0.5
-    elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-    return z.median(0).values, elbo.item(), error.nan_to_num(0.0, 0.0, 0.0).item()
+    def _candidates(self, points: Tensor) -> tuple[dict[str, Gaussians], Modes | None]:
+        """Candidates by their kind, and the modes."""
+        density, config = self.log_density, self.config
+        unit = torch.diag_embed(torch.ones_like(points))
+        narrow = config.narrow_scale * unit
+        rough = elbos(
+            density, Gaussians(points, narrow), antithetic_noise(points, config.num_rough)
+        )
+        promising = points[rough.argsort(descending=True)[: config.num_mean_fields]]
+        candidates = {"a mean-field fit": fit_mean_field(density, promising, config)}
+        if density.latents.latent_dim > config.max_hessian_dim:
+            return candidates, None
+        noise = antithetic_noise(points, config.num_rough)
+        try:
+            modes, best = climb(density, points, noise, config.max_newton_steps)
+        except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
+            return candidates, None
+        candidates["a Gaussian on the way to a mode"] = best
+        candidates["the curvature at a mode"] = modes.gaussians
+        candidates["a mode, with unit scale"] = Gaussians(modes.gaussians.loc, unit)
+        candidates["a mode, with a small scale"] = Gaussians(modes.gaussians.loc, narrow)
+        return candidates, modes
 
+    def points(self, center: Tensor) -> Tensor:
+        """Points of finite density: the center, draws of the prior, and in shells around the center.
 
-def _gather(log_joint: LogJoint, points: Tensor) -> tuple[_Candidates, Modes | None]:
-    candidates = _from_mean_fields(log_joint, points)
-    if log_joint.latent_dim > HESSIAN_LIMIT:
-        return candidates, None
-    try:
-        modes, best, _ = climb(log_joint, points, noise(points, _ROUGH))
-    except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
-        return candidates, None
-    unit = Gaussians(modes.gaussians.loc, torch.diag_embed(torch.ones_like(points)))
-    narrow = Gaussians(modes.gaussians.loc, _NARROW * unit.scale_tril)
-    count = len(points)
-    candidates += _Candidates(["a Gaussian on the way to a mode"] * count, best)
-    candidates += _Candidates(["the curvature at a mode"] * count, modes.gaussians)
-    candidates += _Candidates(["a mode, with unit scale"] * count, unit)
-    candidates += _Candidates(["a mode, with a small scale"] * count, narrow)
-    return candidates, modes
+        A point without a finite density is moved towards one that has it.
 
+        :param center: shape ``(latent_dim,)``.
+        :return: shape ``(S, latent_dim)``, S from 0 to ``config.num_points``.
+        """
+        config = self.config
+        points = [center, self.log_density.start]
+        for _ in range(max((config.num_points - 1) // 3, 1)):
+            points.append(self._prior_draw())
+        for k in range(config.num_points - len(points)):
+            radius = config.shell_radius * config.shell_growth**k
+            shell = center + radius * torch.randn_like(center.expand(config.num_tried, -1))
+            points.append(shell[evaluate_density(self.log_density, shell).argmax()])
+        return self._move_to_finite(torch.stack(points[: config.num_points]))
 
-def _from_mean_fields(log_joint: LogJoint, points: Tensor) -> _Candidates:
-    scales = torch.diag_embed(torch.full_like(points, _NARROW))
-    rough = elbos(log_joint, Gaussians(points, scales), noise(points, _ROUGH))
-    promising = points[rough.argsort(descending=True)[:_NUM_MEAN_FIELDS]]
-    fitted = mean_field(log_joint, promising)
-    return _Candidates(["a mean-field fit"] * len(promising), fitted)
+    def _prior_draw(self) -> Tensor:
+        """A draw of the prior; the start where the model refuses it."""
+        latents, start = self.log_density.latents, self.log_density.start
 
+        def sampled(site: dict[str, Any]) -> Tensor:
+            try:
+                value: Tensor = site["fn"].sample().detach()
+            except NotImplementedError:  # an improper prior has no draws
+                near = latents.split(start)[site["name"]]
+                near = near + self.config.improper_radius * torch.randn_like(near)
+                value = latents.sites[site["name"]].bijection(near)
+            return value
 
-def _best(log_joint: LogJoint, candidates: _Candidates) -> tuple[_Candidates, float]:
-    like = candidates.gaussians.loc
-    rough = elbos(log_joint, candidates.gaussians, noise(like, _ROUGH))
-    finalists = candidates.take(rough.argsort(descending=True)[:_NUM_FINALISTS])
-    fine = _FINE if log_joint.way != "loop" else _ROUGH
-    scores = elbos(log_joint, finalists.gaussians, noise(like, fine))
-    k = scores.argmax(keepdim=True)
-    return finalists.take(k), scores[k].item()
+        quiet = pyro.validation_enabled(False)
+        try:
+            with quiet, torch.no_grad(), poutine.block(), InitMessenger(sampled):
+                trace = poutine.trace(self.model).get_trace()
+        except (torch.linalg.LinAlgError, ValueError):
+            return start
+        nodes: Any = trace.nodes
+        values = {}
+        for name in latents.sites:
+            values[name] = nodes[name]["value"]
+        return latents.unconstrain(values)
 
-
-def _place(guide: Any, log_joint: LogJoint, best: _Candidates, own_elbo: float) -> bool:
-    """Starts the guide at a candidate, without its correlations if it cannot have any."""
-    try:
-        guide.start_at(best.gaussians.loc[0], best.gaussians.scale_tril[0])
-    except ValueError:
-        independent = best.gaussians.diagonal()
-        if elbos(log_joint, independent, noise(independent.loc, _FINE)).item() <= own_elbo:
-            return False
-        guide.start_at(independent.loc[0], independent.scale_tril[0])
-    return True
+    def _move_to_finite(self, points: Tensor) -> Tensor:
+        """Moves points without a finite density towards the first one that has it."""
+        points = points[points.isfinite().all(-1)]
+        is_good = evaluate_density(self.log_density, points).isfinite()
+        if not bool(is_good.any()):
+            return points[:0]
+        target = points[is_good][0]
+        for _ in range(self.config.max_halvings):
+            if bool(is_good.all()):
+                break
+            points = torch.where(is_good[:, None], points, 0.5 * (points + target))
+            is_good = evaluate_density(self.log_density, points).isfinite()
+        return points[is_good]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...joint import LogJoint, MeanLogJoint
+from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..config import MinibatchConfig
 from ..data.loader import Batch, BatchStream
 from .objective import BatchObjective
@@ -69,7 +69,7 @@ class MinibatchObjective:
 
     def _scale(self, batch: Batch) -> float:
         """How much the model scales a batch up."""
-        return self._log_joint.outline(*batch).scale
+        return self._log_joint.structure(*batch).scale
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
@@ -105,7 +105,7 @@ class MinibatchObjective:
     def nonfinite_sites(self) -> list[str]:
         return self._last.nonfinite_sites()
 
-    def mean_log_joint(self) -> LogJoint:
+    def mean_log_joint(self) -> LogDensity:
         """The mean log joint density of several batches, in which an initial guide is found."""
         few = self._validation[:: math.ceil(len(self._validation) / self._config.num_for_start)]
         return MeanLogJoint(self._log_joint, few, [self._weight(batch) for batch in few])

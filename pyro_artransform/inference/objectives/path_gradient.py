@@ -44,7 +44,7 @@ class PathObjective:
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> "PathObjective":
         other = copy.copy(self)
-        other._log_joint = self._log_joint.at(args, kwargs)
+        other._log_joint = self._log_joint.with_arguments(args, kwargs)
         return other
 
     def loss(self, num_particles: int) -> Tensor:
@@ -109,4 +109,4 @@ class PathObjective:
     def nonfinite_sites(self) -> list[str]:
         if not bool(self._last.isfinite().all()):
             return ["the guide's own draws"]
-        return self._log_joint.culprits(self._last)
+        return self._log_joint.nonfinite_sites(self._last)

@@ -19,8 +19,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.masked_latents import WholeLatents
-from ...joint.plates import hidden_sites, plate_nesting
+from ...joint.handlers import UnmaskedLatents, hidden_sites
+from ...joint.plates import plate_nesting
 from ...joint.protocols import MinibatchGuide
 from ..data.loader import Batch
 from .objective import traced_parameters
@@ -49,7 +49,7 @@ class PyroObjective:
         log_joint: LogJoint,
         num_estimates: int = 32,
     ) -> None:
-        self._model, self._guide = WholeLatents()(model), guide
+        self._model, self._guide = UnmaskedLatents()(model), guide
         self._arguments, self._num_estimates = arguments, num_estimates
         self._path_gradient = _path_gradient_of(guide)
         self._kind = TraceEnum_ELBO if log_joint.is_enumerated else Trace_ELBO
@@ -59,7 +59,7 @@ class PyroObjective:
         #: whether many particles are evaluated at once
         self.is_vectorized = True
         # particles are a plate
-        self.is_vectorized = log_joint.way == "plate" and self._can_be_vectorized()
+        self.is_vectorized = log_joint.strategy == "plate" and self._can_be_vectorized()
 
     def with_arguments(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The start of a guide that knows elements by mini-batches: near the posterior of all from one of them."""
+"""The initial guide of elements of mini-batches: near the posterior of all data from one of them."""
 
 import math
 from functools import partial
@@ -9,11 +9,15 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro_artransform.inference.objectives.elbo import PyroObjective
 from torch import nn
 
 from pyro_artransform import AutoAmortized
-from pyro_artransform.inference.initialization.minibatch_start import SharedPrior, find_batch_start
-from pyro_artransform.inference.objectives.elbo import PyroObjective
+from pyro_artransform.inference.config import InitializationConfig
+from pyro_artransform.inference.initialization.minibatch_start import (
+    SharedPrior,
+    find_initial_minibatch_guide,
+)
 from pyro_artransform.joint import LogJoint
 
 SIZE, BATCH = 400, 40
@@ -45,12 +49,16 @@ class Encoder(nn.Module):
         return pyro.subsample(y, event_dim=0)[:, None]
 
 
+def find(*args):
+    return find_initial_minibatch_guide(*args, InitializationConfig())
+
+
 def started(model, y, **options):
     guide = AutoAmortized(model, Encoder(), **options)
     guide(y)
     log_joint = LogJoint(model, (y,))
     objective = PyroObjective(model, guide, ((y,), {}), log_joint)
-    return guide, find_batch_start(log_joint, model, guide, ((y,), {}), objective.elbo_draws)
+    return guide, find(log_joint, model, guide, ((y,), {}), objective.elbo_draws)
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-3, 1e4])
@@ -58,7 +66,7 @@ def test_globals_are_near_the_posterior_of_all_data(unit):
     y = unit * (70.0 + torch.randn(BATCH) * 1.25**0.5)
     model = partial(hierarchy, unit=unit)
     guide, start = started(model, y)
-    assert start.name != "the guide as it stood"
+    assert start.name != "initial guide"
     draws = guide.sample_posterior(4000, y)
     scale = unit * (1.25 / SIZE) ** 0.5
     # a mini-batch knows as much as this
@@ -73,7 +81,7 @@ def test_globals_are_near_the_posterior_of_all_data(unit):
 def test_of_a_plate_that_draws_its_mini_batch():
     y = 70.0 + torch.randn(SIZE) * 1.25**0.5
     guide, start = started(drawing, y)
-    assert start.name != "the guide as it stood"
+    assert start.name != "initial guide"
     mean = guide.sample_posterior(4000, y)["mean"]
     assert (mean.mean() - y.mean()).abs() < 5 * (1.25 / BATCH) ** 0.5
     assert (mean.std() / (1.25 / SIZE) ** 0.5 - 1).abs() < 0.1
@@ -108,7 +116,7 @@ def test_a_start_without_a_covariance_is_no_error(monkeypatch):
 
     monkeypatch.setattr(AutoAmortized, "start_near", fail)
     _, start = started(hierarchy, torch.randn(BATCH))
-    assert start.name == "the guide as it stood"
+    assert start.name == "initial guide"
 
 
 def test_shared_prior_of_a_plate_that_draws_is_a_function():
@@ -127,8 +135,8 @@ def test_without_globals_nothing_moves():
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     log_joint = LogJoint(autoencoder, (y,))
     objective = PyroObjective(autoencoder, guide, ((y,), {}), log_joint)
-    start = find_batch_start(log_joint, autoencoder, guide, ((y,), {}), objective.elbo_draws)
-    assert start.name == "the guide as it stood"
+    start = find(log_joint, autoencoder, guide, ((y,), {}), objective.elbo_draws)
+    assert start.name == "initial guide"
     assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
 
 
@@ -141,8 +149,8 @@ def test_a_guide_that_is_better_already_stays():
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     log_joint = LogJoint(hierarchy, (y,))
     objective = PyroObjective(hierarchy, guide, ((y,), {}), log_joint)
-    start = find_batch_start(log_joint, hierarchy, guide, ((y,), {}), objective.elbo_draws)
-    assert start.name == "the guide as it stood"
+    start = find(log_joint, hierarchy, guide, ((y,), {}), objective.elbo_draws)
+    assert start.name == "initial guide"
     assert start.elbo > first.elbo
     assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
 

@@ -6,8 +6,14 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.inference.initialization.gaussians import elbos
-from pyro_artransform.inference.initialization.newton import climb
+from pyro_artransform.inference.initialization.newton import climb as climb_by
 from tests.inference.models import SCALE_TRIL, Once
+
+
+def climb(log_density, points, noise):
+    """The modes, the best Gaussians on the way, and their ELBOs."""
+    modes, best = climb_by(log_density, points, noise, max_steps=40)
+    return modes, best, elbos(log_density, best, noise)
 
 
 def noise(dim):
@@ -18,21 +24,21 @@ def noise(dim):
 @pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
 def test_gaussian_of_any_scale(unit):
     scale_tril = unit * torch.tensor(SCALE_TRIL)
-    law = dist.MultivariateNormal(unit * torch.ones(3), scale_tril=scale_tril)
+    normal = dist.MultivariateNormal(unit * torch.ones(3), scale_tril=scale_tril)
     points = 20 * unit * torch.randn(4, 3)
-    modes, best, best_elbo = climb(law.log_prob, points, noise(3))
+    modes, best, best_elbo = climb(normal.log_prob, points, noise(3))
     assert modes.converged.all()
-    assert torch.allclose(modes.gaussians.loc, law.loc.expand(4, 3), atol=1e-6 * unit)
+    assert torch.allclose(modes.gaussians.loc, normal.loc.expand(4, 3), atol=1e-6 * unit)
     assert torch.allclose(modes.gaussians.scale_tril, scale_tril.expand(4, 3, 3), atol=1e-6 * unit)
-    assert torch.allclose(modes.value, law.log_prob(law.loc))
+    assert torch.allclose(modes.value, normal.log_prob(normal.loc))
     assert (best_elbo > -1e-6).all()
     assert torch.allclose(best.loc, modes.gaussians.loc, atol=1e-3 * unit)
 
 
 def test_axes_of_very_different_scales():
     scales = torch.tensor([1e-5, 1.0, 1e5])
-    law = dist.Normal(scales, scales).to_event(1)
-    modes, _, best_elbo = climb(law.log_prob, torch.zeros(1, 3), noise(3))
+    normal = dist.Normal(scales, scales).to_event(1)
+    modes, _, best_elbo = climb(normal.log_prob, torch.zeros(1, 3), noise(3))
     assert modes.converged.all()
     assert torch.allclose(modes.gaussians.scale_tril[0].diagonal(), scales, rtol=1e-4)
     assert (best_elbo > -1e-4).all()

@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+from dataclasses import replace
+
 import pyro
 import pytest
 import torch
@@ -8,15 +10,25 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.inference.initialization.search import find_start
+from pyro_artransform.inference.config import InitializationConfig
+from pyro_artransform.inference.initialization.search import GaussianSearch, find_initial_guide
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 from tests.inference.models import small
 
+DEFAULTS = InitializationConfig()
 
-def start_of(model, guide):
+
+def start_of(model, guide, config=DEFAULTS):
     guide.set_up()
-    return find_start(LogJoint(model), model, guide)
+    return find_initial_guide(LogJoint(model), model, guide, config)
+
+
+def points_of(model, center, num_points=12):
+    """The points, and the log joint density that they are of."""
+    log_joint = LogJoint(model)
+    search = GaussianSearch(log_joint, model, replace(DEFAULTS, num_points=num_points))
+    return search.points(center), log_joint
 
 
 def elbo(model, guide, count=2000):
@@ -52,7 +64,7 @@ def test_gaussian_is_found_exactly():
 def test_neck_of_a_funnel_is_no_place_to_start(quick):
     """The mode of a funnel is in its neck: what is chosen has the larger ELBO."""
     guide = small(models.funnel)
-    found = start_of(models.funnel, guide)
+    found = start_of(models.funnel, guide, quick.initialization)
     at_mode = small(models.funnel)
     at_mode.set_up()
     best = found.modes.value.argmax()
@@ -75,8 +87,8 @@ def test_guide_that_is_good_already_stays_as_it_stands(quick):
     guide.set_up()
     guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
     before = state(guide)
-    found = start_of(models.gaussian, guide)
-    assert found.name == "the guide as it stood"
+    found = start_of(models.gaussian, guide, quick.initialization)
+    assert found.name == "initial guide"
     assert same(before, state(guide))
 
 
@@ -84,16 +96,16 @@ def test_trained_guide_stays_as_it_stands(quick):
     """Its flow is worth more than any Gaussian."""
     guide = small(models.regression)
     guide.set_up()
-    optimiser = torch.optim.Adam(guide.parameters(), 0.02)
+    optimizer = torch.optim.Adam(guide.parameters(), 0.02)
     log_joint = LogJoint(models.regression)
     for _ in range(150):
         z, log_q = guide.rsample_and_log_prob(32, path=True)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (log_q - log_joint(z)).mean().backward()
-        optimiser.step()
+        optimizer.step()
     before = state(guide)
-    found = start_of(models.regression, guide)
-    assert found.name == "the guide as it stood"
+    found = start_of(models.regression, guide, quick.initialization)
+    assert found.name == "initial guide"
     assert same(before, state(guide))
 
 
@@ -106,8 +118,8 @@ def test_starts_that_are_not_finite_are_skipped(quick):
 
     guide = small(model, init_loc_fn=init_to_value(values={"z": torch.zeros(2)}))
     with pyro.validation_enabled(False):
-        found = start_of(model, guide)
-    assert found.name != "the guide as it stood"
+        found = start_of(model, guide, quick.initialization)
+    assert found.name != "initial guide"
     assert torch.tensor(found.elbo).isfinite()
     assert all(value.isfinite().all() for value in guide.parameters())
     assert (guide.sample_posterior(100)["z"].mean(0) - 3).abs().max() < 1
@@ -123,7 +135,7 @@ def test_nothing_finite_names_the_site(quick):
     with pyro.validation_enabled(False):
         guide.set_up()
     with pytest.raises(ValueError, match=r"finite log density.*broken is not finite") as error:
-        find_start(LogJoint(model), model, guide)
+        find_initial_guide(LogJoint(model), model, guide, quick.initialization)
     assert "fine" not in str(error.value)
 
 
@@ -153,7 +165,7 @@ def test_many_dimensions(quick, monkeypatch):
     guide = AutoIAF(model, num_transforms=1, hidden_dims=4)
     guide.set_up()
     before = elbo(model, guide, 100)
-    found = start_of(model, guide)
+    found = start_of(model, guide, quick.initialization)
     assert found.modes is None
     assert elbo(model, guide, 100) >= before - 1
 
@@ -164,14 +176,14 @@ def test_gradient_that_cannot_be_differentiated_twice(quick):
         pyro.factor("target", -models.Once.apply(z - 3))
 
     guide = small(model)
-    found = start_of(model, guide)
+    found = start_of(model, guide, quick.initialization)
     assert found.elbo > -5
     assert abs(guide.sample_posterior(200)["z"].mean() - 3) < 1.0
 
 
 def test_model_that_is_looped_over(quick):
     guide = small(models.branching)
-    found = start_of(models.branching, guide)
+    found = start_of(models.branching, guide, quick.initialization)
     assert torch.tensor(found.elbo).isfinite()
 
 
@@ -181,7 +193,57 @@ def test_dtype(dtype, quick):
         pyro.sample("z", dist.Normal(torch.full((2,), 50.0, dtype=dtype), 1e-2).to_event(1))
 
     guide = small(model, init_loc_fn=init_to_value(values={"z": torch.zeros(2, dtype=dtype)}))
-    start_of(model, guide)
+    start_of(model, guide, quick.initialization)
     draws = guide.sample_posterior(100)["z"]
     assert draws.dtype == dtype
     assert (draws - 50).abs().max() < 0.1
+
+
+def test_points_start_with_the_center_and_the_median():
+    center = torch.tensor([5.0, 2.0])
+    points, log_joint = points_of(models.regression, center, 12)
+    assert points.shape == (12, 2)
+    assert torch.equal(points[0], center)
+    assert torch.equal(points[1], log_joint.start)
+    assert len({tuple(point) for point in points.tolist()}) == 12
+    assert (points - center).norm(dim=-1).max() > 4
+
+
+def test_few_points():
+    for count in (1, 2, 3):
+        points, _ = points_of(models.regression, torch.zeros(2), count)
+        assert len(points) == count
+
+
+def test_draws_of_the_prior():
+    def model():
+        pyro.sample("z", dist.Normal(1000.0, 1.0))
+
+    points, _ = points_of(model, torch.zeros(1), 12)
+    assert ((points - 1000).abs() < 10).sum() >= 3
+
+
+def test_points_without_a_density_are_moved_to_the_center():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 100.0))
+        pyro.factor("near", torch.where(z.abs() < 1, 0 * z, torch.nan * z))
+
+    points, log_joint = points_of(model, torch.full((1,), 0.5), 12)
+    assert len(points) == 12
+    assert log_joint(points).isfinite().all()
+
+
+def test_no_points_without_a_density_anywhere():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("nowhere", z * torch.nan)
+
+    assert points_of(model, torch.zeros(1), 5)[0].shape == (0, 1)
+
+
+def test_points_of_an_improper_prior_and_discrete_sites():
+    model = models.two_modes(2, 4.0, 0.5)
+    points, _ = points_of(model, torch.zeros(2), 12)
+    assert points.shape == (12, 2)
+    points, _ = points_of(models.mixture, torch.zeros(2), 6)
+    assert points.shape == (6, 2)

@@ -1,0 +1,259 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A model or a guide evaluated at many draws of its latents at once, as if one at a time.
+
+There are three strategies, the fastest first:
+
+- ``"plate"``: one run with all draws in one more :class:`pyro.plate`, to the left of the model's own;
+- ``"vmap"``: one run under ``torch.vmap``;
+- ``"loop"``: a run for each draw.
+
+Only the loop suits every model. A product of a matrix and a vector takes no draws on the left, a branch
+on a value no vmap, and a sum over everything mixes draws without an error. So each strategy is compared
+with the loop at a few draws (:func:`choose_strategy`), and the first that gives the same is used from
+then on (:func:`evaluate_many`). What is evaluated is a function of draws and of their number, which is
+``None`` for a single run. It returns terms by name: log-densities by datum, or their sum.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .handlers import SiteLogProbs
+from .plates import plate_nesting
+from .sites import latent_nodes
+
+Terms = dict[str, Tensor]
+Evaluate = Callable[[Mapping[str, Tensor], int | None], Terms]
+
+#: the name of the plate of draws
+DRAWS = "_draws"
+#: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
+ModelFailures = (torch.linalg.LinAlgError, ValueError)
+# a draw that fails is looked for among so many, one at a time
+_FEW = 32
+_NUM_COMPARED = 3
+_LOG_PROB = "_log_prob"
+
+
+def evaluate_many(
+    evaluate: Evaluate,
+    draws: Mapping[str, Tensor],
+    strategy: str,
+    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None = None,
+    chunk_size: int | None = None,
+) -> Terms:
+    """The terms of many draws, by a strategy.
+
+    A loop starts each run from the same random state, so that what a model draws itself, such as a
+    mini-batch, is the same for all draws, as it is with the other strategies.
+
+    :param evaluate: gives the terms of draws in a plate, or of a single one.
+    :param draws: tensors of shape ``(n, ...)``.
+    :param strategy: "plate", "vmap" or "loop".
+    :param at_failure: gives the terms of a single draw that the model cannot take; by default its
+        error is raised.
+    :param chunk_size: how many draws are evaluated at a time; by default all.
+    :return: tensors of shape ``(n, ...)``.
+    """
+    num_draws = len(next(iter(draws.values())))
+    if chunk_size is not None and num_draws > chunk_size:
+        return _in_chunks(evaluate, draws, strategy, at_failure, chunk_size)
+    try:
+        if strategy == "plate":
+            return evaluate(draws, num_draws)
+        if strategy == "vmap":
+            mapped: Terms = torch.vmap(evaluate, in_dims=(0, None), randomness="same")(draws, None)
+            return mapped
+    except ModelFailures:
+        if at_failure is None:
+            raise
+        if num_draws > _FEW:
+            return _in_chunks(evaluate, draws, strategy, at_failure, _FEW)
+    return _by_loop(evaluate, draws, at_failure)
+
+
+def _in_chunks(
+    evaluate: Evaluate,
+    draws: Mapping[str, Tensor],
+    strategy: str,
+    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None,
+    size: int,
+) -> Terms:
+    """The terms of many draws, so many draws at a time."""
+    split = {name: value.split(size) for name, value in draws.items()}
+    chunks = [dict(zip(split, parts)) for parts in zip(*split.values())]
+    found = [evaluate_many(evaluate, chunk, strategy, at_failure) for chunk in chunks]
+    return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
+
+
+def _by_loop(
+    evaluate: Evaluate,
+    draws: Mapping[str, Tensor],
+    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None,
+) -> Terms:
+    state = torch.get_rng_state()
+    found = []
+    for parts in zip(*draws.values()):
+        row = dict(zip(draws, parts))
+        torch.set_rng_state(state)
+        try:
+            found.append(evaluate(row, None))
+        except ModelFailures:
+            if at_failure is None:
+                raise
+            found.append(at_failure(row))
+    return stack(found)
+
+
+def stack(rows: list[Terms]) -> Terms:
+    """The terms of single draws as those of many.
+
+    :param rows: the terms of each draw.
+    """
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def choose_strategy(
+    evaluate: Evaluate,
+    draws: Mapping[str, Tensor],
+    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None = None,
+) -> tuple[str, str]:
+    """The fastest strategy that agrees with a loop, and for a loop why the others do not.
+
+    :param evaluate: as in :func:`evaluate_many`.
+    :param draws: the few draws at which strategies are compared, tensors of shape ``(n, ...)``.
+    :param at_failure: as in :func:`evaluate_many`.
+    """
+    state = torch.get_rng_state()
+    expected = evaluate_many(evaluate, draws, "loop", at_failure)
+    reason = ""
+    for strategy in ("plate", "vmap"):
+        torch.set_rng_state(state)
+        try:
+            found = evaluate_many(evaluate, draws, strategy)
+        except Exception as error:  # any error means that the model does not take many draws
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        if agree(found, expected):
+            return strategy, ""
+        reason = "many draws at once give another log-density than one at a time"
+    return "loop", reason
+
+
+def agree(found: Terms, expected: Terms) -> bool:
+    """Whether terms are equal to round-off, with NaN in the same places.
+
+    :param found: some terms.
+    :param expected: others.
+    """
+    if found.keys() != expected.keys():
+        return False
+    for name, wanted in expected.items():
+        value = found[name]
+        tolerance = 1e-4 if value.dtype == torch.float32 else 1e-8
+        if value.shape != wanted.shape or not torch.allclose(
+            value, wanted, rtol=tolerance, atol=tolerance, equal_nan=True
+        ):
+            return False
+    return True
+
+
+class DrawPlate(NamedTuple):
+    """The plate of the draws, to the left of all plates of a model.
+
+    :param size: the number of draws, or ``None`` for a single run, without this plate.
+    :param num_plates: the number of dimensions that the plates of the model take.
+    """
+
+    size: int | None
+    num_plates: int
+
+    def place(
+        self, values: Mapping[str, Tensor], event_dims: Mapping[str, int]
+    ) -> Mapping[str, Tensor]:
+        """Values of shape ``(n,) + site shape`` with the draws to the left of all plates."""
+        if self.size is None:
+            return values
+        placed = {}
+        for name, value in values.items():
+            padding = (1,) * (self.num_plates + 1 + event_dims[name] - value.dim())
+            placed[name] = value.reshape(value.shape[:1] + padding + value.shape[1:])
+        return placed
+
+    def run(self, model: Callable[[], Any]) -> None:
+        """Runs a model in the plate."""
+        if self.size is None:
+            model()
+            return
+        with pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates):
+            model()
+
+    def sum(self, log_prob: Tensor) -> Tensor:
+        """The sum of a site's log-density over all but the draws.
+
+        :raises ValueError: if it does not have as many dimensions as there are plates.
+        """
+        if self.size is None:
+            return log_prob.sum()
+        if log_prob.dim() != 1 + self.num_plates:
+            raise ValueError(
+                f"expected {1 + self.num_plates} batch dimensions, got {log_prob.dim()}"
+            )
+        return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+
+
+class GuideDraws:
+    """Draws of a guide and their log-density, in a plate where that agrees with single runs.
+
+    :param run: runs a guide.
+    :param num_plates: the number of dimensions that the plates of its model take.
+    """
+
+    def __init__(self, run: Callable[[], Any], num_plates: int = 0) -> None:
+        self._run = run
+        with poutine.block():
+            trace = poutine.trace(run).get_trace()
+        self._num_plates = max(num_plates, plate_nesting(trace))
+        sites: list[Any] = latent_nodes(trace)
+        #: the shape of each latent, auxiliary ones included
+        self.shapes: dict[str, torch.Size] = {site["name"]: site["value"].shape for site in sites}
+        self._indices: Terms = {}
+        #: whether many draws are made at once
+        self.is_vectorized = self._plate_agrees()
+
+    def __call__(self, n: int) -> tuple[Terms, Tensor]:
+        """Draws by site, of shape ``(n,) + site shape``, and their log-densities, of shape ``(n,)``."""
+        if self.is_vectorized:
+            drawn = self._evaluate({}, n)
+        else:
+            drawn = stack([self._evaluate({}, None) for _ in range(n)])
+        return drawn, drawn.pop(_LOG_PROB)
+
+    def _evaluate(self, given: Mapping[str, Tensor], size: int | None) -> Terms:
+        """The values of all sites and their log-density; a site that is not given is drawn."""
+        scored = SiteLogProbs({**self._indices, **given} if given else {})
+        plate = DrawPlate(size, self._num_plates)
+        with poutine.block(), scored:
+            plate.run(self._run)
+        batch = () if size is None else (size,)
+        found = {k: scored.values[k].reshape(batch + shape) for k, shape in self.shapes.items()}
+        self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
+        total = next(iter(found.values())).new_zeros(batch)
+        for log_prob in scored.log_probs.values():
+            total = total + plate.sum(log_prob)
+        return {**found, _LOG_PROB: total}
+
+    def _plate_agrees(self) -> bool:
+        """Whether draws made in a plate have the log-density of single runs at these draws."""
+        try:
+            drawn = self._evaluate({}, _NUM_COMPARED)
+            expected = evaluate_many(self._evaluate, drawn, "loop")
+        except Exception:  # any error means that the guide does not make many draws
+            return False
+        return agree(drawn, expected)
