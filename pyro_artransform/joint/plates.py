@@ -95,8 +95,9 @@ def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
     :param traces: traces of models and guides.
     """
-    nodes: Any = (node for trace in traces for node in trace.nodes.values())
-    return (frame for node in nodes for frame in node.get("cond_indep_stack", ()))
+    for trace in traces:
+        for node in trace.nodes.values():
+            yield from node.get("cond_indep_stack", ())
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:
@@ -104,7 +105,8 @@ def plate_nesting(*traces: poutine.Trace) -> int:
 
     :param traces: traces of models and guides.
     """
-    return max((-frame.dim for frame in frames(*traces) if frame.dim is not None), default=0)
+    dims = [frame.dim for frame in frames(*traces) if frame.dim is not None]
+    return -min(dims, default=0)
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
