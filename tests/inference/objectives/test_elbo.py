@@ -8,9 +8,9 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective, offers_protocol
 
 from pyro_artransform import AutoAutoregressive, AutoIAF, AutoMAF, spline_autoregressive
-from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective, offers_protocol
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 from tests.inference.models import small
@@ -112,7 +112,7 @@ def test_parameters_of_guide_and_model():
     assert set(found) == own | {"noise"}
     assert all(p.requires_grad and p.is_leaf for p in found.values())
     assert len({id(p) for p in found.values()}) == len(found)
-    # the same objects each time: an optimiser holds them
+    # the same objects each time: an optimizer holds them
     assert all(p is found[name] for name, p in objective.parameters().items())
     assert gradients(objective, 4)[list(found).index("noise")].abs() > 0
 

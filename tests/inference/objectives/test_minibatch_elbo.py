@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-
-from pyro_artransform.inference.data.loader import Batches
-from pyro_artransform.inference.objectives import minibatch_elbo as minibatches_module
 from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective
+
+from pyro_artransform.inference.data.loader import BatchStream
+from pyro_artransform.inference.objectives import minibatch_elbo as minibatches_module
 from pyro_artransform.inference.objectives.minibatch_elbo import MinibatchObjective, hold
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
@@ -21,7 +21,7 @@ def objectives(kind=small, make_loader=listed):
     x, y = rows()
     guide = kind(loaders.regression)
     guide(x, y)
-    batches = Batches(make_loader(x, y))
+    batches = BatchStream(make_loader(x, y))
     log_joint = LogJoint(loaders.regression, (x[:10], y[:10]))
     if kind is small:
         objective = PathObjective(log_joint, guide)
