@@ -17,7 +17,7 @@ from pyro_artransform import AutoAmortized, AutoIAF, conditional_iaf
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data, redraw, train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def trained(encoder=None, model=hierarchies.groups, **options):
