@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""What an amortised guide refuses, in words that name the site, the plate and the shapes."""
+"""What an amortized guide refuses, in words that name the site, the plate and the shapes."""
 
 import pyro
 import pytest

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""An amortised guide in the param store, in copies, state dicts and files."""
+"""An amortized guide in the param store, in copies, state dicts and files."""
 
 import copy
 import os
