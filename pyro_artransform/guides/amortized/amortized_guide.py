@@ -12,9 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..distributions import DrawnDistribution, PathDistribution
-from ..flow_factory import check_count, check_model, check_scale
-from ..sites import packing
+from ..distributions import FlowDistribution, PathDistribution
 from . import default_flows
 from . import encoder as encoding
 from .element_packing import (
@@ -28,6 +26,8 @@ from .element_packing import (
 )
 from .factors import base_of, check_flows
 from .layout import Frame
+from .legacy.flow_factory import check_count, check_model, check_scale
+from .legacy.sites import packing
 from .plates import check_plates, check_same, check_table, new_plate
 from .posterior import Hierarchy
 from .setup import KeptAmortized
@@ -188,10 +188,10 @@ class AutoAmortized(KeptAmortized):
 
     def _drawn(
         self, hierarchy: Hierarchy, base: Any, transform: Any, known: tuple[Any, ...]
-    ) -> DrawnDistribution:
+    ) -> FlowDistribution:
         """The distribution of a latent vector, with the gradient that is wanted of its density."""
         if not self.path:
-            return DrawnDistribution(base, transform, validate_args=False)
+            return FlowDistribution(base, transform, validate_args=False)
         posterior = PathDistribution(base, transform, validate_args=False)
         posterior.through = lambda *pair: hierarchy.at_fixed_parameters(*known, pair)
         if known[1] is None and hierarchy.globals is not None:

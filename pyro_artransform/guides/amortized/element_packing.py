@@ -15,10 +15,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..flow_factory import to_tensor
-from ..sites.packing import constrain, unconstrain, unconstrained_shape
-from ..sites.records import Site, latent_site, latent_sites
 from .layout import Group, Layout
+from .legacy.flow_factory import to_tensor
+from .legacy.sites.packing import constrain, unconstrain, unconstrained_shape
+from .legacy.sites.records import Site, latent_site, latent_sites
 
 Values = dict[str, Tensor]
 Plates = dict[str, pyro.plate]

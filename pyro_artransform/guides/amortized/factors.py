@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...transforms import ComposedTransform, check_structure
 from ...univariate.base import ElementwiseTransform, soft_bound
-from ..flow_factory import check_callables, new_flow
-from ..location_scale import LocationScale
+from ..distributions import LocationScale
+from .legacy.flow_factory import check_callables, new_flow
 
 # of more globals than this the locals see a linear summary, of this size
 _MOST_GLOBALS = 64

@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..sites.packing import unconstrained_shape
-from ..sites.records import Site, change_tensors, describe_support, latent_site, latent_sites
+from .legacy.sites.packing import unconstrained_shape
+from .legacy.sites.records import Site, change_tensors, describe_support, latent_site, latent_sites
 
 Frame = Any  # the frame of a plate, as Pyro's traces hold it
 

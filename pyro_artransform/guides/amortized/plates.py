@@ -13,8 +13,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..sites.records import Site, is_hidden, latent_sites
 from .layout import Frame, Group, frames_of, plates_of
+from .legacy.sites.records import Site, is_hidden, latent_sites
 
 # of a longer sequence the length and the first element have to do
 _FEW = 16

@@ -13,15 +13,15 @@ from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
-from ..initialization import KnownStartingValues
-from ..persistence import serialization as saving
-from ..persistence.param_store import Standing
-from ..persistence.persistent_guide import KeptGuide
-from ..sites import packing
-from ..sites.records import is_hidden, latent_sites, refuse_moving_structure
 from . import encoder as encoding
 from .factors import GlobalFactor, LocalFactor
 from .layout import Frame, Layout, frames_of, layout, one_element, starting_points
+from .legacy.initialization import KnownStartingValues
+from .legacy.persistence import serialization as saving
+from .legacy.persistence.param_store import Standing
+from .legacy.persistence.persistent_guide import KeptGuide
+from .legacy.sites import packing
+from .legacy.sites.records import is_hidden, latent_sites, refuse_moving_structure
 from .plates import GivenIndices, refuse_given_indices, run_frames, signature_of
 from .posterior import Hierarchy
 

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from ...transforms.evaluate import values_are_readable
+from .....transforms.evaluate import values_are_readable
 from ..flow_factory import to_tensor
 from .records import Site, describe_support, latent_sites
 

@@ -14,7 +14,7 @@ from pyro.distributions import TransformModule
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
-from ..transforms import check_structure
+from ....transforms import check_structure
 
 
 def new_flow(make_flow: Callable[[int], Any], loc: Tensor) -> TransformModule:
