@@ -140,7 +140,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
                 first, lambda: self.model(*args, **kwargs), rng_state
             )
             arguments = self._resolved_arguments(len(start))
-            self._set_up_from(GuideSpec(sites, arguments, observed, start.device), start)
+            spec = GuideSpec(sites, arguments, observed, start.device)
+            values = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+            self._set_up_from(spec, start, values)
         except BaseException:
             # the next call must not find a guide that is set up by half
             self.prototype_trace = None
@@ -165,8 +167,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         self._flow_start = {k: v.detach().clone() for k, v in flow.state_dict().items()}
         self.transform = ComposedTransform(flow, affine)
 
-    def _take_spec(self, spec: GuideSpec) -> None:
-        super()._take_spec(spec)
+    def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
+        super()._take_spec(spec, values)
         self.latent_dim = spec.latents.latent_dim
         self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in spec.sites}
         self._cond_indep_stacks = {site.name: site.plates for site in spec.sites}

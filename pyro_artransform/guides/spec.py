@@ -51,17 +51,24 @@ class GuideSpec:
         """A latent vector of zeros, shape ``(latent_dim,)``."""
         return torch.zeros(self.latents.latent_dim, dtype=self.dtype, device=self.device)
 
-    def prototype_trace(self) -> poutine.Trace:
-        """The latent sites as a trace, as Pyro's autoguides and ``NeuTraReparam`` want it."""
+    def prototype_trace(self, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
+        """The latent sites as a trace, as Pyro's autoguides and ``NeuTraReparam`` want it.
+
+        :param values: the starting value of each site; by default some value in its support.
+        """
         trace = poutine.Trace()
         for site in self.sites:
-            z = torch.zeros(site.unconstrained_shape, dtype=site.dtype, device=self.device)
+            if values is None:
+                z = torch.zeros(site.unconstrained_shape, dtype=site.dtype, device=self.device)
+                value = site.bijection(z).to(site.dtype)
+            else:
+                value = values[site.name]
             trace.add_node(
                 site.name,
                 type="sample",
                 name=site.name,
                 fn=SiteShape(site),
-                value=site.bijection(z).to(site.dtype),
+                value=value,
                 is_observed=False,
                 infer={},
                 args=(),

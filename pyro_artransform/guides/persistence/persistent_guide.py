@@ -6,7 +6,7 @@
 import copy
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -91,18 +91,29 @@ class PersistentGuide(AutoGuide):
         """The arguments of the constructor, with the defaults for a latent dimension."""
         return dict(self._arguments)
 
-    def _take_spec(self, spec: GuideSpec) -> None:
-        """Remembers a spec, and what Pyro's autoguides remember of a run of the model."""
+    def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
+        """Remembers a spec, and what Pyro's autoguides remember of a run of the model.
+
+        :param spec: the spec.
+        :param values: the starting value of each site, where they are known.
+        """
         self._spec = spec
-        self.prototype_trace = spec.prototype_trace()
+        self.prototype_trace = spec.prototype_trace(values)
         self._prototype_frames = {frame.name: frame for s in spec.sites for frame in s.plates}
 
-    def _set_up_from(self, spec: GuideSpec, start: Tensor) -> None:
-        """Everything that follows from the latent sites and the starting point."""
+    def _set_up_from(
+        self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Everything that follows from the latent sites and the starting point.
+
+        :param spec: the spec.
+        :param start: the starting point, shape ``(latent_dim,)``.
+        :param values: the starting value of each site, where there was a run of the model.
+        """
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
             self._build(spec, start.detach().clone())
-            self._take_spec(spec)
+            self._take_spec(spec, values)
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
@@ -202,7 +213,9 @@ class PersistentGuide(AutoGuide):
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
         if self._spec is not None:
-            self._take_spec(self._spec.to(fn))
+            nodes = self.prototype_trace.nodes
+            values = {name: fn(node["value"]) for name, node in nodes.items()}
+            self._take_spec(self._spec.to(fn), values)
         return self
 
     # State dicts
