@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...joint import LogJoint
 from ...joint.masked_latents import WholeLatents
 from ...joint.plates import hidden_sites, plate_nesting
+from ...joint.protocols import ScaledSteps
 
 Model = Callable[..., Any]
 
@@ -130,8 +131,9 @@ class PathObjective:
         return {**named, **others}
 
     def step_units(self) -> dict[str, Tensor]:
-        offered = getattr(self._guide, "step_units", dict)
-        return {f"guide.{name}": unit for name, unit in offered().items()}
+        scales = _step_scales(self._guide)
+        own = self._guide.named_parameters() if scales else ()
+        return {f"guide.{name}": scales[id(p)] for name, p in own if id(p) in scales}
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._log_joint = self._of_any_batch.at(args, kwargs)
@@ -188,7 +190,7 @@ class PyroObjective:
             self._num_plates = plate_nesting(*self._traces())
         self._elbos: dict[int, Any] = {}
         #: by the name of a guide's parameter, its name in Pyro's store
-        self._names: dict[str, str] = {}
+        self._names: dict[int, str] = {}
         #: whether many particles are evaluated at once
         self.is_vectorized = True
         # particles are a plate
@@ -210,12 +212,10 @@ class PyroObjective:
         return _captured(lambda: self._value(1))
 
     def step_units(self) -> dict[str, Tensor]:
-        guide: Any = self._guide
-        offered: dict[str, Tensor] = getattr(guide, "step_units", dict)()
-        if offered and not self._names:
-            own = {id(parameter): name for name, parameter in guide.named_parameters()}
-            self._names = {own.get(id(p), ""): name for name, p in self.parameters().items()}
-        return {self._names[name]: unit for name, unit in offered.items() if name in self._names}
+        scales = _step_scales(self._guide)
+        if scales and not self._names:
+            self._names = {id(p): name for name, p in self.parameters().items()}
+        return {self._names[key]: unit for key, unit in scales.items() if key in self._names}
 
     def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._arguments = args, kwargs
@@ -288,6 +288,14 @@ def _by_path(guide: Any) -> Iterator[None]:
         yield
     finally:
         guide.path = before
+
+
+def _step_scales(guide: Any) -> dict[int, Tensor]:
+    """The scales of a guide's steps, by the ids of its parameters."""
+    if isinstance(guide, ScaledSteps):
+        return {id(parameter): scale for parameter, scale in guide.step_scales().items()}
+    named = dict(guide.named_parameters()) if isinstance(guide, nn.Module) else {}
+    return {id(named[name]): unit for name, unit in getattr(guide, "step_units", dict)().items()}
 
 
 def _captured(run: Callable[[], Any]) -> dict[str, Tensor]:
