@@ -102,25 +102,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         super().__init__(model, init_loc_fn, arguments)
         self._make_flow: Callable[[int], nn.Module] | None = flow
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":
-            # a model that is a module would become a part of the guide
-            self._use_model(value)
-        else:
-            super().__setattr__(name, value)
-
     # Set-up
-
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
-        """Runs the model, to learn its latents, and builds the flow, unless that is done already.
-
-        The first call of the guide does the same.
-
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
-        """
-        if self._spec is None:
-            self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         rng_state = torch.get_rng_state()

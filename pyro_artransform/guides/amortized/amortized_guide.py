@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ...arguments import check_callable, check_integer, check_positive
 from ...joint.argument_shapes import argument_shapes
 from ...joint.quantiles import check_levels, quantiles_of
-from ...joint.sites import latent_nodes
 from ..distributions import check_flow_argument
 from ..model_checks import (
     check_model,
@@ -29,16 +28,16 @@ from ..persistence.persistent_guide import PersistentGuide
 from ..spec import GuideSpec, sites_of
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import default_flow, default_local_flow
-from .layout import LatentLayout, Vectors, mean_start, one_element
+from .layout import LatentLayout, Vectors, first_value, mean_start, one_element
 from .plates import (
     CreatePlates,
-    Frames,
     GivenIndices,
     Plates,
+    PlateSizes,
     compare_elements,
     complete_plates,
     enter,
-    frames_of,
+    plate_sizes,
     plates_of_user,
     refuse_given_indices,
     refuse_no_local_latents,
@@ -167,8 +166,8 @@ class AutoAmortized(PersistentGuide):
             self.create_plates = check_callable("create_plates", create_plates)
         # in a tuple, as the model is: its parameters become the guide's at the set-up
         self._encoder = (check_encoder(encoder),)
-        self._frames: Frames = {}
-        self._frames_by_shapes: dict[Hashable, Frames] = {}
+        self._sizes: PlateSizes = {}
+        self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
     @property
     def needs_indices(self) -> bool:
@@ -192,44 +191,32 @@ class AutoAmortized(PersistentGuide):
 
     # Set-up
 
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
-        """Runs the model, to learn its latents and plates, and builds the flows, unless that is done
-        already.
-
-        The first call of the guide does the same.
-
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
-        """
-        if self._spec is None:
-            self._setup_prototype(*args, **kwargs)
-
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
         trace = self.prototype_trace
-        sites = sites_of(latent_nodes(trace))
+        sites = sites_of(trace)
         refuse_no_local_latents(sites, type(self).__name__)
         observed = refuse_moving_structure(
             trace, lambda: given(self.model)(*args, **kwargs), rng_state
         )
-        self._refuse_given_indices(given, frames_of(sites), args, kwargs)
+        self._refuse_given_indices(given, plate_sizes(sites), args, kwargs)
+        values = {site.name: trace.nodes[site.name]["value"].detach() for site in sites}
         elements = tuple(map(one_element, sites))
-        starts = [mean_start(site, trace.nodes[site.name]["value"]) for site in sites]
-        feature_dims = self._first_feature_dims(LatentLayout(elements), args, kwargs)
+        start = torch.cat([mean_start(site, values[site.name]) for site in sites])
+        feature_dims = {}
+        if self._encoder[0] is not None:
+            layout = LatentLayout(elements)
+            with poutine.block():
+                plates = complete_plates({}, plate_sizes(sites), start.device)
+            feature_dims = first_feature_dims(
+                self._encoder[0], plates, layout.local_groups, args, kwargs
+            )
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        start = torch.cat(starts)
-        self._set_up_from(GuideSpec(elements, arguments, observed, start.device), start)
-        self._frames_by_shapes = {argument_shapes((args, kwargs)): self._frames}
+        spec = GuideSpec(elements, arguments, observed, start.device)
+        self._set_up_from(spec, start, {e.name: first_value(e, values[e.name]) for e in elements})
+        self._sizes_by_shapes = {argument_shapes((args, kwargs)): self._sizes}
         self._register()
-
-    def _first_feature_dims(self, layout: LatentLayout, args: Any, kwargs: Any) -> dict[str, int]:
-        (encoder,) = self._encoder
-        if encoder is None:
-            return {}
-        with poutine.block():
-            plates = complete_plates({}, frames_of(layout.sites), torch.device("cpu"))
-        return first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         (encoder,) = self._encoder
@@ -249,11 +236,17 @@ class AutoAmortized(PersistentGuide):
             embedding_dim=spec.arguments["embedding_dim"],
             encoder=encoder,
         )
-        self._frames, self._frames_by_shapes = frames_of(spec.sites), {}
+        self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
-    def _refuse_given_indices(self, given: GivenIndices, frames: Frames, *arguments: Any) -> None:
+    def _refuse_given_indices(
+        self, given: GivenIndices, sizes: PlateSizes, *arguments: Any
+    ) -> None:
         maker = self if self.master is None else self.master()
-        refuse_given_indices(given.names, frames, maker.create_plates, *arguments)
+        refuse_given_indices(given.names, sizes, maker.create_plates, *arguments)
+
+    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+        # what a restored guide is built with is what its spec says
+        return {}
 
     @classmethod
     def _constructor_arguments(cls, spec: GuideSpec) -> dict[str, Any]:
@@ -275,11 +268,11 @@ class AutoAmortized(PersistentGuide):
             or a plate has a size for which the guide has no embeddings or features.
         """
         self.set_up(*args, **kwargs)
-        frames = self._frames_for(args, kwargs)
+        sizes = self._sizes_for(args, kwargs)
         self._register()
         # read as an attribute, which tells Pyro of the parameters
         posterior: AmortizedPosterior = self.transform
-        plates, indices = self._plates_for(frames, args, kwargs)
+        plates, indices = self._plates_for(sizes, args, kwargs)
         features = posterior.encode(plates, args, kwargs)
         rows = posterior.minibatch_rows(features, plates, indices)
         vectors, values = Vectors(), {}
@@ -293,41 +286,40 @@ class AutoAmortized(PersistentGuide):
             vectors[group.name] = z
         return values
 
-    def _frames_for(self, args: Any, kwargs: Any) -> Frames:
-        """The frames of the plates for these arguments: the model is run where they are new."""
+    def _sizes_for(self, args: Any, kwargs: Any) -> PlateSizes:
+        """The sizes of the plates for these arguments: the model is run where they are new."""
         if self._model is None or torch._C._get_tracing_state():
-            return self._frames
+            return self._sizes
         shapes = argument_shapes((args, kwargs))
-        if shapes not in self._frames_by_shapes:
+        if shapes not in self._sizes_by_shapes:
             given = GivenIndices()
-            known, names = self._spec.latents.sites, self._spec.observed or ()
+            spec = self._checked_spec()
+            known = spec.latents.sites
             now = latents_of(lambda: given(self.model)(*args, **kwargs))
             if not self._model_is_checked:
                 # what had data at the set-up may be predicted now
-                compare_names(known, now.keys() - set(names))
+                compare_names(known, now.keys() - set(spec.observed or ()))
             sites = [now[name] for name in known if name in now]
             for site in sites:
                 compare_elements(known[site.name], site)
             self._model_is_checked = True
-            self._refuse_given_indices(given, self._frames, args, kwargs)
-            if len(self._frames_by_shapes) >= _MAX_SHAPES:
-                self._frames_by_shapes.clear()
-            self._frames_by_shapes[shapes] = {**self._frames, **frames_of(sites)}
-        self._frames = self._frames_by_shapes[shapes]
-        return self._frames
+            self._refuse_given_indices(given, self._sizes, args, kwargs)
+            if len(self._sizes_by_shapes) >= _MAX_SHAPES:
+                self._sizes_by_shapes.clear()
+            self._sizes_by_shapes[shapes] = {**self._sizes, **plate_sizes(sites)}
+        self._sizes = self._sizes_by_shapes[shapes]
+        return self._sizes
 
     def _plates_for(
-        self, frames: Frames, args: Any, kwargs: Any
+        self, sizes: PlateSizes, args: Any, kwargs: Any
     ) -> tuple[Plates, dict[str, Tensor]]:
         """The plates, and the indices of those whose elements are not all, in their order."""
         if self.master is not None:
-            plates = {name: self.master().plates[name] for name in frames}
+            plates = {name: self.master().plates[name] for name in sizes}
             return plates, {name: plate.indices for name, plate in plates.items()}
         of_user = plates_of_user(self.create_plates, args, kwargs)
-        self.plates = complete_plates(of_user, frames, self._posterior.like.device)
-        partial = [
-            n for n, frame in frames.items() if n in of_user or frame.size != frame.full_size
-        ]
+        self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
+        partial = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
         return self.plates, {name: self.plates[name].indices for name in partial}
 
     # What a fit uses beyond Pyro's interface
@@ -372,7 +364,7 @@ class AutoAmortized(PersistentGuide):
         globals_ = self._posterior.globals
         if globals_ is None:
             return {}
-        ratio = max(frame.full_size / frame.size for frame in self._frames.values())
+        ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
         return globals_.step_scales(_LOCATION_STEP * ratio**0.5, ratio**-0.5)
 
     # Draws and densities
@@ -454,15 +446,15 @@ class AutoAmortized(PersistentGuide):
     def _all_rows(self, args: Any, kwargs: Any) -> Vectors:
         """The features or embeddings of all elements that there are, by group."""
         self._register()
-        posterior, frames, features = self._posterior, self._frames, {}
+        posterior, sizes, features = self._posterior, self._sizes, {}
         if posterior.encoded_groups:
             if args or kwargs:
-                frames = self._frames_for(args, kwargs)
+                sizes = self._sizes_for(args, kwargs)
             with poutine.block():
                 whole = {
-                    name: frame._replace(size=frame.full_size) for name, frame in frames.items()
+                    name: plate._replace(size=plate.full_size) for name, plate in sizes.items()
                 }
-                plates = complete_plates({}, whole, torch.device("cpu"))
+                plates = complete_plates({}, whole, posterior.like.device)
                 features = posterior.encode(plates, args, kwargs)
         return posterior.all_rows(features)
 

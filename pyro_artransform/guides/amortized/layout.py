@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,29 @@ Vectors = dict[str, Tensor]
 
 #: the name of the group of the global latents, which are in no plate
 GLOBAL = ""
+
+
+class PlateSize(NamedTuple):
+    """The size of a plate for some arguments of the model.
+
+    :param name: its name.
+    :param dim: its dimension, negative.
+    :param size: the number of elements in the mini-batch.
+    :param full_size: the number of all elements.
+    """
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+def plates_around(site: Site) -> list[PlateSize]:
+    """The plates around a site, the outermost first."""
+    return [
+        PlateSize(frame.name, frame.dim or -1, frame.size, frame.full_size or frame.size)
+        for frame in site.plates
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +128,8 @@ class LatentLayout:
         return tuple(
             Group(
                 name=names[plates],
-                dims={frame.name: frame.dim for frame in sites[0].plates},
-                full_sizes={frame.name: frame.full_size or 0 for frame in sites[0].plates},
+                dims={plate.name: plate.dim for plate in plates_around(sites[0])},
+                full_sizes={plate.name: plate.full_size for plate in plates_around(sites[0])},
                 latents=Latents(_without_plates(site) for site in sites),
                 parents=tuple(names[other] for other in by_plates if other < plates),
             )
@@ -193,7 +216,7 @@ def one_element(site: Site) -> Site:
     """
     if not site.plates:
         return site
-    sizes = {frame.dim: frame.size for frame in site.plates}
+    sizes = {plate.dim: plate.size for plate in plates_around(site)}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
     if tuple(site.batch_shape) != expected:
         raise ValueError(
@@ -205,6 +228,16 @@ def one_element(site: Site) -> Site:
     return replace(site, shape=shape, support=_common_support(site))
 
 
+def first_value(element: Site, value: Tensor) -> Tensor:
+    """The value of the first element of each plate.
+
+    :param element: what :func:`one_element` made of a site.
+    :param value: the value of the site.
+    """
+    rows = value[(slice(0, 1),) * len(element.batch_shape)] if element.plates else value
+    return rows.clone()
+
+
 def mean_start(site: Site, value: Tensor) -> Tensor:
     """The mean over all elements of the unconstrained value of a site, flattened.
 
@@ -212,7 +245,7 @@ def mean_start(site: Site, value: Tensor) -> Tensor:
     :param value: its starting value.
     :raises ValueError: if the value is not inside the support.
     """
-    z = site.bijection.inv(value.detach())
+    z = site.bijection.inv(value)
     if not z.isfinite().all():
         value_of = "starting values" if site.plates else "a starting value"
         raise ValueError(

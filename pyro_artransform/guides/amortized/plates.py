@@ -10,15 +10,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ...joint.sites import Site
-from .layout import Group
+from .layout import Group, PlateSize, plates_around
 
 Plates = dict[str, pyro.plate]
-Frames = dict[str, CondIndepStackFrame]
+PlateSizes = dict[str, PlateSize]
 CreatePlates = Callable[..., pyro.plate | Iterable[pyro.plate]]
 
 
@@ -34,9 +33,9 @@ class GivenIndices(Messenger):
             self.names.add(message["name"])
 
 
-def frames_of(sites: Iterable[Site]) -> Frames:
-    """The frames of the plates around some sites, by the names of the plates."""
-    return {frame.name: frame for site in sites for frame in site.plates}
+def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
+    """The sizes of the plates around some sites, by the names of the plates."""
+    return {plate.name: plate for site in sites for plate in plates_around(site)}
 
 
 def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
@@ -90,7 +89,7 @@ def compare_elements(expected: Site, got: Site) -> None:
 
 def refuse_given_indices(
     given: Collection[str],
-    frames: Frames,
+    sizes: PlateSizes,
     create_plates: CreatePlates | None,
     args: Any,
     kwargs: Any,
@@ -98,18 +97,18 @@ def refuse_given_indices(
     """Refuses a model that says itself which elements its plates have, where the guide is not told.
 
     :param given: the names of such plates.
-    :param frames: the frames of the plates that the guide makes.
+    :param sizes: the sizes of the plates that the guide makes.
     :param create_plates: makes the plates whose indices the guide is told.
     :param args: the model's arguments.
     :param kwargs: its keyword arguments.
     :raises ValueError: if there is such a plate.
     """
-    names = set(given) & frames.keys()
+    names = set(given) & sizes.keys()
     if names:
         with poutine.block():
             names -= plates_of_user(create_plates, args, kwargs).keys()
     for name in sorted(names):
-        size, full_size, dim = frames[name].size, frames[name].full_size, frames[name].dim
+        _, dim, size, full_size = sizes[name]
         raise ValueError(
             f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
             f"{full_size}), and those of the guide would take their place: expected create_plates, a "
@@ -135,23 +134,21 @@ def plates_of_user(create_plates: CreatePlates | None, args: Any, kwargs: Any) -
     return {plate.name: plate for plate in plates}
 
 
-def complete_plates(of_user: Plates, frames: Frames, device: torch.device) -> Plates:
+def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:
     """The user's plates, each with its dimension, and new ones of all or some random elements.
 
     :param of_user: the plates of ``create_plates``.
-    :param frames: the frames of the model's plates.
+    :param sizes: the sizes of the model's plates.
     :param device: where the indices of new plates are.
     :raises ValueError: if a plate of the user has another size or dimension than the model's.
     """
     plates = dict(of_user)
-    for name, frame in sorted(frames.items()):
+    for name, (_, dim, size, full_size) in sorted(sizes.items()):
         if name not in plates:
-            sizes = {"size": frame.full_size, "subsample_size": frame.size}
-            plates[name] = pyro.plate(name, **sizes, dim=frame.dim, device=str(device))
+            plates[name] = pyro.plate(name, full_size, size, dim=dim, device=str(device))
         plate = plates[name]
-        plate.dim = frame.dim if plate.dim is None else plate.dim
-        got = plate.size, plate.subsample_size, plate.dim
-        expected = frame.full_size, frame.size, frame.dim
+        plate.dim = dim if plate.dim is None else plate.dim
+        got, expected = (plate.size, plate.subsample_size, plate.dim), (full_size, size, dim)
         if got != expected:
             raise ValueError(
                 f"create_plates: expected plate '{name}' of (size, sub-sample size, dim) {expected}, "

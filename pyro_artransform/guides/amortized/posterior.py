@@ -64,7 +64,7 @@ class AmortizedPosterior(nn.Module):
         self.layout = layout
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
-        context_dims, locs = {}, layout.by_group(loc)
+        context_dims, locs = dict[str, int](), layout.by_group(loc)
         for group in layout.groups:
             factor: GlobalFactor | LocalFactor
             start = locs[group.name]

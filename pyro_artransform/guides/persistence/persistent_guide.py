@@ -71,6 +71,13 @@ class PersistentGuide(AutoGuide):
             )
         return self._model[0]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":
+            # a model that is a module would become a part of the guide
+            self._use_model(value)
+        else:
+            super().__setattr__(name, value)
+
     def _use_model(self, model: Model, init_loc_fn: Model = init_to_median) -> None:
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
@@ -78,6 +85,17 @@ class PersistentGuide(AutoGuide):
         self._model = InitMessenger(start)(model), model, init_loc_fn
 
     # What a subclass makes
+
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the model, to learn its latents, and builds the flows, unless that is done already.
+
+        The first call of the guide does the same.
+
+        :param args: the model's arguments.
+        :param kwargs: its keyword arguments.
+        """
+        if self._spec is None:
+            self._setup_prototype(*args, **kwargs)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """Makes ``transform`` from a spec and nothing else.

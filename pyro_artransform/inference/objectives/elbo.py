@@ -6,7 +6,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import fmean, stdev
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...joint import LogJoint
 from ...joint.masked_latents import WholeLatents
 from ...joint.plates import hidden_sites, plate_nesting
-from ...joint.protocols import ScaledSteps
+from ...joint.protocols import MinibatchGuide, ScaledSteps
 
 Model = Callable[..., Any]
 
@@ -276,18 +276,9 @@ _NUM_CHECKED = 8
 _NUM_LOOKS = 16
 
 
-@contextmanager
-def _by_path(guide: Any) -> Iterator[None]:
-    """With the path gradient of a guide that has one, and then as it was."""
-    before = getattr(guide, "path", None)
-    if not isinstance(before, bool):
-        yield
-        return
-    guide.path = True
-    try:
-        yield
-    finally:
-        guide.path = before
+def _by_path(guide: Any) -> AbstractContextManager[None]:
+    """The context of the path gradient, of a guide that has one."""
+    return guide.path_gradient() if isinstance(guide, MinibatchGuide) else nullcontext()
 
 
 def _step_scales(guide: Any) -> dict[int, Tensor]:

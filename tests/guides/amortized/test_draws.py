@@ -135,7 +135,10 @@ def test_each_element_can_have_any_place_and_width():
     [
         ({"mean": torch.zeros(3)}, r"expected the sites \['mean', 'z'\], got \['mean'\]"),
         ({"mean": torch.zeros(3), "z": torch.zeros(3, 5)}, r"'z' of shape \(3, 12\), got \(3, 5\)"),
-        ({"mean": torch.zeros(2), "z": torch.zeros(3, 12)}, r"'z' of shape \(2, 12\), got \(3, 12\)"),
+        (
+            {"mean": torch.zeros(2), "z": torch.zeros(3, 12)},
+            r"'z' of shape \(2, 12\), got \(3, 12\)",
+        ),
         ({"mean": torch.zeros(()), "z": torch.zeros(12)}, r"'mean' of shape \(n,\) \+ site shape"),
     ],
 )

@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import torch
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 
+from pyro_artransform.guides.amortized.layout import PlateSize
 from pyro_artransform.guides.amortized.plates import complete_plates
 
 
 def indices(size, full_size):
-    frames = {"items": CondIndepStackFrame("items", -1, size, 0, full_size)}
-    plate = complete_plates({}, frames, torch.device("cpu"))["items"]
+    sizes = {"items": PlateSize("items", -1, size, full_size)}
+    plate = complete_plates({}, sizes, torch.device("cpu"))["items"]
     assert (plate.size, plate.subsample_size, plate.dim) == (full_size, size, -1)
     return plate.indices
 
