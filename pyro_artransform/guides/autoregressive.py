@@ -3,7 +3,7 @@
 
 """The flow guide of any Pyro model with continuous latents."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, to_tensor
 from ..joint.argument_shapes import argument_shapes
-from ..joint.quantiles import check_levels, quantiles_of
 from ..joint.sites import Latents
 from ..transforms import ComposedTransform
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
@@ -292,40 +291,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         # summed here: torch's Independent cannot sum over no draws
         log_density: Tensor = normal.base_dist.log_prob(x).sum(-1) + inverse_ladj - ladj
         return log_density
-
-    @torch.no_grad()
-    def quantiles(
-        self,
-        quantiles: Sequence[float] | Tensor,
-        *args: Any,
-        num_samples: int = 10_000,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Quantiles of each coordinate of each site, from draws.
-
-        :param quantiles: q levels between 0 and 1.
-        :param args: the model's arguments, needed only if the guide was never called.
-        :param num_samples: how many draws.
-        :param kwargs: the model's keyword arguments, likewise.
-        :return: for each site a tensor of shape ``(q,) + site shape``.
-        :raises ValueError: if a level is not between 0 and 1.
-        """
-        self.set_up(*args, **kwargs)
-        levels = check_levels("quantiles", quantiles, self._parts[1].loc)
-        latent = self._draw(check_integer("num_samples", num_samples))
-        draws = self._checked_spec().latents.constrain(latent)
-        return {name: quantiles_of(value, levels) for name, value in draws.items()}
-
-    def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each coordinate of each site, from draws.
-
-        :param args: the model's arguments, needed only if the guide was never called.
-        :param num_samples: how many draws.
-        :param kwargs: the model's keyword arguments, likewise.
-        :return: for each site a tensor of its shape.
-        """
-        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
-        return {name: value[0] for name, value in found.items()}
 
     # What a fit uses beyond Pyro's interface
 

@@ -3,8 +3,8 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
 from ...joint.argument_shapes import argument_shapes
-from ...joint.quantiles import check_levels, quantiles_of
 from ..distributions import check_flow_argument
 from ..model_checks import (
     check_model,
@@ -28,15 +27,14 @@ from ..persistence.persistent_guide import PersistentGuide
 from ..spec import GuideSpec, sites_of
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import default_flow, default_local_flow
-from .layout import LatentLayout, Vectors, first_value, mean_start, one_element
+from .layout import LatentLayout, Vectors, mean_start, one_element
 from .plates import (
     CreatePlates,
     GivenIndices,
     Plates,
     PlateSizes,
-    compare_elements,
+    compared_sizes,
     complete_plates,
-    enter,
     plate_sizes,
     plates_of_user,
     refuse_given_indices,
@@ -133,6 +131,7 @@ class AutoAmortized(PersistentGuide):
     #: evaluation of each network. Other objectives, such as ``RenyiELBO``, need it to be false.
     path = False
 
+    _num_quantile_draws = 2_000
     _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
     _functions = (*PersistentGuide._functions, "_make_local_flow", "create_plates")
 
@@ -150,12 +149,11 @@ class AutoAmortized(PersistentGuide):
     ) -> None:
         check_model(model)
         check_callable("init_loc_fn", init_loc_fn)
-        for name, make, wanted in (
-            ("flow", flow, "the latent dimension"),
-            ("local_flow", local_flow, "the latent dimension and the size of the context"),
-        ):
-            if make is not None:
-                check_flow_argument(name, make, wanted)
+        if flow is not None:
+            check_flow_argument("flow", flow, "the latent dimension")
+        if local_flow is not None:
+            wanted = "the latent dimension and the size of the context"
+            check_flow_argument("local_flow", local_flow, wanted)
         arguments = {
             "embedding_dim": check_integer("embedding_dim", embedding_dim),
             "init_scale": check_positive("init_scale", init_scale),
@@ -200,21 +198,17 @@ class AutoAmortized(PersistentGuide):
         observed = refuse_moving_structure(
             trace, lambda: given(self.model)(*args, **kwargs), rng_state
         )
-        self._refuse_given_indices(given, plate_sizes(sites), args, kwargs)
-        values = {site.name: trace.nodes[site.name]["value"].detach() for site in sites}
-        elements = tuple(map(one_element, sites))
-        start = torch.cat([mean_start(site, values[site.name]) for site in sites])
+        refuse_given_indices(given, plate_sizes(sites), lambda: self._plates_of_user(args, kwargs))
+        start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
+        layout = LatentLayout(tuple(map(one_element, sites)))
+        (encoder,) = self._encoder
         feature_dims = {}
-        if self._encoder[0] is not None:
-            layout = LatentLayout(elements)
+        if encoder is not None:
             with poutine.block():
                 plates = complete_plates({}, plate_sizes(sites), start.device)
-            feature_dims = first_feature_dims(
-                self._encoder[0], plates, layout.local_groups, args, kwargs
-            )
+            feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        spec = GuideSpec(elements, arguments, observed, start.device)
-        self._set_up_from(spec, start, {e.name: first_value(e, values[e.name]) for e in elements})
+        self._set_up_from(GuideSpec(layout.sites, arguments, observed, start.device), start)
         self._sizes_by_shapes = {argument_shapes((args, kwargs)): self._sizes}
         self._register()
 
@@ -237,12 +231,6 @@ class AutoAmortized(PersistentGuide):
             encoder=encoder,
         )
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
-
-    def _refuse_given_indices(
-        self, given: GivenIndices, sizes: PlateSizes, *arguments: Any
-    ) -> None:
-        maker = self if self.master is None else self.master()
-        refuse_given_indices(given.names, sizes, maker.create_plates, *arguments)
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
         # what a restored guide is built with is what its spec says
@@ -280,7 +268,9 @@ class AutoAmortized(PersistentGuide):
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
             suffix = f"_{group.name}_latent" if group.name else "_latent"
             name = f"_{self._pyro_name}{suffix}"
-            with enter(plates, group.dims):
+            with ExitStack() as stack:
+                for plate in group.dims:
+                    stack.enter_context(plates[plate])
                 z = pyro.sample(name, distribution, infer={"is_auxiliary": True})
                 values.update(sample_sites(group.latents, z))
             vectors[group.name] = z
@@ -292,23 +282,25 @@ class AutoAmortized(PersistentGuide):
             return self._sizes
         shapes = argument_shapes((args, kwargs))
         if shapes not in self._sizes_by_shapes:
-            given = GivenIndices()
-            spec = self._checked_spec()
-            known = spec.latents.sites
+            given, spec = GivenIndices(), self._checked_spec()
             now = latents_of(lambda: given(self.model)(*args, **kwargs))
             if not self._model_is_checked:
                 # what had data at the set-up may be predicted now
-                compare_names(known, now.keys() - set(spec.observed or ()))
-            sites = [now[name] for name in known if name in now]
-            for site in sites:
-                compare_elements(known[site.name], site)
+                compare_names(spec.latents.sites, now.keys() - set(spec.observed or ()))
+            sizes = {**self._sizes, **compared_sizes(spec.latents.sites, now)}
             self._model_is_checked = True
-            self._refuse_given_indices(given, self._sizes, args, kwargs)
+            refuse_given_indices(given, sizes, lambda: self._plates_of_user(args, kwargs))
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
-            self._sizes_by_shapes[shapes] = {**self._sizes, **plate_sizes(sites)}
+            self._sizes_by_shapes[shapes] = sizes
         self._sizes = self._sizes_by_shapes[shapes]
         return self._sizes
+
+    def _plates_of_user(self, args: Any, kwargs: Any) -> Plates:
+        """The plates that ``create_plates`` makes, or that of the guide's list does."""
+        maker = self if self.master is None else self.master()
+        with poutine.block():
+            return plates_of_user(maker.create_plates, args, kwargs)
 
     def _plates_for(
         self, sizes: PlateSizes, args: Any, kwargs: Any
@@ -409,39 +401,6 @@ class AutoAmortized(PersistentGuide):
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
         return posterior.log_prob(rows, vectors) - ladj
-
-    @torch.no_grad()
-    def quantiles(
-        self,
-        quantiles: Sequence[float] | Tensor,
-        *args: Any,
-        num_samples: int = 2_000,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
-
-        :param quantiles: q levels between 0 and 1.
-        :param args: the model's arguments, as for :meth:`sample_posterior`.
-        :param num_samples: how many draws.
-        :param kwargs: its keyword arguments, likewise.
-        :return: for each site a tensor of shape ``(q,) + site shape``.
-        :raises ValueError: if a level is not between 0 and 1.
-        """
-        self.set_up(*args, **kwargs)
-        levels = check_levels("quantiles", quantiles, self._posterior.like)
-        draws = self.sample_posterior(check_integer("num_samples", num_samples), *args, **kwargs)
-        return {name: quantiles_of(value, levels) for name, value in draws.items()}
-
-    def median(self, *args: Any, num_samples: int = 2_000, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each coordinate of each site, from draws.
-
-        :param args: the model's arguments, as for :meth:`sample_posterior`.
-        :param num_samples: how many draws.
-        :param kwargs: its keyword arguments, likewise.
-        :return: for each site a tensor of its shape.
-        """
-        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
-        return {name: value[0] for name, value in found.items()}
 
     def _all_rows(self, args: Any, kwargs: Any) -> Vectors:
         """The features or embeddings of all elements that there are, by group."""

@@ -228,16 +228,6 @@ def one_element(site: Site) -> Site:
     return replace(site, shape=shape, support=_common_support(site))
 
 
-def first_value(element: Site, value: Tensor) -> Tensor:
-    """The value of the first element of each plate.
-
-    :param element: what :func:`one_element` made of a site.
-    :param value: the value of the site.
-    """
-    rows = value[(slice(0, 1),) * len(element.batch_shape)] if element.plates else value
-    return rows.clone()
-
-
 def mean_start(site: Site, value: Tensor) -> Tensor:
     """The mean over all elements of the unconstrained value of a site, flattened.
 
@@ -245,7 +235,7 @@ def mean_start(site: Site, value: Tensor) -> Tensor:
     :param value: its starting value.
     :raises ValueError: if the value is not inside the support.
     """
-    z = site.bijection.inv(value)
+    z = site.bijection.inv(value.detach())
     if not z.isfinite().all():
         value_of = "starting values" if site.plates else "a starting value"
         raise ValueError(

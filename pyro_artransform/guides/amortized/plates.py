@@ -4,12 +4,10 @@
 """The plates of a model: how many elements each has for given arguments, and which are drawn."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
@@ -58,14 +56,21 @@ def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
         )
 
 
-def compare_elements(expected: Site, got: Site) -> None:
-    """Refuses a site whose plates or elements are not those of the guide's set-up.
+def compared_sizes(known: Mapping[str, Site], now: Mapping[str, Site]) -> PlateSizes:
+    """The sizes of the plates around the guide's sites in a run of the model.
 
-    :param expected: the site of the guide, of one element of each plate.
-    :param got: the site for the model's arguments.
-    :raises ValueError: if a latent in no plate has another shape, an element of a latent in a plate
-        has, or the site is in other plates.
+    :param known: the sites of the guide, of one element of each plate.
+    :param now: the latents of the run.
+    :raises ValueError: if a latent in no plate has another shape than at the guide's set-up, an
+        element of a latent in a plate has, or a latent is in other plates.
     """
+    sites = [now[name] for name in known if name in now]
+    for site in sites:
+        _compare_elements(known[site.name], site)
+    return plate_sizes(sites)
+
+
+def _compare_elements(expected: Site, got: Site) -> None:
     plates = [sorted(frame.name for frame in site.plates) for site in (expected, got)]
     if plates[0] != plates[1]:
         raise ValueError(
@@ -88,26 +93,17 @@ def compare_elements(expected: Site, got: Site) -> None:
 
 
 def refuse_given_indices(
-    given: Collection[str],
-    sizes: PlateSizes,
-    create_plates: CreatePlates | None,
-    args: Any,
-    kwargs: Any,
+    given: GivenIndices, sizes: PlateSizes, of_user: Callable[[], Plates]
 ) -> None:
     """Refuses a model that says itself which elements its plates have, where the guide is not told.
 
-    :param given: the names of such plates.
+    :param given: what ran the model.
     :param sizes: the sizes of the plates that the guide makes.
-    :param create_plates: makes the plates whose indices the guide is told.
-    :param args: the model's arguments.
-    :param kwargs: its keyword arguments.
+    :param of_user: makes the plates whose indices the guide is told.
     :raises ValueError: if there is such a plate.
     """
-    names = set(given) & sizes.keys()
-    if names:
-        with poutine.block():
-            names -= plates_of_user(create_plates, args, kwargs).keys()
-    for name in sorted(names):
+    names = given.names & sizes.keys()
+    for name in sorted(names - of_user().keys() if names else names):
         _, dim, size, full_size = sizes[name]
         raise ValueError(
             f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
@@ -155,18 +151,6 @@ def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) ->
                 f"as the model has it for these arguments, got {got}"
             )
     return plates
-
-
-def enter(plates: Plates, names: Iterable[str]) -> ExitStack:
-    """Some of the plates, to be entered together.
-
-    :param plates: plates by name.
-    :param names: the names of those to be entered, the outermost first.
-    """
-    stack = ExitStack()
-    for name in names:
-        stack.enter_context(plates[name])
-    return stack
 
 
 def check_sizes(

@@ -6,7 +6,7 @@
 import copy
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +18,8 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from ...arguments import check_integer
+from ...joint.quantiles import check_levels, quantiles_of
 from ..initialization import StartingValues
 from ..spec import GuideSpec
 from . import serialization
@@ -40,6 +42,8 @@ class PersistentGuide(AutoGuide):
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
+    #: draws for a quantile
+    _num_quantile_draws = 10_000
     #: the name before any suffix
     first_name: str
 
@@ -155,6 +159,45 @@ class PersistentGuide(AutoGuide):
                 "set_up, with the model's arguments first"
             )
         return self._spec
+
+    # Quantiles
+
+    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of all sites, which a subclass makes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def quantiles(
+        self,
+        quantiles: Sequence[float] | Tensor,
+        *args: Any,
+        num_samples: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
+
+        :param quantiles: q levels between 0 and 1.
+        :param args: the model's arguments, as for ``sample_posterior``.
+        :param num_samples: how many draws; by default 10,000, and 2,000 of an amortized guide.
+        :param kwargs: the model's keyword arguments, likewise.
+        :return: for each site a tensor of shape ``(q,) + site shape``.
+        :raises ValueError: if a level is not between 0 and 1.
+        """
+        self.set_up(*args, **kwargs)
+        levels = check_levels("quantiles", quantiles, self._checked_spec().zeros())
+        n = self._num_quantile_draws if num_samples is None else num_samples
+        draws = self.sample_posterior(check_integer("num_samples", n), *args, **kwargs)
+        return {name: quantiles_of(value, levels) for name, value in draws.items()}
+
+    def median(
+        self, *args: Any, num_samples: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The median of each coordinate of each site, from draws, as for :meth:`quantiles`.
+
+        :return: for each site a tensor of its shape.
+        """
+        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
+        return {name: value[0] for name, value in found.items()}
 
     # The param store
 
