@@ -38,12 +38,12 @@ def fit(
 ) -> FitResult:
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
 
-    A guide of this package starts at the best of many candidates, judged by their ELBO on common
-    noise: as it stands, Gaussians on the way to the modes of the posterior, mean-field fits from
-    several points. It is trained by the path gradient. Any other Pyro guide is trained from where it
-    is by Pyro's own ELBO. The step size goes down when the ELBO stops moving, and the guide ends with
-    the best of the last, the averaged and the best parameters. Parameters of the model are trained
-    together with the guide's.
+    A guide of this package is initialized with the best of many candidates by their ELBO on common
+    noise: itself, Gaussians on the way to the modes of the posterior, mean-field fits from several
+    points. It is trained by the path gradient, any other Pyro guide by Pyro's own ELBO, from where it
+    is. The step size goes down when the ELBO stops moving, and the guide ends with the best of the
+    last, the averaged and the best parameters. Parameters of the model are trained together with the
+    guide's.
 
     The verdict rests on draws that were not trained on: k-hat, the ELBO and its standard error, the
     evidence that heavy-tailed draws find around the guide, and the modes that other starts have found.
@@ -53,24 +53,18 @@ def fit(
     scales a batch up to all data; only where all latents belong to a batch's own rows, as in a
     variational autoencoder, need nothing be scaled. Latents of the rows themselves need a guide that
     reads the batch, such as ``AutoAmortized``. A short last batch is given the weight of its rows.
-    The start is looked for in the mean of several batches. Steps of noisy gradients end in an
-    average over a third of them, and over whole epochs. What mini-batches cannot say the verdict does
-    not say, and it never trusts them; a loader of one batch with all data is as good as arguments.
+    The initial guide is found in the mean of several batches. The verdict never trusts mini-batches;
+    a loader of one batch with all data is as good as arguments.
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
     :param model: a Pyro model.
-    :param guide: any Pyro guide of it. One that has the methods ``start_at(loc, scale_tril=None)``
-        and ``rsample_and_log_prob(n, path=False)``, as those of this package have, is started and
-        trained through them. Where a guide has ``step_units()``, it returns by the name of a
-        parameter what to multiply its steps by. Any other guide that has an attribute ``path``,
-        ``False`` or ``True``, has it true in each step, and then as it was: with it the gradient
-        of the guide's density flows through the draws only. If it has ``start_near(values, share)``,
-        it is started by that, at draws of the best Gaussian of the latents of one mini-batch, which
-        is that share of all elements.
+    :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in the protocols
+        ``FlowGuide``, ``MinibatchGuide`` and ``ScaledSteps`` of :mod:`pyro_artransform.joint.protocols`:
+        an initial value, the path gradient, and the scale of its parameters' steps.
     :param args: the arguments of model and guide; none with a loader.
     :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
-        finds out itself.
+        finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows.
     :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, and
         leaves the state of the generators as it was. A generator that a loader has of its own is
@@ -81,7 +75,7 @@ def fit(
     :param checkpoint: a file to save the fit to as it goes.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
         same steps as if it had not been interrupted.
-    :param optim: an optimiser or scheduler of ``pyro.optim``, or a function of a list of parameters
+    :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``; its step size is then its own. By default Adam.
     :param loader: a ``torch.utils.data.DataLoader``, or another iterable of mini-batches that begins
         anew each time, as a list does. A tuple or list of it is the arguments of model and guide, a
@@ -91,9 +85,10 @@ def fit(
     :param epochs: how often to go through the loader, instead of ``num_steps``.
     :param config: all numbers that a fit is tuned by; the defaults are meant for every model.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
+    :return: the verdict, and the numbers that it rests on; the posterior is the guide.
     :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
     :raises ValueError: if the model has a parameter of the name of one of these options, if there is
-        no start with a finite density, if an option is out of its range, if a checkpoint is of
+        no initial guide with a finite density, if an option is out of its range, if a checkpoint is of
         another fit, if a loader is empty, if latents that all batches share would see one batch as
         if it were all data, or if the guide would look up other elements than those of a batch.
     :raises FitError: if the loss is not finite for many steps in a row.

@@ -17,8 +17,8 @@ class FitResult:
     After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
     where the model scales its batches up, and otherwise that of a batch. Its standard error is from
     the draws, and from the batches that the pass has left out. What rests on the weights of all
-    data, ``log_evidence``, ``khat`` and ``ess``, is ``nan`` unless the pass had all data, and a guide
-    with ``rsample_and_log_prob`` the same draws for all of them.
+    data, ``log_evidence``, ``khat`` and ``ess``, is ``nan`` unless the pass had all data, and the guide
+    draws on the unconstrained space, as those of this package do.
 
     :param elbo: the evidence lower bound in nats, from draws that were not trained on.
     :param elbo_se: its standard error.
@@ -37,11 +37,11 @@ class FitResult:
     :param num_gradients: how many gradients of the model's log density the steps took.
     :param seconds: wall time of all of it.
     :param stopped_because: why the steps ended.
-    :param start: where the fit started.
+    :param start: the candidate that the guide was initialized with.
     :param end: which parameters it ended with: the last ones, their average, the best ones, or
-        those that were kept on the way.
-    :param step_size: the step size; ``None`` where the optimiser is the user's.
-    :param culprits: the sites that made steps be skipped, with the number of times.
+        those that were saved on the way.
+    :param step_size: the step size; ``None`` where the optimizer is the user's.
+    :param culprits: the sites because of which steps were skipped, with the number of times.
     :param one_at_a_time: why the model was run for one draw after the other; empty where it was not.
     :param importance: the importance weights and what they say; ``None`` for a model that
         sub-samples its data.
@@ -100,5 +100,5 @@ class FitResult:
             f"<td style='text-align:left'>{escape(value)}</td></tr>"
             for name, value in self.rows().items()
         )
-        colour = "#2e7d32" if self.trusted else "#c62828"
-        return f"<p style='color:{colour}'>{escape(self.verdict)}</p><table>{rows}</table>"
+        color = "#2e7d32" if self.trusted else "#c62828"
+        return f"<p style='color:{color}'>{escape(self.verdict)}</p><table>{rows}</table>"

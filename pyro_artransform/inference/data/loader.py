@@ -53,7 +53,7 @@ class BatchStream:
     ) -> None:
         self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
         self._iterator: Iterator[object] | None = None
-        self._origin = self._random_state()
+        self._origin: dict[str, Any] = self._random_state()
         self._epoch_start = self._origin
         #: how many epochs are over, and how many batches of the present one
         self.epoch, self.position = 0, 0

@@ -30,7 +30,26 @@ class Optimizer(Protocol):
         ...
 
 
-class Adam:
+class TorchOptimizer:
+    """An optimizer of PyTorch, at its own step size.
+
+    :param optimizer: the optimizer of all parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self, factor: float) -> None:
+        self._optimizer.step()
+
+    def state(self) -> Any:
+        return self._optimizer.state_dict()
+
+    def restore(self, state: Any) -> None:
+        self._optimizer.load_state_dict(state)
+
+
+class Adam(TorchOptimizer):
     """Adam whose step size follows the schedule of the fit.
 
     :param parameters: what to train.
@@ -51,50 +70,25 @@ class Adam:
         betas: tuple[float, float],
         scales: ScaledSteps | None = None,
     ) -> None:
-        is_fused = True
+        fused = True
         for parameter in parameters:
-            is_fused &= parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
-        self._adam = torch.optim.Adam(parameters, lr=step_size, betas=betas, fused=is_fused)
+            fused &= parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+        self._optimizer = torch.optim.Adam(parameters, lr=step_size, betas=betas, fused=fused)
         self._trained = set(parameters)
         self._step_size, self._scales = step_size, scales
 
     def step(self, factor: float) -> None:
-        for group in self._adam.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = self._step_size * factor
         scaled = []
         if self._scales is not None:
             for parameter, scale in self._scales.step_scales().items():
                 if parameter in self._trained:
                     scaled.append((parameter, scale, parameter.detach().clone()))
-        self._adam.step()
+        self._optimizer.step()
         with torch.no_grad():
             for parameter, scale, before in scaled:
                 parameter.copy_(torch.addcmul(before, scale, parameter - before))
-
-    def state(self) -> Any:
-        return self._adam.state_dict()
-
-    def restore(self, state: Any) -> None:
-        self._adam.load_state_dict(state)
-
-
-class TorchOptimizer:
-    """An optimizer of PyTorch, at its own step size.
-
-    :param optimizer: the optimizer of all parameters.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def step(self, factor: float) -> None:
-        self._optimizer.step()
-
-    def state(self) -> Any:
-        return self._optimizer.state_dict()
-
-    def restore(self, state: Any) -> None:
-        self._optimizer.load_state_dict(state)
 
 
 class PyroOptimizer:
