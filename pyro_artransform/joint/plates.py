@@ -91,8 +91,10 @@ def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
 def plate_nesting(*traces: poutine.Trace) -> int:
     """How many dimensions the plates of traces take, counted from the right."""
-    dims = [frame.dim for frame in frames(*traces) if frame.dim is not None]
-    return -min(dims, default=0)
+    nesting = 0
+    for frame in frames(*traces):
+        nesting = max(nesting, -(frame.dim or 0))
+    return nesting
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
