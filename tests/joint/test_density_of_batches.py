@@ -96,3 +96,16 @@ def test_nonfinite_sites_of_any_part():
     bad = torch.full((3,), torch.inf)
     mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((bad,), {})], [1.0, 1.0])
     assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
+
+
+def test_structures_of_many_shapes():
+    """More than are remembered."""
+
+    def sized(y, size):
+        with pyro.plate("data", size, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    log_joint = LogJoint(sized, (Y, SIZE))
+    for size in range(SIZE, SIZE + 100):
+        assert log_joint.structure((Y, size)).scale == size / SIZE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...joint import LogJoint
+from ...joint import LogDensity, LogJoint
 from .gaussians import noise
 from .search import AS_IT_STOOD, Start, best_gaussian
 
@@ -20,7 +20,7 @@ _NUM_DRAWS = 4000
 _NUM_COMPARED = 512
 
 
-class SharedPrior:
+class SharedPrior(LogDensity):
     """The log joint density of a mini-batch by itself, with its share of the density of the globals.
 
     A model scales the log-density of a mini-batch up to all data, that of its locals included,
