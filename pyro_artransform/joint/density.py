@@ -37,14 +37,12 @@ _MOST_SIGNATURES = 64
 
 
 class LogDensity(Protocol):
-    """A log density of the latents of a model on the unconstrained space.
-
-    It has a starting point of shape ``(latent_dim,)``, and a strategy for many draws: "plate", "vmap"
-    or "loop".
-    """
+    """A log density of the latents of a model on the unconstrained space."""
 
     latents: Latents
+    #: a starting point, shape ``(latent_dim,)``
     start: Tensor
+    #: how many draws are evaluated: "plate", "vmap" or "loop"
     strategy: str
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ class LogDensity(Protocol):
         ...
 
 
-class LogJoint:
+class LogJoint(LogDensity):
     r"""The log joint density of a Pyro model, with the Jacobian, on the unconstrained space.
 
     .. math::
@@ -108,15 +106,18 @@ class LogJoint:
         self._structures: dict[Any, ModelStructure] = {}
         self._first_run = self._arguments, trace
         self.latents = Latents.from_trace(trace)
-        #: the values of the latents in the first run, shape ``(latent_dim,)``
-        self.start = self.latents.unconstrain(
-            {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
-        )
-        self._event_dims = {name: site.event_dim for name, site in self.latents.sites.items()}
+        self._event_dims: dict[str, int] = {}
+        values = {}
+        for node in latent_nodes(trace):
+            values[node["name"]] = node["value"].detach()
+            self._event_dims[node["name"]] = node["fn"].event_dim
+        # the values of the latents in the first run
+        self.start = self.latents.unconstrain(values)
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = is_subsampled(trace)
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
-        #: how many draws are evaluated: "plate", "vmap" or "loop", and why it is a loop
+        #: why the strategy is a loop, if it is one
+        self.reason: str
         self.strategy, self.reason = self._choose_strategy()
 
     def with_arguments(
@@ -124,7 +125,7 @@ class LogJoint:
     ) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
 
-        Its strategy is the same and not chosen anew, so that this costs next to nothing.
+        Its strategy is not chosen anew, so that this costs next to nothing.
 
         :param args: the arguments.
         :param kwargs: the keyword arguments.
@@ -166,20 +167,11 @@ class LogJoint:
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The log joint density of draws, NaN where the model fails.
-
-        :param z: shape ``(n, latent_dim)``.
-        :return: shape ``(n,)``.
-        """
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan)["total"]
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws.
-
-        :param z: shape ``(n, latent_dim)``.
-        """
         found: dict[str, None] = {}
         for row in z:
             scored = SiteLogProbs(self.latents.constrain(row))
@@ -236,7 +228,7 @@ class LogJoint:
             return choose_strategy(self._evaluate, {"z": z}, _nan)
 
 
-class MeanLogJoint:
+class MeanLogJoint(LogDensity):
     """The log joint density of a model as the weighted mean of that for several arguments.
 
     The density of each mini-batch is scaled up to all data, and its mode is many standard deviations

@@ -189,3 +189,14 @@ def test_start_is_the_value_of_the_first_run():
     trace = poutine.trace(InitMessenger(init_to_median)(models.one_plate)).get_trace()
     for name, value in log_joint.latents.constrain(log_joint.start).items():
         assert torch.allclose(value, trace.nodes[name]["value"])
+
+
+def test_start_of_an_improper_prior_is_the_origin():
+    def model():
+        improper = dist.ImproperUniform(dist.constraints.positive, torch.Size(), torch.Size([2]))
+        z = pyro.sample("z", improper)
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    log_joint = LogJoint(model)
+    assert log_joint.start.tolist() == [0.0, 0.0]
+    assert log_joint.strategy == "plate"

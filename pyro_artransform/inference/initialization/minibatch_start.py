@@ -1,29 +1,31 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The initial guide where the guide knows the elements of plates by one mini-batch at a time."""
+"""Where a fit starts whose guide knows the elements of plates by a mini-batch only."""
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...joint import LogJoint
-from ...joint.protocols import MinibatchGuide
-from ..config import InitializationConfig
-from ..data.loader import Batch
-from .gaussians import antithetic_noise
-from .search import UNCHANGED, BestGaussian, GaussianSearch, InitialGuide
+from ...joint import LogDensity, LogJoint
+from .gaussians import noise
+from .search import AS_IT_STOOD, Start, best_gaussian
+
+# a Gaussian of all latents of a mini-batch has a matrix of this size squared
+_MOST_LATENTS = 1000
+_NUM_POINTS = 4
+_NUM_DRAWS = 4000
+_NUM_COMPARED = 512
 
 
-class SharedPrior:
+class SharedPrior(LogDensity):
     """The log joint density of a mini-batch by itself, with its share of the density of the globals.
 
-    A model scales the log-density of a mini-batch up to all data, that of its local latents included,
+    A model scales the log-density of a mini-batch up to all data, that of its locals included,
     whose posterior does not become narrower by that. Times the share of the mini-batch it is the
-    density of its own elements. A mini-batch that the model draws itself stays the same one.
+    density of its own elements, whatever the model draws itself being fixed.
 
     :param log_joint: the log joint density of the model.
     :param share: what part of all data the mini-batch is.
@@ -31,93 +33,82 @@ class SharedPrior:
     """
 
     def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
-        self._log_joint, self._share = log_joint, share
-        self.latents, self.start, self.strategy = (
-            log_joint.latents,
-            log_joint.start,
-            log_joint.strategy,
-        )
+        self.latents, self.start = log_joint.latents, log_joint.start
+        self.strategy = log_joint.strategy
+        self._scaled, self._share = log_joint, share
         sites = [self.latents.sites[name] for name in elements]
-        self._constrained = [site for site in sites if not site.is_unconstrained]
-        self._random_state = torch.get_rng_state()
+        self._bent = [site for site in sites if not site.is_unconstrained]
+        self._state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The log density of draws, shape ``(n,)``."""
-        with torch.random.fork_rng(devices=[], enabled=self._log_joint.is_subsampled):
-            if self._log_joint.is_subsampled:
-                torch.set_rng_state(self._random_state)
+        draws = self._scaled.is_subsampled
+        with torch.random.fork_rng(devices=[], enabled=draws):
+            if draws:
+                torch.set_rng_state(self._state)
             # the Jacobian of an element is not scaled up as its density is
-            return self._share * self._log_joint(z) + (1 - self._share) * self._ladj(z)
+            return self._share * self._scaled(z) + (1 - self._share) * self._ladj(z)
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        return self._scaled.nonfinite_sites(z)
 
     def _ladj(self, z: Tensor) -> Tensor:
-        """The log-determinants of the bijections to the values of the elements."""
+        """The log-determinants of the ways to the values of the elements."""
         parts, total = self.latents.split(z), z.new_zeros(z.shape[:-1])
-        for site in self._constrained:
+        for site in self._bent:
             total = total + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
         return total
 
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws."""
-        return self._log_joint.nonfinite_sites(z)
 
-
-def find_initial_minibatch_guide(
+def find_batch_start(
     log_joint: LogJoint,
-    model: Callable[..., object],
-    guide: MinibatchGuide,
-    batch: Batch,
+    model: Callable[..., Any],
+    guide: Any,
+    batch: tuple[tuple[Any, ...], Mapping[str, Any]],
     elbo_draws: Callable[[int], Tensor],
-    config: InitializationConfig,
-) -> InitialGuide:
-    """Starts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
+) -> Start:
+    """Puts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
 
     :param log_joint: the log joint density of the model.
     :param model: the model.
-    :param guide: the guide.
+    :param guide: a guide with ``start_near``.
     :param batch: the arguments of both.
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
-    :param config: how many candidates there are, and how they are compared.
     """
-    scale = log_joint.structure(*batch).scale
-    unchanged = InitialGuide(UNCHANGED, float("nan"), None)
-    best = _best_gaussian(log_joint, model, batch, config)
-    if best is None or best.elbo == -torch.inf:
-        return unchanged
-    before = _compare(elbo_draws, config)
-    saved = [parameter.detach().clone() for parameter in guide.parameters()]
-    loc, scale_tril = best.gaussian.loc, best.gaussian.scale_tril[0]
-    draws = loc + antithetic_noise(loc, config.num_minibatch_draws) @ scale_tril.mT
+    structure = log_joint.structure(*batch)
+    as_it_stands = Start(AS_IT_STOOD, float("nan"), None)
+    if (
+        not structure.global_latents
+        or log_joint.latents.latent_dim > _MOST_LATENTS
+        or log_joint.strategy == "loop"
+    ):
+        return as_it_stands
+    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
+    density = SharedPrior(log_joint, 1 / structure.scale, elements)
+    home = log_joint.start
+    found = best_gaussian(density, lambda: model(*batch[0], **batch[1]), home, _NUM_POINTS)
+    if found is None:
+        return as_it_stands
+    name, gaussians, modes = found
+    before = _compared(elbo_draws)
+    kept = {name: p.detach().clone() for name, p in guide.named_parameters()}
     try:
-        guide.start_near(log_joint.latents.constrain(draws), 1 / scale)
-        after = _compare(elbo_draws, config)
+        loc, scale_tril = gaussians.loc, gaussians.scale_tril[0]
+        draws = loc + noise(loc, _NUM_DRAWS) @ scale_tril.mT
+        guide.start_near(log_joint.latents.constrain(draws), 1 / structure.scale)
+        after = _compared(elbo_draws)
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
     if after > before:
-        return InitialGuide(best.name, after, best.modes if scale == 1 else None)
+        return Start(name, after, modes if structure.scale == 1 else None)
     with torch.no_grad():
-        for parameter, value in zip(guide.parameters(), saved):
-            parameter.copy_(value)
-    return unchanged._replace(elbo=before)
+        for name, parameter in guide.named_parameters():
+            parameter.copy_(kept[name])
+    return as_it_stands._replace(elbo=before)
 
 
-def _best_gaussian(
-    log_joint: LogJoint, model: Callable[..., object], batch: Batch, config: InitializationConfig
-) -> BestGaussian | None:
-    """The best Gaussian of the latents of a mini-batch; ``None`` if there is none, or it is too expensive."""
-    structure = log_joint.structure(*batch)
-    is_large = log_joint.latents.latent_dim > config.max_minibatch_latents
-    if not structure.global_latents or is_large or log_joint.strategy == "loop":
-        return None
-    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
-    density = SharedPrior(log_joint, 1 / structure.scale, elements)
-    few_points = replace(config, num_points=config.num_points_by_loop)
-    search = GaussianSearch(density, partial(model, *batch[0], **batch[1]), few_points)
-    return search.best(log_joint.start)
-
-
-def _compare(elbo_draws: Callable[[int], Tensor], config: InitializationConfig) -> float:
+def _compared(elbo_draws: Callable[[int], Tensor]) -> float:
     """The ELBO on the same noise each time; minus infinity where it is not finite."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        elbo = elbo_draws(config.num_minibatch_compared).mean()
+        elbo = elbo_draws(_NUM_COMPARED).mean()
     return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
