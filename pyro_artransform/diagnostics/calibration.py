@@ -106,18 +106,18 @@ def sbc(
     progress: bool = True,
     **kwargs: Any,
 ) -> SBC:
-    """Simulation-based calibration of whatever makes posteriors of a model.
+    """Simulation-based calibration of a method that computes posteriors of a model.
 
-    Latents and data are drawn from the model, a posterior is made of the data alone, and the ranks
-    of the latents among its draws are taken; over many simulations they are uniform if posteriors
-    are right. It finds posteriors that are too narrow, too wide or off to one side on average over
-    the prior; a posterior that ignores its data and is the prior passes too.
+    Latents and data are drawn from the model, a posterior is computed from the data alone, and the
+    latents are ranked among its draws. Over many simulations the ranks are uniform if posteriors are
+    right. This finds posteriors that are too narrow, too wide or biased on average over the prior; a
+    posterior that ignores its data and equals the prior passes too.
 
     The data sites are those that have data when the model runs with the arguments given here (the
     real data, which are not used otherwise), or those in ``observed``, for a model that draws its
     data where it is given none.
 
-    :param model: a Pyro model. What it draws is drawn from the prior, so it may have no factors.
+    :param model: a Pyro model without factors, which cannot be simulated from.
     :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a
         dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
         function of the number of draws that returns such a dict. It runs with a param store of its
@@ -151,14 +151,20 @@ def sbc(
     1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
        Simpson, Vehtari, Gelman, 2018), https://arxiv.org/abs/1804.06788
     """
+    from tqdm.auto import trange
+
     check_integer("num_simulations", num_simulations)
     check_integer("num_draws", num_draws)
     if seed is not None:
         pyro.set_rng_seed(seed)
-    names = _data_sites(model, args, kwargs, observed)
+
+    def run() -> None:
+        model(*args, **kwargs)
+
+    names = _data_sites(run, observed)
     ranks: dict[str, list[Tensor]] = {}
-    for _ in _bar(num_simulations, progress):
-        truth, data = _simulate(model, args, kwargs, names)
+    for _ in trange(num_simulations, disable=not progress):
+        truth, data = _simulate(run, names)
         with pyro.get_param_store().scope():
             draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
         for name, rank in _ranks(truth, draws, num_draws).items():
@@ -166,22 +172,9 @@ def sbc(
     return SBC({name: torch.stack(found) for name, found in ranks.items()}, num_draws)
 
 
-def _bar(num_simulations: int, progress: bool) -> Iterable[int]:
-    from tqdm.auto import trange
-
-    bar: Iterable[int] = trange(num_simulations, disable=not progress)
-    return bar
-
-
-def _data_sites(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    observed: Iterable[str] | None,
-) -> set[str]:
+def _data_sites(run: Callable[[], None], observed: Iterable[str] | None) -> set[str]:
     with torch.no_grad(), poutine.block():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    sites = {k: site for k, site in trace.nodes.items() if _is_drawn(site)}
+        sites = _drawn_sites(poutine.trace(run).get_trace())
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
         raise ValueError(
@@ -200,21 +193,23 @@ def _data_sites(
     return names
 
 
-def _is_drawn(site: Any) -> bool:
-    is_sample = site["type"] == "sample" and not site_is_subsample(site)
-    return is_sample and not is_deterministic(site)
+def _drawn_sites(trace: poutine.Trace) -> dict[str, Any]:
+    """The sample sites of a trace, without deterministic values and indices of plates."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not (site_is_subsample(site) or is_deterministic(site))
+    }
 
 
 @torch.no_grad()
-def _simulate(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: set[str]
-) -> tuple[Values, Values]:
+def _simulate(run: Callable[[], None], names: set[str]) -> tuple[Values, Values]:
     """Latents and data of one run of the model."""
     with poutine.block():
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-    sites: dict[str, Any] = {k: site for k, site in trace.nodes.items() if _is_drawn(site)}
-    truth = {name: site["value"] for name, site in sites.items() if name not in names}
-    return truth, {name: sites[name]["value"] for name in sites if name in names}
+        trace = poutine.trace(poutine.uncondition(run)).get_trace()
+    values = {name: site["value"] for name, site in _drawn_sites(trace).items()}
+    truth = {name: value for name, value in values.items() if name not in names}
+    return truth, {name: value for name, value in values.items() if name in names}
 
 
 @torch.no_grad()
@@ -242,6 +237,7 @@ def _draws_of(
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:
+    """For each coordinate the number of draws below the truth."""
     names = [name for name in truth if name in draws]
     if not names:
         raise ValueError(f"fit_one: expected draws of {sorted(truth)}, got {sorted(draws)}")
@@ -250,12 +246,9 @@ def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values
         expected, got = (num_draws, *truth[name].shape), tuple(draws[name].shape)
         if got != expected:
             raise ValueError(f"fit_one: expected draws of '{name}' of shape {expected}, got {got}")
-        found[name] = _rank(truth[name], draws[name])
+        # ties go either way by chance
+        num_ties = (draws[name] == truth[name]).sum(0)
+        by_chance = torch.rand_like(num_ties, dtype=torch.float64) * (num_ties + 1)
+        num_below = (draws[name] < truth[name]).sum(0)
+        found[name] = num_below + by_chance.long().minimum(num_ties)
     return found
-
-
-def _rank(truth: Tensor, draws: Tensor) -> Tensor:
-    """The number of draws below the truth; ties go either way by chance."""
-    num_ties = (draws == truth).sum(0)
-    by_chance = torch.rand_like(num_ties, dtype=torch.float64) * (num_ties + 1)
-    return (draws < truth).sum(0) + by_chance.long().minimum(num_ties)

@@ -16,6 +16,7 @@ from ..arguments import check_integer
 from .psis import fit_tail, smooth_tail
 from .weights import Values, weighted_draws
 
+#: the largest k-hat at which estimates with the weights are reliable
 GOOD_KHAT = 0.7
 
 
@@ -27,59 +28,50 @@ class Importance:
     in ``num_nonfinite`` and left out: the ELBO is that of the guide without them, which is a lower
     bound of the log evidence too. The evidence and ``ess`` are those of Pareto-smoothed weights.
 
-    :param elbo: the evidence lower bound, in nats.
-    :param elbo_se: its standard error.
-    :param log_evidence: the log of the mean weight.
-    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5.
-    :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
-        estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
-    :param khat_se: its standard error.
-    :param ess: the effective number of draws, from 0 to ``num_samples``.
-    :param num_samples: the number of draws.
-    :param num_nonfinite: how many of them were left out.
-    :param log_weights: the log weights themselves, of shape ``(num_samples,)``.
     """
 
+    #: the evidence lower bound, in nats
     elbo: float
+    #: its standard error
     elbo_se: float
+    #: the log of the mean weight
     log_evidence: float
+    #: its standard error, which is too small where ``khat`` exceeds 0.5
     log_evidence_se: float
+    #: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7 estimates with
+    #: them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`)
     khat: float
+    #: its standard error
     khat_se: float
+    #: the effective number of draws, from 0 to ``num_samples``
     ess: float
+    #: the number of draws
     num_samples: int
+    #: how many of them were left out
     num_nonfinite: int
+    #: the log weights themselves, of shape ``(num_samples,)``
     log_weights: Tensor = field(repr=False)
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "Importance":
-        """The diagnosis of weights that are there already.
+        """The diagnosis of given weights.
 
         :param log_weights: the log density of the model minus that of the guide, at draws of the
             guide; shape ``(S,)``.
         :raises ValueError: if the shape is another.
         """
         tail = fit_tail(log_weights)
-        elbo, elbo_se = _elbo(log_weights)
-        log_evidence, log_evidence_se, ess = _evidence(smooth_tail(log_weights, tail))
-        return cls(
-            elbo=elbo,
-            elbo_se=elbo_se,
-            log_evidence=log_evidence,
-            log_evidence_se=log_evidence_se,
-            khat=tail.khat,
-            khat_se=tail.khat_se,
-            ess=ess,
-            num_samples=len(log_weights),
-            num_nonfinite=int((~log_weights.isfinite()).sum()),
-            log_weights=log_weights.detach(),
-        )
+        evidence, evidence_se, ess = _evidence(smooth_tail(log_weights, tail))
+        counts = len(log_weights), int((~log_weights.isfinite()).sum())
+        bounds = *_elbo(log_weights), evidence, evidence_se
+        return cls(*bounds, tail.khat, tail.khat_se, ess, *counts, log_weights.detach())
 
     def __repr__(self) -> str:
+        word = "good" if self.khat <= 0.5 else "acceptable" if self.khat <= GOOD_KHAT else "bad"
         lines = [
             f"{'ELBO':14}{self.elbo:10.3f} ± {self.elbo_se:.3f}",
             f"{'log evidence':14}{self.log_evidence:10.3f} ± {self.log_evidence_se:.3f}",
-            f"{'k-hat':14}{self.khat:10.2f} ± {self.khat_se:.2f} ({_word(self.khat)})",
+            f"{'k-hat':14}{self.khat:10.2f} ± {self.khat_se:.2f} ({word})",
             f"{'ESS':14}{self.ess:10.0f} of {self.num_samples}",
         ]
         if self.num_nonfinite:
@@ -97,8 +89,8 @@ def importance(
     """Weighs draws of a guide by the model: ELBO, evidence, k-hat and effective sample size.
 
     Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
-    out; other ones need a guide that draws them. Of a model that sub-samples its data each chunk of
-    1,000 draws sees another minibatch, whose noise is in the weights: give the diagnosis all data.
+    out; others need a guide that draws them. If the model sub-samples its data, each chunk of 1,000
+    draws sees another mini-batch, whose noise is in the weights: give the diagnosis all data.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -138,9 +130,9 @@ def psis_resample(
 ) -> Values:
     """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
 
-    The resampling is systematic: a draw comes ``n`` times its weight often, rounded up or down, so
-    that means over the result are those of the weights but for the least possible noise, whatever
-    ``n`` is. (Without replacement no draw would come twice, and means would lean to the guide's.)
+    The resampling is systematic: a draw appears ``n`` times its weight, rounded up or down, so that
+    means over the result are weighted means with the least possible noise. (Without replacement no
+    draw would appear twice, and means would be biased towards the guide's.)
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -194,7 +186,7 @@ def _systematic(log_weights: Tensor, n: int) -> Tensor:
 
 
 def _elbo(log_weights: Tensor) -> tuple[float, float]:
-    """The ELBO and its standard error, of the guide without the draws of no finite weight."""
+    """The ELBO and its standard error, for the guide without the draws whose weight is not finite."""
     found = log_weights.detach().to("cpu", torch.float64)
     found = found[found.isfinite()]
     if not len(found):
@@ -213,9 +205,3 @@ def _evidence(log_weights: Tensor) -> tuple[float, float, float]:
     ess = (weights.sum() ** 2 / weights.square().sum()).item()
     log_evidence = (largest + weights.mean().log()).item()
     return log_evidence, sqrt(max(1 / ess - 1 / len(weights), 0.0)), ess
-
-
-def _word(khat: float) -> str:
-    if khat <= 0.5:
-        return "good"
-    return "acceptable" if khat <= GOOD_KHAT else "bad"

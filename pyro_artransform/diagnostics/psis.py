@@ -20,22 +20,22 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-#: What k-hat is at most, and where weights are such that no fit of their tail means anything.
+#: the largest k-hat, also where a fit of the tail is meaningless
 WORST_KHAT = 10.0
 
-# how many draws Pyro's prior on k, with its mean of 0.5, counts for
+# how many draws Pyro's prior on k, with its mean of 0.5, counts as
 _PRIOR_SIZE = 10
-# weights that are smaller than the largest by more than this count for nothing
+# smaller weights, relative to the largest, are negligible
 _LOG_RANGE = 15 * log(10)
 _FEW = 10
 _NAN_SHARE = 0.01
 
 
 class ParetoTail(NamedTuple):
-    """The generalised Pareto distribution of the largest weights.
+    """The generalized Pareto distribution of the largest weights.
 
-    It is that of ``weight / cutoff - 1``, for the ``size`` weights above the cutoff, with index
-    ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
+    It is the distribution of ``weight / cutoff - 1`` for the ``size`` weights above the cutoff, with
+    index ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
     """
 
     khat: float
@@ -48,16 +48,15 @@ class ParetoTail(NamedTuple):
 def fit_tail(log_weights: Tensor) -> ParetoTail:
     r"""The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
 
-    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine has nothing to
-    go on:
+    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
 
     - weights that are constant, or tied at the largest, to round-off have a k-hat of 0;
-    - weights of zero (``-inf``) are weights like others;
-    - of those that are NaN, where the model has failed, up to 1 % count as zero; with more of them,
-      with one of ``+inf``, with none that is finite and with fewer than ten tail weights within a
-      factor of 1e15 of the largest, k-hat is 10, which it is at most.
+    - weights of zero (``-inf``) count like others;
+    - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
+      with none that is finite and with fewer than ten tail weights within a factor of 1e15 of the
+      largest, k-hat is 10, which is its maximum.
 
-    The standard error is that of a generalised Pareto index from M draws, :math:`(1 + k) /
+    The standard error is that of a generalized Pareto index from M draws, :math:`(1 + k) /
     \sqrt{M}`, where the prior that shrinks k-hat towards 0.5 counts as ten more draws.
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
@@ -69,7 +68,8 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
     if _is_hopeless(weights, largest):
         return _tail(WORST_KHAT, size)
     log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
-    if largest - log_cutoff <= _round_off(log_weights.dtype, largest):
+    round_off = 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
+    if largest - log_cutoff <= round_off:
         return _tail(0.0, size, log_cutoff=log_cutoff)
     is_cut = log_cutoff < largest - _LOG_RANGE
     log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
@@ -86,7 +86,7 @@ def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
     None is larger than the largest weight was. Weights that are not finite become zero.
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
-    :param tail: what :func:`fit_tail` finds of them, where that is known.
+    :param tail: the result of :func:`fit_tail`, where that is known.
     :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
     """
     if tail is None:
@@ -94,21 +94,19 @@ def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
     weights = _zero_if_not_finite(_to_double(log_weights))
     if isfinite(tail.scale):
         levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
-        smoothed = tail.log_cutoff + _pareto_quantiles(levels, tail).log1p()
+        if abs(tail.khat) < 1e-8:
+            quantiles = -tail.scale * torch.log1p(-levels)
+        else:
+            quantiles = tail.scale * torch.expm1(-tail.khat * torch.log1p(-levels)) / tail.khat
+        smoothed = tail.log_cutoff + quantiles.log1p()
         weights[weights.argsort()[-tail.size :]] = smoothed.clamp(max=weights.max().item())
     return weights
-
-
-def _pareto_quantiles(levels: Tensor, tail: ParetoTail) -> Tensor:
-    if abs(tail.khat) < 1e-8:
-        return -tail.scale * torch.log1p(-levels)
-    return tail.scale * torch.expm1(-tail.khat * torch.log1p(-levels)) / tail.khat
 
 
 def _tail(
     khat: float, size: int, *, scale: float = float("nan"), log_cutoff: float = float("nan")
 ) -> ParetoTail:
-    # the limit law holds for k > -1/2
+    # the asymptotic variance holds for k > -1/2
     khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
     return ParetoTail(khat, khat_se, scale, log_cutoff, size)
 
@@ -126,10 +124,6 @@ def _zero_if_not_finite(log_weights: Tensor) -> Tensor:
 def _is_hopeless(log_weights: Tensor, largest: float) -> bool:
     share = log_weights.isnan().double().mean().item()
     return not isfinite(largest) or share > _NAN_SHARE or bool((log_weights == torch.inf).any())
-
-
-def _round_off(dtype: torch.dtype, largest: float) -> float:
-    return 16 * torch.finfo(dtype).eps * max(1.0, abs(largest))
 
 
 def _fit_pareto(exceedances: Tensor) -> tuple[float, float]:

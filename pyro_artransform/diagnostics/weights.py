@@ -103,13 +103,12 @@ def _drawer(
     log_joint: LogJoint | None,
 ) -> Callable[[int], Weighted]:
     """What makes so many weighted draws of a guide."""
+    if isinstance(guide, SetUpGuide):
+        guide.set_up(*args, **kwargs)
+    else:
+        trace = _trace(guide, args, kwargs)
     if isinstance(guide, ReparametrizedGuide):
-        if isinstance(guide, SetUpGuide):
-            guide.set_up(*args, **kwargs)
-        else:
-            _trace(guide, args, kwargs)
         return _ReparametrizedDraws(guide, log_joint or LogJoint(model, args, kwargs))
-    trace = _trace(guide, args, kwargs)
     is_discrete = any(node["fn"].support.is_discrete for node in latent_nodes(trace))
     if is_discrete or is_subsampled(trace):
         return _ReplayedDraws(model, guide, args, kwargs)

@@ -379,6 +379,11 @@ class AutoAutoregressive(KeptGuide):
         """
         return {"transform.transforms.1.loc": self._location_scale.log_scale.detach().exp()}
 
+    def step_scales(self) -> dict[nn.Parameter, Tensor]:
+        """For the location the factor of its steps, which is the scale."""
+        named = dict(self.named_parameters())
+        return {named[name]: unit for name, unit in self.step_units().items()}
+
     @property
     def _flow(self) -> nn.Module:
         self._check_set_up()

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .initialization.gaussians import Gaussians
 from .initialization.newton import Modes
@@ -63,20 +63,20 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def packed(modes: Modes | None) -> list[Tensor] | None:
-    """Modes as tensors, which :func:`unpacked` turns back."""
+def pack_modes(modes: Modes | None) -> list[Tensor] | None:
+    """Modes as tensors."""
     return None if modes is None else [*modes.gaussians, modes.value, modes.converged]
 
 
-def unpacked(tensors: list[Tensor] | None) -> Modes | None:
-    """What :func:`packed` packed."""
+def unpack_modes(tensors: list[Tensor] | None) -> Modes | None:
+    """The modes that :func:`pack_modes` packed."""
     if tensors is None:
         return None
     loc, scale_tril, value, converged = tensors
     return Modes(Gaussians(loc, scale_tril), value, converged)
 
 
-def check_same(state: dict[str, Any], **options: Any) -> None:
+def check_same(state: dict[str, Any], **options: object) -> None:
     """Checks that a fit goes on with the options of its checkpoint.
 
     :raises ValueError: if it does not.
@@ -86,11 +86,13 @@ def check_same(state: dict[str, Any], **options: Any) -> None:
             raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {value!r}")
 
 
-def load_guide(guide: Any, state: Any) -> None:
+def load_guide(guide: object, state: dict[str, Any]) -> None:
     """Loads the state dict of a guide.
 
     :raises ValueError: if it is of another one.
     """
+    if not isinstance(guide, nn.Module):
+        raise ValueError("resume: expected a checkpoint of this guide, got one of a module")
     try:
         guide.load_state_dict(state)
     except (AttributeError, RuntimeError) as error:

@@ -137,6 +137,8 @@ class OptimizationConfig:
     #: nats that one unit of k-hat costs, and more of them above the bad one (by hand; its noise is 0.1)
     khat_price: float = 0.04
     khat_price_without_variance: float = 0.2
+    #: estimates of an ELBO where single draws have no log weights, without mini-batches (by hand)
+    num_estimates: int = 32
     #: steps between two checkpoints (by hand)
     checkpoint_every: int = 100
 

@@ -3,21 +3,20 @@
 
 """Fits a guide to a model, and says how good the posterior is."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
-from ..arguments import check_integer
+from ..arguments import check_callable, check_integer
 from .config import FitConfig
-from .data.checks import check_arguments
-from .data.loader import Batch, Batches
-from .data.options import check_names, keyword_only
-from .interrupts import Interrupts
-from .progress import ProgressBar
+from .data.checks import check_arguments, check_names
+from .data.loader import Batch, BatchStream
 from .result import FitResult
-from .seeding import seeded
-from .stages import Fitting
+from .session import noted_interrupts, progress_bar, seeded
+from .stages import conclude, initialize, optimize, resume_fit, save_checkpoint, set_up
 
 
 def fit(
@@ -134,31 +133,38 @@ def fit(
        https://arxiv.org/abs/1802.02538
     """
     check_names(model, _OPTIONS)
-    check_integer("num_particles", num_particles)
     check_arguments(loader, epochs, num_steps, args)
+    check_integer("num_particles", num_particles)
     for name, count in (("num_steps", num_steps), ("epochs", epochs)):
         if count is not None:
             check_integer(name, count)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback: expected a function, got {type(callback).__name__}")
+    if callback is not None:
+        check_callable("callback", callback, "a function")
     with (
         seeded(seed),
-        ProgressBar(progress) as bar,
-        Interrupts() as interrupts,
+        progress_bar(progress) as bar,
+        noted_interrupts() as interrupted,
         ExitStack() as stack,
     ):
-        batches = None if loader is None else Batches(loader, kwargs)
-        if batches is not None:
-            stack.callback(batches.close)
-        if batches is not None and epochs is not None:
-            num_steps = epochs * batches.num_batches
-        run = Fitting(model, guide, Batch(args, kwargs), batches, config or FitConfig())
-        run.warn_if_slow()
-        training = run.begin(num_steps, num_particles, optim, resume, bar)
-        run.warn_if_out_of_place()
-        is_over = run.go_on(training, callback, checkpoint, bar, interrupts)
+        stream = None
+        if loader is not None:
+            stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
+            num_steps = num_steps if epochs is None else epochs * stream.num_batches
+        problem = set_up(model, guide, Batch(args, kwargs), stream, config or FitConfig())
+        trainer = problem.trainer(num_steps, num_particles, optim)
+        if resume is None:
+            initialized = initialize(problem, trainer, bar)
+            training = trainer.new(initialized.step_size)
+        else:
+            initialized, training = resume_fit(problem, trainer, num_steps, resume)
+        save = None
+        if checkpoint is not None:
+            save = partial(save_checkpoint, checkpoint, problem, initialized, training)
+        minibatches = None if problem.minibatches is None else stream
+        ending = optimize(training, minibatches, save, callback, bar, interrupted)
         bar.say("verdict")
-        return run.conclude(training, is_over)
+        return conclude(problem, initialized, training, ending)
 
 
-_OPTIONS = keyword_only(fit)
+_PARAMETERS = inspect.signature(fit).parameters.values()
+_OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}

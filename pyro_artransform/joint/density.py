@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import pyro
@@ -14,7 +15,15 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .evaluation import DRAWS, DrawPlate, ModelFailures, Terms, choose_strategy, evaluate_many
+from .evaluation import (
+    DRAWS,
+    DrawPlate,
+    Draws,
+    ModelFailures,
+    Terms,
+    choose_strategy,
+    evaluate_many,
+)
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, sum_out_discrete
 from .plates import ModelStructure, argument_signature, is_subsampled, plate_nesting
 from .sites import Latents, is_enumerated, latent_nodes
@@ -28,13 +37,14 @@ _MOST_SIGNATURES = 64
 
 
 class LogDensity(Protocol):
-    """A log density of the latents of a model on the unconstrained space."""
+    """A log density of the latents of a model on the unconstrained space.
 
-    #: the latents that it is a density of
+    It has a starting point of shape ``(latent_dim,)``, and a strategy for many draws: "plate", "vmap"
+    or "loop".
+    """
+
     latents: Latents
-    #: initial values of the latents, shape ``(latent_dim,)``
     start: Tensor
-    #: how many draws are evaluated: "plate", "vmap" or "loop"
     strategy: str
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -92,13 +102,11 @@ class LogJoint:
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
     ) -> None:
-        # a function of its own, since Pyro reads every attribute of what a handler wraps
-        self._model = UnmaskedLatents()(lambda *args, **kwargs: model(*args, **kwargs))
-        self._init_loc_fn = init_loc_fn
+        self._model, self._init_loc_fn = model, init_loc_fn
         self._arguments: Arguments = args, kwargs or {}
         trace = self._trace(*self._arguments)
-        key = argument_signature(self._arguments, with_floats=True)
-        self._structures = {key: ModelStructure.from_trace(trace)}
+        self._structures: dict[Any, ModelStructure] = {}
+        self._first_run = self._arguments, trace
         self.latents = Latents.from_trace(trace)
         #: the values of the latents in the first run, shape ``(latent_dim,)``
         self.start = self.latents.unconstrain(
@@ -107,12 +115,9 @@ class LogJoint:
         self._event_dims = {name: site.event_dim for name, site in self.latents.sites.items()}
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = is_subsampled(trace)
-        nodes: Any = trace.nodes
-        self.is_enumerated = any(
-            is_enumerated(node) for node in nodes.values() if node["type"] == "sample"
-        )
+        self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         #: how many draws are evaluated: "plate", "vmap" or "loop", and why it is a loop
-        self.strategy, self.reason = self._choose_strategy(_around(self.start))
+        self.strategy, self.reason = self._choose_strategy()
 
     def with_arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
@@ -147,6 +152,10 @@ class LogJoint:
         :param kwargs: the keyword arguments.
         """
         key = argument_signature((args, kwargs or {}), with_floats=True)
+        if not self._structures:
+            arguments, trace = self._first_run
+            first_key = argument_signature(arguments, with_floats=True)
+            self._structures[first_key] = ModelStructure.from_trace(trace)
         if key not in self._structures:
             # whether there was a run before must not show in the draws that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -185,7 +194,7 @@ class LogJoint:
                     found[name] = None
         return list(found)
 
-    def _evaluate(self, draws: Mapping[str, Tensor], size: int | None) -> Terms:
+    def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
         if self.is_enumerated and size == 1:
             # Pyro's variable elimination has no dimension for a plate of one
@@ -197,11 +206,9 @@ class LogJoint:
             return {"total": total + self._sum_out_discrete(placed, plate)}
         with hidden_sites(), SiteLogProbs(placed) as scored:
             plate.run(self._run)
-        for log_prob in scored.log_probs.values():
-            total = total + plate.sum(log_prob)
-        return {"total": total}
+        return {"total": plate.total(scored.log_probs, total)}
 
-    def _sum_out_discrete(self, values: Mapping[str, Tensor], plate: DrawPlate) -> Tensor:
+    def _sum_out_discrete(self, values: Draws, plate: DrawPlate) -> Tensor:
         conditioned = poutine.condition(lambda: plate.run(self._run), dict(values))
         draws = None if plate.size is None else DRAWS
         with hidden_sites():
@@ -209,17 +216,22 @@ class LogJoint:
 
     def _run(self) -> None:
         args, kwargs = self._arguments
-        self._model(*args, **kwargs)
+        with UnmaskedLatents():
+            self._model(*args, **kwargs)
 
     def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> poutine.Trace:
-        init = InitMessenger(_initial_value(self._init_loc_fn))
-        with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
+        init = InitMessenger(partial(_initial_value, self._init_loc_fn))
+        quiet = pyro.validation_enabled(False)
+        with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
 
     @torch.no_grad()
-    def _choose_strategy(self, z: Tensor) -> tuple[str, str]:
-        """The strategy, and the reason for a loop, by a comparison at draws of shape ``(n, latent_dim)``."""
+    def _choose_strategy(self) -> tuple[str, str]:
+        # the draws at which strategies are compared take no random numbers of the caller
+        with torch.random.fork_rng(devices=[]):
+            noise = torch.randn_like(self.start.expand(_NUM_COMPARED, -1))
+        z = self.start + _COMPARED_SCALE * noise
         with pyro.validation_enabled(False):
             return choose_strategy(self._evaluate, {"z": z}, _nan)
 
@@ -252,35 +264,21 @@ class MeanLogJoint:
         return list(dict.fromkeys(found))
 
 
-def _around(start: Tensor) -> Tensor:
-    """The draws at which strategies are compared, which take no random numbers of the caller."""
-    with torch.random.fork_rng(devices=[]):
-        return start + _COMPARED_SCALE * torch.randn_like(start.expand(_NUM_COMPARED, -1))
-
-
-def _nan(draws: Mapping[str, Tensor]) -> Terms:
+def _nan(draws: Draws) -> Terms:
     """The log joint density of a draw where the model fails, with a gradient."""
     return {"total": draws["z"].sum() * torch.nan}
 
 
-def _initial_value(init_loc_fn: Callable[..., Any]) -> Callable[[Any], Tensor]:
-    def value(site: Any) -> Tensor:
-        if is_enumerated(site) or site["fn"].support.is_discrete:
-            drawn: Tensor = site["fn"].sample()
-            return drawn
-        try:
-            initial: Tensor = init_loc_fn(site)
-        except NotImplementedError:  # an improper prior has no draws, and so no median
-            initial = _origin(site["fn"])
-        return initial
-
-    return value
-
-
-def _origin(fn: Any) -> Tensor:
-    """The value of a distribution that is at zero on the unconstrained space."""
-    bijection = biject_to(fn.support)
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    shape = bijection.inverse_shape(fn.shape())
-    origin: Tensor = bijection(torch.zeros(shape, dtype=dtype, device=device))
-    return origin
+def _initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
+    fn = site["fn"]
+    if is_enumerated(site) or fn.support.is_discrete:
+        drawn: Tensor = fn.sample()
+        return drawn
+    try:
+        return init_loc_fn(site)
+    except NotImplementedError:  # an improper prior has no draws, and so no median
+        bijection = biject_to(fn.support)
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        shape = bijection.inverse_shape(fn.shape())
+        origin: Tensor = bijection(torch.zeros(shape, dtype=dtype, device=device))
+        return origin

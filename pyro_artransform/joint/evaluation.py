@@ -12,8 +12,8 @@ There are three strategies, the fastest first:
 Only the loop suits every model. A product of a matrix and a vector takes no draws on the left, a branch
 on a value no vmap, and a sum over everything mixes draws without an error. So each strategy is compared
 with the loop at a few draws (:func:`choose_strategy`), and the first that gives the same is used from
-then on (:func:`evaluate_many`). What is evaluated is a function of draws and of their number, which is
-``None`` for a single run. It returns terms by name: log-densities by datum, or their sum.
+then on (:func:`evaluate_many`). What is evaluated is a function of draws, by name, and of their number,
+``None`` for a single draw. It returns terms by name: log-densities by datum, or their sum.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,9 @@ from .handlers import SiteLogProbs
 from .plates import plate_nesting
 from .sites import latent_nodes
 
+Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
-Evaluate = Callable[[Mapping[str, Tensor], int | None], Terms]
+Evaluate = Callable[[Draws, int | None], Terms]
 
 #: the name of the plate of draws
 DRAWS = "_draws"
@@ -43,17 +44,14 @@ _LOG_PROB = "_log_prob"
 
 def evaluate_many(
     evaluate: Evaluate,
-    draws: Mapping[str, Tensor],
+    draws: Draws,
     strategy: str,
-    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None = None,
+    at_failure: Callable[[Draws], Terms] | None = None,
     chunk_size: int | None = None,
 ) -> Terms:
     """The terms of many draws, by a strategy.
 
-    A loop starts each run from the same random state, so that what a model draws itself, such as a
-    mini-batch, is the same for all draws, as it is with the other strategies.
-
-    :param evaluate: gives the terms of draws in a plate, or of a single one.
+    :param evaluate: gives the terms of draws in a plate, or of a single draw.
     :param draws: tensors of shape ``(n, ...)``.
     :param strategy: "plate", "vmap" or "loop".
     :param at_failure: gives the terms of a single draw that the model cannot take; by default its
@@ -63,7 +61,10 @@ def evaluate_many(
     """
     num_draws = len(next(iter(draws.values())))
     if chunk_size is not None and num_draws > chunk_size:
-        return _in_chunks(evaluate, draws, strategy, at_failure, chunk_size)
+        chunks = [value.split(chunk_size) for value in draws.values()]
+        parts = [dict(zip(draws, chunk)) for chunk in zip(*chunks)]
+        found = [evaluate_many(evaluate, part, strategy, at_failure) for part in parts]
+        return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
     try:
         if strategy == "plate":
             return evaluate(draws, num_draws)
@@ -74,64 +75,43 @@ def evaluate_many(
         if at_failure is None:
             raise
         if num_draws > _FEW:
-            return _in_chunks(evaluate, draws, strategy, at_failure, _FEW)
+            return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
     return _by_loop(evaluate, draws, at_failure)
 
 
-def _in_chunks(
-    evaluate: Evaluate,
-    draws: Mapping[str, Tensor],
-    strategy: str,
-    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None,
-    size: int,
-) -> Terms:
-    """The terms of many draws, so many draws at a time."""
-    split = {name: value.split(size) for name, value in draws.items()}
-    chunks = [dict(zip(split, parts)) for parts in zip(*split.values())]
-    found = [evaluate_many(evaluate, chunk, strategy, at_failure) for chunk in chunks]
-    return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
-
-
 def _by_loop(
-    evaluate: Evaluate,
-    draws: Mapping[str, Tensor],
-    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None,
+    evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None
 ) -> Terms:
+    """Each run starts from the same random state: a model draws one mini-batch for all draws."""
     state = torch.get_rng_state()
-    found = []
-    for parts in zip(*draws.values()):
-        row = dict(zip(draws, parts))
+    rows = []
+    for values in zip(*draws.values()):
+        row = dict(zip(draws, values))
         torch.set_rng_state(state)
         try:
-            found.append(evaluate(row, None))
+            rows.append(evaluate(row, None))
         except ModelFailures:
             if at_failure is None:
                 raise
-            found.append(at_failure(row))
-    return stack(found)
+            rows.append(at_failure(row))
+    return stack(rows)
 
 
 def stack(rows: list[Terms]) -> Terms:
-    """The terms of single draws as those of many.
-
-    :param rows: the terms of each draw.
-    """
+    """The terms of single draws as those of many."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def choose_strategy(
-    evaluate: Evaluate,
-    draws: Mapping[str, Tensor],
-    at_failure: Callable[[Mapping[str, Tensor]], Terms] | None = None,
+    evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None = None
 ) -> tuple[str, str]:
     """The fastest strategy that agrees with a loop, and for a loop why the others do not.
 
-    :param evaluate: as in :func:`evaluate_many`.
-    :param draws: the few draws at which strategies are compared, tensors of shape ``(n, ...)``.
-    :param at_failure: as in :func:`evaluate_many`.
+    :param evaluate: as in :func:`evaluate_many`, as is ``at_failure``.
+    :param draws: the draws at which strategies are compared, tensors of shape ``(n, ...)``.
     """
     state = torch.get_rng_state()
-    expected = evaluate_many(evaluate, draws, "loop", at_failure)
+    expected = _by_loop(evaluate, draws, at_failure)
     reason = ""
     for strategy in ("plate", "vmap"):
         torch.set_rng_state(state)
@@ -147,11 +127,7 @@ def choose_strategy(
 
 
 def agree(found: Terms, expected: Terms) -> bool:
-    """Whether terms are equal to round-off, with NaN in the same places.
-
-    :param found: some terms.
-    :param expected: others.
-    """
+    """Whether terms are equal to round-off, with NaN in the same places."""
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
@@ -167,16 +143,14 @@ def agree(found: Terms, expected: Terms) -> bool:
 class DrawPlate(NamedTuple):
     """The plate of the draws, to the left of all plates of a model.
 
-    :param size: the number of draws, or ``None`` for a single run, without this plate.
+    :param size: the number of draws, or ``None`` for a single draw, without this plate.
     :param num_plates: the number of dimensions that the plates of the model take.
     """
 
     size: int | None
     num_plates: int
 
-    def place(
-        self, values: Mapping[str, Tensor], event_dims: Mapping[str, int]
-    ) -> Mapping[str, Tensor]:
+    def place(self, values: Draws, event_dims: Mapping[str, int]) -> Draws:
         """Values of shape ``(n,) + site shape`` with the draws to the left of all plates."""
         if self.size is None:
             return values
@@ -194,18 +168,21 @@ class DrawPlate(NamedTuple):
         with pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates):
             model()
 
-    def sum(self, log_prob: Tensor) -> Tensor:
-        """The sum of a site's log-density over all but the draws.
+    def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:
+        """The sum of sites' log-densities over all but the draws, added to an initial value.
 
-        :raises ValueError: if it does not have as many dimensions as there are plates.
+        :raises ValueError: if a site has not as many dimensions as there are plates.
         """
-        if self.size is None:
-            return log_prob.sum()
-        if log_prob.dim() != 1 + self.num_plates:
-            raise ValueError(
-                f"expected {1 + self.num_plates} batch dimensions, got {log_prob.dim()}"
-            )
-        return log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+        for log_prob in log_probs.values():
+            if self.size is None:
+                initial = initial + log_prob.sum()
+                continue
+            if log_prob.dim() != 1 + self.num_plates:
+                raise ValueError(
+                    f"expected {1 + self.num_plates} batch dimensions, got {log_prob.dim()}"
+                )
+            initial = initial + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+        return initial
 
 
 class GuideDraws:
@@ -220,9 +197,8 @@ class GuideDraws:
         with poutine.block():
             trace = poutine.trace(run).get_trace()
         self._num_plates = max(num_plates, plate_nesting(trace))
-        sites: list[Any] = latent_nodes(trace)
         #: the shape of each latent, auxiliary ones included
-        self.shapes: dict[str, torch.Size] = {site["name"]: site["value"].shape for site in sites}
+        self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}
         self._indices: Terms = {}
         #: whether many draws are made at once
         self.is_vectorized = self._plate_agrees()
@@ -235,25 +211,23 @@ class GuideDraws:
             drawn = stack([self._evaluate({}, None) for _ in range(n)])
         return drawn, drawn.pop(_LOG_PROB)
 
-    def _evaluate(self, given: Mapping[str, Tensor], size: int | None) -> Terms:
-        """The values of all sites and their log-density; a site that is not given is drawn."""
+    def _evaluate(self, given: Draws, size: int | None) -> Terms:
+        """The values of all sites and their log-density; sites are drawn where none are given."""
         scored = SiteLogProbs({**self._indices, **given} if given else {})
         plate = DrawPlate(size, self._num_plates)
         with poutine.block(), scored:
             plate.run(self._run)
         batch = () if size is None else (size,)
         found = {k: scored.values[k].reshape(batch + shape) for k, shape in self.shapes.items()}
+        # single runs at these draws see the same part of each sub-sampled plate
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
-        total = next(iter(found.values())).new_zeros(batch)
-        for log_prob in scored.log_probs.values():
-            total = total + plate.sum(log_prob)
-        return {**found, _LOG_PROB: total}
+        zero = next(iter(found.values())).new_zeros(batch)
+        return {**found, _LOG_PROB: plate.total(scored.log_probs, zero)}
 
     def _plate_agrees(self) -> bool:
         """Whether draws made in a plate have the log-density of single runs at these draws."""
         try:
             drawn = self._evaluate({}, _NUM_COMPARED)
-            expected = evaluate_many(self._evaluate, drawn, "loop")
+            return agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
         except Exception:  # any error means that the guide does not make many draws
             return False
-        return agree(drawn, expected)

@@ -71,20 +71,14 @@ class SiteLogProbs(Messenger):
 
 
 def has_data(site: Any) -> bool:
-    """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample.
-
-    :param site: a message of Pyro, or a node of a trace.
-    """
+    """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample."""
     if site["type"] != "sample" or not site["is_observed"]:
         return False
     return not (is_deterministic(site) or site_is_factor(site) or site_is_subsample(site))
 
 
 def is_deterministic(site: Any) -> bool:
-    """Whether a site is one of ``pyro.deterministic``.
-
-    :param site: a message of Pyro, or a node of a trace.
-    """
+    """Whether a site is one of ``pyro.deterministic``."""
     return bool(site["infer"].get("_deterministic"))
 
 

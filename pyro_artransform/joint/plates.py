@@ -35,7 +35,8 @@ class ModelStructure(NamedTuple):
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
         """The structure of a traced run."""
-        sites: list[Any] = [node for node in trace.nodes.values() if _is_site(node)]
+        nodes: list[Any] = [node for node in trace.nodes.values() if node["type"] == "sample"]
+        sites = [node for node in nodes if not site_is_subsample(node)]
         latents = [node for node in sites if not node["is_observed"] and not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
         data = [node for node in sites if node["is_observed"]] or sites
@@ -54,10 +55,6 @@ class ModelStructure(NamedTuple):
         return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
 
 
-def _is_site(node: Any) -> bool:
-    return node["type"] == "sample" and not site_is_subsample(node)
-
-
 def _largest_scale(nodes: list[Any]) -> float:
     scales = [node["scale"] for node in nodes]
     return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
@@ -73,51 +70,35 @@ def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
     :param with_floats: whether floats count too, as for the scale of data.
     """
     if isinstance(arguments, Mapping):
-        names = sorted(arguments, key=str)
-        return tuple(
-            (name, argument_signature(arguments[name], with_floats=with_floats)) for name in names
-        )
+        arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
     if isinstance(arguments, (tuple, list)):
         few = arguments if len(arguments) <= _LONGEST_SEQUENCE else arguments[:1]
         return len(arguments), *(argument_signature(x, with_floats=with_floats) for x in few)
-    if isinstance(arguments, (int, str, type(None))) or (
-        with_floats and isinstance(arguments, float)
-    ):
+    plain = (int, str, type(None), float) if with_floats else (int, str, type(None))
+    if isinstance(arguments, plain):
         return arguments
     shape = getattr(arguments, "shape", None)
-    if shape is None:
-        return type(arguments)
-    return tuple(shape), getattr(arguments, "dtype", None)
+    return type(arguments) if shape is None else (tuple(shape), arguments.dtype)
 
 
 def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
-    """The frames of the plates around each site, as often as they occur.
-
-    :param traces: traces of models and guides.
-    """
-    nodes: Any = (node for trace in traces for node in trace.nodes.values())
-    return (frame for node in nodes for frame in node.get("cond_indep_stack", ()))
+    """The frames of the plates around each site of traces, as often as they occur."""
+    for trace in traces:
+        for node in trace.nodes.values():
+            yield from node.get("cond_indep_stack", ())
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:
-    """How many dimensions the plates take, counted from the right.
-
-    :param traces: traces of models and guides.
-    """
-    return max((-frame.dim for frame in frames(*traces) if frame.dim is not None), default=0)
+    """How many dimensions the plates of traces take, counted from the right."""
+    dims = [frame.dim for frame in frames(*traces) if frame.dim is not None]
+    return -min(dims, default=0)
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:
-    """Whether any plate holds a part of its elements only.
-
-    :param trace: a trace.
-    """
+    """Whether any plate of a trace holds a part of its elements only."""
     return any(map(is_part, frames(trace)))
 
 
 def is_part(frame: CondIndepStackFrame) -> bool:
-    """Whether a plate holds a part of its elements only.
-
-    :param frame: its frame.
-    """
+    """Whether a plate holds a part of its elements only."""
     return frame.full_size not in (None, frame.size)

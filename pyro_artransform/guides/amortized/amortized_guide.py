@@ -3,7 +3,8 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -277,6 +278,20 @@ class AutoAmortized(KeptAmortized):
         ratio = max(frame.full_size / frame.size for frame in self._frames.values())
         units = self._parts.globals.step_units(_AHEAD * ratio**0.5, ratio**-0.5)
         return {f"transform.globals.{name}": unit for name, unit in units.items()}
+
+    def step_scales(self) -> dict[nn.Parameter, Tensor]:
+        """For each parameter whose steps are not in its own units, a factor that broadcasts to it."""
+        named = dict(self.named_parameters())
+        return {named[name]: unit for name, unit in self.step_units().items()}
+
+    @contextmanager
+    def path_gradient(self) -> Iterator[None]:
+        """A context in which the density of the guide's draws has a gradient by the draws only."""
+        before, self.path = self.path, True
+        try:
+            yield
+        finally:
+            self.path = before
 
     # Draws and densities
 

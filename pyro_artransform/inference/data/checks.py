@@ -1,19 +1,45 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Uses of mini-batches that would train on something else than was meant, and in silence."""
+"""Checks that model, guide, loader and the options of a fit go together."""
 
-from typing import Any
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
-from pyro.infer.autoguide import AutoCallable, AutoGuideList
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.infer.autoguide.effect import AutoMessenger
+from torch import nn
 
 from ...joint import LogJoint
 from ...joint.plates import ModelStructure
-from .loader import Batch, Batches
+from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
+from .loader import Batch, BatchStream
+
+
+def check_names(model: Callable[..., object], options: Collection[str]) -> None:
+    """Checks that a model has no parameter of the name of an option.
+
+    :param model: a Pyro model.
+    :param options: the names that are taken.
+    :raises ValueError: if it has, and it is not bound by :func:`functools.partial`.
+    """
+    bound = model.keywords if isinstance(model, partial) else {}
+    try:
+        called = model.forward if isinstance(model, nn.Module) else model
+        names = inspect.signature(called).parameters.keys() - bound
+    except (TypeError, ValueError):  # not every callable says what it takes
+        return
+    taken = sorted(names & set(options))
+    if taken:
+        raise ValueError(
+            f"the model has a parameter '{taken[0]}', which is an option of fit: expected another "
+            f"name, or bind it first, as in functools.partial(model, {taken[0]}=...)"
+        )
 
 
 def check_arguments(
-    loader: Any, epochs: int | None, num_steps: int | None, args: tuple[Any, ...]
+    loader: object, epochs: int | None, num_steps: int | None, args: tuple[object, ...]
 ) -> None:
     """Checks that the options of a fit go together.
 
@@ -30,26 +56,29 @@ def check_arguments(
         )
 
 
-def check_use(batches: Batches, guide: Any, log_joint: LogJoint, first: Batch) -> None:
+def check_use(
+    stream: BatchStream, guide: Callable[..., object], log_joint: LogJoint, first: Batch
+) -> None:
     """Checks that the mini-batches of a loader are what model and guide take them for.
 
-    :param batches: the batches of the loader.
+    :param stream: the batches of the loader.
     :param guide: the guide, after its first call.
     :param log_joint: the log joint density of the model.
     :param first: any batch.
     :raises ValueError: if they are not.
     """
-    if batches.num_batches == 1 and batches.is_partition:
+    if stream.num_batches == 1 and stream.is_partition:
         return
     structure = log_joint.structure(*first)
     _check_indices(guide, structure)
     _check_scale(guide, structure)
 
 
-def _check_indices(guide: Any, structure: ModelStructure) -> None:
-    parts = _parts(guide)
-    needs = any(getattr(part, "needs_indices", False) for part in parts)
-    without = all(map(_is_stock, parts)) and getattr(guide, "create_plates", None) is None
+def _check_indices(guide: Callable[..., object], structure: ModelStructure) -> None:
+    parts = list(_parts(guide))
+    needs = any(isinstance(part, MinibatchGuide) and part.needs_indices for part in parts)
+    creates_plates = isinstance(guide, AutoGuide) and guide.create_plates is not None
+    without = all(map(_is_stock, parts)) and not creates_plates
     if not (needs or (without and structure.subsampled_latents)):
         return
     named = f" (as '{structure.subsampled_latents[0]}')" if structure.subsampled_latents else ""
@@ -61,7 +90,7 @@ def _check_indices(guide: Any, structure: ModelStructure) -> None:
     )
 
 
-def _check_scale(guide: Any, structure: ModelStructure) -> None:
+def _check_scale(guide: Callable[..., object], structure: ModelStructure) -> None:
     """Whether latents that are the same for all batches would meet one batch at a time."""
     knows_no_batch = all(_knows_no_batch(part) for part in _parts(guide))
     common = list(structure.shapes) if knows_no_batch else structure.global_latents
@@ -75,18 +104,21 @@ def _check_scale(guide: Any, structure: ModelStructure) -> None:
     )
 
 
-def _parts(guide: Any) -> list[Any]:
-    return list(guide) if isinstance(guide, AutoGuideList) else [guide]
+def _parts(guide: Callable[..., object]) -> Iterator[object]:
+    if isinstance(guide, AutoGuideList):
+        yield from guide
+    else:
+        yield guide
 
 
-def _knows_no_batch(guide: Any) -> bool:
+def _knows_no_batch(guide: object) -> bool:
     """Whether the latents of a guide are the same whatever its arguments."""
-    return hasattr(guide, "rsample_and_log_prob") or _is_stock(guide)
+    return isinstance(guide, ReparametrizedGuide) or _is_stock(guide)
 
 
-def _is_stock(guide: Any) -> bool:
+def _is_stock(guide: object) -> bool:
     """Whether a guide is one of Pyro's own that has parameters for each element of a plate."""
     if isinstance(guide, AutoCallable):  # a function of the user's in an AutoGuideList
         return False
     is_pyros = type(guide).__module__.startswith("pyro.infer.autoguide")
-    return is_pyros and not getattr(guide, "amortized_plates", ())
+    return is_pyros and not (isinstance(guide, AutoMessenger) and guide.amortized_plates)

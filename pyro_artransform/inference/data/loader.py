@@ -3,13 +3,15 @@
 
 """The stream of mini-batches that a loader gives, epoch after epoch, from any place in it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     RandomSampler,
     SequentialSampler,
@@ -26,11 +28,16 @@ _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 class Batch(NamedTuple):
     """The arguments of model and guide for a step."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
 
-class Batches:
+@runtime_checkable
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+class BatchStream:
     """The mini-batches of a loader as arguments of a model, one epoch after the other.
 
     :param loader: a ``torch.utils.data.DataLoader`` or another iterable that begins anew each time.
@@ -41,9 +48,11 @@ class Batches:
     :raises ValueError: if it is empty.
     """
 
-    def __init__(self, loader: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
+    ) -> None:
         self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[object] | None = None
         self._origin = self._random_state()
         self._epoch_start = self._origin
         #: how many epochs are over, and how many batches of the present one
@@ -110,13 +119,13 @@ class Batches:
             self._set_own(own)
 
     def _spread(self, count: int) -> set[int]:
-        if isinstance(self._sampler(), _SHUFFLED):
+        if isinstance(self._samplers()[1], _SHUFFLED):
             return set(range(count))
         return {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
 
     def _count(self) -> int:
         try:
-            return len(self._loader)  # type: ignore[arg-type]
+            return len(self._loader)  # type: ignore[arg-type]  # any iterable may lack a length
         except TypeError:
             own, state = self._own_states(), torch.get_rng_state()
             count = sum(1 for _ in self._loader)
@@ -124,7 +133,7 @@ class Batches:
             torch.set_rng_state(state)
             return count
 
-    def _arguments(self, batch: Any) -> Batch:
+    def _arguments(self, batch: object) -> Batch:
         if isinstance(batch, Tensor):
             return Batch((batch,), self._kwargs)
         if isinstance(batch, Mapping):
@@ -142,49 +151,61 @@ class Batches:
             f"a mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
         )
 
+    def place(self, num_steps: int | None) -> tuple[str, str]:
+        """The epoch, and the batch in it, in words.
+
+        :param num_steps: the number of steps in all, if it is known.
+        """
+        total = self.num_batches
+        epochs = "" if num_steps is None else f"/{math.ceil(num_steps / total)}"
+        return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
+
     # Where the order comes from
 
-    def _sampler(self) -> Any:
-        """What the order of the batches follows, as far as it is known."""
-        if not isinstance(self._loader, DataLoader):
-            return self._loader
-        sampler = getattr(self._loader, "batch_sampler", None) or self._loader.sampler
-        return getattr(sampler, "sampler", sampler)
+    def _samplers(self) -> tuple[object, object]:
+        """What draws the batches, and what draws the rows in them, as far as they are known."""
+        loader = self._loader
+        if not isinstance(loader, DataLoader):
+            return None, loader
+        batches: object = loader.batch_sampler
+        rows = batches.sampler if isinstance(batches, BatchSampler) else batches or loader.sampler
+        return batches, rows
 
     @property
     def can_go_on(self) -> bool:
         """Whether the order follows torch's generators, or is fixed: then any place in it is known."""
-        return isinstance(self._sampler(), _FIXED + _SHUFFLED)
+        return isinstance(self._samplers()[1], _FIXED + _SHUFFLED)
 
     @property
     def is_partition(self) -> bool:
         """Whether an epoch is known to have each of its rows once."""
-        sampler = self._sampler()
-        drawn = isinstance(sampler, WeightedRandomSampler)
-        drawn = drawn or getattr(sampler, "replacement", False)
-        return self.can_go_on and not (drawn or self._leaves_rows_out())
+        _, rows = self._samplers()
+        is_drawn = isinstance(rows, WeightedRandomSampler)
+        is_drawn = is_drawn or (isinstance(rows, RandomSampler) and rows.replacement)
+        return self.can_go_on and not (is_drawn or self._leaves_rows_out())
 
     def _leaves_rows_out(self) -> bool:
         """Whether some rows of the data are in no batch; a subset that the user chose is the data."""
-        loader: Any = self._loader
-        sampler, batch_sampler = self._sampler(), getattr(loader, "batch_sampler", None)
-        if batch_sampler is None or not hasattr(sampler, "__len__"):
+        batches, rows = self._samplers()
+        if (
+            batches is None
+            or not isinstance(self._loader, DataLoader)
+            or not isinstance(rows, Sized)
+        ):
             return False
-        is_subset = isinstance(sampler, SubsetRandomSampler)
-        if not is_subset and len(sampler) < len(loader.dataset):
+        data = self._loader.dataset
+        is_subset = isinstance(rows, SubsetRandomSampler)
+        if not is_subset and isinstance(data, Sized) and len(rows) < len(data):
             return True
-        drops_last = getattr(batch_sampler, "drop_last", False)
-        return bool(drops_last and len(sampler) % batch_sampler.batch_size)
+        if not isinstance(batches, BatchSampler):
+            return False
+        return batches.drop_last and len(rows) % batches.batch_size > 0
 
     def _generators(self) -> list[torch.Generator]:
-        """The loader's own ones."""
-        batch_sampler = getattr(self._loader, "batch_sampler", None)
-        owners = [
-            self._loader,
-            getattr(self._loader, "sampler", None),
-            batch_sampler,
-            getattr(batch_sampler, "sampler", None),
-        ]
+        """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
+        owners = [self._loader, *self._samplers()]
+        if isinstance(self._loader, DataLoader):
+            owners.append(self._loader.sampler)
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
@@ -198,7 +219,7 @@ class Batches:
         for generator, state in zip(self._generators(), states):
             generator.set_state(state)
 
-    def _begin_epoch(self) -> Iterator[Any]:
+    def _begin_epoch(self) -> Iterator[object]:
         self.close()
         self._epoch_start = self._random_state()
         self._iterator, self.position = iter(self._loader), 0
@@ -247,12 +268,12 @@ class Batches:
         return True
 
 
-def _close(iterator: Any) -> None:
-    if hasattr(iterator, "close"):
+def _close(iterator: object) -> None:
+    if isinstance(iterator, _Closable):
         iterator.close()
 
 
-def _checked(loader: Any) -> Iterable[Any]:
+def _checked(loader: object) -> Iterable[object]:
     if isinstance(loader, (Tensor, Mapping, str, bytes)):
         raise TypeError(
             "loader: expected a DataLoader or another iterable of batches, got data of type "

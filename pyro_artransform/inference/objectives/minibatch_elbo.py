@@ -4,192 +4,160 @@
 """The ELBO of a guide whose data come in mini-batches: for steps, for comparisons, and at the end."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...joint import LogDensity, LogJoint, MeanLogJoint
-from ..data.loader import Batch, Batches
-from .elbo import Objective, PathObjective
+from ..config import MinibatchConfig
+from ..data.loader import Batch, BatchStream
+from .objective import BatchObjective
+from .path_gradient import PathObjective
 
-# batches that candidates are compared on
-_NUM_HELD = 32
-# batches whose mean density a start is looked for in
-_NUM_FOR_START = 8
-# of the draws that a comparison has without mini-batches: those are of all data
-_SHARE_OF_DRAWS = 4
-_MIN_DRAWS, _MAX_DRAWS = 8, 256
-_NUM_ESTIMATES = 4
-_MAX_BATCHES = 500
-_NUM_DRAWS = 4000
-_NUM_COMMON_DRAWS = 1000
 _ROUND_OFF = 1e-6
 
 
-def hold(batches: Batches) -> list[Batch]:
-    """Some of the batches of an epoch, at least one, to compare on.
+def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
+    """Some of the batches of an epoch, at least one, on which parameters are compared.
 
-    :param batches: a stream of batches.
+    :param stream: the stream of batches.
+    :param config: says how many there are at most.
     :raises ValueError: if there is none.
     """
-    held = list(batches.one_pass(_NUM_HELD))
-    if not held:
+    found = list(stream.one_pass(config.num_compared))
+    if not found:
         raise ValueError("loader: expected at least one batch, got none")
-    return held
+    return found
 
 
 class MinibatchObjective:
     """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
 
     The last batch of an epoch may be short. A model that scales it up to all data would count its
-    rows more than others', so that its step is the smaller: then the steps of an epoch add up to
-    the gradient of all data.
+    rows more than others', so its step is smaller: then the steps of an epoch add up to the
+    gradient of all data.
 
     :param objective: the objective for any batch.
-    :param batches: the stream.
+    :param stream: the stream of batches.
     :param log_joint: the log joint density of the model.
-    :param held: the batches on which candidates are compared.
+    :param validation: the batches on which parameters are compared.
+    :param config: how many draws and batches there are.
     """
 
     has_weights = False
 
     def __init__(
-        self, objective: Objective, batches: Batches, log_joint: LogJoint, held: list[Batch]
+        self,
+        objective: BatchObjective,
+        stream: BatchStream,
+        log_joint: LogJoint,
+        validation: list[Batch],
+        config: MinibatchConfig,
     ) -> None:
-        self._objective, self._batches = objective, batches
-        self._log_joint = log_joint
-        self.compare_on(held)
+        self._objective = self._last = objective
+        self._stream, self._log_joint, self._config = stream, log_joint, config
+        self.compare_on(validation)
 
-    def compare_on(self, held: list[Batch]) -> None:
-        """Compares on these batches from now on.
+    def compare_on(self, validation: list[Batch]) -> None:
+        """Compares parameters on these batches from now on.
 
-        :param held: the batches.
+        :param validation: the batches.
         """
-        self._held = held
-        self._least_scale = min(self._log_joint.structure(*batch).scale for batch in held)
+        self._validation = validation
+        self._least_scale = min(map(self._scale, validation))
+
+    def _scale(self, batch: Batch) -> float:
+        """How much the model scales a batch up."""
+        return self._log_joint.structure(*batch).scale
+
+    def _weight(self, batch: Batch) -> float:
+        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
+        return self._least_scale / self._scale(batch)
 
     def loss(self, num_particles: int) -> Tensor:
-        batch = self._batches.next()
-        self._objective.see(*batch)
-        loss = self._objective.loss(num_particles)
-        weight = self.weight(batch)
+        batch = self._stream.next()
+        self._last = self._objective.with_arguments(*batch)
+        loss, weight = self._last.loss(num_particles), self._weight(batch)
         # the value stays that of the ELBO
         return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
 
     def tail_loss(self, num_particles: int) -> Tensor:
-        # the log weights of mini-batches say nothing of tails
-        return self.loss(num_particles)
-
-    def weight(self, batch: Batch) -> float:
-        """How many rows a batch has beside the largest of those held; one where nothing is scaled.
-
-        :param batch: a batch.
-        """
-        return self._least_scale / self._log_joint.structure(*batch).scale
-
-    def see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._objective.see(args, kwargs)
+        return self.loss(num_particles)  # the log weights of mini-batches are noise
 
     def parameters(self) -> dict[str, Tensor]:
-        self._objective.see(*self._held[0])
         return self._objective.parameters()
 
-    def step_units(self) -> dict[str, Tensor]:
-        return self._objective.step_units()
-
-    def elbo_draws(self, count: int, num_estimates: int = _NUM_ESTIMATES) -> Tensor:
-        """Each of them the mean over the batches that are held."""
-        draws = max(count // (_SHARE_OF_DRAWS * len(self._held)), _MIN_DRAWS)
-        weights = [self.weight(batch) for batch in self._held]
+    def elbo_draws(self, count: int) -> Tensor:
+        """Each of them the mean over the batches for validation."""
+        config, batches = self._config, self._validation
+        draws = max(count // (config.draws_divisor * len(batches)), config.min_draws)
+        weights = [self._weight(batch) for batch in batches]
         if isinstance(self._objective, PathObjective):
             # the same draws for all: the log weights of much data vary less than those of little
-            z, log_q = self._objective.draws(draws)
-            found = [self._log_density(self._objective, batch, z) for batch in self._held]
-            found = [values - log_q for values in found]
+            z, log_q = _draws(self._objective, draws)
+            found = [_log_density(self._objective, batch, z) - log_q for batch in batches]
         else:
-            found = [self.draws_of(batch, draws, num_estimates) for batch in self._held]
+            found = [self._objective.with_arguments(*b).elbo_draws(draws) for b in batches]
         total = sum(weights)
-        return torch.stack([w / total * v for w, v in zip(weights, found)]).sum(0)
+        return torch.stack([w / total * values for w, values in zip(weights, found)]).sum(0)
 
-    @staticmethod
-    def _log_density(objective: PathObjective, batch: Batch, z: Tensor) -> Tensor:
-        objective.see(*batch)
-        return objective.log_density(z)
+    def nonfinite_sites(self) -> list[str]:
+        return self._last.nonfinite_sites()
 
-    def draws_of(self, batch: Batch, count: int, num_estimates: int = _NUM_ESTIMATES) -> Tensor:
-        """Estimates of the ELBO of one batch.
-
-        :param batch: the batch.
-        :param count: the number of draws.
-        :param num_estimates: as for ``elbo_draws``.
-        """
-        self._objective.see(*batch)
-        return self._objective.elbo_draws(count, num_estimates)
-
-    def culprits(self) -> list[str]:
-        return self._objective.culprits()
-
-    def for_start(self) -> LogDensity:
-        """The mean log joint density of several batches."""
-        few = self._held[:: math.ceil(len(self._held) / _NUM_FOR_START)]
-        return MeanLogJoint(self._log_joint, few, [self.weight(batch) for batch in few])
+    def mean_log_joint(self) -> LogDensity:
+        """The mean log joint density of several batches, in which an initial guide is found."""
+        few = self._validation[:: math.ceil(len(self._validation) / self._config.num_for_start)]
+        return MeanLogJoint(self._log_joint, few, [self._weight(batch) for batch in few])
 
     def over_a_pass(self) -> "PassEstimate":
         """The ELBO from one pass over the loader, or from batches that are spread over it."""
         if isinstance(self._objective, PathObjective):
-            return self._on_common_draws(self._objective)
-        total = min(self._batches.num_batches, _MAX_BATCHES)
-        count = min(max(_NUM_DRAWS // total, _MIN_DRAWS), _MAX_DRAWS)
-        seen = _Seen()
-        for batch in self._batches.one_pass(total):
-            draws = self.draws_of(batch, count).double()
-            seen.means.append(draws.mean().item())
-            seen.errors.append((draws.var() / len(draws)).item())
-            self._note(seen, batch)
-        share = self._share_seen(seen.scales)
-        elbo, elbo_se = _mean_and_error(seen, share)
-        return PassEstimate(elbo, elbo_se, count * len(seen.means), len(seen.means), share, None)
+            return self._with_common_draws(self._objective)
+        config = self._config
+        total = min(self._stream.num_batches, config.max_batches)
+        count = min(max(config.num_draws // total, config.min_draws), config.max_draws)
+        terms = []
+        for batch in self._stream.one_pass(total):
+            draws = self._objective.with_arguments(*batch).elbo_draws(count).double()
+            error = (draws.var() / len(draws)).item()
+            terms.append(_Term(draws.mean().item(), error, self._weight(batch), self._scale(batch)))
+        share = self._share_seen(terms)
+        elbo, elbo_se = _mean_and_error(terms, share)
+        return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share, None)
 
-    def _on_common_draws(self, objective: PathObjective) -> "PassEstimate":
-        """The same for a guide whose latents are the same for all batches: draws need be no others.
+    def _with_common_draws(self, objective: PathObjective) -> "PassEstimate":
+        """The same for a guide whose latents are the same for all batches, and so its draws.
 
-        Then the mean over all batches is the log weight with all data, draw by draw.
+        Then the mean over all batches is the log weight of all data, draw by draw.
         """
-        z, log_q = objective.draws(_NUM_COMMON_DRAWS)
-        total, seen = torch.zeros_like(log_q), _Seen()
-        for batch in self._batches.one_pass(_MAX_BATCHES):
-            values = self._log_density(objective, batch, z)
-            total += self.weight(batch) * values
-            seen.means.append((values - log_q).mean().item())
-            seen.errors.append(0.0)
-            self._note(seen, batch)
-        share = self._share_seen(seen.scales)
-        log_weights = total / sum(seen.weights) - log_q
-        elbo, by_batches = _mean_and_error(seen, share)
+        z, log_q = _draws(objective, self._config.num_common_draws)
+        total, terms = torch.zeros_like(log_q), []
+        for batch in self._stream.one_pass(self._config.max_batches):
+            values, weight = _log_density(objective, batch, z), self._weight(batch)
+            total += weight * values
+            terms.append(_Term((values - log_q).mean().item(), 0.0, weight, self._scale(batch)))
+        share = self._share_seen(terms)
+        log_weights = total / sum(term.weight for term in terms) - log_q
+        elbo, by_batches = _mean_and_error(terms, share)
         by_draws = (log_weights.double().var() / len(z)).sqrt().item()
-        is_exact = abs(sum(1 / scale for scale in seen.scales) - 1) < _ROUND_OFF and share > 0
+        is_exact = abs(sum(1 / term.scale for term in terms) - 1) < _ROUND_OFF and share > 0
         return PassEstimate(
             elbo,
             math.hypot(by_draws, by_batches),
             len(z),
-            len(seen.means),
+            len(terms),
             share,
             log_weights if is_exact else None,
         )
 
-    def _note(self, seen: "_Seen", batch: Batch) -> None:
-        seen.weights.append(self.weight(batch))
-        seen.scales.append(self._log_joint.structure(*batch).scale)
-
-    def _share_seen(self, scales: list[float]) -> float:
+    def _share_seen(self, terms: list["_Term"]) -> float:
         """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
-        if not self._batches.is_partition:
+        if not self._stream.is_partition:
             return 0.0
-        share = len(scales) / self._batches.num_batches
-        is_scaled = any(scale != 1 for scale in scales)
-        return min(share, sum(1 / scale for scale in scales)) if is_scaled else share
+        share = len(terms) / self._stream.num_batches
+        is_scaled = any(term.scale != 1 for term in terms)
+        return min(share, sum(1 / term.scale for term in terms)) if is_scaled else share
 
 
 class PassEstimate(NamedTuple):
@@ -212,25 +180,33 @@ class PassEstimate(NamedTuple):
     log_weights: Tensor | None
 
 
-class _Seen:
-    """What was seen of each batch."""
+class _Term(NamedTuple):
+    """The mean of one batch, the variance of it by its draws, and the batch's weight and scale."""
 
-    def __init__(self) -> None:
-        self.means: list[float] = []
-        #: the variance of each mean by its draws
-        self.errors: list[float] = []
-        self.weights: list[float] = []
-        self.scales: list[float] = []
+    mean: float
+    variance: float
+    weight: float
+    scale: float
 
 
-def _mean_and_error(seen: _Seen, share: float) -> tuple[float, float]:
+@torch.no_grad()
+def _draws(objective: PathObjective, count: int) -> tuple[Tensor, Tensor]:
+    return objective.guide.rsample_and_log_prob(count)
+
+
+def _log_density(objective: PathObjective, batch: Batch, z: Tensor) -> Tensor:
+    return objective.with_arguments(*batch).log_density(z)
+
+
+def _mean_and_error(terms: list[_Term], share: float) -> tuple[float, float]:
     """The weighted mean of independent means, and its standard error.
 
-    :param share: of all there are, how many these are: the rest would vary as they do.
+    :param share: what part of all these are: the rest would vary as they do.
     """
-    shares = [weight / sum(seen.weights) for weight in seen.weights]
-    mean = math.fsum(s * m for s, m in zip(shares, seen.means))
-    by_draws = math.fsum(s**2 * e for s, e in zip(shares, seen.errors))
-    deviations = math.fsum(s**2 * (m - mean) ** 2 for s, m in zip(shares, seen.means))
+    total = sum(term.weight for term in terms)
+    shares = [term.weight / total for term in terms]
+    mean = math.fsum(s * term.mean for s, term in zip(shares, terms))
+    by_draws = math.fsum(s**2 * term.variance for s, term in zip(shares, terms))
+    deviations = math.fsum(s**2 * (term.mean - mean) ** 2 for s, term in zip(shares, terms))
     by_batches = deviations * len(shares) / max(len(shares) - 1, 1)
     return mean, math.sqrt(by_draws + max(1 - share, 0.0) * by_batches)

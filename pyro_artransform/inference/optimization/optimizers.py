@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The optimisers a fit can use: its own Adam, and whatever the user brings."""
+"""The optimizers of a fit: its own Adam, and those that users bring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,30 +11,33 @@ from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-_BETAS = (0.9, 0.99)
+from ...joint.protocols import ScaledSteps
 
 
-class Optimiser(Protocol):
-    """Takes steps along gradients that stand in the parameters' ``grad``."""
+class Optimizer(Protocol):
+    """Takes steps along the gradients in the parameters' ``grad``."""
 
     def step(self, factor: float) -> None:
         """Takes a step, of the step size times the factor where the schedule is the fit's."""
+        ...
 
     def state(self) -> Any:
         """Everything that changes, in tensors and plain data."""
+        ...
 
     def restore(self, state: Any) -> None:
         """Takes over what :meth:`state` returned."""
+        ...
 
 
 class Adam:
     """Adam whose step size follows the schedule of the fit.
 
-    :param parameters: what to train, by name.
+    :param parameters: what to train.
     :param step_size: the step size at a factor of one.
-    :param units: returns, for parameters whose steps are to be larger or smaller, what to multiply
-        them by, of the parameter's shape: Adam's steps are as large for a location with a deviation
-        of 1e-4 as for one of 1e4.
+    :param betas: the decay rates of the two moments.
+    :param scales: a guide that says what to multiply the steps of some parameters by: Adam's are as
+        large for a location with a deviation of 1e-4 as for one of 1e4.
 
     **References**
 
@@ -43,27 +46,30 @@ class Adam:
 
     def __init__(
         self,
-        parameters: dict[str, Tensor],
+        parameters: Sequence[Tensor],
         step_size: float,
-        units: Callable[[], dict[str, Tensor]] = dict,
+        betas: tuple[float, float],
+        scales: ScaledSteps | None = None,
     ) -> None:
-        trained = list(parameters.values())
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
-        self._adam = torch.optim.Adam(trained, lr=step_size, betas=_BETAS, fused=fused)
-        self._parameters = parameters
-        self._step_size = step_size
-        self._units = units
+        is_fused = True
+        for parameter in parameters:
+            is_fused &= parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+        self._adam = torch.optim.Adam(parameters, lr=step_size, betas=betas, fused=is_fused)
+        self._trained = set(parameters)
+        self._step_size, self._scales = step_size, scales
 
     def step(self, factor: float) -> None:
         for group in self._adam.param_groups:
             group["lr"] = self._step_size * factor
-        units = {name: unit for name, unit in self._units().items() if name in self._parameters}
-        before = {name: self._parameters[name].detach().clone() for name in units}
+        scaled = []
+        if self._scales is not None:
+            for parameter, scale in self._scales.step_scales().items():
+                if parameter in self._trained:
+                    scaled.append((parameter, scale, parameter.detach().clone()))
         self._adam.step()
         with torch.no_grad():
-            for name, unit in units.items():
-                parameter = self._parameters[name]
-                parameter.copy_(torch.addcmul(before[name], unit, parameter - before[name]))
+            for parameter, scale, before in scaled:
+                parameter.copy_(torch.addcmul(before, scale, parameter - before))
 
     def state(self) -> Any:
         return self._adam.state_dict()
@@ -72,50 +78,50 @@ class Adam:
         self._adam.load_state_dict(state)
 
 
-class TorchOptimiser:
-    """An optimiser of PyTorch, with the step size that it has.
+class TorchOptimizer:
+    """An optimizer of PyTorch, at its own step size.
 
-    :param optimiser: the optimiser of all parameters.
+    :param optimizer: the optimizer of all parameters.
     """
 
-    def __init__(self, optimiser: torch.optim.Optimizer) -> None:
-        self._optimiser = optimiser
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
 
     def step(self, factor: float) -> None:
-        self._optimiser.step()
+        self._optimizer.step()
 
     def state(self) -> Any:
-        return self._optimiser.state_dict()
+        return self._optimizer.state_dict()
 
     def restore(self, state: Any) -> None:
-        self._optimiser.load_state_dict(state)
+        self._optimizer.load_state_dict(state)
 
 
-class PyroOptimiser:
-    """An optimiser of Pyro, with the step size that it has; a scheduler goes on after each step.
+class PyroOptimizer:
+    """An optimizer of Pyro, at its own step size; a scheduler goes on after each step.
 
-    :param optimiser: the optimiser.
+    :param optimizer: the optimizer.
     :param parameters: what to train.
     """
 
-    def __init__(self, optimiser: PyroOptim, parameters: Sequence[Tensor]) -> None:
-        self._optimiser = optimiser
+    def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
+        self._optimizer = optimizer
         self._parameters = list(parameters)
 
     def step(self, factor: float) -> None:
-        self._optimiser(self._parameters)
-        if isinstance(self._optimiser, PyroLRScheduler):
-            self._optimiser.step()
+        self._optimizer(self._parameters)
+        if isinstance(self._optimizer, PyroLRScheduler):
+            self._optimizer.step()
 
     def state(self) -> Any:
         return [[part.state_dict() for part in self._parts(p)] for p in self._parameters]
 
     def _parts(self, parameter: Tensor) -> list[Any]:
-        """The optimiser of a parameter, after its scheduler if it has one; none before a step."""
-        made = self._optimiser.optim_objs.get(parameter)
+        """The optimizer of a parameter, after its scheduler if it has one; none before a step."""
+        made = self._optimizer.optim_objs.get(parameter)
         if made is None:
             return []
-        return [made, made.optimizer] if isinstance(self._optimiser, PyroLRScheduler) else [made]
+        return [made, made.optimizer] if isinstance(self._optimizer, PyroLRScheduler) else [made]
 
     def restore(self, state: Any) -> None:
         held = [None if p.grad is None else p.grad.clone() for p in self._parameters]
@@ -124,8 +130,8 @@ class PyroOptimiser:
                 continue
             kept = parameter.detach().clone()
             parameter.grad = torch.zeros_like(parameter)
-            # Pyro makes the optimiser of a parameter at its first step
-            self._optimiser([parameter])
+            # Pyro makes the optimizer of a parameter at its first step
+            self._optimizer([parameter])
             for part, values in zip(self._parts(parameter), saved):
                 part.load_state_dict(values)
             with torch.no_grad():
@@ -134,10 +140,10 @@ class PyroOptimiser:
             parameter.grad = grad
 
 
-def users_optimiser(optim: Any, parameters: Sequence[Tensor]) -> Optimiser:
-    """An optimiser that the user brings, for these parameters.
+def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer:
+    """The user's optimizer for these parameters.
 
-    :param optim: an optimiser or scheduler of ``pyro.optim``, or a function of a list of parameters
+    :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``.
     :param parameters: what to train.
     :raises TypeError: if it is neither.
@@ -145,11 +151,11 @@ def users_optimiser(optim: Any, parameters: Sequence[Tensor]) -> Optimiser:
     if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is ReduceLROnPlateau:
         raise TypeError("optim: expected a scheduler that needs no loss, got ReduceLROnPlateau")
     if isinstance(optim, PyroOptim):
-        return PyroOptimiser(optim, parameters)
+        return PyroOptimizer(optim, parameters)
     made = optim(list(parameters)) if callable(optim) else None
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
-            "optim: expected an optimiser of pyro.optim, or a function of a list of parameters that "
+            "optim: expected an optimizer of pyro.optim, or a function of a list of parameters that "
             f"returns one of torch.optim, got {optim!r}"
         )
-    return TorchOptimiser(made)
+    return TorchOptimizer(made)

@@ -1,25 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""When the step size goes down, and when a fit ends."""
+"""When the step size goes down, when a fit ends, and what its parameters are averaged over."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
-_WARM_UP = 20
-_CONSTANT_SHARE = 0.4  # of a given number of steps
-_WINDOW = 300
-_DECAY_SHARE = 0.6  # of the constant phase
-MIN_DECAY, _MAX_DECAY = 400, 1500
-# of a guide that is further from the evidence than this, in nats, small steps still make much
-_MUCH, _LONG_DECAY = 0.2, 2800
-_MIN_EPOCHS = 3  # in a window, and in the decay
-# an improvement from one window to the next that is too small to go on for, in nats
-_STILL = 0.004
-_NUM_TAIL_STEPS = 100
-_TAIL_FACTOR = 0.2
-_STATE = ("decay_start", "tail_start", "end", "reason")
+from ..config import OptimizationConfig
 
 PLATEAU = "the ELBO stopped moving"
 LIMIT = (
@@ -28,101 +16,168 @@ LIMIT = (
 GIVEN = "all {} steps that were asked for were taken"
 
 
+@dataclass(frozen=True)
 class Schedule:
     """A constant step size for as long as the ELBO improves, then half a cosine down to zero.
 
-    The last steps of all are for the tails of the posterior, with a smaller step size.
+    The last steps of all are for the tails of the posterior, at a smaller step size.
 
-    :param num_steps: the number of steps; by default the fit finds out itself.
-    :param max_constant: the longest constant phase, where it does.
-    :param has_tail_steps: whether there are steps for the tails.
-    :param epoch: the number of steps that see all data once: the schedule looks at whole epochs.
-    :param min_decay: the shortest time for the step size to go down.
+    :param config: the numbers behind all of it.
+    :param max_constant: the longest constant phase in steps, where the fit finds its end itself.
+    :param min_decay: the shortest decay in steps.
+    :param epoch: the steps in which the noise of mini-batches cancels; 1 without a loader.
+    :param tail_steps: the number of steps for the tails.
+    :param averaged_steps: the steps that the running average of the parameters reaches back, at least.
+    :param averaged_share: the same as a share of the steps so far.
+    :param num_steps: the number of steps that was asked for; ``None`` where the fit finds its end.
+    :param decay_start: the number of steps before the decay; ``None`` while it is not known.
+    :param tail_start: the number of steps before those for the tails, likewise.
+    :param end: the number of steps in all, likewise.
+    :param reason: why the steps end there, in words.
     """
 
-    def __init__(
-        self,
-        num_steps: int | None,
-        max_constant: int,
-        has_tail_steps: bool = False,
-        epoch: int = 1,
-        min_decay: int = MIN_DECAY,
-    ) -> None:
-        self.max_constant = max_constant
-        self._epoch, self._min_decay = epoch, min_decay
-        self._has_tail_steps = has_tail_steps
-        self.decay_start: int | None = None
-        self.tail_start: int | None = None
-        self.end: int | None = None
-        self.reason = ""
-        if num_steps is not None:
-            tail = min(_NUM_TAIL_STEPS, num_steps // 10) if has_tail_steps else 0
-            decay_start = math.ceil(_CONSTANT_SHARE * (num_steps - tail))
-            self._set_ends(decay_start, num_steps - tail, num_steps)
-            self.reason = GIVEN.format(num_steps)
+    config: OptimizationConfig
+    max_constant: int
+    min_decay: int
+    epoch: int = 1
+    tail_steps: int = 0
+    averaged_steps: int = 100
+    averaged_share: float = 0.0
+    num_steps: int | None = None
+    decay_start: int | None = None
+    tail_start: int | None = None
+    end: int | None = None
+    reason: str = ""
 
-    def _set_ends(self, decay_start: int, tail_start: int, end: int) -> None:
-        self.decay_start, self.tail_start, self.end = decay_start, tail_start, end
+    def of_length(self, num_steps: int | None) -> "Schedule":
+        """The schedule of a given number of steps; itself without one."""
+        if num_steps is None:
+            return self
+        tail_start = num_steps - min(self.tail_steps, num_steps // 10)
+        return replace(
+            self,
+            num_steps=num_steps,
+            decay_start=math.ceil(self.config.constant_share * tail_start),
+            tail_start=tail_start,
+            end=num_steps,
+            reason=GIVEN.format(num_steps),
+        )
+
+    def constant(self) -> "Schedule":
+        """The same without an end, as for the learning-rate search."""
+        return replace(self, decay_start=None, tail_start=None, end=None)
+
+    def without_tails(self) -> "Schedule":
+        """The same without the steps for the tails, unless the number of steps was given."""
+        return replace(self, end=self.tail_start) if self.num_steps is None else self
+
+    def observe(self, losses: Sequence[float], gap: Callable[[], float]) -> "Schedule":
+        """The schedule after these losses: its constant phase ends once they have stopped falling.
+
+        :param losses: one for each step, those of skipped steps not finite.
+        :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
+        """
+        config, step = self.config, len(losses)
+        if self.end is not None or step < 2 * config.window:
+            return self
+        window = self._whole(config.window, config.min_epochs)
+        if step < 2 * window or step % self._whole(config.window // 6):
+            return self
+        before, after = losses[-2 * window : -window], losses[-window:]
+        is_still = self._is_still(_by_epoch(before, self.epoch), _by_epoch(after, self.epoch))
+        if not is_still and step < self.max_constant:
+            return self
+        longest = max(config.max_decay, self._whole(1, config.min_epochs))
+        decay = min(max(math.ceil(config.decay_share * step), self.min_decay), longest)
+        if gap() > config.long_decay_gap:
+            decay = max(decay, config.long_decay)
+        tail_start = step + self._whole(decay)
+        return replace(
+            self,
+            decay_start=step,
+            tail_start=tail_start,
+            end=tail_start + self.tail_steps,
+            reason=PLATEAU if is_still else LIMIT,
+        )
+
+    def _whole(self, steps: int, min_epochs: int = 1) -> int:
+        """At least so many steps that make whole epochs, and at least so many of them."""
+        if self.epoch == 1:
+            return steps
+        return self.epoch * max(math.ceil(steps / self.epoch), min_epochs)
+
+    def _is_still(self, before: Sequence[float], after: Sequence[float]) -> bool:
+        """Whether the mean did not fall by more than is worth while, or than can be seen."""
+        (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
+        return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
     def is_for_tails(self, step: int) -> bool:
         """Whether the step after so many steps is for the tails."""
         return self.tail_start is not None and step >= self.tail_start
 
-    def skip_tails(self) -> None:
-        """Ends before the steps for the tails, unless the number of steps was given."""
-        if self.reason in (PLATEAU, LIMIT):
-            self.end = self.tail_start
+    def is_over(self, step: int) -> bool:
+        """Whether so many steps are enough."""
+        return self.end is not None and step >= self.end
 
     def factor(self, step: int) -> float:
         """What to multiply the step size by.
 
         :param step: the number of steps taken before.
         """
-        warm_up = min(1.0, (step + 1) / _WARM_UP)
+        warm_up = min(1.0, (step + 1) / self.config.warm_up)
         if self.decay_start is None or self.tail_start is None or self.end is None:
             return warm_up
-        if step >= self.tail_start:
-            tail_warm_up = min(1.0, (step - self.tail_start + 1) / _WARM_UP)
-            return _TAIL_FACTOR * tail_warm_up * _half_cosine(step, self.tail_start, self.end)
-        return warm_up * _half_cosine(step, self.decay_start, self.tail_start)
+        if step < self.tail_start:
+            return warm_up * _half_cosine(step, self.decay_start, self.tail_start)
+        warm_up = min(1.0, (step - self.tail_start + 1) / self.config.warm_up)
+        return self.config.tail_step_size * warm_up * _half_cosine(step, self.tail_start, self.end)
 
-    def is_over(self, step: int) -> bool:
-        """Whether so many steps are enough."""
-        return self.end is not None and step >= self.end
+    def average_weight(self, step: int) -> float:
+        """The weight of the newest parameters in their running average.
 
-    def observe(self, losses: Sequence[float], gap: Callable[[], float]) -> None:
-        """Looks at the losses so far, and ends the constant phase once they have stopped falling.
+        A young average forgets its start faster. With a share it is that of polynomial decay.
 
-        :param losses: one for each step, those of skipped steps not finite.
-        :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
+        :param step: the number of steps so far.
+
+        **References**
+
+        1. Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
+           Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824
         """
-        step, window = len(losses), self._whole(_WINDOW, _MIN_EPOCHS)
-        if self.end is not None or step < 2 * window or step % self._whole(_WINDOW // 6):
-            return
-        before, after = losses[-2 * window : -window], losses[-window:]
-        is_still = _is_still(_by_epoch(before, self._epoch), _by_epoch(after, self._epoch))
-        if is_still or step >= self.max_constant:
-            longest = max(_MAX_DECAY, self._whole(1, _MIN_EPOCHS))
-            decay = min(max(math.ceil(_DECAY_SHARE * step), self._min_decay), longest)
-            decay = max(decay, _LONG_DECAY) if gap() > _MUCH else decay
-            tail = _NUM_TAIL_STEPS if self._has_tail_steps else 0
-            self._set_ends(step, step + self._whole(decay), step + self._whole(decay) + tail)
-            self.reason = PLATEAU if is_still else LIMIT
+        reach = max(self.averaged_steps, self.averaged_share * step)
+        return 1 / min(reach, step + 1)
 
-    def _whole(self, steps: int, min_epochs: int = 1) -> int:
-        """At least so many steps that make whole epochs, and at least so many of them."""
-        if self._epoch == 1:
-            return steps
-        return self._epoch * max(math.ceil(steps / self._epoch), min_epochs)
+    def state(self) -> dict[str, int | str | None]:
+        """What is known of the end, as plain data."""
+        return {
+            "decay_start": self.decay_start,
+            "tail_start": self.tail_start,
+            "end": self.end,
+            "reason": self.reason,
+        }
 
-    def state(self) -> dict[str, Any]:
-        """Everything that changes, as plain data."""
-        return {name: getattr(self, name) for name in _STATE}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` returned."""
-        for name in _STATE:
-            setattr(self, name, state[name])
+def new_schedule(
+    config: OptimizationConfig, by_path: bool, num_batches: int | None, is_subsampled: bool
+) -> Schedule:
+    """The schedule of a fit that finds its end itself, by what is noisy in its steps.
+
+    :param config: the numbers behind it.
+    :param by_path: whether the gradient is the path gradient of a flow guide.
+    :param num_batches: mini-batches in an epoch; ``None`` where each step sees the same arguments.
+    :param is_subsampled: whether the model itself takes a part of its data at each step.
+    """
+    epoch, is_noisy = num_batches or 1, num_batches is not None or is_subsampled
+    longest = config.max_constant_path if by_path else config.max_constant_pyro
+    return Schedule(
+        config,
+        max_constant=max(longest, config.max_constant_epochs * epoch),
+        min_decay=config.min_noisy_decay if is_noisy else config.min_decay,
+        epoch=epoch,
+        tail_steps=config.tail_steps if by_path and num_batches is None else 0,
+        averaged_steps=max(config.averaged_steps, config.averaged_epochs * epoch),
+        averaged_share=config.averaged_share if is_noisy else 0.0,
+    )
 
 
 def _half_cosine(step: int, start: int, end: int) -> float:
@@ -137,12 +192,6 @@ def _by_epoch(losses: Sequence[float], epoch: int) -> list[float]:
         return list(losses)
     epochs = (losses[start : start + epoch] for start in range(0, len(losses), epoch))
     return [_mean_and_variance(values)[0] for values in epochs]
-
-
-def _is_still(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether the mean did not fall by more than is worth while, or than can be seen."""
-    (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
-    return not old - new > max(_STILL, math.sqrt(old_var + new_var))
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:

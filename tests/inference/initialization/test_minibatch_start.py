@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro_artransform.inference.objectives.elbo import PyroObjective
 from torch import nn
 
 from pyro_artransform import AutoAmortized
@@ -17,7 +18,6 @@ from pyro_artransform.inference.initialization.minibatch_start import (
     SharedPrior,
     find_initial_minibatch_guide,
 )
-from pyro_artransform.inference.objectives.elbo import PyroObjective
 from pyro_artransform.joint import LogJoint
 
 SIZE, BATCH = 400, 40
