@@ -14,8 +14,8 @@ from ...joint import LogJoint
 from ...joint.protocols import MinibatchGuide
 from ..config import InitializationConfig
 from ..data.loader import Batch
-from .gaussians import antithetic_noise
-from .search import UNCHANGED, BestGaussian, GaussianSearch, InitialGuide
+from .gaussians import Gaussians, antithetic_noise
+from .search import UNCHANGED, GaussianSearch, InitialGuide
 
 
 class SharedPrior:
@@ -81,19 +81,20 @@ def find_initial_minibatch_guide(
     scale = log_joint.structure(*batch).scale
     unchanged = InitialGuide(UNCHANGED, float("nan"), None)
     best = _best_gaussian(log_joint, model, batch, config)
-    if best is None or best.elbo == -torch.inf:
+    if best is None or best[0].elbo == -torch.inf:
         return unchanged
+    chosen, gaussian = best
     before = _compare(elbo_draws, config)
     saved = [parameter.detach().clone() for parameter in guide.parameters()]
-    loc, scale_tril = best.gaussian.loc, best.gaussian.scale_tril[0]
-    draws = loc + antithetic_noise(loc, config.num_minibatch_draws) @ scale_tril.mT
+    noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
+    draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
     try:
         guide.start_near(log_joint.latents.constrain(draws), 1 / scale)
         after = _compare(elbo_draws, config)
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
     if after > before:
-        return InitialGuide(best.name, after, best.modes if scale == 1 else None)
+        return InitialGuide(chosen.name, after, chosen.modes if scale == 1 else None)
     with torch.no_grad():
         for parameter, value in zip(guide.parameters(), saved):
             parameter.copy_(value)
@@ -102,7 +103,7 @@ def find_initial_minibatch_guide(
 
 def _best_gaussian(
     log_joint: LogJoint, model: Callable[..., object], batch: Batch, config: InitializationConfig
-) -> BestGaussian | None:
+) -> tuple[InitialGuide, Gaussians] | None:
     """The best Gaussian of the latents of a mini-batch; ``None`` if there is none, or it is too expensive."""
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > config.max_minibatch_latents
