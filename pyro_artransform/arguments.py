@@ -85,6 +85,20 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected an array of numbers, got {value!r}: {error}") from None
 
 
+def values_can_be_read(*tensors: Tensor) -> bool:
+    """Whether the values of tensors may be looked at now.
+
+    They may not while ``torch.jit`` or ``torch.compile`` records, in a ``torch.func`` transform, and
+    on the meta device.
+    """
+    return not (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(tensor.device.type == "meta" for tensor in tensors)
+    )
+
+
 def _as_index(value: Any) -> int | None:
     """The integer that a value stands for, None if it stands for none."""
     if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:

@@ -3,7 +3,7 @@
 
 """The flow guide of any Pyro model with continuous latents."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -11,38 +11,32 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import TransformModule
-from pyro.infer.autoguide import init_to_median
+from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from ..arguments import check_integer, check_positive, to_tensor
+from ..joint.argument_shapes import argument_shapes
+from ..joint.sites import Latents
 from ..transforms import ComposedTransform
-from .distributions import DrawnDistribution
-from .flow_factory import (
-    check_callables,
-    check_count,
+from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
+from .model_checks import (
     check_model,
-    check_scale,
-    new_flow,
-    to_tensor,
-)
-from .initialization import StartingValues
-from .location_scale import LocationScale
-from .persistence.persistent_guide import KeptGuide
-from .sites import packing
-from .sites.checks import refuse_other_model
-from .sites.records import (
     is_hidden,
     refuse_moving_structure,
+    refuse_other_model,
     refuse_other_shapes,
     refuse_subsampling,
-    shapes_of,
-    slim_trace,
 )
+from .persistence.param_store import Ownership
+from .persistence.persistent_guide import PersistentGuide
+from .spec import GuideSpec, sites_of
 
 _FULL_RANK_LIMIT = 200
 _CHUNK = 4096
 
 
-class AutoAutoregressive(KeptGuide):
+class AutoAutoregressive(PersistentGuide, AutoContinuous):
     r"""A guide that is a flow on the unconstrained space of all latents of a model.
 
     .. math::
@@ -62,8 +56,8 @@ class AutoAutoregressive(KeptGuide):
         transform; for example ``pyro_artransform.spline_autoregressive``.
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latent
         dimensions.
-    :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
-        default the median of the prior.
+    :param init_loc_fn: the starting value of each site, one of Pyro's functions of starting values;
+        by default the median of the prior.
     :param init_scale: the standard deviation to start with, on the unconstrained space.
     :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
         is no module or has no parameters.
@@ -95,82 +89,80 @@ class AutoAutoregressive(KeptGuide):
         init_scale: float = 0.1,
     ) -> None:
         check_model(model)
-        check_callables(flow=flow, init_loc_fn=init_loc_fn)
+        check_flow_argument("flow", flow, "the latent dimension")
+        if not callable(init_loc_fn):
+            raise TypeError(f"init_loc_fn: expected a callable, got {type(init_loc_fn).__name__}")
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
-        super().__init__(model, StartingValues(init_loc_fn))
-        self._make_flow = flow
-        self._shapes: Any = None
-        self._arguments = {"full_rank": full_rank, "init_scale": check_scale(init_scale)}
+        arguments = {
+            "full_rank": full_rank,
+            "init_scale": check_positive("init_scale", init_scale),
+        }
+        super().__init__(model, init_loc_fn, arguments)
+        self._make_flow: Callable[[int], nn.Module] | None = flow
 
     # Set-up
-
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
-        """Runs the model, to learn its latents, and builds the flow, unless that is done already.
-
-        The first call of the guide does the same.
-
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
-        """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         rng_state = torch.get_rng_state()
         try:
             super()._setup_prototype(*args, **kwargs)
-            loc = self._checked_init_loc()
-            refuse_subsampling(self.prototype_trace)
-            self._observed = refuse_moving_structure(
-                self.prototype_trace, lambda: self.model(*args, **kwargs), rng_state
+            first = self.prototype_trace
+            sites = sites_of(first)
+            start = self._init_loc()
+            for name, z in Latents(sites).split(start).items():
+                if not z.isfinite().all():
+                    raise ValueError(
+                        f"site '{name}': expected a starting value inside its support, got "
+                        f"{first.nodes[name]['value'].tolist()}"
+                    )
+            refuse_subsampling(sites)
+            observed = refuse_moving_structure(
+                first, lambda: self.model(*args, **kwargs), rng_state
             )
-            self._finish(self.prototype_trace, loc)
+            arguments = self._resolved_arguments(len(start))
+            spec = GuideSpec(sites, arguments, observed, start.device)
+            values = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+            self._set_up_from(spec, start, values)
         except BaseException:
-            # half a prototype would pass for a whole one at the next call
+            # the next call must not find a guide that is set up by half
             self.prototype_trace = None
             raise
-        self._shapes = shapes_of((args, kwargs))
-        self._start_claim()
+        self._argument_shapes = argument_shapes((args, kwargs))
+        self._register()
 
-    def _checked_init_loc(self) -> Tensor:
-        loc: Tensor = self._init_loc()
-        for site, z in packing.split(self.prototype_trace, loc):
-            if not z.isfinite().all():
-                raise ValueError(
-                    f"site '{site['name']}': expected a starting value inside its support, got "
-                    f"{site['value'].tolist()}"
-                )
-        return loc
+    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+        given = super()._resolved_arguments(latent_dim)
+        if given["full_rank"] is None:
+            given["full_rank"] = latent_dim <= _FULL_RANK_LIMIT
+        return given
 
-    def _finish(self, prototype: poutine.Trace, loc: Tensor) -> None:
-        """Everything that follows from the latent sites and the starting point."""
-        # a parameter made in inference mode could never train
-        with torch.inference_mode(False):
-            self._build(loc.detach().clone())
-            self.prototype_trace = slim_trace(prototype, lambda t: t.detach().clone())
+    def _build(self, spec: GuideSpec, start: Tensor) -> None:
+        """The flow, and the location and scale after it."""
+        if self._make_flow is None:
+            raise RuntimeError("this guide was pickled before its first call, without its flow")
+        flow = make_flow("flow", self._make_flow, start)
+        init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
+        affine = LocationScale(start, init_scale, full_rank=full_rank)
+        self._parts: tuple[TransformModule, LocationScale] = flow, affine
+        self._flow_start = {k: v.detach().clone() for k, v in flow.state_dict().items()}
+        self.transform = ComposedTransform(flow, affine)
+
+    def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
+        super()._take_spec(spec, values)
+        self.latent_dim = spec.latents.latent_dim
+        self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in spec.sites}
+        self._cond_indep_stacks = {site.name: site.plates for site in spec.sites}
         if self.master is None:
             # NeuTraReparam looks at the plates, and may come before the first call
             with poutine.block():
                 self._create_plates()
 
-    def _build(self, loc: Tensor) -> None:
-        """The flow, and the location and scale after it."""
-        self.latent_dim = len(loc)
-        flow = self._new_flow(loc)
-        if self._arguments["full_rank"] is None:
-            self._arguments["full_rank"] = self.latent_dim <= _FULL_RANK_LIMIT
-        affine = LocationScale(
-            loc, self._arguments["init_scale"], full_rank=self._arguments["full_rank"]
-        )
-        self._parts = flow, affine
-        self._flow_start = {k: v.detach().clone() for k, v in flow.state_dict().items()}
-        self.transform = ComposedTransform(flow, affine)
-
-    def _new_flow(self, loc: Tensor) -> TransformModule:
-        if self._make_flow is None:
-            raise RuntimeError("this guide was pickled before its first call, without its flow")
-        return new_flow(self._make_flow, loc)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
+        super()._apply(fn, recurse)
+        if self._spec is not None:
+            self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
+        return self
 
     # The posterior, as Pyro's autoguides have it
 
@@ -184,8 +176,8 @@ class AutoAutoregressive(KeptGuide):
             (where Pyro's validation is on); at the first call of a guide that was loaded with a
             model, if that has other latents than the file.
         """
-        self.set_up(*args, **kwargs)
-        self._check_arguments(args, kwargs)
+        if self._spec is not None and (args or kwargs or not self._model_is_checked):
+            self._check_arguments(args, kwargs)
         draws: dict[str, Tensor] = super().forward(*args, **kwargs)
         return draws
 
@@ -193,28 +185,39 @@ class AutoAutoregressive(KeptGuide):
         """Runs the model again where the shapes of its arguments are not those of the last call."""
         if self._model is None or torch._C._get_tracing_state():
             return
-        shapes = shapes_of((args, kwargs))
-        if not self._met_model:
-            refuse_other_model(
-                self.prototype_trace, self._observed, lambda: self.model(*args, **kwargs)
-            )
-            self._met_model = True
-        elif (args or kwargs) and shapes != self._shapes and dist.is_validation_enabled():
-            refuse_other_shapes(self.prototype_trace, lambda: self.model(*args, **kwargs))
-        self._shapes = shapes
+        spec, shapes = self._checked_spec(), argument_shapes((args, kwargs))
+        sites = spec.latents.sites
+        if not self._model_is_checked:
+            refuse_other_model(sites, spec.observed, lambda: self.model(*args, **kwargs))
+            self._model_is_checked = True
+        elif shapes != self._argument_shapes and dist.is_validation_enabled():
+            refuse_other_shapes(sites, lambda: self.model(*args, **kwargs))
+        self._argument_shapes = shapes
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard Normal of shape ``(latent_dim,)``."""
-        loc = self._location_scale.loc
-        # values are never checked: that reads them, on the path of every step
-        normal = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
+        if self._spec is None:
+            self._checked_spec()
+        _, affine = self._parts
+        # values are never checked: that reads them, in each step
+        normal = dist.Normal(
+            torch.zeros_like(affine.loc), torch.ones_like(affine.loc), validate_args=False
+        )
         base: dist.TorchDistribution = normal.to_event(1)
         return base
 
     def get_transform(self, *args: Any, **kwargs: Any) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
-        self._check_set_up()
-        self._claim()
+        if self._spec is None:
+            self._checked_spec()
+        # here and not in a function of its own: it is done in each step
+        stored = dict(pyro.get_param_store().named_parameters())
+        owner, is_settled = f"{self._pyro_name}.transform", self._ownership is Ownership.SETTLED
+        for name, parameter in self._modules["transform"].named_parameters():
+            is_stored = stored.get(param_with_module_name(owner, name)) is parameter
+            is_settled = is_settled and (is_stored or not parameter.requires_grad)
+        if not is_settled:
+            self._register()
         return self.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
@@ -231,8 +234,8 @@ class AutoAutoregressive(KeptGuide):
         :param kwargs: its keyword arguments.
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
-        # one for each call, which can then answer for its draw without a look at any tensor
-        posterior = DrawnDistribution(
+        # one for each call: it knows the density of its own draw
+        posterior = FlowDistribution(
             self.get_base_dist(), self.get_transform(), validate_args=False
         )
         name = f"_{self._pyro_name}_latent"
@@ -257,12 +260,12 @@ class AutoAutoregressive(KeptGuide):
         :raises ValueError: if ``n`` is no positive integer.
         """
         self.set_up(*args, **kwargs)
-        return packing.constrain(self.prototype_trace, self._draw(n))
+        return self._checked_spec().latents.constrain(self._draw(n))
 
     def _draw(self, n: int) -> Tensor:
         """Latents of shape ``(n, latent_dim)``, by chunks, which bounds what the network holds."""
         base, transform = self.get_base_dist(), self.get_transform()
-        sizes = [min(_CHUNK, n - start) for start in range(0, check_count("n", n), _CHUNK)]
+        sizes = [min(_CHUNK, n - start) for start in range(0, check_integer("n", n), _CHUNK)]
         return torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
 
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -281,54 +284,18 @@ class AutoAutoregressive(KeptGuide):
             Pyro's validation is on, also if one is outside its support (its density means nothing).
         """
         self.set_up(*args, **kwargs)
-        latent, ladj = packing.unconstrain(self.prototype_trace, values)
-        latent = latent.to(self._location_scale.loc.dtype)
-        x, inverse_ladj = self.get_transform().inverse_and_ladj(latent)
+        spec = self._checked_spec()
+        latent, ladj = spec.latents.unconstrain_with_ladj(values, spec.device)
+        x, inverse_ladj = self.get_transform().inverse_and_ladj(latent.to(spec.dtype))
         normal: Any = self.get_base_dist()
         # summed here: torch's Independent cannot sum over no draws
         log_density: Tensor = normal.base_dist.log_prob(x).sum(-1) + inverse_ladj - ladj
         return log_density
 
-    @torch.no_grad()
-    def quantiles(
-        self,
-        quantiles: Sequence[float] | Tensor,
-        *args: Any,
-        num_samples: int = 10_000,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Quantiles of each coordinate of each site, from draws.
-
-        :param quantiles: q levels between 0 and 1.
-        :param args: the model's arguments, needed only if the guide was never called.
-        :param num_samples: how many draws.
-        :param kwargs: the model's keyword arguments, likewise.
-        :return: for each site a tensor of shape ``(q,) + site shape``.
-        :raises ValueError: if a level is not between 0 and 1.
-        """
-        self.set_up(*args, **kwargs)
-        levels = packing.check_levels(quantiles, self._location_scale.loc)
-        latent = self._draw(check_count("num_samples", num_samples))
-        return {
-            name: packing.quantiles_of(draws, levels)
-            for name, draws in packing.constrain(self.prototype_trace, latent).items()
-        }
-
-    def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each coordinate of each site, from draws.
-
-        :param args: the model's arguments, needed only if the guide was never called.
-        :param num_samples: how many draws.
-        :param kwargs: the model's keyword arguments, likewise.
-        :return: for each site a tensor of its shape.
-        """
-        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
-        return {name: value[0] for name, value in found.items()}
-
     # What a fit uses beyond Pyro's interface
 
     def start_at(self, loc: Any, scale_tril: Any = None) -> None:
-        """Becomes a Gaussian on the unconstrained space: the flow is again as it was when new.
+        """Becomes a Gaussian on the unconstrained space: the flow is again the one of a new guide.
 
         :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
         :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``; by
@@ -336,18 +303,19 @@ class AutoAutoregressive(KeptGuide):
         :raises ValueError: if a shape is wrong, a number not finite, or the scale no such matrix;
             also if the guide's scale is diagonal and this one is not.
         """
-        affine = self._location_scale
+        spec = self._checked_spec()
+        flow, affine = self._parts
         if scale_tril is None:
-            init_scale = self._arguments["init_scale"]
-            scale_tril = torch.full_like(affine.loc.detach(), init_scale).diag()
+            scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
         loc = to_tensor("loc", loc, affine.loc)
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
+        # entries of the store that count more are adopted first
         self.get_transform()
         affine.set_(loc, scale_tril)
-        self._flow.load_state_dict(self._flow_start)
+        flow.load_state_dict(self._flow_start)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Reparametrised draws on the unconstrained space, and their log-densities.
+        """Reparametrized draws on the unconstrained space, and their log-densities.
 
         :param n: how many.
         :param path: whether the gradient of the log-density flows through the draws only, and not
@@ -361,7 +329,7 @@ class AutoAutoregressive(KeptGuide):
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
         base, transform = self.get_base_dist(), self.get_transform()
-        x = base.rsample((check_count("n", n),))
+        x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)
             return latent, base.log_prob(x) - ladj
@@ -370,26 +338,13 @@ class AutoAutoregressive(KeptGuide):
         through = (score * latent).sum(-1)
         return latent, log_q + (through - through.detach())
 
-    def step_units(self) -> dict[str, Tensor]:
-        """The size of an optimiser's unit step, for each parameter of which it is not one.
-
-        The location is in the units of the model: a step suits it that is a share of its scale.
-
-        :return: by the name of a parameter, a tensor of its shape.
-        """
-        return {"transform.transforms.1.loc": self._location_scale.log_scale.detach().exp()}
-
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """For the location the factor of its steps, which is the scale."""
-        named = dict(self.named_parameters())
-        return {named[name]: unit for name, unit in self.step_units().items()}
+        """The size of an optimizer's unit step, for each parameter where it is not one.
 
-    @property
-    def _flow(self) -> nn.Module:
-        self._check_set_up()
-        return self._parts[0]
+        The location is in the units of the model: a step that suits it is a share of its scale.
 
-    @property
-    def _location_scale(self) -> LocationScale:
-        self._check_set_up()
-        return self._parts[1]
+        :return: for each of these parameters a tensor of its shape.
+        """
+        self._checked_spec()
+        _, affine = self._parts
+        return {affine.loc: affine.log_scale.detach().exp()}

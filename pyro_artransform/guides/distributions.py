@@ -1,14 +1,197 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The distribution of one call of a guide, which knows the density of what it drew."""
+"""The distribution of a guide: its flow, the location and scale after it, and their draws."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from ..transforms import FlowModule, check_structure
+
+
+def check_flow_argument(name: str, make: Any, wanted: str) -> None:
+    """Refuses what cannot make a flow, and a flow that is one already.
+
+    :param name: the name of the argument, such as ``"flow"``.
+    :param make: its value.
+    :param wanted: its parameters in words.
+    :raises TypeError: if it is no callable, or a module.
+    """
+    if not callable(make):
+        raise TypeError(f"{name}: expected a callable, got {type(make).__name__}")
+    if isinstance(make, nn.Module):
+        raise TypeError(
+            f"{name}: expected a callable that takes {wanted} and returns a flow, got the module "
+            f"{type(make).__name__}; write {name}=lambda latent_dim: ..."
+        )
+
+
+def make_flow(
+    name: str, make: Callable[..., Any], like: Tensor, context_dim: int | None = None
+) -> Any:
+    """Makes a flow with the dtype and the device of the guide.
+
+    :param name: the name of the guide's argument that makes it.
+    :param make: takes the latent dimension, and the size of the context where there is one.
+    :param like: shape ``(latent_dim,)``.
+    :param context_dim: the size of the context of a conditional flow; None for a flow without one.
+    :return: a module that is a transform, or a conditional one.
+    :raises TypeError: if what it returns is no such module, or has no parameters.
+    :raises ValueError: if the flow is not autoregressive (where Pyro's validation is on).
+    """
+    dims = (len(like),) if context_dim is None else (len(like), context_dim)
+    # not on the default device
+    with like.device:
+        flow = make(*dims)
+    _check_flow(name, flow, is_conditional=context_dim is not None)
+    flow.to(dtype=like.dtype, device=like.device)
+    for parameter in flow.parameters():
+        # of a parameter that is not contiguous the param store would train a copy
+        parameter.data = parameter.data.contiguous()
+    if dist.is_validation_enabled():
+        x = like
+        conditioned = flow
+        if context_dim is not None:
+            x = like.reshape(1, -1)
+            conditioned = flow.condition(like.new_zeros((1, context_dim)))
+        check_structure(conditioned, x)
+    return flow
+
+
+def _check_flow(name: str, flow: Any, is_conditional: bool) -> None:
+    kind = ConditionalTransform if is_conditional else Transform
+    if not isinstance(flow, nn.Module) or not isinstance(flow, kind):
+        wanted = (
+            "it to return a conditional transform that is a module, as "
+            "pyro_artransform.conditional_iaf does"
+            if is_conditional
+            else "it to return a TransformModule"
+        )
+        advice = (
+            ""
+            if is_conditional
+            else "; pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
+            "parameters, in its .inv too"
+        )
+        raise TypeError(f"{name}: expected {wanted}, got {type(flow).__name__}{advice}")
+    if not any(parameter.requires_grad for parameter in flow.parameters()):
+        raise TypeError(
+            f"{name}: expected a module with parameters to train, got one without: "
+            f"{type(flow).__name__}"
+        )
+
+
+class LocationScale(FlowModule):
+    r"""A location and a lower-triangular scale.
+
+    .. math::
+
+        y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
+
+    A is strictly lower triangular, or zero. The diagonal is free on the log scale, so that an
+    optimiser crosses orders of magnitude at one pace, and the rest is relative to it.
+
+    :param loc: the location, shape ``(D,)``; gives the dtype and the device.
+    :param scale: the standard deviation to start with.
+    :param full_rank: whether there is an A. It starts at zero.
+
+    Example::
+
+        >>> layer = LocationScale(torch.zeros(3), 0.1, full_rank=True)
+        >>> y, ladj = layer.call_and_ladj(torch.zeros(5, 3))
+        >>> y.shape, ladj.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    lower: Tensor | None
+
+    def __init__(self, loc: Tensor, scale: float, *, full_rank: bool) -> None:
+        super().__init__(cache_size=0)
+        loc = loc.detach().clone()
+        self.loc = nn.Parameter(loc)
+        self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
+        # at D = 1 there is nothing off the diagonal, and a parameter that cannot act is none
+        full_rank = full_rank and len(loc) > 1
+        lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank else None
+        self.register_parameter("lower", lower)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` of shape ``(*, D)`` and the log-determinant of shape ``(*,)``."""
+        mixed = x if self.lower is None else x + x @ self.lower.tril(-1).T
+        return self.loc + self.log_scale.exp() * mixed, self._ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` of shape ``(*, D)`` and the log-determinant of the inverse, shape ``(*,)``."""
+        x = (y - self.loc) * (-self.log_scale).exp()
+        if self.lower is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            # the routine takes the diagonal as ones, whatever is there
+            rows = torch.linalg.solve_triangular(
+                self.lower.T, rows, upper=True, left=False, unitriangular=True
+            )
+            x = rows.reshape(x.shape)
+        return x, -self._ladj(y)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``y``, the log-determinant and the score of y, of shapes ``(*, D)``, ``(*,)``, ``(*, D)``."""
+        y, ladj = self.call_and_ladj(x)
+        with torch.no_grad():
+            if self.lower is not None:
+                rows = torch.linalg.solve_triangular(
+                    self.lower,
+                    score.reshape(-1, score.shape[-1]),
+                    upper=False,
+                    left=False,
+                    unitriangular=True,
+                )
+                score = rows.reshape(score.shape)
+            return y, ladj, score * (-self.log_scale).exp()
+
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Sets the location and the scale in place.
+
+        :param loc: shape ``(D,)``.
+        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``; diagonal
+            where this layer is.
+        :raises ValueError: if one of them is not so.
+        """
+        diagonal = self._check(loc, scale_tril)
+        with torch.no_grad():
+            self.loc.copy_(loc)
+            self.log_scale.copy_(diagonal.log())
+            if self.lower is not None:
+                self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
+
+    def _check(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """The diagonal of a valid scale."""
+        size = len(self.loc)
+        for name, value, shape in (("loc", loc, (size,)), ("scale_tril", scale_tril, (size, size))):
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
+        diagonal = scale_tril.diagonal()
+        if not (diagonal > 0).all() or scale_tril.triu(1).any():
+            raise ValueError(
+                "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
+                f"got {scale_tril.tolist()}"
+            )
+        if self.lower is None and scale_tril.tril(-1).any():
+            raise ValueError(
+                "scale_tril: expected a diagonal matrix, since the scale of this guide is diagonal "
+                "(full_rank=True makes it triangular), got entries off the diagonal"
+            )
+        return diagonal
+
+    def _ladj(self, like: Tensor) -> Tensor:
+        return self.log_scale.sum().expand(like.shape[:-1])
 
 
 class _Draw(NamedTuple):
@@ -18,7 +201,7 @@ class _Draw(NamedTuple):
     version: int | None
 
 
-class DrawnDistribution(dist.TransformedDistribution):
+class FlowDistribution(dist.TransformedDistribution):
     """A transformed distribution that keeps its last draw together with the log-density there.
 
     A step of SVI draws once and scores the draw, at the same parameters: both come from one
@@ -51,7 +234,7 @@ class DrawnDistribution(dist.TransformedDistribution):
         return log_prob
 
 
-class PathDistribution(DrawnDistribution):
+class PathDistribution(FlowDistribution):
     """A distribution whose density of its own draw has a gradient by the draw, and by nothing else.
 
     The gradient of an ELBO then is the path gradient. The maker of the object sets :attr:`through`.

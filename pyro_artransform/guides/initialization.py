@@ -3,51 +3,44 @@
 
 """Where a guide starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import Tensor
 
-from .sites.records import Site, is_enumerated, refuse_discrete
+from ..joint.sites import is_enumerated
 
 
 class StartingValues:
-    """The starting value of each site that a guide covers, for Pyro's ``InitMessenger``.
+    """The starting value of each latent site of a model, for Pyro's ``InitMessenger``.
 
-    :param init_loc_fn: one of Pyro's starting functions.
+    :param init_loc_fn: one of Pyro's functions of starting values.
+    :param sites: the names of the sites of the guide, where they are known: every other latent is
+        predicted, and may be discrete. By default all latents are the guide's.
     """
 
-    def __init__(self, init_loc_fn: Callable[[Site], Tensor]) -> None:
+    def __init__(
+        self, init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None = None
+    ) -> None:
         self.init_loc_fn = init_loc_fn
+        self.sites = sites
 
-    def __call__(self, site: Site) -> Tensor:
+    def __call__(self, site: Any) -> Tensor:
         """The value of a site.
 
-        :raises ValueError: if it is discrete and not enumerated.
+        :param site: a message of Pyro.
+        :raises ValueError: if it is a site of the guide, discrete and not enumerated.
         """
-        if is_enumerated(site):
+        is_predicted = self.sites is not None and site["name"] not in self.sites
+        if is_predicted or is_enumerated(site):
             value: Tensor = site["fn"].sample()
             return value
-        refuse_discrete(site)
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"site '{site['name']}' is discrete, and a flow guide covers continuous latents "
+                "only: expected it to be enumerated, hidden or summed out. Give the guide and "
+                "TraceEnum_ELBO the model pyro.infer.config_enumerate(model); or hide the site from "
+                f"the guide by poutine.block(model, hide=['{site['name']}']) and guide it by "
+                "another one of an AutoGuideList; or write the model without it, as a mixture"
+            )
         return self.init_loc_fn(site)
-
-
-class KnownStartingValues(StartingValues):
-    """Starting values of the sites that a guide knows; whatever else is latent is drawn.
-
-    What is predicted, because it has no data this time, may well be discrete.
-
-    :param init_loc_fn: one of Pyro's starting functions.
-    """
-
-    #: the names of the sites; None as long as they are all there are
-    known: frozenset[str] | None = None
-
-    def __call__(self, site: Site) -> Tensor:
-        """The value of a site.
-
-        :raises ValueError: if it is known, discrete and not enumerated.
-        """
-        if self.known is not None and site["name"] not in self.known:
-            value: Tensor = site["fn"].sample()
-            return value
-        return super().__call__(site)

@@ -10,19 +10,17 @@ from typing import Any
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..conditioners.arguments import check_callable, check_hidden_dims
+from ..arguments import check_callable, check_hidden_dims, check_integer
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import chain
 from .autoregressive import AutoAutoregressive
-from .flow_factory import check_count
-from .persistence import serialization as saving
 
 Nonlinearity = Callable[[Tensor], Tensor]
-_Network = tuple[int | list[int], Nonlinearity]
+_Network = tuple[list[int], Nonlinearity]
 
 
 class PresetGuide(AutoAutoregressive):
-    """A guide whose flow is a stack of one kind, and can be built again from plain data."""
+    """A guide whose flow is a stack of layers of one kind, which a file can describe."""
 
     @staticmethod
     def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
@@ -45,26 +43,27 @@ class PresetGuide(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        shape = (check_count("num_transforms", num_transforms), _check_hidden_dims(hidden_dims))
+        network = {
+            "num_transforms": check_integer("num_transforms", num_transforms),
+            "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
+            "nonlinearity": nonlinearity,
+        }
         if nonlinearity is not None:
-            check_callable(nonlinearity)
+            check_callable(
+                "nonlinearity", nonlinearity, "a function or a module such as torch.nn.ELU()"
+            )
         super().__init__(
             model,
-            flow=partial(self._preset_flow, *shape, nonlinearity),
+            flow=partial(self._preset_flow, *network.values()),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._arguments.update(
-            num_transforms=shape[0], hidden_dims=shape[1], nonlinearity=nonlinearity
-        )
+        self._arguments.update(network)
 
     @classmethod
     def _network(
-        cls,
-        latent_dim: int,
-        hidden_dims: int | list[int] | None,
-        nonlinearity: Nonlinearity | None,
+        cls, latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
     ) -> _Network:
         """What was given, and for the rest the defaults."""
         default_dims, default_nonlinearity = cls._default_network(latent_dim)
@@ -73,33 +72,27 @@ class PresetGuide(AutoAutoregressive):
             default_nonlinearity if nonlinearity is None else nonlinearity,
         )
 
+    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+        # with the defaults, so that a version that has others reads the same flow from a file
+        given = super()._resolved_arguments(latent_dim)
+        network = self._network(latent_dim, given["hidden_dims"], given["nonlinearity"])
+        return {**given, "hidden_dims": network[0], "nonlinearity": network[1]}
+
     @classmethod
     def _preset_flow(
         cls,
         num_transforms: int,
-        hidden_dims: int | list[int] | None,
+        hidden_dims: list[int] | None,
         nonlinearity: Nonlinearity | None,
         latent_dim: int,
     ) -> nn.Module:
-        hidden_dims, nonlinearity = cls._network(latent_dim, hidden_dims, nonlinearity)
-        # affine layers keep the tails of Gaussian noise, and in one dimension are a Gaussian together
+        dims, nonlinearity = cls._network(latent_dim, hidden_dims, nonlinearity)
         if latent_dim > 1:
-            return cls._stack(latent_dim, num_transforms, hidden_dims, nonlinearity=nonlinearity)
+            return cls._stack(latent_dim, num_transforms, dims, nonlinearity=nonlinearity)
+        # affine layers of one coordinate are a Gaussian together
         count = range(num_transforms)
-        splines = [spline_autoregressive(1, hidden_dims, nonlinearity=nonlinearity) for _ in count]
+        splines = [spline_autoregressive(1, dims, nonlinearity=nonlinearity) for _ in count]
         return chain([hinged_marginals(1), *splines])
-
-    def _arguments_to_plain(self) -> dict[str, Any]:
-        # with the defaults, so that a version that has others reads the same flow
-        given = self._arguments["hidden_dims"], self._arguments["nonlinearity"]
-        hidden_dims, nonlinearity = self._network(self.latent_dim, *given)
-        plain = saving.nonlinearity_to_plain(nonlinearity)
-        return {**self._arguments, "hidden_dims": hidden_dims, "nonlinearity": plain}
-
-    @classmethod
-    def _arguments_from_plain(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        nonlinearity = saving.nonlinearity_from_plain(plain["nonlinearity"])
-        return {**plain, "nonlinearity": nonlinearity}
 
 
 class AutoIAF(PresetGuide):
@@ -149,7 +142,7 @@ class AutoIAF(PresetGuide):
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
-        return max(128, 4 * latent_dim), nn.SiLU()
+        return [max(128, 4 * latent_dim)], nn.SiLU()
 
 
 class AutoMAF(PresetGuide):
@@ -196,13 +189,4 @@ class AutoMAF(PresetGuide):
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
-        return list(check_hidden_dims(None, latent_dim)), nn.ELU()
-
-
-def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:
-    if hidden_dims is None:
-        return None
-    widths = [hidden_dims] if isinstance(hidden_dims, int) else list(hidden_dims)
-    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise ValueError(f"hidden_dims: expected positive integers, got {hidden_dims!r}")
-    return widths
+        return [max(64, 2 * latent_dim)] * 2, nn.ELU()

@@ -3,7 +3,6 @@
 
 """The continuous latent sites of a model, and their packing into one unconstrained vector."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,11 +11,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
+from pyro.distributions import constraints, is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
+
+from ..arguments import to_tensor, values_can_be_read
+from .supports import describe_support, map_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,20 @@ class Site:
         value = self.bijection(part)
         ladj = self.bijection.log_abs_det_jacobian(part, value)
         return value, ladj.reshape((*batch, -1)).sum(-1)
+
+    def check_support(self, value: Tensor) -> None:
+        """Refuses values outside the support, where Pyro's validation is on and values can be read.
+
+        :raises ValueError: if there is one.
+        """
+        if not is_validation_enabled() or not values_can_be_read(value):
+            return
+        inside = self.support.check(value)
+        if not inside.all():
+            raise ValueError(
+                f"values: expected '{self.name}' inside its support "
+                f"{describe_support(self.support)}, got {value[~inside][0].tolist()}"
+            )
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "Site":
         """The site as a conversion of tensors leaves it, such as ``Tensor.double``.
@@ -176,6 +192,55 @@ class Latents:
             parts.append(site.bijection.inv(value).reshape((*batch, -1)))
         return torch.cat(parts, -1)
 
+    def unconstrain_with_ladj(
+        self, values: Mapping[str, Any], device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The latent vector, and the log-determinant of :meth:`constrain` at it.
+
+        :param values: the values of all sites, each of shape ``batch + site shape``; arrays and lists
+            become tensors of the site's dtype.
+        :param device: the device of these tensors.
+        :return: shapes ``batch + (latent_dim,)`` and ``batch``.
+        :raises ValueError: if a site is missing or unknown, or a value has another shape or (where
+            Pyro's validation is on) is outside its support.
+        """
+        given = self._check_values(values, device)
+        first = next(iter(self.sites.values()))
+        value = given[first.name]
+        batch = value.shape[: max(value.dim() - len(first.shape), 0)]
+        for name, site in self.sites.items():
+            expected, got = batch + site.shape, given[name].shape
+            if got != expected:
+                raise ValueError(
+                    f"values: expected '{name}' of shape {tuple(expected)}, got {tuple(got)}"
+                )
+        if not batch.numel():
+            # torch's bijections and supports fail where there is nothing to sum
+            return value.new_zeros((*batch, self.latent_dim)), value.new_zeros(batch)
+        latents, ladjs = [], []
+        for name, site in self.sites.items():
+            site.check_support(given[name])
+            z = site.bijection.inv(given[name])
+            ladj = site.bijection.log_abs_det_jacobian(z, given[name])
+            latents.append(z.reshape((*batch, -1)))
+            ladjs.append(ladj.reshape((*batch, -1)))
+        return torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
+
+    def _check_values(
+        self, values: Mapping[str, Any], device: torch.device | None
+    ) -> dict[str, Tensor]:
+        """The values as tensors, one for each site."""
+        if values.keys() != self.sites.keys():
+            raise ValueError(
+                f"values: expected the sites {sorted(self.sites)}, got {sorted(values)}"
+            )
+        return {
+            name: to_tensor(
+                f"values['{name}']", values[name], torch.empty(0, dtype=site.dtype, device=device)
+            )
+            for name, site in self.sites.items()
+        }
+
     def names(self) -> list[str]:
         """A name for each coordinate of the latent vector: ``tau``, ``theta[3]``."""
         return [
@@ -183,23 +248,6 @@ class Latents:
             for site in self.sites.values()
             for i in range(site.size)
         ]
-
-
-def map_bounds(
-    support: constraints.Constraint, fn: Callable[[Tensor], Tensor]
-) -> constraints.Constraint:
-    """A copy of a support whose bounds are changed.
-
-    :param support: a support.
-    :param fn: applied to each tensor in it.
-    """
-    changed = copy.copy(support)
-    for key, value in vars(support).items():
-        if isinstance(value, Tensor):
-            setattr(changed, key, fn(value))
-        elif isinstance(value, constraints.Constraint):
-            setattr(changed, key, map_bounds(value, fn))
-    return changed
 
 
 def latent_nodes(trace: poutine.Trace) -> list[Any]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.guides.location_scale import LocationScale
+from pyro_artransform.guides.distributions import LocationScale
 from pyro_artransform.testing import check_transform
 
 

@@ -52,7 +52,7 @@ def test_full_rank_by_default_where_it_is_cheap(kind):
         ({"num_transforms": 0}, ValueError, "num_transforms: expected a positive integer, got 0"),
         ({"num_transforms": 1.5}, ValueError, "num_transforms: expected"),
         ({"num_transforms": True}, ValueError, "num_transforms: expected"),
-        ({"hidden_dims": ()}, ValueError, r"hidden_dims: expected positive integers, got \(\)"),
+        ({"hidden_dims": ()}, ValueError, r"hidden_dims: expected at least one width"),
         ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims: expected"),
         ({"hidden_dims": 0}, ValueError, "hidden_dims: expected"),
         ({"nonlinearity": "tanh"}, TypeError, "nonlinearity: expected a function or a module"),

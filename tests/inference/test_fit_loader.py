@@ -4,6 +4,7 @@
 """Fits by mini-batches: what they reach, see and say."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -11,9 +12,11 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
-from pyro_artransform import AutoAmortized, fit
+from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
 from tests.inference import loaders
+from tests.inference.conftest import QUICK
+from tests.inference.conftest import quick_fit as fit
 from tests.inference.loaders import Autoencoder, listed, rows, shuffled, small
 
 
@@ -38,7 +41,6 @@ def quick_adam(parameters):
 # What they reach
 
 
-@pytest.mark.usefixtures("quick")
 def test_regression_reaches_the_posterior():
     """Of 43 rows in batches of 10, the last of them of 3."""
     x, y = rows()
@@ -64,7 +66,6 @@ def test_stock_guide():
     assert ((guide.median()["weights"] - mean).abs() < 0.3 * sd).all()
 
 
-@pytest.mark.usefixtures("quick")
 def test_autoencoder():
     """Guide and model are trained, and a short last batch is one more."""
     networks, (x, _) = Autoencoder(), rows()
@@ -78,7 +79,6 @@ def test_autoencoder():
     assert not guide.path
 
 
-@pytest.mark.usefixtures("quick")
 def test_amortized_locals_and_globals():
     _, y = rows()
     guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
@@ -93,7 +93,6 @@ def test_amortized_locals_and_globals():
     assert math.isnan(result.khat)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [lambda *data: [data], lambda *d: shuffled(*d, batch_size=100)])
 def test_a_loader_of_one_batch_is_as_good_as_arguments(kind):
     x, y = rows()
@@ -105,7 +104,6 @@ def test_a_loader_of_one_batch_is_as_good_as_arguments(kind):
     assert abs(result.log_evidence - evidence) < 0.02
 
 
-@pytest.mark.usefixtures("quick")
 def test_weights_of_all_data_from_a_pass():
     """Those of the same draws with all data at once."""
     x, y = rows()
@@ -126,7 +124,6 @@ def test_weights_of_all_data_from_a_pass():
 # What is passed on
 
 
-@pytest.mark.usefixtures("quick")
 def test_arguments_of_all_kinds():
     seen = []
 
@@ -144,7 +141,6 @@ def test_arguments_of_all_kinds():
         fitted(model, small(model), by_name, num_steps=7, size=43, x=x)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_each_step_sees_the_next_batch(kind):
     """After the trials of step sizes the loader is at its beginning."""
@@ -162,18 +158,16 @@ def test_each_step_sees_the_next_batch(kind):
     assert at_step == [batch[0][0, 0].item() for batch in batches] * 3
 
 
-@pytest.mark.usefixtures("quick")
-def test_ends_by_itself(monkeypatch):
-    for name, value in (("_WINDOW", 18), ("_MAX_DECAY", 20)):
-        monkeypatch.setattr(f"pyro_artransform.inference.optimization.schedule.{name}", value)
+def test_ends_by_itself():
+    optimization = replace(QUICK.optimization, window=18, max_decay=20)
+    options = {"seed": 1, "config": replace(QUICK, optimization=optimization)}
     x, y = rows()
-    result = fitted(loaders.regression, small(loaders.regression), shuffled(x, y), seed=1)
+    result = fitted(loaders.regression, small(loaders.regression), shuffled(x, y), **options)
     assert result.stopped_because == "the ELBO stopped moving"
     assert 40 <= result.num_steps <= 500
     assert not result.num_steps % 5
 
 
-@pytest.mark.usefixtures("quick")
 def test_path_gradient_is_asked_for_and_given_back():
     class Watched(AutoAmortized):
         def forward(self, *args, **kwargs):
@@ -196,7 +190,6 @@ def test_path_gradient_is_asked_for_and_given_back():
 # Words
 
 
-@pytest.mark.usefixtures("quick")
 def test_verdict_of_mini_batches():
     x, y = rows()
     _, _, evidence = loaders.exact(x, y)
@@ -214,7 +207,6 @@ def test_verdict_of_mini_batches():
     assert "nan" not in repr(result)
 
 
-@pytest.mark.usefixtures("quick")
 def test_verdict_of_mini_batches_without_weights():
     model, (x, y) = loaders.regression, rows()
     result = fitted(model, AutoNormal(model), shuffled(x, y), epochs=1)
@@ -226,14 +218,12 @@ def test_verdict_of_mini_batches_without_weights():
         assert words not in repr(result) + result._repr_html_()
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_point_is_no_posterior():
     x, y = rows()
     result = fitted(loaders.regression, AutoDelta(loaders.regression), shuffled(x, y), epochs=2)
     assert "AutoDelta" in result.verdict
 
 
-@pytest.mark.usefixtures("quick")
 def test_progress_bar(capsys):
     pytest.importorskip("tqdm")
     options = {"epochs": 2, "progress": True}
@@ -243,13 +233,12 @@ def test_progress_bar(capsys):
     assert "batch 5/5, ELBO -" in shown
 
 
-@pytest.mark.usefixtures("quick")
 def test_says_nothing(capfd):
     fitted(loaders.regression, small(loaders.regression), shuffled(*rows()), epochs=1)
     assert capfd.readouterr() == ("", "")
 
 
-def test_model_that_is_looped_over(quick):
+def test_model_that_is_looped_over():
     def looped(y):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 43, subsample_size=len(y)):

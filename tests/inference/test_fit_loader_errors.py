@@ -57,7 +57,6 @@ def test_globals_that_would_see_one_batch_only(kind):
         fitted(model, kind(model), shuffled(*rows()))
 
 
-@pytest.mark.usefixtures("quick")
 def test_scaled_by_hand():
     def model(x, y):
         weights = pyro.sample("weights", dist.Normal(torch.zeros(3), 3.0).to_event(1))
@@ -68,7 +67,6 @@ def test_scaled_by_hand():
     check(fitted(model, small(model), shuffled(*rows()), epochs=2), 10)
 
 
-@pytest.mark.usefixtures("quick")
 def test_globals_that_are_parameters():
     def model(y):
         mean = pyro.param("mean", torch.tensor(0.0))
@@ -103,7 +101,6 @@ def test_elements_that_are_looked_up_by_other_indices(kind):
         fitted(loaders.groups, kind(loaders.groups), shuffled(rows()[1]))
 
 
-@pytest.mark.usefixtures("quick")
 def test_indices_that_are_given():
     def model(index, y):
         mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))

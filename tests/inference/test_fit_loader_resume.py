@@ -15,8 +15,6 @@ from tests.inference.loaders import KNOWN, Autoencoder, rows, shuffled, small
 from tests.inference.test_fit_loader import fitted
 from tests.inference.test_fit_resume import fresh, parameters, same, stop_at
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_seed(name):

@@ -17,12 +17,11 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_artransform import AutoAutoregressive, affine_autoregressive, fit
+from pyro_artransform import AutoAutoregressive, affine_autoregressive
 from tests.inference import models
+from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
-from tests.inference.test_fit_steps import OPTIMS, soon  # noqa: F401, a fixture
-
-pytestmark = pytest.mark.usefixtures("quick")
+from tests.inference.test_fit_steps import OPTIMS, SOON
 
 
 def fresh(model, kind, seed=0):
@@ -60,9 +59,9 @@ def any_order(model):
 CASES = {
     "ours, any order": (models.gaussian, any_order, {}),
     "ours": (models.regression, small, {}),
-    "ours, user's optimiser": (models.regression, small, {"optim": "AdamW"}),
+    "ours, user's optimizer": (models.regression, small, {"optim": "AdamW"}),
     "stock": (models.regression, AutoNormal, {}),
-    "stock, Pyro's optimiser": (models.regression, AutoNormal, {"optim": "ClippedAdam"}),
+    "stock, Pyro's optimizer": (models.regression, AutoNormal, {"optim": "ClippedAdam"}),
     "stock, scheduler": (models.regression, AutoMultivariateNormal, {"optim": "scheduler"}),
     "function": (models.regression, lambda model: models.hand_written, {}),
     "model with a parameter": (models.with_param, small, {}),
@@ -110,14 +109,15 @@ def test_interrupt_and_resume(tmp_path):
     assert same(expected, parameters())
 
 
-def test_a_fit_that_ends_by_itself(soon, tmp_path):  # noqa: F811
+def test_a_fit_that_ends_by_itself(tmp_path):
     path = tmp_path / "fit.pt"
-    whole = fitted(*fresh(models.location, small), seed=3, num_steps=None)
+    whole = fitted(*fresh(models.location, small), seed=3, num_steps=None, config=SOON)
     expected = parameters()
     for at in (20, whole.num_steps - 3):
-        options = {"num_steps": None, "checkpoint": path, "callback": stop_at(at)}
-        fitted(*fresh(models.location, small), seed=3, **options)
-        rest = fitted(*fresh(models.location, small), num_steps=None, resume=path)
+        options = {"num_steps": None, "config": SOON}
+        part = {"checkpoint": path, "callback": stop_at(at)}
+        fitted(*fresh(models.location, small), seed=3, **options, **part)
+        rest = fitted(*fresh(models.location, small), resume=path, **options)
         assert rest.history == whole.history
         assert rest.stopped_because == whole.stopped_because
         assert same(expected, parameters())
@@ -197,13 +197,14 @@ def test_of_something_else(tmp_path):
 
 
 KILLED = """
-import importlib, os, random, signal, sys, time
+import os, random, signal, sys, time
 import torch
 from pyro_artransform import fit
 from pyro_artransform.inference.checkpoint import read
+from pyro_artransform.inference.config import FitConfig, OptimizationConfig
 from tests.inference import models
 
-importlib.import_module("pyro_artransform.inference.stages")._CHECKPOINT_EVERY = 1
+config = FitConfig(optimization=OptimizationConfig(checkpoint_every=1))
 torch.set_num_threads(1)
 path = sys.argv[1]
 model = models.location
@@ -212,7 +213,8 @@ steps = []
 for attempt in range(4):
     child = os.fork()
     if not child:
-        fit(model, models.small(model), resume=path if steps else None, **options)
+        guide = models.small(model)
+        fit(model, guide, resume=path if steps else None, config=config, **options)
     before = os.stat(path).st_mtime_ns if steps else None
     while not os.path.exists(path) or os.stat(path).st_mtime_ns == before:
         time.sleep(0.002)

@@ -1,12 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The steps of a fit: callbacks, optimisers, steps that are not finite."""
+"""The steps of a fit: callbacks, optimizers, steps that are not finite."""
 
 import importlib
 import math
 import signal
 import threading
+from dataclasses import replace
 from functools import partial
 
 import pyro
@@ -16,12 +17,11 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform import fit
 from pyro_artransform.inference import FitError
 from tests.inference import models
+from tests.inference.conftest import QUICK
+from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def fitted(model, guide, num_steps=20, num_particles=8, **kwargs):
@@ -29,26 +29,26 @@ def fitted(model, guide, num_steps=20, num_particles=8, **kwargs):
     return fit(model, guide, **{**options, **kwargs})
 
 
-@pytest.fixture
-def soon(monkeypatch):
-    """A fit that decides by itself after tens of steps."""
-    module = importlib.import_module("pyro_artransform.inference.optimization.schedule")
-    for name, value in (
-        ("_WINDOW", 18),
-        ("_MAX_DECAY", 20),
-        ("_NUM_TAIL_STEPS", 5),
-    ):
-        monkeypatch.setattr(module, name, value)
-    module = importlib.import_module("pyro_artransform.inference.optimization.pace")
-    monkeypatch.setattr(module, "_MAX_CONSTANT", {True: 90, False: 90})
+#: A fit that decides by itself after tens of steps.
+SOON = replace(
+    QUICK,
+    optimization=replace(
+        QUICK.optimization,
+        window=18,
+        max_decay=20,
+        tail_steps=5,
+        max_constant_path=90,
+        max_constant_pyro=90,
+    ),
+)
 
 
 # Ends
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_ends_by_itself(soon, kind):
-    result = fitted(models.location, kind(models.location), num_steps=None)
+def test_ends_by_itself(kind):
+    result = fitted(models.location, kind(models.location), num_steps=None, config=SOON)
     assert 36 < result.num_steps < 120
     assert "ELBO" in result.stopped_because
     assert result.num_gradients > 8 * result.num_steps
@@ -117,7 +117,7 @@ def test_second_interrupt():
 def test_interrupt_before_the_first_step(monkeypatch):
     module = importlib.import_module("pyro_artransform.inference.stages")
 
-    def interrupted(new_training):
+    def interrupted(trainer):
         signal.raise_signal(signal.SIGINT)
         return 0.01, 0
 
@@ -140,7 +140,7 @@ def test_outside_of_the_main_thread():
     assert results[0].num_steps == 20
 
 
-# Optimisers
+# Optimizers
 
 
 def scheduler():
@@ -168,7 +168,7 @@ def test_optim(name, kind):
 
 
 @pytest.mark.parametrize("optim", ["adam", 0.01, {"lr": 0.1}], ids=str)
-def test_what_is_no_optimiser(optim):
+def test_what_is_no_optimizer(optim):
     with pytest.raises(TypeError, match="optim"):
         fitted(models.location, AutoNormal(models.location), optim=optim)
 

@@ -3,7 +3,7 @@
 
 """The verdict tells the truth: targets of log evidence 0, where the gap is minus the ELBO."""
 
-import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,25 +11,20 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_med
 
 from pyro_artransform import fit
 from pyro_artransform.diagnostics import importance
+from pyro_artransform.inference.config import FitConfig, OptimizationConfig
 from tests.inference import models
-from tests.inference.conftest import FEWER
+from tests.inference.conftest import QUICK
 from tests.inference.models import small
 
 #: A gap above this, in nats, is none to trust.
 WRONG = 0.2
 
 
-@pytest.fixture(autouse=True)
-def _short_start(monkeypatch):
-    """Fewer trials and starts; the verdict itself as it is."""
-    for name in (
-        "initialization.search",
-        "initialization.mean_field",
-        "optimization.learning_rate",
-    ):
-        module = importlib.import_module(f"pyro_artransform.inference.{name}")
-        for constant, value in FEWER[name].items():
-            monkeypatch.setattr(module, constant, value)
+#: Fewer starts and a shorter learning-rate search; the verdict itself as it is.
+SHORT_START = FitConfig(
+    initialization=replace(QUICK.initialization, max_newton_steps=40),
+    optimization=OptimizationConfig(search_steps=4, search_draws=64),
+)
 
 
 def started(site):
@@ -43,7 +38,7 @@ def started(site):
 def fitted(model, kind, seed=0, num_steps=150):
     guide = kind(model, init_loc_fn=started)
     options = {"num_steps": num_steps, "num_particles": 16, "progress": False}
-    result = fit(model, guide, seed=seed, **options)
+    result = fit(model, guide, seed=seed, config=SHORT_START, **options)
     return result, -importance(model, guide, 20_000).elbo
 
 

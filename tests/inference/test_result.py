@@ -6,12 +6,13 @@ import math
 
 import pytest
 
-from pyro_artransform import FitResult, fit
+from pyro_artransform import FitResult
 from tests.inference import models
+from tests.inference.conftest import quick_fit as fit
 
 
 @pytest.fixture
-def result(quick):
+def result():
     guide = models.small(models.regression)
     return fit(models.regression, guide, num_steps=30, num_particles=8, progress=False)
 

@@ -3,8 +3,8 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -13,52 +13,65 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..distributions import DrawnDistribution, PathDistribution
-from ..flow_factory import check_count, check_model, check_scale
-from ..sites import packing
-from . import default_flows
-from . import encoder as encoding
-from .element_packing import (
-    Plates,
-    batch_shape_of,
-    from_values,
-    inside,
-    sample_sites,
-    split_globals,
-    to_values,
+from ...arguments import check_callable, check_integer, check_positive
+from ...joint.argument_shapes import argument_shapes
+from ..distributions import check_flow_argument
+from ..model_checks import (
+    check_model,
+    compare_names,
+    is_hidden,
+    latents_of,
+    refuse_moving_structure,
 )
-from .factors import base_of, check_flows
-from .layout import Frame
-from .plates import check_plates, check_same, check_table, new_plate
-from .posterior import Hierarchy
-from .setup import KeptAmortized
+from ..persistence.persistent_guide import PersistentGuide
+from ..spec import GuideSpec, sites_of
+from .encoder import Encoder, check_encoder, first_feature_dims
+from .factors import default_flow, default_local_flow
+from .layout import LatentLayout, Vectors, mean_start, one_element
+from .plates import (
+    CreatePlates,
+    GivenIndices,
+    Plates,
+    PlateSizes,
+    compared_sizes,
+    complete_plates,
+    plate_sizes,
+    plates_of_user,
+    refuse_given_indices,
+    refuse_no_local_latents,
+)
+from .posterior import AmortizedPosterior, sample_sites
 
+#: latent vectors in memory at a time
 _CHUNK = 2**16
-# of the noise of the steps: it averages out sooner than a location comes from far away
-_AHEAD = 2.0
+#: of remembered shapes of the model's arguments
+_MAX_SHAPES = 64
+#: of the location's steps over the noise of mini-batches, which averages out
+_LOCATION_STEP = 2.0
 
-Rows = dict[str, Tensor]
+Model = Callable[..., Any]
 
 
-class AutoAmortized(KeptAmortized):
-    r"""A guide of a model with plates: a flow for the globals, and one for each element given them.
+class AutoAmortized(PersistentGuide):
+    r"""A guide of a model with plates: a flow for the global latents, and one for each element.
 
     .. math::
 
         q(g) \prod_i q(z_i \mid g, h_i)
 
-    g are the latents in no plate, z_i those of element i of a plate, and h_i are its features: what an
-    encoder makes of its data, or an embedding of its own. Several latents in one plate share one
-    flow, which learns how they depend on each other; those in nested plates depend on those in the
-    outer plates too. A plate may be sub-sampled or not. So the guide trains on mini-batches, and
-    with an encoder a step costs the same however many elements there are.
+    g are the latents in no plate, z_i those of element i of a plate, and h_i are its features, which
+    an encoder computes from its data. Without an encoder h_i is an embedding: the guide then is a
+    table with a row of parameters for each element, and is not amortized. Several latents in one plate
+    share one flow, which learns how they depend on each other; those in nested plates depend on
+    those in the outer plates too. A plate may be sub-sampled or not. So the guide trains on
+    mini-batches, and with an encoder it has as many parameters however many elements there are.
 
-    At the start the globals are ``Normal(init_loc, init_scale)`` on the unconstrained space, and
-    each element is ``Normal(m, init_scale)``, where m is the mean of the starting values of the
+    A new guide is ``Normal(init_loc, init_scale)`` on the unconstrained space for the global latents,
+    and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of the
     elements that the first call sees.
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
-    the data of a mini-batch are the model's arguments, the indices count for nothing but embeddings: those
+    the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
     need ``create_plates``.
 
     :param model: a Pyro model.
@@ -68,15 +81,16 @@ class AutoAmortized(KeptAmortized):
         In it ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data, as in the
         plates of the model; a row for each of all elements will do too. Elements of plates
         that the dict leaves out have embeddings.
-    :param flow: a callable that takes the number of globals and returns a flow, or None for none:
-        then the globals are a Gaussian. By default an IAF.
+    :param flow: a callable that takes the number of global latents and returns a flow, or None for
+        none: then the global latents are Gaussian. By default an IAF.
     :param local_flow: a callable that takes the number of an element's latents and the size of the
         context, and returns a conditional flow such as ``pyro_artransform.conditional_iaf``; None
-        for none: then each element is a Gaussian with independent coordinates, given the globals.
+        for none: then each element is a Gaussian with independent coordinates, given the global
+        latents.
     :param embedding_dim: the number of features of an embedding.
     :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
         default the median of the prior.
-    :param init_scale: the standard deviation to start with, on the unconstrained space.
+    :param init_scale: the initial standard deviation on the unconstrained space.
     :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns
         a plate or several, with the indices of the mini-batch (``subsample=``). A model that gives
         indices itself needs it.
@@ -110,48 +124,130 @@ class AutoAmortized(KeptAmortized):
        https://arxiv.org/abs/2111.03144
     """
 
-    #: Whether the density of the guide's draws has a gradient by the draws only, and not by its own
-    #: parameters. Its variance is lower: at the exact posterior of an element, none. Of several
-    #: particles the mean gradient moves the location of the globals alone, and vanishes with it, so
-    #: that an ELBO has the same optima. It takes one more evaluation of each network. Other
-    #: objectives, such as ``RenyiELBO``, need it to be false.
+    #: Whether the density of the guide's draws has the path gradient, by the draws only and not by
+    #: the parameters of the density. Its variance is lower, and zero at the exact posterior of an
+    #: element. With several particles their mean gradient goes to the location of the global latents
+    #: alone, where it has the same zero, so that an ELBO has the same optima. It costs one more
+    #: evaluation of each network. Other objectives, such as ``RenyiELBO``, need it to be false.
     path = False
+
+    _num_quantile_draws = 2_000
+    _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
+    _functions = (*PersistentGuide._functions, "_make_local_flow", "create_plates")
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        encoder: Callable[..., Any] | None = None,
+        model: Model,
+        encoder: Encoder | None = None,
         *,
-        flow: Callable[[int], nn.Module] | None = default_flows.global_flow,
-        local_flow: Callable[[int, int], nn.Module] | None = default_flows.local_flow,
+        flow: Callable[[int], nn.Module] | None = default_flow,
+        local_flow: Callable[[int, int], nn.Module] | None = default_local_flow,
         embedding_dim: int = 8,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
-        create_plates: Callable[..., Any] | None = None,
+        create_plates: CreatePlates | None = None,
     ) -> None:
         check_model(model)
-        check_flows(flow, local_flow, init_loc_fn, create_plates)
-        super().__init__(model, init_loc_fn, encoding.check_encoder(encoder), create_plates)
-        self._make_flow, self._make_local_flow = flow, local_flow
-        self._arguments = {
-            "embedding_dim": check_count("embedding_dim", embedding_dim),
-            "init_scale": check_scale(init_scale),
+        check_callable("init_loc_fn", init_loc_fn)
+        if flow is not None:
+            check_flow_argument("flow", flow, "the latent dimension")
+        if local_flow is not None:
+            wanted = "the latent dimension and the size of the context"
+            check_flow_argument("local_flow", local_flow, wanted)
+        arguments = {
+            "embedding_dim": check_integer("embedding_dim", embedding_dim),
+            "init_scale": check_positive("init_scale", init_scale),
         }
+        super().__init__(model, init_loc_fn, arguments)
+        self._make_flow, self._make_local_flow = flow, local_flow
+        if create_plates is not None:
+            self.create_plates = check_callable("create_plates", create_plates)
+        # in a tuple, as the model is: its parameters become the guide's at the set-up
+        self._encoder = (check_encoder(encoder),)
+        self._sizes: PlateSizes = {}
+        self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
     @property
     def needs_indices(self) -> bool:
         """Whether elements are looked up by their plates' indices, and nobody says what these are.
 
-        Then batches of data as the model's arguments would meet embeddings of other elements.
-
-        :raises RuntimeError: if the guide was never called.
+        Then batches of data as the model's arguments would meet embeddings of other elements. Before
+        the first call it is whether there is no encoder.
         """
-        return self.create_plates is None and any(f.table is not None for f in self._parts.factors)
+        if self._spec is None:
+            has_tables = self._encoder[0] is None
+        else:
+            has_tables = any(f.table is not None for _, f in self._posterior.local_factors)
+        return has_tables and self.create_plates is None
+
+    @property
+    def _posterior(self) -> AmortizedPosterior:
+        """The posterior, without the param statements that reading ``transform`` makes."""
+        self._checked_spec()
+        posterior: AmortizedPosterior = self._modules["transform"]  # type: ignore[assignment]
+        return posterior
+
+    # Set-up
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        rng_state, given = torch.get_rng_state(), GivenIndices()
+        super()._setup_prototype(*args, **kwargs)
+        trace = self.prototype_trace
+        sites = sites_of(trace)
+        refuse_no_local_latents(sites, type(self).__name__)
+        observed = refuse_moving_structure(
+            trace, lambda: given(self.model)(*args, **kwargs), rng_state
+        )
+        refuse_given_indices(given, plate_sizes(sites), lambda: self._plates_of_user(args, kwargs))
+        start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
+        layout = LatentLayout(tuple(map(one_element, sites)))
+        (encoder,) = self._encoder
+        feature_dims = {}
+        if encoder is not None:
+            with poutine.block():
+                plates = complete_plates({}, plate_sizes(sites), start.device)
+            feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
+        arguments = {**self._arguments, "feature_dims": feature_dims}
+        self._set_up_from(GuideSpec(layout.sites, arguments, observed, start.device), start)
+        self._sizes_by_shapes = {argument_shapes((args, kwargs)): self._sizes}
+        self._register()
+
+    def _build(self, spec: GuideSpec, start: Tensor) -> None:
+        (encoder,) = self._encoder
+        feature_dims = spec.arguments["feature_dims"]
+        if feature_dims and encoder is None:
+            raise ValueError(
+                f"the guide had an encoder for plate '{next(iter(feature_dims))}', which no file or "
+                f"state dict holds: expected {type(self).__name__}(..., encoder=...) with one, got none"
+            )
+        self.transform = AmortizedPosterior(
+            LatentLayout(spec.sites),
+            start,
+            spec.arguments["init_scale"],
+            make_flow=self._make_flow,
+            make_local_flow=self._make_local_flow,
+            feature_dims=feature_dims,
+            embedding_dim=spec.arguments["embedding_dim"],
+            encoder=encoder,
+        )
+        self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
+
+    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+        # what a restored guide is built with is what its spec says
+        return {}
+
+    @classmethod
+    def _constructor_arguments(cls, spec: GuideSpec) -> dict[str, Any]:
+        return {name: spec.arguments[name] for name in ("embedding_dim", "init_scale")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        plates = None if self.create_plates is None else _plates_were_dropped
+        return {**super().__getstate__(), "create_plates": plates}
 
     # The guide as Pyro calls it
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws all latents, the locals of a mini-batch, as a Pyro guide does.
+        """Draws all latents, the local ones of a mini-batch, as a Pyro guide does.
 
         :param args: the model's arguments.
         :param kwargs: its keyword arguments.
@@ -160,138 +256,108 @@ class AutoAmortized(KeptAmortized):
             or a plate has a size for which the guide has no embeddings or features.
         """
         self.set_up(*args, **kwargs)
-        frames = self._frames_for(args, kwargs)
-        self._claim()
-        hierarchy: Hierarchy = self.transform
-        plates, indices = self._plates_for(frames, args, kwargs)
-        rows = self._rows(hierarchy, plates, indices, args, kwargs)
-        return self._sample(hierarchy, plates, rows)
-
-    def _sample(self, hierarchy: Hierarchy, plates: Plates, rows: Rows) -> dict[str, Tensor]:
-        layout, values, drawn, latent = self._layout, dict[str, Tensor](), Rows(), None
-        if hierarchy.globals is not None:
-            base = base_of(hierarchy.like, (), len(hierarchy.globals.loc))
-            known: Any = (layout, None, None, None, drawn)
-            posterior = self._drawn(hierarchy, base, hierarchy.globals.transform, known)
-            latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer=_auxiliary())
-            values.update(sample_sites(split_globals(layout, latent), plates))
-        for k, (group, factor) in enumerate(zip(layout.groups, hierarchy.factors)):
-            row, rest = rows[group.name], hierarchy.rest(layout, group, latent, drawn)
-            batch = torch.broadcast_shapes(row.shape[:-1], *(part.shape[:-1] for part in rest))
-            base = base_of(hierarchy.like, batch, factor.latent_dim)
-            known = (layout, k, row.detach(), latent, drawn)
-            posterior = self._drawn(hierarchy, base, factor.transform(row, rest), known)
-            name = f"_{self._pyro_name}_{group.name}_latent"
-            with inside(plates, group.dims):
-                drawn[group.name] = pyro.sample(name, posterior, infer=_auxiliary())
-            values.update(sample_sites(group.split(drawn[group.name]), plates))
+        sizes = self._sizes_for(args, kwargs)
+        self._register()
+        # read as an attribute, which tells Pyro of the parameters
+        posterior: AmortizedPosterior = self.transform
+        plates, indices = self._plates_for(sizes, args, kwargs)
+        features = posterior.encode(plates, args, kwargs)
+        rows = posterior.minibatch_rows(features, plates, indices)
+        vectors, values = Vectors(), {}
+        for group in posterior.layout.groups:
+            distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
+            suffix = f"_{group.name}_latent" if group.name else "_latent"
+            name = f"_{self._pyro_name}{suffix}"
+            with ExitStack() as stack:
+                for plate in group.dims:
+                    stack.enter_context(plates[plate])
+                z = pyro.sample(name, distribution, infer={"is_auxiliary": True})
+                values.update(sample_sites(group.latents, z))
+            vectors[group.name] = z
         return values
 
-    def _drawn(
-        self, hierarchy: Hierarchy, base: Any, transform: Any, known: tuple[Any, ...]
-    ) -> DrawnDistribution:
-        """The distribution of a latent vector, with the gradient that is wanted of its density."""
-        if not self.path:
-            return DrawnDistribution(base, transform, validate_args=False)
-        posterior = PathDistribution(base, transform, validate_args=False)
-        posterior.through = lambda *pair: hierarchy.at_fixed_parameters(*known, pair)
-        if known[1] is None and hierarchy.globals is not None:
-            posterior.location = hierarchy.globals.loc
-        return posterior
+    def _sizes_for(self, args: Any, kwargs: Any) -> PlateSizes:
+        """The sizes of the plates for these arguments: the model is run where they are new."""
+        if self._model is None or torch._C._get_tracing_state():
+            return self._sizes
+        shapes = argument_shapes((args, kwargs))
+        if shapes not in self._sizes_by_shapes:
+            given, spec = GivenIndices(), self._checked_spec()
+            now = latents_of(lambda: given(self.model)(*args, **kwargs))
+            if not self._model_is_checked:
+                # what had data at the set-up may be predicted now
+                compare_names(spec.latents.sites, now.keys() - set(spec.observed or ()))
+            sizes = {**self._sizes, **compared_sizes(spec.latents.sites, now)}
+            self._model_is_checked = True
+            refuse_given_indices(given, sizes, lambda: self._plates_of_user(args, kwargs))
+            if len(self._sizes_by_shapes) >= _MAX_SHAPES:
+                self._sizes_by_shapes.clear()
+            self._sizes_by_shapes[shapes] = sizes
+        self._sizes = self._sizes_by_shapes[shapes]
+        return self._sizes
+
+    def _plates_of_user(self, args: Any, kwargs: Any) -> Plates:
+        """The plates that ``create_plates`` makes, or that of the guide's list does."""
+        maker = self if self.master is None else self.master()
+        with poutine.block():
+            return plates_of_user(maker.create_plates, args, kwargs)
 
     def _plates_for(
-        self, frames: Mapping[str, Frame], args: Any, kwargs: Any
-    ) -> tuple[Plates, Rows]:
+        self, sizes: PlateSizes, args: Any, kwargs: Any
+    ) -> tuple[Plates, dict[str, Tensor]]:
         """The plates, and the indices of those whose elements are not all, in their order."""
         if self.master is not None:
-            plates = {name: self.master().plates[name] for name in frames}
+            plates = {name: self.master().plates[name] for name in sizes}
             return plates, {name: plate.indices for name, plate in plates.items()}
-        created = self._created_plates(args, kwargs)
-        check_plates(created, frames)
-        plates, device = dict(created), self._parts.like.device
-        for name, frame in sorted(frames.items()):
-            if name not in created:
-                plates[name] = new_plate(name, frame, device)
-        self.plates = plates
-        partial = [name for name in frames if name in created or _is_partial(frames[name])]
-        return plates, {name: plates[name].indices for name in partial}
+        of_user = plates_of_user(self.create_plates, args, kwargs)
+        self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
+        partial = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
+        return self.plates, {name: self.plates[name].indices for name in partial}
 
-    def _rows(
-        self, hierarchy: Hierarchy, plates: Plates, indices: Rows, args: Any, kwargs: Any
-    ) -> Rows:
-        """The features, or the embeddings, of the elements of a mini-batch."""
-        features = self._features(hierarchy, plates, args, kwargs)
-        sizes = {name: plate.subsample_size for name, plate in plates.items()}
-        full_sizes = {name: plate.size for name, plate in plates.items()}
-        rows = {}
-        for group, factor in zip(self._layout.groups, hierarchy.factors):
-            if factor.table is None:
-                found, feature_dim = features[group.name], factor.feature_dim
-                row = encoding.rows_of(group, found, feature_dim, sizes, full_sizes, indices)
-                rows[group.name] = row.to(hierarchy.like.dtype)
-                continue
-            check_table(group, factor.table, full_sizes)
-            chosen = {dim: indices[name] for name, dim in group.dims.items() if name in indices}
-            rows[group.name] = factor.embeddings(chosen)
-        return rows
-
-    def _features(self, hierarchy: Hierarchy, plates: Plates, args: Any, kwargs: Any) -> Rows:
-        groups = zip(self._layout.groups, hierarchy.factors)
-        encoded = [group.name for group, factor in groups if factor.table is None]
-        if not encoded:
-            return {}
-        encoder: Any = self._encoder[0] if hierarchy.encoder is None else hierarchy.encoder
-        mine = {name: plates[name] for group in self._layout.groups for name in group.dims}
-        found = encoding.encode(encoder, mine, args, kwargs)
-        features = encoding.features_by_group(found, self._layout.groups)
-        encoding.check_keys(features, encoded)
-        return features
-
-    @torch.no_grad()
-    def start_near(self, values: Mapping[str, Any], share: float = 1.0) -> None:
-        """Starts near draws of the latents of a mini-batch, as the globals and an element vary in them.
-
-        The globals become a Gaussian of the draws' location and of their covariance times ``share``,
-        each element one that depends on them as the mean element does. The flows are left as
-        they are.
-
-        :param values: for each site a tensor of shape ``(n,) + site shape``, the locals of any
-            number of elements.
-        :param share: what part of all elements these are: the posterior given all is narrower.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape.
-        """
-        shapes = {group.name: batch_shape_of(group, values) for group in self._layout.groups}
-        latent, drawn, _ = from_values(self._layout, values, shapes)
-        self._parts.start_near(self._layout, latent, drawn, share)
-
-    def step_units(self) -> dict[str, Tensor]:
-        """The size of an optimiser's unit step, for each parameter of which it is not one.
-
-        That of the globals' location is their scale, times the square root of how many mini-batches
-        there are: by so much the location that one of them asks for misses that of all. Their flow
-        goes slower by as much.
-
-        :return: by the name of a parameter, a tensor of its shape or a number as a tensor.
-        """
-        if self._parts.globals is None:
-            return {}
-        ratio = max(frame.full_size / frame.size for frame in self._frames.values())
-        units = self._parts.globals.step_units(_AHEAD * ratio**0.5, ratio**-0.5)
-        return {f"transform.globals.{name}": unit for name, unit in units.items()}
-
-    def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """For each parameter whose steps are not in its own units, a factor that broadcasts to it."""
-        named = dict(self.named_parameters())
-        return {named[name]: unit for name, unit in self.step_units().items()}
+    # What a fit uses beyond Pyro's interface
 
     @contextmanager
     def path_gradient(self) -> Iterator[None]:
-        """A context in which the density of the guide's draws has a gradient by the draws only."""
+        """A context in which :attr:`path` is true."""
         before, self.path = self.path, True
         try:
             yield
         finally:
             self.path = before
+
+    @torch.no_grad()
+    def start_near(self, values: Mapping[str, Any], share: float = 1.0) -> None:
+        """Starts near draws of the latents of a mini-batch.
+
+        The global latents become a Gaussian with the mean of their draws and with their covariance
+        times ``share``, each element one that depends on them as the mean element does. The flows
+        stay as they are.
+
+        :param values: for each site a tensor of shape ``(n,) + site shape``, the local latents of
+            any number of elements.
+        :param share: what part of all elements these are: the posterior given all is narrower.
+        :raises ValueError: if a site is missing or unknown, or a value has another shape.
+        """
+        posterior = self._posterior
+        layout = posterior.layout
+        shapes = {group.name: group.batch_shape_of(values) for group in layout.groups}
+        vectors, _ = layout.unconstrain_with_ladj(values, shapes, posterior.like)
+        posterior.start_near(vectors, share)
+
+    def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
+        """The units of an optimizer's steps.
+
+        That of the location of the global latents is their scale times the square root of the number
+        of mini-batches: by so much the optimum for one mini-batch differs from that for all data.
+        The steps of their flow are divided by that root.
+
+        :return: for some parameters, a factor that broadcasts to them.
+        """
+        globals_ = self._posterior.globals
+        if globals_ is None:
+            return {}
+        ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
+        return globals_.step_scales(_LOCATION_STEP * ratio**0.5, ratio**-0.5)
 
     # Draws and densities
 
@@ -310,12 +376,11 @@ class AutoAmortized(KeptAmortized):
         :raises ValueError: if ``n`` is no positive integer, or the features do not fit.
         """
         self.set_up(*args, **kwargs)
-        rows = self._all_rows(args, kwargs)
-        elements = max(row.shape[:-1].numel() for row in rows.values())
-        chunk = max(1, _CHUNK // elements)
-        sizes = [min(chunk, n - start) for start in range(0, check_count("n", n), chunk)]
-        draws = [to_values(self._layout, *self._parts.draw(self._layout, rows, s)) for s in sizes]
-        return {name: torch.cat([d[name] for d in draws]) for name in self.prototype_trace.nodes}
+        rows, posterior = self._all_rows(args, kwargs), self._posterior
+        chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
+        sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
+        draws = [posterior.layout.constrain(posterior.draw(rows, size)) for size in sizes]
+        return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
 
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The log-density at values of all sites and all elements, on the constrained space.
@@ -332,79 +397,30 @@ class AutoAmortized(KeptAmortized):
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
         self.set_up(*args, **kwargs)
-        rows = self._all_rows(args, kwargs)
+        rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
-        latent, drawn, ladj = from_values(self._layout, values, shapes)
-        like = self._parts.like
-        latent = None if latent is None else latent.to(like.dtype)
-        drawn = {name: z.to(like.dtype) for name, z in drawn.items()}
-        log_density: Tensor = self._parts.log_prob(self._layout, rows, latent, drawn) - ladj
-        return log_density
+        vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
+        return posterior.log_prob(rows, vectors) - ladj
 
-    @torch.no_grad()
-    def quantiles(
-        self,
-        quantiles: Sequence[float] | Tensor,
-        *args: Any,
-        num_samples: int = 2_000,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
-
-        :param quantiles: q levels between 0 and 1.
-        :param args: the model's arguments, as for :meth:`sample_posterior`.
-        :param num_samples: how many draws.
-        :param kwargs: its keyword arguments, likewise.
-        :return: for each site a tensor of shape ``(q,) + site shape``.
-        :raises ValueError: if a level is not between 0 and 1.
-        """
-        self.set_up(*args, **kwargs)
-        levels = packing.check_levels(quantiles, self._parts.like)
-        draws = self.sample_posterior(check_count("num_samples", num_samples), *args, **kwargs)
-        return {name: packing.quantiles_of(value, levels) for name, value in draws.items()}
-
-    def median(self, *args: Any, num_samples: int = 2_000, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each coordinate of each site, from draws.
-
-        :param args: the model's arguments, as for :meth:`sample_posterior`.
-        :param num_samples: how many draws.
-        :param kwargs: its keyword arguments, likewise.
-        :return: for each site a tensor of its shape.
-        """
-        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
-        return {name: value[0] for name, value in found.items()}
-
-    def _all_rows(self, args: Any, kwargs: Any) -> Rows:
-        """The embeddings of all elements, and whatever features the encoder has for the arguments."""
-        hierarchy, rows, sizes = self._parts, Rows(), dict[str, int]()
-        self._claim()
-        with poutine.block():
-            features = self._features_of_all(hierarchy, args, kwargs)
-        for group, factor in zip(self._layout.groups, hierarchy.factors):
-            if factor.table is None:
-                found, feature_dim = features[group.name], factor.feature_dim
-                row, now = encoding.rows_as_given(group, found, feature_dim)
-                row = row.to(hierarchy.like.dtype)
-            else:
-                row = factor.embeddings({})
-                now = {name: row.shape[dim - 1] for name, dim in group.dims.items()}
-            check_same(group, sizes, now)
-            sizes.update(now)
-            rows[group.name] = row
-        return rows
-
-    def _features_of_all(self, hierarchy: Hierarchy, args: Any, kwargs: Any) -> Rows:
-        if all(factor.table is not None for factor in hierarchy.factors):
-            return {}
-        frames = self._frames_for(args, kwargs) if args or kwargs else self._frames
-        plates = {name: pyro.plate(name, f.full_size, dim=f.dim) for name, f in frames.items()}
-        return self._features(hierarchy, plates, args, kwargs)
+    def _all_rows(self, args: Any, kwargs: Any) -> Vectors:
+        """The features or embeddings of all elements that there are, by group."""
+        self._register()
+        posterior, sizes, features = self._posterior, self._sizes, {}
+        if posterior.encoded_groups:
+            if args or kwargs:
+                sizes = self._sizes_for(args, kwargs)
+            with poutine.block():
+                whole = {
+                    name: plate._replace(size=plate.full_size) for name, plate in sizes.items()
+                }
+                plates = complete_plates({}, whole, posterior.like.device)
+                features = posterior.encode(plates, args, kwargs)
+        return posterior.all_rows(features)
 
 
-def _auxiliary() -> Any:
-    return {"is_auxiliary": True}
-
-
-def _is_partial(frame: Frame) -> bool:
-    partial: bool = frame.size != frame.full_size
-    return partial
+def _plates_were_dropped(*args: Any, **kwargs: Any) -> Any:
+    """Stands for ``create_plates`` in a guide that was pickled."""
+    raise RuntimeError(
+        "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
+        "create_plates puts it into the guide"
+    )

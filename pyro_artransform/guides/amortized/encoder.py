@@ -6,30 +6,29 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from ...arguments import check_callable
 from .layout import Group
+from .plates import Plates
 
 Features = dict[str, Tensor]
+Encoder = Callable[..., Tensor | Features]
 
 
-def check_encoder(encoder: Any) -> Any:
+def check_encoder(encoder: Encoder | None) -> Encoder | None:
     """Refuses what cannot be an encoder.
 
     :raises TypeError: if it cannot be called, or is a class or a module of Pyro's.
     """
     if encoder is None:
         return None
-    if isinstance(encoder, type) or not callable(encoder):
-        raise TypeError(
-            "encoder: expected a module or a function that takes the model's arguments, got "
-            f"{encoder!r}"
-        )
+    wanted = "a module or a function that takes the model's arguments"
+    check_callable("encoder", encoder, wanted)
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
         raise TypeError(
@@ -46,77 +45,44 @@ class MiniBatch(Messenger):
     :param plates: plates by name, each with its dimension.
     """
 
-    def __init__(self, plates: Mapping[str, Any]) -> None:
+    def __init__(self, plates: Plates) -> None:
         super().__init__()
         self._plates = plates
 
     def _pyro_post_subsample(self, message: Any) -> None:
-        given, known = (*message["args"], None)[:2], message["kwargs"]
-        event_dim = known.get("event_dim", given[1])
-        size_by_dim: dict[int, list[str]] = {}
+        value, event_dim = message["value"], message["kwargs"].get("event_dim")
+        if event_dim is None:
+            event_dim = message["args"][1]
+        by_dim: dict[int, list[str]] = {}
         for name, plate in self._plates.items():
-            dim, value = plate.dim - event_dim, message["value"]
+            dim = plate.dim - event_dim
             if value.dim() >= -dim and value.shape[dim] == plate.size > plate.subsample_size:
-                size_by_dim.setdefault(dim, []).append(name)
-        for dim, names in size_by_dim.items():
+                by_dim.setdefault(dim, []).append(name)
+        for dim, names in by_dim.items():
             if len(names) > 1:
                 raise ValueError(
-                    f"encoder: pyro.subsample of shape {tuple(message['value'].shape)} fits the "
-                    f"plates {sorted(names)}: expected one. Return a row for each of all elements"
+                    f"encoder: pyro.subsample of shape {tuple(value.shape)} fits the plates "
+                    f"{sorted(names)}: expected one. Return a row for each of all elements"
                 )
             message["value"] = message["value"].index_select(dim, self._plates[names[0]].indices)
 
 
 def encode(
-    encoder: Callable[..., Any],
-    plates: Mapping[str, pyro.plate],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
+) -> Features:
     """Calls an encoder where ``pyro.subsample`` means what it does in the model.
 
     :param encoder: a function of the model's arguments.
     :param plates: plates by name, each with its dimension.
+    :param groups: the groups of local latents.
     :param args: the model's arguments.
     :param kwargs: its keyword arguments.
+    :return: features by the names of groups.
+    :raises TypeError: if the encoder returns neither a tensor nor a dict of tensors.
+    :raises ValueError: if it returns one tensor for several groups, or one for an unknown group.
     """
     with MiniBatch(plates):
-        return encoder(*args, **kwargs)
-
-
-def encode_registered(
-    encoder: Callable[..., Any],
-    plates: Mapping[str, pyro.plate],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """:func:`encode` for the first time: nothing is kept, and parameters that nobody would train are
-    refused.
-
-    :raises ValueError: if the encoder is a function with parameters that the param store has not.
-    """
-    tracer = poutine.trace(param_only=True)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
-        found = encode(encoder, plates, args, kwargs)
-    tensors = found.values() if isinstance(found, dict) else [found]
-    trains = any(isinstance(value, Tensor) and value.requires_grad for value in tensors)
-    if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
-        raise ValueError(
-            "encoder: got a function whose result has gradients, but no parameters of it are "
-            "known, so they would never train: expected a torch module, or a function that "
-            "registers its modules by pyro.module"
-        )
-    return found
-
-
-def features_by_group(found: Any, groups: Sequence[Group]) -> Features:
-    """What an encoder returned, by the names of groups.
-
-    :param found: a tensor, or a dict of tensors by name.
-    :param groups: the groups of local latents.
-    :raises TypeError: if it is neither.
-    :raises ValueError: if it is one tensor for several groups, or is for a group that is not there.
-    """
+        found: Any = encoder(*args, **kwargs)
     names = [group.name for group in groups]
     if isinstance(found, Tensor):
         if len(names) > 1:
@@ -140,60 +106,65 @@ def features_by_group(found: Any, groups: Sequence[Group]) -> Features:
     return found
 
 
-def check_keys(features: Features, expected: Sequence[str]) -> None:
-    """Refuses features for other plates than at the set-up.
+def first_feature_dims(
+    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
+) -> dict[str, int]:
+    """The number of features of each group, by a first call of the encoder that leaves no trace.
 
-    :raises ValueError: if there are such, or some are missing.
+    The arguments are those of :func:`encode`.
+
+    :raises ValueError: if the encoder is a function with parameters that the param store does not
+        have, which would never train.
     """
-    if sorted(features) != sorted(expected):
+    tracer = poutine.trace(param_only=True)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
+        found = encode(encoder, plates, groups, args, kwargs)
+    trains = any(features.requires_grad for features in found.values())
+    if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
         raise ValueError(
-            f"encoder: expected features of {sorted(expected)}, as at the guide's set-up, got "
-            f"{sorted(features)}"
+            "encoder: got a function whose result has gradients, but no parameters of it are "
+            "known, so they would never train: expected a torch module, or a function that "
+            "registers its modules by pyro.module"
         )
+    return {name: features.shape[-1] for name, features in found.items()}
 
 
-def rows_of(
-    group: Group,
-    features: Tensor,
-    feature_dim: int,
-    sizes: Mapping[str, int],
-    full_sizes: Mapping[str, int],
-    indices: Mapping[str, Tensor],
+def minibatch_rows(
+    group: Group, features: Tensor, feature_dim: int, plates: Plates, indices: Mapping[str, Tensor]
 ) -> Tensor:
-    """The features of the elements of a mini-batch.
+    """The features of the elements of a mini-batch, shape ``batch shape + (feature_dim,)``.
 
     :param group: a group of local latents.
     :param features: a row for each element of the mini-batch, or for each element of the plates, of
         which the mini-batch's are taken.
     :param feature_dim: the number of features of an element.
-    :param sizes: the number of elements in the mini-batch, by plate.
-    :param full_sizes: the number of all elements, by plate.
+    :param plates: plates by name.
     :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
-    :return: shape ``batch shape + (feature_dim,)``.
     :raises ValueError: if the features have another shape.
     """
+    sizes = {name: plates[name].subsample_size for name in group.plates}
+    full_sizes = {name: plates[name].size for name in group.plates}
     if torch.jit.is_tracing():
         return features.reshape(group.batch_shape(sizes) + features.shape[-1:])
+    of_batch, of_all = ((*s.values(), feature_dim) for s in (sizes, full_sizes))
     got = tuple(features.shape)
-    wanted, whole = (tuple(s[name] for name in group.plates) for s in (sizes, full_sizes))
-    if got == (*wanted, feature_dim):
+    if got == of_batch:
         return features.reshape(*group.batch_shape(sizes), feature_dim)
-    if got == (*whole, feature_dim):
+    if got == of_all:
         rows = features.reshape(*group.batch_shape(full_sizes), feature_dim)
         for name, dim in group.dims.items():
             rows = rows.index_select(dim - 1, indices[name]) if name in indices else rows
         return rows
+    described = " and ".join(f"plate '{name}' ({size})" for name, size in sizes.items())
     raise ValueError(
-        f"encoder: expected features of shape {(*wanted, feature_dim)}, a row for each element of "
-        f"{_described(group, sizes)}, got {got}"
-        + (f"; or {(*whole, feature_dim)}, one for each of all elements" * (whole != wanted))
+        f"encoder: expected features of shape {of_batch}, a row for each element of {described} "
+        f"around the sites {sorted(group.latents.sites)}, got {got}"
+        + (f"; or {of_all}, one for each of all elements" if of_all != of_batch else "")
     )
 
 
-def rows_as_given(
-    group: Group, features: Tensor, feature_dim: int
-) -> tuple[Tensor, dict[str, int]]:
-    """The features of whatever elements there are, and how many these are, by plate.
+def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:
+    """The features of any number of elements, and the number of elements in each plate.
 
     :param group: a group of local latents.
     :param features: a row for each element.
@@ -209,8 +180,3 @@ def rows_as_given(
         )
     sizes = dict(zip(group.plates, found))
     return features.reshape(*group.batch_shape(sizes), feature_dim), sizes
-
-
-def _described(group: Group, sizes: Mapping[str, int]) -> str:
-    plates = " and ".join(f"plate '{name}' ({sizes[name]})" for name in group.plates)
-    return f"{plates} around the sites {sorted(group.sites)}"

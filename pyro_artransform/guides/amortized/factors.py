@@ -1,128 +1,120 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The factors of an amortised posterior: one for the globals, one for each group of locals."""
+"""The factors of an amortized posterior: one for the global latents, one for each local group."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 
-from ...transforms import ComposedTransform, check_structure
+from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_autoregressive
+from ...transforms import ComposedTransform, chain
+from ...univariate import MonotonicAffineTransform
 from ...univariate.base import ElementwiseTransform, soft_bound
-from ..flow_factory import check_callables, new_flow
-from ..location_scale import LocationScale
+from ..distributions import LocationScale, make_flow
+from .layout import Group
 
-# of more globals than this the locals see a linear summary, of this size
-_MOST_GLOBALS = 64
+# local latents depend on a linear summary, of this size, of more global latents than this
+_MAX_GLOBALS = 64
 _FULL_RANK_LIMIT = 200
-# how far the context moves a log-scale from its constant part
+# the largest change of a log-scale by the context
 _LOG_SCALE_BOUND = 7.0
 
-MakeFlow = Callable[[int], Any]
-MakeLocalFlow = Callable[[int, int], Any]
+MakeFlow = Callable[[int], nn.Module]
+MakeLocalFlow = Callable[[int, int], nn.Module]
 
 
 class GlobalFactor(nn.Module):
-    """The posterior of the globals, on the unconstrained space: a flow, then location and scale.
+    """The posterior of the global latents: a flow, then location and scale.
 
-    :param make_flow: takes the latent dimension and returns a flow; None for no flow.
-    :param loc: where to start, shape ``(D,)``.
-    :param scale: the standard deviation to start with.
+    :param make: takes the latent dimension and returns a flow; None for no flow.
+    :param loc: the initial location, shape ``(D,)``.
+    :param scale: the initial standard deviation.
     """
 
-    def __init__(self, make_flow: MakeFlow | None, loc: Tensor, scale: float) -> None:
+    def __init__(self, make: MakeFlow | None, loc: Tensor, scale: float) -> None:
         super().__init__()
         affine = LocationScale(loc, scale, full_rank=len(loc) <= _FULL_RANK_LIMIT)
-        flows = [] if make_flow is None else [new_flow(make_flow, loc)]
+        flows = [] if make is None else [make_flow("flow", make, loc)]
         self.transform = ComposedTransform(*flows, affine)
         self.summary: nn.Linear | None = None
-        if len(loc) > _MOST_GLOBALS:
-            self.summary = _linear(loc, len(loc), _MOST_GLOBALS, bias=False)
+        self.context_dim = len(loc)
+        if len(loc) > _MAX_GLOBALS:
+            self.summary = _linear(loc, len(loc), _MAX_GLOBALS, bias=False)
+            self.context_dim = _MAX_GLOBALS
 
     @property
     def loc(self) -> Tensor:
         """The location, shape ``(D,)``."""
         return self._affine.loc
 
-    def step_units(self, of_location: float, of_flow: float) -> dict[str, Tensor]:
-        """The sizes of an optimiser's unit steps, by the names of parameters.
-
-        :param of_location: that of the location, in units of the scale.
-        :param of_flow: that of all parameters of the flow.
-        """
-        scale = self._affine.log_scale.detach().exp()
-        *flows, affine = [
-            f"transform.transforms.{k}" for k in range(len(self.transform.transforms))
-        ]
-        units = {f"{affine}.loc": of_location * scale}
-        if of_flow != 1:
-            flow = scale.new_full((), of_flow)
-            named = (name for name, _ in self.named_parameters())
-            units.update({name: flow for name in named if name.startswith(tuple(flows))})
-        return units
-
-    @property
-    def context_dim(self) -> int:
-        """The number of what the locals see of the globals."""
-        return len(self.loc) if self.summary is None else _MOST_GLOBALS
-
     @property
     def _affine(self) -> LocationScale:
         affine: LocationScale = self.transform.transforms[-1]  # type: ignore[assignment]
         return affine
 
-    def as_context(self, latent: Tensor) -> Tensor:
-        """What the locals see of the globals: their deviations in units of the posterior's scale.
+    def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
+        """From the base to the unconstrained space; global latents depend on nothing."""
+        return self.transform
 
-        A posterior may be as narrow as it is; a network that reads it sees numbers of order one.
+    def as_context(self, z: Tensor, num_elements: int) -> Tensor:
+        """The context of each of the elements that depend on the global latents.
 
-        :param latent: shape ``(*, D)``.
+        All elements together know the global latents better than one of them does, by the square
+        root of their number. In units of what one element knows they are of order one, and an
+        initial, random dependence on them costs little. In larger units it costs as much as all
+        elements together, and the posterior of the global latents collapses to avoid it.
+
+        :param z: the global latents, shape ``(*, D)``.
+        :param num_elements: the number of elements.
         :return: shape ``(*, context_dim)``.
         """
-        deviation = (latent - self.loc) * (-self._affine.log_scale).exp()
-        return deviation if self.summary is None else self.summary(deviation)
+        deviation = (z - self.loc) * (-self._affine.log_scale).exp()
+        context = deviation if self.summary is None else self.summary(deviation)
+        return context / math.sqrt(num_elements)
+
+    def step_scales(self, of_location: float, of_flow: float) -> Mapping[nn.Parameter, Tensor]:
+        """Factors of an optimizer's steps.
+
+        :param of_location: that of the location, in units of the scale.
+        :param of_flow: that of all parameters of the flow.
+        """
+        *flows, _ = self.transform.transforms
+        scale = self._affine.log_scale.detach().exp()
+        scales: dict[nn.Parameter, Tensor] = {self._affine.loc: of_location * scale}
+        if of_flow != 1:
+            flow_scale = scale.new_full((), of_flow)
+            scales.update((p, flow_scale) for flow in flows for p in flow.parameters())
+        return scales
 
     @torch.no_grad()
-    def start_near(self, latent: Tensor, share: float) -> None:
-        """Becomes a Gaussian of the location of draws, and of their covariance times a share.
+    def start_near(self, z: Tensor, share: float) -> None:
+        """Becomes a Gaussian with the mean of draws, and their covariance times a share.
 
-        :param latent: draws, shape ``(n, D)``.
+        :param z: draws, shape ``(n, D)``.
         :param share: the share.
         """
-        loc = latent.mean(0)
-        tril = torch.linalg.cholesky(share * torch.atleast_2d(latent.T.cov()))
-        self._affine.set_(loc, tril if self._affine.lower is not None else tril.diagonal().diag())
+        tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
+        is_diagonal = self._affine.lower is None
+        self._affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
 
 
-class GivenLocationScale(ElementwiseTransform):
-    """An affine transform of a given location and scale.
+class GivenLocationScale(MonotonicAffineTransform):
+    """An affine transform with a given location and a log-scale without bounds.
 
     :param loc: shape ``(*, D)``.
     :param log_scale: shape ``(*, D)``.
     """
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
-        super().__init__()
-        self.loc, self.log_scale = loc, log_scale
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` and the log-derivatives, shape ``(*, D)`` each."""
-        y = torch.addcmul(self.loc, x, self.log_scale.exp())
-        return y, self.log_scale.expand_as(y)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` and the log-derivatives of the inverse, shape ``(*, D)`` each."""
-        x = (y - self.loc) * (-self.log_scale).exp()
-        return x, -self.log_scale.expand_as(x)
+        ElementwiseTransform.__init__(self)
+        self.shift, self.log_scale = loc, log_scale
 
 
 class AmortizedLocationScale(nn.Module):
-    r"""A location and a scale that are functions of a context h, constants at first.
+    r"""A location and a scale that are functions of a context h, constant at first.
 
     .. math::
 
@@ -132,8 +124,8 @@ class AmortizedLocationScale(nn.Module):
     a global mean that every element shares; b is in units of s, so that its error counts the same
     for a narrow posterior as for a wide one.
 
-    :param loc: where to start, shape ``(D,)``.
-    :param scale: the standard deviation to start with.
+    :param loc: the initial location, shape ``(D,)``.
+    :param scale: the initial standard deviation.
     :param context_dim: the size C of the context.
     """
 
@@ -156,7 +148,7 @@ class AmortizedLocationScale(nn.Module):
         """The transform for one context.
 
         :param context: shape ``(*, C)``.
-        :param offsets: what to add to the location and to the log-scale, shape ``(*, D)`` each.
+        :param offsets: added to the location and to the log-scale, shape ``(*, D)`` each.
         """
         shift, bend = self.network(context).tensor_split(2, dim=-1)
         loc = self.loc + self.linear(context)
@@ -167,24 +159,24 @@ class AmortizedLocationScale(nn.Module):
 
 
 class LocalFactor(nn.Module):
-    """The posterior of one group of locals, for each element given its features and the rest.
+    """The posterior of one group of local latents, of each element given its features and the rest.
 
-    :param make_flow: takes the latent dimension and the size of the context and returns a
+    :param make: takes the latent dimension and the size of the context and returns a
         conditional flow; None for no flow.
-    :param loc: where to start, shape ``(D,)``.
-    :param scale: the standard deviation to start with.
+    :param loc: the initial location, shape ``(D,)``.
+    :param scale: the initial standard deviation.
     :param feature_dim: the number of features of an element.
     :param rest_dim: the size of the rest of the context.
-    :param table_shape: where each element has an embedding of its own, the full batch shape of its
-        plates; None where its features are given. An embedding is features, and offsets of the
-        location and of the log-scale, so that each element can have any place and width by itself.
+    :param table_shape: where each element has an embedding, the full batch shape of its plates; None
+        where its features are given. An embedding is features, and offsets of the location and of
+        the log-scale, so that each element can have any location and scale by itself.
     """
 
     table: Tensor | None
 
     def __init__(
         self,
-        make_flow: MakeLocalFlow | None,
+        make: MakeLocalFlow | None,
         loc: Tensor,
         scale: float,
         feature_dim: int,
@@ -193,8 +185,8 @@ class LocalFactor(nn.Module):
     ) -> None:
         super().__init__()
         context_dim = feature_dim + rest_dim
-        self.latent_dim, self.feature_dim = len(loc), feature_dim
-        self.flow = None if make_flow is None else new_local_flow(make_flow, loc, context_dim)
+        self.context_dim, self.feature_dim = len(loc), feature_dim
+        self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, scale, context_dim)
         table = None
         if table_shape is not None:
@@ -206,120 +198,78 @@ class LocalFactor(nn.Module):
         """The constant part of the location, shape ``(D,)``."""
         return self.affine.loc
 
-    def embeddings(self, indices: dict[int, Tensor]) -> Tensor:
-        """The embeddings of some elements, a row each.
+    def table_sizes(self, group: Group) -> dict[str, int]:
+        """The size of each plate of the group, as the table of embeddings has it."""
+        shape: torch.Size = self.table.shape  # type: ignore[union-attr]  # there is a table
+        return {name: shape[dim - 1] for name, dim in group.dims.items()}
 
-        :param indices: those of the elements of each plate that is sub-sampled, by its dimension.
-        :return: shape ``batch + (feature_dim + 2 D,)``.
+    def embeddings(self, indices: Mapping[int, Tensor]) -> Tensor:
+        """The embeddings of some elements, shape ``batch + (feature_dim + 2 D,)``.
+
+        :param indices: the indices in each plate that is sub-sampled, by its dimension.
         """
-        rows: Any = self.table
+        rows: Tensor = self.table  # type: ignore[assignment]  # the caller knows that it is there
         for dim, index in indices.items():
             rows = rows.index_select(dim - 1, index)
-        selected: Tensor = rows
-        return selected
+        return rows
+
+    def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
+        """From the base to the unconstrained space, for some elements.
+
+        :param features: the features of each element, or its embedding, shape ``(*, F)``.
+        :param rest: the rest of the context, each of shape ``(*, C)``; batch shapes broadcast.
+        """
+        offsets = None
+        if self.table is not None:
+            sizes = [self.feature_dim, self.context_dim, self.context_dim]
+            features, *both = features.split(sizes, dim=-1)
+            offsets = both[0], both[1]
+        parts = [features, *rest]
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        context = torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], dim=-1)
+        affine = self.affine.condition(context, offsets)
+        flows = [] if self.flow is None else [self.flow.condition(context)]
+        return ComposedTransform(*flows, affine)
+
+    def as_context(self, z: Tensor, num_elements: int) -> Tensor:
+        """The context of the elements in inner plates that depend on this one.
+
+        :param z: the latents of the elements, shape ``(*, D)``.
+        """
+        return z - self.loc
 
     @torch.no_grad()
     def start_near(self, context: Tensor, elements: Tensor) -> None:
         """Sets the location, the scale and the linear part so that they suit draws of elements.
 
-        :param context: what the elements see of the globals, shape ``(n, C)``.
+        :param context: the context of an element from the global latents, shape ``(n, C)``.
         :param elements: the draws, shape ``(n, elements, D)``.
         """
-        loc, seen = elements.mean(0), slice(self.feature_dim, self.feature_dim + context.shape[-1])
-        centred = context - context.mean(0)
+        loc, columns = (
+            elements.mean(0),
+            slice(self.feature_dim, self.feature_dim + context.shape[1]),
+        )
+        centered = context - context.mean(0)
         # the mean over elements first: their slopes are linear in it
-        slopes = torch.linalg.lstsq(centred, (elements - loc).mean(1)).solution
-        rest = elements - loc - (centred @ slopes)[:, None]
-        self.affine.linear.weight[:, seen] = slopes.T
+        slopes = torch.linalg.lstsq(centered, (elements - loc).mean(1)).solution
+        rest = elements - loc - (centered @ slopes)[:, None]
+        self.affine.linear.weight[:, columns] = slopes.T
         self.affine.loc.copy_(loc.mean(0))
         self.affine.log_scale.copy_(rest.square().mean((0, 1)).sqrt().log())
 
-    def transform(self, row: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
-        """From the base to the unconstrained space, for given elements.
 
-        :param row: the features of each element, or its embedding, shape ``(*, F)``.
-        :param rest: the rest of the context, each of shape ``(*, C)``; batch shapes broadcast.
-        """
-        offsets = None
-        if self.table is not None:
-            row, *both = row.split([self.feature_dim, self.latent_dim, self.latent_dim], dim=-1)
-            offsets = both[0], both[1]
-        context = _joined([row, *rest])
-        affine = self.affine.condition(context, offsets)
-        return ComposedTransform(
-            *([] if self.flow is None else [self.flow.condition(context)]), affine
-        )
+def default_flow(latent_dim: int) -> nn.Module:
+    """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
+    if latent_dim > 1:
+        return iaf(latent_dim, 3)
+    return chain([spline_autoregressive(1) for _ in range(3)])
 
 
-def base_of(like: Tensor, batch_shape: Sequence[int], latent_dim: int) -> dist.TorchDistribution:
-    """Standard Normals, of which values are never checked: that would read them.
-
-    :param like: gives the dtype and the device.
-    :param batch_shape: the batch shape.
-    :param latent_dim: the size of the event.
-    """
-    zeros = like.new_zeros((*batch_shape, latent_dim))
-    normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
-    base: dist.TorchDistribution = normal.to_event(1)
-    return base
-
-
-def new_local_flow(make_flow: MakeLocalFlow, loc: Tensor, context_dim: int) -> Any:
-    """Makes a conditional flow with the dtype and the device of the guide.
-
-    :param make_flow: takes the latent dimension and the size of the context.
-    :param loc: shape ``(latent_dim,)``.
-    :param context_dim: the size of the context.
-    :raises TypeError: if what it returns is no module, no conditional transform, or has no
-        parameters.
-    :raises ValueError: if the flow is not autoregressive (where Pyro's validation is on).
-    """
-    with loc.device:
-        flow = make_flow(len(loc), context_dim)
-    if not isinstance(flow, nn.Module) or not isinstance(flow, ConditionalTransform):
-        raise TypeError(
-            "local_flow: expected it to return a conditional transform that is a module, as "
-            f"pyro_artransform.conditional_iaf does, got {type(flow).__name__}"
-        )
-    if not any(parameter.requires_grad for parameter in flow.parameters()):
-        raise TypeError(
-            "local_flow: expected a module with parameters to train, got one without: "
-            f"{type(flow).__name__}"
-        )
-    flow.to(dtype=loc.dtype, device=loc.device)
-    for parameter in flow.parameters():
-        # of a parameter that is not contiguous the param store would train a copy
-        parameter.data = parameter.data.contiguous()
-    if dist.is_validation_enabled():
-        conditioned: Any = flow.condition(loc.new_zeros((1, context_dim)))
-        check_structure(conditioned, loc.reshape(1, -1))
-    return flow
-
-
-def check_flows(flow: Any, local_flow: Any, init_loc_fn: Any, create_plates: Any) -> None:
-    """Refuses what cannot be called, and flows that are such already.
-
-    :raises TypeError: if one of them is such.
-    """
-    check_callables(flow=_nothing if flow is None else flow, init_loc_fn=init_loc_fn)
-    if create_plates is not None and not callable(create_plates):
-        raise TypeError(f"create_plates: expected a callable, got {type(create_plates).__name__}")
-    if local_flow is not None and (isinstance(local_flow, nn.Module) or not callable(local_flow)):
-        raise TypeError(
-            "local_flow: expected a callable that takes the latent dimension and the size of the "
-            f"context and returns a conditional flow, got {type(local_flow).__name__}; write "
-            "local_flow=lambda latent_dim, context_dim: ..."
-        )
-
-
-def _nothing() -> None:
-    """Stands for a flow that is not wanted."""
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Contexts side by side, their batch shapes broadcast."""
-    batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], dim=-1)
+def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
+    """A conditional IAF of two layers; in one dimension a conditional spline."""
+    if latent_dim > 1:
+        return conditional_iaf(latent_dim, context_dim, 2)
+    return conditional_spline_autoregressive(1, context_dim)
 
 
 def _linear(like: Tensor, inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:

@@ -4,218 +4,281 @@
 """Which latents of a model are global, and which are local to the elements of its plates."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
-from ..sites.packing import unconstrained_shape
-from ..sites.records import Site, change_tensors, describe_support, latent_site, latent_sites
+from ...joint.sites import Latents, Site
+from ...joint.supports import describe_support, map_bounds
 
-Frame = Any  # the frame of a plate, as Pyro's traces hold it
+#: by the name of a group, the vectors of its elements, shape ``batch + (latent_dim,)``
+Vectors = dict[str, Tensor]
+
+#: the name of the group of the global latents, which are in no plate
+GLOBAL = ""
 
 
-class Group(NamedTuple):
-    """The latent sites that are in the same plates: each element of these has one vector of them.
+class PlateSize(NamedTuple):
+    """The size of a plate for some arguments of the model.
+
+    :param name: its name.
+    :param dim: its dimension, negative.
+    :param size: the number of elements in the mini-batch.
+    :param full_size: the number of all elements.
+    """
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+def plates_around(site: Site) -> list[PlateSize]:
+    """The plates around a site, the outermost first."""
+    return [
+        PlateSize(frame.name, frame.dim or -1, frame.size, frame.full_size or frame.size)
+        for frame in site.plates
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The latent sites in the same plates: each element of these has one vector of them.
 
     :param name: that of the innermost plate, or of all plates joined by "/" where another group has
-        that name already.
-    :param dims: the dimension of each plate, by its name; the outermost plate first.
-    :param sites: the sites, each of a single element: their batch dimensions have size 1.
+        that name already; :data:`GLOBAL` for the global latents, a group with one element.
+    :param dims: the dimension of each plate by its name, the outermost plate first.
+    :param full_sizes: the size of each plate by its name, the mini-batch being a part of it.
+    :param latents: the latents of one element, without the dimensions of the plates.
     :param parents: the names of the groups in a part of these plates, whose elements these
-        elements belong to.
+        elements belong to; the global latents are a parent of all other groups.
     """
 
     name: str
     dims: dict[str, int]
-    sites: dict[str, Site]
+    full_sizes: dict[str, int]
+    latents: Latents
     parents: tuple[str, ...]
 
     @property
     def latent_dim(self) -> int:
-        """The number of unconstrained numbers of one element."""
-        return sum(unconstrained_shape(site).numel() for site in self.sites.values())
+        """The size of the vector of one element."""
+        return self.latents.latent_dim
 
     @property
     def num_elements(self) -> int:
-        """How many elements there are, those outside of the mini-batch included."""
-        return prod(f.full_size for f in next(iter(self.sites.values()))["cond_indep_stack"])
+        """How many elements there are, those outside the mini-batch included."""
+        return prod(self.full_sizes.values())
 
     @property
     def batch_dims(self) -> int:
         """The number of batch dimensions, with those of size 1."""
-        return -min(self.dims.values())
+        return -min(self.dims.values(), default=0)
 
     @property
     def plates(self) -> list[str]:
-        """The names of the plates, as their dimensions follow each other from the left."""
+        """The names of the plates in the order of their dimensions, from the left."""
         return sorted(self.dims, key=self.dims.__getitem__)
 
     def batch_shape(self, sizes: Mapping[str, int]) -> torch.Size:
-        """The batch shape of the sites, given the size of each plate.
+        """The batch shape of the elements.
 
-        :param sizes: sizes by the names of plates.
+        :param sizes: the size of each plate by its name.
         """
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
-    def split(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
-        """Each site with its unconstrained part.
+    @property
+    def full_batch_shape(self) -> torch.Size:
+        """The batch shape of all elements."""
+        return self.batch_shape(self.full_sizes)
 
-        :param latent: shape ``batch + (latent_dim,)``.
-        :return: pairs of a site and a tensor of shape ``batch + unconstrained event shape``.
+    def batch_shape_of(self, values: Mapping[str, Any]) -> torch.Size:
+        """The batch shape of the elements that there are values of.
+
+        :param values: for each site, a tensor of shape ``(n,) + site shape``.
         """
-        start = 0
-        for site in self.sites.values():
-            shape = unconstrained_shape(site)[self.batch_dims :]
-            part = latent[..., start : start + prod(shape)]
-            start += prod(shape)
-            yield site, part.reshape(latent.shape[:-1] + shape).to(site["value"].dtype)
+        name, site = next(iter(self.latents.sites.items()))
+        shape = values[name].shape if self.dims else ()
+        return torch.Size(shape[1 : len(shape) - site.event_dim])
 
 
-class Layout(NamedTuple):
-    """The latents of a model, sorted.
+@dataclass(frozen=True, eq=False)
+class LatentLayout:
+    """The latents of a model, sorted into groups.
 
-    :param globals: a trace of those in no plate.
-    :param groups: those in plates; a group comes after its parents.
+    :param sites: the sites, of one element of each plate, in the order of the model's trace.
     """
 
-    globals: poutine.Trace
-    groups: list[Group]
+    sites: tuple[Site, ...]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups, each after its parents: the global latents come first."""
+        by_plates: dict[frozenset[str], list[Site]] = {}
+        for site in self.sites:
+            by_plates.setdefault(_plates_of(site), []).append(site)
+        by_plates = dict(sorted(by_plates.items(), key=lambda item: len(item[0])))
+        names = _group_names({plates: sites[0] for plates, sites in by_plates.items()})
+        return tuple(
+            Group(
+                name=names[plates],
+                dims={plate.name: plate.dim for plate in plates_around(sites[0])},
+                full_sizes={plate.name: plate.full_size for plate in plates_around(sites[0])},
+                latents=Latents(_without_plates(site) for site in sites),
+                parents=tuple(names[other] for other in by_plates if other < plates),
+            )
+            for plates, sites in by_plates.items()
+        )
+
+    @property
+    def local_groups(self) -> tuple[Group, ...]:
+        """The groups of local latents."""
+        return tuple(group for group in self.groups if group.name != GLOBAL)
 
     @property
     def batch_dims(self) -> int:
         """The largest number of batch dimensions of a group."""
         return max(group.batch_dims for group in self.groups)
 
+    def to(self, fn: Callable[[Tensor], Tensor]) -> "LatentLayout":
+        """The layout after a conversion of tensors, such as ``Tensor.double``."""
+        return LatentLayout(tuple(site.to(fn) for site in self.sites))
 
-def layout(prototype: poutine.Trace) -> Layout:
-    """Sorts the latent sites of a prototype trace.
+    def by_group(self, z: Tensor) -> Vectors:
+        """The vector of one element of each group.
 
-    :param prototype: what :func:`one_element` made of a trace.
-    """
-    together: dict[frozenset[str], dict[str, Site]] = {}
-    globals_ = poutine.Trace()
-    for name, site in latent_sites(prototype).items():
-        if site["cond_indep_stack"]:
-            together.setdefault(plates_of(site), {})[name] = site
-        else:
-            globals_.add_node(name, **site)
-    together = dict(sorted(together.items(), key=lambda item: len(item[0])))
-    names = _names(together)
-    groups = []
-    for plates, sites in together.items():
-        dims = {f.name: f.dim for f in next(iter(sites.values()))["cond_indep_stack"]}
-        parents = tuple(names[other] for other in together if other < plates)
-        groups.append(Group(names[plates], dims, sites, parents))
-    return Layout(globals_, groups)
+        :param z: the latents of all of them, in the order of the sites, shape ``(latent_dim,)``.
+        """
+        parts = Latents(self.sites).split(z)
+        return {
+            group.name: torch.cat([parts[name].flatten() for name in group.latents.sites])
+            for group in self.groups
+        }
 
+    def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
+        """The values of all sites, each of shape ``(n,) + site shape``.
 
-def plates_of(site: Site) -> frozenset[str]:
-    """The names of the plates that a site is in."""
-    return frozenset(frame.name for frame in site["cond_indep_stack"])
+        :param vectors: draws of each group, shape ``(n, 1, ...) + batch shape + (latent_dim,)``.
+        """
+        values = {}
+        for group in self.groups:
+            shape = vectors[group.name].shape
+            batch = shape[:1] + shape[-1 - group.batch_dims : -1]
+            z = vectors[group.name].reshape(batch + shape[-1:])
+            values.update(group.latents.constrain(z))
+        return {site.name: values[site.name] for site in self.sites}
 
+    def unconstrain_with_ladj(
+        self, values: Mapping[str, Any], batch_shapes: Mapping[str, torch.Size], like: Tensor
+    ) -> tuple[Vectors, Tensor]:
+        """The vectors of the values of all sites, and the log-determinant of :meth:`constrain` there.
 
-def frames_of(trace: poutine.Trace, names: Collection[str]) -> dict[str, Frame]:
-    """The frames of the plates around some sites, by the names of the plates.
-
-    :param trace: a trace.
-    :param names: the names of the sites that count.
-    """
-    sites = (site for name, site in latent_sites(trace).items() if name in names)
-    return {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
-
-
-def _names(together: dict[frozenset[str], dict[str, Site]]) -> dict[frozenset[str], str]:
-    """What to call the groups, by their plates."""
-    stacks = {
-        plates: [frame.name for frame in next(iter(sites.values()))["cond_indep_stack"]]
-        for plates, sites in together.items()
-    }
-    count = Counter(stack[-1] for stack in stacks.values())
-    return {
-        plates: stack[-1] if count[stack[-1]] == 1 or len(stack) == 1 else "/".join(stack)
-        for plates, stack in stacks.items()
-    }
-
-
-def one_element(trace: poutine.Trace) -> poutine.Trace:
-    """The latent sites of a trace with no more than a guide needs, of a single element of each plate.
-
-    :param trace: a trace of a model.
-    :raises ValueError: if a site in a plate has batch dimensions that are no plates, or its support
-        is not the same for every element.
-    """
-    slim = poutine.Trace()
-    for name, site in latent_sites(trace).items():
-        value, support, stack = site["value"].detach(), site["fn"].support, site["cond_indep_stack"]
-        if stack:
-            _check_batch(site)
-            value = value[(slice(0, 1),) * -min(frame.dim for frame in stack)]
-        support = change_tensors(support, _common_bound(site) if stack else _copied)
-        slim.add_node(
-            name, **latent_site(name, value.clone(), site["fn"].event_dim, support, stack)
+        :param values: for each site a tensor, array or list of shape ``(n,) + site shape``.
+        :param batch_shapes: the batch shape of the elements of each group.
+        :param like: a tensor of the dtype and device of the vectors.
+        :return: vectors as :meth:`constrain` takes them, and a tensor of shape ``(n,)``.
+        :raises ValueError: if a site is missing or unknown, or a value has another shape.
+        """
+        whole = Latents(
+            replace(site, shape=batch_shapes[group.name] + site.shape)
+            for group in self.groups
+            for site in group.latents.sites.values()
         )
-    return slim
+        flat, ladj = whole.unconstrain_with_ladj(values, like.device)
+        if flat.dim() != 2:
+            name, site = next(iter(whole.sites.items()))
+            raise ValueError(
+                f"values: expected '{name}' of shape (n,) + site shape, which is "
+                f"{tuple(site.shape)}, got {tuple(flat.shape[:-1] + site.shape)}"
+            )
+        parts, vectors = whole.split(flat), {}
+        for group in self.groups:
+            ones = (1,) * (self.batch_dims - group.batch_dims)
+            lead = (len(flat), *ones, *batch_shapes[group.name])
+            sites = group.latents.sites.values()
+            z = torch.cat([parts[site.name].reshape((*lead, site.size)) for site in sites], -1)
+            vectors[group.name] = z.to(like.dtype)
+        return vectors, ladj
 
 
-def starting_points(trace: poutine.Trace, groups: list[Group]) -> dict[str, Tensor]:
-    """The mean over all elements of the unconstrained values of each group.
+def one_element(site: Site) -> Site:
+    """The site with the plates reduced to a single element.
 
-    :param trace: a trace of a model at its starting values.
-    :param groups: its groups.
-    :return: by the names of the groups, shape ``(latent_dim,)``.
+    :param site: a site of a trace.
+    :raises ValueError: if it has batch dimensions that are no plates, or its support is not the same
+        for every element.
     """
-    return {
-        group.name: torch.cat([_mean_start(trace.nodes[name]) for name in group.sites])
-        for group in groups
-    }
-
-
-def _mean_start(site: Site) -> Tensor:
-    value: Tensor = site["value"].detach()
-    latent = biject_to(site["fn"].support).inv(value)
-    if not latent.isfinite().all():
-        raise ValueError(
-            f"site '{site['name']}': expected starting values inside its support, got "
-            f"{value.tolist()}"
-        )
-    batch = latent.shape[: value.dim() - site["fn"].event_dim]
-    return latent.reshape((batch.numel(), -1)).mean(0)
-
-
-def _check_batch(site: Site) -> None:
-    batch = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"]}
+    if not site.plates:
+        return site
+    sizes = {plate.dim: plate.size for plate in plates_around(site)}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
-    if tuple(batch) != expected:
+    if tuple(site.batch_shape) != expected:
         raise ValueError(
-            f"site '{site['name']}': expected the batch shape {expected} of its plates "
-            f"{sorted(plates_of(site))}, got {tuple(batch)}. Draw the other dimensions in plates "
-            "of their own, or make them event dimensions by .to_event"
+            f"site '{site.name}': expected the batch shape {expected} of its plates "
+            f"{sorted(_plates_of(site))}, got {tuple(site.batch_shape)}. Draw the other dimensions in "
+            "plates of their own, or make them event dimensions by .to_event"
         )
+    shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
+    return replace(site, shape=shape, support=_common_support(site))
 
 
-def _copied(bound: Tensor) -> Tensor:
-    return bound.detach().clone()
+def mean_start(site: Site, value: Tensor) -> Tensor:
+    """The mean over all elements of the unconstrained value of a site, flattened.
+
+    :param site: a site of a trace.
+    :param value: its starting value.
+    :raises ValueError: if the value is not inside the support.
+    """
+    z = site.bijection.inv(value.detach())
+    if not z.isfinite().all():
+        value_of = "starting values" if site.plates else "a starting value"
+        raise ValueError(
+            f"site '{site.name}': expected {value_of} inside its support, got {value.tolist()}"
+        )
+    if not site.plates:
+        return z.flatten()
+    return z.reshape(site.batch_shape.numel(), -1).mean(0)
 
 
-def _common_bound(site: Site) -> Callable[[Tensor], Tensor]:
-    """Takes the batch dimensions from a bound of a support, along which it may not change."""
+def _plates_of(site: Site) -> frozenset[str]:
+    return frozenset(frame.name for frame in site.plates)
+
+
+def _without_plates(site: Site) -> Site:
+    if not site.plates:
+        return site
+    return replace(site, shape=site.shape[len(site.batch_shape) :], plates=())
+
+
+def _group_names(first_sites: Mapping[frozenset[str], Site]) -> dict[frozenset[str], str]:
+    """What to call the groups, by their plates."""
+    stacks = {p: [frame.name for frame in site.plates] for p, site in first_sites.items()}
+    innermost = Counter(stack[-1] for stack in stacks.values() if stack)
+    names = {}
+    for plates, stack in stacks.items():
+        is_unique = not stack or len(stack) == 1 or innermost[stack[-1]] == 1
+        names[plates] = "/".join(stack[-1:] if is_unique else stack)
+    return names
+
+
+def _common_support(site: Site) -> Any:
+    """The support without batch dimensions of its bounds, along which these may not change."""
 
     def change(bound: Tensor) -> Tensor:
-        event_shape = bound.shape[max(bound.dim() - site["fn"].event_dim, 0) :]
-        rows = bound.detach().reshape((-1, *event_shape))
+        event_shape = bound.shape[max(bound.dim() - site.event_dim, 0) :]
+        rows = bound.reshape((-1, *event_shape))
         if (rows != rows[:1]).any():
             raise ValueError(
-                f"the support of site '{site['name']}' differs between the elements of its plates "
-                f"{sorted(plates_of(site))}: expected the same for all, got "
-                f"{describe_support(site['fn'].support)}. Draw it on a fixed scale and transform it"
+                f"the support of site '{site.name}' differs between the elements of its plates "
+                f"{sorted(_plates_of(site))}: expected the same for all, got "
+                f"{describe_support(site.support)}. Draw it on a fixed scale and transform it"
             )
         return rows[0].clone()
 
-    return change
+    return map_bounds(site.support, change)

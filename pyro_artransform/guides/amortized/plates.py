@@ -1,45 +1,22 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How many elements each plate has for given arguments of a model."""
+"""The plates of a model: how many elements each has for given arguments, and which are drawn."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 
-from ..sites.records import Site, is_hidden, latent_sites
-from .layout import Frame, Group, frames_of, plates_of
+from ...joint.sites import Site
+from .layout import Group, PlateSize, plates_around
 
-# of a longer sequence the length and the first element have to do
-_FEW = 16
-
-# from how many times as many elements on a mini-batch is drawn without a look at all of them
-_FEW_OF_MANY = 16
-
-_PLAIN = (bool, int, str, type(None))
-
-
-def signature_of(arguments: Any) -> Any:
-    """What the sizes of plates may hang on in a model's arguments: shapes, integers and names.
-
-    :param arguments: tensors, arrays and whatever else, in tuples, lists and dicts.
-    :return: something to be used as a key.
-    """
-    if isinstance(arguments, dict):
-        return tuple((key, signature_of(value)) for key, value in arguments.items())
-    if isinstance(arguments, (list, tuple)):
-        few = arguments if len(arguments) <= _FEW else arguments[:1]
-        return (len(arguments), *map(signature_of, few))
-    if isinstance(arguments, _PLAIN):
-        return arguments
-    shape = getattr(arguments, "shape", None)
-    return type(arguments).__name__ if shape is None else ("shape", *shape)
+Plates = dict[str, pyro.plate]
+PlateSizes = dict[str, PlateSize]
+CreatePlates = Callable[..., pyro.plate | Iterable[pyro.plate]]
 
 
 class GivenIndices(Messenger):
@@ -49,160 +26,147 @@ class GivenIndices(Messenger):
         super().__init__()
         self.names: set[str] = set()
 
-    def _pyro_sample(self, message: Site) -> None:
+    def _pyro_sample(self, message: Any) -> None:
         if site_is_subsample(message) and message["value"] is not None and not message["done"]:
             self.names.add(message["name"])
 
 
-def run_frames(
-    prototype: poutine.Trace,
-    frames: Mapping[str, Frame],
-    rerun: Callable[[], Any],
-    observed: Collection[str] | None,
-) -> tuple[dict[str, Frame], set[str]]:
-    """Runs the model for the frames of its plates, and refuses latents of other shapes than before.
+def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
+    """The sizes of the plates around some sites, by the names of the plates."""
+    return {plate.name: plate for site in sites for plate in plates_around(site)}
 
-    :param prototype: the guide's prototype trace, of one element of each plate.
-    :param frames: the frames that are known already.
-    :param rerun: runs the model.
-    :param observed: None for the model that the guide was set up for; for another one, which has to
-        have the same latents, the sites that had data then, which may be predicted now.
-    :return: the frames now, and the names of the plates whose indices the model gives itself.
-    :raises ValueError: if a latent in no plate has another shape than before, an element of a latent
-        in a plate has, or a latent is in other plates.
+
+def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
+    """Refuses a model without latents in plates, and plates without a size.
+
+    :raises ValueError: if there are no such latents, or there is such a plate.
     """
-    given = GivenIndices()
-    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-        trace = poutine.trace(poutine.block(given(rerun), is_hidden)).get_trace()
-    sites, known = latent_sites(trace), latent_sites(prototype)
-    if observed is not None:
-        _compare_names(set(known), set(sites) - set(observed))
-    for name, site in known.items():
-        if name in sites:
-            _compare(name, site, sites[name])
-    return {**frames, **frames_of(trace, known)}, given.names
-
-
-def _compare_names(expected: set[str], got: set[str]) -> None:
-    for name in sorted(expected ^ got):
-        where = "the model has no such latent" if name in expected else "the guide has no such site"
+    for site in sites:
+        for frame in site.plates:
+            if frame.full_size is None or frame.full_size < 1:
+                raise ValueError(
+                    f"site '{site.name}' is in plate '{frame.name}', which has no size: expected "
+                    "pyro.plate(name, size)"
+                )
+    if not any(site.plates for site in sites):
         raise ValueError(
-            f"site '{name}': {where}: expected the sites of the guide, {sorted(expected)}, got "
-            f"{sorted(got)}. The guide is of another model"
+            f"{guide_name}: the model has no latents in a plate, and each element of a plate would "
+            f"get a distribution of its own: its latents are {sorted(site.name for site in sites)}. "
+            "AutoIAF is the guide of such a model"
         )
 
 
-def _compare(name: str, site: Site, now: Site) -> None:
-    plates = plates_of(site), plates_of(now)
+def compared_sizes(known: Mapping[str, Site], now: Mapping[str, Site]) -> PlateSizes:
+    """The sizes of the plates around the guide's sites in a run of the model.
+
+    :param known: the sites of the guide, of one element of each plate.
+    :param now: the latents of the run.
+    :raises ValueError: if a latent in no plate has another shape than at the guide's set-up, an
+        element of a latent in a plate has, or a latent is in other plates.
+    """
+    sites = [now[name] for name in known if name in now]
+    for site in sites:
+        _compare_elements(known[site.name], site)
+    return plate_sizes(sites)
+
+
+def _compare_elements(expected: Site, got: Site) -> None:
+    plates = [sorted(frame.name for frame in site.plates) for site in (expected, got)]
     if plates[0] != plates[1]:
         raise ValueError(
-            f"site '{name}': expected it in the plates {sorted(plates[0])}, as at the guide's "
-            f"set-up, got {sorted(plates[1])}"
+            f"site '{got.name}': expected it in the plates {plates[0]}, as at the guide's set-up, got "
+            f"{plates[1]}"
         )
-    shapes = [tuple(s["value"].shape) for s in (site, now)]
+    shapes = [tuple(site.shape) for site in (expected, got)]
     if not plates[0] and shapes[0] != shapes[1]:
         raise ValueError(
-            f"site '{name}' is in no plate, and its shape changes with the data: expected "
+            f"site '{got.name}' is in no plate, and its shape changes with the data: expected "
             f"{shapes[0]}, as at the guide's set-up, got {shapes[1]}. Draw it in a pyro.plate over "
             "the data: then it is local to the elements of that plate"
         )
-    events = [tuple(s["fn"].event_shape) for s in (site, now)]
+    events = [tuple(site.shape[len(site.batch_shape) :]) for site in (expected, got)]
     if events[0] != events[1]:
         raise ValueError(
-            f"site '{name}': expected each element of its plates to have the shape {events[0]}, as "
-            f"at the guide's set-up, got {events[1]}"
+            f"site '{got.name}': expected each element of its plates to have the shape {events[0]}, "
+            f"as at the guide's set-up, got {events[1]}"
         )
 
 
 def refuse_given_indices(
-    given: set[str], frames: Mapping[str, Frame], known: Collection[str]
+    given: GivenIndices, sizes: PlateSizes, of_user: Callable[[], Plates]
 ) -> None:
-    """Refuses a model that says itself which elements its plates have.
+    """Refuses a model that says itself which elements its plates have, where the guide is not told.
 
-    :param given: the names of such plates.
-    :param frames: the frames of the plates that the guide makes.
-    :param known: the names of the plates whose indices the guide is told.
-    :raises ValueError: if it does, and the guide is not told.
+    :param given: what ran the model.
+    :param sizes: the sizes of the plates that the guide makes.
+    :param of_user: makes the plates whose indices the guide is told.
+    :raises ValueError: if there is such a plate.
     """
-    for name in sorted(given & frames.keys()):
-        if name not in known:
-            frame = frames[name]
-            raise ValueError(
-                f"the model gives the indices of plate '{name}' itself, by subsample= ({frame.size} "
-                f"of {frame.full_size}), and those of the guide would take their place: expected "
-                "create_plates, a function of the model's arguments that returns the plate with "
-                f"these indices, as AutoAmortized(..., create_plates=lambda ...: pyro.plate('{name}', "
-                f"{frame.full_size}, subsample=..., dim={frame.dim}))"
+    names = given.names & sizes.keys()
+    for name in sorted(names - of_user().keys() if names else names):
+        _, dim, size, full_size = sizes[name]
+        raise ValueError(
+            f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
+            f"{full_size}), and those of the guide would take their place: expected create_plates, a "
+            "function of the model's arguments that returns the plate with these indices, as "
+            f"AutoAmortized(..., create_plates=lambda ...: pyro.plate('{name}', {full_size}, "
+            f"subsample=..., dim={dim}))"
+        )
+
+
+def plates_of_user(create_plates: CreatePlates | None, args: Any, kwargs: Any) -> Plates:
+    """The plates that ``create_plates`` returns, by name; none where there is no such function.
+
+    :raises TypeError: if it returns something else.
+    """
+    made = [] if create_plates is None else create_plates(*args, **kwargs)
+    plates = [made] if isinstance(made, pyro.plate) else list(made)
+    for plate in plates:
+        if not isinstance(plate, pyro.plate):
+            raise TypeError(
+                "create_plates: expected it to return a pyro.plate or several, got "
+                f"{type(plate).__name__}"
             )
+    return {plate.name: plate for plate in plates}
 
 
-def new_plate(name: str, frame: Frame, device: torch.device) -> pyro.plate:
-    """A plate of all elements, or of a random part of them.
+def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:
+    """The user's plates, each with its dimension, and new ones of all or some random elements.
 
-    A small part of many elements is drawn at a cost that grows with the part only.
-
-    :param name: its name.
-    :param frame: its frame.
-    :param device: where its indices are.
+    :param of_user: the plates of ``create_plates``.
+    :param sizes: the sizes of the model's plates.
+    :param device: where the indices of new plates are.
+    :raises ValueError: if a plate of the user has another size or dimension than the model's.
     """
-    size: Any = {"subsample_size": frame.size}
-    few = frame.size * _FEW_OF_MANY <= frame.full_size
-    if few and device.type == "cpu" and not torch._C._get_tracing_state():
-        size = {"subsample": _few_of_many(frame.full_size, frame.size)}
-    return pyro.plate(name, frame.full_size, **size, dim=frame.dim, device=str(device))
-
-
-def _few_of_many(full_size: int, size: int) -> Tensor:
-    """So many different integers, each as likely as any, in a random order."""
-    distinct = torch.empty(0, dtype=torch.long, device="cpu")
-    while len(distinct) < size:
-        distinct = torch.randint(full_size, (2 * size,), device="cpu").unique()
-    return distinct[torch.randperm(len(distinct), device="cpu")[:size]]
-
-
-def check_plates(plates: Mapping[str, pyro.plate], frames: Mapping[str, Frame]) -> None:
-    """Refuses plates of a user that are not the model's, and gives each its dimension.
-
-    :param plates: the plates of ``create_plates`` by name.
-    :param frames: the frames of the model's plates.
-    :raises ValueError: if one of them has another size or dimension.
-    """
-    for name in plates.keys() & frames.keys():
-        plate, frame = plates[name], frames[name]
-        plate.dim = frame.dim if plate.dim is None else plate.dim
-        got = plate.size, plate.subsample_size, plate.dim
-        expected = frame.full_size, frame.size, frame.dim
+    plates = dict(of_user)
+    for name, (_, dim, size, full_size) in sorted(sizes.items()):
+        if name not in plates:
+            plates[name] = pyro.plate(name, full_size, size, dim=dim, device=str(device))
+        plate = plates[name]
+        plate.dim = dim if plate.dim is None else plate.dim
+        got, expected = (plate.size, plate.subsample_size, plate.dim), (full_size, size, dim)
         if got != expected:
             raise ValueError(
                 f"create_plates: expected plate '{name}' of (size, sub-sample size, dim) {expected}, "
                 f"as the model has it for these arguments, got {got}"
             )
+    return plates
 
 
-def check_table(group: Group, table: Tensor, full_sizes: Mapping[str, int]) -> None:
-    """Refuses plates of another size than a table of embeddings has rows.
+def check_sizes(
+    group: Group, expected: Mapping[str, int], got: Mapping[str, int], reason: str
+) -> None:
+    """Refuses plates of a group with other sizes than expected.
 
-    :raises ValueError: if there is one.
+    :param group: a group of local latents.
+    :param expected: the expected sizes, by the names of plates.
+    :param got: their sizes.
+    :param reason: says why, and what to do.
+    :raises ValueError: if a size differs.
     """
-    for name, dim in group.dims.items():
-        expected, got = table.shape[dim - 1], full_sizes[name]
-        if expected != got:
+    for name in group.dims:
+        if name in expected and expected[name] != got[name]:
             raise ValueError(
-                f"plate '{name}' around the sites {sorted(group.sites)} has another size than at the "
-                f"guide's set-up: expected {expected} elements, for which there are embeddings, got "
-                f"{got}. Make a new guide, or give it an encoder, which has features of any element"
-            )
-
-
-def check_same(group: Group, sizes: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Refuses other numbers of elements for one group of latents than for another.
-
-    :raises ValueError: if they differ.
-    """
-    for name in sizes.keys() & now.keys():
-        if sizes[name] != now[name]:
-            raise ValueError(
-                f"the elements of plate '{name}' have to be the same for all latents: expected "
-                f"{sizes[name]}, got {now[name]} for the sites {sorted(group.sites)}. Embeddings are "
-                "of all elements, and the features of a mini-batch are not"
+                f"plate '{name}' around the sites {sorted(group.latents.sites)} has another size: "
+                f"expected {expected[name]} elements, got {got[name]}. {reason}"
             )

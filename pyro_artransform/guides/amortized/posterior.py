@@ -1,177 +1,319 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An amortised posterior on the unconstrained space: globals, then each group of locals."""
+"""An amortized posterior on the unconstrained space: global latents, then each local group."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .factors import GlobalFactor, LocalFactor, base_of
-from .layout import Group, Layout
+from ...joint.sites import Latents
+from ...transforms import ComposedTransform
+from ..distributions import FlowDistribution, PathDistribution
+from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
+from .factors import GlobalFactor, LocalFactor, MakeFlow, MakeLocalFlow
+from .layout import GLOBAL, Group, LatentLayout, Vectors
+from .plates import Plates, check_sizes
 
-Latents = dict[str, Tensor]
+_OTHER_TABLE = (
+    "There is an embedding for each element of the guide's set-up: make a new guide, or give it an "
+    "encoder, which has features of any element"
+)
+_OTHER_ELEMENTS = (
+    "The elements have to be the same for all latents: embeddings are of all elements, and the "
+    "features of a mini-batch are not"
+)
 
 
-class Hierarchy(nn.Module):
-    r"""The factors of an amortised posterior, and the encoder.
+class AmortizedPosterior(nn.Module):
+    r"""The factors of an amortized posterior, and the encoder.
 
     .. math::
 
         q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
 
-    :param globals_: the factor of the globals, if there are some.
-    :param locals_: those of the groups of locals, in their order.
-    :param encoder: the encoder, if it is a module.
+    :param layout: the layout of the latents.
+    :param loc: the initial location, that of one element of each group, in the order of the sites.
+    :param scale: the initial standard deviation.
+    :param make_flow: makes the flow of the global latents, or is None.
+    :param make_local_flow: makes the conditional flow of a group of local latents, or is None.
+    :param feature_dims: the number of features of each group that has an encoder.
+    :param embedding_dim: the number of features of the embeddings of all other groups.
+    :param encoder: the encoder, if there is one.
     """
 
     def __init__(
         self,
-        globals_: GlobalFactor | None,
-        locals_: Sequence[LocalFactor],
-        encoder: nn.Module | None,
+        layout: LatentLayout,
+        loc: Tensor,
+        scale: float,
+        *,
+        make_flow: MakeFlow | None,
+        make_local_flow: MakeLocalFlow | None,
+        feature_dims: Mapping[str, int],
+        embedding_dim: int,
+        encoder: Encoder | None,
     ) -> None:
         super().__init__()
-        self.globals = globals_
-        self.locals = nn.ModuleList(locals_)
+        self.layout = layout
+        self.globals: GlobalFactor | None = None
+        self.locals = nn.ModuleList()
+        context_dims, locs = dict[str, int](), layout.by_group(loc)
+        for group in layout.groups:
+            factor: GlobalFactor | LocalFactor
+            start = locs[group.name]
+            if group.name == GLOBAL:
+                factor = self.globals = GlobalFactor(make_flow, start, scale)
+            else:
+                rest_dim = sum(context_dims[name] for name in group.parents)
+                feature_dim, table_shape = feature_dims.get(group.name), None
+                if feature_dim is None:
+                    feature_dim, table_shape = embedding_dim, group.full_batch_shape
+                factor = LocalFactor(
+                    make_local_flow, start, scale, feature_dim, rest_dim, table_shape
+                )
+                self.locals.append(factor)
+            context_dims[group.name] = factor.context_dim
         self.encoder = encoder
 
     @property
-    def factors(self) -> list[LocalFactor]:
-        """The factors of the groups."""
-        return list(self.locals)  # type: ignore[arg-type]
+    def local_factors(self) -> list[tuple[Group, LocalFactor]]:
+        """Each group of local latents with its factor."""
+        return list(zip(self.layout.local_groups, self.locals))  # type: ignore[arg-type]
 
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype and the device of the latents."""
-        return self.factors[0].loc if self.globals is None else self.globals.loc
+        return self._factor_of[self.layout.groups[0].name].loc
 
-    def rest(
-        self, layout: Layout, group: Group, latent: Tensor | None, drawn: Latents
-    ) -> list[Tensor]:
-        """What the locals of a group depend on besides the features of each element.
+    @property
+    def _factor_of(self) -> dict[str, GlobalFactor | LocalFactor]:
+        factors: dict[str, GlobalFactor | LocalFactor] = {}
+        if self.globals is not None:
+            factors[GLOBAL] = self.globals
+        factors.update((group.name, factor) for group, factor in self.local_factors)
+        return factors
 
-        All elements together know the globals better than one of them does, by the square root of
-        their number: in units of what one knows, the globals move an element by a number of order
-        one. In larger units a first, random dependence on them would cost as much as all elements
-        together, and the globals would hide from it by becoming too narrow.
+    # The features and embeddings of elements
 
-        :param layout: the layout of the latents.
-        :param group: the group.
-        :param latent: the globals, shape ``(*, D)``.
-        :param drawn: the locals of the parents.
-        :return: tensors of shape ``(*, C)``, whose batch shapes broadcast.
+    @property
+    def encoded_groups(self) -> list[str]:
+        """The names of the groups whose elements have features by the encoder."""
+        return [group.name for group, factor in self.local_factors if factor.table is None]
+
+    def encode(self, plates: Plates, args: Any, kwargs: Any) -> Features:
+        """What the encoder returns, nothing where there is none.
+
+        :param plates: plates by name.
+        :param args: the model's arguments.
+        :param kwargs: its keyword arguments.
+        :raises ValueError: if there are features of other groups than at the set-up.
         """
-        seen = []
-        if self.globals is not None and latent is not None:
-            seen.append(self.globals.as_context(latent) / math.sqrt(group.num_elements))
-        factors = {group.name: factor for group, factor in zip(layout.groups, self.factors)}
-        return seen + [drawn[name] - factors[name].loc for name in group.parents]
+        expected, groups = self.encoded_groups, self.layout.local_groups
+        if self.encoder is None or not expected:
+            return {}
+        own = {name: plates[name] for group in groups for name in group.dims}
+        features = encode(self.encoder, own, groups, args, kwargs)
+        if sorted(features) != sorted(expected):
+            raise ValueError(
+                f"encoder: expected features of {sorted(expected)}, as at the guide's set-up, got "
+                f"{sorted(features)}"
+            )
+        return features
+
+    def minibatch_rows(
+        self, features: Features, plates: Plates, indices: Mapping[str, Tensor]
+    ) -> Vectors:
+        """The features or embeddings of the elements of a mini-batch, by group.
+
+        :param features: what the encoder returned.
+        :param plates: plates by name.
+        :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
+        :raises ValueError: if they do not fit the plates.
+        """
+        like = self.like
+        rows = {GLOBAL: like.new_empty(0)}
+        for group, factor in self.local_factors:
+            if factor.table is None:
+                given, dim = features[group.name], factor.feature_dim
+                rows[group.name] = minibatch_rows(group, given, dim, plates, indices).to(like.dtype)
+                continue
+            sizes = {name: plates[name].size for name in group.dims}
+            check_sizes(group, factor.table_sizes(group), sizes, _OTHER_TABLE)
+            chosen = {dim: indices[name] for name, dim in group.dims.items() if name in indices}
+            rows[group.name] = factor.embeddings(chosen)
+        return rows
+
+    def all_rows(self, features: Features) -> Vectors:
+        """The embeddings of all elements, or their features, of any number of elements.
+
+        :param features: what the encoder returned.
+        :raises ValueError: if the numbers of elements differ between groups.
+        """
+        like, sizes = self.like, dict[str, int]()
+        rows = {GLOBAL: like.new_empty(0)}
+        for group, factor in self.local_factors:
+            if factor.table is None:
+                row, now = given_rows(group, features[group.name], factor.feature_dim)
+            else:
+                row = factor.embeddings({})
+                now = factor.table_sizes(group)
+            check_sizes(group, sizes, now, _OTHER_ELEMENTS)
+            sizes.update(now)
+            rows[group.name] = row.to(like.dtype)
+        return rows
+
+    # Distributions
+
+    def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
+        """From the base to the unconstrained space, for the elements of a group.
+
+        :param group: the group.
+        :param features: the features or embeddings of its elements, shape ``(*, F)``.
+        :param vectors: the latents of its parents.
+        """
+        factors = self._factor_of
+        rest = [
+            factors[name].as_context(vectors[name], group.num_elements) for name in group.parents
+        ]
+        return factors[group.name].condition(features, rest)
+
+    def distribution(
+        self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
+    ) -> FlowDistribution:
+        """The distribution of the latents of some elements of a group.
+
+        :param group: the group.
+        :param features: as for :meth:`condition`.
+        :param vectors: likewise.
+        :param path: whether the density of its draws has the path gradient.
+        """
+        shapes = (vectors[name].shape[:-1] for name in group.parents)
+        batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
+        base = base_of(self.like, batch, group.latent_dim)
+        transform = self.condition(group, features, vectors)
+        if not path:
+            return FlowDistribution(base, transform, validate_args=False)
+        posterior = PathDistribution(base, transform, validate_args=False)
+        fixed = group, features.detach(), vectors
+        posterior.through = lambda *pair: self._at_fixed_parameters(*fixed, pair)
+        if group.name == GLOBAL:
+            posterior.location = self.like
+        return posterior
 
     def forward(
-        self,
-        layout: Layout,
-        k: int | None,
-        row: Tensor | None,
-        latent: Tensor | None,
-        drawn: Latents,
-        pair: tuple[Tensor, Tensor],
+        self, group: Group, features: Tensor, vectors: Vectors, pair: tuple[Tensor, Tensor]
     ) -> Tensor:
         """The log-density of one factor where both sides of its transform are known.
 
-        :param layout: the layout of the latents.
-        :param k: the number of the group, None for the globals.
-        :param row: the features or embeddings of its elements.
-        :param latent: the globals.
-        :param drawn: the locals of the parents.
+        :param group: the group.
+        :param features: as for :meth:`condition`.
+        :param vectors: likewise.
         :param pair: the argument and the value of the transform, shape ``(*, D)`` each.
         :return: shape ``(*,)``.
         """
-        transform: Any = None if self.globals is None else self.globals.transform
-        if k is not None:
-            rest = self.rest(layout, layout.groups[k], latent, drawn)
-            transform = self.factors[k].transform(row, rest)  # type: ignore[arg-type]
-        x, ladj = transform.inverse_at(*pair)
-        return _normal(x) + ladj
+        x, ladj = self.condition(group, features, vectors).inverse_at(*pair)
+        return _normal_log_prob(x) + ladj
 
-    def at_fixed_parameters(self, *args: Any) -> Tensor:
-        """:meth:`forward` with a gradient by the latents only.
-
-        :param args: its arguments.
-        """
+    def _at_fixed_parameters(self, *args: Any) -> Tensor:
+        """:meth:`forward` with a gradient by the latents only."""
         fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
         log_density: Tensor = functional_call(self, fixed, args)
         return log_density
 
-    def draw(
-        self, layout: Layout, rows: Mapping[str, Tensor], n: int
-    ) -> tuple[Tensor | None, Latents]:
+    def draw(self, features: Mapping[str, Tensor], n: int) -> Vectors:
         """Draws of all latents.
 
-        :param layout: the layout of the latents.
-        :param rows: the features or embeddings of the elements of each group.
+        :param features: the features or embeddings of the elements of each group.
         :param n: how many draws.
-        :return: the globals, and the locals of each group; the dimension of the draws is to the left
-            of those of all plates.
+        :return: the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``: the dimension
+            of the draws is to the left of those of all plates.
         """
-        lead = (n,) + (1,) * layout.batch_dims
-        latent, drawn = None, Latents()
-        if self.globals is not None:
-            x = base_of(self.like, lead, len(self.globals.loc)).sample()
-            latent = self.globals.transform.call_and_ladj(x)[0]
-        for group, factor in zip(layout.groups, self.factors):
-            row = rows[group.name]
-            transform = factor.transform(row, self.rest(layout, group, latent, drawn))
-            batch = torch.broadcast_shapes(lead, row.shape[:-1])
-            x = base_of(self.like, batch, factor.latent_dim).sample()
-            drawn[group.name] = transform.call_and_ladj(x)[0]
-        return latent, drawn
+        lead = (n,) + (1,) * self.layout.batch_dims
+        vectors = Vectors()
+        for group in self.layout.groups:
+            batch = torch.broadcast_shapes(lead, features[group.name].shape[:-1])
+            x = base_of(self.like, batch, group.latent_dim).sample()
+            transform = self.condition(group, features[group.name], vectors)
+            vectors[group.name] = transform.call_and_ladj(x)[0]
+        return vectors
 
-    def start_near(
-        self, layout: Layout, latent: Tensor | None, drawn: Latents, share: float
-    ) -> None:
-        """Sets locations and scales, and the linear dependence on the globals, by draws.
+    def log_prob(self, features: Mapping[str, Tensor], vectors: Vectors) -> Tensor:
+        """The log-density of all latents, shape ``(n,)``.
 
-        :param layout: the layout of the latents.
-        :param latent: draws of the globals, shape ``(n, 1, ..., D)``.
-        :param drawn: those of the locals, shape ``(n, 1, ...) + batch shape + (D,)``.
-        :param share: by what to multiply the covariance of the globals.
-        """
-        if self.globals is None or latent is None:
-            return
-        flat = latent.reshape(len(latent), -1)
-        self.globals.start_near(flat, share)
-        context = self.globals.as_context(flat)
-        for group, factor in zip(layout.groups, self.factors):
-            elements = drawn[group.name].reshape(len(flat), -1, factor.latent_dim)
-            factor.start_near(context / math.sqrt(group.num_elements), elements)
-
-    def log_prob(
-        self, layout: Layout, rows: Mapping[str, Tensor], latent: Tensor | None, drawn: Latents
-    ) -> Tensor:
-        """The log-density of all latents, of the elements that have rows.
-
-        :param layout: the layout of the latents.
-        :param rows: the features or embeddings of the elements of each group.
-        :param latent: the globals, as of :meth:`draw`.
-        :param drawn: the locals, likewise.
-        :return: shape ``(n,)``.
+        :param features: as for :meth:`draw`.
+        :param vectors: the latents of each group, as :meth:`draw` returns them.
         """
         parts = []
-        if self.globals is not None and latent is not None:
-            x, ladj = self.globals.transform.inverse_and_ladj(latent)
-            parts.append(_normal(x) + ladj)
-        for group, factor in zip(layout.groups, self.factors):
-            rest = self.rest(layout, group, latent, drawn)
-            x, ladj = factor.transform(rows[group.name], rest).inverse_and_ladj(drawn[group.name])
-            parts.append(_normal(x) + ladj)
-        return torch.stack([part.flatten(1).sum(-1) for part in parts]).sum(0)
+        for group in self.layout.groups:
+            transform = self.condition(group, features[group.name], vectors)
+            x, ladj = transform.inverse_and_ladj(vectors[group.name])
+            parts.append((_normal_log_prob(x) + ladj).flatten(1).sum(-1))
+        return torch.stack(parts).sum(0)
+
+    def start_near(self, vectors: Vectors, share: float) -> None:
+        """Sets locations and scales, and the linear dependence on the global latents, by draws.
+
+        :param vectors: draws of the latents of each group, as :meth:`draw` returns them.
+        :param share: multiplies the covariance of the global latents.
+        """
+        if self.globals is None:
+            return
+        z = vectors[GLOBAL].flatten(0, -2)
+        self.globals.start_near(z, share)
+        for group, factor in self.local_factors:
+            elements = vectors[group.name].reshape(len(z), -1, group.latent_dim)
+            factor.start_near(self.globals.as_context(z, group.num_elements), elements)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AmortizedPosterior":
+        super()._apply(fn, recurse)
+        self.layout = self.layout.to(fn)
+        return self
 
 
-def _normal(x: Tensor) -> Tensor:
+def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
+    """The sample statements of sites at their unconstrained values.
+
+    :param latents: the sites.
+    :param z: their latent vector, shape ``batch + (latent_dim,)``.
+    :return: the value of each site.
+    """
+    values = {}
+    for name, part in latents.split(z).items():
+        site = latents.sites[name]
+        # dimensions of a site in no plate that are no event dimensions lie where plates lie
+        event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
+        ones = z.shape[:-1] + (1,) * event_dim
+        part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
+        batch = part.shape[: part.dim() - event_dim]
+        if poutine.get_mask() is False:
+            distribution = dist.Delta(site.bijection(part), event_dim=site.event_dim)
+        else:
+            value, ladj = site.constrain_with_ladj(part, batch)
+            distribution = dist.Delta(value, log_density=-ladj, event_dim=site.event_dim)
+        values[name] = pyro.sample(name, distribution)
+    return values
+
+
+def base_of(like: Tensor, batch_shape: Sequence[int], latent_dim: int) -> dist.TorchDistribution:
+    """Standard Normals, whose values are never checked: that would read them.
+
+    :param like: gives the dtype and the device.
+    :param batch_shape: the batch shape.
+    :param latent_dim: the size of the event.
+    """
+    zeros = like.new_zeros((*batch_shape, latent_dim))
+    normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
+    base: dist.TorchDistribution = normal.to_event(1)
+    return base
+
+
+def _normal_log_prob(x: Tensor) -> Tensor:
     log_density: Tensor = base_of(x, x.shape[:-1], x.shape[-1]).log_prob(x)
     return log_density

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A guide's share of Pyro's param store: parameters that train, and are no other guide's.
+"""Which guide owns which entries of Pyro's param store.
 
 Pyro's store finds parameters by name, and a second guide of a class has the names of the first. In
 Pyro it is handed the first one's parameters while it draws from its own, and never trains
@@ -11,108 +11,108 @@ and the store always hold the same tensors: the guide takes those of the store, 
 
 import enum
 import gc
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import Protocol
 
 import pyro
-from pyro.infer.autoguide import AutoGuide
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
-
-_ById = weakref.WeakValueDictionary[int, Tensor]
-
-# what a guide of this process has had in a store, and what each living one has
-_parameters: _ById = weakref.WeakValueDictionary()
-_of_guide: "weakref.WeakKeyDictionary[AutoGuide, _ById]" = weakref.WeakKeyDictionary()
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
-class Standing(enum.Enum):
-    """What a guide's own values count for when the store has others under its name."""
+class Ownership(enum.Enum):
+    """Which values count where the store has others under the guide's name."""
 
-    #: Just set up: whatever the store has, counts more.
+    #: Just set up: those of the store.
     NEW = enum.auto()
-    #: Copied, unpickled or loaded with values of its own: they count more than any.
+    #: Copied, unpickled or loaded: the guide's own.
     CARRIED = enum.auto()
-    #: In the store already: what was loaded into the store since then counts more.
+    #: Registered already: those that were loaded into the store since then.
     SETTLED = enum.auto()
 
 
-def claim(guide: AutoGuide, standing: Standing, register: bool) -> Standing:
-    """Makes the guide's parameters and those of its name in the store the same tensors.
+class StoredGuide(Protocol):
+    """A guide with its parameters in ``transform``."""
+
+    #: the name before any suffix
+    first_name: str
+    _pyro_name: str
+    _ownership: Ownership
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules."""
+        ...
+
+    def _put(self, name: str) -> None:
+        """Puts the parameters into the store, and takes this name."""
+        ...
+
+
+#: for each parameter that a guide has put into a store, a weak reference to that guide
+OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+
+
+def resolve_conflicts(guide: StoredGuide, own: dict[str, nn.Parameter], in_call: bool) -> None:
+    """Finds the name under which a guide and the store can hold the same tensors.
 
     The guide adopts entries of its name unless they belong to another living guide; then it takes
     the next free name, with a suffix.
 
-    :param guide: a guide that has been set up, with its flow in ``guide.transform``.
-    :param standing: its standing.
-    :param register: whether to put parameters into the store that it does not have.
-    :return: the standing from now on.
+    :param guide: the guide.
+    :param own: its parameters.
+    :param in_call: whether parameters that the store does not have are put there.
     :raises ValueError: if the store was loaded with parameters of its name that do not fit it.
     """
-    own = _trainable(guide)
-    _of_guide.setdefault(guide, weakref.WeakValueDictionary())
-    if pyro.settings.get("module_local_params"):
-        _unconstrain(own.values())
-        return Standing.CARRIED
     stored = dict(pyro.get_param_store().named_parameters())
-    keys = _full_names(guide._pyro_name, own)
-    if any(stored.get(key) is not own[short] for key, short in keys.items()):
-        _settle(guide, own, stored, standing, register)
-    return standing if standing is Standing.CARRIED and not register else Standing.SETTLED
-
-
-def _settle(
-    guide: AutoGuide,
-    own: dict[str, nn.Parameter],
-    stored: dict[str, Tensor],
-    standing: Standing,
-    register: bool,
-) -> None:
-    misfit = None
+    misfit, ownership = None, guide._ownership
     for name in _names(guide):
-        entries = _entries(name, stored)
-        if all(own.get(short) is tensor for short, tensor in entries.items()):
+        prefix = param_with_module_name(f"{name}.transform", "")
+        entries = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
+        foreign = [tensor for short, tensor in entries.items() if own.get(short) is not tensor]
+        if not foreign:
             if misfit is not None:
                 raise ValueError(misfit)
-            if register:
-                _put(guide, name, own)
+            if in_call:
+                guide._put(name)
             return
-        if _may_adopt(guide, entries, own, standing):
+        if _may_adopt(guide, foreign, ownership):
             problem = _misfit(name, entries, own)
             if problem is None:
                 _adopt(guide, name, entries, own)
                 return
-            if not _were_anothers(entries, guide):
+            if not _were_of_another(foreign, guide):
                 misfit = misfit or problem
-        # from here on only a name that is free will do for a guide with values of its own
-        standing = Standing.NEW if standing is Standing.NEW else Standing.CARRIED
+        # from here on a guide with values of its own takes no name but a free one
+        ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
 
 
-def _may_adopt(
-    guide: AutoGuide,
-    entries: dict[str, Tensor],
-    own: dict[str, nn.Parameter],
-    standing: Standing,
-) -> bool:
-    if standing is Standing.CARRIED:
+def _may_adopt(guide: StoredGuide, foreign: list[Tensor], ownership: Ownership) -> bool:
+    if ownership is Ownership.CARRIED:
         return False
-    others = {short: t for short, t in entries.items() if own.get(short) is not t}
-    if standing is Standing.SETTLED:
-        return not _were_anothers(others, guide)
-    if _belong_to_another(others, guide):
+    if ownership is Ownership.SETTLED:
+        return not _were_of_another(foreign, guide)
+    if _are_of_a_living_one(foreign, guide):
         # a guide that nobody can reach any more may wait for the collector in a cycle
         gc.collect()
-    return not _belong_to_another(others, guide)
+    return not _are_of_a_living_one(foreign, guide)
 
 
-def _were_anothers(entries: Mapping[str, Tensor], guide: AutoGuide) -> bool:
-    strangers = [t for t in entries.values() if _of_guide[guide].get(id(t)) is not t]
-    return any(_parameters.get(id(tensor)) is tensor for tensor in strangers)
+def _were_of_another(tensors: list[Tensor], guide: StoredGuide) -> bool:
+    return any(tensor in OWNERS and OWNERS[tensor]() is not guide for tensor in tensors)
 
 
-def _belong_to_another(entries: Mapping[str, Tensor], guide: AutoGuide) -> bool:
-    others = {id(p) for other in _of_guide if other is not guide for p in other.parameters()}
-    return any(id(tensor) in others for tensor in entries.values())
+def _are_of_a_living_one(tensors: list[Tensor], guide: StoredGuide) -> bool:
+    """Whether another living guide has one of these parameters now."""
+    for tensor in tensors:
+        other = OWNERS[tensor]() if tensor in OWNERS else None
+        is_another = other is not None and other is not guide
+        if is_another and any(parameter is tensor for parameter in other.parameters()):
+            return True
+    return False
 
 
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str | None:
@@ -134,42 +134,20 @@ def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter])
 
 
 def _adopt(
-    guide: AutoGuide, name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]
+    guide: StoredGuide, name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]
 ) -> None:
+    """Makes the store's entries the guide's parameters."""
     for short, tensor in entries.items():
         new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
         new.requires_grad_()
-        _replace(_flow(guide), own[short], new)
-    _put(guide, name, _trainable(guide))
+        for part in guide.modules():
+            for key, parameter in part._parameters.items():
+                if parameter is own[short]:
+                    part._parameters[key] = new
+    guide._put(name)
 
 
-def _replace(module: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    for part in module.modules():
-        for key, parameter in part._parameters.items():
-            if parameter is old:
-                part._parameters[key] = new
-
-
-def _put(guide: AutoGuide, name: str, own: Mapping[str, nn.Parameter]) -> None:
-    store = pyro.get_param_store()
-    stored = dict(store.named_parameters())
-    for key, short in _full_names(name, own).items():
-        parameter = own[short]
-        if key in stored and stored[key] is not parameter:
-            del store[key]
-        if stored.get(key) is not parameter:
-            store[key] = parameter
-        _parameters[id(parameter)] = _of_guide[guide][id(parameter)] = parameter
-    guide._pyro_name = name
-
-
-def _unconstrain(parameters: Iterable[nn.Parameter]) -> None:
-    # SVI asks each parameter for this, and the store, which sets it, has no part here
-    for parameter in parameters:
-        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
-
-
-def _names(guide: AutoGuide) -> Iterator[str]:
+def _names(guide: StoredGuide) -> Iterator[str]:
     """The guide's present name, then its first one with no suffix, then with 1, 2, ..."""
     present, first = guide._pyro_name, guide.first_name
     yield present
@@ -180,21 +158,3 @@ def _names(guide: AutoGuide) -> Iterator[str]:
         number += 1
         if f"{first}_{number}" != present:
             yield f"{first}_{number}"
-
-
-def _entries(name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = param_with_module_name(f"{name}.transform", "")
-    return {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
-
-
-def _full_names(name: str, own: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    return {param_with_module_name(f"{name}.transform", short): short for short in own}
-
-
-def _trainable(guide: AutoGuide) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in _flow(guide).named_parameters() if p.requires_grad}
-
-
-def _flow(guide: AutoGuide) -> nn.Module:
-    # not by the attribute, whose reading is a param statement
-    return guide._modules["transform"]  # type: ignore[return-value]

@@ -1,59 +1,67 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a guide is kept: in the param store, in copies, in state dicts and in files."""
+"""Guides whose parameters survive: in the param store, in copies, in state dicts and in files."""
 
 import copy
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
+import pyro
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from ...arguments import check_integer
+from ...joint.quantiles import check_levels, quantiles_of
 from ..initialization import StartingValues
-from ..sites.packing import unconstrained_shape
-from ..sites.records import latent_sites, slim_trace
-from . import serialization as saving
-from .param_store import Standing, claim
+from ..spec import GuideSpec
+from . import serialization
+from .param_store import OWNERS, Ownership, resolve_conflicts
 
-Guide = TypeVar("Guide", bound="KeptGuide")
-
-# where a state dict has the location, whose size, dtype and device are those of the guide
-_LOCATION = "transform.transforms.1.loc"
+Guide = TypeVar("Guide", bound="PersistentGuide")
+Model = Callable[..., Any]
 
 
-class KeptGuide(AutoContinuous):
-    """An autoguide whose parameters survive.
+class PersistentGuide(AutoGuide):
+    """An autoguide that is built from a :class:`~pyro_artransform.guides.spec.GuideSpec`.
+
+    Its parameters are in the attribute ``transform``, which :meth:`_build` makes. A subclass calls
+    :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses its parameters.
 
     :param model: a Pyro model.
     :param init_loc_fn: the starting value of each site.
+    :param arguments: the constructor's arguments that decide which parameters there are.
     """
 
+    #: functions of the user: a deep copy shares them, a pickle drops them
+    _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
+    #: draws for a quantile
+    _num_quantile_draws = 10_000
     #: the name before any suffix
     first_name: str
-    #: everything that follows from the latent sites and the starting point
-    _finish: Callable[[poutine.Trace, Tensor], None]
 
-    def __init__(self, model: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn)
+    def __init__(self, model: Model, init_loc_fn: Model, arguments: dict[str, Any]) -> None:
+        # not that of AutoContinuous, which would wrap the model once more
+        AutoGuide.__init__(self, model)
         self.first_name = self._pyro_name
-        self._standing = Standing.NEW
-        self._make_flow: Callable[[int], nn.Module] | None = None
-        self._arguments: dict[str, Any] = {}
-        self._parts: Any = None
-        self._flow_start: dict[str, Tensor] = {}
-        #: the sites that had data at the set-up, if that is known
-        self._observed: list[str] | None = None
+        self._arguments = arguments
+        self._spec: GuideSpec | None = None
+        self._ownership = Ownership.NEW
         #: whether the latents are known to be the model's: not where a file says what they are
-        self._met_model = True
+        self._model_is_checked = True
+        self._use_model(model, init_loc_fn)
+
+    # The model
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Model:
         """The model.
 
         :raises RuntimeError: if the guide came without one.
@@ -67,32 +75,171 @@ class KeptGuide(AutoContinuous):
             )
         return self._model[0]
 
-    @model.setter
-    def model(self, model: Callable[..., Any]) -> None:
-        self._model = (InitMessenger(StartingValues(init_to_median))(model),)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model":
             # a model that is a module would become a part of the guide
-            object.__setattr__(self, name, value)
+            self._use_model(value)
         else:
             super().__setattr__(name, value)
 
-    def _check_set_up(self) -> None:
-        if self.prototype_trace is None:
+    def _use_model(self, model: Model, init_loc_fn: Model = init_to_median) -> None:
+        """Takes a model, in a tuple: one that is a module would become a part of the guide."""
+        names = None if self._spec is None else self._spec.latents.sites.keys()
+        start = StartingValues(init_loc_fn, names)
+        self._model = InitMessenger(start)(model), model, init_loc_fn
+
+    # What a subclass makes
+
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the model, to learn its latents, and builds the flows, unless that is done already.
+
+        The first call of the guide does the same.
+
+        :param args: the model's arguments.
+        :param kwargs: its keyword arguments.
+        """
+        if self._spec is None:
+            self._setup_prototype(*args, **kwargs)
+
+    def _build(self, spec: GuideSpec, start: Tensor) -> None:
+        """Makes ``transform`` from a spec and nothing else.
+
+        :param spec: the spec.
+        :param start: where the latent vector starts, shape ``(latent_dim,)``.
+        """
+        raise NotImplementedError
+
+    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+        """The arguments of the constructor, with the defaults for a latent dimension."""
+        return dict(self._arguments)
+
+    def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
+        """Remembers a spec, and what Pyro's autoguides remember of a run of the model.
+
+        :param spec: the spec.
+        :param values: the starting value of each site, where they are known.
+        """
+        self._spec = spec
+        self.prototype_trace = spec.prototype_trace(values)
+        self._prototype_frames = {frame.name: frame for s in spec.sites for frame in s.plates}
+
+    def _set_up_from(
+        self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Everything that follows from the latent sites and the starting point.
+
+        :param spec: the spec.
+        :param start: the starting point, shape ``(latent_dim,)``.
+        :param values: the starting value of each site, where there was a run of the model.
+        """
+        # a parameter made in inference mode could never train
+        with torch.inference_mode(False):
+            self._build(spec, start.detach().clone())
+            self._take_spec(spec, values)
+        if self._model is not None:
+            # from now on other latents of the model are predictions
+            self._use_model(*self._model[1:])
+
+    def _restore(self, spec: GuideSpec) -> None:
+        """Does what the set-up does, without the model; the guide's own arguments count first."""
+        own = self._resolved_arguments(spec.latents.latent_dim)
+        spec = replace(spec, arguments={**spec.arguments, **own})
+        self._set_up_from(spec, spec.zeros())
+        self._ownership = Ownership.CARRIED
+        self._model_is_checked = False
+
+    def _checked_spec(self) -> GuideSpec:
+        """The spec.
+
+        :raises RuntimeError: if the guide was never called.
+        """
+        if self._spec is None:
             raise RuntimeError(
                 f"this {type(self).__name__} does not know the model's latents yet: call it, or "
                 "set_up, with the model's arguments first"
             )
+        return self._spec
+
+    # Quantiles
+
+    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of all sites, which a subclass makes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def quantiles(
+        self,
+        quantiles: Sequence[float] | Tensor,
+        *args: Any,
+        num_samples: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
+
+        :param quantiles: q levels between 0 and 1.
+        :param args: the model's arguments, as for ``sample_posterior``.
+        :param num_samples: how many draws; by default 10,000, and 2,000 of an amortized guide.
+        :param kwargs: the model's keyword arguments, likewise.
+        :return: for each site a tensor of shape ``(q,) + site shape``.
+        :raises ValueError: if a level is not between 0 and 1.
+        """
+        self.set_up(*args, **kwargs)
+        levels = check_levels("quantiles", quantiles, self._checked_spec().zeros())
+        n = self._num_quantile_draws if num_samples is None else num_samples
+        draws = self.sample_posterior(check_integer("num_samples", n), *args, **kwargs)
+        return {name: quantiles_of(value, levels) for name, value in draws.items()}
+
+    def median(
+        self, *args: Any, num_samples: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The median of each coordinate of each site, from draws, as for :meth:`quantiles`.
+
+        :return: for each site a tensor of its shape.
+        """
+        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
+        return {name: value[0] for name, value in found.items()}
 
     # The param store
 
-    def _start_claim(self) -> None:
-        self._standing = Standing.NEW
-        self._claim()
+    def _register(self) -> None:
+        """Makes the guide's parameters and those of its name in the store the same tensors.
 
-    def _claim(self) -> None:
-        self._standing = claim(self, self._standing, register=bool(self._pyro_context.active))
+        :raises ValueError: if the store was loaded with parameters of its name that do not fit it.
+        """
+        if pyro.settings.get("module_local_params"):
+            for parameter in self._trainable().values():
+                # SVI asks each parameter for this, which otherwise the store sets
+                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+            self._ownership = Ownership.CARRIED
+            return
+        stored = pyro.get_param_store().named_parameters()
+        in_call = bool(self._pyro_context.active)
+        prefix = param_with_module_name(f"{self._pyro_name}.transform", "")
+        if any(key.startswith(prefix) for key, _ in stored):
+            resolve_conflicts(self, self._trainable(), in_call)
+        elif in_call:
+            self._put(self._pyro_name)
+        if in_call or self._ownership is not Ownership.CARRIED:
+            self._ownership = Ownership.SETTLED
+
+    def _put(self, name: str) -> None:
+        """Puts the parameters into the store, where it does not have them, and takes this name."""
+        store = pyro.get_param_store()
+        stored = dict(store.named_parameters())
+        for short, parameter in self._trainable().items():
+            key = param_with_module_name(f"{name}.transform", short)
+            if key in stored and stored[key] is not parameter:
+                del store[key]
+            if stored.get(key) is not parameter:
+                store[key] = parameter
+            OWNERS[parameter] = weakref.ref(self)
+        self._pyro_name = name
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by their names in ``transform``."""
+        # not by the attribute, whose reading is a param statement
+        transform: nn.Module = self._modules["transform"]  # type: ignore[assignment]
+        return {name: p for name, p in transform.named_parameters() if p.requires_grad}
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
@@ -101,14 +248,18 @@ class KeptGuide(AutoContinuous):
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
-        _forget(self)
+        for part in self.modules():
+            # the caches of transforms from elsewhere hold graphs, which no copy can take
+            for key in list(vars(part)):
+                if key.startswith("_cache") and key != "_cache_size":
+                    setattr(part, key, (None, None) if key == "_cached_x_y" else None)
         # not that of Pyro's autoguides, which takes the model from the original too
         state = dict(PyroModule.__getstate__(self))
-        return {**state, "_model": None, "_make_flow": None, "master": None}
+        return {**state, **dict.fromkeys(self._functions), "master": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._standing = Standing.CARRIED
+        self._ownership = Ownership.CARRIED
 
     def __deepcopy__(self: Guide, memo: dict[int, Any]) -> Guide:
         twin = type(self).__new__(type(self))
@@ -116,78 +267,74 @@ class KeptGuide(AutoContinuous):
         # a parameter copied in inference mode could never train
         with torch.inference_mode(False):
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._model, twin._make_flow = self._model, self._make_flow
+        for name in self._functions:
+            setattr(twin, name, getattr(self, name))
         return twin
 
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
-        self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
-        if self.prototype_trace is not None:
-            self.prototype_trace = slim_trace(self.prototype_trace, fn)
+        if self._spec is not None:
+            nodes = self.prototype_trace.nodes
+            values = {name: fn(node["value"]) for name, node in nodes.items()}
+            self._take_spec(self._spec.to(fn), values)
         return self
 
     # State dicts
 
     def get_extra_state(self) -> Tensor:
-        """The latent sites as bytes, so that a state dict says what it is of.
+        """The spec as bytes, so that a state dict says what it is of.
 
-        Empty where there are none yet, or where a support cannot be written.
+        Empty where there is none yet, or where a support cannot be written.
         """
-        try:
-            return saving.plain_to_tensor(self._sites_to_plain())
-        except ValueError:
-            return saving.plain_to_tensor(None)
+        plain = None
+        if self._spec is not None:
+            # functions are arguments that a guide has before it loads a state dict
+            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
+            try:
+                plain = replace(self._spec, arguments=known).to_plain()
+            except ValueError:
+                plain = None
+        return serialization.plain_to_tensor(plain)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Does nothing: the sites are wanted before the parameters, and are read then."""
-
-    def _sites_to_plain(self) -> list[dict[str, Any]] | None:
-        trace = self.prototype_trace
-        return None if trace is None else saving.sites_to_plain(trace)
+        """Does nothing: the spec is needed before the parameters, and is read then."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # called with local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        saving.check_finite({k: v for k, v in state_dict.items() if k.startswith(prefix)})
-        problem = self._meet(state_dict, prefix)
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        serialization.check_finite(own)
+        problem = self._prepare_for(own, prefix)
         if problem is not None:
             args[-1].append(problem)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _meet(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+    def _prepare_for(self, state: dict[str, Tensor], prefix: str) -> str | None:
         """Builds a guide that was never called; returns what keeps it from loading, if anything."""
-        text = state_dict.get(f"{prefix}_extra_state")
-        sites = None if text is None else saving.tensor_to_plain(text)
-        if self.prototype_trace is None:
-            if sites is not None:
-                self._restore(sites, state_dict, prefix)
-            elif any(key.startswith(f"{prefix}transform.") for key in state_dict):
+        text = state.get(f"{prefix}_extra_state")
+        plain = None if text is None else serialization.tensor_to_plain(text)
+        parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
+        spec = None
+        if plain is not None:
+            device = parameters[0].device if parameters else torch.device("cpu")
+            spec = GuideSpec.from_plain(plain, device)
+        if self._spec is not None:
+            expected = self._spec.shapes()
+            if spec is not None and spec.shapes() != expected:
                 return (
-                    f"{type(self).__name__} was never called, so it has no parameters yet, and the "
-                    "state dict does not say of which sites it is: call the guide with the model's "
-                    "arguments first"
+                    f"the state dict is of a guide of other sites: expected {expected}, got "
+                    f"{spec.shapes()}"
                 )
-            return None
-        nodes = latent_sites(self.prototype_trace).items()
-        expected = {name: tuple(site["value"].shape) for name, site in nodes}
-        got = expected if sites is None else {s["name"]: tuple(s["shape"]) for s in sites}
-        if expected != got:
-            return f"the state dict is of a guide of other sites: expected {expected}, got {got}"
+        elif spec is not None:
+            self._restore(spec)
+        elif parameters:
+            return (
+                f"{type(self).__name__} was never called, so it has no parameters yet, and the "
+                "state dict does not say of which sites it is: call the guide with the model's "
+                "arguments first"
+            )
         return None
-
-    def _restore(self, sites: list[dict[str, Any]], state: dict[str, Tensor], prefix: str) -> None:
-        """What the set-up does, without the model."""
-        loc = state[f"{prefix}{_LOCATION}"]
-        prototype = saving.sites_from_plain(sites, loc)
-        nodes = latent_sites(prototype)
-        self._unconstrained_shapes = {k: unconstrained_shape(site) for k, site in nodes.items()}
-        self._cond_indep_stacks = {k: site["cond_indep_stack"] for k, site in nodes.items()}
-        stacks = self._cond_indep_stacks.values()
-        self._prototype_frames = {frame.name: frame for stack in stacks for frame in stack}
-        self._finish(prototype, torch.zeros_like(loc))
-        self._standing = Standing.CARRIED
-        self._met_model = False
 
     # Files
 
@@ -199,19 +346,15 @@ class KeptGuide(AutoContinuous):
         :raises ValueError: if a support or an argument cannot be written as plain data, or a
             parameter is not finite.
         """
-        self._check_set_up()
-        self._claim()
-        sites = saving.plain_to_tensor(self._sites_to_plain())
-        state = {**self.state_dict(), "_extra_state": sites}
-        saving.check_finite(state)
-        plain = self._arguments_to_plain()
-        saving.write(path, type(self).__name__, plain, state, self._observed)
+        spec = self._checked_spec().to_plain()
+        self._register()
+        serialization.write(path, type(self).__name__, spec, self.state_dict())
 
     @classmethod
     def load(
         cls: type[Guide],
         path: str | os.PathLike[str],
-        model: Callable[..., Any] | None = None,
+        model: Model | None = None,
         *,
         map_location: Any = None,
         **arguments: Any,
@@ -228,32 +371,25 @@ class KeptGuide(AutoContinuous):
         :raises ValueError: if the file is none that :meth:`save` wrote, is of another class of
             guide, holds NaN, or is of another flow.
         """
-        saved = saving.read(path, cls.__name__, map_location)
-        known = cls._arguments_from_plain(saved["arguments"])
+        saved = serialization.read(path, cls.__name__, map_location)
+        state = saved["state"]
+        device = next(v.device for key, v in state.items() if key != "_extra_state")
+        spec = GuideSpec.from_plain(saved["spec"], device)
+        known = cls._constructor_arguments(spec)
         guide = cls(_no_model if model is None else model, **{**known, **arguments})
         try:
-            guide.load_state_dict(saved["state"])
+            guide._restore(spec)
+            guide.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: expected a guide with this flow, got: {error}") from error
-        guide._observed = saved["observed"]
         if model is None:
             guide._model = None
         return guide
 
-    def _arguments_to_plain(self) -> dict[str, Any]:
-        return dict(self._arguments)
-
     @classmethod
-    def _arguments_from_plain(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        return plain
-
-
-def _forget(guide: nn.Module) -> None:
-    """Empties the caches of transforms from elsewhere: they hold graphs, which no copy can take."""
-    for part in guide.modules():
-        for key in list(vars(part)):
-            if key.startswith("_cache") and key != "_cache_size":
-                setattr(part, key, (None, None) if key == "_cached_x_y" else None)
+    def _constructor_arguments(cls, spec: GuideSpec) -> dict[str, Any]:
+        """The arguments in a spec that the constructor takes."""
+        return dict(spec.arguments)
 
 
 def _no_model() -> None:

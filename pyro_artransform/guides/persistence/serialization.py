@@ -5,20 +5,15 @@
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
-from ..sites.records import latent_site, latent_sites
+FORMAT = 3
 
-FORMAT = 2
-
-_KEYS = {"format", "class", "arguments", "state", "observed"}
+_KEYS = {"format", "class", "spec", "state"}
 
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
 
@@ -39,68 +34,43 @@ _NAME_TO_CLASS = {
 _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
 
 
-def sites_to_plain(trace: poutine.Trace) -> list[dict[str, Any]]:
-    """The latent sites of a prototype trace as plain data.
+def support_to_plain(name: str, support: constraints.Constraint) -> dict[str, Any]:
+    """A support as plain data.
 
-    :param trace: a trace of :func:`~pyro_artransform.guides.sites.records.latent_site` entries.
-    :return: one dict for each site: name, shape, event_dim, dtype, support, plates.
-    :raises ValueError: if a support cannot be written; the message names the site.
+    :param name: the name of its site.
+    :param support: a support of Pyro's.
+    :raises ValueError: if it cannot be written; the message names the site.
     """
-    return [
-        {
-            "name": name,
-            "shape": list(site["value"].shape),
-            "event_dim": site["fn"].event_dim,
-            "dtype": str(site["value"].dtype).removeprefix("torch."),
-            "support": _support_to_plain(name, site["fn"].support),
-            "plates": [list(frame) for frame in site["cond_indep_stack"]],
-        }
-        for name, site in latent_sites(trace).items()
-    ]
-
-
-def sites_from_plain(plain: list[dict[str, Any]], like: Tensor) -> poutine.Trace:
-    """The prototype trace from what :func:`sites_to_plain` made of it.
-
-    :param plain: plain data.
-    :param like: a tensor on the device wanted.
-    """
-    trace = poutine.Trace()
-    for site in plain:
-        value = like.new_zeros(site["shape"], dtype=getattr(torch, site["dtype"]))
-        support = _from_plain(site["support"], like)
-        stack = tuple(CondIndepStackFrame(*frame) for frame in site["plates"])
-        name = site["name"]
-        trace.add_node(name, **latent_site(name, value, site["event_dim"], support, stack))
-    return trace
-
-
-def _support_to_plain(name: str, support: constraints.Constraint) -> dict[str, Any]:
     kind = _CLASS_TO_NAME.get(type(support))
     if kind is None:
         raise ValueError(
             f"the support of site '{name}' cannot be written to a file: expected one of "
             f"{', '.join(_NAME_TO_CLASS)}, got {type(support).__name__.lstrip('_')}"
         )
-    bounds = {key: _bound_to_plain(name, value) for key, value in vars(support).items()}
+    bounds: dict[str, Any] = {}
+    for key, value in vars(support).items():
+        if isinstance(value, constraints.Constraint):
+            bounds[key] = support_to_plain(name, value)
+        elif isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            bounds[key] = {"tensor": value.tolist(), "dtype": dtype}
+        else:
+            bounds[key] = value
     return {"support": kind, "bounds": bounds}
 
 
-def _bound_to_plain(name: str, value: Any) -> Any:
-    if isinstance(value, constraints.Constraint):
-        return _support_to_plain(name, value)
-    if isinstance(value, Tensor):
-        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    return value
+def support_from_plain(plain: Any, device: torch.device) -> Any:
+    """The support from what :func:`support_to_plain` made of it.
 
-
-def _from_plain(plain: Any, like: Tensor) -> Any:
+    :param plain: plain data.
+    :param device: the device of its bounds.
+    """
     if not isinstance(plain, dict):
         return plain
     if "tensor" in plain:
         dtype = getattr(torch, plain["dtype"])
-        return torch.tensor(plain["tensor"], dtype=dtype, device=like.device)
-    bounds = {key: _from_plain(value, like) for key, value in plain["bounds"].items()}
+        return torch.tensor(plain["tensor"], dtype=dtype, device=device)
+    bounds = {key: support_from_plain(value, device) for key, value in plain["bounds"].items()}
     return _NAME_TO_CLASS[plain["support"]](**bounds)
 
 
@@ -114,57 +84,54 @@ def tensor_to_plain(text: Tensor) -> Any:
     return json.loads(bytes(text.tolist()))
 
 
-def nonlinearity_to_plain(nonlinearity: Callable[[Tensor], Tensor] | None) -> Any:
-    """An activation as plain data: its name in PyTorch, and its constants.
+def argument_to_plain(name: str, value: Any) -> Any:
+    """An argument of a guide as plain data; an activation is its name in PyTorch and its constants.
 
-    :param nonlinearity: None, a module of ``torch.nn``, or a function of ``torch`` or of
+    :param name: the name of the argument.
+    :param value: plain data, a module of ``torch.nn``, or a function of ``torch`` or of
         ``torch.nn.functional``.
-    :raises ValueError: if it is none of these.
+    :raises ValueError: if it is a callable of another kind.
     """
-    if nonlinearity is None:
-        return None
-    name = getattr(nonlinearity, "__name__", type(nonlinearity).__name__)
+    if not callable(value):
+        return value
+    kind = getattr(value, "__name__", type(value).__name__)
     for owner, functions in _FUNCTIONS.items():
-        if nonlinearity is getattr(functions, name, None):
-            return {"function": name, "owner": owner}
-    if type(nonlinearity) is getattr(nn, name, None):
-        names = getattr(nonlinearity, "__constants__", ())
-        plain = {"module": name, "constants": {key: getattr(nonlinearity, key) for key in names}}
-        # a container of modules is no module of a name and constants
-        if repr(nonlinearity_from_plain(plain)) == repr(nonlinearity):
+        if value is getattr(functions, kind, None):
+            return {"function": kind, "owner": owner}
+    if type(value) is getattr(nn, kind, None):
+        names = getattr(value, "__constants__", ())
+        plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
+        # a container of modules is more than a name and constants
+        if repr(argument_from_plain(plain)) == repr(value):
             return plain
     raise ValueError(
-        "nonlinearity: expected a module of torch.nn or a function of torch, which can be written "
-        f"to a file by its name, got {nonlinearity!r}; save the guide's state_dict() instead"
+        f"{name}: expected a module of torch.nn or a function of torch, which can be written "
+        f"to a file by its name, got {value!r}; save the guide's state_dict() instead"
     )
 
 
-def nonlinearity_from_plain(plain: Any) -> Callable[[Tensor], Tensor] | None:
-    """The activation from what :func:`nonlinearity_to_plain` made of it."""
-    if plain is None:
-        return None
-    if "function" in plain:
+def argument_from_plain(plain: Any) -> Any:
+    """The argument from what :func:`argument_to_plain` made of it."""
+    if isinstance(plain, dict) and "function" in plain:
         return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
-    return getattr(nn, plain["module"])(**plain["constants"])
+    if isinstance(plain, dict) and "module" in plain:
+        return getattr(nn, plain["module"])(**plain["constants"])
+    return plain
 
 
 def write(
-    path: str | os.PathLike[str],
-    class_name: str,
-    arguments: dict[str, Any],
-    state: dict[str, Any],
-    observed: list[str] | None,
+    path: str | os.PathLike[str], class_name: str, spec: dict[str, Any], state: dict[str, Tensor]
 ) -> None:
     """Writes a guide's file.
 
     :param path: where to.
     :param class_name: the class of the guide.
-    :param arguments: the arguments of its constructor, as plain data.
+    :param spec: its spec as plain data.
     :param state: its state dict.
-    :param observed: the names of the model's sites that had data, if they are known.
+    :raises ValueError: if a parameter is not finite.
     """
-    saved = {"format": FORMAT, "class": class_name, "arguments": arguments, "state": dict(state)}
-    torch.save({**saved, "observed": observed}, path)
+    check_finite(state)
+    torch.save({"format": FORMAT, "class": class_name, "spec": spec, "state": dict(state)}, path)
 
 
 def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> dict[str, Any]:
@@ -173,11 +140,12 @@ def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> di
     :param path: where from.
     :param class_name: the class that is wanted.
     :param map_location: as for ``torch.load``.
+    :return: a dict with the spec as plain data and the state dict.
     :raises ValueError: if the file is of another format or class, or holds NaN.
     """
     saved = _load(path, map_location)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or not saved.keys() >= _KEYS:
-        raise _no_such_file(path)
+        raise _not_a_guides_file(path)
     if saved["class"] != class_name:
         raise ValueError(f"{path}: expected a guide of class {class_name}, got {saved['class']}")
     check_finite(saved["state"])
@@ -190,22 +158,16 @@ def _load(path: str | os.PathLike[str], map_location: Any) -> Any:
     except OSError:
         raise
     except Exception:
-        if _holds_plain_data(path):
-            # what was wrong is map_location
-            raise
-        # torch advises to load such a file with weights_only=False, which runs whatever is in it
-        raise _no_such_file(path) from None
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:
+            # torch advises to load such a file with weights_only=False, which runs any code in it
+            raise _not_a_guides_file(path) from None
+        # the file is fine, and map_location is not
+        raise
 
 
-def _holds_plain_data(path: str | os.PathLike[str]) -> bool:
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        return False
-    return True
-
-
-def _no_such_file(path: str | os.PathLike[str]) -> ValueError:
+def _not_a_guides_file(path: str | os.PathLike[str]) -> ValueError:
     return ValueError(
         f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
         "another file"

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The amortised guide in Pyro: where it starts, plates, scales and gradients."""
+"""The amortized guide in Pyro: where it starts, plates, scales and gradients."""
 
 import pyro
 import pytest

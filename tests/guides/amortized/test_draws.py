@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Draws, densities and summaries of an amortised guide, by element."""
+"""Draws, densities and summaries of an amortized guide, by element."""
 
 import math
 
@@ -135,7 +135,10 @@ def test_each_element_can_have_any_place_and_width():
     [
         ({"mean": torch.zeros(3)}, r"expected the sites \['mean', 'z'\], got \['mean'\]"),
         ({"mean": torch.zeros(3), "z": torch.zeros(3, 5)}, r"'z' of shape \(3, 12\), got \(3, 5\)"),
-        ({"mean": torch.zeros(2), "z": torch.zeros(3, 12)}, "as many draws of each site"),
+        (
+            {"mean": torch.zeros(2), "z": torch.zeros(3, 12)},
+            r"'z' of shape \(2, 12\), got \(3, 12\)",
+        ),
         ({"mean": torch.zeros(()), "z": torch.zeros(12)}, r"'mean' of shape \(n,\) \+ site shape"),
     ],
 )

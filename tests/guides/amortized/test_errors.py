@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""What an amortised guide refuses, in words that name the site, the plate and the shapes."""
+"""What an amortized guide refuses, in words that name the site, the plate and the shapes."""
 
 import pyro
 import pytest
@@ -273,7 +273,7 @@ def test_embeddings_of_all_and_features_of_a_mini_batch():
     guide = AutoAmortized(model, lambda y, total=12: {"groups": y[:, None]})
     assert guide(data(4))["w"].shape == (2, 4)
     with pytest.raises(
-        ValueError, match=r"plate 'groups' have to be the same .* 4, got 12 for .*'w'"
+        ValueError, match=r"plate 'groups' around .*'w'.* 4 elements, got 12.*the same for all"
     ):
         guide.sample_posterior(2, data(4))
 
@@ -313,8 +313,8 @@ class PyroEncoder(PyroModule):
         ({"local_flow": conditional_iaf(2, 2)}, TypeError, "local_flow: expected a callable that"),
         ({"local_flow": 3}, TypeError, "local_flow: expected a callable"),
         ({"init_loc_fn": 3}, TypeError, "init_loc_fn: expected a callable"),
-        ({"create_plates": 3}, TypeError, "create_plates: expected a callable, got int"),
-        ({"init_scale": 0.0}, ValueError, "init_scale: expected a positive number"),
+        ({"create_plates": 3}, TypeError, "create_plates: expected a callable, got 3"),
+        ({"init_scale": 0.0}, ValueError, "init_scale: expected a positive finite number"),
         ({"embedding_dim": 0}, ValueError, "embedding_dim: expected a positive integer"),
     ],
 )

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The path gradient of an amortised guide."""
+"""The path gradient of an amortized guide."""
 
 import math
 from functools import partial

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Posteriors that are known, by `fit` on an amortised guide. They take minutes."""
+"""Posteriors that are known, by `fit` on an amortized guide. They take minutes."""
 
 import pyro
 import pytest
@@ -25,7 +25,7 @@ def schools(y, errors):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_eight_schools(seed):
-    """The centred form, a funnel, amortised on the data of each school: a gap of 0.15 at most."""
+    """The centered form, a funnel, amortized on the data of each school: a gap of 0.15 at most."""
     pyro.enable_validation(False)
     pyro.set_rng_seed(seed)
     data = torch.tensor(EFFECTS), torch.tensor(ERRORS)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""An amortised guide in the param store, in copies, state dicts and files."""
+"""An amortized guide in the param store, in copies, state dicts and files."""
 
 import copy
 import os
@@ -17,7 +17,7 @@ from pyro_artransform import AutoAmortized, AutoIAF, conditional_iaf
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data, redraw, train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def trained(encoder=None, model=hierarchies.groups, **options):

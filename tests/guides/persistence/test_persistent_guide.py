@@ -266,8 +266,8 @@ def test_a_loaded_guide_keeps_its_arguments(tmp_path):
     loaded = AutoIAF.load(tmp_path / "guide")
     loaded.save(tmp_path / "again")
     first, second = torch.load(tmp_path / "guide"), torch.load(tmp_path / "again")
-    assert first["arguments"] == second["arguments"]
-    assert first["arguments"]["hidden_dims"] == [8, 4]
+    assert first["spec"] == second["spec"]
+    assert first["spec"]["arguments"]["hidden_dims"] == [8, 4]
     loaded.start_at(torch.ones(2))
     assert torch.allclose(loaded.transform.transforms[1].log_scale.exp(), torch.tensor(0.7))
 

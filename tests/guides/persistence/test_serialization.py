@@ -14,7 +14,8 @@ from torch.distributions import biject_to
 
 from pyro_artransform.guides import AutoIAF
 from pyro_artransform.guides.persistence import serialization as saving
-from pyro_artransform.guides.sites.records import latent_sites, same_support
+from pyro_artransform.guides.spec import GuideSpec
+from pyro_artransform.joint.supports import same_support
 from tests.guides import models
 
 FNS = {
@@ -42,9 +43,11 @@ def test_sites_survive_json(dtype):
 
     guide = AutoIAF(model, hidden_dims=8)
     guide()
-    plain = json.loads(json.dumps(saving.sites_to_plain(guide.prototype_trace)))
-    back = latent_sites(saving.sites_from_plain(plain, torch.zeros(())))
-    sites = latent_sites(guide.prototype_trace)
+    plain = json.loads(json.dumps(guide._spec.to_plain()))
+    spec = GuideSpec.from_plain(plain, torch.device("cpu"))
+    assert spec.arguments.keys() == guide._spec.arguments.keys()
+    assert (spec.observed, spec.dtype, spec.device) == ((), dtype, torch.device("cpu"))
+    back, sites = spec.prototype_trace().nodes, guide.prototype_trace.nodes
     assert list(back) == list(sites) == list(FNS)
     for name, site in sites.items():
         assert same_support(back[name]["fn"].support, site["fn"].support), name
@@ -110,8 +113,8 @@ def test_support_that_cannot_be_written(tmp_path):
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_nonlinearity(nonlinearity):
-    plain = json.loads(json.dumps(saving.nonlinearity_to_plain(nonlinearity)))
-    back = saving.nonlinearity_from_plain(plain)
+    plain = json.loads(json.dumps(saving.argument_to_plain("nonlinearity", nonlinearity)))
+    back = saving.argument_from_plain(plain)
     x = torch.linspace(-3, 3, 50)
     assert torch.equal(back(x), nonlinearity(x))
     assert type(back) is type(nonlinearity)
@@ -144,7 +147,8 @@ def test_bad_files(tmp_path):
         torch.save({**saved, "state": state}, path)
         with pytest.raises(ValueError, match=f"'{name}': expected finite numbers, got 1 of 2"):
             AutoIAF.load(path)
-    torch.save({**saved, "arguments": {**saved["arguments"], "num_transforms": 1}}, path)
+    arguments = {**saved["spec"]["arguments"], "num_transforms": 1}
+    torch.save({**saved, "spec": {**saved["spec"], "arguments": arguments}}, path)
     with pytest.raises(ValueError, match="expected a guide with this flow"):
         AutoIAF.load(path)
 

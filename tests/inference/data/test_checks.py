@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.data.checks import check_use
-from pyro_artransform.inference.data.loader import Batches
+from pyro_artransform.inference.data.loader import BatchStream
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import rows
@@ -20,7 +20,7 @@ from tests.inference.loaders import rows
 
 def check(model, guide, size=10):
     _, y = rows()
-    batches = Batches(y.split(size))
+    batches = BatchStream(y.split(size))
     with torch.no_grad():
         guide(y[:size])
     first = next(batches.one_pass(1))

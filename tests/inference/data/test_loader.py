@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyro_artransform.inference.data.loader import Batches
+from pyro_artransform.inference.data.loader import BatchStream
 from tests.inference import loaders
 from tests.inference.loaders import KNOWN, rows, shuffled
 
@@ -34,7 +34,7 @@ def test_kinds_of_batches():
         (x, (x,), {}),
         ({"x": x, "y": y}, (), {"x": x, "y": y}),
     ]:
-        found = Batches([batch], {"scale": 2.0}).next()
+        found = BatchStream([batch], {"scale": 2.0}).next()
         assert len(found.args) == len(args)
         assert all(a is b for a, b in zip(found.args, args))
         assert found.kwargs == {**kwargs, "scale": 2.0}
@@ -43,12 +43,12 @@ def test_kinds_of_batches():
 def test_what_is_no_batch():
     for batch, name in ((3.0, "float"), ("text", "str"), (None, "NoneType"), ({1, 2}, "set")):
         with pytest.raises(TypeError, match=f"mapping.* or a tensor, got {name}"):
-            Batches([batch]).next()
+            BatchStream([batch]).next()
 
 
 def test_a_key_that_is_given_already():
     with pytest.raises(ValueError, match="without 'scale'"):
-        Batches([{"scale": 1.0}], {"scale": 2.0}).next()
+        BatchStream([{"scale": 1.0}], {"scale": 2.0}).next()
 
 
 # What a loader is
@@ -58,20 +58,20 @@ def test_what_is_no_loader():
     batches = [torch.zeros(2)]
     for loader in (iter(batches), (b for b in batches), map(abs, batches), zip(batches)):
         with pytest.raises(TypeError, match="begins anew in each epoch"):
-            Batches(loader)
+            BatchStream(loader)
     for loader in (torch.zeros(3, 2), {"x": torch.zeros(2)}, "rows"):
         with pytest.raises(TypeError, match=r"got data of type .*A list of batches will do"):
-            Batches(loader)
+            BatchStream(loader)
     with pytest.raises(TypeError, match="iterable of batches, got int"):
-        Batches(3)
+        BatchStream(3)
 
 
 def test_empty_loaders():
     with pytest.raises(ValueError, match="at least one batch, got none"):
-        Batches([])
+        BatchStream([])
     empty = DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True)
     with pytest.raises(ValueError, match="at least one batch, got none"):
-        Batches(empty)
+        BatchStream(empty)
 
 
 def test_a_loader_that_ends_for_good():
@@ -85,7 +85,7 @@ def test_a_loader_that_ends_for_good():
         def __len__(self):
             return 1
 
-    batches = Batches(Once())
+    batches = BatchStream(Once())
     batches.next()
     with pytest.raises(ValueError, match="none in epoch 2"):
         batches.next()
@@ -99,10 +99,10 @@ def test_a_loader_without_a_length_is_counted():
     loader = DataLoader(Stream(), batch_size=2)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    assert Batches(loader).num_batches == 4
+    assert BatchStream(loader).num_batches == 4
     assert torch.equal(torch.get_rng_state(), before)
     unknown = loaders.Unknown(*rows())
-    assert Batches(unknown).num_batches == 5
+    assert BatchStream(unknown).num_batches == 5
 
 
 # Epochs
@@ -110,7 +110,7 @@ def test_a_loader_without_a_length_is_counted():
 
 @known
 def test_epochs_follow_each_other(kind):
-    batches = Batches(kind(numbers()))
+    batches = BatchStream(kind(numbers()))
     places = []
     for _ in range(12):
         batches.next()
@@ -120,7 +120,7 @@ def test_epochs_follow_each_other(kind):
 
 
 def test_each_row_once_in_an_epoch():
-    batches = Batches(shuffled(numbers()))
+    batches = BatchStream(shuffled(numbers()))
     first, second = ([x for batch in taken(batches, 5) for x in batch] for _ in range(2))
     assert sorted(first) == sorted(second) == numbers().tolist()
     assert first != second
@@ -129,7 +129,7 @@ def test_each_row_once_in_an_epoch():
 @known
 def test_restart(kind):
     """The same batches again, where torch's own generator is where it was."""
-    batches = Batches(kind(numbers()))
+    batches = BatchStream(kind(numbers()))
     state = torch.get_rng_state()
     first = taken(batches, 8)
     torch.set_rng_state(state)
@@ -141,7 +141,7 @@ def test_restart(kind):
 @known
 def test_one_pass_changes_nothing(kind):
     torch.manual_seed(1)
-    batches, other = (Batches(kind(numbers())) for _ in range(2))
+    batches, other = (BatchStream(kind(numbers())) for _ in range(2))
     torch.manual_seed(2)
     expected = taken(other, 12)
     torch.manual_seed(2)
@@ -157,10 +157,10 @@ def test_one_pass_changes_nothing(kind):
 
 
 def test_one_pass_is_spread_over_the_epoch():
-    batches = Batches(list(numbers(100)[:, None]))
+    batches = BatchStream(list(numbers(100)[:, None]))
     assert [batch.args[0].item() for batch in batches.one_pass(4)] == [12, 37, 62, 87]
     assert len(list(batches.one_pass(1000))) == 100
-    assert len(list(Batches(shuffled(numbers(100), batch_size=1)).one_pass(4))) == 4
+    assert len(list(BatchStream(shuffled(numbers(100), batch_size=1)).one_pass(4))) == 4
 
 
 def test_iterators_are_let_go():
@@ -179,7 +179,7 @@ def test_iterators_are_let_go():
                 self.open -= 1
 
     loader = Watched()
-    batches = Batches(loader)
+    batches = BatchStream(loader)
     next(batches.one_pass(2))
     assert loader.open == 0
     batches.next()
@@ -187,7 +187,7 @@ def test_iterators_are_let_go():
     batches.close()
     assert loader.open == 0
 
-    batches = Batches(shuffled(numbers()))
+    batches = BatchStream(shuffled(numbers()))
     batches.next()
     iterator = weakref.ref(batches._iterator)
     batches.close()
@@ -202,7 +202,7 @@ def test_iterators_are_let_go():
 @pytest.mark.parametrize("count", [0, 1, 3, 5, 7, 10])
 def test_goes_on_from_a_state(kind, count):
     torch.manual_seed(1)
-    batches = Batches(kind(numbers()))
+    batches = BatchStream(kind(numbers()))
     for _ in range(count):
         batches.next()
         torch.rand(3)  # steps draw too
@@ -211,7 +211,7 @@ def test_goes_on_from_a_state(kind, count):
     passed = [batch.args[0].tolist() for batch in batches.one_pass(3)]
 
     torch.manual_seed(99)
-    fresh = Batches(kind(numbers()))
+    fresh = BatchStream(kind(numbers()))
     taken(fresh, 2)
     assert fresh.restore(state)
     torch.set_rng_state(random)
@@ -222,27 +222,27 @@ def test_goes_on_from_a_state(kind, count):
 
 def test_an_unknown_order_goes_on_from_the_next_epoch():
     for count, is_whole in ((3, False), (5, True), (7, False)):
-        batches = Batches(loaders.Unknown(numbers()))
+        batches = BatchStream(loaders.Unknown(numbers()))
         taken(batches, count)
-        fresh = Batches(loaders.Unknown(numbers()))
+        fresh = BatchStream(loaders.Unknown(numbers()))
         assert fresh.restore(batches.state()) is is_whole
         assert len(taken(fresh, 5)) == 5
         assert (fresh.epoch, fresh.position) == (batches.epoch + 1, 5)
 
 
 def test_of_another_loader():
-    state = Batches(shuffled(numbers())).state()
+    state = BatchStream(shuffled(numbers())).state()
     with pytest.raises(ValueError, match="expected a loader of 5 batches, as before, got 3"):
-        Batches(shuffled(numbers(30))).restore(state)
+        BatchStream(shuffled(numbers(30))).restore(state)
     with pytest.raises(ValueError, match="its own generator"):
-        Batches(loaders.with_generator(numbers())).restore(state)
+        BatchStream(loaders.with_generator(numbers())).restore(state)
 
 
 def test_what_is_known_of_the_order():
     x = numbers()
-    assert all(Batches(kind(x)).can_go_on for kind in KNOWN.values())
-    assert not Batches(loaders.Unknown(x)).can_go_on
-    parts = {name for name, kind in KNOWN.items() if Batches(kind(x)).is_partition}
+    assert all(BatchStream(kind(x)).can_go_on for kind in KNOWN.values())
+    assert not BatchStream(loaders.Unknown(x)).can_go_on
+    parts = {name for name, kind in KNOWN.items() if BatchStream(kind(x)).is_partition}
     assert set(KNOWN) - parts == {"sampler with a generator", "weighted"}
 
     class Odd(torch.utils.data.Sampler):
@@ -252,7 +252,7 @@ def test_what_is_known_of_the_order():
         def __len__(self):
             return 43
 
-    assert not Batches(DataLoader(TensorDataset(x), sampler=Odd())).can_go_on
+    assert not BatchStream(DataLoader(TensorDataset(x), sampler=Odd())).can_go_on
 
 
 def test_rows_that_are_left_out():
@@ -260,7 +260,7 @@ def test_rows_that_are_left_out():
     data = TensorDataset(numbers())
 
     def is_partition(**options):
-        return Batches(DataLoader(data, **options)).is_partition
+        return BatchStream(DataLoader(data, **options)).is_partition
 
     assert is_partition(batch_size=10, shuffle=True)
     assert not is_partition(batch_size=30, shuffle=True, drop_last=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import InitializationConfig
+from pyro_artransform.inference.data.loader import Batch
 from pyro_artransform.inference.initialization.minibatch_start import (
     SharedPrior,
     find_initial_minibatch_guide,
@@ -57,7 +58,7 @@ def started(model, y, **options):
     guide = AutoAmortized(model, Encoder(), **options)
     guide(y)
     log_joint = LogJoint(model, (y,))
-    objective = PyroObjective(model, guide, ((y,), {}), log_joint)
+    objective = PyroObjective(model, guide, Batch((y,), {}), log_joint)
     return guide, find(log_joint, model, guide, ((y,), {}), objective.elbo_draws)
 
 
@@ -134,7 +135,7 @@ def test_without_globals_nothing_moves():
     guide(y)
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     log_joint = LogJoint(autoencoder, (y,))
-    objective = PyroObjective(autoencoder, guide, ((y,), {}), log_joint)
+    objective = PyroObjective(autoencoder, guide, Batch((y,), {}), log_joint)
     start = find(log_joint, autoencoder, guide, ((y,), {}), objective.elbo_draws)
     assert start.name == "initial guide"
     assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
@@ -148,7 +149,7 @@ def test_a_guide_that_is_better_already_stays():
         guide.transform.locals[0].affine.linear.weight[0, 0] = 0.8
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     log_joint = LogJoint(hierarchy, (y,))
-    objective = PyroObjective(hierarchy, guide, ((y,), {}), log_joint)
+    objective = PyroObjective(hierarchy, guide, Batch((y,), {}), log_joint)
     start = find(log_joint, hierarchy, guide, ((y,), {}), objective.elbo_draws)
     assert start.name == "initial guide"
     assert start.elbo > first.elbo

@@ -7,27 +7,36 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform.inference.data.loader import Batches
-from pyro_artransform.inference.objectives import minibatch_elbo as minibatches_module
-from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective
-from pyro_artransform.inference.objectives.minibatch_elbo import MinibatchObjective, hold
+from pyro_artransform.inference.config import MinibatchConfig, OptimizationConfig
+from pyro_artransform.inference.data.loader import Batch, BatchStream
+from pyro_artransform.inference.objectives import minibatch_elbo
+from pyro_artransform.inference.objectives.minibatch_elbo import (
+    MinibatchObjective,
+    validation_batches,
+)
+from pyro_artransform.inference.objectives.path_gradient import PathObjective
+from pyro_artransform.inference.objectives.pyro_elbo import PyroObjective
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import listed, rows, shuffled, small
 
 
-def objectives(kind=small, make_loader=listed):
+def objectives(kind=small, make_loader=listed, **numbers):
     """The objective by batches, and that of all data."""
+    config = MinibatchConfig(**numbers)
     x, y = rows()
     guide = kind(loaders.regression)
     guide(x, y)
-    batches = Batches(make_loader(x, y))
+    batches = BatchStream(make_loader(x, y))
     log_joint = LogJoint(loaders.regression, (x[:10], y[:10]))
     if kind is small:
-        objective = PathObjective(log_joint, guide)
+        objective = PathObjective(log_joint, guide, OptimizationConfig())
     else:
-        objective = PyroObjective(loaders.regression, guide, ((x, y), {}), log_joint)
-    return MinibatchObjective(objective, batches, log_joint, hold(batches)), objective
+        arguments = Batch((x, y), {})
+        objective = PyroObjective(loaders.regression, guide, arguments, log_joint, 4)
+    validation = validation_batches(batches, config)
+    by_batch = MinibatchObjective(objective, batches, log_joint, validation, config)
+    return by_batch, objective.with_arguments((x, y), {})
 
 
 def gradient(objective, guide_parameters):
@@ -43,7 +52,6 @@ def test_the_steps_of_an_epoch_add_up(kind, make_loader):
     by_batch, objective = objectives(kind, make_loader)
     parameters = list(objective.parameters().values())
     found = sum(gradient(by_batch, parameters) for _ in range(5)) * 10 / 43
-    objective.see(rows(), {})
     assert torch.allclose(found, gradient(objective, parameters), rtol=1e-9, atol=1e-9)
 
 
@@ -54,8 +62,8 @@ def test_the_loss_is_that_of_the_batch():
         torch.manual_seed(k)
         loss = by_batch.loss(4)
         torch.manual_seed(k)
-        objective.see((x[10 * k : 10 * k + 10], y[10 * k : 10 * k + 10]), {})
-        assert torch.allclose(loss, objective.loss(4))
+        of_batch = objective.with_arguments((x[10 * k : 10 * k + 10], y[10 * k : 10 * k + 10]), {})
+        assert torch.allclose(loss, of_batch.loss(4))
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
@@ -73,25 +81,22 @@ def test_comparisons_go_on_the_log_weights_of_all_data():
     by_batch, objective = objectives()
     torch.manual_seed(1)
     found = by_batch.elbo_draws(400)
-    objective.see(rows(), {})
     torch.manual_seed(1)
     assert torch.allclose(found, objective.elbo_draws(20), rtol=1e-9)
 
 
-def test_start_is_in_the_mean_density(monkeypatch):
+def test_the_initial_guide_is_found_in_the_mean_density():
     by_batch, objective = objectives()
     z = torch.randn(6, 3)
-    objective.see(rows(), {})
-    assert torch.allclose(by_batch.for_start()(z), objective.log_density(z), rtol=1e-9)
-    monkeypatch.setattr(minibatches_module, "_NUM_FOR_START", 2)
-    assert not torch.allclose(by_batch.for_start()(z), objective.log_density(z), rtol=1e-3)
+    assert torch.allclose(by_batch.mean_log_joint()(z), objective.log_density(z), rtol=1e-9)
+    by_batch, _ = objectives(num_for_start=2)
+    assert not torch.allclose(by_batch.mean_log_joint()(z), objective.log_density(z), rtol=1e-3)
 
 
 def test_a_pass_over_all_data():
     by_batch, objective = objectives(make_loader=shuffled)
     torch.manual_seed(1)
     found = by_batch.over_a_pass()
-    objective.see(rows(), {})
     torch.manual_seed(1)
     expected = objective.elbo_draws(1000)
     assert torch.allclose(found.log_weights, expected, rtol=1e-9)
@@ -100,28 +105,24 @@ def test_a_pass_over_all_data():
     assert (found.num_draws, found.num_batches, found.share) == (1000, 5, 1.0)
 
 
-def test_a_pass_over_batches_of_all_sizes(monkeypatch):
+def test_a_pass_over_batches_of_all_sizes():
     """One of them larger than all that candidates are compared on."""
 
     def make_loader(x, y):
         return list(zip(x.split([3] * 11 + [10]), y.split([3] * 11 + [10])))
 
-    monkeypatch.setattr(minibatches_module, "_NUM_HELD", 3)
-    by_batch, objective = objectives(make_loader=make_loader)
+    by_batch, objective = objectives(make_loader=make_loader, num_compared=3)
     torch.manual_seed(1)
     found = by_batch.over_a_pass()
-    objective.see(rows(), {})
     torch.manual_seed(1)
     assert torch.allclose(found.log_weights, objective.elbo_draws(1000), rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_the_error_of_a_part_of_a_pass(kind, monkeypatch):
+def test_the_error_of_a_part_of_a_pass(kind):
     """It covers what the batches that were left out may be."""
-    by_batch, _ = objectives(kind)
-    whole = by_batch.over_a_pass()
-    monkeypatch.setattr(minibatches_module, "_MAX_BATCHES", 3)
-    part = by_batch.over_a_pass()
+    whole = objectives(kind)[0].over_a_pass()
+    part = objectives(kind, max_batches=3)[0].over_a_pass()
     assert part.num_batches == 3
     assert 0.5 < part.share < 0.7
     assert part.log_weights is None
@@ -139,9 +140,8 @@ def test_what_is_no_partition_has_no_weights_of_all_data(make_loader):
 
 def test_errors_of_a_weighted_mean():
     """By hand: weights 2 and 1, means 3 and 0, variances by draws 0.09 and 0."""
-    seen = minibatches_module._Seen()
-    seen.means, seen.errors, seen.weights = [3.0, 0.0], [0.09, 0.0], [2.0, 1.0]
-    assert minibatches_module._mean_and_error(seen, 1.0) == pytest.approx((2.0, 0.2))
+    terms = [minibatch_elbo._Term(3.0, 0.09, 2.0, 1.0), minibatch_elbo._Term(0.0, 0.0, 1.0, 1.0)]
+    assert minibatch_elbo._mean_and_error(terms, 1.0) == pytest.approx((2.0, 0.2))
     deviations = 2 * (4 / 9 * 1 + 1 / 9 * 4)
     expected = math.sqrt(0.04 + 0.5 * deviations)
-    assert minibatches_module._mean_and_error(seen, 0.5) == pytest.approx((2.0, expected))
+    assert minibatch_elbo._mean_and_error(terms, 0.5) == pytest.approx((2.0, expected))

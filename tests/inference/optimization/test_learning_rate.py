@@ -4,19 +4,29 @@
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization import learning_rate as pilots
-from pyro_artransform.inference.optimization.learning_rate import STEP_SIZES, choose_step_size
-from tests.inference.optimization.test_training import Bowl, training_of
+from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.selection import choose_step_size
+from pyro_artransform.inference.optimization.training import Trainer
+from tests.inference.optimization.test_training import Bowl, trainer_of
+
+STEP_SIZES, NUM_STEPS = OptimizationConfig().step_sizes, OptimizationConfig().search_steps
 
 
-def choose(objective, num_steps=1000):
-    sizes = []
+class Watched(Trainer):
+    """Notes the step sizes that were tried."""
 
-    def new_training(step_size):
+    def new(self, step_size, schedule=None):
         sizes.append(step_size)
-        return training_of(objective, num_steps, step_size)
+        return super().new(step_size, schedule)
 
-    return *choose_step_size(new_training), sizes
+
+sizes = []
+
+
+def choose(objective, num_steps=1000, config=None):
+    sizes.clear()
+    trainer = trainer_of(objective, num_steps, config)
+    return *choose_step_size(Watched(**vars(trainer))), list(sizes)
 
 
 def test_far_away_large_steps_win():
@@ -24,11 +34,11 @@ def test_far_away_large_steps_win():
     best, count, sizes = choose(objective)
     assert best == max(STEP_SIZES)
     assert sorted(sizes) == sorted(STEP_SIZES)
-    assert count == objective.calls == pilots._NUM_STEPS * len(STEP_SIZES)
+    assert count == objective.calls == NUM_STEPS * len(STEP_SIZES)
     assert torch.equal(objective.x, torch.zeros(4))
 
 
-def test_a_trial_is_no_longer_than_the_fit():
+def test_the_search_is_no_longer_than_the_fit():
     objective = Bowl()
     _, count, sizes = choose(objective, 5)
     assert count == objective.calls == 5 * len(sizes)
@@ -73,7 +83,7 @@ def test_near_the_evidence_no_smaller_step_could_be_clearly_better(gap, tail, co
     best, total, sizes = choose(objective)
     assert best == max(STEP_SIZES)
     assert sizes == list(STEP_SIZES[:count])
-    assert total == objective.calls == pilots._NUM_STEPS * count
+    assert total == objective.calls == NUM_STEPS * count
 
 
 def test_common_noise():
@@ -85,18 +95,17 @@ def test_common_noise():
     objective = Seen()
     objective.draws = []
     choose(objective)
-    assert len(set(objective.draws)) == pilots._NUM_STEPS
+    assert len(set(objective.draws)) == NUM_STEPS
 
 
-def test_a_trial_that_fails_or_ends_nowhere_is_not_chosen(monkeypatch):
-    monkeypatch.setattr("pyro_artransform.inference.optimization.training._MAX_SKIPS", 5)
+def test_a_step_size_that_fails_is_not_chosen():
 
     class Fragile(Bowl):
         def loss(self, num_particles):
             # whoever has gone further than the smallest steps can
             return super().loss(num_particles) + torch.where(self.x.max() > 0.05, torch.nan, 0.0)
 
-    best, _, _ = choose(Fragile())
+    best, _, _ = choose(Fragile(), config=OptimizationConfig(max_skips=5))
     assert best == min(STEP_SIZES)
 
 
@@ -108,8 +117,8 @@ def test_all_fail():
     assert torch.equal(objective.x, torch.zeros(4))
 
 
-def test_a_little_better_is_no_reason_for_a_small_step_size(monkeypatch):
-    """The trials are short, and the fit is long."""
+def test_a_little_better_is_no_reason_for_a_small_step_size():
+    """The search is short, and the fit is long."""
 
     class Shaky(Bowl):
         def elbo_draws(self, count):

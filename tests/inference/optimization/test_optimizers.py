@@ -7,17 +7,17 @@ import pyro.optim
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization.optimizers import Adam, users_optimiser
+from pyro_artransform.inference.optimization.optimizers import Adam, wrap_optimizer
 
 
 def parameters():
     return [torch.ones(3, requires_grad=True), torch.zeros((), requires_grad=True)]
 
 
-def step(optimiser, trained, factor=1.0):
+def step(optimizer, trained, factor=1.0):
     for parameter in trained:
         parameter.grad = 2 * (parameter.detach() - 3)
-    optimiser.step(factor)
+    optimizer.step(factor)
 
 
 def exponential():
@@ -26,7 +26,7 @@ def exponential():
     )
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "Adam of Pyro": lambda: pyro.optim.Adam({"lr": 0.1}),
     "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.9}),
     "SGD with momentum": lambda: pyro.optim.SGD({"lr": 0.1, "momentum": 0.9}),
@@ -38,64 +38,76 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_goes_on_as_if_nothing_had_been(name):
     whole, halves = parameters(), parameters()
-    optimiser = users_optimiser(OPTIMISERS[name](), whole)
-    first = users_optimiser(OPTIMISERS[name](), halves)
+    optimizer = wrap_optimizer(OPTIMIZERS[name](), whole)
+    first = wrap_optimizer(OPTIMIZERS[name](), halves)
     for _ in range(5):
-        step(optimiser, whole)
+        step(optimizer, whole)
         step(first, halves)
     assert all(not torch.equal(a, b) for a, b in zip(whole, parameters()))
-    second = users_optimiser(OPTIMISERS[name](), halves)
+    second = wrap_optimizer(OPTIMIZERS[name](), halves)
     before = [parameter.detach().clone() for parameter in halves]
     second.restore(first.state())
     assert all(torch.equal(a, b) for a, b in zip(before, halves))
     for _ in range(5):
-        step(optimiser, whole)
+        step(optimizer, whole)
         step(second, halves)
     assert all(torch.equal(a, b) for a, b in zip(whole, halves))
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_before_the_first_step(name):
     trained = parameters()
-    state = users_optimiser(OPTIMISERS[name](), trained).state()
-    again = users_optimiser(OPTIMISERS[name](), trained)
+    state = wrap_optimizer(OPTIMIZERS[name](), trained).state()
+    again = wrap_optimizer(OPTIMIZERS[name](), trained)
     again.restore(state)
     step(again, trained)
     assert not torch.equal(trained[0], parameters()[0])
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_step_size_is_the_users(name):
     moved = []
     for factor in (1.0, 0.01):
         trained = parameters()
-        step(users_optimiser(OPTIMISERS[name](), trained), trained, factor)
+        step(wrap_optimizer(OPTIMIZERS[name](), trained), trained, factor)
         moved.append(trained[0].detach())
     assert torch.equal(*moved)
 
 
 def test_scheduler_goes_on_after_each_step():
     trained = parameters()
-    optimiser = users_optimiser(exponential(), trained)
+    optimizer = wrap_optimizer(exponential(), trained)
     sizes = []
     for _ in range(3):
         before = trained[0].detach().clone()
-        step(optimiser, trained)
+        step(optimizer, trained)
         sizes.append((trained[0] - before).abs().max().item())
     assert sizes[1] < 0.6 * sizes[0]
     assert sizes[2] < 0.6 * sizes[1]
 
 
-def own(trained, **options):
-    return Adam({"x": trained[0], "y": trained[1]}, 0.1, **options)
+class Scaled:
+    """A guide that scales the steps of some parameters."""
+
+    def __init__(self, scales):
+        self.scales = scales
+
+    def step_scales(self):
+        return self.scales
 
 
-def test_own_adam_steps_in_units():
+def own(trained, scales=None):
+    return Adam(trained, 0.1, (0.9, 0.99), scales)
+
+
+def test_own_adam_scales_steps():
     trained = parameters()
-    step(own(trained, units=lambda: {"x": torch.tensor([1.0, 1e4, 1e-4])}), trained)
+    unknown = torch.ones(2, requires_grad=True)
+    scales = {trained[0]: torch.tensor([1.0, 1e4, 1e-4]), unknown: torch.ones(2)}
+    step(own(trained, Scaled(scales)), trained)
     moved = (trained[0] - 1).detach()
     assert torch.allclose(moved / moved[0], torch.tensor([1.0, 1e4, 1e-4]))
     plain = parameters()
@@ -115,14 +127,14 @@ def test_own_adam_follows_the_factor():
 
 def test_own_adam_goes_on():
     whole, halves = parameters(), parameters()
-    optimiser, first = own(whole), own(halves)
+    optimizer, first = own(whole), own(halves)
     for _ in range(4):
-        step(optimiser, whole)
+        step(optimizer, whole)
         step(first, halves)
     second = own(halves)
     second.restore(first.state())
     for _ in range(4):
-        step(optimiser, whole)
+        step(optimizer, whole)
         step(second, halves)
     assert all(torch.equal(a, b) for a, b in zip(whole, halves))
 
@@ -139,12 +151,12 @@ def test_own_adam_goes_on():
     ],
     ids=lambda optim: type(optim).__name__,
 )
-def test_what_is_no_optimiser(optim):
-    with pytest.raises(TypeError, match=r"optim: expected an optimiser of pyro\.optim, or"):
-        users_optimiser(optim, parameters())
+def test_what_is_no_optimizer(optim):
+    with pytest.raises(TypeError, match=r"optim: expected an optimizer of pyro\.optim, or"):
+        wrap_optimizer(optim, parameters())
 
 
 def test_scheduler_that_needs_a_loss():
     optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}})
     with pytest.raises(TypeError, match="needs no loss, got ReduceLROnPlateau"):
-        users_optimiser(optim, parameters())
+        wrap_optimizer(optim, parameters())

@@ -2,12 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization import schedule
-from pyro_artransform.inference.optimization.schedule import LIMIT, PLATEAU, Schedule
+from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.schedule import (
+    LIMIT,
+    PLATEAU,
+    Schedule,
+    new_schedule,
+)
+
+CONFIG = OptimizationConfig()
+
+
+def schedule(num_steps=None, max_constant=100_000, **options):
+    options = {"min_decay": CONFIG.min_decay, **options}
+    return Schedule(CONFIG, max_constant, **options).of_length(num_steps)
 
 
 def noise(n):
@@ -19,16 +32,16 @@ def no_gap():
 
 
 def steps(plan, losses):
-    """Shows losses to a schedule one by one, until it is over; returns how many that took."""
+    """Shows losses to a schedule one by one; returns it at its end, and how many that took."""
     for step in range(1, len(losses) + 1):
         if plan.is_over(step - 1):
-            return step - 1
-        plan.observe(losses[:step], no_gap)
-    return len(losses)
+            return plan, step - 1
+        plan = plan.observe(losses[:step], no_gap)
+    return plan, len(losses)
 
 
 def test_a_given_number_of_steps():
-    plan = Schedule(50, max_constant=1000)
+    plan = schedule(50)
     assert [plan.is_over(step) for step in (0, 49, 50)] == [False, False, True]
     factors = [plan.factor(step) for step in range(50)]
     assert all(0 < factor <= 1 for factor in factors)
@@ -37,13 +50,11 @@ def test_a_given_number_of_steps():
     assert factors[49] < 0.02
     assert "50" in plan.reason
     # losses change nothing
-    before = plan.state()
-    steps(plan, [1.0] * 5000)
-    assert plan.state() == before
+    assert steps(plan, [1.0] * 5000) == (plan, 50)
 
 
 def test_steps_for_the_tails():
-    plan, plain = Schedule(100, 1000, has_tail_steps=True), Schedule(100, 1000)
+    plan, plain = schedule(100, tail_steps=100), schedule(100)
     assert [step for step in range(100) if plan.is_for_tails(step)] == [
         *range(plan.tail_start, 100)
     ]
@@ -53,20 +64,18 @@ def test_steps_for_the_tails():
     factors = [plan.factor(step) for step in range(100)]
     assert factors[plan.tail_start - 1] < 0.01
     assert 0 < max(factors[plan.tail_start :]) < 0.5
-    by_itself = Schedule(None, 100_000, has_tail_steps=True)
-    taken = steps(by_itself, noise(20_000))
+    by_itself, taken = steps(schedule(tail_steps=100), noise(20_000))
     assert by_itself.decay_start < by_itself.tail_start < by_itself.end == taken
 
 
 def test_one_step():
-    plan = Schedule(1, max_constant=1000)
+    plan = schedule(1)
     assert plan.factor(0) > 0
     assert plan.is_over(1)
 
 
 def test_ends_where_nothing_moves():
-    plan = Schedule(None, max_constant=100_000)
-    taken = steps(plan, noise(20_000))
+    plan, taken = steps(schedule(), noise(20_000))
     assert plan.reason == PLATEAU
     assert taken == plan.end < 20_000
     assert plan.factor(plan.decay_start) == 1.0
@@ -81,10 +90,9 @@ def test_a_guide_far_from_the_evidence_gets_more_small_steps():
             asked.append(gap)
             return gap
 
-        plan = Schedule(None, max_constant=100_000)
-        losses = noise(20_000)
+        plan, losses = schedule(), noise(20_000)
         for step in range(1, len(losses)):
-            plan.observe(losses[:step], look)
+            plan = plan.observe(losses[:step], look)
         return plan.decay_start, plan.end
 
     (start, near), (same, far) = ends(0.01), ends(0.5)
@@ -96,66 +104,59 @@ def test_a_guide_far_from_the_evidence_gets_more_small_steps():
 
 def test_goes_on_while_it_improves():
     falling = [x - 0.01 * step for step, x in enumerate(noise(5000))]
-    plan = Schedule(None, max_constant=100_000)
-    assert steps(plan, falling) == 5000
+    plan, taken = steps(schedule(), falling)
+    assert taken == 5000
     assert plan.end is None
     assert plan.factor(4999) == 1.0
 
 
 def test_limit():
     falling = [x - 0.01 * step for step, x in enumerate(noise(20_000))]
-    plan = Schedule(None, max_constant=1000)
-    steps(plan, falling)
+    plan, _ = steps(schedule(max_constant=1000), falling)
     assert plan.reason == LIMIT
-    assert 1000 <= plan.decay_start <= 1000 + schedule._WINDOW
+    assert 1000 <= plan.decay_start <= 1000 + CONFIG.window
 
 
 def test_skipped_steps_are_left_out():
     holes = [math.nan if step % 7 == 0 else x for step, x in enumerate(noise(20_000))]
-    plan = Schedule(None, max_constant=100_000)
-    steps(plan, holes)
+    plan, _ = steps(schedule(), holes)
     assert plan.reason == PLATEAU
 
 
 @pytest.mark.parametrize("losses", [[math.nan] * 5000, [math.nan, 1.0] + [math.nan] * 4998])
 def test_nothing_but_skipped_steps(losses):
-    plan = Schedule(None, max_constant=3000)
-    steps(plan, losses)
+    plan, _ = steps(schedule(max_constant=3000), losses)
     assert plan.end is not None
 
 
 def test_state():
     losses = noise(20_000)
-    whole, first = Schedule(None, max_constant=900), Schedule(None, max_constant=900)
-    taken = steps(whole, losses)
-    for step in range(1, taken // 2):
-        first.observe(losses[:step], no_gap)
-    second = Schedule(None, max_constant=900)
-    second.restore(first.state())
+    whole, taken = steps(schedule(max_constant=900), losses)
+    first, _ = steps(schedule(max_constant=900), losses[: taken // 2])
+    second = replace(schedule(max_constant=900), **first.state())
     for step in range(taken // 2, taken + 1):
-        second.observe(losses[:step], no_gap)
-    assert second.state() == whole.state()
-    assert [second.factor(k) for k in range(taken)] == [whole.factor(k) for k in range(taken)]
+        second = second.observe(losses[:step], no_gap)
+    assert second == whole
 
 
 def test_tails_that_need_nothing_are_skipped_unless_steps_were_asked_for():
-    by_itself = Schedule(None, 100, has_tail_steps=True)
-    losses = []
-    while by_itself.end is None:
-        losses.append(0.0)
-        by_itself.observe(losses, no_gap)
+    by_itself, _ = steps(schedule(max_constant=100, tail_steps=100), [0.0] * 1000)
     assert by_itself.tail_start < by_itself.end
-    by_itself.skip_tails()
-    assert by_itself.is_over(by_itself.tail_start)
-    asked = Schedule(100, 100, has_tail_steps=True)
-    asked.skip_tails()
-    assert asked.end == 100
+    assert by_itself.without_tails().is_over(by_itself.tail_start)
+    assert schedule(100, tail_steps=100).without_tails().end == 100
+
+
+def test_without_tail_steps_there_is_no_phase_for_them():
+    config = replace(CONFIG, tail_steps=0)
+    plan = new_schedule(config, by_path=True, num_batches=None, is_subsampled=False)
+    for ended in (plan.of_length(50), steps(plan, noise(20_000))[0]):
+        assert ended.tail_start == ended.end
+        assert not any(ended.is_for_tails(step) for step in range(ended.end))
 
 
 def test_whole_epochs():
     for epoch in (7, 250):
-        plan = Schedule(None, 100_000, epoch=epoch)
-        taken = steps(plan, noise(40_000))
+        plan, taken = steps(schedule(epoch=epoch), noise(40_000))
         assert taken == plan.end
         assert not plan.decay_start % epoch
         assert not plan.end % epoch
@@ -166,9 +167,62 @@ def test_differences_between_batches_are_no_noise():
     """A slow improvement, under batches that differ by much more."""
     batches = [100.0 * value for value in noise(50)]
     losses = [batches[step % 50] - 0.01 * step for step in range(6000)]
-    plan = Schedule(None, 4000, epoch=50)
-    steps(plan, losses)
+    plan, _ = steps(schedule(max_constant=4000, epoch=50), losses)
     assert plan.reason == LIMIT
-    blind = Schedule(None, 4000)
-    steps(blind, losses)
+    blind, _ = steps(schedule(max_constant=4000), losses)
     assert blind.reason == PLATEAU
+
+
+# What the noise of the steps asks for
+
+
+def average(plan, values):
+    """The running average of a series."""
+    found = values[0]
+    for step, value in enumerate(values[1:], 1):
+        found = found + plan.average_weight(step) * (value - found)
+    return found
+
+
+def of(by_path=True, num_batches=None, is_subsampled=False):
+    return new_schedule(CONFIG, by_path, num_batches, is_subsampled)
+
+
+def test_without_noise_the_average_forgets_what_is_long_ago():
+    values = torch.cat([torch.full((1000,), 100.0), torch.zeros(1000)])
+    # a hundred steps are the memory: of those before a thousand nothing is left
+    assert average(of(), values) < 0.01
+    assert average(of(), values[:1100]) > 10
+
+
+@pytest.mark.parametrize("plan", [of(num_batches=10), of(is_subsampled=True)])
+def test_noise_is_averaged_over_more_steps(plan):
+    values = torch.randn(500, 9000)
+    noisy, quiet = average(plan, values.T), average(of(), values.T)
+    # an average of n values has a variance of 1 / n, one with exponential weights of 1 / (2 n)
+    assert noisy.std() < 0.3 * quiet.std()
+
+
+def test_noise_that_cancels_in_an_epoch_is_averaged_away():
+    noise = torch.randn(100)
+    noise -= noise.mean()
+    epochs = torch.cat([noise[torch.randperm(100)] for _ in range(20)])
+    found, before = average(of(num_batches=100), epochs), average(of(), epochs)
+    assert abs(found) < 0.05
+    assert abs(found) < abs(before)
+
+
+def test_epochs_need_longer_constant_phases():
+    assert of(num_batches=1000).max_constant >= 20_000
+    assert of().max_constant < of(by_path=False).max_constant < 20_000
+
+
+def test_only_the_path_gradient_of_all_data_sees_tails():
+    assert of().tail_steps
+    assert not of(num_batches=10).tail_steps
+    assert not of(by_path=False).tail_steps
+
+
+def test_noise_has_time_to_average_out():
+    noisy = min(of(num_batches=10).min_decay, of(is_subsampled=True).min_decay)
+    assert noisy > 2 * of().min_decay

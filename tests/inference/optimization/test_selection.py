@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization import selection as ending
-from pyro_artransform.inference.optimization.selection import keep_the_best
+from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.selection import Score, best_of, select_parameters
 from tests.inference.optimization.test_training import Bowl, run, training_of
 
 
@@ -16,14 +16,14 @@ def test_keeps_the_best(good):
         target = 3.0 if value == good else 2.0
         setattr(training, name, [torch.full((4,), target), torch.ones(2)])
     training.set_parameters([torch.full((4,), 3.0 if good == "last" else 2.0), torch.ones(2)])
-    assert keep_the_best(training) == good
+    assert select_parameters(training) == good
     assert torch.equal(training.objective.x, torch.full((4,), 3.0))
 
 
 def test_what_is_not_finite_is_not_kept():
     training = run(training_of(Bowl(), 200))
     training.set_parameters([torch.full((4,), torch.nan), torch.ones(2)])
-    assert keep_the_best(training) != "last"
+    assert select_parameters(training) != "last"
     assert training.objective.x.isfinite().all()
 
 
@@ -36,7 +36,7 @@ def test_common_noise():
         torch.manual_seed(seed)
         training = run(training_of(Noisy(), 100))
         training._average = [torch.full((4,), 3.0), torch.ones(2)]
-        assert keep_the_best(training) == "averaged"
+        assert select_parameters(training) == "averaged"
 
 
 @pytest.mark.parametrize("has_weights", [True, False])
@@ -54,25 +54,30 @@ def test_of_two_as_good_the_one_with_the_lighter_tail(has_weights):
     training._average = [torch.zeros(4), torch.ones(2)]
     training._best = [torch.full((4,), 3.0), torch.ones(2)]
     training.set_parameters([torch.full((4,), 3.0), torch.ones(2)])
-    assert keep_the_best(training) == ("averaged" if has_weights else "last")
+    assert select_parameters(training) == ("averaged" if has_weights else "last")
 
 
 def test_without_a_step():
-    assert keep_the_best(training_of(Bowl())) == "last"
+    assert select_parameters(training_of(Bowl())) == "last"
 
 
-def test_a_small_khat_counts_only_where_it_is_needed():
-    score = ending._Score
-    scores = {"a": score(-1.0, 0.9), "b": score(-1.01, 0.6), "c": score(-1.5, 0.1)}
-    assert ending._best(scores) == "b"
-    assert ending._best({"a": score(-1.0, 0.38), "b": score(-1.01, 0.1)}) == "a"
+def best(**scores):
+    scores = {name: Score(*score) for name, score in scores.items()}
+    return best_of(scores, OptimizationConfig())
 
 
-def test_next_to_no_elbo_is_given_for_a_smaller_khat():
-    score = ending._Score
+def test_a_smaller_khat_wins_among_elbos_next_to_equal():
     # as two candidates of a fit of a Gaussian process were: the nearer ELBO is noise
-    assert ending._best({"a": score(-1.0, 0.55), "b": score(-1.0004, 0.33)}) == "b"
-    assert ending._best({"a": score(-1.0, 0.45), "b": score(-1.015, 0.35)}) == "a"
-    assert ending._best({"a": score(-1.0, 0.2), "b": score(-1.0004, 0.1)}) == "a"
+    assert best(a=(-1.0, 0.55), b=(-1.0004, 0.33)) == "b"
     # where weights have no variance, k-hat counts for more
-    assert ending._best({"a": score(-1.0, 0.85), "b": score(-1.015, 0.75)}) == "b"
+    assert best(a=(-1.0, 0.9), b=(-1.01, 0.6), c=(-1.5, 0.1)) == "b"
+    assert best(a=(-1.0, 0.85), b=(-1.015, 0.75)) == "b"
+
+
+def test_the_larger_elbo_wins_otherwise():
+    # k-hats that are both good, or differ by their noise
+    assert best(a=(-1.0, 0.2), b=(-1.0004, 0.1)) == "a"
+    assert best(a=(-1.0, 0.38), b=(-1.01, 0.1)) == "a"
+    assert best(a=(-1.0, 0.45), b=(-1.015, 0.35)) == "a"
+    # an ELBO that is clearly larger, whatever the k-hat
+    assert best(a=(-1.0, 2.0), b=(-1.1, 0.0)) == "a"

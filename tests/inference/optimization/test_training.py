@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization import training as training_module
+from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import FitError, Training
+from pyro_artransform.inference.optimization.training import FitError, Trainer, Training
 
 
 class Bowl:
@@ -44,14 +44,19 @@ class Bowl:
     def elbo_draws(self, count):
         return -0.5 * ((self.x - 3) ** 2).sum() + torch.zeros(count)
 
-    def culprits(self):
+    def nonfinite_sites(self):
         return [] if self.faults.get(self.calls) == "gradient" else ["y"]
 
 
-def training_of(objective, num_steps=200, step_size=0.05):
-    parameters = objective.parameters()
-    optimiser = Adam(parameters, step_size)
-    return Training(objective, parameters, optimiser, Schedule(num_steps, 1000), 8)
+def trainer_of(objective, num_steps=200, config=None, **options):
+    """Trainings of so many steps, without steps for the tails."""
+    config = config or OptimizationConfig()
+    schedule = Schedule(config, max_constant=1000, min_decay=400, **options)
+    return Trainer(objective, schedule.of_length(num_steps), 8)
+
+
+def training_of(objective, num_steps=200, step_size=0.05, **options):
+    return trainer_of(objective, num_steps, **options).new(step_size)
 
 
 def run(training, count=None):
@@ -84,7 +89,7 @@ def test_a_step_that_is_not_finite_is_skipped(fault, at):
             assert math.isfinite(loss) == (fault == "gradient")
             assert math.isnan(training.losses[-1])
     assert training.num_skipped == 1
-    assert dict(training.culprits) == {"the gradient" if fault == "gradient" else "y": 1}
+    assert dict(training.nonfinite_sites) == {"the gradient" if fault == "gradient" else "y": 1}
     run(training)
     assert all(v.isfinite().all() for values in training.candidates().values() for v in values)
     assert (objective.x - 3).abs().max() < 0.3
@@ -95,7 +100,7 @@ def test_stops_after_many_in_a_row():
     training = training_of(objective, 1000)
     with pytest.raises(FitError, match=r"in a row, because of y\. The parameters are finite"):
         run(training)
-    assert training.num_skipped == training_module._MAX_SKIPS
+    assert training.num_skipped == OptimizationConfig().max_skips
     assert training.num_steps < 200
     assert objective.x.isfinite().all()
     assert not torch.equal(objective.x, torch.zeros(4))
@@ -106,7 +111,7 @@ def test_goes_on_while_some_steps_are_good():
     training = run(training_of(Bowl(faults), 1000))
     assert training.num_steps == 1000
     assert training.num_skipped == 900
-    assert sum(training.culprits.values()) == training_module._MAX_NAMED
+    assert sum(training.nonfinite_sites.values()) == OptimizationConfig().max_named
 
 
 def test_nothing_to_train():
@@ -134,12 +139,13 @@ def test_gradients_are_clipped_against_their_running_median():
 
     objective = Bowl({30: "steep"})
     trained = list(objective.parameters().values())
-    optimiser = Plain(objective.parameters(), 0.0)
-    training = Training(objective, objective.parameters(), optimiser, Schedule(200, 1000), 8)
+    optimizer = Plain(trained, 0.0, (0.9, 0.99))
+    schedule = trainer_of(objective).schedule
+    training = Training(objective, objective.parameters(), optimizer, schedule, 8)
     norms = []
     for _ in range(40):
         training.step()
-        norms.append(max(optimiser.seen))
+        norms.append(max(optimizer.seen))
     usual = sorted(norms)[20]
     assert max(norms) == norms[29]
     assert 2 * usual < norms[29] < 10 * usual
@@ -160,8 +166,7 @@ def test_candidates():
 def test_steps_for_the_tails():
     """The last steps are theirs, and the parameters before them stay a candidate."""
     objective = Bowl()
-    training = training_of(objective)
-    training.schedule = Schedule(100, 1000, has_tail_steps=True)
+    training = training_of(objective, 100, tail_steps=100)
     start = training.schedule.tail_start
     assert 50 < start < 100
     run(training, start)
@@ -210,7 +215,7 @@ def test_state(at):
         torch.tensor(whole.losses).nan_to_num(7), torch.tensor(second.losses).nan_to_num(7)
     )
     assert whole.num_skipped == second.num_skipped == 2
-    assert whole.culprits == second.culprits
+    assert whole.nonfinite_sites == second.nonfinite_sites
     for name, values in whole.candidates().items():
         assert all(torch.equal(a, b) for a, b in zip(values, second.candidates()[name])), name
 
@@ -236,3 +241,19 @@ def test_gap_to_the_evidence():
     # the standard error is 0.8 / sqrt(5000), and that of the evidence about as large
     assert abs(training_of(Weighted())._gap() - 0.32) < 0.06
     assert training_of(Bowl())._gap() == 0.0
+
+
+def test_trainings_of_a_trainer():
+    """Each begins at the present parameters; nothing to train is an error before the first step."""
+
+    class Nothing(Bowl):
+        def parameters(self):
+            return {}
+
+    with pytest.raises(ValueError, match="nothing to train"):
+        training_of(Nothing())
+    trainer = trainer_of(Bowl(), 10)
+    first, second = trainer.new(0.05), trainer.new(0.05, trainer.schedule.constant())
+    assert first.schedule.end == 10
+    assert second.schedule.end is None
+    assert first.parameters["x"] is second.parameters["x"]

@@ -10,20 +10,24 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
 from pyro_artransform import AutoAutoregressive, AutoIAF, AutoMAF, spline_autoregressive
-from pyro_artransform.inference.objectives.elbo import PathObjective, PyroObjective, offers_protocol
+from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.data.loader import Batch
+from pyro_artransform.inference.objectives.path_gradient import PathObjective
+from pyro_artransform.inference.objectives.pyro_elbo import PyroObjective
 from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.protocols import FlowGuide
 from tests.inference import models
 from tests.inference.models import small
 
 
 def path(model, guide):
     guide.set_up()
-    return PathObjective(LogJoint(model), guide)
+    return PathObjective(LogJoint(model), guide, OptimizationConfig())
 
 
 def by_pyro(model, guide):
     guide()
-    return PyroObjective(model, guide, ((), {}), LogJoint(model))
+    return PyroObjective(model, guide, Batch((), {}), LogJoint(model))
 
 
 def gradients(objective, count):
@@ -112,7 +116,7 @@ def test_parameters_of_guide_and_model():
     assert set(found) == own | {"noise"}
     assert all(p.requires_grad and p.is_leaf for p in found.values())
     assert len({id(p) for p in found.values()}) == len(found)
-    # the same objects each time: an optimiser holds them
+    # the same objects each time: an optimizer holds them
     assert all(p is found[name] for name, p in objective.parameters().items())
     assert gradients(objective, 4)[list(found).index("noise")].abs() > 0
 
@@ -196,7 +200,7 @@ def test_a_model_that_fails_for_some_draws_is_vectorised_all_the_same():
 
 
 @pytest.mark.parametrize("make", [path, by_pyro])
-def test_culprits(make):
+def test_nonfinite_sites(make):
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("fine", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
@@ -206,14 +210,14 @@ def test_culprits(make):
         objective = make(model, small(model))
     while objective.loss(16).isfinite():
         pass
-    assert objective.culprits() == ["broken"]
+    assert objective.nonfinite_sites() == ["broken"]
 
 
 @pytest.mark.parametrize("make", [path, by_pyro])
-def test_no_culprits(make):
+def test_no_nonfinite_sites(make):
     objective = make(models.regression, small(models.regression))
     objective.loss(4)
-    assert objective.culprits() == []
+    assert objective.nonfinite_sites() == []
 
 
 def test_draws_that_are_not_finite_are_the_guides_own_fault():
@@ -222,7 +226,7 @@ def test_draws_that_are_not_finite_are_the_guides_own_fault():
     with torch.no_grad():
         guide.transform.transforms[1].loc.fill_(torch.nan)
     objective.loss(4)
-    assert objective.culprits() == ["the guide's own draws"]
+    assert objective.nonfinite_sites() == ["the guide's own draws"]
 
 
 def test_leaves_nothing_behind(caplog):
@@ -230,7 +234,7 @@ def test_leaves_nothing_behind(caplog):
     guide, log_joint = AutoNormal(models.regression), LogJoint(models.regression)
     guide()
     with poutine.trace() as traced:
-        objective = PyroObjective(models.regression, guide, ((), {}), log_joint)
+        objective = PyroObjective(models.regression, guide, Batch((), {}), log_joint)
         objective.loss(4)
         objective.parameters()
     assert "sample" not in {node["type"] for node in traced.trace.nodes.values()}
@@ -238,7 +242,7 @@ def test_leaves_nothing_behind(caplog):
     assert not caplog.records
 
 
-def test_who_offers_the_protocol():
-    assert offers_protocol(small(models.regression))
-    assert not offers_protocol(AutoNormal(models.regression))
-    assert not offers_protocol(models.hand_written)
+def test_who_is_trained_by_the_path_gradient():
+    assert isinstance(small(models.regression), FlowGuide)
+    assert not isinstance(AutoNormal(models.regression), FlowGuide)
+    assert not isinstance(models.hand_written, FlowGuide)

@@ -6,11 +6,10 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.infer import config_enumerate
 
-from pyro_artransform.guides import AutoIAF
-from pyro_artransform.guides.sites import records as structure
+from pyro_artransform.guides import AutoIAF, model_checks
+from pyro_artransform.guides.spec import SiteShape
 from tests.guides import models
 
 
@@ -89,13 +88,13 @@ def test_the_second_look_leaves_the_random_state():
             torch.rand(3)
 
     pyro.set_rng_seed(3)
-    poutine.trace(poutine.block(AutoIAF(model).model, structure.is_hidden)).get_trace()
+    poutine.trace(poutine.block(AutoIAF(model).model, model_checks.is_hidden)).get_trace()
     after_one_run = torch.get_rng_state()
     pyro.set_rng_seed(3)
     rng_state = torch.get_rng_state()
     wrapped = AutoIAF(model).model
     trace = poutine.trace(wrapped).get_trace()
-    structure.refuse_moving_structure(trace, wrapped, rng_state)
+    model_checks.refuse_moving_structure(trace, wrapped, rng_state)
     assert torch.equal(torch.get_rng_state(), after_one_run)
 
 
@@ -201,30 +200,6 @@ def test_other_shapes_run_the_model_once():
     assert runs == [3, 8]
 
 
-def test_shapes_of_arguments():
-    arguments = (torch.zeros(2, 3), [1, {"x": torch.zeros(4)}], None, list(range(1000)))
-    assert structure.shapes_of(arguments) == (
-        4,
-        (2, 3),
-        (2, None, {"x": (4,)}),
-        None,
-        (1000, None),
-    )
-
-
-def test_same_support():
-    interval, same = constraints.interval, structure.same_support
-    assert same(interval(0.0, torch.ones(2)), interval(0.0, torch.ones(2)))
-    assert not same(interval(0.0, torch.ones(2)), interval(0.0, torch.tensor([1.0, 2.0])))
-    assert not same(interval(0.0, 1.0), constraints.half_open_interval(0.0, 1.0))
-    nested = [constraints.independent(interval(0.0, upper), 1) for upper in (1.0, 1.0, 2.0)]
-    assert same(nested[0], nested[1])
-    assert not same(nested[0], nested[2])
-    cat = [constraints.cat([interval(0.0, upper), constraints.real]) for upper in (1.0, 1.0, 2.0)]
-    assert same(cat[0], cat[1])
-    assert not same(cat[0], cat[2])
-
-
 def test_the_prototype_holds_neither_data_nor_graph():
     scale = torch.ones((), requires_grad=True)
 
@@ -236,7 +211,7 @@ def test_the_prototype_holds_neither_data_nor_graph():
     guide(models.data())
     assert list(guide.prototype_trace.nodes) == ["a", "b"]
     for site in guide.prototype_trace.nodes.values():
-        assert isinstance(site["fn"], structure.SiteShape)
+        assert isinstance(site["fn"], SiteShape)
         assert not site["value"].requires_grad
     support = guide.prototype_trace.nodes["b"]["fn"].support
     assert not support.lower_bound.requires_grad

@@ -17,7 +17,7 @@ from tests.guides import models
 @pytest.mark.parametrize("guide", [AutoIAF, AutoMAF])
 @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "wide", None, True])
 def test_bad_init_scale(guide, scale):
-    with pytest.raises(ValueError, match="init_scale: expected a positive number, got "):
+    with pytest.raises(ValueError, match="init_scale: expected a positive finite number, got "):
         guide(models.regression, init_scale=scale)
 
 
