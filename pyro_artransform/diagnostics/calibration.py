@@ -28,7 +28,7 @@ class SBC:
     """The ranks of true values among draws of the posteriors of their data.
 
     :param ranks: for each site integers from 0 to ``num_draws``, of shape ``(num_simulations,) +
-        site shape``. They are uniform if the posteriors are right.
+        site shape``; uniform if the posteriors are right.
     :param num_draws: the number of draws of each posterior.
     """
 
@@ -43,8 +43,7 @@ class SBC:
     def pvalues(self) -> Values:
         """The p-value of uniform ranks for each coordinate, by site, each of the site's shape.
 
-        The test sees the whole distribution of ranks
-        (:func:`~pyro_artransform.diagnostics.uniformity_pvalue`).
+        It is that of :func:`~pyro_artransform.diagnostics.uniformity_pvalue`.
         """
         flat = [ranks.reshape(self.num_simulations, -1) for ranks in self.ranks.values()]
         # of all at once, which share most of the work
@@ -65,7 +64,7 @@ class SBC:
         return bool((pvalues * len(pvalues)).min() >= alpha)
 
     def coverage(self, levels: Sequence[float] | Tensor = (0.5, 0.9)) -> Values:
-        """The share of true values inside of central intervals; right ones have the levels.
+        """The share of true values in central intervals; for right posteriors it is the level.
 
         :param levels: q probabilities.
         :return: for each site a tensor of shape ``(q,) + site shape``.

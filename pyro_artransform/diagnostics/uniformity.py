@@ -8,7 +8,7 @@ from torch import Tensor
 
 _MAX_POINTS = 100
 _AT_A_TIME = 64
-# ties are as far out as the worst point, whatever round-off says
+# ties count as being as far out as the worst point, despite round-off
 _ABOVE_TIES = 1 + 1e-9
 
 
@@ -16,8 +16,8 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
     r"""The p-value of uniform ranks, by the point where their distribution function fits worst.
 
     The number of ranks up to r is binomial if ranks are uniform. The statistic is the smallest
-    two-sided binomial tail probability over r; its p-value is the probability that the path of such
-    numbers anywhere gets as far out, which a recursion over r gives exactly.
+    two-sided binomial tail probability over r. Its p-value is the probability that these numbers are
+    as far out at any r, which a recursion over r gives exactly.
 
     :param ranks: integers from 0 to ``num_draws``, of shape ``(S, K)``: S ranks of each of K
         quantities.
@@ -30,7 +30,8 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
        Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022),
        https://arxiv.org/abs/2103.10522
     """
-    counts = _counts_up_to(ranks, num_draws)
+    ranks = ranks.to("cpu")
+    counts = torch.stack([(ranks <= point).sum(0) for point in _points(num_draws)])
     levels = _levels(num_draws, counts)
     tails = _two_sided_tails(levels, len(ranks))
     worst = tails.gather(1, counts.long()).amin(0)
@@ -40,13 +41,13 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
 def simultaneous_bands(
     num_ranks: int, num_draws: int, level: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bands that hold the distribution function of uniform ranks as a whole.
+    """Simultaneous confidence bands of the distribution function of uniform ranks.
 
     :param num_ranks: the number of ranks, S.
     :param num_draws: the largest rank.
-    :param level: the probability that the whole function is between the bands, at least.
-    :return: the points between 0 and 1 at which they are, and the lower and the upper proportion of
-        ranks there, each of shape ``(P,)``.
+    :param level: the least probability that the whole function is between the bands.
+    :return: points between 0 and 1, and the lower and the upper proportion of ranks there, each of
+        shape ``(P,)``.
     """
     levels = _levels(num_draws, torch.zeros(1, dtype=torch.float64, device="cpu"))
     tails = _two_sided_tails(levels, num_ranks)
@@ -57,7 +58,7 @@ def simultaneous_bands(
 
 
 def _largest_rare(tails: Tensor, levels: Tensor, alpha: float) -> Tensor:
-    """The largest tail probability that is a worst one no more often than ``alpha``; -1 if none."""
+    """The largest tail probability that is the worst one at most this often; -1 if there is none."""
     candidates = tails.flatten().unique()
     candidates = candidates[candidates <= alpha] * _ABOVE_TIES
     found = candidates.new_tensor(-1.0)
@@ -84,12 +85,6 @@ def _points(num_draws: int) -> list[int]:
     return [num_draws * (i + 1) // num_points - 1 for i in range(num_points)]
 
 
-def _counts_up_to(ranks: Tensor, num_draws: int) -> Tensor:
-    """The number of ranks up to each point, shape ``(P, K)``."""
-    ranks = ranks.to("cpu")
-    return torch.stack([(ranks <= point).sum(0) for point in _points(num_draws)])
-
-
 def _levels(num_draws: int, like: Tensor) -> Tensor:
     points = like.new_tensor(_points(num_draws), dtype=torch.float64)
     return (points + 1) / (num_draws + 1)
@@ -113,12 +108,7 @@ def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
 
 
 def _probability_of_reaching(worst: Tensor, tails: Tensor, levels: Tensor) -> Tensor:
-    """The probability that the worst tail probability of uniform ranks is so small, shape ``(K,)``.
-
-    :param worst: tail probabilities, shape ``(K,)``.
-    :param tails: what :func:`_two_sided_tails` finds.
-    :param levels: the points, between 0 and 1.
-    """
+    """The probability that the worst tail probability of uniform ranks is so small, shape ``(K,)``."""
     num_ranks = tails.shape[1] - 1
     hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
     # from as many hits as a row says to as many as a column says

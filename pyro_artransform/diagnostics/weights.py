@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a guide together with their importance weights, the model's density over the guide's."""
+"""Draws of a guide with their importance weights, the model's density over the guide's."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ _LOG_WEIGHT = "_log_weight"
 class Weighted(NamedTuple):
     """Draws with their log weights, of shape ``(n,)``.
 
-    ``latent`` is on the unconstrained space, of shape ``(n, latent_dim)``, or ``None`` where the
-    guide has discrete sites; each of ``values`` has shape ``(n,) + site shape``.
+    ``latent`` is on the unconstrained space, of shape ``(n, latent_dim)``, or ``None`` where draws
+    are replayed (discrete sites, mini-batches); each of ``values`` has shape ``(n,) + site shape``.
     """
 
     latent: Tensor | None
@@ -45,14 +45,14 @@ def log_weights(
     kwargs: Mapping[str, Any] | None = None,
     log_joint: LogJoint | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws of a guide on the unconstrained space, and their log weights, by chunks.
+    """Draws of a guide on the unconstrained space, and their log weights.
 
     :param model: a Pyro model.
     :param guide: a guide of it, without discrete sites.
     :param num_samples: how many draws, n.
     :param args: the arguments of both.
     :param kwargs: their keyword arguments.
-    :param log_joint: the model's log joint density, if it is there already.
+    :param log_joint: the model's log joint density, if it is known already.
     :return: shapes ``(n, latent_dim)`` and ``(n,)``.
     :raises ValueError: if the guide lacks a latent of the model, or has discrete sites.
     """
@@ -76,19 +76,12 @@ def weighted_draws(
 ) -> Iterator[Weighted]:
     """Draws of a guide with their weights, a chunk at a time.
 
-    A guide that offers ``rsample_and_log_prob`` is asked for draws on the unconstrained space with
-    their density there. Of any other one the trace is taken, its discrete sites and auxiliary sites
-    included, and its density on the constrained space. One that is a point at some site, as
-    ``AutoDelta`` is, has an infinite density there, whatever its trace says: its log weights are
-    ``-inf``.
+    A guide with ``rsample_and_log_prob`` gives draws with their density on the unconstrained space.
+    Any other guide is traced, with its discrete and auxiliary sites, for its density on the
+    constrained space. A guide that is a point at some site, such as ``AutoDelta``, has an infinite
+    density there, whatever its trace says: its log weights are ``-inf``.
 
-    :param model: a Pyro model.
-    :param guide: a guide of it.
-    :param num_samples: how many draws.
-    :param args: the arguments of both.
-    :param kwargs: their keyword arguments.
-    :param log_joint: the model's log joint density, if it is there already.
-    :raises ValueError: if the guide lacks a latent of the model.
+    The arguments and errors are those of :func:`log_weights`, but discrete sites are allowed.
     """
     draw = _drawer(model, guide, args, dict(kwargs or {}), log_joint)
     for start in range(0, num_samples, _CHUNK):
@@ -102,12 +95,13 @@ def _drawer(
     kwargs: dict[str, Any],
     log_joint: LogJoint | None,
 ) -> Callable[[int], Weighted]:
-    """What makes so many weighted draws of a guide."""
-    if isinstance(guide, SetUpGuide):
+    """A function of n that makes n weighted draws of a guide."""
+    is_reparametrized = isinstance(guide, ReparametrizedGuide)
+    if is_reparametrized and isinstance(guide, SetUpGuide):
         guide.set_up(*args, **kwargs)
     else:
         trace = _trace(guide, args, kwargs)
-    if isinstance(guide, ReparametrizedGuide):
+    if is_reparametrized:
         return _ReparametrizedDraws(guide, log_joint or LogJoint(model, args, kwargs))
     is_discrete = any(node["fn"].support.is_discrete for node in latent_nodes(trace))
     if is_discrete or is_subsampled(trace):

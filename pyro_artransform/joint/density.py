@@ -108,11 +108,13 @@ class LogJoint:
         self._structures: dict[Any, ModelStructure] = {}
         self._first_run = self._arguments, trace
         self.latents = Latents.from_trace(trace)
+        self._event_dims: dict[str, int] = {}
+        values = {}
+        for node in latent_nodes(trace):
+            values[node["name"]] = node["value"].detach()
+            self._event_dims[node["name"]] = node["fn"].event_dim
         #: the values of the latents in the first run, shape ``(latent_dim,)``
-        self.start = self.latents.unconstrain(
-            {node["name"]: node["value"].detach() for node in latent_nodes(trace)}
-        )
-        self._event_dims = {name: site.event_dim for name, site in self.latents.sites.items()}
+        self.start = self.latents.unconstrain(values)
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = is_subsampled(trace)
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))

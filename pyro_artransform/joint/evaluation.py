@@ -17,6 +17,7 @@ then on (:func:`evaluate_many`). What is evaluated is a function of draws, by na
 """
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import pyro
@@ -99,7 +100,10 @@ def _by_loop(
 
 def stack(rows: list[Terms]) -> Terms:
     """The terms of single draws as those of many."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    stacked = {}
+    for name in rows[0]:
+        stacked[name] = torch.stack(list(map(itemgetter(name), rows)))
+    return stacked
 
 
 def choose_strategy(

@@ -77,8 +77,9 @@ def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
     plain = (int, str, type(None), float) if with_floats else (int, str, type(None))
     if isinstance(arguments, plain):
         return arguments
-    shape = getattr(arguments, "shape", None)
-    return type(arguments) if shape is None else (tuple(shape), arguments.dtype)
+    # arrays of any library
+    shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
+    return (tuple(shape), dtype) if isinstance(shape, tuple) else type(arguments)
 
 
 def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
@@ -90,8 +91,10 @@ def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
 
 def plate_nesting(*traces: poutine.Trace) -> int:
     """How many dimensions the plates of traces take, counted from the right."""
-    dims = [frame.dim for frame in frames(*traces) if frame.dim is not None]
-    return -min(dims, default=0)
+    nesting = 0
+    for frame in frames(*traces):
+        nesting = max(nesting, -(frame.dim or 0))
+    return nesting
 
 
 def is_subsampled(trace: poutine.Trace) -> bool:

@@ -27,11 +27,11 @@ def to_inference_data(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Draws of a posterior as ArviZ takes them.
+    """Draws of a posterior as an ArviZ data set, of one chain of independent draws.
 
-    The groups are ``posterior``, with deterministic sites too, ``posterior_predictive``, by Pyro's
-    ``Predictive``, ``log_likelihood`` (not if the model has discrete latents that are summed out)
-    and ``observed_data``. There is one chain, of independent draws.
+    The groups are ``posterior`` (with deterministic sites), ``posterior_predictive`` (by Pyro's
+    ``Predictive``), ``log_likelihood`` (unless the model has discrete latents that are summed out)
+    and ``observed_data``.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -65,22 +65,18 @@ def posterior_draws(
     guide: Any,
     latents: Mapping[str, Tensor],
     num_samples: int,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Values:
     """Draws of any guide: by its ``sample_posterior``, or else by Pyro's ``Predictive``.
 
-    :param guide: a guide.
-    :param latents: for each latent site a value, for its shape.
-    :param num_samples: how many draws, n.
-    :param args: the guide's arguments.
-    :param kwargs: its keyword arguments.
-    :return: for each site that the guide has a tensor of shape ``(n,) + site shape``.
+    :param latents: a value of each latent site, for its shape.
+    :return: for each site of the guide a tensor of shape ``(num_samples,) + site shape``.
     """
     if isinstance(guide, PosteriorGuide):
-        drawn = guide.sample_posterior(num_samples, *args, **(kwargs or {}))
+        drawn = guide.sample_posterior(num_samples, *args, **kwargs)
     else:
-        drawn = Predictive(guide, num_samples=num_samples)(*args, **(kwargs or {}))
+        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
     return _of_shapes(drawn, latents, num_samples)
 
 

@@ -17,10 +17,7 @@ _MAX_ROWS = 50
 
 
 class Summary(dict[str, Values]):
-    """Moments and quantiles of each site, tensors of the site's shape; printed as a table.
-
-    ``summary["theta"]["mean"]``, and likewise ``"sd"`` and ``"5%"``.
-    """
+    """Moments and quantiles of each site, such as ``summary["theta"]["mean"]``; printed as a table."""
 
     def __repr__(self) -> str:
         columns = list(next(iter(self.values()), {}))

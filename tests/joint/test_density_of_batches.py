@@ -96,38 +96,3 @@ def test_nonfinite_sites_of_any_part():
     bad = torch.full((3,), torch.inf)
     mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((bad,), {})], [1.0, 1.0])
     assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
-
-
-# What a run looks like
-
-
-def test_model_structure():
-    def both(y):
-        model(y)
-        with pyro.plate("groups", 10, subsample_size=5):
-            pyro.sample("part", dist.Normal(0.0, 1.0))
-        with pyro.plate("items", 4):
-            pyro.sample("all", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-
-    structure = LogJoint(both, (Y[:3],)).structure((Y[:2],))
-    assert {name: tuple(shape) for name, shape in structure.shapes.items()} == {
-        **{"loc": (), "width": (), "part": (5,), "all": (4, 2)}
-    }
-    assert structure.global_latents == ["loc", "width"]
-    assert structure.subsampled_latents == ["part"]
-    assert structure.scale == 3.5
-    assert structure.is_scaled
-    whole = LogJoint(model, (Y,)).structure((Y,))
-    assert (whole.scale, whole.is_scaled, whole.subsampled_latents) == (1.0, False, [])
-
-
-def test_model_structures_go_by_numbers_too():
-    """As where the number of all rows is an argument."""
-
-    def sized(y, size):
-        with pyro.plate("data", size, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    log_joint = LogJoint(sized, (Y, 7))
-    assert [log_joint.structure((Y, size)).scale for size in (7, 14, 28)] == [1.0, 2.0, 4.0]

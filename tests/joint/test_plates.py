@@ -1,0 +1,85 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The structure of a run."""
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.plates import argument_signature
+
+SIZE = 7
+
+
+def model(y, scale=1.0):
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 3.0))
+    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", SIZE, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(loc, width * scale), obs=y)
+
+
+Y = torch.linspace(-1.0, 2.0, SIZE)
+
+
+def test_model_structure():
+    def both(y):
+        model(y)
+        with pyro.plate("groups", 10, subsample_size=5):
+            pyro.sample("part", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", 4):
+            pyro.sample("all", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    structure = LogJoint(both, (Y[:3],)).structure((Y[:2],))
+    assert {name: tuple(shape) for name, shape in structure.shapes.items()} == {
+        **{"loc": (), "width": (), "part": (5,), "all": (4, 2)}
+    }
+    assert structure.global_latents == ["loc", "width"]
+    assert structure.subsampled_latents == ["part"]
+    assert structure.scale == 3.5
+    assert structure.is_scaled
+    whole = LogJoint(model, (Y,)).structure((Y,))
+    assert (whole.scale, whole.is_scaled, whole.subsampled_latents) == (1.0, False, [])
+
+
+def test_model_structures_go_by_numbers_too():
+    """As where the number of all rows is an argument."""
+
+    def sized(y, size):
+        with pyro.plate("data", size, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    log_joint = LogJoint(sized, (Y, 7))
+    assert [log_joint.structure((Y, size)).scale for size in (7, 14, 28)] == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.zeros(3), torch.zeros(4)),
+        (torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float32)),
+        (np.zeros(3), np.zeros((3, 1))),
+        ({"n": 1}, {"n": 2}),
+        ({"n": 1}, {"m": 1}),
+        (["a", torch.zeros(2)], ["b", torch.zeros(2)]),
+        (list(range(20)), list(range(21))),
+        (None, torch.zeros(())),
+        (dist.Normal, "Normal"),
+    ],
+)
+def test_signatures_that_differ(a, b):
+    found = [argument_signature(((value,), {})) for value in (a, a, b)]
+    assert found[0] == found[1] != found[2]
+    assert len(set(found)) == 2
+
+
+def test_signatures_that_are_equal():
+    """Values of tensors and of floats do not matter, nor does the end of a long sequence."""
+    a = (torch.zeros(3), 0.5, list(range(20)), {"x": 1, "y": 2})
+    b = (torch.ones(3), 0.7, [0] * 20, {"y": 2, "x": 1})
+    assert argument_signature(a) == argument_signature(b)
+    assert argument_signature(a, with_floats=True) != argument_signature(b, with_floats=True)

@@ -1,0 +1,168 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import sys
+import types
+import warnings
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer import Predictive, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_artransform import AutoIAF
+from pyro_artransform.posterior import to_inference_data
+from pyro_artransform.posterior.log_likelihood import Likelihood
+
+DATA = (1.3, 0.2, 2.9, -0.4)
+
+
+def model(values=None):
+    """A scalar, a vector and a deterministic site, and data in a plate."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.deterministic("total", beta.sum(-1))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(beta[..., 0], scale), obs=values)
+
+
+def in_plates(values=None):
+    """A local latent too, for draws in parallel."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.1), obs=values)
+
+
+def data():
+    return torch.tensor(DATA)
+
+
+# Predictions
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_pyros_predictive(parallel):
+    """A guide of the local latents: each datum's predictions follow its latent."""
+    start = pyro.infer.autoguide.init_to_value(values={"mean": torch.tensor(1.0), "z": data()})
+    guide = AutoIAF(in_plates, init_loc_fn=start, init_scale=0.2)
+    guide(data())
+    predictive = Predictive(in_plates, guide=guide, num_samples=500, parallel=parallel)
+    found = predictive()
+    assert found["z"].shape[:1] + found["z"].shape[-1:] == (500, 4)
+    assert found["y"].shape == (500, 4)
+    # in 500 draws of sd 0.22 five standard errors are 0.05
+    assert torch.allclose(found["y"].mean(0), data(), atol=0.05)
+    assert torch.allclose(found["y"].std(0), torch.tensor(0.22), atol=0.05)
+    residual = found["y"] - found["z"].reshape(500, 4)
+    assert torch.allclose(residual.std(0), torch.tensor(0.1), atol=0.02)
+
+
+@pytest.fixture
+def arviz():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("arviz")
+
+
+@pytest.mark.parametrize("make", [AutoIAF, AutoNormal])
+def test_to_inference_data(arviz, make):
+    guide = make(model)
+    found = to_inference_data(model, guide, 50, data())
+    shapes = {
+        group: {name: tuple(found[group][name].shape) for name in found[group].data_vars}
+        for group in ("posterior", "posterior_predictive", "log_likelihood", "observed_data")
+    }
+    assert shapes == {
+        "posterior": {"scale": (1, 50), "beta": (1, 50, 2), "total": (1, 50)},
+        "posterior_predictive": {"y": (1, 50, 4)},
+        "log_likelihood": {"y": (1, 50, 4)},
+        "observed_data": {"y": (4,)},
+    }
+    _check_rows(found)
+
+
+def _check_rows(found):
+    """What is in a row belongs to one draw."""
+    group = {k: torch.tensor(v.values)[0] for k, v in found["posterior"].data_vars.items()}
+    assert torch.allclose(group["total"], group["beta"].sum(-1))
+    expected = dist.Normal(group["beta"][:, :1], group["scale"][:, None]).log_prob(data())
+    assert torch.allclose(torch.tensor(found["log_likelihood"]["y"].values)[0], expected)
+    assert torch.allclose(torch.tensor(found["observed_data"]["y"].values), data())
+    predicted = torch.tensor(found["posterior_predictive"]["y"].values)[0]
+    assert not torch.allclose(predicted, data().expand(50, 4))
+
+
+def test_predictions_come_from_the_draws(arviz):
+    start = pyro.infer.autoguide.init_to_value(values={"mean": torch.tensor(1.0), "z": data()})
+    guide = AutoIAF(in_plates, init_loc_fn=start, init_scale=0.01)
+    found = to_inference_data(in_plates, guide, 200, data())
+    predicted = torch.tensor(found["posterior_predictive"]["y"].values)[0]
+    assert torch.allclose(predicted.mean(0), data(), atol=0.05)
+
+
+def test_predictions_of_vectors_and_plates(arviz):
+    """As many draws as data, which would hide a dimension in the wrong place."""
+
+    def vectors(values):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(beta[..., 0], 0.01), obs=values)
+
+    assert Likelihood(vectors, (data(),), {}).strategy({"beta": torch.randn(4, 2)}) == "plate"
+    found = to_inference_data(vectors, AutoIAF(vectors, init_scale=1.0), 4, data())
+    beta, y = (torch.tensor(found[g][k].values)[0] for g, k in PREDICTED)
+    assert torch.allclose(y, beta[:, :1].expand(4, 4), atol=0.05)
+
+
+PREDICTED = (("posterior", "beta"), ("posterior_predictive", "y"))
+
+
+def test_no_likelihood_of_discrete_latents_that_are_summed_out(arviz):
+    @config_enumerate
+    def mixture(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z + kind, 1.0), obs=values)
+
+    found = to_inference_data(mixture, AutoIAF(mixture), 20, data())
+    assert "log_likelihood" not in list(
+        found.groups() if callable(found.groups) else found.children
+    )
+    assert found["posterior_predictive"]["y"].shape == (1, 20, 4)
+
+
+def test_a_model_without_data(arviz):
+    def prior():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    found = to_inference_data(prior, AutoIAF(prior), 20)
+    assert list(found.groups() if callable(found.groups) else found.children) == ["posterior"]
+
+
+def test_newer_arviz_takes_one_dict(monkeypatch):
+    given = {}
+
+    def from_dict(data, *, name=None):
+        given.update(data)
+        return "tree"
+
+    monkeypatch.setitem(sys.modules, "arviz", types.SimpleNamespace(from_dict=from_dict))
+    assert to_inference_data(model, AutoIAF(model), 7, data()) == "tree"
+    assert list(given) == ["posterior", "posterior_predictive", "log_likelihood", "observed_data"]
+    assert given["posterior"]["beta"].shape == (1, 7, 2)
+
+
+def test_without_arviz(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match=r"pip install pyro_artransform\[arviz\]"):
+        to_inference_data(model, AutoIAF(model), 10, data())
+
+
+@pytest.mark.parametrize("count", [0, 1.5, True])
+def test_bad_counts(count):
+    with pytest.raises(ValueError, match="num_samples: expected a positive integer, got"):
+        to_inference_data(model, AutoIAF(model), count, data())
