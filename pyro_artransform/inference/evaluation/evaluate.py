@@ -16,8 +16,8 @@ from ...joint import LogJoint
 from ..config import EvaluationConfig
 from ..initialization.newton import Modes
 from ..objectives.minibatch_elbo import MinibatchObjective
-from .missed_modes import find_missed_modes
-from .verdict import FitStatus, Verdict, judge, judge_minibatches
+from .missed_modes import MissedModeSearch
+from .verdict import FitStatus, Verdict, about_minibatches, judge
 
 # enough to see that all draws of a site are the same
 _NUM_POINT_DRAWS = 8
@@ -84,7 +84,8 @@ def evaluate(
     status = status._replace(is_point=is_point, is_subsampled=log_joint.is_subsampled)
     missed = None
     if draws is not None and not (is_point or log_joint.is_subsampled):
-        missed = find_missed_modes(log_joint, draws, found.log_evidence, modes, config)
+        search = MissedModeSearch(log_joint, config)
+        missed = search.find(draws, found.log_evidence, modes)
     verdict = judge(found, missed, status, config)
     return Evaluation(
         found.elbo, found.elbo_se, found.num_samples, found, log_joint.is_subsampled, verdict
@@ -112,8 +113,8 @@ def evaluate_minibatches(
         value.is_floating_point() and bool((value == value[:1]).all()) for value in values
     )
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
-    status = status._replace(is_point=is_point)
-    verdict = judge_minibatches(found, weights, is_of_all, status, config)
+    about = about_minibatches(found, weights, is_of_all)
+    verdict = judge(weights, None, status._replace(is_point=is_point), config, about)
     return Evaluation(found.elbo, found.elbo_se, found.num_draws, weights, False, verdict)
 
 

@@ -11,6 +11,7 @@ guide has found, and those reached by climbs from overdispersed starts.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,41 +40,111 @@ class MissedModes(NamedTuple):
     num_lost: int
 
 
-class DistinctModes(NamedTuple):
-    """Modes that are not the same, and the log evidence of each by its curvature."""
-
-    gaussians: Gaussians
-    log_masses: Tensor
-
-
-def find_missed_modes(
-    log_density: LogDensity,
-    draws: Tensor,
-    log_evidence: float,
-    modes: Modes | None,
-    config: EvaluationConfig,
-) -> MissedModes:
-    """Searches for mass of the posterior that a guide has missed.
+@dataclass(frozen=True)
+class MissedModeSearch:
+    """A search for mass of the posterior that a guide has missed.
 
     :param log_density: the log joint density of the model.
-    :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
-    :param log_evidence: the log evidence according to them.
-    :param modes: the modes that are known already.
     :param config: how many draws and climbs to spend.
     """
-    draws = draws[draws.isfinite().all(-1)]
-    if len(draws) < 2:
-        return MissedModes(math.nan, math.nan, 0.0, 0)
-    around = _fit_gaussian(draws, config.heavy_inflation)
-    distinct = _distinct(modes, _climb_from_afar(log_density, around, config), config)
-    found = weigh_heavy_tailed(log_density, around, distinct, config)
-    reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
-    if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
-        # draws do not find the mass that a curvature suggests
-        return MissedModes(found.log_evidence, found.log_evidence_se, 0.0, 0)
-    share, count = (0.0, 0) if distinct is None else _lost(draws, distinct, log_evidence, config)
-    log_z = found.log_evidence if reliable else math.nan
-    return MissedModes(log_z, found.log_evidence_se, share, count)
+
+    log_density: LogDensity
+    config: EvaluationConfig
+
+    def find(self, draws: Tensor, log_evidence: float, modes: Modes | None) -> MissedModes:
+        """Searches outside of a guide.
+
+        :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
+        :param log_evidence: the log evidence according to them.
+        :param modes: the modes that are known already.
+        """
+        draws, config = draws[draws.isfinite().all(-1)], self.config
+        if len(draws) < 2:
+            return MissedModes(math.nan, math.nan, 0.0, 0)
+        around = _fit_gaussian(draws, config.heavy_inflation)
+        modes = self._distinct(modes, self._climb_from_afar(around))
+        found = self.weigh_heavy_tailed(around, modes)
+        reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
+        if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
+            # draws do not find the mass that a curvature suggests
+            return MissedModes(found.log_evidence, found.log_evidence_se, 0.0, 0)
+        share, count = (0.0, 0) if modes is None else self._lost(draws, modes, log_evidence)
+        log_z = found.log_evidence if reliable else math.nan
+        return MissedModes(log_z, found.log_evidence_se, share, count)
+
+    def _climb_from_afar(self, around: Gaussians) -> Modes | None:
+        """The modes above points far outside of a Gaussian, if Hessians are affordable."""
+        if self.log_density.latents.latent_dim > self.config.max_hessian_dim:
+            return None
+        points = self._overdispersed_points(around)
+        if not len(points):
+            return None
+        noise, max_steps = torch.zeros_like(points[:1]), self.config.max_newton_steps
+        try:
+            return climb(self.log_density, points, noise, max_steps)[0]
+        except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
+            return None
+
+    def _overdispersed_points(self, around: Gaussians) -> Tensor:
+        """Far points: half of them any, half those whose density exceeds the Gaussian's the most."""
+        (loc,), (scale_tril,) = around
+        screened, count = self.config.num_screened, self.config.num_climbs
+        if self.log_density.strategy == "loop":
+            screened, count = self.config.num_screened_by_loop, self.config.num_climbs_by_loop
+        noise = torch.randn_like(loc.expand(screened, -1))
+        far = loc.new_tensor(self.config.far)
+        far = far.repeat(math.ceil(screened / len(far)))[:screened, None]
+        points = loc + far * noise @ scale_tril.T
+        density = evaluate_density(self.log_density, points)
+        points, density = points[density.isfinite()], density[density.isfinite()]
+        half = count // 2
+        excess = density + 0.5 * points.shape[-1] * _distances(around, points)[0]
+        order = excess[half:].argsort(descending=True)[: count - half]
+        return torch.cat([points[:half], points[half:][order]])
+
+    def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
+        """The maxima that are not the same, those with the most mass first."""
+        parts = list(filter(None, (known, found)))
+        if not parts:
+            return None
+        gaussians, values, converged = zip(*parts)
+        modes = Modes(concatenate(gaussians), torch.cat(values), torch.cat(converged))
+        kept: list[int] = []
+        for i in modes.log_masses().argsort(descending=True).tolist():
+            if not bool(modes.converged[i]) or len(kept) == self.config.max_modes:
+                continue
+            distances = _distances(modes.gaussians.take(kept), modes.gaussians.loc[i : i + 1])
+            if bool((distances > self.config.min_mode_distance).all()):
+                kept.append(i)
+        return modes.take(kept) if kept else None
+
+    def _lost(self, draws: Tensor, modes: Modes, log_evidence: float) -> tuple[float, int]:
+        """The share of the mass in modes with next to no draws, and the number of these modes."""
+        ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
+        share_of_draws = (_distances(modes.gaussians, draws) < ball).double().mean(-1)
+        share = (modes.log_masses().double() - log_evidence).exp()
+        share = share / (1 + share)
+        has_few = share_of_draws < self.config.min_draws_share * share
+        lost = (share > self.config.max_lost) & has_few
+        return float(share[lost].sum().clamp(max=1.0)), int(lost.sum())
+
+    def weigh_heavy_tailed(self, around: Gaussians, modes: Modes | None) -> Importance:
+        """Importance sampling from a mixture of Student's t around the guide and around each mode."""
+        mixture = around if modes is None else concatenate([around, modes.gaussians])
+        count, degrees = len(mixture.loc), self.config.heavy_degrees
+        guide_share = self.config.heavy_guide_share if count > 1 else 1.0
+        others = (1 - self.config.heavy_guide_share) / max(count - 1, 1)
+        shares = mixture.loc.new_tensor([guide_share] + [others] * (count - 1))
+        which = torch.multinomial(shares, self.config.num_heavy, replacement=True)
+        draws = mixture.loc[which]
+        noise = torch.randn_like(draws)
+        gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], degrees)).sample()
+        noise = noise * (degrees / gamma).sqrt()
+        for k, scale_tril in enumerate(mixture.scale_tril):
+            # a scale for each draw would take their number times D^2 of memory
+            draws[which == k] += noise[which == k] @ scale_tril.mT
+        log_q = (_student_log_probs(mixture, draws, degrees) + shares.log()[:, None]).logsumexp(0)
+        return Importance.from_log_weights(evaluate_density(self.log_density, draws) - log_q)
 
 
 def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
@@ -87,114 +158,11 @@ def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
     return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
 
 
-def _climb_from_afar(
-    log_density: LogDensity, around: Gaussians, config: EvaluationConfig
-) -> Modes | None:
-    """The modes above points far outside of a Gaussian, as far as Hessians are affordable."""
-    if log_density.latents.latent_dim > config.max_hessian_dim:
-        return None
-    points = _overdispersed_points(log_density, around, config)
-    if not len(points):
-        return None
-    try:
-        modes, _ = climb(log_density, points, torch.zeros_like(points[:1]), config.max_newton_steps)
-    except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
-        return None
-    return modes
-
-
-def _overdispersed_points(
-    log_density: LogDensity, around: Gaussians, config: EvaluationConfig
-) -> Tensor:
-    """Far points: half of them any, half those whose density exceeds the Gaussian's tail the most."""
-    (loc,), (scale_tril,) = around
-    screened, count = config.num_screened, config.num_climbs
-    if log_density.strategy == "loop":
-        screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
-    noise = torch.randn_like(loc.expand(screened, -1))
-    far = loc.new_tensor(config.far).repeat(math.ceil(screened / len(config.far)))[:screened, None]
-    points = loc + far * noise @ scale_tril.T
-    density = evaluate_density(log_density, points)
-    points, density = points[density.isfinite()], density[density.isfinite()]
-    half = count // 2
-    excess = density + 0.5 * points.shape[-1] * _distances(around, points)[0]
-    order = excess[half:].argsort(descending=True)[: count - half]
-    return torch.cat([points[:half], points[half:][order]])
-
-
-def _distinct(
-    known: Modes | None, found: Modes | None, config: EvaluationConfig
-) -> DistinctModes | None:
-    """The maxima that are not the same, those with the most mass first (Laplace's approximation)."""
-    parts = list(filter(None, (known, found)))
-    if not parts:
-        return None
-    groups, values, converged = zip(*parts)
-    gaussians = concatenate(groups)
-    constant = 0.5 * gaussians.loc.shape[-1] * math.log(2 * math.pi)
-    masses = torch.cat(values) + gaussians.log_volume() + constant
-    is_maximum, kept = torch.cat(converged), list[int]()
-    for i in masses.argsort(descending=True).tolist():
-        if not bool(is_maximum[i]) or len(kept) == config.max_modes:
-            continue
-        distances = _distances(gaussians.take(kept), gaussians.loc[i : i + 1])
-        if bool((distances > config.min_mode_distance).all()):
-            kept.append(i)
-    return DistinctModes(gaussians.take(kept), masses[kept]) if kept else None
-
-
 def _distances(gaussians: Gaussians, points: Tensor) -> Tensor:
-    """Squared distances of points from each Gaussian in its own units, divided by the dimension.
-
-    :param gaussians: S of them.
-    :param points: shape ``(n, D)``.
-    :return: shape ``(S, n)``.
-    """
+    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
     away = (points - gaussians.loc[:, None]).mT
     units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)
     return (units**2).mean(-2)
-
-
-def _lost(
-    draws: Tensor, modes: DistinctModes, log_evidence: float, config: EvaluationConfig
-) -> tuple[float, int]:
-    """The share of the mass in modes with next to no draws, and the number of these modes."""
-    ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
-    share_of_draws = (_distances(modes.gaussians, draws) < ball).double().mean(-1)
-    share = (modes.log_masses.double() - log_evidence).exp()
-    share = share / (1 + share)
-    lost = (share > config.max_lost) & (share_of_draws < config.min_draws_share * share)
-    return float(share[lost].sum().clamp(max=1.0)), int(lost.sum())
-
-
-def weigh_heavy_tailed(
-    log_density: LogDensity,
-    around: Gaussians,
-    modes: DistinctModes | None,
-    config: EvaluationConfig,
-) -> Importance:
-    """Importance sampling from a mixture of Student's t around the guide and around each mode.
-
-    :param log_density: the log joint density of the model.
-    :param around: the Gaussian of the guide, S = 1.
-    :param modes: the modes.
-    :param config: the number of draws, and the mixture.
-    """
-    mixture = around if modes is None else concatenate([around, modes.gaussians])
-    count, degrees = len(mixture.loc), config.heavy_degrees
-    others = (1 - config.heavy_guide_share) / max(count - 1, 1)
-    weights = [config.heavy_guide_share if count > 1 else 1.0] + [others] * (count - 1)
-    shares = mixture.loc.new_tensor(weights)
-    which = torch.multinomial(shares, config.num_heavy, replacement=True)
-    noise = torch.randn_like(mixture.loc[which])
-    gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], degrees)).sample()
-    noise = noise * (degrees / gamma).sqrt()
-    draws = mixture.loc[which]
-    for k, scale_tril in enumerate(mixture.scale_tril):
-        # a scale for each draw would take their number times D^2 of memory
-        draws[which == k] += noise[which == k] @ scale_tril.mT
-    log_q = (_student_log_probs(mixture, draws, degrees) + shares.log()[:, None]).logsumexp(0)
-    return Importance.from_log_weights(evaluate_density(log_density, draws) - log_q)
 
 
 def _student_log_probs(gaussians: Gaussians, points: Tensor, degrees: float) -> Tensor:

@@ -15,6 +15,16 @@ from ..config import EvaluationConfig
 from ..objectives.minibatch_elbo import PassEstimate
 from .missed_modes import MissedModes
 
+_POINT = (
+    "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
+    "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
+)
+_SUBSAMPLED = (
+    "the model sub-samples its data, so that the numbers below rest on the noisy density of "
+    "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
+    "diagnostics.importance with a model that sees all data"
+)
+
 
 class Verdict(NamedTuple):
     """Whether a posterior can be trusted, and the sentence that says so."""
@@ -29,7 +39,7 @@ class FitStatus(NamedTuple):
     :param skipped_share: the share of steps that were skipped, from 0 to 1.
     :param is_complete: whether the fit ended by itself.
     :param is_point: whether the guide is a single value at some site.
-    :param is_subsampled: whether the model sees one mini-batch of its data at a time.
+    :param is_subsampled: whether the model draws mini-batches of its data itself.
     """
 
     skipped_share: float = 0.0
@@ -39,77 +49,57 @@ class FitStatus(NamedTuple):
 
 
 def judge(
-    weights: Importance, missed: MissedModes | None, status: FitStatus, config: EvaluationConfig
+    weights: Importance | None,
+    missed: MissedModes | None,
+    status: FitStatus,
+    config: EvaluationConfig,
+    about_minibatches: str = "",
 ) -> Verdict:
     """The verdict on a fit.
 
-    :param weights: the weights of the guide's own draws.
+    :param weights: the weights of the guide's own draws; ``None`` if mini-batches hide them.
     :param missed: what was found outside of the guide; ``None`` if it was not computed.
     :param status: how the fit ended.
     :param config: the bounds of trust.
+    :param about_minibatches: what :func:`about_minibatches` says of a fit that had a loader.
     """
     objections = list(_about_steps(status, config))
-    if status.is_point:
-        objections.append(_POINT)
-    elif status.is_subsampled:
-        objections.append(
-            "the model sub-samples its data, so that the numbers below rest on the noisy density of "
-            "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
-            "diagnostics.importance with a model that sees all data"
-        )
-    else:
+    if status.is_point or status.is_subsampled:
+        objections.append(_POINT if status.is_point else _SUBSAMPLED)
+    elif weights is not None:
         objections += _about_weights(weights, config)
         if missed is not None:
             objections += _about_missed_modes(weights, missed, config)
-    if objections:
+    if about_minibatches:
+        objections.append(about_minibatches)
+    if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
-    return Verdict(True, _trusted(weights, missed))
+    return Verdict(True, _about_success(weights, missed))
 
 
-_POINT = (
-    "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
-    "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
-)
-
-
-def judge_minibatches(
-    found: PassEstimate,
-    weights: Importance | None,
-    is_of_all: bool,
-    status: FitStatus,
-    config: EvaluationConfig,
-) -> Verdict:
-    """The verdict on a fit by mini-batches, which is never trusted: missed modes are not searched for.
+def about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all: bool) -> str:
+    """Why a fit by mini-batches is never trusted: missed modes are not searched for.
 
     :param found: the ELBO from one pass over the loader.
     :param weights: the weights of the guide's draws with all data, where they are known.
     :param is_of_all: whether each batch is scaled up to all data.
-    :param status: how the fit ended.
-    :param config: the bounds of trust.
     """
-    objections = list(_about_steps(status, config))
-    if status.is_point:
-        objections.append(_POINT)
-    elif weights is not None:
-        objections += _about_weights(weights, config)
     of = "of all data" if is_of_all else "of a batch, on the average,"
     known = (
         f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
     )
     if weights is not None:
-        objections.append(
+        return (
             f"{known}, and k-hat is {weights.khat:.2f} ± {weights.khat_se:.2f} by a pass over all of "
             "them, but nobody has looked for mass elsewhere. On data that fit into memory fit "
             "without a loader, which does"
         )
-    else:
-        objections.append(
-            f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
-            "weights of mini-batches are noise. On data that fit into memory run "
-            "diagnostics.importance with all of them and a model that does not sub-sample; on "
-            "others, diagnostics.sbc with simulated data"
-        )
-    return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
+    return (
+        f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
+        "weights of mini-batches are noise. On data that fit into memory run "
+        "diagnostics.importance with all of them and a model that does not sub-sample; on "
+        "others, diagnostics.sbc with simulated data"
+    )
 
 
 def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
@@ -176,7 +166,7 @@ def _about_steps(status: FitStatus, config: EvaluationConfig) -> Iterator[str]:
         )
 
 
-def _trusted(found: Importance, missed: MissedModes | None) -> str:
+def _about_success(found: Importance, missed: MissedModes | None) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "

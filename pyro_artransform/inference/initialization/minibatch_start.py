@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...joint import LogDensity, LogJoint
-from .gaussians import noise
-from .search import AS_IT_STOOD, Start, best_gaussian
-
-# a Gaussian of all latents of a mini-batch has a matrix of this size squared
-_MOST_LATENTS = 1000
-_NUM_POINTS = 4
-_NUM_DRAWS = 4000
-_NUM_COMPARED = 512
+from ...joint import LogJoint
+from ...joint.protocols import MinibatchGuide
+from ..config import InitializationConfig
+from ..data.loader import Batch
+from .gaussians import Gaussians, antithetic_noise
+from .search import UNCHANGED, GaussianSearch, InitialGuide
 
 
 class SharedPrior(LogDensity):
@@ -74,23 +71,16 @@ def find_batch_start(
     :param batch: the arguments of both.
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
     """
-    structure = log_joint.structure(*batch)
-    as_it_stands = Start(AS_IT_STOOD, float("nan"), None)
-    if (
-        not structure.global_latents
-        or log_joint.latents.latent_dim > _MOST_LATENTS
-        or log_joint.strategy == "loop"
-    ):
-        return as_it_stands
-    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
-    density = SharedPrior(log_joint, 1 / structure.scale, elements)
-    home = log_joint.start
-    found = best_gaussian(density, lambda: model(*batch[0], **batch[1]), home, _NUM_POINTS)
-    if found is None:
-        return as_it_stands
-    name, gaussians, modes = found
-    before = _compared(elbo_draws)
-    kept = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    scale = log_joint.structure(*batch).scale
+    unchanged = InitialGuide(UNCHANGED, float("nan"), None)
+    best = _best_gaussian(log_joint, model, batch, config)
+    if best is None or best[0].elbo == -torch.inf:
+        return unchanged
+    chosen, gaussian = best
+    before = _compare(elbo_draws, config)
+    saved = [parameter.detach().clone() for parameter in guide.parameters()]
+    noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
+    draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
     try:
         loc, scale_tril = gaussians.loc, gaussians.scale_tril[0]
         draws = loc + noise(loc, _NUM_DRAWS) @ scale_tril.mT
@@ -99,14 +89,29 @@ def find_batch_start(
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
     if after > before:
-        return Start(name, after, modes if structure.scale == 1 else None)
+        return InitialGuide(chosen.name, after, chosen.modes if scale == 1 else None)
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
             parameter.copy_(kept[name])
     return as_it_stands._replace(elbo=before)
 
 
-def _compared(elbo_draws: Callable[[int], Tensor]) -> float:
+def _best_gaussian(
+    log_joint: LogJoint, model: Callable[..., object], batch: Batch, config: InitializationConfig
+) -> tuple[InitialGuide, Gaussians] | None:
+    """The best Gaussian of the latents of a mini-batch; ``None`` if there is none, or it is too expensive."""
+    structure = log_joint.structure(*batch)
+    is_large = log_joint.latents.latent_dim > config.max_minibatch_latents
+    if not structure.global_latents or is_large or log_joint.strategy == "loop":
+        return None
+    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
+    density = SharedPrior(log_joint, 1 / structure.scale, elements)
+    few_points = replace(config, num_points=config.num_points_by_loop)
+    search = GaussianSearch(density, partial(model, *batch[0], **batch[1]), few_points)
+    return search.best(log_joint.start)
+
+
+def _compare(elbo_draws: Callable[[int], Tensor], config: InitializationConfig) -> float:
     """The ELBO on the same noise each time; minus infinity where it is not finite."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

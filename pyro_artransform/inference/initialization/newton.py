@@ -15,6 +15,7 @@ gradients and rows of Hessians are each one evaluation of the model.
    https://arxiv.org/abs/2108.03782
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,15 @@ class Modes(NamedTuple):
     gaussians: Gaussians
     value: Tensor
     converged: Tensor
+
+    def take(self, index: list[int]) -> "Modes":
+        """Those at an index."""
+        return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
+
+    def log_masses(self) -> Tensor:
+        """The log evidence of each mode by its curvature (Laplace's approximation)."""
+        dim = self.gaussians.loc.shape[-1]
+        return self.value + self.gaussians.log_volume() + 0.5 * dim * math.log(2 * math.pi)
 
 
 def climb(

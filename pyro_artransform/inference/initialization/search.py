@@ -43,15 +43,6 @@ class InitialGuide(NamedTuple):
     modes: Modes | None
 
 
-class BestGaussian(NamedTuple):
-    """The candidate with the largest ELBO, as S = 1 Gaussians, and the modes found on the way."""
-
-    name: str
-    gaussian: Gaussians
-    elbo: float
-    modes: Modes | None
-
-
 def find_initial_guide(
     log_density: LogDensity,
     model: Callable[[], object],
@@ -72,15 +63,17 @@ def find_initial_guide(
     center, own_elbo, own_se = search.evaluate(guide)
     best = search.best(center)
     needed = own_elbo + config.min_gain_in_se * own_se + config.min_gain
-    if best and best.elbo > needed and search.start_at(best.gaussian, guide, own_elbo):
-        return InitialGuide(best.name, best.elbo, best.modes)
-    if best is None or own_elbo == -torch.inf:
-        raise ValueError(
-            "expected a model with a finite log density somewhere near its starting values, found none: "
-            f"{', '.join(log_density.nonfinite_sites(center[None])) or 'the sum of its sites'} is not finite "
-            "there. Give the guide an init_loc_fn with values that the data allow"
-        )
-    return InitialGuide(UNCHANGED, own_elbo, best.modes)
+    if best is not None:
+        chosen, gaussian = best
+        if chosen.elbo > needed and search.start_at(gaussian, guide, own_elbo):
+            return chosen
+        if own_elbo > -torch.inf:
+            return InitialGuide(UNCHANGED, own_elbo, chosen.modes)
+    sites = ", ".join(log_density.nonfinite_sites(center[None])) or "the sum of its sites"
+    raise ValueError(
+        "expected a model with a finite log density somewhere near its starting values, found none: "
+        f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
+    )
 
 
 @dataclass(frozen=True)
@@ -120,8 +113,12 @@ class GaussianSearch:
             guide.start_at(independent.loc[0], independent.scale_tril[0])
         return True
 
-    def best(self, center: Tensor) -> BestGaussian | None:
-        """The best candidate from points around a center; ``None`` if none has a finite density."""
+    def best(self, center: Tensor) -> tuple[InitialGuide, Gaussians] | None:
+        """The best candidate, and itself as S = 1 Gaussians.
+
+        :param center: the point to search around, shape ``(latent_dim,)``.
+        :return: ``None`` if no point has a finite density.
+        """
         points = self.points(center)
         if not len(points):
             return None
@@ -136,8 +133,8 @@ class GaussianSearch:
         noise = antithetic_noise(points, self.config.num_fine)
         fine = elbos(self.log_density, gaussians.take(finalists), noise)
         k = fine.argmax(keepdim=True)
-        name = names[int(finalists[k])]
-        return BestGaussian(name, gaussians.take(finalists[k]), fine[k].item(), modes)
+        chosen = InitialGuide(names[int(finalists[k])], fine[k].item(), modes)
+        return chosen, gaussians.take(finalists[k])
 
     def _candidates(self, points: Tensor) -> tuple[dict[str, Gaussians], Modes | None]:
         """Candidates by their kind, and the modes."""

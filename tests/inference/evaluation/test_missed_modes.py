@@ -9,13 +9,9 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.inference.config import EvaluationConfig
-from pyro_artransform.inference.evaluation.missed_modes import (
-    DistinctModes,
-    find_missed_modes,
-    weigh_heavy_tailed,
-)
+from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
 from pyro_artransform.inference.initialization.gaussians import Gaussians
-from pyro_artransform.inference.initialization.newton import climb
+from pyro_artransform.inference.initialization.newton import Modes, climb
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 
@@ -23,7 +19,7 @@ DEFAULTS = EvaluationConfig()
 
 
 def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS):
-    return find_missed_modes(LogJoint(model), draws, log_evidence, modes, config)
+    return MissedModeSearch(LogJoint(model), config).find(draws, log_evidence, modes)
 
 
 def one_mode(dim, n=2000):
@@ -101,8 +97,7 @@ def test_mass_that_the_curvature_only_promises():
 
     modes, _ = climb(log_density, torch.tensor([[0.1, 0.0], [60.1, 0.0]]), torch.randn(4, 2), 40)
     assert modes.converged.all()
-    promised = modes.value + modes.gaussians.log_volume() + math.log(2 * math.pi)
-    assert promised[1] > math.log(0.3)
+    assert modes.log_masses()[1] > math.log(0.3)
     found = missed(model, one_mode(2), 0.0, modes)
     assert found.num_lost == 0
     assert abs(found.log_evidence) < 0.1
@@ -158,7 +153,7 @@ def test_thousands_of_latents_fit_into_memory():
 
     log_joint = LogJoint(model)
     around = Gaussians(torch.zeros(1, 2000), torch.eye(2000)[None])
-    found = weigh_heavy_tailed(log_joint, around, None, DEFAULTS)
+    found = MissedModeSearch(log_joint, DEFAULTS).weigh_heavy_tailed(around, None)
     assert math.isfinite(found.log_evidence)
 
 
@@ -171,7 +166,8 @@ def test_draws_around_each_gaussian_have_its_shape():
 
     loc = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
     tril = torch.tensor([[[1.0, 0.0], [-0.5, 2.0]], [[1.0, 0.0], [0.9, 0.6]]])
-    modes = DistinctModes(Gaussians(loc[1:], tril[1:]), torch.zeros(1))
-    found = weigh_heavy_tailed(LogJoint(model), Gaussians(loc[:1], tril[:1]), modes, DEFAULTS)
+    modes = Modes(Gaussians(loc[1:], tril[1:]), torch.zeros(1), torch.ones(1))
+    search = MissedModeSearch(LogJoint(model), DEFAULTS)
+    found = search.weigh_heavy_tailed(Gaussians(loc[:1], tril[:1]), modes)
     # its standard error is below 0.01
     assert abs(found.log_evidence) < 0.05

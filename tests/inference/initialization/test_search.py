@@ -11,6 +11,7 @@ from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.inference.config import InitializationConfig
+from pyro_artransform.inference.initialization.gaussians import Gaussians
 from pyro_artransform.inference.initialization.search import GaussianSearch, find_initial_guide
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
@@ -247,3 +248,24 @@ def test_points_of_an_improper_prior_and_discrete_sites():
     assert points.shape == (12, 2)
     points, _ = points_of(models.mixture, torch.zeros(2), 6)
     assert points.shape == (6, 2)
+
+
+def test_points_where_the_model_refuses_draws_of_its_prior():
+    def refusing():
+        raise ValueError("no such draw")
+
+    log_joint = LogJoint(models.regression)
+    search = GaussianSearch(log_joint, refusing, replace(DEFAULTS, num_points=5))
+    points = search.points(torch.zeros(2))
+    assert torch.equal(points[2], log_joint.start)
+    assert len(points) == 5
+
+
+def test_guide_without_correlations_stays_where_it_is_better():
+    guide = small(models.gaussian, full_rank=False)
+    guide.set_up()
+    search = GaussianSearch(LogJoint(models.gaussian), models.gaussian, DEFAULTS)
+    gaussian = Gaussians(torch.full((1, 3), 1e3), torch.tensor(models.SCALE_TRIL)[None])
+    before = state(guide)
+    assert not search.start_at(gaussian, guide, own_elbo=0.0)
+    assert same(before, state(guide))
