@@ -1,10 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where a fit starts whose guide knows the elements of plates by a mini-batch only."""
+"""The initial guide where the guide knows the elements of plates by one mini-batch at a time."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from .gaussians import Gaussians, antithetic_noise
 from .search import UNCHANGED, GaussianSearch, InitialGuide
 
 
-class SharedPrior(LogDensity):
+class SharedPrior:
     """The log joint density of a mini-batch by itself, with its share of the density of the globals.
 
-    A model scales the log-density of a mini-batch up to all data, that of its locals included,
+    A model scales the log-density of a mini-batch up to all data, that of its local latents included,
     whose posterior does not become narrower by that. Times the share of the mini-batch it is the
-    density of its own elements, whatever the model draws itself being fixed.
+    density of its own elements. A mini-batch that the model draws itself stays the same one.
 
     :param log_joint: the log joint density of the model.
     :param share: what part of all data the mini-batch is.
@@ -30,46 +31,52 @@ class SharedPrior(LogDensity):
     """
 
     def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
-        self.latents, self.start = log_joint.latents, log_joint.start
-        self.strategy = log_joint.strategy
-        self._scaled, self._share = log_joint, share
+        self._log_joint, self._share = log_joint, share
+        self.latents, self.start, self.strategy = (
+            log_joint.latents,
+            log_joint.start,
+            log_joint.strategy,
+        )
         sites = [self.latents.sites[name] for name in elements]
-        self._bent = [site for site in sites if not site.is_unconstrained]
-        self._state = torch.get_rng_state()
+        self._constrained = [site for site in sites if not site.is_unconstrained]
+        self._random_state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
-        draws = self._scaled.is_subsampled
-        with torch.random.fork_rng(devices=[], enabled=draws):
-            if draws:
-                torch.set_rng_state(self._state)
+        """The log density of draws, shape ``(n,)``."""
+        with torch.random.fork_rng(devices=[], enabled=self._log_joint.is_subsampled):
+            if self._log_joint.is_subsampled:
+                torch.set_rng_state(self._random_state)
             # the Jacobian of an element is not scaled up as its density is
-            return self._share * self._scaled(z) + (1 - self._share) * self._ladj(z)
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        return self._scaled.nonfinite_sites(z)
+            return self._share * self._log_joint(z) + (1 - self._share) * self._ladj(z)
 
     def _ladj(self, z: Tensor) -> Tensor:
-        """The log-determinants of the ways to the values of the elements."""
+        """The log-determinants of the bijections to the values of the elements."""
         parts, total = self.latents.split(z), z.new_zeros(z.shape[:-1])
-        for site in self._bent:
+        for site in self._constrained:
             total = total + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
         return total
 
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log-density is not finite at one of the draws."""
+        return self._log_joint.nonfinite_sites(z)
 
-def find_batch_start(
+
+def find_initial_minibatch_guide(
     log_joint: LogJoint,
-    model: Callable[..., Any],
-    guide: Any,
-    batch: tuple[tuple[Any, ...], Mapping[str, Any]],
+    model: Callable[..., object],
+    guide: MinibatchGuide,
+    batch: Batch,
     elbo_draws: Callable[[int], Tensor],
-) -> Start:
-    """Puts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
+    config: InitializationConfig,
+) -> InitialGuide:
+    """Starts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
 
     :param log_joint: the log joint density of the model.
     :param model: the model.
-    :param guide: a guide with ``start_near``.
+    :param guide: the guide.
     :param batch: the arguments of both.
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
+    :param config: how many candidates there are, and how they are compared.
     """
     scale = log_joint.structure(*batch).scale
     unchanged = InitialGuide(UNCHANGED, float("nan"), None)
@@ -82,18 +89,16 @@ def find_batch_start(
     noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
     draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
     try:
-        loc, scale_tril = gaussians.loc, gaussians.scale_tril[0]
-        draws = loc + noise(loc, _NUM_DRAWS) @ scale_tril.mT
-        guide.start_near(log_joint.latents.constrain(draws), 1 / structure.scale)
-        after = _compared(elbo_draws)
+        guide.start_near(log_joint.latents.constrain(draws), 1 / scale)
+        after = _compare(elbo_draws, config)
     except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
         after = -torch.inf
     if after > before:
         return InitialGuide(chosen.name, after, chosen.modes if scale == 1 else None)
     with torch.no_grad():
-        for name, parameter in guide.named_parameters():
-            parameter.copy_(kept[name])
-    return as_it_stands._replace(elbo=before)
+        for parameter, value in zip(guide.parameters(), saved):
+            parameter.copy_(value)
+    return unchanged._replace(elbo=before)
 
 
 def _best_gaussian(
@@ -115,5 +120,5 @@ def _compare(elbo_draws: Callable[[int], Tensor], config: InitializationConfig) 
     """The ELBO on the same noise each time; minus infinity where it is not finite."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        elbo = elbo_draws(_NUM_COMPARED).mean()
+        elbo = elbo_draws(config.num_minibatch_compared).mean()
     return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
