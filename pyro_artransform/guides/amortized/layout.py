@@ -66,6 +66,11 @@ class Group:
     parents: tuple[str, ...]
 
     @property
+    def prefix(self) -> str:
+        """What the name of its auxiliary site has before ``latent``."""
+        return f"{self.name}_" if self.name else ""
+
+    @property
     def latent_dim(self) -> int:
         """The size of the vector of one element."""
         return self.latents.latent_dim

@@ -12,6 +12,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ...joint.sites import Site
+from ..model_checks import compare_names, latents_of
+from ..spec import GuideSpec
 from .layout import Group, PlateSize, plates_around
 
 Plates = dict[str, pyro.plate]
@@ -56,14 +58,19 @@ def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
         )
 
 
-def compared_sizes(known: Mapping[str, Site], now: Mapping[str, Site]) -> PlateSizes:
-    """The sizes of the plates around the guide's sites in a run of the model.
+def sizes_of_run(spec: GuideSpec, run: Callable[[], Any], model_is_checked: bool) -> PlateSizes:
+    """The sizes of the plates around the guide's sites in one more run of the model.
 
-    :param known: the sites of the guide, of one element of each plate.
-    :param now: the latents of the run.
-    :raises ValueError: if a latent in no plate has another shape than at the guide's set-up, an
-        element of a latent in a plate has, or a latent is in other plates.
+    :param spec: the spec of the guide, with sites of one element of each plate.
+    :param run: runs the model.
+    :param model_is_checked: whether it is known that the guide's sites are those of the model.
+    :raises ValueError: if the model has other latents, a latent in no plate has another shape than
+        at the guide's set-up, an element of a latent in a plate has, or a latent is in other plates.
     """
+    known, now = spec.latents.sites, latents_of(run)
+    if not model_is_checked:
+        # what had data at the set-up may be predicted now
+        compare_names(known, now.keys() - set(spec.observed or ()))
     sites = [now[name] for name in known if name in now]
     for site in sites:
         _compare_elements(known[site.name], site)
@@ -112,6 +119,14 @@ def refuse_given_indices(
             f"AutoAmortized(..., create_plates=lambda ...: pyro.plate('{name}', {full_size}, "
             f"subsample=..., dim={dim}))"
         )
+
+
+def plates_were_dropped(*args: Any, **kwargs: Any) -> Plates:
+    """Stands for ``create_plates`` in a guide that was pickled."""
+    raise RuntimeError(
+        "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
+        "create_plates puts it into the guide"
+    )
 
 
 def plates_of_user(create_plates: CreatePlates | None, args: Any, kwargs: Any) -> Plates:

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
+from ..spec import GuideSpec
 from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlow, MakeLocalFlow
 from .layout import GLOBAL, Group, LatentLayout, Vectors
@@ -38,48 +39,41 @@ class AmortizedPosterior(nn.Module):
 
         q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
 
-    :param layout: the layout of the latents.
-    :param loc: the initial location, that of one element of each group, in the order of the sites.
-    :param scale: the initial standard deviation.
+    :param spec: the spec of the guide: the sites, and ``init_scale``, ``embedding_dim`` and
+        ``feature_dims``, the number of features of each group that has an encoder.
+    :param start: the initial location, that of one element of each group, in the order of the sites.
     :param make_flow: makes the flow of the global latents, or is None.
     :param make_local_flow: makes the conditional flow of a group of local latents, or is None.
-    :param feature_dims: the number of features of each group that has an encoder.
-    :param embedding_dim: the number of features of the embeddings of all other groups.
     :param encoder: the encoder, if there is one.
     """
 
     def __init__(
         self,
-        layout: LatentLayout,
-        loc: Tensor,
-        scale: float,
-        *,
+        spec: GuideSpec,
+        start: Tensor,
         make_flow: MakeFlow | None,
         make_local_flow: MakeLocalFlow | None,
-        feature_dims: Mapping[str, int],
-        embedding_dim: int,
         encoder: Encoder | None,
     ) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout = LatentLayout(spec.sites)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
-        context_dims, locs = dict[str, int](), layout.by_group(loc)
-        for group in layout.groups:
-            factor: GlobalFactor | LocalFactor
-            start = locs[group.name]
+        scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
+        context_dims, locs = dict[str, int](), self.layout.by_group(start)
+        for group in self.layout.groups:
+            loc = locs[group.name]
             if group.name == GLOBAL:
-                factor = self.globals = GlobalFactor(make_flow, start, scale)
-            else:
-                rest_dim = sum(context_dims[name] for name in group.parents)
-                feature_dim, table_shape = feature_dims.get(group.name), None
-                if feature_dim is None:
-                    feature_dim, table_shape = embedding_dim, group.full_batch_shape
-                factor = LocalFactor(
-                    make_local_flow, start, scale, feature_dim, rest_dim, table_shape
-                )
-                self.locals.append(factor)
-            context_dims[group.name] = factor.context_dim
+                self.globals = GlobalFactor(make_flow, loc, scale)
+                context_dims[GLOBAL] = self.globals.context_dim
+                continue
+            rest_dim = sum(context_dims[name] for name in group.parents)
+            feature_dim, table_shape = feature_dims.get(group.name), None
+            if feature_dim is None:
+                feature_dim, table_shape = spec.arguments["embedding_dim"], group.full_batch_shape
+            factor = LocalFactor(make_local_flow, loc, scale, feature_dim, rest_dim, table_shape)
+            self.locals.append(factor)
+            context_dims[group.name] = group.latent_dim
         self.encoder = encoder
 
     @property
