@@ -28,8 +28,10 @@ class PresetGuide(AutoAutoregressive):
         raise NotImplementedError
 
     @staticmethod
-    def _default_network(latent_dim: int) -> _Network:
-        """The hidden layers and the activation where none are given."""
+    def _network(
+        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
+    ) -> _Network:
+        """The hidden layers and the activation, by default those that suit the latent dimension."""
         raise NotImplementedError
 
     def __init__(
@@ -43,33 +45,20 @@ class PresetGuide(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        network = {
-            "num_transforms": check_integer("num_transforms", num_transforms),
-            "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
-            "nonlinearity": nonlinearity,
-        }
+        num_transforms = check_integer("num_transforms", num_transforms)
+        widths = None if hidden_dims is None else check_hidden_dims(hidden_dims)
         if nonlinearity is not None:
-            check_callable(
-                "nonlinearity", nonlinearity, "a function or a module such as torch.nn.ELU()"
-            )
+            wanted = "a function or a module such as torch.nn.ELU()"
+            check_callable("nonlinearity", nonlinearity, wanted)
         super().__init__(
             model,
-            flow=partial(self._preset_flow, *network.values()),
+            flow=partial(self._preset_flow, num_transforms, widths, nonlinearity),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._arguments.update(network)
-
-    @classmethod
-    def _network(
-        cls, latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
-    ) -> _Network:
-        """What was given, and for the rest the defaults."""
-        default_dims, default_nonlinearity = cls._default_network(latent_dim)
-        return (
-            default_dims if hidden_dims is None else hidden_dims,
-            default_nonlinearity if nonlinearity is None else nonlinearity,
+        self._arguments.update(
+            num_transforms=num_transforms, hidden_dims=widths, nonlinearity=nonlinearity
         )
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
@@ -141,8 +130,11 @@ class AutoIAF(PresetGuide):
         return chain([hinged_marginals(latent_dim), layers])
 
     @staticmethod
-    def _default_network(latent_dim: int) -> _Network:
-        return [max(128, 4 * latent_dim)], nn.SiLU()
+    def _network(
+        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
+    ) -> _Network:
+        dims = [max(128, 4 * latent_dim)] if hidden_dims is None else hidden_dims
+        return dims, nn.SiLU() if nonlinearity is None else nonlinearity
 
 
 class AutoMAF(PresetGuide):
@@ -188,5 +180,8 @@ class AutoMAF(PresetGuide):
         return maf(latent_dim, *shape, **options)
 
     @staticmethod
-    def _default_network(latent_dim: int) -> _Network:
-        return [max(64, 2 * latent_dim)] * 2, nn.ELU()
+    def _network(
+        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
+    ) -> _Network:
+        dims = [max(64, 2 * latent_dim)] * 2 if hidden_dims is None else hidden_dims
+        return dims, nn.ELU() if nonlinearity is None else nonlinearity
