@@ -24,13 +24,7 @@ GLOBAL = ""
 
 
 class PlateSize(NamedTuple):
-    """The size of a plate for some arguments of the model.
-
-    :param name: its name.
-    :param dim: its dimension, negative.
-    :param size: the number of elements in the mini-batch.
-    :param full_size: the number of all elements.
-    """
+    """The sizes of a plate, of the mini-batch and of all elements, and its dimension."""
 
     name: str
     dim: int
@@ -91,10 +85,7 @@ class Group:
         return sorted(self.dims, key=self.dims.__getitem__)
 
     def batch_shape(self, sizes: Mapping[str, int]) -> torch.Size:
-        """The batch shape of the elements.
-
-        :param sizes: the size of each plate by its name.
-        """
+        """The batch shape of the elements, given the size of each plate by its name."""
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
@@ -104,10 +95,7 @@ class Group:
         return self.batch_shape(self.full_sizes)
 
     def batch_shape_of(self, values: Mapping[str, Any]) -> torch.Size:
-        """The batch shape of the elements that there are values of.
-
-        :param values: for each site, a tensor of shape ``(n,) + site shape``.
-        """
+        """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
         name, site = next(iter(self.latents.sites.items()))
         shape = values[name].shape if self.dims else ()
         return torch.Size(shape[1 : len(shape) - site.event_dim])

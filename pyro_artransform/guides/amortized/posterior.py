@@ -104,9 +104,6 @@ class AmortizedPosterior(nn.Module):
     def encode(self, plates: Plates, args: Any, kwargs: Any) -> Features:
         """What the encoder returns, nothing where there is none.
 
-        :param plates: plates by name.
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
         :raises ValueError: if there are features of other groups than at the set-up.
         """
         expected, groups = self.encoded_groups, self.layout.local_groups
@@ -126,8 +123,6 @@ class AmortizedPosterior(nn.Module):
     ) -> Vectors:
         """The features or embeddings of the elements of a mini-batch, by group.
 
-        :param features: what the encoder returned.
-        :param plates: plates by name.
         :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
         :raises ValueError: if they do not fit the plates.
         """
@@ -147,7 +142,6 @@ class AmortizedPosterior(nn.Module):
     def all_rows(self, features: Features) -> Vectors:
         """The embeddings of all elements, or their features, of any number of elements.
 
-        :param features: what the encoder returned.
         :raises ValueError: if the numbers of elements differ between groups.
         """
         like, sizes = self.like, dict[str, int]()
@@ -168,7 +162,6 @@ class AmortizedPosterior(nn.Module):
     def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
         """From the base to the unconstrained space, for the elements of a group.
 
-        :param group: the group.
         :param features: the features or embeddings of its elements, shape ``(*, F)``.
         :param vectors: the latents of its parents.
         """
@@ -181,11 +174,8 @@ class AmortizedPosterior(nn.Module):
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
     ) -> FlowDistribution:
-        """The distribution of the latents of some elements of a group.
+        """The distribution of the latents of the elements for which :meth:`condition` is.
 
-        :param group: the group.
-        :param features: as for :meth:`condition`.
-        :param vectors: likewise.
         :param path: whether the density of its draws has the path gradient.
         """
         shapes = (vectors[name].shape[:-1] for name in group.parents)
@@ -206,9 +196,6 @@ class AmortizedPosterior(nn.Module):
     ) -> Tensor:
         """The log-density of one factor where both sides of its transform are known.
 
-        :param group: the group.
-        :param features: as for :meth:`condition`.
-        :param vectors: likewise.
         :param pair: the argument and the value of the transform, shape ``(*, D)`` each.
         :return: shape ``(*,)``.
         """
@@ -241,7 +228,6 @@ class AmortizedPosterior(nn.Module):
     def log_prob(self, features: Mapping[str, Tensor], vectors: Vectors) -> Tensor:
         """The log-density of all latents, shape ``(n,)``.
 
-        :param features: as for :meth:`draw`.
         :param vectors: the latents of each group, as :meth:`draw` returns them.
         """
         parts = []
@@ -254,7 +240,6 @@ class AmortizedPosterior(nn.Module):
     def start_near(self, vectors: Vectors, share: float) -> None:
         """Sets locations and scales, and the linear dependence on the global latents, by draws.
 
-        :param vectors: draws of the latents of each group, as :meth:`draw` returns them.
         :param share: multiplies the covariance of the global latents.
         """
         if self.globals is None:
@@ -272,12 +257,7 @@ class AmortizedPosterior(nn.Module):
 
 
 def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
-    """The sample statements of sites at their unconstrained values.
-
-    :param latents: the sites.
-    :param z: their latent vector, shape ``batch + (latent_dim,)``.
-    :return: the value of each site.
-    """
+    """The sample statements of sites at a latent vector, shape ``batch + (latent_dim,)``."""
     values = {}
     for name, part in latents.split(z).items():
         site = latents.sites[name]
@@ -296,12 +276,7 @@ def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
 
 
 def base_of(like: Tensor, batch_shape: Sequence[int], latent_dim: int) -> dist.TorchDistribution:
-    """Standard Normals, whose values are never checked: that would read them.
-
-    :param like: gives the dtype and the device.
-    :param batch_shape: the batch shape.
-    :param latent_dim: the size of the event.
-    """
+    """Standard Normals, whose values are never checked: that would read them."""
     zeros = like.new_zeros((*batch_shape, latent_dim))
     normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
     base: dist.TorchDistribution = normal.to_event(1)
