@@ -105,6 +105,13 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         self._argument_shapes: Any = None
         self._make_flow: Callable[[int], nn.Module] | None = flow
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # as the base class has it: here too since Pyro sets the plates in each call
+        if name == "model":
+            self._use_model(value)
+        else:
+            AutoContinuous.__setattr__(self, name, value)
+
     # Set-up
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
