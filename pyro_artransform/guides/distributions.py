@@ -46,28 +46,30 @@ def make_flow(
     :raises TypeError: if what it returns is no such module, or has no parameters.
     :raises ValueError: if the flow is not autoregressive (where Pyro's validation is on).
     """
-    is_conditional = context_dim is not None
     # not on the default device
     with like.device:
-        flow = make(len(like), context_dim) if is_conditional else make(len(like))
-    _check_flow(name, flow, is_conditional)
+        flow = make(len(like)) if context_dim is None else make(len(like), context_dim)
+    _check_flow(name, flow, is_conditional=context_dim is not None)
     flow.to(dtype=like.dtype, device=like.device)
     for parameter in flow.parameters():
         # of a parameter that is not contiguous the param store would train a copy
         parameter.data = parameter.data.contiguous()
-    if dist.is_validation_enabled() and is_conditional:
-        check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
-    elif dist.is_validation_enabled():
+    if not dist.is_validation_enabled():
+        return flow
+    if context_dim is None:
         check_structure(flow, like)
+    else:
+        check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
     return flow
 
 
 def _check_flow(name: str, flow: Any, is_conditional: bool) -> None:
+    kind: type = Transform
     if is_conditional:
         kind, wanted = ConditionalTransform, "a conditional transform that is a module"
         advice = "pyro_artransform.conditional_iaf makes one"
     else:
-        kind, wanted = Transform, "a TransformModule"
+        wanted = "a TransformModule"
         advice = (
             "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
             "parameters, in its .inv too"
@@ -118,7 +120,8 @@ class LocationScale(FlowModule):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` of shape ``(*, D)`` and the log-determinant of shape ``(*,)``."""
         mixed = x if self.lower is None else x + x @ self.lower.tril(-1).T
-        return self.loc + self.log_scale.exp() * mixed, self._ladj(x)
+        ladj = self.log_scale.sum().expand(x.shape[:-1])
+        return self.loc + self.log_scale.exp() * mixed, ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` of shape ``(*, D)`` and the log-determinant of the inverse, shape ``(*,)``."""
@@ -130,7 +133,7 @@ class LocationScale(FlowModule):
                 self.lower.T, rows, upper=True, left=False, unitriangular=True
             )
             x = rows.reshape(x.shape)
-        return x, -self._ladj(y)
+        return x, -self.log_scale.sum().expand(y.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``y``, the log-determinant and the score of y, of shapes ``(*, D)``, ``(*,)``, ``(*, D)``."""
@@ -179,9 +182,6 @@ class LocationScale(FlowModule):
                 "(full_rank=True makes it triangular), got entries off the diagonal"
             )
         return diagonal
-
-    def _ladj(self, like: Tensor) -> Tensor:
-        return self.log_scale.sum().expand(like.shape[:-1])
 
     def extra_repr(self) -> str:
         """The size and the kind of the scale."""
