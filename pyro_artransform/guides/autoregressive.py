@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -97,13 +98,17 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             raise TypeError(f"init_loc_fn: expected a callable, got {type(init_loc_fn).__name__}")
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
-        arguments = {
-            "full_rank": full_rank,
-            "init_scale": check_positive("init_scale", init_scale),
-        }
-        super().__init__(model, init_loc_fn, arguments)
+        init_scale = check_positive("init_scale", init_scale)
+        super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
         self._argument_shapes: Any = None
         self._make_flow: Callable[[int], nn.Module] | None = flow
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # as the base class has it: here too since Pyro sets the plates in each call
+        if name == "model":
+            self._use_model(value)
+        else:
+            AutoContinuous.__setattr__(self, name, value)
 
     # Set-up
 
@@ -118,9 +123,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
                 values[site.name] = first.nodes[site.name]["value"].detach().clone()
             check_start(Latents(sites), start, values)
             refuse_subsampling(sites)
-            observed = refuse_moving_structure(
-                first, lambda: self.model(*args, **kwargs), rng_state
-            )
+            run = partial(self.model, *args, **kwargs)
+            observed = refuse_moving_structure(first, run, rng_state)
             arguments = self._resolved_arguments(len(start))
             spec = GuideSpec(tuple(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
@@ -183,12 +187,12 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         if self._model is None or torch._C._get_tracing_state():
             return
         spec, shapes = self._checked_spec(), argument_shapes((args, kwargs))
-        sites = spec.latents.sites
+        sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
         if not self._model_is_checked:
-            refuse_other_model(sites, spec.observed, lambda: self.model(*args, **kwargs))
+            refuse_other_model(sites, spec.observed, run)
             self._model_is_checked = True
         elif shapes != self._argument_shapes and dist.is_validation_enabled():
-            refuse_other_shapes(sites, lambda: self.model(*args, **kwargs))
+            refuse_other_shapes(sites, run)
         self._argument_shapes = shapes
 
     def get_base_dist(self) -> dist.TorchDistribution:
@@ -197,9 +201,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._checked_spec()
         _, affine = self._parts
         # values are never checked: that reads them, in each step
-        normal = dist.Normal(
-            torch.zeros_like(affine.loc), torch.ones_like(affine.loc), validate_args=False
-        )
+        zeros = torch.zeros_like(affine.loc)
+        normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
         base: dist.TorchDistribution = normal.to_event(1)
         return base
 
@@ -232,9 +235,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        posterior = FlowDistribution(
-            self.get_base_dist(), self.get_transform(), validate_args=False
-        )
+        base, transform = self.get_base_dist(), self.get_transform()
+        posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         latent: Tensor = pyro.sample(name, posterior, infer={"is_auxiliary": True})
         return latent

@@ -224,7 +224,8 @@ class ShiftedLatents(Messenger):
     def __init__(self, trace: poutine.Trace) -> None:
         super().__init__()
         self._latents: dict[str, Tensor] = {}
-        for name, node in trace.iter_stochastic_nodes():
+        nodes: Iterable[tuple[str, Any]] = trace.iter_stochastic_nodes()
+        for name, node in nodes:
             self._latents[name] = biject_to(node["fn"].support).inv(node["value"])
 
     def _pyro_sample(self, message: Any) -> None:

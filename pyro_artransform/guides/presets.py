@@ -87,9 +87,19 @@ class PresetGuide(AutoAutoregressive):
 class AutoIAF(PresetGuide):
     """A guide whose flow is an inverse autoregressive flow: a draw and its density are cheap.
 
-    That is what variational inference asks of a guide. The density at values from elsewhere
-    (:meth:`log_prob`) needs the inverse of the flow, which costs several evaluations of its
-    networks.
+    Its layers, from the standard Normal to the unconstrained space of all latents:
+
+    1. :func:`~pyro_artransform.hinged_marginals`: each coordinate has smooth hinges of its own, which
+       skew the base and give it other tails.
+    2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them.
+       The first has the order of the latents, the next the reverse order, and so on in turn.
+    3. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
+
+    In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
+    their place. Each layer but the last starts as the identity. ``print(guide)`` shows the layers.
+
+    The density at given values (:meth:`log_prob`) needs the inverse of the flow, which costs several
+    evaluations of its networks.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
@@ -140,9 +150,10 @@ class AutoIAF(PresetGuide):
 class AutoMAF(PresetGuide):
     """A guide whose flow is a masked autoregressive flow: the density at any values is cheap.
 
-    Draws need the inverse of each layer, which costs several evaluations of its networks, so that
-    each step of SVI costs more than :class:`AutoIAF`'s. Its arguments are the same, with other networks
-    by default.
+    Its layers are ``num_transforms`` affine autoregressive ones in alternating order, as
+    :func:`~pyro_artransform.maf` makes them, then location and scale; in one dimension those of
+    :class:`AutoIAF`. Draws need the inverse of each layer, which costs several evaluations of its
+    networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
@@ -176,7 +187,7 @@ class AutoMAF(PresetGuide):
 
     @staticmethod
     def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
-        # noise of hinges in front of layers that are dear to draw from would slow plain SVI down
+        # hinges would add noise to gradients that are expensive already
         return maf(latent_dim, *shape, **options)
 
     @staticmethod
