@@ -65,7 +65,8 @@ class AutoAmortized(PersistentGuide):
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
     the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
-    need ``create_plates``.
+    need ``create_plates``. It is an ``AutoGuide`` and no ``AutoContinuous``: each element of each plate
+    has a latent vector, and there is none of all latents.
 
     :param model: a Pyro model.
     :param encoder: a module or function of the model's arguments that returns the features of each
@@ -183,8 +184,7 @@ class AutoAmortized(PersistentGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
-        trace = self.prototype_trace
-        sites = list(sites_by_name(trace).values())
+        trace, sites = self.prototype_trace, [*sites_by_name(self.prototype_trace).values()]
         refuse_no_local_latents(sites, type(self).__name__)
         observed = refuse_moving_structure(
             trace, lambda: given(self.model)(*args, **kwargs), rng_state
@@ -319,8 +319,7 @@ class AutoAmortized(PersistentGuide):
         :param share: what part of all elements these are: the posterior given all is narrower.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
-        posterior = self._posterior
-        layout = posterior.layout
+        posterior, layout = self._posterior, self._posterior.layout
         shapes = {group.name: group.batch_shape_of(values) for group in layout.groups}
         vectors, _ = layout.unconstrain_with_ladj(values, shapes, posterior.like)
         posterior.start_near(vectors, share)
