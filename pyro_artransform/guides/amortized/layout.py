@@ -97,7 +97,7 @@ class Group:
     def batch_shape_of(self, values: Mapping[str, Any]) -> torch.Size:
         """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
         name, site = next(iter(self.latents.sites.items()))
-        shape = values[name].shape if self.dims else ()
+        shape = values[name].shape if self.dims and name in values else ()
         return torch.Size(shape[1 : len(shape) - site.event_dim])
 
 

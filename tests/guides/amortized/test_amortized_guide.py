@@ -109,6 +109,45 @@ def test_step_scales():
     assert all(torch.allclose(scales[p], torch.tensor(0.5)) for p in flow)
 
 
+def test_start_near_draws():
+    """The globals have the moments of the draws, but for the share; elements depend on them."""
+    n = 5_000
+    mean = 3.0 + 0.2 * torch.randn(n)
+    z = 1.0 + 0.5 * (mean[:, None] - 3.0) + 0.3 * torch.randn(n, 12)
+    guide = AutoAmortized(hierarchies.groups)
+    guide.set_up(data())
+    guide.start_near({"mean": mean, "z": z}, share=0.25)
+    draws = guide.sample_posterior(n)
+    # five standard errors
+    assert (draws["mean"].mean() - 3.0).abs() < 5 * 0.25 / n**0.5
+    assert (draws["mean"].std() / 0.1 - 1).abs() < 5 / n**0.5
+    assert (draws["z"].mean() - 1.0).abs() < 5 * 0.35 / n**0.5
+    rest = draws["z"] - 1.0 - 0.5 * (draws["mean"][:, None] - 3.0)
+    assert (rest.std() / 0.3 - 1).abs() < 0.02
+    with pytest.raises(ValueError, match=r"expected the sites \['mean', 'z'\]"):
+        guide.start_near({"z": z})
+
+
+def test_list_with_indices_that_the_model_gives():
+    def model(y, index):
+        with pyro.plate("groups", 12, subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+    def plates(y, index):
+        return pyro.plate("groups", 12, subsample=index)
+
+    index = torch.tensor([3, 1, 7])
+    for create_plates in (None, plates):
+        guide = AutoGuideList(model, create_plates=create_plates)
+        guide.append(AutoAmortized(model))
+        if create_plates is None:
+            with pytest.raises(ValueError, match="gives the indices of plate 'groups' itself"):
+                guide(data(), index)
+        else:
+            assert guide(data(), index)["z"].shape == (3,)
+
+
 # Plates and scales
 
 
