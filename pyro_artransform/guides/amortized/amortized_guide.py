@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ...arguments import check_callable, check_integer, check_positive
 from ...joint.argument_shapes import argument_shapes
 from ..distributions import check_flow_argument
-from ..model_checks import check_model, is_hidden, refuse_moving_structure
+from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..persistence.persistent_guide import PersistentGuide
-from ..spec import GuideSpec, sites_of
+from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import default_flow, default_local_flow
 from .layout import LatentLayout, Vectors, mean_start, one_element
@@ -184,7 +184,7 @@ class AutoAmortized(PersistentGuide):
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
         trace = self.prototype_trace
-        sites = sites_of(trace)
+        sites = list(sites_by_name(trace).values())
         refuse_no_local_latents(sites, type(self).__name__)
         observed = refuse_moving_structure(
             trace, lambda: given(self.model)(*args, **kwargs), rng_state

@@ -213,14 +213,14 @@ class LatentLayout:
 
 
 def one_element(site: Site) -> Site:
-    """The site with the plates reduced to a single element.
+    """The site with the plates reduced to a single element, and bounds that share no memory.
 
     :param site: a site of a trace.
     :raises ValueError: if it has batch dimensions that are no plates, or its support is not the same
         for every element.
     """
     if not site.plates:
-        return site
+        return site.to(Tensor.clone)
     sizes = {plate.dim: plate.size for plate in plates_around(site)}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
     if tuple(site.batch_shape) != expected:
