@@ -3,7 +3,9 @@
 
 """The flow guide of any Pyro model with continuous latents."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -22,15 +24,17 @@ from ..transforms import ComposedTransform
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
 from .model_checks import (
     check_model,
+    check_start,
     is_hidden,
     refuse_moving_structure,
     refuse_other_model,
     refuse_other_shapes,
     refuse_subsampling,
+    sites_by_name,
 )
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
-from .spec import GuideSpec, sites_of
+from .spec import GuideSpec
 
 _FULL_RANK_LIMIT = 200
 _CHUNK = 4096
@@ -94,12 +98,17 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             raise TypeError(f"init_loc_fn: expected a callable, got {type(init_loc_fn).__name__}")
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
-        arguments = {
-            "full_rank": full_rank,
-            "init_scale": check_positive("init_scale", init_scale),
-        }
-        super().__init__(model, init_loc_fn, arguments)
+        init_scale = check_positive("init_scale", init_scale)
+        super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
+        self._argument_shapes: Any = None
         self._make_flow: Callable[[int], nn.Module] | None = flow
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # as the base class has it: here too since Pyro sets the plates in each call
+        if name == "model":
+            self._use_model(value)
+        else:
+            AutoContinuous.__setattr__(self, name, value)
 
     # Set-up
 
@@ -107,35 +116,31 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         rng_state = torch.get_rng_state()
         try:
             super()._setup_prototype(*args, **kwargs)
-            first = self.prototype_trace
-            sites = sites_of(first)
-            start = self._init_loc()
-            for name, z in Latents(sites).split(start).items():
-                if not z.isfinite().all():
-                    raise ValueError(
-                        f"site '{name}': expected a starting value inside its support, got "
-                        f"{first.nodes[name]['value'].tolist()}"
-                    )
+            first, start = self.prototype_trace, self._init_loc()
+            sites, values = [], {}
+            for site in sites_by_name(first).values():
+                sites.append(site.to(Tensor.clone))
+                values[site.name] = first.nodes[site.name]["value"].detach().clone()
+            check_start(Latents(sites), start, values)
             refuse_subsampling(sites)
-            observed = refuse_moving_structure(
-                first, lambda: self.model(*args, **kwargs), rng_state
-            )
+            run = partial(self.model, *args, **kwargs)
+            observed = refuse_moving_structure(first, run, rng_state)
             arguments = self._resolved_arguments(len(start))
-            spec = GuideSpec(sites, arguments, observed, start.device)
-            values = {s.name: first.nodes[s.name]["value"].detach().clone() for s in sites}
+            spec = GuideSpec(tuple(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
         except BaseException:
             # the next call must not find a guide that is set up by half
             self.prototype_trace = None
             raise
-        self._argument_shapes = argument_shapes((args, kwargs))
+        if args or kwargs:
+            self._argument_shapes = argument_shapes((args, kwargs))
         self._register()
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
-        given = super()._resolved_arguments(latent_dim)
-        if given["full_rank"] is None:
-            given["full_rank"] = latent_dim <= _FULL_RANK_LIMIT
-        return given
+        full_rank = self._arguments["full_rank"]
+        if full_rank is None:
+            full_rank = latent_dim <= _FULL_RANK_LIMIT
+        return {**self._arguments, "full_rank": full_rank}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """The flow, and the location and scale after it."""
@@ -145,24 +150,20 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
         affine = LocationScale(start, init_scale, full_rank=full_rank)
         self._parts: tuple[TransformModule, LocationScale] = flow, affine
-        self._flow_start = {k: v.detach().clone() for k, v in flow.state_dict().items()}
+        self._flow_start = copy.deepcopy(flow.state_dict())
         self.transform = ComposedTransform(flow, affine)
 
     def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
         super()._take_spec(spec, values)
         self.latent_dim = spec.latents.latent_dim
-        self._unconstrained_shapes = {site.name: site.unconstrained_shape for site in spec.sites}
-        self._cond_indep_stacks = {site.name: site.plates for site in spec.sites}
+        self._unconstrained_shapes, self._cond_indep_stacks = {}, {}
+        for site in spec.sites:
+            self._unconstrained_shapes[site.name] = site.unconstrained_shape
+            self._cond_indep_stacks[site.name] = site.plates
         if self.master is None:
             # NeuTraReparam looks at the plates, and may come before the first call
             with poutine.block():
                 self._create_plates()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
-        super()._apply(fn, recurse)
-        if self._spec is not None:
-            self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
-        return self
 
     # The posterior, as Pyro's autoguides have it
 
@@ -186,12 +187,12 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         if self._model is None or torch._C._get_tracing_state():
             return
         spec, shapes = self._checked_spec(), argument_shapes((args, kwargs))
-        sites = spec.latents.sites
+        sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
         if not self._model_is_checked:
-            refuse_other_model(sites, spec.observed, lambda: self.model(*args, **kwargs))
+            refuse_other_model(sites, spec.observed, run)
             self._model_is_checked = True
         elif shapes != self._argument_shapes and dist.is_validation_enabled():
-            refuse_other_shapes(sites, lambda: self.model(*args, **kwargs))
+            refuse_other_shapes(sites, run)
         self._argument_shapes = shapes
 
     def get_base_dist(self) -> dist.TorchDistribution:
@@ -200,9 +201,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._checked_spec()
         _, affine = self._parts
         # values are never checked: that reads them, in each step
-        normal = dist.Normal(
-            torch.zeros_like(affine.loc), torch.ones_like(affine.loc), validate_args=False
-        )
+        zeros = torch.zeros_like(affine.loc)
+        normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
         base: dist.TorchDistribution = normal.to_event(1)
         return base
 
@@ -213,7 +213,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         # here and not in a function of its own: it is done in each step
         stored = dict(pyro.get_param_store().named_parameters())
         owner, is_settled = f"{self._pyro_name}.transform", self._ownership is Ownership.SETTLED
-        for name, parameter in self._modules["transform"].named_parameters():
+        for name, parameter in self.__dict__["_modules"]["transform"].named_parameters():
             is_stored = stored.get(param_with_module_name(owner, name)) is parameter
             is_settled = is_settled and (is_stored or not parameter.requires_grad)
         if not is_settled:
@@ -235,9 +235,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        posterior = FlowDistribution(
-            self.get_base_dist(), self.get_transform(), validate_args=False
-        )
+        base, transform = self.get_base_dist(), self.get_transform()
+        posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         latent: Tensor = pyro.sample(name, posterior, infer={"is_auxiliary": True})
         return latent
@@ -260,13 +259,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :raises ValueError: if ``n`` is no positive integer.
         """
         self.set_up(*args, **kwargs)
-        return self._checked_spec().latents.constrain(self._draw(n))
-
-    def _draw(self, n: int) -> Tensor:
-        """Latents of shape ``(n, latent_dim)``, by chunks, which bounds what the network holds."""
         base, transform = self.get_base_dist(), self.get_transform()
+        # in chunks, which bounds the memory of the networks
         sizes = [min(_CHUNK, n - start) for start in range(0, check_integer("n", n), _CHUNK)]
-        return torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
+        z = torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
+        return self._checked_spec().latents.constrain(z)
 
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The log-density at values of all sites, on the constrained space.

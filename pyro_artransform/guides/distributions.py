@@ -46,46 +46,41 @@ def make_flow(
     :raises TypeError: if what it returns is no such module, or has no parameters.
     :raises ValueError: if the flow is not autoregressive (where Pyro's validation is on).
     """
-    dims = (len(like),) if context_dim is None else (len(like), context_dim)
     # not on the default device
     with like.device:
-        flow = make(*dims)
+        flow = make(len(like)) if context_dim is None else make(len(like), context_dim)
     _check_flow(name, flow, is_conditional=context_dim is not None)
     flow.to(dtype=like.dtype, device=like.device)
     for parameter in flow.parameters():
         # of a parameter that is not contiguous the param store would train a copy
         parameter.data = parameter.data.contiguous()
-    if dist.is_validation_enabled():
-        x = like
-        conditioned = flow
-        if context_dim is not None:
-            x = like.reshape(1, -1)
-            conditioned = flow.condition(like.new_zeros((1, context_dim)))
-        check_structure(conditioned, x)
+    if not dist.is_validation_enabled():
+        return flow
+    if context_dim is None:
+        check_structure(flow, like)
+    else:
+        check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
     return flow
 
 
 def _check_flow(name: str, flow: Any, is_conditional: bool) -> None:
-    kind = ConditionalTransform if is_conditional else Transform
-    if not isinstance(flow, nn.Module) or not isinstance(flow, kind):
-        wanted = (
-            "it to return a conditional transform that is a module, as "
-            "pyro_artransform.conditional_iaf does"
-            if is_conditional
-            else "it to return a TransformModule"
-        )
+    kind: type = Transform
+    if is_conditional:
+        kind, wanted = ConditionalTransform, "a conditional transform that is a module"
+        advice = "pyro_artransform.conditional_iaf makes one"
+    else:
+        wanted = "a TransformModule"
         advice = (
-            ""
-            if is_conditional
-            else "; pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
+            "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
             "parameters, in its .inv too"
         )
-        raise TypeError(f"{name}: expected {wanted}, got {type(flow).__name__}{advice}")
-    if not any(parameter.requires_grad for parameter in flow.parameters()):
-        raise TypeError(
-            f"{name}: expected a module with parameters to train, got one without: "
-            f"{type(flow).__name__}"
-        )
+    got = type(flow).__name__
+    if not (isinstance(flow, nn.Module) and isinstance(flow, kind)):
+        raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
+    for parameter in flow.parameters():
+        if parameter.requires_grad:
+            return
+    raise TypeError(f"{name}: expected a module with parameters to train, got one without: {got}")
 
 
 class LocationScale(FlowModule):
@@ -96,7 +91,7 @@ class LocationScale(FlowModule):
         y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
 
     A is strictly lower triangular, or zero. The diagonal is free on the log scale, so that an
-    optimiser crosses orders of magnitude at one pace, and the rest is relative to it.
+    optimizer crosses orders of magnitude at one pace, and the rest is relative to it.
 
     :param loc: the location, shape ``(D,)``; gives the dtype and the device.
     :param scale: the standard deviation to start with.
@@ -125,7 +120,8 @@ class LocationScale(FlowModule):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` of shape ``(*, D)`` and the log-determinant of shape ``(*,)``."""
         mixed = x if self.lower is None else x + x @ self.lower.tril(-1).T
-        return self.loc + self.log_scale.exp() * mixed, self._ladj(x)
+        ladj = self.log_scale.sum().expand(x.shape[:-1])
+        return self.loc + self.log_scale.exp() * mixed, ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` of shape ``(*, D)`` and the log-determinant of the inverse, shape ``(*,)``."""
@@ -137,19 +133,16 @@ class LocationScale(FlowModule):
                 self.lower.T, rows, upper=True, left=False, unitriangular=True
             )
             x = rows.reshape(x.shape)
-        return x, -self._ladj(y)
+        return x, -self.log_scale.sum().expand(y.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``y``, the log-determinant and the score of y, of shapes ``(*, D)``, ``(*,)``, ``(*, D)``."""
         y, ladj = self.call_and_ladj(x)
         with torch.no_grad():
             if self.lower is not None:
+                rows = score.reshape(-1, score.shape[-1])
                 rows = torch.linalg.solve_triangular(
-                    self.lower,
-                    score.reshape(-1, score.shape[-1]),
-                    upper=False,
-                    left=False,
-                    unitriangular=True,
+                    self.lower, rows, upper=False, left=False, unitriangular=True
                 )
                 score = rows.reshape(score.shape)
             return y, ladj, score * (-self.log_scale).exp()
@@ -190,8 +183,9 @@ class LocationScale(FlowModule):
             )
         return diagonal
 
-    def _ladj(self, like: Tensor) -> Tensor:
-        return self.log_scale.sum().expand(like.shape[:-1])
+    def extra_repr(self) -> str:
+        """The size and the kind of the scale."""
+        return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
 
 
 class _Draw(NamedTuple):
@@ -216,7 +210,7 @@ class FlowDistribution(dist.TransformedDistribution):
     _draw: _Draw | None = None
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """A reparametrised draw, of shape ``sample_shape + batch_shape + event_shape``."""
+        """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
         (transform,) = self.transforms
         x = self.base_dist.rsample(sample_shape)
         value, ladj = transform.call_and_ladj(x)
@@ -235,19 +229,20 @@ class FlowDistribution(dist.TransformedDistribution):
 
 
 class PathDistribution(FlowDistribution):
-    """A distribution whose density of its own draw has a gradient by the draw, and by nothing else.
+    """A distribution whose density of its own draw has the pathwise gradient only.
 
-    The gradient of an ELBO then is the path gradient. The maker of the object sets :attr:`through`.
+    The gradient of that density flows through the draw, and not through the parameters, so that the
+    gradient of an ELBO is the path gradient. The maker of the object sets :attr:`through`.
 
-    Where there are many draws, the mean of their gradients goes to :attr:`location` alone, if that is
-    set, and what deviates from the mean to all other parameters. It moves no optimum, since the mean
-    gradient vanishes where the location is right, and keeps the noise of mini-batches, most of which
-    is the same for all draws, away from scales and flows.
+    Where there are many draws and :attr:`location` is set, the mean of their gradients goes to the
+    location alone, and the deviations from the mean to all other parameters. The optimum is the same,
+    since the mean gradient vanishes where the location is right. Most of the noise of mini-batches is
+    the same for all draws: this keeps it away from scales and flows.
     """
 
-    #: of the argument and the value of the transform, the log-density at fixed parameters
+    #: the log-density at fixed parameters, from the argument and the value of the transform
     through: Callable[[Tensor, Tensor], Tensor]
-    #: what the transform adds to all its values at last, shape ``(D,)``
+    #: what the last layer of the transform adds to its values, shape ``(D,)``
     location: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PathDistribution":
@@ -257,7 +252,7 @@ class PathDistribution(FlowDistribution):
         return expanded
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """A reparametrised draw, of shape ``sample_shape + batch_shape + event_shape``."""
+        """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
         (transform,) = self.transforms
         x = self.base_dist.rsample(sample_shape)
         if self.location is not None and torch.is_grad_enabled():
@@ -275,15 +270,14 @@ class PathDistribution(FlowDistribution):
 
 
 def _are_paired(count: int) -> bool:
-    """Whether so many draws are made as mirror images: a single pair has no spread but its own."""
+    """Whether so many draws are made as mirror images: a single pair has no spread."""
     return count % 2 == 0 and count > 2
 
 
 def _in_pairs(x: Tensor) -> Tensor:
-    """Draws of which each has its mirror image beside it, where their number allows.
+    """Antithetic draws, where their number allows: for each its mirror image.
 
-    What bends the mean of the draws by a curve of the transform is then free of noise as far as the
-    density is a Gaussian, and the location need not run after it.
+    The mean gradient of the location then has no noise, as far as the density is a Gaussian.
     """
     count = x.shape[:-1].numel()
     if not _are_paired(count):
@@ -293,7 +287,7 @@ def _in_pairs(x: Tensor) -> Tensor:
 
 
 def _moved_by(location: Tensor, value: Tensor) -> Tensor:
-    """Draws, in pairs, whose mean gradient goes to the location; of a single draw, the draw itself."""
+    """Draws whose mean gradient goes to the location; a single draw stays as it is."""
     count = value.shape[:-1].numel()
     if count == 1 or not value.requires_grad:
         return value
@@ -303,9 +297,9 @@ def _moved_by(location: Tensor, value: Tensor) -> Tensor:
 
 
 def _without_mean(grad: Tensor) -> Tensor:
-    """Gradients of draws without their mean, times what makes estimates of covariances unbiased.
+    """Gradients of draws without their mean, scaled so that estimates of covariances are unbiased.
 
-    Of pairs only the even part has a mean, and there are half as many independent ones of it.
+    Of pairs only the even part has a mean, of half as many independent draws.
     """
     if not _are_paired(len(grad)):
         return (grad - grad.mean(0)) * (len(grad) / (len(grad) - 1))

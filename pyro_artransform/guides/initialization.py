@@ -4,6 +4,7 @@
 """Where a guide starts."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..joint.sites import is_enumerated
 
 
+@dataclass(frozen=True)
 class StartingValues:
     """The starting value of each latent site of a model, for Pyro's ``InitMessenger``.
 
@@ -19,11 +21,8 @@ class StartingValues:
         predicted, and may be discrete. By default all latents are the guide's.
     """
 
-    def __init__(
-        self, init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None = None
-    ) -> None:
-        self.init_loc_fn = init_loc_fn
-        self.sites = sites
+    init_loc_fn: Callable[[Any], Tensor]
+    sites: Collection[str] | None = None
 
     def __call__(self, site: Any) -> Tensor:
         """The value of a site.

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from ..joint.sites import Site, is_enumerated
+from ..joint.sites import Latents, Site, is_enumerated
 from ..joint.supports import describe_support, same_support
 
 Sites = Mapping[str, Site]
@@ -76,8 +76,27 @@ def latents_of(run: Callable[[], Any]) -> dict[str, Site]:
 
 def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
     """The latent sites of a trace, by their names."""
-    nodes = trace.iter_stochastic_nodes()
-    return {name: Site.from_node(node) for name, node in nodes if not is_hidden(node)}
+    sites = {}
+    for name, node in trace.iter_stochastic_nodes():
+        if not is_hidden(node):
+            sites[name] = Site.from_node(node)
+    return sites
+
+
+def check_start(latents: Latents, start: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Refuses a starting point that is not inside the supports.
+
+    :param latents: the latents.
+    :param start: their starting point, shape ``(latent_dim,)``.
+    :param values: the value of each site there.
+    :raises ValueError: if the starting value of a site is not inside its support.
+    """
+    for name, z in latents.split(start).items():
+        if not z.isfinite().all():
+            raise ValueError(
+                f"site '{name}': expected a starting value inside its support, got "
+                f"{values[name].tolist()}"
+            )
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:
@@ -156,31 +175,28 @@ def refuse_other_model(
             del now[name]
     compare_names(sites, now)
     refuse_subsampling(now.values())
-    _compare(*(_to_single(group) for group in (sites, now)), _OF_ANOTHER_MODEL)
+    _compare(_to_single(sites), _to_single(now), _OF_ANOTHER_MODEL)
 
 
-def compare_names(expected: Collection[str], got: Collection[str]) -> None:
+def compare_names(
+    expected: Collection[str], got: Collection[str], message: str = _OF_ANOTHER_MODEL["names"]
+) -> None:
     """Refuses a model with other latents than the guide.
 
     :param expected: the names of the guide's sites.
     :param got: the names of the model's latents.
+    :param message: what to say, with fields for the name of a site and what is wrong with it.
     :raises ValueError: if they differ.
     """
-    _compare_names(expected, got, _OF_ANOTHER_MODEL)
-
-
-def _compare_names(
-    expected: Collection[str], got: Collection[str], messages: Mapping[str, str]
-) -> None:
     for name in sorted(set(expected) ^ set(got)):
         where = "the model has no such latent" if name in expected else "the guide has no such site"
         sites = {"expected": sorted(expected), "got": sorted(got)}
-        raise ValueError(messages["names"].format(name=name, where=where, **sites))
+        raise ValueError(message.format(name=name, where=where, **sites))
 
 
 def _compare(expected: Sites, got: Sites, messages: Mapping[str, str]) -> None:
     """Refuses sites that differ, in the words of a situation; what has no words may differ."""
-    _compare_names(expected, got, messages)
+    compare_names(expected, got, messages.get("names", ""))
     for name, site in expected.items():
         if site.shape != got[name].shape:
             shapes = {"expected": tuple(site.shape), "got": tuple(got[name].shape)}
@@ -207,10 +223,10 @@ class ShiftedLatents(Messenger):
 
     def __init__(self, trace: poutine.Trace) -> None:
         super().__init__()
-        self._latents = {
-            name: biject_to(node["fn"].support).inv(node["value"])
-            for name, node in trace.iter_stochastic_nodes()
-        }
+        self._latents: dict[str, Tensor] = {}
+        nodes: Iterable[tuple[str, Any]] = trace.iter_stochastic_nodes()
+        for name, node in nodes:
+            self._latents[name] = biject_to(node["fn"].support).inv(node["value"])
 
     def _pyro_sample(self, message: Any) -> None:
         latent = self._latents.get(message["name"])

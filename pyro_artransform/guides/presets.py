@@ -28,8 +28,10 @@ class PresetGuide(AutoAutoregressive):
         raise NotImplementedError
 
     @staticmethod
-    def _default_network(latent_dim: int) -> _Network:
-        """The hidden layers and the activation where none are given."""
+    def _network(
+        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
+    ) -> _Network:
+        """The hidden layers and the activation, by default those that suit the latent dimension."""
         raise NotImplementedError
 
     def __init__(
@@ -43,33 +45,20 @@ class PresetGuide(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        network = {
-            "num_transforms": check_integer("num_transforms", num_transforms),
-            "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
-            "nonlinearity": nonlinearity,
-        }
+        num_transforms = check_integer("num_transforms", num_transforms)
+        widths = None if hidden_dims is None else check_hidden_dims(hidden_dims)
         if nonlinearity is not None:
-            check_callable(
-                "nonlinearity", nonlinearity, "a function or a module such as torch.nn.ELU()"
-            )
+            wanted = "a function or a module such as torch.nn.ELU()"
+            check_callable("nonlinearity", nonlinearity, wanted)
         super().__init__(
             model,
-            flow=partial(self._preset_flow, *network.values()),
+            flow=partial(self._preset_flow, num_transforms, widths, nonlinearity),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._arguments.update(network)
-
-    @classmethod
-    def _network(
-        cls, latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
-    ) -> _Network:
-        """What was given, and for the rest the defaults."""
-        default_dims, default_nonlinearity = cls._default_network(latent_dim)
-        return (
-            default_dims if hidden_dims is None else hidden_dims,
-            default_nonlinearity if nonlinearity is None else nonlinearity,
+        self._arguments.update(
+            num_transforms=num_transforms, hidden_dims=widths, nonlinearity=nonlinearity
         )
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
@@ -98,9 +87,19 @@ class PresetGuide(AutoAutoregressive):
 class AutoIAF(PresetGuide):
     """A guide whose flow is an inverse autoregressive flow: a draw and its density are cheap.
 
-    That is what variational inference asks of a guide. The density at values from elsewhere
-    (:meth:`log_prob`) needs the inverse of the flow, which costs several evaluations of its
-    networks.
+    Its layers, from the standard Normal to the unconstrained space of all latents:
+
+    1. :func:`~pyro_artransform.hinged_marginals`: each coordinate has smooth hinges of its own, which
+       skew the base and give it other tails.
+    2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them.
+       The first has the order of the latents, the next the reverse order, and so on in turn.
+    3. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
+
+    In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
+    their place. Each layer but the last starts as the identity. ``print(guide)`` shows the layers.
+
+    The density at given values (:meth:`log_prob`) needs the inverse of the flow, which costs several
+    evaluations of its networks.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
@@ -141,16 +140,20 @@ class AutoIAF(PresetGuide):
         return chain([hinged_marginals(latent_dim), layers])
 
     @staticmethod
-    def _default_network(latent_dim: int) -> _Network:
-        return [max(128, 4 * latent_dim)], nn.SiLU()
+    def _network(
+        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
+    ) -> _Network:
+        dims = [max(128, 4 * latent_dim)] if hidden_dims is None else hidden_dims
+        return dims, nn.SiLU() if nonlinearity is None else nonlinearity
 
 
 class AutoMAF(PresetGuide):
     """A guide whose flow is a masked autoregressive flow: the density at any values is cheap.
 
-    Draws need the inverse of each layer, which costs several evaluations of its networks, so that
-    each step of SVI costs more than :class:`AutoIAF`'s. Its arguments are the same, with other networks
-    by default.
+    Its layers are ``num_transforms`` affine autoregressive ones in alternating order, as
+    :func:`~pyro_artransform.maf` makes them, then location and scale; in one dimension those of
+    :class:`AutoIAF`. Draws need the inverse of each layer, which costs several evaluations of its
+    networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
@@ -184,9 +187,12 @@ class AutoMAF(PresetGuide):
 
     @staticmethod
     def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
-        # noise of hinges in front of layers that are dear to draw from would slow plain SVI down
+        # hinges would add noise to gradients that are expensive already
         return maf(latent_dim, *shape, **options)
 
     @staticmethod
-    def _default_network(latent_dim: int) -> _Network:
-        return [max(64, 2 * latent_dim)] * 2, nn.ELU()
+    def _network(
+        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
+    ) -> _Network:
+        dims = [max(64, 2 * latent_dim)] * 2 if hidden_dims is None else hidden_dims
+        return dims, nn.ELU() if nonlinearity is None else nonlinearity

@@ -136,15 +136,6 @@ class SiteShape(dist.TorchDistribution):
         super().__init__(site.batch_shape, event_shape, validate_args=False)
 
 
-def sites_of(trace: poutine.Trace) -> tuple[Site, ...]:
-    """The latent sites of a trace, which share no memory with the model.
-
-    :param trace: a trace of the latents of a model.
-    """
-    nodes = [node for _, node in trace.iter_stochastic_nodes()]
-    return tuple(Site.from_node(node).to(Tensor.clone) for node in nodes)
-
-
 def _site_to_plain(site: Site) -> dict[str, Any]:
     return {
         "name": site.name,

@@ -66,13 +66,13 @@ class WrongPath(Wrong):
 
 
 class Frozen(Wrong):
-    def _finish(self, prototype, loc):
-        super()._finish(prototype, loc)
+    def _build(self, spec, start):
+        super()._build(spec, start)
         self.transform.transforms[1].loc.register_hook(torch.zeros_like)
 
 
-class NoClaim(Wrong):
-    def _claim(self):
+class Unregistered(Wrong):
+    def _register(self):
         pass
 
 
@@ -98,9 +98,9 @@ class UnpickledAnew(Wrong):
 
 
 class DeafToTheStore(Wrong):
-    def _claim(self):
+    def _register(self):
         pyro.clear_param_store()
-        super()._claim()
+        super()._register()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ class DeafToTheStore(Wrong):
         (WrongLogProb, "log_prob: .* for a draw whose density in the guide's trace is"),
         (WrongPath, r"rsample_and_log_prob\(path=True\)"),
         (Frozen, "SVI: 1 of .* parameters never move: .*loc"),
-        (NoClaim, "a second guide: .* parameters never move"),
+        (Unregistered, "a second guide: .* parameters never move"),
         (SharedCopy, "deepcopy: training the copy moves"),
         (ForgetfulCopy, "deepcopy: another density"),
         (UnpickledAnew, "another density"),

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 from ...arguments import check_callable, check_integer, check_positive
 from ...joint.argument_shapes import argument_shapes
 from ..distributions import check_flow_argument
-from ..model_checks import (
-    check_model,
-    compare_names,
-    is_hidden,
-    latents_of,
-    refuse_moving_structure,
-)
+from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..persistence.persistent_guide import PersistentGuide
-from ..spec import GuideSpec, sites_of
+from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import default_flow, default_local_flow
 from .layout import LatentLayout, Vectors, mean_start, one_element
@@ -33,12 +27,13 @@ from .plates import (
     GivenIndices,
     Plates,
     PlateSizes,
-    compared_sizes,
     complete_plates,
     plate_sizes,
     plates_of_user,
+    plates_were_dropped,
     refuse_given_indices,
     refuse_no_local_latents,
+    sizes_of_run,
 )
 from .posterior import AmortizedPosterior, sample_sites
 
@@ -48,8 +43,6 @@ _CHUNK = 2**16
 _MAX_SHAPES = 64
 #: of the location's steps over the noise of mini-batches, which averages out
 _LOCATION_STEP = 2.0
-
-Model = Callable[..., Any]
 
 
 class AutoAmortized(PersistentGuide):
@@ -72,7 +65,8 @@ class AutoAmortized(PersistentGuide):
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
     the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
-    need ``create_plates``.
+    need ``create_plates``. It is an ``AutoGuide`` and no ``AutoContinuous``: each element of each plate
+    has a latent vector, and there is none of all latents.
 
     :param model: a Pyro model.
     :param encoder: a module or function of the model's arguments that returns the features of each
@@ -137,7 +131,7 @@ class AutoAmortized(PersistentGuide):
 
     def __init__(
         self,
-        model: Model,
+        model: Callable[..., Any],
         encoder: Encoder | None = None,
         *,
         flow: Callable[[int], nn.Module] | None = default_flow,
@@ -174,11 +168,9 @@ class AutoAmortized(PersistentGuide):
         Then batches of data as the model's arguments would meet embeddings of other elements. Before
         the first call it is whether there is no encoder.
         """
-        if self._spec is None:
-            has_tables = self._encoder[0] is None
-        else:
-            has_tables = any(f.table is not None for _, f in self._posterior.local_factors)
-        return has_tables and self.create_plates is None
+        if self.create_plates is not None or self._spec is None:
+            return self.create_plates is None and self._encoder[0] is None
+        return any(factor.table is not None for _, factor in self._posterior.local_factors)
 
     @property
     def _posterior(self) -> AmortizedPosterior:
@@ -192,8 +184,7 @@ class AutoAmortized(PersistentGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
-        trace = self.prototype_trace
-        sites = sites_of(trace)
+        trace, sites = self.prototype_trace, [*sites_by_name(self.prototype_trace).values()]
         refuse_no_local_latents(sites, type(self).__name__)
         observed = refuse_moving_structure(
             trace, lambda: given(self.model)(*args, **kwargs), rng_state
@@ -221,14 +212,7 @@ class AutoAmortized(PersistentGuide):
                 f"state dict holds: expected {type(self).__name__}(..., encoder=...) with one, got none"
             )
         self.transform = AmortizedPosterior(
-            LatentLayout(spec.sites),
-            start,
-            spec.arguments["init_scale"],
-            make_flow=self._make_flow,
-            make_local_flow=self._make_local_flow,
-            feature_dims=feature_dims,
-            embedding_dim=spec.arguments["embedding_dim"],
-            encoder=encoder,
+            spec, start, self._make_flow, self._make_local_flow, encoder
         )
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
@@ -241,7 +225,7 @@ class AutoAmortized(PersistentGuide):
         return {name: spec.arguments[name] for name in ("embedding_dim", "init_scale")}
 
     def __getstate__(self) -> dict[str, Any]:
-        plates = None if self.create_plates is None else _plates_were_dropped
+        plates = None if self.create_plates is None else plates_were_dropped
         return {**super().__getstate__(), "create_plates": plates}
 
     # The guide as Pyro calls it
@@ -266,8 +250,7 @@ class AutoAmortized(PersistentGuide):
         vectors, values = Vectors(), {}
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
-            suffix = f"_{group.name}_latent" if group.name else "_latent"
-            name = f"_{self._pyro_name}{suffix}"
+            name = f"_{self._pyro_name}_{group.prefix}latent"
             with ExitStack() as stack:
                 for plate in group.dims:
                     stack.enter_context(plates[plate])
@@ -283,16 +266,14 @@ class AutoAmortized(PersistentGuide):
         shapes = argument_shapes((args, kwargs))
         if shapes not in self._sizes_by_shapes:
             given, spec = GivenIndices(), self._checked_spec()
-            now = latents_of(lambda: given(self.model)(*args, **kwargs))
-            if not self._model_is_checked:
-                # what had data at the set-up may be predicted now
-                compare_names(spec.latents.sites, now.keys() - set(spec.observed or ()))
-            sizes = {**self._sizes, **compared_sizes(spec.latents.sites, now)}
+            sizes = sizes_of_run(
+                spec, lambda: given(self.model)(*args, **kwargs), self._model_is_checked
+            )
             self._model_is_checked = True
             refuse_given_indices(given, sizes, lambda: self._plates_of_user(args, kwargs))
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
-            self._sizes_by_shapes[shapes] = sizes
+            self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]
         return self._sizes
 
@@ -338,8 +319,7 @@ class AutoAmortized(PersistentGuide):
         :param share: what part of all elements these are: the posterior given all is narrower.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
-        posterior = self._posterior
-        layout = posterior.layout
+        posterior, layout = self._posterior, self._posterior.layout
         shapes = {group.name: group.batch_shape_of(values) for group in layout.groups}
         vectors, _ = layout.unconstrain_with_ladj(values, shapes, posterior.like)
         posterior.start_near(vectors, share)
@@ -409,18 +389,8 @@ class AutoAmortized(PersistentGuide):
         if posterior.encoded_groups:
             if args or kwargs:
                 sizes = self._sizes_for(args, kwargs)
+            whole = {name: plate._replace(size=plate.full_size) for name, plate in sizes.items()}
             with poutine.block():
-                whole = {
-                    name: plate._replace(size=plate.full_size) for name, plate in sizes.items()
-                }
                 plates = complete_plates({}, whole, posterior.like.device)
                 features = posterior.encode(plates, args, kwargs)
         return posterior.all_rows(features)
-
-
-def _plates_were_dropped(*args: Any, **kwargs: Any) -> Any:
-    """Stands for ``create_plates`` in a guide that was pickled."""
-    raise RuntimeError(
-        "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
-        "create_plates puts it into the guide"
-    )

@@ -40,10 +40,7 @@ def check_encoder(encoder: Encoder | None) -> Encoder | None:
 
 
 class MiniBatch(Messenger):
-    """Makes ``pyro.subsample`` take the mini-batch, without the plates: some share a dimension.
-
-    :param plates: plates by name, each with its dimension.
-    """
+    """Makes ``pyro.subsample`` take the mini-batch, without the plates: some share a dimension."""
 
     def __init__(self, plates: Plates) -> None:
         super().__init__()
@@ -70,14 +67,10 @@ class MiniBatch(Messenger):
 def encode(
     encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
 ) -> Features:
-    """Calls an encoder where ``pyro.subsample`` means what it does in the model.
+    """What an encoder returns by group; in it ``pyro.subsample`` works as in the model.
 
-    :param encoder: a function of the model's arguments.
     :param plates: plates by name, each with its dimension.
     :param groups: the groups of local latents.
-    :param args: the model's arguments.
-    :param kwargs: its keyword arguments.
-    :return: features by the names of groups.
     :raises TypeError: if the encoder returns neither a tensor nor a dict of tensors.
     :raises ValueError: if it returns one tensor for several groups, or one for an unknown group.
     """
@@ -109,9 +102,7 @@ def encode(
 def first_feature_dims(
     encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
 ) -> dict[str, int]:
-    """The number of features of each group, by a first call of the encoder that leaves no trace.
-
-    The arguments are those of :func:`encode`.
+    """The number of features of each group, by a first :func:`encode` that leaves no trace.
 
     :raises ValueError: if the encoder is a function with parameters that the param store does not
         have, which would never train.
@@ -134,11 +125,8 @@ def minibatch_rows(
 ) -> Tensor:
     """The features of the elements of a mini-batch, shape ``batch shape + (feature_dim,)``.
 
-    :param group: a group of local latents.
     :param features: a row for each element of the mini-batch, or for each element of the plates, of
         which the mini-batch's are taken.
-    :param feature_dim: the number of features of an element.
-    :param plates: plates by name.
     :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
     :raises ValueError: if the features have another shape.
     """
@@ -166,9 +154,6 @@ def minibatch_rows(
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:
     """The features of any number of elements, and the number of elements in each plate.
 
-    :param group: a group of local latents.
-    :param features: a row for each element.
-    :param feature_dim: the number of features of an element.
     :raises ValueError: if the features have another number of dimensions or columns.
     """
     *found, columns = features.shape

@@ -78,8 +78,8 @@ class GlobalFactor(nn.Module):
     def step_scales(self, of_location: float, of_flow: float) -> Mapping[nn.Parameter, Tensor]:
         """Factors of an optimizer's steps.
 
-        :param of_location: that of the location, in units of the scale.
-        :param of_flow: that of all parameters of the flow.
+        :param of_location: of the location, in units of the scale.
+        :param of_flow: of all parameters of the flow.
         """
         *flows, _ = self.transform.transforms
         scale = self._affine.log_scale.detach().exp()
@@ -102,11 +102,7 @@ class GlobalFactor(nn.Module):
 
 
 class GivenLocationScale(MonotonicAffineTransform):
-    """An affine transform with a given location and a log-scale without bounds.
-
-    :param loc: shape ``(*, D)``.
-    :param log_scale: shape ``(*, D)``.
-    """
+    """An affine transform with a given location and unbounded log-scale, shape ``(*, D)`` each."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
         ElementwiseTransform.__init__(self)
@@ -232,10 +228,7 @@ class LocalFactor(nn.Module):
         return ComposedTransform(*flows, affine)
 
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
-        """The context of the elements in inner plates that depend on this one.
-
-        :param z: the latents of the elements, shape ``(*, D)``.
-        """
+        """The context of the elements in inner plates that depend on these, shape ``(*, D)``."""
         return z - self.loc
 
     @torch.no_grad()

@@ -24,13 +24,7 @@ GLOBAL = ""
 
 
 class PlateSize(NamedTuple):
-    """The size of a plate for some arguments of the model.
-
-    :param name: its name.
-    :param dim: its dimension, negative.
-    :param size: the number of elements in the mini-batch.
-    :param full_size: the number of all elements.
-    """
+    """The sizes of a plate, of the mini-batch and of all elements, and its dimension."""
 
     name: str
     dim: int
@@ -66,6 +60,11 @@ class Group:
     parents: tuple[str, ...]
 
     @property
+    def prefix(self) -> str:
+        """What the name of its auxiliary site has before ``latent``."""
+        return f"{self.name}_" if self.name else ""
+
+    @property
     def latent_dim(self) -> int:
         """The size of the vector of one element."""
         return self.latents.latent_dim
@@ -86,10 +85,7 @@ class Group:
         return sorted(self.dims, key=self.dims.__getitem__)
 
     def batch_shape(self, sizes: Mapping[str, int]) -> torch.Size:
-        """The batch shape of the elements.
-
-        :param sizes: the size of each plate by its name.
-        """
+        """The batch shape of the elements, given the size of each plate by its name."""
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
@@ -99,12 +95,9 @@ class Group:
         return self.batch_shape(self.full_sizes)
 
     def batch_shape_of(self, values: Mapping[str, Any]) -> torch.Size:
-        """The batch shape of the elements that there are values of.
-
-        :param values: for each site, a tensor of shape ``(n,) + site shape``.
-        """
+        """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
         name, site = next(iter(self.latents.sites.items()))
-        shape = values[name].shape if self.dims else ()
+        shape = values[name].shape if self.dims and name in values else ()
         return torch.Size(shape[1 : len(shape) - site.event_dim])
 
 
@@ -208,14 +201,14 @@ class LatentLayout:
 
 
 def one_element(site: Site) -> Site:
-    """The site with the plates reduced to a single element.
+    """The site with the plates reduced to a single element, and bounds that share no memory.
 
     :param site: a site of a trace.
     :raises ValueError: if it has batch dimensions that are no plates, or its support is not the same
         for every element.
     """
     if not site.plates:
-        return site
+        return site.to(Tensor.clone)
     sizes = {plate.dim: plate.size for plate in plates_around(site)}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
     if tuple(site.batch_shape) != expected:

@@ -12,6 +12,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ...joint.sites import Site
+from ..model_checks import compare_names, latents_of
+from ..spec import GuideSpec
 from .layout import Group, PlateSize, plates_around
 
 Plates = dict[str, pyro.plate]
@@ -56,14 +58,17 @@ def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
         )
 
 
-def compared_sizes(known: Mapping[str, Site], now: Mapping[str, Site]) -> PlateSizes:
-    """The sizes of the plates around the guide's sites in a run of the model.
+def sizes_of_run(spec: GuideSpec, run: Callable[[], Any], model_is_checked: bool) -> PlateSizes:
+    """The sizes of the plates around the guide's sites in one more run of the model.
 
-    :param known: the sites of the guide, of one element of each plate.
-    :param now: the latents of the run.
-    :raises ValueError: if a latent in no plate has another shape than at the guide's set-up, an
-        element of a latent in a plate has, or a latent is in other plates.
+    :param model_is_checked: whether it is known that the guide's sites are those of the model.
+    :raises ValueError: if the model has other latents, a latent in no plate has another shape than
+        at the guide's set-up, an element of a latent in a plate has, or a latent is in other plates.
     """
+    known, now = spec.latents.sites, latents_of(run)
+    if not model_is_checked:
+        # what had data at the set-up may be predicted now
+        compare_names(known, now.keys() - set(spec.observed or ()))
     sites = [now[name] for name in known if name in now]
     for site in sites:
         _compare_elements(known[site.name], site)
@@ -97,8 +102,6 @@ def refuse_given_indices(
 ) -> None:
     """Refuses a model that says itself which elements its plates have, where the guide is not told.
 
-    :param given: what ran the model.
-    :param sizes: the sizes of the plates that the guide makes.
     :param of_user: makes the plates whose indices the guide is told.
     :raises ValueError: if there is such a plate.
     """
@@ -112,6 +115,14 @@ def refuse_given_indices(
             f"AutoAmortized(..., create_plates=lambda ...: pyro.plate('{name}', {full_size}, "
             f"subsample=..., dim={dim}))"
         )
+
+
+def plates_were_dropped(*args: Any, **kwargs: Any) -> Plates:
+    """Stands for ``create_plates`` in a guide that was pickled."""
+    raise RuntimeError(
+        "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
+        "create_plates puts it into the guide"
+    )
 
 
 def plates_of_user(create_plates: CreatePlates | None, args: Any, kwargs: Any) -> Plates:
@@ -133,9 +144,8 @@ def plates_of_user(create_plates: CreatePlates | None, args: Any, kwargs: Any) -
 def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:
     """The user's plates, each with its dimension, and new ones of all or some random elements.
 
-    :param of_user: the plates of ``create_plates``.
     :param sizes: the sizes of the model's plates.
-    :param device: where the indices of new plates are.
+    :param device: the device of the indices of new plates.
     :raises ValueError: if a plate of the user has another size or dimension than the model's.
     """
     plates = dict(of_user)
@@ -158,9 +168,6 @@ def check_sizes(
 ) -> None:
     """Refuses plates of a group with other sizes than expected.
 
-    :param group: a group of local latents.
-    :param expected: the expected sizes, by the names of plates.
-    :param got: their sizes.
     :param reason: says why, and what to do.
     :raises ValueError: if a size differs.
     """

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
+from ..spec import GuideSpec
 from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlow, MakeLocalFlow
 from .layout import GLOBAL, Group, LatentLayout, Vectors
@@ -38,48 +39,41 @@ class AmortizedPosterior(nn.Module):
 
         q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
 
-    :param layout: the layout of the latents.
-    :param loc: the initial location, that of one element of each group, in the order of the sites.
-    :param scale: the initial standard deviation.
+    :param spec: the spec of the guide: the sites, and ``init_scale``, ``embedding_dim`` and
+        ``feature_dims``, the number of features of each group that has an encoder.
+    :param start: the initial location, that of one element of each group, in the order of the sites.
     :param make_flow: makes the flow of the global latents, or is None.
     :param make_local_flow: makes the conditional flow of a group of local latents, or is None.
-    :param feature_dims: the number of features of each group that has an encoder.
-    :param embedding_dim: the number of features of the embeddings of all other groups.
     :param encoder: the encoder, if there is one.
     """
 
     def __init__(
         self,
-        layout: LatentLayout,
-        loc: Tensor,
-        scale: float,
-        *,
+        spec: GuideSpec,
+        start: Tensor,
         make_flow: MakeFlow | None,
         make_local_flow: MakeLocalFlow | None,
-        feature_dims: Mapping[str, int],
-        embedding_dim: int,
         encoder: Encoder | None,
     ) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout = LatentLayout(spec.sites)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
-        context_dims, locs = dict[str, int](), layout.by_group(loc)
-        for group in layout.groups:
-            factor: GlobalFactor | LocalFactor
-            start = locs[group.name]
+        scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
+        context_dims, locs = dict[str, int](), self.layout.by_group(start)
+        for group in self.layout.groups:
+            loc = locs[group.name]
             if group.name == GLOBAL:
-                factor = self.globals = GlobalFactor(make_flow, start, scale)
-            else:
-                rest_dim = sum(context_dims[name] for name in group.parents)
-                feature_dim, table_shape = feature_dims.get(group.name), None
-                if feature_dim is None:
-                    feature_dim, table_shape = embedding_dim, group.full_batch_shape
-                factor = LocalFactor(
-                    make_local_flow, start, scale, feature_dim, rest_dim, table_shape
-                )
-                self.locals.append(factor)
-            context_dims[group.name] = factor.context_dim
+                self.globals = GlobalFactor(make_flow, loc, scale)
+                context_dims[GLOBAL] = self.globals.context_dim
+                continue
+            rest_dim = sum(context_dims[name] for name in group.parents)
+            feature_dim, table_shape = feature_dims.get(group.name), None
+            if feature_dim is None:
+                feature_dim, table_shape = spec.arguments["embedding_dim"], group.full_batch_shape
+            factor = LocalFactor(make_local_flow, loc, scale, feature_dim, rest_dim, table_shape)
+            self.locals.append(factor)
+            context_dims[group.name] = group.latent_dim
         self.encoder = encoder
 
     @property
@@ -110,9 +104,6 @@ class AmortizedPosterior(nn.Module):
     def encode(self, plates: Plates, args: Any, kwargs: Any) -> Features:
         """What the encoder returns, nothing where there is none.
 
-        :param plates: plates by name.
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
         :raises ValueError: if there are features of other groups than at the set-up.
         """
         expected, groups = self.encoded_groups, self.layout.local_groups
@@ -132,8 +123,6 @@ class AmortizedPosterior(nn.Module):
     ) -> Vectors:
         """The features or embeddings of the elements of a mini-batch, by group.
 
-        :param features: what the encoder returned.
-        :param plates: plates by name.
         :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
         :raises ValueError: if they do not fit the plates.
         """
@@ -153,7 +142,6 @@ class AmortizedPosterior(nn.Module):
     def all_rows(self, features: Features) -> Vectors:
         """The embeddings of all elements, or their features, of any number of elements.
 
-        :param features: what the encoder returned.
         :raises ValueError: if the numbers of elements differ between groups.
         """
         like, sizes = self.like, dict[str, int]()
@@ -174,7 +162,6 @@ class AmortizedPosterior(nn.Module):
     def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
         """From the base to the unconstrained space, for the elements of a group.
 
-        :param group: the group.
         :param features: the features or embeddings of its elements, shape ``(*, F)``.
         :param vectors: the latents of its parents.
         """
@@ -187,11 +174,8 @@ class AmortizedPosterior(nn.Module):
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
     ) -> FlowDistribution:
-        """The distribution of the latents of some elements of a group.
+        """The distribution of the latents of the elements for which :meth:`condition` is.
 
-        :param group: the group.
-        :param features: as for :meth:`condition`.
-        :param vectors: likewise.
         :param path: whether the density of its draws has the path gradient.
         """
         shapes = (vectors[name].shape[:-1] for name in group.parents)
@@ -212,9 +196,6 @@ class AmortizedPosterior(nn.Module):
     ) -> Tensor:
         """The log-density of one factor where both sides of its transform are known.
 
-        :param group: the group.
-        :param features: as for :meth:`condition`.
-        :param vectors: likewise.
         :param pair: the argument and the value of the transform, shape ``(*, D)`` each.
         :return: shape ``(*,)``.
         """
@@ -247,7 +228,6 @@ class AmortizedPosterior(nn.Module):
     def log_prob(self, features: Mapping[str, Tensor], vectors: Vectors) -> Tensor:
         """The log-density of all latents, shape ``(n,)``.
 
-        :param features: as for :meth:`draw`.
         :param vectors: the latents of each group, as :meth:`draw` returns them.
         """
         parts = []
@@ -260,7 +240,6 @@ class AmortizedPosterior(nn.Module):
     def start_near(self, vectors: Vectors, share: float) -> None:
         """Sets locations and scales, and the linear dependence on the global latents, by draws.
 
-        :param vectors: draws of the latents of each group, as :meth:`draw` returns them.
         :param share: multiplies the covariance of the global latents.
         """
         if self.globals is None:
@@ -278,12 +257,7 @@ class AmortizedPosterior(nn.Module):
 
 
 def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
-    """The sample statements of sites at their unconstrained values.
-
-    :param latents: the sites.
-    :param z: their latent vector, shape ``batch + (latent_dim,)``.
-    :return: the value of each site.
-    """
+    """The sample statements of sites at a latent vector, shape ``batch + (latent_dim,)``."""
     values = {}
     for name, part in latents.split(z).items():
         site = latents.sites[name]
@@ -302,12 +276,7 @@ def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
 
 
 def base_of(like: Tensor, batch_shape: Sequence[int], latent_dim: int) -> dist.TorchDistribution:
-    """Standard Normals, whose values are never checked: that would read them.
-
-    :param like: gives the dtype and the device.
-    :param batch_shape: the batch shape.
-    :param latent_dim: the size of the event.
-    """
+    """Standard Normals, whose values are never checked: that would read them."""
     zeros = like.new_zeros((*batch_shape, latent_dim))
     normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
     base: dist.TorchDistribution = normal.to_event(1)

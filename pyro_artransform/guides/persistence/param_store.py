@@ -109,8 +109,9 @@ def _are_of_a_living_one(tensors: list[Tensor], guide: StoredGuide) -> bool:
     """Whether another living guide has one of these parameters now."""
     for tensor in tensors:
         other = OWNERS[tensor]() if tensor in OWNERS else None
-        is_another = other is not None and other is not guide
-        if is_another and any(parameter is tensor for parameter in other.parameters()):
+        if other is None or other is guide:
+            continue
+        if any(parameter is tensor for parameter in other.parameters()):
             return True
     return False
 

@@ -102,11 +102,7 @@ class PersistentGuide(AutoGuide):
             self._setup_prototype(*args, **kwargs)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        """Makes ``transform`` from a spec and nothing else.
-
-        :param spec: the spec.
-        :param start: where the latent vector starts, shape ``(latent_dim,)``.
-        """
+        """Makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``."""
         raise NotImplementedError
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
@@ -114,24 +110,18 @@ class PersistentGuide(AutoGuide):
         return dict(self._arguments)
 
     def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
-        """Remembers a spec, and what Pyro's autoguides remember of a run of the model.
-
-        :param spec: the spec.
-        :param values: the starting value of each site, where they are known.
-        """
+        """Remembers a spec, and what Pyro's autoguides remember of a run of the model."""
         self._spec = spec
         self.prototype_trace = spec.prototype_trace(values)
-        self._prototype_frames = {frame.name: frame for s in spec.sites for frame in s.plates}
+        self._prototype_frames = {}
+        for site in spec.sites:
+            for frame in site.plates:
+                self._prototype_frames[frame.name] = frame
 
     def _set_up_from(
         self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Everything that follows from the latent sites and the starting point.
-
-        :param spec: the spec.
-        :param start: the starting point, shape ``(latent_dim,)``.
-        :param values: the starting value of each site, where there was a run of the model.
-        """
+        """Everything after the run of the model: a vector and the values of sites to start at."""
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
             self._build(spec, start.detach().clone())
@@ -149,10 +139,7 @@ class PersistentGuide(AutoGuide):
         self._model_is_checked = False
 
     def _checked_spec(self) -> GuideSpec:
-        """The spec.
-
-        :raises RuntimeError: if the guide was never called.
-        """
+        """The spec; a guide that was never called has none, which is an error."""
         if self._spec is None:
             raise RuntimeError(
                 f"this {type(self).__name__} does not know the model's latents yet: call it, or "
@@ -212,10 +199,11 @@ class PersistentGuide(AutoGuide):
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
             self._ownership = Ownership.CARRIED
             return
-        stored = pyro.get_param_store().named_parameters()
-        in_call = bool(self._pyro_context.active)
+        in_call, is_free = bool(self._pyro_context.active), True
         prefix = param_with_module_name(f"{self._pyro_name}.transform", "")
-        if any(key.startswith(prefix) for key, _ in stored):
+        for key, _ in pyro.get_param_store().named_parameters():
+            is_free = is_free and not key.startswith(prefix)
+        if not is_free:
             resolve_conflicts(self, self._trainable(), in_call)
         elif in_call:
             self._put(self._pyro_name)
@@ -239,7 +227,11 @@ class PersistentGuide(AutoGuide):
         """The parameters that train, by their names in ``transform``."""
         # not by the attribute, whose reading is a param statement
         transform: nn.Module = self._modules["transform"]  # type: ignore[assignment]
-        return {name: p for name, p in transform.named_parameters() if p.requires_grad}
+        trained = {}
+        for name, parameter in transform.named_parameters():
+            if parameter.requires_grad:
+                trained[name] = parameter
+        return trained
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)

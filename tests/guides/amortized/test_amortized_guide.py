@@ -15,7 +15,14 @@ from pyro.infer import (
     TraceGraph_ELBO,
     config_enumerate,
 )
-from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_mean, init_to_value
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoGuide,
+    AutoGuideList,
+    AutoNormal,
+    init_to_mean,
+    init_to_value,
+)
 
 from pyro_artransform import (
     AutoAmortized,
@@ -23,6 +30,13 @@ from pyro_artransform import (
     conditional_maf,
     conditional_spline_autoregressive,
     maf,
+)
+from pyro_artransform.joint.protocols import (
+    MinibatchGuide,
+    PosteriorGuide,
+    ReparametrizedGuide,
+    ScaledSteps,
+    SetUpGuide,
 )
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import (
@@ -63,6 +77,75 @@ def test_start_of_constrained_locals():
     median = guide.median(num_samples=5_000)["s"]
     assert median.shape == (4, 1)
     assert torch.allclose(median, torch.full_like(median, 5.0), rtol=0.03)
+
+
+def test_promises():
+    """It has no single latent vector, so it is no AutoContinuous; what a fit asks for, it has."""
+    guide = AutoAmortized(hierarchies.groups)
+    assert isinstance(guide, AutoGuide)
+    assert not isinstance(guide, AutoContinuous)
+    for protocol in (MinibatchGuide, ScaledSteps, SetUpGuide, PosteriorGuide):
+        assert isinstance(guide, protocol)
+    assert not isinstance(guide, ReparametrizedGuide)
+    assert guide.needs_indices
+    assert not AutoAmortized(hierarchies.groups, Encoder()).needs_indices
+
+
+def test_step_scales():
+    """The location in units of the scale; with mini-batches it goes faster, and the flow slower."""
+    guide = AutoAmortized(hierarchies.groups)
+    guide(data())
+    globals_ = guide.transform.globals
+    ((parameter, scale),) = guide.step_scales().items()
+    assert parameter is globals_.loc
+    assert torch.allclose(scale, torch.full((1,), 0.2))
+    guide = AutoAmortized(hierarchies.minibatch)
+    guide(data(16))
+    globals_ = guide.transform.globals
+    scales = guide.step_scales()
+    flow = list(globals_.transform.transforms[:-1].parameters())
+    assert set(scales) == {globals_.loc, *flow}
+    assert torch.allclose(scales[globals_.loc], torch.full((1,), 0.4))
+    assert all(torch.allclose(scales[p], torch.tensor(0.5)) for p in flow)
+
+
+def test_start_near_draws():
+    """The globals have the moments of the draws, but for the share; elements depend on them."""
+    n = 5_000
+    mean = 3.0 + 0.2 * torch.randn(n)
+    z = 1.0 + 0.5 * (mean[:, None] - 3.0) + 0.3 * torch.randn(n, 12)
+    guide = AutoAmortized(hierarchies.groups)
+    guide.set_up(data())
+    guide.start_near({"mean": mean, "z": z}, share=0.25)
+    draws = guide.sample_posterior(n)
+    # five standard errors
+    assert (draws["mean"].mean() - 3.0).abs() < 5 * 0.25 / n**0.5
+    assert (draws["mean"].std() / 0.1 - 1).abs() < 5 / n**0.5
+    assert (draws["z"].mean() - 1.0).abs() < 5 * 0.35 / n**0.5
+    rest = draws["z"] - 1.0 - 0.5 * (draws["mean"][:, None] - 3.0)
+    assert (rest.std() / 0.3 - 1).abs() < 0.02
+    with pytest.raises(ValueError, match=r"expected the sites \['mean', 'z'\]"):
+        guide.start_near({"z": z})
+
+
+def test_list_with_indices_that_the_model_gives():
+    def model(y, index):
+        with pyro.plate("groups", 12, subsample=index):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+    def plates(y, index):
+        return pyro.plate("groups", 12, subsample=index)
+
+    index = torch.tensor([3, 1, 7])
+    for create_plates in (None, plates):
+        guide = AutoGuideList(model, create_plates=create_plates)
+        guide.append(AutoAmortized(model))
+        if create_plates is None:
+            with pytest.raises(ValueError, match="gives the indices of plate 'groups' itself"):
+                guide(data(), index)
+        else:
+            assert guide(data(), index)["z"].shape == (3,)
 
 
 # Plates and scales

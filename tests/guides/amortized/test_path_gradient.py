@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import pyro
+import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
@@ -42,6 +43,16 @@ def test_path_gradient_at_the_posterior_is_zero_in_each_draw():
     assert gradient(guide, y, True).abs().max() < 1e-10
     assert gradient(guide, y, True, 5).abs().max() < 1e-10
     assert gradient(guide, y, False).abs().max() > 0.1
+
+
+def test_path_gradient_is_a_context_of_the_guide():
+    guide = AutoAmortized(hierarchies.groups)
+    for before in (False, True):
+        guide.path = before
+        with pytest.raises(KeyError), guide.path_gradient():
+            assert guide.path
+            raise KeyError
+        assert guide.path is before
 
 
 def test_path_gradient_has_the_same_mean(monkeypatch):

@@ -119,6 +119,13 @@ def test_state_dict(new):
     assert torch.equal(score(called), score(guide))
 
 
+def test_state_dict_of_another_embedding():
+    guide = trained(embedding_dim=3)
+    other = AutoAmortized(hierarchies.groups)
+    other.load_state_dict(guide.state_dict())
+    assert torch.equal(score(other), score(guide))
+
+
 def test_state_dict_of_another_batch_size():
     guide = AutoAmortized(hierarchies.batched, Encoder())
     guide(data(4))
