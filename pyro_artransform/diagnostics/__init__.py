@@ -9,7 +9,7 @@ from .psis import ParetoTail, fit_tail, smooth_tail
 from .uniformity import simultaneous_bands, uniformity_pvalue
 from .weights import log_weights
 
-# in the order of letters, whatever their case says of constants
+# sorted without regard to case
 __all__ = [  # noqa: RUF022
     "Importance",
     "ParetoTail",

@@ -95,15 +95,15 @@ class SBC:
 
 
 def sbc(
-    model: Callable[..., Any],
+    model: Callable[..., object],
     fit_one: Callable[[Values], Any],
-    *args: Any,
+    *args: object,
     num_simulations: int = 100,
     num_draws: int = 99,
     observed: Iterable[str] | None = None,
     seed: int | None = None,
     progress: bool = True,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> SBC:
     """Simulation-based calibration of a method that computes posteriors of a model.
 
@@ -213,7 +213,11 @@ def _simulate(run: Callable[[], None], names: set[str]) -> tuple[Values, Values]
 
 @torch.no_grad()
 def _draws_of(
-    posterior: Any, num_draws: int, truth: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    posterior: Any,
+    num_draws: int,
+    truth: Values,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
     if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)

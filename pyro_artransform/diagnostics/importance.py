@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, log, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +79,11 @@ class Importance:
 
 
 def importance(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Callable[..., object],
+    guide: Callable[..., object],
     num_samples: int = 10_000,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> Importance:
     """Weighs draws of a guide by the model: ELBO, evidence, k-hat and effective sample size.
 
@@ -121,12 +120,12 @@ def importance(
 
 
 def psis_resample(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Callable[..., object],
+    guide: Callable[..., object],
     n: int,
-    *args: Any,
+    *args: object,
     num_proposals: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Values:
     """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
 

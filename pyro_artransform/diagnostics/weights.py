@@ -16,7 +16,7 @@ from ..joint.plates import is_subsampled
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 
-Model = Callable[..., Any]
+Model = Callable[..., object]
 Values = dict[str, Tensor]
 
 _CHUNK = 1000
@@ -41,8 +41,8 @@ def log_weights(
     model: Model,
     guide: Model,
     num_samples: int,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
     log_joint: LogJoint | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws of a guide on the unconstrained space, and their log weights.
@@ -70,8 +70,8 @@ def weighted_draws(
     model: Model,
     guide: Model,
     num_samples: int,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[object, ...] = (),
+    kwargs: Mapping[str, object] | None = None,
     log_joint: LogJoint | None = None,
 ) -> Iterator[Weighted]:
     """Draws of a guide with their weights, a chunk at a time.
@@ -79,7 +79,7 @@ def weighted_draws(
     A guide with ``rsample_and_log_prob`` gives draws with their density on the unconstrained space.
     Any other guide is traced, with its discrete and auxiliary sites, for its density on the
     constrained space. A guide that is a point at some site, such as ``AutoDelta``, has an infinite
-    density there, whatever its trace says: its log weights are ``-inf``.
+    density there, despite its trace: its log weights are ``-inf``.
 
     The arguments and errors are those of :func:`log_weights`, but discrete sites are allowed.
     """
@@ -91,8 +91,8 @@ def weighted_draws(
 def _drawer(
     model: Model,
     guide: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     log_joint: LogJoint | None,
 ) -> Callable[[int], Weighted]:
     """A function of n that makes n weighted draws of a guide."""
@@ -109,7 +109,9 @@ def _drawer(
     return _TracedDraws(guide, args, kwargs, log_joint or LogJoint(model, args, kwargs))
 
 
-def _trace(function: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> poutine.Trace:
+def _trace(
+    function: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> poutine.Trace:
     with poutine.block():
         trace: poutine.Trace = poutine.trace(function).get_trace(*args, **kwargs)
     return trace
@@ -137,7 +139,7 @@ class _TracedDraws:
     """Draws of a guide of continuous sites, and their density on the constrained space."""
 
     def __init__(
-        self, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any], log_joint: LogJoint
+        self, guide: Model, args: tuple[object, ...], kwargs: dict[str, object], log_joint: LogJoint
     ) -> None:
         self._log_joint = log_joint
         self._draw = GuideDraws(lambda: guide(*args, **kwargs), log_joint.num_plates)
@@ -161,7 +163,7 @@ class _ReplayedDraws:
     """
 
     def __init__(
-        self, model: Model, guide: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         self._model, self._guide = model, guide
         self._arguments = args, kwargs

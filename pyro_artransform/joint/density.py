@@ -28,7 +28,7 @@ from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, sum_out_discr
 from .plates import ModelStructure, argument_signature, is_subsampled, plate_nesting
 from .sites import Latents, is_enumerated, latent_nodes
 
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+Arguments = tuple[tuple[object, ...], Mapping[str, object]]
 
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
@@ -94,11 +94,11 @@ class LogJoint(LogDensity):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        model: Callable[..., object],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
         *,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
         self._arguments: Arguments = args, kwargs or {}
@@ -121,7 +121,7 @@ class LogJoint(LogDensity):
         self.strategy, self.reason = self._choose_strategy()
 
     def with_arguments(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+        self, args: tuple[object, ...], kwargs: Mapping[str, object] | None = None
     ) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
 
@@ -145,7 +145,7 @@ class LogJoint(LogDensity):
         return other
 
     def structure(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+        self, args: tuple[object, ...], kwargs: Mapping[str, object] | None = None
     ) -> ModelStructure:
         """The sites of a run with other arguments; arguments of known shapes need no run.
 
@@ -211,7 +211,7 @@ class LogJoint(LogDensity):
         with UnmaskedLatents():
             self._model(*args, **kwargs)
 
-    def _trace(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> poutine.Trace:
+    def _trace(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> poutine.Trace:
         init = InitMessenger(partial(_initial_value, self._init_loc_fn))
         quiet = pyro.validation_enabled(False)
         with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():

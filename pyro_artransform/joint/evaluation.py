@@ -18,7 +18,7 @@ then on (:func:`evaluate_many`). What is evaluated is a function of draws, by na
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -164,7 +164,7 @@ class DrawPlate(NamedTuple):
             placed[name] = value.reshape(value.shape[:1] + padding + value.shape[1:])
         return placed
 
-    def run(self, model: Callable[[], Any]) -> None:
+    def run(self, model: Callable[[], object]) -> None:
         """Runs a model in the plate."""
         if self.size is None:
             model()
@@ -196,7 +196,7 @@ class GuideDraws:
     :param num_plates: the number of dimensions that the plates of its model take.
     """
 
-    def __init__(self, run: Callable[[], Any], num_plates: int = 0) -> None:
+    def __init__(self, run: Callable[[], object], num_plates: int = 0) -> None:
         self._run = run
         with poutine.block():
             trace = poutine.trace(run).get_trace()

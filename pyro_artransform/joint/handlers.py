@@ -82,7 +82,9 @@ def is_deterministic(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic"))
 
 
-def sum_out_discrete(run: Callable[[], Any], first_available_dim: int, draws: str | None) -> Tensor:
+def sum_out_discrete(
+    run: Callable[[], object], first_available_dim: int, draws: str | None
+) -> Tensor:
     """The log-density of a model with its discrete latents summed out, by variable elimination.
 
     :param run: runs the model with its continuous latents at given values.

@@ -21,11 +21,11 @@ Values = dict[str, Tensor]
 
 @torch.no_grad()
 def to_inference_data(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Callable[..., object],
+    guide: Callable[..., object],
     num_samples: int = 1000,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> Any:
     """Draws of a posterior as an ArviZ data set, of one chain of independent draws.
 
@@ -65,8 +65,8 @@ def posterior_draws(
     guide: Any,
     latents: Mapping[str, Tensor],
     num_samples: int,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
 ) -> Values:
     """Draws of any guide: by its ``sample_posterior``, or else by Pyro's ``Predictive``.
 
@@ -82,10 +82,10 @@ def posterior_draws(
 
 def _predictions(
     likelihood: Likelihood,
-    model: Callable[..., Any],
+    model: Callable[..., object],
     draws: Values,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
 ) -> Values:
     """New values of data and deterministic sites at each draw."""
     sites = {**likelihood.observed, **likelihood.deterministic}

@@ -21,7 +21,7 @@ _NUM_COMPARED = 3
 
 @torch.no_grad()
 def log_likelihood(
-    model: Callable[..., Any], draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    model: Callable[..., object], draws: Mapping[str, Tensor], *args: object, **kwargs: object
 ) -> dict[str, Tensor]:
     """The log-likelihood of each datum at each draw.
 
@@ -65,7 +65,7 @@ class Likelihood:
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
         self._run = lambda: model(*args, **kwargs)
         with poutine.block():
