@@ -4,7 +4,7 @@
 """What a conditioner promises."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,10 +58,24 @@ class Conditioner(torch.nn.Module, ABC):
 
     :cvar bool autoregressive: whether the dependence on earlier coordinates alone holds by
         construction, whatever the values of the parameters. Where it is false, transforms check it
-        by differentiation when Pyro's validation is on.
+        by differentiation when Pyro's validation is on. A subclass that overrides ``forward`` may break
+        what its base class promised: it has to say so again.
+    :cvar depth: the number of coordinates on the longest path of the graph, None if it is unknown.
+    :cvar num_params: the number P of parameters of each coordinate, None if it is any.
     """
 
     autoregressive: bool = False
+    depth: int | None = None
+    num_params: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if "autoregressive" in vars(base):
+                return
+            if "forward" in vars(base):
+                cls.autoregressive = False
+                return
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False

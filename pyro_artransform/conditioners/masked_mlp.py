@@ -61,6 +61,7 @@ class MaskedMLP(Conditioner):
     """
 
     autoregressive = True
+    num_params: int
     adjacency: Tensor
     order: Tensor
     by_level: Tensor

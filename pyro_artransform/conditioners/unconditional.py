@@ -24,6 +24,7 @@ class Unconditional(Conditioner):
     """
 
     autoregressive = True
+    num_params: int
     #: One pass inverts exactly.
     depth = 1
 

@@ -81,7 +81,9 @@ def test_fixed_steps_suffice_where_values_cannot_be_read(monkeypatch):
     transform = family(3 * torch.randn(2000, family.num_params))
     y = 10 * torch.randn(2000)
     expected = transform.inv(y)
-    monkeypatch.setattr("pyro_artransform.univariate.root.values_can_be_read", lambda *tensors: False)
+    monkeypatch.setattr(
+        "pyro_artransform.univariate.root.values_can_be_read", lambda *tensors: False
+    )
     assert torch.allclose(transform.inv(y), expected, rtol=1e-10, atol=1e-10)
 
 

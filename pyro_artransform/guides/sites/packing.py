@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from ...transforms.evaluate import values_are_readable
+from ...univariate.base import values_can_be_read
 from ..flow_factory import to_tensor
 from .records import Site, describe_support, latent_sites
 
@@ -110,7 +110,7 @@ def _check_supports(sites: Mapping[str, Site], values: Mapping[str, Tensor]) -> 
     if not dist.is_validation_enabled():
         return
     for name, site in sites.items():
-        if not values_are_readable(values[name]):
+        if not values_can_be_read(values[name]):
             continue
         inside = site["fn"].support.check(values[name])
         if not inside.all():
