@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .arguments import check_integer
 from .conditioners import MaskedMLP, Unconditional
-from .conditioners.arguments import check_size
 from .transforms import (
     AutoregressiveTransform,
     ComposedTransform,
@@ -318,8 +318,8 @@ def _metas(
     options: dict[str, Any],
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
-    input_dim = check_size("input_dim", input_dim, 1)
-    layers = range(check_size("num_transforms", num_transforms, 1))
+    input_dim = check_integer("input_dim", input_dim)
+    layers = range(check_integer("num_transforms", num_transforms))
     orders = [range(input_dim - 1, -1, -1) if k % 2 else None for k in layers]
     networks = [{**options, "order": order} for order in orders]
     return [_meta(_family(univariate), input_dim, hidden_dims, **network) for network in networks]
@@ -359,4 +359,4 @@ def _options(
 
 def _conditional_options(context_dim: int, *options: Any) -> dict[str, Any]:
     """The options of a network with a context, whose size is positive."""
-    return {**_options(*options), "context_dim": check_size("context_dim", context_dim, 1)}
+    return {**_options(*options), "context_dim": check_integer("context_dim", context_dim)}

@@ -42,8 +42,8 @@ class ConditionedUnivariate(torch.nn.Module):
         for value, kind in ((conditioner, Conditioner), (univariate, Univariate)):
             if not isinstance(value, kind):
                 raise TypeError(f"expected a {kind.__name__}, got {type(value).__name__}")
-        num_params = getattr(conditioner, "num_params", univariate.num_params)
-        if num_params != univariate.num_params:
+        num_params = conditioner.num_params
+        if num_params not in (None, univariate.num_params):
             raise ValueError(
                 f"expected a conditioner with {univariate.num_params} parameters for each coordinate, "
                 f"as {type(univariate).__name__} takes, got {num_params}"
@@ -59,7 +59,7 @@ class ConditionedUnivariate(torch.nn.Module):
     @property
     def depth(self) -> int | None:
         """The depth of the conditioner's graph, None if it does not say."""
-        return getattr(self.conditioner, "depth", None)
+        return self.conditioner.depth
 
     def blocks(
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
