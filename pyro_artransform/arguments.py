@@ -64,7 +64,9 @@ def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
         raise ValueError(
             f"hidden_dims: expected a positive integer or a sequence of them, got {hidden_dims!r}"
         )
-    widths = [check_integer("hidden_dims", width) for width in hidden_dims]
+    widths = []
+    for width in hidden_dims:
+        widths.append(check_integer("hidden_dims", width))
     if not widths:
         raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
     return widths

@@ -10,7 +10,7 @@ from typing import Any
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..conditioners.arguments import check_callable, check_hidden_dims
+from ..arguments import check_callable
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import chain
 from .autoregressive import AutoAutoregressive
@@ -47,7 +47,9 @@ class PresetGuide(AutoAutoregressive):
     ) -> None:
         shape = (check_count("num_transforms", num_transforms), _check_hidden_dims(hidden_dims))
         if nonlinearity is not None:
-            check_callable(nonlinearity)
+            check_callable(
+                "nonlinearity", nonlinearity, "a function or a module such as torch.nn.ELU()"
+            )
         super().__init__(
             model,
             flow=partial(self._preset_flow, *shape, nonlinearity),
@@ -196,7 +198,7 @@ class AutoMAF(PresetGuide):
 
     @staticmethod
     def _default_network(latent_dim: int) -> _Network:
-        return list(check_hidden_dims(None, latent_dim)), nn.ELU()
+        return [max(64, 2 * latent_dim)] * 2, nn.ELU()
 
 
 def _check_hidden_dims(hidden_dims: int | Sequence[int] | None) -> int | list[int] | None:
