@@ -6,14 +6,15 @@
 from collections.abc import Callable
 
 import torch
-from pyro.distributions import ConditionalTransformModule, is_validation_enabled
+from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
+from ..arguments import check_integer
 from .conditioned import ContextMeta
 from .dependencies import StructureCheck, describe
 from .evaluate import call_and_ladj, sum_ladj
-from .flow_module import FlowModule
+from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
 from .meta import SELF_DESCRIBING, ElementwiseTransform, Meta, StructuredMeta, check_returned
 from .warn import warn_user
@@ -142,14 +143,8 @@ def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Ten
 
     The Jacobian is :math:`J = \mathrm{diag}(d) + N` with N strictly triangular. The solution of
     :math:`J^\top u = r`, with r the score of x minus the gradient of the log-determinant, is the limit of
-    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep.
-
-    :param x: shape ``(*, D)``; y and ladj are functions of it.
-    :param y: elementwise in x but for the conditioner, shape ``(*, D)``.
-    :param ladj: the log-determinant by coordinate, shape ``(*, D)``.
-    :param score: the score of the density of x, shape ``(*, D)``.
-    :param depth: after so many products the solution is exact.
-    :return: shape ``(*, D)``.
+    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All tensors
+    have shape ``(*, D)``; ladj is the log-determinant by coordinate.
     """
     tolerance = _SCORE_TOLERANCE.get(x.dtype, 1e-3)
     ones = torch.ones_like(ladj)
@@ -165,7 +160,7 @@ def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Ten
     return u
 
 
-class ConditionalAutoregressiveTransform(ConditionalTransformModule):
+class ConditionalAutoregressiveTransform(ConditionalFlowModule):
     r"""An autoregressive transform whose univariate transforms depend on a context too.
 
     .. math::
@@ -186,11 +181,6 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
         torch.Size([5, 3])
     """
 
-    domain = FlowModule.domain
-    codomain = FlowModule.codomain
-    bijective = True
-    event_dim = 1
-
     def __init__(
         self, meta: Callable[[Tensor, Tensor], Transform], passes: int | None = None
     ) -> None:
@@ -199,10 +189,6 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
         self.meta = meta
         self.passes = passes
         self.structure = StructureCheck()
-
-    def forward(self, *_: object) -> None:
-        """Says what to call."""
-        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
         """The transform for one context.
@@ -214,9 +200,6 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
         conditioned.structure = self.structure
         return conditioned
-
-    def clear_cache(self) -> None:
-        """Does nothing: nothing is remembered."""
 
 
 def check_structure(module: torch.nn.Module, x: Tensor) -> None:
@@ -238,7 +221,5 @@ def check_structure(module: torch.nn.Module, x: Tensor) -> None:
 def _check_arguments(meta: object, passes: object) -> None:
     if not callable(meta):
         raise TypeError(f"meta: expected a callable of x, got {type(meta).__name__}")
-    if passes is not None and (
-        not isinstance(passes, int) or isinstance(passes, bool) or passes < 1
-    ):
-        raise ValueError(f"passes: expected None or an integer of at least 1, got {passes!r}")
+    if passes is not None:
+        check_integer("passes", passes)

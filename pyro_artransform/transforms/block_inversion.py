@@ -32,39 +32,26 @@ class Costs(NamedTuple):
 
     The defaults were measured with affine transforms (2 parameters) and splines of 8 bins (23) on one core
     of a server, in float32; benchmarks/inverse.py measures the inverses that they lead to.
-
-    :param block: opening and closing a block.
-    :param row: the same for each row of the batch: its known numbers are read again.
-    :param call: one pass apart from its arithmetic, for each parameter of a coordinate.
-    :param multiply: one multiplication and addition of a matrix product.
-    :param element: the univariate transform of one coordinate, for each of its parameters.
     """
 
-    block: float = 70e3
-    row: float = 120.0
-    call: float = 15e3
-    multiply: float = 0.032
-    element: float = 4.0
+    block: float = 70e3  # opening and closing a block
+    row: float = 120.0  # the same for each row of the batch: its known numbers are read again
+    call: float = 15e3  # one pass apart from its arithmetic, for each parameter of a coordinate
+    multiply: float = 0.032  # one multiplication and addition of a matrix product
+    element: float = 4.0  # the transform of one coordinate, for each of its parameters
 
 
 CPU = Costs()
 
 
 class Problem(NamedTuple):
-    """What is to be inverted.
+    """What is to be inverted."""
 
-    :param depth: the number of levels.
-    :param batch: the number of rows.
-    :param input_dim: the number of coordinates.
-    :param num_params: the number of parameters of each.
-    :param work: the multiplications that one evaluation of one row takes.
-    """
-
-    depth: int
-    batch: int
+    depth: int  # levels
+    batch: int  # rows
     input_dim: int
-    num_params: int
-    work: int
+    num_params: int  # of each coordinate
+    work: int  # multiplications that one evaluation of one row takes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -72,9 +59,6 @@ def block_size(problem: Problem, device_type: str) -> int:
     """The number of levels in a block that is expected to be the fastest.
 
     On an accelerator a call costs far more than arithmetic: all levels are one block there.
-
-    :param problem: what is to be inverted.
-    :param device_type: the type of the device.
     """
     depth = problem.depth
     if device_type != "cpu":
@@ -84,12 +68,7 @@ def block_size(problem: Problem, device_type: str) -> int:
 
 
 def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
-    """The expected time of an inverse by blocks, in nanoseconds.
-
-    :param problem: what is to be inverted.
-    :param costs: what things cost.
-    :param size: the number of levels in a block.
-    """
+    """The expected time of an inverse by blocks of so many levels, in nanoseconds."""
     blocks = -(-problem.depth // size)
     passes = min(size, USUAL_PASSES)
     calls = costs.block + problem.batch * costs.row + passes * costs.call * problem.num_params
@@ -101,8 +80,7 @@ def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
 def by_levels(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Tensor]:
     """One level of the graph after the other, differentiated by autograd, without reading a value.
 
-    :param family: turns the blocks' parameters into transforms.
-    :param blocks: the conditioner, not evaluated in place.
+    :param family: turns the parameters that ``blocks`` gives into transforms.
     :param y: shape ``(*, D)``.
     :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
     """
@@ -116,13 +94,7 @@ def by_levels(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Te
 
 
 def by_blocks(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of levels one after the other, and passes within each until nothing moves.
-
-    :param family: turns the blocks' parameters into transforms.
-    :param blocks: the conditioner, evaluated in place.
-    :param y: shape ``(*, D)``; a row that is not finite spoils no other.
-    :return: as of :func:`by_levels`, without a graph.
-    """
+    """As :func:`by_levels`, by blocks of levels, and passes within each until nothing moves; no graph."""
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
     rows, levels = _sorted_rows(blocks, clean), blocks.levels

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import ConditionalTransformModule, constraints
+from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from .evaluate import call_and_ladj, inverse_and_ladj, sum_ladj
-from .flow_module import FlowModule
+from .flow_module import ConditionalFlowModule, FlowModule
 
 AnyTransform = Transform | ConditionalTransform
 
@@ -190,7 +190,7 @@ class ComposedTransform(FlowModule):
         return shape
 
 
-class ConditionalComposedTransform(ConditionalTransformModule):
+class ConditionalComposedTransform(ConditionalFlowModule):
     """Transforms one after the other, some of which depend on a context.
 
     :param transforms: conditional transforms and torch transforms, in the order in which they are
@@ -199,19 +199,10 @@ class ConditionalComposedTransform(ConditionalTransformModule):
     :raises ValueError: if there is none.
     """
 
-    domain = FlowModule.domain
-    codomain = FlowModule.codomain
-    bijective = True
-    event_dim = 1
-
     def __init__(self, *transforms: AnyTransform) -> None:
         super().__init__()
         _check_parts(transforms, (Transform, ConditionalTransform))
         self.transforms = nn.ModuleList(map(as_module, transforms))
-
-    def forward(self, *_: object) -> None:
-        """Says what to call."""
-        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for one context.
@@ -225,9 +216,6 @@ class ConditionalComposedTransform(ConditionalTransformModule):
             conditional = isinstance(transform, ConditionalTransform)
             parts.append(transform.condition(context) if conditional else transform)
         return ComposedTransform(*parts)
-
-    def clear_cache(self) -> None:
-        """Does nothing: nothing is remembered."""
 
 
 def chain(

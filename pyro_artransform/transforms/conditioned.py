@@ -49,14 +49,11 @@ class ConditionedUnivariate(StructuredMeta):
         self.conditioner = conditioner
         self.univariate = univariate
 
-    def _has_own_forward(self) -> bool:
-        """Whether the two parts say all: a subclass with another ``forward`` may do more."""
-        return type(self).forward is ConditionedUnivariate.forward
-
     @property
     def autoregressive(self) -> bool:
-        """Whether the conditioner is autoregressive by construction."""
-        return self._has_own_forward() and self.conditioner.autoregressive
+        """Whether the conditioner is, by construction, and no subclass does more than the two parts."""
+        own = type(self).forward is ConditionedUnivariate.forward
+        return own and self.conditioner.autoregressive
 
     @property
     def depth(self) -> int | None:
@@ -78,7 +75,7 @@ class ConditionedUnivariate(StructuredMeta):
         :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
-        if hooked or not self._has_own_forward():
+        if hooked or type(self).forward is not ConditionedUnivariate.forward:
             return None
         rows = y.reshape(-1, y.shape[-1])
         if context is not None and context.dim() > 1:

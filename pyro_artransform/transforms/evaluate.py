@@ -22,11 +22,7 @@ class WithLadj(Protocol):
 
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``y`` and ``log |dy/dx|`` over the transform's own event dimensions.
-
-    :param transform: any torch transform.
-    :param x: its argument.
-    """
+    """``y`` and ``log |dy/dx|`` over the event dimensions of any torch transform."""
     if isinstance(transform, WithLadj):
         return transform.call_and_ladj(x)
     _forget(transform)
@@ -35,11 +31,7 @@ def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` and ``log |dx/dy|`` over the transform's own event dimensions.
-
-    :param transform: any bijective torch transform.
-    :param y: a value.
-    """
+    """``x`` and ``log |dx/dy|`` over the event dimensions of any bijective torch transform."""
     if isinstance(transform, WithLadj):
         return transform.inverse_and_ladj(y)
     _forget(transform)
@@ -48,14 +40,7 @@ def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_ladj(ladj: Tensor, value: Tensor, event_dim: int, total_event_dim: int) -> Tensor:
-    """Sums a log-determinant over the event dimensions that a transform did not sum itself.
-
-    :param ladj: of any shape that broadcasts to the value's without its last ``event_dim`` dimensions.
-    :param value: the transform's value, at its full (broadcast) shape.
-    :param event_dim: the transform's own number of event dimensions.
-    :param total_event_dim: the number of event dimensions wanted.
-    :return: shape ``value.shape[:-total_event_dim]``.
-    """
+    """A log-determinant over ``event_dim`` dimensions of a value, expanded and summed over so many in all."""
     shape = value.shape[: value.dim() - event_dim]
     # while torch.jit traces, sizes are tensors and cannot be compared
     if torch.jit.is_tracing() or ladj.shape != shape:

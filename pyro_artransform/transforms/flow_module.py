@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from pyro.distributions import constraints
+from pyro.distributions import ConditionalTransformModule, constraints
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
@@ -222,6 +222,22 @@ class InverseTransformModule(FlowModule):
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of the inverse's argument."""
         return self.transform.forward_shape(shape)
+
+
+class ConditionalFlowModule(ConditionalTransformModule):
+    """What the conditional transforms of this package do alike: a subclass implements ``condition``."""
+
+    domain = FlowModule.domain
+    codomain = FlowModule.codomain
+    bijective = True
+    event_dim = 1
+
+    def forward(self, *_: object) -> None:
+        """Says what to call."""
+        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
+
+    def clear_cache(self) -> None:
+        """Does nothing: nothing is remembered."""
 
 
 def inverse(transform: FlowModule) -> FlowModule:
