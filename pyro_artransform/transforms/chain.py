@@ -119,8 +119,10 @@ class ComposedTransform(FlowModule):
         _check_parts(transforms, Transform)
         self.transforms = nn.ModuleList(map(as_module, transforms))
         composed = ComposeTransform(list(transforms))
-        self.domain = _at_least_vector(composed.domain)
-        self.codomain = _at_least_vector(composed.codomain)
+        domain, codomain = composed.domain, composed.codomain
+        # elementwise parts alone make a transform of vectors
+        self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
+        self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
         # the dimensions of a part's log-determinant that are events of the composition alone
         self._extra_dims = []
@@ -254,8 +256,3 @@ def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -
     for part in transforms:
         if not isinstance(part, kinds):
             raise TypeError(f"expected transforms, got {type(part).__name__}")
-
-
-def _at_least_vector(constraint: constraints.Constraint) -> Any:
-    missing = 1 - constraint.event_dim
-    return constraints.independent(constraint, missing) if missing > 0 else constraint

@@ -27,9 +27,7 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
     is differentiated at a random point with the parameters as they are and with re-drawn ones, since
     a last layer of zeros hides every dependence.
 
-    :param meta: a function of x that returns a transform.
-    :param x: an argument that the transform is used with, shape ``(*, D)``; its shape, dtype and
-        device are used.
+    :param x: shape ``(*, D)``; its shape, dtype and device are used.
     :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the transform of coordinate i depends on x_j.
     """
     generator = torch.Generator().manual_seed(0)
@@ -61,11 +59,7 @@ class StructureCheck:
         return self.faults(meta, x)
 
     def faults(self, meta: Meta, x: Tensor) -> list[int]:
-        """The coordinates at fault, empty if the meta is autoregressive.
-
-        :param meta: a function of x that returns a transform.
-        :param x: an argument, shape ``(*, D)``.
-        """
+        """The coordinates at fault, none if the meta is autoregressive."""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
         return _on_a_cycle(depends)

@@ -35,7 +35,9 @@ class FlowModule(TransformModule):
     sign = +1
 
     def __init__(self, *, cache_size: int = 1) -> None:
-        super().__init__(cache_size=_check_cache_size(cache_size))
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
+        super().__init__(cache_size=cache_size)
         self._inverse_ref: weakref.ref[InverseTransformModule] | None = None
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,9 @@ class FlowModule(TransformModule):
         :param cache_size: 0 or 1.
         :raises ValueError: for another number.
         """
-        if _check_cache_size(cache_size) == self._cache_size:
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
+        if cache_size == self._cache_size:
             return self
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self), _cache_size=cache_size, _inverse_ref=None)
@@ -241,7 +245,7 @@ class ConditionalFlowModule(ConditionalTransformModule):
 
 
 def inverse(transform: FlowModule) -> FlowModule:
-    """The inverse of a transform, a module that owns the parameters; the same as ``transform.inv``.
+    """The inverse of a transform, a module that owns the parameters: ``transform.inv``.
 
     :param transform: a transform of this package.
     :raises TypeError: for any other object.
@@ -264,9 +268,3 @@ def inverse(transform: FlowModule) -> FlowModule:
             "chain([transform]) makes one of any torch transform"
         )
     return transform.inv
-
-
-def _check_cache_size(cache_size: int) -> int:
-    if cache_size not in (0, 1):
-        raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
-    return cache_size

@@ -41,10 +41,8 @@ _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
 
-    :param meta: a function of x that returns a transform.
     :param y: shape ``(*, D)``.
-    :param passes: at most so many fixed-point passes; None for an exact inverse, by whichever way is
-        cheapest.
+    :param passes: at most so many fixed-point passes; None for an exact inverse, by the cheapest way.
     :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
     """
     structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
@@ -133,9 +131,7 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     The triangular system of the gradient is solved in the backward pass.
 
-    :param meta: a function of x that returns a transform.
     :param x: the inverse of y, shape ``(*, D)``.
-    :param y: shape ``(*, D)``.
     :return: as of :func:`invert`.
     :raises RuntimeError: where no value can be read.
     """
