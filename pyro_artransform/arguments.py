@@ -64,10 +64,30 @@ def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
         raise ValueError(
             f"hidden_dims: expected a positive integer or a sequence of them, got {hidden_dims!r}"
         )
-    widths = [check_integer("hidden_dims", width) for width in hidden_dims]
+    widths = []
+    for width in hidden_dims:
+        widths.append(check_integer("hidden_dims", width))
     if not widths:
         raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
     return widths
+
+
+def check_broadcast(names: str, *shapes: torch.Size) -> None:
+    """Shapes that broadcast to each other; while ``torch.jit`` traces, nothing is checked.
+
+    :param names: the names of the arguments, in words.
+    :raises ValueError: if they do not.
+    """
+    # sizes are tensors while torch.jit traces, and cannot be compared
+    if torch.jit.is_tracing() or shapes.count(shapes[0]) == len(shapes):
+        return
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        got = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(
+            f"{names}: expected shapes that broadcast to each other, got {got}"
+        ) from None
 
 
 def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:

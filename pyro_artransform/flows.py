@@ -4,18 +4,18 @@
 """Builders of flows, in lower case as Pyro's.
 
 The forward direction of what a builder returns costs one evaluation of its network, the inverse a
-few. Used as the transform of a :class:`~pyro.distributions.TransformedDistribution`, drawing samples and
-scoring a sample that was just drawn are cheap, and the density of other points is dear; :func:`maf`
-and ``.inv`` exchange the two.
+few. Used as the transform of a :class:`~pyro_artransform.transforms.FlowDistribution`, drawing samples and
+scoring a sample that was just drawn are cheap, and the density of other points is expensive; :func:`maf`
+and ``.inv`` exchange the two. Every flow is the identity at first.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from pyro.distributions import ConditionalTransformModule
 from torch import Tensor
 
+from .arguments import check_integer
 from .conditioners import MaskedMLP, Unconditional
-from .conditioners.arguments import check_size
 from .transforms import (
     AutoregressiveTransform,
     ComposedTransform,
@@ -28,6 +28,7 @@ from .univariate import Affine, Hinged, RationalQuadraticSpline, Univariate
 
 HiddenDims = int | Sequence[int] | None
 Nonlinearity = Callable[[Tensor], Tensor] | None
+Order = Tensor | Sequence[int] | None
 
 
 def affine_autoregressive(
@@ -35,12 +36,10 @@ def affine_autoregressive(
     hidden_dims: HiddenDims = None,
     *,
     nonlinearity: Nonlinearity = None,
-    order: Tensor | Sequence[int] | None = None,
+    order: Order = None,
     adjacency: Tensor | None = None,
 ) -> AutoregressiveTransform:
-    r"""One affine layer, :math:`y_i = x_i e^{s_i(x_{<i})} + m_i(x_{<i})`, the identity at first.
-
-    The forward direction is cheap; the inverse costs a few times as much.
+    r"""One affine layer, :math:`y_i = x_i e^{s_i(x_{<i})} + m_i(x_{<i})`.
 
     :param input_dim: the number D of coordinates.
     :param hidden_dims: the width or widths of the hidden layers, by default two of ``max(64, 2 D)``.
@@ -48,7 +47,7 @@ def affine_autoregressive(
     :param order: ``order[k]`` is the coordinate that comes k-th, by default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph: ``[i, j]`` says that i depends on j.
     :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
+    :raises ValueError: for a wrong size, order or graph.
 
     Example::
 
@@ -58,8 +57,8 @@ def affine_autoregressive(
         >>> dist.TransformedDistribution(base, [affine_autoregressive(3)]).rsample((5,)).shape
         torch.Size([5, 3])
     """
-    network = _options(nonlinearity, order, adjacency)
-    return AutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **network))
+    meta = _meta(Affine(), input_dim, hidden_dims, nonlinearity, order, adjacency)
+    return AutoregressiveTransform(meta)
 
 
 def spline_autoregressive(
@@ -69,22 +68,15 @@ def spline_autoregressive(
     count_bins: int = 8,
     bound: float = 5.0,
     nonlinearity: Nonlinearity = None,
-    order: Tensor | Sequence[int] | None = None,
+    order: Order = None,
     adjacency: Tensor | None = None,
 ) -> AutoregressiveTransform:
-    """One layer of rational-quadratic splines on [-bound, bound], the identity outside and at first.
+    """One layer of rational-quadratic splines on [-bound, bound], the identity outside.
 
-    The forward direction is cheap; the inverse costs a few times as much.
+    Other parameters and errors are those of :func:`affine_autoregressive`.
 
-    :param input_dim: the number D of coordinates.
-    :param hidden_dims: the width or widths of the hidden layers, by default two of ``max(64, 2 D)``.
     :param count_bins: the number of bins of each spline.
     :param bound: half the width of the interval that is bent.
-    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
-    :param order: ``order[k]`` is the coordinate that comes k-th, by default 0 .. D-1.
-    :param adjacency: in place of ``order``, any acyclic graph: ``[i, j]`` says that i depends on j.
-    :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -92,16 +84,16 @@ def spline_autoregressive(
         >>> spline_autoregressive(3, count_bins=4)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    univariate = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
-    network = _options(nonlinearity, order, adjacency)
-    return AutoregressiveTransform(_meta(univariate, input_dim, hidden_dims, **network))
+    family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
+    meta = _meta(family, input_dim, hidden_dims, nonlinearity, order, adjacency)
+    return AutoregressiveTransform(meta)
 
 
 def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
-    """A law of its own for each coordinate, with smooth hinges, whatever the other ones are.
+    """A univariate transform with smooth hinges for each coordinate, independent of the other coordinates.
 
-    In front of a stack of affine layers it makes of Gaussian noise such that is skewed and has the
-    tails that the posterior wants. It is the identity at first.
+    In front of a stack of affine layers it skews the base distribution and gives it the tails that the
+    posterior needs.
 
     :param input_dim: the number D of coordinates.
     :raises ValueError: if it is not positive.
@@ -112,9 +104,9 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
         >>> hinged_marginals(3)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    univariate = Hinged()
-    conditioner = Unconditional(input_dim, univariate.num_params)
-    return AutoregressiveTransform(ConditionedUnivariate(conditioner, univariate))
+    family = Hinged()
+    conditioner = Unconditional(input_dim, family.num_params)
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
 
 
 def conditional_affine_autoregressive(
@@ -123,16 +115,12 @@ def conditional_affine_autoregressive(
     hidden_dims: HiddenDims = None,
     *,
     nonlinearity: Nonlinearity = None,
-    order: Tensor | Sequence[int] | None = None,
+    order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`affine_autoregressive` whose laws depend on a context too, see its parameters.
-
-    The forward direction of ``.condition(context)`` is cheap; the inverse costs a few times as much.
+    """:func:`affine_autoregressive` whose shift and scale depend on a context too, see its parameters.
 
     :param context_dim: the size C of the context.
-    :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -141,8 +129,9 @@ def conditional_affine_autoregressive(
         >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    network = _conditional_options(context_dim, nonlinearity, order, adjacency)
-    return ConditionalAutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **network))
+    context_dim = check_integer("context_dim", context_dim)
+    meta = _meta(Affine(), input_dim, hidden_dims, nonlinearity, order, adjacency, context_dim)
+    return ConditionalAutoregressiveTransform(meta)
 
 
 def conditional_spline_autoregressive(
@@ -153,16 +142,12 @@ def conditional_spline_autoregressive(
     count_bins: int = 8,
     bound: float = 5.0,
     nonlinearity: Nonlinearity = None,
-    order: Tensor | Sequence[int] | None = None,
+    order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`spline_autoregressive` whose laws depend on a context too, see its parameters.
-
-    The forward direction of ``.condition(context)`` is cheap; the inverse costs a few times as much.
+    """:func:`spline_autoregressive` whose splines depend on a context too, see its parameters.
 
     :param context_dim: the size C of the context.
-    :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a wrong size, order or graph, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -171,9 +156,10 @@ def conditional_spline_autoregressive(
         >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    univariate = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
-    network = _conditional_options(context_dim, nonlinearity, order, adjacency)
-    return ConditionalAutoregressiveTransform(_meta(univariate, input_dim, hidden_dims, **network))
+    context_dim = check_integer("context_dim", context_dim)
+    family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
+    meta = _meta(family, input_dim, hidden_dims, nonlinearity, order, adjacency, context_dim)
+    return ConditionalAutoregressiveTransform(meta)
 
 
 def iaf(
@@ -184,7 +170,7 @@ def iaf(
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
 ) -> ComposedTransform:
-    """An inverse autoregressive flow: layers whose order alternates, the identity at first.
+    """An inverse autoregressive flow: layers whose order alternates.
 
     Sampling and scoring the sample cost one evaluation of each network; the density of other
     points costs the inverse, a few times as much.
@@ -197,7 +183,7 @@ def iaf(
     :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``; one module given
         here is shared by all layers, with its parameters if it has some.
     :raises TypeError: if the nonlinearity or the maker of families is no function.
-    :raises ValueError: for a wrong size, or a nonlinearity that is not elementwise.
+    :raises ValueError: for a wrong size.
 
     Example::
 
@@ -210,9 +196,8 @@ def iaf(
     1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
        Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
-    network = _options(nonlinearity, None, None)
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, network)
-    return ComposedTransform(*(AutoregressiveTransform(meta) for meta in metas))
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity)
+    return ComposedTransform(*map(AutoregressiveTransform, metas))
 
 
 def maf(
@@ -239,10 +224,8 @@ def maf(
     1. Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
        https://arxiv.org/abs/1705.07057
     """
-    flow = iaf(
-        input_dim, num_transforms, hidden_dims, univariate=univariate, nonlinearity=nonlinearity
-    )
-    return flow.inv
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity)
+    return InverseTransformModule(ComposedTransform(*map(AutoregressiveTransform, metas)))
 
 
 def conditional_iaf(
@@ -254,14 +237,9 @@ def conditional_iaf(
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
 ) -> ConditionalComposedTransform:
-    """:func:`iaf` whose laws depend on a context too, see its parameters.
-
-    For ``.condition(context)`` sampling and scoring the sample are cheap, the density of other points
-    costs a few times as much.
+    """:func:`iaf` whose univariate transforms depend on a context too, see its parameters.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
-    :raises TypeError: if the nonlinearity or the maker of families is no function.
-    :raises ValueError: for a wrong size, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -270,9 +248,9 @@ def conditional_iaf(
         >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    network = _conditional_options(context_dim, nonlinearity, None, None)
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, network)
-    return ConditionalComposedTransform(*(ConditionalAutoregressiveTransform(m) for m in metas))
+    context_dim = check_integer("context_dim", context_dim)
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, context_dim)
+    return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas))
 
 
 def conditional_maf(
@@ -283,14 +261,10 @@ def conditional_maf(
     *,
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
-) -> Any:
-    """:func:`maf` whose laws depend on a context too: the inverse of :func:`conditional_iaf`.
-
-    For ``.condition(context)`` the density of any point is cheap, sampling costs a few times as much.
+) -> ConditionalTransformModule:
+    """:func:`maf` whose univariate transforms depend on a context too, the inverse of its IAF.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
-    :raises TypeError: if the nonlinearity or the maker of families is no function.
-    :raises ValueError: for a wrong size, or a nonlinearity that is not elementwise.
 
     Example::
 
@@ -299,15 +273,9 @@ def conditional_maf(
         >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    flow = conditional_iaf(
-        input_dim,
-        context_dim,
-        num_transforms,
-        hidden_dims,
-        univariate=univariate,
-        nonlinearity=nonlinearity,
-    )
-    return flow.inv
+    context_dim = check_integer("context_dim", context_dim)
+    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, context_dim)
+    return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas)).inv
 
 
 def _metas(
@@ -315,14 +283,17 @@ def _metas(
     num_transforms: int,
     hidden_dims: HiddenDims,
     univariate: Callable[[], Univariate],
-    options: dict[str, Any],
+    nonlinearity: Nonlinearity,
+    context_dim: int = 0,
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
-    input_dim = check_size("input_dim", input_dim, 1)
-    layers = range(check_size("num_transforms", num_transforms, 1))
-    orders = [range(input_dim - 1, -1, -1) if k % 2 else None for k in layers]
-    networks = [{**options, "order": order} for order in orders]
-    return [_meta(_family(univariate), input_dim, hidden_dims, **network) for network in networks]
+    input_dim = check_integer("input_dim", input_dim)
+    metas = []
+    for k in range(check_integer("num_transforms", num_transforms)):
+        order = range(input_dim - 1, -1, -1) if k % 2 else None
+        network = hidden_dims, nonlinearity, order, None, context_dim
+        metas.append(_meta(_family(univariate), input_dim, *network))
+    return metas
 
 
 def _family(univariate: Callable[[], Univariate]) -> Univariate:
@@ -342,21 +313,22 @@ def _family(univariate: Callable[[], Univariate]) -> Univariate:
 
 
 def _meta(
-    univariate: Univariate, input_dim: int, hidden_dims: HiddenDims, **options: Any
-) -> ConditionedUnivariate:
-    conditioner = MaskedMLP(input_dim, univariate.num_params, hidden_dims, **options)
-    return ConditionedUnivariate(conditioner, univariate)
-
-
-def _options(
+    family: Univariate,
+    input_dim: int,
+    hidden_dims: HiddenDims,
     nonlinearity: Nonlinearity,
-    order: Tensor | Sequence[int] | None,
+    order: Order,
     adjacency: Tensor | None,
-) -> dict[str, Any]:
-    """The options of a network."""
-    return {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
-
-
-def _conditional_options(context_dim: int, *options: Any) -> dict[str, Any]:
-    """The options of a network with a context, whose size is positive."""
-    return {**_options(*options), "context_dim": check_size("context_dim", context_dim, 1)}
+    context_dim: int = 0,
+) -> ConditionedUnivariate:
+    """A masked network that gives the parameters of a family."""
+    conditioner = MaskedMLP(
+        input_dim,
+        family.num_params,
+        hidden_dims,
+        context_dim=context_dim,
+        nonlinearity=nonlinearity,
+        order=order,
+        adjacency=adjacency,
+    )
+    return ConditionedUnivariate(conditioner, family)

@@ -60,7 +60,7 @@ def test_conditional(build):
 @pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL.keys())
 def test_conditional_needs_a_context_of_positive_size(build):
     for bad in (0, 2.0, "2", None):
-        message = f"context_dim: expected an integer of at least 1, got {bad!r}"
+        message = f"context_dim: expected a positive integer, got {bad!r}"
         with pytest.raises(ValueError, match=message):
             build(3, bad)
 
@@ -93,14 +93,14 @@ def test_arguments_reach_the_network():
 @pytest.mark.parametrize("build", [pa.iaf, pa.maf])
 @pytest.mark.parametrize("number", [0, 1.5, True, "3", None])
 def test_bad_number_of_layers(build, number):
-    with pytest.raises(ValueError, match="num_transforms: expected an integer of at least 1"):
+    with pytest.raises(ValueError, match="num_transforms: expected a positive integer"):
         build(3, number)
 
 
 @pytest.mark.parametrize("build", [*BUILDERS.values()])
 def test_bad_sizes(build):
     for bad in (0, 3.0, "3", True, None):
-        message = f"input_dim: expected an integer of at least 1, got {bad!r}"
+        message = f"input_dim: expected a positive integer, got {bad!r}"
         with pytest.raises(ValueError, match=message):
             build(bad)
     with pytest.raises(ValueError, match="hidden_dims"):
@@ -130,12 +130,6 @@ def test_one_family_for_all_layers_is_refused(build):
 def test_function_that_makes_no_family(univariate):
     with pytest.raises(TypeError, match="univariate: expected it to make a Univariate, got"):
         pa.iaf(3, univariate=univariate)
-
-
-@pytest.mark.parametrize("build", [*BUILDERS.values()])
-def test_nonlinearity_that_is_not_elementwise(build):
-    with pytest.raises(ValueError, match="deterministic elementwise function"):
-        build(3, 8, nonlinearity=torch.nn.LayerNorm(8))
 
 
 def test_one_nonlinearity_is_shared_by_all_layers():

@@ -1,14 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Conditioners: networks that map x to the parameters of each coordinate's law."""
+"""Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
 from .base import Blocks, Conditioner
 from .masked_input import MaskedInput
-from .masked_linear import MaskedLinear
-from .masked_mlp import MaskedMLP
-from .unconditional import Unconditional
+from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
 
 __all__ = [
     "Blocks",

@@ -4,7 +4,7 @@
 """What a conditioner promises."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Blocks(Protocol):
 
 
 class Conditioner(torch.nn.Module, ABC):
-    r"""Maps x to the parameters of each coordinate's law, reading only earlier coordinates.
+    r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 
     .. math::
 
@@ -56,12 +56,27 @@ class Conditioner(torch.nn.Module, ABC):
     context of shape ``(*, C)``, whose batch shapes broadcast, and returns parameters of shape
     ``(*, D, P)``. Its last layer should start at zero, so that a flow starts as the identity.
 
-    :cvar bool autoregressive: whether the dependence on earlier coordinates alone holds by
-        construction, whatever the values of the parameters. Where it is false, transforms check it
-        by differentiation when Pyro's validation is on.
+    A transform asks for three attributes more, which may stay as they are here.
     """
 
+    #: Whether the dependence on earlier coordinates alone holds by construction, whatever the values of
+    #: the parameters. Where it does not, transforms check it when Pyro's validation is on.
     autoregressive: bool = False
+    #: The number P of parameters of each coordinate, None if it is not known.
+    num_params: int | None = None
+    #: The number of coordinates on the longest path of the graph, None if it is not known: as many
+    #: fixed-point passes invert exactly.
+    depth: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # a class with another forward may break what its base promised, and has to promise again
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if "autoregressive" in vars(base):
+                return
+            if "forward" in vars(base):
+                cls.autoregressive = False
+                return
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False

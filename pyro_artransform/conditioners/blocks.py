@@ -11,14 +11,15 @@ together touch each weight about once: the price of one forward pass.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Layout(NamedTuple):
-    """The sorted layout of a network.
+class BlockLayout(NamedTuple):
+    """Where each level begins, among the sorted coordinates and among the units of each layer.
 
     :param natural: whether the coordinates are in the order of their levels.
     :param levels: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
@@ -31,17 +32,19 @@ class Layout(NamedTuple):
     units: list[list[int]]
 
 
-def layout(level: Tensor, steps: Sequence[Tensor]) -> Layout:
-    """The layout of a network.
+def block_layout(level: Sequence[int], unit_levels: Sequence[Sequence[int]]) -> BlockLayout:
+    """The layout of a network; plain integers, so that it can be made while tensors are traced.
 
-    :param level: the level of each coordinate, shape ``(D,)``.
-    :param steps: for each hidden layer, the step at which each unit is known, sorted.
+    :param level: the level of each coordinate.
+    :param unit_levels: for each hidden layer, the level before which all that a unit reads is known.
     """
-    natural = bool((level.diff() >= 0).all())
-    depth = int(level.max()) + 1
-    counts = [int((level < k).sum()) for k in range(depth + 1)]
-    units = [[int((step <= k).sum()) for k in range(depth)] for step in steps]
-    return Layout(natural, counts, units)
+    depth = max(level) + 1
+    sizes = [[0] * depth for _ in (level, *unit_levels)]
+    for counts, members in zip(sizes, (level, *unit_levels)):
+        for k in members:
+            counts[k] += 1
+    levels, *units = [list(accumulate(counts)) for counts in sizes]
+    return BlockLayout(list(level) == sorted(level), [0, *levels], units)
 
 
 class Weights(NamedTuple):
@@ -72,7 +75,7 @@ class Weights(NamedTuple):
         )
 
 
-class Known:
+class KnownColumns:
     """Columns that become known from left to right.
 
     :param like: a tensor of shape ``(B, *)``, whose dtype and device are used.
@@ -100,55 +103,36 @@ class Known:
 
 
 class MLPBlocks:
-    """The evaluation of one network at one batch, from the first level to the last.
+    """The :class:`~.base.Blocks` of one network at one batch.
 
     :param layout: the sorted layout.
     :param order: the coordinates sorted by level, or None if they are in that order already.
     :param weights: the sorted weights.
     :param nonlinearity: the elementwise activation.
     :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
-    :param in_place: see :class:`Known`.
+    :param in_place: see :class:`KnownColumns`.
     """
 
     def __init__(
         self,
-        layout: Layout,
+        layout: BlockLayout,
         order: Tensor | None,
         weights: Weights,
         nonlinearity: Callable[[Tensor], Tensor],
         like: Tensor,
         in_place: bool,
     ) -> None:
-        self._layout, self._order = layout, order
-        self._weights = weights
+        self.order, self.levels = order, layout.levels
+        self.work = sum(w.numel() for w in (weights.first, *weights.hidden, weights.last))
+        self._units, self._weights = layout.units, weights
         self._act = nonlinearity
         self._batch = like.shape[0]
-        self._inputs = Known(like, layout.levels[-1], in_place)
-        self._hidden = [Known(like, units[-1], in_place) for units in layout.units]
-
-    @property
-    def order(self) -> Tensor | None:
-        """The coordinates sorted by level, or None if they are in that order already."""
-        return self._order
-
-    @property
-    def levels(self) -> list[int]:
-        """``levels[k]`` coordinates come before level k; ``depth + 1`` entries."""
-        return self._layout.levels
-
-    @property
-    def work(self) -> int:
-        """The multiplications that one evaluation of one row takes."""
-        w = self._weights
-        return sum(weight.numel() for weight in (w.first, *w.hidden, w.last))
+        self._inputs = KnownColumns(like, layout.levels[-1], in_place)
+        self._hidden = [KnownColumns(like, units[-1], in_place) for units in layout.units]
 
     def open(self, start: int, stop: int) -> None:
-        """Begins the block of the levels ``start`` to ``stop - 1``; all before it are closed.
-
-        :param start: its first level.
-        :param stop: one more than its last level.
-        """
-        first, last = self._layout.levels[start], self._layout.levels[stop]
+        """See :class:`~.base.Blocks`."""
+        first, last = self.levels[start], self.levels[stop]
         self._first, self._width = first, last - first
         self._complete(start)
         moving = range(len(self._hidden)) if stop > start + 1 else ()
@@ -173,12 +157,7 @@ class MLPBlocks:
             self._skip = skip[..., first:last].flatten(0, 1).T
 
     def params(self, x: Tensor | None) -> Tensor:
-        """The parameters of the block's coordinates.
-
-        :param x: the block's coordinates, shape ``(B, n)``, or None for a block of one level, whose
-            parameters do not depend on them.
-        :return: shape ``(B, n, P)``.
-        """
+        """See :class:`~.base.Blocks`."""
         out = self._out_base
         if x is not None:
             hidden, self._moved = x, []
@@ -194,18 +173,14 @@ class MLPBlocks:
         return out.reshape(self._batch, count, self._width).transpose(1, 2)
 
     def close(self, x: Tensor, levels: int) -> None:
-        """Makes the first levels of the block known, with the units of the last evaluation.
-
-        :param x: the values of their coordinates, shape ``(B, n)``.
-        :param levels: the level up to which, not included, all is known then.
-        """
-        self._inputs.append(x, self._layout.levels[levels] - self._inputs.count)
-        for hidden, moved, units in zip(self._hidden, self._moved, self._layout.units):
+        """See :class:`~.base.Blocks`; the units are those of the last evaluation."""
+        self._inputs.append(x, self.levels[levels] - self._inputs.count)
+        for hidden, moved, units in zip(self._hidden, self._moved, self._units):
             hidden.append(moved, units[levels - 1] - hidden.count)
 
     def _complete(self, start: int) -> None:
         """Computes the units that can be known now and are not yet."""
-        for i, (hidden, units) in enumerate(zip(self._hidden, self._layout.units)):
+        for i, (hidden, units) in enumerate(zip(self._hidden, self._units)):
             count = units[start] - hidden.count
             if count:
                 new = self._act(self._affine(i, slice(hidden.count, units[start])))
@@ -220,7 +195,7 @@ class MLPBlocks:
 
     def _rows(self, i: int, start: int, stop: int) -> slice:
         """The units of a layer that depend on the block's coordinates."""
-        return slice(self._layout.units[i][start], self._layout.units[i][stop - 1])
+        return slice(self._units[i][start], self._units[i][stop - 1])
 
     def _inside(self, i: int, start: int, stop: int) -> Tensor:
         """The weights from the block's own part of one layer to its part of the next, transposed."""
@@ -230,6 +205,6 @@ class MLPBlocks:
         return self._weights.hidden[i - 1][rows, self._rows(i - 1, start, stop)].T
 
 
-def _add_product(bias: Tensor, known: Known, weight: Tensor) -> Tensor:
+def _add_product(bias: Tensor, known: KnownColumns, weight: Tensor) -> Tensor:
     """``bias + known @ weight``; the bias alone, which broadcasts, while nothing is known."""
     return torch.addmm(bias, known.get(), weight) if known.count else bias

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from .base import Conditioner
-from .masks import check_adjacency, check_order, order_to_adjacency
+from .masks import check_graph
 
 
 class MaskedInput(Conditioner):
@@ -21,11 +21,9 @@ class MaskedInput(Conditioner):
         \theta_i = \mathrm{net}(x \odot m_i)_i,
 
     where the mask :math:`m_i` keeps the coordinates before i and sets the rest to zero. It costs D
-    evaluations of the network, as one batch.
-
-    If ``net`` returns parameters, shape ``(*, D, P)``, this is a conditioner. If it returns an elementwise
-    :class:`~torch.distributions.transforms.Transform` on ``(*, D)``, this is a ``meta`` for
-    :class:`~pyro_artransform.transforms.AutoregressiveTransform`.
+    evaluations of the network, as one batch. If ``net`` returns parameters, shape ``(*, D, P)``, this is a
+    conditioner. If it returns an elementwise :class:`~torch.distributions.transforms.Transform` on
+    ``(*, D)``, this is a ``meta`` for :class:`~pyro_artransform.transforms.AutoregressiveTransform`.
 
     :param net: a callable of x, shape ``(*, D)``, and of a context where one is passed. A network is
         registered.
@@ -47,7 +45,7 @@ class MaskedInput(Conditioner):
 
     @property
     def autoregressive(self) -> bool:  # type: ignore[override]
-        """By construction, unless the network mixes the rows of a batch, as batch normalisation does."""
+        """By construction, unless the network mixes the rows of a batch, as batch normalization does."""
         mixing = torch.nn.modules.batchnorm._BatchNorm
         return not any(isinstance(m, mixing) and m.training for m in self.modules())
 
@@ -61,19 +59,16 @@ class MaskedInput(Conditioner):
         super().__init__()
         if not callable(net):
             raise TypeError(f"net: expected a callable, got {type(net).__name__}")
-        if order is not None and adjacency is not None:
-            raise ValueError("expected an order or an adjacency, got both")
-        if order is not None:
-            adjacency = order_to_adjacency(check_order(order, len(order)))
-        elif adjacency is not None:
-            adjacency = check_adjacency(adjacency, len(adjacency))
+        graph = order if adjacency is None else adjacency
+        if graph is not None:
+            adjacency = check_graph(order, adjacency, len(graph))[1]
         self.net = net
         self.register_buffer("adjacency", adjacency)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> Tensor | Transform:
-        """Returns the parameters, or the transform that the network returns for its own masked copy.
+        """Returns the parameters, or the transform, of each coordinate from its own masked copy.
 
         :param x: shape ``(*, D)``.
         :param context: shape ``(*, C)``, handed to the network with one more dimension for the copies.
@@ -81,7 +76,11 @@ class MaskedInput(Conditioner):
         """
         # not a product: what is masked may be infinite
         copies = torch.where(self._mask(x), x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))
-        out = self.net(copies) if context is None else self.net(copies, _repeat(context, copies))
+        if context is None:
+            out = self.net(copies)
+        else:
+            repeated = context.unsqueeze(-2).expand(context.shape[:-1] + (copies.shape[-1], -1))
+            out = self.net(copies, repeated)
         if isinstance(out, Transform):
             return _OwnCopyTransform(out)
         if not isinstance(out, Tensor):
@@ -101,11 +100,6 @@ class MaskedInput(Conditioner):
         if dim != len(self.adjacency):
             raise ValueError(f"x: expected shape (*, {len(self.adjacency)}), got {tuple(x.shape)}")
         return self.adjacency
-
-
-def _repeat(context: Tensor, copies: Tensor) -> Tensor:
-    """The context of each copy, shape ``(*, D, C)``."""
-    return context.unsqueeze(-2).expand(context.shape[:-1] + (copies.shape[-1], -1))
 
 
 class _OwnCopyTransform(Transform):

@@ -1,51 +1,98 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The masked multilayer perceptron."""
+"""The masked multilayer perceptron, its layer, and the same without inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import check_callable, check_elementwise, check_hidden_dims, check_size
+from ..arguments import check_callable, check_hidden_dims, check_integer
 from .base import Conditioner
-from .blocks import MLPBlocks, Weights, layout
-from .masked_linear import MaskedLinear
-from .masks import (
-    check_adjacency,
-    check_order,
-    hidden_sets,
-    levels,
-    mlp_masks,
-    order_to_adjacency,
-    set_levels,
-    spread,
-)
+from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
+from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
+
+
+class MaskedLinear(nn.Linear):
+    r"""A linear layer whose weight is masked whenever it is evaluated.
+
+    .. math::
+
+        y = (M \odot W) x + b
+
+    Overwriting the weight, by whatever means, leaves masked connections cut.
+
+    :param in_features: the number of inputs.
+    :param out_features: the number of outputs.
+    :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists; a buffer of the
+        weight's dtype, since the product of two float tensors is many times faster than that of a float
+        and a boolean one.
+    :param bias: whether to add a bias.
+    :raises ValueError: if the mask has another shape.
+
+    Example::
+
+        >>> import torch
+        >>> layer = MaskedLinear(3, 2, torch.tensor([[1, 0, 0], [1, 1, 0]]))
+        >>> layer(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Tensor | Sequence[Sequence[int]],
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        mask = torch.as_tensor(mask, device=self.weight.device)
+        if mask.shape != self.weight.shape:
+            raise ValueError(
+                f"mask: expected shape {tuple(self.weight.shape)} (out_features, in_features), "
+                f"got {tuple(mask.shape)}"
+            )
+        self.register_buffer("mask", mask.to(self.weight))
+
+    def masked_weight(self) -> Tensor:
+        """The weight as it acts, shape ``(out_features, in_features)``."""
+        return self.weight * self.mask
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer.
+
+        :param input: shape ``(*, in_features)``.
+        :return: shape ``(*, out_features)``.
+        """
+        return F.linear(input, self.masked_weight(), self.bias)
 
 
 class MaskedMLP(Conditioner):
     r"""A multilayer perceptron that is autoregressive by its masks.
 
-    The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, a
-    masked linear layer from the inputs to the outputs keeps each dependence of the graph.
+    The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, a masked
+    linear layer from the inputs to the outputs keeps each dependence of the graph.
 
     :param input_dim: the number D of coordinates.
     :param num_params: the number P of parameters of each coordinate.
     :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
         ``max(64, 2 * input_dim)``.
     :param context_dim: the size C of the context, 0 for none.
-    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``: a deterministic
-        function of each number alone, the same for every unit, which leaves its argument as it is. All
-        hidden layers share it, and its parameters if it is a module that has some.
+    :param nonlinearity: the activation, by default ``torch.nn.ELU()``. It has to be an elementwise
+        deterministic function: any other makes a network that is not autoregressive, and nothing says so.
+        All hidden layers share it, and its parameters if it is a module that has some.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
         ``[i, j]`` says that coordinate i depends on coordinate j.
     :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a size that is not positive, a nonlinearity that is not elementwise, an order
-        that is no permutation, a graph with a cycle, or both an order and a graph.
+    :raises ValueError: for a size that is not positive, an order that is no permutation, a graph with a
+        cycle, or both an order and a graph.
 
     Example::
 
@@ -61,9 +108,14 @@ class MaskedMLP(Conditioner):
     """
 
     autoregressive = True
+    num_params: int
+    #: The number of coordinates on the longest path of the graph: as many passes invert exactly.
+    depth: int
     adjacency: Tensor
-    order: Tensor
-    by_level: Tensor
+    order: Tensor  # the coordinates sorted by level
+    context_layer: nn.Linear | None
+    skip: MaskedLinear | None
+    _layout: BlockLayout | None
 
     def __init__(
         self,
@@ -77,70 +129,59 @@ class MaskedMLP(Conditioner):
         adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.input_dim = check_size("input_dim", input_dim, 1)
-        self.num_params = check_size("num_params", num_params, 1)
-        self.context_dim = check_size("context_dim", context_dim, 0)
-        self.hidden_dims = check_hidden_dims(hidden_dims, self.input_dim)
-        self.nonlinearity = nn.ELU() if nonlinearity is None else nonlinearity
-        check_callable(self.nonlinearity)
-        self._register_graph(order, adjacency)
-        self._read_graph()
-        self._build_layers()
-        like = next(self.layers.parameters())
-        check_elementwise(self.nonlinearity, max(self.hidden_dims), like)
-
-    def _register_graph(
-        self, order: Tensor | Sequence[int] | None, adjacency: Tensor | None
-    ) -> None:
-        if order is not None and adjacency is not None:
-            raise ValueError("expected an order or an adjacency, got both")
-        if adjacency is not None:
-            adjacency = check_adjacency(adjacency, self.input_dim)
-            checked = levels(adjacency).argsort(stable=True)
-        else:
-            checked = check_order(range(self.input_dim) if order is None else order, self.input_dim)
-            adjacency = order_to_adjacency(checked)
-        self.register_buffer("order", checked)
+        self.input_dim = check_integer("input_dim", input_dim)
+        self.num_params = check_integer("num_params", num_params)
+        self.context_dim = check_integer("context_dim", context_dim, least=0)
+        if hidden_dims is None:
+            hidden_dims = [max(64, 2 * self.input_dim)] * 2
+        self.hidden_dims = tuple(check_hidden_dims(hidden_dims))
+        self.nonlinearity = check_callable(
+            "nonlinearity",
+            nn.ELU() if nonlinearity is None else nonlinearity,
+            "a function or a module such as torch.nn.ELU()",
+        )
+        order, adjacency = check_graph(order, adjacency, self.input_dim)
+        self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)
+        self._read_levels()
+        self._build_layers()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_graph()
+        self._read_levels()
 
-    def _read_graph(self) -> None:
-        """What follows from the graph, kept for the inverse."""
+    def _read_levels(self) -> None:
+        """Numbers that follow from the graph: what the inverse needs while no tensor may be read."""
         if self.adjacency.is_meta:
             return  # there is nothing to read; what was known stays
         adjacency = self.adjacency.to("cpu")
         level = levels(adjacency)
         sets = hidden_sets(adjacency, self.context_dim > 0)
-        steps = [set_levels(spread(sets, width), level) for width in self.hidden_dims]
-        self._layout = layout(level, steps)
-        by_level = level.argsort(stable=True).to(self.adjacency.device)
-        self.register_buffer("by_level", by_level, persistent=False)
-        #: The number of coordinates on the longest path: as many passes invert exactly.
-        self.depth = len(self._layout.levels) - 1
+        self._levels: list[int] = level.tolist()
+        self._unit_levels: list[list[int]] = []
+        for width in self.hidden_dims:
+            self._unit_levels.append(set_levels(spread(sets, width), level).tolist())
+        self._layout = None
+        self._is_narrow = min(self.hidden_dims) < len(sets)
+        self.depth = max(self._levels) + 1
 
     def _build_layers(self) -> None:
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
         masks[-1] = masks[-1].repeat(self.num_params, 1)
-        self.layers = nn.ModuleList(MaskedLinear(m.shape[1], m.shape[0], m) for m in masks)
-        self.context_layer = self._maybe_linear(self.context_dim > 0)
-        sets = hidden_sets(self.adjacency, self.context_dim > 0)
-        self.skip = self._maybe_skip(min(self.hidden_dims) < len(sets))
-        for layer in (self.layers[-1], self.skip):
-            if layer is not None:
-                for parameter in layer.parameters():
-                    nn.init.zeros_(parameter)
+        self.layers = nn.ModuleList()
+        for mask in masks:
+            self.layers.append(last := MaskedLinear(mask.shape[1], mask.shape[0], mask))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.context_layer = self.skip = None
+        if self.context_dim:
+            self.context_layer = nn.Linear(self.context_dim, self.hidden_dims[0], bias=False)
+        if self._is_narrow:
+            mask = self.adjacency.repeat(self.num_params, 1)
+            self.skip = MaskedLinear(self.input_dim, len(mask), mask, bias=False)
+            nn.init.zeros_(self.skip.weight)
         # the graph was worked out on the CPU; the layers are wherever torch puts new tensors
-        self.to(next(self.layers.parameters()).device)
-
-    def _maybe_linear(self, wanted: bool) -> nn.Linear | None:
-        return nn.Linear(self.context_dim, self.hidden_dims[0], bias=False) if wanted else None
-
-    def _maybe_skip(self, wanted: bool) -> MaskedLinear | None:
-        mask = self.adjacency.repeat(self.num_params, 1)
-        return MaskedLinear(self.input_dim, len(mask), mask, bias=False) if wanted else None
+        self.to(last.weight.device)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the parameters.
@@ -173,15 +214,16 @@ class MaskedMLP(Conditioner):
         if type(self).forward is not MaskedMLP.forward or self._has_hooks():
             return None
         self._check_input(x, context)
-        order = None if self._layout.natural else self.by_level
+        if self._layout is None:
+            self._layout = block_layout(self._levels, self._unit_levels)
+        order = None if self._layout.natural else self.order
         weights = self._sorted_weights(context, order)
         return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
 
     def _has_hooks(self) -> bool:
         layers = [*self.layers] if self.skip is None else [*self.layers, self.skip]
-        if any(type(layer).forward is not MaskedLinear.forward for layer in layers):
-            return True
-        return any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
+        changed = any(type(layer).forward is not MaskedLinear.forward for layer in layers)
+        return changed or any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
 
     def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
         layers: Any = list(self.layers)  # slices of a ModuleList are modules, and slow to make
@@ -202,20 +244,59 @@ class MaskedMLP(Conditioner):
     def _check_input(self, x: Tensor, context: Tensor | None) -> None:
         if torch.jit.is_tracing():
             return  # sizes are tensors then and cannot be compared
-        if x.dim() == 0 or x.shape[-1] != self.input_dim:
+        if x.shape[-1:] != (self.input_dim,):
             raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
         dtype = self.layers[0].mask.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x: expected {dtype}, the network's own, got {x.dtype}")
-        if (context is None) != (self.context_dim == 0):
-            got = "none" if context is None else f"one of shape {tuple(context.shape)}"
-            wanted = f"a context of shape (*, {self.context_dim})" if self.context_dim else "none"
+        size = None if context is None else tuple(context.shape[-1:])
+        if size != ((self.context_dim,) if self.context_dim else None):
+            wanted = f"shape (*, {self.context_dim})" if self.context_dim else "none"
+            got = "none" if context is None else tuple(context.shape)
             raise ValueError(f"context: expected {wanted}, got {got}")
-        if context is not None and context.shape[-1:] != (self.context_dim,):
-            raise ValueError(
-                f"context: expected shape (*, {self.context_dim}), got {tuple(context.shape)}"
-            )
 
     def extra_repr(self) -> str:
         sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
         return f"{sizes}, hidden_dims={self.hidden_dims}, context_dim={self.context_dim}"
+
+
+class Unconditional(Conditioner):
+    """Parameters of each coordinate that are the same for every x: a univariate flow of each marginal.
+
+    :param input_dim: the number D of coordinates.
+    :param num_params: the number P of parameters of each coordinate.
+    :raises ValueError: for a size that is not positive.
+
+    Example::
+
+        >>> Unconditional(3, 2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    autoregressive = True
+    depth = 1
+    num_params: int
+
+    def __init__(self, input_dim: int, num_params: int) -> None:
+        super().__init__()
+        self.input_dim = check_integer("input_dim", input_dim)
+        self.num_params = check_integer("num_params", num_params)
+        # a layer of PyTorch knows where new parameters go, and of what dtype they are
+        linear = nn.Linear(self.num_params, self.input_dim, bias=False)
+        self.params = nn.Parameter(linear.weight.detach())
+        nn.init.zeros_(self.params)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the parameters.
+
+        :param x: shape ``(*, D)``.
+        :param context: not read.
+        :return: shape ``(*, D, P)``.
+        :raises ValueError: if ``x`` has another size.
+        """
+        if not torch.jit.is_tracing() and x.shape[-1:] != (self.input_dim,):
+            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
+        return self.params.expand(x.shape + (self.num_params,))
+
+    def extra_repr(self) -> str:
+        return f"input_dim={self.input_dim}, num_params={self.num_params}"

@@ -19,7 +19,6 @@ the rule is the one of MADE, with degrees in place of sets.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,6 +38,26 @@ def check_order(order: Tensor | Sequence[int], input_dim: int) -> Tensor:
             f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
         )
     return order.long()
+
+
+def check_graph(
+    order: Tensor | Sequence[int] | None, adjacency: Tensor | None, input_dim: int
+) -> tuple[Tensor, Tensor]:
+    """A graph, and its coordinates sorted by level, from one of the two arguments or by default.
+
+    :param order: see :func:`check_order`; by default 0 .. D-1.
+    :param adjacency: see :func:`check_adjacency`.
+    :param input_dim: the number D of coordinates.
+    :return: the order, shape ``(D,)``, and the adjacency, shape ``(D, D)``.
+    :raises ValueError: if one is wrong, or both are given.
+    """
+    if order is not None and adjacency is not None:
+        raise ValueError("expected an order or an adjacency, got both")
+    if adjacency is not None:
+        adjacency = check_adjacency(adjacency, input_dim)
+        return levels(adjacency).argsort(stable=True), adjacency
+    order = check_order(range(input_dim) if order is None else order, input_dim)
+    return order, order_to_adjacency(order)
 
 
 def order_to_adjacency(order: Tensor) -> Tensor:
@@ -159,10 +178,12 @@ def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool)
     :return: one boolean mask for each layer, shape ``(out, in)``.
     """
     sets = hidden_sets(adjacency, with_context)
-    layers = [spread(sets, hidden_dim) for hidden_dim in hidden_dims]
-    masks = [layers[0]]
-    masks += [subset_mask(inner, outer) for inner, outer in pairwise(layers)]
-    return masks + [subset_mask(layers[-1], adjacency)]
+    units = spread(sets, hidden_dims[0])
+    masks = [units]
+    for hidden_dim in hidden_dims[1:]:
+        previous, units = units, spread(sets, hidden_dim)
+        masks.append(subset_mask(previous, units))
+    return masks + [subset_mask(units, adjacency)]
 
 
 def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:

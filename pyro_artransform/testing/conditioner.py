@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .redraw import normal_like, redraw
+from .redraw import normal, redraw
 
 BATCH_SHAPES = ((), (3,), (3, 4))
 
@@ -39,36 +39,36 @@ def check_conditioner(
     assert isinstance(conditioner, nn.Module), f"expected an nn.Module, got {type(conditioner)}"
     if adjacency is None:
         adjacency = torch.ones((input_dim, input_dim), dtype=torch.bool, device="cpu").tril(-1)
+    sizes = input_dim, context_dim
     for dtype in (torch.float32, torch.float64):
-        _check_shapes(copy.deepcopy(conditioner).to(dtype), input_dim, context_dim, dtype)
+        _check_shapes(copy.deepcopy(conditioner).to(dtype), sizes, dtype)
     conditioner = conditioner.double()
     if zero_at_start:
-        _check_zero(conditioner, input_dim, context_dim)
+        largest = _evaluate(conditioner, *_inputs((3,), sizes)).abs().max().item()
+        assert largest == 0, f"start: expected zero parameters of a new conditioner, got {largest}"
     for gain in (1.0, 10.0):
-        redraw(conditioner, gain)
-        _check_graph(conditioner, adjacency, context_dim, gain)
+        _check_graph(redraw(conditioner, gain), adjacency, context_dim, f"re-drawn at gain {gain}")
     redraw(conditioner)
-    _check_rows(conditioner, input_dim, context_dim)
-    _check_restored(conditioner, make, input_dim, context_dim)
-
-
-def evaluate(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    """The parameters, with a context where there is one."""
-    return conditioner(x) if context is None else conditioner(x, context)
+    _check_rows(conditioner, *_inputs((3, 4), sizes))
+    _check_restored(conditioner, redraw(make().double(), seed=1), *_inputs((3,), sizes))
 
 
 def _inputs(
-    shape: tuple[int, ...], input_dim: int, context_dim: int, dtype: torch.dtype = torch.float64
+    shape: tuple[int, ...], sizes: tuple[int, int], dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor | None]:
-    like = torch.zeros((), dtype=dtype, device="cpu")
-    x = normal_like(shape + (input_dim,), like, seed=1)
-    return x, normal_like(shape + (context_dim,), like, seed=2) if context_dim else None
+    input_dim, context_dim = sizes
+    context = normal(shape + (context_dim,), dtype, seed=2) if context_dim else None
+    return normal(shape + (input_dim,), dtype, seed=1), context
 
 
-def _check_shapes(conditioner: nn.Module, dim: int, context_dim: int, dtype: torch.dtype) -> None:
+def _evaluate(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    return conditioner(x) if context is None else conditioner(x, context)
+
+
+def _check_shapes(conditioner: nn.Module, sizes: tuple[int, int], dtype: torch.dtype) -> None:
     for shape in BATCH_SHAPES:
-        x, context = _inputs(shape, dim, context_dim, dtype)
-        params = evaluate(conditioner, x, context)
+        x, context = _inputs(shape, sizes, dtype)
+        params = _evaluate(conditioner, x, context)
         assert params.shape[:-1] == x.shape, (
             f"shape: expected {tuple(x.shape)} + (P,) for x of shape {tuple(x.shape)}, "
             f"got {tuple(params.shape)}"
@@ -76,40 +76,31 @@ def _check_shapes(conditioner: nn.Module, dim: int, context_dim: int, dtype: tor
         assert params.dtype == dtype, f"dtype: expected {dtype}, got {params.dtype}"
 
 
-def _check_zero(conditioner: nn.Module, dim: int, context_dim: int) -> None:
-    largest = evaluate(conditioner, *_inputs((3,), dim, context_dim)).abs().max().item()
-    assert largest == 0, f"start: expected zero parameters of a new conditioner, got {largest}"
-
-
-def _check_graph(conditioner: nn.Module, adjacency: Tensor, context_dim: int, gain: float) -> None:
-    dim = len(adjacency)
-    depends = torch.zeros((dim, dim), dtype=torch.bool, device="cpu")
+def _check_graph(module: nn.Module, adjacency: Tensor, context_dim: int, when: str) -> None:
+    depends = torch.zeros_like(adjacency, dtype=torch.bool, device="cpu")
+    _, context = _inputs((), (len(adjacency), context_dim))
     for seed in range(3):
-        x = normal_like((dim,), torch.zeros((), dtype=torch.float64, device="cpu"), seed)
-        _, context = _inputs((), dim, context_dim)
-        jacobian = torch.autograd.functional.jacobian(
-            lambda v, c=context: evaluate(conditioner, v, c), x
-        )
+        x = normal((len(adjacency),), seed=seed)
+        jacobian = torch.autograd.functional.jacobian(lambda v: _evaluate(module, v, context), x)
         depends |= (jacobian != 0).any(1)
     wrong = (depends & ~adjacency).nonzero().tolist()
     assert not wrong, (
-        f"autoregressive: with parameters re-drawn at gain {gain}, parameters of coordinate i depend "
-        f"on x_j where the graph has no edge, for (i, j) in {wrong[:10]}"
+        f"autoregressive: with parameters {when}, parameters of coordinate i depend on x_j where the "
+        f"graph has no edge, for (i, j) in {wrong[:10]}"
     )
     absent = (adjacency & ~depends).nonzero().tolist()
     assert not absent, (
-        f"graph: with parameters re-drawn at gain {gain}, parameters of coordinate i do not depend on "
-        f"x_j although the graph has the edge, for (i, j) in {absent[:10]}"
+        f"graph: with parameters {when}, parameters of coordinate i do not depend on x_j although the "
+        f"graph has the edge, for (i, j) in {absent[:10]}"
     )
 
 
-def _check_rows(conditioner: nn.Module, dim: int, context_dim: int) -> None:
-    x, context = _inputs((3, 4), dim, context_dim)
-    whole = evaluate(conditioner, x, context)
-    row = evaluate(conditioner, x[1, 2], None if context is None else context[1, 2])
+def _check_rows(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> None:
+    whole = _evaluate(conditioner, x, context)
+    row = _evaluate(conditioner, x[1, 2], None if context is None else context[1, 2])
     assert torch.allclose(whole[1, 2], row, atol=1e-10), "batch: a row alone gives another value"
     if context is not None:
-        one = evaluate(conditioner, x, context[:1, :1])
+        one = _evaluate(conditioner, x, context[:1, :1])
         assert one.shape == whole.shape, (
             f"context: one of shape {tuple(context[:1, :1].shape)} does not broadcast with x of shape "
             f"{tuple(x.shape)}"
@@ -118,11 +109,9 @@ def _check_rows(conditioner: nn.Module, dim: int, context_dim: int) -> None:
 
 
 def _check_restored(
-    conditioner: nn.Module, make: Callable[[], nn.Module], dim: int, context_dim: int
+    conditioner: nn.Module, other: nn.Module, x: Tensor, context: Tensor | None
 ) -> None:
-    x, context = _inputs((3,), dim, context_dim)
-    expected = evaluate(conditioner, x, context)
-    other = redraw(make().double(), seed=1)
+    expected = _evaluate(conditioner, x, context)
     other.load_state_dict(conditioner.state_dict(), strict=True)
     for name, twin in (("load_state_dict", other), ("deepcopy", copy.deepcopy(conditioner))):
-        assert torch.equal(evaluate(twin, x, context), expected), f"{name}: the values changed"
+        assert torch.equal(_evaluate(twin, x, context), expected), f"{name}: the values changed"

@@ -4,6 +4,7 @@
 """The contract of a guide, as assertions."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..guides import AutoAutoregressive
 
 Model = Callable[..., Any]
+Args = tuple[Any, ...]
 
 
 def check_guide(
@@ -46,43 +48,34 @@ def check_guide(
         guide = make(model)
         guide(*args)
         _check_draws(guide)
-        _check_training(guide, model, args)
+        _check_trains("SVI", guide, model, args)
         _check_densities(guide, args, atol)
         _check_second_guide(guide, make(model), model, args)
         _check_copies(guide, model, args, picklable)
         _check_store(guide, make(model), model, args)
 
 
-def _train(guide: AutoAutoregressive, model: Model, args: tuple[Any, ...]) -> None:
-    svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO())
-    for step in range(4):
-        loss = svi.step(*args)
-        assert torch.tensor(loss, device="cpu", dtype=torch.float64).isfinite(), (
-            f"SVI: a loss of {loss} at step {step}"
-        )
-
-
 def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in guide.named_parameters()}
 
 
-def _unmoved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> list[str]:
+def _count_moved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> int:
     now = dict(guide.named_parameters())
-    return [name for name, value in before.items() if torch.equal(now[name], value)]
+    return sum(not torch.equal(now[name], value) for name, value in before.items())
 
 
-def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Any) -> None:
+def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Args) -> None:
     before = _parameters(guide)
     assert before, f"{where}: the guide has no parameters"
-    _train(guide, model, args)
-    still = _unmoved(guide, before)
+    svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO())
+    for step in range(4):
+        loss = svi.step(*args)
+        assert math.isfinite(loss), f"{where}: a loss of {loss} at step {step}"
+    now = _parameters(guide)
+    still = [name for name, value in before.items() if torch.equal(now[name], value)]
     assert not still, f"{where}: {len(still)} of {len(before)} parameters never move: {still[0]}"
-
-
-def _check_training(guide: AutoAutoregressive, model: Model, args: tuple[Any, ...]) -> None:
-    _check_trains("SVI", guide, model, args)
-    for name, value in guide.named_parameters():
-        assert value.isfinite().all(), f"SVI: '{name}' is not finite after a few steps"
+    for name, value in now.items():
+        assert value.isfinite().all(), f"{where}: '{name}' is not finite after a few steps"
 
 
 def _check_draws(guide: AutoAutoregressive) -> None:
@@ -100,7 +93,7 @@ def _check_draws(guide: AutoAutoregressive) -> None:
         )
 
 
-def _check_densities(guide: AutoAutoregressive, args: tuple[Any, ...], atol: float) -> None:
+def _check_densities(guide: AutoAutoregressive, args: Args, atol: float) -> None:
     trace: Any = poutine.trace(guide).get_trace(*args)
     values = {name: trace.nodes[name]["value"] for name in guide.prototype_trace.nodes}
     expected, found = trace.log_prob_sum(), guide.log_prob(values)
@@ -116,18 +109,16 @@ def _check_densities(guide: AutoAutoregressive, args: tuple[Any, ...], atol: flo
 
 
 def _check_second_guide(
-    guide: AutoAutoregressive, second: AutoAutoregressive, model: Model, args: tuple[Any, ...]
+    guide: AutoAutoregressive, second: AutoAutoregressive, model: Model, args: Args
 ) -> None:
     before = _parameters(guide)
     second(*args)
     _check_trains("a second guide", second, model, args)
-    moved = len(before) - len(_unmoved(guide, before))
+    moved = _count_moved(guide, before)
     assert not moved, f"training a second guide moves {moved} parameters of the first"
 
 
-def _check_copies(
-    guide: AutoAutoregressive, model: Model, args: tuple[Any, ...], picklable: bool
-) -> None:
+def _check_copies(guide: AutoAutoregressive, model: Model, args: Args, picklable: bool) -> None:
     ways: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy}
     if picklable:
         ways["pickle"] = lambda g: pickle.loads(pickle.dumps(g))
@@ -140,12 +131,12 @@ def _check_copies(
             f"{way}: another density"
         )
         _check_trains(way, twin, model, args)
-        moved = len(before) - len(_unmoved(guide, before))
+        moved = _count_moved(guide, before)
         assert not moved, f"{way}: training the copy moves {moved} parameters of the original"
 
 
 def _check_store(
-    guide: AutoAutoregressive, fresh: AutoAutoregressive, model: Model, args: tuple[Any, ...]
+    guide: AutoAutoregressive, fresh: AutoAutoregressive, model: Model, args: Args
 ) -> None:
     store, values = pyro.get_param_store(), list(_parameters(guide).values())
     with store.scope():

@@ -1,10 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parameters away from their start, where a mistake cannot hide behind zeros."""
+"""Parameters away from their start, where a mistake cannot hide behind zeros, and random inputs."""
+
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
@@ -16,24 +18,22 @@ def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
     :return: the module.
     """
     generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     with torch.no_grad():
         for parameter in module.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
             size = gain / max(fan_in, 1) ** 0.5
-            draw = torch.rand(
-                parameter.shape, generator=generator, dtype=torch.float64, device="cpu"
-            )
-            parameter.copy_((2 * draw - 1) * size)
+            parameter.copy_((2 * torch.rand(parameter.shape, **options) - 1) * size)
     return module
 
 
-def normal_like(shape: tuple[int, ...], like: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Standard normal numbers from a generator of their own.
-
-    :param shape: the shape.
-    :param like: a tensor whose dtype and device are taken.
-    :param seed: of the generator.
-    """
+def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Standard normal numbers on the CPU, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return draw.to(dtype=like.dtype, device=like.device)
+    return draw.to(dtype)
+
+
+def normal_like(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
+    """Standard normal numbers of the dtype and on the device of another tensor."""
+    return normal(shape, like.dtype, seed).to(like.device)

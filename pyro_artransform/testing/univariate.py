@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The package's contracts as assertions, for its own tests and for those of third parties."""
+"""The contract of a univariate family, as assertions."""
 
 import copy
 import math
@@ -14,20 +14,6 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_artransform.univariate import Univariate
-
-
-def _require(holds: Tensor | bool, who: str, contract: str, **values: Tensor) -> None:
-    """Fails with the first input for which the contract does not hold, in words."""
-    bad = ~torch.as_tensor(holds)
-    if not bad.any():
-        return
-    where = tuple(bad.nonzero()[0].tolist())
-    shown = {
-        name: value.detach().broadcast_to(bad.shape)[where].item() for name, value in values.items()
-    }
-    listed = ", ".join(f"{name} = {value:.9g}" for name, value in shown.items())
-    at = f" for {listed}" if listed else ""
-    raise AssertionError(f"{who}: {contract} (contract broken{at}; entry {where})")
 
 
 @contextmanager
@@ -49,8 +35,7 @@ def check_univariate(
     log_slope_bound: float = 10.0,
     seed: int = 0,
 ) -> None:
-    """
-    Checks the contracts of a univariate family.
+    """Checks the contracts of a univariate family.
 
     That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection;
     zero parameters are the identity; the log-determinant is the logarithm of the derivative; the
@@ -59,15 +44,15 @@ def check_univariate(
     stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the
     input under either default dtype; and a NaN stays one.
 
-    :param Univariate univariate: The family; it is copied, not changed.
-    :param torch.dtype dtype: The dtype for the checks of values; float32 has wider tolerances.
-    :param bool identity_at_zero: Whether zero parameters are the identity. Only a family whose
+    :param univariate: the family; it is copied, not changed.
+    :param dtype: the dtype for the checks of values; float32 has wider tolerances.
+    :param identity_at_zero: whether zero parameters are the identity. Only a family whose
         docstring excuses it should say no.
-    :param float onto_at: The values ``+-onto_at`` must have an inverse.
-    :param float log_slope_bound: The largest log-slope, of either sign, for ``|x| <= 3``: a bound of
+    :param onto_at: the values ``+-onto_at`` must have an inverse.
+    :param log_slope_bound: the largest log-slope, of either sign, for ``|x| <= 3``: a bound of
         about 3 is what a layer of a flow should have, some families are steeper here and there.
-    :param int seed: The seed of the parameters that are tried; the global state is not touched.
-    :raises AssertionError: Says which contract is broken, and for which input.
+    :param seed: the seed of the parameters that are tried; the global state is not touched.
+    :raises AssertionError: that says which contract broke, and for which input.
 
     Example::
 
@@ -103,34 +88,59 @@ class _Univariate:
             self.round_trip(params)
             self.onto(params, onto_at)
             self.density(params)
-        self.shapes()
-        self.dtypes()
-        self.large_params()
+        for batch in ((), (3,), (3, 4)):
+            self.shapes((*batch, 5), (*batch, 5))
+            self.shapes((5,), (*batch, 5))
+        for default in (torch.float32, torch.float64):
+            for dtype in (torch.float32, torch.float64):
+                with _default_dtype(default):
+                    self.dtypes(dtype)
+        for gain in (10.0, 100.0):
+            self.large_params(gain)
         self.gradients()
         self.not_a_number()
 
+    def require(self, holds: Tensor | bool, contract: str, **values: Tensor) -> None:
+        """Fails with the first input for which the contract does not hold, in words."""
+        bad = ~torch.as_tensor(holds)
+        if not bad.any():
+            return
+        where = tuple(bad.nonzero()[0].tolist())
+        shown = [
+            f"{name} = {value.detach().broadcast_to(bad.shape)[where].item():.9g}"
+            for name, value in values.items()
+        ]
+        at = f" for {', '.join(shown)}" if shown else ""
+        raise AssertionError(f"{self.who}: {contract} (contract broken{at}; entry {where})")
+
     def params(self, *shape: int, gain: float = 1.0) -> Tensor:
-        size = (*shape, self.family.num_params)
-        return gain * self.normal(size, self.dtype)
+        return gain * self.normal((*shape, self.family.num_params), self.dtype)
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=dtype, device="cpu")
 
-    def grid(self, low: float, high: float, count: int) -> Tensor:
-        """Points of shape ``(count, 1)``, to broadcast with parameters of several coordinates."""
-        return torch.linspace(low, high, count, dtype=self.dtype, device="cpu").unsqueeze(-1)
+    def grid(self, low: float, high: float, count: int, params: Tensor | None = None) -> Tensor:
+        """Points of shape ``(count, 1)``, or ``(count, D)`` for parameters of D coordinates."""
+        points = torch.linspace(low, high, count, dtype=self.dtype, device="cpu").unsqueeze(-1)
+        return points if params is None else (points + params[..., 0] * 0).detach()
+
+    def at(self, params: Tensor, x: Tensor) -> tuple[Transform, Tensor, Tensor]:
+        """The transform, its value, and its log-determinant."""
+        transform = self.family(params)
+        y = transform(x)
+        return transform, y, transform.log_abs_det_jacobian(x, y)
 
     def interface(self) -> None:
         count = self.family.num_params
         ok = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        _require(ok, self.who, f"num_params must be a positive int, got {count!r}")
+        self.require(ok, f"num_params must be a positive int, got {count!r}")
         transform = self.tried("forward(params)", lambda: self.family(self.params(2)))
         kind = type(transform).__name__
         ok = isinstance(transform, Transform)
-        _require(ok, self.who, f"forward(params) must return a torch Transform, got {kind}")
+        self.require(ok, f"forward(params) must return a torch Transform, got {kind}")
         ok = transform.domain.event_dim == 0 == transform.codomain.event_dim
-        _require(ok, self.who, "the transform must be elementwise (event_dim 0)")
-        _require(bool(transform.bijective), self.who, "the transform must say bijective = True")
+        self.require(ok, "the transform must be elementwise (event_dim 0)")
+        self.require(bool(transform.bijective), "the transform must say bijective = True")
         x = self.normal((2,), self.dtype)
         y = self.tried("the transform", lambda: transform(x))
         self.tried("its inverse", lambda: transform.inv(y))
@@ -144,107 +154,82 @@ class _Univariate:
             raise AssertionError(f"{self.who}: {what} failed for {shape}: {error!r}") from error
 
     def identity(self) -> None:
-        transform = self.family(torch.zeros_like(self.params(1)))
         points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 30.0, 1e2]
-        x = torch.tensor(
-            points + [-point for point in points], dtype=self.dtype, device="cpu"
-        ).unsqueeze(-1)
-        y = transform(x)
+        points += [-point for point in points]
+        x = torch.tensor(points, dtype=self.dtype, device="cpu").unsqueeze(-1)
+        _, y, ladj = self.at(torch.zeros_like(self.params(1)), x)
         limit = 20 * self.eps * (1 + x.abs())
-        _require((y - x).abs() <= limit, self.who, "zero params must be the identity", x=x, y=y)
-        ladj = transform.log_abs_det_jacobian(x, y)
+        self.require((y - x).abs() <= limit, "zero params must be the identity", x=x, y=y)
         ok = ladj.abs() <= 20 * self.eps
-        _require(ok, self.who, "zero params must have log-determinant zero", x=x, ladj=ladj)
+        self.require(ok, "zero params must have log-determinant zero", x=x, ladj=ladj)
 
     def increasing(self, params: Tensor) -> None:
         transform = self.family(params)
         for width in (1e3, 10.0):
             x = self.grid(-width, width, 2001)
             y = transform(x)
-            ok = y[1:] > y[:-1]
-            message = "the map must be strictly increasing"
-            _require(ok, self.who, message, x=x[:-1], next_x=x[1:], y=y[:-1], next_y=y[1:])
+            ends = {"x": x[:-1], "next_x": x[1:], "y": y[:-1], "next_y": y[1:]}
+            self.require(y[1:] > y[:-1], "the map must be strictly increasing", **ends)
 
     def log_derivative(self, params: Tensor) -> None:
-        x = (self.grid(-12, 12, 199) + params[..., 0] * 0).requires_grad_()
-        transform = self.family(params)
-        y = transform(x)
-        ladj = transform.log_abs_det_jacobian(x, y)
-        ok = ladj.shape == x.shape
-        _require(ok, self.who, f"the log-determinant must have shape {tuple(x.shape)}, elementwise")
+        x = self.grid(-12, 12, 199, params).requires_grad_()
+        transform, y, ladj = self.at(params, x)
+        message = f"the log-determinant must have shape {tuple(x.shape)}, elementwise"
+        self.require(ladj.shape == x.shape, message)
         expected = torch.autograd.grad(y.sum(), x)[0].log()
         message = "the log-determinant must be the logarithm of the derivative"
-        limit = self.tolerance * 10 * (1 + expected.abs())
-        ok = (ladj - expected).abs() <= limit
-        _require(ok, self.who, message, x=x, ladj=ladj, expected=expected)
+        ok = (ladj - expected).abs() <= self.tolerance * 10 * (1 + expected.abs())
+        self.require(ok, message, x=x, ladj=ladj, expected=expected)
         if hasattr(transform, "call_and_ladj"):
             y_too, ladj_too = transform.call_and_ladj(x)
             ok = torch.isclose(y_too, y) & torch.isclose(ladj_too, ladj)
             message = "call_and_ladj must agree with the call and log_abs_det_jacobian"
-            _require(ok, self.who, message, x=x, ladj=ladj_too, expected=ladj)
+            self.require(ok, message, x=x, ladj=ladj_too, expected=ladj)
 
     def round_trip(self, params: Tensor) -> None:
-        x = self.grid(-30, 30, 301) + params[..., 0] * 0
-        transform = self.family(params)
-        y = transform(x)
+        x = self.grid(-30, 30, 301, params)
+        transform, y, ladj = self.at(params, x)
         back = transform.inv(y)
-        ladj = transform.log_abs_det_jacobian(x, y)
-        # Where the map is flat, round-off in y is more round-off in x, whatever the inverse does.
+        # where the map is flat, round-off in y is more round-off in x, whatever the inverse does
         limit = self.tolerance * (1 + x.abs()) * (-ladj).exp().clamp_min(1.0)
         ok = (back - x).abs() <= limit
-        _require(ok, self.who, "the inverse must undo the map", x=x, y=y, inverse=back)
+        self.require(ok, "the inverse must undo the map", x=x, y=y, inverse=back)
         back_ladj = transform.inv.log_abs_det_jacobian(y, back)
         ok = (ladj + back_ladj).abs() <= 1e3 * self.tolerance * (1 + ladj.abs())
         message = "the inverse's log-determinant must be minus that of the map"
-        _require(ok, self.who, message, x=x, ladj=ladj, of_inverse=back_ladj)
+        self.require(ok, message, x=x, ladj=ladj, of_inverse=back_ladj)
 
     def onto(self, params: Tensor, onto_at: float) -> None:
         transform = self.family(params)
-        y = self.grid(-onto_at, onto_at, 2) + params[..., 0] * 0
+        y = self.grid(-onto_at, onto_at, 2, params)
         x = transform.inv(y)
         again = transform(x)
         ok = x.isfinite() & ((again - y).abs() <= self.tolerance * 10 * (1 + y.abs()))
-        _require(ok, self.who, "the map must be onto the real line", y=y, inverse=x, again=again)
+        self.require(ok, "the map must be onto the real line", y=y, inverse=x, again=again)
 
     def density(self, params: Tensor) -> None:
         transform = self.family(params)
         # points that are even in x are close together wherever the density of y is high
-        y = transform(self.grid(-9, 9, 3001) + params[..., 0] * 0)
+        y = transform(self.grid(-9, 9, 3001, params))
         x = transform.inv(y)
         log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
         log_density = log_density + transform.inv.log_abs_det_jacobian(y, x)
         total = torch.trapezoid(log_density.exp(), y, dim=0)
         ok = (total - 1).abs() <= 2e-3
-        _require(ok, self.who, "the density of its image must integrate to one", integral=total)
+        self.require(ok, "the density of its image must integrate to one", integral=total)
 
-    def shapes(self) -> None:
-        for batch in ((), (3,), (3, 4)):
-            self.same_shape((*batch, 5), (*batch, 5))
-            self.same_shape((5,), (*batch, 5))
-
-    def same_shape(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    def shapes(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
         params = self.params(*params_shape)
         x = self.normal(shape, self.dtype)
-        transform = self.family(params)
-        y = transform(x)
-        results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
-        got = [tuple(result.shape) for result in results]
-        message = (
-            f"the call, log-determinant and inverse must have the shape {shape} of x, got {got}"
-        )
-        _require(all(one == shape for one in got), self.who, message)
+        transform, y, ladj = self.at(params, x)
+        got = [tuple(result.shape) for result in (y, ladj, transform.inv(x))]
+        message = "the call, log-determinant and inverse must have the shape"
+        self.require(got == [shape] * 3, f"{message} {shape} of x, got {got}")
         view = params.transpose(-1, -2).contiguous().transpose(-1, -2)
-        message = "a transposed view of the same params must give the same result"
         same = torch.isclose(self.family(view)(x), y, rtol=self.tolerance, atol=self.tolerance)
-        _require(same, self.who, message, x=x)
+        self.require(same, "a transposed view of the same params must give the same result", x=x)
 
-    def dtypes(self) -> None:
-        for default in (torch.float32, torch.float64):
-            for dtype in (torch.float32, torch.float64):
-                with _default_dtype(default):
-                    self.same_dtype(dtype)
-
-    def same_dtype(self, dtype: torch.dtype) -> None:
+    def dtypes(self, dtype: torch.dtype) -> None:
         transform = copy.deepcopy(self.family).to(dtype)(self.params(3).to(dtype))
         x = self.grid(-2, 2, 3).to(dtype)
         y = transform(x)
@@ -254,28 +239,22 @@ class _Univariate:
             f"the dtype must follow the input, {dtype} (default dtype "
             f"{torch.get_default_dtype()}), got {got} of the call, log-determinant and inverse"
         )
-        _require(all(one == dtype for one in got), self.who, message)
+        self.require(got == [dtype] * 3, message)
 
-    def large_params(self) -> None:
-        for gain in (10.0, 100.0):
-            params = self.params(50, gain=gain).requires_grad_()
-            x = (self.grid(-30, 30, 61) + params[..., 0] * 0).detach().requires_grad_()
-            transform = self.family(params)
-            y = transform(x)
-            ladj = transform.log_abs_det_jacobian(x, y)
-            ok = y.isfinite() & ladj.isfinite()
-            message = f"values must be finite at large params (random, times {gain:g})"
-            _require(ok, self.who, message, x=x, y=y, ladj=ladj)
-            ok = (ladj.abs() <= self.log_slope_bound) | (x.abs() > 3)
-            message = (
-                f"log-slopes must be bounded, here by {self.log_slope_bound:g} for |x| <= 3, at "
-                f"large params (random, times {gain:g}): see soft_bound"
-            )
-            _require(ok, self.who, message, x=x, ladj=ladj)
-            total = y.sum() + ladj.sum() + transform.inv(x).sum()
-            for gradient in torch.autograd.grad(total, (params, x)):
-                message = f"gradients must be finite at large params (random, times {gain:g})"
-                _require(gradient.isfinite(), self.who, message, gradient=gradient)
+    def large_params(self, gain: float) -> None:
+        where = f"at large params (random, times {gain:g})"
+        params = self.params(50, gain=gain).requires_grad_()
+        x = self.grid(-30, 30, 61, params).requires_grad_()
+        transform, y, ladj = self.at(params, x)
+        ok = y.isfinite() & ladj.isfinite()
+        self.require(ok, f"values must be finite {where}", x=x, y=y, ladj=ladj)
+        ok = (ladj.abs() <= self.log_slope_bound) | (x.abs() > 3)
+        bounded = f"log-slopes must be bounded, here by {self.log_slope_bound:g} for |x| <= 3,"
+        self.require(ok, f"{bounded} {where}: see soft_bound", x=x, ladj=ladj)
+        total = y.sum() + ladj.sum() + transform.inv(x).sum()
+        for gradient in torch.autograd.grad(total, (params, x)):
+            ok = gradient.isfinite()
+            self.require(ok, f"gradients must be finite {where}", gradient=gradient)
 
     def gradients(self) -> None:
         family = copy.deepcopy(self.family).double()
@@ -302,5 +281,5 @@ class _Univariate:
     def not_a_number(self) -> None:
         nan = torch.full_like(self.params(1)[..., 0], math.nan)
         transform = self.family(self.params(1))
-        _require(transform(nan).isnan(), self.who, "a NaN must stay one in the map")
-        _require(transform.inv(nan).isnan(), self.who, "a NaN must stay one in the inverse")
+        self.require(transform(nan).isnan(), "a NaN must stay one in the map")
+        self.require(transform.inv(nan).isnan(), "a NaN must stay one in the inverse")

@@ -11,7 +11,9 @@ from .autoregressive import (
 )
 from .chain import ComposedTransform, ConditionalComposedTransform, chain
 from .conditioned import ConditionedUnivariate
+from .flow_distribution import FlowDistribution
 from .flow_module import FlowModule, InverseTransformModule, inverse
+from .meta import StructuredMeta
 from .permute import PermutationTransform
 
 __all__ = [
@@ -20,11 +22,13 @@ __all__ = [
     "ConditionalAutoregressiveTransform",
     "ConditionalComposedTransform",
     "ConditionedUnivariate",
+    "FlowDistribution",
     "FlowModule",
     "InverseTransformModule",
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
     "PermutationTransform",
+    "StructuredMeta",
     "chain",
     "check_structure",
     "inverse",

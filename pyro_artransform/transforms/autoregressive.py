@@ -4,23 +4,27 @@
 """The autoregressive transform, and its conditional form."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from pyro.distributions import ConditionalTransformModule, is_validation_enabled
+from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
-from .dependencies import StructureCheck, by_construction, describe
-from .evaluate import as_transform, call_and_ladj, sum_ladj, values_are_readable
-from .flow_module import FlowModule
+from ..arguments import check_integer
+from .conditioned import ContextMeta
+from .dependencies import StructureCheck, describe
+from .evaluate import call_and_ladj, sum_ladj
+from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
-from .score import score_by_products
+from .meta import SELF_DESCRIBING, ElementwiseTransform, Meta, StructuredMeta, check_returned
 from .warn import warn_user
+
+# of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
+_SCORE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 
 
 class AutoregressiveTransform(FlowModule):
-    r"""Transforms each coordinate by a law that depends on the coordinates before it.
+    r"""Transforms each coordinate by a univariate transform that depends on the coordinates before it.
 
     .. math::
 
@@ -30,15 +34,14 @@ class AutoregressiveTransform(FlowModule):
     of the network; the inverse costs a few, since each coordinate needs those before it.
 
     As the transform of a base distribution it is an inverse autoregressive flow: cheap to sample,
-    dear to evaluate at given points. Its inverse, ``t.inv``, is a masked autoregressive flow: the
+    expensive to evaluate at given points. Its inverse, ``t.inv``, is a masked autoregressive flow: the
     other way round.
 
     :param meta: a function that returns, given x of shape ``(*, D)``, a bijective torch transform
         for that x, elementwise (event_dim 0) or of vectors (event_dim 1). A module is registered.
     :param passes: the largest number of fixed-point passes of the inverse, which is exact after as
         many as the dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
-    :param cache_size: 1 to remember the last pair, 0 not to; see
-        :class:`~pyro_artransform.transforms.flow_module.FlowModule`.
+    :param cache_size: as for :class:`~pyro_artransform.transforms.FlowModule`.
     :raises TypeError: if ``meta`` cannot be called.
     :raises ValueError: if ``passes`` is not a positive integer.
 
@@ -64,22 +67,20 @@ class AutoregressiveTransform(FlowModule):
        https://arxiv.org/abs/1705.07057
     """
 
-    def __init__(
-        self,
-        meta: Callable[[Tensor], Transform],
-        passes: int | None = None,
-        *,
-        cache_size: int = 1,
-    ) -> None:
+    def __init__(self, meta: Meta, passes: int | None = None, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
-        self.meta = _check_meta(meta)
-        self.passes = _check_passes(passes)
+        _check_arguments(meta, passes)
+        self.meta = meta
+        self.passes = passes
         self.structure = StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        transform = as_transform(self.meta(x))
-        y, ladj = call_and_ladj(transform, x)
+        transform = self.meta(x)
+        if isinstance(transform, ElementwiseTransform):
+            y, ladj = transform.call_and_ladj(x)
+            return y, ladj.sum(-1)
+        y, ladj = call_and_ladj(check_returned(transform), x)
         return y, sum_ladj(ladj, y, transform.event_dim, 1)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,89 +95,73 @@ class AutoregressiveTransform(FlowModule):
         self._check(x)
         with torch.enable_grad():
             point = x if x.requires_grad else x.detach().requires_grad_()
-            transform = as_transform(self.meta(point))
-            y, ladj = call_and_ladj(transform, point)
-        if transform.event_dim > 0 or ladj.shape != y.shape or y.shape != x.shape:
+            transform = self.meta(point)
+            if isinstance(transform, ElementwiseTransform):
+                y, ladj = transform.call_and_ladj(point)
+            else:
+                y, ladj = call_and_ladj(check_returned(transform), point)
+        if transform.event_dim > 0 or not x.shape == y.shape == ladj.shape:
             return super().call_and_score(x, score)
-        depth = getattr(self.meta, "depth", None) or x.shape[-1]
-        score = score_by_products(point, y, ladj, score.detach(), depth)
+        depth = self.meta.depth if isinstance(self.meta, StructuredMeta) else None
+        score = _score(point, y, ladj, score.detach(), depth or x.shape[-1])
         return y, ladj.sum(-1), score
 
     def _check(self, x: Tensor) -> None:
+        """Refuses what it cannot transform; warns, once, if the meta is not autoregressive."""
         if x.dim() == 0 or not x.is_floating_point():
             raise ValueError(
                 f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
             )
-        self._check_batch(x)
-        if not self.structure.is_due() or not is_validation_enabled():
+        meta = self.meta
+        if isinstance(meta, StructuredMeta) and meta.batch_shape and not torch.jit.is_tracing():
+            for a, b in zip(meta.batch_shape[::-1], x.shape[-2::-1]):
+                if a != b and 1 not in (a, b):
+                    raise ValueError(
+                        "expected batch shapes of the context and of x that broadcast, got "
+                        f"{tuple(meta.batch_shape)} and {tuple(x.shape[:-1])}"
+                    )
+        if self.structure.done or not is_validation_enabled():
             return
-        if not values_are_readable(x) or torch.is_inference_mode_enabled():
-            return
-        if faults := self.structure.faults(self.meta, x):
+        if isinstance(meta, SELF_DESCRIBING) and meta.autoregressive:
+            self.structure.done = True
+        elif faults := self.structure.faults_if_due(meta, x):
             warn_user(f"AutoregressiveTransform: {describe(faults)}", UserWarning)
-
-    def _check_batch(self, x: Tensor) -> None:
-        batch = getattr(self.meta, "batch_shape", ())
-        if not batch or torch.jit.is_tracing():
-            return
-        if any(a != b and 1 not in (a, b) for a, b in zip(batch[::-1], x.shape[-2::-1])):
-            raise ValueError(
-                f"expected batch shapes of the context and of x that broadcast, got {tuple(batch)} "
-                f"and {tuple(x.shape[:-1])}"
-            )
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of y for an x of the given shape: the context's batch shape broadcasts."""
-        batch = getattr(self.meta, "batch_shape", ())
+        batch = self.meta.batch_shape if isinstance(self.meta, StructuredMeta) else ()
         return torch.broadcast_shapes(shape, (*batch, shape[-1]))
 
-    def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of x for a y of the given shape: the context's batch shape broadcasts."""
-        return self.forward_shape(shape)
+    inverse_shape = forward_shape
 
     def extra_repr(self) -> str:
-        return f"passes={self.passes}"
+        return "" if self.passes is None else f"passes={self.passes}"
 
 
-class ContextMeta(torch.nn.Module):
-    """A meta of x and a context, for one context.
+def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Tensor:
+    r"""The score of y, by vector-Jacobian products through the graph between x and y.
 
-    :param meta: a function of x and a context; a module is registered.
-    :param context: shape ``(*, C)``.
+    The Jacobian is :math:`J = \mathrm{diag}(d) + N` with N strictly triangular. The solution of
+    :math:`J^\top u = r`, with r the score of x minus the gradient of the log-determinant, is the limit of
+    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All tensors
+    have shape ``(*, D)``; ladj is the log-determinant by coordinate.
     """
-
-    def __init__(self, meta: Callable[[Tensor, Tensor], Transform], context: Tensor) -> None:
-        super().__init__()
-        self.meta = meta
-        self.context = context
-
-    @property
-    def autoregressive(self) -> bool:
-        """Whether the meta is autoregressive by construction."""
-        return by_construction(self.meta)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """The batch shape of the context."""
-        return self.context.shape[:-1]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("depth", "univariate"):
-            return getattr(self.meta, name)
-        return super().__getattr__(name)
-
-    def blocks(self, y: Tensor, *, in_place: bool = False) -> Any:
-        """The conditioner as it is evaluated block by block, None if it cannot be."""
-        offer = getattr(self.meta, "blocks", None)
-        return None if offer is None else offer(y, self.context, in_place=in_place)
-
-    def forward(self, x: Tensor) -> Transform:
-        """The transform for a given x."""
-        return self.meta(x, self.context)
+    tolerance = _SCORE_TOLERANCE.get(x.dtype, 1e-3)
+    ones = torch.ones_like(ladj)
+    scale = ladj.detach().exp()
+    by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
+    rest = score if by_volume is None else score - by_volume
+    u = rest / scale
+    for _ in range(depth - 1):
+        (pulled,) = torch.autograd.grad(y, x, u, retain_graph=True)
+        previous, u = u, u + (rest - pulled) / scale
+        if bool(((u - previous).abs().amax(-1) <= tolerance * u.abs().amax(-1)).all()):
+            break
+    return u
 
 
-class ConditionalAutoregressiveTransform(ConditionalTransformModule):
-    r"""An autoregressive transform whose laws depend on a context too.
+class ConditionalAutoregressiveTransform(ConditionalFlowModule):
+    r"""An autoregressive transform whose univariate transforms depend on a context too.
 
     .. math::
 
@@ -196,22 +181,14 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
         torch.Size([5, 3])
     """
 
-    domain = FlowModule.domain
-    codomain = FlowModule.codomain
-    bijective = True
-    event_dim = 1
-
     def __init__(
         self, meta: Callable[[Tensor, Tensor], Transform], passes: int | None = None
     ) -> None:
         super().__init__()
-        self.meta = _check_meta(meta)
-        self.passes = _check_passes(passes)
+        _check_arguments(meta, passes)
+        self.meta = meta
+        self.passes = passes
         self.structure = StructureCheck()
-
-    def forward(self, *_: Any) -> None:
-        """Says what to call."""
-        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
         """The transform for one context.
@@ -224,9 +201,6 @@ class ConditionalAutoregressiveTransform(ConditionalTransformModule):
         conditioned.structure = self.structure
         return conditioned
 
-    def clear_cache(self) -> None:
-        """Does nothing: each conditioned transform has its own memory."""
-
 
 def check_structure(module: torch.nn.Module, x: Tensor) -> None:
     """Checks every autoregressive transform in a module by differentiation.
@@ -238,19 +212,14 @@ def check_structure(module: torch.nn.Module, x: Tensor) -> None:
     for part in module.modules():
         if not isinstance(part, AutoregressiveTransform):
             continue
-        if faults := part.structure.faults(part.meta, x):
+        if isinstance(part.meta, SELF_DESCRIBING) and part.meta.autoregressive:
+            part.structure.done = True
+        elif faults := part.structure.faults(part.meta, x):
             raise ValueError(describe(faults))
 
 
-def _check_meta(meta: Any) -> Any:
+def _check_arguments(meta: object, passes: object) -> None:
     if not callable(meta):
         raise TypeError(f"meta: expected a callable of x, got {type(meta).__name__}")
-    return meta
-
-
-def _check_passes(passes: int | None) -> int | None:
-    if passes is not None and (
-        not isinstance(passes, int) or isinstance(passes, bool) or passes < 1
-    ):
-        raise ValueError(f"passes: expected None or an integer of at least 1, got {passes!r}")
-    return passes
+    if passes is not None:
+        check_integer("passes", passes)

@@ -3,48 +3,70 @@
 
 """Composition that keeps every parameter, in both directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import ConditionalTransformModule, constraints
+from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from .evaluate import call_and_ladj, inverse_and_ladj, inverse_at, sum_ladj
-from .flow_module import FlowModule
-from .score import call_and_score
+from .evaluate import call_and_ladj, inverse_and_ladj, sum_ladj
+from .flow_module import ConditionalFlowModule, FlowModule
 
-Step = Callable[[Transform, Tensor], tuple[Tensor, Tensor]]
+AnyTransform = Transform | ConditionalTransform
 
 
-class FixedTransform(nn.Module):
-    """Holds a transform that is no module in a list of modules.
+class ForeignTransform(FlowModule):
+    """Any torch transform, evaluated as those of this package are.
 
     :param transform: a torch transform.
-    :raises TypeError: if there is a module inside, whose parameters would be lost.
     """
 
-    def __init__(self, transform: Transform | ConditionalTransform) -> None:
+    def __init__(self, transform: Transform) -> None:
+        super().__init__(cache_size=0)
+        self.transform = transform
+        self.domain, self.codomain = transform.domain, transform.codomain
+        self.bijective = transform.bijective
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = call_and_ladj(self.transform, x)
+        return y, sum_ladj(ladj, y, self.codomain.event_dim, self.codomain.event_dim)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = inverse_and_ladj(self.transform, y)
+        return x, sum_ladj(ladj, x, self.domain.event_dim, self.domain.event_dim)
+
+    def clear_cache(self) -> None:
+        """Forgets what the transform remembers."""
+        self.transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of y for an x of the given shape."""
+        return self.transform.forward_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """The shape of x for a y of the given shape."""
+        return self.transform.inverse_shape(shape)
+
+
+class HeldConditional(nn.Module):
+    """Holds a conditional transform that is no module in a list of modules."""
+
+    def __init__(self, transform: ConditionalTransform) -> None:
         super().__init__()
-        inside = [v for v in vars(transform).values() if isinstance(v, nn.Module)]
-        if inside:
-            raise TypeError(
-                f"{type(transform).__name__} holds the module {type(inside[0]).__name__}, whose "
-                "parameters would be lost: expected a transform that is a module itself, or one "
-                "without modules"
-            )
         self.transform = transform
 
 
-def as_module(transform: Any) -> nn.Module:
+def as_module(transform: AnyTransform) -> nn.Module:
     """A transform as a module that owns whatever parameters there are.
 
     torch's inverses and compositions are no modules, and lose what they are made of.
 
     :param transform: a torch transform, or a conditional one.
+    :raises TypeError: if there is a module inside, whose parameters would be lost.
     """
     if isinstance(transform, nn.Module):
         return transform
@@ -52,7 +74,16 @@ def as_module(transform: Any) -> nn.Module:
         return ComposedTransform(transform.inv).inv
     if isinstance(transform, ComposeTransform) and transform.parts:
         return ComposedTransform(*transform.parts)
-    return FixedTransform(transform)
+    for value in vars(transform).values():
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                f"{type(transform).__name__} holds the module {type(value).__name__}, whose "
+                "parameters would be lost: expected a transform that is a module itself, or one "
+                "without modules"
+            )
+    if isinstance(transform, ConditionalTransform):
+        return HeldConditional(transform)
+    return ForeignTransform(transform)
 
 
 class ComposedTransform(FlowModule):
@@ -66,7 +97,7 @@ class ComposedTransform(FlowModule):
     summed over all event dimensions.
 
     :param transforms: torch transforms, in the order in which they are applied.
-    :param cache_size: 1 to remember the last pair, 0 not to.
+    :param cache_size: as for :class:`FlowModule`.
     :raises TypeError: if a part is no transform.
     :raises ValueError: if there is none.
 
@@ -80,83 +111,88 @@ class ComposedTransform(FlowModule):
         torch.Size([5, 3])
     """
 
+    #: A list of modules, each a transform.
+    transforms: Any
+
     def __init__(self, *transforms: Transform, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         _check_parts(transforms, Transform)
         self.transforms = nn.ModuleList(map(as_module, transforms))
         composed = ComposeTransform(list(transforms))
-        self.domain = _at_least_vector(composed.domain)
-        self.codomain = _at_least_vector(composed.codomain)
+        domain, codomain = composed.domain, composed.codomain
+        # elementwise parts alone make a transform of vectors
+        self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
+        self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
+        # the dimensions of a part's log-determinant that are events of the composition alone
+        self._extra_dims = []
+        event_dim = self.domain.event_dim
+        for part in self.transforms:
+            self._extra_dims.append(tuple(range(part.domain.event_dim - event_dim, 0)))
+            event_dim += part.codomain.event_dim - part.domain.event_dim
 
     @property
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[Transform]:
         """The transforms, in the order in which they are applied."""
-        return [t.transform if isinstance(t, FixedTransform) else t for t in self.transforms]
+        return [t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._follow(x, self.parts, call_and_ladj, inverse=False)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._follow(y, self.parts[::-1], inverse_and_ladj, inverse=True)
-
-    def _follow(
-        self, value: Tensor, parts: list[Any], step: Step, *, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Each part in turn, by a function of the part and its argument, and the sum of the ladjs."""
-        event_dim = self.codomain.event_dim if inverse else self.domain.event_dim
         total: Any = None
-        for part in parts:
-            ends = part.domain.event_dim, part.codomain.event_dim
-            source, target = reversed(ends) if inverse else ends
-            result, ladj = step(part, value)
-            event_dim += target - source
-            ladj = sum_ladj(ladj, result, target, event_dim)
+        for part, dims in zip(self.transforms, self._extra_dims):
+            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+            x, ladj = flow.call_and_ladj(x)
+            ladj = ladj.sum(dims) if dims else ladj
             total = ladj if total is None else total + ladj
-            value = result
-        return value, total
-
-    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            known = [x.detach()]
-            for part in self.parts[:-1]:
-                known.append(call_and_ladj(part, known[-1])[0])
-
-        def step(part: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
-            return inverse_at(part, known.pop(), value)
-
-        return self._follow(y, self.parts[::-1], step, inverse=True)
+        return x, total
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        def step(part: Transform, value: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal score
-            y, ladj, score = call_and_score(part, value, score)
-            return y, ladj
+        total: Any = None
+        for part, dims in zip(self.transforms, self._extra_dims):
+            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+            x, ladj, score = flow.call_and_score(x, score)
+            ladj = ladj.sum(dims) if dims else ladj
+            total = ladj if total is None else total + ladj
+        return x, total, score
 
-        y, ladj = self._follow(x, self.parts, step, inverse=False)
-        return y, ladj, score
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._invert(y, None)
+
+    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        known = [x.detach()]
+        with torch.no_grad():
+            for part in self.parts[:-1]:
+                known.append(call_and_ladj(part, known[-1])[0])
+        return self._invert(y, known)
+
+    def _invert(self, y: Tensor, known: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The inverse, with the help of each part's argument where that is known."""
+        total: Any = None
+        for part, dims in zip(reversed(self.transforms), reversed(self._extra_dims)):
+            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+            y, ladj = flow.inverse_and_ladj(y) if known is None else flow.inverse_at(known.pop(), y)
+            ladj = ladj.sum(dims) if dims else ladj
+            total = ladj if total is None else total + ladj
+        return y, total
 
     def clear_cache(self) -> None:
-        """Forgets the remembered pair, of the parts too."""
-        super().clear_cache()
-        for part in self.parts:
-            if hasattr(part, "clear_cache"):
-                part.clear_cache()
+        """Forgets what parts from elsewhere may remember."""
+        for part in self.transforms:
+            part.clear_cache()
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of y for an x of the given shape."""
-        for part in self.parts:
+        for part in self.transforms:
             shape = part.forward_shape(shape)
         return shape
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of x for a y of the given shape."""
-        for part in reversed(self.parts):
+        for part in reversed(self.transforms):
             shape = part.inverse_shape(shape)
         return shape
 
 
-class ConditionalComposedTransform(ConditionalTransformModule):
+class ConditionalComposedTransform(ConditionalFlowModule):
     """Transforms one after the other, some of which depend on a context.
 
     :param transforms: conditional transforms and torch transforms, in the order in which they are
@@ -165,39 +201,27 @@ class ConditionalComposedTransform(ConditionalTransformModule):
     :raises ValueError: if there is none.
     """
 
-    domain = FlowModule.domain
-    codomain = FlowModule.codomain
-    bijective = True
-    event_dim = 1
-
-    def __init__(self, *transforms: Transform | ConditionalTransform) -> None:
+    def __init__(self, *transforms: AnyTransform) -> None:
         super().__init__()
         _check_parts(transforms, (Transform, ConditionalTransform))
         self.transforms = nn.ModuleList(map(as_module, transforms))
-
-    def forward(self, *_: Any) -> None:
-        """Says what to call."""
-        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for one context.
 
         :param context: shape ``(*, C)``; its batch shape broadcasts with that of x.
         """
-        return ComposedTransform(*(self._conditioned(t, context) for t in self.transforms))
-
-    @staticmethod
-    def _conditioned(part: Any, context: Tensor) -> Any:
-        if isinstance(part, FixedTransform):
-            return part.transform
-        return part.condition(context) if isinstance(part, ConditionalTransform) else part
-
-    def clear_cache(self) -> None:
-        """Does nothing: each conditioned transform has its own memory."""
+        parts: list[Any] = []
+        for part in self.transforms:
+            held = isinstance(part, (ForeignTransform, HeldConditional))
+            transform: Any = part.transform if held else part
+            conditional = isinstance(transform, ConditionalTransform)
+            parts.append(transform.condition(context) if conditional else transform)
+        return ComposedTransform(*parts)
 
 
 def chain(
-    transforms: Sequence[Transform | ConditionalTransform],
+    transforms: Sequence[AnyTransform],
 ) -> ComposedTransform | ConditionalComposedTransform:
     """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
 
@@ -214,19 +238,16 @@ def chain(
         >>> t.inv(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    transforms = _as_list(transforms)
-    if any(isinstance(t, ConditionalTransform) for t in transforms):
-        return ConditionalComposedTransform(*transforms)
-    return ComposedTransform(*transforms)
-
-
-def _as_list(transforms: Any) -> list[Any]:
     if isinstance(transforms, (Transform, ConditionalTransform)):
         raise TypeError(
             f"expected a sequence of transforms, got one {type(transforms).__name__}; "
             "chain([transform]) takes it"
         )
-    return list(transforms)
+    parts: list[Any] = list(transforms)
+    for part in parts:
+        if isinstance(part, ConditionalTransform):
+            return ConditionalComposedTransform(*parts)
+    return ComposedTransform(*parts)
 
 
 def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -> None:
@@ -235,8 +256,3 @@ def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -
     for part in transforms:
         if not isinstance(part, kinds):
             raise TypeError(f"expected transforms, got {type(part).__name__}")
-
-
-def _at_least_vector(constraint: constraints.Constraint) -> Any:
-    missing = 1 - constraint.event_dim
-    return constraints.independent(constraint, missing) if missing > 0 else constraint

@@ -1,18 +1,20 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The meta that is made of a conditioner and a univariate family."""
+"""The meta that is made of a conditioner and a univariate family, and metas at a given context."""
 
-import torch
+import reprlib
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..conditioners import Blocks, Conditioner
+from ..conditioners import Blocks, Conditioner, MaskedMLP
 from ..univariate import Univariate
-from .dependencies import by_construction
+from .meta import SELF_DESCRIBING, StructuredMeta
 
 
-class ConditionedUnivariate(torch.nn.Module):
+class ConditionedUnivariate(StructuredMeta):
     r"""Conditioner, then univariate family: the ``meta`` of an autoregressive transform.
 
     .. math::
@@ -34,32 +36,34 @@ class ConditionedUnivariate(torch.nn.Module):
         torch.Size([5, 3])
     """
 
-    #: What the parameters broadcast to besides x: nothing, without a context.
-    batch_shape = torch.Size()
-
     def __init__(self, conditioner: Conditioner, univariate: Univariate) -> None:
         super().__init__()
         for value, kind in ((conditioner, Conditioner), (univariate, Univariate)):
             if not isinstance(value, kind):
                 raise TypeError(f"expected a {kind.__name__}, got {type(value).__name__}")
-        num_params = getattr(conditioner, "num_params", univariate.num_params)
-        if num_params != univariate.num_params:
+        if conditioner.num_params not in (None, univariate.num_params):
             raise ValueError(
                 f"expected a conditioner with {univariate.num_params} parameters for each coordinate, "
-                f"as {type(univariate).__name__} takes, got {num_params}"
+                f"as {type(univariate).__name__} takes, got {conditioner.num_params}"
             )
         self.conditioner = conditioner
         self.univariate = univariate
 
     @property
     def autoregressive(self) -> bool:
-        """Whether the conditioner is autoregressive by construction."""
-        return by_construction(self.conditioner)
+        """Whether the conditioner is, by construction, and no subclass does more than the two parts."""
+        own = type(self).forward is ConditionedUnivariate.forward
+        return own and self.conditioner.autoregressive
 
     @property
     def depth(self) -> int | None:
         """The depth of the conditioner's graph, None if it does not say."""
-        return getattr(self.conditioner, "depth", None)
+        return self.conditioner.depth
+
+    @property
+    def family(self) -> Univariate:
+        """The univariate family."""
+        return self.univariate
 
     def blocks(
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
@@ -70,11 +74,8 @@ class ConditionedUnivariate(torch.nn.Module):
         :param context: shape ``(*, C)``.
         :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
-        # a subclass or a hook may do more than the two parts say
-        changed = type(self).forward is not ConditionedUnivariate.forward
-        if changed or any(
-            m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate)
-        ):
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
+        if hooked or type(self).forward is not ConditionedUnivariate.forward:
             return None
         rows = y.reshape(-1, y.shape[-1])
         if context is not None and context.dim() > 1:
@@ -90,3 +91,49 @@ class ConditionedUnivariate(torch.nn.Module):
         """
         params = self.conditioner(x) if context is None else self.conditioner(x, context)
         return self.univariate(params)
+
+    def extra_repr(self) -> str:
+        if not isinstance(self.conditioner, MaskedMLP):
+            return ""
+        return f"order={reprlib.repr(self.conditioner.order.tolist())}"
+
+
+class ContextMeta(StructuredMeta):
+    """A meta of x and a context, at one context.
+
+    :param meta: a function of x and a context; a module is registered.
+    :param context: shape ``(*, C)``.
+    """
+
+    def __init__(self, meta: Callable[[Tensor, Tensor], Transform], context: Tensor) -> None:
+        super().__init__()
+        self.meta = meta
+        self.context = context
+        self.batch_shape = context.shape[:-1]
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether the meta is autoregressive by construction."""
+        return isinstance(self.meta, SELF_DESCRIBING) and self.meta.autoregressive
+
+    @property
+    def depth(self) -> int | None:
+        """The depth of the meta's graph, None if it does not say."""
+        return self.meta.depth if isinstance(self.meta, SELF_DESCRIBING) else None
+
+    @property
+    def family(self) -> Univariate:
+        """The univariate family of a meta that can be evaluated block by block."""
+        if not isinstance(self.meta, ConditionedUnivariate):
+            raise TypeError(f"{type(self.meta).__name__} has no univariate family")
+        return self.meta.univariate
+
+    def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
+        """The conditioner as it is evaluated block by block, None if it cannot be."""
+        if not isinstance(self.meta, ConditionedUnivariate):
+            return None
+        return self.meta.blocks(y, self.context, in_place=in_place)
+
+    def forward(self, x: Tensor) -> Transform:
+        """The transform for a given x."""
+        return self.meta(x, self.context)

@@ -7,32 +7,28 @@ A network without masks gives a wrong log-determinant and a wrong inverse, and n
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform
 from torch.func import functional_call
 
-from .evaluate import as_transform
-
-Meta = Callable[[Tensor], Transform]
+from ..univariate.base import values_can_be_read
+from .meta import Meta, check_returned
 
 _DRAWS = 2
 
 
 def dependencies(meta: Meta, x: Tensor) -> Tensor:
-    """Which coordinates the law of each coordinate depends on.
+    r"""Which coordinates the univariate transform of each coordinate depends on.
 
-    The map :math:`u \\mapsto \\mathrm{meta}(u)^{-1}(y)` at fixed y is the one that the inverse iterates; the
+    The map :math:`u \mapsto \mathrm{meta}(u)^{-1}(y)` at fixed y is the one that the inverse iterates; the
     transform is autoregressive, up to an order of the coordinates, if its Jacobian has no cycle. It
     is differentiated at a random point with the parameters as they are and with re-drawn ones, since
     a last layer of zeros hides every dependence.
 
-    :param meta: a function of x that returns a transform.
-    :param x: an argument that the transform is used with, shape ``(*, D)``; its shape, dtype and
-        device are used.
-    :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the law of coordinate i depends on x_j.
+    :param x: shape ``(*, D)``; its shape, dtype and device are used.
+    :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the transform of coordinate i depends on x_j.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (1,) * (x.dim() - 1) + x.shape[-1:]
@@ -44,49 +40,28 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
     return depends
 
 
-def by_construction(module: object) -> bool:
-    """Whether a module says that it is autoregressive, and says so of its present ``forward``.
-
-    A subclass that overrides ``forward`` may break what its base class promised.
-
-    :param module: a conditioner or a meta.
-    """
-    for cls in type(module).__mro__:
-        if "autoregressive" in vars(cls):
-            return getattr(module, "autoregressive", False) is True
-        if "forward" in vars(cls):
-            return False
-    return False
-
-
 class StructureCheck:
-    """Looks whether a meta is autoregressive; conditioned copies of a transform share one.
+    """Looks once whether a meta is autoregressive; conditioned copies of a transform share one.
 
-    It looks once. If nothing depends on x yet, as with a last layer of zeros that cannot be re-drawn, it
-    looks again at the 2nd, 4th, 8th, ... call.
+    If nothing depends on x yet, as with a last layer of zeros that cannot be re-drawn, it looks again at
+    the 2nd, 4th, 8th, ... call.
     """
 
-    def __init__(self) -> None:
-        self._calls, self._done = 0, False
+    done = False
+    _calls = 0
 
-    def is_due(self) -> bool:
-        """Whether to look now."""
-        if self._done:
-            return False
+    def faults_if_due(self, meta: Meta, x: Tensor) -> list[int]:
+        """As :meth:`faults`, where it is time to look and values can be read; else nothing."""
         self._calls += 1
-        return self._calls & (self._calls - 1) == 0
+        due = self._calls & (self._calls - 1) == 0
+        if not due or not values_can_be_read(x) or torch.is_inference_mode_enabled():
+            return []
+        return self.faults(meta, x)
 
     def faults(self, meta: Meta, x: Tensor) -> list[int]:
-        """The coordinates at fault, empty if the meta is autoregressive by construction.
-
-        :param meta: a function of x that returns a transform.
-        :param x: an argument, shape ``(*, D)``.
-        """
-        self._done = by_construction(meta)
-        if self._done:
-            return []
+        """The coordinates at fault, none if the meta is autoregressive."""
         depends = dependencies(meta, x)
-        self._done = isinstance(meta, nn.Module) or bool(depends.any())
+        self.done = isinstance(meta, nn.Module) or bool(depends.any())
         return _on_a_cycle(depends)
 
 
@@ -101,10 +76,11 @@ def describe(faults: list[int]) -> str:
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
+    """The meta as it is, and with re-drawn parameters where they can be seen."""
     if not isinstance(meta, nn.Module):
         yield meta
         return
-    # a copy, since layers such as batch normalisation change when they are used in training
+    # a copy, since layers such as batch normalization change when they are used in training
     copied = copy.deepcopy(meta).eval()
     yield copied
     for _ in range(_DRAWS):
@@ -130,9 +106,9 @@ def _normal(
 
 
 def _dependencies(meta: Meta, point: Tensor) -> Tensor:
-    """The boolean matrix whose entry [i, j] says that the law of coordinate i depends on x_j."""
+    """The matrix of :func:`dependencies`, seen at one point."""
     point = point.detach().requires_grad_()
-    transform = as_transform(meta(point))
+    transform = check_returned(meta(point))
     if transform.event_dim == 0:
         out = transform(point.detach())
     else:

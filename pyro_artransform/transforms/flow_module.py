@@ -1,70 +1,43 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every transform of this package does alike: values, inverses, memory, copies."""
+"""What every transform of this package does alike: values, inverses, scores, copies."""
 
 import copy
 import weakref
 from typing import Any
 
 import torch
-from pyro.distributions import constraints
+from pyro.distributions import ConditionalTransformModule, constraints
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 
-from .evaluate import values_are_readable
-from .memory import Pair, remember
-from .score import score_by_inverse
-from .visible import visible_state
 
-#: A remembered pair and a reference to the inverse belong to one object in one process.
-_OWN: dict[str, Any] = {"_pair": None, "_inverse_ref": None}
-
-
-class CopyableModule(TransformModule):
-    """A transform module whose copies and pickles share nothing with it and leave it as it is."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CopyableModule":
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        kept = {key: value for key, value in vars(self).items() if key not in _OWN}
-        vars(twin).update(
-            copy.deepcopy(kept, memo), **{k: v for k, v in _OWN.items() if k in vars(self)}
-        )
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        # as Pyro's modules do: its store leaves a weak reference on each parameter, which cannot be
-        # pickled, and sets it anew when the parameter is next asked for
-        for parameter in self.parameters():
-            vars(parameter).pop("unconstrained", None)
-        return {key: _OWN.get(key, value) for key, value in vars(self).items()}
-
-
-class FlowModule(CopyableModule):
+class FlowModule(TransformModule):
     r"""A bijection of real vectors that owns its parameters.
 
     A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; calling, inverting and
     the log-determinant follow, as :class:`torch.distributions.transforms.Transform` promises them.
 
-    With ``cache_size=1`` the last pair is remembered, so that scoring a draw that was just made costs
-    no further evaluation. What is remembered is handed out only where recomputing would give the
-    same value and gradient, see :mod:`~pyro_artransform.transforms.memory`; as in torch, ``t.inv(t(x))`` then
-    is ``x`` itself. The two primitives remember nothing.
+    Nothing is remembered between calls, so nothing can be out of date, and threads may share a
+    transform. To score a draw without inverting the transform, let
+    :class:`~pyro_artransform.transforms.FlowDistribution` draw it, or keep what :meth:`call_and_ladj`
+    returns.
 
-    :param cache_size: 1 to remember the last pair, 0 not to.
+    :param cache_size: 0 or 1, for torch's interface; values are recomputed whichever it is.
+    :raises ValueError: for another ``cache_size``.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
     bijective = True
     sign = +1
 
     def __init__(self, *, cache_size: int = 1) -> None:
-        super().__init__(cache_size=_check_cache_size(cache_size))
-        self._pair: Pair | None = None
-        self._pair_is_inverse = False
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
+        super().__init__(cache_size=cache_size)
         self._inverse_ref: weakref.ref[InverseTransformModule] | None = None
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,10 +90,14 @@ class FlowModule(CopyableModule):
            https://arxiv.org/abs/2207.08219
         """
         y, ladj = self.call_and_ladj(x)
-        return y, ladj, score_by_inverse(self, x, y, score)
+        with torch.enable_grad():
+            point = y.detach().requires_grad_()
+            back, back_ladj = self.inverse_at(x.detach(), point)
+            log_prob = (back * score.detach()).sum() + back_ladj.sum()
+            return y, ladj, torch.autograd.grad(log_prob, point)[0]
 
     @property
-    def inv(self) -> "InverseTransformModule":
+    def inv(self) -> "FlowModule":
         """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
         inverse = None if self._inverse_ref is None else self._inverse_ref()
         if inverse is None:
@@ -128,68 +105,64 @@ class FlowModule(CopyableModule):
             self._inverse_ref = weakref.ref(inverse)
         return inverse
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._step(x, inverse=False)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self._step(y, inverse=True)
-
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_ladj(y)[0]
 
-    def _step(self, given: Tensor, inverse: bool) -> Tensor:
-        if self._cache_size == 0 or not values_are_readable(given):
-            return self._inverse(given) if inverse else self._call(given)
-        pair = self._pair
-        if pair is not None and self._pair_is_inverse != inverse:
-            source = pair.source_of(given, visible_state(self))
-            if source is not None:
-                return source
-        result, ladj = self.inverse_and_ladj(given) if inverse else self.call_and_ladj(given)
-        self._pair = remember(given, result, ladj, visible_state(self))
-        self._pair_is_inverse = inverse
-        return result
+    # torch's own go through its cache, which compares the identities of tensors alone
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._inverse(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The log-determinant ``log |det dy/dx|`` at ``x``.
 
         :param x: shape ``(*, D)``.
-        :param y: the value at ``x``, shape ``(*, D)``.
+        :param y: the value at ``x``, shape ``(*, D)``; not needed here.
         :return: shape ``(*,)``.
         """
-        pair = self._pair if values_are_readable(x) else None
-        if pair is not None:
-            source, result = (y, x) if self._pair_is_inverse else (x, y)
-            ladj = pair.ladj_of(source, result, visible_state(self))
-            if ladj is not None:
-                return -ladj if self._pair_is_inverse else ladj
         return self.call_and_ladj(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> "FlowModule":
-        """A transform with the same parameters that remembers as told.
+        """A transform with the same parameters and this ``cache_size``.
 
         :param cache_size: 0 or 1.
         :raises ValueError: for another number.
         """
-        if _check_cache_size(cache_size) == self._cache_size:
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
+        if cache_size == self._cache_size:
             return self
         twin = type(self).__new__(type(self))
-        vars(twin).update(vars(self), **_OWN)
-        twin._cache_size = cache_size
+        vars(twin).update(vars(self), _cache_size=cache_size, _inverse_ref=None)
         return twin
 
     def clear_cache(self) -> None:
-        """Forgets the remembered pair."""
-        self._pair = None
+        """Does nothing: nothing is remembered."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FlowModule":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        # the reference to the inverse belongs to one object
+        vars(twin).update(copy.deepcopy({**vars(self), "_inverse_ref": None}, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # as Pyro's modules do: its store leaves a weak reference on each parameter, which cannot be
+        # pickled, and sets it anew when the parameter is next asked for
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return {**vars(self), "_inverse_ref": None}
 
     # the tree of submodules says more than a bare name
     __repr__ = torch.nn.Module.__repr__
 
 
-class InverseTransformModule(CopyableModule):
+class InverseTransformModule(FlowModule):
     r"""The inverse of a transform, as a module that owns the transform's parameters.
 
     :param transform: the transform to invert; it becomes the submodule ``transform``.
@@ -203,45 +176,21 @@ class InverseTransformModule(CopyableModule):
         (torch.Size([5, 3]), True)
     """
 
-    bijective = True
+    transform: FlowModule
 
     def __init__(self, transform: FlowModule) -> None:
-        super().__init__()
+        super().__init__(cache_size=transform._cache_size)
         self.transform = transform
-
-    __repr__ = torch.nn.Module.__repr__
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.transform.codomain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.transform.domain
-
-    @property
-    def sign(self) -> int:
-        return self.transform.sign
+        self.domain, self.codomain = transform.codomain, transform.domain
+        self.sign = transform.sign
 
     @property
     def inv(self) -> FlowModule:
-        """The transform itself, of which this is the inverse: ``t.inv.inv is t`` for it too."""
+        """The transform itself: ``t.inv.inv is t`` holds for an inverse too."""
         reference = self.transform._inverse_ref
         if reference is None or reference() is None:
             self.transform._inverse_ref = weakref.ref(self)
         return self.transform
-
-    def __call__(self, y: Tensor) -> Tensor:
-        return self.transform._inv_call(y)
-
-    def _inv_call(self, x: Tensor) -> Tensor:
-        return self.transform(x)
-
-    def _call(self, y: Tensor) -> Tensor:
-        return self.transform._inverse(y)
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        return self.transform._call(x)
 
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log |det dx/dy|``, for ``y`` of shape ``(*, D)``."""
@@ -251,27 +200,23 @@ class InverseTransformModule(CopyableModule):
         """``y`` and ``log |det dy/dx|``, for ``x`` of shape ``(*, D)``."""
         return self.transform.call_and_ladj(x)
 
-    def inverse_at(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`inverse_and_ladj`, which needs no help from y."""
-        return self.transform.call_and_ladj(x)
+    def _call(self, y: Tensor) -> Tensor:
+        return self.transform._inverse(y)
 
-    def call_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`FlowModule.call_and_score`."""
-        x, ladj = self.call_and_ladj(y)
-        return x, ladj, score_by_inverse(self, y, x, score)
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.transform._call(x)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The log-determinant of this inverse at its argument ``x``, whose value is ``y``, shape ``(*,)``."""
         return -self.transform.log_abs_det_jacobian(y, x)
 
-    def with_cache(self, cache_size: int = 1) -> "InverseTransformModule":
-        """The inverse of the transform that remembers as told."""
-        if cache_size == self.transform._cache_size:
-            return self
-        return InverseTransformModule(self.transform.with_cache(cache_size))
+    def with_cache(self, cache_size: int = 1) -> FlowModule:
+        """The inverse of the transform that has this ``cache_size``."""
+        transform = self.transform.with_cache(cache_size)
+        return self if transform is self.transform else InverseTransformModule(transform)
 
     def clear_cache(self) -> None:
-        """Forgets the remembered pair."""
+        """Forgets what parts from elsewhere may remember."""
         self.transform.clear_cache()
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -283,8 +228,24 @@ class InverseTransformModule(CopyableModule):
         return self.transform.forward_shape(shape)
 
 
-def inverse(transform: FlowModule | InverseTransformModule) -> TransformModule:
-    """The inverse of a transform, a module that owns the parameters; the same as ``transform.inv``.
+class ConditionalFlowModule(ConditionalTransformModule):
+    """What the conditional transforms of this package do alike: a subclass implements ``condition``."""
+
+    domain = FlowModule.domain
+    codomain = FlowModule.codomain
+    bijective = True
+    event_dim = 1
+
+    def forward(self, *_: object) -> None:
+        """Says what to call."""
+        raise TypeError("a conditional transform has no value by itself: call .condition(context)")
+
+    def clear_cache(self) -> None:
+        """Does nothing: nothing is remembered."""
+
+
+def inverse(transform: FlowModule) -> FlowModule:
+    """The inverse of a transform, a module that owns the parameters: ``transform.inv``.
 
     :param transform: a transform of this package.
     :raises TypeError: for any other object.
@@ -301,15 +262,9 @@ def inverse(transform: FlowModule | InverseTransformModule) -> TransformModule:
             f"expected a transform, got the conditional {type(transform).__name__}: condition it "
             "first, inverse(transform.condition(context)), or take its .inv"
         )
-    if not isinstance(transform, (FlowModule, InverseTransformModule)):
+    if not isinstance(transform, FlowModule):
         raise TypeError(
             f"expected a transform of this package, got {type(transform).__name__}; "
             "chain([transform]) makes one of any torch transform"
         )
     return transform.inv
-
-
-def _check_cache_size(cache_size: int) -> int:
-    if cache_size not in (0, 1):
-        raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
-    return cache_size

@@ -24,179 +24,83 @@ many as the graph is deep; neither the passes nor the Jacobian are kept in memor
 2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
 """
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
 
-from .block_size import Problem, block_size
-from .evaluate import as_transform, inverse_and_ladj, sum_ladj, values_are_readable
+from ..univariate.base import values_can_be_read
+from .block_inversion import by_blocks, by_levels, largest
+from .evaluate import inverse_and_ladj, sum_ladj
+from .meta import Meta, StructuredMeta, check_returned
 from .warn import warn_user
 
-Meta = Callable[[Tensor], Transform]
-
-MIN_PASSES = 3  # it takes at least one more to see that nothing moves
-MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
-
-
-class Plan(NamedTuple):
-    """How to invert by passes.
-
-    :param passes: at most so many passes.
-    :param exact: whether so many passes are known to be enough.
-    """
-
-    passes: int
-    exact: bool
+_UNSTRUCTURED = StructuredMeta()  # which promises nothing
 
 
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
 
-    :param meta: a function of x that returns a transform.
     :param y: shape ``(*, D)``.
-    :param passes: at most so many fixed-point passes; None for an exact inverse, by whichever way is
-        cheapest.
+    :param passes: at most so many fixed-point passes; None for an exact inverse, by the cheapest way.
     :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
     """
-    batch = getattr(meta, "batch_shape", ())
-    y = y.expand(torch.broadcast_shapes(y.shape, (*batch, y.shape[-1]))) if batch else y
-    readable = values_are_readable(y)
-    known = passes is None and getattr(meta, "univariate", None) is not None
-    offer = getattr(meta, "blocks", None) if known else None
-    if not readable:
-        blocks = None if offer is None else offer(y)
-        return _unrolled(meta, y, passes) if blocks is None else _by_levels(meta, blocks, y)
-    with torch.no_grad():
-        blocks = None if offer is None else offer(y, in_place=True)
+    structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
+    if structured.batch_shape:
+        y = y.expand(torch.broadcast_shapes(y.shape, (*structured.batch_shape, y.shape[-1])))
+    readable = values_can_be_read(y)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not readable):
+        blocks = structured.blocks(y, in_place=readable) if passes is None else None
+        if not readable:
+            if blocks is None:
+                return _unrolled(meta, y, passes or structured.depth or y.shape[-1])
+            return by_levels(structured.family, blocks, y)
         if blocks is None:
-            x, ladj, point = _by_passes(meta, y.detach(), passes)
+            x, ladj, point = _by_passes(meta, y.detach(), structured.depth, passes)
         else:
-            x, ladj = _by_blocks(meta, blocks, y.detach())
+            x, ladj = by_blocks(structured.family, blocks, y.detach())
             point = x
     return _with_gradient(meta, point, y, (x, ladj)) if torch.is_grad_enabled() else (x, ladj)
 
 
-def _plan(meta: Meta, y: Tensor, passes: int | None) -> Plan:
-    depth = getattr(meta, "depth", None)
-    if passes is None:
-        # one pass more than D shows, where the depth is not known, that nothing moves any more
-        return Plan(y.shape[-1] + 1, False) if depth is None else Plan(depth, True)
-    return Plan(passes, depth is not None and passes >= depth)
-
-
-def _unrolled(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
+def _unrolled(meta: Meta, y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
     """All passes, differentiated by autograd: where no value can be read."""
     x = torch.zeros_like(y)
-    for _ in range(min(_plan(meta, y, passes).passes, y.shape[-1]) - 1):
+    for _ in range(min(passes, y.shape[-1]) - 1):
         x = meta(x).inv(y)
     x, ladj = inverse_and_ladj(transform := meta(x), y)
     return x, sum_ladj(ladj, x, transform.event_dim, 1)
 
 
-def _by_passes(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _by_passes(
+    meta: Meta, y: Tensor, depth: int | None, passes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Passes until nothing moves: x, the log-determinant, and the argument of the last pass.
 
     What moved by round-off alone stays where it is: the map may amplify the jitter of an early
     coordinate from pass to pass.
     """
-    plan = _plan(meta, y, passes)
+    # one pass more than D shows, where the depth is not known, that nothing moves any more
+    most = passes or depth or y.shape[-1] + 1
     x = torch.zeros_like(y)
-    for _ in range(plan.passes):
+    for _ in range(most):
         point = _finite(x)
-        transform = as_transform(meta(point))
+        transform = check_returned(meta(point))
         new = transform.inv(y)
         moved = _moved(new, x)
         x = torch.where(moved, new, x)
         if not bool(moved.any()):
             break
     else:
-        if not plan.exact:
-            _warn_of_residual(meta, x, y, plan.passes)
+        if depth is None or most < depth:
+            _warn_of_residual(meta, x, y, most)
     ladj = transform.log_abs_det_jacobian(x, y)
     return x, -sum_ladj(ladj, x, transform.event_dim, 1), point
 
 
-def _by_levels(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One level of the graph after the other, differentiated by autograd, without reading a value."""
-    rows = _sorted_rows(blocks, y)
-    done = []
-    for k, (first, last) in enumerate(pairwise(blocks.levels)):
-        blocks.open(k, k + 1)
-        done.append(inverse_and_ladj(meta.univariate(blocks.params(None)), rows[:, first:last]))
-        blocks.close(done[-1][0], k + 1)
-    return _assembled(blocks, done, y)
-
-
-def _by_blocks(meta: Any, blocks: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of levels one after the other, and passes within each until nothing moves."""
-    large = _large(y)
-    clean = y.nan_to_num(0.0, large, -large)
-    rows, levels = _sorted_rows(blocks, clean), blocks.levels
-    family = meta.univariate.forward
-    shape = len(levels) - 1, len(rows), y.shape[-1], meta.univariate.num_params
-    size = block_size(Problem(*shape, work=blocks.work), y.device.type)
-    start, done = 0, []
-    while start < len(levels) - 1:
-        stop = min(start + size, len(levels) - 1)
-        blocks.open(start, stop)
-        target = rows[:, levels[start] : levels[stop]]
-        x, ladj, exact = _settle(family, blocks, target, stop - start)
-        if exact < stop - start:
-            # the passes converge slowly here: what is exact is kept, and smaller blocks follow
-            stop, size = start + exact, max(size // 4, 1)
-            count = levels[stop] - levels[start]
-            x, ladj = x[:, :count], ladj[:, :count]
-        done.append((x, ladj))
-        if stop < len(levels) - 1:
-            blocks.close(x, stop)
-        start = stop
-    x, ladj = _assembled(blocks, done, y)
-    return x + (y - clean), ladj
-
-
-def _settle(family: Any, blocks: Any, y: Tensor, depth: int) -> tuple[Tensor, Tensor, int]:
-    """Passes within the open block, until nothing moves or all its levels are exact.
-
-    :return: x and its log-determinant by coordinate, and the number of levels that are exact.
-    """
-    if depth == 1:
-        return *inverse_and_ladj(family(blocks.params(None)), y), 1
-    large = _large(y)
-    x = y  # a better guess than zeros: a trained layer is not far from the identity
-    for k in range(1, min(depth, MAX_PASSES) + 1):
-        new, ladj = inverse_and_ladj(family(blocks.params(x)), y)
-        # early passes may overflow, and infinity times a masked zero would spoil what is exact
-        new = new.clamp(-large, large)
-        if MIN_PASSES < k < depth and _settled(new, x):
-            return new, ladj, depth
-        x = new
-    return x, ladj, k
-
-
-def _sorted_rows(blocks: Any, y: Tensor) -> Tensor:
-    rows = y.reshape(-1, y.shape[-1])
-    return rows if blocks.order is None else rows[:, blocks.order]
-
-
-def _assembled(blocks: Any, done: list[tuple[Tensor, Tensor]], y: Tensor) -> tuple[Tensor, Tensor]:
-    """The coordinates in their own order, and the sum of the log-determinants."""
-    x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
-    x = x if blocks.order is None else x[:, blocks.order.argsort()]
-    return x.reshape(y.shape), ladj.sum(-1).reshape(y.shape[:-1])
-
-
-def _large(y: Tensor) -> float:
-    """So large that nothing sensible is larger, so small that sums of products stay finite."""
-    return torch.finfo(y.dtype).max ** 0.75
-
-
 def _finite(x: Tensor) -> Tensor:
     """Early passes may overflow, and infinity times a masked zero would spoil what is exact already."""
-    large = _large(x)
+    large = largest(x)
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
@@ -205,15 +109,6 @@ def _moved(new: Tensor, old: Tensor) -> Tensor:
     change = (new - old).abs_()
     still = change <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
     return ~(still | (new == old) | (new.isnan() & old.isnan()))
-
-
-def _settled(new: Tensor, old: Tensor) -> bool:
-    """Whether finite numbers changed by no more than round-off, as :func:`_moved` has it, in few steps."""
-    if new.numel() == 0:
-        return True
-    unit = 2 * torch.finfo(new.dtype).eps
-    excess = (new - old).abs_().sub_(new.abs(), alpha=unit)
-    return excess.amax().item() <= unit
 
 
 def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:
@@ -236,12 +131,11 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     The triangular system of the gradient is solved in the backward pass.
 
-    :param meta: a function of x that returns a transform.
     :param x: the inverse of y, shape ``(*, D)``.
-    :param y: shape ``(*, D)``.
     :return: as of :func:`invert`.
+    :raises RuntimeError: where no value can be read.
     """
-    if not values_are_readable(y):
+    if not values_can_be_read(y):
         raise RuntimeError(
             "the gradient at a known pair is solved by iteration, which torch.jit, torch.compile and "
             "torch.func cannot follow; use inverse_and_ladj there"
@@ -264,7 +158,7 @@ def _with_gradient(
 
 
 def _reaches_other_leaves(out: Tensor, ladj: Tensor, point: Tensor) -> bool:
-    """Whether a parameter, seen or not, is in the graph: ``point`` alone needs no gradient."""
+    """Whether a parameter, registered or not, is in the graph: ``point`` alone needs no gradient."""
     todo: list[Any] = [out.grad_fn, ladj.grad_fn]
     seen: set[Any] = {None}
     while todo:

@@ -21,7 +21,7 @@ class PermutationTransform(FlowModule):
     The order is a buffer, so it is saved and restored with the parameters around it.
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``.
-    :param cache_size: 1 to remember the last pair, 0 not to.
+    :param cache_size: as for :class:`FlowModule`.
     :raises ValueError: if it is no permutation.
 
     Example::

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Affine laws: with a bounded log-scale, without a scale, and with a gate."""
+"""Affine families: with a bounded log-scale, without a scale, and with a gate."""
 
 import math
 
@@ -9,29 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import (
-    ElementwiseTransform,
-    Univariate,
-    check_broadcast,
-    positive,
-    soft_bound,
-    unbind_params,
-)
+from ..arguments import check_broadcast, check_positive
+from .base import ElementwiseTransform, Univariate, soft_bound, unbind_params
 
 
 class MonotonicAffineTransform(ElementwiseTransform):
-    r"""
-    An affine transform whose scale is positive and bounded.
+    r"""An affine transform whose scale is positive and bounded.
 
     .. math:: y = x \exp(b(\text{scale})) + \text{shift}
 
-    where :math:`b` is :func:`~pyro_artransform.univariate.soft_bound`. ``x`` and the parameters
-    broadcast to each other.
+    where :math:`b` is :func:`~pyro_artransform.univariate.soft_bound`. ``x`` and the parameters broadcast
+    to each other.
 
-    :param Tensor shift: The shift, of shape ``(*, D)``.
-    :param Tensor scale: The unconstrained scale, of shape ``(*, D)``; 0 is a scale of 1.
-    :param float bound: The bound of the log-scale.
-    :raises ValueError: If the shapes do not broadcast.
+    :param shift: the shift, shape ``(*, D)``.
+    :param scale: the unconstrained scale, shape ``(*, D)``; 0 is a scale of 1.
+    :param bound: the bound of the log-scale.
+    :raises ValueError: if the shapes do not broadcast, or the bound is not positive and finite.
 
     Example::
 
@@ -44,9 +37,13 @@ class MonotonicAffineTransform(ElementwiseTransform):
 
     def __init__(self, shift: Tensor, scale: Tensor, *, bound: float = 3.0) -> None:
         super().__init__()
-        check_broadcast("shift and scale", shift, scale)
+        # two comparisons in place of two checks: a network calls this at each evaluation
+        if not torch.jit.is_tracing() and shift.shape != scale.shape:
+            check_broadcast("shift and scale", shift.shape, scale.shape)
+        if not (type(bound) is float and 0 < bound < math.inf):
+            bound = check_positive("bound", bound)
         self.shift = shift
-        self.log_scale = soft_bound(scale, positive("bound", bound))
+        self.log_scale = soft_bound(scale, bound)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.addcmul(self.shift, x, self.log_scale.exp())
@@ -59,11 +56,10 @@ class MonotonicAffineTransform(ElementwiseTransform):
 
 
 class Affine(Univariate):
-    r"""
-    The affine family: a shift and a log-scale, in this order.
+    r"""The affine family: a shift and a log-scale, in this order.
 
-    :param float bound: The bound of the log-scale.
-    :raises ValueError: If ``bound`` is not positive and finite.
+    :param bound: the bound of the log-scale.
+    :raises ValueError: if ``bound`` is not positive and finite.
 
     Example::
 
@@ -78,22 +74,20 @@ class Affine(Univariate):
 
     def __init__(self, *, bound: float = 3.0) -> None:
         super().__init__()
-        self.bound = positive("bound", bound)
+        self.bound = check_positive("bound", bound)
 
     def extra_repr(self) -> str:
         return f"bound={self.bound}"
 
     def forward(self, params: Tensor) -> MonotonicAffineTransform:
-        self.check_params(params)
-        shift, scale = unbind_params(params)
+        shift, scale = unbind_params(params, 2)
         return MonotonicAffineTransform(shift, scale, bound=self.bound)
 
 
 class AdditiveTransform(ElementwiseTransform):
-    r"""
-    A shift: :math:`y = x + \text{shift}`.
+    r"""A shift: :math:`y = x + \text{shift}`.
 
-    :param Tensor shift: The shift, of shape ``(*, D)``; broadcasts with ``x``.
+    :param shift: the shift, shape ``(*, D)``; broadcasts with ``x``.
 
     Example::
 
@@ -101,10 +95,10 @@ class AdditiveTransform(ElementwiseTransform):
         >>> AdditiveTransform(torch.ones(5))(torch.randn(32, 5)).shape
         torch.Size([32, 5])
 
-    References:
+    **References**
 
-    NICE: Non-linear Independent Components Estimation (Dinh et al., 2014),
-    https://arxiv.org/abs/1410.8516
+    1. NICE: Non-linear Independent Components Estimation (Dinh, Krueger, Bengio, 2014),
+       https://arxiv.org/abs/1410.8516
     """
 
     def __init__(self, shift: Tensor) -> None:
@@ -121,8 +115,7 @@ class AdditiveTransform(ElementwiseTransform):
 
 
 class Additive(Univariate):
-    """
-    The additive family: a shift, which preserves volume.
+    """The additive family: a shift, which preserves volume.
 
     Example::
 
@@ -140,14 +133,13 @@ class Additive(Univariate):
 
 
 class GatedAffineTransform(ElementwiseTransform):
-    r"""
-    A gate that mixes the input with a mean, as the memory cell of an LSTM does.
+    r"""A gate that mixes the input with a mean, as the memory cell of an LSTM does.
 
     .. math:: y = s x + (1 - s) \text{mean} \qquad s = \sigma(\text{gate})
 
-    :param Tensor mean: The mean, of shape ``(*, D)``.
-    :param Tensor gate: The logit of ``s``, of shape ``(*, D)``; it is not bounded here.
-    :raises ValueError: If the shapes do not broadcast.
+    :param mean: the mean, shape ``(*, D)``.
+    :param gate: the logit of ``s``, shape ``(*, D)``; it is not bounded here.
+    :raises ValueError: if the shapes do not broadcast.
 
     Example::
 
@@ -159,7 +151,7 @@ class GatedAffineTransform(ElementwiseTransform):
 
     def __init__(self, mean: Tensor, gate: Tensor) -> None:
         super().__init__()
-        check_broadcast("mean and gate", mean, gate)
+        check_broadcast("mean and gate", mean.shape, gate.shape)
         self.mean = mean
         self.gate = gate
 
@@ -173,15 +165,14 @@ class GatedAffineTransform(ElementwiseTransform):
 
 
 class GatedAffine(Univariate):
-    r"""
-    The gated family of the paper on inverse autoregressive flows: a mean and a gate.
+    r"""The gated family of the paper on inverse autoregressive flows: a mean and a gate.
 
-    Since :math:`s < 1`, zero parameters are *not* the identity, unlike in every other family.
-    They are a gate that is nearly open: :math:`y = \sigma(\text{gate\_bias}) x`. The gate is
-    bounded such that :math:`\log s` stays above -3.05.
+    Since :math:`s < 1`, zero parameters are *not* the identity, unlike in every other family. They are a
+    gate that is nearly open: :math:`y = \sigma(\text{gate\_bias}) x`. The gate is bounded such that
+    :math:`\log s` stays above -3.05.
 
-    :param float gate_bias: The logit of the gate at zero parameters.
-    :raises ValueError: If ``gate_bias`` is negative or not finite.
+    :param gate_bias: the logit of the gate at zero parameters.
+    :raises ValueError: if ``gate_bias`` is negative or not finite.
 
     Example::
 
@@ -190,10 +181,10 @@ class GatedAffine(Univariate):
         >>> family(torch.zeros(32, 5, family.num_params))(torch.randn(32, 5)).shape
         torch.Size([32, 5])
 
-    References:
+    **References**
 
-    Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
-    https://arxiv.org/abs/1606.04934
+    1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
+       Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
 
     num_params = 2
@@ -201,14 +192,15 @@ class GatedAffine(Univariate):
     def __init__(self, *, gate_bias: float = 2.0) -> None:
         super().__init__()
         if not 0 <= gate_bias < math.inf:
-            raise ValueError(f"expected gate_bias to be finite and at least 0, got {gate_bias!r}")
+            raise ValueError(
+                f"gate_bias: expected a finite number of at least 0, got {gate_bias!r}"
+            )
         self.gate_bias = float(gate_bias)
 
     def extra_repr(self) -> str:
         return f"gate_bias={self.gate_bias}"
 
     def forward(self, params: Tensor) -> GatedAffineTransform:
-        self.check_params(params)
-        mean, raw = unbind_params(params)
+        mean, raw = unbind_params(params, 2)
         gate = self.gate_bias + soft_bound(raw, 3.0 + self.gate_bias)
         return GatedAffineTransform(mean, gate)

@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor
 
-from .base import Univariate, at_least, broadcast_error, soft_bound, split_params
+from ..arguments import check_broadcast, check_integer
+from .base import Univariate, soft_bound, split_params
 from .root import MonotoneTransform
 
 # The bounds of the logarithms of the slopes and of the softness.
@@ -18,28 +19,26 @@ HALF_RANGE = 3.0
 
 
 class MonotoneNeuralTransform(MonotoneTransform):
-    r"""
-    A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \dots` to :math:`v_K`.
+    r"""A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \dots` to :math:`v_K`.
 
     .. math::
         y = \text{shift} + \frac{v_0 + v_K}{2} x
         + \frac{\tau}{2} \sum_{j=1}^K (v_j - v_{j-1}) \sqrt{1 + (x - k_j)^2 / \tau^2}
 
-    It is a monotone network with one hidden layer of K units, and a smoothed piecewise linear
-    function: its slope is a convex combination of the positive numbers :math:`v_j`, whatever the
-    other parameters are. So it maps onto the whole real line, all slopes can be reached
-    everywhere, the two tails have slopes of their own, and no gradient dies exponentially.
+    A monotone network with one hidden layer of K units, and a smoothed piecewise linear function: its
+    slope is a convex combination of the positive numbers :math:`v_j`, whatever the other parameters are.
+    So it maps onto the whole real line, all slopes can be reached everywhere, the two tails have slopes of
+    their own, and no gradient dies exponentially.
 
-    :math:`\log v_j` is the bounded ``slopes``; :math:`k_j` is the j-th of K evenly spaced points
-    in (-3, 3) plus ``knots``, bounded such that their order remains; :math:`\tau` is their
-    distance times the exponential of the bounded ``softness``. Zero parameters are the identity,
-    exactly.
+    :math:`\log v_j` is the bounded ``slopes``; :math:`k_j` is the j-th of K evenly spaced points in
+    (-3, 3) plus ``knots``, bounded such that their order remains; :math:`\tau` is their distance times the
+    exponential of the bounded ``softness``. Zero parameters are the identity, exactly.
 
-    :param Tensor shift: Of shape ``(*, D)``.
-    :param Tensor slopes: Unconstrained, of shape ``(*, D, K + 1)``.
-    :param Tensor knots: Unconstrained, of shape ``(*, D, K)``.
-    :param Tensor softness: Unconstrained, of shape ``(*, D)``.
-    :raises ValueError: If the shapes do not go together.
+    :param shift: shape ``(*, D)``.
+    :param slopes: unconstrained, shape ``(*, D, K + 1)``.
+    :param knots: unconstrained, shape ``(*, D, K)``.
+    :param softness: unconstrained, shape ``(*, D)``.
+    :raises ValueError: if the shapes do not go together.
 
     Example::
 
@@ -51,9 +50,10 @@ class MonotoneNeuralTransform(MonotoneTransform):
         >>> y.shape, ladj.shape
         (torch.Size([32, 5]), torch.Size([32, 5]))
 
-    References:
+    **References**
 
-    Neural Autoregressive Flows (Huang et al., 2018), https://arxiv.org/abs/1804.00779
+    1. Neural Autoregressive Flows (Huang, Krueger, Lacoste, Courville, 2018),
+       https://arxiv.org/abs/1804.00779
     """
 
     def __init__(self, shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
@@ -62,12 +62,12 @@ class MonotoneNeuralTransform(MonotoneTransform):
         count = knots.shape[-1]
         spacing = 2 * HALF_RANGE / count
         speeds = torch.exp(soft_bound(slopes, SLOPE_BOUND))
-        centres = torch.arange(count, dtype=knots.dtype, device=knots.device) - 0.5 * (count - 1)
+        centers = torch.arange(count, dtype=knots.dtype, device=knots.device) - 0.5 * (count - 1)
         self.shift = shift
         self.speeds = speeds
         self.left, self.right = speeds[..., 0], speeds[..., -1]
         self.jumps = 0.5 * (speeds[..., 1:] - speeds[..., :-1])
-        self.knots = centres * spacing + soft_bound(knots, 0.5 * spacing)
+        self.knots = centers * spacing + soft_bound(knots, 0.5 * spacing)
         softness = spacing * torch.exp(soft_bound(softness, SOFTNESS_BOUND))
         self.softness = softness.square().unsqueeze(-1)
 
@@ -75,13 +75,13 @@ class MonotoneNeuralTransform(MonotoneTransform):
         return f"{type(self).__name__}(units={self.knots.shape[-1]})"
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # Further out the square could overflow, and the law is a line to round-off.
+        # further out the square could overflow, and the curve is a line to round-off
         far = torch.finfo(x.dtype).max ** 0.5 * 1e-6
         near = x.clamp(-far, far)
-        # All terms grow with x and cancel each other but for the tail's own line, which float32
-        # cannot afford. So that line is taken out, with a = sqrt(1 + x^2) as the smooth |x|: the
-        # differences of roots that remain are quotients of their squares' differences. The sign
-        # is never 0, so that at 0 too each derivative is that of one smooth piece.
+        # All terms grow with x and cancel but for the tail's own line, which float32 cannot afford. So
+        # that line is taken out, with a = sqrt(1 + x^2) as the smooth |x|: the differences of roots that
+        # remain are quotients of their squares' differences. The sign is never 0, so that at 0 too each
+        # derivative is that of one smooth piece.
         a = torch.sqrt(1 + near * near)
         sign = torch.where(near >= 0, 1.0, -1.0).to(x.dtype)
         line = torch.where(near >= 0, self.right, self.left) * near
@@ -103,14 +103,13 @@ class MonotoneNeuralTransform(MonotoneTransform):
 
 
 class MonotoneNeural(Univariate):
-    """
-    The family of monotone networks with one hidden layer.
+    """The family of monotone networks with one hidden layer.
 
     The parameters of a coordinate are a shift, ``count_units`` + 1 slopes, ``count_units`` knots
     and a softness: 2 K + 3 in all. Its inverse is found by Newton's method, with exact gradients.
 
-    :param int count_units: The number of hidden units, K, at least 1.
-    :raises ValueError: If ``count_units`` is out of its range.
+    :param count_units: the number of hidden units, K, at least 1.
+    :raises ValueError: if ``count_units`` is out of its range.
 
     Example::
 
@@ -120,15 +119,16 @@ class MonotoneNeural(Univariate):
         >>> transform(torch.randn(32, 5)).shape
         torch.Size([32, 5])
 
-    References:
+    **References**
 
-    Neural Autoregressive Flows (Huang et al., 2018), https://arxiv.org/abs/1804.00779
+    1. Neural Autoregressive Flows (Huang, Krueger, Lacoste, Courville, 2018),
+       https://arxiv.org/abs/1804.00779
     """
 
     def __init__(self, *, count_units: int = 8) -> None:
         super().__init__()
-        self.count_units = at_least("count_units", count_units, 1)
-        self.num_params = 2 * count_units + 3
+        self.count_units = check_integer("count_units", count_units)
+        self.num_params = 2 * self.count_units + 3
 
     def extra_repr(self) -> str:
         return f"count_units={self.count_units}"
@@ -142,15 +142,13 @@ class MonotoneNeural(Univariate):
 
 def _check_shapes(shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
     if torch.jit.is_tracing():
-        return
+        return  # sizes are tensors then and cannot be compared
     if slopes.dim() == 0 or knots.dim() == 0 or not slopes.shape[-1] == knots.shape[-1] + 1 > 1:
         raise ValueError(
             "expected slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1, "
             f"got {tuple(slopes.shape)} and {tuple(knots.shape)}"
         )
-    shapes = [shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape]
-    if any(shape != shapes[0] for shape in shapes[1:]):
-        try:
-            torch.broadcast_shapes(*shapes)
-        except RuntimeError:
-            raise broadcast_error("shift, slopes[0], knots[0] and softness", shapes) from None
+    check_broadcast(
+        "batch shapes of shift, slopes, knots and softness",
+        *(shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape),
+    )

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""True inverses for increasing laws that have none in closed form."""
+"""Exact inverses of increasing functions that have none in closed form."""
 
 from collections.abc import Callable
 
@@ -20,23 +20,22 @@ def solve_increasing(
     max_steps: int,
     fixed_steps: int,
 ) -> Tensor:
-    """
-    Solves ``function(x) = y`` for each element, to about the square root of the precision.
+    """Solves ``function(x) = y`` for each element, to about the square root of the precision.
 
-    A Newton step is taken where it stays in the bracket and is at most half as long as the step
-    before it, and a bisection elsewhere. So either the step or the bracket halves each time.
+    A Newton step is taken where it stays in the bracket and is at most half as long as the step before it,
+    and a bisection elsewhere. So either the step or the bracket halves each time.
 
-    :param function: From ``x`` to the value and the logarithm of the derivative, both elementwise.
-    :param Tensor y: Finite, of shape ``(*, D)``.
-    :param Tensor low: A lower bound of the root, of the same shape.
-    :param Tensor high: An upper bound of the root, of the same shape.
-    :param int max_steps: The largest number of steps, where convergence can be tested.
-    :param int fixed_steps: The number of steps where it cannot.
-    :return: The roots, of the same shape.
+    :param function: from ``x`` to the value and the logarithm of the derivative, both elementwise.
+    :param y: finite, shape ``(*, D)``.
+    :param low: a lower bound of the root, of the same shape.
+    :param high: an upper bound of the root, of the same shape.
+    :param max_steps: the largest number of steps, where convergence can be tested.
+    :param fixed_steps: the number of steps where it cannot.
+    :return: the roots, of the same shape.
     """
-    can_stop = values_can_be_read()
+    can_stop = values_can_be_read(y)
     tolerance = torch.finfo(y.dtype).eps ** 0.5
-    # A root at the very end of the bracket would seem to be outside by round-off.
+    # a root at the very end of the bracket would seem to be outside by round-off
     low = low - tolerance * (1 + low.abs())
     high = high + tolerance * (1 + high.abs())
     x, last = 0.5 * (low + high), high - low
@@ -51,25 +50,24 @@ def solve_increasing(
         inside = (newton >= low) & (newton <= high)
         found = length <= tolerance * (1 + x.abs())
         good = found | (inside & (2 * length <= last))
-        following = torch.where(good, newton, 0.5 * (low + high))
-        # A root that was found stays, so that it does not depend on how long others are sought.
-        following = torch.where(settled, x, following)
+        proposal = torch.where(good, newton, 0.5 * (low + high))
+        # a root that was found stays, so that it does not depend on how long others are sought
+        proposal = torch.where(settled, x, proposal)
         settled = settled | found
-        last = (following - x).abs()
-        x = following
-        # Asked in this way, an element that is not a number does not keep the others waiting.
+        last = (proposal - x).abs()
+        x = proposal
+        # asked in this way, an element that is NaN does not keep the others waiting
         if can_stop and not (last > tolerance * (1 + x.abs())).any():
             break
     return x
 
 
 class MonotoneTransform(ElementwiseTransform):
-    """
-    An increasing elementwise law without a closed-form inverse.
+    """An increasing elementwise transform without a closed-form inverse.
 
-    A subclass implements :meth:`call_and_ladj` and :meth:`bracket`. The inverse is found by Newton
-    steps that a bracket guards, and is exact to round-off for every ``y``. Its gradients come from
-    the implicit function theorem, so they cost the same however many steps the search took.
+    A subclass implements :meth:`call_and_ladj` and :meth:`bracket`. The inverse is found by Newton steps
+    that a bracket guards, and is exact to round-off for every ``y``. Its gradients come from the implicit
+    function theorem, so they cost the same however many steps the search took.
     """
 
     #: The largest number of steps of the search.
@@ -80,11 +78,10 @@ class MonotoneTransform(ElementwiseTransform):
     fixed_steps = 32
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Bounds of the inverse.
+        """Bounds of the inverse.
 
-        :param Tensor y: Finite, of shape ``(*, D)``.
-        :return: Finite tensors ``low`` and ``high`` of the shape of the result, such that the
+        :param y: finite, shape ``(*, D)``.
+        :return: finite tensors ``low`` and ``high`` of the shape of the result, such that the
             inverse of ``y`` lies between them.
         """
         raise NotImplementedError
@@ -115,5 +112,5 @@ class MonotoneTransform(ElementwiseTransform):
                 max_steps=self.max_steps,
                 fixed_steps=self.fixed_steps,
             )
-        # A trace does not record no_grad, and forward-mode differentiation ignores it.
+        # a trace does not record no_grad, and forward-mode differentiation ignores it
         return x.detach()

@@ -9,14 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import (
-    ElementwiseTransform,
-    Univariate,
-    at_least,
-    broadcast_error,
-    positive,
-    split_params,
-)
+from ..arguments import check_broadcast, check_integer, check_positive
+from .base import ElementwiseTransform, Univariate, split_params
 
 # Bounds of the logarithms of: a bin's slope against the others', a knot's derivative against the
 # slopes beside it. Together they bound the log-derivative of the spline to about 3.
@@ -42,8 +36,7 @@ class Bin(NamedTuple):
 
 
 class MonotonicRQSTransform(ElementwiseTransform):
-    r"""
-    A rational-quadratic spline on ``[-bound, bound]``, and the identity outside.
+    r"""A rational-quadratic spline on ``[-bound, bound]``, and the identity outside.
 
     In a bin with corners :math:`(x_0, y_0)` and :math:`(x_0 + w, y_0 + h)`, slope
     :math:`s = h / w`, derivatives :math:`d_0, d_1` at its ends and :math:`z = (x - x_0) / w`,
@@ -51,18 +44,17 @@ class MonotonicRQSTransform(ElementwiseTransform):
     .. math::
         y = y_0 + h \frac{s z^2 + d_0 z (1 - z)}{s + (d_0 + d_1 - 2 s) z (1 - z)}
 
-    The derivative is continuous everywhere. The parameters are bounded smoothly, as everywhere in
-    this package: the widths are the softmax of the bounded ``widths``; the slopes are
-    proportional to the exponential of the bounded ``heights`` (a height is a slope times a
-    width), which bounds them whatever the widths are; and the derivative at a knot is the
-    geometric mean of the slopes beside it, times the exponential of the bounded ``derivatives``.
-    Zero parameters are the identity, exactly.
+    The derivative is continuous everywhere. The parameters are bounded smoothly: the widths are the softmax
+    of the bounded ``widths``; the slopes are proportional to the exponential of the bounded ``heights`` (a
+    height is a slope times a width), which bounds them whatever the widths are; and the derivative at a
+    knot is the geometric mean of the slopes beside it, times the exponential of the bounded
+    ``derivatives``. Zero parameters are the identity, exactly.
 
-    :param Tensor widths: Unconstrained bin widths, of shape ``(*, K)``.
-    :param Tensor heights: Unconstrained bin heights, of shape ``(*, K)``.
-    :param Tensor derivatives: Unconstrained knot derivatives, of shape ``(*, K - 1)``.
-    :param float bound: The end of the spline's domain and codomain.
-    :raises ValueError: If the shapes do not go together.
+    :param widths: unconstrained bin widths, shape ``(*, K)``.
+    :param heights: unconstrained bin heights, shape ``(*, K)``.
+    :param derivatives: unconstrained knot derivatives, shape ``(*, K - 1)``.
+    :param bound: the end of the spline's domain and codomain.
+    :raises ValueError: if the shapes do not go together.
 
     Example::
 
@@ -75,9 +67,10 @@ class MonotonicRQSTransform(ElementwiseTransform):
         >>> y.shape, ladj.shape
         (torch.Size([32, 5]), torch.Size([32, 5]))
 
-    References:
+    **References**
 
-    Neural Spline Flows (Durkan et al., 2019), https://arxiv.org/abs/1906.04032
+    1. Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019),
+       https://arxiv.org/abs/1906.04032
     """
 
     def __init__(
@@ -85,7 +78,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
     ) -> None:
         super().__init__()
         _check_shapes(widths, heights, derivatives)
-        self.bound = positive("bound", bound)
+        self.bound = check_positive("bound", bound)
         # The bins go before the last dimension, where softmax and cumsum work on whole vectors.
         widths, heights, derivatives = map(_bins_first, (widths, heights, derivatives))
         # The arc tangent bounds as softly as soft_bound, at a quarter of the cost for tables that
@@ -166,15 +159,13 @@ class MonotonicRQSTransform(ElementwiseTransform):
 
 
 class RationalQuadraticSpline(Univariate):
-    """
-    The family of rational-quadratic splines with ``count_bins`` bins.
+    """The family of rational-quadratic splines with ``count_bins`` bins.
 
-    The parameters of a coordinate are ``count_bins`` widths, as many heights, and one derivative
-    less: 3 K - 1 in all.
+    The parameters of a coordinate are K widths, K heights and K - 1 derivatives.
 
-    :param int count_bins: The number of bins, K, at least 2.
-    :param float bound: The spline's domain is ``[-bound, bound]``.
-    :raises ValueError: If an argument is out of its range.
+    :param count_bins: the number of bins, K, at least 2.
+    :param bound: the spline's domain is ``[-bound, bound]``.
+    :raises ValueError: if an argument is out of its range.
 
     Example::
 
@@ -184,16 +175,17 @@ class RationalQuadraticSpline(Univariate):
         >>> transform(torch.randn(32, 5)).shape
         torch.Size([32, 5])
 
-    References:
+    **References**
 
-    Neural Spline Flows (Durkan et al., 2019), https://arxiv.org/abs/1906.04032
+    1. Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019),
+       https://arxiv.org/abs/1906.04032
     """
 
     def __init__(self, *, count_bins: int = 8, bound: float = 5.0) -> None:
         super().__init__()
-        self.count_bins = at_least("count_bins", count_bins, 2)
-        self.bound = positive("bound", bound)
-        self.num_params = 3 * count_bins - 1
+        self.count_bins = check_integer("count_bins", count_bins, least=2)
+        self.bound = check_positive("bound", bound)
+        self.num_params = 3 * self.count_bins - 1
 
     def extra_repr(self) -> str:
         return f"count_bins={self.count_bins}, bound={self.bound}"
@@ -207,7 +199,7 @@ class RationalQuadraticSpline(Univariate):
 
 def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
     if torch.jit.is_tracing():
-        return
+        return  # sizes are tensors then and cannot be compared
     shapes = [widths.shape, heights.shape, derivatives.shape]
     if any(len(shape) == 0 for shape in shapes) or shapes[0][-1] < 2:
         raise ValueError(f"expected widths of shape (*, K) with K >= 2, got {tuple(shapes[0])}")
@@ -217,11 +209,9 @@ def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
             f"expected heights of shape (*, {bins}) and derivatives of shape (*, {bins - 1}) for "
             f"widths of shape (*, {bins}), got {tuple(shapes[1])} and {tuple(shapes[2])}"
         )
-    if not shapes[0][:-1] == shapes[1][:-1] == shapes[2][:-1]:
-        try:
-            torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
-        except RuntimeError:
-            raise broadcast_error("widths, heights and derivatives", shapes) from None
+    check_broadcast(
+        "batch shapes of widths, heights and derivatives", *(shape[:-1] for shape in shapes)
+    )
 
 
 def _bins_first(table: Tensor) -> Tensor:
@@ -236,10 +226,7 @@ def _broadcast(t: Tensor, *tables: Tensor) -> list[Tensor]:
     ):
         return [t, *tables]
     t = torch.broadcast_tensors(t, *(table[..., 0, :] for table in tables))[0]
-    return [
-        t,
-        *(table.expand(*t.shape[:-1], table.shape[-2], t.shape[-1]) for table in tables),
-    ]
+    return [t, *(table.expand(*t.shape[:-1], table.shape[-2], t.shape[-1]) for table in tables)]
 
 
 def _inside_only(inside: Tensor, x: Tensor, change: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:

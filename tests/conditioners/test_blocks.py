@@ -36,7 +36,7 @@ def case(options):
     network = redraw(MaskedMLP(DIM, 3, **options), 2.0)
     x = torch.randn(BATCH, DIM)
     context = torch.randn(BATCH, 2) if network.context_dim else None
-    order = network.by_level
+    order = network.order
     return network, x, context, x[:, order], network(x, context)[:, order].detach()
 
 
@@ -100,7 +100,7 @@ def test_gradients_agree_with_those_of_the_network(case):
         blocks.open(start, stop)
         parts.append(blocks.params(None if stop == start + 1 else rows[:, own]))
         blocks.close(rows[:, own], stop)
-    value = (torch.cat(parts, 1) * weight[:, network.by_level]).sum()
+    value = (torch.cat(parts, 1) * weight[:, network.order]).sum()
     parameters = list(network.parameters())
     given = torch.autograd.grad(value, parameters, allow_unused=True)
     expected = torch.autograd.grad(
@@ -121,7 +121,7 @@ def test_what_blocks_say_of_themselves(case):
     assert torch.equal(rows, x if blocks.order is None else x[:, blocks.order])
     # a coordinate reads coordinates of earlier levels alone
     sizes = torch.tensor(blocks.levels).diff()
-    level = torch.arange(network.depth).repeat_interleave(sizes)[network.by_level.argsort()]
+    level = torch.arange(network.depth).repeat_interleave(sizes)[network.order.argsort()]
     child, parent = network.adjacency.nonzero(as_tuple=True)
     assert (level[child] > level[parent]).all()
     layers = [layer.weight.numel() for layer in network.layers]

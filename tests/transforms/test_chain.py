@@ -6,11 +6,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.distributions.conditional import ConditionalTransform
 from torch.distributions import AffineTransform, ExpTransform, SoftplusTransform
 
-from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
+from pyro_artransform import (
+    affine_autoregressive,
+    conditional_affine_autoregressive,
+    iaf,
+    spline_autoregressive,
+)
 from pyro_artransform.testing import check_transform, redraw
 from pyro_artransform.transforms import (
+    AutoregressiveTransform,
     ComposedTransform,
     ConditionalComposedTransform,
     PermutationTransform,
@@ -179,3 +186,64 @@ def test_context_broadcasts_through_a_chain():
     back, inverse_ladj = conditioned.inv.call_and_ladj(y)
     assert torch.allclose(back, x.expand(5, 3))
     assert torch.allclose(inverse_ladj, -ladj)
+
+
+def before(x):
+    """A location and a scale that depend on the coordinate before."""
+    previous = torch.nn.functional.pad(x[..., :-1], (1, 0))
+    return previous, 1 + previous.square()
+
+
+SCORED = {
+    "layers": lambda: iaf(3),
+    "splines": lambda: chain([spline_autoregressive(3), PermutationTransform([2, 0, 1])]),
+    "inverse": lambda: chain([affine_autoregressive(3).inv, affine_autoregressive(3)]),
+    "parts of Pyro": lambda: chain([dist.transforms.affine_autoregressive(3, [8]), iaf(3)]),
+    "other support": lambda: chain([iaf(3), ExpTransform()]),
+    "foreign meta": lambda: AutoregressiveTransform(lambda x: AffineTransform(*before(x))),
+    "foreign vector meta": lambda: AutoregressiveTransform(
+        lambda x: AffineTransform(*before(x), event_dim=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", SCORED.values(), ids=SCORED.keys())
+def test_score_is_the_gradient_of_the_log_density(make):
+    flow = redraw(make())
+    x = torch.randn(5, 3)
+    y, ladj, score = flow.call_and_score(x, -x)
+    expected_y, expected_ladj = flow.call_and_ladj(x)
+    assert torch.allclose(y, expected_y)
+    assert torch.allclose(ladj, expected_ladj)
+    point = y.detach().requires_grad_()
+    back, back_ladj = flow.inverse_and_ladj(point)
+    log_prob = dist.Normal(0.0, 1.0).log_prob(back).sum() + back_ladj.sum()
+    assert torch.allclose(score, torch.autograd.grad(log_prob, point)[0], atol=1e-7)
+
+
+def test_inverse_at_a_known_pair_with_parts_from_elsewhere():
+    flow = redraw(chain([dist.transforms.affine_autoregressive(3, [8]), iaf(3), ExpTransform()]))
+    x = torch.randn(5, 3)
+    y, ladj = flow.call_and_ladj(x)
+    back, back_ladj = flow.inverse_at(x, y.detach())
+    assert torch.allclose(back, x, atol=1e-8)
+    assert torch.allclose(back_ladj, -ladj, atol=1e-8)
+
+
+class HalfContext(ConditionalTransform):
+    """A conditional transform that is no module."""
+
+    def condition(self, context):
+        return AffineTransform(context.sum(-1, keepdim=True), 1.0)
+
+
+def test_a_conditional_part_that_is_no_module():
+    t = chain([HalfContext(), affine_autoregressive(3)])
+    x = torch.randn(5, 3)
+    assert torch.allclose(t.condition(torch.ones(2))(x), x + 2)
+
+
+def test_shapes_of_parts_from_elsewhere():
+    t = chain([dist.transforms.StickBreakingTransform()])
+    assert t.forward_shape(torch.Size([5, 3])) == (5, 4)
+    assert t.inverse_shape(torch.Size([5, 4])) == (5, 3)

@@ -20,7 +20,7 @@ from pyro_artransform import (
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.conditioners.blocks import MLPBlocks
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import AutoregressiveTransform
+from pyro_artransform.transforms import AutoregressiveTransform, FlowDistribution
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_evaluations_of_an_inverse_by_passes(grad, evaluations):
 
 def test_evaluations_of_a_masked_flow_as_a_distribution(evaluations):
     flow = redraw(maf(4, num_transforms=2))
-    q = dist.TransformedDistribution(standard_normal(4), [flow])
+    q = FlowDistribution(standard_normal(4), [flow])
     y = torch.randn(5, 4)
     assert evaluations(lambda: q.log_prob(y)) == {"networks": 2, "blocks": 0}
     draw = evaluations(lambda: q.rsample((5,)))
@@ -93,7 +93,7 @@ def test_evaluations_of_a_conditional_flow_as_a_distribution(evaluations):
     context = torch.randn(5, 2)
 
     def draw_and_score():
-        q = dist.TransformedDistribution(standard_normal(4), [flow.condition(context)])
+        q = FlowDistribution(standard_normal(4), [flow.condition(context)])
         q.log_prob(q.rsample((5,))).sum().backward()
 
     assert evaluations(draw_and_score) == {"networks": 2, "blocks": 0}

@@ -13,7 +13,7 @@ from pyro_artransform.univariate import (
 )
 
 
-def test_affine_law():
+def test_affine_transform():
     shift, scale, x = torch.randn(3, 5)
     y, ladj = MonotonicAffineTransform(shift, scale).call_and_ladj(x)
     log_scale = scale / torch.sqrt(1 + scale**2 / 9)
@@ -41,18 +41,20 @@ def test_shapes_that_do_not_go_together(new):
 
 @pytest.mark.parametrize("bound", [0, -1.0, float("inf"), float("nan"), "3", None])
 def test_bad_bound(bound):
-    with pytest.raises(ValueError, match="expected bound to be a positive finite number, got"):
+    with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
         Affine(bound=bound)
+    with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
+        MonotonicAffineTransform(torch.zeros(5), torch.zeros(5), bound=bound)
 
 
-def test_additive_law():
+def test_additive_transform():
     shift, x = torch.randn(2, 5)
     y, ladj = AdditiveTransform(shift).call_and_ladj(x)
     assert torch.equal(y, x + shift)
     assert torch.equal(ladj, torch.zeros(5))
 
 
-def test_gated_law_of_the_paper():
+def test_gated_transform_of_the_paper():
     mean, gate, x = torch.randn(3, 5)
     y, ladj = GatedAffineTransform(mean, gate).call_and_ladj(x)
     s = torch.sigmoid(gate)
@@ -73,5 +75,5 @@ def test_gate_starts_nearly_open_and_never_shuts(gate_bias):
 
 @pytest.mark.parametrize("gate_bias", [-1.0, float("inf"), float("nan")])
 def test_bad_gate_bias(gate_bias):
-    with pytest.raises(ValueError, match="expected gate_bias to be finite and at least 0, got"):
+    with pytest.raises(ValueError, match="gate_bias: expected a finite number of at least 0, got"):
         GatedAffine(gate_bias=gate_bias)

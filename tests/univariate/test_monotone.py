@@ -59,7 +59,7 @@ def test_true_inverse_everywhere(gain):
 
 def test_bad_count_units():
     for count in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="expected count_units to be an integer of at least 1"):
+        with pytest.raises(ValueError, match="count_units: expected a positive integer"):
             MonotoneNeural(count_units=count)
 
 

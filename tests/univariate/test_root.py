@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pyro_artransform.univariate import MonotoneNeural, MonotoneTransform
-from pyro_artransform.univariate.root import solve_increasing, values_can_be_read
+from pyro_artransform.univariate.base import values_can_be_read
+from pyro_artransform.univariate.root import solve_increasing
 
 
 class Cubic(MonotoneTransform):
@@ -25,7 +26,7 @@ class Cubic(MonotoneTransform):
         return -end, end
 
 
-def test_a_third_party_law_needs_only_a_bracket():
+def test_a_third_party_transform_needs_only_a_bracket():
     transform = Cubic(torch.tensor([1e-3, 0.1, 1.0, 10.0]))
     y = torch.tensor([-30.0, -1e-3, 0.0, 2.0, 1e3]).unsqueeze(-1)
     x, ladj = transform.inverse_and_ladj(y)
@@ -80,7 +81,9 @@ def test_fixed_steps_suffice_where_values_cannot_be_read(monkeypatch):
     transform = family(3 * torch.randn(2000, family.num_params))
     y = 10 * torch.randn(2000)
     expected = transform.inv(y)
-    monkeypatch.setattr("pyro_artransform.univariate.root.values_can_be_read", lambda: False)
+    monkeypatch.setattr(
+        "pyro_artransform.univariate.root.values_can_be_read", lambda *tensors: False
+    )
     assert torch.allclose(transform.inv(y), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -104,6 +107,14 @@ def test_values_are_not_read_in_function_transforms():
     torch.func.vmap(function)(torch.ones(3, 2))
     torch.jit.trace(function, torch.ones(3), check_trace=False)
     assert seen == [False, False, False]
+
+
+def test_values_are_not_read_on_the_meta_device():
+    assert values_can_be_read(torch.ones(2), torch.ones(3))
+    assert not values_can_be_read(torch.ones(2), torch.ones(3, device="meta"))
+    family = MonotoneNeural()
+    params = torch.zeros(3, family.num_params, device="meta")
+    assert family(params).inv(torch.zeros(3, device="meta")).is_meta
 
 
 def test_the_contract_is_abstract():

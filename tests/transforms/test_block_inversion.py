@@ -4,8 +4,7 @@
 
 import pytest
 
-from pyro_artransform.transforms.block_size import (
-    ACCELERATOR,
+from pyro_artransform.transforms.block_inversion import (
     CPU,
     Costs,
     Problem,
@@ -13,7 +12,7 @@ from pyro_artransform.transforms.block_size import (
     expected_cost,
 )
 
-DEVICES = {"cpu": CPU, "cuda": ACCELERATOR}
+DEVICES = ["cpu", "cuda"]
 SHAPES = [
     (depth, batch, p)
     for depth in (1, 2, 3, 8, 100, 512)
@@ -34,15 +33,12 @@ def test_a_block_has_a_level_and_no_more_than_there_are(depth, batch, num_params
     assert 1 <= block_size(problem(depth, batch, num_params), device) <= depth
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("depth", "batch", "num_params"), SHAPES)
-def test_chosen_size_costs_no_more_than_one_block_nor_than_single_levels(
-    depth, batch, num_params, device
-):
-    p, costs = problem(depth, batch, num_params), DEVICES[device]
-    chosen = expected_cost(p, costs, block_size(p, device))
-    assert chosen <= expected_cost(p, costs, depth)
-    assert chosen <= expected_cost(p, costs, 1)
+def test_chosen_size_costs_no_more_than_one_block_nor_than_single_levels(depth, batch, num_params):
+    p = problem(depth, batch, num_params)
+    chosen = expected_cost(p, CPU, block_size(p, "cpu"))
+    assert chosen <= expected_cost(p, CPU, depth)
+    assert chosen <= expected_cost(p, CPU, 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,10 +47,9 @@ def test_one_row_is_one_block(depth, device):
     assert block_size(problem(depth, 1, width=64), device) == depth
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("depth", [8, 32, 128, 512])
-def test_blocks_shrink_as_rows_are_added(depth, device):
-    sizes = [block_size(problem(depth, 4**k), device) for k in range(12)]
+def test_blocks_shrink_as_rows_are_added(depth):
+    sizes = [block_size(problem(depth, 4**k), "cpu") for k in range(12)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
 
@@ -62,7 +57,7 @@ def test_blocks_shrink_as_rows_are_added(depth, device):
 @pytest.mark.parametrize("batch", [1, 64, 1024])
 def test_an_accelerator_takes_no_smaller_blocks(batch):
     p = problem(512, batch)
-    assert block_size(p, "cuda") >= block_size(p, "cpu")
+    assert block_size(p, "cuda") == 512 >= block_size(p, "cpu")
 
 
 @pytest.mark.parametrize("size", [1, 5, 32, 128])
@@ -73,8 +68,8 @@ def test_cost_rises_with_all_that_is_to_be_done_and_with_every_price(size):
     for field in ("batch", "input_dim", "num_params", "work"):
         assert expected_cost(p._replace(**{field: 2 * getattr(p, field)}), CPU, size) > base
     for field in Costs._fields:
-        dearer = CPU._replace(**{field: 2 * getattr(CPU, field)})
-        assert expected_cost(p, dearer, size) > base
+        more_expensive = CPU._replace(**{field: 2 * getattr(CPU, field)})
+        assert expected_cost(p, more_expensive, size) > base
 
 
 def test_smaller_blocks_save_arithmetic_and_cost_calls():
