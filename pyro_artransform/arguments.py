@@ -121,7 +121,7 @@ def values_can_be_read(*tensors: Tensor) -> bool:
 
 def _as_index(value: Any) -> int | None:
     """The integer that a value stands for, None if it stands for none."""
-    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
         return None
     try:
         return operator.index(value)

@@ -6,12 +6,12 @@
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .diagnostics import SBC, Importance, fit_tail, simultaneous_bands
+from .diagnostics import SBC, Importance, ParetoTail, fit_tail, simultaneous_bands
 
 try:
     from matplotlib import pyplot as plt
@@ -22,12 +22,19 @@ except ImportError as error:
 
 __all__ = ["plot_elbo", "plot_khat", "plot_pairs", "plot_ranks"]
 
-_BLUE, _ORANGE, _GREY = "#2c6fbb", "#d9772b", "#9a9a9a"
+_BLUE, _ORANGE, _GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 _MAX_COORDINATES = 8
 _MAX_POINTS = 2000
 
 
-def plot_elbo(history: Any, ax: Axes | None = None) -> Axes:
+@runtime_checkable
+class HasHistory(Protocol):
+    """A result with the ELBO of each step, such as that of a fit."""
+
+    history: Sequence[float]
+
+
+def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = None) -> Axes:
     """The ELBO by step, and its running median.
 
     The axis shows the last nine tenths of the steps in full; the first ones, often hundreds of nats
@@ -37,7 +44,8 @@ def plot_elbo(history: Any, ax: Axes | None = None) -> Axes:
     :param ax: where to draw; by default new Axes.
     :raises ValueError: if there are no steps.
     """
-    steps = torch.as_tensor(getattr(history, "history", history), device="cpu").double().flatten()
+    values = history.history if isinstance(history, HasHistory) else history
+    steps = torch.as_tensor(values, device="cpu").double().flatten()
     if not len(steps):
         raise ValueError("history: expected the ELBO of at least one step, got none")
     ax = _axes(ax)
@@ -48,10 +56,10 @@ def plot_elbo(history: Any, ax: Axes | None = None) -> Axes:
     shown = steps[len(steps) // 10 :]
     shown = shown[shown.isfinite()]
     if len(shown) > 1 and shown.max() > shown.min():
+        low, high = shown.min().item(), shown.max().item()
         margin = 0.05 * (shown.max() - shown.min()).item()
-        ax.set_ylim(shown.min().item() - margin, shown.max().item() + margin)
-    ax.set_xlabel("step")
-    ax.set_ylabel("ELBO (nats)")
+        ax.set_ylim(low - margin, high + margin)
+    ax.set(xlabel="step", ylabel="ELBO (nats)")
     ax.legend(frameon=False, loc="lower right")
     return _tidied(ax)
 
@@ -78,11 +86,10 @@ def plot_pairs(
     :return: an array of Axes, one for each pair.
     :raises ValueError: if a name is none of a coordinate or site.
     """
-    columns = _columns(draws)
-    chosen = _chosen(columns, names)
-    series = {"guide": columns}
+    series = {"guide": _columns(draws)}
+    chosen = _chosen(series["guide"], names)
     if reference is not None:
-        series = {"reference": _columns(reference), "guide": columns}
+        series = {"reference": _columns(reference), **series}
     missing = [name for name in chosen if any(name not in drawn for drawn in series.values())]
     if missing:
         raise ValueError(f"reference: expected the coordinates {chosen}, got none of {missing}")
@@ -92,10 +99,17 @@ def plot_pairs(
     )
     ranges = {name: _range([drawn[name] for drawn in series.values()]) for name in chosen}
     for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
-        layers = list(series.items()) if i >= j else list(series.items())[::-1]
-        for label, drawn in layers:
-            _draw_pair(axes[i, j], drawn, row, column, label, ranges[column])
-        _dress_pair(axes[i, j], row, column, ranges, is_left=j == 0, is_last=i == size - 1)
+        ax = axes[i, j]
+        for label in series if i >= j else reversed(series):
+            color = _GRAY if label == "reference" else _BLUE
+            x, y = series[label][column], series[label][row]
+            if i == j:
+                _draw_histogram(ax, x, ranges[column], label, color)
+            else:
+                step = max(1, -(-len(x) // _MAX_POINTS))
+                dots = {"s": 3, "alpha": 0.35, "linewidths": 0}
+                ax.scatter(x[::step].numpy(), y[::step].numpy(), color=color, **dots)
+        _label_pair(ax, row, column, ranges, is_left=j == 0, is_last=i == size - 1)
     if reference is not None:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=2)
@@ -136,37 +150,17 @@ def _range(columns: Sequence[Tensor]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_pair(
-    ax: Axes,
-    series: Mapping[str, Tensor],
-    row: str,
-    column: str,
-    label: str,
-    limits: tuple[float, float],
+def _draw_histogram(
+    ax: Axes, x: Tensor, limits: tuple[float, float], label: str, color: str
 ) -> None:
-    x, y = series[column], series[row]
-    is_reference = label == "reference"
-    colour = _GREY if is_reference else _BLUE
-    if row == column:
-        kind = "stepfilled" if is_reference else "step"
-        bins = max(10, min(40, int(len(x) ** 0.5)))
-        look = {"alpha": 0.45} if is_reference else {"linewidth": 1.4}
-        ax.hist(
-            x.numpy(),
-            bins=bins,
-            range=limits,
-            density=True,
-            histtype=kind,  # type: ignore[arg-type]
-            color=colour,
-            label=label,
-            **look,  # type: ignore[arg-type]
-        )
-        return
-    step = max(1, -(-len(x) // _MAX_POINTS))
-    ax.scatter(x[::step].numpy(), y[::step].numpy(), s=3, color=colour, alpha=0.35, linewidths=0)
+    filled: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45}
+    outline: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
+    style = filled if label == "reference" else outline
+    bins = max(10, min(40, int(len(x) ** 0.5)))
+    ax.hist(x.numpy(), bins=bins, range=limits, density=True, color=color, label=label, **style)
 
 
-def _dress_pair(
+def _label_pair(
     ax: Axes,
     row: str,
     column: str,
@@ -198,9 +192,9 @@ def plot_ranks(
 ) -> Axes:
     """The distribution functions of ranks minus the uniform one, with simultaneous bands.
 
-    Each line is a coordinate. One of a right posterior stays in the bands all the way with
-    probability ``level``. A line that rises above and then falls below, an S, is that of a
-    posterior too narrow; the mirror image of one too wide; a hill or a valley of one to one side.
+    Each line is a coordinate. The line of a correct posterior stays in the bands with probability
+    ``level``. A line that rises above and then falls below, an S, shows a posterior that is too narrow;
+    its mirror image one that is too wide; a hill or a valley a posterior that is biased.
 
     :param result: what :func:`~pyro_artransform.diagnostics.sbc` found.
     :param names: the sites to show; by default all.
@@ -220,33 +214,19 @@ def plot_ranks(
         raise ValueError(f"names: expected some of {list(result.ranks)}, got {unknown}")
     points, lower, upper = simultaneous_bands(result.num_simulations, result.num_draws, level)
     ax = _axes(ax)
-    ax.fill_between(
-        points.numpy(),
-        (lower - points).numpy(),
-        (upper - points).numpy(),
-        step="mid",
-        color=_GREY,
-        alpha=0.25,
-        linewidth=0,
-        label=f"{100 * level:g} % of right posteriors",
-    )
-    ax.axhline(0, color=_GREY, linewidth=0.8)
-    for colour, name in enumerate(names):
+    band = points.numpy(), (lower - points).numpy(), (upper - points).numpy()
+    label = f"{100 * level:g} % of right posteriors"
+    ax.fill_between(*band, step="mid", color=_GRAY, alpha=0.25, linewidth=0, label=label)
+    ax.axhline(0, color=_GRAY, linewidth=0.8)
+    for color, name in enumerate(names):
         ranks = result.ranks[name].reshape(result.num_simulations, -1).to("cpu")
         below = (ranks[..., None] < points * (result.num_draws + 1) - 1e-6).double().mean(0)
+        style: dict[str, Any] = {"where": "mid", "color": f"C{color}", "linewidth": 1.1}
         for i, line in enumerate(below - points):
-            label = name if i == 0 else None
-            ax.step(points, line, where="mid", color=f"C{colour}", linewidth=1.1, label=label)
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("rank / number of draws")
-    ax.set_ylabel("ECDF of ranks − uniform")
-    ax.legend(
-        frameon=False,
-        fontsize=8,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=min(4, len(names) + 1),
-    )
+            ax.step(points, line, label=None if i else name, **style)
+    ax.set(xlim=(0, 1), xlabel="rank / number of draws", ylabel="ECDF of ranks − uniform")
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    ax.legend(frameon=False, fontsize=8, ncols=min(4, len(names) + 1), **place)
     return _tidied(ax)
 
 
@@ -264,26 +244,18 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     tail = fit_tail(result.log_weights)
     ax = _axes(ax)
     ax.set_title(f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}")
-    ax.set_xlabel("weight / mean weight")
-    ax.set_ylabel("share of draws with a larger weight")
+    ax.set(xlabel="weight / mean weight", ylabel="share of draws with a larger weight")
     if len(ordered):
         _draw_tail(ax, ordered - result.log_evidence, tail, result)
     return _tidied(ax)
 
 
-def _draw_tail(ax: Axes, ordered: Tensor, tail: Any, result: Importance) -> None:
+def _draw_tail(ax: Axes, ordered: Tensor, tail: ParetoTail, result: Importance) -> None:
     shares = (ordered.new_ones(len(ordered)).cumsum(0) - 0.5) / result.num_samples
     shown = slice(0, max(3 * tail.size, 10))
-    ax.loglog(
-        ordered[shown].exp().numpy(),
-        shares[shown].numpy(),
-        ".",
-        color=_BLUE,
-        markersize=4,
-        alpha=0.6,
-        markeredgewidth=0,
-        label="weights",
-    )
+    x, y = ordered[shown].exp().numpy(), shares[shown].numpy()
+    style: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0}
+    ax.loglog(x, y, ".", color=_BLUE, label="weights", **style)
     if isfinite(tail.scale):
         levels = shares[: tail.size] * result.num_samples / tail.size
         quantiles = torch.special.expm1(-tail.khat * levels.log()) / tail.khat * tail.scale

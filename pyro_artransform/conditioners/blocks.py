@@ -50,16 +50,14 @@ def block_layout(level: Sequence[int], unit_levels: Sequence[Sequence[int]]) -> 
 class Weights(NamedTuple):
     """Masked weights in sorted order, and the bias of each layer; the first may hold a context.
 
-    :param first: shape ``(H, D)``.
-    :param hidden: between hidden layers, each of shape ``(H', H)``.
+    :param inner: of the hidden layers, shape ``(H, D)`` for the first, ``(H', H)`` for those after it.
     :param last: shape ``(P, D, H)``.
     :param skip: from the inputs to the outputs, shape ``(P, D, D)``, or None.
     :param biases: of the hidden layers, each of shape ``(H,)`` or ``(B, H)``.
     :param last_bias: shape ``(P, D)``.
     """
 
-    first: Tensor
-    hidden: list[Tensor]
+    inner: list[Tensor]
     last: Tensor
     skip: Tensor | None
     biases: list[Tensor]
@@ -68,7 +66,7 @@ class Weights(NamedTuple):
     def sorted(self, order: Tensor) -> "Weights":
         """The same with the coordinates in another order, shape ``(D,)``."""
         return self._replace(
-            first=self.first[:, order],
+            inner=[self.inner[0][:, order], *self.inner[1:]],
             last=self.last[:, order],
             skip=None if self.skip is None else self.skip[:, order][..., order],
             last_bias=self.last_bias[:, order],
@@ -123,19 +121,20 @@ class MLPBlocks:
         in_place: bool,
     ) -> None:
         self.order, self.levels = order, layout.levels
-        self.work = sum(w.numel() for w in (weights.first, *weights.hidden, weights.last))
+        self.work = sum(w.numel() for w in (*weights.inner, weights.last))
         self._units, self._weights = layout.units, weights
         self._act = nonlinearity
         self._batch = like.shape[0]
-        self._inputs = KnownColumns(like, layout.levels[-1], in_place)
-        self._hidden = [KnownColumns(like, units[-1], in_place) for units in layout.units]
+        # the inputs, then the units of each hidden layer
+        widths = [layout.levels[-1], *(units[-1] for units in layout.units)]
+        self._known = [KnownColumns(like, width, in_place) for width in widths]
 
     def open(self, start: int, stop: int) -> None:
         """See :class:`~.base.Blocks`."""
         first, last = self.levels[start], self.levels[stop]
         self._first, self._width = first, last - first
         self._complete(start)
-        moving = range(len(self._hidden)) if stop > start + 1 else ()
+        moving = range(len(self._units)) if stop > start + 1 else ()
         self._base = [self._affine(i, self._rows(i, start, stop)) for i in moving]
         self._square = [self._inside(i, start, stop) for i in moving]
         self._moved: list[Tensor] = []
@@ -143,7 +142,7 @@ class MLPBlocks:
 
     def _open_outputs(self, first: int, last: int, moving: slice) -> None:
         """What is known contributes to the block's parameters, and the weights of what is not."""
-        weights, hidden = self._weights, self._hidden[-1]
+        weights, hidden = self._weights, self._known[-1]
         rows = weights.last[:, first:last]
         bias = weights.last_bias[:, first:last].reshape(-1)
         known = rows[..., : hidden.count].flatten(0, 1).T
@@ -153,7 +152,7 @@ class MLPBlocks:
         if weights.skip is not None:
             skip = weights.skip[:, first:last]
             known = skip[..., :first].flatten(0, 1).T
-            self._out_base = _add_product(self._out_base, self._inputs, known)
+            self._out_base = _add_product(self._out_base, self._known[0], known)
             self._skip = skip[..., first:last].flatten(0, 1).T
 
     def params(self, x: Tensor | None) -> Tensor:
@@ -167,20 +166,21 @@ class MLPBlocks:
             out = torch.addmm(out, hidden, self._out)
             if self._skip is not None:
                 out = torch.addmm(out, x, self._skip)
-        if x is None:
+        else:
             out = out.expand(self._batch, out.shape[-1])
         count = out.shape[-1] // self._width
         return out.reshape(self._batch, count, self._width).transpose(1, 2)
 
     def close(self, x: Tensor, levels: int) -> None:
         """See :class:`~.base.Blocks`; the units are those of the last evaluation."""
-        self._inputs.append(x, self.levels[levels] - self._inputs.count)
-        for hidden, moved, units in zip(self._hidden, self._moved, self._units):
+        inputs, *layers = self._known
+        inputs.append(x, self.levels[levels] - inputs.count)
+        for hidden, moved, units in zip(layers, self._moved, self._units):
             hidden.append(moved, units[levels - 1] - hidden.count)
 
     def _complete(self, start: int) -> None:
         """Computes the units that can be known now and are not yet."""
-        for i, (hidden, units) in enumerate(zip(self._hidden, self._units)):
+        for i, (hidden, units) in enumerate(zip(self._known[1:], self._units)):
             count = units[start] - hidden.count
             if count:
                 new = self._act(self._affine(i, slice(hidden.count, units[start])))
@@ -188,10 +188,9 @@ class MLPBlocks:
 
     def _affine(self, i: int, rows: slice) -> Tensor:
         """What is known contributes to some units of a layer, shape ``(B, number of units)``."""
-        source = self._inputs if i == 0 else self._hidden[i - 1]
-        weight = self._weights.first if i == 0 else self._weights.hidden[i - 1]
         bias = self._weights.biases[i][..., rows]
-        return _add_product(bias, source, weight[rows, : source.count].T)
+        weight = self._weights.inner[i][rows, : self._known[i].count]
+        return _add_product(bias, self._known[i], weight.T)
 
     def _rows(self, i: int, start: int, stop: int) -> slice:
         """The units of a layer that depend on the block's coordinates."""
@@ -199,10 +198,9 @@ class MLPBlocks:
 
     def _inside(self, i: int, start: int, stop: int) -> Tensor:
         """The weights from the block's own part of one layer to its part of the next, transposed."""
-        rows = self._rows(i, start, stop)
-        if i == 0:
-            return self._weights.first[rows, self._first : self._first + self._width].T
-        return self._weights.hidden[i - 1][rows, self._rows(i - 1, start, stop)].T
+        own = slice(self._first, self._first + self._width)
+        columns = self._rows(i - 1, start, stop) if i else own
+        return self._weights.inner[i][self._rows(i, start, stop), columns].T
 
 
 def _add_product(bias: Tensor, known: KnownColumns, weight: Tensor) -> Tensor:

@@ -232,8 +232,7 @@ class MaskedMLP(Conditioner):
             biases[0] = biases[0] + self.context_layer(context)
         rows = self.num_params, self.input_dim
         weights = Weights(
-            first=layers[0].masked_weight(),
-            hidden=[layer.masked_weight() for layer in layers[1:-1]],
+            inner=[layer.masked_weight() for layer in layers[:-1]],
             last=layers[-1].masked_weight().view(*rows, -1),
             skip=None if self.skip is None else self.skip.masked_weight().view(*rows, -1),
             biases=biases,

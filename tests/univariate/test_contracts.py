@@ -25,7 +25,7 @@ def test_contracts(name, dtype):
 @both_dtypes
 @pytest.mark.parametrize("name", STARTS_AT_IDENTITY)
 def test_zero_params_are_the_identity_bit_by_bit(name, dtype):
-    """F10: nflows' identity initialisation is none."""
+    """F10: nflows' identity initialization is none."""
     family = FAMILIES[name]()
     points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 8.0, 1e2, 1e4, 1e30]
     x = torch.tensor(points + [-point for point in points], dtype=dtype).unsqueeze(-1)
