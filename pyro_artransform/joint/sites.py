@@ -120,10 +120,13 @@ class Latents:
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
-        self.sites = {site.name: site for site in sites}
+        self.sites: dict[str, Site] = {}
+        self._sizes: list[int] = []
+        for site in sites:
+            self.sites[site.name] = site
+            self._sizes.append(site.size)
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
-        self._sizes = [site.size for site in self.sites.values()]
         self.latent_dim = sum(self._sizes)
 
     @classmethod
@@ -140,10 +143,11 @@ class Latents:
         :param z: shape ``batch + (latent_dim,)``.
         :return: for each site, shape ``batch + unconstrained shape``.
         """
-        return {
-            site.name: part.reshape(z.shape[:-1] + site.unconstrained_shape).to(site.dtype)
-            for site, part in zip(self.sites.values(), z.split(self._sizes, -1))
-        }
+        parts = {}
+        for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
+            shape = z.shape[:-1] + site.unconstrained_shape
+            parts[site.name] = part.reshape(shape).to(site.dtype)
+        return parts
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """The value of each site.
@@ -151,7 +155,10 @@ class Latents:
         :param z: shape ``batch + (latent_dim,)``.
         :return: for each site, shape ``batch + site shape``.
         """
-        return {name: self.sites[name].bijection(part) for name, part in self.split(z).items()}
+        values = {}
+        for name, part in self.split(z).items():
+            values[name] = self.sites[name].bijection(part)
+        return values
 
     def constrain_with_ladj(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The value of each site, and the log-determinant of the way there.

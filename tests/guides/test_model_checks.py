@@ -216,3 +216,14 @@ def test_the_prototype_holds_neither_data_nor_graph():
     support = guide.prototype_trace.nodes["b"]["fn"].support
     assert not support.lower_bound.requires_grad
     assert support.upper_bound.item() == pytest.approx(3.1)
+
+
+def test_what_is_predicted_may_be_discrete():
+    def model(values, obs=None):
+        loc = pyro.sample("loc", dist.Normal(0, 1))
+        with pyro.plate("data", len(values)):
+            pyro.sample("obs", dist.Bernoulli(logits=loc), obs=obs)
+
+    guide = AutoIAF(model, hidden_dims=8)
+    guide(torch.zeros(4), torch.zeros(4))
+    assert set(guide(torch.zeros(5))) == {"loc"}
