@@ -6,7 +6,7 @@
 import importlib
 from typing import Any
 
-from . import conditioners, diagnostics, inference, testing, transforms, univariate
+from . import conditioners, diagnostics, inference, posterior, testing, transforms, univariate
 from .flows import (
     affine_autoregressive,
     conditional_affine_autoregressive,
@@ -18,7 +18,7 @@ from .flows import (
     maf,
     spline_autoregressive,
 )
-from .guides import AutoAmortized, AutoAutoregressive, AutoIAF, AutoMAF
+from .guides import AutoAmortized, AutoAutoregressive, AutoIAF, AutoMAF, FlowDistribution
 from .inference import FitResult, fit
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "AutoIAF",
     "AutoMAF",
     "FitResult",
+    "FlowDistribution",
     "affine_autoregressive",
     "conditional_affine_autoregressive",
     "conditional_iaf",
@@ -42,6 +43,7 @@ __all__ = [
     "inference",
     "maf",
     "plots",
+    "posterior",
     "spline_autoregressive",
     "testing",
     "transforms",

@@ -4,7 +4,7 @@
 """Builders of flows, in lower case as Pyro's.
 
 The forward direction of what a builder returns costs one evaluation of its network, the inverse a
-few. Used as the transform of a :class:`~pyro_artransform.transforms.FlowDistribution`, drawing samples and
+few. Used as the transform of a :class:`~pyro_artransform.FlowDistribution`, drawing samples and
 scoring a sample that was just drawn are cheap, and the density of other points is expensive; :func:`maf`
 and ``.inv`` exchange the two. Every flow is the identity at first.
 """

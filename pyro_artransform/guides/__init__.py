@@ -5,6 +5,7 @@
 
 from .amortized.amortized_guide import AutoAmortized
 from .autoregressive import AutoAutoregressive
+from .distributions import FlowDistribution
 from .presets import AutoIAF, AutoMAF
 
-__all__ = ["AutoAmortized", "AutoAutoregressive", "AutoIAF", "AutoMAF"]
+__all__ = ["AutoAmortized", "AutoAutoregressive", "AutoIAF", "AutoMAF", "FlowDistribution"]

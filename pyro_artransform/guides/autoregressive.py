@@ -18,7 +18,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, to_tensor
-from ..joint.argument_shapes import argument_shapes
+from ..joint.plates import argument_signature
 from ..joint.sites import Latents
 from ..transforms import ComposedTransform
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
@@ -133,7 +133,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self.prototype_trace = None
             raise
         if args or kwargs:
-            self._argument_shapes = argument_shapes((args, kwargs))
+            self._argument_shapes = argument_signature((args, kwargs))
         self._register()
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """Runs the model again where the shapes of its arguments are not those of the last call."""
         if self._model is None or torch._C._get_tracing_state():
             return
-        spec, shapes = self._checked_spec(), argument_shapes((args, kwargs))
+        spec, shapes = self._checked_spec(), argument_signature((args, kwargs))
         sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
         if not self._model_is_checked:
             refuse_other_model(sites, spec.observed, run)

@@ -198,12 +198,28 @@ class _Draw(NamedTuple):
 class FlowDistribution(dist.TransformedDistribution):
     """A transformed distribution that keeps its last draw together with the log-density there.
 
-    A step of SVI draws once and scores the draw, at the same parameters: both come from one
-    evaluation of the transform, and nothing has to be inverted or compared. The log-density that is
-    kept is that of the parameters at the draw, so there is one such object for each call of a guide.
-    Any other value is scored as everywhere.
+    A transform of this package remembers nothing. So a plain ``TransformedDistribution`` inverts it to
+    score its own draw, where here value and log-density come from one evaluation, and the density of
+    any other value from one evaluation of the inverse. An edit of the draw in place, and gradients that
+    are wanted now and were not then, are noticed.
 
-    It has one transform, a :class:`~pyro_artransform.transforms.FlowModule`.
+    The log-density of the draw is that of the parameters when it was drawn, and carries its graph: make
+    one object for each step, as models and guides do.
+
+    :param base_distribution: the distribution of the argument.
+    :param transforms: one :class:`FlowModule`; :func:`chain` makes one of several.
+    :param validate_args: as for Pyro's distributions.
+
+    Example::
+
+        >>> import torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_artransform import FlowDistribution, iaf
+        >>> base = dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1)
+        >>> q = FlowDistribution(base, iaf(3))
+        >>> draw = q.rsample((5,))
+        >>> q.log_prob(draw).shape
+        torch.Size([5])
     """
 
     # no __init__ of its own, which expand, as plates call it, would refuse
@@ -211,21 +227,41 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
-        (transform,) = self.transforms
+        flow = self._flow()
         x = self.base_dist.rsample(sample_shape)
-        value, ladj = transform.call_and_ladj(x)
-        log_prob = self.base_dist.log_prob(x) - ladj
+        value, ladj = flow.call_and_ladj(x)
+        log_prob = self.base_dist.log_prob(x) - self._summed(ladj, flow.codomain.event_dim)
         self._draw = _Draw(value, log_prob, torch.is_grad_enabled(), _version(value))
-        drawn: Tensor = value
-        return drawn
+        return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape ``sample_shape + batch_shape``."""
         draw = self._draw
-        if draw is not None and draw.value is value and _is_as_drawn(draw):
+        if (
+            draw is not None
+            and draw.value is value
+            and draw.with_gradients == torch.is_grad_enabled()
+            and draw.version == _version(value)
+        ):
             return draw.log_prob
-        log_prob: Tensor = super().log_prob(value)
-        return log_prob
+        if self._validate_args:
+            self._validate_sample(value)
+        flow = self._flow()
+        x, ladj = flow.inverse_and_ladj(value)
+        return self.base_dist.log_prob(x) + self._summed(ladj, flow.codomain.event_dim)
+
+    def _flow(self) -> FlowModule:
+        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
+            raise TypeError(
+                f"transforms: expected one transform of this package, got {self.transforms}; "
+                "chain([...]) makes one of any torch transforms"
+            )
+        return self.transforms[0]
+
+    def _summed(self, ladj: Tensor, event_dim: int) -> Tensor:
+        """The log-determinant summed over the event dimensions that only the base has."""
+        extra = len(self.event_shape) - event_dim
+        return ladj.sum(tuple(range(-extra, 0))) if extra else ladj
 
 
 class PathDistribution(FlowDistribution):
@@ -265,8 +301,7 @@ class PathDistribution(FlowDistribution):
             through = self.through(x.detach(), value)
             log_prob = log_prob.detach() + (through - through.detach())
         self._draw = _Draw(value, log_prob, torch.is_grad_enabled(), _version(value))
-        drawn: Tensor = value
-        return drawn
+        return value
 
 
 def _are_paired(count: int) -> bool:
@@ -307,12 +342,6 @@ def _without_mean(grad: Tensor) -> Tensor:
     odd, even, pairs = (one - other) / 2, (one + other) / 2, len(one)
     even = (even - even.mean(0)) * (pairs / (pairs - 1))
     return torch.cat([even + odd, even - odd])
-
-
-def _is_as_drawn(draw: _Draw) -> bool:
-    """Whether a draw has not been edited since, and gradients are wanted as then."""
-    same_gradients = draw.with_gradients == torch.is_grad_enabled()
-    return same_gradients and draw.version == _version(draw.value)
 
 
 def _version(value: Tensor) -> int | None:

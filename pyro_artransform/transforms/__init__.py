@@ -11,7 +11,6 @@ from .autoregressive import (
 )
 from .chain import ComposedTransform, ConditionalComposedTransform, chain
 from .conditioned import ConditionedUnivariate
-from .flow_distribution import FlowDistribution
 from .flow_module import FlowModule, InverseTransformModule, inverse
 from .meta import StructuredMeta
 from .permute import PermutationTransform
@@ -22,7 +21,6 @@ __all__ = [
     "ConditionalAutoregressiveTransform",
     "ConditionalComposedTransform",
     "ConditionedUnivariate",
-    "FlowDistribution",
     "FlowModule",
     "InverseTransformModule",
     "MonotonicAffineTransform",

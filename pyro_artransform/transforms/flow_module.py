@@ -22,7 +22,7 @@ class FlowModule(TransformModule):
 
     Nothing is remembered between calls, so nothing can be out of date, and threads may share a
     transform. To score a draw without inverting the transform, let
-    :class:`~pyro_artransform.transforms.FlowDistribution` draw it, or keep what :meth:`call_and_ladj`
+    :class:`~pyro_artransform.FlowDistribution` draw it, or keep what :meth:`call_and_ladj`
     returns.
 
     :param cache_size: 0 or 1, for torch's interface; values are recomputed whichever it is.

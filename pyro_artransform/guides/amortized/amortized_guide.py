@@ -14,7 +14,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
-from ...joint.argument_shapes import argument_shapes
+from ...joint.plates import argument_signature
 from ..distributions import check_flow_argument
 from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..persistence.persistent_guide import PersistentGuide
@@ -200,7 +200,7 @@ class AutoAmortized(PersistentGuide):
             feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
         self._set_up_from(GuideSpec(layout.sites, arguments, observed, start.device), start)
-        self._sizes_by_shapes = {argument_shapes((args, kwargs)): self._sizes}
+        self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
@@ -263,7 +263,7 @@ class AutoAmortized(PersistentGuide):
         """The sizes of the plates for these arguments: the model is run where they are new."""
         if self._model is None or torch._C._get_tracing_state():
             return self._sizes
-        shapes = argument_shapes((args, kwargs))
+        shapes = argument_signature((args, kwargs))
         if shapes not in self._sizes_by_shapes:
             given, spec = GivenIndices(), self._checked_spec()
             sizes = sizes_of_run(

@@ -52,7 +52,7 @@ class GlobalFactor(nn.Module):
 
     @property
     def _affine(self) -> LocationScale:
-        affine: LocationScale = self.transform.transforms[-1]  # type: ignore[assignment]
+        affine: LocationScale = self.transform.transforms[-1]
         return affine
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributions import ExpTransform
 
-from pyro_artransform import conditional_iaf, iaf, maf
+from pyro_artransform import FlowDistribution, conditional_iaf, iaf, maf
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import FlowDistribution, chain
+from pyro_artransform.transforms import chain
 
 FLOWS = {
     "iaf": lambda: iaf(4, num_transforms=2),
