@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..joint import LogJoint
 from ..joint.evaluation import GuideDraws, stack
-from ..joint.plates import is_subsampled
+from ..joint.handlers import is_subsampled
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 

@@ -24,8 +24,16 @@ from .evaluation import (
     choose_strategy,
     evaluate_many,
 )
-from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, sum_out_discrete
-from .plates import ModelStructure, argument_signature, is_subsampled, plate_nesting
+from .handlers import (
+    ModelStructure,
+    SiteLogProbs,
+    UnmaskedLatents,
+    argument_signature,
+    hidden_sites,
+    is_subsampled,
+    plate_nesting,
+    sum_out_discrete,
+)
 from .sites import Latents, is_enumerated, latent_nodes
 
 Arguments = tuple[tuple[object, ...], Mapping[str, object]]

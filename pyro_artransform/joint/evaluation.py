@@ -25,8 +25,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .handlers import SiteLogProbs
-from .plates import plate_nesting
+from .handlers import SiteLogProbs, plate_nesting
 from .sites import latent_nodes
 
 Draws = Mapping[str, Tensor]

@@ -1,8 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The continuous latent sites of a model, and their packing into one unconstrained vector."""
+"""The continuous latent sites of a model, their supports, and their packing into one vector."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from ..arguments import to_tensor, values_can_be_read
-from .supports import describe_support, map_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,3 +279,50 @@ def _is_continuous(node: Any) -> bool:
             "marked by pyro.infer.config_enumerate(model), so that they are summed out"
         )
     return True
+
+
+def map_bounds(
+    support: constraints.Constraint, fn: Callable[[Tensor], Tensor]
+) -> constraints.Constraint:
+    """A copy of a support whose bounds are changed.
+
+    :param support: a support.
+    :param fn: applied to each tensor in it.
+    """
+    changed = copy.copy(support)
+    for key, value in vars(support).items():
+        if isinstance(value, Tensor):
+            setattr(changed, key, fn(value))
+        elif isinstance(value, constraints.Constraint):
+            setattr(changed, key, map_bounds(value, fn))
+    return changed
+
+
+def same_support(a: constraints.Constraint, b: constraints.Constraint) -> bool:
+    """Whether two supports are of one kind and have equal bounds."""
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    return all(_same(value, vars(b)[key]) for key, value in vars(a).items())
+
+
+def describe_support(support: constraints.Constraint) -> str:
+    """A support in words, with its bounds."""
+    bounds = (f"{key}={_describe(value)}" for key, value in vars(support).items())
+    return f"{type(support).__name__.lstrip('_')}({', '.join(bounds)})"
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, constraints.Constraint):
+        return same_support(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    same = a == b
+    return bool(same.all() if isinstance(same, Tensor) else same)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, constraints.Constraint):
+        return describe_support(value)
+    return str(value.tolist() if isinstance(value, Tensor) else value)

@@ -12,8 +12,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..joint.evaluation import DrawPlate, Terms, choose_strategy, evaluate_many
-from ..joint.handlers import SiteLogProbs, has_data, is_deterministic
-from ..joint.plates import frames, is_part, plate_nesting
+from ..joint.handlers import (
+    SiteLogProbs,
+    frames,
+    has_data,
+    is_deterministic,
+    is_part,
+    plate_nesting,
+)
 
 _CHUNK = 1000
 _NUM_COMPARED = 3

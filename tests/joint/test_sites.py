@@ -4,9 +4,11 @@
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
 
 from pyro_artransform.joint import Latents
+from pyro_artransform.joint.sites import same_support
 from tests.joint import models
 
 SHAPES = {
@@ -94,3 +96,16 @@ def test_bad_values(latents):
         latents.unconstrain({k: v for k, v in values.items() if k != "unit"})
     with pytest.raises(ValueError, match=r"'probs' of shape \(\.\.\., \*\(3,\)\), got \(5, 2\)"):
         latents.unconstrain({**values, "probs": values["probs"][:, :2]})
+
+
+def test_same_support():
+    interval, same = constraints.interval, same_support
+    assert same(interval(0.0, torch.ones(2)), interval(0.0, torch.ones(2)))
+    assert not same(interval(0.0, torch.ones(2)), interval(0.0, torch.tensor([1.0, 2.0])))
+    assert not same(interval(0.0, 1.0), constraints.half_open_interval(0.0, 1.0))
+    nested = [constraints.independent(interval(0.0, upper), 1) for upper in (1.0, 1.0, 2.0)]
+    assert same(nested[0], nested[1])
+    assert not same(nested[0], nested[2])
+    cat = [constraints.cat([interval(0.0, upper), constraints.real]) for upper in (1.0, 1.0, 2.0)]
+    assert same(cat[0], cat[1])
+    assert not same(cat[0], cat[2])
