@@ -5,7 +5,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from .sites import is_enumerated
+from .sites import is_enumerated, latent_nodes
 
 _LONGEST_SEQUENCE = 16
 
@@ -87,16 +87,15 @@ def is_deterministic(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic"))
 
 
-def sum_out_discrete(
-    run: Callable[[], object], first_available_dim: int, draws: str | None
-) -> Tensor:
+def sum_out_discrete(run: Callable[[], object], num_plates: int, draws: str | None) -> Tensor:
     """The log-density of a model with its discrete latents summed out, by variable elimination.
 
     :param run: runs the model with its continuous latents at given values.
-    :param first_available_dim: a dimension to the left of all plates.
+    :param num_plates: the number of dimensions that its plates take, without that of draws.
     :param draws: the name of the plate of draws, which is not summed over, if there is one.
     :return: shape ``(n,)``, or a scalar without a plate of draws.
     """
+    first_available_dim = -1 - num_plates - (draws is not None)
     with poutine.enum(first_available_dim=first_available_dim):
         trace = poutine.trace(run).get_trace()
     trace.compute_log_prob()
@@ -124,7 +123,7 @@ class ModelStructure(NamedTuple):
         latents: in a plate of 100 elements, 20 of them present, it is 5.
     """
 
-    shapes: dict[str, torch.Size]
+    shapes: dict[str, tuple[int, ...]]
     global_latents: list[str]
     subsampled_latents: list[str]
     scale: float
@@ -132,16 +131,16 @@ class ModelStructure(NamedTuple):
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
         """The structure of a traced run."""
-        nodes: list[Any] = [node for node in trace.nodes.values() if node["type"] == "sample"]
-        sites = [node for node in nodes if not site_is_subsample(node)]
-        latents = [node for node in sites if not node["is_observed"] and not is_enumerated(node)]
+        nodes = latent_nodes(trace)
+        latents = [node for node in nodes if not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
-        data = [node for node in sites if node["is_observed"]] or sites
+        data = [trace.nodes[name] for name in trace.observation_nodes] or nodes
+        parts = set(subsampled_plates(trace))
         return cls(
-            shapes={node["name"]: node["value"].shape for node in latents},
+            shapes={node["name"]: tuple(node["value"].shape) for node in latents},
             global_latents=[node["name"] for node in in_no_plate],
             subsampled_latents=[
-                node["name"] for node in latents if any(map(is_part, node["cond_indep_stack"]))
+                node["name"] for node in latents if parts.intersection(node["cond_indep_stack"])
             ],
             scale=_largest_scale(data) / _largest_scale(in_no_plate),
         )
@@ -153,8 +152,7 @@ class ModelStructure(NamedTuple):
 
 
 def _largest_scale(nodes: list[Any]) -> float:
-    scales = [node["scale"] for node in nodes]
-    return max((float(torch.as_tensor(scale).max()) for scale in scales), default=1.0)
+    return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
 
 
 def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
@@ -171,34 +169,30 @@ def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
     if isinstance(arguments, (tuple, list)):
         few = arguments if len(arguments) <= _LONGEST_SEQUENCE else arguments[:1]
         return len(arguments), *(argument_signature(x, with_floats=with_floats) for x in few)
-    plain = (int, str, type(None), float) if with_floats else (int, str, type(None))
-    if isinstance(arguments, plain):
+    if arguments is None or isinstance(arguments, (int, str)):
+        return arguments
+    if isinstance(arguments, float) and with_floats:
         return arguments
     # arrays of any library
     shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
     return (tuple(shape), dtype) if isinstance(shape, tuple) else type(arguments)
 
 
-def frames(*traces: poutine.Trace) -> Iterator[CondIndepStackFrame]:
-    """The frames of the plates around each site of traces, as often as they occur."""
-    for trace in traces:
-        for node in trace.nodes.values():
-            yield from node.get("cond_indep_stack", ())
-
-
 def plate_nesting(*traces: poutine.Trace) -> int:
     """How many dimensions the plates of traces take, counted from the right."""
     nesting = 0
-    for frame in frames(*traces):
-        nesting = max(nesting, -(frame.dim or 0))
+    for trace in traces:
+        for node in trace.nodes.values():
+            for frame in node.get("cond_indep_stack", ()):
+                nesting = max(nesting, -(frame.dim or 0))
     return nesting
 
 
-def is_subsampled(trace: poutine.Trace) -> bool:
-    """Whether any plate of a trace holds a part of its elements only."""
-    return any(map(is_part, frames(trace)))
-
-
-def is_part(frame: CondIndepStackFrame) -> bool:
-    """Whether a plate holds a part of its elements only."""
-    return frame.full_size not in (None, frame.size)
+def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
+    """The frames of the plates of a trace that hold a part of their elements only, once a site."""
+    found = []
+    for node in trace.nodes.values():
+        for frame in node.get("cond_indep_stack", ()):
+            if frame.full_size not in (None, frame.size):
+                found.append(frame)
+    return found

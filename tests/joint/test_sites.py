@@ -83,18 +83,11 @@ def test_dtypes_of_sites():
     assert latents.unconstrain(values).dtype == torch.float64
 
 
-def test_names(latents):
-    names = latents.names()
-    assert len(names) == len(set(names)) == latents.latent_dim
-    assert names[:2] == ["probs[0]", "probs[1]"]
-    assert "unit" in names
-
-
 def test_bad_values(latents):
     values = latents.constrain(torch.zeros(5, latents.latent_dim))
-    with pytest.raises(ValueError, match=r"expected the sites .*, no \['unit'\]"):
+    with pytest.raises(ValueError, match=r"expected the sites .*'unit'.* got"):
         latents.unconstrain({k: v for k, v in values.items() if k != "unit"})
-    with pytest.raises(ValueError, match=r"'probs' of shape \(\.\.\., \*\(3,\)\), got \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"'probs' of shape \(5, 3\), got \(5, 2\)"):
         latents.unconstrain({**values, "probs": values["probs"][:, :2]})
 
 
