@@ -5,7 +5,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import pyro
@@ -15,15 +14,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .evaluation import (
-    DRAWS,
-    DrawPlate,
-    Draws,
-    ModelFailures,
-    Terms,
-    choose_strategy,
-    evaluate_many,
-)
+from .evaluation import DrawPlate, Draws, ModelFailures, Terms, choose_strategy, evaluate_many
 from .handlers import (
     ModelStructure,
     SiteLogProbs,
@@ -32,11 +23,11 @@ from .handlers import (
     hidden_sites,
     plate_nesting,
     subsampled_plates,
-    sum_out_discrete,
 )
 from .sites import Latents, is_enumerated, latent_nodes
 
-Arguments = tuple[tuple[object, ...], Mapping[str, object]]
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
 
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
@@ -97,13 +88,13 @@ class LogJoint(LogDensity):
     def __init__(
         self,
         model: Callable[..., object],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
         *,
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
-        self._arguments: Arguments = args, kwargs or {}
+        self._arguments: tuple[Args, Kwargs] = args, kwargs or {}
         self._structures: dict[Any, ModelStructure] = {}
         trace: Any = self._trace(*self._arguments)
         self._first_run = self._arguments, trace
@@ -124,9 +115,7 @@ class LogJoint(LogDensity):
         with pyro.validation_enabled(False), torch.no_grad():
             self.strategy, self.reason = choose_strategy(self._evaluate, draws, _nan)
 
-    def with_arguments(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object] | None = None
-    ) -> "LogJoint":
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
 
         Its strategy is not chosen anew, so that this costs next to nothing.
@@ -145,9 +134,7 @@ class LogJoint(LogDensity):
         other._arguments = args, kwargs or {}
         return other
 
-    def structure(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object] | None = None
-    ) -> ModelStructure:
+    def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
         """The sites of a run with other arguments; arguments of known shapes need no run."""
         if not self._structures:
             arguments, trace = self._first_run
@@ -169,19 +156,18 @@ class LogJoint(LogDensity):
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        found: dict[str, None] = {}
+        found: list[str] = []
         for row in z:
             scored = SiteLogProbs(self.latents.constrain(row))
             try:
                 with pyro.validation_enabled(False), hidden_sites(), scored:
                     self._run()
             except ModelFailures as error:
-                found[f"the model itself ({error})"] = None
-                continue
-            for name, log_prob in scored.log_probs.items():
-                if not log_prob.sum().isfinite():
-                    found[name] = None
-        return list(found)
+                found.append(f"the model itself ({error})")
+            else:
+                log_probs = scored.log_probs.items()
+                found += [name for name, value in log_probs if not value.sum().isfinite()]
+        return list(dict.fromkeys(found))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
@@ -192,10 +178,9 @@ class LogJoint(LogDensity):
         plate = DrawPlate(size, self.num_plates)
         placed = plate.place(values, self._event_dims)
         if self.is_enumerated:
-            draw_plate = None if size is None else DRAWS
-            run = poutine.condition(lambda: plate.run(self._run), dict(placed))
+            run = poutine.condition(self._run, dict(placed))
             with hidden_sites():
-                return {"total": total + sum_out_discrete(run, self.num_plates, draw_plate)}
+                return {"total": total + plate.sum_out_discrete(run)}
         with hidden_sites(), SiteLogProbs(placed) as scored:
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}
@@ -205,12 +190,23 @@ class LogJoint(LogDensity):
         with UnmaskedLatents():
             self._model(*args, **kwargs)
 
-    def _trace(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> poutine.Trace:
-        init = InitMessenger(partial(_initial_value, self._init_loc_fn))
-        quiet = pyro.validation_enabled(False)
+    def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
+        quiet, init = pyro.validation_enabled(False), InitMessenger(self._initial_value)
         with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
+
+    def _initial_value(self, site: Any) -> Tensor:
+        fn = site["fn"]
+        if is_enumerated(site) or fn.support.is_discrete:
+            return torch.as_tensor(fn.sample())
+        try:
+            return self._init_loc_fn(site)
+        except NotImplementedError:  # an improper prior has no draws, and so no median
+            bijection = biject_to(fn.support)
+            dtype, device = torch.get_default_dtype(), torch.get_default_device()
+            origin = torch.zeros(bijection.inverse_shape(fn.shape()), dtype=dtype, device=device)
+            return torch.as_tensor(bijection(origin))
 
 
 class MeanLogJoint(LogDensity):
@@ -225,7 +221,10 @@ class MeanLogJoint(LogDensity):
     """
 
     def __init__(
-        self, log_joint: LogJoint, arguments: Sequence[Arguments], weights: Sequence[float]
+        self,
+        log_joint: LogJoint,
+        arguments: Sequence[tuple[Args, Kwargs]],
+        weights: Sequence[float],
     ) -> None:
         self.latents, self.start = log_joint.latents, log_joint.start
         self.strategy = log_joint.strategy
@@ -244,16 +243,3 @@ class MeanLogJoint(LogDensity):
 def _nan(draws: Draws) -> Terms:
     """The log joint density of a draw where the model fails, with a gradient."""
     return {"total": draws["z"].sum() * torch.nan}
-
-
-def _initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
-    fn = site["fn"]
-    if is_enumerated(site) or fn.support.is_discrete:
-        return torch.as_tensor(fn.sample())
-    try:
-        return init_loc_fn(site)
-    except NotImplementedError:  # an improper prior has no draws, and so no median
-        bijection = biject_to(fn.support)
-        dtype, device = torch.get_default_dtype(), torch.get_default_device()
-        origin = torch.zeros(bijection.inverse_shape(fn.shape()), dtype=dtype, device=device)
-        return torch.as_tensor(bijection(origin))

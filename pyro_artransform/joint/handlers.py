@@ -4,14 +4,12 @@
 """Pyro handlers that run a model for its log-density, and what a run says of its plates."""
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
@@ -87,32 +85,6 @@ def is_deterministic(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic"))
 
 
-def sum_out_discrete(run: Callable[[], object], num_plates: int, draws: str | None) -> Tensor:
-    """The log-density of a model with its discrete latents summed out, by variable elimination.
-
-    :param run: runs the model with its continuous latents at given values.
-    :param num_plates: the number of dimensions that its plates take, without that of draws.
-    :param draws: the name of the plate of draws, which is not summed over, if there is one.
-    :return: shape ``(n,)``, or a scalar without a plate of draws.
-    """
-    first_available_dim = -1 - num_plates - (draws is not None)
-    with poutine.enum(first_available_dim=first_available_dim):
-        trace = poutine.trace(run).get_trace()
-    trace.compute_log_prob()
-    trace.pack_tensors()
-    symbols = trace.plate_to_symbol
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
-            ordinal = frozenset(symbols[frame.name] for frame in frames)
-            factors.setdefault(ordinal, []).append(site["packed"]["log_prob"])
-    enumerated = set(trace.symbol_to_dim) - set(symbols.values())
-    kept = frozenset() if draws is None else frozenset({symbols[draws]})
-    total: Tensor = contract_to_tensor(factors, enumerated, target_ordinal=kept)
-    return total
-
-
 class ModelStructure(NamedTuple):
     """The sites of a run of a model, without their values.
 
@@ -159,19 +131,17 @@ def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
     """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
 
     That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
-    length and the first element.
+    length and the first element. Floats count on demand, since the scale of data depends on them.
 
     :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
-    :param with_floats: whether floats count too, as for the scale of data.
     """
     if isinstance(arguments, Mapping):
         arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
     if isinstance(arguments, (tuple, list)):
         few = arguments if len(arguments) <= _LONGEST_SEQUENCE else arguments[:1]
         return len(arguments), *(argument_signature(x, with_floats=with_floats) for x in few)
-    if arguments is None or isinstance(arguments, (int, str)):
-        return arguments
-    if isinstance(arguments, float) and with_floats:
+    plain = (int, str, float) if with_floats else (int, str)
+    if arguments is None or isinstance(arguments, plain):
         return arguments
     # arrays of any library
     shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
