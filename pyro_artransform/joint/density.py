@@ -5,6 +5,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import pyro
@@ -94,10 +95,10 @@ class LogJoint(LogDensity):
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
-        self._arguments: tuple[Args, Kwargs] = args, kwargs or {}
+        self._run = UnmaskedLatents()(partial(model, *args, **(kwargs or {})))
+        trace: Any = self._trace(args, kwargs or {})
+        self._first_run = args, kwargs or {}, trace
         self._structures: dict[Any, ModelStructure] = {}
-        trace: Any = self._trace(*self._arguments)
-        self._first_run = self._arguments, trace
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
@@ -131,13 +132,13 @@ class LogJoint(LogDensity):
                 "is told of the mini-batch, such as AutoAmortized"
             )
         other = copy.copy(self)
-        other._arguments = args, kwargs or {}
+        other._run = UnmaskedLatents()(partial(self._model, *args, **(kwargs or {})))
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
         """The sites of a run with other arguments; arguments of known shapes need no run."""
         if not self._structures:
-            arguments, trace = self._first_run
+            *arguments, trace = self._first_run
             key = argument_signature(arguments, with_floats=True)
             self._structures[key] = ModelStructure.from_trace(trace)
         key = argument_signature((args, kwargs or {}), with_floats=True)
@@ -184,11 +185,6 @@ class LogJoint(LogDensity):
         with hidden_sites(), SiteLogProbs(placed) as scored:
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}
-
-    def _run(self) -> None:
-        args, kwargs = self._arguments
-        with UnmaskedLatents():
-            self._model(*args, **kwargs)
 
     def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
         quiet, init = pyro.validation_enabled(False), InitMessenger(self._initial_value)

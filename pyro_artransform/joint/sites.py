@@ -106,7 +106,7 @@ class Latents:
         self._sizes: list[int] = []
         for site in sites:
             self.sites[site.name] = site
-            self._sizes.append(site.size)
+            self._sizes.append(site.unconstrained_shape.numel())
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
         self.latent_dim = sum(self._sizes)
@@ -222,14 +222,14 @@ class Latents:
                 f"values: expected the sites {sorted(self.sites)}, got {sorted(values)}"
             )
         given: dict[str, Tensor] = {}
+        batch = torch.Size()
         for name, site in self.sites.items():
             like = torch.empty(0, dtype=site.dtype, device=device)
-            given[name] = to_tensor(f"values['{name}']", values[name], like)
-        first = next(iter(self.sites.values()))
-        shape = given[first.name].shape
-        batch = shape[: max(len(shape) - len(first.shape), 0)]
-        for name, site in self.sites.items():
-            expected, got = tuple(batch + site.shape), tuple(given[name].shape)
+            value = to_tensor(f"values['{name}']", values[name], like)
+            if not given:
+                batch = value.shape[: max(value.dim() - len(site.shape), 0)]
+            given[name] = value
+            expected, got = tuple(batch + site.shape), tuple(value.shape)
             if expected != got:
                 raise ValueError(f"values: expected '{name}' of shape {expected}, got {got}")
         return given, batch
