@@ -200,9 +200,7 @@ class LogJoint(LogDensity):
             return self._init_loc_fn(site)
         except NotImplementedError:  # an improper prior has no draws, and so no median
             bijection = biject_to(fn.support)
-            dtype, device = torch.get_default_dtype(), torch.get_default_device()
-            origin = torch.zeros(bijection.inverse_shape(fn.shape()), dtype=dtype, device=device)
-            return torch.as_tensor(bijection(origin))
+            return torch.as_tensor(bijection(torch.zeros(bijection.inverse_shape(fn.shape()))))
 
 
 class MeanLogJoint(LogDensity):

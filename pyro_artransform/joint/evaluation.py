@@ -135,10 +135,9 @@ def agree(found: Terms, expected: Terms) -> bool:
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
-        value, tol = found[name], 1e-4 if found[name].dtype == torch.float32 else 1e-8
-        if value.shape != wanted.shape or not torch.allclose(
-            value, wanted, tol, tol, equal_nan=True
-        ):
+        tol = 1e-4 if wanted.dtype == torch.float32 else 1e-8
+        same_shape = found[name].shape == wanted.shape
+        if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
             return False
     return True
 

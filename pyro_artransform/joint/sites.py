@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import constraints, is_validation_enabled
+from pyro.distributions import is_validation_enabled
+from pyro.distributions.constraints import Constraint
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -35,7 +36,7 @@ class Site:
     name: str
     shape: torch.Size
     event_dim: int
-    support: constraints.Constraint
+    support: Constraint
     dtype: torch.dtype
     plates: tuple[CondIndepStackFrame, ...] = ()
 
@@ -249,22 +250,20 @@ def is_enumerated(node: Any) -> bool:
     return node["infer"].get("enumerate") is not None
 
 
-def map_bounds(
-    support: constraints.Constraint, fn: Callable[[Tensor], Tensor]
-) -> constraints.Constraint:
+def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:
     """A copy of a support with a function applied to each tensor in it."""
     changed = copy.copy(support)
     for key, value in vars(support).items():
         if isinstance(value, Tensor):
             setattr(changed, key, fn(value))
-        elif isinstance(value, constraints.Constraint):
+        elif isinstance(value, Constraint):
             setattr(changed, key, map_bounds(value, fn))
     return changed
 
 
 def same_support(a: Any, b: Any) -> bool:
     """Whether two supports are of one kind and have equal bounds; for the bounds, too."""
-    if isinstance(a, constraints.Constraint):
+    if isinstance(a, Constraint):
         return type(a) is type(b) and same_support(sorted(vars(a).items()), sorted(vars(b).items()))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_support, a, b))
@@ -276,7 +275,7 @@ def same_support(a: Any, b: Any) -> bool:
 
 def describe_support(support: Any) -> str:
     """A support in words, with its bounds; or one of its bounds."""
-    if not isinstance(support, constraints.Constraint):
+    if not isinstance(support, Constraint):
         return str(support.tolist() if isinstance(support, Tensor) else support)
     bounds = [f"{key}={describe_support(bound)}" for key, bound in vars(support).items()]
     return f"{type(support).__name__.lstrip('_')}({', '.join(bounds)})"
