@@ -9,7 +9,7 @@ Any Pyro guide will do; one that has the methods of a protocol is used through t
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ class ScaledSteps(Protocol):
 class SetUpGuide(Protocol):
     """A guide that learns the latents of its model without drawing."""
 
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
+    def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model with these arguments, unless that is done already."""
 
 
@@ -83,7 +83,7 @@ class SetUpGuide(Protocol):
 class PosteriorGuide(Protocol):
     """A guide with draws of all sites."""
 
-    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws of all sites, each of shape ``(n,) + site shape``.
 
         :param args: the model's arguments, only where the guide is amortized.

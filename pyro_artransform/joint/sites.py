@@ -273,7 +273,7 @@ def same_support(a: Any, b: Any) -> bool:
     return bool(same.all() if isinstance(same, Tensor) else same)
 
 
-def describe_support(support: Any) -> str:
+def describe_support(support: object) -> str:
     """A support in words, with its bounds; or one of its bounds."""
     if not isinstance(support, Constraint):
         return str(support.tolist() if isinstance(support, Tensor) else support)
