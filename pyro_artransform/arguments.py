@@ -31,10 +31,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """A positive finite number as a float; NumPy's numbers are real too, a bool is none.
-
-    :raises ValueError: if it is none.
-    """
+    """A positive finite number as a float; NumPy's numbers are real too, a bool is none."""
     is_number = isinstance(value, (float, int, Real)) and not isinstance(value, bool)
     # comparisons only: torch.compile may make this number a symbol
     if not (is_number and 0 < value < math.inf):
@@ -43,21 +40,14 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
-    """Something that can be called and is no class.
-
-    :param wanted: what is expected, in words.
-    :raises TypeError: if it is none.
-    """
+    """Something that can be called and is no class."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{name}: expected {wanted}, got {value!r}")
     return value
 
 
 def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
-    """The widths of hidden layers, from an integer or a sequence of integers.
-
-    :raises ValueError: if they are neither, or there is none.
-    """
+    """The widths of hidden layers, from an integer or a sequence of integers."""
     if _as_index(hidden_dims) is not None:
         return [check_integer("hidden_dims", hidden_dims)]
     if isinstance(hidden_dims, (str, bytes)) or not isinstance(hidden_dims, Iterable):
@@ -73,12 +63,8 @@ def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
 
 
 def check_broadcast(names: str, *shapes: torch.Size) -> None:
-    """Shapes that broadcast to each other; while ``torch.jit`` traces, nothing is checked.
-
-    :param names: the names of the arguments, in words.
-    :raises ValueError: if they do not.
-    """
-    # sizes are tensors while torch.jit traces, and cannot be compared
+    """Shapes that broadcast to each other."""
+    # while torch.jit traces, sizes are tensors, which cannot be compared
     if torch.jit.is_tracing() or shapes.count(shapes[0]) == len(shapes):
         return
     try:
@@ -91,12 +77,7 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
 
 
 def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
-    """Numbers as a tensor; one that is a tensor of floats already stays as it is.
-
-    :param value: a tensor, an array, or a list of numbers.
-    :param like: a tensor of the dtype and device wanted.
-    :raises ValueError: if it is none of these.
-    """
+    """Numbers as a tensor of the dtype and device of another; a tensor of floats stays as it is."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value
     try:

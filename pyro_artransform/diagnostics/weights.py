@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..joint import LogJoint
 from ..joint.evaluation import GuideDraws, stack
-from ..joint.plates import is_subsampled
+from ..joint.handlers import subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 
@@ -104,7 +104,7 @@ def _drawer(
     if is_reparametrized:
         return _ReparametrizedDraws(guide, log_joint or LogJoint(model, args, kwargs))
     is_discrete = any(node["fn"].support.is_discrete for node in latent_nodes(trace))
-    if is_discrete or is_subsampled(trace):
+    if is_discrete or subsampled_plates(trace):
         return _ReplayedDraws(model, guide, args, kwargs)
     return _TracedDraws(guide, args, kwargs, log_joint or LogJoint(model, args, kwargs))
 

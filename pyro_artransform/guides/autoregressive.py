@@ -18,7 +18,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, to_tensor
-from ..joint.plates import argument_signature
+from ..joint.handlers import argument_signature
 from ..joint.sites import Latents
 from ..transforms import ComposedTransform
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow

@@ -14,8 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from ..joint.sites import Latents, Site, is_enumerated
-from ..joint.supports import describe_support, same_support
+from ..joint.sites import Latents, Site, describe_support, is_enumerated, same_support
 
 Sites = Mapping[str, Site]
 

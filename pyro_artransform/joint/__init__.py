@@ -4,7 +4,7 @@
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
 from .density import LogDensity, LogJoint, MeanLogJoint
-from .plates import ModelStructure
+from .handlers import ModelStructure
 from .sites import Latents, Site
 
 __all__ = ["Latents", "LogDensity", "LogJoint", "MeanLogJoint", "ModelStructure", "Site"]

@@ -15,20 +15,20 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .evaluation import (
-    DRAWS,
-    DrawPlate,
-    Draws,
-    ModelFailures,
-    Terms,
-    choose_strategy,
-    evaluate_many,
+from .evaluation import DrawPlate, Draws, ModelFailures, Terms, choose_strategy, evaluate_many
+from .handlers import (
+    ModelStructure,
+    SiteLogProbs,
+    UnmaskedLatents,
+    argument_signature,
+    hidden_sites,
+    plate_nesting,
+    subsampled_plates,
 )
-from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, sum_out_discrete
-from .plates import ModelStructure, argument_signature, is_subsampled, plate_nesting
 from .sites import Latents, is_enumerated, latent_nodes
 
-Arguments = tuple[tuple[object, ...], Mapping[str, object]]
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
 
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
@@ -37,28 +37,22 @@ _MOST_SIGNATURES = 64
 
 
 class LogDensity(Protocol):
-    """A log density of the latents of a model on the unconstrained space."""
+    """A log density of the latents of a model on the unconstrained space.
+
+    :cvar Latents latents: the latents.
+    :cvar Tensor start: a starting point, shape ``(latent_dim,)``.
+    :cvar str strategy: how many draws are evaluated: "plate", "vmap" or "loop".
+    """
 
     latents: Latents
-    #: a starting point, shape ``(latent_dim,)``
     start: Tensor
-    #: how many draws are evaluated: "plate", "vmap" or "loop"
     strategy: str
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The log density of draws, NaN where the model fails.
-
-        :param z: shape ``(n, latent_dim)``.
-        :return: shape ``(n,)``.
-        """
-        ...
+        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws.
-
-        :param z: shape ``(n, latent_dim)``.
-        """
-        ...
+        """The sites whose log-density is not finite at one of the draws ``(n, latent_dim)``."""
 
 
 class LogJoint(LogDensity):
@@ -95,68 +89,59 @@ class LogJoint(LogDensity):
     def __init__(
         self,
         model: Callable[..., object],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
         *,
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
-        self._arguments: Arguments = args, kwargs or {}
-        trace = self._trace(*self._arguments)
+        self._run = UnmaskedLatents()(partial(model, *args, **(kwargs or {})))
+        trace: Any = self._trace(args, kwargs or {})
+        self._first_run = args, kwargs or {}, trace
         self._structures: dict[Any, ModelStructure] = {}
-        self._first_run = self._arguments, trace
+        self.num_plates = plate_nesting(trace)
+        self.is_subsampled = bool(subsampled_plates(trace))
+        self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents = Latents.from_trace(trace)
         self._event_dims: dict[str, int] = {}
         values = {}
-        for node in latent_nodes(trace):
-            values[node["name"]] = node["value"].detach()
-            self._event_dims[node["name"]] = node["fn"].event_dim
-        # the values of the latents in the first run
+        for name, site in self.latents.sites.items():
+            self._event_dims[name] = site.event_dim
+            values[name] = trace.nodes[name]["value"].detach()
         self.start = self.latents.unconstrain(values)
-        self.num_plates = plate_nesting(trace)
-        self.is_subsampled = is_subsampled(trace)
-        self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
-        #: why the strategy is a loop, if it is one
-        self.reason: str
-        self.strategy, self.reason = self._choose_strategy()
+        # the draws at which strategies are compared take no random numbers of the caller
+        with torch.random.fork_rng(devices=[]):
+            noise = torch.randn_like(self.start.expand(_NUM_COMPARED, -1))
+        draws = {"z": self.start + _COMPARED_SCALE * noise}
+        with pyro.validation_enabled(False), torch.no_grad():
+            self.strategy, self.reason = choose_strategy(self._evaluate, draws, _nan)
 
-    def with_arguments(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object] | None = None
-    ) -> "LogJoint":
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
 
         Its strategy is not chosen anew, so that this costs next to nothing.
 
-        :param args: the arguments.
-        :param kwargs: the keyword arguments.
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
         shapes = self.structure(args, kwargs).shapes
-        expected = {name: site.shape for name, site in self.latents.sites.items()}
+        expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
         if shapes != expected:
-            wanted, got = ({k: tuple(v) for k, v in x.items()} for x in (expected, shapes))
             raise ValueError(
                 "the model has other latents with these arguments: expected the sites and shapes "
-                f"{wanted}, got {got}. Latents of the elements of a mini-batch need a guide that is "
-                "told of the mini-batch, such as AutoAmortized"
+                f"{expected}, got {shapes}. Latents of the elements of a mini-batch need a guide that "
+                "is told of the mini-batch, such as AutoAmortized"
             )
         other = copy.copy(self)
-        other._arguments = args, kwargs or {}
+        other._run = UnmaskedLatents()(partial(self._model, *args, **(kwargs or {})))
         return other
 
-    def structure(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object] | None = None
-    ) -> ModelStructure:
-        """The sites of a run with other arguments; arguments of known shapes need no run.
-
-        :param args: the arguments.
-        :param kwargs: the keyword arguments.
-        """
-        key = argument_signature((args, kwargs or {}), with_floats=True)
+    def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
+        """The sites of a run with other arguments; arguments of known shapes need no run."""
         if not self._structures:
-            arguments, trace = self._first_run
-            first_key = argument_signature(arguments, with_floats=True)
-            self._structures[first_key] = ModelStructure.from_trace(trace)
+            *arguments, trace = self._first_run
+            key = argument_signature(arguments, with_floats=True)
+            self._structures[key] = ModelStructure.from_trace(trace)
+        key = argument_signature((args, kwargs or {}), with_floats=True)
         if key not in self._structures:
             # whether there was a run before must not show in the draws that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -172,19 +157,18 @@ class LogJoint(LogDensity):
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        found: dict[str, None] = {}
+        found: list[str] = []
         for row in z:
             scored = SiteLogProbs(self.latents.constrain(row))
             try:
                 with pyro.validation_enabled(False), hidden_sites(), scored:
                     self._run()
             except ModelFailures as error:
-                found[f"the model itself ({error})"] = None
-                continue
-            for name, log_prob in scored.log_probs.items():
-                if not log_prob.sum().isfinite():
-                    found[name] = None
-        return list(found)
+                found.append(f"the model itself ({error})")
+            else:
+                log_probs = scored.log_probs.items()
+                found += [name for name, value in log_probs if not value.sum().isfinite()]
+        return list(dict.fromkeys(found))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
@@ -195,37 +179,28 @@ class LogJoint(LogDensity):
         plate = DrawPlate(size, self.num_plates)
         placed = plate.place(values, self._event_dims)
         if self.is_enumerated:
-            return {"total": total + self._sum_out_discrete(placed, plate)}
+            run = poutine.condition(self._run, dict(placed))
+            with hidden_sites():
+                return {"total": total + plate.sum_out_discrete(run)}
         with hidden_sites(), SiteLogProbs(placed) as scored:
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}
 
-    def _sum_out_discrete(self, values: Draws, plate: DrawPlate) -> Tensor:
-        conditioned = poutine.condition(lambda: plate.run(self._run), dict(values))
-        draws = None if plate.size is None else DRAWS
-        with hidden_sites():
-            return sum_out_discrete(conditioned, -1 - self.num_plates - (draws is not None), draws)
-
-    def _run(self) -> None:
-        args, kwargs = self._arguments
-        with UnmaskedLatents():
-            self._model(*args, **kwargs)
-
-    def _trace(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> poutine.Trace:
-        init = InitMessenger(partial(_initial_value, self._init_loc_fn))
-        quiet = pyro.validation_enabled(False)
+    def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
+        quiet, init = pyro.validation_enabled(False), InitMessenger(self._initial_value)
         with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
 
-    @torch.no_grad()
-    def _choose_strategy(self) -> tuple[str, str]:
-        # the draws at which strategies are compared take no random numbers of the caller
-        with torch.random.fork_rng(devices=[]):
-            noise = torch.randn_like(self.start.expand(_NUM_COMPARED, -1))
-        z = self.start + _COMPARED_SCALE * noise
-        with pyro.validation_enabled(False):
-            return choose_strategy(self._evaluate, {"z": z}, _nan)
+    def _initial_value(self, site: Any) -> Tensor:
+        fn = site["fn"]
+        if is_enumerated(site) or fn.support.is_discrete:
+            return torch.as_tensor(fn.sample())
+        try:
+            return self._init_loc_fn(site)
+        except NotImplementedError:  # an improper prior has no draws, and so no median
+            bijection = biject_to(fn.support)
+            return torch.as_tensor(bijection(torch.zeros(bijection.inverse_shape(fn.shape()))))
 
 
 class MeanLogJoint(LogDensity):
@@ -240,7 +215,10 @@ class MeanLogJoint(LogDensity):
     """
 
     def __init__(
-        self, log_joint: LogJoint, arguments: Sequence[Arguments], weights: Sequence[float]
+        self,
+        log_joint: LogJoint,
+        arguments: Sequence[tuple[Args, Kwargs]],
+        weights: Sequence[float],
     ) -> None:
         self.latents, self.start = log_joint.latents, log_joint.start
         self.strategy = log_joint.strategy
@@ -259,18 +237,3 @@ class MeanLogJoint(LogDensity):
 def _nan(draws: Draws) -> Terms:
     """The log joint density of a draw where the model fails, with a gradient."""
     return {"total": draws["z"].sum() * torch.nan}
-
-
-def _initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
-    fn = site["fn"]
-    if is_enumerated(site) or fn.support.is_discrete:
-        drawn: Tensor = fn.sample()
-        return drawn
-    try:
-        return init_loc_fn(site)
-    except NotImplementedError:  # an improper prior has no draws, and so no median
-        bijection = biject_to(fn.support)
-        dtype, device = torch.get_default_dtype(), torch.get_default_device()
-        shape = bijection.inverse_shape(fn.shape())
-        origin: Tensor = bijection(torch.zeros(shape, dtype=dtype, device=device))
-        return origin

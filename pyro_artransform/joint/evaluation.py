@@ -16,6 +16,7 @@ then on (:func:`evaluate_many`). What is evaluated is a function of draws, by na
 ``None`` for a single draw. It returns terms by name: log-densities by datum, or their sum.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import NamedTuple
@@ -23,18 +24,18 @@ from typing import NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.ops.contract import contract_to_tensor
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .handlers import SiteLogProbs
-from .plates import plate_nesting
+from .handlers import SiteLogProbs, plate_nesting
 from .sites import latent_nodes
 
 Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 Evaluate = Callable[[Draws, int | None], Terms]
 
-#: the name of the plate of draws
-DRAWS = "_draws"
+_DRAWS = "_draws"
 #: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
 # a draw that fails is looked for among so many, one at a time
@@ -50,7 +51,7 @@ def evaluate_many(
     at_failure: Callable[[Draws], Terms] | None = None,
     chunk_size: int | None = None,
 ) -> Terms:
-    """The terms of many draws, by a strategy.
+    """The terms of many draws.
 
     :param evaluate: gives the terms of draws in a plate, or of a single draw.
     :param draws: tensors of shape ``(n, ...)``.
@@ -62,8 +63,8 @@ def evaluate_many(
     """
     num_draws = len(next(iter(draws.values())))
     if chunk_size is not None and num_draws > chunk_size:
-        chunks = [value.split(chunk_size) for value in draws.values()]
-        parts = [dict(zip(draws, chunk)) for chunk in zip(*chunks)]
+        starts = range(0, num_draws, chunk_size)
+        parts = [{k: v[i : i + chunk_size] for k, v in draws.items()} for i in starts]
         found = [evaluate_many(evaluate, part, strategy, at_failure) for part in parts]
         return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
     try:
@@ -83,7 +84,7 @@ def evaluate_many(
 def _by_loop(
     evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None
 ) -> Terms:
-    """Each run starts from the same random state: a model draws one mini-batch for all draws."""
+    # each run starts from the same random state: a model draws one mini-batch for all draws
     state = torch.get_rng_state()
     rows = []
     for values in zip(*draws.values()):
@@ -109,10 +110,9 @@ def stack(rows: list[Terms]) -> Terms:
 def choose_strategy(
     evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None = None
 ) -> tuple[str, str]:
-    """The fastest strategy that agrees with a loop, and for a loop why the others do not.
+    """The fastest strategy that agrees with a loop at some draws, and for a loop the reason.
 
-    :param evaluate: as in :func:`evaluate_many`, as is ``at_failure``.
-    :param draws: the draws at which strategies are compared, tensors of shape ``(n, ...)``.
+    The arguments are those of :func:`evaluate_many`.
     """
     state = torch.get_rng_state()
     expected = _by_loop(evaluate, draws, at_failure)
@@ -135,11 +135,9 @@ def agree(found: Terms, expected: Terms) -> bool:
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
-        value = found[name]
-        tolerance = 1e-4 if value.dtype == torch.float32 else 1e-8
-        if value.shape != wanted.shape or not torch.allclose(
-            value, wanted, rtol=tolerance, atol=tolerance, equal_nan=True
-        ):
+        tol = 1e-4 if wanted.dtype == torch.float32 else 1e-8
+        same_shape = found[name].shape == wanted.shape
+        if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
             return False
     return True
 
@@ -169,24 +167,43 @@ class DrawPlate(NamedTuple):
         if self.size is None:
             model()
             return
-        with pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates):
+        with pyro.plate(_DRAWS, self.size, dim=-1 - self.num_plates):
             model()
 
     def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:
-        """The sum of sites' log-densities over all but the draws, added to an initial value.
-
-        :raises ValueError: if a site has not as many dimensions as there are plates.
-        """
+        """The sum of sites' log-densities over all but the draws, added to an initial value."""
         for log_prob in log_probs.values():
             if self.size is None:
                 initial = initial + log_prob.sum()
-                continue
-            if log_prob.dim() != 1 + self.num_plates:
+            elif log_prob.dim() == 1 + self.num_plates:
+                initial = initial + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
+            else:
                 raise ValueError(
                     f"expected {1 + self.num_plates} batch dimensions, got {log_prob.dim()}"
                 )
-            initial = initial + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
         return initial
+
+    def sum_out_discrete(self, model: Callable[[], object]) -> Tensor:
+        """The log-density of a model with its discrete latents summed out, by variable elimination.
+
+        :param model: runs the model with its continuous latents at placed values.
+        :return: shape ``(n,)``, or a scalar for a single draw.
+        """
+        with poutine.enum(first_available_dim=-1 - self.num_plates - (self.size is not None)):
+            trace = poutine.trace(lambda: self.run(model)).get_trace()
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        symbols = trace.plate_to_symbol
+        factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
+                ordinal = frozenset(symbols[frame.name] for frame in frames)
+                factors.setdefault(ordinal, []).append(site["packed"]["log_prob"])
+        enumerated = set(trace.symbol_to_dim) - set(symbols.values())
+        kept = frozenset() if self.size is None else frozenset({symbols[_DRAWS]})
+        total: Tensor = contract_to_tensor(factors, enumerated, target_ordinal=kept)
+        return total
 
 
 class GuideDraws:
@@ -205,7 +222,12 @@ class GuideDraws:
         self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}
         self._indices: Terms = {}
         #: whether many draws are made at once
-        self.is_vectorized = self._plate_agrees()
+        self.is_vectorized = False
+        try:
+            drawn = self._evaluate({}, _NUM_COMPARED)
+            self.is_vectorized = agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
+        except Exception:  # any error means that the guide does not make many draws
+            return
 
     def __call__(self, n: int) -> tuple[Terms, Tensor]:
         """Draws by site, of shape ``(n,) + site shape``, and their log-densities, of shape ``(n,)``."""
@@ -227,11 +249,3 @@ class GuideDraws:
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
         zero = next(iter(found.values())).new_zeros(batch)
         return {**found, _LOG_PROB: plate.total(scored.log_probs, zero)}
-
-    def _plate_agrees(self) -> bool:
-        """Whether draws made in a plate have the log-density of single runs at these draws."""
-        try:
-            drawn = self._evaluate({}, _NUM_COMPARED)
-            return agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
-        except Exception:  # any error means that the guide does not make many draws
-            return False

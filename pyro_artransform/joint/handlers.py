@@ -1,22 +1,25 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pyro handlers that run a model for its log-density."""
+"""Pyro handlers that run a model for its log-density, and what a run says of its plates."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from .sites import is_enumerated
+from .sites import is_enumerated, latent_nodes
+
+_LONGEST_SEQUENCE = 16
 
 
 def hidden_sites() -> BlockMessenger:
@@ -82,28 +85,84 @@ def is_deterministic(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic"))
 
 
-def sum_out_discrete(
-    run: Callable[[], object], first_available_dim: int, draws: str | None
-) -> Tensor:
-    """The log-density of a model with its discrete latents summed out, by variable elimination.
+class ModelStructure(NamedTuple):
+    """The sites of a run of a model, without their values.
 
-    :param run: runs the model with its continuous latents at given values.
-    :param first_available_dim: a dimension to the left of all plates.
-    :param draws: the name of the plate of draws, which is not summed over, if there is one.
-    :return: shape ``(n,)``, or a scalar without a plate of draws.
+    :param shapes: the shape of each continuous latent.
+    :param global_latents: the names of those that are in no plate.
+    :param subsampled_latents: the names of those in a plate that holds a part of its elements only.
+    :param scale: the largest factor of the log-density of data, relative to that of the global
+        latents: in a plate of 100 elements, 20 of them present, it is 5.
     """
-    with poutine.enum(first_available_dim=first_available_dim):
-        trace = poutine.trace(run).get_trace()
-    trace.compute_log_prob()
-    trace.pack_tensors()
-    symbols = trace.plate_to_symbol
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
-            ordinal = frozenset(symbols[frame.name] for frame in frames)
-            factors.setdefault(ordinal, []).append(site["packed"]["log_prob"])
-    enumerated = set(trace.symbol_to_dim) - set(symbols.values())
-    kept = frozenset() if draws is None else frozenset({symbols[draws]})
-    total: Tensor = contract_to_tensor(factors, enumerated, target_ordinal=kept)
-    return total
+
+    shapes: dict[str, tuple[int, ...]]
+    global_latents: list[str]
+    subsampled_latents: list[str]
+    scale: float
+
+    @classmethod
+    def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
+        """The structure of a traced run."""
+        nodes = latent_nodes(trace)
+        latents = [node for node in nodes if not is_enumerated(node)]
+        in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
+        data = [trace.nodes[name] for name in trace.observation_nodes] or nodes
+        parts = set(subsampled_plates(trace))
+        return cls(
+            shapes={node["name"]: tuple(node["value"].shape) for node in latents},
+            global_latents=[node["name"] for node in in_no_plate],
+            subsampled_latents=[
+                node["name"] for node in latents if parts.intersection(node["cond_indep_stack"])
+            ],
+            scale=_largest_scale(data) / _largest_scale(in_no_plate),
+        )
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the data are scaled, up or down."""
+        return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
+
+
+def _largest_scale(nodes: list[Any]) -> float:
+    return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
+
+
+def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
+    """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
+
+    That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
+    length and the first element. Floats count on demand, since the scale of data depends on them.
+
+    :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
+    """
+    if isinstance(arguments, Mapping):
+        arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
+    if isinstance(arguments, (tuple, list)):
+        few = arguments if len(arguments) <= _LONGEST_SEQUENCE else arguments[:1]
+        return len(arguments), *(argument_signature(x, with_floats=with_floats) for x in few)
+    plain = (int, str, float) if with_floats else (int, str)
+    if arguments is None or isinstance(arguments, plain):
+        return arguments
+    # arrays of any library
+    shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
+    return (tuple(shape), dtype) if isinstance(shape, tuple) else type(arguments)
+
+
+def plate_nesting(*traces: poutine.Trace) -> int:
+    """How many dimensions the plates of traces take, counted from the right."""
+    nesting = 0
+    for trace in traces:
+        for node in trace.nodes.values():
+            for frame in node.get("cond_indep_stack", ()):
+                nesting = max(nesting, -(frame.dim or 0))
+    return nesting
+
+
+def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
+    """The frames of the plates of a trace that hold a part of their elements only, once a site."""
+    found = []
+    for node in trace.nodes.values():
+        for frame in node.get("cond_indep_stack", ()):
+            if frame.full_size not in (None, frame.size):
+                found.append(frame)
+    return found

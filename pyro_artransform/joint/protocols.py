@@ -9,7 +9,7 @@ Any Pyro guide will do; one that has the methods of a protocol is used through t
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ class ReparametrizedGuide(Protocol):
         :param path: whether the gradient of the log-density flows through the draws only.
         :return: shapes ``(n, latent_dim)`` and ``(n,)``, with gradients.
         """
-        ...
 
 
 @runtime_checkable
@@ -40,7 +39,6 @@ class FlowGuide(ReparametrizedGuide, Protocol):
             new guide.
         :raises ValueError: if the guide cannot have this scale.
         """
-        ...
 
 
 @runtime_checkable
@@ -50,15 +48,12 @@ class MinibatchGuide(Protocol):
     @property
     def needs_indices(self) -> bool:
         """Whether elements are looked up by indices that nobody gives, so that batches need them."""
-        ...
 
     def path_gradient(self) -> AbstractContextManager[None]:
         """A context in which the density of the guide's draws has a gradient by the draws only."""
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, as those of a module."""
-        ...
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
         """Starts near draws of the latents of one mini-batch.
@@ -66,7 +61,6 @@ class MinibatchGuide(Protocol):
         :param values: for each site, shape ``(n,) + site shape``.
         :param share: what part of all elements the mini-batch is.
         """
-        ...
 
 
 @runtime_checkable
@@ -75,25 +69,22 @@ class ScaledSteps(Protocol):
 
     def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
         """For each parameter whose steps are not in its own units, a factor that broadcasts to it."""
-        ...
 
 
 @runtime_checkable
 class SetUpGuide(Protocol):
     """A guide that learns the latents of its model without drawing."""
 
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
+    def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model with these arguments, unless that is done already."""
-        ...
 
 
 @runtime_checkable
 class PosteriorGuide(Protocol):
     """A guide with draws of all sites."""
 
-    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws of all sites, each of shape ``(n,) + site shape``.
 
         :param args: the model's arguments, only where the guide is amortized.
         """
-        ...

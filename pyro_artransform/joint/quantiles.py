@@ -20,27 +20,18 @@ def check_levels(name: str, levels: Sequence[float] | Tensor, like: Tensor) -> T
     :param like: a tensor of the dtype (float32 in place of a shorter one) and device wanted.
     :raises ValueError: if one of them is not between 0 and 1, or there is none.
     """
-    vector = torch.as_tensor(levels, dtype=_at_least_single(like.dtype), device=like.device)
-    vector = vector.reshape(-1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    vector = torch.as_tensor(levels, dtype=dtype, device=like.device).reshape(-1)
     if not len(vector) or not ((vector >= 0) & (vector <= 1)).all():
         raise ValueError(f"{name}: expected numbers between 0 and 1, got {vector.tolist()}")
     return vector
 
 
 def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
-    """The quantiles of each coordinate over draws, in the draws' dtype.
-
-    :param draws: shape ``(n, *)``.
-    :param levels: shape ``(q,)``.
-    :return: shape ``(q, *)``.
-    """
+    """The quantiles ``(q, *)`` of each coordinate of draws ``(n, *)``, in their dtype."""
     columns = draws.reshape(len(draws), -1).split(max(1, _QUANTILE_NUMBERS // len(draws)), dim=1)
-    dtype = _at_least_single(draws.dtype)
+    # torch has no quantiles of half precision
+    dtype = torch.promote_types(draws.dtype, torch.float32)
     levels = levels.to(dtype)
     found = torch.cat([torch.quantile(part.to(dtype), levels, dim=0) for part in columns], dim=1)
     return found.reshape(levels.shape + draws.shape[1:]).to(draws.dtype)
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or float32 for one of half precision, in which torch has no quantiles."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,24 +1,24 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The continuous latent sites of a model, and their packing into one unconstrained vector."""
+"""The continuous latent sites of a model, their supports, and their packing into one vector."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import constraints, is_validation_enabled
+from pyro.distributions import is_validation_enabled
+from pyro.distributions.constraints import Constraint
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..arguments import to_tensor, values_can_be_read
-from .supports import describe_support, map_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Site:
     name: str
     shape: torch.Size
     event_dim: int
-    support: constraints.Constraint
+    support: Constraint
     dtype: torch.dtype
     plates: tuple[CondIndepStackFrame, ...] = ()
 
@@ -44,10 +44,8 @@ class Site:
     def from_node(cls, node: Any) -> "Site":
         """The site of a node of a trace, with the support's bounds detached."""
         fn, value = node["fn"], node["value"]
-        support = map_bounds(fn.support, Tensor.detach)
-        return cls(
-            node["name"], value.shape, fn.event_dim, support, value.dtype, node["cond_indep_stack"]
-        )
+        support, plates = map_bounds(fn.support, Tensor.detach), node["cond_indep_stack"]
+        return cls(node["name"], value.shape, fn.event_dim, support, value.dtype, plates)
 
     @cached_property
     def bijection(self) -> Transform:
@@ -58,18 +56,17 @@ class Site:
     @cached_property
     def unconstrained_shape(self) -> torch.Size:
         """The shape of its value on the unconstrained space."""
-        shape: torch.Size = self.bijection.inverse_shape(self.shape)
-        return shape
+        return torch.Size(self.bijection.inverse_shape(self.shape))
 
     @cached_property
     def is_unconstrained(self) -> bool:
         """Whether the bijection is the identity."""
-        return not getattr(self.bijection, "parts", [None])
+        return isinstance(self.bijection, ComposeTransform) and not self.bijection.parts
 
     @property
     def size(self) -> int:
         """How many coordinates of the latent vector are this site's."""
-        return prod(self.unconstrained_shape)
+        return self.unconstrained_shape.numel()
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -80,25 +77,11 @@ class Site:
         """The value of an unconstrained part, and the log-determinant of the way there.
 
         :param part: shape ``batch + unconstrained_shape``.
-        :param batch: the batch shape, that of the log-determinant.
+        :param batch: the shape of the log-determinant.
         """
         value = self.bijection(part)
         ladj = self.bijection.log_abs_det_jacobian(part, value)
         return value, ladj.reshape((*batch, -1)).sum(-1)
-
-    def check_support(self, value: Tensor) -> None:
-        """Refuses values outside the support, where Pyro's validation is on and values can be read.
-
-        :raises ValueError: if there is one.
-        """
-        if not is_validation_enabled() or not values_can_be_read(value):
-            return
-        inside = self.support.check(value)
-        if not inside.all():
-            raise ValueError(
-                f"values: expected '{self.name}' inside its support "
-                f"{describe_support(self.support)}, got {value[~inside][0].tolist()}"
-            )
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "Site":
         """The site as a conversion of tensors leaves it, such as ``Tensor.double``.
@@ -124,7 +107,7 @@ class Latents:
         self._sizes: list[int] = []
         for site in sites:
             self.sites[site.name] = site
-            self._sizes.append(site.size)
+            self._sizes.append(site.unconstrained_shape.numel())
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
         self.latent_dim = sum(self._sizes)
@@ -135,7 +118,17 @@ class Latents:
 
         :raises ValueError: if a latent is discrete and not enumerated, or there is no latent.
         """
-        return cls(map(Site.from_node, filter(_is_continuous, latent_nodes(trace))))
+        sites = []
+        for node in latent_nodes(trace):
+            if is_enumerated(node):
+                continue
+            if node["fn"].support.is_discrete:
+                raise ValueError(
+                    f"site '{node['name']}' is discrete: expected continuous latents, and discrete "
+                    "ones marked by pyro.infer.config_enumerate(model), to be summed out"
+                )
+            sites.append(Site.from_node(node))
+        return cls(sites)
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
         """The unconstrained value of each site, in the site's dtype.
@@ -161,9 +154,8 @@ class Latents:
         return values
 
     def constrain_with_ladj(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The value of each site, and the log-determinant of the way there.
+        """The value of each site as :meth:`constrain` gives it, and the log-determinant.
 
-        :param z: shape ``batch + (latent_dim,)``.
         :return: for each site, shape ``batch + site shape``; and shape ``batch``.
         """
         batch = z.shape[:-1]
@@ -177,105 +169,113 @@ class Latents:
         return values, total
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The latent vector of values of all sites, shape ``batch + (latent_dim,)``.
+        """The latent vector of values that may touch the bounds of their supports.
 
         :param values: for each site, shape ``batch + site shape``.
-        :raises ValueError: if a site is missing, or a value has another shape.
+        :return: shape ``batch + (latent_dim,)``.
+        :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
-        missing = self.sites.keys() - values.keys()
-        if missing:
-            raise ValueError(
-                f"values: expected the sites {sorted(self.sites)}, no {sorted(missing)}"
-            )
+        given, batch = self._check_values(values, None)
         parts = []
-        for site in self.sites.values():
-            value = values[site.name]
-            batch = value.shape[: value.dim() - len(site.shape)]
-            if value.shape != batch + site.shape:
-                raise ValueError(
-                    f"values: expected '{site.name}' of shape (..., *{tuple(site.shape)}), got "
-                    f"{tuple(value.shape)}"
-                )
-            parts.append(site.bijection.inv(value).reshape((*batch, -1)))
+        for name, site in self.sites.items():
+            parts.append(site.bijection.inv(given[name]).reshape((*batch, -1)))
         return torch.cat(parts, -1)
 
     def unconstrain_with_ladj(
         self, values: Mapping[str, Any], device: torch.device | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The latent vector, and the log-determinant of :meth:`constrain` at it.
+        """The latent vector of a user's values, and the log-determinant of :meth:`constrain` there.
 
         :param values: the values of all sites, each of shape ``batch + site shape``; arrays and lists
             become tensors of the site's dtype.
         :param device: the device of these tensors.
         :return: shapes ``batch + (latent_dim,)`` and ``batch``.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape or (where
-            Pyro's validation is on) is outside its support.
+        :raises ValueError: as :meth:`unconstrain`, or if a value is outside its support (where
+            Pyro's validation is on).
         """
-        given = self._check_values(values, device)
-        first = next(iter(self.sites.values()))
-        value = given[first.name]
-        batch = value.shape[: max(value.dim() - len(first.shape), 0)]
-        for name, site in self.sites.items():
-            expected, got = batch + site.shape, given[name].shape
-            if got != expected:
-                raise ValueError(
-                    f"values: expected '{name}' of shape {tuple(expected)}, got {tuple(got)}"
-                )
+        given, batch = self._check_values(values, device)
         if not batch.numel():
             # torch's bijections and supports fail where there is nothing to sum
-            return value.new_zeros((*batch, self.latent_dim)), value.new_zeros(batch)
+            zeros = next(iter(given.values())).new_zeros((*batch, self.latent_dim))
+            return zeros, zeros.sum(-1)
         latents, ladjs = [], []
         for name, site in self.sites.items():
-            site.check_support(given[name])
-            z = site.bijection.inv(given[name])
-            ladj = site.bijection.log_abs_det_jacobian(z, given[name])
+            value = given[name]
+            if is_validation_enabled() and values_can_be_read(value):
+                inside = site.support.check(value)
+                if not inside.all():
+                    raise ValueError(
+                        f"values: expected '{name}' inside its support "
+                        f"{describe_support(site.support)}, got {value[~inside][0].tolist()}"
+                    )
+            z = site.bijection.inv(value)
+            ladj = site.bijection.log_abs_det_jacobian(z, value)
             latents.append(z.reshape((*batch, -1)))
             ladjs.append(ladj.reshape((*batch, -1)))
         return torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
 
     def _check_values(
         self, values: Mapping[str, Any], device: torch.device | None
-    ) -> dict[str, Tensor]:
-        """The values as tensors, one for each site."""
+    ) -> tuple[dict[str, Tensor], torch.Size]:
+        """The values as tensors, one for each site, and the batch shape of them all."""
         if values.keys() != self.sites.keys():
             raise ValueError(
                 f"values: expected the sites {sorted(self.sites)}, got {sorted(values)}"
             )
-        return {
-            name: to_tensor(
-                f"values['{name}']", values[name], torch.empty(0, dtype=site.dtype, device=device)
-            )
-            for name, site in self.sites.items()
-        }
-
-    def names(self) -> list[str]:
-        """A name for each coordinate of the latent vector: ``tau``, ``theta[3]``."""
-        return [
-            site.name if site.size == 1 else f"{site.name}[{i}]"
-            for site in self.sites.values()
-            for i in range(site.size)
-        ]
+        given: dict[str, Tensor] = {}
+        batch = torch.Size()
+        for name, site in self.sites.items():
+            like = torch.empty(0, dtype=site.dtype, device=device)
+            value = to_tensor(f"values['{name}']", values[name], like)
+            if not given:
+                batch = value.shape[: max(value.dim() - len(site.shape), 0)]
+            given[name] = value
+            expected, got = tuple(batch + site.shape), tuple(value.shape)
+            if expected != got:
+                raise ValueError(f"values: expected '{name}' of shape {expected}, got {got}")
+        return given, batch
 
 
 def latent_nodes(trace: poutine.Trace) -> list[Any]:
     """The nodes of a trace that are latent sample sites, without the indices of sub-sampled plates."""
-    return [node for _, node in trace.iter_stochastic_nodes() if not site_is_subsample(node)]
+    nodes = []
+    for _, node in trace.iter_stochastic_nodes():
+        if not site_is_subsample(node):
+            nodes.append(node)
+    return nodes
 
 
 def is_enumerated(node: Any) -> bool:
-    """Whether a site is discrete and marked for enumeration.
-
-    :param node: a node of a trace.
-    """
+    """Whether a site of a trace is discrete and marked for enumeration."""
     return node["infer"].get("enumerate") is not None
 
 
-def _is_continuous(node: Any) -> bool:
-    if is_enumerated(node):
-        return False
-    if node["fn"].support.is_discrete:
-        raise ValueError(
-            f"site '{node['name']}' is discrete: expected continuous latents, and discrete ones "
-            "marked by pyro.infer.config_enumerate(model), so that they are summed out"
-        )
-    return True
+def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:
+    """A copy of a support with a function applied to each tensor in it."""
+    changed = copy.copy(support)
+    for key, value in vars(support).items():
+        if isinstance(value, Tensor):
+            setattr(changed, key, fn(value))
+        elif isinstance(value, Constraint):
+            setattr(changed, key, map_bounds(value, fn))
+    return changed
+
+
+def same_support(a: Any, b: Any) -> bool:
+    """Whether two supports are of one kind and have equal bounds; for the bounds, too."""
+    if isinstance(a, Constraint):
+        return type(a) is type(b) and same_support(sorted(vars(a).items()), sorted(vars(b).items()))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_support, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    same = a == b
+    return bool(same.all() if isinstance(same, Tensor) else same)
+
+
+def describe_support(support: object) -> str:
+    """A support in words, with its bounds; or one of its bounds."""
+    if not isinstance(support, Constraint):
+        return str(support.tolist() if isinstance(support, Tensor) else support)
+    bounds = [f"{key}={describe_support(bound)}" for key, bound in vars(support).items()]
+    return f"{type(support).__name__.lstrip('_')}({', '.join(bounds)})"

@@ -12,8 +12,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..joint.evaluation import DrawPlate, Terms, choose_strategy, evaluate_many
-from ..joint.handlers import SiteLogProbs, has_data, is_deterministic
-from ..joint.plates import frames, is_part, plate_nesting
+from ..joint.handlers import (
+    SiteLogProbs,
+    has_data,
+    is_deterministic,
+    plate_nesting,
+    subsampled_plates,
+)
 
 _CHUNK = 1000
 _NUM_COMPARED = 3
@@ -142,9 +147,9 @@ class Likelihood:
 
 
 def _check_no_subsampling(trace: poutine.Trace) -> None:
-    for frame in frames(trace):
-        if is_part(frame):
-            raise ValueError(
-                f"model: expected all data, got the sub-sampled plate '{frame.name}' "
-                f"({frame.size} of {frame.full_size})"
-            )
+    parts = subsampled_plates(trace)
+    if parts:
+        raise ValueError(
+            f"model: expected all data, got the sub-sampled plate '{parts[0].name}' "
+            f"({parts[0].size} of {parts[0].full_size})"
+        )

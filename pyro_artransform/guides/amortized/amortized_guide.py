@@ -14,7 +14,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
-from ...joint.plates import argument_signature
+from ...joint.handlers import argument_signature
 from ..distributions import check_flow_argument
 from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..persistence.persistent_guide import PersistentGuide

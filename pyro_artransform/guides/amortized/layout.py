@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...joint.sites import Latents, Site
-from ...joint.supports import describe_support, map_bounds
+from ...joint.sites import Latents, Site, describe_support, map_bounds
 
 #: by the name of a group, the vectors of its elements, shape ``batch + (latent_dim,)``
 Vectors = dict[str, Tensor]

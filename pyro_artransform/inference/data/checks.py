@@ -12,7 +12,7 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from torch import nn
 
 from ...joint import LogJoint
-from ...joint.plates import ModelStructure
+from ...joint.handlers import ModelStructure
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from .loader import Batch, BatchStream
 

@@ -19,8 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.handlers import UnmaskedLatents, hidden_sites
-from ...joint.plates import plate_nesting
+from ...joint.handlers import UnmaskedLatents, hidden_sites, plate_nesting
 from ...joint.protocols import MinibatchGuide
 from ..data.loader import Batch
 from .objective import traced_parameters

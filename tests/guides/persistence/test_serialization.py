@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 from pyro_artransform.guides import AutoIAF
 from pyro_artransform.guides.persistence import serialization as saving
 from pyro_artransform.guides.spec import GuideSpec
-from pyro_artransform.joint.supports import same_support
+from pyro_artransform.joint.sites import same_support
 from tests.guides import models
 
 FNS = {

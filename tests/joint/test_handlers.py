@@ -10,7 +10,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.plates import argument_signature
+from pyro_artransform.joint.handlers import argument_signature
 
 SIZE = 7
 
