@@ -21,18 +21,10 @@ from ..arguments import check_integer, check_positive, to_tensor
 from ..joint.plates import argument_signature
 from ..joint.sites import Latents
 from ..transforms import ComposedTransform
+from . import prototype
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
-from .prototype import (
-    check_model,
-    is_hidden,
-    refuse_moving_structure,
-    refuse_other_model,
-    refuse_other_shapes,
-    refuse_subsampling,
-    sites_by_name,
-)
 from .spec import GuideSpec
 
 _FULL_RANK_LIMIT = 200
@@ -80,7 +72,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         {'scale': (10,), 'z': (10, 3)}
     """
 
-    _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
+    _prototype_hide_fn = staticmethod(prototype.is_hidden)  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -91,7 +83,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        check_model(model)
+        prototype.check_model(model)
         check_flow_argument("flow", flow, "the latent dimension")
         if not callable(init_loc_fn):
             raise TypeError(f"init_loc_fn: expected a callable, got {type(init_loc_fn).__name__}")
@@ -117,12 +109,12 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
             first, start = self.prototype_trace, self._init_loc()
             run = partial(self.model, *args, **kwargs)
-            observed = refuse_moving_structure(first, run, rng_state)
+            observed = prototype.refuse_moving_structure(first, run, rng_state)
             sites, values = [], {}
-            for name, site in sites_by_name(first).items():
+            for name, site in prototype.sites_by_name(first).items():
                 sites.append(site.to(Tensor.clone))
                 values[name] = first.nodes[name]["value"].detach().clone()
-            refuse_subsampling(sites)
+            prototype.refuse_subsampling(sites)
             arguments = self._resolved_arguments(len(start))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
@@ -175,8 +167,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """
         if self._spec is not None and (args or kwargs or not self._model_is_checked):
             self._check_arguments(args, kwargs)
-        draws: dict[str, Tensor] = super().forward(*args, **kwargs)
-        return draws
+        return super().forward(*args, **kwargs)
 
     def _check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Runs the model again where the shapes of its arguments are not those of the last call."""
@@ -185,10 +176,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         spec, shapes = self._checked_spec(), argument_signature((args, kwargs))
         run = partial(self.model, *args, **kwargs)
         if not self._model_is_checked:
-            refuse_other_model(spec.latents.sites, spec.observed, run)
+            prototype.refuse_other_model(spec.latents.sites, spec.observed, run)
             self._model_is_checked = True
         elif shapes != self._argument_shapes and dist.is_validation_enabled():
-            refuse_other_shapes(spec.latents.sites, run)
+            prototype.refuse_other_shapes(spec.latents.sites, run)
         self._argument_shapes = shapes
 
     def get_base_dist(self) -> dist.TorchDistribution:
@@ -197,9 +188,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._checked_spec()
         # values are never checked: that reads them, in each step
         zeros = torch.zeros_like(self._parts[1].loc)
-        normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
-        base: dist.TorchDistribution = normal.to_event(1)
-        return base
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
@@ -217,10 +206,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """The distribution of all latents on the unconstrained space, shape ``(latent_dim,)``."""
-        posterior: dist.TorchDistribution = dist.TransformedDistribution(
-            self.get_base_dist(), self.get_transform(), validate_args=False
-        )
-        return posterior
+        base, transform = self.get_base_dist(), self.get_transform()
+        return dist.TransformedDistribution(base, transform, validate_args=False)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draws the vector of all latents, as the auxiliary site of the guide.
@@ -231,8 +218,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         base, transform = self.get_base_dist(), self.get_transform()
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
-        latent: Tensor = pyro.sample(name, posterior, infer={"is_auxiliary": True})
-        return latent
+        return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for site, value in super()._unpack_latent(latent):
@@ -276,8 +262,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         x, inverse_ladj = self.get_transform().inverse_and_ladj(latent.to(spec.dtype))
         normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
         # summed here: torch's Independent cannot sum over no draws
-        log_density: Tensor = normal.log_prob(x).sum(-1) + inverse_ladj - ladj
-        return log_density
+        return normal.log_prob(x).sum(-1) + inverse_ladj - ladj
 
     # What a fit uses beyond Pyro's interface
 

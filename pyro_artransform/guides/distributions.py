@@ -226,8 +226,7 @@ class FlowDistribution(dist.TransformedDistribution):
         flow = self._flow()
         x, ladj = flow.inverse_and_ladj(value)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
-        log_density: Tensor = self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
-        return log_density
+        return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
 
     def _flow(self) -> FlowModule:
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -58,8 +59,7 @@ class StartingValues:
         """The value of a site, a message of Pyro."""
         is_predicted = self.sites is not None and site["name"] not in self.sites
         if is_predicted or is_enumerated(site):
-            value: Tensor = site["fn"].sample()
-            return value
+            return site["fn"].sample()
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"site '{site['name']}' is discrete, and a flow guide covers continuous latents "
@@ -180,7 +180,10 @@ def refuse_other_model(
             del now[name]
     compare_names(sites, now)
     refuse_subsampling(now.values())
-    _compare(_to_single(sites), _to_single(now), _OF_ANOTHER_MODEL)
+    # bounds are compared in one place, and equally exact
+    to_single = partial(Tensor.to, device="cpu", dtype=torch.float32)
+    known = {name: site.to(to_single) for name, site in sites.items()}
+    _compare(known, {name: now[name].to(to_single) for name in known}, _OF_ANOTHER_MODEL)
 
 
 def compare_names(
@@ -207,14 +210,6 @@ def _compare(
         if "support" in messages and not same_support(*supports):
             one, other = map(describe_support, supports)
             raise ValueError(messages["support"].format(name=name, expected=one, got=other))
-
-
-def _to_single(sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Sites whose bounds can be compared: in one place, and equally exact."""
-    return {
-        name: site.to(lambda bound: bound.to(device="cpu", dtype=torch.float32))
-        for name, site in sites.items()
-    }
 
 
 class ShiftedLatents(Messenger):

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -38,10 +39,7 @@ class GuideSpec:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the latent vector, which holds the values of each site."""
-        dtype = self.sites[0].dtype
-        for site in self.sites:
-            dtype = torch.promote_types(dtype, site.dtype)
-        return dtype
+        return reduce(torch.promote_types, (site.dtype for site in self.sites))
 
     def zeros(self) -> Tensor:
         """A latent vector of zeros, shape ``(latent_dim,)``."""

@@ -11,6 +11,7 @@ and the store always hold the same tensors: the guide takes those of the store, 
 
 import enum
 import gc
+import itertools
 from collections.abc import Iterator
 
 import pyro
@@ -76,11 +77,8 @@ def names_with_suffix(present: str, first: str) -> Iterator[str]:
     yield present
     if present != first:
         yield first
-    number = 0
-    while True:
-        number += 1
-        if f"{first}_{number}" != present:
-            yield f"{first}_{number}"
+    for number in itertools.count(1):
+        yield f"{first}_{number}"
 
 
 def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:

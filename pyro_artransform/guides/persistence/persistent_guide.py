@@ -28,6 +28,7 @@ from .param_store import OWNERS, Ownership, names_with_suffix, resolve_conflicts
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
 Values = Callable[..., Any]
+State = Mapping[str, Tensor]
 
 
 class PersistentGuide(AutoGuide):
@@ -40,7 +41,6 @@ class PersistentGuide(AutoGuide):
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
-    #: draws for a quantile
     _num_quantile_draws = 10_000
     #: the name before any suffix
     first_name: str
@@ -55,8 +55,6 @@ class PersistentGuide(AutoGuide):
         #: whether the latents are known to be the model's: not where a file says what they are
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
-
-    # The model
 
     @property
     def model(self) -> Model:
@@ -79,10 +77,8 @@ class PersistentGuide(AutoGuide):
     def _use_model(self, model: Model, init_loc_fn: Values = init_to_median) -> None:
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
-        start = StartingValues(init_loc_fn, names)
-        self._model = InitMessenger(start)(model), model, init_loc_fn
-
-    # The set-up
+        initialized = InitMessenger(StartingValues(init_loc_fn, names))(model)
+        self._model = initialized, model, init_loc_fn
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
@@ -105,7 +101,7 @@ class PersistentGuide(AutoGuide):
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
-            values = spec.latents.constrain(start) if values is None else values
+            values = values or spec.latents.constrain(start)
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, values)
         if self._model is not None:
             # from now on other latents of the model are predictions
@@ -127,8 +123,6 @@ class PersistentGuide(AutoGuide):
                 "set_up, with the model's arguments first"
             )
         return self._spec
-
-    # Quantiles
 
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws of all sites, which a subclass makes."""
@@ -182,8 +176,7 @@ class PersistentGuide(AutoGuide):
         for key, _ in pyro.get_param_store().named_parameters():
             is_free = is_free and not key.startswith(prefix)
         if not is_free:
-            names = names_with_suffix(name, self.first_name)
-            own = self._trainable()
+            names, own = names_with_suffix(name, self.first_name), self._trainable()
             name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
         if in_call or is_adopted:
             self._put(name)
@@ -196,9 +189,9 @@ class PersistentGuide(AutoGuide):
         stored = dict(store.named_parameters())
         for short, parameter in self._trainable().items():
             key = param_with_module_name(f"{name}.transform", short)
-            if key in stored and stored[key] is not parameter:
-                del store[key]
             if stored.get(key) is not parameter:
+                if key in stored:
+                    del store[key]
                 store[key] = parameter
             OWNERS[parameter] = weakref.ref(self)
         self._pyro_name = name
@@ -246,9 +239,8 @@ class PersistentGuide(AutoGuide):
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
         if self._spec is not None:
-            nodes = self.prototype_trace.nodes
+            self._spec, nodes = self._spec.to(fn), self.prototype_trace.nodes
             values = {name: fn(node["value"]) for name, node in nodes.items()}
-            self._spec = self._spec.to(fn)
             self.prototype_trace = prototype_trace(self._spec.latents, values)
         return self
 
@@ -256,32 +248,26 @@ class PersistentGuide(AutoGuide):
 
     def get_extra_state(self) -> Tensor:
         """The spec as bytes; null where there is none yet, or a support cannot be written."""
-        plain = None
-        if self._spec is not None:
-            # functions are arguments that a guide has before it loads a state dict
-            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
-            try:
-                plain = replace(self._spec, arguments=known).to_plain()
-            except ValueError:
-                plain = None
-        return serialization.plain_to_tensor(plain)
+        if self._spec is None:
+            return serialization.plain_to_tensor(None)
+        # functions are arguments that a guide has before it loads a state dict
+        known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
+        try:
+            return serialization.plain_to_tensor(replace(self._spec, arguments=known).to_plain())
+        except ValueError:
+            return serialization.plain_to_tensor(None)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the spec is read before the parameters."""
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # called with local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         serialization.check_finite(own)
-        problem = self._prepare_for(own, prefix)
-        if problem is not None:
-            args[-1].append(problem)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._prepare_for(own, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _prepare_for(self, state: dict[str, Tensor], prefix: str) -> str | None:
-        """Builds a guide that was never called; returns what keeps it from loading, if anything."""
+    def _prepare_for(self, state: State, prefix: str) -> None:
+        """Builds a guide that was never called, and refuses the state dict of another guide."""
         text = state.get(f"{prefix}_extra_state")
         plain = None if text is None else serialization.tensor_to_plain(text)
         parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
@@ -291,18 +277,16 @@ class PersistentGuide(AutoGuide):
         if self._spec is None and spec is not None:
             self._restore(spec)
         elif self._spec is None and parameters:
-            return (
+            raise RuntimeError(
                 f"{type(self).__name__} was never called, so it has no parameters yet, and the "
                 "state dict does not say of which sites it is: call the guide with the model's "
                 "arguments first"
             )
-        elif self._spec is not None and spec is not None:
-            expected, got = self._spec.shapes(), spec.shapes()
-            if got != expected:
-                return (
-                    f"the state dict is of a guide of other sites: expected {expected}, got {got}"
-                )
-        return None
+        elif self._spec is not None and spec is not None and spec.shapes() != self._spec.shapes():
+            raise RuntimeError(
+                "the state dict is of a guide of other sites: expected "
+                f"{self._spec.shapes()}, got {spec.shapes()}"
+            )
 
     # Files
 
