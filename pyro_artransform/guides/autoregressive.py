@@ -101,8 +101,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         else:
             AutoContinuous.__setattr__(self, name, value)
 
-    # Set-up
-
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state = torch.get_rng_state()
         try:
@@ -224,8 +222,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         for site, value in super()._unpack_latent(latent):
             # latents of mixed dtypes share one vector
             yield site, value.to(site["value"].dtype)
-
-    # Draws and densities
 
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.linalg import solve_triangular
 
 from ..transforms import FlowModule, check_structure
 
@@ -120,7 +121,9 @@ class LocationScale(FlowModule):
         """``x`` of shape ``(*, D)`` and the log-determinant of the inverse, shape ``(*,)``."""
         x = (y - self.loc) * (-self.log_scale).exp()
         if self.lower is not None:
-            x = _solve(self.lower.T, x, upper=True)
+            # the routine takes the diagonal as ones, whatever is there
+            rows, options = x.reshape(-1, x.shape[-1]), {"left": False, "unitriangular": True}
+            x = solve_triangular(self.lower.T, rows, upper=True, **options).reshape(x.shape)
         return x, -self.log_scale.sum().expand(y.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +131,11 @@ class LocationScale(FlowModule):
         y, ladj = self.call_and_ladj(x)
         with torch.no_grad():
             if self.lower is not None:
-                score = _solve(self.lower, score, upper=False)
+                rows, options = (
+                    score.reshape(-1, x.shape[-1]),
+                    {"left": False, "unitriangular": True},
+                )
+                score = solve_triangular(self.lower, rows, upper=False, **options).reshape(x.shape)
             return y, ladj, score * (-self.log_scale).exp()
 
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -164,14 +171,6 @@ class LocationScale(FlowModule):
     def extra_repr(self) -> str:
         """The size and the kind of the scale."""
         return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
-
-
-def _solve(matrix: Tensor, x: Tensor, *, upper: bool) -> Tensor:
-    """Rows times the inverse of a triangular matrix, whose diagonal is taken as ones."""
-    rows = x.reshape(-1, x.shape[-1])
-    return torch.linalg.solve_triangular(
-        matrix, rows, upper=upper, left=False, unitriangular=True
-    ).reshape(x.shape)
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -277,18 +276,13 @@ class PathDistribution(FlowDistribution):
         return value
 
 
-def _are_paired(count: int) -> bool:
-    """Whether so many draws are made as mirror images: a single pair has no spread."""
-    return count % 2 == 0 and count > 2
-
-
 def _in_pairs(x: Tensor) -> Tensor:
-    """Antithetic draws, where their number allows: for each its mirror image.
+    """Antithetic draws, where their number allows: a single pair has no spread.
 
     The mean gradient of the location then has no noise, as far as the density is a Gaussian.
     """
     count = x.shape[:-1].numel()
-    if not _are_paired(count):
+    if count % 2 or count == 2:
         return x
     half = x.reshape(count, -1)[: count // 2]
     return torch.cat([half, -half]).reshape(x.shape)
@@ -309,7 +303,7 @@ def _without_mean(grad: Tensor) -> Tensor:
 
     Of pairs only the even part has a mean, of half as many independent draws.
     """
-    if not _are_paired(len(grad)):
+    if len(grad) % 2 or len(grad) == 2:
         return (grad - grad.mean(0)) * (len(grad) / (len(grad) - 1))
     one, other = grad.chunk(2)
     odd, even, pairs = (one - other) / 2, (one + other) / 2, len(one)

@@ -40,52 +40,47 @@ class PresetGuide(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        num_transforms = check_integer("num_transforms", num_transforms)
-        widths = None if hidden_dims is None else check_hidden_dims(hidden_dims)
         if nonlinearity is not None:
             wanted = "a function or a module such as torch.nn.ELU()"
             check_callable("nonlinearity", nonlinearity, wanted)
+        arguments = {
+            "num_transforms": check_integer("num_transforms", num_transforms),
+            "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
+            "nonlinearity": nonlinearity,
+        }
         super().__init__(
             model,
-            flow=partial(self._preset_flow, num_transforms, widths, nonlinearity),
+            flow=partial(self._preset_flow, arguments),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._arguments.update(
-            num_transforms=num_transforms, hidden_dims=widths, nonlinearity=nonlinearity
-        )
+        self._arguments.update(arguments)
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
         # with the defaults, so that a version that has others reads the same flow from a file
-        given = super()._resolved_arguments(latent_dim)
-        network = self._network(latent_dim, given["hidden_dims"], given["nonlinearity"])
-        return {**given, "hidden_dims": network[0], "nonlinearity": network[1]}
+        return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
 
     @classmethod
-    def _network(
-        cls, latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
-    ) -> tuple[list[int], Nonlinearity]:
-        """The hidden layers and the activation, by default those that suit the latent dimension."""
-        count, least, factor = cls._hidden_layers
-        dims = [max(least, factor * latent_dim)] * count if hidden_dims is None else hidden_dims
-        return dims, cls._activation() if nonlinearity is None else nonlinearity
+    def _with_defaults(cls, arguments: dict[str, Any], latent_dim: int) -> dict[str, Any]:
+        """Arguments with the networks that suit a latent dimension, where none are given."""
+        arguments = dict(arguments)
+        if arguments["hidden_dims"] is None:
+            count, least, factor = cls._hidden_layers
+            arguments["hidden_dims"] = [max(least, factor * latent_dim)] * count
+        if arguments["nonlinearity"] is None:
+            arguments["nonlinearity"] = cls._activation()
+        return arguments
 
     @classmethod
-    def _preset_flow(
-        cls,
-        num_transforms: int,
-        hidden_dims: list[int] | None,
-        nonlinearity: Nonlinearity | None,
-        latent_dim: int,
-    ) -> nn.Module:
-        dims, nonlinearity = cls._network(latent_dim, hidden_dims, nonlinearity)
+    def _preset_flow(cls, arguments: dict[str, Any], latent_dim: int) -> nn.Module:
+        network = cls._with_defaults(arguments, latent_dim)
+        count = network.pop("num_transforms")
         if latent_dim == 1:
             # affine layers of one coordinate are a Gaussian together
-            count = range(num_transforms)
-            splines = [spline_autoregressive(1, dims, nonlinearity=nonlinearity) for _ in count]
+            splines = [spline_autoregressive(1, **network) for _ in range(count)]
             return chain([hinged_marginals(1), *splines])
-        layers = cls._layers(latent_dim, num_transforms, dims, nonlinearity=nonlinearity)
+        layers = cls._layers(latent_dim, count, **network)
         return chain([hinged_marginals(latent_dim), layers]) if cls._has_hinges else layers
 
 

@@ -12,7 +12,6 @@ and the store always hold the same tensors: the guide takes those of the store, 
 import enum
 import gc
 import itertools
-from collections.abc import Iterator
 
 import pyro
 from pyro.params.param_store import param_with_module_name
@@ -39,7 +38,7 @@ class Ownership(enum.Enum):
 
 
 def resolve_conflicts(
-    guide: nn.Module, own: dict[str, nn.Parameter], names: Iterator[str], ownership: Ownership
+    guide: nn.Module, own: dict[str, nn.Parameter], names: list[str], ownership: Ownership
 ) -> tuple[str, bool]:
     """Finds the name under which a guide and the store can hold the same tensors.
 
@@ -47,13 +46,15 @@ def resolve_conflicts(
     those of its name that were loaded into the store do not fit it.
 
     :param own: the parameters of the guide.
-    :param names: those that it may have, in order of preference.
+    :param names: its present name, and the one before any suffix.
     :return: the name, and whether entries were adopted.
     """
+    with_suffix = (f"{names[-1]}_{number}" for number in itertools.count(1))
+    candidates = itertools.chain(dict.fromkeys(names), with_suffix)
     stored = dict(pyro.get_param_store().named_parameters())
     misfit = None
     while True:
-        name = next(names)
+        name = next(candidates)
         prefix = param_with_module_name(f"{name}.transform", "")
         entries = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
         foreign = [tensor for short, tensor in entries.items() if own.get(short) is not tensor]
@@ -70,15 +71,6 @@ def resolve_conflicts(
                 misfit = misfit or problem
         # from here on a guide with values of its own takes no name but a free one
         ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
-
-
-def names_with_suffix(present: str, first: str) -> Iterator[str]:
-    """The present name of a guide, then its first one with no suffix, then with 1, 2, ..."""
-    yield present
-    if present != first:
-        yield first
-    for number in itertools.count(1):
-        yield f"{first}_{number}"
 
 
 def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:

@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
-from ..prototype import StartingValues, prototype_trace
+from ..prototype import prototype_trace, starting_value
 from ..spec import GuideSpec
 from . import serialization
-from .param_store import OWNERS, Ownership, names_with_suffix, resolve_conflicts
+from .param_store import OWNERS, Ownership, resolve_conflicts
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
@@ -62,9 +63,8 @@ class PersistentGuide(AutoGuide):
         if self._model is None:
             name = type(self).__name__
             raise RuntimeError(
-                f"this {name} has no model: pickle drops it, and load(path) had none. SVI and "
-                f"Predictive take the model themselves; guide.model = model, or {name}.load(path, "
-                "model), puts one into the guide"
+                f"this {name} has no model: pickle drops it, and load(path) had none. guide.model = "
+                f"model, or {name}.load(path, model), puts one into the guide"
             )
         return self._model[0]
 
@@ -77,8 +77,8 @@ class PersistentGuide(AutoGuide):
     def _use_model(self, model: Model, init_loc_fn: Values = init_to_median) -> None:
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
-        initialized = InitMessenger(StartingValues(init_loc_fn, names))(model)
-        self._model = initialized, model, init_loc_fn
+        start = InitMessenger(partial(starting_value, init_loc_fn, names))
+        self._model = start(model), model, init_loc_fn
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
@@ -176,7 +176,7 @@ class PersistentGuide(AutoGuide):
         for key, _ in pyro.get_param_store().named_parameters():
             is_free = is_free and not key.startswith(prefix)
         if not is_free:
-            names, own = names_with_suffix(name, self.first_name), self._trainable()
+            names, own = [name, self.first_name], self._trainable()
             name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
         if in_call or is_adopted:
             self._put(name)
@@ -209,8 +209,6 @@ class PersistentGuide(AutoGuide):
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
         self.first_name = name
-
-    # Copies
 
     def __getstate__(self) -> dict[str, Any]:
         for part in self.modules():
