@@ -25,7 +25,7 @@ from . import prototype
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
-from .spec import GuideSpec
+from .spec import Arguments, GuideSpec
 
 _FULL_RANK_LIMIT = 200
 _CHUNK = 4096
@@ -124,7 +124,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._argument_shapes = argument_signature((args, kwargs))
         self._register()
 
-    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+    def _resolved_arguments(self, latent_dim: int) -> Arguments:
         full_rank = self._arguments["full_rank"]
         if full_rank is None:
             full_rank = latent_dim <= _FULL_RANK_LIMIT

@@ -14,6 +14,7 @@ from ..arguments import check_callable, check_hidden_dims, check_integer
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import FlowModule, chain
 from .autoregressive import AutoAutoregressive
+from .spec import Arguments
 
 Nonlinearity = Callable[[Tensor], Tensor]
 
@@ -31,7 +32,7 @@ class PresetGuide(AutoAutoregressive):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., object],
         *,
         num_transforms: int = 3,
         hidden_dims: int | Sequence[int] | None = None,
@@ -57,12 +58,12 @@ class PresetGuide(AutoAutoregressive):
         )
         self._arguments.update(arguments)
 
-    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+    def _resolved_arguments(self, latent_dim: int) -> Arguments:
         # with the defaults, so that a version that has others reads the same flow from a file
         return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
 
     @classmethod
-    def _with_defaults(cls, arguments: dict[str, Any], latent_dim: int) -> dict[str, Any]:
+    def _with_defaults(cls, arguments: Arguments, latent_dim: int) -> Arguments:
         """Arguments with the networks that suit a latent dimension, where none are given."""
         arguments = dict(arguments)
         if arguments["hidden_dims"] is None:
@@ -73,7 +74,7 @@ class PresetGuide(AutoAutoregressive):
         return arguments
 
     @classmethod
-    def _preset_flow(cls, arguments: dict[str, Any], latent_dim: int) -> nn.Module:
+    def _preset_flow(cls, arguments: Arguments, latent_dim: int) -> nn.Module:
         network = cls._with_defaults(arguments, latent_dim)
         count = network.pop("num_transforms")
         if latent_dim == 1:

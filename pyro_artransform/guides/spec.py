@@ -3,7 +3,7 @@
 
 """What a guide is built from: the latent sites of its model, and its own arguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..joint.sites import Latents, Site
 from .persistence import serialization
+
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class GuideSpec:
     """
 
     latents: Latents
-    arguments: Mapping[str, Any]
+    arguments: Arguments
     observed: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
@@ -54,7 +56,7 @@ class GuideSpec:
         latents = Latents(site.to(fn) for site in self.sites)
         return replace(self, latents=latents, device=fn(self.zeros()).device)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> serialization.Plain:
         """The spec as plain data; the error for what cannot be written names it."""
         sites, arguments = [], {}
         for site in self.sites:
@@ -73,7 +75,7 @@ class GuideSpec:
         return {"sites": sites, "arguments": arguments, "observed": observed}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "GuideSpec":
+    def from_plain(cls, plain: serialization.Plain, device: torch.device) -> "GuideSpec":
         """The spec from what :meth:`to_plain` made of it."""
         sites, arguments, observed = [], {}, plain["observed"]
         for site in plain["sites"]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
 from ..prototype import prototype_trace, starting_value
-from ..spec import GuideSpec
+from ..spec import Arguments, GuideSpec
 from . import serialization
 from .param_store import OWNERS, Ownership, resolve_conflicts
 
@@ -46,7 +46,7 @@ class PersistentGuide(AutoGuide):
     #: the name before any suffix
     first_name: str
 
-    def __init__(self, model: Model, init_loc_fn: Values, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: Model, init_loc_fn: Values, arguments: Arguments) -> None:
         # not that of AutoContinuous, which would wrap the model once more
         AutoGuide.__init__(self, model)
         self.first_name = self._pyro_name
@@ -89,7 +89,7 @@ class PersistentGuide(AutoGuide):
         """Makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``."""
         raise NotImplementedError
 
-    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
+    def _resolved_arguments(self, latent_dim: int) -> Arguments:
         """The arguments of the constructor, with the defaults for a latent dimension."""
         return dict(self._arguments)
 
@@ -337,6 +337,6 @@ class PersistentGuide(AutoGuide):
         return guide
 
     @classmethod
-    def _constructor_arguments(cls, spec: GuideSpec) -> dict[str, Any]:
+    def _constructor_arguments(cls, spec: GuideSpec) -> Arguments:
         """The arguments in a spec that the constructor takes."""
         return dict(spec.arguments)

@@ -11,19 +11,16 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+Plain = dict[str, Any]
+
 FORMAT = 3
-
 _KEYS = {"format", "class", "spec", "state"}
-
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
-
 _SUPPORTS = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than"),
     *("interval", "half_open_interval", "simplex", "corr_cholesky", "corr_matrix"),
     *("ordered_vector", "positive_ordered_vector", "softplus_positive"),
 )
-
-
 _NAME_TO_CLASS: dict[str, type] = {}
 for _name in _SUPPORTS:
     _support = getattr(constraints, _name)
@@ -31,7 +28,7 @@ for _name in _SUPPORTS:
 _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
 
 
-def support_to_plain(name: str, support: constraints.Constraint) -> dict[str, Any]:
+def support_to_plain(name: str, support: constraints.Constraint) -> Plain:
     """The support of a site as plain data; the error for one that cannot be written names the site."""
     kind = _CLASS_TO_NAME.get(type(support))
     if kind is None:
@@ -39,7 +36,7 @@ def support_to_plain(name: str, support: constraints.Constraint) -> dict[str, An
             f"the support of site '{name}' cannot be written to a file: expected one of "
             f"{', '.join(_NAME_TO_CLASS)}, got {type(support).__name__.lstrip('_')}"
         )
-    bounds: dict[str, Any] = {}
+    bounds: Plain = {}
     for key, value in vars(support).items():
         if isinstance(value, constraints.Constraint):
             bounds[key] = support_to_plain(name, value)
@@ -62,7 +59,7 @@ def support_from_plain(plain: Any, device: torch.device) -> Any:
     return _NAME_TO_CLASS[plain["support"]](**bounds)
 
 
-def plain_to_tensor(plain: Any) -> Tensor:
+def plain_to_tensor(plain: object) -> Tensor:
     """Plain data as a tensor of bytes, for a state dict, whose values are tensors."""
     return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
 
@@ -102,14 +99,14 @@ def argument_from_plain(plain: Any) -> Any:
 
 
 def write(
-    path: str | os.PathLike[str], class_name: str, spec: dict[str, Any], state: dict[str, Tensor]
+    path: str | os.PathLike[str], class_name: str, spec: Plain, state: dict[str, Tensor]
 ) -> None:
     """Writes a guide's file: its class, its spec as plain data, and its state dict."""
     check_finite(state)
     torch.save({"format": FORMAT, "class": class_name, "spec": spec, "state": dict(state)}, path)
 
 
-def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> Plain:
     """Reads the file of a guide of a class: what :func:`write` wrote, as a dict."""
     not_a_guides_file = ValueError(
         f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
