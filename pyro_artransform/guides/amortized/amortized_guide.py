@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
 from ...joint.handlers import argument_signature
+from ...joint.sites import Latents
 from ..distributions import check_flow_argument
-from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..persistence.persistent_guide import PersistentGuide
+from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import default_flow, default_local_flow
@@ -199,7 +200,9 @@ class AutoAmortized(PersistentGuide):
                 plates = complete_plates({}, plate_sizes(sites), start.device)
             feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        self._set_up_from(GuideSpec(layout.sites, arguments, observed, start.device), start)
+        self._set_up_from(
+            GuideSpec(Latents(layout.sites), arguments, observed, start.device), start
+        )
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
