@@ -3,8 +3,9 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,21 +18,20 @@ from ...arguments import check_callable, check_integer, check_positive
 from ...joint.plates import argument_signature
 from ..distributions import check_flow_argument
 from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
-from ..persistence.persistent_guide import PersistentGuide
+from ..persistence.persistent_guide import Model, PersistentGuide
 from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
-from .factors import default_flow, default_local_flow
-from .layout import LatentLayout, Vectors, mean_start, one_element
+from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
+from .layout import LatentLayout, PlateSizes, Vectors, mean_start, one_element, plate_sizes
 from .plates import (
+    Args,
     CreatePlates,
     GivenIndices,
+    Kwargs,
     Plates,
-    PlateSizes,
     complete_plates,
-    plate_sizes,
     plates_of_user,
     plates_were_dropped,
-    refuse_given_indices,
     refuse_no_local_latents,
     sizes_of_run,
 )
@@ -127,17 +127,17 @@ class AutoAmortized(PersistentGuide):
 
     _num_quantile_draws = 2_000
     _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
-    _functions = (*PersistentGuide._functions, "_make_local_flow", "create_plates")
+    _functions = ("_model", "_make_flows", "create_plates")
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         encoder: Encoder | None = None,
         *,
-        flow: Callable[[int], nn.Module] | None = default_flow,
-        local_flow: Callable[[int, int], nn.Module] | None = default_local_flow,
+        flow: MakeFlow | None = default_flow,
+        local_flow: MakeLocalFlow | None = default_local_flow,
         embedding_dim: int = 8,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Model = init_to_median,
         init_scale: float = 0.1,
         create_plates: CreatePlates | None = None,
     ) -> None:
@@ -148,16 +148,18 @@ class AutoAmortized(PersistentGuide):
         if local_flow is not None:
             wanted = "the latent dimension and the size of the context"
             check_flow_argument("local_flow", local_flow, wanted)
+        if encoder is not None:
+            check_encoder(encoder)
         arguments = {
             "embedding_dim": check_integer("embedding_dim", embedding_dim),
             "init_scale": check_positive("init_scale", init_scale),
         }
         super().__init__(model, init_loc_fn, arguments)
-        self._make_flow, self._make_local_flow = flow, local_flow
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
+        self._make_flows: tuple[MakeFlow | None, MakeLocalFlow | None] | None = flow, local_flow
         # in a tuple, as the model is: its parameters become the guide's at the set-up
-        self._encoder = (check_encoder(encoder),)
+        self._encoder = (encoder,)
         self._sizes: PlateSizes = {}
         self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
@@ -170,7 +172,7 @@ class AutoAmortized(PersistentGuide):
         """
         if self.create_plates is not None or self._spec is None:
             return self.create_plates is None and self._encoder[0] is None
-        return any(factor.table is not None for _, factor in self._posterior.local_factors)
+        return len(self._posterior.encoded_groups) < len(self._posterior.locals)
 
     @property
     def _posterior(self) -> AmortizedPosterior:
@@ -181,22 +183,22 @@ class AutoAmortized(PersistentGuide):
 
     # Set-up
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
         trace, sites = self.prototype_trace, [*sites_by_name(self.prototype_trace).values()]
         refuse_no_local_latents(sites, type(self).__name__)
-        observed = refuse_moving_structure(
-            trace, lambda: given(self.model)(*args, **kwargs), rng_state
-        )
-        refuse_given_indices(given, plate_sizes(sites), lambda: self._plates_of_user(args, kwargs))
+        run = partial(given(self.model), *args, **kwargs)
+        observed = refuse_moving_structure(trace, run, rng_state)
+        sizes = plate_sizes(sites)
+        given.refuse(sizes, partial(self._plates_of_user, args, kwargs))
         start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
-        layout = LatentLayout(tuple(map(one_element, sites)))
+        layout = LatentLayout(map(one_element, sites))
         (encoder,) = self._encoder
         feature_dims = {}
         if encoder is not None:
             with poutine.block():
-                plates = complete_plates({}, plate_sizes(sites), start.device)
+                plates = complete_plates({}, sizes, start.device)
             feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
         self._set_up_from(GuideSpec(layout.sites, arguments, observed, start.device), start)
@@ -204,6 +206,8 @@ class AutoAmortized(PersistentGuide):
         self._register()
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
+        if self._make_flows is None:
+            raise RuntimeError("this guide was pickled before its first call, without its flows")
         (encoder,) = self._encoder
         feature_dims = spec.arguments["feature_dims"]
         if feature_dims and encoder is None:
@@ -211,9 +215,7 @@ class AutoAmortized(PersistentGuide):
                 f"the guide had an encoder for plate '{next(iter(feature_dims))}', which no file or "
                 f"state dict holds: expected {type(self).__name__}(..., encoder=...) with one, got none"
             )
-        self.transform = AmortizedPosterior(
-            spec, start, self._make_flow, self._make_local_flow, encoder
-        )
+        self.transform = AmortizedPosterior(spec, start, *self._make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
@@ -250,7 +252,8 @@ class AutoAmortized(PersistentGuide):
         vectors, values = Vectors(), {}
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
-            name = f"_{self._pyro_name}_{group.prefix}latent"
+            prefix = f"{group.name}_" if group.name else ""
+            name = f"_{self._pyro_name}_{prefix}latent"
             with ExitStack() as stack:
                 for plate in group.dims:
                     stack.enter_context(plates[plate])
@@ -259,32 +262,31 @@ class AutoAmortized(PersistentGuide):
             vectors[group.name] = z
         return values
 
-    def _sizes_for(self, args: Any, kwargs: Any) -> PlateSizes:
+    def _sizes_for(self, args: Args, kwargs: Kwargs) -> PlateSizes:
         """The sizes of the plates for these arguments: the model is run where they are new."""
         if self._model is None or torch._C._get_tracing_state():
             return self._sizes
         shapes = argument_signature((args, kwargs))
         if shapes not in self._sizes_by_shapes:
-            given, spec = GivenIndices(), self._checked_spec()
-            sizes = sizes_of_run(
-                spec, lambda: given(self.model)(*args, **kwargs), self._model_is_checked
-            )
+            given = GivenIndices()
+            run = partial(given(self.model), *args, **kwargs)
+            sizes = sizes_of_run(self._checked_spec(), run, self._model_is_checked)
             self._model_is_checked = True
-            refuse_given_indices(given, sizes, lambda: self._plates_of_user(args, kwargs))
+            given.refuse(sizes, partial(self._plates_of_user, args, kwargs))
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
             self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]
         return self._sizes
 
-    def _plates_of_user(self, args: Any, kwargs: Any) -> Plates:
+    def _plates_of_user(self, args: Args, kwargs: Kwargs) -> Plates:
         """The plates that ``create_plates`` makes, or that of the guide's list does."""
         maker = self if self.master is None else self.master()
         with poutine.block():
             return plates_of_user(maker.create_plates, args, kwargs)
 
     def _plates_for(
-        self, sizes: PlateSizes, args: Any, kwargs: Any
+        self, sizes: PlateSizes, args: Args, kwargs: Kwargs
     ) -> tuple[Plates, dict[str, Tensor]]:
         """The plates, and the indices of those whose elements are not all, in their order."""
         if self.master is not None:
@@ -292,8 +294,8 @@ class AutoAmortized(PersistentGuide):
             return plates, {name: plate.indices for name, plate in plates.items()}
         of_user = plates_of_user(self.create_plates, args, kwargs)
         self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
-        partial = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
-        return self.plates, {name: self.plates[name].indices for name in partial}
+        moved = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
+        return self.plates, {name: self.plates[name].indices for name in moved}
 
     # What a fit uses beyond Pyro's interface
 
@@ -307,12 +309,11 @@ class AutoAmortized(PersistentGuide):
             self.path = before
 
     @torch.no_grad()
-    def start_near(self, values: Mapping[str, Any], share: float = 1.0) -> None:
-        """Starts near draws of the latents of a mini-batch.
+    def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Starts near draws of the latents of a mini-batch; the flows stay as they are.
 
         The global latents become a Gaussian with the mean of their draws and with their covariance
-        times ``share``, each element one that depends on them as the mean element does. The flows
-        stay as they are.
+        times ``share``, each element one that depends on them as the mean element does.
 
         :param values: for each site a tensor of shape ``(n,) + site shape``, the local latents of
             any number of elements.
@@ -382,7 +383,7 @@ class AutoAmortized(PersistentGuide):
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
         return posterior.log_prob(rows, vectors) - ladj
 
-    def _all_rows(self, args: Any, kwargs: Any) -> Vectors:
+    def _all_rows(self, args: Args, kwargs: Kwargs) -> Vectors:
         """The features or embeddings of all elements that there are, by group."""
         self._register()
         posterior, sizes, features = self._posterior, self._sizes, {}

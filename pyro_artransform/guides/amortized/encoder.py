@@ -14,21 +14,15 @@ from torch import Tensor, nn
 
 from ...arguments import check_callable
 from .layout import Group
-from .plates import Plates
+from .plates import Args, Kwargs, Plates
 
 Features = dict[str, Tensor]
 Encoder = Callable[..., Tensor | Features]
 
 
-def check_encoder(encoder: Encoder | None) -> Encoder | None:
-    """Refuses what cannot be an encoder.
-
-    :raises TypeError: if it cannot be called, or is a class or a module of Pyro's.
-    """
-    if encoder is None:
-        return None
-    wanted = "a module or a function that takes the model's arguments"
-    check_callable("encoder", encoder, wanted)
+def check_encoder(encoder: Encoder) -> None:
+    """Refuses what cannot be called, a class, and a module of Pyro's."""
+    check_callable("encoder", encoder, "a module or a function that takes the model's arguments")
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
         raise TypeError(
@@ -36,7 +30,6 @@ def check_encoder(encoder: Encoder | None) -> Encoder | None:
             f"{type(encoder).__name__}, whose parameters the param store would have twice. Make it "
             "of torch.nn modules"
         )
-    return encoder
 
 
 class MiniBatch(Messenger):
@@ -65,17 +58,15 @@ class MiniBatch(Messenger):
 
 
 def encode(
-    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
+    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> Features:
     """What an encoder returns by group; in it ``pyro.subsample`` works as in the model.
 
     :param plates: plates by name, each with its dimension.
     :param groups: the groups of local latents.
-    :raises TypeError: if the encoder returns neither a tensor nor a dict of tensors.
-    :raises ValueError: if it returns one tensor for several groups, or one for an unknown group.
     """
     with MiniBatch(plates):
-        found: Any = encoder(*args, **kwargs)
+        found: object = encoder(*args, **kwargs)
     names = [group.name for group in groups]
     if isinstance(found, Tensor):
         if len(names) > 1:
@@ -100,12 +91,11 @@ def encode(
 
 
 def first_feature_dims(
-    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
+    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> dict[str, int]:
     """The number of features of each group, by a first :func:`encode` that leaves no trace.
 
-    :raises ValueError: if the encoder is a function with parameters that the param store does not
-        have, which would never train.
+    Refuses a function with parameters that the param store does not have, which would never train.
     """
     tracer = poutine.trace(param_only=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
@@ -128,15 +118,12 @@ def minibatch_rows(
     :param features: a row for each element of the mini-batch, or for each element of the plates, of
         which the mini-batch's are taken.
     :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
-    :raises ValueError: if the features have another shape.
     """
     sizes = {name: plates[name].subsample_size for name in group.plates}
     full_sizes = {name: plates[name].size for name in group.plates}
-    if torch.jit.is_tracing():
-        return features.reshape(group.batch_shape(sizes) + features.shape[-1:])
     of_batch, of_all = ((*s.values(), feature_dim) for s in (sizes, full_sizes))
     got = tuple(features.shape)
-    if got == of_batch:
+    if torch.jit.is_tracing() or got == of_batch:
         return features.reshape(*group.batch_shape(sizes), feature_dim)
     if got == of_all:
         rows = features.reshape(*group.batch_shape(full_sizes), feature_dim)
@@ -152,10 +139,7 @@ def minibatch_rows(
 
 
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:
-    """The features of any number of elements, and the number of elements in each plate.
-
-    :raises ValueError: if the features have another number of dimensions or columns.
-    """
+    """The features of any number of elements, and the number of elements in each plate."""
     *found, columns = features.shape
     if len(found) != len(group.plates) or columns != feature_dim:
         names = ", ".join(f"elements of '{name}'" for name in group.plates)

@@ -4,7 +4,6 @@
 """An amortized posterior on the unconstrained space: global latents, then each local group."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +19,7 @@ from ..spec import GuideSpec
 from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlow, MakeLocalFlow
 from .layout import GLOBAL, Group, LatentLayout, Vectors
-from .plates import Plates, check_sizes
+from .plates import Args, Kwargs, Plates, check_sizes
 
 _OTHER_TABLE = (
     "There is an embedding for each element of the guide's set-up: make a new guide, or give it an "
@@ -70,10 +69,11 @@ class AmortizedPosterior(nn.Module):
             rest_dim = sum(context_dims[name] for name in group.parents)
             feature_dim, table_shape = feature_dims.get(group.name), None
             if feature_dim is None:
-                feature_dim, table_shape = spec.arguments["embedding_dim"], group.full_batch_shape
+                feature_dim = spec.arguments["embedding_dim"]
+                table_shape = group.batch_shape(group.full_sizes)
             factor = LocalFactor(make_local_flow, loc, scale, feature_dim, rest_dim, table_shape)
             self.locals.append(factor)
-            context_dims[group.name] = group.latent_dim
+            context_dims[group.name] = len(loc)
         self.encoder = encoder
 
     @property
@@ -84,15 +84,8 @@ class AmortizedPosterior(nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype and the device of the latents."""
-        return self._factor_of[self.layout.groups[0].name].loc
-
-    @property
-    def _factor_of(self) -> dict[str, GlobalFactor | LocalFactor]:
-        factors: dict[str, GlobalFactor | LocalFactor] = {}
-        if self.globals is not None:
-            factors[GLOBAL] = self.globals
-        factors.update((group.name, factor) for group, factor in self.local_factors)
-        return factors
+        first: GlobalFactor | LocalFactor = self.globals or self.local_factors[0][1]
+        return first.loc
 
     # The features and embeddings of elements
 
@@ -101,11 +94,8 @@ class AmortizedPosterior(nn.Module):
         """The names of the groups whose elements have features by the encoder."""
         return [group.name for group, factor in self.local_factors if factor.table is None]
 
-    def encode(self, plates: Plates, args: Any, kwargs: Any) -> Features:
-        """What the encoder returns, nothing where there is none.
-
-        :raises ValueError: if there are features of other groups than at the set-up.
-        """
+    def encode(self, plates: Plates, args: Args, kwargs: Kwargs) -> Features:
+        """What the encoder returns, nothing where there is none."""
         expected, groups = self.encoded_groups, self.layout.local_groups
         if self.encoder is None or not expected:
             return {}
@@ -124,7 +114,6 @@ class AmortizedPosterior(nn.Module):
         """The features or embeddings of the elements of a mini-batch, by group.
 
         :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
-        :raises ValueError: if they do not fit the plates.
         """
         like = self.like
         rows = {GLOBAL: like.new_empty(0)}
@@ -140,18 +129,14 @@ class AmortizedPosterior(nn.Module):
         return rows
 
     def all_rows(self, features: Features) -> Vectors:
-        """The embeddings of all elements, or their features, of any number of elements.
-
-        :raises ValueError: if the numbers of elements differ between groups.
-        """
+        """The embeddings of all elements, or their features, of any number of elements."""
         like, sizes = self.like, dict[str, int]()
         rows = {GLOBAL: like.new_empty(0)}
         for group, factor in self.local_factors:
             if factor.table is None:
                 row, now = given_rows(group, features[group.name], factor.feature_dim)
             else:
-                row = factor.embeddings({})
-                now = factor.table_sizes(group)
+                row, now = factor.embeddings({}), factor.table_sizes(group)
             check_sizes(group, sizes, now, _OTHER_ELEMENTS)
             sizes.update(now)
             rows[group.name] = row.to(like.dtype)
@@ -165,10 +150,11 @@ class AmortizedPosterior(nn.Module):
         :param features: the features or embeddings of its elements, shape ``(*, F)``.
         :param vectors: the latents of its parents.
         """
-        factors = self._factor_of
-        rest = [
-            factors[name].as_context(vectors[name], group.num_elements) for name in group.parents
-        ]
+        factors: dict[str, GlobalFactor | LocalFactor] = {g.name: f for g, f in self.local_factors}
+        if self.globals is not None:
+            factors[GLOBAL] = self.globals
+        count = group.num_elements
+        rest = [factors[name].as_context(vectors[name], count) for name in group.parents]
         return factors[group.name].condition(features, rest)
 
     def distribution(
@@ -180,39 +166,37 @@ class AmortizedPosterior(nn.Module):
         """
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
-        base = base_of(self.like, batch, group.latent_dim)
+        base = base_of(self.like, batch, group.latents.latent_dim)
         transform = self.condition(group, features, vectors)
         if not path:
             return FlowDistribution(base, transform, validate_args=False)
         posterior = PathDistribution(base, transform, validate_args=False)
-        fixed = group, features.detach(), vectors
-        posterior.through = lambda *pair: self._at_fixed_parameters(*fixed, pair)
+        given = group, features.detach(), vectors
+
+        def through(x: Tensor, z: Tensor) -> Tensor:
+            fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
+            log_density: Tensor = functional_call(self, fixed, (*given, x, z))
+            return log_density
+
+        posterior.through = through
         if group.name == GLOBAL:
             posterior.location = self.like
         return posterior
 
     def forward(
-        self, group: Group, features: Tensor, vectors: Vectors, pair: tuple[Tensor, Tensor]
+        self, group: Group, features: Tensor, vectors: Vectors, x: Tensor, z: Tensor
     ) -> Tensor:
-        """The log-density of one factor where both sides of its transform are known.
+        """The log-density of one factor, shape ``(*,)``, where both sides of its transform are known.
 
-        :param pair: the argument and the value of the transform, shape ``(*, D)`` each.
-        :return: shape ``(*,)``.
+        :param x: the argument of the transform, shape ``(*, D)``.
+        :param z: its value.
         """
-        x, ladj = self.condition(group, features, vectors).inverse_at(*pair)
+        x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
         return _normal_log_prob(x) + ladj
 
-    def _at_fixed_parameters(self, *args: Any) -> Tensor:
-        """:meth:`forward` with a gradient by the latents only."""
-        fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        log_density: Tensor = functional_call(self, fixed, args)
-        return log_density
+    def draw(self, features: Vectors, n: int) -> Vectors:
+        """Draws of all latents, given the features or embeddings of the elements of each group.
 
-    def draw(self, features: Mapping[str, Tensor], n: int) -> Vectors:
-        """Draws of all latents.
-
-        :param features: the features or embeddings of the elements of each group.
-        :param n: how many draws.
         :return: the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``: the dimension
             of the draws is to the left of those of all plates.
         """
@@ -220,16 +204,13 @@ class AmortizedPosterior(nn.Module):
         vectors = Vectors()
         for group in self.layout.groups:
             batch = torch.broadcast_shapes(lead, features[group.name].shape[:-1])
-            x = base_of(self.like, batch, group.latent_dim).sample()
+            x = base_of(self.like, batch, group.latents.latent_dim).sample()
             transform = self.condition(group, features[group.name], vectors)
             vectors[group.name] = transform.call_and_ladj(x)[0]
         return vectors
 
-    def log_prob(self, features: Mapping[str, Tensor], vectors: Vectors) -> Tensor:
-        """The log-density of all latents, shape ``(n,)``.
-
-        :param vectors: the latents of each group, as :meth:`draw` returns them.
-        """
+    def log_prob(self, features: Vectors, vectors: Vectors) -> Tensor:
+        """The log-density of the latents of each group as :meth:`draw` returns them, shape ``(n,)``."""
         parts = []
         for group in self.layout.groups:
             transform = self.condition(group, features[group.name], vectors)
@@ -247,12 +228,12 @@ class AmortizedPosterior(nn.Module):
         z = vectors[GLOBAL].flatten(0, -2)
         self.globals.start_near(z, share)
         for group, factor in self.local_factors:
-            elements = vectors[group.name].reshape(len(z), -1, group.latent_dim)
+            elements = vectors[group.name].reshape(len(z), -1, group.latents.latent_dim)
             factor.start_near(self.globals.as_context(z, group.num_elements), elements)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AmortizedPosterior":
         super()._apply(fn, recurse)
-        self.layout = self.layout.to(fn)
+        self.layout = LatentLayout(site.to(fn) for site in self.layout.sites)
         return self
 
 
