@@ -22,9 +22,10 @@ from ..joint.plates import argument_signature
 from ..joint.sites import Latents
 from ..transforms import ComposedTransform
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
-from .model_checks import (
+from .persistence.param_store import Ownership
+from .persistence.persistent_guide import PersistentGuide
+from .prototype import (
     check_model,
-    check_start,
     is_hidden,
     refuse_moving_structure,
     refuse_other_model,
@@ -32,8 +33,6 @@ from .model_checks import (
     refuse_subsampling,
     sites_by_name,
 )
-from .persistence.param_store import Ownership
-from .persistence.persistent_guide import PersistentGuide
 from .spec import GuideSpec
 
 _FULL_RANK_LIMIT = 200
@@ -117,16 +116,15 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         try:
             super()._setup_prototype(*args, **kwargs)
             first, start = self.prototype_trace, self._init_loc()
-            sites, values = [], {}
-            for site in sites_by_name(first).values():
-                sites.append(site.to(Tensor.clone))
-                values[site.name] = first.nodes[site.name]["value"].detach().clone()
-            check_start(Latents(sites), start, values)
-            refuse_subsampling(sites)
             run = partial(self.model, *args, **kwargs)
             observed = refuse_moving_structure(first, run, rng_state)
+            sites, values = [], {}
+            for name, site in sites_by_name(first).items():
+                sites.append(site.to(Tensor.clone))
+                values[name] = first.nodes[name]["value"].detach().clone()
+            refuse_subsampling(sites)
             arguments = self._resolved_arguments(len(start))
-            spec = GuideSpec(tuple(sites), arguments, observed, start.device)
+            spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
         except BaseException:
             # the next call must not find a guide that is set up by half
@@ -152,14 +150,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         self._parts: tuple[TransformModule, LocationScale] = flow, affine
         self._flow_start = copy.deepcopy(flow.state_dict())
         self.transform = ComposedTransform(flow, affine)
-
-    def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
-        super()._take_spec(spec, values)
+        # what Pyro's autoguides remember of a run of the model
         self.latent_dim = spec.latents.latent_dim
-        self._unconstrained_shapes, self._cond_indep_stacks = {}, {}
-        for site in spec.sites:
-            self._unconstrained_shapes[site.name] = site.unconstrained_shape
-            self._cond_indep_stacks[site.name] = site.plates
+        self._prototype_frames, self._unconstrained_shapes, self._cond_indep_stacks = {}, {}, {}
+        for name, site in spec.latents.sites.items():
+            self._unconstrained_shapes[name] = site.unconstrained_shape
+            self._cond_indep_stacks[name] = site.plates
+            for frame in site.plates:
+                self._prototype_frames[frame.name] = frame
         if self.master is None:
             # NeuTraReparam looks at the plates, and may come before the first call
             with poutine.block():

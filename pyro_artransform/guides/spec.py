@@ -5,13 +5,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.distributions import constraints
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
@@ -23,21 +19,21 @@ from .persistence import serialization
 class GuideSpec:
     """What a guide is built from, a file holds, and a loaded guide is built from again.
 
-    :param sites: the latent sites, in the order of the latent vector.
+    :param latents: the latent sites, packed into one unconstrained vector.
     :param arguments: the arguments of the constructor that decide which parameters there are.
     :param observed: the sites that had data at the set-up, None where that is not known.
     :param device: the device of the parameters.
     """
 
-    sites: tuple[Site, ...]
+    latents: Latents
     arguments: Mapping[str, Any]
     observed: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
-    @cached_property
-    def latents(self) -> Latents:
-        """The packing of the sites into one unconstrained vector."""
-        return Latents(self.sites)
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The latent sites, in the order of the latent vector."""
+        return tuple(self.latents.sites.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,92 +47,37 @@ class GuideSpec:
         """A latent vector of zeros, shape ``(latent_dim,)``."""
         return torch.zeros(self.latents.latent_dim, dtype=self.dtype, device=self.device)
 
-    def prototype_trace(self, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
-        """The latent sites as a trace, as Pyro's autoguides and ``NeuTraReparam`` want it.
-
-        :param values: the starting value of each site; by default some value in its support.
-        """
-        trace = poutine.Trace()
-        for site in self.sites:
-            if values is None:
-                z = torch.zeros(site.unconstrained_shape, dtype=site.dtype, device=self.device)
-                value = site.bijection(z).to(site.dtype)
-            else:
-                value = values[site.name]
-            trace.add_node(
-                site.name,
-                type="sample",
-                name=site.name,
-                fn=SiteShape(site),
-                value=value,
-                is_observed=False,
-                infer={},
-                args=(),
-                kwargs={},
-                cond_indep_stack=site.plates,
-            )
-        return trace
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each site."""
+        return {site.name: tuple(site.shape) for site in self.sites}
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "GuideSpec":
         """The spec as a conversion of tensors leaves it, such as ``Tensor.double``."""
-        device = fn(torch.empty(0, dtype=self.dtype, device=self.device)).device
-        return replace(self, sites=tuple(site.to(fn) for site in self.sites), device=device)
+        latents = Latents(site.to(fn) for site in self.sites)
+        return replace(self, latents=latents, device=fn(self.zeros()).device)
 
     def to_plain(self) -> dict[str, Any]:
-        """The spec as plain data.
-
-        :raises ValueError: if a support or an argument cannot be written; the message names it.
-        """
+        """The spec as plain data; the error for what cannot be written names it."""
+        arguments = {}
+        for name, value in self.arguments.items():
+            arguments[name] = serialization.argument_to_plain(name, value)
         return {
             "sites": [_site_to_plain(site) for site in self.sites],
-            "arguments": {
-                name: serialization.argument_to_plain(name, value)
-                for name, value in self.arguments.items()
-            },
+            "arguments": arguments,
             "observed": None if self.observed is None else list(self.observed),
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "GuideSpec":
-        """The spec from what :meth:`to_plain` made of it.
-
-        :param plain: plain data.
-        :param device: the device of the parameters.
-        """
-        observed = plain["observed"]
-        return cls(
-            sites=tuple(_site_from_plain(site, device) for site in plain["sites"]),
-            arguments={
-                name: serialization.argument_from_plain(value)
-                for name, value in plain["arguments"].items()
-            },
-            observed=None if observed is None else tuple(observed),
-            device=device,
-        )
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each site."""
-        return {site.name: tuple(site.shape) for site in self.sites}
+        """The spec from what :meth:`to_plain` made of it."""
+        latents = Latents(_site_from_plain(site, device) for site in plain["sites"])
+        arguments, observed = {}, plain["observed"]
+        for name, value in plain["arguments"].items():
+            arguments[name] = serialization.argument_from_plain(value)
+        return cls(latents, arguments, None if observed is None else tuple(observed), device)
 
 
-class SiteShape(dist.TorchDistribution):
-    """The shapes and the support of a latent site's distribution, and nothing else of it.
-
-    A prototype trace holds it in place of the distribution, which may hold the data, graphs, and
-    functions that cannot be copied.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    # an attribute of each object: a guide reads it in each call
-    support: constraints.Constraint = constraints.real
-
-    def __init__(self, site: Site) -> None:
-        self.support = site.support
-        event_shape = site.shape[len(site.batch_shape) :]
-        super().__init__(site.batch_shape, event_shape, validate_args=False)
-
-
-def _site_to_plain(site: Site) -> dict[str, Any]:
+def _site_to_plain(site: Site) -> dict[str, object]:
     return {
         "name": site.name,
         "shape": list(site.shape),

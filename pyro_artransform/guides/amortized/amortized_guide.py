@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
 from ...joint.plates import argument_signature
+from ...joint.sites import Latents
 from ..distributions import check_flow_argument
-from ..model_checks import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..persistence.persistent_guide import Model, PersistentGuide
+from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
@@ -193,15 +194,16 @@ class AutoAmortized(PersistentGuide):
         sizes = plate_sizes(sites)
         given.refuse(sizes, partial(self._plates_of_user, args, kwargs))
         start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
-        layout = LatentLayout(map(one_element, sites))
+        latents = Latents(map(one_element, sites))
         (encoder,) = self._encoder
         feature_dims = {}
         if encoder is not None:
             with poutine.block():
                 plates = complete_plates({}, sizes, start.device)
-            feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
+            groups = LatentLayout(latents).local_groups
+            feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        self._set_up_from(GuideSpec(layout.sites, arguments, observed, start.device), start)
+        self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 

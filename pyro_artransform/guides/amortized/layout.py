@@ -92,13 +92,13 @@ class Group:
 class LatentLayout:
     """The latents of a model in groups, each after its parents: the global latents come first.
 
-    :param sites: the sites, of one element of each plate, in the order of the model's trace.
+    :param latents: the latents of one element of each plate.
     """
 
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self.sites = tuple(sites)
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
         by_plates: dict[frozenset[str], list[Site]] = {}
-        for site in self.sites:
+        for site in latents.sites.values():
             by_plates.setdefault(frozenset(frame.name for frame in site.plates), []).append(site)
         by_plates = dict(sorted(by_plates.items(), key=lambda item: len(item[0])))
         stacks = {key: list(plate_sizes(members[:1])) for key, members in by_plates.items()}
@@ -122,8 +122,8 @@ class LatentLayout:
         self.batch_dims = max(group.batch_dims for group in groups)
 
     def by_group(self, z: Tensor) -> Vectors:
-        """The vector of one element of each group, from all latents in the order of the sites."""
-        parts = Latents(self.sites).split(z)
+        """The vector of one element of each group, from the vector of all latents."""
+        parts = self.latents.split(z)
         return {
             group.name: torch.cat([parts[name].flatten() for name in group.latents.sites])
             for group in self.groups
@@ -139,7 +139,7 @@ class LatentLayout:
             z = vectors[group.name]
             batch = z.shape[:1] + z.shape[-1 - group.batch_dims : -1]
             values.update(group.latents.constrain(z.reshape(batch + z.shape[-1:])))
-        return {site.name: values[site.name] for site in self.sites}
+        return {name: values[name] for name in self.latents.sites}
 
     def unconstrain_with_ladj(
         self, values: Mapping[str, object], batch_shapes: Mapping[str, torch.Size], like: Tensor
@@ -195,16 +195,8 @@ def one_element(site: Site) -> Site:
 
 
 def mean_start(site: Site, value: Tensor) -> Tensor:
-    """The mean over all elements of the unconstrained starting value of a site, flattened.
-
-    :raises ValueError: if the value is not inside the support.
-    """
+    """The mean over all elements of the unconstrained starting value of a site, flattened."""
     z = site.bijection.inv(value.detach())
-    if not z.isfinite().all():
-        value_of = "starting values" if site.plates else "a starting value"
-        raise ValueError(
-            f"site '{site.name}': expected {value_of} inside its support, got {value.tolist()}"
-        )
     return z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
 
 

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ...joint.sites import Site
-from ..model_checks import compare_names, latents_of
+from ..prototype import compare_names, latents_of
 from ..spec import GuideSpec
 from .layout import Group, PlateSizes, plate_sizes
 

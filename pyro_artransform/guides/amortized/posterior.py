@@ -55,7 +55,7 @@ class AmortizedPosterior(nn.Module):
         encoder: Encoder | None,
     ) -> None:
         super().__init__()
-        self.layout = LatentLayout(spec.sites)
+        self.layout = LatentLayout(spec.latents)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
@@ -233,7 +233,9 @@ class AmortizedPosterior(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AmortizedPosterior":
         super()._apply(fn, recurse)
-        self.layout = LatentLayout(site.to(fn) for site in self.layout.sites)
+        self.layout = LatentLayout(
+            Latents(site.to(fn) for site in self.layout.latents.sites.values())
+        )
         return self
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
-from ..initialization import StartingValues
+from ..prototype import StartingValues, prototype_trace
 from ..spec import GuideSpec
 from . import serialization
 from .param_store import OWNERS, Ownership, resolve_conflicts
@@ -109,23 +109,16 @@ class PersistentGuide(AutoGuide):
         """The arguments of the constructor, with the defaults for a latent dimension."""
         return dict(self._arguments)
 
-    def _take_spec(self, spec: GuideSpec, values: Mapping[str, Tensor] | None) -> None:
-        """Remembers a spec, and what Pyro's autoguides remember of a run of the model."""
-        self._spec = spec
-        self.prototype_trace = spec.prototype_trace(values)
-        self._prototype_frames = {}
-        for site in spec.sites:
-            for frame in site.plates:
-                self._prototype_frames[frame.name] = frame
-
     def _set_up_from(
         self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
     ) -> None:
         """Everything after the run of the model: a vector and the values of sites to start at."""
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
-            self._build(spec, start.detach().clone())
-            self._take_spec(spec, values)
+            start = start.detach().clone()
+            self._build(spec, start)
+            values = spec.latents.constrain(start) if values is None else values
+            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, values)
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
@@ -268,7 +261,8 @@ class PersistentGuide(AutoGuide):
         if self._spec is not None:
             nodes = self.prototype_trace.nodes
             values = {name: fn(node["value"]) for name, node in nodes.items()}
-            self._take_spec(self._spec.to(fn), values)
+            self._spec = self._spec.to(fn)
+            self.prototype_trace = prototype_trace(self._spec.latents, values)
         return self
 
     # State dicts
@@ -306,6 +300,8 @@ class PersistentGuide(AutoGuide):
         """Builds a guide that was never called; returns what keeps it from loading, if anything."""
         text = state.get(f"{prefix}_extra_state")
         plain = None if text is None else serialization.tensor_to_plain(text)
+        # that of older versions is a list, which says too little
+        plain = plain if isinstance(plain, dict) else None
         parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
         spec = None
         if plain is not None:

@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from pyro_artransform.guides import AutoIAF
 from pyro_artransform.guides.persistence import serialization as saving
+from pyro_artransform.guides.prototype import prototype_trace
 from pyro_artransform.guides.spec import GuideSpec
 from pyro_artransform.joint.supports import same_support
 from tests.guides import models
@@ -47,7 +48,8 @@ def test_sites_survive_json(dtype):
     spec = GuideSpec.from_plain(plain, torch.device("cpu"))
     assert spec.arguments.keys() == guide._spec.arguments.keys()
     assert (spec.observed, spec.dtype, spec.device) == ((), dtype, torch.device("cpu"))
-    back, sites = spec.prototype_trace().nodes, guide.prototype_trace.nodes
+    values = spec.latents.constrain(spec.zeros())
+    back, sites = prototype_trace(spec.latents, values).nodes, guide.prototype_trace.nodes
     assert list(back) == list(sites) == list(FNS)
     for name, site in sites.items():
         assert same_support(back[name]["fn"].support, site["fn"].support), name

@@ -7,9 +7,10 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.infer.autoguide import init_to_median
 
-from pyro_artransform.guides import AutoIAF, model_checks
-from pyro_artransform.guides.spec import SiteShape
+from pyro_artransform.guides import AutoIAF, prototype
+from pyro_artransform.guides.prototype import SiteShape, StartingValues
 from tests.guides import models
 
 
@@ -88,13 +89,13 @@ def test_the_second_look_leaves_the_random_state():
             torch.rand(3)
 
     pyro.set_rng_seed(3)
-    poutine.trace(poutine.block(AutoIAF(model).model, model_checks.is_hidden)).get_trace()
+    poutine.trace(poutine.block(AutoIAF(model).model, prototype.is_hidden)).get_trace()
     after_one_run = torch.get_rng_state()
     pyro.set_rng_seed(3)
     rng_state = torch.get_rng_state()
     wrapped = AutoIAF(model).model
     trace = poutine.trace(wrapped).get_trace()
-    model_checks.refuse_moving_structure(trace, wrapped, rng_state)
+    prototype.refuse_moving_structure(trace, wrapped, rng_state)
     assert torch.equal(torch.get_rng_state(), after_one_run)
 
 
@@ -227,3 +228,21 @@ def test_what_is_predicted_may_be_discrete():
     guide = AutoIAF(model, hidden_dims=8)
     guide(torch.zeros(4), torch.zeros(4))
     assert set(guide(torch.zeros(5))) == {"loc"}
+
+
+def site(fn, **infer):
+    return {"name": "x", "fn": fn, "infer": infer}
+
+
+def test_discrete_sites():
+    values = StartingValues(init_to_median)
+    marked = site(dist.OneHotCategorical(torch.ones(3)), enumerate="parallel")
+    assert values(marked).sum() == 1
+    with pytest.raises(ValueError, match="site 'x' is discrete"):
+        values(site(dist.OneHotCategorical(torch.ones(3))))
+
+
+def test_other_sites_are_left_to_the_starting_function():
+    values = StartingValues(init_to_median)
+    value = values(site(dist.Normal(torch.tensor([-300.0, 40.0]), 1e-3).to_event(1)))
+    assert torch.allclose(value, torch.tensor([-300.0, 40.0]), atol=0.01)

@@ -1,13 +1,16 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a model must be to have a guide: the same latents in each run, and those of its guide."""
+"""The runs of a guide's model: starting values, the trace that Pyro wants, models that are refused."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.messenger import Messenger
@@ -16,8 +19,6 @@ from torch.distributions import Transform, biject_to
 
 from ..joint.sites import Latents, Site, is_enumerated
 from ..joint.supports import describe_support, same_support
-
-Sites = Mapping[str, Site]
 
 _DEPENDS_ON_LATENTS = {
     "names": "site '{name}' is there for some values of the other latents only: expected the same "
@@ -31,8 +32,7 @@ _DEPENDS_ON_LATENTS = {
 }
 _DEPENDS_ON_ARGUMENTS = {
     "shape": "site '{name}': the guide was set up for the shape {expected}, and for these arguments "
-    "of the model it is {got}. A guide has one latent for each of a fixed set of elements; make a new "
-    "guide for data of another size",
+    "of the model it is {got}. Make a new guide for data of another size",
 }
 _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
@@ -44,11 +44,56 @@ _OF_ANOTHER_MODEL = {
 }
 
 
-def check_model(model: Any) -> None:
-    """Refuses what cannot be a model, and a transform in place of one.
+@dataclass(frozen=True)
+class StartingValues:
+    """The starting value of each latent site of a model, for Pyro's ``InitMessenger``.
 
-    :raises TypeError: if it is such.
+    Once the sites of the guide are known, every other latent is predicted, and may be discrete.
     """
+
+    init_loc_fn: Callable[[Any], Tensor]
+    sites: Collection[str] | None = None
+
+    def __call__(self, site: Any) -> Tensor:
+        """The value of a site, a message of Pyro."""
+        is_predicted = self.sites is not None and site["name"] not in self.sites
+        if is_predicted or is_enumerated(site):
+            value: Tensor = site["fn"].sample()
+            return value
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"site '{site['name']}' is discrete, and a flow guide covers continuous latents "
+                "only: expected it to be enumerated, hidden or summed out. Give the guide and "
+                "TraceEnum_ELBO the model pyro.infer.config_enumerate(model); or hide the site from "
+                f"the guide by poutine.block(model, hide=['{site['name']}']) and guide it by "
+                "another one of an AutoGuideList; or write the model without it, as a mixture"
+            )
+        return self.init_loc_fn(site)
+
+
+class SiteShape(dist.TorchDistribution):
+    """The shapes and the support of a latent site's distribution, without its data and graphs."""
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    # each object has its own, as an attribute: a guide reads it in each call
+    support: constraints.Constraint = constraints.real
+
+
+def prototype_trace(latents: Latents, values: Mapping[str, Tensor]) -> poutine.Trace:
+    """Latents and their starting values as a trace, as Pyro and ``NeuTraReparam`` want it."""
+    trace = poutine.Trace()
+    for name, site in latents.sites.items():
+        event_shape = site.shape[len(site.batch_shape) :]
+        fn = SiteShape(site.batch_shape, event_shape, validate_args=False)
+        fn.support = site.support
+        node = {"type": "sample", "fn": fn, "value": values[name], "is_observed": False}
+        rest = {"infer": {}, "args": (), "kwargs": {}, "cond_indep_stack": site.plates}
+        trace.add_node(name, name=name, **node, **rest)
+    return trace
+
+
+def check_model(model: object) -> None:
+    """Refuses what cannot be a model, and a transform in place of one."""
     if not callable(model):
         raise TypeError(f"model: expected a callable, got {type(model).__name__}")
     if isinstance(model, (Transform, ConditionalTransform)):
@@ -64,16 +109,6 @@ def is_hidden(node: Any) -> bool:
     return prototype_hide_fn(node) or is_enumerated(node)
 
 
-def latents_of(run: Callable[[], Any]) -> dict[str, Site]:
-    """The latent sites of one more run of a model, which leaves no trace and no random state.
-
-    :param run: runs the model.
-    """
-    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-        trace = poutine.trace(poutine.block(run, is_hidden)).get_trace()
-    return sites_by_name(trace)
-
-
 def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
     """The latent sites of a trace, by their names."""
     sites = {}
@@ -83,30 +118,14 @@ def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
     return sites
 
 
-def check_start(latents: Latents, start: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Refuses a starting point that is not inside the supports.
-
-    :param latents: the latents.
-    :param start: their starting point, shape ``(latent_dim,)``.
-    :param values: the value of each site there.
-    :raises ValueError: if the starting value of a site is not inside its support.
-    """
-    for name, z in latents.split(start).items():
-        if not z.isfinite().all():
-            raise ValueError(
-                f"site '{name}': expected a starting value inside its support, got "
-                f"{values[name].tolist()}"
-            )
+def latents_of(run: Callable[[], object]) -> dict[str, Site]:
+    """The latent sites of one more run of a model, which leaves no trace and no random state."""
+    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+        return sites_by_name(poutine.trace(poutine.block(run, is_hidden)).get_trace())
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:
-    """Refuses a latent site in a sub-sampled plate.
-
-    Each mini-batch has other latents, and a guide of a fixed number of them would give those of one
-    mini-batch to the next.
-
-    :raises ValueError: if there is one.
-    """
+    """Refuses a latent in a sub-sampled plate, which would be another one in each mini-batch."""
     for site in sites:
         for frame in site.plates:
             if frame.full_size is not None and frame.size != frame.full_size:
@@ -120,54 +139,40 @@ def refuse_subsampling(sites: Iterable[Site]) -> None:
 
 
 def refuse_moving_structure(
-    first: poutine.Trace, run: Callable[[], Any], rng_state: Tensor
+    first: poutine.Trace, run: Callable[[], object], rng_state: Tensor
 ) -> tuple[str, ...]:
     """Refuses a model whose sites or supports depend on the values of its latents.
 
-    The model is run again with other latents and the same random numbers; everything else, the
-    data too, is then as it was, so what differs depends on the latents.
-
-    :param first: the trace of the latents of the first run.
-    :param run: runs the model.
-    :param rng_state: the state of the generator before the first run.
-    :return: the names of the sites that have data.
-    :raises ValueError: if a site comes, goes, or changes its shape or support.
+    The model is run again with other latents and the same random numbers, so that what differs from
+    its first run depends on the latents. The names of the sites that have data are returned.
     """
     with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
         torch.set_rng_state(rng_state)
         second = poutine.trace(run).get_trace()
-    _compare(sites_by_name(first), sites_by_name(second), _DEPENDS_ON_LATENTS)
+    expected, got = sites_by_name(first), sites_by_name(second)
+    compare_names(expected, got, _DEPENDS_ON_LATENTS["names"])
+    _compare(expected, got, _DEPENDS_ON_LATENTS)
     return tuple(second.observation_nodes)
 
 
-def refuse_other_shapes(sites: Sites, run: Callable[[], Any]) -> None:
-    """Refuses arguments for which the latents of a guide have other shapes than it was set up for.
+def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) -> None:
+    """Refuses arguments of the model for which the latents of a guide have other shapes.
 
     Where broadcasting hides it, as for a batch of one, the loss would be wrong with no other sign.
-
-    :param sites: the guide's sites.
-    :param run: runs the model.
-    :raises ValueError: if a latent has another shape, or is in a plate that is sub-sampled now.
     """
     now = latents_of(run)
     # sites that are latent only now are predicted, and those that have data now are conditioned on
-    common = {name: site for name, site in sites.items() if name in now}
-    now = {name: now[name] for name in common}
-    refuse_subsampling(now.values())
-    _compare(common, now, _DEPENDS_ON_ARGUMENTS)
+    refuse_subsampling(site for name, site in now.items() if name in sites)
+    _compare(sites, now, _DEPENDS_ON_ARGUMENTS)
 
 
 def refuse_other_model(
-    sites: Sites, observed: Collection[str] | None, run: Callable[[], Any]
+    sites: Mapping[str, Site], observed: Collection[str] | None, run: Callable[[], object]
 ) -> None:
-    """Refuses a model whose latents are not those of the guide.
+    """Refuses a model whose latents are not those of the guide, or are in a sub-sampled plate.
 
-    :param sites: the guide's sites.
-    :param observed: the sites that had data when the guide was set up; without data they are
-        predicted. None if it is not known which.
-    :param run: runs the model.
-    :raises ValueError: if a site is missing, or one too many, or its shape or support is another;
-        or if it is in a plate that is sub-sampled.
+    Sites that had data when the guide was set up may be latent now: they are predicted. It is not
+    always known which they are.
     """
     now = latents_of(run)
     for name in now.keys() - sites.keys():
@@ -181,33 +186,30 @@ def refuse_other_model(
 def compare_names(
     expected: Collection[str], got: Collection[str], message: str = _OF_ANOTHER_MODEL["names"]
 ) -> None:
-    """Refuses a model with other latents than the guide.
-
-    :param expected: the names of the guide's sites.
-    :param got: the names of the model's latents.
-    :param message: what to say, with fields for the name of a site and what is wrong with it.
-    :raises ValueError: if they differ.
-    """
+    """Refuses a model with other latents than the guide."""
     for name in sorted(set(expected) ^ set(got)):
         where = "the model has no such latent" if name in expected else "the guide has no such site"
         sites = {"expected": sorted(expected), "got": sorted(got)}
         raise ValueError(message.format(name=name, where=where, **sites))
 
 
-def _compare(expected: Sites, got: Sites, messages: Mapping[str, str]) -> None:
-    """Refuses sites that differ, in the words of a situation; what has no words may differ."""
-    compare_names(expected, got, messages.get("names", ""))
+def _compare(
+    expected: Mapping[str, Site], got: Mapping[str, Site], messages: Mapping[str, str]
+) -> None:
+    """Refuses common sites that differ, in the words of a situation; what has no words may differ."""
     for name, site in expected.items():
-        if site.shape != got[name].shape:
-            shapes = {"expected": tuple(site.shape), "got": tuple(got[name].shape)}
-            raise ValueError(messages["shape"].format(name=name, **shapes))
+        if name not in got:
+            continue
+        shapes = tuple(site.shape), tuple(got[name].shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(messages["shape"].format(name=name, expected=shapes[0], got=shapes[1]))
         supports = site.support, got[name].support
         if "support" in messages and not same_support(*supports):
             one, other = map(describe_support, supports)
             raise ValueError(messages["support"].format(name=name, expected=one, got=other))
 
 
-def _to_single(sites: Sites) -> dict[str, Site]:
+def _to_single(sites: Mapping[str, Site]) -> dict[str, Site]:
     """Sites whose bounds can be compared: in one place, and equally exact."""
     return {
         name: site.to(lambda bound: bound.to(device="cpu", dtype=torch.float32))
@@ -216,17 +218,21 @@ def _to_single(sites: Sites) -> dict[str, Site]:
 
 
 class ShiftedLatents(Messenger):
-    """Moves each latent site a little away from where it was in a trace.
-
-    :param trace: a trace of the model.
-    """
+    """Moves each latent site a little away from where it is in a trace."""
 
     def __init__(self, trace: poutine.Trace) -> None:
         super().__init__()
         self._latents: dict[str, Tensor] = {}
         nodes: Iterable[tuple[str, Any]] = trace.iter_stochastic_nodes()
         for name, node in nodes:
-            self._latents[name] = biject_to(node["fn"].support).inv(node["value"])
+            value = node["value"]
+            latent = biject_to(node["fn"].support).inv(value)
+            if not latent.isfinite().all():
+                wanted = "starting values" if node["cond_indep_stack"] else "a starting value"
+                raise ValueError(
+                    f"site '{name}': expected {wanted} inside its support, got {value.tolist()}"
+                )
+            self._latents[name] = latent
 
     def _pyro_sample(self, message: Any) -> None:
         latent = self._latents.get(message["name"])
