@@ -54,20 +54,17 @@ class AutoAmortized(PersistentGuide):
         q(g) \prod_i q(z_i \mid g, h_i)
 
     g are the latents in no plate, z_i those of element i of a plate, and h_i are its features, which
-    an encoder computes from its data. Without an encoder h_i is an embedding: the guide then is a
-    table with a row of parameters for each element, and is not amortized. Several latents in one plate
-    share one flow, which learns how they depend on each other; those in nested plates depend on
-    those in the outer plates too. A plate may be sub-sampled or not. So the guide trains on
-    mini-batches, and with an encoder it has as many parameters however many elements there are.
+    an encoder computes from its data. Without an encoder h_i is an embedding: the guide then has a
+    row of parameters for each element, and is not amortized. Several latents in one plate share one
+    flow, which learns how they depend on each other; those in nested plates depend on those in the
+    outer plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
 
     A new guide is ``Normal(init_loc, init_scale)`` on the unconstrained space for the global latents,
-    and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of the
-    elements that the first call sees.
+    and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of all.
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
     the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
-    need ``create_plates``. It is an ``AutoGuide`` and no ``AutoContinuous``: each element of each plate
-    has a latent vector, and there is none of all latents.
+    need ``create_plates``. It is no ``AutoContinuous``: each element has a latent vector of its own.
 
     :param model: a Pyro model.
     :param encoder: a module or function of the model's arguments that returns the features of each
@@ -76,12 +73,11 @@ class AutoAmortized(PersistentGuide):
         In it ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data, as in the
         plates of the model; a row for each of all elements will do too. Elements of plates
         that the dict leaves out have embeddings.
-    :param flow: a callable that takes the number of global latents and returns a flow, or None for
-        none: then the global latents are Gaussian. By default an IAF.
+    :param flow: a callable that takes the number of global latents and returns a flow; None for
+        Gaussian global latents. By default an IAF.
     :param local_flow: a callable that takes the number of an element's latents and the size of the
         context, and returns a conditional flow such as ``pyro_artransform.conditional_iaf``; None
-        for none: then each element is a Gaussian with independent coordinates, given the global
-        latents.
+        for elements that are Gaussians with independent coordinates, given the global latents.
     :param embedding_dim: the number of features of an embedding.
     :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
         default the median of the prior.
@@ -91,8 +87,7 @@ class AutoAmortized(PersistentGuide):
         indices itself needs it.
     :raises TypeError: if an argument is of the wrong kind.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
-        plates, discrete ones, or plates with indices of its own, or if the encoder's result does
-        not fit them.
+        plates, discrete ones, or indices of its own, or if the encoder's result does not fit.
 
     Example::
 
@@ -119,11 +114,10 @@ class AutoAmortized(PersistentGuide):
        https://arxiv.org/abs/2111.03144
     """
 
-    #: Whether the density of the guide's draws has the path gradient, by the draws only and not by
-    #: the parameters of the density. Its variance is lower, and zero at the exact posterior of an
-    #: element. With several particles their mean gradient goes to the location of the global latents
-    #: alone, where it has the same zero, so that an ELBO has the same optima. It costs one more
-    #: evaluation of each network. Other objectives, such as ``RenyiELBO``, need it to be false.
+    #: Whether the density of the guide's draws has the path gradient, by the draws only. Its variance
+    #: is lower, and zero at the exact posterior of an element. With several particles their mean
+    #: gradient goes to the location of the global latents alone, which leaves an ELBO its optima. It
+    #: costs an evaluation of each network. Objectives such as ``RenyiELBO`` need it to be false.
     path = False
 
     _num_quantile_draws = 2_000
@@ -168,8 +162,7 @@ class AutoAmortized(PersistentGuide):
     def needs_indices(self) -> bool:
         """Whether elements are looked up by their plates' indices, and nobody says what these are.
 
-        Then batches of data as the model's arguments would meet embeddings of other elements. Before
-        the first call it is whether there is no encoder.
+        Batches of data as the model's arguments would then meet embeddings of other elements.
         """
         if self.create_plates is not None or self._spec is None:
             return self.create_plates is None and self._encoder[0] is None
@@ -192,7 +185,7 @@ class AutoAmortized(PersistentGuide):
         run = partial(given(self.model), *args, **kwargs)
         observed = refuse_moving_structure(trace, run, rng_state)
         sizes = plate_sizes(sites)
-        given.refuse(sizes, partial(self._plates_of_user, args, kwargs))
+        given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
         start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
         latents = Latents(map(one_element, sites))
         (encoder,) = self._encoder
@@ -274,18 +267,12 @@ class AutoAmortized(PersistentGuide):
             run = partial(given(self.model), *args, **kwargs)
             sizes = sizes_of_run(self._checked_spec(), run, self._model_is_checked)
             self._model_is_checked = True
-            given.refuse(sizes, partial(self._plates_of_user, args, kwargs))
+            given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
             self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]
         return self._sizes
-
-    def _plates_of_user(self, args: Args, kwargs: Kwargs) -> Plates:
-        """The plates that ``create_plates`` makes, or that of the guide's list does."""
-        maker = self if self.master is None else self.master()
-        with poutine.block():
-            return plates_of_user(maker.create_plates, args, kwargs)
 
     def _plates_for(
         self, sizes: PlateSizes, args: Args, kwargs: Kwargs
@@ -294,7 +281,7 @@ class AutoAmortized(PersistentGuide):
         if self.master is not None:
             plates = {name: self.master().plates[name] for name in sizes}
             return plates, {name: plate.indices for name, plate in plates.items()}
-        of_user = plates_of_user(self.create_plates, args, kwargs)
+        of_user = plates_of_user(self, args, kwargs)
         self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
         moved = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
         return self.plates, {name: self.plates[name].indices for name in moved}
@@ -340,7 +327,14 @@ class AutoAmortized(PersistentGuide):
         if globals_ is None:
             return {}
         ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
-        return globals_.step_scales(_LOCATION_STEP * ratio**0.5, ratio**-0.5)
+        scale = globals_.affine.log_scale.detach().exp()
+        scales: dict[nn.Parameter, Tensor] = {
+            globals_.affine.loc: _LOCATION_STEP * ratio**0.5 * scale
+        }
+        if ratio != 1:
+            for parameter in globals_.transform.transforms[:-1].parameters():
+                scales[parameter] = scale.new_full((), ratio**-0.5)
+        return scales
 
     # Draws and densities
 
@@ -352,8 +346,7 @@ class AutoAmortized(PersistentGuide):
         of all data, or of a mini-batch that is the model's arguments.
 
         :param n: how many.
-        :param args: the model's arguments, needed if there is an encoder, or the guide was never
-            called.
+        :param args: the model's arguments, for an encoder and where the guide was never called.
         :param kwargs: its keyword arguments, likewise.
         :return: for each site a tensor of shape ``(n,) + site shape``.
         :raises ValueError: if ``n`` is no positive integer, or the features do not fit.
@@ -373,8 +366,7 @@ class AutoAmortized(PersistentGuide):
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``, as
             :meth:`sample_posterior` returns them.
-        :param args: the model's arguments, needed if there is an encoder, or the guide was never
-            called.
+        :param args: the model's arguments, for an encoder and where the guide was never called.
         :param kwargs: its keyword arguments, likewise.
         :return: shape ``(n,)``.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.

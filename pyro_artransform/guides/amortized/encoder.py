@@ -26,9 +26,8 @@ def check_encoder(encoder: Encoder) -> None:
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
         raise TypeError(
-            "encoder: expected a torch module or a function, got one with a PyroModule inside, "
-            f"{type(encoder).__name__}, whose parameters the param store would have twice. Make it "
-            "of torch.nn modules"
+            "encoder: expected a function or a module of torch.nn modules, got one with a PyroModule "
+            f"inside, {type(encoder).__name__}: the param store would have its parameters twice"
         )
 
 
@@ -71,9 +70,8 @@ def encode(
     if isinstance(found, Tensor):
         if len(names) > 1:
             raise ValueError(
-                f"encoder: the model has local latents in several plates, {names}: expected a dict "
-                f"of features by these names, got one tensor of shape {tuple(found.shape)}. Elements "
-                "of plates that the dict leaves out have embeddings of their own"
+                f"encoder: the model has local latents in several plates, {names}: expected a dict of "
+                f"features of some or all of these, got one tensor of shape {tuple(found.shape)}"
             )
         found = {names[0]: found}
     if not isinstance(found, dict):
@@ -103,9 +101,8 @@ def first_feature_dims(
     trains = any(features.requires_grad for features in found.values())
     if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
         raise ValueError(
-            "encoder: got a function whose result has gradients, but no parameters of it are "
-            "known, so they would never train: expected a torch module, or a function that "
-            "registers its modules by pyro.module"
+            "encoder: expected a torch module, or a function that registers its modules by "
+            "pyro.module, got a function whose result has gradients, and no parameters of it are known"
         )
     return {name: features.shape[-1] for name, features in found.items()}
 
@@ -126,10 +123,7 @@ def minibatch_rows(
     if torch.jit.is_tracing() or got == of_batch:
         return features.reshape(*group.batch_shape(sizes), feature_dim)
     if got == of_all:
-        rows = features.reshape(*group.batch_shape(full_sizes), feature_dim)
-        for name, dim in group.dims.items():
-            rows = rows.index_select(dim - 1, indices[name]) if name in indices else rows
-        return rows
+        return group.select(features.reshape(*group.batch_shape(full_sizes), feature_dim), indices)
     described = " and ".join(f"plate '{name}' ({size})" for name, size in sizes.items())
     raise ValueError(
         f"encoder: expected features of shape {of_batch}, a row for each element of {described} "
@@ -143,9 +137,7 @@ def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor
     *found, columns = features.shape
     if len(found) != len(group.plates) or columns != feature_dim:
         names = ", ".join(f"elements of '{name}'" for name in group.plates)
-        raise ValueError(
-            f"encoder: expected features of shape ({names}, {feature_dim}), got "
-            f"{tuple(features.shape)}"
-        )
+        wanted, got = f"({names}, {feature_dim})", tuple(features.shape)
+        raise ValueError(f"encoder: expected features of shape {wanted}, got {got}")
     sizes = dict(zip(group.plates, found))
     return features.reshape(*group.batch_shape(sizes), feature_dim), sizes

@@ -4,7 +4,7 @@
 """The factors of an amortized posterior: one for the global latents, one for each local group."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from ...transforms import ComposedTransform, chain
 from ...univariate import MonotonicAffineTransform
 from ...univariate.base import ElementwiseTransform, soft_bound
 from ..distributions import LocationScale, make_flow
-from .layout import Group
 
 # local latents depend on a linear summary, of this size, of more global latents than this
 _MAX_GLOBALS = 64
@@ -45,12 +44,8 @@ class GlobalFactor(nn.Module):
             self.summary = _linear(loc, len(loc), _MAX_GLOBALS, bias=False)
 
     @property
-    def loc(self) -> Tensor:
-        """The location, shape ``(D,)``."""
-        return self._affine.loc
-
-    @property
-    def _affine(self) -> LocationScale:
+    def affine(self) -> LocationScale:
+        """The location and the scale."""
         affine: LocationScale = self.transform.transforms[-1]
         return affine
 
@@ -66,25 +61,16 @@ class GlobalFactor(nn.Module):
         initial, random dependence on them costs little. In larger units it costs as much as all
         elements together, and the posterior of the global latents collapses to avoid it.
         """
-        deviation = (z - self.loc) * (-self._affine.log_scale).exp()
+        deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
         context = deviation if self.summary is None else self.summary(deviation)
         return context / math.sqrt(num_elements)
-
-    def step_scales(self, of_location: float, of_flow: float) -> Mapping[nn.Parameter, Tensor]:
-        """Factors of an optimizer's steps: of the location, in units of the scale, and the flow."""
-        scale = self._affine.log_scale.detach().exp()
-        scales: dict[nn.Parameter, Tensor] = {self._affine.loc: of_location * scale}
-        if of_flow != 1:
-            flows = self.transform.transforms[:-1]
-            scales.update((p, scale.new_full((), of_flow)) for p in flows.parameters())
-        return scales
 
     @torch.no_grad()
     def start_near(self, z: Tensor, share: float) -> None:
         """Becomes a Gaussian with the mean of draws ``(n, D)``, and a share of their covariance."""
         tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
-        is_diagonal = self._affine.lower is None
-        self._affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
+        is_diagonal = self.affine.lower is None
+        self.affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
 
 
 class GivenLocationScale(MonotonicAffineTransform):
@@ -153,7 +139,7 @@ class LocalFactor(nn.Module):
         the log-scale, so that each element can have any location and scale by itself.
     """
 
-    table: Tensor | None
+    table: nn.Parameter | None
 
     def __init__(
         self,
@@ -169,27 +155,9 @@ class LocalFactor(nn.Module):
         self.context_dim, self.feature_dim = len(loc), feature_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, scale, context_dim)
-        table = None
+        self.table = None
         if table_shape is not None:
-            table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
-        self.register_parameter("table", table)
-
-    @property
-    def loc(self) -> Tensor:
-        """The constant part of the location, shape ``(D,)``."""
-        return self.affine.loc
-
-    def table_sizes(self, group: Group) -> dict[str, int]:
-        """The size of each plate of the group, as the table of embeddings has it."""
-        shape: torch.Size = self.table.shape  # type: ignore[union-attr]  # there is a table
-        return {name: shape[dim - 1] for name, dim in group.dims.items()}
-
-    def embeddings(self, indices: Mapping[int, Tensor]) -> Tensor:
-        """The embeddings of the elements with these indices along dimensions of plates."""
-        rows: Tensor = self.table  # type: ignore[assignment]  # the caller knows that it is there
-        for dim, index in indices.items():
-            rows = rows.index_select(dim - 1, index)
-        return rows
+            self.table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
         """From the base to the unconstrained space, for some elements.
@@ -211,7 +179,7 @@ class LocalFactor(nn.Module):
 
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
         """The context of the elements in inner plates that depend on these, shape ``(*, D)``."""
-        return z - self.loc
+        return z - self.affine.loc
 
     @torch.no_grad()
     def start_near(self, context: Tensor, elements: Tensor) -> None:

@@ -82,6 +82,17 @@ class Group:
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
+    def sizes_of(self, rows: Tensor) -> dict[str, int]:
+        """The size of each plate by its name, in rows of shape ``batch + (width,)``."""
+        return {name: rows.shape[dim - 1] for name, dim in self.dims.items()}
+
+    def select(self, rows: Tensor, indices: Mapping[str, Tensor]) -> Tensor:
+        """The rows of the elements with these indices in plates."""
+        for name, dim in self.dims.items():
+            if name in indices:
+                rows = rows.index_select(dim - 1, indices[name])
+        return rows
+
     def batch_shape_of(self, values: Mapping[str, Tensor]) -> torch.Size:
         """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
         name, site = next(iter(self.latents.sites.items()))
@@ -97,37 +108,28 @@ class LatentLayout:
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
-        by_plates: dict[frozenset[str], list[Site]] = {}
+        members: dict[frozenset[str], list[Site]] = {}
         for site in latents.sites.values():
-            by_plates.setdefault(frozenset(frame.name for frame in site.plates), []).append(site)
-        by_plates = dict(sorted(by_plates.items(), key=lambda item: len(item[0])))
-        stacks = {key: list(plate_sizes(members[:1])) for key, members in by_plates.items()}
-        innermost = Counter(stack[-1] for stack in stacks.values() if stack)
+            members.setdefault(frozenset(plate_sizes([site])), []).append(site)
+        innermost = Counter(sites[0].plates[-1].name for key, sites in members.items() if key)
         names: dict[frozenset[str], str] = {}
         groups = []
-        for key, members in by_plates.items():
-            stack, sizes = stacks[key], plate_sizes(members[:1])
+        for key in sorted(members, key=len):
+            sizes = plate_sizes(members[key][:1])
+            stack = list(sizes)
             is_unique = len(stack) < 2 or innermost[stack[-1]] == 1
             names[key] = "/".join(stack[-1:] if is_unique else stack)
             group = Group(
                 name=names[key],
                 dims={name: plate.dim for name, plate in sizes.items()},
                 full_sizes={name: plate.full_size for name, plate in sizes.items()},
-                latents=Latents(_without_plates(site) for site in members),
+                latents=Latents(map(_without_plates, members[key])),
                 parents=tuple(names[other] for other in names if other < key),
             )
             groups.append(group)
         self.groups = tuple(groups)
         self.local_groups = tuple(group for group in groups if group.name != GLOBAL)
         self.batch_dims = max(group.batch_dims for group in groups)
-
-    def by_group(self, z: Tensor) -> Vectors:
-        """The vector of one element of each group, from the vector of all latents."""
-        parts = self.latents.split(z)
-        return {
-            group.name: torch.cat([parts[name].flatten() for name in group.latents.sites])
-            for group in self.groups
-        }
 
     def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
         """The values of all sites, each of shape ``(n,) + site shape``.
@@ -187,8 +189,8 @@ def one_element(site: Site) -> Site:
     if tuple(site.batch_shape) != expected:
         raise ValueError(
             f"site '{site.name}': expected the batch shape {expected} of its plates "
-            f"{sorted(plates)}, got {tuple(site.batch_shape)}. Draw the other dimensions in plates of "
-            "their own, or make them event dimensions by .to_event"
+            f"{sorted(plates)}, got {tuple(site.batch_shape)}. Put the other dimensions into plates, or "
+            "make them event dimensions by .to_event"
         )
     shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
     return replace(site, shape=shape, support=_common_support(site))
@@ -201,9 +203,8 @@ def mean_start(site: Site, value: Tensor) -> Tensor:
 
 
 def _without_plates(site: Site) -> Site:
-    if not site.plates:
-        return site
-    return replace(site, shape=site.shape[len(site.batch_shape) :], plates=())
+    start = len(site.batch_shape) if site.plates else 0
+    return replace(site, shape=site.shape[start:], plates=())
 
 
 def _common_support(site: Site) -> constraints.Constraint:

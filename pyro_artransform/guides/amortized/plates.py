@@ -8,6 +8,8 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
@@ -38,14 +40,15 @@ class GivenIndices(Messenger):
     def refuse(self, sizes: PlateSizes, of_user: Callable[[], Plates]) -> None:
         """Refuses such a plate, unless the user's ``create_plates`` makes it too."""
         names = self.names & sizes.keys()
-        for name in sorted(names - of_user().keys() if names else names):
+        with poutine.block():
+            unknown = names - of_user().keys() if names else names
+        for name in sorted(unknown):
             dim, size, full_size = sizes[name]
             raise ValueError(
                 f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
-                f"{full_size}), and those of the guide would take their place: expected "
-                "create_plates, a function of the model's arguments that returns the plate with "
-                "these indices, as AutoAmortized(..., create_plates=lambda ...: "
-                f"pyro.plate('{name}', {full_size}, subsample=..., dim={dim}))"
+                f"{full_size}), and the guide would draw others: expected create_plates=lambda ...: "
+                f"pyro.plate('{name}', {full_size}, subsample=..., dim={dim}), a function of the "
+                "model's arguments that returns the plate with these indices"
             )
 
 
@@ -85,23 +88,20 @@ def _compare_elements(expected: Site, got: Site) -> None:
     both = expected, got
     plates = [sorted(plate_sizes([site])) for site in both]
     shapes = [tuple(site.shape) for site in both]
-    events = [tuple(site.shape[len(site.batch_shape) :]) for site in both]
-    if plates[0] != plates[1]:
-        raise ValueError(
-            f"site '{got.name}': expected it in the plates {plates[0]}, as at the guide's set-up, got "
-            f"{plates[1]}"
-        )
-    if not plates[0] and shapes[0] != shapes[1]:
+    if not any(plates) and shapes[0] != shapes[1]:
         raise ValueError(
             f"site '{got.name}' is in no plate, and its shape changes with the data: expected "
             f"{shapes[0]}, as at the guide's set-up, got {shapes[1]}. Draw it in a pyro.plate over "
             "the data: then it is local to the elements of that plate"
         )
-    if events[0] != events[1]:
-        raise ValueError(
-            f"site '{got.name}': expected each element of its plates to have the shape {events[0]}, "
-            f"as at the guide's set-up, got {events[1]}"
-        )
+    events = [tuple(site.shape[len(site.batch_shape) :]) for site in both]
+    of_element = "each element of its plates to have the shape"
+    pairs: dict[str, Sequence[object]] = {"it in the plates": plates, of_element: events}
+    for wanted, (before, now) in pairs.items():
+        if before != now:
+            raise ValueError(
+                f"site '{got.name}': expected {wanted} {before}, as at the guide's set-up, got {now}"
+            )
 
 
 def check_sizes(
@@ -124,9 +124,10 @@ def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
     )
 
 
-def plates_of_user(create_plates: CreatePlates | None, args: Args, kwargs: Kwargs) -> Plates:
-    """The plates that ``create_plates`` returns, by name; none where there is no such function."""
-    made = [] if create_plates is None else create_plates(*args, **kwargs)
+def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
+    """The plates that ``create_plates`` of a guide, or of its list, returns, by name, if any."""
+    maker = guide if guide.master is None else guide.master()
+    made = [] if maker.create_plates is None else maker.create_plates(*args, **kwargs)
     plates = [made] if isinstance(made, pyro.plate) else list(made)
     for plate in plates:
         if not isinstance(plate, pyro.plate):

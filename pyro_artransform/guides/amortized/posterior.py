@@ -58,34 +58,30 @@ class AmortizedPosterior(nn.Module):
         self.layout = LatentLayout(spec.latents)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
+        self.local_factors: list[tuple[Group, LocalFactor]] = []
+        self._factors: dict[str, GlobalFactor | LocalFactor] = {}
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
-        context_dims, locs = dict[str, int](), self.layout.by_group(start)
+        parts = spec.latents.split(start)
         for group in self.layout.groups:
-            loc = locs[group.name]
+            loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
             if group.name == GLOBAL:
-                self.globals = GlobalFactor(make_flow, loc, scale)
-                context_dims[GLOBAL] = self.globals.context_dim
+                self._factors[GLOBAL] = self.globals = GlobalFactor(make_flow, loc, scale)
                 continue
-            rest_dim = sum(context_dims[name] for name in group.parents)
+            rest_dim = sum(self._factors[name].context_dim for name in group.parents)
             feature_dim, table_shape = feature_dims.get(group.name), None
             if feature_dim is None:
                 feature_dim = spec.arguments["embedding_dim"]
                 table_shape = group.batch_shape(group.full_sizes)
             factor = LocalFactor(make_local_flow, loc, scale, feature_dim, rest_dim, table_shape)
+            self.local_factors.append((group, factor))
+            self._factors[group.name] = factor
             self.locals.append(factor)
-            context_dims[group.name] = len(loc)
         self.encoder = encoder
 
     @property
-    def local_factors(self) -> list[tuple[Group, LocalFactor]]:
-        """Each group of local latents with its factor."""
-        return list(zip(self.layout.local_groups, self.locals))  # type: ignore[arg-type]
-
-    @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and the device of the latents."""
-        first: GlobalFactor | LocalFactor = self.globals or self.local_factors[0][1]
-        return first.loc
+        """A tensor of the dtype and the device of the latents: the location of the first factor."""
+        return next(iter(self._factors.values())).affine.loc
 
     # The features and embeddings of elements
 
@@ -123,9 +119,8 @@ class AmortizedPosterior(nn.Module):
                 rows[group.name] = minibatch_rows(group, given, dim, plates, indices).to(like.dtype)
                 continue
             sizes = {name: plates[name].size for name in group.dims}
-            check_sizes(group, factor.table_sizes(group), sizes, _OTHER_TABLE)
-            chosen = {dim: indices[name] for name, dim in group.dims.items() if name in indices}
-            rows[group.name] = factor.embeddings(chosen)
+            check_sizes(group, group.sizes_of(factor.table), sizes, _OTHER_TABLE)
+            rows[group.name] = group.select(factor.table, indices)
         return rows
 
     def all_rows(self, features: Features) -> Vectors:
@@ -136,7 +131,7 @@ class AmortizedPosterior(nn.Module):
             if factor.table is None:
                 row, now = given_rows(group, features[group.name], factor.feature_dim)
             else:
-                row, now = factor.embeddings({}), factor.table_sizes(group)
+                row, now = factor.table, group.sizes_of(factor.table)
             check_sizes(group, sizes, now, _OTHER_ELEMENTS)
             sizes.update(now)
             rows[group.name] = row.to(like.dtype)
@@ -150,12 +145,10 @@ class AmortizedPosterior(nn.Module):
         :param features: the features or embeddings of its elements, shape ``(*, F)``.
         :param vectors: the latents of its parents.
         """
-        factors: dict[str, GlobalFactor | LocalFactor] = {g.name: f for g, f in self.local_factors}
-        if self.globals is not None:
-            factors[GLOBAL] = self.globals
-        count = group.num_elements
-        rest = [factors[name].as_context(vectors[name], count) for name in group.parents]
-        return factors[group.name].condition(features, rest)
+        rest = []
+        for name in group.parents:
+            rest.append(self._factors[name].as_context(vectors[name], group.num_elements))
+        return self._factors[group.name].condition(features, rest)
 
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
@@ -166,7 +159,7 @@ class AmortizedPosterior(nn.Module):
         """
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
-        base = base_of(self.like, batch, group.latents.latent_dim)
+        base = base_of(self.like, (*batch, group.latents.latent_dim))
         transform = self.condition(group, features, vectors)
         if not path:
             return FlowDistribution(base, transform, validate_args=False)
@@ -192,7 +185,7 @@ class AmortizedPosterior(nn.Module):
         :param z: its value.
         """
         x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
-        return _normal_log_prob(x) + ladj
+        return base_of(x, x.shape).log_prob(x) + ladj
 
     def draw(self, features: Vectors, n: int) -> Vectors:
         """Draws of all latents, given the features or embeddings of the elements of each group.
@@ -204,7 +197,7 @@ class AmortizedPosterior(nn.Module):
         vectors = Vectors()
         for group in self.layout.groups:
             batch = torch.broadcast_shapes(lead, features[group.name].shape[:-1])
-            x = base_of(self.like, batch, group.latents.latent_dim).sample()
+            x = base_of(self.like, (*batch, group.latents.latent_dim)).sample()
             transform = self.condition(group, features[group.name], vectors)
             vectors[group.name] = transform.call_and_ladj(x)[0]
         return vectors
@@ -215,7 +208,7 @@ class AmortizedPosterior(nn.Module):
         for group in self.layout.groups:
             transform = self.condition(group, features[group.name], vectors)
             x, ladj = transform.inverse_and_ladj(vectors[group.name])
-            parts.append((_normal_log_prob(x) + ladj).flatten(1).sum(-1))
+            parts.append((base_of(x, x.shape).log_prob(x) + ladj).flatten(1).sum(-1))
         return torch.stack(parts).sum(0)
 
     def start_near(self, vectors: Vectors, share: float) -> None:
@@ -258,14 +251,9 @@ def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def base_of(like: Tensor, batch_shape: Sequence[int], latent_dim: int) -> dist.TorchDistribution:
+def base_of(like: Tensor, shape: Sequence[int]) -> dist.TorchDistribution:
     """Standard Normals, whose values are never checked: that would read them."""
-    zeros = like.new_zeros((*batch_shape, latent_dim))
+    zeros = like.new_zeros(shape)
     normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
     base: dist.TorchDistribution = normal.to_event(1)
     return base
-
-
-def _normal_log_prob(x: Tensor) -> Tensor:
-    log_density: Tensor = base_of(x, x.shape[:-1], x.shape[-1]).log_prob(x)
-    return log_density
