@@ -22,7 +22,7 @@ from ..persistence.persistent_guide import Model, PersistentGuide
 from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
-from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
+from .factors import MakeFlow, MakeFlows, MakeLocalFlow, default_flow, default_local_flow
 from .layout import LatentLayout, PlateSizes, Vectors, mean_start, one_element, plate_sizes
 from .plates import (
     Args,
@@ -141,8 +141,9 @@ class AutoAmortized(PersistentGuide):
         if flow is not None:
             check_flow_argument("flow", flow, "the latent dimension")
         if local_flow is not None:
-            wanted = "the latent dimension and the size of the context"
-            check_flow_argument("local_flow", local_flow, wanted)
+            check_flow_argument(
+                "local_flow", local_flow, "the sizes of a latent and of the context"
+            )
         if encoder is not None:
             check_encoder(encoder)
         arguments = {
@@ -152,7 +153,7 @@ class AutoAmortized(PersistentGuide):
         super().__init__(model, init_loc_fn, arguments)
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
-        self._make_flows: tuple[MakeFlow | None, MakeLocalFlow | None] | None = flow, local_flow
+        self._make_flows: MakeFlows | None = flow, local_flow
         # in a tuple, as the model is: its parameters become the guide's at the set-up
         self._encoder = (encoder,)
         self._sizes: PlateSizes = {}
@@ -210,7 +211,7 @@ class AutoAmortized(PersistentGuide):
                 f"the guide had an encoder for plate '{next(iter(feature_dims))}', which no file or "
                 f"state dict holds: expected {type(self).__name__}(..., encoder=...) with one, got none"
             )
-        self.transform = AmortizedPosterior(spec, start, *self._make_flows, encoder)
+        self.transform = AmortizedPosterior(spec, start, self._make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:

@@ -42,18 +42,18 @@ class MiniBatch(Messenger):
         value, event_dim = message["value"], message["kwargs"].get("event_dim")
         if event_dim is None:
             event_dim = message["args"][1]
-        by_dim: dict[int, list[str]] = {}
+        found: dict[int, str] = {}
         for name, plate in self._plates.items():
             dim = plate.dim - event_dim
-            if value.dim() >= -dim and value.shape[dim] == plate.size > plate.subsample_size:
-                by_dim.setdefault(dim, []).append(name)
-        for dim, names in by_dim.items():
-            if len(names) > 1:
+            if value.dim() < -dim or not value.shape[dim] == plate.size > plate.subsample_size:
+                continue
+            if dim in found:
                 raise ValueError(
                     f"encoder: pyro.subsample of shape {tuple(value.shape)} fits the plates "
-                    f"{sorted(names)}: expected one. Return a row for each of all elements"
+                    f"{sorted([found[dim], name])}: expected one. Return a row for each of all elements"
                 )
-            message["value"] = message["value"].index_select(dim, self._plates[names[0]].indices)
+            found[dim] = name
+            message["value"] = message["value"].index_select(dim, plate.indices)
 
 
 def encode(
@@ -75,10 +75,8 @@ def encode(
             )
         found = {names[0]: found}
     if not isinstance(found, dict):
-        raise TypeError(
-            "encoder: expected it to return a tensor or a dict of tensors by plate, got "
-            f"{type(found).__name__}"
-        )
+        kind = type(found).__name__
+        raise TypeError(f"encoder: expected it to return a tensor or a dict of tensors, got {kind}")
     for name, features in found.items():
         if name not in names:
             raise ValueError(f"encoder: expected a dict by plate, of {names}, got the key {name!r}")

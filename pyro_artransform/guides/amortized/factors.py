@@ -23,6 +23,7 @@ _LOG_SCALE_BOUND = 7.0
 
 MakeFlow = Callable[[int], nn.Module]
 MakeLocalFlow = Callable[[int, int], nn.Module]
+MakeFlows = tuple[MakeFlow | None, MakeLocalFlow | None]
 
 
 class GlobalFactor(nn.Module):
@@ -110,17 +111,15 @@ class AmortizedLocationScale(nn.Module):
         for parameter in (self.linear.weight, *last.parameters()):
             nn.init.zeros_(parameter)
 
-    def condition(
-        self, context: Tensor, offsets: tuple[Tensor, Tensor] | None
-    ) -> GivenLocationScale:
+    def condition(self, context: Tensor, offsets: Sequence[Tensor]) -> GivenLocationScale:
         """The transform for one context, shape ``(*, C)``.
 
-        :param offsets: added to the location and to the log-scale, shape ``(*, D)`` each.
+        :param offsets: added to the location and to the log-scale, shape ``(*, D)``; or none.
         """
         shift, bend = self.network(context).tensor_split(2, dim=-1)
         loc = self.loc + self.linear(context)
         log_scale = self.log_scale + soft_bound(bend, _LOG_SCALE_BOUND)
-        if offsets is not None:
+        if offsets:
             loc, log_scale = loc + offsets[0], log_scale + offsets[1]
         return GivenLocationScale(torch.addcmul(loc, shift, log_scale.exp()), log_scale)
 
@@ -165,11 +164,10 @@ class LocalFactor(nn.Module):
         :param features: the features of each element, or its embedding, shape ``(*, F)``.
         :param rest: the rest of the context, each of shape ``(*, C)``; batch shapes broadcast.
         """
-        offsets = None
+        offsets: list[Tensor] = []
         if self.table is not None:
             sizes = [self.feature_dim, self.context_dim, self.context_dim]
-            features, of_loc, of_log_scale = features.split(sizes, dim=-1)
-            offsets = of_loc, of_log_scale
+            features, *offsets = features.split(sizes, dim=-1)
         parts = [features, *rest]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         context = torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], dim=-1)

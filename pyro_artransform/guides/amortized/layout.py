@@ -123,7 +123,12 @@ class LatentLayout:
                 name=names[key],
                 dims={name: plate.dim for name, plate in sizes.items()},
                 full_sizes={name: plate.full_size for name, plate in sizes.items()},
-                latents=Latents(map(_without_plates, members[key])),
+                latents=Latents(
+                    replace(
+                        site, shape=site.shape[len(site.batch_shape) if stack else 0 :], plates=()
+                    )
+                    for site in members[key]
+                ),
                 parents=tuple(names[other] for other in names if other < key),
             )
             groups.append(group)
@@ -162,8 +167,8 @@ class LatentLayout:
         if flat.dim() != 2:
             name, site = next(iter(whole.sites.items()))
             raise ValueError(
-                f"values: expected '{name}' of shape (n,) + site shape, which is "
-                f"{tuple(site.shape)}, got {tuple(flat.shape[:-1] + site.shape)}"
+                f"values: expected '{name}' of shape (n,) + site shape {tuple(site.shape)}, got "
+                f"{tuple(flat.shape[:-1] + site.shape)}"
             )
         parts, vectors = whole.split(flat), {}
         for group in self.groups:
@@ -200,11 +205,6 @@ def mean_start(site: Site, value: Tensor) -> Tensor:
     """The mean over all elements of the unconstrained starting value of a site, flattened."""
     z = site.bijection.inv(value.detach())
     return z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
-
-
-def _without_plates(site: Site) -> Site:
-    start = len(site.batch_shape) if site.plates else 0
-    return replace(site, shape=site.shape[start:], plates=())
 
 
 def _common_support(site: Site) -> constraints.Constraint:

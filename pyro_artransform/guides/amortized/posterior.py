@@ -17,17 +17,13 @@ from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..spec import GuideSpec
 from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
-from .factors import GlobalFactor, LocalFactor, MakeFlow, MakeLocalFlow
+from .factors import GlobalFactor, LocalFactor, MakeFlows
 from .layout import GLOBAL, Group, LatentLayout, Vectors
 from .plates import Args, Kwargs, Plates, check_sizes
 
-_OTHER_TABLE = (
-    "There is an embedding for each element of the guide's set-up: make a new guide, or give it an "
-    "encoder, which has features of any element"
-)
+_OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
 _OTHER_ELEMENTS = (
-    "The elements have to be the same for all latents: embeddings are of all elements, and the "
-    "features of a mini-batch are not"
+    "The elements have to be the same for all latents, and embeddings are of all elements"
 )
 
 
@@ -41,18 +37,12 @@ class AmortizedPosterior(nn.Module):
     :param spec: the spec of the guide: the sites, and ``init_scale``, ``embedding_dim`` and
         ``feature_dims``, the number of features of each group that has an encoder.
     :param start: the initial location, that of one element of each group, in the order of the sites.
-    :param make_flow: makes the flow of the global latents, or is None.
-    :param make_local_flow: makes the conditional flow of a group of local latents, or is None.
+    :param make_flows: makes the flow of the global latents, and the conditional ones of the local.
     :param encoder: the encoder, if there is one.
     """
 
     def __init__(
-        self,
-        spec: GuideSpec,
-        start: Tensor,
-        make_flow: MakeFlow | None,
-        make_local_flow: MakeLocalFlow | None,
-        encoder: Encoder | None,
+        self, spec: GuideSpec, start: Tensor, make_flows: MakeFlows, encoder: Encoder | None
     ) -> None:
         super().__init__()
         self.layout = LatentLayout(spec.latents)
@@ -65,14 +55,13 @@ class AmortizedPosterior(nn.Module):
         for group in self.layout.groups:
             loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
             if group.name == GLOBAL:
-                self._factors[GLOBAL] = self.globals = GlobalFactor(make_flow, loc, scale)
+                self._factors[GLOBAL] = self.globals = GlobalFactor(make_flows[0], loc, scale)
                 continue
             rest_dim = sum(self._factors[name].context_dim for name in group.parents)
-            feature_dim, table_shape = feature_dims.get(group.name), None
-            if feature_dim is None:
-                feature_dim = spec.arguments["embedding_dim"]
-                table_shape = group.batch_shape(group.full_sizes)
-            factor = LocalFactor(make_local_flow, loc, scale, feature_dim, rest_dim, table_shape)
+            dim = feature_dims.get(group.name, spec.arguments["embedding_dim"])
+            all_elements = group.batch_shape(group.full_sizes)
+            table_shape = None if group.name in feature_dims else all_elements
+            factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
             self.local_factors.append((group, factor))
             self._factors[group.name] = factor
             self.locals.append(factor)
