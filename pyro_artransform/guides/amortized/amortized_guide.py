@@ -141,9 +141,7 @@ class AutoAmortized(PersistentGuide):
         if flow is not None:
             check_flow_argument("flow", flow, "the latent dimension")
         if local_flow is not None:
-            check_flow_argument(
-                "local_flow", local_flow, "the sizes of a latent and of the context"
-            )
+            check_flow_argument("local_flow", local_flow, "the latent and the context dimension")
         if encoder is not None:
             check_encoder(encoder)
         arguments = {
@@ -165,8 +163,10 @@ class AutoAmortized(PersistentGuide):
 
         Batches of data as the model's arguments would then meet embeddings of other elements.
         """
-        if self.create_plates is not None or self._spec is None:
-            return self.create_plates is None and self._encoder[0] is None
+        if self.create_plates is not None:
+            return False
+        if self._spec is None:
+            return self._encoder[0] is None
         return len(self._posterior.encoded_groups) < len(self._posterior.locals)
 
     @property

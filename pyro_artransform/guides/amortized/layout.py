@@ -116,19 +116,14 @@ class LatentLayout:
         groups = []
         for key in sorted(members, key=len):
             sizes = plate_sizes(members[key][:1])
-            stack = list(sizes)
+            stack, start = list(sizes), -min((plate.dim for plate in sizes.values()), default=0)
             is_unique = len(stack) < 2 or innermost[stack[-1]] == 1
             names[key] = "/".join(stack[-1:] if is_unique else stack)
             group = Group(
                 name=names[key],
                 dims={name: plate.dim for name, plate in sizes.items()},
                 full_sizes={name: plate.full_size for name, plate in sizes.items()},
-                latents=Latents(
-                    replace(
-                        site, shape=site.shape[len(site.batch_shape) if stack else 0 :], plates=()
-                    )
-                    for site in members[key]
-                ),
+                latents=Latents(replace(s, shape=s.shape[start:], plates=()) for s in members[key]),
                 parents=tuple(names[other] for other in names if other < key),
             )
             groups.append(group)

@@ -131,9 +131,9 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
     plates = [made] if isinstance(made, pyro.plate) else list(made)
     for plate in plates:
         if not isinstance(plate, pyro.plate):
-            got = type(plate).__name__
+            kind = type(plate).__name__
             raise TypeError(
-                f"create_plates: expected it to return a pyro.plate or several, got {got}"
+                f"create_plates: expected it to return a pyro.plate or several, got {kind}"
             )
     return {plate.name: plate for plate in plates}
 

@@ -22,9 +22,7 @@ from .layout import GLOBAL, Group, LatentLayout, Vectors
 from .plates import Args, Kwargs, Plates, check_sizes
 
 _OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
-_OTHER_ELEMENTS = (
-    "The elements have to be the same for all latents, and embeddings are of all elements"
-)
+_OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
 
 
 class AmortizedPosterior(nn.Module):
@@ -72,8 +70,6 @@ class AmortizedPosterior(nn.Module):
         """A tensor of the dtype and the device of the latents: the location of the first factor."""
         return next(iter(self._factors.values())).affine.loc
 
-    # The features and embeddings of elements
-
     @property
     def encoded_groups(self) -> list[str]:
         """The names of the groups whose elements have features by the encoder."""
@@ -86,11 +82,9 @@ class AmortizedPosterior(nn.Module):
             return {}
         own = {name: plates[name] for group in groups for name in group.dims}
         features = encode(self.encoder, own, groups, args, kwargs)
-        if sorted(features) != sorted(expected):
-            raise ValueError(
-                f"encoder: expected features of {sorted(expected)}, as at the guide's set-up, got "
-                f"{sorted(features)}"
-            )
+        if features.keys() != set(expected):
+            wanted = f"{expected}, as at the guide's set-up"
+            raise ValueError(f"encoder: expected features of {wanted}, got {list(features)}")
         return features
 
     def minibatch_rows(
@@ -125,8 +119,6 @@ class AmortizedPosterior(nn.Module):
             sizes.update(now)
             rows[group.name] = row.to(like.dtype)
         return rows
-
-    # Distributions
 
     def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
         """From the base to the unconstrained space, for the elements of a group.
