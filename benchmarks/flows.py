@@ -87,8 +87,8 @@ def logistic() -> None:
 
 def wide(d: int, num_transforms: int = 3) -> nn.Module:
     """Layers with the networks that :class:`AutoIAF` has by default."""
-    hidden_dims, nonlinearity = AutoIAF._default_network(d)
-    return iaf(d, num_transforms, hidden_dims, nonlinearity=nonlinearity)
+    defaults = AutoIAF._with_defaults({"hidden_dims": None, "nonlinearity": None}, d)
+    return iaf(d, num_transforms, **defaults)
 
 
 def splines(d: int) -> nn.Module:

@@ -4,7 +4,7 @@
 """The flow guide of any Pyro model with continuous latents."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,10 @@ from ..arguments import check_integer, check_positive, to_tensor
 from ..joint.plates import argument_signature
 from ..joint.sites import Latents
 from ..transforms import ComposedTransform
+from . import prototype
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
-from .prototype import (
-    check_model,
-    is_hidden,
-    refuse_moving_structure,
-    refuse_other_model,
-    refuse_other_shapes,
-    refuse_subsampling,
-    sites_by_name,
-)
 from .spec import GuideSpec
 
 _FULL_RANK_LIMIT = 200
@@ -80,18 +72,18 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         {'scale': (10,), 'z': (10, 3)}
     """
 
-    _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
+    _prototype_hide_fn = staticmethod(prototype.is_hidden)  # type: ignore[assignment]
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., object],
         *,
         flow: Callable[[int], nn.Module],
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        check_model(model)
+        prototype.check_model(model)
         check_flow_argument("flow", flow, "the latent dimension")
         if not callable(init_loc_fn):
             raise TypeError(f"init_loc_fn: expected a callable, got {type(init_loc_fn).__name__}")
@@ -99,30 +91,28 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
         super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
-        self._argument_shapes: Any = None
+        self._argument_shapes: Hashable = None
         self._make_flow: Callable[[int], nn.Module] | None = flow
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # as the base class has it: here too since Pyro sets the plates in each call
+        # as the base class does: here too since Pyro sets the plates in each call
         if name == "model":
             self._use_model(value)
         else:
             AutoContinuous.__setattr__(self, name, value)
 
-    # Set-up
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state = torch.get_rng_state()
         try:
             super()._setup_prototype(*args, **kwargs)
             first, start = self.prototype_trace, self._init_loc()
             run = partial(self.model, *args, **kwargs)
-            observed = refuse_moving_structure(first, run, rng_state)
+            observed = prototype.refuse_moving_structure(first, run, rng_state)
             sites, values = [], {}
-            for name, site in sites_by_name(first).items():
+            for name, site in prototype.sites_by_name(first).items():
                 sites.append(site.to(Tensor.clone))
                 values[name] = first.nodes[name]["value"].detach().clone()
-            refuse_subsampling(sites)
+            prototype.refuse_subsampling(sites)
             arguments = self._resolved_arguments(len(start))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
@@ -165,46 +155,40 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     # The posterior, as Pyro's autoguides have it
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws all latents, as a Pyro guide does.
 
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
         :return: the value of each site.
-        :raises ValueError: if a latent has another shape for these arguments than at the first call
-            (where Pyro's validation is on); at the first call of a guide that was loaded with a
-            model, if that has other latents than the file.
+        :raises ValueError: if a latent has another shape for these arguments of the model than at the
+            first call (where Pyro's validation is on); at the first call of a guide that was loaded
+            with a model, if that has other latents than the file.
         """
         if self._spec is not None and (args or kwargs or not self._model_is_checked):
             self._check_arguments(args, kwargs)
-        draws: dict[str, Tensor] = super().forward(*args, **kwargs)
-        return draws
+        return super().forward(*args, **kwargs)
 
-    def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Runs the model again where the shapes of its arguments are not those of the last call."""
         if self._model is None or torch._C._get_tracing_state():
             return
         spec, shapes = self._checked_spec(), argument_signature((args, kwargs))
-        sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
+        run = partial(self.model, *args, **kwargs)
         if not self._model_is_checked:
-            refuse_other_model(sites, spec.observed, run)
+            prototype.refuse_other_model(spec.latents.sites, spec.observed, run)
             self._model_is_checked = True
         elif shapes != self._argument_shapes and dist.is_validation_enabled():
-            refuse_other_shapes(sites, run)
+            prototype.refuse_other_shapes(spec.latents.sites, run)
         self._argument_shapes = shapes
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard Normal of shape ``(latent_dim,)``."""
         if self._spec is None:
             self._checked_spec()
-        _, affine = self._parts
         # values are never checked: that reads them, in each step
-        zeros = torch.zeros_like(affine.loc)
-        normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
-        base: dist.TorchDistribution = normal.to_event(1)
-        return base
+        zeros = torch.zeros_like(self._parts[1].loc)
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> ComposedTransform:
+    def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
         if self._spec is None:
             self._checked_spec()
@@ -218,41 +202,33 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._register()
         return self.transform
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+    def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """The distribution of all latents on the unconstrained space, shape ``(latent_dim,)``."""
-        posterior: dist.TorchDistribution = dist.TransformedDistribution(
-            self.get_base_dist(), self.get_transform(), validate_args=False
-        )
-        return posterior
+        base, transform = self.get_base_dist(), self.get_transform()
+        return dist.TransformedDistribution(base, transform, validate_args=False)
 
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draws the vector of all latents, as the auxiliary site of the guide.
 
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
         base, transform = self.get_base_dist(), self.get_transform()
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
-        latent: Tensor = pyro.sample(name, posterior, infer={"is_auxiliary": True})
-        return latent
+        return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for site, value in super()._unpack_latent(latent):
             # latents of mixed dtypes share one vector
             yield site, value.to(site["value"].dtype)
 
-    # Draws and densities
-
     @torch.no_grad()
-    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws of all sites, without gradients.
 
         :param n: how many.
-        :param args: the model's arguments, needed only if the guide was never called.
-        :param kwargs: its keyword arguments, likewise.
+        :param args: the model's arguments, as ``kwargs`` needed only if the guide was never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
         :raises ValueError: if ``n`` is no positive integer.
         """
@@ -263,7 +239,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         z = torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
         return self._checked_spec().latents.constrain(z)
 
-    def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def log_prob(self, values: Mapping[str, Any], *args: object, **kwargs: object) -> Tensor:
         """The log-density at values of all sites, on the constrained space.
 
         The measure on simplices and matrices is Pyro's, that of ``biject_to``. Going back to the
@@ -272,8 +248,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
         :param values: for each site a tensor, array or list of shape ``batch + site shape``, as
             :meth:`sample_posterior` returns them.
-        :param args: the model's arguments, needed only if the guide was never called.
-        :param kwargs: its keyword arguments, likewise.
         :return: shape ``batch``.
         :raises ValueError: if a site is missing or unknown, or a value has another shape; where
             Pyro's validation is on, also if one is outside its support (its density means nothing).
@@ -282,14 +256,13 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         spec = self._checked_spec()
         latent, ladj = spec.latents.unconstrain_with_ladj(values, spec.device)
         x, inverse_ladj = self.get_transform().inverse_and_ladj(latent.to(spec.dtype))
-        normal: Any = self.get_base_dist()
+        normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
         # summed here: torch's Independent cannot sum over no draws
-        log_density: Tensor = normal.base_dist.log_prob(x).sum(-1) + inverse_ladj - ladj
-        return log_density
+        return normal.log_prob(x).sum(-1) + inverse_ladj - ladj
 
     # What a fit uses beyond Pyro's interface
 
-    def start_at(self, loc: Any, scale_tril: Any = None) -> None:
+    def start_at(self, loc: object, scale_tril: object = None) -> None:
         """Becomes a Gaussian on the unconstrained space: the flow is again the one of a new guide.
 
         :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
@@ -302,11 +275,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        loc = to_tensor("loc", loc, affine.loc)
-        scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         # entries of the store that count more are adopted first
         self.get_transform()
-        affine.set_(loc, scale_tril)
+        scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
+        affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
@@ -334,12 +306,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return latent, log_q + (through - through.detach())
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """The size of an optimizer's unit step, for each parameter where it is not one.
-
-        The location is in the units of the model: a step that suits it is a share of its scale.
-
-        :return: for each of these parameters a tensor of its shape.
-        """
+        """The size of an optimizer's step, by parameter: the location's is a share of its scale."""
         self._checked_spec()
         _, affine = self._parts
         return {affine.loc: affine.log_scale.detach().exp()}

@@ -5,24 +5,40 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.linalg import solve_triangular
 
 from ..transforms import FlowModule, check_structure
+
+_State = tuple[bool, int | None]
+
+
+# what a flow has to be, without a context and with one, and what makes such a flow
+_TRANSFORM: tuple[type, str, str] = (
+    Transform,
+    "a TransformModule",
+    "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their parameters, in "
+    "its .inv too",
+)
+_CONDITIONAL: tuple[type, str, str] = (
+    ConditionalTransform,
+    "a conditional transform that is a module",
+    "pyro_artransform.conditional_iaf makes one",
+)
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
     """Refuses what cannot make a flow, and a flow that is one already.
 
     :param name: the name of the argument, such as ``"flow"``.
-    :param make: its value.
     :param wanted: its parameters in words.
-    :raises TypeError: if it is no callable, or a module.
     """
     if not callable(make):
         raise TypeError(f"{name}: expected a callable, got {type(make).__name__}")
@@ -36,51 +52,36 @@ def check_flow_argument(name: str, make: Any, wanted: str) -> None:
 def make_flow(
     name: str, make: Callable[..., Any], like: Tensor, context_dim: int | None = None
 ) -> Any:
-    """Makes a flow with the dtype and the device of the guide.
+    """Makes a flow with the dtype and the device of the guide, and checks it.
 
     :param name: the name of the guide's argument that makes it.
     :param make: takes the latent dimension, and the size of the context where there is one.
     :param like: shape ``(latent_dim,)``.
-    :param context_dim: the size of the context of a conditional flow; None for a flow without one.
-    :return: a module that is a transform, or a conditional one.
-    :raises TypeError: if what it returns is no such module, or has no parameters.
-    :raises ValueError: if the flow is not autoregressive (where Pyro's validation is on).
     """
     # not on the default device
     with like.device:
         flow = make(len(like)) if context_dim is None else make(len(like), context_dim)
-    _check_flow(name, flow, is_conditional=context_dim is not None)
+    kind, wanted, advice = _TRANSFORM if context_dim is None else _CONDITIONAL
+    got = type(flow).__name__
+    is_flow = isinstance(flow, nn.Module) and isinstance(flow, kind)
+    if not is_flow:
+        raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
     flow.to(dtype=like.dtype, device=like.device)
+    is_trained = False
     for parameter in flow.parameters():
         # of a parameter that is not contiguous the param store would train a copy
         parameter.data = parameter.data.contiguous()
-    if not dist.is_validation_enabled():
-        return flow
-    if context_dim is None:
-        check_structure(flow, like)
-    else:
-        check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
-    return flow
-
-
-def _check_flow(name: str, flow: Any, is_conditional: bool) -> None:
-    kind: type = Transform
-    if is_conditional:
-        kind, wanted = ConditionalTransform, "a conditional transform that is a module"
-        advice = "pyro_artransform.conditional_iaf makes one"
-    else:
-        wanted = "a TransformModule"
-        advice = (
-            "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
-            "parameters, in its .inv too"
+        is_trained = is_trained or parameter.requires_grad
+    if not is_trained:
+        raise TypeError(
+            f"{name}: expected a module with parameters to train, got one without: {got}"
         )
-    got = type(flow).__name__
-    if not (isinstance(flow, nn.Module) and isinstance(flow, kind)):
-        raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
-    for parameter in flow.parameters():
-        if parameter.requires_grad:
-            return
-    raise TypeError(f"{name}: expected a module with parameters to train, got one without: {got}")
+    if dist.is_validation_enabled():
+        if context_dim is None:
+            check_structure(flow, like)
+        else:
+            check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
+    return flow
 
 
 class LocationScale(FlowModule):
@@ -90,19 +91,12 @@ class LocationScale(FlowModule):
 
         y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
 
-    A is strictly lower triangular, or zero. The diagonal is free on the log scale, so that an
-    optimizer crosses orders of magnitude at one pace, and the rest is relative to it.
+    A is strictly lower triangular and zero at first, or there is none. The diagonal is free on the
+    log scale, so that an optimizer crosses orders of magnitude at one pace.
 
     :param loc: the location, shape ``(D,)``; gives the dtype and the device.
     :param scale: the standard deviation to start with.
-    :param full_rank: whether there is an A. It starts at zero.
-
-    Example::
-
-        >>> layer = LocationScale(torch.zeros(3), 0.1, full_rank=True)
-        >>> y, ladj = layer.call_and_ladj(torch.zeros(5, 3))
-        >>> y.shape, ladj.shape
-        (torch.Size([5, 3]), torch.Size([5]))
+    :param full_rank: whether there is an A.
     """
 
     lower: Tensor | None
@@ -118,7 +112,7 @@ class LocationScale(FlowModule):
         self.register_parameter("lower", lower)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` of shape ``(*, D)`` and the log-determinant of shape ``(*,)``."""
+        """``y`` of shape ``(*, D)`` and the log-determinant, shape ``(*,)``."""
         mixed = x if self.lower is None else x + x @ self.lower.tril(-1).T
         ladj = self.log_scale.sum().expand(x.shape[:-1])
         return self.loc + self.log_scale.exp() * mixed, ladj
@@ -127,12 +121,9 @@ class LocationScale(FlowModule):
         """``x`` of shape ``(*, D)`` and the log-determinant of the inverse, shape ``(*,)``."""
         x = (y - self.loc) * (-self.log_scale).exp()
         if self.lower is not None:
-            rows = x.reshape(-1, x.shape[-1])
             # the routine takes the diagonal as ones, whatever is there
-            rows = torch.linalg.solve_triangular(
-                self.lower.T, rows, upper=True, left=False, unitriangular=True
-            )
-            x = rows.reshape(x.shape)
+            rows, options = x.reshape(-1, x.shape[-1]), {"left": False, "unitriangular": True}
+            x = solve_triangular(self.lower.T, rows, upper=True, **options).reshape(x.shape)
         return x, -self.log_scale.sum().expand(y.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,11 +131,11 @@ class LocationScale(FlowModule):
         y, ladj = self.call_and_ladj(x)
         with torch.no_grad():
             if self.lower is not None:
-                rows = score.reshape(-1, score.shape[-1])
-                rows = torch.linalg.solve_triangular(
-                    self.lower, rows, upper=False, left=False, unitriangular=True
+                rows, options = (
+                    score.reshape(-1, x.shape[-1]),
+                    {"left": False, "unitriangular": True},
                 )
-                score = rows.reshape(score.shape)
+                score = solve_triangular(self.lower, rows, upper=False, **options).reshape(x.shape)
             return y, ladj, score * (-self.log_scale).exp()
 
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -155,22 +146,12 @@ class LocationScale(FlowModule):
             where this layer is.
         :raises ValueError: if one of them is not so.
         """
-        diagonal = self._check(loc, scale_tril)
-        with torch.no_grad():
-            self.loc.copy_(loc)
-            self.log_scale.copy_(diagonal.log())
-            if self.lower is not None:
-                self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
-
-    def _check(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
-        """The diagonal of a valid scale."""
-        size = len(self.loc)
-        for name, value, shape in (("loc", loc, (size,)), ("scale_tril", scale_tril, (size, size))):
+        dim, diagonal = len(self.loc), scale_tril.diagonal()
+        for name, value, shape in (("loc", loc, (dim,)), ("scale_tril", scale_tril, (dim, dim))):
             if value.shape != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
-        diagonal = scale_tril.diagonal()
         if not (diagonal > 0).all() or scale_tril.triu(1).any():
             raise ValueError(
                 "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
@@ -181,18 +162,15 @@ class LocationScale(FlowModule):
                 "scale_tril: expected a diagonal matrix, since the scale of this guide is diagonal "
                 "(full_rank=True makes it triangular), got entries off the diagonal"
             )
-        return diagonal
+        with torch.no_grad():
+            self.loc.copy_(loc)
+            self.log_scale.copy_(diagonal.log())
+            if self.lower is not None:
+                self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
 
     def extra_repr(self) -> str:
         """The size and the kind of the scale."""
         return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
-
-
-class _Draw(NamedTuple):
-    value: Tensor
-    log_prob: Tensor
-    with_gradients: bool
-    version: int | None
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -223,32 +201,31 @@ class FlowDistribution(dist.TransformedDistribution):
     """
 
     # no __init__ of its own, which expand, as plates call it, would refuse
-    _draw: _Draw | None = None
+    #: the last draw, the log-density there, and the state of both
+    _draw: tuple[Tensor, Tensor, _State] | None = None
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
         flow = self._flow()
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
-        log_prob = self.base_dist.log_prob(x) - self._summed(ladj, flow.codomain.event_dim)
-        self._draw = _Draw(value, log_prob, torch.is_grad_enabled(), _version(value))
+        extra_dims = len(self.event_shape) - flow.codomain.event_dim
+        log_prob = self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims)
+        self._draw = value, log_prob, _state(value)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape ``sample_shape + batch_shape``."""
-        draw = self._draw
-        if (
-            draw is not None
-            and draw.value is value
-            and draw.with_gradients == torch.is_grad_enabled()
-            and draw.version == _version(value)
-        ):
-            return draw.log_prob
+        if self._draw is not None:
+            draw, log_prob, state = self._draw
+            if draw is value and state == _state(value):
+                return log_prob
         if self._validate_args:
             self._validate_sample(value)
         flow = self._flow()
         x, ladj = flow.inverse_and_ladj(value)
-        return self.base_dist.log_prob(x) + self._summed(ladj, flow.codomain.event_dim)
+        extra_dims = len(self.event_shape) - flow.codomain.event_dim
+        return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
 
     def _flow(self) -> FlowModule:
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
@@ -258,22 +235,17 @@ class FlowDistribution(dist.TransformedDistribution):
             )
         return self.transforms[0]
 
-    def _summed(self, ladj: Tensor, event_dim: int) -> Tensor:
-        """The log-determinant summed over the event dimensions that only the base has."""
-        extra = len(self.event_shape) - event_dim
-        return ladj.sum(tuple(range(-extra, 0))) if extra else ladj
-
 
 class PathDistribution(FlowDistribution):
     """A distribution whose density of its own draw has the pathwise gradient only.
 
-    The gradient of that density flows through the draw, and not through the parameters, so that the
-    gradient of an ELBO is the path gradient. The maker of the object sets :attr:`through`.
+    The gradient flows through the draw, and not through the parameters, so that the gradient of an
+    ELBO is the path gradient. The maker of the object sets :attr:`through`.
 
     Where there are many draws and :attr:`location` is set, the mean of their gradients goes to the
     location alone, and the deviations from the mean to all other parameters. The optimum is the same,
-    since the mean gradient vanishes where the location is right. Most of the noise of mini-batches is
-    the same for all draws: this keeps it away from scales and flows.
+    where the mean gradient vanishes. Most of the noise of mini-batches is the same for all draws: this
+    keeps it away from scales and flows.
     """
 
     #: the log-density at fixed parameters, from the argument and the value of the transform
@@ -300,22 +272,17 @@ class PathDistribution(FlowDistribution):
                 value = _moved_by(self.location, value)
             through = self.through(x.detach(), value)
             log_prob = log_prob.detach() + (through - through.detach())
-        self._draw = _Draw(value, log_prob, torch.is_grad_enabled(), _version(value))
+        self._draw = value, log_prob, _state(value)
         return value
 
 
-def _are_paired(count: int) -> bool:
-    """Whether so many draws are made as mirror images: a single pair has no spread."""
-    return count % 2 == 0 and count > 2
-
-
 def _in_pairs(x: Tensor) -> Tensor:
-    """Antithetic draws, where their number allows: for each its mirror image.
+    """Antithetic draws, where their number allows: a single pair has no spread.
 
     The mean gradient of the location then has no noise, as far as the density is a Gaussian.
     """
     count = x.shape[:-1].numel()
-    if not _are_paired(count):
+    if count % 2 or count == 2:
         return x
     half = x.reshape(count, -1)[: count // 2]
     return torch.cat([half, -half]).reshape(x.shape)
@@ -336,7 +303,7 @@ def _without_mean(grad: Tensor) -> Tensor:
 
     Of pairs only the even part has a mean, of half as many independent draws.
     """
-    if not _are_paired(len(grad)):
+    if len(grad) % 2 or len(grad) == 2:
         return (grad - grad.mean(0)) * (len(grad) / (len(grad) - 1))
     one, other = grad.chunk(2)
     odd, even, pairs = (one - other) / 2, (one + other) / 2, len(one)
@@ -344,6 +311,6 @@ def _without_mean(grad: Tensor) -> Tensor:
     return torch.cat([even + odd, even - odd])
 
 
-def _version(value: Tensor) -> int | None:
-    # a tensor of inference mode counts none
-    return None if value.is_inference() else value._version
+def _state(value: Tensor) -> _State:
+    """Whether gradients are recorded, and the version of a tensor, where it counts any."""
+    return torch.is_grad_enabled(), None if value.is_inference() else value._version

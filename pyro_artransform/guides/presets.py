@@ -5,34 +5,29 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_hidden_dims, check_integer
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
-from ..transforms import chain
+from ..transforms import FlowModule, chain
 from .autoregressive import AutoAutoregressive
 
 Nonlinearity = Callable[[Tensor], Tensor]
-_Network = tuple[list[int], Nonlinearity]
 
 
 class PresetGuide(AutoAutoregressive):
     """A guide whose flow is a stack of layers of one kind, which a file can describe."""
 
-    @staticmethod
-    def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
-        """The flow in more than one dimension, of so many layers with such networks."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _network(
-        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
-    ) -> _Network:
-        """The hidden layers and the activation, by default those that suit the latent dimension."""
-        raise NotImplementedError
+    #: makes the layers in more than one dimension
+    _layers: ClassVar[Callable[..., FlowModule]]
+    #: whether each coordinate has hinges before them
+    _has_hinges: ClassVar[bool]
+    #: by default: how many hidden layers, their least width, and their width per latent dimension
+    _hidden_layers: ClassVar[tuple[int, int, int]]
+    _activation: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -45,43 +40,48 @@ class PresetGuide(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        num_transforms = check_integer("num_transforms", num_transforms)
-        widths = None if hidden_dims is None else check_hidden_dims(hidden_dims)
         if nonlinearity is not None:
             wanted = "a function or a module such as torch.nn.ELU()"
             check_callable("nonlinearity", nonlinearity, wanted)
+        arguments = {
+            "num_transforms": check_integer("num_transforms", num_transforms),
+            "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
+            "nonlinearity": nonlinearity,
+        }
         super().__init__(
             model,
-            flow=partial(self._preset_flow, num_transforms, widths, nonlinearity),
+            flow=partial(self._preset_flow, arguments),
             full_rank=full_rank,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._arguments.update(
-            num_transforms=num_transforms, hidden_dims=widths, nonlinearity=nonlinearity
-        )
+        self._arguments.update(arguments)
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
         # with the defaults, so that a version that has others reads the same flow from a file
-        given = super()._resolved_arguments(latent_dim)
-        network = self._network(latent_dim, given["hidden_dims"], given["nonlinearity"])
-        return {**given, "hidden_dims": network[0], "nonlinearity": network[1]}
+        return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
 
     @classmethod
-    def _preset_flow(
-        cls,
-        num_transforms: int,
-        hidden_dims: list[int] | None,
-        nonlinearity: Nonlinearity | None,
-        latent_dim: int,
-    ) -> nn.Module:
-        dims, nonlinearity = cls._network(latent_dim, hidden_dims, nonlinearity)
-        if latent_dim > 1:
-            return cls._stack(latent_dim, num_transforms, dims, nonlinearity=nonlinearity)
-        # affine layers of one coordinate are a Gaussian together
-        count = range(num_transforms)
-        splines = [spline_autoregressive(1, dims, nonlinearity=nonlinearity) for _ in count]
-        return chain([hinged_marginals(1), *splines])
+    def _with_defaults(cls, arguments: dict[str, Any], latent_dim: int) -> dict[str, Any]:
+        """Arguments with the networks that suit a latent dimension, where none are given."""
+        arguments = dict(arguments)
+        if arguments["hidden_dims"] is None:
+            count, least, factor = cls._hidden_layers
+            arguments["hidden_dims"] = [max(least, factor * latent_dim)] * count
+        if arguments["nonlinearity"] is None:
+            arguments["nonlinearity"] = cls._activation()
+        return arguments
+
+    @classmethod
+    def _preset_flow(cls, arguments: dict[str, Any], latent_dim: int) -> nn.Module:
+        network = cls._with_defaults(arguments, latent_dim)
+        count = network.pop("num_transforms")
+        if latent_dim == 1:
+            # affine layers of one coordinate are a Gaussian together
+            splines = [spline_autoregressive(1, **network) for _ in range(count)]
+            return chain([hinged_marginals(1), *splines])
+        layers = cls._layers(latent_dim, count, **network)
+        return chain([hinged_marginals(latent_dim), layers]) if cls._has_hinges else layers
 
 
 class AutoIAF(PresetGuide):
@@ -134,17 +134,8 @@ class AutoIAF(PresetGuide):
        Jozefowicz, Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
 
-    @staticmethod
-    def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
-        layers = iaf(latent_dim, *shape, **options)
-        return chain([hinged_marginals(latent_dim), layers])
-
-    @staticmethod
-    def _network(
-        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
-    ) -> _Network:
-        dims = [max(128, 4 * latent_dim)] if hidden_dims is None else hidden_dims
-        return dims, nn.SiLU() if nonlinearity is None else nonlinearity
+    _layers, _has_hinges = staticmethod(iaf), True
+    _hidden_layers, _activation = (1, 128, 4), nn.SiLU
 
 
 class AutoMAF(PresetGuide):
@@ -185,14 +176,6 @@ class AutoMAF(PresetGuide):
        https://arxiv.org/abs/1705.07057
     """
 
-    @staticmethod
-    def _stack(latent_dim: int, *shape: Any, **options: Any) -> nn.Module:
-        # hinges would add noise to gradients that are expensive already
-        return maf(latent_dim, *shape, **options)
-
-    @staticmethod
-    def _network(
-        latent_dim: int, hidden_dims: list[int] | None, nonlinearity: Nonlinearity | None
-    ) -> _Network:
-        dims = [max(64, 2 * latent_dim)] * 2 if hidden_dims is None else hidden_dims
-        return dims, nn.ELU() if nonlinearity is None else nonlinearity
+    # hinges would add noise to gradients that are expensive already
+    _layers, _has_hinges = staticmethod(maf), False
+    _hidden_layers, _activation = (2, 64, 2), nn.ELU

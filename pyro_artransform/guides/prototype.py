@@ -4,7 +4,7 @@
 """The runs of a guide's model: starting values, the trace that Pyro wants, models that are refused."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -30,45 +30,35 @@ _DEPENDS_ON_LATENTS = {
     "transform it: in place of x ~ Uniform(0, a), u ~ Uniform(0, 1) and "
     "pyro.deterministic('x', a * u)",
 }
-_DEPENDS_ON_ARGUMENTS = {
-    "shape": "site '{name}': the guide was set up for the shape {expected}, and for these arguments "
-    "of the model it is {got}. Make a new guide for data of another size",
-}
 _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
     "guide is of another model",
-    "shape": "site '{name}': the guide was set up for the shape {expected}, and in this model, for "
-    "these arguments, it is {got}: expected {expected}, got {got}",
+    "shape": "site '{name}': the guide was set up for the shape {expected}, and for these arguments "
+    "of the model it is {got}. Make a new guide for data of another size",
     "support": "site '{name}': expected the support {expected}, for which the guide was set up, got "
     "{got}. The guide is of another model",
 }
 
 
-@dataclass(frozen=True)
-class StartingValues:
-    """The starting value of each latent site of a model, for Pyro's ``InitMessenger``.
+def starting_value(
+    init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None, site: Any
+) -> Tensor:
+    """The starting value of a latent site of a model, a message of Pyro.
 
     Once the sites of the guide are known, every other latent is predicted, and may be discrete.
     """
-
-    init_loc_fn: Callable[[Any], Tensor]
-    sites: Collection[str] | None = None
-
-    def __call__(self, site: Any) -> Tensor:
-        """The value of a site, a message of Pyro."""
-        is_predicted = self.sites is not None and site["name"] not in self.sites
-        if is_predicted or is_enumerated(site):
-            value: Tensor = site["fn"].sample()
-            return value
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"site '{site['name']}' is discrete, and a flow guide covers continuous latents "
-                "only: expected it to be enumerated, hidden or summed out. Give the guide and "
-                "TraceEnum_ELBO the model pyro.infer.config_enumerate(model); or hide the site from "
-                f"the guide by poutine.block(model, hide=['{site['name']}']) and guide it by "
-                "another one of an AutoGuideList; or write the model without it, as a mixture"
-            )
-        return self.init_loc_fn(site)
+    is_predicted = sites is not None and site["name"] not in sites
+    if is_predicted or is_enumerated(site):
+        return site["fn"].sample()
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"site '{site['name']}' is discrete, and a flow guide covers continuous latents only: "
+            "expected it to be enumerated, hidden or summed out. Give the guide and TraceEnum_ELBO "
+            "the model pyro.infer.config_enumerate(model); or hide the site from the guide by "
+            f"poutine.block(model, hide=['{site['name']}']) and guide it by another one of an "
+            "AutoGuideList; or write the model without it, as a mixture"
+        )
+    return init_loc_fn(site)
 
 
 class SiteShape(dist.TorchDistribution):
@@ -163,7 +153,7 @@ def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) ->
     now = latents_of(run)
     # sites that are latent only now are predicted, and those that have data now are conditioned on
     refuse_subsampling(site for name, site in now.items() if name in sites)
-    _compare(sites, now, _DEPENDS_ON_ARGUMENTS)
+    _compare(sites, now, {"shape": _OF_ANOTHER_MODEL["shape"]})
 
 
 def refuse_other_model(
@@ -180,7 +170,10 @@ def refuse_other_model(
             del now[name]
     compare_names(sites, now)
     refuse_subsampling(now.values())
-    _compare(_to_single(sites), _to_single(now), _OF_ANOTHER_MODEL)
+    # bounds are compared in one place, and equally exact
+    to_single = partial(Tensor.to, device="cpu", dtype=torch.float32)
+    known = {name: site.to(to_single) for name, site in sites.items()}
+    _compare(known, {name: now[name].to(to_single) for name in known}, _OF_ANOTHER_MODEL)
 
 
 def compare_names(
@@ -207,14 +200,6 @@ def _compare(
         if "support" in messages and not same_support(*supports):
             one, other = map(describe_support, supports)
             raise ValueError(messages["support"].format(name=name, expected=one, got=other))
-
-
-def _to_single(sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Sites whose bounds can be compared: in one place, and equally exact."""
-    return {
-        name: site.to(lambda bound: bound.to(device="cpu", dtype=torch.float32))
-        for name, site in sites.items()
-    }
 
 
 class ShiftedLatents(Messenger):

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -38,10 +39,7 @@ class GuideSpec:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the latent vector, which holds the values of each site."""
-        dtype = self.sites[0].dtype
-        for site in self.sites:
-            dtype = torch.promote_types(dtype, site.dtype)
-        return dtype
+        return reduce(torch.promote_types, (site.dtype for site in self.sites))
 
     def zeros(self) -> Tensor:
         """A latent vector of zeros, shape ``(latent_dim,)``."""
@@ -58,42 +56,32 @@ class GuideSpec:
 
     def to_plain(self) -> dict[str, Any]:
         """The spec as plain data; the error for what cannot be written names it."""
-        arguments = {}
+        sites, arguments = [], {}
+        for site in self.sites:
+            plain = {
+                "name": site.name,
+                "shape": list(site.shape),
+                "event_dim": site.event_dim,
+                "support": serialization.support_to_plain(site.name, site.support),
+                "dtype": str(site.dtype).removeprefix("torch."),
+                "plates": [list(frame) for frame in site.plates],
+            }
+            sites.append(plain)
         for name, value in self.arguments.items():
             arguments[name] = serialization.argument_to_plain(name, value)
-        return {
-            "sites": [_site_to_plain(site) for site in self.sites],
-            "arguments": arguments,
-            "observed": None if self.observed is None else list(self.observed),
-        }
+        observed = None if self.observed is None else list(self.observed)
+        return {"sites": sites, "arguments": arguments, "observed": observed}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], device: torch.device) -> "GuideSpec":
         """The spec from what :meth:`to_plain` made of it."""
-        latents = Latents(_site_from_plain(site, device) for site in plain["sites"])
-        arguments, observed = {}, plain["observed"]
+        sites, arguments, observed = [], {}, plain["observed"]
+        for site in plain["sites"]:
+            support = serialization.support_from_plain(site["support"], device)
+            shape, dtype = torch.Size(site["shape"]), getattr(torch, site["dtype"])
+            plates = tuple(CondIndepStackFrame(*frame) for frame in site["plates"])
+            sites.append(Site(site["name"], shape, site["event_dim"], support, dtype, plates))
         for name, value in plain["arguments"].items():
             arguments[name] = serialization.argument_from_plain(value)
-        return cls(latents, arguments, None if observed is None else tuple(observed), device)
-
-
-def _site_to_plain(site: Site) -> dict[str, object]:
-    return {
-        "name": site.name,
-        "shape": list(site.shape),
-        "event_dim": site.event_dim,
-        "support": serialization.support_to_plain(site.name, site.support),
-        "dtype": str(site.dtype).removeprefix("torch."),
-        "plates": [list(frame) for frame in site.plates],
-    }
-
-
-def _site_from_plain(plain: Mapping[str, Any], device: torch.device) -> Site:
-    return Site(
-        plain["name"],
-        torch.Size(plain["shape"]),
-        plain["event_dim"],
-        serialization.support_from_plain(plain["support"], device),
-        getattr(torch, plain["dtype"]),
-        tuple(CondIndepStackFrame(*frame) for frame in plain["plates"]),
-    )
+        observed = None if observed is None else tuple(observed)
+        return cls(Latents(sites), arguments, observed, device)

@@ -88,8 +88,8 @@ def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
     guide = kind(models.regression)
     guide(models.data())
     guide.save(tmp_path / "guide.pt")
-    of_another_version = lambda dim, dims, nonlinearity: (dims or [8], nonlinearity or nn.Tanh())  # noqa: E731
-    monkeypatch.setattr(kind, "_network", staticmethod(of_another_version))
+    monkeypatch.setattr(kind, "_hidden_layers", (1, 8, 0))
+    monkeypatch.setattr(kind, "_activation", nn.Tanh)
     twin = kind.load(tmp_path / "guide.pt")
     draws = guide.sample_posterior(3)
     assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))

@@ -10,7 +10,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import init_to_median
 
 from pyro_artransform.guides import AutoIAF, prototype
-from pyro_artransform.guides.prototype import SiteShape, StartingValues
+from pyro_artransform.guides.prototype import SiteShape, starting_value
 from tests.guides import models
 
 
@@ -235,14 +235,13 @@ def site(fn, **infer):
 
 
 def test_discrete_sites():
-    values = StartingValues(init_to_median)
     marked = site(dist.OneHotCategorical(torch.ones(3)), enumerate="parallel")
-    assert values(marked).sum() == 1
+    assert starting_value(init_to_median, None, marked).sum() == 1
     with pytest.raises(ValueError, match="site 'x' is discrete"):
-        values(site(dist.OneHotCategorical(torch.ones(3))))
+        starting_value(init_to_median, None, site(dist.OneHotCategorical(torch.ones(3))))
 
 
 def test_other_sites_are_left_to_the_starting_function():
-    values = StartingValues(init_to_median)
-    value = values(site(dist.Normal(torch.tensor([-300.0, 40.0]), 1e-3).to_event(1)))
+    narrow = site(dist.Normal(torch.tensor([-300.0, 40.0]), 1e-3).to_event(1))
+    value = starting_value(init_to_median, None, narrow)
     assert torch.allclose(value, torch.tensor([-300.0, 40.0]), atol=0.01)

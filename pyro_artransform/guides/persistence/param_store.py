@@ -11,13 +11,19 @@ and the store always hold the same tensors: the guide takes those of the store, 
 
 import enum
 import gc
-from collections.abc import Iterator
-from typing import Protocol
+import itertools
 
 import pyro
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+_ADVICE = (
+    "Build the guide as the one that was saved, or call pyro.clear_param_store() to start anew"
+)
+
+#: for each parameter that a guide has put into a store, a weak reference to that guide
+OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 class Ownership(enum.Enum):
@@ -31,66 +37,43 @@ class Ownership(enum.Enum):
     SETTLED = enum.auto()
 
 
-class StoredGuide(Protocol):
-    """A guide with its parameters in ``transform``."""
-
-    #: the name before any suffix
-    first_name: str
-    _pyro_name: str
-    _ownership: Ownership
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters."""
-        ...
-
-    def modules(self) -> Iterator[nn.Module]:
-        """The modules."""
-        ...
-
-    def _put(self, name: str) -> None:
-        """Puts the parameters into the store, and takes this name."""
-        ...
-
-
-#: for each parameter that a guide has put into a store, a weak reference to that guide
-OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
-
-
-def resolve_conflicts(guide: StoredGuide, own: dict[str, nn.Parameter], in_call: bool) -> None:
+def resolve_conflicts(
+    guide: nn.Module, own: dict[str, nn.Parameter], names: list[str], ownership: Ownership
+) -> tuple[str, bool]:
     """Finds the name under which a guide and the store can hold the same tensors.
 
-    The guide adopts entries of its name unless they belong to another living guide; then it takes
-    the next free name, with a suffix.
+    The guide adopts entries of a name unless they belong to another living guide. It is an error if
+    those of its name that were loaded into the store do not fit it.
 
-    :param guide: the guide.
-    :param own: its parameters.
-    :param in_call: whether parameters that the store does not have are put there.
-    :raises ValueError: if the store was loaded with parameters of its name that do not fit it.
+    :param own: the parameters of the guide.
+    :param names: its present name, and the one before any suffix.
+    :return: the name, and whether entries were adopted.
     """
+    with_suffix = (f"{names[-1]}_{number}" for number in itertools.count(1))
+    candidates = itertools.chain(dict.fromkeys(names), with_suffix)
     stored = dict(pyro.get_param_store().named_parameters())
-    misfit, ownership = None, guide._ownership
-    for name in _names(guide):
+    misfit = None
+    while True:
+        name = next(candidates)
         prefix = param_with_module_name(f"{name}.transform", "")
         entries = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
         foreign = [tensor for short, tensor in entries.items() if own.get(short) is not tensor]
         if not foreign:
             if misfit is not None:
                 raise ValueError(misfit)
-            if in_call:
-                guide._put(name)
-            return
+            return name, False
         if _may_adopt(guide, foreign, ownership):
             problem = _misfit(name, entries, own)
             if problem is None:
-                _adopt(guide, name, entries, own)
-                return
+                _adopt(guide, entries, own)
+                return name, True
             if not _were_of_another(foreign, guide):
                 misfit = misfit or problem
         # from here on a guide with values of its own takes no name but a free one
         ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
 
 
-def _may_adopt(guide: StoredGuide, foreign: list[Tensor], ownership: Ownership) -> bool:
+def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:
     if ownership is Ownership.CARRIED:
         return False
     if ownership is Ownership.SETTLED:
@@ -101,11 +84,11 @@ def _may_adopt(guide: StoredGuide, foreign: list[Tensor], ownership: Ownership) 
     return not _are_of_a_living_one(foreign, guide)
 
 
-def _were_of_another(tensors: list[Tensor], guide: StoredGuide) -> bool:
+def _were_of_another(tensors: list[Tensor], guide: nn.Module) -> bool:
     return any(tensor in OWNERS and OWNERS[tensor]() is not guide for tensor in tensors)
 
 
-def _are_of_a_living_one(tensors: list[Tensor], guide: StoredGuide) -> bool:
+def _are_of_a_living_one(tensors: list[Tensor], guide: nn.Module) -> bool:
     """Whether another living guide has one of these parameters now."""
     for tensor in tensors:
         other = OWNERS[tensor]() if tensor in OWNERS else None
@@ -118,25 +101,20 @@ def _are_of_a_living_one(tensors: list[Tensor], guide: StoredGuide) -> bool:
 
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str | None:
     """What keeps a guide from adopting the entries, in words."""
-    advice = (
-        "Build the guide as the one that was saved, or call pyro.clear_param_store() to start anew"
-    )
     for short in sorted(entries.keys() ^ own.keys()):
         where = "no" if short in own else "a"
-        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {advice}"
+        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {_ADVICE}"
     for short, tensor in entries.items():
         expected, got = ((tuple(t.shape), t.dtype, str(t.device)) for t in (own[short], tensor))
         if expected != got:
             return (
                 f"the param store's '{short}' of the guide '{name}' does not fit: expected "
-                f"{expected}, got {got}. {advice}"
+                f"{expected}, got {got}. {_ADVICE}"
             )
     return None
 
 
-def _adopt(
-    guide: StoredGuide, name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]
-) -> None:
+def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:
     """Makes the store's entries the guide's parameters."""
     for short, tensor in entries.items():
         new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
@@ -145,17 +123,3 @@ def _adopt(
             for key, parameter in part._parameters.items():
                 if parameter is own[short]:
                     part._parameters[key] = new
-    guide._put(name)
-
-
-def _names(guide: StoredGuide) -> Iterator[str]:
-    """The guide's present name, then its first one with no suffix, then with 1, 2, ..."""
-    present, first = guide._pyro_name, guide.first_name
-    yield present
-    if present != first:
-        yield first
-    number = 0
-    while True:
-        number += 1
-        if f"{first}_{number}" != present:
-            yield f"{first}_{number}"

@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import pyro
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
-from ..prototype import StartingValues, prototype_trace
+from ..prototype import prototype_trace, starting_value
 from ..spec import GuideSpec
 from . import serialization
 from .param_store import OWNERS, Ownership, resolve_conflicts
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
-Model = Callable[..., Any]
+Model = Callable[..., object]
+Values = Callable[..., Any]
+State = Mapping[str, Tensor]
 
 
 class PersistentGuide(AutoGuide):
@@ -34,20 +37,16 @@ class PersistentGuide(AutoGuide):
 
     Its parameters are in the attribute ``transform``, which :meth:`_build` makes. A subclass calls
     :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses its parameters.
-
-    :param model: a Pyro model.
-    :param init_loc_fn: the starting value of each site.
-    :param arguments: the constructor's arguments that decide which parameters there are.
+    ``arguments`` are those of its constructor that decide which parameters there are.
     """
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
-    #: draws for a quantile
     _num_quantile_draws = 10_000
     #: the name before any suffix
     first_name: str
 
-    def __init__(self, model: Model, init_loc_fn: Model, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: Model, init_loc_fn: Values, arguments: dict[str, Any]) -> None:
         # not that of AutoContinuous, which would wrap the model once more
         AutoGuide.__init__(self, model)
         self.first_name = self._pyro_name
@@ -58,46 +57,31 @@ class PersistentGuide(AutoGuide):
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
 
-    # The model
-
     @property
     def model(self) -> Model:
-        """The model.
-
-        :raises RuntimeError: if the guide came without one.
-        """
+        """The model; there is none in a guide that was unpickled, or loaded without one."""
         if self._model is None:
             name = type(self).__name__
             raise RuntimeError(
-                f"this {name} has no model: pickle drops it, and load(path) had none. SVI and "
-                f"Predictive take the model themselves; guide.model = model, or {name}.load(path, "
-                "model), puts one into the guide"
+                f"this {name} has no model: pickle drops it, and load(path) had none. guide.model = "
+                f"model, or {name}.load(path, model), puts one into the guide"
             )
         return self._model[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "model":
-            # a model that is a module would become a part of the guide
             self._use_model(value)
         else:
             super().__setattr__(name, value)
 
-    def _use_model(self, model: Model, init_loc_fn: Model = init_to_median) -> None:
+    def _use_model(self, model: Model, init_loc_fn: Values = init_to_median) -> None:
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
-        start = StartingValues(init_loc_fn, names)
-        self._model = InitMessenger(start)(model), model, init_loc_fn
+        start = InitMessenger(partial(starting_value, init_loc_fn, names))
+        self._model = start(model), model, init_loc_fn
 
-    # What a subclass makes
-
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
-        """Runs the model, to learn its latents, and builds the flows, unless that is done already.
-
-        The first call of the guide does the same.
-
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
-        """
+    def set_up(self, *args: object, **kwargs: object) -> None:
+        """Runs the model, to learn its latents, and builds the flows, as the first call does."""
         if self._spec is None:
             self._setup_prototype(*args, **kwargs)
 
@@ -112,19 +96,19 @@ class PersistentGuide(AutoGuide):
     def _set_up_from(
         self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Everything after the run of the model: a vector and the values of sites to start at."""
+        """What follows the run of the model, from a starting point and the value of each site."""
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
-            values = spec.latents.constrain(start) if values is None else values
+            values = values or spec.latents.constrain(start)
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, values)
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
     def _restore(self, spec: GuideSpec) -> None:
-        """Does what the set-up does, without the model; the guide's own arguments count first."""
+        """Sets the guide up without its model; its own arguments count before those of the spec."""
         own = self._resolved_arguments(spec.latents.latent_dim)
         spec = replace(spec, arguments={**spec.arguments, **own})
         self._set_up_from(spec, spec.zeros())
@@ -132,7 +116,7 @@ class PersistentGuide(AutoGuide):
         self._model_is_checked = False
 
     def _checked_spec(self) -> GuideSpec:
-        """The spec; a guide that was never called has none, which is an error."""
+        """The spec, which a guide has from its first call on."""
         if self._spec is None:
             raise RuntimeError(
                 f"this {type(self).__name__} does not know the model's latents yet: call it, or "
@@ -140,9 +124,7 @@ class PersistentGuide(AutoGuide):
             )
         return self._spec
 
-    # Quantiles
-
-    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws of all sites, which a subclass makes."""
         raise NotImplementedError
 
@@ -150,16 +132,15 @@ class PersistentGuide(AutoGuide):
     def quantiles(
         self,
         quantiles: Sequence[float] | Tensor,
-        *args: Any,
+        *args: object,
         num_samples: int | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> dict[str, Tensor]:
         """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
 
         :param quantiles: q levels between 0 and 1.
-        :param args: the model's arguments, as for ``sample_posterior``.
+        :param args: the model's arguments, as ``kwargs`` for ``sample_posterior``.
         :param num_samples: how many draws; by default 10,000, and 2,000 of an amortized guide.
-        :param kwargs: the model's keyword arguments, likewise.
         :return: for each site a tensor of shape ``(q,) + site shape``.
         :raises ValueError: if a level is not between 0 and 1.
         """
@@ -170,7 +151,7 @@ class PersistentGuide(AutoGuide):
         return {name: quantiles_of(value, levels) for name, value in draws.items()}
 
     def median(
-        self, *args: Any, num_samples: int | None = None, **kwargs: Any
+        self, *args: object, num_samples: int | None = None, **kwargs: object
     ) -> dict[str, Tensor]:
         """The median of each coordinate of each site, from draws, as for :meth:`quantiles`.
 
@@ -182,24 +163,23 @@ class PersistentGuide(AutoGuide):
     # The param store
 
     def _register(self) -> None:
-        """Makes the guide's parameters and those of its name in the store the same tensors.
-
-        :raises ValueError: if the store was loaded with parameters of its name that do not fit it.
-        """
+        """Makes the guide's parameters and those of its name in the store the same tensors."""
         if pyro.settings.get("module_local_params"):
             for parameter in self._trainable().values():
                 # SVI asks each parameter for this, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
             self._ownership = Ownership.CARRIED
             return
-        in_call, is_free = bool(self._pyro_context.active), True
-        prefix = param_with_module_name(f"{self._pyro_name}.transform", "")
+        in_call, is_free, is_adopted = bool(self._pyro_context.active), True, False
+        name = self._pyro_name
+        prefix = param_with_module_name(f"{name}.transform", "")
         for key, _ in pyro.get_param_store().named_parameters():
             is_free = is_free and not key.startswith(prefix)
         if not is_free:
-            resolve_conflicts(self, self._trainable(), in_call)
-        elif in_call:
-            self._put(self._pyro_name)
+            names, own = [name, self.first_name], self._trainable()
+            name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
+        if in_call or is_adopted:
+            self._put(name)
         if in_call or self._ownership is not Ownership.CARRIED:
             self._ownership = Ownership.SETTLED
 
@@ -209,9 +189,9 @@ class PersistentGuide(AutoGuide):
         stored = dict(store.named_parameters())
         for short, parameter in self._trainable().items():
             key = param_with_module_name(f"{name}.transform", short)
-            if key in stored and stored[key] is not parameter:
-                del store[key]
             if stored.get(key) is not parameter:
+                if key in stored:
+                    del store[key]
                 store[key] = parameter
             OWNERS[parameter] = weakref.ref(self)
         self._pyro_name = name
@@ -229,8 +209,6 @@ class PersistentGuide(AutoGuide):
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
         self.first_name = name
-
-    # Copies
 
     def __getstate__(self) -> dict[str, Any]:
         for part in self.modules():
@@ -259,70 +237,54 @@ class PersistentGuide(AutoGuide):
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
         if self._spec is not None:
-            nodes = self.prototype_trace.nodes
+            self._spec, nodes = self._spec.to(fn), self.prototype_trace.nodes
             values = {name: fn(node["value"]) for name, node in nodes.items()}
-            self._spec = self._spec.to(fn)
             self.prototype_trace = prototype_trace(self._spec.latents, values)
         return self
 
     # State dicts
 
     def get_extra_state(self) -> Tensor:
-        """The spec as bytes, so that a state dict says what it is of.
-
-        Empty where there is none yet, or where a support cannot be written.
-        """
-        plain = None
-        if self._spec is not None:
-            # functions are arguments that a guide has before it loads a state dict
-            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
-            try:
-                plain = replace(self._spec, arguments=known).to_plain()
-            except ValueError:
-                plain = None
-        return serialization.plain_to_tensor(plain)
+        """The spec as bytes; null where there is none yet, or a support cannot be written."""
+        if self._spec is None:
+            return serialization.plain_to_tensor(None)
+        # functions are arguments that a guide has before it loads a state dict
+        known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
+        try:
+            return serialization.plain_to_tensor(replace(self._spec, arguments=known).to_plain())
+        except ValueError:
+            return serialization.plain_to_tensor(None)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Does nothing: the spec is needed before the parameters, and is read then."""
+        """Does nothing: the spec is read before the parameters."""
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # called with local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         serialization.check_finite(own)
-        problem = self._prepare_for(own, prefix)
-        if problem is not None:
-            args[-1].append(problem)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._prepare_for(own, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _prepare_for(self, state: dict[str, Tensor], prefix: str) -> str | None:
-        """Builds a guide that was never called; returns what keeps it from loading, if anything."""
+    def _prepare_for(self, state: State, prefix: str) -> None:
+        """Builds a guide that was never called, and refuses the state dict of another guide."""
         text = state.get(f"{prefix}_extra_state")
         plain = None if text is None else serialization.tensor_to_plain(text)
-        # that of older versions is a list, which says too little
-        plain = plain if isinstance(plain, dict) else None
         parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
-        spec = None
-        if plain is not None:
-            device = parameters[0].device if parameters else torch.device("cpu")
-            spec = GuideSpec.from_plain(plain, device)
-        if self._spec is not None:
-            expected = self._spec.shapes()
-            if spec is not None and spec.shapes() != expected:
-                return (
-                    f"the state dict is of a guide of other sites: expected {expected}, got "
-                    f"{spec.shapes()}"
-                )
-        elif spec is not None:
+        device = parameters[0].device if parameters else torch.device("cpu")
+        # that of older versions is a list, which says too little
+        spec = GuideSpec.from_plain(plain, device) if isinstance(plain, dict) else None
+        if self._spec is None and spec is not None:
             self._restore(spec)
-        elif parameters:
-            return (
+        elif self._spec is None and parameters:
+            raise RuntimeError(
                 f"{type(self).__name__} was never called, so it has no parameters yet, and the "
                 "state dict does not say of which sites it is: call the guide with the model's "
                 "arguments first"
             )
-        return None
+        elif self._spec is not None and spec is not None and spec.shapes() != self._spec.shapes():
+            raise RuntimeError(
+                "the state dict is of a guide of other sites: expected "
+                f"{self._spec.shapes()}, got {spec.shapes()}"
+            )
 
     # Files
 
@@ -364,7 +326,7 @@ class PersistentGuide(AutoGuide):
         device = next(v.device for key, v in state.items() if key != "_extra_state")
         spec = GuideSpec.from_plain(saved["spec"], device)
         known = cls._constructor_arguments(spec)
-        guide = cls(_no_model if model is None else model, **{**known, **arguments})
+        guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
         try:
             guide._restore(spec)
             guide.load_state_dict(state)
@@ -378,7 +340,3 @@ class PersistentGuide(AutoGuide):
     def _constructor_arguments(cls, spec: GuideSpec) -> dict[str, Any]:
         """The arguments in a spec that the constructor takes."""
         return dict(spec.arguments)
-
-
-def _no_model() -> None:
-    """Stands for a model until the guide is loaded."""

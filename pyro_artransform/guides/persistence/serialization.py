@@ -24,23 +24,15 @@ _SUPPORTS = (
 )
 
 
-def _class_of(constraint: Any) -> type:
-    return constraint if isinstance(constraint, type) else type(constraint)
-
-
-_NAME_TO_CLASS = {
-    name: _class_of(getattr(constraints, name)) for name in _SUPPORTS if hasattr(constraints, name)
-}
+_NAME_TO_CLASS: dict[str, type] = {}
+for _name in _SUPPORTS:
+    _support = getattr(constraints, _name)
+    _NAME_TO_CLASS[_name] = _support if isinstance(_support, type) else type(_support)
 _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
 
 
 def support_to_plain(name: str, support: constraints.Constraint) -> dict[str, Any]:
-    """A support as plain data.
-
-    :param name: the name of its site.
-    :param support: a support of Pyro's.
-    :raises ValueError: if it cannot be written; the message names the site.
-    """
+    """The support of a site as plain data; the error for one that cannot be written names the site."""
     kind = _CLASS_TO_NAME.get(type(support))
     if kind is None:
         raise ValueError(
@@ -60,11 +52,7 @@ def support_to_plain(name: str, support: constraints.Constraint) -> dict[str, An
 
 
 def support_from_plain(plain: Any, device: torch.device) -> Any:
-    """The support from what :func:`support_to_plain` made of it.
-
-    :param plain: plain data.
-    :param device: the device of its bounds.
-    """
+    """The support from what :func:`support_to_plain` made of it, with bounds on a device."""
     if not isinstance(plain, dict):
         return plain
     if "tensor" in plain:
@@ -85,13 +73,7 @@ def tensor_to_plain(text: Tensor) -> Any:
 
 
 def argument_to_plain(name: str, value: Any) -> Any:
-    """An argument of a guide as plain data; an activation is its name in PyTorch and its constants.
-
-    :param name: the name of the argument.
-    :param value: plain data, a module of ``torch.nn``, or a function of ``torch`` or of
-        ``torch.nn.functional``.
-    :raises ValueError: if it is a callable of another kind.
-    """
+    """An argument of a guide as plain data; an activation is its name in PyTorch and its constants."""
     if not callable(value):
         return value
     kind = getattr(value, "__name__", type(value).__name__)
@@ -122,63 +104,45 @@ def argument_from_plain(plain: Any) -> Any:
 def write(
     path: str | os.PathLike[str], class_name: str, spec: dict[str, Any], state: dict[str, Tensor]
 ) -> None:
-    """Writes a guide's file.
-
-    :param path: where to.
-    :param class_name: the class of the guide.
-    :param spec: its spec as plain data.
-    :param state: its state dict.
-    :raises ValueError: if a parameter is not finite.
-    """
+    """Writes a guide's file: its class, its spec as plain data, and its state dict."""
     check_finite(state)
     torch.save({"format": FORMAT, "class": class_name, "spec": spec, "state": dict(state)}, path)
 
 
 def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> dict[str, Any]:
-    """Reads a guide's file.
-
-    :param path: where from.
-    :param class_name: the class that is wanted.
-    :param map_location: as for ``torch.load``.
-    :return: a dict with the spec as plain data and the state dict.
-    :raises ValueError: if the file is of another format or class, or holds NaN.
-    """
-    saved = _load(path, map_location)
+    """Reads the file of a guide of a class: what :func:`write` wrote, as a dict."""
+    not_a_guides_file = ValueError(
+        f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
+        "another file"
+    )
+    try:
+        saved = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception:
+        if _can_be_read(path):
+            # what is wrong is map_location
+            raise
+        # not torch's error: it advises weights_only=False, which runs any code in the file
+        raise not_a_guides_file from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or not saved.keys() >= _KEYS:
-        raise _not_a_guides_file(path)
+        raise not_a_guides_file
     if saved["class"] != class_name:
         raise ValueError(f"{path}: expected a guide of class {class_name}, got {saved['class']}")
     check_finite(saved["state"])
     return saved
 
 
-def _load(path: str | os.PathLike[str], map_location: Any) -> Any:
+def _can_be_read(path: str | os.PathLike[str]) -> bool:
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
+        torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:
-            # torch advises to load such a file with weights_only=False, which runs any code in it
-            raise _not_a_guides_file(path) from None
-        # the file is fine, and map_location is not
-        raise
-
-
-def _not_a_guides_file(path: str | os.PathLike[str]) -> ValueError:
-    return ValueError(
-        f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
-        "another file"
-    )
+        return False
+    return True
 
 
 def check_finite(state: dict[str, Tensor]) -> None:
-    """Refuses a state dict with NaN or infinite entries.
-
-    :raises ValueError: if there is one; the message names it.
-    """
+    """Refuses a state dict with NaN or infinite entries."""
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             bad = int((~value.isfinite()).sum())

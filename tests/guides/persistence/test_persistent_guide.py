@@ -18,6 +18,7 @@ from torch import nn
 
 from pyro_artransform import iaf, spline_autoregressive
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform.guides.persistence import serialization
 from tests.guides import models
 from tests.guides.training import parameters, train, trains, unmoved
 
@@ -153,6 +154,21 @@ def test_state_dict_of_a_list():
     part = {k.removeprefix("0."): v for k, v in guides.state_dict().items() if k[:2] == "0."}
     other.load_state_dict(part)
     assert torch.equal(score(other), score(guides[0]))
+
+
+def test_state_dict_of_an_older_version():
+    """Its extra state is a list of sites, which says too little: the guide has to be called first."""
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    state = guide.state_dict()
+    state["_extra_state"] = serialization.plain_to_tensor([{"name": "loc"}])
+    twin = AutoIAF(models.regression, hidden_dims=8)
+    with pytest.raises(RuntimeError, match="call the guide with the model's arguments first"):
+        twin.load_state_dict(state)
+    twin(models.data())
+    twin.load_state_dict(state)
+    for ours, theirs in zip(twin.parameters(), guide.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_state_dict_of_other_sites():
