@@ -3,8 +3,9 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,22 +18,21 @@ from ...arguments import check_callable, check_integer, check_positive
 from ...joint.handlers import argument_signature
 from ...joint.sites import Latents
 from ..distributions import check_flow_argument
-from ..persistence.persistent_guide import PersistentGuide
+from ..persistence.persistent_guide import Model, PersistentGuide
 from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
-from .factors import default_flow, default_local_flow
-from .layout import LatentLayout, Vectors, mean_start, one_element
+from .factors import MakeFlow, MakeFlows, MakeLocalFlow, default_flow, default_local_flow
+from .layout import LatentLayout, PlateSizes, Vectors, mean_start, one_element, plate_sizes
 from .plates import (
+    Args,
     CreatePlates,
     GivenIndices,
+    Kwargs,
     Plates,
-    PlateSizes,
     complete_plates,
-    plate_sizes,
     plates_of_user,
     plates_were_dropped,
-    refuse_given_indices,
     refuse_no_local_latents,
     sizes_of_run,
 )
@@ -54,20 +54,17 @@ class AutoAmortized(PersistentGuide):
         q(g) \prod_i q(z_i \mid g, h_i)
 
     g are the latents in no plate, z_i those of element i of a plate, and h_i are its features, which
-    an encoder computes from its data. Without an encoder h_i is an embedding: the guide then is a
-    table with a row of parameters for each element, and is not amortized. Several latents in one plate
-    share one flow, which learns how they depend on each other; those in nested plates depend on
-    those in the outer plates too. A plate may be sub-sampled or not. So the guide trains on
-    mini-batches, and with an encoder it has as many parameters however many elements there are.
+    an encoder computes from its data. Without an encoder h_i is an embedding: the guide then has a
+    row of parameters for each element, and is not amortized. Several latents in one plate share one
+    flow, which learns how they depend on each other; those in nested plates depend on those in the
+    outer plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
 
     A new guide is ``Normal(init_loc, init_scale)`` on the unconstrained space for the global latents,
-    and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of the
-    elements that the first call sees.
+    and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of all.
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
     the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
-    need ``create_plates``. It is an ``AutoGuide`` and no ``AutoContinuous``: each element of each plate
-    has a latent vector, and there is none of all latents.
+    need ``create_plates``. It is no ``AutoContinuous``: each element has a latent vector of its own.
 
     :param model: a Pyro model.
     :param encoder: a module or function of the model's arguments that returns the features of each
@@ -76,12 +73,11 @@ class AutoAmortized(PersistentGuide):
         In it ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data, as in the
         plates of the model; a row for each of all elements will do too. Elements of plates
         that the dict leaves out have embeddings.
-    :param flow: a callable that takes the number of global latents and returns a flow, or None for
-        none: then the global latents are Gaussian. By default an IAF.
+    :param flow: a callable that takes the number of global latents and returns a flow; None for
+        Gaussian global latents. By default an IAF.
     :param local_flow: a callable that takes the number of an element's latents and the size of the
         context, and returns a conditional flow such as ``pyro_artransform.conditional_iaf``; None
-        for none: then each element is a Gaussian with independent coordinates, given the global
-        latents.
+        for elements that are Gaussians with independent coordinates, given the global latents.
     :param embedding_dim: the number of features of an embedding.
     :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
         default the median of the prior.
@@ -91,8 +87,7 @@ class AutoAmortized(PersistentGuide):
         indices itself needs it.
     :raises TypeError: if an argument is of the wrong kind.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
-        plates, discrete ones, or plates with indices of its own, or if the encoder's result does
-        not fit them.
+        plates, discrete ones, or indices of its own, or if the encoder's result does not fit.
 
     Example::
 
@@ -119,26 +114,25 @@ class AutoAmortized(PersistentGuide):
        https://arxiv.org/abs/2111.03144
     """
 
-    #: Whether the density of the guide's draws has the path gradient, by the draws only and not by
-    #: the parameters of the density. Its variance is lower, and zero at the exact posterior of an
-    #: element. With several particles their mean gradient goes to the location of the global latents
-    #: alone, where it has the same zero, so that an ELBO has the same optima. It costs one more
-    #: evaluation of each network. Other objectives, such as ``RenyiELBO``, need it to be false.
+    #: Whether the density of the guide's draws has the path gradient, by the draws only. Its variance
+    #: is lower, and zero at the exact posterior of an element. With several particles their mean
+    #: gradient goes to the location of the global latents alone, which leaves an ELBO its optima. It
+    #: costs an evaluation of each network. Objectives such as ``RenyiELBO`` need it to be false.
     path = False
 
     _num_quantile_draws = 2_000
     _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
-    _functions = (*PersistentGuide._functions, "_make_local_flow", "create_plates")
+    _functions = ("_model", "_make_flows", "create_plates")
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         encoder: Encoder | None = None,
         *,
-        flow: Callable[[int], nn.Module] | None = default_flow,
-        local_flow: Callable[[int, int], nn.Module] | None = default_local_flow,
+        flow: MakeFlow | None = default_flow,
+        local_flow: MakeLocalFlow | None = default_local_flow,
         embedding_dim: int = 8,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Model = init_to_median,
         init_scale: float = 0.1,
         create_plates: CreatePlates | None = None,
     ) -> None:
@@ -147,18 +141,19 @@ class AutoAmortized(PersistentGuide):
         if flow is not None:
             check_flow_argument("flow", flow, "the latent dimension")
         if local_flow is not None:
-            wanted = "the latent dimension and the size of the context"
-            check_flow_argument("local_flow", local_flow, wanted)
+            check_flow_argument("local_flow", local_flow, "the latent and the context dimension")
+        if encoder is not None:
+            check_encoder(encoder)
         arguments = {
             "embedding_dim": check_integer("embedding_dim", embedding_dim),
             "init_scale": check_positive("init_scale", init_scale),
         }
         super().__init__(model, init_loc_fn, arguments)
-        self._make_flow, self._make_local_flow = flow, local_flow
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
+        self._make_flows: MakeFlows | None = flow, local_flow
         # in a tuple, as the model is: its parameters become the guide's at the set-up
-        self._encoder = (check_encoder(encoder),)
+        self._encoder = (encoder,)
         self._sizes: PlateSizes = {}
         self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
@@ -166,12 +161,13 @@ class AutoAmortized(PersistentGuide):
     def needs_indices(self) -> bool:
         """Whether elements are looked up by their plates' indices, and nobody says what these are.
 
-        Then batches of data as the model's arguments would meet embeddings of other elements. Before
-        the first call it is whether there is no encoder.
+        Batches of data as the model's arguments would then meet embeddings of other elements.
         """
-        if self.create_plates is not None or self._spec is None:
-            return self.create_plates is None and self._encoder[0] is None
-        return any(factor.table is not None for _, factor in self._posterior.local_factors)
+        if self.create_plates is not None:
+            return False
+        if self._spec is None:
+            return self._encoder[0] is None
+        return len(self._posterior.encoded_groups) < len(self._posterior.locals)
 
     @property
     def _posterior(self) -> AmortizedPosterior:
@@ -182,31 +178,32 @@ class AutoAmortized(PersistentGuide):
 
     # Set-up
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
         trace, sites = self.prototype_trace, [*sites_by_name(self.prototype_trace).values()]
         refuse_no_local_latents(sites, type(self).__name__)
-        observed = refuse_moving_structure(
-            trace, lambda: given(self.model)(*args, **kwargs), rng_state
-        )
-        refuse_given_indices(given, plate_sizes(sites), lambda: self._plates_of_user(args, kwargs))
+        run = partial(given(self.model), *args, **kwargs)
+        observed = refuse_moving_structure(trace, run, rng_state)
+        sizes = plate_sizes(sites)
+        given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
         start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
-        layout = LatentLayout(tuple(map(one_element, sites)))
+        latents = Latents(map(one_element, sites))
         (encoder,) = self._encoder
         feature_dims = {}
         if encoder is not None:
             with poutine.block():
-                plates = complete_plates({}, plate_sizes(sites), start.device)
-            feature_dims = first_feature_dims(encoder, plates, layout.local_groups, args, kwargs)
+                plates = complete_plates({}, sizes, start.device)
+            groups = LatentLayout(latents).local_groups
+            feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        self._set_up_from(
-            GuideSpec(Latents(layout.sites), arguments, observed, start.device), start
-        )
+        self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
+        if self._make_flows is None:
+            raise RuntimeError("this guide was pickled before its first call, without its flows")
         (encoder,) = self._encoder
         feature_dims = spec.arguments["feature_dims"]
         if feature_dims and encoder is None:
@@ -214,9 +211,7 @@ class AutoAmortized(PersistentGuide):
                 f"the guide had an encoder for plate '{next(iter(feature_dims))}', which no file or "
                 f"state dict holds: expected {type(self).__name__}(..., encoder=...) with one, got none"
             )
-        self.transform = AmortizedPosterior(
-            spec, start, self._make_flow, self._make_local_flow, encoder
-        )
+        self.transform = AmortizedPosterior(spec, start, self._make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
     def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
@@ -253,7 +248,8 @@ class AutoAmortized(PersistentGuide):
         vectors, values = Vectors(), {}
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
-            name = f"_{self._pyro_name}_{group.prefix}latent"
+            prefix = f"{group.name}_" if group.name else ""
+            name = f"_{self._pyro_name}_{prefix}latent"
             with ExitStack() as stack:
                 for plate in group.dims:
                     stack.enter_context(plates[plate])
@@ -262,41 +258,34 @@ class AutoAmortized(PersistentGuide):
             vectors[group.name] = z
         return values
 
-    def _sizes_for(self, args: Any, kwargs: Any) -> PlateSizes:
+    def _sizes_for(self, args: Args, kwargs: Kwargs) -> PlateSizes:
         """The sizes of the plates for these arguments: the model is run where they are new."""
         if self._model is None or torch._C._get_tracing_state():
             return self._sizes
         shapes = argument_signature((args, kwargs))
         if shapes not in self._sizes_by_shapes:
-            given, spec = GivenIndices(), self._checked_spec()
-            sizes = sizes_of_run(
-                spec, lambda: given(self.model)(*args, **kwargs), self._model_is_checked
-            )
+            given = GivenIndices()
+            run = partial(given(self.model), *args, **kwargs)
+            sizes = sizes_of_run(self._checked_spec(), run, self._model_is_checked)
             self._model_is_checked = True
-            refuse_given_indices(given, sizes, lambda: self._plates_of_user(args, kwargs))
+            given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
             self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]
         return self._sizes
 
-    def _plates_of_user(self, args: Any, kwargs: Any) -> Plates:
-        """The plates that ``create_plates`` makes, or that of the guide's list does."""
-        maker = self if self.master is None else self.master()
-        with poutine.block():
-            return plates_of_user(maker.create_plates, args, kwargs)
-
     def _plates_for(
-        self, sizes: PlateSizes, args: Any, kwargs: Any
+        self, sizes: PlateSizes, args: Args, kwargs: Kwargs
     ) -> tuple[Plates, dict[str, Tensor]]:
         """The plates, and the indices of those whose elements are not all, in their order."""
         if self.master is not None:
             plates = {name: self.master().plates[name] for name in sizes}
             return plates, {name: plate.indices for name, plate in plates.items()}
-        of_user = plates_of_user(self.create_plates, args, kwargs)
+        of_user = plates_of_user(self, args, kwargs)
         self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
-        partial = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
-        return self.plates, {name: self.plates[name].indices for name in partial}
+        moved = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
+        return self.plates, {name: self.plates[name].indices for name in moved}
 
     # What a fit uses beyond Pyro's interface
 
@@ -310,12 +299,11 @@ class AutoAmortized(PersistentGuide):
             self.path = before
 
     @torch.no_grad()
-    def start_near(self, values: Mapping[str, Any], share: float = 1.0) -> None:
-        """Starts near draws of the latents of a mini-batch.
+    def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Starts near draws of the latents of a mini-batch; the flows stay as they are.
 
         The global latents become a Gaussian with the mean of their draws and with their covariance
-        times ``share``, each element one that depends on them as the mean element does. The flows
-        stay as they are.
+        times ``share``, each element one that depends on them as the mean element does.
 
         :param values: for each site a tensor of shape ``(n,) + site shape``, the local latents of
             any number of elements.
@@ -340,7 +328,14 @@ class AutoAmortized(PersistentGuide):
         if globals_ is None:
             return {}
         ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
-        return globals_.step_scales(_LOCATION_STEP * ratio**0.5, ratio**-0.5)
+        scale = globals_.affine.log_scale.detach().exp()
+        scales: dict[nn.Parameter, Tensor] = {
+            globals_.affine.loc: _LOCATION_STEP * ratio**0.5 * scale
+        }
+        if ratio != 1:
+            for parameter in globals_.transform.transforms[:-1].parameters():
+                scales[parameter] = scale.new_full((), ratio**-0.5)
+        return scales
 
     # Draws and densities
 
@@ -352,8 +347,7 @@ class AutoAmortized(PersistentGuide):
         of all data, or of a mini-batch that is the model's arguments.
 
         :param n: how many.
-        :param args: the model's arguments, needed if there is an encoder, or the guide was never
-            called.
+        :param args: the model's arguments, for an encoder and where the guide was never called.
         :param kwargs: its keyword arguments, likewise.
         :return: for each site a tensor of shape ``(n,) + site shape``.
         :raises ValueError: if ``n`` is no positive integer, or the features do not fit.
@@ -373,8 +367,7 @@ class AutoAmortized(PersistentGuide):
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``, as
             :meth:`sample_posterior` returns them.
-        :param args: the model's arguments, needed if there is an encoder, or the guide was never
-            called.
+        :param args: the model's arguments, for an encoder and where the guide was never called.
         :param kwargs: its keyword arguments, likewise.
         :return: shape ``(n,)``.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
@@ -385,7 +378,7 @@ class AutoAmortized(PersistentGuide):
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
         return posterior.log_prob(rows, vectors) - ladj
 
-    def _all_rows(self, args: Any, kwargs: Any) -> Vectors:
+    def _all_rows(self, args: Args, kwargs: Kwargs) -> Vectors:
         """The features or embeddings of all elements that there are, by group."""
         self._register()
         posterior, sizes, features = self._posterior, self._sizes, {}

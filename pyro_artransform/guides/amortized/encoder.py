@@ -14,29 +14,21 @@ from torch import Tensor, nn
 
 from ...arguments import check_callable
 from .layout import Group
-from .plates import Plates
+from .plates import Args, Kwargs, Plates
 
 Features = dict[str, Tensor]
 Encoder = Callable[..., Tensor | Features]
 
 
-def check_encoder(encoder: Encoder | None) -> Encoder | None:
-    """Refuses what cannot be an encoder.
-
-    :raises TypeError: if it cannot be called, or is a class or a module of Pyro's.
-    """
-    if encoder is None:
-        return None
-    wanted = "a module or a function that takes the model's arguments"
-    check_callable("encoder", encoder, wanted)
+def check_encoder(encoder: Encoder) -> None:
+    """Refuses what cannot be called, a class, and a module of Pyro's."""
+    check_callable("encoder", encoder, "a module or a function that takes the model's arguments")
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
         raise TypeError(
-            "encoder: expected a torch module or a function, got one with a PyroModule inside, "
-            f"{type(encoder).__name__}, whose parameters the param store would have twice. Make it "
-            "of torch.nn modules"
+            "encoder: expected a function or a module of torch.nn modules, got one with a PyroModule "
+            f"inside, {type(encoder).__name__}: the param store would have its parameters twice"
         )
-    return encoder
 
 
 class MiniBatch(Messenger):
@@ -50,46 +42,41 @@ class MiniBatch(Messenger):
         value, event_dim = message["value"], message["kwargs"].get("event_dim")
         if event_dim is None:
             event_dim = message["args"][1]
-        by_dim: dict[int, list[str]] = {}
+        found: dict[int, str] = {}
         for name, plate in self._plates.items():
             dim = plate.dim - event_dim
-            if value.dim() >= -dim and value.shape[dim] == plate.size > plate.subsample_size:
-                by_dim.setdefault(dim, []).append(name)
-        for dim, names in by_dim.items():
-            if len(names) > 1:
+            if value.dim() < -dim or not value.shape[dim] == plate.size > plate.subsample_size:
+                continue
+            if dim in found:
                 raise ValueError(
                     f"encoder: pyro.subsample of shape {tuple(value.shape)} fits the plates "
-                    f"{sorted(names)}: expected one. Return a row for each of all elements"
+                    f"{sorted([found[dim], name])}: expected one. Return a row for each of all elements"
                 )
-            message["value"] = message["value"].index_select(dim, self._plates[names[0]].indices)
+            found[dim] = name
+            message["value"] = message["value"].index_select(dim, plate.indices)
 
 
 def encode(
-    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
+    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> Features:
     """What an encoder returns by group; in it ``pyro.subsample`` works as in the model.
 
     :param plates: plates by name, each with its dimension.
     :param groups: the groups of local latents.
-    :raises TypeError: if the encoder returns neither a tensor nor a dict of tensors.
-    :raises ValueError: if it returns one tensor for several groups, or one for an unknown group.
     """
     with MiniBatch(plates):
-        found: Any = encoder(*args, **kwargs)
+        found: object = encoder(*args, **kwargs)
     names = [group.name for group in groups]
     if isinstance(found, Tensor):
         if len(names) > 1:
             raise ValueError(
-                f"encoder: the model has local latents in several plates, {names}: expected a dict "
-                f"of features by these names, got one tensor of shape {tuple(found.shape)}. Elements "
-                "of plates that the dict leaves out have embeddings of their own"
+                f"encoder: the model has local latents in several plates, {names}: expected a dict of "
+                f"features of some or all of these, got one tensor of shape {tuple(found.shape)}"
             )
         found = {names[0]: found}
     if not isinstance(found, dict):
-        raise TypeError(
-            "encoder: expected it to return a tensor or a dict of tensors by plate, got "
-            f"{type(found).__name__}"
-        )
+        kind = type(found).__name__
+        raise TypeError(f"encoder: expected it to return a tensor or a dict of tensors, got {kind}")
     for name, features in found.items():
         if name not in names:
             raise ValueError(f"encoder: expected a dict by plate, of {names}, got the key {name!r}")
@@ -100,12 +87,11 @@ def encode(
 
 
 def first_feature_dims(
-    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Any, kwargs: Any
+    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> dict[str, int]:
     """The number of features of each group, by a first :func:`encode` that leaves no trace.
 
-    :raises ValueError: if the encoder is a function with parameters that the param store does not
-        have, which would never train.
+    Refuses a function with parameters that the param store does not have, which would never train.
     """
     tracer = poutine.trace(param_only=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
@@ -113,9 +99,8 @@ def first_feature_dims(
     trains = any(features.requires_grad for features in found.values())
     if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
         raise ValueError(
-            "encoder: got a function whose result has gradients, but no parameters of it are "
-            "known, so they would never train: expected a torch module, or a function that "
-            "registers its modules by pyro.module"
+            "encoder: expected a torch module, or a function that registers its modules by "
+            "pyro.module, got a function whose result has gradients, and no parameters of it are known"
         )
     return {name: features.shape[-1] for name, features in found.items()}
 
@@ -128,21 +113,15 @@ def minibatch_rows(
     :param features: a row for each element of the mini-batch, or for each element of the plates, of
         which the mini-batch's are taken.
     :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
-    :raises ValueError: if the features have another shape.
     """
     sizes = {name: plates[name].subsample_size for name in group.plates}
     full_sizes = {name: plates[name].size for name in group.plates}
-    if torch.jit.is_tracing():
-        return features.reshape(group.batch_shape(sizes) + features.shape[-1:])
     of_batch, of_all = ((*s.values(), feature_dim) for s in (sizes, full_sizes))
     got = tuple(features.shape)
-    if got == of_batch:
+    if torch.jit.is_tracing() or got == of_batch:
         return features.reshape(*group.batch_shape(sizes), feature_dim)
     if got == of_all:
-        rows = features.reshape(*group.batch_shape(full_sizes), feature_dim)
-        for name, dim in group.dims.items():
-            rows = rows.index_select(dim - 1, indices[name]) if name in indices else rows
-        return rows
+        return group.select(features.reshape(*group.batch_shape(full_sizes), feature_dim), indices)
     described = " and ".join(f"plate '{name}' ({size})" for name, size in sizes.items())
     raise ValueError(
         f"encoder: expected features of shape {of_batch}, a row for each element of {described} "
@@ -152,16 +131,11 @@ def minibatch_rows(
 
 
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:
-    """The features of any number of elements, and the number of elements in each plate.
-
-    :raises ValueError: if the features have another number of dimensions or columns.
-    """
+    """The features of any number of elements, and the number of elements in each plate."""
     *found, columns = features.shape
     if len(found) != len(group.plates) or columns != feature_dim:
         names = ", ".join(f"elements of '{name}'" for name in group.plates)
-        raise ValueError(
-            f"encoder: expected features of shape ({names}, {feature_dim}), got "
-            f"{tuple(features.shape)}"
-        )
+        wanted, got = f"({names}, {feature_dim})", tuple(features.shape)
+        raise ValueError(f"encoder: expected features of shape {wanted}, got {got}")
     sizes = dict(zip(group.plates, found))
     return features.reshape(*group.batch_shape(sizes), feature_dim), sizes

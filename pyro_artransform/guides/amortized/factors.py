@@ -4,7 +4,7 @@
 """The factors of an amortized posterior: one for the global latents, one for each local group."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from ...transforms import ComposedTransform, chain
 from ...univariate import MonotonicAffineTransform
 from ...univariate.base import ElementwiseTransform, soft_bound
 from ..distributions import LocationScale, make_flow
-from .layout import Group
 
 # local latents depend on a linear summary, of this size, of more global latents than this
 _MAX_GLOBALS = 64
@@ -24,6 +23,7 @@ _LOG_SCALE_BOUND = 7.0
 
 MakeFlow = Callable[[int], nn.Module]
 MakeLocalFlow = Callable[[int, int], nn.Module]
+MakeFlows = tuple[MakeFlow | None, MakeLocalFlow | None]
 
 
 class GlobalFactor(nn.Module):
@@ -40,18 +40,13 @@ class GlobalFactor(nn.Module):
         flows = [] if make is None else [make_flow("flow", make, loc)]
         self.transform = ComposedTransform(*flows, affine)
         self.summary: nn.Linear | None = None
-        self.context_dim = len(loc)
+        self.context_dim = min(len(loc), _MAX_GLOBALS)
         if len(loc) > _MAX_GLOBALS:
             self.summary = _linear(loc, len(loc), _MAX_GLOBALS, bias=False)
-            self.context_dim = _MAX_GLOBALS
 
     @property
-    def loc(self) -> Tensor:
-        """The location, shape ``(D,)``."""
-        return self._affine.loc
-
-    @property
-    def _affine(self) -> LocationScale:
+    def affine(self) -> LocationScale:
+        """The location and the scale."""
         affine: LocationScale = self.transform.transforms[-1]
         return affine
 
@@ -60,45 +55,23 @@ class GlobalFactor(nn.Module):
         return self.transform
 
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
-        """The context of each of the elements that depend on the global latents.
+        """The context, shape ``(*, context_dim)``, of the elements that depend on global latents z.
 
         All elements together know the global latents better than one of them does, by the square
         root of their number. In units of what one element knows they are of order one, and an
         initial, random dependence on them costs little. In larger units it costs as much as all
         elements together, and the posterior of the global latents collapses to avoid it.
-
-        :param z: the global latents, shape ``(*, D)``.
-        :param num_elements: the number of elements.
-        :return: shape ``(*, context_dim)``.
         """
-        deviation = (z - self.loc) * (-self._affine.log_scale).exp()
+        deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
         context = deviation if self.summary is None else self.summary(deviation)
         return context / math.sqrt(num_elements)
 
-    def step_scales(self, of_location: float, of_flow: float) -> Mapping[nn.Parameter, Tensor]:
-        """Factors of an optimizer's steps.
-
-        :param of_location: of the location, in units of the scale.
-        :param of_flow: of all parameters of the flow.
-        """
-        *flows, _ = self.transform.transforms
-        scale = self._affine.log_scale.detach().exp()
-        scales: dict[nn.Parameter, Tensor] = {self._affine.loc: of_location * scale}
-        if of_flow != 1:
-            flow_scale = scale.new_full((), of_flow)
-            scales.update((p, flow_scale) for flow in flows for p in flow.parameters())
-        return scales
-
     @torch.no_grad()
     def start_near(self, z: Tensor, share: float) -> None:
-        """Becomes a Gaussian with the mean of draws, and their covariance times a share.
-
-        :param z: draws, shape ``(n, D)``.
-        :param share: the share.
-        """
+        """Becomes a Gaussian with the mean of draws ``(n, D)``, and a share of their covariance."""
         tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
-        is_diagonal = self._affine.lower is None
-        self._affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
+        is_diagonal = self.affine.lower is None
+        self.affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
 
 
 class GivenLocationScale(MonotonicAffineTransform):
@@ -132,24 +105,21 @@ class AmortizedLocationScale(nn.Module):
         self.loc = nn.Parameter(loc)
         self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
         self.linear = _linear(loc, context_dim, latent_dim, bias=False)
-        layers = [(context_dim, width), (width, width), (width, 2 * latent_dim)]
-        first, second, last = (_linear(loc, *sizes) for sizes in layers)
+        first, second = _linear(loc, context_dim, width), _linear(loc, width, width)
+        last = _linear(loc, width, 2 * latent_dim)
         self.network = nn.Sequential(first, nn.ELU(), second, nn.ELU(), last)
         for parameter in (self.linear.weight, *last.parameters()):
             nn.init.zeros_(parameter)
 
-    def condition(
-        self, context: Tensor, offsets: tuple[Tensor, Tensor] | None = None
-    ) -> GivenLocationScale:
-        """The transform for one context.
+    def condition(self, context: Tensor, offsets: Sequence[Tensor]) -> GivenLocationScale:
+        """The transform for one context, shape ``(*, C)``.
 
-        :param context: shape ``(*, C)``.
-        :param offsets: added to the location and to the log-scale, shape ``(*, D)`` each.
+        :param offsets: added to the location and to the log-scale, shape ``(*, D)``; or none.
         """
         shift, bend = self.network(context).tensor_split(2, dim=-1)
         loc = self.loc + self.linear(context)
         log_scale = self.log_scale + soft_bound(bend, _LOG_SCALE_BOUND)
-        if offsets is not None:
+        if offsets:
             loc, log_scale = loc + offsets[0], log_scale + offsets[1]
         return GivenLocationScale(torch.addcmul(loc, shift, log_scale.exp()), log_scale)
 
@@ -168,7 +138,7 @@ class LocalFactor(nn.Module):
         the log-scale, so that each element can have any location and scale by itself.
     """
 
-    table: Tensor | None
+    table: nn.Parameter | None
 
     def __init__(
         self,
@@ -184,30 +154,9 @@ class LocalFactor(nn.Module):
         self.context_dim, self.feature_dim = len(loc), feature_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, scale, context_dim)
-        table = None
+        self.table = None
         if table_shape is not None:
-            table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
-        self.register_parameter("table", table)
-
-    @property
-    def loc(self) -> Tensor:
-        """The constant part of the location, shape ``(D,)``."""
-        return self.affine.loc
-
-    def table_sizes(self, group: Group) -> dict[str, int]:
-        """The size of each plate of the group, as the table of embeddings has it."""
-        shape: torch.Size = self.table.shape  # type: ignore[union-attr]  # there is a table
-        return {name: shape[dim - 1] for name, dim in group.dims.items()}
-
-    def embeddings(self, indices: Mapping[int, Tensor]) -> Tensor:
-        """The embeddings of some elements, shape ``batch + (feature_dim + 2 D,)``.
-
-        :param indices: the indices in each plate that is sub-sampled, by its dimension.
-        """
-        rows: Tensor = self.table  # type: ignore[assignment]  # the caller knows that it is there
-        for dim, index in indices.items():
-            rows = rows.index_select(dim - 1, index)
-        return rows
+            self.table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
         """From the base to the unconstrained space, for some elements.
@@ -215,11 +164,10 @@ class LocalFactor(nn.Module):
         :param features: the features of each element, or its embedding, shape ``(*, F)``.
         :param rest: the rest of the context, each of shape ``(*, C)``; batch shapes broadcast.
         """
-        offsets = None
+        offsets: list[Tensor] = []
         if self.table is not None:
             sizes = [self.feature_dim, self.context_dim, self.context_dim]
-            features, *both = features.split(sizes, dim=-1)
-            offsets = both[0], both[1]
+            features, *offsets = features.split(sizes, dim=-1)
         parts = [features, *rest]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         context = torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], dim=-1)
@@ -229,7 +177,7 @@ class LocalFactor(nn.Module):
 
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
         """The context of the elements in inner plates that depend on these, shape ``(*, D)``."""
-        return z - self.loc
+        return z - self.affine.loc
 
     @torch.no_grad()
     def start_near(self, context: Tensor, elements: Tensor) -> None:
@@ -238,15 +186,11 @@ class LocalFactor(nn.Module):
         :param context: the context of an element from the global latents, shape ``(n, C)``.
         :param elements: the draws, shape ``(n, elements, D)``.
         """
-        loc, columns = (
-            elements.mean(0),
-            slice(self.feature_dim, self.feature_dim + context.shape[1]),
-        )
-        centered = context - context.mean(0)
+        loc, centered = elements.mean(0), context - context.mean(0)
         # the mean over elements first: their slopes are linear in it
         slopes = torch.linalg.lstsq(centered, (elements - loc).mean(1)).solution
         rest = elements - loc - (centered @ slopes)[:, None]
-        self.affine.linear.weight[:, columns] = slopes.T
+        self.affine.linear.weight[:, self.feature_dim :][:, : context.shape[1]] = slopes.T
         self.affine.loc.copy_(loc.mean(0))
         self.affine.log_scale.copy_(rest.square().mean((0, 1)).sqrt().log())
 

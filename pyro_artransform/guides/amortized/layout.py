@@ -4,13 +4,13 @@
 """Which latents of a model are global, and which are local to the elements of its plates."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from ...joint.sites import Latents, Site, describe_support, map_bounds
@@ -23,20 +23,23 @@ GLOBAL = ""
 
 
 class PlateSize(NamedTuple):
-    """The sizes of a plate, of the mini-batch and of all elements, and its dimension."""
+    """The dimension of a plate, and its sizes: of the mini-batch and of all elements."""
 
-    name: str
     dim: int
     size: int
     full_size: int
 
 
-def plates_around(site: Site) -> list[PlateSize]:
-    """The plates around a site, the outermost first."""
-    return [
-        PlateSize(frame.name, frame.dim or -1, frame.size, frame.full_size or frame.size)
+PlateSizes = dict[str, PlateSize]
+
+
+def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
+    """The sizes of the plates around some sites by name, of each site the outermost first."""
+    return {
+        frame.name: PlateSize(frame.dim or -1, frame.size, frame.full_size or frame.size)
+        for site in sites
         for frame in site.plates
-    ]
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +62,6 @@ class Group:
     parents: tuple[str, ...]
 
     @property
-    def prefix(self) -> str:
-        """What the name of its auxiliary site has before ``latent``."""
-        return f"{self.name}_" if self.name else ""
-
-    @property
-    def latent_dim(self) -> int:
-        """The size of the vector of one element."""
-        return self.latents.latent_dim
-
-    @property
     def num_elements(self) -> int:
         """How many elements there are, those outside the mini-batch included."""
         return prod(self.full_sizes.values())
@@ -88,70 +81,54 @@ class Group:
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
-    @property
-    def full_batch_shape(self) -> torch.Size:
-        """The batch shape of all elements."""
-        return self.batch_shape(self.full_sizes)
+    def sizes_of(self, rows: Tensor) -> dict[str, int]:
+        """The size of each plate by its name, in rows of shape ``batch + (width,)``."""
+        return {name: rows.shape[dim - 1] for name, dim in self.dims.items()}
 
-    def batch_shape_of(self, values: Mapping[str, Any]) -> torch.Size:
+    def select(self, rows: Tensor, indices: Mapping[str, Tensor]) -> Tensor:
+        """The rows of the elements with these indices in plates."""
+        for name, dim in self.dims.items():
+            if name in indices:
+                rows = rows.index_select(dim - 1, indices[name])
+        return rows
+
+    def batch_shape_of(self, values: Mapping[str, Tensor]) -> torch.Size:
         """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
         name, site = next(iter(self.latents.sites.items()))
         shape = values[name].shape if self.dims and name in values else ()
         return torch.Size(shape[1 : len(shape) - site.event_dim])
 
 
-@dataclass(frozen=True, eq=False)
 class LatentLayout:
-    """The latents of a model, sorted into groups.
+    """The latents of a model in groups, each after its parents: the global latents come first.
 
-    :param sites: the sites, of one element of each plate, in the order of the model's trace.
+    :param latents: the latents of one element of each plate.
     """
 
-    sites: tuple[Site, ...]
-
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups, each after its parents: the global latents come first."""
-        by_plates: dict[frozenset[str], list[Site]] = {}
-        for site in self.sites:
-            by_plates.setdefault(_plates_of(site), []).append(site)
-        by_plates = dict(sorted(by_plates.items(), key=lambda item: len(item[0])))
-        names = _group_names({plates: sites[0] for plates, sites in by_plates.items()})
-        return tuple(
-            Group(
-                name=names[plates],
-                dims={plate.name: plate.dim for plate in plates_around(sites[0])},
-                full_sizes={plate.name: plate.full_size for plate in plates_around(sites[0])},
-                latents=Latents(_without_plates(site) for site in sites),
-                parents=tuple(names[other] for other in by_plates if other < plates),
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
+        members: dict[frozenset[str], list[Site]] = {}
+        for site in latents.sites.values():
+            members.setdefault(frozenset(plate_sizes([site])), []).append(site)
+        innermost = Counter(sites[0].plates[-1].name for key, sites in members.items() if key)
+        names: dict[frozenset[str], str] = {}
+        groups = []
+        for key in sorted(members, key=len):
+            sizes = plate_sizes(members[key][:1])
+            stack, start = list(sizes), -min((plate.dim for plate in sizes.values()), default=0)
+            is_unique = len(stack) < 2 or innermost[stack[-1]] == 1
+            names[key] = "/".join(stack[-1:] if is_unique else stack)
+            group = Group(
+                name=names[key],
+                dims={name: plate.dim for name, plate in sizes.items()},
+                full_sizes={name: plate.full_size for name, plate in sizes.items()},
+                latents=Latents(replace(s, shape=s.shape[start:], plates=()) for s in members[key]),
+                parents=tuple(names[other] for other in names if other < key),
             )
-            for plates, sites in by_plates.items()
-        )
-
-    @property
-    def local_groups(self) -> tuple[Group, ...]:
-        """The groups of local latents."""
-        return tuple(group for group in self.groups if group.name != GLOBAL)
-
-    @property
-    def batch_dims(self) -> int:
-        """The largest number of batch dimensions of a group."""
-        return max(group.batch_dims for group in self.groups)
-
-    def to(self, fn: Callable[[Tensor], Tensor]) -> "LatentLayout":
-        """The layout after a conversion of tensors, such as ``Tensor.double``."""
-        return LatentLayout(tuple(site.to(fn) for site in self.sites))
-
-    def by_group(self, z: Tensor) -> Vectors:
-        """The vector of one element of each group.
-
-        :param z: the latents of all of them, in the order of the sites, shape ``(latent_dim,)``.
-        """
-        parts = Latents(self.sites).split(z)
-        return {
-            group.name: torch.cat([parts[name].flatten() for name in group.latents.sites])
-            for group in self.groups
-        }
+            groups.append(group)
+        self.groups = tuple(groups)
+        self.local_groups = tuple(group for group in groups if group.name != GLOBAL)
+        self.batch_dims = max(group.batch_dims for group in groups)
 
     def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
         """The values of all sites, each of shape ``(n,) + site shape``.
@@ -160,14 +137,13 @@ class LatentLayout:
         """
         values = {}
         for group in self.groups:
-            shape = vectors[group.name].shape
-            batch = shape[:1] + shape[-1 - group.batch_dims : -1]
-            z = vectors[group.name].reshape(batch + shape[-1:])
-            values.update(group.latents.constrain(z))
-        return {site.name: values[site.name] for site in self.sites}
+            z = vectors[group.name]
+            batch = z.shape[:1] + z.shape[-1 - group.batch_dims : -1]
+            values.update(group.latents.constrain(z.reshape(batch + z.shape[-1:])))
+        return {name: values[name] for name in self.latents.sites}
 
     def unconstrain_with_ladj(
-        self, values: Mapping[str, Any], batch_shapes: Mapping[str, torch.Size], like: Tensor
+        self, values: Mapping[str, object], batch_shapes: Mapping[str, torch.Size], like: Tensor
     ) -> tuple[Vectors, Tensor]:
         """The vectors of the values of all sites, and the log-determinant of :meth:`constrain` there.
 
@@ -175,7 +151,6 @@ class LatentLayout:
         :param batch_shapes: the batch shape of the elements of each group.
         :param like: a tensor of the dtype and device of the vectors.
         :return: vectors as :meth:`constrain` takes them, and a tensor of shape ``(n,)``.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
         whole = Latents(
             replace(site, shape=batch_shapes[group.name] + site.shape)
@@ -186,8 +161,8 @@ class LatentLayout:
         if flat.dim() != 2:
             name, site = next(iter(whole.sites.items()))
             raise ValueError(
-                f"values: expected '{name}' of shape (n,) + site shape, which is "
-                f"{tuple(site.shape)}, got {tuple(flat.shape[:-1] + site.shape)}"
+                f"values: expected '{name}' of shape (n,) + site shape {tuple(site.shape)}, got "
+                f"{tuple(flat.shape[:-1] + site.shape)}"
             )
         parts, vectors = whole.split(flat), {}
         for group in self.groups:
@@ -200,77 +175,44 @@ class LatentLayout:
 
 
 def one_element(site: Site) -> Site:
-    """The site with the plates reduced to a single element, and bounds that share no memory.
+    """The site with its plates reduced to a single element, and bounds that share no memory.
 
-    :param site: a site of a trace.
     :raises ValueError: if it has batch dimensions that are no plates, or its support is not the same
         for every element.
     """
     if not site.plates:
         return site.to(Tensor.clone)
-    sizes = {plate.dim: plate.size for plate in plates_around(site)}
+    plates = plate_sizes([site])
+    sizes = {plate.dim: plate.size for plate in plates.values()}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
     if tuple(site.batch_shape) != expected:
         raise ValueError(
             f"site '{site.name}': expected the batch shape {expected} of its plates "
-            f"{sorted(_plates_of(site))}, got {tuple(site.batch_shape)}. Draw the other dimensions in "
-            "plates of their own, or make them event dimensions by .to_event"
+            f"{sorted(plates)}, got {tuple(site.batch_shape)}. Put the other dimensions into plates, or "
+            "make them event dimensions by .to_event"
         )
     shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
     return replace(site, shape=shape, support=_common_support(site))
 
 
 def mean_start(site: Site, value: Tensor) -> Tensor:
-    """The mean over all elements of the unconstrained value of a site, flattened.
-
-    :param site: a site of a trace.
-    :param value: its starting value.
-    :raises ValueError: if the value is not inside the support.
-    """
+    """The mean over all elements of the unconstrained starting value of a site, flattened."""
     z = site.bijection.inv(value.detach())
-    if not z.isfinite().all():
-        value_of = "starting values" if site.plates else "a starting value"
-        raise ValueError(
-            f"site '{site.name}': expected {value_of} inside its support, got {value.tolist()}"
-        )
-    if not site.plates:
-        return z.flatten()
-    return z.reshape(site.batch_shape.numel(), -1).mean(0)
+    return z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
 
 
-def _plates_of(site: Site) -> frozenset[str]:
-    return frozenset(frame.name for frame in site.plates)
-
-
-def _without_plates(site: Site) -> Site:
-    if not site.plates:
-        return site
-    return replace(site, shape=site.shape[len(site.batch_shape) :], plates=())
-
-
-def _group_names(first_sites: Mapping[frozenset[str], Site]) -> dict[frozenset[str], str]:
-    """What to call the groups, by their plates."""
-    stacks = {p: [frame.name for frame in site.plates] for p, site in first_sites.items()}
-    innermost = Counter(stack[-1] for stack in stacks.values() if stack)
-    names = {}
-    for plates, stack in stacks.items():
-        is_unique = not stack or len(stack) == 1 or innermost[stack[-1]] == 1
-        names[plates] = "/".join(stack[-1:] if is_unique else stack)
-    return names
-
-
-def _common_support(site: Site) -> Any:
+def _common_support(site: Site) -> constraints.Constraint:
     """The support without batch dimensions of its bounds, along which these may not change."""
 
-    def change(bound: Tensor) -> Tensor:
+    def first_row(bound: Tensor) -> Tensor:
         event_shape = bound.shape[max(bound.dim() - site.event_dim, 0) :]
         rows = bound.reshape((-1, *event_shape))
         if (rows != rows[:1]).any():
             raise ValueError(
                 f"the support of site '{site.name}' differs between the elements of its plates "
-                f"{sorted(_plates_of(site))}: expected the same for all, got "
+                f"{sorted(plate_sizes([site]))}: expected the same for all, got "
                 f"{describe_support(site.support)}. Draw it on a fixed scale and transform it"
             )
         return rows[0].clone()
 
-    return map_bounds(site.support, change)
+    return map_bounds(site.support, first_row)

@@ -3,21 +3,26 @@
 
 """The plates of a model: how many elements each has for given arguments, and which are drawn."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ...joint.sites import Site
 from ..prototype import compare_names, latents_of
 from ..spec import GuideSpec
-from .layout import Group, PlateSize, plates_around
+from .layout import Group, PlateSizes, plate_sizes
+
+# the model's arguments
+Args = Sequence[object]
+Kwargs = Mapping[str, object]
 
 Plates = dict[str, pyro.plate]
-PlateSizes = dict[str, PlateSize]
 CreatePlates = Callable[..., pyro.plate | Iterable[pyro.plate]]
 
 
@@ -32,17 +37,23 @@ class GivenIndices(Messenger):
         if site_is_subsample(message) and message["value"] is not None and not message["done"]:
             self.names.add(message["name"])
 
-
-def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
-    """The sizes of the plates around some sites, by the names of the plates."""
-    return {plate.name: plate for site in sites for plate in plates_around(site)}
+    def refuse(self, sizes: PlateSizes, of_user: Callable[[], Plates]) -> None:
+        """Refuses such a plate, unless the user's ``create_plates`` makes it too."""
+        names = self.names & sizes.keys()
+        with poutine.block():
+            unknown = names - of_user().keys() if names else names
+        for name in sorted(unknown):
+            dim, size, full_size = sizes[name]
+            raise ValueError(
+                f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
+                f"{full_size}), and the guide would draw others: expected create_plates=lambda ...: "
+                f"pyro.plate('{name}', {full_size}, subsample=..., dim={dim}), a function of the "
+                "model's arguments that returns the plate with these indices"
+            )
 
 
 def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
-    """Refuses a model without latents in plates, and plates without a size.
-
-    :raises ValueError: if there are no such latents, or there is such a plate.
-    """
+    """Refuses a model without latents in plates, and plates without a size."""
     for site in sites:
         for frame in site.plates:
             if frame.full_size is None or frame.full_size < 1:
@@ -52,18 +63,15 @@ def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
                 )
     if not any(site.plates for site in sites):
         raise ValueError(
-            f"{guide_name}: the model has no latents in a plate, and each element of a plate would "
-            f"get a distribution of its own: its latents are {sorted(site.name for site in sites)}. "
-            "AutoIAF is the guide of such a model"
+            f"{guide_name}: expected a model with latents in a plate, got one with no latents in a "
+            f"plate, only {sorted(site.name for site in sites)}. AutoIAF is the guide of such a model"
         )
 
 
-def sizes_of_run(spec: GuideSpec, run: Callable[[], Any], model_is_checked: bool) -> PlateSizes:
+def sizes_of_run(spec: GuideSpec, run: Callable[[], object], model_is_checked: bool) -> PlateSizes:
     """The sizes of the plates around the guide's sites in one more run of the model.
 
     :param model_is_checked: whether it is known that the guide's sites are those of the model.
-    :raises ValueError: if the model has other latents, a latent in no plate has another shape than
-        at the guide's set-up, an element of a latent in a plate has, or a latent is in other plates.
     """
     known, now = spec.latents.sites, latents_of(run)
     if not model_is_checked:
@@ -76,48 +84,39 @@ def sizes_of_run(spec: GuideSpec, run: Callable[[], Any], model_is_checked: bool
 
 
 def _compare_elements(expected: Site, got: Site) -> None:
-    plates = [sorted(frame.name for frame in site.plates) for site in (expected, got)]
-    if plates[0] != plates[1]:
-        raise ValueError(
-            f"site '{got.name}': expected it in the plates {plates[0]}, as at the guide's set-up, got "
-            f"{plates[1]}"
-        )
-    shapes = [tuple(site.shape) for site in (expected, got)]
-    if not plates[0] and shapes[0] != shapes[1]:
+    """Refuses a site in other plates than at the set-up, or an element of another shape."""
+    both = expected, got
+    plates = [sorted(plate_sizes([site])) for site in both]
+    shapes = [tuple(site.shape) for site in both]
+    if not any(plates) and shapes[0] != shapes[1]:
         raise ValueError(
             f"site '{got.name}' is in no plate, and its shape changes with the data: expected "
             f"{shapes[0]}, as at the guide's set-up, got {shapes[1]}. Draw it in a pyro.plate over "
             "the data: then it is local to the elements of that plate"
         )
-    events = [tuple(site.shape[len(site.batch_shape) :]) for site in (expected, got)]
-    if events[0] != events[1]:
-        raise ValueError(
-            f"site '{got.name}': expected each element of its plates to have the shape {events[0]}, "
-            f"as at the guide's set-up, got {events[1]}"
-        )
+    events = [tuple(site.shape[len(site.batch_shape) :]) for site in both]
+    of_element = "each element of its plates to have the shape"
+    pairs: dict[str, Sequence[object]] = {"it in the plates": plates, of_element: events}
+    for wanted, (before, now) in pairs.items():
+        if before != now:
+            raise ValueError(
+                f"site '{got.name}': expected {wanted} {before}, as at the guide's set-up, got {now}"
+            )
 
 
-def refuse_given_indices(
-    given: GivenIndices, sizes: PlateSizes, of_user: Callable[[], Plates]
+def check_sizes(
+    group: Group, expected: Mapping[str, int], got: Mapping[str, int], reason: str
 ) -> None:
-    """Refuses a model that says itself which elements its plates have, where the guide is not told.
-
-    :param of_user: makes the plates whose indices the guide is told.
-    :raises ValueError: if there is such a plate.
-    """
-    names = given.names & sizes.keys()
-    for name in sorted(names - of_user().keys() if names else names):
-        _, dim, size, full_size = sizes[name]
-        raise ValueError(
-            f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
-            f"{full_size}), and those of the guide would take their place: expected create_plates, a "
-            "function of the model's arguments that returns the plate with these indices, as "
-            f"AutoAmortized(..., create_plates=lambda ...: pyro.plate('{name}', {full_size}, "
-            f"subsample=..., dim={dim}))"
-        )
+    """Refuses plates of a group with other sizes than expected; the reason says what to do."""
+    for name in group.dims:
+        if name in expected and expected[name] != got[name]:
+            raise ValueError(
+                f"plate '{name}' around the sites {sorted(group.latents.sites)} has another size: "
+                f"expected {expected[name]} elements, got {got[name]}. {reason}"
+            )
 
 
-def plates_were_dropped(*args: Any, **kwargs: Any) -> Plates:
+def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
     """Stands for ``create_plates`` in a guide that was pickled."""
     raise RuntimeError(
         "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
@@ -125,18 +124,16 @@ def plates_were_dropped(*args: Any, **kwargs: Any) -> Plates:
     )
 
 
-def plates_of_user(create_plates: CreatePlates | None, args: Any, kwargs: Any) -> Plates:
-    """The plates that ``create_plates`` returns, by name; none where there is no such function.
-
-    :raises TypeError: if it returns something else.
-    """
-    made = [] if create_plates is None else create_plates(*args, **kwargs)
+def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
+    """The plates that ``create_plates`` of a guide, or of its list, returns, by name, if any."""
+    maker = guide if guide.master is None else guide.master()
+    made = [] if maker.create_plates is None else maker.create_plates(*args, **kwargs)
     plates = [made] if isinstance(made, pyro.plate) else list(made)
     for plate in plates:
         if not isinstance(plate, pyro.plate):
+            kind = type(plate).__name__
             raise TypeError(
-                "create_plates: expected it to return a pyro.plate or several, got "
-                f"{type(plate).__name__}"
+                f"create_plates: expected it to return a pyro.plate or several, got {kind}"
             )
     return {plate.name: plate for plate in plates}
 
@@ -146,10 +143,9 @@ def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) ->
 
     :param sizes: the sizes of the model's plates.
     :param device: the device of the indices of new plates.
-    :raises ValueError: if a plate of the user has another size or dimension than the model's.
     """
     plates = dict(of_user)
-    for name, (_, dim, size, full_size) in sorted(sizes.items()):
+    for name, (dim, size, full_size) in sorted(sizes.items()):
         if name not in plates:
             plates[name] = pyro.plate(name, full_size, size, dim=dim, device=str(device))
         plate = plates[name]
@@ -161,19 +157,3 @@ def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) ->
                 f"as the model has it for these arguments, got {got}"
             )
     return plates
-
-
-def check_sizes(
-    group: Group, expected: Mapping[str, int], got: Mapping[str, int], reason: str
-) -> None:
-    """Refuses plates of a group with other sizes than expected.
-
-    :param reason: says why, and what to do.
-    :raises ValueError: if a size differs.
-    """
-    for name in group.dims:
-        if name in expected and expected[name] != got[name]:
-            raise ValueError(
-                f"plate '{name}' around the sites {sorted(group.latents.sites)} has another size: "
-                f"expected {expected[name]} elements, got {got[name]}. {reason}"
-            )

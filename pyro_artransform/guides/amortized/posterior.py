@@ -4,7 +4,6 @@
 """An amortized posterior on the unconstrained space: global latents, then each local group."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -18,18 +17,12 @@ from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..spec import GuideSpec
 from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
-from .factors import GlobalFactor, LocalFactor, MakeFlow, MakeLocalFlow
+from .factors import GlobalFactor, LocalFactor, MakeFlows
 from .layout import GLOBAL, Group, LatentLayout, Vectors
-from .plates import Plates, check_sizes
+from .plates import Args, Kwargs, Plates, check_sizes
 
-_OTHER_TABLE = (
-    "There is an embedding for each element of the guide's set-up: make a new guide, or give it an "
-    "encoder, which has features of any element"
-)
-_OTHER_ELEMENTS = (
-    "The elements have to be the same for all latents: embeddings are of all elements, and the "
-    "features of a mini-batch are not"
-)
+_OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
+_OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
 
 
 class AmortizedPosterior(nn.Module):
@@ -42,80 +35,56 @@ class AmortizedPosterior(nn.Module):
     :param spec: the spec of the guide: the sites, and ``init_scale``, ``embedding_dim`` and
         ``feature_dims``, the number of features of each group that has an encoder.
     :param start: the initial location, that of one element of each group, in the order of the sites.
-    :param make_flow: makes the flow of the global latents, or is None.
-    :param make_local_flow: makes the conditional flow of a group of local latents, or is None.
+    :param make_flows: makes the flow of the global latents, and the conditional ones of the local.
     :param encoder: the encoder, if there is one.
     """
 
     def __init__(
-        self,
-        spec: GuideSpec,
-        start: Tensor,
-        make_flow: MakeFlow | None,
-        make_local_flow: MakeLocalFlow | None,
-        encoder: Encoder | None,
+        self, spec: GuideSpec, start: Tensor, make_flows: MakeFlows, encoder: Encoder | None
     ) -> None:
         super().__init__()
-        self.layout = LatentLayout(spec.sites)
+        self.layout = LatentLayout(spec.latents)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
+        self.local_factors: list[tuple[Group, LocalFactor]] = []
+        self._factors: dict[str, GlobalFactor | LocalFactor] = {}
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
-        context_dims, locs = dict[str, int](), self.layout.by_group(start)
+        parts = spec.latents.split(start)
         for group in self.layout.groups:
-            loc = locs[group.name]
+            loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
             if group.name == GLOBAL:
-                self.globals = GlobalFactor(make_flow, loc, scale)
-                context_dims[GLOBAL] = self.globals.context_dim
+                self._factors[GLOBAL] = self.globals = GlobalFactor(make_flows[0], loc, scale)
                 continue
-            rest_dim = sum(context_dims[name] for name in group.parents)
-            feature_dim, table_shape = feature_dims.get(group.name), None
-            if feature_dim is None:
-                feature_dim, table_shape = spec.arguments["embedding_dim"], group.full_batch_shape
-            factor = LocalFactor(make_local_flow, loc, scale, feature_dim, rest_dim, table_shape)
+            rest_dim = sum(self._factors[name].context_dim for name in group.parents)
+            dim = feature_dims.get(group.name, spec.arguments["embedding_dim"])
+            all_elements = group.batch_shape(group.full_sizes)
+            table_shape = None if group.name in feature_dims else all_elements
+            factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
+            self.local_factors.append((group, factor))
+            self._factors[group.name] = factor
             self.locals.append(factor)
-            context_dims[group.name] = group.latent_dim
         self.encoder = encoder
 
     @property
-    def local_factors(self) -> list[tuple[Group, LocalFactor]]:
-        """Each group of local latents with its factor."""
-        return list(zip(self.layout.local_groups, self.locals))  # type: ignore[arg-type]
-
-    @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and the device of the latents."""
-        return self._factor_of[self.layout.groups[0].name].loc
-
-    @property
-    def _factor_of(self) -> dict[str, GlobalFactor | LocalFactor]:
-        factors: dict[str, GlobalFactor | LocalFactor] = {}
-        if self.globals is not None:
-            factors[GLOBAL] = self.globals
-        factors.update((group.name, factor) for group, factor in self.local_factors)
-        return factors
-
-    # The features and embeddings of elements
+        """A tensor of the dtype and the device of the latents: the location of the first factor."""
+        return next(iter(self._factors.values())).affine.loc
 
     @property
     def encoded_groups(self) -> list[str]:
         """The names of the groups whose elements have features by the encoder."""
         return [group.name for group, factor in self.local_factors if factor.table is None]
 
-    def encode(self, plates: Plates, args: Any, kwargs: Any) -> Features:
-        """What the encoder returns, nothing where there is none.
-
-        :raises ValueError: if there are features of other groups than at the set-up.
-        """
+    def encode(self, plates: Plates, args: Args, kwargs: Kwargs) -> Features:
+        """What the encoder returns, nothing where there is none."""
         expected, groups = self.encoded_groups, self.layout.local_groups
         if self.encoder is None or not expected:
             return {}
         own = {name: plates[name] for group in groups for name in group.dims}
         features = encode(self.encoder, own, groups, args, kwargs)
-        if sorted(features) != sorted(expected):
-            raise ValueError(
-                f"encoder: expected features of {sorted(expected)}, as at the guide's set-up, got "
-                f"{sorted(features)}"
-            )
+        if features.keys() != set(expected):
+            wanted = f"{expected}, as at the guide's set-up"
+            raise ValueError(f"encoder: expected features of {wanted}, got {list(features)}")
         return features
 
     def minibatch_rows(
@@ -124,7 +93,6 @@ class AmortizedPosterior(nn.Module):
         """The features or embeddings of the elements of a mini-batch, by group.
 
         :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
-        :raises ValueError: if they do not fit the plates.
         """
         like = self.like
         rows = {GLOBAL: like.new_empty(0)}
@@ -134,30 +102,23 @@ class AmortizedPosterior(nn.Module):
                 rows[group.name] = minibatch_rows(group, given, dim, plates, indices).to(like.dtype)
                 continue
             sizes = {name: plates[name].size for name in group.dims}
-            check_sizes(group, factor.table_sizes(group), sizes, _OTHER_TABLE)
-            chosen = {dim: indices[name] for name, dim in group.dims.items() if name in indices}
-            rows[group.name] = factor.embeddings(chosen)
+            check_sizes(group, group.sizes_of(factor.table), sizes, _OTHER_TABLE)
+            rows[group.name] = group.select(factor.table, indices)
         return rows
 
     def all_rows(self, features: Features) -> Vectors:
-        """The embeddings of all elements, or their features, of any number of elements.
-
-        :raises ValueError: if the numbers of elements differ between groups.
-        """
+        """The embeddings of all elements, or their features, of any number of elements."""
         like, sizes = self.like, dict[str, int]()
         rows = {GLOBAL: like.new_empty(0)}
         for group, factor in self.local_factors:
             if factor.table is None:
                 row, now = given_rows(group, features[group.name], factor.feature_dim)
             else:
-                row = factor.embeddings({})
-                now = factor.table_sizes(group)
+                row, now = factor.table, group.sizes_of(factor.table)
             check_sizes(group, sizes, now, _OTHER_ELEMENTS)
             sizes.update(now)
             rows[group.name] = row.to(like.dtype)
         return rows
-
-    # Distributions
 
     def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
         """From the base to the unconstrained space, for the elements of a group.
@@ -165,11 +126,10 @@ class AmortizedPosterior(nn.Module):
         :param features: the features or embeddings of its elements, shape ``(*, F)``.
         :param vectors: the latents of its parents.
         """
-        factors = self._factor_of
-        rest = [
-            factors[name].as_context(vectors[name], group.num_elements) for name in group.parents
-        ]
-        return factors[group.name].condition(features, rest)
+        rest = []
+        for name in group.parents:
+            rest.append(self._factors[name].as_context(vectors[name], group.num_elements))
+        return self._factors[group.name].condition(features, rest)
 
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
@@ -180,39 +140,37 @@ class AmortizedPosterior(nn.Module):
         """
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
-        base = base_of(self.like, batch, group.latent_dim)
+        base = base_of(self.like, (*batch, group.latents.latent_dim))
         transform = self.condition(group, features, vectors)
         if not path:
             return FlowDistribution(base, transform, validate_args=False)
         posterior = PathDistribution(base, transform, validate_args=False)
-        fixed = group, features.detach(), vectors
-        posterior.through = lambda *pair: self._at_fixed_parameters(*fixed, pair)
+        given = group, features.detach(), vectors
+
+        def through(x: Tensor, z: Tensor) -> Tensor:
+            fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
+            log_density: Tensor = functional_call(self, fixed, (*given, x, z))
+            return log_density
+
+        posterior.through = through
         if group.name == GLOBAL:
             posterior.location = self.like
         return posterior
 
     def forward(
-        self, group: Group, features: Tensor, vectors: Vectors, pair: tuple[Tensor, Tensor]
+        self, group: Group, features: Tensor, vectors: Vectors, x: Tensor, z: Tensor
     ) -> Tensor:
-        """The log-density of one factor where both sides of its transform are known.
+        """The log-density of one factor, shape ``(*,)``, where both sides of its transform are known.
 
-        :param pair: the argument and the value of the transform, shape ``(*, D)`` each.
-        :return: shape ``(*,)``.
+        :param x: the argument of the transform, shape ``(*, D)``.
+        :param z: its value.
         """
-        x, ladj = self.condition(group, features, vectors).inverse_at(*pair)
-        return _normal_log_prob(x) + ladj
+        x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
+        return base_of(x, x.shape).log_prob(x) + ladj
 
-    def _at_fixed_parameters(self, *args: Any) -> Tensor:
-        """:meth:`forward` with a gradient by the latents only."""
-        fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        log_density: Tensor = functional_call(self, fixed, args)
-        return log_density
+    def draw(self, features: Vectors, n: int) -> Vectors:
+        """Draws of all latents, given the features or embeddings of the elements of each group.
 
-    def draw(self, features: Mapping[str, Tensor], n: int) -> Vectors:
-        """Draws of all latents.
-
-        :param features: the features or embeddings of the elements of each group.
-        :param n: how many draws.
         :return: the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``: the dimension
             of the draws is to the left of those of all plates.
         """
@@ -220,21 +178,18 @@ class AmortizedPosterior(nn.Module):
         vectors = Vectors()
         for group in self.layout.groups:
             batch = torch.broadcast_shapes(lead, features[group.name].shape[:-1])
-            x = base_of(self.like, batch, group.latent_dim).sample()
+            x = base_of(self.like, (*batch, group.latents.latent_dim)).sample()
             transform = self.condition(group, features[group.name], vectors)
             vectors[group.name] = transform.call_and_ladj(x)[0]
         return vectors
 
-    def log_prob(self, features: Mapping[str, Tensor], vectors: Vectors) -> Tensor:
-        """The log-density of all latents, shape ``(n,)``.
-
-        :param vectors: the latents of each group, as :meth:`draw` returns them.
-        """
+    def log_prob(self, features: Vectors, vectors: Vectors) -> Tensor:
+        """The log-density of the latents of each group as :meth:`draw` returns them, shape ``(n,)``."""
         parts = []
         for group in self.layout.groups:
             transform = self.condition(group, features[group.name], vectors)
             x, ladj = transform.inverse_and_ladj(vectors[group.name])
-            parts.append((_normal_log_prob(x) + ladj).flatten(1).sum(-1))
+            parts.append((base_of(x, x.shape).log_prob(x) + ladj).flatten(1).sum(-1))
         return torch.stack(parts).sum(0)
 
     def start_near(self, vectors: Vectors, share: float) -> None:
@@ -247,12 +202,14 @@ class AmortizedPosterior(nn.Module):
         z = vectors[GLOBAL].flatten(0, -2)
         self.globals.start_near(z, share)
         for group, factor in self.local_factors:
-            elements = vectors[group.name].reshape(len(z), -1, group.latent_dim)
+            elements = vectors[group.name].reshape(len(z), -1, group.latents.latent_dim)
             factor.start_near(self.globals.as_context(z, group.num_elements), elements)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AmortizedPosterior":
         super()._apply(fn, recurse)
-        self.layout = self.layout.to(fn)
+        self.layout = LatentLayout(
+            Latents(site.to(fn) for site in self.layout.latents.sites.values())
+        )
         return self
 
 
@@ -275,14 +232,9 @@ def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def base_of(like: Tensor, batch_shape: Sequence[int], latent_dim: int) -> dist.TorchDistribution:
+def base_of(like: Tensor, shape: Sequence[int]) -> dist.TorchDistribution:
     """Standard Normals, whose values are never checked: that would read them."""
-    zeros = like.new_zeros((*batch_shape, latent_dim))
+    zeros = like.new_zeros(shape)
     normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
     base: dist.TorchDistribution = normal.to_event(1)
     return base
-
-
-def _normal_log_prob(x: Tensor) -> Tensor:
-    log_density: Tensor = base_of(x, x.shape[:-1], x.shape[-1]).log_prob(x)
-    return log_density

@@ -97,15 +97,15 @@ def test_step_scales():
     guide(data())
     globals_ = guide.transform.globals
     ((parameter, scale),) = guide.step_scales().items()
-    assert parameter is globals_.loc
+    assert parameter is globals_.affine.loc
     assert torch.allclose(scale, torch.full((1,), 0.2))
     guide = AutoAmortized(hierarchies.minibatch)
     guide(data(16))
     globals_ = guide.transform.globals
     scales = guide.step_scales()
     flow = list(globals_.transform.transforms[:-1].parameters())
-    assert set(scales) == {globals_.loc, *flow}
-    assert torch.allclose(scales[globals_.loc], torch.full((1,), 0.4))
+    assert set(scales) == {globals_.affine.loc, *flow}
+    assert torch.allclose(scales[globals_.affine.loc], torch.full((1,), 0.4))
     assert all(torch.allclose(scales[p], torch.tensor(0.5)) for p in flow)
 
 

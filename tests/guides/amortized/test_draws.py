@@ -122,7 +122,7 @@ def test_each_element_can_have_any_place_and_width():
     places, widths = torch.linspace(-100.0, 100.0, 12), torch.logspace(-4, 3, 12)
     with torch.no_grad():
         local = guide.transform.locals[0]
-        local.table[:, -2] = places - local.loc
+        local.table[:, -2] = places - local.affine.loc
         local.table[:, -1] = (widths / 0.1).log()
     z = guide.sample_posterior(5_000)["z"]
     # five standard errors

@@ -108,7 +108,7 @@ def test_noise_that_all_draws_share_moves_the_location_alone():
 
     globals_ = guide.transform.globals
     for parameter in globals_.parameters():
-        if parameter is globals_.loc:
+        if parameter is globals_.affine.loc:
             assert difference(parameter) > 50
         else:
             assert difference(parameter) < 1e-9

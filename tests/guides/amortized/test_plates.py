@@ -8,7 +8,7 @@ from pyro_artransform.guides.amortized.plates import complete_plates
 
 
 def indices(size, full_size):
-    sizes = {"items": PlateSize("items", -1, size, full_size)}
+    sizes = {"items": PlateSize(-1, size, full_size)}
     plate = complete_plates({}, sizes, torch.device("cpu"))["items"]
     assert (plate.size, plate.subsample_size, plate.dim) == (full_size, size, -1)
     return plate.indices

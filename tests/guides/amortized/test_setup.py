@@ -83,6 +83,10 @@ def test_copies_of_a_guide_that_was_never_called():
     unpickled = pickle.loads(pickle.dumps(AutoAmortized(hierarchies.groups)))
     with pytest.raises(RuntimeError, match="has no model"):
         unpickled(data())
+    unpickled.model = hierarchies.groups
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="pickled before its first call, without its flows"):
+            unpickled(data())
 
 
 def plates(y):
