@@ -3,11 +3,12 @@
 
 """The steps of a fit: gradients that are clipped, skipped where they are not finite, and averaged."""
 
+import copy
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
 from ..data.loader import BatchStream
 from ..objectives.objective import Objective
-from .optimizers import Adam, Optimizer, wrap_optimizer
+from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
 from .schedule import Schedule
+
+_COPIED = ("norms", "average", "best", "best_loss", "kept")
 
 
 class FitError(RuntimeError):
     """A fit that cannot go on."""
 
 
+@dataclass(eq=False)
 class Training:
     """The state of a fit between two steps, all of which can be saved and restored.
 
@@ -35,30 +39,26 @@ class Training:
     :param num_particles: draws for each step.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        parameters: dict[str, Tensor],
-        optimizer: Optimizer,
-        schedule: Schedule,
-        num_particles: int,
-    ) -> None:
-        self.objective, self.parameters = objective, parameters
-        self.optimizer, self.schedule = optimizer, schedule
-        self.num_particles = num_particles
-        #: the loss of each step, not a finite number where the step was skipped
-        self.losses: list[float] = []
-        self.num_skipped = 0
-        #: gradients of the model's log density, one for each draw
-        self.num_gradients = 0
-        self.nonfinite_sites: Counter[str] = Counter()
-        self._config = schedule.config
+    objective: Objective
+    parameters: dict[str, Tensor]
+    optimizer: TorchOptimizer | PyroOptimizer
+    schedule: Schedule
+    num_particles: int
+    #: the loss of each step, not a finite number where the step was skipped
+    losses: list[float] = field(default_factory=list)
+    num_skipped: int = 0
+    #: gradients of the model's log density, one for each draw
+    num_gradients: int = 0
+    nonfinite_sites: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._config = self.schedule.config
         self._skips_in_a_row = 0
         self._norms: list[float] = []
-        self._average = _clones(parameters.values())
-        self._best = _clones(parameters.values())
+        self._average, self._best = self._values(), self._values()
         self._best_loss = math.inf
-        self._saved: dict[str, list[Tensor]] = {}
+        #: the parameters at some steps on the way, by name
+        self._kept: dict[str, list[Tensor]] = {}
 
     @property
     def num_steps(self) -> int:
@@ -88,12 +88,12 @@ class Training:
 
     @torch.enable_grad()
     def _loss_and_gradients(self) -> tuple[float, Sequence[Tensor | None]]:
+        estimate, num_draws = self.objective.loss, self.num_particles
         if self.schedule.is_for_tails(self.num_steps):
-            loss = self.objective.tail_loss(self.num_particles)
-            self.num_gradients += self.num_particles * self._config.tail_particles
-        else:
-            loss = self.objective.loss(self.num_particles)
-            self.num_gradients += self.num_particles
+            estimate = self.objective.tail_loss
+            num_draws *= self._config.tail_particles
+        self.num_gradients += num_draws
+        loss = estimate(self.num_particles)
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
         value = loss.item()
@@ -127,29 +127,24 @@ class Training:
                 "of its latents"
             )
 
-    @torch.no_grad()
     def _remember(self) -> None:
-        """Updates the running average and the best parameters, and saves candidates on the way."""
-        step, block = self.num_steps, self._config.best_block
-        weight = self.schedule.average_weight(step)
-        torch._foreach_lerp_(self._average, list(self.parameters.values()), weight)
-        start, tail_start = self.schedule.decay_start, self.schedule.tail_start
-        if start is not None and tail_start is not None:
+        """Updates the running average and the best parameters, and keeps candidates on the way."""
+        step, plan, block = self.num_steps, self.schedule, self._config.best_block
+        parameters = [*map(Tensor.detach, self.parameters.values())]
+        torch._foreach_lerp_(self._average, parameters, plan.average_weight(step))
+        if plan.end is not None:
             # later steps may lose the tails of a posterior for the sake of its middle
-            if step == start + (tail_start - start) // 3:
-                self._saved["averaged on the way"] = _clones(self._average)
-            if step == tail_start != self.schedule.end:
-                self._begin_tails()
+            if step == plan.decay_start + (plan.tail_start - plan.decay_start) // 3:
+                self._kept["averaged on the way"] = copy.deepcopy(self._average)
+            if step == plan.tail_start != plan.end:
+                draws = self.objective.elbo_draws(self._config.selection_draws)
+                if fit_tail(draws).khat <= self._config.tail_good_khat:
+                    self.schedule = plan.without_tails()
+                self._kept["last before the tails"] = self._values()
         if step % block == 0:
             loss = statistics.fmean(self.losses[-block:])
             if loss < self._best_loss:
-                self._best, self._best_loss = _clones(self.parameters.values()), loss
-
-    def _begin_tails(self) -> None:
-        draws = self.objective.elbo_draws(self._config.selection_draws)
-        if fit_tail(draws).khat <= self._config.tail_good_khat:
-            self.schedule = self.schedule.without_tails()
-        self._saved["last before the tails"] = _clones(self.parameters.values())
+                self._best, self._best_loss = self._values(), loss
 
     def _gap(self) -> float:
         """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
@@ -157,38 +152,35 @@ class Training:
             return 0.0
         return gap_of(self.objective.elbo_draws(self._config.selection_draws))
 
-    def set_parameters(self, values: Iterable[Tensor]) -> None:
-        """Puts the parameters at given values, in place.
+    def _values(self) -> list[Tensor]:
+        return [*map(torch.clone, map(Tensor.detach, self.parameters.values()))]
 
-        :param values: one for each parameter.
-        """
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters.values(), values):
-                parameter.copy_(value)
+    @torch.no_grad()
+    def set_parameters(self, values: Iterable[Tensor]) -> None:
+        """Puts the parameters at given values, one for each, in place."""
+        for parameter, value in zip(self.parameters.values(), values):
+            parameter.copy_(value)
 
     def candidates(self) -> dict[str, list[Tensor]]:
         """What the fit could end with, by name: the values of all parameters."""
-        found = {"last": _clones(self.parameters.values())}
+        found = {"last": self._values()}
         if self.losses:
             found["averaged"] = self._average
-        found.update(self._saved)
+        found.update(self._kept)
         if math.isfinite(self._best_loss):
             found["best"] = self._best
         return found
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, in tensors and plain data."""
+        state = {name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED}
         return {
-            "parameters": dict(zip(self.parameters, _clones(self.parameters.values()))),
+            **state,
+            "parameters": dict(zip(self.parameters, self._values())),
             "optimiser": self.optimizer.state(),
             "schedule": self.schedule.state(),
             "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
-            "norms": list(self._norms),
-            "average": _clones(self._average),
-            "best": _clones(self._best),
-            "kept": {name: _clones(values) for name, values in self._saved.items()},
             "counts": [self.num_skipped, self._skips_in_a_row, self.num_gradients],
-            "best_loss": self._best_loss,
             "culprits": dict(self.nonfinite_sites),
         }
 
@@ -205,12 +197,10 @@ class Training:
         self.optimizer.restore(state["optimiser"])
         self.schedule = replace(self.schedule, **state["schedule"])
         self.losses = state["losses"].tolist()
-        self._norms = list(state["norms"])
-        self._average, self._best = _clones(state["average"]), _clones(state["best"])
-        self._saved = {name: _clones(values) for name, values in state["kept"].items()}
         self.num_skipped, self._skips_in_a_row, self.num_gradients = state["counts"]
-        self._best_loss = state["best_loss"]
         self.nonfinite_sites = Counter(state["culprits"])
+        for name in _COPIED:
+            setattr(self, f"_{name}", state[name])
 
 
 @dataclass(frozen=True)
@@ -244,14 +234,16 @@ class Trainer:
         parameters = self.objective.parameters()
         if not parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
-        trained = list(parameters.values())
-        optimizer: Optimizer
-        if step_size is None:
-            optimizer = wrap_optimizer(self.optim, trained)
-        else:
+        trained, optimizer = list(parameters.values()), None
+        if step_size is not None:
             optimizer = Adam(trained, step_size, self.schedule.config.betas, self.scales)
-        schedule = schedule or self.schedule
-        return Training(self.objective, parameters, optimizer, schedule, self.num_particles)
+        return Training(
+            self.objective,
+            parameters,
+            optimizer or wrap_optimizer(self.optim, trained),
+            schedule or self.schedule,
+            self.num_particles,
+        )
 
 
 def gap_of(log_weights: Tensor) -> float:
@@ -263,15 +255,8 @@ def gap_of(log_weights: Tensor) -> float:
     return float(log_evidence - log_weights.mean())
 
 
-def _clones(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [*map(torch.clone, map(Tensor.detach, tensors))]
-
-
 def _norm(gradients: Sequence[Tensor | None]) -> float:
     """The norm of all gradients together, in double precision."""
-    present = list[Tensor]()
-    for gradient in gradients:
-        if gradient is not None:
-            present.append(gradient)
+    present = [gradient for gradient in gradients if gradient is not None]
     norms = torch._foreach_norm(present)
     return float(torch.stack([*map(Tensor.double, norms)]).norm().item())
