@@ -4,6 +4,7 @@
 """The ELBO of a guide whose data come in mini-batches: for steps, for comparisons, and at the end."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,15 +21,10 @@ _ROUND_OFF = 1e-6
 
 
 class PassEstimate(NamedTuple):
-    """The ELBO as the mean over batches, from independent draws for each or from common ones.
+    """The ELBO in nats as the mean over batches.
 
-    :param elbo: in nats.
-    :param elbo_se: its standard error, from the variation over draws, and over batches as far as
-        not all of them were seen.
-    :param num_draws: how many draws there were in all.
-    :param num_batches: over how many batches.
-    :param share: how much of the data they are, from 0 to 1; 0 where it is not known.
-    :param log_weights: those of all data, where they are known.
+    Its standard error is that of draws, and of batches as far as not all of them were seen; the
+    share of all data that were is 0 where it is not known. ``log_weights`` are those of all data.
     """
 
     elbo: float
@@ -104,21 +100,27 @@ class MinibatchObjective(Objective):
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
 
+    @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
         """Each of them the mean over the batches for validation."""
         divisor = self.config.draws_divisor * len(self.validation)
-        draws = max(count // divisor, self.config.min_draws)
+        estimate = self._estimator(max(count // divisor, self.config.min_draws))
         weights = [self._weight(batch) for batch in self.validation]
-        if isinstance(self.objective, PathObjective):
-            # the same draws for all: the log weights of much data vary less than those of little
-            z, log_q = _draws(self.objective, draws)
-            found = []
-            for batch in self.validation:
-                found.append(self.objective.with_arguments(batch).log_density(z) - log_q)
-        else:
-            found = [self.objective.with_arguments(b).elbo_draws(draws) for b in self.validation]
-        shares = [weight / sum(weights) for weight in weights]
-        return torch.stack([share * values for share, values in zip(shares, found)]).sum(0)
+        total = sum(weights)
+        draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
+        return torch.stack(draws).sum(0)
+
+    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
+        """So many draws of the ELBO of a batch; the same draws for all, where all have the same latents.
+
+        The log weights of much data vary less than those of little, and their mean over all batches
+        is that of all data.
+        """
+        objective = self.objective
+        if not isinstance(objective, PathObjective):
+            return lambda batch: objective.with_arguments(batch).elbo_draws(count)
+        z, log_q = objective.guide.rsample_and_log_prob(count)
+        return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
 
     def nonfinite_sites(self) -> list[str]:
         return self._last.nonfinite_sites()
@@ -128,40 +130,28 @@ class MinibatchObjective(Objective):
         few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
         return MeanLogJoint(self.log_joint, few, [self._weight(batch) for batch in few])
 
+    @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
         """The ELBO from one pass over the loader, or from batches that are spread over it."""
-        if isinstance(self.objective, PathObjective):
-            return self._with_common_draws(self.objective)
-        config = self.config
-        total = min(self.stream.num_batches, config.max_batches)
-        count = min(max(config.num_draws // total, config.min_draws), config.max_draws)
-        terms = []
-        for batch in self.stream.one_pass(total):
-            draws = self.objective.with_arguments(batch).elbo_draws(count).double()
-            mean, variance = draws.mean().item(), (draws.var() / len(draws)).item()
-            terms.append(_Term(mean, variance, self._weight(batch), self._scale(batch)))
+        config, are_common = self.config, isinstance(self.objective, PathObjective)
+        count = config.num_draws // min(self.stream.num_batches, config.max_batches)
+        count = min(max(count, config.min_draws), config.max_draws)
+        estimate = self._estimator(config.num_common_draws if are_common else count)
+        terms, total = list[_Term](), torch.zeros(())
+        for batch in self.stream.one_pass(config.max_batches):
+            draws, weight = estimate(batch), self._weight(batch)
+            variance = 0.0 if are_common else (draws.var() / len(draws)).item()
+            terms.append(_Term(draws.mean().item(), variance, weight, self._scale(batch)))
+            total = total + weight * draws
         share = self._share_seen(terms)
-        return PassEstimate(*_mean_and_error(terms, share), count * len(terms), len(terms), share)
-
-    def _with_common_draws(self, objective: PathObjective) -> PassEstimate:
-        """The same for a guide whose latents are the same for all batches, and so its draws.
-
-        Then the mean over all batches is the log weight of all data, draw by draw.
-        """
-        z, log_q = _draws(objective, self.config.num_common_draws)
-        total, terms = torch.zeros_like(log_q), []
-        for batch in self.stream.one_pass(self.config.max_batches):
-            values, weight = objective.with_arguments(batch).log_density(z), self._weight(batch)
-            total += weight * values
-            terms.append(_Term((values - log_q).mean().item(), 0.0, weight, self._scale(batch)))
-        share = self._share_seen(terms)
-        log_weights = total / sum(term.weight for term in terms) - log_q
-        elbo, by_batches = _mean_and_error(terms, share)
-        by_draws = (log_weights.double().var() / len(z)).sqrt().item()
-        error = math.hypot(by_draws, by_batches)
+        elbo, elbo_se = _mean_and_error(terms, share)
+        if not are_common:
+            return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share)
+        log_weights = total / sum(term.weight for term in terms)
+        error = math.hypot((log_weights.double().var() / len(total)).sqrt().item(), elbo_se)
         is_exact = abs(_seen(terms) - 1) < _ROUND_OFF and share > 0
         weights = log_weights if is_exact else None
-        return PassEstimate(elbo, error, len(z), len(terms), share, weights)
+        return PassEstimate(elbo, error, len(total), len(terms), share, weights)
 
     def _share_seen(self, terms: list[_Term]) -> float:
         """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
@@ -170,11 +160,6 @@ class MinibatchObjective(Objective):
         share = len(terms) / self.stream.num_batches
         is_scaled = any(term.scale != 1 for term in terms)
         return min(share, _seen(terms)) if is_scaled else share
-
-
-@torch.no_grad()
-def _draws(objective: PathObjective, count: int) -> tuple[Tensor, Tensor]:
-    return objective.guide.rsample_and_log_prob(count)
 
 
 def _seen(terms: list[_Term]) -> float:

@@ -13,7 +13,6 @@ PLATEAU = "the ELBO stopped moving"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
-GIVEN = "all {} steps that were asked for were taken"
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,11 @@ class Schedule:
         """The schedule of a given number of steps; itself without one."""
         if num_steps is None:
             return self
+        reason = f"all {num_steps} steps that were asked for were taken"
         tail_start = num_steps - min(self.tail_steps, num_steps // 10)
-        return replace(
-            self,
-            num_steps=num_steps,
-            decay_start=math.ceil(self.config.constant_share * tail_start),
-            tail_start=tail_start,
-            end=num_steps,
-            reason=GIVEN.format(num_steps),
-        )
+        start = math.ceil(self.config.constant_share * tail_start)
+        ending = replace(self, decay_start=start, tail_start=tail_start, end=num_steps)
+        return replace(ending, num_steps=num_steps, reason=reason)
 
     def constant(self) -> "Schedule":
         """The same without an end, as for the learning-rate search."""

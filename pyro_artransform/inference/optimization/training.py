@@ -69,38 +69,32 @@ class Training:
         """Whether the schedule is at its end."""
         return self.schedule.is_over(self.num_steps)
 
+    @torch.enable_grad()
     def step(self) -> float:
         """Takes one step.
 
         :return: the loss, the negative ELBO in nats.
         :raises FitError: if the loss or its gradient was not finite for many steps in a row.
         """
-        loss, gradients = self._loss_and_gradients()
-        norm = _norm(gradients) if math.isfinite(loss) else math.inf
+        objective, num_draws = self.objective, self.num_particles
+        is_for_tails = self.schedule.is_for_tails(self.num_steps)
+        loss = (objective.tail_loss if is_for_tails else objective.loss)(num_draws)
+        self.num_gradients += num_draws * (self._config.tail_particles if is_for_tails else 1)
+        if not loss.requires_grad:
+            raise FitError("there is nothing to train: neither guide nor model has parameters")
+        value, norm = loss.item(), math.inf
+        if math.isfinite(value):
+            trained = list(self.parameters.values())
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            norm = _norm(gradients)
         if math.isfinite(norm):
             self._take(gradients, norm)
         else:
             self._skip()
-        self.losses.append(loss if math.isfinite(norm) else math.nan)
+        self.losses.append(value if math.isfinite(norm) else math.nan)
         self._remember()
         self.schedule = self.schedule.observe(self.losses, self._gap)
-        return loss
-
-    @torch.enable_grad()
-    def _loss_and_gradients(self) -> tuple[float, Sequence[Tensor | None]]:
-        estimate, num_draws = self.objective.loss, self.num_particles
-        if self.schedule.is_for_tails(self.num_steps):
-            estimate = self.objective.tail_loss
-            num_draws *= self._config.tail_particles
-        self.num_gradients += num_draws
-        loss = estimate(self.num_particles)
-        if not loss.requires_grad:
-            raise FitError("there is nothing to train: neither guide nor model has parameters")
-        value = loss.item()
-        if not math.isfinite(value):
-            return value, []
-        trained = list(self.parameters.values())
-        return value, torch.autograd.grad(loss, trained, allow_unused=True)
+        return value
 
     def _take(self, gradients: Sequence[Tensor | None], norm: float) -> None:
         self._skips_in_a_row = 0
@@ -121,10 +115,9 @@ class Training:
         if self._skips_in_a_row >= self._config.max_skips:
             raise FitError(
                 "the fit stopped: the loss or its gradient was not finite in "
-                f"{self._config.max_skips} steps in a row, because of "
-                f"{', '.join(self.nonfinite_sites)}. The parameters are finite, as the last "
-                "good step left them. Check the data, and whether the model is finite for all values "
-                "of its latents"
+                f"{self._skips_in_a_row} steps in a row, because of "
+                f"{', '.join(self.nonfinite_sites)}. The parameters are finite, as the last good "
+                "step left them. Check the data, and that the model is finite for all its latents"
             )
 
     def _remember(self) -> None:
