@@ -18,7 +18,6 @@ class Objective(Protocol):
 
     def loss(self, num_particles: int) -> Tensor:
         """A differentiable estimate of the negative ELBO in nats, a scalar."""
-        ...
 
     def tail_loss(self, num_particles: int) -> Tensor:
         """As :meth:`loss`, with a gradient that covers the tails better where there is one."""
@@ -26,18 +25,15 @@ class Objective(Protocol):
 
     def parameters(self) -> dict[str, Tensor]:
         """The unconstrained parameters by name."""
-        ...
 
     def elbo_draws(self, count: int) -> Tensor:
         """Independent unbiased estimates of the ELBO in nats, shape ``(n,)``, from ``count`` draws.
 
         Where single draws have no log weights, n is smaller than ``count``.
         """
-        ...
 
     def nonfinite_sites(self) -> list[str]:
         """The sites that made the last loss other than finite, as far as that can be found."""
-        ...
 
 
 class BatchObjective(Objective, Protocol):
@@ -45,4 +41,3 @@ class BatchObjective(Objective, Protocol):
 
     def with_arguments(self, batch: Batch) -> "BatchObjective":
         """The same objective, of the same parameters, for other arguments of model and guide."""
-        ...

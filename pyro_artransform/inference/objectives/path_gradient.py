@@ -77,17 +77,13 @@ class PathObjective(BatchObjective):
         return log_q - self.log_joint(z)
 
     def parameters(self) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
-        if isinstance(self.guide, nn.Module):
-            for name, parameter in self.guide.named_parameters():
-                named[f"guide.{name}"] = parameter
-        known = set(named.values())
         with torch.no_grad():
-            captured = traced_parameters(partial(self.loss, 1))
-        for name, other in captured.items():
-            if other not in known:
-                named[name] = other
-        return named
+            traced = traced_parameters(partial(self.loss, 1))
+        own: dict[str, Tensor] = {}
+        if isinstance(self.guide, nn.Module):
+            own = {f"guide.{name}": p for name, p in self.guide.named_parameters()}
+        known = set(own.values())
+        return {**own, **{name: p for name, p in traced.items() if p not in known}}
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:

@@ -128,18 +128,17 @@ class PyroObjective(BatchObjective):
         with torch.random.fork_rng(devices=[]):
             self.is_vectorized = True
             try:
-                at_once = [self._value(_NUM_CHECKED) for _ in range(_NUM_CHECKED)]
+                at_once = self._finite_values()
             except Exception:  # whatever a model raises for many particles, it needs one at a time
                 return False
             self.is_vectorized = False
-            in_turn = [self._value(_NUM_CHECKED) for _ in range(_NUM_CHECKED)]
-        return _are_alike(at_once, in_turn)
+            in_turn = self._finite_values()
+        if len(at_once) < 2 or len(in_turn) < 2:
+            return True
+        errors = [stdev(values) / math.sqrt(len(values)) for values in (at_once, in_turn)]
+        allowed = 10 * math.hypot(*errors) + 1e-6 * abs(fmean(in_turn)) + 1e-8
+        return abs(fmean(at_once) - fmean(in_turn)) <= allowed
 
-
-def _are_alike(a: list[float], b: list[float]) -> bool:
-    """Whether two lists of numbers have the same mean, but for noise and for what is not finite."""
-    a, b = ([x for x in numbers if math.isfinite(x)] for numbers in (a, b))
-    if len(a) < 2 or len(b) < 2:
-        return True
-    error = math.hypot(stdev(a) / math.sqrt(len(a)), stdev(b) / math.sqrt(len(b)))
-    return abs(fmean(a) - fmean(b)) <= 10 * error + 1e-6 * abs(fmean(b)) + 1e-8
+    def _finite_values(self) -> list[float]:
+        values = [self._value(_NUM_CHECKED) for _ in range(_NUM_CHECKED)]
+        return [value for value in values if math.isfinite(value)]

@@ -70,11 +70,10 @@ class Adam(TorchOptimizer):
     def step(self, factor: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._step_size * factor
-        scaled = []
-        if self._scales is not None:
-            for parameter, scale in self._scales.step_scales().items():
-                if parameter in self._trained:
-                    scaled.append((parameter, scale, parameter.detach().clone()))
+        scales = {} if self._scales is None else self._scales.step_scales()
+        scaled = [
+            (p, scale, p.detach().clone()) for p, scale in scales.items() if p in self._trained
+        ]
         self._optimizer.step()
         with torch.no_grad():
             for parameter, scale, before in scaled:

@@ -58,10 +58,6 @@ class Schedule:
         ending = replace(self, decay_start=start, tail_start=tail_start, end=num_steps)
         return replace(ending, num_steps=num_steps, reason=reason)
 
-    def constant(self) -> "Schedule":
-        """The same without an end, as for the learning-rate search."""
-        return replace(self, end=None)
-
     def without_tails(self) -> "Schedule":
         """The same without the steps for the tails, unless the number of steps was given."""
         return replace(self, end=self.tail_start) if self.num_steps is None else self
@@ -73,10 +69,8 @@ class Schedule:
         :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
         """
         config, step = self.config, len(losses)
-        if self.end is not None or step < 2 * config.window:
-            return self
         window = self._whole(config.window, config.min_epochs)
-        if step < 2 * window or step % self._whole(config.window // 6):
+        if self.end is not None or step < 2 * window or step % self._whole(config.window // 6):
             return self
         is_still = self._is_still(losses[-2 * window : -window], losses[-window:])
         if not is_still and step < self.max_constant:

@@ -5,6 +5,7 @@
 
 import math
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -48,11 +49,12 @@ def choose_step_size(trainer: Trainer) -> tuple[float, int]:
     config = trainer.schedule.config
     # no longer than the fit, and at a constant step size throughout
     num_steps = min(config.search_steps, trainer.schedule.end or config.search_steps)
+    schedule = replace(trainer.schedule, end=None)
     state = torch.get_rng_state()
     elbos: list[float] = []
     for step_size in config.step_sizes:
         torch.set_rng_state(state)
-        training, score = trainer.new(step_size, trainer.schedule.constant()), Score()
+        training, score = trainer.new(step_size, schedule), Score()
         before = training.candidates()["last"]
         with suppress(FitError):
             for _ in range(num_steps):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_trainings_of_a_trainer():
     with pytest.raises(ValueError, match="nothing to train"):
         training_of(Nothing())
     trainer = trainer_of(Bowl(), 10)
-    first, second = trainer.new(0.05), trainer.new(0.05, trainer.schedule.constant())
+    first, second = trainer.new(0.05), trainer.new(0.05, replace(trainer.schedule, end=None))
     assert first.schedule.end == 10
     assert second.schedule.end is None
     assert first.parameters["x"] is second.parameters["x"]
