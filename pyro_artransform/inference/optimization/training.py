@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,35 +28,60 @@ class FitError(RuntimeError):
     """A fit that cannot go on."""
 
 
-@dataclass(eq=False)
-class Training:
-    """The state of a fit between two steps, all of which can be saved and restored.
+@dataclass(frozen=True)
+class Trainer:
+    """Makes the trainings of a fit: for its steps, and for each step size of the search.
 
     :param objective: what to minimize.
-    :param parameters: what to train, by name.
-    :param optimizer: takes the steps.
-    :param schedule: says how large they are, and when to end.
+    :param schedule: the schedule of the fit.
     :param num_particles: draws for each step.
+    :param optim: the user's optimizer, as :func:`wrap_optimizer` takes it; ``None`` for Adam.
+    :param scales: the guide, if it scales steps.
+    :param stream: the mini-batches, if there are any.
     """
 
     objective: Objective
-    parameters: dict[str, Tensor]
-    optimizer: TorchOptimizer | PyroOptimizer
     schedule: Schedule
     num_particles: int
-    #: the loss of each step, not a finite number where the step was skipped
-    losses: list[float] = field(default_factory=list)
-    num_skipped: int = 0
-    #: gradients of the model's log density, one for each draw
-    num_gradients: int = 0
-    nonfinite_sites: Counter[str] = field(default_factory=Counter)
+    optim: object = None
+    scales: ScaledSteps | None = None
+    stream: BatchStream | None = None
 
-    def __post_init__(self) -> None:
-        self._config = self.schedule.config
-        self._skips_in_a_row = 0
+    def new(self, step_size: float | None, schedule: Schedule | None = None) -> "Training":
+        """A training that begins at the present parameters, and at the first mini-batch.
+
+        :param step_size: the step size of Adam; ``None`` where the optimizer is the user's.
+        :param schedule: another one than that of the fit.
+        :raises ValueError: if there are no parameters.
+        """
+        if self.stream is not None:
+            self.stream.restart()
+        return Training(self, step_size, schedule or self.schedule)
+
+
+class Training:
+    """The state of a fit between two steps, all of which can be saved and restored."""
+
+    def __init__(self, trainer: Trainer, step_size: float | None, schedule: Schedule) -> None:
+        self.objective, self.num_particles = trainer.objective, trainer.num_particles
+        self.schedule, self._config = schedule, schedule.config
+        self.parameters = self.objective.parameters()
+        if not self.parameters:
+            raise ValueError("there is nothing to train: neither guide nor model has parameters")
+        trained = list(self.parameters.values())
+        self.optimizer: TorchOptimizer | PyroOptimizer
+        if step_size is None:
+            self.optimizer = wrap_optimizer(trainer.optim, trained)
+        else:
+            self.optimizer = Adam(trained, step_size, self._config.betas, trainer.scales)
+        #: the loss of each step, not a finite number where the step was skipped
+        self.losses: list[float] = []
+        #: gradients of the model's log density, one for each draw
+        self.num_gradients = 0
+        self.num_skipped, self._skips_in_a_row = 0, 0
+        self.nonfinite_sites: Counter[str] = Counter()
         self._norms: list[float] = []
-        self._average, self._best = self._values(), self._values()
-        self._best_loss = math.inf
+        self._average, self._best, self._best_loss = self._values(), self._values(), math.inf
         #: the parameters at some steps on the way, by name
         self._kept: dict[str, list[Tensor]] = {}
 
@@ -194,49 +219,6 @@ class Training:
         self.nonfinite_sites = Counter(state["culprits"])
         for name in _COPIED:
             setattr(self, f"_{name}", state[name])
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """Makes the trainings of a fit: for its steps, and for each step size of the search.
-
-    :param objective: what to minimize.
-    :param schedule: the schedule of the fit.
-    :param num_particles: draws for each step.
-    :param optim: the user's optimizer, as :func:`wrap_optimizer` takes it; ``None`` for Adam.
-    :param scales: the guide, if it scales steps.
-    :param stream: the mini-batches, if there are any.
-    """
-
-    objective: Objective
-    schedule: Schedule
-    num_particles: int
-    optim: object = None
-    scales: ScaledSteps | None = None
-    stream: BatchStream | None = None
-
-    def new(self, step_size: float | None, schedule: Schedule | None = None) -> Training:
-        """A training that begins at the present parameters, and at the first mini-batch.
-
-        :param step_size: the step size of Adam; ``None`` where the optimizer is the user's.
-        :param schedule: another one than that of the fit.
-        :raises ValueError: if there are no parameters.
-        """
-        if self.stream is not None:
-            self.stream.restart()
-        parameters = self.objective.parameters()
-        if not parameters:
-            raise ValueError("there is nothing to train: neither guide nor model has parameters")
-        trained, optimizer = list(parameters.values()), None
-        if step_size is not None:
-            optimizer = Adam(trained, step_size, self.schedule.config.betas, self.scales)
-        return Training(
-            self.objective,
-            parameters,
-            optimizer or wrap_optimizer(self.optim, trained),
-            schedule or self.schedule,
-            self.num_particles,
-        )
 
 
 def gap_of(log_weights: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import FitError, Trainer, Training
+from pyro_artransform.inference.optimization.training import FitError, Trainer
 
 
 class Bowl:
@@ -140,10 +140,8 @@ def test_gradients_are_clipped_against_their_running_median():
 
     objective = Bowl({30: "steep"})
     trained = list(objective.parameters().values())
-    optimizer = Plain(trained, 0.0, (0.9, 0.99))
-    schedule = trainer_of(objective).schedule
-    training = Training(objective, objective.parameters(), optimizer, schedule, 8)
-    norms = []
+    training, norms = training_of(objective), []
+    training.optimizer = optimizer = Plain(trained, 0.0, (0.9, 0.99))
     for _ in range(40):
         training.step()
         norms.append(max(optimizer.seen))
