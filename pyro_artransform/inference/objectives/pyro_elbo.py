@@ -4,12 +4,11 @@
 """The ELBO by Pyro's own estimators, for any guide."""
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, stdev
 
 import pyro
 import torch
@@ -18,13 +17,13 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from ...joint import LogJoint
+from ...joint.evaluation import GuideDraws
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.plates import plate_nesting
 from ...joint.protocols import MinibatchGuide
 from ..data.loader import Batch
 from .objective import BatchObjective
 
-_NUM_CHECKED = 8
 _NUM_LOOKS = 16
 
 
@@ -39,6 +38,7 @@ def _quietly() -> Iterator[None]:
         yield
 
 
+@dataclass
 class PyroObjective(BatchObjective):
     """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one.
 
@@ -49,40 +49,38 @@ class PyroObjective(BatchObjective):
     :param num_estimates: how many estimates of the ELBO :meth:`elbo_draws` returns, at most.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., object],
-        guide: Callable[..., object],
-        arguments: Batch,
-        log_joint: LogJoint,
-        num_estimates: int = 32,
-    ) -> None:
-        self._model, self._guide = UnmaskedLatents()(model), guide
-        self._arguments, self._num_estimates = arguments, num_estimates
-        self._kind = TraceEnum_ELBO if log_joint.is_enumerated else Trace_ELBO
+    model: Callable[..., object]
+    guide: Callable[..., object]
+    arguments: Batch
+    log_joint: LogJoint
+    num_estimates: int = 32
+
+    def __post_init__(self) -> None:
+        self.model = UnmaskedLatents()(self.model)
+        self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
         self._num_plates = plate_nesting(*self._traces())
         #: whether many particles are evaluated at once, in a plate
-        self.is_vectorized = log_joint.strategy == "plate" and self._can_be_vectorized()
+        self.is_vectorized = self.log_joint.strategy == "plate" and self._guide_is_vectorized()
 
     def with_arguments(self, batch: Batch) -> "PyroObjective":
         other = copy.copy(self)
-        other._arguments = batch
+        other.arguments = batch
         return other
 
     def loss(self, num_particles: int) -> Tensor:
-        guide: object = self._guide
+        guide: object = self.guide
         gradient = guide.path_gradient if isinstance(guide, MinibatchGuide) else nullcontext
-        args, kwargs = self._arguments
+        args, kwargs = self.arguments
         with _quietly(), gradient():
             elbo = self._elbo(num_particles)
-            loss: Tensor = elbo.differentiable_loss(self._model, self._guide, *args, **kwargs)
+            loss: Tensor = elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
         return loss
 
     def parameters(self) -> dict[str, Tensor]:
         return traced_parameters(partial(self._value, 1))
 
     def elbo_draws(self, count: int) -> Tensor:
-        batch = max(count // self._num_estimates, 1)
+        batch = max(count // self.num_estimates, 1)
         losses = [self._value(batch) for _ in range(max(count // batch, 1))]
         like = next(iter(self.parameters().values()))
         return -like.new_tensor(losses, dtype=torch.float64)
@@ -104,8 +102,8 @@ class PyroObjective(BatchObjective):
     @torch.no_grad()
     @_quietly()
     def _value(self, num_particles: int) -> float:
-        args, kwargs = self._arguments
-        return float(self._elbo(num_particles).loss(self._model, self._guide, *args, **kwargs))
+        args, kwargs = self.arguments
+        return float(self._elbo(num_particles).loss(self.model, self.guide, *args, **kwargs))
 
     def _elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
         return self._kind(
@@ -118,27 +116,15 @@ class PyroObjective(BatchObjective):
     @_quietly()
     def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         """One run of the guide, and of the model at its draws."""
-        args, kwargs = self._arguments
-        guide_trace = poutine.trace(self._guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(self._model, trace=guide_trace)
+        args, kwargs = self.arguments
+        guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(self.model, trace=guide_trace)
         return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
 
-    def _can_be_vectorized(self) -> bool:
-        """Whether the mean over particles at once is that over particles in turn, but for noise."""
+    @torch.no_grad()
+    @_quietly()
+    def _guide_is_vectorized(self) -> bool:
+        args, kwargs = self.arguments
         with torch.random.fork_rng(devices=[]):
-            self.is_vectorized = True
-            try:
-                at_once = self._finite_values()
-            except Exception:  # whatever a model raises for many particles, it needs one at a time
-                return False
-            self.is_vectorized = False
-            in_turn = self._finite_values()
-        if len(at_once) < 2 or len(in_turn) < 2:
-            return True
-        errors = [stdev(values) / math.sqrt(len(values)) for values in (at_once, in_turn)]
-        allowed = 10 * math.hypot(*errors) + 1e-6 * abs(fmean(in_turn)) + 1e-8
-        return abs(fmean(at_once) - fmean(in_turn)) <= allowed
-
-    def _finite_values(self) -> list[float]:
-        values = [self._value(_NUM_CHECKED) for _ in range(_NUM_CHECKED)]
-        return [value for value in values if math.isfinite(value)]
+            draws = GuideDraws(partial(self.guide, *args, **kwargs), self._num_plates)
+        return draws.is_vectorized
