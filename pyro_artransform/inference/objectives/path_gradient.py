@@ -77,13 +77,14 @@ class PathObjective(BatchObjective):
         return log_q - self.log_joint(z)
 
     def parameters(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if isinstance(self.guide, nn.Module):
+            found.update(self.guide.named_parameters(prefix="guide"))
+        known = set(found.values())
         with torch.no_grad():
             traced = traced_parameters(partial(self.loss, 1))
-        own: dict[str, Tensor] = {}
-        if isinstance(self.guide, nn.Module):
-            own = {f"guide.{name}": p for name, p in self.guide.named_parameters()}
-        known = set(own.values())
-        return {**own, **{name: p for name, p in traced.items() if p not in known}}
+        found.update((name, p) for name, p in traced.items() if p not in known)
+        return found
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:

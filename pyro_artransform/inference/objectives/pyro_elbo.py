@@ -59,8 +59,11 @@ class PyroObjective(BatchObjective):
         self.model = UnmaskedLatents()(self.model)
         self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
         self._num_plates = plate_nesting(*self._traces())
-        #: whether many particles are evaluated at once, in a plate
-        self.is_vectorized = self.log_joint.strategy == "plate" and self._guide_is_vectorized()
+        run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)
+        in_plate = self.log_joint.strategy == "plate"
+        with torch.no_grad(), _quietly(), torch.random.fork_rng(devices=[]):
+            #: whether many particles are evaluated at once, in a plate
+            self.is_vectorized = in_plate and GuideDraws(run, self._num_plates).is_vectorized
 
     def with_arguments(self, batch: Batch) -> "PyroObjective":
         other = copy.copy(self)
@@ -120,11 +123,3 @@ class PyroObjective(BatchObjective):
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(self.model, trace=guide_trace)
         return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
-
-    @torch.no_grad()
-    @_quietly()
-    def _guide_is_vectorized(self) -> bool:
-        args, kwargs = self.arguments
-        with torch.random.fork_rng(devices=[]):
-            draws = GuideDraws(partial(self.guide, *args, **kwargs), self._num_plates)
-        return draws.is_vectorized

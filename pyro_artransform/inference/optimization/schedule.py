@@ -55,8 +55,8 @@ class Schedule:
         reason = f"all {num_steps} steps that were asked for were taken"
         tail_start = num_steps - min(self.tail_steps, num_steps // 10)
         start = math.ceil(self.config.constant_share * tail_start)
-        ending = replace(self, decay_start=start, tail_start=tail_start, end=num_steps)
-        return replace(ending, num_steps=num_steps, reason=reason)
+        plan = replace(self, num_steps=num_steps, end=num_steps, reason=reason)
+        return replace(plan, decay_start=start, tail_start=tail_start)
 
     def without_tails(self) -> "Schedule":
         """The same without the steps for the tails, unless the number of steps was given."""
@@ -68,9 +68,11 @@ class Schedule:
         :param losses: one for each step, those of skipped steps not finite.
         :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
         """
+        if self.end is not None:
+            return self
         config, step = self.config, len(losses)
         window = self._whole(config.window, config.min_epochs)
-        if self.end is not None or step < 2 * window or step % self._whole(config.window // 6):
+        if step < 2 * window or step % self._whole(config.window // 6):
             return self
         is_still = self._is_still(losses[-2 * window : -window], losses[-window:])
         if not is_still and step < self.max_constant:

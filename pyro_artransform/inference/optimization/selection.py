@@ -64,8 +64,9 @@ def choose_step_size(trainer: Trainer) -> tuple[float, int]:
         elbos.append(score.elbo)
         if score.gap < config.search_min_gain:
             break
-    is_enough = [elbo >= max(elbos) - config.search_min_gain for elbo in elbos]
-    return config.step_sizes[is_enough.index(True)], num_steps * len(elbos)
+    enough = max(elbos) - config.search_min_gain
+    best = next(size for size, elbo in zip(config.step_sizes, elbos) if elbo >= enough)
+    return best, num_steps * len(elbos)
 
 
 def select_parameters(training: Training) -> str:

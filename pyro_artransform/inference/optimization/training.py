@@ -98,7 +98,7 @@ class Training:
     def step(self) -> float:
         """Takes one step.
 
-        :return: the loss, the negative ELBO in nats.
+        :return: the loss, the negative ELBO in nats, also where the step was skipped.
         :raises FitError: if the loss or its gradient was not finite for many steps in a row.
         """
         objective, num_draws = self.objective, self.num_particles
@@ -181,19 +181,14 @@ class Training:
 
     def candidates(self) -> dict[str, list[Tensor]]:
         """What the fit could end with, by name: the values of all parameters."""
-        found = {"last": self._values()}
-        if self.losses:
-            found["averaged"] = self._average
-        found.update(self._kept)
-        if math.isfinite(self._best_loss):
-            found["best"] = self._best
-        return found
+        averaged = {"averaged": self._average} if self.losses else {}
+        best = {"best": self._best} if math.isfinite(self._best_loss) else {}
+        return {"last": self._values(), **averaged, **self._kept, **best}
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, in tensors and plain data."""
-        state = {name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED}
         return {
-            **state,
+            **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
             "parameters": dict(zip(self.parameters, self._values())),
             "optimiser": self.optimizer.state(),
             "schedule": self.schedule.state(),
