@@ -83,7 +83,9 @@ class PathObjective(BatchObjective):
         known = set(found.values())
         with torch.no_grad():
             traced = traced_parameters(partial(self.loss, 1))
-        found.update((name, p) for name, p in traced.items() if p not in known)
+        for name, parameter in traced.items():
+            if parameter not in known:
+                found[name] = parameter
         return found
 
     @torch.no_grad()

@@ -71,9 +71,10 @@ class Adam(TorchOptimizer):
         for group in self._optimizer.param_groups:
             group["lr"] = self._step_size * factor
         scales = {} if self._scales is None else self._scales.step_scales()
-        scaled = [
-            (p, scale, p.detach().clone()) for p, scale in scales.items() if p in self._trained
-        ]
+        scaled = []
+        for parameter, scale in scales.items():
+            if parameter in self._trained:
+                scaled.append((parameter, scale, parameter.detach().clone()))
         self._optimizer.step()
         with torch.no_grad():
             for parameter, scale, before in scaled:

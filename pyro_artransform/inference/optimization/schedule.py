@@ -68,9 +68,9 @@ class Schedule:
         :param losses: one for each step, those of skipped steps not finite.
         :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
         """
-        if self.end is not None:
-            return self
         config, step = self.config, len(losses)
+        if self.end is not None or step < 2 * config.window:
+            return self
         window = self._whole(config.window, config.min_epochs)
         if step < 2 * window or step % self._whole(config.window // 6):
             return self
