@@ -27,6 +27,20 @@ def hidden_sites() -> BlockMessenger:
     return BlockMessenger(hide_types=["sample", "observe"])
 
 
+def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
+    """The unconstrained parameters that a run of a model or a guide asks Pyro for, by name."""
+    with poutine.trace(param_only=True) as capture:
+        run()
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name in capture.trace.param_nodes:
+        value: Any = capture.trace.nodes[name]["value"]
+        # Pyro attaches this function; a parameter without it is its own unconstrained value
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        # a module's parameter may come by several names
+        found.setdefault(id(leaf), (name, leaf))
+    return dict(found.values())
+
+
 class UnmaskedLatents(Messenger):
     """Gives the masked elements of continuous latents their prior density.
 

@@ -4,6 +4,8 @@
 """The ELBO of a guide whose data come in mini-batches: for steps, for comparisons, and at the end."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,164 +14,17 @@ from torch import Tensor
 from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..config import MinibatchConfig
 from ..data.loader import Batch, BatchStream
-from .objective import BatchObjective
+from .objective import BatchObjective, Objective
 from .path_gradient import PathObjective
 
 _ROUND_OFF = 1e-6
 
 
-def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
-    """Some of the batches of an epoch, at least one, on which parameters are compared.
-
-    :param stream: the stream of batches.
-    :param config: says how many there are at most.
-    :raises ValueError: if there is none.
-    """
-    found = list(stream.one_pass(config.num_compared))
-    if not found:
-        raise ValueError("loader: expected at least one batch, got none")
-    return found
-
-
-class MinibatchObjective:
-    """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
-
-    The last batch of an epoch may be short. A model that scales it up to all data would count its
-    rows more than others', so its step is smaller: then the steps of an epoch add up to the
-    gradient of all data.
-
-    :param objective: the objective for any batch.
-    :param stream: the stream of batches.
-    :param log_joint: the log joint density of the model.
-    :param validation: the batches on which parameters are compared.
-    :param config: how many draws and batches there are.
-    """
-
-    has_weights = False
-
-    def __init__(
-        self,
-        objective: BatchObjective,
-        stream: BatchStream,
-        log_joint: LogJoint,
-        validation: list[Batch],
-        config: MinibatchConfig,
-    ) -> None:
-        self._objective = self._last = objective
-        self._stream, self._log_joint, self._config = stream, log_joint, config
-        self.compare_on(validation)
-
-    def compare_on(self, validation: list[Batch]) -> None:
-        """Compares parameters on these batches from now on.
-
-        :param validation: the batches.
-        """
-        self._validation = validation
-        self._least_scale = min(map(self._scale, validation))
-
-    def _scale(self, batch: Batch) -> float:
-        """How much the model scales a batch up."""
-        return self._log_joint.structure(*batch).scale
-
-    def _weight(self, batch: Batch) -> float:
-        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
-        return self._least_scale / self._scale(batch)
-
-    def loss(self, num_particles: int) -> Tensor:
-        batch = self._stream.next()
-        self._last = self._objective.with_arguments(*batch)
-        loss, weight = self._last.loss(num_particles), self._weight(batch)
-        # the value stays that of the ELBO
-        return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
-
-    def tail_loss(self, num_particles: int) -> Tensor:
-        return self.loss(num_particles)  # the log weights of mini-batches are noise
-
-    def parameters(self) -> dict[str, Tensor]:
-        return self._objective.parameters()
-
-    def elbo_draws(self, count: int) -> Tensor:
-        """Each of them the mean over the batches for validation."""
-        config, batches = self._config, self._validation
-        draws = max(count // (config.draws_divisor * len(batches)), config.min_draws)
-        weights = [self._weight(batch) for batch in batches]
-        if isinstance(self._objective, PathObjective):
-            # the same draws for all: the log weights of much data vary less than those of little
-            z, log_q = _draws(self._objective, draws)
-            found = [_log_density(self._objective, batch, z) - log_q for batch in batches]
-        else:
-            found = [self._objective.with_arguments(*b).elbo_draws(draws) for b in batches]
-        total = sum(weights)
-        return torch.stack([w / total * values for w, values in zip(weights, found)]).sum(0)
-
-    def nonfinite_sites(self) -> list[str]:
-        return self._last.nonfinite_sites()
-
-    def mean_log_joint(self) -> LogDensity:
-        """The mean log joint density of several batches, in which an initial guide is found."""
-        few = self._validation[:: math.ceil(len(self._validation) / self._config.num_for_start)]
-        return MeanLogJoint(self._log_joint, few, [self._weight(batch) for batch in few])
-
-    def over_a_pass(self) -> "PassEstimate":
-        """The ELBO from one pass over the loader, or from batches that are spread over it."""
-        if isinstance(self._objective, PathObjective):
-            return self._with_common_draws(self._objective)
-        config = self._config
-        total = min(self._stream.num_batches, config.max_batches)
-        count = min(max(config.num_draws // total, config.min_draws), config.max_draws)
-        terms = []
-        for batch in self._stream.one_pass(total):
-            draws = self._objective.with_arguments(*batch).elbo_draws(count).double()
-            error = (draws.var() / len(draws)).item()
-            terms.append(_Term(draws.mean().item(), error, self._weight(batch), self._scale(batch)))
-        share = self._share_seen(terms)
-        elbo, elbo_se = _mean_and_error(terms, share)
-        return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share, None)
-
-    def _with_common_draws(self, objective: PathObjective) -> "PassEstimate":
-        """The same for a guide whose latents are the same for all batches, and so its draws.
-
-        Then the mean over all batches is the log weight of all data, draw by draw.
-        """
-        z, log_q = _draws(objective, self._config.num_common_draws)
-        total, terms = torch.zeros_like(log_q), []
-        for batch in self._stream.one_pass(self._config.max_batches):
-            values, weight = _log_density(objective, batch, z), self._weight(batch)
-            total += weight * values
-            terms.append(_Term((values - log_q).mean().item(), 0.0, weight, self._scale(batch)))
-        share = self._share_seen(terms)
-        log_weights = total / sum(term.weight for term in terms) - log_q
-        elbo, by_batches = _mean_and_error(terms, share)
-        by_draws = (log_weights.double().var() / len(z)).sqrt().item()
-        is_exact = abs(sum(1 / term.scale for term in terms) - 1) < _ROUND_OFF and share > 0
-        return PassEstimate(
-            elbo,
-            math.hypot(by_draws, by_batches),
-            len(z),
-            len(terms),
-            share,
-            log_weights if is_exact else None,
-        )
-
-    def _share_seen(self, terms: list["_Term"]) -> float:
-        """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
-        if not self._stream.is_partition:
-            return 0.0
-        share = len(terms) / self._stream.num_batches
-        is_scaled = any(term.scale != 1 for term in terms)
-        return min(share, sum(1 / term.scale for term in terms)) if is_scaled else share
-
-
 class PassEstimate(NamedTuple):
-    """The ELBO as the mean over batches.
+    """The ELBO in nats as the mean over batches.
 
-    :param elbo: in nats.
-    :param elbo_se: its standard error, from the variation over draws, and over batches as far as
-        not all of them were seen.
-    :param num_draws: how many draws there were in all.
-    :param num_batches: over how many batches.
-    :param share: how much of the data they are, from 0 to 1; 0 where it is not known.
-    :param log_weights: those of all data, where they are known.
+    Its standard error is that of draws, and of batches as far as not all of them were seen; the
+    share of all data that were is 0 where it is not known. ``log_weights`` are those of all data.
     """
 
     elbo: float
@@ -177,7 +32,7 @@ class PassEstimate(NamedTuple):
     num_draws: int
     num_batches: int
     share: float
-    log_weights: Tensor | None
+    log_weights: Tensor | None = None
 
 
 class _Term(NamedTuple):
@@ -189,20 +44,131 @@ class _Term(NamedTuple):
     scale: float
 
 
-@torch.no_grad()
-def _draws(objective: PathObjective, count: int) -> tuple[Tensor, Tensor]:
-    return objective.guide.rsample_and_log_prob(count)
+def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
+    """Some of the batches of an epoch, at least one, on which parameters are compared."""
+    found = list(stream.one_pass(config.num_compared))
+    if not found:
+        raise ValueError("loader: expected at least one batch, got none")
+    return found
 
 
-def _log_density(objective: PathObjective, batch: Batch, z: Tensor) -> Tensor:
-    return objective.with_arguments(*batch).log_density(z)
+@dataclass
+class MinibatchObjective(Objective):
+    """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
+
+    The last batch of an epoch may be short. A model that scales it up to all data would count its
+    rows more than others', so its step is smaller: then the steps of an epoch add up to the
+    gradient of all data. Steps for the tails do not exist: log weights of mini-batches are noise.
+
+    :param objective: the objective for any batch.
+    :param stream: the stream of batches.
+    :param log_joint: the log joint density of the model.
+    :param validation: the batches on which parameters are compared.
+    :param config: how many draws and batches there are.
+    """
+
+    objective: BatchObjective
+    stream: BatchStream
+    log_joint: LogJoint
+    validation: list[Batch]
+    config: MinibatchConfig
+
+    def __post_init__(self) -> None:
+        self._last = self.objective
+        self.compare_on(self.validation)
+
+    def compare_on(self, validation: list[Batch]) -> None:
+        """Compares parameters on these batches from now on."""
+        self.validation = validation
+        self._least_scale = min(map(self._scale, validation))
+
+    def _scale(self, batch: Batch) -> float:
+        """How much the model scales a batch up."""
+        return self.log_joint.structure(*batch).scale
+
+    def _weight(self, batch: Batch) -> float:
+        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
+        return self._least_scale / self._scale(batch)
+
+    def loss(self, num_particles: int) -> Tensor:
+        batch = self.stream.next()
+        self._last = self.objective.with_arguments(batch)
+        loss, weight = self._last.loss(num_particles), self._weight(batch)
+        # the value stays that of the ELBO
+        return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.objective.parameters()
+
+    @torch.no_grad()
+    def elbo_draws(self, count: int) -> Tensor:
+        """Each of them the mean over the batches for validation."""
+        divisor = self.config.draws_divisor * len(self.validation)
+        estimate = self._estimator(max(count // divisor, self.config.min_draws))
+        weights = [self._weight(batch) for batch in self.validation]
+        total = sum(weights)
+        draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
+        return torch.stack(draws).sum(0)
+
+    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
+        """So many draws of the ELBO of a batch; the same draws for all, where all have the same latents.
+
+        The log weights of much data vary less than those of little, and their mean over all batches
+        is that of all data.
+        """
+        objective = self.objective
+        if not isinstance(objective, PathObjective):
+            return lambda batch: objective.with_arguments(batch).elbo_draws(count)
+        z, log_q = objective.guide.rsample_and_log_prob(count)
+        return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
+
+    def nonfinite_sites(self) -> list[str]:
+        return self._last.nonfinite_sites()
+
+    def mean_log_joint(self) -> LogDensity:
+        """The mean log joint density of several batches, in which an initial guide is found."""
+        few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
+        return MeanLogJoint(self.log_joint, few, [self._weight(batch) for batch in few])
+
+    @torch.no_grad()
+    def over_a_pass(self) -> PassEstimate:
+        """The ELBO from one pass over the loader, or from batches that are spread over it."""
+        config, are_common = self.config, isinstance(self.objective, PathObjective)
+        count = config.num_draws // min(self.stream.num_batches, config.max_batches)
+        count = min(max(count, config.min_draws), config.max_draws)
+        estimate = self._estimator(config.num_common_draws if are_common else count)
+        terms, total = list[_Term](), torch.zeros(())
+        for batch in self.stream.one_pass(config.max_batches):
+            draws, weight = estimate(batch), self._weight(batch)
+            variance = 0.0 if are_common else (draws.var() / len(draws)).item()
+            terms.append(_Term(draws.mean().item(), variance, weight, self._scale(batch)))
+            total = total + weight * draws
+        share = self._share_seen(terms)
+        elbo, elbo_se = _mean_and_error(terms, share)
+        if not are_common:
+            return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share)
+        log_weights = total / sum(term.weight for term in terms)
+        error = math.hypot((log_weights.double().var() / len(total)).sqrt().item(), elbo_se)
+        is_exact = abs(_seen(terms) - 1) < _ROUND_OFF and share > 0
+        weights = log_weights if is_exact else None
+        return PassEstimate(elbo, error, len(total), len(terms), share, weights)
+
+    def _share_seen(self, terms: list[_Term]) -> float:
+        """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
+        if not self.stream.is_partition:
+            return 0.0
+        share = len(terms) / self.stream.num_batches
+        is_scaled = any(term.scale != 1 for term in terms)
+        return min(share, _seen(terms)) if is_scaled else share
+
+
+def _seen(terms: list[_Term]) -> float:
+    """How much of all data these batches are by their scales."""
+    return sum(1 / term.scale for term in terms)
 
 
 def _mean_and_error(terms: list[_Term], share: float) -> tuple[float, float]:
-    """The weighted mean of independent means, and its standard error.
-
-    :param share: what part of all these are: the rest would vary as they do.
-    """
+    """The weighted mean of independent means, a share of all that there are, and its error."""
     total = sum(term.weight for term in terms)
     shares = [term.weight / total for term in terms]
     mean = math.fsum(s * term.mean for s, term in zip(shares, terms))

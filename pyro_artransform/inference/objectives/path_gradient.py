@@ -3,22 +3,24 @@
 
 """The ELBO with the path gradient, for guides that draw on the unconstrained space."""
 
-import copy
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...joint import LogJoint
+from ...joint.handlers import traced_parameters
 from ...joint.protocols import ReparametrizedGuide
 from ..config import OptimizationConfig
-from .objective import traced_parameters
+from ..data.loader import Batch
+from .objective import BatchObjective
 
 _CHUNK = 1024
 
 
-class PathObjective:
+@dataclass
+class PathObjective(BatchObjective):
     """The ELBO with the path gradient, which vanishes where the guide is the posterior.
 
     :param log_joint: the log joint density of the model.
@@ -31,21 +33,16 @@ class PathObjective:
        (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
     """
 
+    log_joint: LogJoint
+    guide: ReparametrizedGuide
+    config: OptimizationConfig
     has_weights = True
 
-    def __init__(
-        self, log_joint: LogJoint, guide: ReparametrizedGuide, config: OptimizationConfig
-    ) -> None:
-        self.guide = guide
-        self._log_joint, self._config = log_joint, config
-        self._last = log_joint.start[None]
+    def __post_init__(self) -> None:
+        self._last = self.log_joint.start[None]
 
-    def with_arguments(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> "PathObjective":
-        other = copy.copy(self)
-        other._log_joint = self._log_joint.with_arguments(args, kwargs)
-        return other
+    def with_arguments(self, batch: Batch) -> "PathObjective":
+        return replace(self, log_joint=self.log_joint.with_arguments(*batch))
 
     def loss(self, num_particles: int) -> Tensor:
         return self._terms(num_particles).mean()
@@ -53,8 +50,8 @@ class PathObjective:
     def tail_loss(self, num_particles: int) -> Tensor:
         r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
 
-        Near the posterior the ELBO hardly notices a tail that is too light, of which there are few
-        draws; k-hat does. With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path
+        Near the posterior the ELBO hardly notices a tail that is too light, since few draws are
+        there; k-hat does. With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path
         gradient of the ELBO with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they
         are :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in
         units of its spread. The minimum is the posterior all the same.
@@ -66,31 +63,30 @@ class PathObjective:
         2. Variational Inference via chi Upper Bound Minimization (Dieng, Tran, Ranganath, Paisley,
            Blei, 2017), https://arxiv.org/abs/1611.00328
         """
-        config = self._config
-        terms = self._terms(config.tail_particles * num_particles)
-        deviation = (terms.detach() - terms.detach().median()).abs()
+        terms = self._terms(self.config.tail_particles * num_particles)
+        value = terms.detach()
+        deviation = (value - value.median()).abs()
         spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
-        squared = (deviation / spread).square().clamp(max=config.tail_max_deviation)
-        weighted = ((1 + config.tail_weight * squared) * terms).mean()
-        return terms.detach().mean() + (weighted - weighted.detach())
+        squared = (deviation / spread).square().clamp(max=self.config.tail_max_deviation)
+        weighted = ((1 + self.config.tail_weight * squared) * terms).mean()
+        return value.mean() + (weighted - weighted.detach())
 
     def _terms(self, num_particles: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
         self._last = z.detach()
-        return log_q - self._log_joint(z)
+        return log_q - self.log_joint(z)
 
     def parameters(self) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if isinstance(self.guide, nn.Module):
-            for name, parameter in self.guide.named_parameters():
-                named[f"guide.{name}"] = parameter
-        known = set(map(id, named.values()))
+            found.update(self.guide.named_parameters(prefix="guide"))
+        known = set(found.values())
         with torch.no_grad():
-            captured = traced_parameters(partial(self.loss, 1))
-        for name, other in captured.items():
-            if id(other) not in known:
-                named[name] = other
-        return named
+            traced = traced_parameters(partial(self.loss, 1))
+        for name, parameter in traced.items():
+            if parameter not in known:
+                found[name] = parameter
+        return found
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
@@ -99,14 +95,10 @@ class PathObjective:
 
     @torch.no_grad()
     def log_density(self, z: Tensor) -> Tensor:
-        """The log joint density of draws, without gradients.
-
-        :param z: shape ``(n, latent_dim)``.
-        :return: shape ``(n,)``.
-        """
-        return torch.cat([*map(self._log_joint, z.split(_CHUNK))])
+        """The log joint density of draws ``(n, latent_dim)``, without gradients, shape ``(n,)``."""
+        return torch.cat([*map(self.log_joint, z.split(_CHUNK))])
 
     def nonfinite_sites(self) -> list[str]:
         if not bool(self._last.isfinite().all()):
             return ["the guide's own draws"]
-        return self._log_joint.nonfinite_sites(self._last)
+        return self.log_joint.nonfinite_sites(self._last)

@@ -4,156 +4,31 @@
 """The ELBO by Pyro's own estimators, for any guide."""
 
 import copy
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, stdev
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.handlers import UnmaskedLatents, hidden_sites, plate_nesting
+from ...joint.evaluation import GuideDraws
+from ...joint.handlers import (
+    UnmaskedLatents,
+    hidden_sites,
+    plate_nesting,
+    traced_parameters,
+)
 from ...joint.protocols import MinibatchGuide
 from ..data.loader import Batch
-from .objective import traced_parameters
+from .objective import BatchObjective
 
-_NUM_CHECKED = 8
 _NUM_LOOKS = 16
-
-
-class PyroObjective:
-    """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one.
-
-    :param model: a Pyro model.
-    :param guide: a guide of it.
-    :param arguments: the arguments of both.
-    :param log_joint: the log joint density of the model.
-    :param num_estimates: how many estimates of the ELBO :meth:`elbo_draws` returns, at most.
-    """
-
-    has_weights = False
-
-    def __init__(
-        self,
-        model: Callable[..., object],
-        guide: Callable[..., object],
-        arguments: Batch,
-        log_joint: LogJoint,
-        num_estimates: int = 32,
-    ) -> None:
-        self._model, self._guide = UnmaskedLatents()(model), guide
-        self._arguments, self._num_estimates = arguments, num_estimates
-        self._path_gradient = _path_gradient_of(guide)
-        self._kind = TraceEnum_ELBO if log_joint.is_enumerated else Trace_ELBO
-        with torch.no_grad():
-            self._num_plates = plate_nesting(*self._traces())
-        self._elbos: dict[int, Trace_ELBO | TraceEnum_ELBO] = {}
-        #: whether many particles are evaluated at once
-        self.is_vectorized = True
-        # particles are a plate
-        self.is_vectorized = log_joint.strategy == "plate" and self._can_be_vectorized()
-
-    def with_arguments(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> "PyroObjective":
-        other = copy.copy(self)
-        other._arguments = Batch(args, kwargs)
-        return other
-
-    def loss(self, num_particles: int) -> Tensor:
-        args, kwargs = self._arguments
-        elbo = self._elbo(num_particles)
-        with _quietly(), self._path_gradient():
-            loss: Tensor = elbo.differentiable_loss(self._model, self._guide, *args, **kwargs)
-        return loss
-
-    def tail_loss(self, num_particles: int) -> Tensor:
-        return self.loss(num_particles)
-
-    def parameters(self) -> dict[str, Tensor]:
-        return traced_parameters(partial(self._value, 1))
-
-    def elbo_draws(self, count: int) -> Tensor:
-        batch = max(count // self._num_estimates, 1)
-        losses = [self._value(batch) for _ in range(max(count // batch, 1))]
-        like = next(iter(self.parameters().values()))
-        return -like.new_tensor(losses, dtype=torch.float64)
-
-    @torch.no_grad()
-    def nonfinite_sites(self) -> list[str]:
-        for _ in range(_NUM_LOOKS):
-            found = [name for trace in self._traces() for name in _nonfinite(trace)]
-            if found:
-                return found
-        return []
-
-    @torch.no_grad()
-    def _value(self, num_particles: int) -> float:
-        args, kwargs = self._arguments
-        with _quietly():
-            return float(self._elbo(num_particles).loss(self._model, self._guide, *args, **kwargs))
-
-    def _elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
-        if num_particles not in self._elbos:
-            self._elbos[num_particles] = self._kind(
-                num_particles=num_particles,
-                vectorize_particles=self.is_vectorized and num_particles > 1,
-                max_plate_nesting=self._num_plates,
-            )
-        return self._elbos[num_particles]
-
-    def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
-        """One run of the guide, and of the model at its draws."""
-        args, kwargs = self._arguments
-        with _quietly():
-            guide_trace = poutine.trace(self._guide).get_trace(*args, **kwargs)
-            replayed = poutine.replay(self._model, trace=guide_trace)
-            return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
-
-    def _can_be_vectorized(self) -> bool:
-        """Whether the mean over particles at once is that over particles in turn, but for noise."""
-        with torch.random.fork_rng(devices=[]):
-            try:
-                at_once = [self._value(_NUM_CHECKED) for _ in range(_NUM_CHECKED)]
-            except Exception:  # whatever a model raises for many particles, it needs one at a time
-                return False
-            finally:
-                self._elbos.clear()
-            self.is_vectorized = False
-            in_turn = [self._value(_NUM_CHECKED) for _ in range(_NUM_CHECKED)]
-            self._elbos.clear()
-        return _are_alike(at_once, in_turn)
-
-
-def _path_gradient_of(guide: object) -> Callable[[], AbstractContextManager[None]]:
-    """A context for steps: with the path gradient, where the guide has one."""
-    return guide.path_gradient if isinstance(guide, MinibatchGuide) else nullcontext
-
-
-def _are_alike(a: list[float], b: list[float]) -> bool:
-    """Whether two lists of numbers have the same mean, but for noise and for what is not finite."""
-    a, b = ([x for x in numbers if math.isfinite(x)] for numbers in (a, b))
-    if len(a) < 2 or len(b) < 2:
-        return True
-    error = math.hypot(stdev(a) / math.sqrt(len(a)), stdev(b) / math.sqrt(len(b)))
-    return abs(fmean(a) - fmean(b)) <= 10 * error + 1e-6 * abs(fmean(b)) + 1e-8
-
-
-def _nonfinite(trace: poutine.Trace) -> Iterator[str]:
-    for name, node in trace.nodes.items():
-        if node["type"] != "sample" or site_is_subsample(node):
-            continue
-        if not hasattr(node["fn"], "log_prob"):  # Pyro allows any function at a site
-            continue
-        if not bool(node["fn"].log_prob(node["value"]).isfinite().all()):
-            yield name
 
 
 @contextmanager
@@ -165,3 +40,90 @@ def _quietly() -> Iterator[None]:
     with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered ")
         yield
+
+
+@dataclass
+class PyroObjective(BatchObjective):
+    """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one.
+
+    :param model: a Pyro model.
+    :param guide: a guide of it.
+    :param arguments: the arguments of both.
+    :param log_joint: the log joint density of the model.
+    :param num_estimates: how many estimates of the ELBO :meth:`elbo_draws` returns, at most.
+    """
+
+    model: Callable[..., object]
+    guide: Callable[..., object]
+    arguments: Batch
+    log_joint: LogJoint
+    num_estimates: int = 32
+
+    def __post_init__(self) -> None:
+        self.model = UnmaskedLatents()(self.model)
+        self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
+        self._num_plates = plate_nesting(*self._traces())
+        run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)
+        in_plate = self.log_joint.strategy == "plate"
+        with torch.no_grad(), _quietly(), torch.random.fork_rng(devices=[]):
+            #: whether many particles are evaluated at once, in a plate
+            self.is_vectorized = in_plate and GuideDraws(run, self._num_plates).is_vectorized
+
+    def with_arguments(self, batch: Batch) -> "PyroObjective":
+        other = copy.copy(self)
+        other.arguments = batch
+        return other
+
+    def loss(self, num_particles: int) -> Tensor:
+        guide: object = self.guide
+        gradient = guide.path_gradient if isinstance(guide, MinibatchGuide) else nullcontext
+        args, kwargs = self.arguments
+        with _quietly(), gradient():
+            elbo = self._elbo(num_particles)
+            loss: Tensor = elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        return loss
+
+    def parameters(self) -> dict[str, Tensor]:
+        return traced_parameters(partial(self._value, 1))
+
+    def elbo_draws(self, count: int) -> Tensor:
+        batch = max(count // self.num_estimates, 1)
+        losses = [self._value(batch) for _ in range(max(count // batch, 1))]
+        like = next(iter(self.parameters().values()))
+        return -like.new_tensor(losses, dtype=torch.float64)
+
+    @torch.no_grad()
+    @_quietly()
+    def nonfinite_sites(self) -> list[str]:
+        found: list[str] = []
+        for _ in range(_NUM_LOOKS):
+            for trace in self._traces():
+                trace.compute_log_prob()
+                for name, node in trace.nodes.items():
+                    if "log_prob" in node and not bool(node["log_prob"].isfinite().all()):
+                        found.append(name)
+            if found:
+                break
+        return found
+
+    @torch.no_grad()
+    @_quietly()
+    def _value(self, num_particles: int) -> float:
+        args, kwargs = self.arguments
+        return float(self._elbo(num_particles).loss(self.model, self.guide, *args, **kwargs))
+
+    def _elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
+        return self._kind(
+            num_particles=num_particles,
+            vectorize_particles=self.is_vectorized and num_particles > 1,
+            max_plate_nesting=self._num_plates,
+        )
+
+    @torch.no_grad()
+    @_quietly()
+    def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
+        """One run of the guide, and of the model at its draws."""
+        args, kwargs = self.arguments
+        guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(self.model, trace=guide_trace)
+        return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)

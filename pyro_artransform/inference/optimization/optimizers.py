@@ -4,7 +4,7 @@
 """The optimizers of a fit: its own Adam, and those that users bring."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
@@ -12,22 +12,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ...joint.protocols import ScaledSteps
-
-
-class Optimizer(Protocol):
-    """Takes steps along the gradients in the parameters' ``grad``."""
-
-    def step(self, factor: float) -> None:
-        """Takes a step, of the step size times the factor where the schedule is the fit's."""
-        ...
-
-    def state(self) -> Any:
-        """Everything that changes, in tensors and plain data."""
-        ...
-
-    def restore(self, state: Any) -> None:
-        """Takes over what :meth:`state` returned."""
-        ...
 
 
 class TorchOptimizer:
@@ -40,12 +24,18 @@ class TorchOptimizer:
         self._optimizer = optimizer
 
     def step(self, factor: float) -> None:
+        """Takes a step along the gradients in the parameters' ``grad``.
+
+        :param factor: multiplies the step size where the schedule is the fit's.
+        """
         self._optimizer.step()
 
     def state(self) -> Any:
+        """Everything that changes, in tensors and plain data."""
         return self._optimizer.state_dict()
 
     def restore(self, state: Any) -> None:
+        """Takes over what :meth:`state` returned."""
         self._optimizer.load_state_dict(state)
 
 
@@ -73,18 +63,18 @@ class Adam(TorchOptimizer):
         fused = True
         for parameter in parameters:
             fused &= parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.Adam(parameters, lr=step_size, betas=betas, fused=fused)
+        super().__init__(torch.optim.Adam(parameters, lr=step_size, betas=betas, fused=fused))
         self._trained = set(parameters)
         self._step_size, self._scales = step_size, scales
 
     def step(self, factor: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._step_size * factor
+        scales = {} if self._scales is None else self._scales.step_scales()
         scaled = []
-        if self._scales is not None:
-            for parameter, scale in self._scales.step_scales().items():
-                if parameter in self._trained:
-                    scaled.append((parameter, scale, parameter.detach().clone()))
+        for parameter, scale in scales.items():
+            if parameter in self._trained:
+                scaled.append((parameter, scale, parameter.detach().clone()))
         self._optimizer.step()
         with torch.no_grad():
             for parameter, scale, before in scaled:
@@ -94,13 +84,12 @@ class Adam(TorchOptimizer):
 class PyroOptimizer:
     """An optimizer of Pyro, at its own step size; a scheduler goes on after each step.
 
-    :param optimizer: the optimizer.
+    :param optimizer: the optimizer, which keeps one of PyTorch for each parameter.
     :param parameters: what to train.
     """
 
     def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
-        self._optimizer = optimizer
-        self._parameters = list(parameters)
+        self._optimizer, self._parameters = optimizer, list(parameters)
 
     def step(self, factor: float) -> None:
         self._optimizer(self._parameters)
@@ -117,24 +106,20 @@ class PyroOptimizer:
             return []
         return [made, made.optimizer] if isinstance(self._optimizer, PyroLRScheduler) else [made]
 
+    @torch.no_grad()
     def restore(self, state: Any) -> None:
-        held = [None if p.grad is None else p.grad.clone() for p in self._parameters]
         for parameter, saved in zip(self._parameters, state):
-            if not saved:
-                continue
-            kept = parameter.detach().clone()
-            parameter.grad = torch.zeros_like(parameter)
-            # Pyro makes the optimizer of a parameter at its first step
-            self._optimizer([parameter])
+            if saved:
+                # Pyro makes the optimizer of a parameter at its first step, which must not move it
+                before, parameter.grad = parameter.clone(), torch.zeros_like(parameter)
+                self._optimizer([parameter])
+                parameter.copy_(before)
+                parameter.grad = None
             for part, values in zip(self._parts(parameter), saved):
                 part.load_state_dict(values)
-            with torch.no_grad():
-                parameter.copy_(kept)
-        for parameter, grad in zip(self._parameters, held):
-            parameter.grad = grad
 
 
-def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer:
+def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer | PyroOptimizer:
     """The user's optimizer for these parameters.
 
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters

@@ -13,7 +13,6 @@ PLATEAU = "the ELBO stopped moving"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
-GIVEN = "all {} steps that were asked for were taken"
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Schedule:
     :param averaged_steps: the steps that the running average of the parameters reaches back, at least.
     :param averaged_share: the same as a share of the steps so far.
     :param num_steps: the number of steps that was asked for; ``None`` where the fit finds its end.
-    :param decay_start: the number of steps before the decay; ``None`` while it is not known.
-    :param tail_start: the number of steps before those for the tails, likewise.
-    :param end: the number of steps in all, likewise.
+    :param end: the number of steps in all; ``None`` while neither it nor what follows is known.
+    :param decay_start: the number of steps before the decay.
+    :param tail_start: the number of steps before those for the tails.
     :param reason: why the steps end there, in words.
     """
 
@@ -44,28 +43,20 @@ class Schedule:
     averaged_steps: int = 100
     averaged_share: float = 0.0
     num_steps: int | None = None
-    decay_start: int | None = None
-    tail_start: int | None = None
     end: int | None = None
+    decay_start: int = 0
+    tail_start: int = 0
     reason: str = ""
 
     def of_length(self, num_steps: int | None) -> "Schedule":
         """The schedule of a given number of steps; itself without one."""
         if num_steps is None:
             return self
+        reason = f"all {num_steps} steps that were asked for were taken"
         tail_start = num_steps - min(self.tail_steps, num_steps // 10)
-        return replace(
-            self,
-            num_steps=num_steps,
-            decay_start=math.ceil(self.config.constant_share * tail_start),
-            tail_start=tail_start,
-            end=num_steps,
-            reason=GIVEN.format(num_steps),
-        )
-
-    def constant(self) -> "Schedule":
-        """The same without an end, as for the learning-rate search."""
-        return replace(self, decay_start=None, tail_start=None, end=None)
+        start = math.ceil(self.config.constant_share * tail_start)
+        plan = replace(self, num_steps=num_steps, end=num_steps, reason=reason)
+        return replace(plan, decay_start=start, tail_start=tail_start)
 
     def without_tails(self) -> "Schedule":
         """The same without the steps for the tails, unless the number of steps was given."""
@@ -83,8 +74,7 @@ class Schedule:
         window = self._whole(config.window, config.min_epochs)
         if step < 2 * window or step % self._whole(config.window // 6):
             return self
-        before, after = losses[-2 * window : -window], losses[-window:]
-        is_still = self._is_still(_by_epoch(before, self.epoch), _by_epoch(after, self.epoch))
+        is_still = self._is_still(losses[-2 * window : -window], losses[-window:])
         if not is_still and step < self.max_constant:
             return self
         longest = max(config.max_decay, self._whole(1, config.min_epochs))
@@ -92,13 +82,8 @@ class Schedule:
         if gap() > config.long_decay_gap:
             decay = max(decay, config.long_decay)
         tail_start = step + self._whole(decay)
-        return replace(
-            self,
-            decay_start=step,
-            tail_start=tail_start,
-            end=tail_start + self.tail_steps,
-            reason=PLATEAU if is_still else LIMIT,
-        )
+        end, reason = tail_start + self.tail_steps, PLATEAU if is_still else LIMIT
+        return replace(self, decay_start=step, tail_start=tail_start, end=end, reason=reason)
 
     def _whole(self, steps: int, min_epochs: int = 1) -> int:
         """At least so many steps that make whole epochs, and at least so many of them."""
@@ -108,36 +93,37 @@ class Schedule:
 
     def _is_still(self, before: Sequence[float], after: Sequence[float]) -> bool:
         """Whether the mean did not fall by more than is worth while, or than can be seen."""
+        if self.epoch > 1:  # the differences between the batches of an epoch are no noise
+            starts = range(0, len(before), self.epoch)
+            before = [_mean_and_variance(before[k : k + self.epoch])[0] for k in starts]
+            after = [_mean_and_variance(after[k : k + self.epoch])[0] for k in starts]
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
     def is_for_tails(self, step: int) -> bool:
         """Whether the step after so many steps is for the tails."""
-        return self.tail_start is not None and step >= self.tail_start
+        return self.end is not None and step >= self.tail_start
 
     def is_over(self, step: int) -> bool:
         """Whether so many steps are enough."""
         return self.end is not None and step >= self.end
 
     def factor(self, step: int) -> float:
-        """What to multiply the step size by.
-
-        :param step: the number of steps taken before.
-        """
-        warm_up = min(1.0, (step + 1) / self.config.warm_up)
-        if self.decay_start is None or self.tail_start is None or self.end is None:
-            return warm_up
-        if step < self.tail_start:
-            return warm_up * _half_cosine(step, self.decay_start, self.tail_start)
-        warm_up = min(1.0, (step - self.tail_start + 1) / self.config.warm_up)
-        return self.config.tail_step_size * warm_up * _half_cosine(step, self.tail_start, self.end)
+        """What to multiply the step size by, after so many steps."""
+        begin, decay_start, end, size = 0, self.decay_start, self.tail_start, 1.0
+        if self.is_for_tails(step):
+            begin = decay_start = self.tail_start
+            end, size = self.end or begin, self.config.tail_step_size
+        size *= min(1.0, (step - begin + 1) / self.config.warm_up)
+        if self.end is None:
+            return size
+        share = max(step - decay_start, 0) / max(end - decay_start, 1)
+        return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
-        """The weight of the newest parameters in their running average.
+        """The weight of the newest parameters in their running average, after so many steps.
 
         A young average forgets its start faster. With a share it is that of polynomial decay.
-
-        :param step: the number of steps so far.
 
         **References**
 
@@ -149,12 +135,8 @@ class Schedule:
 
     def state(self) -> dict[str, int | str | None]:
         """What is known of the end, as plain data."""
-        return {
-            "decay_start": self.decay_start,
-            "tail_start": self.tail_start,
-            "end": self.end,
-            "reason": self.reason,
-        }
+        names = "decay_start", "tail_start", "end", "reason"
+        return {name: getattr(self, name) for name in names}
 
 
 def new_schedule(
@@ -162,7 +144,6 @@ def new_schedule(
 ) -> Schedule:
     """The schedule of a fit that finds its end itself, by what is noisy in its steps.
 
-    :param config: the numbers behind it.
     :param by_path: whether the gradient is the path gradient of a flow guide.
     :param num_batches: mini-batches in an epoch; ``None`` where each step sees the same arguments.
     :param is_subsampled: whether the model itself takes a part of its data at each step.
@@ -178,20 +159,6 @@ def new_schedule(
         averaged_steps=max(config.averaged_steps, config.averaged_epochs * epoch),
         averaged_share=config.averaged_share if is_noisy else 0.0,
     )
-
-
-def _half_cosine(step: int, start: int, end: int) -> float:
-    """One up to the start, then down to zero at the end."""
-    share = max(step - start, 0) / max(end - start, 1)
-    return 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _by_epoch(losses: Sequence[float], epoch: int) -> list[float]:
-    """The mean of each epoch, in which the differences between batches are no noise."""
-    if epoch == 1:
-        return list(losses)
-    epochs = (losses[start : start + epoch] for start in range(0, len(losses), epoch))
-    return [_mean_and_variance(values)[0] for values in epochs]
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:

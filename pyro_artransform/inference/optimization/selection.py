@@ -4,15 +4,36 @@
 """Choices by the ELBO on common noise: of the step size, and of the parameters at the end."""
 
 import math
+from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...diagnostics import fit_tail
 from ...diagnostics.importance import GOOD_KHAT
 from ..config import OptimizationConfig
 from .training import FitError, Trainer, Training, gap_of
+
+
+class Score(NamedTuple):
+    """What parameters are judged by; the gap to the evidence is infinite where it is not known."""
+
+    elbo: float = -math.inf
+    khat: float = math.inf
+    gap: float = math.inf
+
+
+def _score(training: Training, num_draws: int) -> Score:
+    draws = training.objective.elbo_draws(num_draws)
+    elbo = draws.mean().item()
+    if not math.isfinite(elbo):
+        return Score()
+    if not training.objective.has_weights:
+        return Score(elbo, 0.0)
+    khat = fit_tail(draws).khat
+    # weights with a heavy tail know too little of the evidence
+    return Score(elbo, khat, gap_of(draws) if khat < GOOD_KHAT else math.inf)
 
 
 def choose_step_size(trainer: Trainer) -> tuple[float, int]:
@@ -28,44 +49,24 @@ def choose_step_size(trainer: Trainer) -> tuple[float, int]:
     config = trainer.schedule.config
     # no longer than the fit, and at a constant step size throughout
     num_steps = min(config.search_steps, trainer.schedule.end or config.search_steps)
-    schedule = trainer.schedule.constant()
+    schedule = replace(trainer.schedule, end=None)
     state = torch.get_rng_state()
     elbos: list[float] = []
     for step_size in config.step_sizes:
         torch.set_rng_state(state)
-        training = trainer.new(step_size, schedule)
+        training, score = trainer.new(step_size, schedule), Score()
         before = training.candidates()["last"]
-        elbo, room = _elbo_after(training, num_steps)
-        elbos.append(elbo)
+        with suppress(FitError):
+            for _ in range(num_steps):
+                training.step()
+            score = _score(training, config.search_draws)
         training.set_parameters(before)
-        if room < config.search_min_gain:
+        elbos.append(score.elbo)
+        if score.gap < config.search_min_gain:
             break
     enough = max(elbos) - config.search_min_gain
-    best = next(k for k in range(len(elbos)) if elbos[k] >= enough)
-    return config.step_sizes[best], num_steps * len(elbos)
-
-
-def _elbo_after(training: Training, num_steps: int) -> tuple[float, float]:
-    """The ELBO after so many steps, and how far it is from the evidence, as far as it is known."""
-    try:
-        for _ in range(num_steps):
-            training.step()
-    except FitError:
-        return -math.inf, math.inf
-    draws = training.objective.elbo_draws(training.schedule.config.search_draws)
-    elbo = draws.mean().item()
-    if not math.isfinite(elbo):
-        return -math.inf, math.inf
-    # weights with a heavy tail know too little of the evidence
-    is_known = training.objective.has_weights and fit_tail(draws).khat < GOOD_KHAT
-    return elbo, gap_of(draws) if is_known else math.inf
-
-
-class Score(NamedTuple):
-    """What a candidate is judged by."""
-
-    elbo: float
-    khat: float
+    best = next(size for size, elbo in zip(config.step_sizes, elbos) if elbo >= enough)
+    return best, num_steps * len(elbos)
 
 
 def select_parameters(training: Training) -> str:
@@ -82,18 +83,10 @@ def select_parameters(training: Training) -> str:
     for name, values in candidates.items():
         torch.set_rng_state(state)
         training.set_parameters(values)
-        draws = training.objective.elbo_draws(config.selection_draws)
-        scores[name] = _score(draws, training.objective.has_weights)
+        scores[name] = _score(training, config.selection_draws)
     best = best_of(scores, config)
     training.set_parameters(candidates[best])
     return best
-
-
-def _score(draws: Tensor, are_weights: bool) -> Score:
-    elbo = draws.mean().item()
-    if not math.isfinite(elbo):
-        return Score(-math.inf, math.inf)
-    return Score(elbo, fit_tail(draws).khat if are_weights else 0.0)
 
 
 def best_of(scores: dict[str, Score], config: OptimizationConfig) -> str:
@@ -104,9 +97,10 @@ def best_of(scores: dict[str, Score], config: OptimizationConfig) -> str:
     """
     best, best_value = "", -math.inf
     least = max(scores.values()).elbo - config.selection_as_good
-    for name, (elbo, khat) in scores.items():
-        price = config.khat_price * max(khat, config.selection_good_khat)
-        price += config.khat_price_without_variance * max(khat - config.selection_bad_khat, 0.0)
-        if elbo >= least and (not best or elbo - price > best_value):
-            best, best_value = name, elbo - price
+    for name, score in scores.items():
+        price = config.khat_price * max(score.khat, config.selection_good_khat)
+        excess = max(score.khat - config.selection_bad_khat, 0.0)
+        value = score.elbo - (price + config.khat_price_without_variance * excess)
+        if score.elbo >= least and (not best or value > best_value):
+            best, best_value = name, value
     return best

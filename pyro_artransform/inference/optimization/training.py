@@ -3,6 +3,7 @@
 
 """The steps of a fit: gradients that are clipped, skipped where they are not finite, and averaged."""
 
+import copy
 import math
 import statistics
 from collections import Counter
@@ -17,200 +18,14 @@ from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
 from ..data.loader import BatchStream
 from ..objectives.objective import Objective
-from .optimizers import Adam, Optimizer, wrap_optimizer
+from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
 from .schedule import Schedule
+
+_COPIED = ("norms", "average", "best", "best_loss", "kept")
 
 
 class FitError(RuntimeError):
     """A fit that cannot go on."""
-
-
-class Training:
-    """The state of a fit between two steps, all of which can be saved and restored.
-
-    :param objective: what to minimize.
-    :param parameters: what to train, by name.
-    :param optimizer: takes the steps.
-    :param schedule: says how large they are, and when to end.
-    :param num_particles: draws for each step.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        parameters: dict[str, Tensor],
-        optimizer: Optimizer,
-        schedule: Schedule,
-        num_particles: int,
-    ) -> None:
-        self.objective, self.parameters = objective, parameters
-        self.optimizer, self.schedule = optimizer, schedule
-        self.num_particles = num_particles
-        #: the loss of each step, not a finite number where the step was skipped
-        self.losses: list[float] = []
-        self.num_skipped = 0
-        #: gradients of the model's log density, one for each draw
-        self.num_gradients = 0
-        self.nonfinite_sites: Counter[str] = Counter()
-        self._config = schedule.config
-        self._skips_in_a_row = 0
-        self._norms: list[float] = []
-        self._average = _clones(parameters.values())
-        self._best = _clones(parameters.values())
-        self._best_loss = math.inf
-        self._saved: dict[str, list[Tensor]] = {}
-
-    @property
-    def num_steps(self) -> int:
-        """The steps taken so far, the skipped ones included."""
-        return len(self.losses)
-
-    def is_over(self) -> bool:
-        """Whether the schedule is at its end."""
-        return self.schedule.is_over(self.num_steps)
-
-    def step(self) -> float:
-        """Takes one step.
-
-        :return: the loss, the negative ELBO in nats.
-        :raises FitError: if the loss or its gradient was not finite for many steps in a row.
-        """
-        loss, gradients = self._loss_and_gradients()
-        norm = _norm(gradients) if math.isfinite(loss) else math.inf
-        if math.isfinite(norm):
-            self._take(gradients, norm)
-        else:
-            self._skip()
-        self.losses.append(loss if math.isfinite(norm) else math.nan)
-        self._remember()
-        self.schedule = self.schedule.observe(self.losses, self._gap)
-        return loss
-
-    @torch.enable_grad()
-    def _loss_and_gradients(self) -> tuple[float, Sequence[Tensor | None]]:
-        if self.schedule.is_for_tails(self.num_steps):
-            loss = self.objective.tail_loss(self.num_particles)
-            self.num_gradients += self.num_particles * self._config.tail_particles
-        else:
-            loss = self.objective.loss(self.num_particles)
-            self.num_gradients += self.num_particles
-        if not loss.requires_grad:
-            raise FitError("there is nothing to train: neither guide nor model has parameters")
-        value = loss.item()
-        if not math.isfinite(value):
-            return value, []
-        trained = list(self.parameters.values())
-        return value, torch.autograd.grad(loss, trained, allow_unused=True)
-
-    def _take(self, gradients: Sequence[Tensor | None], norm: float) -> None:
-        self._skips_in_a_row = 0
-        self._norms = [*self._norms[1 - self._config.clip_window :], norm]
-        limit = self._config.clip_factor * statistics.median(self._norms)
-        shrink = min(1.0, limit / norm) if norm > 0 else 1.0
-        for parameter, gradient in zip(self.parameters.values(), gradients):
-            parameter.grad = None if gradient is None else gradient.mul_(shrink)
-        self.optimizer.step(self.schedule.factor(self.num_steps))
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-    def _skip(self) -> None:
-        self.num_skipped += 1
-        self._skips_in_a_row += 1
-        if self.num_skipped <= self._config.max_named:  # naming a site runs the model again
-            self.nonfinite_sites.update(self.objective.nonfinite_sites() or ["the gradient"])
-        if self._skips_in_a_row >= self._config.max_skips:
-            raise FitError(
-                "the fit stopped: the loss or its gradient was not finite in "
-                f"{self._config.max_skips} steps in a row, because of "
-                f"{', '.join(self.nonfinite_sites)}. The parameters are finite, as the last "
-                "good step left them. Check the data, and whether the model is finite for all values "
-                "of its latents"
-            )
-
-    @torch.no_grad()
-    def _remember(self) -> None:
-        """Updates the running average and the best parameters, and saves candidates on the way."""
-        step, block = self.num_steps, self._config.best_block
-        weight = self.schedule.average_weight(step)
-        torch._foreach_lerp_(self._average, list(self.parameters.values()), weight)
-        start, tail_start = self.schedule.decay_start, self.schedule.tail_start
-        if start is not None and tail_start is not None:
-            # later steps may lose the tails of a posterior for the sake of its middle
-            if step == start + (tail_start - start) // 3:
-                self._saved["averaged on the way"] = _clones(self._average)
-            if step == tail_start != self.schedule.end:
-                self._begin_tails()
-        if step % block == 0:
-            loss = statistics.fmean(self.losses[-block:])
-            if loss < self._best_loss:
-                self._best, self._best_loss = _clones(self.parameters.values()), loss
-
-    def _begin_tails(self) -> None:
-        draws = self.objective.elbo_draws(self._config.selection_draws)
-        if fit_tail(draws).khat <= self._config.tail_good_khat:
-            self.schedule = self.schedule.without_tails()
-        self._saved["last before the tails"] = _clones(self.parameters.values())
-
-    def _gap(self) -> float:
-        """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
-        if not self.objective.has_weights:
-            return 0.0
-        return gap_of(self.objective.elbo_draws(self._config.selection_draws))
-
-    def set_parameters(self, values: Iterable[Tensor]) -> None:
-        """Puts the parameters at given values, in place.
-
-        :param values: one for each parameter.
-        """
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters.values(), values):
-                parameter.copy_(value)
-
-    def candidates(self) -> dict[str, list[Tensor]]:
-        """What the fit could end with, by name: the values of all parameters."""
-        found = {"last": _clones(self.parameters.values())}
-        if self.losses:
-            found["averaged"] = self._average
-        found.update(self._saved)
-        if math.isfinite(self._best_loss):
-            found["best"] = self._best
-        return found
-
-    def state(self) -> dict[str, Any]:
-        """Everything that changes, in tensors and plain data."""
-        return {
-            "parameters": dict(zip(self.parameters, _clones(self.parameters.values()))),
-            "optimiser": self.optimizer.state(),
-            "schedule": self.schedule.state(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
-            "norms": list(self._norms),
-            "average": _clones(self._average),
-            "best": _clones(self._best),
-            "kept": {name: _clones(values) for name, values in self._saved.items()},
-            "counts": [self.num_skipped, self._skips_in_a_row, self.num_gradients],
-            "best_loss": self._best_loss,
-            "culprits": dict(self.nonfinite_sites),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` returned.
-
-        :raises ValueError: if it is of other parameters.
-        """
-        expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        got = {name: tuple(p.shape) for name, p in state["parameters"].items()}
-        if expected != got:
-            raise ValueError(f"checkpoint: expected the parameters {expected}, got {got}")
-        self.set_parameters(state["parameters"].values())
-        self.optimizer.restore(state["optimiser"])
-        self.schedule = replace(self.schedule, **state["schedule"])
-        self.losses = state["losses"].tolist()
-        self._norms = list(state["norms"])
-        self._average, self._best = _clones(state["average"]), _clones(state["best"])
-        self._saved = {name: _clones(values) for name, values in state["kept"].items()}
-        self.num_skipped, self._skips_in_a_row, self.num_gradients = state["counts"]
-        self._best_loss = state["best_loss"]
-        self.nonfinite_sites = Counter(state["culprits"])
 
 
 @dataclass(frozen=True)
@@ -232,7 +47,7 @@ class Trainer:
     scales: ScaledSteps | None = None
     stream: BatchStream | None = None
 
-    def new(self, step_size: float | None, schedule: Schedule | None = None) -> Training:
+    def new(self, step_size: float | None, schedule: Schedule | None = None) -> "Training":
         """A training that begins at the present parameters, and at the first mini-batch.
 
         :param step_size: the step size of Adam; ``None`` where the optimizer is the user's.
@@ -241,17 +56,164 @@ class Trainer:
         """
         if self.stream is not None:
             self.stream.restart()
-        parameters = self.objective.parameters()
-        if not parameters:
+        return Training(self, step_size, schedule or self.schedule)
+
+
+class Training:
+    """The state of a fit between two steps, all of which can be saved and restored."""
+
+    def __init__(self, trainer: Trainer, step_size: float | None, schedule: Schedule) -> None:
+        self.objective, self.num_particles = trainer.objective, trainer.num_particles
+        self.schedule, self._config = schedule, schedule.config
+        self.parameters = self.objective.parameters()
+        if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
-        trained = list(parameters.values())
-        optimizer: Optimizer
+        trained = list(self.parameters.values())
+        self.optimizer: TorchOptimizer | PyroOptimizer
         if step_size is None:
-            optimizer = wrap_optimizer(self.optim, trained)
+            self.optimizer = wrap_optimizer(trainer.optim, trained)
         else:
-            optimizer = Adam(trained, step_size, self.schedule.config.betas, self.scales)
-        schedule = schedule or self.schedule
-        return Training(self.objective, parameters, optimizer, schedule, self.num_particles)
+            self.optimizer = Adam(trained, step_size, self._config.betas, trainer.scales)
+        #: the loss of each step, not a finite number where the step was skipped
+        self.losses: list[float] = []
+        #: gradients of the model's log density, one for each draw
+        self.num_gradients = 0
+        self.num_skipped, self._skips_in_a_row = 0, 0
+        self.nonfinite_sites: Counter[str] = Counter()
+        self._norms: list[float] = []
+        self._average, self._best, self._best_loss = self._values(), self._values(), math.inf
+        #: the parameters at some steps on the way, by name
+        self._kept: dict[str, list[Tensor]] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """The steps taken so far, the skipped ones included."""
+        return len(self.losses)
+
+    def is_over(self) -> bool:
+        """Whether the schedule is at its end."""
+        return self.schedule.is_over(self.num_steps)
+
+    @torch.enable_grad()
+    def step(self) -> float:
+        """Takes one step.
+
+        :return: the loss, the negative ELBO in nats, also where the step was skipped.
+        :raises FitError: if the loss or its gradient was not finite for many steps in a row.
+        """
+        objective, num_draws = self.objective, self.num_particles
+        is_for_tails = self.schedule.is_for_tails(self.num_steps)
+        loss = (objective.tail_loss if is_for_tails else objective.loss)(num_draws)
+        self.num_gradients += num_draws * (self._config.tail_particles if is_for_tails else 1)
+        if not loss.requires_grad:
+            raise FitError("there is nothing to train: neither guide nor model has parameters")
+        value, norm = loss.item(), math.inf
+        if math.isfinite(value):
+            trained = list(self.parameters.values())
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            norm = _norm(gradients)
+        if math.isfinite(norm):
+            self._take(gradients, norm)
+        else:
+            self._skip()
+        self.losses.append(value if math.isfinite(norm) else math.nan)
+        self._remember()
+        self.schedule = self.schedule.observe(self.losses, self._gap)
+        return value
+
+    def _take(self, gradients: Sequence[Tensor | None], norm: float) -> None:
+        self._skips_in_a_row = 0
+        self._norms = [*self._norms[1 - self._config.clip_window :], norm]
+        limit = self._config.clip_factor * statistics.median(self._norms)
+        shrink = min(1.0, limit / norm) if norm > 0 else 1.0
+        for parameter, gradient in zip(self.parameters.values(), gradients):
+            parameter.grad = None if gradient is None else gradient.mul_(shrink)
+        self.optimizer.step(self.schedule.factor(self.num_steps))
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _skip(self) -> None:
+        self.num_skipped += 1
+        self._skips_in_a_row += 1
+        if self.num_skipped <= self._config.max_named:  # naming a site runs the model again
+            self.nonfinite_sites.update(self.objective.nonfinite_sites() or ["the gradient"])
+        if self._skips_in_a_row >= self._config.max_skips:
+            raise FitError(
+                "the fit stopped: the loss or its gradient was not finite in "
+                f"{self._skips_in_a_row} steps in a row, because of "
+                f"{', '.join(self.nonfinite_sites)}. The parameters are finite, as the last good "
+                "step left them. Check the data, and that the model is finite for all its latents"
+            )
+
+    def _remember(self) -> None:
+        """Updates the running average and the best parameters, and keeps candidates on the way."""
+        step, plan, block = self.num_steps, self.schedule, self._config.best_block
+        parameters = [*map(Tensor.detach, self.parameters.values())]
+        torch._foreach_lerp_(self._average, parameters, plan.average_weight(step))
+        if plan.end is not None:
+            # later steps may lose the tails of a posterior for the sake of its middle
+            if step == plan.decay_start + (plan.tail_start - plan.decay_start) // 3:
+                self._kept["averaged on the way"] = copy.deepcopy(self._average)
+            if step == plan.tail_start != plan.end:
+                draws = self.objective.elbo_draws(self._config.selection_draws)
+                if fit_tail(draws).khat <= self._config.tail_good_khat:
+                    self.schedule = plan.without_tails()
+                self._kept["last before the tails"] = self._values()
+        if step % block == 0:
+            loss = statistics.fmean(self.losses[-block:])
+            if loss < self._best_loss:
+                self._best, self._best_loss = self._values(), loss
+
+    def _gap(self) -> float:
+        """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
+        if not self.objective.has_weights:
+            return 0.0
+        return gap_of(self.objective.elbo_draws(self._config.selection_draws))
+
+    def _values(self) -> list[Tensor]:
+        return [*map(torch.clone, map(Tensor.detach, self.parameters.values()))]
+
+    @torch.no_grad()
+    def set_parameters(self, values: Iterable[Tensor]) -> None:
+        """Puts the parameters at given values, one for each, in place."""
+        for parameter, value in zip(self.parameters.values(), values):
+            parameter.copy_(value)
+
+    def candidates(self) -> dict[str, list[Tensor]]:
+        """What the fit could end with, by name: the values of all parameters."""
+        averaged = {"averaged": self._average} if self.losses else {}
+        best = {"best": self._best} if math.isfinite(self._best_loss) else {}
+        return {"last": self._values(), **averaged, **self._kept, **best}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes, in tensors and plain data."""
+        return {
+            **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
+            "parameters": dict(zip(self.parameters, self._values())),
+            "optimiser": self.optimizer.state(),
+            "schedule": self.schedule.state(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
+            "counts": [self.num_skipped, self._skips_in_a_row, self.num_gradients],
+            "culprits": dict(self.nonfinite_sites),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` returned.
+
+        :raises ValueError: if it is of other parameters.
+        """
+        expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        got = {name: tuple(p.shape) for name, p in state["parameters"].items()}
+        if expected != got:
+            raise ValueError(f"checkpoint: expected the parameters {expected}, got {got}")
+        self.set_parameters(state["parameters"].values())
+        self.optimizer.restore(state["optimiser"])
+        self.schedule = replace(self.schedule, **state["schedule"])
+        self.losses = state["losses"].tolist()
+        self.num_skipped, self._skips_in_a_row, self.num_gradients = state["counts"]
+        self.nonfinite_sites = Counter(state["culprits"])
+        for name in _COPIED:
+            setattr(self, f"_{name}", state[name])
 
 
 def gap_of(log_weights: Tensor) -> float:
@@ -263,15 +225,8 @@ def gap_of(log_weights: Tensor) -> float:
     return float(log_evidence - log_weights.mean())
 
 
-def _clones(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [*map(torch.clone, map(Tensor.detach, tensors))]
-
-
 def _norm(gradients: Sequence[Tensor | None]) -> float:
     """The norm of all gradients together, in double precision."""
-    present = list[Tensor]()
-    for gradient in gradients:
-        if gradient is not None:
-            present.append(gradient)
+    present = [gradient for gradient in gradients if gradient is not None]
     norms = torch._foreach_norm(present)
     return float(torch.stack([*map(Tensor.double, norms)]).norm().item())

@@ -36,7 +36,7 @@ def objectives(kind=small, make_loader=listed, **numbers):
         objective = PyroObjective(loaders.regression, guide, arguments, log_joint, 4)
     validation = validation_batches(batches, config)
     by_batch = MinibatchObjective(objective, batches, log_joint, validation, config)
-    return by_batch, objective.with_arguments((x, y), {})
+    return by_batch, objective.with_arguments(Batch((x, y), {}))
 
 
 def gradient(objective, guide_parameters):
@@ -62,7 +62,8 @@ def test_the_loss_is_that_of_the_batch():
         torch.manual_seed(k)
         loss = by_batch.loss(4)
         torch.manual_seed(k)
-        of_batch = objective.with_arguments((x[10 * k : 10 * k + 10], y[10 * k : 10 * k + 10]), {})
+        arguments = (x[10 * k : 10 * k + 10], y[10 * k : 10 * k + 10])
+        of_batch = objective.with_arguments(Batch(arguments, {}))
         assert torch.allclose(loss, of_batch.loss(4))
 
 

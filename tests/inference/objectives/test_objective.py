@@ -220,6 +220,16 @@ def test_no_nonfinite_sites(make):
     assert objective.nonfinite_sites() == []
 
 
+def test_nonfinite_sites_with_validation():
+    """A value outside of the support is found, and no error of Pyro's validation."""
+    guide = AutoNormal(models.regression)
+    objective = by_pyro(models.regression, guide)
+    with torch.no_grad():
+        guide.locs.loc.fill_(torch.nan)
+    assert not objective.loss(4).isfinite()
+    assert {"loc", "y"} <= set(objective.nonfinite_sites())
+
+
 def test_draws_that_are_not_finite_are_the_guides_own_fault():
     guide = small(models.regression)
     objective = path(models.regression, guide)

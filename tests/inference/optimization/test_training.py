@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import FitError, Trainer, Training
+from pyro_artransform.inference.optimization.training import FitError, Trainer
 
 
 class Bowl:
@@ -139,10 +140,8 @@ def test_gradients_are_clipped_against_their_running_median():
 
     objective = Bowl({30: "steep"})
     trained = list(objective.parameters().values())
-    optimizer = Plain(trained, 0.0, (0.9, 0.99))
-    schedule = trainer_of(objective).schedule
-    training = Training(objective, objective.parameters(), optimizer, schedule, 8)
-    norms = []
+    training, norms = training_of(objective), []
+    training.optimizer = optimizer = Plain(trained, 0.0, (0.9, 0.99))
     for _ in range(40):
         training.step()
         norms.append(max(optimizer.seen))
@@ -253,7 +252,7 @@ def test_trainings_of_a_trainer():
     with pytest.raises(ValueError, match="nothing to train"):
         training_of(Nothing())
     trainer = trainer_of(Bowl(), 10)
-    first, second = trainer.new(0.05), trainer.new(0.05, trainer.schedule.constant())
+    first, second = trainer.new(0.05), trainer.new(0.05, replace(trainer.schedule, end=None))
     assert first.schedule.end == 10
     assert second.schedule.end is None
     assert first.parameters["x"] is second.parameters["x"]
