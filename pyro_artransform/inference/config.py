@@ -142,9 +142,7 @@ class EvaluationConfig:
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
-    small_tail: float = (
-        0.001  #: a tail whose excess is a smaller share of all weights moves nothing
-    )
+    small_tail: float = 0.001  #: a smaller excess of the tail, as a share of all weights, is none
 
 
 @dataclass(frozen=True)

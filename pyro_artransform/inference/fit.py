@@ -10,9 +10,10 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from ..arguments import check_callable, check_integer
 from .config import FitConfig
-from .data.checks import check_arguments, check_names
 from .data.loader import Batch, BatchStream
 from .result import FitResult
 from .session import noted_interrupts, progress_bar, seeded
@@ -127,21 +128,15 @@ def fit(
     3. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman, 2018),
        https://arxiv.org/abs/1802.02538
     """
-    check_names(model, _OPTIONS)
-    check_arguments(loader, epochs, num_steps, args)
-    check_integer("num_particles", num_particles)
-    for name, count in (("num_steps", num_steps), ("epochs", epochs)):
-        if count is not None:
-            check_integer(name, count)
-    if callback is not None:
-        check_callable("callback", callback, "a function")
+    _check_names(model)
+    _check_options(loader, epochs, num_steps, num_particles, callback, args)
     with (
         seeded(seed),
         progress_bar(progress) as bar,
         noted_interrupts() as interrupted,
         ExitStack() as stack,
     ):
-        stream = None
+        stream = save = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
@@ -151,15 +146,55 @@ def fit(
             initialized = initialize(problem, trainer, bar)
             training = trainer.new(initialized.step_size)
         else:
-            initialized, training = resume_fit(problem, trainer, num_steps, resume)
-        save = None
+            initialized, training = resume_fit(problem, trainer, resume)
         if checkpoint is not None:
             save = partial(save_checkpoint, checkpoint, problem, initialized, training)
-        minibatches = None if problem.minibatches is None else stream
-        ending = optimize(training, minibatches, save, callback, bar, interrupted)
+        stopped_because = optimize(training, problem.stream, save, callback, bar, interrupted)
         bar.say("verdict")
-        return conclude(problem, initialized, training, ending)
+        return conclude(problem, initialized, training, stopped_because)
 
 
 _PARAMETERS = inspect.signature(fit).parameters.values()
 _OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_names(model: Callable[..., object]) -> None:
+    """Checks that a model has no parameter of the name of an option, unless it is bound."""
+    bound = model.keywords if isinstance(model, partial) else {}
+    try:
+        called = model.forward if isinstance(model, nn.Module) else model
+        names = inspect.signature(called).parameters.keys() - bound
+    except (TypeError, ValueError):  # not every callable says what it takes
+        return
+    taken = sorted(names & _OPTIONS)
+    if taken:
+        raise ValueError(
+            f"the model has a parameter '{taken[0]}', which is an option of fit: expected another "
+            f"name, or bind it first, as in functools.partial(model, {taken[0]}=...)"
+        )
+
+
+def _check_options(
+    loader: object,
+    epochs: int | None,
+    num_steps: int | None,
+    num_particles: int,
+    callback: object,
+    args: tuple[object, ...],
+) -> None:
+    """Checks that options are in their ranges, and go together."""
+    if loader is None and epochs is not None:
+        raise ValueError("epochs: expected a loader to count them by, or num_steps instead")
+    if epochs is not None and num_steps is not None:
+        raise ValueError(f"expected epochs or num_steps, got both ({epochs} and {num_steps})")
+    if loader is not None and args:
+        raise ValueError(
+            "expected no positional arguments of the model beside a loader, whose batches are its "
+            f"arguments, got {len(args)}. Keyword arguments are added to each batch"
+        )
+    check_integer("num_particles", num_particles)
+    for name, count in (("num_steps", num_steps), ("epochs", epochs)):
+        if count is not None:
+            check_integer(name, count)
+    if callback is not None:
+        check_callable("callback", callback, "a function")

@@ -4,9 +4,9 @@
 """The stream of mini-batches that a loader gives, epoch after epoch, from any place in it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +32,6 @@ class Batch(NamedTuple):
     kwargs: Mapping[str, object]
 
 
-@runtime_checkable
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
 class BatchStream:
     """The mini-batches of a loader as arguments of a model, one epoch after the other.
 
@@ -52,9 +47,13 @@ class BatchStream:
         self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
     ) -> None:
         self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
+        self._batches, self._rows = _samplers(loader)
         self._iterator: Iterator[object] | None = None
-        self._origin: dict[str, Any] = self._random_state()
-        self._epoch_start = self._origin
+        self._origin = self._epoch_start = self._random_state()
+        #: whether the order is fixed, or follows torch's generators: then any place in it is known
+        self.can_go_on = isinstance(self._rows, _FIXED + _SHUFFLED)
+        #: whether an epoch is known to have each of its rows once
+        self.is_partition = self.can_go_on and not (self._repeats_rows() or self._leaves_rows_out())
         #: how many epochs are over, and how many batches of the present one
         self.epoch, self.position = 0, 0
         #: batches in an epoch
@@ -96,20 +95,20 @@ class BatchStream:
 
         It leaves the stream and the generators as they were. The order is that of the first epoch,
         as far as it follows torch's generators.
-
-        :param count: how many.
         """
-        wanted = self._spread(min(count, self.num_batches))
-        own, inside, iterator = self._own_states(), self._origin["torch"], None
+        count = min(count, self.num_batches)
+        wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
+        if isinstance(self._rows, _SHUFFLED):
+            wanted = set(range(count))
+        own, state, iterator = self._random_state()["own"], self._origin["torch"], None
         self._set_own(self._origin["own"])
         try:
             for k in range(max(wanted) + 1):
-                outside = torch.get_rng_state()
-                torch.set_rng_state(inside)
-                iterator = iter(self._loader) if iterator is None else iterator
-                batch = next(iterator, _END)
-                inside = torch.get_rng_state()
-                torch.set_rng_state(outside)
+                with torch.random.fork_rng(devices=[]):
+                    torch.set_rng_state(state)
+                    iterator = iter(self._loader) if iterator is None else iterator
+                    batch = next(iterator, _END)
+                    state = torch.get_rng_state()
                 if batch is _END:
                     return
                 if k in wanted:
@@ -118,114 +117,11 @@ class BatchStream:
             _close(iterator)
             self._set_own(own)
 
-    def _spread(self, count: int) -> set[int]:
-        if isinstance(self._samplers()[1], _SHUFFLED):
-            return set(range(count))
-        return {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
-
-    def _count(self) -> int:
-        try:
-            return len(self._loader)  # type: ignore[arg-type]  # any iterable may lack a length
-        except TypeError:
-            own, state = self._own_states(), torch.get_rng_state()
-            count = sum(1 for _ in self._loader)
-            self._set_own(own)
-            torch.set_rng_state(state)
-            return count
-
-    def _arguments(self, batch: object) -> Batch:
-        if isinstance(batch, Tensor):
-            return Batch((batch,), self._kwargs)
-        if isinstance(batch, Mapping):
-            clash = sorted(map(str, batch.keys() & self._kwargs.keys()))
-            if clash:
-                raise ValueError(
-                    f"loader: expected batches without '{clash[0]}', which is a keyword argument of "
-                    "fit already"
-                )
-            return Batch((), {**self._kwargs, **batch})
-        if isinstance(batch, (tuple, list)):
-            return Batch(tuple(batch), self._kwargs)
-        raise TypeError(
-            "loader: expected batches that are a tuple or list (positional arguments of the model), "
-            f"a mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
-        )
-
     def place(self, num_steps: int | None) -> tuple[str, str]:
-        """The epoch, and the batch in it, in words.
-
-        :param num_steps: the number of steps in all, if it is known.
-        """
+        """The epoch of so many steps in all, if their number is known, and the batch, in words."""
         total = self.num_batches
         epochs = "" if num_steps is None else f"/{math.ceil(num_steps / total)}"
         return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
-
-    # Where the order comes from
-
-    def _samplers(self) -> tuple[object, object]:
-        """What draws the batches, and what draws the rows in them, as far as they are known."""
-        loader = self._loader
-        if not isinstance(loader, DataLoader):
-            return None, loader
-        batches: object = loader.batch_sampler
-        rows = batches.sampler if isinstance(batches, BatchSampler) else batches or loader.sampler
-        return batches, rows
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether the order follows torch's generators, or is fixed: then any place in it is known."""
-        return isinstance(self._samplers()[1], _FIXED + _SHUFFLED)
-
-    @property
-    def is_partition(self) -> bool:
-        """Whether an epoch is known to have each of its rows once."""
-        _, rows = self._samplers()
-        is_drawn = isinstance(rows, WeightedRandomSampler)
-        is_drawn = is_drawn or (isinstance(rows, RandomSampler) and rows.replacement)
-        return self.can_go_on and not (is_drawn or self._leaves_rows_out())
-
-    def _leaves_rows_out(self) -> bool:
-        """Whether some rows of the data are in no batch; a subset that the user chose is the data."""
-        batches, rows = self._samplers()
-        if (
-            batches is None
-            or not isinstance(self._loader, DataLoader)
-            or not isinstance(rows, Sized)
-        ):
-            return False
-        data = self._loader.dataset
-        is_subset = isinstance(rows, SubsetRandomSampler)
-        if not is_subset and isinstance(data, Sized) and len(rows) < len(data):
-            return True
-        if not isinstance(batches, BatchSampler):
-            return False
-        return batches.drop_last and len(rows) % batches.batch_size > 0
-
-    def _generators(self) -> list[torch.Generator]:
-        """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
-        owners = [self._loader, *self._samplers()]
-        if isinstance(self._loader, DataLoader):
-            owners.append(self._loader.sampler)
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-    def _own_states(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self._generators()]
-
-    def _random_state(self) -> dict[str, Any]:
-        return {"torch": torch.get_rng_state(), "own": self._own_states()}
-
-    def _set_own(self, states: Sequence[Tensor]) -> None:
-        for generator, state in zip(self._generators(), states):
-            generator.set_state(state)
-
-    def _begin_epoch(self) -> Iterator[object]:
-        self.close()
-        self._epoch_start = self._random_state()
-        self._iterator, self.position = iter(self._loader), 0
-        return self._iterator
-
-    # What a checkpoint holds
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, in tensors and plain data."""
@@ -245,32 +141,105 @@ class BatchStream:
             is at the beginning of the next epoch.
         :raises ValueError: if it is of another loader.
         """
-        expected, got = state["num_batches"], self.num_batches
-        if expected != got:
+        expected, position, start = state["num_batches"], state["position"], state["epoch_start"]
+        if expected != self.num_batches:
             raise ValueError(
-                f"resume: expected a loader of {expected} batches, as before, got {got}"
+                f"resume: expected a loader of {expected} batches, as before, got {self.num_batches}"
             )
         if len(state["origin"]["own"]) != len(self._generators()):
             raise ValueError("resume: expected a loader with its own generator where it had one")
-        self.close()
         self._origin = state["origin"]
-        self._set_own(self._origin["own"])
-        self.epoch, self.position = state["epoch"], 0
-        if not state["position"]:
-            return True
-        if not self.can_go_on:
+        self.restart()
+        self.epoch = state["epoch"]
+        if position and not self.can_go_on:
             self.epoch += 1
-            return bool(state["position"] >= self.num_batches)
-        self._set_own(state["epoch_start"]["own"])
-        torch.set_rng_state(state["epoch_start"]["torch"])
-        skipped = islice(self._begin_epoch(), state["position"])
-        self.position = sum(1 for _ in skipped)
+            return bool(position >= self.num_batches)
+        if position:
+            self._set_own(start["own"])
+            torch.set_rng_state(start["torch"])
+            self.position = sum(1 for _ in islice(self._begin_epoch(), position))
         return True
+
+    def _begin_epoch(self) -> Iterator[object]:
+        self.close()
+        self._epoch_start = self._random_state()
+        self._iterator, self.position = iter(self._loader), 0
+        return self._iterator
+
+    def _arguments(self, batch: object) -> Batch:
+        if isinstance(batch, Tensor):
+            return Batch((batch,), self._kwargs)
+        if isinstance(batch, Mapping):
+            clash = sorted(map(str, batch.keys() & self._kwargs.keys()))
+            if clash:
+                raise ValueError(
+                    f"loader: expected batches without '{clash[0]}', which is a keyword argument of "
+                    "fit already"
+                )
+            return Batch((), {**self._kwargs, **batch})
+        if isinstance(batch, (tuple, list)):
+            return Batch(tuple(batch), self._kwargs)
+        raise TypeError(
+            "loader: expected batches that are a tuple or list (positional arguments of the model), "
+            f"a mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
+        )
+
+    def _count(self) -> int:
+        try:
+            return len(self._loader)  # type: ignore[arg-type]  # any iterable may lack a length
+        except TypeError:
+            own = self._random_state()["own"]
+            with torch.random.fork_rng(devices=[]):
+                count = sum(1 for _ in self._loader)
+            self._set_own(own)
+            return count
+
+    def _repeats_rows(self) -> bool:
+        rows = self._rows
+        is_random = isinstance(rows, RandomSampler) and rows.replacement
+        return is_random or isinstance(rows, WeightedRandomSampler)
+
+    def _leaves_rows_out(self) -> bool:
+        """Whether some rows of the data are in no batch; a subset that the user chose is the data."""
+        loader, batches, rows = self._loader, self._batches, self._rows
+        if not isinstance(loader, DataLoader) or batches is None or not isinstance(rows, Sized):
+            return False
+        data = loader.dataset
+        is_subset = isinstance(rows, SubsetRandomSampler)
+        if not is_subset and isinstance(data, Sized) and len(rows) < len(data):
+            return True
+        drops = isinstance(batches, BatchSampler) and batches.drop_last
+        return drops and len(rows) % batches.batch_size > 0
+
+    def _generators(self) -> list[torch.Generator]:
+        """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
+        owners = [self._loader, self._batches, self._rows]
+        if isinstance(self._loader, DataLoader):
+            owners.append(self._loader.sampler)
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _random_state(self) -> dict[str, Any]:
+        own = [generator.get_state() for generator in self._generators()]
+        return {"torch": torch.get_rng_state(), "own": own}
+
+    def _set_own(self, states: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._generators(), states):
+            generator.set_state(state)
 
 
 def _close(iterator: object) -> None:
-    if isinstance(iterator, _Closable):
+    if isinstance(iterator, Generator):
         iterator.close()
+
+
+def _samplers(loader: object) -> tuple[object, object]:
+    """What draws the batches, and what draws the rows in them, as far as they are known."""
+    if not isinstance(loader, DataLoader):
+        return None, loader
+    batches: object = loader.batch_sampler
+    rows = batches.sampler if isinstance(batches, BatchSampler) else batches or loader.sampler
+    return batches, rows
 
 
 def _checked(loader: object) -> Iterable[object]:
