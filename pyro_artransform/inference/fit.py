@@ -17,7 +17,7 @@ from .config import FitConfig
 from .data.loader import Batch, BatchStream
 from .result import FitResult
 from .session import noted_interrupts, progress_bar, seeded
-from .stages import conclude, initialize, optimize, resume_fit, save_checkpoint, set_up
+from .stages import FitRun
 
 
 def fit(
@@ -129,29 +129,29 @@ def fit(
        https://arxiv.org/abs/1802.02538
     """
     _check_names(model)
-    _check_options(loader, epochs, num_steps, num_particles, callback, args)
+    _check_options(loader, epochs, num_steps, args)
+    check_integer("num_particles", num_particles)
+    if callback is not None:
+        check_callable("callback", callback, "a function")
     with (
         seeded(seed),
         progress_bar(progress) as bar,
         noted_interrupts() as interrupted,
         ExitStack() as stack,
     ):
-        stream = save = None
+        stream = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        problem = set_up(model, guide, Batch(args, kwargs), stream, config or FitConfig())
-        trainer = problem.trainer(num_steps, num_particles, optim)
+        batch, config = Batch(args, kwargs), config or FitConfig()
+        run = FitRun(model, guide, batch, stream, config, num_steps, num_particles, optim)
         if resume is None:
-            initialized = initialize(problem, trainer, bar)
-            training = trainer.new(initialized.step_size)
+            run.initialize(bar)
         else:
-            initialized, training = resume_fit(problem, trainer, resume)
-        if checkpoint is not None:
-            save = partial(save_checkpoint, checkpoint, problem, initialized, training)
-        stopped_because = optimize(training, problem.stream, save, callback, bar, interrupted)
+            run.resume(resume)
+        stopped_because = run.optimize(checkpoint, callback, bar, interrupted)
         bar.say("verdict")
-        return conclude(problem, initialized, training, stopped_because)
+        return run.conclude(stopped_because)
 
 
 _PARAMETERS = inspect.signature(fit).parameters.values()
@@ -175,12 +175,7 @@ def _check_names(model: Callable[..., object]) -> None:
 
 
 def _check_options(
-    loader: object,
-    epochs: int | None,
-    num_steps: int | None,
-    num_particles: int,
-    callback: object,
-    args: tuple[object, ...],
+    loader: object, epochs: int | None, num_steps: int | None, args: tuple[object, ...]
 ) -> None:
     """Checks that options are in their ranges, and go together."""
     if loader is None and epochs is not None:
@@ -192,9 +187,6 @@ def _check_options(
             "expected no positional arguments of the model beside a loader, whose batches are its "
             f"arguments, got {len(args)}. Keyword arguments are added to each batch"
         )
-    check_integer("num_particles", num_particles)
     for name, count in (("num_steps", num_steps), ("epochs", epochs)):
         if count is not None:
             check_integer(name, count)
-    if callback is not None:
-        check_callable("callback", callback, "a function")

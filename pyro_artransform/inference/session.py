@@ -20,7 +20,7 @@ _SHOWN = 50
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds the generators of Python, NumPy and torch, and at the end puts them back; ``None`` does not."""
+    """Seeds the generators of Python, NumPy and torch, and at the end puts them back."""
     if seed is None:
         yield
         return

@@ -3,7 +3,7 @@
 
 """Checks that the mini-batches of a loader are what model and guide take them for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
@@ -48,7 +48,7 @@ def check_use(
         )
 
 
-def _looks_up_indices(guide: object, parts: list[object], subsampled: list[str]) -> bool:
+def _looks_up_indices(guide: object, parts: Iterable[object], subsampled: list[str]) -> bool:
     """Whether a guide draws the indices itself of the elements that it has parameters for."""
     for part in parts:
         if isinstance(part, MinibatchGuide) and part.needs_indices:

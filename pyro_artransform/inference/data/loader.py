@@ -4,7 +4,7 @@
 """The stream of mini-batches that a loader gives, epoch after epoch, from any place in it."""
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 _END = object()
 _FIXED = (list, tuple, range, SequentialSampler, DistributedSampler)
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_STATE = ("num_batches", "epoch", "position", "origin", "epoch_start")
 
 
 class Batch(NamedTuple):
@@ -49,7 +50,8 @@ class BatchStream:
         self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
         self._batches, self._rows = _samplers(loader)
         self._iterator: Iterator[object] | None = None
-        self._origin = self._epoch_start = self._random_state()
+        #: the state of the generators at the beginning, and at that of the present epoch
+        self.origin = self.epoch_start = self._random_state()
         #: whether the order is fixed, or follows torch's generators: then any place in it is known
         self.can_go_on = isinstance(self._rows, _FIXED + _SHUFFLED)
         #: whether an epoch is known to have each of its rows once
@@ -82,13 +84,12 @@ class BatchStream:
     def restart(self) -> None:
         """Goes back to the beginning; what is left to torch's own generator is drawn from there."""
         self.close()
-        self._set_own(self._origin["own"])
+        self._set_own(self.origin["own"])
         self.epoch, self.position = 0, 0
 
     def close(self) -> None:
         """Lets go of the present epoch, and of the processes that load it."""
-        iterator, self._iterator = self._iterator, None
-        _close(iterator)
+        self._iterator = None
 
     def one_pass(self, count: int) -> Iterator[Batch]:
         """At most so many batches of one epoch, spread over it; the same ones each time.
@@ -100,8 +101,8 @@ class BatchStream:
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
         if isinstance(self._rows, _SHUFFLED):
             wanted = set(range(count))
-        own, state, iterator = self._random_state()["own"], self._origin["torch"], None
-        self._set_own(self._origin["own"])
+        own, state, iterator = self._random_state()["own"], self.origin["torch"], None
+        self._set_own(self.origin["own"])
         try:
             for k in range(max(wanted) + 1):
                 with torch.random.fork_rng(devices=[]):
@@ -114,7 +115,6 @@ class BatchStream:
                 if k in wanted:
                     yield self._arguments(batch)
         finally:
-            _close(iterator)
             self._set_own(own)
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
@@ -125,13 +125,7 @@ class BatchStream:
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, in tensors and plain data."""
-        return {
-            "num_batches": self.num_batches,
-            "epoch": self.epoch,
-            "position": self.position,
-            "origin": self._origin,
-            "epoch_start": self._epoch_start,
-        }
+        return {name: getattr(self, name) for name in _STATE}
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Goes to where another stream of the same loader was, which leaves torch's generator anywhere.
@@ -148,7 +142,7 @@ class BatchStream:
             )
         if len(state["origin"]["own"]) != len(self._generators()):
             raise ValueError("resume: expected a loader with its own generator where it had one")
-        self._origin = state["origin"]
+        self.origin = state["origin"]
         self.restart()
         self.epoch = state["epoch"]
         if position and not self.can_go_on:
@@ -162,7 +156,7 @@ class BatchStream:
 
     def _begin_epoch(self) -> Iterator[object]:
         self.close()
-        self._epoch_start = self._random_state()
+        self.epoch_start = self._random_state()
         self._iterator, self.position = iter(self._loader), 0
         return self._iterator
 
@@ -172,10 +166,8 @@ class BatchStream:
         if isinstance(batch, Mapping):
             clash = sorted(map(str, batch.keys() & self._kwargs.keys()))
             if clash:
-                raise ValueError(
-                    f"loader: expected batches without '{clash[0]}', which is a keyword argument of "
-                    "fit already"
-                )
+                got = "which is a keyword argument of fit already"
+                raise ValueError(f"loader: expected batches without '{clash[0]}', {got}")
             return Batch((), {**self._kwargs, **batch})
         if isinstance(batch, (tuple, list)):
             return Batch(tuple(batch), self._kwargs)
@@ -208,8 +200,9 @@ class BatchStream:
         is_subset = isinstance(rows, SubsetRandomSampler)
         if not is_subset and isinstance(data, Sized) and len(rows) < len(data):
             return True
-        drops = isinstance(batches, BatchSampler) and batches.drop_last
-        return drops and len(rows) % batches.batch_size > 0
+        if not isinstance(batches, BatchSampler):
+            return False
+        return batches.drop_last and len(rows) % batches.batch_size > 0
 
     def _generators(self) -> list[torch.Generator]:
         """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
@@ -228,11 +221,6 @@ class BatchStream:
             generator.set_state(state)
 
 
-def _close(iterator: object) -> None:
-    if isinstance(iterator, Generator):
-        iterator.close()
-
-
 def _samplers(loader: object) -> tuple[object, object]:
     """What draws the batches, and what draws the rows in them, as far as they are known."""
     if not isinstance(loader, DataLoader):
@@ -243,19 +231,13 @@ def _samplers(loader: object) -> tuple[object, object]:
 
 
 def _checked(loader: object) -> Iterable[object]:
+    expected = "loader: expected a DataLoader or another iterable of batches"
+    got = type(loader).__name__
     if isinstance(loader, (Tensor, Mapping, str, bytes)):
-        raise TypeError(
-            "loader: expected a DataLoader or another iterable of batches, got data of type "
-            f"{type(loader).__name__}. A list of batches will do, as [(x, y)], or x.split(100)"
-        )
+        hint = "A list of batches will do, as [(x, y)], or x.split(100)"
+        raise TypeError(f"{expected}, got data of type {got}. {hint}")
     if isinstance(loader, Iterator):
-        raise TypeError(
-            "loader: expected an iterable that begins anew in each epoch, such as a DataLoader or a "
-            f"list of batches, got an iterator ({type(loader).__name__}), which ends with the first"
-        )
+        raise TypeError(f"{expected} that begins anew in each epoch, got an iterator ({got})")
     if not isinstance(loader, Iterable):
-        raise TypeError(
-            "loader: expected a DataLoader or another iterable of batches, got "
-            f"{type(loader).__name__}"
-        )
+        raise TypeError(f"{expected}, got {got}")
     return loader
