@@ -10,10 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from .initialization.gaussians import Gaussians
-from .initialization.newton import Modes
+from torch import nn
 
 #: what a file holds, in tensors and plain data
 State = dict[str, Any]
@@ -47,28 +44,14 @@ def read(path: str | os.PathLike[str]) -> State:
 
 def random_state() -> State:
     """The state of torch's generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_state(state: State) -> None:
     """Takes over what :func:`random_state` returned."""
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and state["cuda"]:
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def pack_modes(modes: Modes | None) -> list[Tensor] | None:
-    """Modes as tensors."""
-    return None if modes is None else [*modes.gaussians, modes.value, modes.converged]
-
-
-def unpack_modes(tensors: list[Tensor] | None) -> Modes | None:
-    """The modes that :func:`pack_modes` packed."""
-    if tensors is None:
-        return None
-    loc, scale_tril, value, converged = tensors
-    return Modes(Gaussians(loc, scale_tril), value, converged)
 
 
 def load_guide(guide: object, state: State) -> None:

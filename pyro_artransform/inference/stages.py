@@ -15,7 +15,7 @@ from threading import Event
 import torch
 from torch import nn
 
-from ..joint import LogDensity, LogJoint
+from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps
 from . import checkpoint as files
@@ -24,10 +24,12 @@ from .data.checks import check_use
 from .data.loader import Batch, BatchStream
 from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
+from .initialization.gaussians import Gaussians
 from .initialization.minibatch_start import find_initial_minibatch_guide
+from .initialization.newton import Modes
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
 from .objectives.minibatch_elbo import MinibatchObjective, validation_batches
-from .objectives.objective import BatchObjective, Objective
+from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
 from .objectives.pyro_elbo import PyroObjective
 from .optimization.schedule import new_schedule
@@ -37,6 +39,7 @@ from .result import FitResult
 from .session import ProgressBar
 
 Path = str | os.PathLike[str]
+Function = Callable[..., object]
 
 _INTERRUPTED = "it was interrupted"
 
@@ -59,8 +62,8 @@ class FitRun:
 
     def __init__(
         self,
-        model: Callable[..., object],
-        guide: Callable[..., object],
+        model: Function,
+        guide: Function,
         arguments: Batch,
         stream: BatchStream | None,
         config: FitConfig,
@@ -70,22 +73,19 @@ class FitRun:
     ) -> None:
         self._began, self._config = time.perf_counter(), config
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
-        subject = self._subject = _run_once(model, guide, batches[0], stream)
-        log_joint = subject.log_joint
-        if stream and stream.num_batches == 1 and stream.is_partition:
-            stream = (
-                stream if log_joint.is_subsampled else None
-            )  # the batch is as good as arguments
-        self._stream = stream
-        objective: Objective
-        objective = of_batch = _objective_of_batch(subject, config, stream is not None)
+        self._subject = subject = _run_once(model, guide, batches[0], stream)
+        log_joint, is_subsampled = subject.log_joint, subject.log_joint.is_subsampled
+        if stream and stream.num_batches == 1 and stream.is_partition and not is_subsampled:
+            stream = None  # the only batch is as good as arguments
+        of_batch = _objective_of_batch(subject, config, stream is not None)
+        self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:
-            objective = MinibatchObjective(of_batch, stream, log_joint, batches, config.minibatch)
+            settings, num_batches = config.minibatch, stream.num_batches
+            self._minibatches = MinibatchObjective(of_batch, stream, log_joint, batches, settings)
         self._by_path = isinstance(of_batch, PathObjective)
-        num_batches = None if stream is None else stream.num_batches
-        schedule = new_schedule(
-            config.optimization, self._by_path, num_batches, log_joint.is_subsampled
-        ).of_length(num_steps)
+        schedule = new_schedule(config.optimization, self._by_path, num_batches, is_subsampled)
+        schedule = schedule.of_length(num_steps)
+        objective = self._minibatches or of_batch
         scales = guide if isinstance(guide, ScaledSteps) else None
         self._trainer = Trainer(objective, schedule, num_particles, optim, scales, stream)
         self._looped_because = _why_looped(of_batch, log_joint)
@@ -95,19 +95,19 @@ class FitRun:
 
     def initialize(self, bar: ProgressBar) -> None:
         """Puts the guide at the best initial one, and chooses a step size."""
-        model, guide, args, kwargs, log_joint = self._subject
-        objective, config = self._trainer.objective, self._config.initialization
+        model, _, args, kwargs, log_joint = self._subject
+        guide: object = self._subject.guide
+        config = self._config.initialization
         if isinstance(guide, FlowGuide) and self._by_path:
             bar.say("start")
-            density: LogDensity = log_joint
-            if isinstance(objective, MinibatchObjective):
-                density = objective.mean_log_joint()
-            bound = partial(model, *args, **kwargs)
+            minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
+            density = minibatches.mean_log_joint() if minibatches else log_joint
             self._initial = find_initial_guide(density, bound, guide, config)
         elif isinstance(guide, MinibatchGuide):
             bar.say("start")
+            batch, elbo_draws = Batch(args, kwargs), self._trainer.objective.elbo_draws
             self._initial = find_initial_minibatch_guide(
-                log_joint, model, guide, Batch(args, kwargs), objective.elbo_draws, config
+                log_joint, model, guide, batch, elbo_draws, config
             )
         if self._trainer.optim is None:
             bar.say("step size")
@@ -125,7 +125,9 @@ class FitRun:
             raise ValueError("resume: expected the optim that the checkpoint was made with")
         if state["guide"] is not None:
             files.load_guide(self._subject.guide, state["guide"])
-        modes = files.unpack_modes(state["modes"])
+        packed, modes = state["modes"], None
+        if packed is not None:
+            modes = Modes(Gaussians(*packed[:2]), *packed[2:])
         self._initial = InitialGuide(state["start"], state["start_elbo"], modes)
         self._step_size, self._search_steps = state["step_size"], state["num_pilot_steps"]
         self._began -= state["seconds"]
@@ -136,24 +138,24 @@ class FitRun:
         files.set_random_state(state["random"])
 
     def _restore_stream(self, state: files.State | None) -> None:
-        stream, objective = self._stream, self._trainer.objective
+        stream, minibatches = self._stream, self._minibatches
         if (state is None) != (stream is None):
             raise ValueError("resume: expected a loader where the checkpoint was made with one")
-        if not (state and stream and isinstance(objective, MinibatchObjective)):
+        if state is None or stream is None or minibatches is None:
             return
         is_in_place = stream.restore(state)
-        objective.compare_on(validation_batches(stream, self._config.minibatch))
+        minibatches.compare_on(validation_batches(stream, self._config.minibatch))
         if not is_in_place:
             warnings.warn(
-                "resume: the order of the loader's batches is not known, so that the fit goes on "
-                "from the next epoch and not from the middle of one. A DataLoader with a sampler "
-                "of PyTorch, or a list, can go on from there",
+                "resume: the order of the loader's batches is not known, so the fit goes on from the "
+                "next epoch. From the middle goes a list, or a DataLoader with a sampler of PyTorch",
                 stacklevel=4,
             )
 
     def save(self, path: Path) -> None:
         """Saves everything that the fit needs to go on."""
         guide, stream, training = self._subject.guide, self._stream, self.training
+        initial, modes = self._initial, self._initial.modes
         state = {
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
             "num_steps": training.schedule.num_steps,
@@ -161,9 +163,9 @@ class FitRun:
             "step_size": self._step_size,
             "num_pilot_steps": self._search_steps,
             "seconds": time.perf_counter() - self._began,
-            "start": self._initial.name,
-            "start_elbo": self._initial.elbo,
-            "modes": files.pack_modes(self._initial.modes),
+            "start": initial.name,
+            "start_elbo": initial.elbo,
+            "modes": modes and [*modes.gaussians, modes.value, modes.converged],
             "training": training.state(),
             "batches": None if stream is None else stream.state(),
             "random": files.random_state(),
@@ -202,8 +204,8 @@ class FitRun:
         end, skipped = select_parameters(training), training.num_skipped
         is_complete = stopped_because != _INTERRUPTED
         status = FitStatus(skipped / max(training.num_steps, 1), is_complete)
-        if isinstance(training.objective, MinibatchObjective):
-            found = evaluate_minibatches(self._subject, training.objective, status, config)
+        if self._minibatches is not None:
+            found = evaluate_minibatches(self._subject, self._minibatches, status, config)
         else:
             found = evaluate(self._subject, self._initial.modes, status, config)
         return FitResult(
@@ -223,10 +225,7 @@ class FitRun:
 
 
 def _run_once(
-    model: Callable[..., object],
-    guide: Callable[..., object],
-    batch: Batch,
-    stream: BatchStream | None,
+    model: Function, guide: Function, batch: Batch, stream: BatchStream | None
 ) -> ModelAndGuide:
     """Runs model and guide, so that what cannot be fitted is an error now."""
     args, kwargs = batch
@@ -245,14 +244,16 @@ def _objective_of_batch(
     subject: ModelAndGuide, config: FitConfig, is_minibatch: bool
 ) -> BatchObjective:
     """The objective for a batch: by the path gradient, if the guide has all latents of the model."""
-    model, guide, args, kwargs, log_joint = subject
+    model, _, args, kwargs, log_joint = subject
+    guide: object = subject.guide
     if isinstance(guide, FlowGuide):
         with torch.no_grad():
             latent, _ = guide.rsample_and_log_prob(1)
         if latent.shape[-1] == log_joint.latents.latent_dim:
             return PathObjective(log_joint, guide, config.optimization)
     settings = config.minibatch if is_minibatch else config.optimization
-    return PyroObjective(model, guide, Batch(args, kwargs), log_joint, settings.num_estimates)
+    batch = Batch(args, kwargs)
+    return PyroObjective(model, subject.guide, batch, log_joint, settings.num_estimates)
 
 
 def _why_looped(objective: BatchObjective, log_joint: LogJoint) -> str:
@@ -265,8 +266,8 @@ def _why_looped(objective: BatchObjective, log_joint: LogJoint) -> str:
     if reason:
         warnings.warn(
             "the model cannot be evaluated at many draws at once, so that it is run for one draw "
-            f"after the other, which is slow ({reason}). Write it without branches "
-            "on values of its latents, and index from the right, or take fewer num_particles",
+            f"after the other, which is slow ({reason}). Write it without branches on values of its "
+            "latents, and index from the right, or take fewer num_particles",
             stacklevel=4,
         )
     return reason

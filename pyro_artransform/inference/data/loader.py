@@ -56,10 +56,8 @@ class BatchStream:
         self.can_go_on = isinstance(self._rows, _FIXED + _SHUFFLED)
         #: whether an epoch is known to have each of its rows once
         self.is_partition = self.can_go_on and not (self._repeats_rows() or self._leaves_rows_out())
-        #: how many epochs are over, and how many batches of the present one
-        self.epoch, self.position = 0, 0
-        #: batches in an epoch
-        self.num_batches = self._count()
+        self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
+        self.num_batches = self._count()  #: in an epoch
         if not self.num_batches:
             raise ValueError("loader: expected at least one batch, got none")
 
