@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-#: what a file holds, in tensors and plain data
-State = dict[str, Any]
+State = dict[str, Any]  #: tensors and plain data
 
 _FORMAT = "pyro_artransform fit 1"
 

@@ -39,23 +39,21 @@ def fit(
 ) -> FitResult:
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
 
-    A guide of this package is initialized with the best of many candidates by their ELBO on common
-    noise: itself, Gaussians on the way to the modes of the posterior, mean-field fits from several
-    points. It is trained by the path gradient, any other Pyro guide by Pyro's own ELBO, from where it
-    is. The step size goes down when the ELBO stops moving, and the guide ends with the best of the
-    last, the averaged and the best parameters. Parameters of the model are trained together with the
-    guide's.
+    A guide of this package is initialized with the best of many candidates by their ELBO: itself,
+    Gaussians on the way to modes, mean-field fits. It is trained by the path gradient, any other Pyro
+    guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
+    and the guide ends with the best of the last, the averaged and the best parameters. Parameters of
+    the model are trained as well.
 
     The verdict rests on draws that were not trained on: k-hat, the ELBO and its standard error, the
     evidence that heavy-tailed draws find around the guide, and the modes that other starts have found.
 
-    With a ``loader`` each step sees the next of its mini-batches, for so many ``epochs``. Rows in the
-    model are then ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it
-    scales a batch up to all data; only where all latents belong to a batch's own rows, as in a
-    variational autoencoder, need nothing be scaled. Latents of the rows themselves need a guide that
-    reads the batch, such as ``AutoAmortized``. A short last batch is given the weight of its rows.
-    The initial guide is found in the mean of several batches. The verdict never trusts mini-batches;
-    a loader of one batch with all data is as good as arguments.
+    With a ``loader`` each step sees the next mini-batch. Rows in the model are then
+    ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
+    to all data; only where all latents belong to a batch's own rows, as in a variational autoencoder,
+    need nothing be scaled. Latents of the rows themselves need a guide that reads the batch, such as
+    ``AutoAmortized``. A short last batch is given the weight of its rows. The verdict never trusts
+    mini-batches; a loader of one batch with all data is as good as arguments.
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
@@ -68,8 +66,7 @@ def fit(
         finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows.
     :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, and
-        leaves the state of the generators as it was. A generator that a loader has of its own is
-        the user's: it is not seeded, and the order goes on from its state.
+        leaves the generators as they were. A loader's own generator is not seeded.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number and its ELBO; the fit ends where it
         returns ``True``.

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -92,8 +92,5 @@ def progress_bar(shown: bool) -> Iterator[ProgressBar]:
             from tqdm.auto import tqdm
 
             bar = tqdm(unit="step", dynamic_ncols=True)
-    try:
+    with nullcontext() if bar is None else bar:
         yield ProgressBar(bar)
-    finally:
-        if bar is not None:
-            bar.close()

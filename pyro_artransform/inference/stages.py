@@ -47,18 +47,10 @@ _INTERRUPTED = "it was interrupted"
 class FitRun:
     """A fit: set up by its constructor, then initialized or resumed, optimized, and concluded.
 
-    :param model: a Pyro model.
-    :param guide: a guide of it.
-    :param arguments: the arguments of both, unless they come from the stream.
-    :param stream: the mini-batches of a loader, if there is one.
-    :param config: the settings of the fit.
-    :param num_steps: the number of steps; ``None`` where the fit finds its end itself.
-    :param num_particles: draws for each step.
-    :param optim: the user's optimizer; ``None`` for Adam.
+    The arguments of model and guide come from the stream of a loader, if there is one.
     """
 
-    #: the steps, from :meth:`initialize` or :meth:`resume` on
-    training: Training
+    _training: Training
 
     def __init__(
         self,
@@ -112,7 +104,7 @@ class FitRun:
         if self._trainer.optim is None:
             bar.say("step size")
             self._step_size, self._search_steps = choose_step_size(self._trainer)
-        self.training = self._trainer.new(self._step_size)
+        self._training = self._trainer.new(self._step_size)
 
     def resume(self, path: Path) -> None:
         """Goes on from where a checkpoint has left another fit."""
@@ -132,8 +124,8 @@ class FitRun:
         self._step_size, self._search_steps = state["step_size"], state["num_pilot_steps"]
         self._began -= state["seconds"]
         schedule = trainer.schedule.of_length(state["num_steps"])
-        self.training = replace(trainer, schedule=schedule).new(self._step_size)
-        self.training.restore(state["training"])
+        self._training = replace(trainer, schedule=schedule).new(self._step_size)
+        self._training.restore(state["training"])
         self._restore_stream(state.get("batches"))
         files.set_random_state(state["random"])
 
@@ -154,7 +146,7 @@ class FitRun:
 
     def save(self, path: Path) -> None:
         """Saves everything that the fit needs to go on."""
-        guide, stream, training = self._subject.guide, self._stream, self.training
+        guide, stream, training = self._subject.guide, self._stream, self._training
         initial, modes = self._initial, self._initial.modes
         state = {
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
@@ -181,7 +173,7 @@ class FitRun:
     ) -> str:
         """Takes steps until there are enough, or the callback or Ctrl-C ends them; says which."""
         bar.say("fit")
-        training, is_asked_to_end = self.training, False
+        training, is_asked_to_end = self._training, False
         while not (training.is_over() or interrupted.is_set() or is_asked_to_end):
             loss, end = training.step(), training.schedule.end
             place = () if self._stream is None else self._stream.place(end)
@@ -200,7 +192,7 @@ class FitRun:
         """The result of the fit, with the guide at the best parameters."""
         if self._stream is not None:
             self._stream.close()
-        training, config = self.training, self._config.evaluation
+        training, config = self._training, self._config.evaluation
         end, skipped = select_parameters(training), training.num_skipped
         is_complete = stopped_because != _INTERRUPTED
         status = FitStatus(skipped / max(training.num_steps, 1), is_complete)

@@ -18,11 +18,7 @@ def check_use(
 ) -> None:
     """Checks that a guide knows which elements a batch has, and a model how many rows there are.
 
-    :param stream: the batches of the loader.
     :param guide: the guide, after its first call.
-    :param log_joint: the log joint density of the model.
-    :param first: any batch.
-    :raises ValueError: if they do not.
     """
     if stream.num_batches == 1 and stream.is_partition:
         return

@@ -36,9 +36,7 @@ class Batch(NamedTuple):
 class BatchStream:
     """The mini-batches of a loader as arguments of a model, one epoch after the other.
 
-    :param loader: a ``torch.utils.data.DataLoader`` or another iterable that begins anew each time.
-        A tuple or list of it is the positional arguments, a mapping the keyword arguments, and a
-        tensor the only argument.
+    :param loader: as that of :func:`~pyro_artransform.inference.fit`.
     :param kwargs: keyword arguments that all batches have.
     :raises TypeError: if the loader can be iterated over once only, or not at all, or is itself data.
     :raises ValueError: if it is empty.
@@ -55,18 +53,14 @@ class BatchStream:
         #: whether the order is fixed, or follows torch's generators: then any place in it is known
         self.can_go_on = isinstance(self._rows, _FIXED + _SHUFFLED)
         #: whether an epoch is known to have each of its rows once
-        self.is_partition = self.can_go_on and not (self._repeats_rows() or self._leaves_rows_out())
+        self.is_partition = self._is_partition()
         self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
         self.num_batches = self._count()  #: in an epoch
         if not self.num_batches:
             raise ValueError("loader: expected at least one batch, got none")
 
     def next(self) -> Batch:
-        """The next batch, of the next epoch where this one is over.
-
-        :raises ValueError: if the loader has nothing left, as one that can be read once only.
-        :raises TypeError: if a batch is of a kind that cannot be arguments.
-        """
+        """The next batch, of the next epoch where this one is over."""
         batch = next(self._iterator or self._begin_epoch(), _END)
         if batch is _END and self.position:
             self.epoch += 1
@@ -128,10 +122,7 @@ class BatchStream:
     def restore(self, state: dict[str, Any]) -> bool:
         """Goes to where another stream of the same loader was, which leaves torch's generator anywhere.
 
-        :param state: what :meth:`state` returned.
-        :return: whether that was possible; where the order of the loader is not known, the stream
-            is at the beginning of the next epoch.
-        :raises ValueError: if it is of another loader.
+        :return: whether that was possible; if the order is not known, the next epoch begins.
         """
         expected, position, start = state["num_batches"], state["position"], state["epoch_start"]
         if expected != self.num_batches:
@@ -184,23 +175,21 @@ class BatchStream:
             self._set_own(own)
             return count
 
-    def _repeats_rows(self) -> bool:
-        rows = self._rows
-        is_random = isinstance(rows, RandomSampler) and rows.replacement
-        return is_random or isinstance(rows, WeightedRandomSampler)
-
-    def _leaves_rows_out(self) -> bool:
-        """Whether some rows of the data are in no batch; a subset that the user chose is the data."""
+    def _is_partition(self) -> bool:
+        """Whether an epoch is known to have each row once; a subset that the user chose is all rows."""
         loader, batches, rows = self._loader, self._batches, self._rows
-        if not isinstance(loader, DataLoader) or batches is None or not isinstance(rows, Sized):
+        is_random = isinstance(rows, RandomSampler) and rows.replacement
+        if not self.can_go_on or is_random or isinstance(rows, WeightedRandomSampler):
             return False
+        if not isinstance(loader, DataLoader) or batches is None or not isinstance(rows, Sized):
+            return True
         data = loader.dataset
         is_subset = isinstance(rows, SubsetRandomSampler)
         if not is_subset and isinstance(data, Sized) and len(rows) < len(data):
-            return True
-        if not isinstance(batches, BatchSampler):
             return False
-        return batches.drop_last and len(rows) % batches.batch_size > 0
+        if not isinstance(batches, BatchSampler):
+            return True
+        return not batches.drop_last or len(rows) % batches.batch_size == 0
 
     def _generators(self) -> list[torch.Generator]:
         """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
