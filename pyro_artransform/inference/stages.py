@@ -45,10 +45,7 @@ _INTERRUPTED = "it was interrupted"
 
 
 class FitRun:
-    """A fit: set up by its constructor, then initialized or resumed, optimized, and concluded.
-
-    The arguments of model and guide come from the stream of a loader, if there is one.
-    """
+    """A fit: set up by its constructor, then initialized or resumed, optimized, and concluded."""
 
     _training: Training
 
@@ -194,8 +191,7 @@ class FitRun:
             self._stream.close()
         training, config = self._training, self._config.evaluation
         end, skipped = select_parameters(training), training.num_skipped
-        is_complete = stopped_because != _INTERRUPTED
-        status = FitStatus(skipped / max(training.num_steps, 1), is_complete)
+        status = FitStatus(skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED)
         if self._minibatches is not None:
             found = evaluate_minibatches(self._subject, self._minibatches, status, config)
         else:
