@@ -10,20 +10,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .initialization.gaussians import Gaussians
-from .initialization.newton import Modes
+State = dict[str, Any]  #: tensors and plain data
 
 _FORMAT = "pyro_artransform fit 1"
 
 
-def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes the state of a fit: to another file first, so that no kill leaves half of one.
-
-    :param path: where to.
-    :param state: tensors and plain data.
-    """
+def write(path: str | os.PathLike[str], state: State) -> None:
+    """Writes the state of a fit: to another file first, so that no kill leaves half of one."""
     target = Path(path)
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -35,12 +30,8 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         raise
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what :func:`write` wrote.
-
-    :param path: where from.
-    :raises ValueError: if the file is something else.
-    """
+def read(path: str | os.PathLike[str]) -> State:
+    """Reads what :func:`write` wrote; a ``ValueError`` if the file is something else."""
     try:
         state = torch.load(path, weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError):
@@ -50,47 +41,20 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> State:
     """The state of torch's generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: State) -> None:
     """Takes over what :func:`random_state` returned."""
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and state["cuda"]:
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def pack_modes(modes: Modes | None) -> list[Tensor] | None:
-    """Modes as tensors."""
-    return None if modes is None else [*modes.gaussians, modes.value, modes.converged]
-
-
-def unpack_modes(tensors: list[Tensor] | None) -> Modes | None:
-    """The modes that :func:`pack_modes` packed."""
-    if tensors is None:
-        return None
-    loc, scale_tril, value, converged = tensors
-    return Modes(Gaussians(loc, scale_tril), value, converged)
-
-
-def check_same(state: dict[str, Any], **options: object) -> None:
-    """Checks that a fit goes on with the options of its checkpoint.
-
-    :raises ValueError: if it does not.
-    """
-    for name, value in options.items():
-        if value != state[name] and value is not None:
-            raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {value!r}")
-
-
-def load_guide(guide: object, state: dict[str, Any]) -> None:
-    """Loads the state dict of a guide.
-
-    :raises ValueError: if it is of another one.
-    """
+def load_guide(guide: object, state: State) -> None:
+    """Loads the state dict of a guide; a ``ValueError`` if it is of another one."""
     if not isinstance(guide, nn.Module):
         raise ValueError("resume: expected a checkpoint of this guide, got one of a module")
     try:

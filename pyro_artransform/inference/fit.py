@@ -10,13 +10,14 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from ..arguments import check_callable, check_integer
 from .config import FitConfig
-from .data.checks import check_arguments, check_names
 from .data.loader import Batch, BatchStream
 from .result import FitResult
 from .session import noted_interrupts, progress_bar, seeded
-from .stages import conclude, initialize, optimize, resume_fit, save_checkpoint, set_up
+from .stages import FitRun
 
 
 def fit(
@@ -38,23 +39,21 @@ def fit(
 ) -> FitResult:
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
 
-    A guide of this package is initialized with the best of many candidates by their ELBO on common
-    noise: itself, Gaussians on the way to the modes of the posterior, mean-field fits from several
-    points. It is trained by the path gradient, any other Pyro guide by Pyro's own ELBO, from where it
-    is. The step size goes down when the ELBO stops moving, and the guide ends with the best of the
-    last, the averaged and the best parameters. Parameters of the model are trained together with the
-    guide's.
+    A guide of this package is initialized with the best of many candidates by their ELBO: itself,
+    Gaussians on the way to modes, mean-field fits. It is trained by the path gradient, any other Pyro
+    guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
+    and the guide ends with the best of the last, the averaged and the best parameters. Parameters of
+    the model are trained as well.
 
     The verdict rests on draws that were not trained on: k-hat, the ELBO and its standard error, the
     evidence that heavy-tailed draws find around the guide, and the modes that other starts have found.
 
-    With a ``loader`` each step sees the next of its mini-batches, for so many ``epochs``. Rows in the
-    model are then ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it
-    scales a batch up to all data; only where all latents belong to a batch's own rows, as in a
-    variational autoencoder, need nothing be scaled. Latents of the rows themselves need a guide that
-    reads the batch, such as ``AutoAmortized``. A short last batch is given the weight of its rows.
-    The initial guide is found in the mean of several batches. The verdict never trusts mini-batches;
-    a loader of one batch with all data is as good as arguments.
+    With a ``loader`` each step sees the next mini-batch. Rows in the model are then
+    ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
+    to all data; only where all latents belong to a batch's own rows, as in a variational autoencoder,
+    need nothing be scaled. Latents of the rows themselves need a guide that reads the batch, such as
+    ``AutoAmortized``. A short last batch is given the weight of its rows. The verdict never trusts
+    mini-batches; a loader of one batch with all data is as good as arguments.
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
@@ -67,8 +66,7 @@ def fit(
         finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows.
     :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, and
-        leaves the state of the generators as it was. A generator that a loader has of its own is
-        the user's: it is not seeded, and the order goes on from its state.
+        leaves the generators as they were. A loader's own generator is not seeded.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number and its ELBO; the fit ends where it
         returns ``True``.
@@ -127,12 +125,9 @@ def fit(
     3. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman, 2018),
        https://arxiv.org/abs/1802.02538
     """
-    check_names(model, _OPTIONS)
-    check_arguments(loader, epochs, num_steps, args)
+    _check_names(model)
+    _check_options(loader, epochs, num_steps, args)
     check_integer("num_particles", num_particles)
-    for name, count in (("num_steps", num_steps), ("epochs", epochs)):
-        if count is not None:
-            check_integer(name, count)
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
@@ -145,21 +140,50 @@ def fit(
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        problem = set_up(model, guide, Batch(args, kwargs), stream, config or FitConfig())
-        trainer = problem.trainer(num_steps, num_particles, optim)
+        batch, config = Batch(args, kwargs), config or FitConfig()
+        run = FitRun(model, guide, batch, stream, config, num_steps, num_particles, optim)
         if resume is None:
-            initialized = initialize(problem, trainer, bar)
-            training = trainer.new(initialized.step_size)
+            run.initialize(bar)
         else:
-            initialized, training = resume_fit(problem, trainer, num_steps, resume)
-        save = None
-        if checkpoint is not None:
-            save = partial(save_checkpoint, checkpoint, problem, initialized, training)
-        minibatches = None if problem.minibatches is None else stream
-        ending = optimize(training, minibatches, save, callback, bar, interrupted)
+            run.resume(resume)
+        stopped_because = run.optimize(checkpoint, callback, bar, interrupted)
         bar.say("verdict")
-        return conclude(problem, initialized, training, ending)
+        return run.conclude(stopped_because)
 
 
 _PARAMETERS = inspect.signature(fit).parameters.values()
 _OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}
+
+
+def _check_names(model: Callable[..., object]) -> None:
+    """Checks that a model has no parameter of the name of an option, unless it is bound."""
+    bound = model.keywords if isinstance(model, partial) else {}
+    try:
+        called = model.forward if isinstance(model, nn.Module) else model
+        names = inspect.signature(called).parameters.keys() - bound
+    except (TypeError, ValueError):  # not every callable says what it takes
+        return
+    taken = sorted(names & _OPTIONS)
+    if taken:
+        raise ValueError(
+            f"the model has a parameter '{taken[0]}', which is an option of fit: expected another "
+            f"name, or bind it first, as in functools.partial(model, {taken[0]}=...)"
+        )
+
+
+def _check_options(
+    loader: object, epochs: int | None, num_steps: int | None, args: tuple[object, ...]
+) -> None:
+    """Checks that options are in their ranges, and go together."""
+    if loader is None and epochs is not None:
+        raise ValueError("epochs: expected a loader to count them by, or num_steps instead")
+    if epochs is not None and num_steps is not None:
+        raise ValueError(f"expected epochs or num_steps, got both ({epochs} and {num_steps})")
+    if loader is not None and args:
+        raise ValueError(
+            "expected no positional arguments of the model beside a loader, whose batches are its "
+            f"arguments, got {len(args)}. Keyword arguments are added to each batch"
+        )
+    for name, count in (("num_steps", num_steps), ("epochs", epochs)):
+        if count is not None:
+            check_integer(name, count)

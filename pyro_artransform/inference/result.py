@@ -79,10 +79,8 @@ class FitResult:
                 "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
                 "ESS": f"{self.ess:.0f} of {self.num_samples}",
             }
-        rows |= {
-            "steps": f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}",
-            "start": self.start,
-        }
+        rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
+        rows["start"] = self.start
         if self.num_skipped:
             named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
             rows["skipped"] = f"{self.num_skipped} steps, because of {named}"

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -20,10 +20,7 @@ _SHOWN = 50
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds the generators of Python, NumPy and torch, and then puts them back to where they were.
-
-    :param seed: the seed; ``None`` does nothing.
-    """
+    """Seeds the generators of Python, NumPy and torch, and at the end puts them back."""
     if seed is None:
         yield
         return
@@ -37,11 +34,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def noted_interrupts() -> Iterator[threading.Event]:
-    """While open, the first Ctrl-C only sets the event, and the second one interrupts as always.
-
-    A step that is cut off half way would leave some parameters moved and others not. Outside of the
-    main thread, where no signal arrives, this does nothing.
-    """
+    """The first Ctrl-C only sets the event, so that no step is cut off; the second one interrupts."""
     requested, old = threading.Event(), None
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -49,7 +42,7 @@ def noted_interrupts() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         requested.set()
 
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():  # no signal arrives in others
         old = signal.getsignal(signal.SIGINT)
     if old is None:  # a handler that is not Python's could not be put back
         yield requested
@@ -63,10 +56,7 @@ def noted_interrupts() -> Iterator[threading.Event]:
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean ELBO of the last steps.
-
-    :param bar: the bar; ``None`` shows nothing.
-    """
+    """A bar of ``tqdm`` with the mean ELBO of the last steps; ``None`` shows nothing."""
 
     bar: Any
 
@@ -78,42 +68,29 @@ class ProgressBar:
     def update(
         self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
     ) -> None:
-        """Goes on to the number of losses.
-
-        :param losses: one for each step.
-        :param total: the number of steps in all, if it is known.
-        :param epoch: the number of the epoch, in words.
-        :param batch: the number of the mini-batch in it, in words.
-        """
+        """Goes on to the number of losses, of so many in all if that is known."""
         if self.bar is None:
             return
         if total is not None:
             self.bar.total = total
         if epoch:
             self.bar.set_description(epoch, refresh=False)
+        words = [batch] if batch else []
         recent = [loss for loss in losses[-_SHOWN:] if math.isfinite(loss)]
-        elbo = f"ELBO {-math.fsum(recent) / len(recent):.3f}" if recent else ""
-        if batch or elbo:
-            self.bar.set_postfix_str(", ".join(filter(None, (batch, elbo))), refresh=False)
+        if recent:
+            words.append(f"ELBO {-math.fsum(recent) / len(recent):.3f}")
+        self.bar.set_postfix_str(", ".join(words), refresh=False)
         self.bar.update(len(losses) - self.bar.n)
 
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[ProgressBar]:
-    """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed.
-
-    :param shown: whether there is to be one.
-    """
+    """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed."""
     bar = None
     if shown:
-        try:
+        with suppress(ImportError):
             from tqdm.auto import tqdm
-        except ImportError:
-            pass
-        else:
+
             bar = tqdm(unit="step", dynamic_ncols=True)
-    try:
+    with nullcontext() if bar is None else bar:
         yield ProgressBar(bar)
-    finally:
-        if bar is not None:
-            bar.close()
