@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .initialization.gaussians import Gaussians
-from .initialization.newton import Modes
+from .initialization.gaussians import Gaussians, Modes
 
 _FORMAT = "pyro_artransform fit 1"
 

@@ -14,7 +14,7 @@ from ...diagnostics import Importance
 from ...diagnostics.weights import Weighted, weighted_draws
 from ...joint import LogJoint
 from ..config import EvaluationConfig
-from ..initialization.newton import Modes
+from ..initialization.gaussians import Modes
 from ..objectives.minibatch_elbo import MinibatchObjective
 from .missed_modes import MissedModeSearch
 from .verdict import FitStatus, Verdict, about_minibatches, judge

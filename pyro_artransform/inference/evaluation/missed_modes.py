@@ -21,8 +21,7 @@ from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_KHAT
 from ...joint import LogDensity
 from ..config import EvaluationConfig
-from ..initialization.gaussians import Gaussians, concatenate, evaluate_density
-from ..initialization.newton import Modes, climb
+from ..initialization.gaussians import Gaussians, Modes, climb, concatenate, evaluate_density
 
 
 class MissedModes(NamedTuple):
