@@ -194,7 +194,7 @@ class GaussianSearch:
                 trace = poutine.trace(self.model).get_trace()
         except (torch.linalg.LinAlgError, ValueError):
             return start
-        values = {}
+        values: dict[str, Any] = {}
         for name in latents.sites:
             values[name] = trace.nodes[name]["value"]
         return latents.unconstrain(values)
