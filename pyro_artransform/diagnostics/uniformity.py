@@ -80,8 +80,8 @@ def _largest_rare(tails: Tensor, levels: Tensor, alpha: float) -> Tensor:
 def _points(num_draws: int) -> Tensor:
     """Ranks, all of them or evenly spaced ones, at which distribution functions are compared."""
     num_points = min(num_draws, _MAX_POINTS)
-    points = [num_draws * (i + 1) // num_points - 1 for i in range(num_points)]
-    return torch.tensor(points, dtype=torch.float64, device="cpu")
+    steps = torch.arange(1, num_points + 1, device="cpu")
+    return (num_draws * steps // num_points - 1).double()
 
 
 def _log_choices(num: Tensor, hits: Tensor) -> Tensor:

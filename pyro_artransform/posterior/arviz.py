@@ -43,9 +43,37 @@ def to_inference_data(
     :raises ValueError: if ``num_samples`` is no positive integer.
     """
     check_integer("num_samples", num_samples)
-    from_dict = _arviz().from_dict
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError(
+            "to_inference_data needs ArviZ: pip install pyro_artransform[arviz]"
+        ) from error
+    data = {}
+    for name, group in _groups(model, guide, num_samples, args, kwargs).items():
+        if group:
+            data[name] = {site: value.detach().cpu().numpy() for site, value in group.items()}
+    from_dict: Any = arviz.from_dict
+    if "posterior" in inspect.signature(from_dict).parameters:
+        return from_dict(**data)
+    return from_dict(data)
+
+
+def _groups(
+    model: Callable[..., object],
+    guide: Callable[..., object],
+    num_samples: int,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> dict[str, Values]:
+    """The values of each group by site, all but the observed data of one chain."""
     likelihood = Likelihood(model, args, kwargs)
-    draws = posterior_draws(guide, likelihood.latents, num_samples, args, kwargs)
+    offered: object = guide
+    if isinstance(offered, PosteriorGuide):
+        drawn = offered.sample_posterior(num_samples, *args, **kwargs)
+    else:
+        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
+    draws = _of_shapes(drawn, likelihood.latents, num_samples)
     predicted = _predictions(likelihood, model, draws, args, kwargs)
     groups = {
         "posterior": {**draws, **{name: predicted[name] for name in likelihood.deterministic}},
@@ -53,31 +81,8 @@ def to_inference_data(
     }
     if not likelihood.undrawn(draws):
         groups["log_likelihood"] = likelihood(draws)
-    chains = {k: {s: _numbers(v)[None] for s, v in group.items()} for k, group in groups.items()}
-    chains["observed_data"] = {k: _numbers(v) for k, v in likelihood.observed.items()}
-    chains = {name: group for name, group in chains.items() if group}
-    if "posterior" in inspect.signature(from_dict).parameters:
-        return from_dict(**chains)
-    return from_dict(chains)
-
-
-def posterior_draws(
-    guide: Any,
-    latents: Mapping[str, Tensor],
-    num_samples: int,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Values:
-    """Draws of any guide: by its ``sample_posterior``, or else by Pyro's ``Predictive``.
-
-    :param latents: a value of each latent site, for its shape.
-    :return: for each site of the guide a tensor of shape ``(num_samples,) + site shape``.
-    """
-    if isinstance(guide, PosteriorGuide):
-        drawn = guide.sample_posterior(num_samples, *args, **kwargs)
-    else:
-        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
-    return _of_shapes(drawn, latents, num_samples)
+    chain = {k: {s: v[None] for s, v in group.items()} for k, group in groups.items()}
+    return {**chain, "observed_data": likelihood.observed}
 
 
 def _predictions(
@@ -105,17 +110,3 @@ def _predictions(
 def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int) -> Values:
     # Predictive puts a dimension in place of each plate that a site is not in
     return {k: found[k].reshape((n, *v.shape)) for k, v in sites.items() if k in found}
-
-
-def _numbers(value: Tensor) -> Any:
-    return value.detach().to("cpu").numpy()
-
-
-def _arviz() -> Any:
-    try:
-        import arviz
-    except ImportError as error:
-        raise ImportError(
-            "to_inference_data needs ArviZ: pip install pyro_artransform[arviz]"
-        ) from error
-    return arviz
