@@ -18,6 +18,7 @@ from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 
 Model = Callable[..., object]
+Run = Callable[[], object]
 Values = dict[str, Tensor]
 
 _CHUNK = 1000
@@ -86,18 +87,23 @@ def weighted_draws(
     """
     kwargs = dict(kwargs or {})
     offered: object = guide
+    run_model, run_guide = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
     if isinstance(offered, ReparametrizedGuide):
         if isinstance(offered, SetUpGuide):
             offered.set_up(*args, **kwargs)
         else:
-            _trace(guide, args, kwargs)
-        draw: Drawer = partial(
-            _draw_unconstrained, offered, log_joint or LogJoint(model, args, kwargs)
-        )
+            _trace(run_guide)
+        draw: Drawer = partial(_draw_unconstrained, offered, log_joint or LogJoint(run_model))
     else:
-        draw = _drawer(model, guide, args, kwargs, log_joint)
+        draw = _drawer(run_model, run_guide, log_joint)
     for start in range(0, num_samples, _CHUNK):
         yield draw(min(_CHUNK, num_samples - start))
+
+
+def has_point(values: Values) -> bool:
+    """Whether some continuous site has one value in all draws."""
+    continuous = [value for value in values.values() if value.is_floating_point()]
+    return any(bool((value == value[:1]).all()) for value in continuous)
 
 
 def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
@@ -112,54 +118,45 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
     return Weighted(latent, log_joint.latents.constrain(latent), log_joint(latent) - log_q)
 
 
-def _drawer(
-    model: Model,
-    guide: Model,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-    log_joint: LogJoint | None,
-) -> Drawer:
+def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
     """A function of n that makes n weighted draws of a guide that does not give its density."""
-    trace = _trace(guide, args, kwargs)
+    trace = _trace(guide)
     is_discrete = any(node["fn"].support.is_discrete for node in latent_nodes(trace))
     if is_discrete or is_subsampled(trace):
-        draw = partial(_draw_replayed, model, guide, args, kwargs)
-        is_point = _has_point(draw(_NUM_COMPARED).values)
+        draw = partial(_draw_replayed, model, guide)
+        is_point = has_point(draw(_NUM_COMPARED).values)
     else:
-        log_joint = log_joint or LogJoint(model, args, kwargs)
-        guide_draws = GuideDraws(partial(guide, *args, **kwargs), log_joint.num_plates)
+        log_joint = log_joint or LogJoint(model)
+        guide_draws = GuideDraws(guide, log_joint.num_plates)
         _check_latents(log_joint.latents.sites, guide_draws.shapes)
         draw = partial(_draw_constrained, guide_draws, log_joint)
-        is_point = _has_point(guide_draws(_NUM_COMPARED)[0])
+        is_point = has_point(guide_draws(_NUM_COMPARED)[0])
 
-    def point_draws(n: int) -> Weighted:
+    def without_weight(n: int) -> Weighted:
         found = draw(n)
         return found._replace(log_weights=found.log_weights - torch.inf)
 
-    return point_draws if is_point else draw
+    return without_weight if is_point else draw
 
 
 def _draw_constrained(draw: GuideDraws, log_joint: LogJoint, n: int) -> Weighted:
     """Draws of a guide of continuous sites, by its density on the constrained space."""
     drawn, log_q = draw(n)
-    latents = log_joint.latents
-    values = {name: drawn[name] for name in latents.sites}
-    latent = latents.unconstrain(values)
-    _, ladj = latents.constrain_with_ladj(latent)
+    values = {name: drawn[name] for name in log_joint.latents.sites}
+    latent = log_joint.latents.unconstrain(values)
+    _, ladj = log_joint.latents.constrain_with_ladj(latent)
     return Weighted(latent, values, log_joint(latent) - ladj - log_q)
 
 
-def _draw_replayed(
-    model: Model, guide: Model, args: tuple[object, ...], kwargs: Mapping[str, object], n: int
-) -> Weighted:
+def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
     """Draws whose density needs the run of the model that follows each draw of the guide.
 
     That is so for discrete sites, and for latents of a mini-batch, whose indices the model takes over.
     """
     rows, log_weights = [], []
     for _ in range(n):
-        drawn = _trace(guide, args, kwargs)
-        replayed = _trace(poutine.replay(model, trace=drawn), args, kwargs)
+        drawn = _trace(guide)
+        replayed = _trace(poutine.replay(model, trace=drawn))
         values = {node["name"]: node["value"] for node in latent_nodes(replayed)}
         _check_latents(values, drawn.nodes)
         rows.append(values)
@@ -167,11 +164,9 @@ def _draw_replayed(
     return Weighted(None, stack(rows), torch.stack(log_weights))
 
 
-def _trace(
-    function: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> poutine.Trace:
+def _trace(run: Run) -> poutine.Trace:
     with poutine.block():
-        trace: poutine.Trace = poutine.trace(function).get_trace(*args, **kwargs)
+        trace: poutine.Trace = poutine.trace(run).get_trace()
     return trace
 
 
@@ -179,9 +174,3 @@ def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:
     missing = sorted(name for name in wanted if name not in drawn)
     if missing:
         raise ValueError(f"guide: expected all latents of the model, got none for {missing}")
-
-
-def _has_point(values: Values) -> bool:
-    """Whether some continuous site has one value in all draws."""
-    continuous = [value for value in values.values() if value.is_floating_point()]
-    return any(bool((value == value[:1]).all()) for value in continuous)

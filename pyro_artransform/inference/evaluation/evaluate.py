@@ -11,7 +11,7 @@ import torch
 
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
-from ...diagnostics.weights import Weighted, weighted_draws
+from ...diagnostics.weights import Weighted, has_point, weighted_draws
 from ...joint import LogJoint
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Modes
@@ -144,10 +144,7 @@ def evaluate_minibatches(
     found, weights = objective.over_a_pass(), None
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
-    is_point = False
-    for value in next(subject.weighted_draws(_NUM_POINT_DRAWS)).values.values():
-        is_constant = value.is_floating_point() and bool((value == value[:1]).all())
-        is_point = is_point or is_constant
+    is_point = has_point(next(subject.weighted_draws(_NUM_POINT_DRAWS)).values)
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     about = _about_minibatches(found, weights, is_of_all)
     verdict = judge(weights, None, status._replace(is_point=is_point), config, about)

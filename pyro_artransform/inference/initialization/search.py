@@ -55,8 +55,12 @@ def find_initial_guide(
     """
     if log_density.strategy == "loop":
         config = config.for_loop()
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(config.num_fine)
+    ratios, center = evaluate_density(log_density, z) - log_q, z.median(0).values
+    own_elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+    own_se = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0).item()
     search = GaussianSearch(log_density, model, config)
-    center, own_elbo, own_se = search.evaluate(guide)
     best = search.best(center)
     needed = own_elbo + config.min_gain_in_se * own_se + config.min_gain
     if best is not None:
@@ -79,15 +83,6 @@ class GaussianSearch:
     log_density: LogDensity
     model: Callable[[], object]
     config: InitializationConfig
-
-    @torch.no_grad()
-    def evaluate(self, guide: FlowGuide) -> tuple[Tensor, float, float]:
-        """The center of a guide, its ELBO, and the standard error of it."""
-        z, log_q = guide.rsample_and_log_prob(self.config.num_fine)
-        ratios = evaluate_density(self.log_density, z) - log_q
-        error = ratios.std() / len(ratios) ** 0.5
-        elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-        return z.median(0).values, elbo.item(), error.nan_to_num(0.0, 0.0, 0.0).item()
 
     def start_at(self, gaussian: Gaussians, guide: FlowGuide, own_elbo: float) -> bool:
         """Starts a guide at a Gaussian, without its correlations if the guide cannot have any.
