@@ -49,8 +49,15 @@ def to_inference_data(
         raise ImportError(
             "to_inference_data needs ArviZ: pip install pyro_artransform[arviz]"
         ) from error
+    likelihood = Likelihood(model, args, kwargs)
+    offered: object = guide
+    if isinstance(offered, PosteriorGuide):
+        drawn = offered.sample_posterior(num_samples, *args, **kwargs)
+    else:
+        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
+    draws = _of_shapes(drawn, likelihood.latents, num_samples)
     data = {}
-    for name, group in _groups(model, guide, num_samples, args, kwargs).items():
+    for name, group in _groups(likelihood, draws).items():
         if group:
             data[name] = {site: value.detach().cpu().numpy() for site, value in group.items()}
     from_dict: Any = arviz.from_dict
@@ -59,22 +66,9 @@ def to_inference_data(
     return from_dict(data)
 
 
-def _groups(
-    model: Callable[..., object],
-    guide: Callable[..., object],
-    num_samples: int,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> dict[str, Values]:
+def _groups(likelihood: Likelihood, draws: Values) -> dict[str, Values]:
     """The values of each group by site, all but the observed data of one chain."""
-    likelihood = Likelihood(model, args, kwargs)
-    offered: object = guide
-    if isinstance(offered, PosteriorGuide):
-        drawn = offered.sample_posterior(num_samples, *args, **kwargs)
-    else:
-        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
-    draws = _of_shapes(drawn, likelihood.latents, num_samples)
-    predicted = _predictions(likelihood, model, draws, args, kwargs)
+    predicted = _predictions(likelihood, draws)
     groups = {
         "posterior": {**draws, **{name: predicted[name] for name in likelihood.deterministic}},
         "posterior_predictive": {name: predicted[name] for name in likelihood.observed},
@@ -85,13 +79,7 @@ def _groups(
     return {**chain, "observed_data": likelihood.observed}
 
 
-def _predictions(
-    likelihood: Likelihood,
-    model: Callable[..., object],
-    draws: Values,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Values:
+def _predictions(likelihood: Likelihood, draws: Values) -> Values:
     """New values of data and deterministic sites at each draw."""
     sites = {**likelihood.observed, **likelihood.deterministic}
     if not sites:
@@ -99,12 +87,12 @@ def _predictions(
     # a deterministic site takes the draws in a plate for a dimension of its own
     parallel = not likelihood.deterministic and likelihood.strategy(draws) == "plate"
     predictive = Predictive(
-        poutine.uncondition(model),
+        poutine.uncondition(likelihood.run),
         posterior_samples=likelihood.in_plate(draws) if parallel else draws,
         return_sites=list(sites),
         parallel=parallel,
     )
-    return _of_shapes(predictive(*args, **kwargs), sites, len(next(iter(draws.values()))))
+    return _of_shapes(predictive(), sites, len(next(iter(draws.values()))))
 
 
 def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int) -> Values:

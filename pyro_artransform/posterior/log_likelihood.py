@@ -63,9 +63,9 @@ class Likelihood:
     def __init__(
         self, model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
-        self._run = partial(model, *args, **kwargs)
+        self.run = partial(model, *args, **kwargs)
         with poutine.block():
-            trace = poutine.trace(self._run).get_trace()
+            trace = poutine.trace(self.run).get_trace()
         for frame in frames(trace):
             if is_part(frame):
                 raise ValueError(
@@ -113,7 +113,7 @@ class Likelihood:
         plate = DrawPlate(size, self._num_plates)
         scored = SiteLogProbs(plate.place(draws, self._event_dims), data_only=True)
         with poutine.block(), scored:
-            plate.run(self._run)
+            plate.run(self.run)
         if size is None:
             return scored.log_probs
         found = {}

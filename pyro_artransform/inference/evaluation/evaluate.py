@@ -101,18 +101,13 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
 
-    :param subject: model and guide.
     :param modes: the modes that the search for an initial guide has found.
-    :param status: how the fit ended.
-    :param config: the draws to spend, and the bounds of trust.
     """
-    log_joint = subject.log_joint
-    is_noisy = log_joint.is_subsampled
-    latents, log_weights = [], []
+    is_noisy = subject.log_joint.is_subsampled
     # the weights of mini-batches are noise, and draws for them come one at a time
-    for chunk in subject.weighted_draws(
-        config.num_noisy_samples if is_noisy else config.num_samples
-    ):
+    count = config.num_noisy_samples if is_noisy else config.num_samples
+    latents, log_weights = [], []
+    for chunk in subject.weighted_draws(count):
         log_weights.append(chunk.log_weights)
         if chunk.latent is not None:
             latents.append(chunk.latent)
@@ -121,7 +116,7 @@ def evaluate(
         draws = torch.cat(latents)
         is_point = bool((draws == draws[:1]).all(0).any())
         if not (is_point or is_noisy):
-            search = MissedModeSearch(log_joint, config)
+            search = MissedModeSearch(subject.log_joint, config)
             missed = search.find(draws, found.log_evidence, modes)
     status = status._replace(is_point=is_point, is_subsampled=is_noisy)
     verdict = judge(found, missed, status, config)
@@ -134,13 +129,7 @@ def evaluate_minibatches(
     status: FitStatus,
     config: EvaluationConfig,
 ) -> Evaluation:
-    """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for.
-
-    :param subject: model and guide, with the arguments of a batch.
-    :param objective: the ELBO by batches.
-    :param status: how the fit ended.
-    :param config: the bounds of trust.
-    """
+    """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
     found, weights = objective.over_a_pass(), None
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
@@ -162,8 +151,6 @@ def judge(
 
     :param weights: the weights of the guide's own draws; ``None`` if mini-batches hide them.
     :param missed: what was found outside of the guide; ``None`` if it was not computed.
-    :param status: how the fit ended.
-    :param config: the bounds of trust.
     :param about_minibatches: the objection to a fit that had a loader.
     """
     objections = []

@@ -136,7 +136,6 @@ def climb(
     The mode is not the best place for a Gaussian: that of a funnel is in its neck, where there is
     no mass. So each point on the way is a candidate, judged by its ELBO.
 
-    :param log_density: the log-density.
     :param points: where to start, shape ``(S, D)``, each with a finite density.
     :param noise: standard normal draws for the ELBOs, shape ``(K, D)``.
     :param max_steps: the most Newton steps, at least 1.

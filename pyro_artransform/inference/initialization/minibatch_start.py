@@ -26,7 +26,6 @@ class SharedPrior:
     whose posterior does not become narrower by that. Times the share of the mini-batch it is the
     density of its own elements. A mini-batch that the model draws itself stays the same one.
 
-    :param log_joint: the log joint density of the model.
     :param share: what part of all data the mini-batch is.
     :param elements: the names of the latents of its elements.
     """
@@ -61,12 +60,8 @@ def find_initial_minibatch_guide(
 ) -> InitialGuide:
     """Starts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
 
-    :param log_joint: the log joint density of the model.
-    :param model: the model.
-    :param guide: the guide.
-    :param batch: the arguments of both.
+    :param batch: the arguments of model and guide.
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
-    :param config: how many candidates there are, and how they are compared.
     """
     unchanged = InitialGuide(UNCHANGED, math.nan, None)
     best = _best_gaussian(log_joint, model, batch, config)

@@ -47,10 +47,7 @@ def find_initial_guide(
 ) -> InitialGuide:
     """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits.
 
-    :param log_density: the log joint density of the model.
     :param model: the model, with its arguments.
-    :param guide: the guide.
-    :param config: how many candidates there are, and how they are compared.
     :raises ValueError: if neither the guide nor any candidate has a finite ELBO.
     """
     if log_density.strategy == "loop":
