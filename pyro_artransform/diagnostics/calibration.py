@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -49,10 +50,7 @@ class SBC:
         # of all at once, which share most of the work
         pvalues = uniformity_pvalue(torch.cat(flat, 1), self.num_draws)
         parts = pvalues.split([ranks.shape[1] for ranks in flat])
-        return {
-            name: part.reshape(ranks.shape[1:])
-            for (name, ranks), part in zip(self.ranks.items(), parts)
-        }
+        return {k: part.reshape(self.ranks[k].shape[1:]) for k, part in zip(self.ranks, parts)}
 
     def passed(self, alpha: float = 0.01) -> bool:
         """Whether no coordinate's ranks depart from uniform ones.
@@ -80,16 +78,15 @@ class SBC:
     def __repr__(self) -> str:
         pvalues, coverage = self.pvalues(), self.coverage((0.5, 0.9))
         width = max(map(len, ["site", *self.ranks]))
+        result = "passed" if self.passed() else "failed"
         lines = [
-            f"SBC of {self.num_simulations} simulations, {self.num_draws} draws each: "
-            f"{'passed' if self.passed() else 'failed'}",
+            f"SBC of {self.num_simulations} simulations, {self.num_draws} draws each: {result}",
             f"{'site':{width}}  smallest p-value  coverage of 50 %, of 90 %",
         ]
-        for name in self.ranks:
-            half, most = coverage[name].reshape(2, -1).mean(1).tolist()
-            smallest = pvalues[name].min().item()
+        for name, pvalue in pvalues.items():
+            half, most = (100 * coverage[name].reshape(2, -1).mean(1)).tolist()
             lines.append(
-                f"{name:{width}}  {smallest:16.4f}  {100 * half:14.1f} %, {100 * most:.1f} %"
+                f"{name:{width}}  {pvalue.min().item():16.4f}  {half:14.1f} %, {most:.1f} %"
             )
         return "\n".join(lines)
 
@@ -156,14 +153,13 @@ def sbc(
     check_integer("num_draws", num_draws)
     if seed is not None:
         pyro.set_rng_seed(seed)
-
-    def run() -> None:
-        model(*args, **kwargs)
-
+    run = partial(model, *args, **kwargs)
     names = _data_sites(run, observed)
     ranks: dict[str, list[Tensor]] = {}
     for _ in trange(num_simulations, disable=not progress):
-        truth, data = _simulate(run, names)
+        sites = _drawn_sites(poutine.uncondition(run))
+        data = {name: sites[name]["value"] for name in sites if name in names}
+        truth = {name: sites[name]["value"] for name in sites if name not in names}
         with pyro.get_param_store().scope():
             draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
         for name, rank in _ranks(truth, draws, num_draws).items():
@@ -171,9 +167,18 @@ def sbc(
     return SBC({name: torch.stack(found) for name, found in ranks.items()}, num_draws)
 
 
-def _data_sites(run: Callable[[], None], observed: Iterable[str] | None) -> set[str]:
-    with torch.no_grad(), poutine.block():
-        sites = _drawn_sites(poutine.trace(run).get_trace())
+@torch.no_grad()
+def _drawn_sites(run: Callable[[], object]) -> dict[str, Any]:
+    """The sample sites of a run, without deterministic values and indices of plates."""
+    with poutine.block():
+        nodes = poutine.trace(run).get_trace().nodes
+    drawn = [k for k in nodes if nodes[k]["type"] == "sample" and not site_is_subsample(nodes[k])]
+    return {name: nodes[name] for name in drawn if not is_deterministic(nodes[name])}
+
+
+def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> set[str]:
+    """The names of the sites that have data, and of those in ``observed``."""
+    sites = _drawn_sites(run)
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
         raise ValueError(
@@ -181,9 +186,8 @@ def _data_sites(run: Callable[[], None], observed: Iterable[str] | None) -> set[
         )
     names = {k for k, site in sites.items() if site["is_observed"]} | set(observed or ())
     if not names <= sites.keys():
-        raise ValueError(
-            f"observed: expected sites of {sorted(sites)}, got {sorted(names - sites.keys())}"
-        )
+        unknown = sorted(names - sites.keys())
+        raise ValueError(f"observed: expected sites of {sorted(sites)}, got {unknown}")
     if not names:
         raise ValueError(
             "observed: expected the names of the data sites of a model that has no data here, or a "
@@ -192,51 +196,30 @@ def _data_sites(run: Callable[[], None], observed: Iterable[str] | None) -> set[
     return names
 
 
-def _drawn_sites(trace: poutine.Trace) -> dict[str, Any]:
-    """The sample sites of a trace, without deterministic values and indices of plates."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not (site_is_subsample(site) or is_deterministic(site))
-    }
-
-
-@torch.no_grad()
-def _simulate(run: Callable[[], None], names: set[str]) -> tuple[Values, Values]:
-    """Latents and data of one run of the model."""
-    with poutine.block():
-        trace = poutine.trace(poutine.uncondition(run)).get_trace()
-    values = {name: site["value"] for name, site in _drawn_sites(trace).items()}
-    truth = {name: value for name, value in values.items() if name not in names}
-    return truth, {name: value for name, value in values.items() if name in names}
-
-
 @torch.no_grad()
 def _draws_of(
-    posterior: Any,
+    posterior: object,
     num_draws: int,
     truth: Values,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
+    """Draws of what ``fit_one`` has returned."""
     if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)
     elif isinstance(posterior, AutoGuide):
         drawn = Predictive(posterior, num_samples=num_draws)(*args, **kwargs)
-        # which puts a dimension in place of each plate that a site is not in
-        posterior = {
-            name: drawn[name].reshape((num_draws, *value.shape))
-            for name, value in truth.items()
-            if name in drawn
-        }
+        # Predictive puts a dimension in place of each plate that a site is not in
+        shapes = {name: (num_draws, *truth[name].shape) for name in truth if name in drawn}
+        posterior = {name: drawn[name].reshape(shape) for name, shape in shapes.items()}
     elif callable(posterior):
         posterior = posterior(num_draws)
-    if not isinstance(posterior, Mapping):
-        raise TypeError(
-            "fit_one: expected a guide, a dict of draws, or a function that returns one, got "
-            f"{type(posterior).__name__}"
-        )
-    return posterior
+    if isinstance(posterior, Mapping):
+        return posterior
+    raise TypeError(
+        "fit_one: expected a guide, a dict of draws, or a function that returns one, got "
+        f"{type(posterior).__name__}"
+    )
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:

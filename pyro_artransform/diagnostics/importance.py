@@ -27,28 +27,28 @@ class Importance:
     in ``num_nonfinite`` and left out: the ELBO is that of the guide without them, which is a lower
     bound of the log evidence too. The evidence and ``ess`` are those of Pareto-smoothed weights.
 
+    :param elbo: the evidence lower bound, in nats.
+    :param elbo_se: its standard error.
+    :param log_evidence: the log of the mean weight.
+    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5.
+    :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
+        estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
+    :param khat_se: its standard error.
+    :param ess: the effective number of draws, from 0 to ``num_samples``.
+    :param num_samples: the number of draws.
+    :param num_nonfinite: how many of them were left out.
+    :param log_weights: the log weights themselves, of shape ``(num_samples,)``.
     """
 
-    #: the evidence lower bound, in nats
     elbo: float
-    #: its standard error
     elbo_se: float
-    #: the log of the mean weight
     log_evidence: float
-    #: its standard error, which is too small where ``khat`` exceeds 0.5
     log_evidence_se: float
-    #: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7 estimates with
-    #: them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`)
     khat: float
-    #: its standard error
     khat_se: float
-    #: the effective number of draws, from 0 to ``num_samples``
     ess: float
-    #: the number of draws
     num_samples: int
-    #: how many of them were left out
     num_nonfinite: int
-    #: the log weights themselves, of shape ``(num_samples,)``
     log_weights: Tensor = field(repr=False)
 
     @classmethod
@@ -60,10 +60,23 @@ class Importance:
         :raises ValueError: if the shape is another.
         """
         tail = fit_tail(log_weights)
-        evidence, evidence_se, ess = _evidence(smooth_tail(log_weights, tail))
-        counts = len(log_weights), int((~log_weights.isfinite()).sum())
-        bounds = *_elbo(log_weights), evidence, evidence_se
-        return cls(*bounds, tail.khat, tail.khat_se, ess, *counts, log_weights.detach())
+        finite = log_weights.detach().to("cpu", torch.float64)
+        finite = finite[finite.isfinite()]
+        elbo, elbo_se, log_evidence, log_evidence_se, ess = -inf, inf, -inf, inf, 0.0
+        if len(finite):
+            share = len(finite) / len(log_weights)
+            variance = finite.var().item() if len(finite) > 1 else inf
+            # of the guide without the draws whose weight is not finite
+            elbo = finite.mean().item() + log(share)
+            elbo_se = sqrt((variance + 1 - share) / len(finite))
+            smoothed = smooth_tail(log_weights, tail)
+            weights = (smoothed - smoothed.max()).exp()
+            log_evidence = (smoothed.max() + weights.mean().log()).item()
+            ess = (weights.sum() ** 2 / weights.square().sum()).item()
+            log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
+        counts = len(log_weights), len(log_weights) - len(finite)
+        estimates = elbo, elbo_se, log_evidence, log_evidence_se, tail.khat, tail.khat_se, ess
+        return cls(*estimates, *counts, log_weights.detach())
 
     def __repr__(self) -> str:
         word = "good" if self.khat <= 0.5 else "acceptable" if self.khat <= GOOD_KHAT else "bad"
@@ -130,8 +143,7 @@ def psis_resample(
     """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
 
     The resampling is systematic: a draw appears ``n`` times its weight, rounded up or down, so that
-    means over the result are weighted means with the least possible noise. (Without replacement no
-    draw would appear twice, and means would be biased towards the guide's.)
+    means over the result are weighted means with the least possible noise.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -167,40 +179,14 @@ def psis_resample(
             "expressive one",
             stacklevel=2,
         )
-    chosen = _systematic(smooth_tail(weights, tail), n)
+    # a systematic sample, in random order
+    cumulative = smooth_tail(weights, tail).softmax(0).cumsum(0)
+    marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
+    # the sum of the weights is one to round-off only
+    chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
+    chosen = chosen[torch.randperm(n, device=chosen.device)]
     found = {}
     for name in chunks[0].values:
         value = torch.cat([chunk.values[name] for chunk in chunks])
         found[name] = value[chosen.to(value.device)]
     return found
-
-
-def _systematic(log_weights: Tensor, n: int) -> Tensor:
-    """Indices of a systematic sample, shape ``(n,)``, in random order."""
-    cumulative = log_weights.softmax(0).cumsum(0)
-    marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
-    # the sum of the weights is one to round-off only
-    chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
-    return chosen[torch.randperm(n, device=chosen.device)]
-
-
-def _elbo(log_weights: Tensor) -> tuple[float, float]:
-    """The ELBO and its standard error, for the guide without the draws whose weight is not finite."""
-    found = log_weights.detach().to("cpu", torch.float64)
-    found = found[found.isfinite()]
-    if not len(found):
-        return -inf, inf
-    share = len(found) / len(log_weights)
-    variance = found.var().item() if len(found) > 1 else inf
-    return found.mean().item() + log(share), sqrt((variance + 1 - share) / len(found))
-
-
-def _evidence(log_weights: Tensor) -> tuple[float, float, float]:
-    """The log evidence, its standard error, and the effective number of draws."""
-    largest = log_weights.max()
-    if not largest.isfinite():
-        return -inf, inf, 0.0
-    weights = (log_weights - largest).exp()
-    ess = (weights.sum() ** 2 / weights.square().sum()).item()
-    log_evidence = (largest + weights.mean().log()).item()
-    return log_evidence, sqrt(max(1 / ess - 1 / len(weights), 0.0)), ess

@@ -13,7 +13,7 @@
    2009), https://doi.org/10.1198/tech.2009.08017
 """
 
-from math import ceil, isfinite, log, sqrt
+from math import ceil, isfinite, log, nan, sqrt
 from typing import NamedTuple
 
 import torch
@@ -61,23 +61,13 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
     """
-    weights = _to_double(log_weights)
-    size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
-    ordered = _zero_if_not_finite(weights).sort().values
-    largest = ordered[-1].item()
-    if _is_hopeless(weights, largest):
-        return _tail(WORST_KHAT, size)
-    log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
-    round_off = 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
-    if largest - log_cutoff <= round_off:
-        return _tail(0.0, size, log_cutoff=log_cutoff)
-    is_cut = log_cutoff < largest - _LOG_RANGE
-    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
-    exceedances = (ordered[ordered > log_cutoff] - log_cutoff).expm1()
-    if is_cut and len(exceedances) < min(size, _FEW):
-        return _tail(WORST_KHAT, size, log_cutoff=log_cutoff)
-    khat, scale = _fit_pareto(exceedances)
-    return _tail(khat, len(exceedances), scale=scale, log_cutoff=log_cutoff)
+    if log_weights.dim() != 1 or not len(log_weights):
+        raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
+    eps = torch.finfo(log_weights.dtype).eps
+    khat, scale, log_cutoff, size = _fit(log_weights.detach().to("cpu", torch.float64), eps)
+    # the asymptotic variance holds for k > -1/2
+    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
+    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
 
 
 def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
@@ -89,47 +79,38 @@ def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
     :param tail: the result of :func:`fit_tail`, where that is known.
     :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
     """
-    if tail is None:
-        tail = fit_tail(log_weights)
-    weights = _zero_if_not_finite(_to_double(log_weights))
+    tail = fit_tail(log_weights) if tail is None else tail
+    weights = log_weights.detach().to("cpu", torch.float64)
+    weights = torch.where(weights.isfinite(), weights, -torch.inf)
     if isfinite(tail.scale):
         levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
-        if abs(tail.khat) < 1e-8:
-            quantiles = -tail.scale * torch.log1p(-levels)
-        else:
+        quantiles = -tail.scale * torch.log1p(-levels)
+        if abs(tail.khat) >= 1e-8:
             quantiles = tail.scale * torch.expm1(-tail.khat * torch.log1p(-levels)) / tail.khat
         smoothed = tail.log_cutoff + quantiles.log1p()
         weights[weights.argsort()[-tail.size :]] = smoothed.clamp(max=weights.max().item())
     return weights
 
 
-def _tail(
-    khat: float, size: int, *, scale: float = float("nan"), log_cutoff: float = float("nan")
-) -> ParetoTail:
-    # the asymptotic variance holds for k > -1/2
-    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
-    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
-
-
-def _to_double(log_weights: Tensor) -> Tensor:
-    if log_weights.dim() != 1 or not len(log_weights):
-        raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
-    return log_weights.detach().to("cpu", torch.float64)
-
-
-def _zero_if_not_finite(log_weights: Tensor) -> Tensor:
-    return torch.where(log_weights.isfinite(), log_weights, -torch.inf)
-
-
-def _is_hopeless(log_weights: Tensor, largest: float) -> bool:
-    share = log_weights.isnan().double().mean().item()
-    return not isfinite(largest) or share > _NAN_SHARE or bool((log_weights == torch.inf).any())
-
-
-def _fit_pareto(exceedances: Tensor) -> tuple[float, float]:
+def _fit(weights: Tensor, eps: float) -> tuple[float, float, float, int]:
+    """The fields of a tail but for its standard error; ``eps`` is the weights' own precision."""
+    size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
+    ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
+    largest = ordered[-1].item()
+    is_failed = weights.isnan().double().mean().item() > _NAN_SHARE
+    if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
+        return WORST_KHAT, nan, nan, size
+    log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
+    if largest - log_cutoff <= 16 * eps * max(1.0, abs(largest)):
+        return 0.0, nan, log_cutoff, size
+    is_cut = log_cutoff < largest - _LOG_RANGE
+    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
+    exceedances = (ordered[ordered > log_cutoff] - log_cutoff).expm1()
+    if is_cut and len(exceedances) < min(size, _FEW):
+        return WORST_KHAT, nan, log_cutoff, size
     # the routine makes its grid on the default device
     with torch.device("cpu"):
         khat, scale = fit_generalized_pareto(exceedances)
     if not isfinite(khat):
-        return WORST_KHAT, float("nan")
-    return min(khat, WORST_KHAT), scale
+        return WORST_KHAT, nan, log_cutoff, len(exceedances)
+    return min(khat, WORST_KHAT), scale, log_cutoff, len(exceedances)

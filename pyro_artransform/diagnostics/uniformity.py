@@ -31,8 +31,9 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
        https://arxiv.org/abs/2103.10522
     """
     ranks = ranks.to("cpu")
-    counts = torch.stack([(ranks <= point).sum(0) for point in _points(num_draws)])
-    levels = _levels(num_draws, counts)
+    points = _points(num_draws)
+    counts = torch.stack([(ranks <= point).sum(0) for point in points])
+    levels = (points + 1) / (num_draws + 1)
     tails = _two_sided_tails(levels, len(ranks))
     worst = tails.gather(1, counts.long()).amin(0)
     return _probability_of_reaching(worst * _ABOVE_TIES, tails, levels)
@@ -49,7 +50,7 @@ def simultaneous_bands(
     :return: points between 0 and 1, and the lower and the upper proportion of ranks there, each of
         shape ``(P,)``.
     """
-    levels = _levels(num_draws, torch.zeros(1, dtype=torch.float64, device="cpu"))
+    levels = (_points(num_draws) + 1) / (num_draws + 1)
     tails = _two_sided_tails(levels, num_ranks)
     inside = (tails > _largest_rare(tails, levels, 1 - level)).long()
     lower = inside.argmax(1)
@@ -63,11 +64,8 @@ def _largest_rare(tails: Tensor, levels: Tensor, alpha: float) -> Tensor:
     candidates = candidates[candidates <= alpha] * _ABOVE_TIES
     found = candidates.new_tensor(-1.0)
     while len(candidates):
-        chosen = (
-            torch.linspace(0, len(candidates) - 1, _AT_A_TIME, dtype=torch.float64, device="cpu")
-            .long()
-            .unique()
-        )
+        spread = torch.linspace(0, 1, _AT_A_TIME, dtype=torch.float64, device="cpu")
+        chosen = (spread * (len(candidates) - 1)).long().unique()
         rare = _probability_of_reaching(candidates[chosen], tails, levels) <= alpha
         num_rare = int(rare.sum())
         if not num_rare:
@@ -79,15 +77,11 @@ def _largest_rare(tails: Tensor, levels: Tensor, alpha: float) -> Tensor:
     return found
 
 
-def _points(num_draws: int) -> list[int]:
+def _points(num_draws: int) -> Tensor:
     """Ranks, all of them or evenly spaced ones, at which distribution functions are compared."""
     num_points = min(num_draws, _MAX_POINTS)
-    return [num_draws * (i + 1) // num_points - 1 for i in range(num_points)]
-
-
-def _levels(num_draws: int, like: Tensor) -> Tensor:
-    points = like.new_tensor(_points(num_draws), dtype=torch.float64)
-    return (points + 1) / (num_draws + 1)
+    steps = torch.arange(1, num_points + 1, device="cpu")
+    return (num_draws * steps // num_points - 1).double()
 
 
 def _log_choices(num: Tensor, hits: Tensor) -> Tensor:

@@ -22,11 +22,9 @@ from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
 from .data.loader import Batch, BatchStream
-from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches
-from .evaluation.verdict import FitStatus
-from .initialization.gaussians import Gaussians
+from .evaluation.evaluate import FitStatus, ModelAndGuide, evaluate, evaluate_minibatches
+from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
-from .initialization.newton import Modes
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
 from .objectives.minibatch_elbo import MinibatchObjective, validation_batches
 from .objectives.objective import BatchObjective

@@ -43,50 +43,43 @@ def to_inference_data(
     :raises ValueError: if ``num_samples`` is no positive integer.
     """
     check_integer("num_samples", num_samples)
-    from_dict = _arviz().from_dict
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError(
+            "to_inference_data needs ArviZ: pip install pyro_artransform[arviz]"
+        ) from error
     likelihood = Likelihood(model, args, kwargs)
-    draws = posterior_draws(guide, likelihood.latents, num_samples, args, kwargs)
-    predicted = _predictions(likelihood, model, draws, args, kwargs)
+    offered: object = guide
+    if isinstance(offered, PosteriorGuide):
+        drawn = offered.sample_posterior(num_samples, *args, **kwargs)
+    else:
+        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
+    draws = _of_shapes(drawn, likelihood.latents, num_samples)
+    data = {}
+    for name, group in _groups(likelihood, draws).items():
+        if group:
+            data[name] = {site: value.detach().cpu().numpy() for site, value in group.items()}
+    from_dict: Any = arviz.from_dict
+    if "posterior" in inspect.signature(from_dict).parameters:
+        return from_dict(**data)
+    return from_dict(data)
+
+
+def _groups(likelihood: Likelihood, draws: Values) -> dict[str, Values]:
+    """The values of each group by site, all but the observed data of one chain."""
+    predicted = _predictions(likelihood, draws)
     groups = {
         "posterior": {**draws, **{name: predicted[name] for name in likelihood.deterministic}},
         "posterior_predictive": {name: predicted[name] for name in likelihood.observed},
     }
     if not likelihood.undrawn(draws):
         groups["log_likelihood"] = likelihood(draws)
-    chains = {k: {s: _numbers(v)[None] for s, v in group.items()} for k, group in groups.items()}
-    chains["observed_data"] = {k: _numbers(v) for k, v in likelihood.observed.items()}
-    chains = {name: group for name, group in chains.items() if group}
-    if "posterior" in inspect.signature(from_dict).parameters:
-        return from_dict(**chains)
-    return from_dict(chains)
+    chain = {k: {s: v[None] for s, v in group.items()} for k, group in groups.items()}
+    return {**chain, "observed_data": likelihood.observed}
 
 
-def posterior_draws(
-    guide: Any,
-    latents: Mapping[str, Tensor],
-    num_samples: int,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Values:
-    """Draws of any guide: by its ``sample_posterior``, or else by Pyro's ``Predictive``.
-
-    :param latents: a value of each latent site, for its shape.
-    :return: for each site of the guide a tensor of shape ``(num_samples,) + site shape``.
-    """
-    if isinstance(guide, PosteriorGuide):
-        drawn = guide.sample_posterior(num_samples, *args, **kwargs)
-    else:
-        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
-    return _of_shapes(drawn, latents, num_samples)
-
-
-def _predictions(
-    likelihood: Likelihood,
-    model: Callable[..., object],
-    draws: Values,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Values:
+def _predictions(likelihood: Likelihood, draws: Values) -> Values:
     """New values of data and deterministic sites at each draw."""
     sites = {**likelihood.observed, **likelihood.deterministic}
     if not sites:
@@ -94,28 +87,14 @@ def _predictions(
     # a deterministic site takes the draws in a plate for a dimension of its own
     parallel = not likelihood.deterministic and likelihood.strategy(draws) == "plate"
     predictive = Predictive(
-        poutine.uncondition(model),
+        poutine.uncondition(likelihood.run),
         posterior_samples=likelihood.in_plate(draws) if parallel else draws,
         return_sites=list(sites),
         parallel=parallel,
     )
-    return _of_shapes(predictive(*args, **kwargs), sites, len(next(iter(draws.values()))))
+    return _of_shapes(predictive(), sites, len(next(iter(draws.values()))))
 
 
 def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int) -> Values:
     # Predictive puts a dimension in place of each plate that a site is not in
     return {k: found[k].reshape((n, *v.shape)) for k, v in sites.items() if k in found}
-
-
-def _numbers(value: Tensor) -> Any:
-    return value.detach().to("cpu").numpy()
-
-
-def _arviz() -> Any:
-    try:
-        import arviz
-    except ImportError as error:
-        raise ImportError(
-            "to_inference_data needs ArviZ: pip install pyro_artransform[arviz]"
-        ) from error
-    return arviz

@@ -4,6 +4,7 @@
 """The log-likelihood of each datum of a model, at many draws of its latents."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,23 +60,22 @@ def log_likelihood(
 
 
 class Likelihood:
-    """The log-likelihood of each datum as a function of draws of all latents.
+    """The log-likelihood of each datum as a function of draws of all latents, and the sites behind it.
 
     Many draws are evaluated at once where that agrees with single runs.
-
-    :param model: a Pyro model.
-    :param args: its arguments.
-    :param kwargs: its keyword arguments.
-    :raises ValueError: if the model sub-samples its data.
     """
 
     def __init__(
         self, model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> None:
-        self._run = lambda: model(*args, **kwargs)
+        self.run = partial(model, *args, **kwargs)
         with poutine.block():
-            trace = poutine.trace(self._run).get_trace()
-        _check_no_subsampling(trace)
+            trace = poutine.trace(self.run).get_trace()
+        for frame in subsampled_plates(trace):
+            raise ValueError(
+                f"model: expected all data, got the sub-sampled plate '{frame.name}' "
+                f"({frame.size} of {frame.full_size})"
+            )
         self._num_plates = plate_nesting(trace)
         nodes: Any = trace.nodes.items()
         sites = {k: s for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}
@@ -86,11 +86,7 @@ class Likelihood:
         self.deterministic: Terms = {k: s["value"] for k, s in sites.items() if is_deterministic(s)}
 
     def __call__(self, draws: Mapping[str, Tensor]) -> Terms:
-        """The log-likelihoods, of shape ``(n,) + batch shape`` for each site with data.
-
-        :param draws: for each latent a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if a latent is missing, or draws have wrong shapes.
-        """
+        """The log-likelihoods, of shape ``(n,) + batch shape`` for each site with data."""
         undrawn = self.undrawn(draws)
         if undrawn:
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
@@ -98,28 +94,22 @@ class Likelihood:
         return evaluate_many(self._evaluate, chosen, self.strategy(draws), chunk_size=_CHUNK)
 
     def undrawn(self, draws: Mapping[str, Tensor]) -> list[str]:
-        """The names of latents that have no draws.
-
-        :param draws: for each latent a tensor of shape ``(n,) + site shape``.
-        """
+        """The names of latents that have no draws."""
         return sorted(self.latents.keys() - draws.keys())
 
     def strategy(self, draws: Mapping[str, Tensor]) -> str:
-        """How many draws are evaluated: by "plate", "vmap" or "loop".
-
-        :param draws: for each latent a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if draws have wrong shapes.
-        """
+        """How many draws are evaluated: by "plate", "vmap" or "loop"."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
-        self._check_shapes(chosen)
+        n = len(next(iter(chosen.values()))) if chosen else 0
+        for name, value in chosen.items():
+            expected, got = (n, *self.latents[name].shape), tuple(value.shape)
+            if got != expected:
+                raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
         few = {name: value[:_NUM_COMPARED] for name, value in chosen.items()}
         return choose_strategy(self._evaluate, few)[0]
 
     def in_plate(self, draws: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Draws with their dimension to the left of all plates of the model.
-
-        :param draws: for each latent a tensor of shape ``(n,) + site shape``.
-        """
+        """Draws with their dimension to the left of all plates of the model."""
         num_draws = len(next(iter(draws.values())))
         return DrawPlate(num_draws, self._num_plates).place(draws, self._event_dims)
 
@@ -127,7 +117,7 @@ class Likelihood:
         plate = DrawPlate(size, self._num_plates)
         scored = SiteLogProbs(plate.place(draws, self._event_dims), data_only=True)
         with poutine.block(), scored:
-            plate.run(self._run)
+            plate.run(self.run)
         if size is None:
             return scored.log_probs
         found = {}
@@ -135,21 +125,3 @@ class Likelihood:
             batch_dim = self.observed[name].dim() - self._event_dims[name]
             found[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
         return found
-
-    def _check_shapes(self, draws: Mapping[str, Tensor]) -> None:
-        n = len(next(iter(draws.values()))) if draws else 0
-        for name, value in draws.items():
-            expected = (n, *self.latents[name].shape)
-            if value.shape != expected:
-                raise ValueError(
-                    f"draws: expected '{name}' of shape {expected}, got {tuple(value.shape)}"
-                )
-
-
-def _check_no_subsampling(trace: poutine.Trace) -> None:
-    parts = subsampled_plates(trace)
-    if parts:
-        raise ValueError(
-            f"model: expected all data, got the sub-sampled plate '{parts[0].name}' "
-            f"({parts[0].size} of {parts[0].full_size})"
-        )

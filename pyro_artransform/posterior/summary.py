@@ -21,13 +21,18 @@ class Summary(dict[str, Values]):
 
     def __repr__(self) -> str:
         columns = list(next(iter(self.values()), {}))
-        rows = [row for name, found in self.items() for row in _rows(name, found)]
-        shown = list(islice(rows, _MAX_ROWS))
-        width = max([4, *(len(name) for name, _ in shown)])
+        rows: list[tuple[str, str]] = []
+        for site, found in self.items():
+            indices = product(*map(range, found["mean"].shape))
+            for index in islice(indices, _MAX_ROWS - len(rows)):
+                name = f"{site}[{', '.join(map(str, index))}]" if index else site
+                rows.append((name, "".join(_cell(value[index].item()) for value in found.values())))
+        width = max([4, *(len(name) for name, _ in rows)])
         lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
-        lines += [f"{name:{width}}" + "".join(map(_cell, numbers)) for name, numbers in shown]
-        if len(rows) > len(shown):
-            lines.append(f"... and {len(rows) - len(shown)} more")
+        lines += [f"{name:{width}}{cells}" for name, cells in rows]
+        num_rows = sum(found["mean"].numel() for found in self.values())
+        if num_rows > len(rows):
+            lines.append(f"... and {num_rows - len(rows)} more")
         return "\n".join(lines)
 
 
@@ -70,17 +75,6 @@ def _summary_of(draws: Tensor, probs: Sequence[float]) -> Values:
     for prob, quantile in zip(probs, quantiles_of(draws, levels)):
         found[f"{100 * prob:g}%"] = quantile
     return found
-
-
-def _rows(name: str, found: Values) -> list[tuple[str, list[float]]]:
-    shape = found["mean"].shape
-    names = [_coordinate(name, index) for index in product(*map(range, shape))]
-    numbers = torch.stack([value.flatten() for value in found.values()], -1).tolist()
-    return list(zip(names, numbers))
-
-
-def _coordinate(name: str, index: tuple[int, ...]) -> str:
-    return f"{name}[{', '.join(map(str, index))}]" if index else name
 
 
 def _cell(number: float) -> str:

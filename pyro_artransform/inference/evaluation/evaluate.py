@@ -1,40 +1,70 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The evaluation of a posterior: the numbers of a verdict, from all data or from mini-batches."""
+"""The evaluation of a posterior: numbers from all data or from mini-batches, and a verdict in words."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...diagnostics import Importance
-from ...diagnostics.weights import Weighted, weighted_draws
+from ...diagnostics import Importance, fit_tail
+from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.weights import Weighted, has_point, weighted_draws
 from ...joint import LogJoint
 from ..config import EvaluationConfig
-from ..initialization.newton import Modes
-from ..objectives.minibatch_elbo import MinibatchObjective
-from .missed_modes import MissedModeSearch
-from .verdict import FitStatus, Verdict, about_minibatches, judge
+from ..initialization.gaussians import Modes
+from ..objectives.minibatch_elbo import MinibatchObjective, PassEstimate
+from .missed_modes import MissedModes, MissedModeSearch
 
 # enough to see that all draws of a site are the same
 _NUM_POINT_DRAWS = 8
+_POINT = (
+    "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
+    "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
+)
+_SUBSAMPLED = (
+    "the model sub-samples its data, so that the numbers below rest on the noisy density of "
+    "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
+    "diagnostics.importance with a model that sees all data"
+)
 
 
 class ModelAndGuide(NamedTuple):
     """What is evaluated: a model, a guide, and the arguments of both."""
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    model: Callable[..., object]
+    guide: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
     log_joint: LogJoint
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
         """Draws of the guide with their weights, by chunks."""
         return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
+
+
+class FitStatus(NamedTuple):
+    """How a fit ended, and of what kind its guide and model are.
+
+    :param skipped_share: the share of steps that were skipped, from 0 to 1.
+    :param is_complete: whether the fit ended by itself.
+    :param is_point: whether the guide is a single value at some site.
+    :param is_subsampled: whether the model draws mini-batches of its data itself.
+    """
+
+    skipped_share: float = 0.0
+    is_complete: bool = True
+    is_point: bool = False
+    is_subsampled: bool = False
+
+
+class Verdict(NamedTuple):
+    """Whether a posterior can be trusted, and the sentence that says so."""
+
+    trusted: bool
+    words: str
 
 
 class Evaluation(NamedTuple):
@@ -71,25 +101,26 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
 
-    :param subject: model and guide.
     :param modes: the modes that the search for an initial guide has found.
-    :param status: how the fit ended.
-    :param config: the draws to spend, and the bounds of trust.
     """
-    log_joint = subject.log_joint
+    is_noisy = subject.log_joint.is_subsampled
     # the weights of mini-batches are noise, and draws for them come one at a time
-    count = config.num_noisy_samples if log_joint.is_subsampled else config.num_samples
-    draws, found = _weigh(subject, count)
-    is_point = draws is not None and bool((draws == draws[:1]).all(0).any())
-    status = status._replace(is_point=is_point, is_subsampled=log_joint.is_subsampled)
-    missed = None
-    if draws is not None and not (is_point or log_joint.is_subsampled):
-        search = MissedModeSearch(log_joint, config)
-        missed = search.find(draws, found.log_evidence, modes)
+    count = config.num_noisy_samples if is_noisy else config.num_samples
+    latents, log_weights = [], []
+    for chunk in subject.weighted_draws(count):
+        log_weights.append(chunk.log_weights)
+        if chunk.latent is not None:
+            latents.append(chunk.latent)
+    found, missed, is_point = Importance.from_log_weights(torch.cat(log_weights)), None, False
+    if latents:
+        draws = torch.cat(latents)
+        is_point = bool((draws == draws[:1]).all(0).any())
+        if not (is_point or is_noisy):
+            search = MissedModeSearch(subject.log_joint, config)
+            missed = search.find(draws, found.log_evidence, modes)
+    status = status._replace(is_point=is_point, is_subsampled=is_noisy)
     verdict = judge(found, missed, status, config)
-    return Evaluation(
-        found.elbo, found.elbo_se, found.num_samples, found, log_joint.is_subsampled, verdict
-    )
+    return Evaluation(found.elbo, found.elbo_se, found.num_samples, found, is_noisy, verdict)
 
 
 def evaluate_minibatches(
@@ -98,32 +129,127 @@ def evaluate_minibatches(
     status: FitStatus,
     config: EvaluationConfig,
 ) -> Evaluation:
-    """Evaluates a posterior by one pass over a loader.
-
-    :param subject: model and guide, with the arguments of a batch.
-    :param objective: the ELBO by batches.
-    :param status: how the fit ended.
-    :param config: the bounds of trust.
-    """
+    """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
     found, weights = objective.over_a_pass(), None
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
-    values = next(subject.weighted_draws(_NUM_POINT_DRAWS)).values.values()
-    is_point = any(
-        value.is_floating_point() and bool((value == value[:1]).all()) for value in values
-    )
+    is_point = has_point(next(subject.weighted_draws(_NUM_POINT_DRAWS)).values)
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
-    about = about_minibatches(found, weights, is_of_all)
+    about = _about_minibatches(found, weights, is_of_all)
     verdict = judge(weights, None, status._replace(is_point=is_point), config, about)
     return Evaluation(found.elbo, found.elbo_se, found.num_draws, weights, False, verdict)
 
 
-def _weigh(subject: ModelAndGuide, count: int) -> tuple[Tensor | None, Importance]:
-    """Draws of the guide on the unconstrained space, where it has them, and their weights."""
-    latents, log_weights = [], []
-    for chunk in subject.weighted_draws(count):
-        log_weights.append(chunk.log_weights)
-        if chunk.latent is not None:
-            latents.append(chunk.latent)
-    found = Importance.from_log_weights(torch.cat(log_weights))
-    return (torch.cat(latents) if latents else None), found
+def judge(
+    weights: Importance | None,
+    missed: MissedModes | None,
+    status: FitStatus,
+    config: EvaluationConfig,
+    about_minibatches: str = "",
+) -> Verdict:
+    """The verdict on a fit.
+
+    :param weights: the weights of the guide's own draws; ``None`` if mini-batches hide them.
+    :param missed: what was found outside of the guide; ``None`` if it was not computed.
+    :param about_minibatches: the objection to a fit that had a loader.
+    """
+    objections = []
+    if not status.is_complete:
+        objections.append("the fit was interrupted before its end: resume it from its checkpoint")
+    if status.skipped_share > config.max_skipped:
+        share = f"{100 * status.skipped_share:.0f} % of the steps had to be skipped"
+        objections.append(f"{share}, since the loss or its gradient was not finite")
+    if status.is_point or status.is_subsampled:
+        objections.append(_POINT if status.is_point else _SUBSAMPLED)
+    elif weights is not None:
+        objections += _about_weights(weights, config)
+        if missed is not None:
+            objections += _about_missed_modes(weights, missed, config)
+    if about_minibatches:
+        objections.append(about_minibatches)
+    if objections or weights is None:
+        return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
+    return Verdict(True, _about_success(weights, missed))
+
+
+def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
+    if not math.isfinite(found.elbo) or found.num_nonfinite:
+        yield (
+            f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
+            "draws of the guide: check supports and data"
+        )
+        return
+    if found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
+        yield (
+            f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
+            "tails or corners that the guide does not reach. Use a flow guide if this one is a "
+            "Gaussian, a model without funnels (pyro.infer.reparam), or diagnostics.psis_resample "
+            "for what importance weights can mend"
+        )
+    if found.elbo_se > config.max_se:
+        yield (
+            f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
+            "vary too much"
+        )
+    gap = found.log_evidence - found.elbo
+    if gap > config.max_gap:
+        yield (
+            f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
+            "was not trained for long enough"
+        )
+
+
+def _about_missed_modes(
+    found: Importance, missed: MissedModes, config: EvaluationConfig
+) -> Iterator[str]:
+    if missed.lost_mass > config.max_lost:
+        yield (
+            f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "
+            "mode(s), found from other starting points, of which the guide has no draws: the starts "
+            "disagree. Break the symmetry in the model (ordered supports, tighter priors), or sum "
+            "out what switches"
+        )
+    more = missed.log_evidence - found.elbo
+    noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
+    already_said = found.log_evidence - found.elbo > config.max_gap
+    if more > config.max_gap + noise and not already_said:
+        yield (
+            f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
+            "mass of the posterior where the guide has none"
+        )
+
+
+def _about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all: bool) -> str:
+    of = "of all data" if is_of_all else "of a batch, on the average,"
+    elbo = f"{found.elbo:.3f} ± {found.elbo_se:.3f}"
+    known = f"it was trained on mini-batches: the ELBO {of} is {elbo}"
+    if weights is not None:
+        return (
+            f"{known}, and k-hat is {weights.khat:.2f} ± {weights.khat_se:.2f} by a pass over all of "
+            "them, but nobody has looked for mass elsewhere. On data that fit into memory fit "
+            "without a loader, which does"
+        )
+    return (
+        f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
+        "weights of mini-batches are noise. On data that fit into memory run "
+        "diagnostics.importance with all of them and a model that does not sub-sample; on "
+        "others, diagnostics.sbc with simulated data"
+    )
+
+
+def _about_success(found: Importance, missed: MissedModes | None) -> str:
+    gap = max(found.log_evidence - found.elbo, 0.0)
+    words = (
+        f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
+        f"is {found.khat:.2f} ± {found.khat_se:.2f}"
+    )
+    if found.khat > GOOD_KHAT:
+        words += f" (of a tail of {100 * _tail_share(found):.2g} % of the weight)"
+    return words + (", and no start found mass elsewhere." if missed is not None else ".")
+
+
+def _tail_share(found: Importance) -> float:
+    """How much of the sum of the weights is above the cutoff of their tail, from 0 to 1."""
+    weights = found.log_weights.to("cpu", torch.float64).softmax(0)
+    cutoff = fit_tail(found.log_weights).log_cutoff - found.log_weights.double().logsumexp(0).item()
+    return float((weights - math.exp(cutoff)).clamp_min(0).sum())

@@ -21,8 +21,7 @@ from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_KHAT
 from ...joint import LogDensity
 from ..config import EvaluationConfig
-from ..initialization.gaussians import Gaussians, concatenate, evaluate_density
-from ..initialization.newton import Modes, climb
+from ..initialization.gaussians import Gaussians, Modes, climb, concatenate, evaluate_density
 
 
 class MissedModes(NamedTuple):
@@ -34,19 +33,15 @@ class MissedModes(NamedTuple):
     :param num_lost: how many such modes there are.
     """
 
-    log_evidence: float
-    log_evidence_se: float
-    lost_mass: float
-    num_lost: int
+    log_evidence: float = math.nan
+    log_evidence_se: float = math.nan
+    lost_mass: float = 0.0
+    num_lost: int = 0
 
 
 @dataclass(frozen=True)
 class MissedModeSearch:
-    """A search for mass of the posterior that a guide has missed.
-
-    :param log_density: the log joint density of the model.
-    :param config: how many draws and climbs to spend.
-    """
+    """A search for mass of the posterior that a guide has missed."""
 
     log_density: LogDensity
     config: EvaluationConfig
@@ -60,47 +55,46 @@ class MissedModeSearch:
         """
         draws, config = draws[draws.isfinite().all(-1)], self.config
         if len(draws) < 2:
-            return MissedModes(math.nan, math.nan, 0.0, 0)
+            return MissedModes()
         around = _fit_gaussian(draws, config.heavy_inflation)
         modes = self._distinct(modes, self._climb_from_afar(around))
         found = self.weigh_heavy_tailed(around, modes)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
             # draws do not find the mass that a curvature suggests
-            return MissedModes(found.log_evidence, found.log_evidence_se, 0.0, 0)
+            return MissedModes(found.log_evidence, found.log_evidence_se)
         share, count = (0.0, 0) if modes is None else self._lost(draws, modes, log_evidence)
         log_z = found.log_evidence if reliable else math.nan
         return MissedModes(log_z, found.log_evidence_se, share, count)
 
     def _climb_from_afar(self, around: Gaussians) -> Modes | None:
-        """The modes above points far outside of a Gaussian, if Hessians are affordable."""
-        if self.log_density.latents.latent_dim > self.config.max_hessian_dim:
+        """The modes above points far outside of a Gaussian, if Hessians are affordable.
+
+        Half of the points are any, half are those whose density exceeds the Gaussian's the most.
+        """
+        config, density = self.config, self.log_density
+        if density.latents.latent_dim > config.max_hessian_dim:
             return None
-        points = self._overdispersed_points(around)
+        screened, count = config.num_screened, config.num_climbs
+        if density.strategy == "loop":
+            screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
+        noise = torch.randn_like(around.loc.expand(screened, -1))
+        far = noise.new_tensor(config.far)
+        far = far.repeat(math.ceil(screened / len(far)))[:screened, None]
+        points = around.loc + far * noise @ around.scale_tril[0].T
+        values = evaluate_density(density, points)
+        points, values = points[values.isfinite()], values[values.isfinite()]
+        half = count // 2
+        excess = values + 0.5 * points.shape[-1] * _distances(around, points)[0]
+        order = excess[half:].argsort(descending=True)[: count - half]
+        points = torch.cat([points[:half], points[half:][order]])
         if not len(points):
             return None
-        noise, max_steps = torch.zeros_like(points[:1]), self.config.max_newton_steps
         try:
-            return climb(self.log_density, points, noise, max_steps)[0]
+            no_noise = torch.zeros_like(points[:1])
+            return climb(density, points, no_noise, config.max_newton_steps)[0]
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
-
-    def _overdispersed_points(self, around: Gaussians) -> Tensor:
-        """Far points: half of them any, half those whose density exceeds the Gaussian's the most."""
-        (loc,), (scale_tril,) = around
-        screened, count = self.config.num_screened, self.config.num_climbs
-        if self.log_density.strategy == "loop":
-            screened, count = self.config.num_screened_by_loop, self.config.num_climbs_by_loop
-        noise = torch.randn_like(loc.expand(screened, -1))
-        far = loc.new_tensor(self.config.far)
-        far = far.repeat(math.ceil(screened / len(far)))[:screened, None]
-        points = loc + far * noise @ scale_tril.T
-        density = evaluate_density(self.log_density, points)
-        points, density = points[density.isfinite()], density[density.isfinite()]
-        half = count // 2
-        excess = density + 0.5 * points.shape[-1] * _distances(around, points)[0]
-        order = excess[half:].argsort(descending=True)[: count - half]
-        return torch.cat([points[:half], points[half:][order]])
 
     def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
         """The maxima that are not the same, those with the most mass first."""
@@ -131,7 +125,8 @@ class MissedModeSearch:
     def weigh_heavy_tailed(self, around: Gaussians, modes: Modes | None) -> Importance:
         """Importance sampling from a mixture of Student's t around the guide and around each mode."""
         mixture = around if modes is None else concatenate([around, modes.gaussians])
-        count, degrees = len(mixture.loc), self.config.heavy_degrees
+        count, dim = mixture.loc.shape
+        degrees = self.config.heavy_degrees
         guide_share = self.config.heavy_guide_share if count > 1 else 1.0
         others = (1 - self.config.heavy_guide_share) / max(count - 1, 1)
         shares = mixture.loc.new_tensor([guide_share] + [others] * (count - 1))
@@ -143,8 +138,13 @@ class MissedModeSearch:
         for k, scale_tril in enumerate(mixture.scale_tril):
             # a scale for each draw would take their number times D^2 of memory
             draws[which == k] += noise[which == k] @ scale_tril.mT
-        log_q = (_student_log_probs(mixture, draws, degrees) + shares.log()[:, None]).logsumexp(0)
-        return Importance.from_log_weights(evaluate_density(self.log_density, draws) - log_q)
+        half = 0.5 * (degrees + dim)
+        constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
+        constant -= 0.5 * dim * math.log(degrees * math.pi)
+        kernel = half * torch.log1p(_distances(mixture, draws) * dim / degrees)
+        log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
+        log_p = evaluate_density(self.log_density, draws)
+        return Importance.from_log_weights(log_p - log_q.logsumexp(0))
 
 
 def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
@@ -152,7 +152,7 @@ def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
     centered = draws - draws.mean(0)
     sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
     scaled = centered / sd
-    covariance = scaled.T @ scaled / max(len(draws) - 1, 1)
+    covariance = scaled.T @ scaled / (len(draws) - 1)
     jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
     lower = torch.linalg.cholesky(covariance + jitter)
     return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
@@ -163,13 +163,3 @@ def _distances(gaussians: Gaussians, points: Tensor) -> Tensor:
     away = (points - gaussians.loc[:, None]).mT
     units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)
     return (units**2).mean(-2)
-
-
-def _student_log_probs(gaussians: Gaussians, points: Tensor, degrees: float) -> Tensor:
-    """The log-densities of multivariate t distributions at points, shape ``(S, n)``."""
-    dim = points.shape[-1]
-    half = 0.5 * (degrees + dim)
-    constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
-    constant -= 0.5 * dim * math.log(degrees * math.pi)
-    squared = _distances(gaussians, points) * dim
-    return constant - gaussians.log_volume()[:, None] - half * torch.log1p(squared / degrees)

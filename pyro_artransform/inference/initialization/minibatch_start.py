@@ -3,6 +3,7 @@
 
 """The initial guide where the guide knows the elements of plates by one mini-batch at a time."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -25,40 +26,28 @@ class SharedPrior:
     whose posterior does not become narrower by that. Times the share of the mini-batch it is the
     density of its own elements. A mini-batch that the model draws itself stays the same one.
 
-    :param log_joint: the log joint density of the model.
     :param share: what part of all data the mini-batch is.
     :param elements: the names of the latents of its elements.
     """
 
     def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
         self._log_joint, self._share = log_joint, share
-        self.latents, self.start, self.strategy = (
-            log_joint.latents,
-            log_joint.start,
-            log_joint.strategy,
-        )
+        self.latents, self.start = log_joint.latents, log_joint.start
+        self.strategy, self.nonfinite_sites = log_joint.strategy, log_joint.nonfinite_sites
         sites = [self.latents.sites[name] for name in elements]
         self._constrained = [site for site in sites if not site.is_unconstrained]
         self._random_state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log density of draws, shape ``(n,)``."""
+        parts, ladj = self.latents.split(z), z.new_zeros(z.shape[:-1])
+        for site in self._constrained:
+            ladj = ladj + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
         with torch.random.fork_rng(devices=[], enabled=self._log_joint.is_subsampled):
             if self._log_joint.is_subsampled:
                 torch.set_rng_state(self._random_state)
             # the Jacobian of an element is not scaled up as its density is
-            return self._share * self._log_joint(z) + (1 - self._share) * self._ladj(z)
-
-    def _ladj(self, z: Tensor) -> Tensor:
-        """The log-determinants of the bijections to the values of the elements."""
-        parts, total = self.latents.split(z), z.new_zeros(z.shape[:-1])
-        for site in self._constrained:
-            total = total + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
-        return total
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws."""
-        return self._log_joint.nonfinite_sites(z)
+            return self._share * self._log_joint(z) + (1 - self._share) * ladj
 
 
 def find_initial_minibatch_guide(
@@ -71,19 +60,15 @@ def find_initial_minibatch_guide(
 ) -> InitialGuide:
     """Starts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
 
-    :param log_joint: the log joint density of the model.
-    :param model: the model.
-    :param guide: the guide.
-    :param batch: the arguments of both.
+    :param batch: the arguments of model and guide.
     :param elbo_draws: estimates of the guide's ELBO, from so many draws.
-    :param config: how many candidates there are, and how they are compared.
     """
-    scale = log_joint.structure(*batch).scale
-    unchanged = InitialGuide(UNCHANGED, float("nan"), None)
+    unchanged = InitialGuide(UNCHANGED, math.nan, None)
     best = _best_gaussian(log_joint, model, batch, config)
     if best is None or best[0].elbo == -torch.inf:
         return unchanged
     chosen, gaussian = best
+    scale = log_joint.structure(*batch).scale
     before = _compare(elbo_draws, config)
     saved = [parameter.detach().clone() for parameter in guide.parameters()]
     noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)

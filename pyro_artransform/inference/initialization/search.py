@@ -18,25 +18,21 @@ from ...joint.protocols import FlowGuide
 from ..config import InitializationConfig
 from .gaussians import (
     Gaussians,
+    Modes,
     antithetic_noise,
+    climb,
     concatenate,
     elbos,
     evaluate_density,
     fit_mean_field,
 )
-from .newton import Modes, climb
 
 #: the name of the candidate that is the guide itself, which then does not change
 UNCHANGED = "initial guide"
 
 
 class InitialGuide(NamedTuple):
-    """What a guide was initialized with.
-
-    :param name: the candidate that was chosen.
-    :param elbo: its ELBO.
-    :param modes: the modes that were found on the way, if second derivatives were affordable.
-    """
+    """The name of the candidate that was chosen, its ELBO, and the modes found on the way, if any."""
 
     name: str
     elbo: float
@@ -51,16 +47,17 @@ def find_initial_guide(
 ) -> InitialGuide:
     """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits.
 
-    :param log_density: the log joint density of the model.
     :param model: the model, with its arguments.
-    :param guide: the guide.
-    :param config: how many candidates there are, and how they are compared.
     :raises ValueError: if neither the guide nor any candidate has a finite ELBO.
     """
     if log_density.strategy == "loop":
         config = config.for_loop()
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(config.num_fine)
+    ratios, center = evaluate_density(log_density, z) - log_q, z.median(0).values
+    own_elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+    own_se = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0).item()
     search = GaussianSearch(log_density, model, config)
-    center, own_elbo, own_se = search.evaluate(guide)
     best = search.best(center)
     needed = own_elbo + config.min_gain_in_se * own_se + config.min_gain
     if best is not None:
@@ -78,25 +75,11 @@ def find_initial_guide(
 
 @dataclass(frozen=True)
 class GaussianSearch:
-    """A search for the Gaussian with the largest ELBO.
-
-    :param log_density: the log joint density of the model.
-    :param model: the model, with its arguments.
-    :param config: how many candidates there are, and how they are compared.
-    """
+    """A search for the Gaussian with the largest ELBO."""
 
     log_density: LogDensity
     model: Callable[[], object]
     config: InitializationConfig
-
-    @torch.no_grad()
-    def evaluate(self, guide: FlowGuide) -> tuple[Tensor, float, float]:
-        """The center of a guide, its ELBO, and the standard error of it."""
-        z, log_q = guide.rsample_and_log_prob(self.config.num_fine)
-        ratios = evaluate_density(self.log_density, z) - log_q
-        error = ratios.std() / len(ratios) ** 0.5
-        elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-        return z.median(0).values, elbo.item(), error.nan_to_num(0.0, 0.0, 0.0).item()
 
     def start_at(self, gaussian: Gaussians, guide: FlowGuide, own_elbo: float) -> bool:
         """Starts a guide at a Gaussian, without its correlations if the guide cannot have any.
@@ -114,9 +97,8 @@ class GaussianSearch:
         return True
 
     def best(self, center: Tensor) -> tuple[InitialGuide, Gaussians] | None:
-        """The best candidate, and itself as S = 1 Gaussians.
+        """The best candidate around a point, and itself as S = 1 Gaussians.
 
-        :param center: the point to search around, shape ``(latent_dim,)``.
         :return: ``None`` if no point has a finite density.
         """
         points = self.points(center)
@@ -141,9 +123,8 @@ class GaussianSearch:
         density, config = self.log_density, self.config
         unit = torch.diag_embed(torch.ones_like(points))
         narrow = config.narrow_scale * unit
-        rough = elbos(
-            density, Gaussians(points, narrow), antithetic_noise(points, config.num_rough)
-        )
+        noise = antithetic_noise(points, config.num_rough)
+        rough = elbos(density, Gaussians(points, narrow), noise)
         promising = points[rough.argsort(descending=True)[: config.num_mean_fields]]
         candidates = {"a mean-field fit": fit_mean_field(density, promising, config)}
         if density.latents.latent_dim > config.max_hessian_dim:
@@ -167,15 +148,24 @@ class GaussianSearch:
         :param center: shape ``(latent_dim,)``.
         :return: shape ``(S, latent_dim)``, S from 0 to ``config.num_points``.
         """
-        config = self.config
-        points = [center, self.log_density.start]
+        density, config = self.log_density, self.config
+        found = [center, density.start]
         for _ in range(max((config.num_points - 1) // 3, 1)):
-            points.append(self._prior_draw())
-        for k in range(config.num_points - len(points)):
+            found.append(self._prior_draw())
+        for k in range(config.num_points - len(found)):
             radius = config.shell_radius * config.shell_growth**k
             shell = center + radius * torch.randn_like(center.expand(config.num_tried, -1))
-            points.append(shell[evaluate_density(self.log_density, shell).argmax()])
-        return self._move_to_finite(torch.stack(points[: config.num_points]))
+            found.append(shell[evaluate_density(density, shell).argmax()])
+        points = torch.stack(found[: config.num_points])
+        points = points[points.isfinite().all(-1)]
+        is_good = evaluate_density(density, points).isfinite()
+        good = points[is_good]
+        for _ in range(config.max_halvings):
+            if not len(good) or bool(is_good.all()):
+                break
+            points = torch.where(is_good[:, None], points, 0.5 * (points + good[0]))
+            is_good = evaluate_density(density, points).isfinite()
+        return points[is_good]
 
     def _prior_draw(self) -> Tensor:
         """A draw of the prior; the start where the model refuses it."""
@@ -196,22 +186,7 @@ class GaussianSearch:
                 trace = poutine.trace(self.model).get_trace()
         except (torch.linalg.LinAlgError, ValueError):
             return start
-        nodes: Any = trace.nodes
-        values = {}
+        values: dict[str, Any] = {}
         for name in latents.sites:
-            values[name] = nodes[name]["value"]
+            values[name] = trace.nodes[name]["value"]
         return latents.unconstrain(values)
-
-    def _move_to_finite(self, points: Tensor) -> Tensor:
-        """Moves points without a finite density towards the first one that has it."""
-        points = points[points.isfinite().all(-1)]
-        is_good = evaluate_density(self.log_density, points).isfinite()
-        if not bool(is_good.any()):
-            return points[:0]
-        target = points[is_good][0]
-        for _ in range(self.config.max_halvings):
-            if bool(is_good.all()):
-                break
-            points = torch.where(is_good[:, None], points, 0.5 * (points + target))
-            is_good = evaluate_density(self.log_density, points).isfinite()
-        return points[is_good]

@@ -10,8 +10,7 @@ from pyro import distributions as dist
 
 from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
-from pyro_artransform.inference.initialization.gaussians import Gaussians
-from pyro_artransform.inference.initialization.newton import Modes, climb
+from pyro_artransform.inference.initialization.gaussians import Gaussians, Modes, climb
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 
