@@ -51,29 +51,22 @@ class ConditionedUnivariate(StructuredMeta):
 
     @property
     def autoregressive(self) -> bool:
-        """Whether the conditioner is, by construction, and no subclass does more than the two parts."""
+        # a subclass may do more than the two parts
         own = type(self).forward is ConditionedUnivariate.forward
         return own and self.conditioner.autoregressive
 
     @property
     def depth(self) -> int | None:
-        """The depth of the conditioner's graph, None if it does not say."""
         return self.conditioner.depth
 
     @property
     def family(self) -> Univariate:
-        """The univariate family."""
         return self.univariate
 
     def blocks(
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """The conditioner as it is evaluated block by block, None if it cannot be.
-
-        :param y: shape ``(*, D)``, its batch shape that of the result.
-        :param context: shape ``(*, C)``.
-        :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
-        """
+        """The conditioner at a batch shaped as y ``(*, D)`` and a context ``(*, C)``, block by block."""
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
         if hooked or type(self).forward is not ConditionedUnivariate.forward:
             return None
@@ -83,12 +76,7 @@ class ConditionedUnivariate(StructuredMeta):
         return self.conditioner.blocks(rows, context, in_place=in_place)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
-        """The transform for a given x.
-
-        :param x: shape ``(*, D)``.
-        :param context: shape ``(*, C)``.
-        :return: an elementwise transform on ``(*, D)``.
-        """
+        """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
         params = self.conditioner(x) if context is None else self.conditioner(x, context)
         return self.univariate(params)
 
@@ -99,11 +87,7 @@ class ConditionedUnivariate(StructuredMeta):
 
 
 class ContextMeta(StructuredMeta):
-    """A meta of x and a context, at one context.
-
-    :param meta: a function of x and a context; a module is registered.
-    :param context: shape ``(*, C)``.
-    """
+    """A meta of x and a context, at one context of shape ``(*, C)``."""
 
     def __init__(self, meta: Callable[[Tensor, Tensor], Transform], context: Tensor) -> None:
         super().__init__()
@@ -113,27 +97,22 @@ class ContextMeta(StructuredMeta):
 
     @property
     def autoregressive(self) -> bool:
-        """Whether the meta is autoregressive by construction."""
         return isinstance(self.meta, SELF_DESCRIBING) and self.meta.autoregressive
 
     @property
     def depth(self) -> int | None:
-        """The depth of the meta's graph, None if it does not say."""
         return self.meta.depth if isinstance(self.meta, SELF_DESCRIBING) else None
 
     @property
     def family(self) -> Univariate:
-        """The univariate family of a meta that can be evaluated block by block."""
         if not isinstance(self.meta, ConditionedUnivariate):
             raise TypeError(f"{type(self.meta).__name__} has no univariate family")
         return self.meta.univariate
 
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
-        """The conditioner as it is evaluated block by block, None if it cannot be."""
         if not isinstance(self.meta, ConditionedUnivariate):
             return None
         return self.meta.blocks(y, self.context, in_place=in_place)
 
     def forward(self, x: Tensor) -> Transform:
-        """The transform for a given x."""
         return self.meta(x, self.context)
