@@ -144,14 +144,7 @@ def conditional_spline_autoregressive(
 ) -> ConditionalAutoregressiveTransform:
     """:func:`spline_autoregressive` that depends on a context too, see its parameters.
 
-    :param context_dim: the size C of the context.
-
-    Example::
-
-        >>> import torch
-        >>> t = conditional_spline_autoregressive(3, context_dim=2)
-        >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
+    :param context_dim: the size C of the context, as of :func:`conditional_affine_autoregressive`.
     """
     context_dim = check_integer("context_dim", context_dim)
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)

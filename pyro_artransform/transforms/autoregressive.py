@@ -11,12 +11,18 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
-from .conditioned import ContextMeta
 from .dependencies import StructureCheck, describe
 from .evaluate import call_and_ladj
 from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
-from .meta import SELF_DESCRIBING, ElementwiseTransform, Meta, StructuredMeta, check_returned
+from .meta import (
+    SELF_DESCRIBING,
+    ContextMeta,
+    ElementwiseTransform,
+    Meta,
+    StructuredMeta,
+    check_returned,
+)
 from .warn import warn_user
 
 # of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
@@ -180,10 +186,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         self.structure = StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
-        """The transform for one context.
-
-        :param context: shape ``(*, C)``; its batch shape broadcasts with that of x.
-        """
+        """The transform for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)

@@ -105,8 +105,7 @@ class ComposedTransform(FlowModule):
         torch.Size([5, 3])
     """
 
-    #: A list of modules, each a transform.
-    transforms: Any
+    transforms: Any  # a list of modules, each a transform
 
     def __init__(self, *transforms: Transform, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
@@ -147,18 +146,17 @@ class ComposedTransform(FlowModule):
             total = ladj if total is None else total + ladj
         return x, total, score
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._invert(y, None)
-
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known = [x.detach()]
         with torch.no_grad():
             for part in self.parts[:-1]:
                 known.append(call_and_ladj(part, known[-1])[0])
-        return self._invert(y, known)
+        return self.inverse_and_ladj(y, known)
 
-    def _invert(self, y: Tensor, known: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The inverse, with the help of each part's argument where that is known."""
+    def inverse_and_ladj(
+        self, y: Tensor, known: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # known: the argument of each part
         total: Any = None
         for part, dims in zip(reversed(self.transforms), reversed(self._extra_dims)):
             flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
@@ -194,10 +192,10 @@ class ConditionalComposedTransform(ConditionalFlowModule):
         """The composition for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
         parts: list[Any] = []
         for part in self.transforms:
-            held = isinstance(part, (ForeignTransform, HeldConditional))
-            transform: Any = part.transform if held else part
-            conditional = isinstance(transform, ConditionalTransform)
-            parts.append(transform.condition(context) if conditional else transform)
+            part = part.transform if isinstance(part, HeldConditional) else part
+            parts.append(
+                part.condition(context) if isinstance(part, ConditionalTransform) else part
+            )
         return ComposedTransform(*parts)
 
 
@@ -206,8 +204,7 @@ def chain(
 ) -> ComposedTransform | ConditionalComposedTransform:
     """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
 
-    :param transforms: transforms, some of which may be conditional.
-    :return: a transform, or a conditional one if a part is.
+    :param transforms: transforms; if one is conditional, so is the result.
     :raises TypeError: if a part is no transform.
     :raises ValueError: if there is none.
 

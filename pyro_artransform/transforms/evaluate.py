@@ -3,27 +3,17 @@
 
 """Values and log-determinants of any torch transform, from one evaluation where it offers that."""
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-
-@runtime_checkable
-class WithLadj(Protocol):
-    """A transform that gives its value and its log-determinant from one evaluation."""
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value at x and its log-determinant."""
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse at y and its log-determinant."""
+from ..univariate.base import ElementwiseTransform
+from .flow_module import FlowModule
 
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """``y`` and ``log |dy/dx|`` over the event dimensions of any torch transform."""
-    if isinstance(transform, WithLadj):
+    if isinstance(transform, (ElementwiseTransform, FlowModule)):
         y, ladj = transform.call_and_ladj(x)
     else:
         # torch's cache compares identities only: after an optimizer step it would answer with old values
@@ -35,7 +25,7 @@ def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` and ``log |dx/dy|`` over the event dimensions of any bijective torch transform."""
-    if isinstance(transform, WithLadj):
+    if isinstance(transform, (ElementwiseTransform, FlowModule)):
         x, ladj = transform.inverse_and_ladj(y)
     else:
         transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds

@@ -17,15 +17,14 @@ from torch.distributions import Transform
 class FlowModule(TransformModule):
     r"""A bijection of real vectors that owns its parameters.
 
-    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; calling, inverting and
-    the log-determinant follow, as :class:`torch.distributions.transforms.Transform` promises them.
+    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; the rest of
+    :class:`torch.distributions.transforms.Transform` follows.
 
     Nothing is remembered between calls, so nothing can be out of date, and threads may share a
     transform. To score a draw without inverting, let :class:`~pyro_artransform.FlowDistribution`
     draw it, or keep what :meth:`call_and_ladj` returns.
 
     :param cache_size: 0 or 1, for torch's interface; values are recomputed whichever it is.
-    :raises ValueError: for another ``cache_size``.
     """
 
     domain: constraints.Constraint = constraints.real_vector
@@ -124,7 +123,7 @@ class FlowModule(TransformModule):
         """Forgets what parts from elsewhere may remember."""
         for part in self.modules():
             if part is not self and isinstance(part, Transform):
-                part.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
+                part.clear_cache()  # type: ignore[operator]  # which Pyro adds
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowModule":
         twin = type(self).__new__(type(self))
