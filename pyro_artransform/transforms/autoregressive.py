@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
-from .dependencies import StructureCheck, describe
+from .dependencies import StructureCheck
 from .evaluate import call_and_ladj
 from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
@@ -122,8 +122,8 @@ class AutoregressiveTransform(FlowModule):
             return
         if isinstance(meta, SELF_DESCRIBING) and meta.autoregressive:
             self.structure.done = True
-        elif faults := self.structure.faults_if_due(meta, x):
-            warn_user(f"AutoregressiveTransform: {describe(faults)}", UserWarning)
+        elif fault := self.structure.fault_if_due(meta, x):
+            warn_user(f"AutoregressiveTransform: {fault}", UserWarning)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of y for an x of a given shape: the context's batch shape broadcasts."""
@@ -206,5 +206,5 @@ def check_structure(module: torch.nn.Module, x: Tensor) -> None:
             continue
         if isinstance(part.meta, SELF_DESCRIBING) and part.meta.autoregressive:
             part.structure.done = True
-        elif faults := part.structure.faults(part.meta, x):
-            raise ValueError(describe(faults))
+        elif fault := part.structure.fault(part.meta, x):
+            raise ValueError(fault)

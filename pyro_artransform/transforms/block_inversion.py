@@ -9,7 +9,6 @@ ones where arithmetic does; blocks of one level need no passes.
 """
 
 import functools
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,25 +71,21 @@ def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
     return blocks * calls + problem.batch * (costs.multiply * products + costs.element * elements)
 
 
-def by_levels(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse level by level, differentiated by autograd, without reading a value."""
-    rows = _sorted_rows(blocks, y)
-    done = []
-    for k, (first, last) in enumerate(pairwise(blocks.levels)):
-        blocks.open(k, k + 1)
-        done.append(inverse_and_ladj(family(blocks.params(None)), rows[:, first:last]))
-        blocks.close(done[-1][0], k + 1)
-    return _assembled(blocks, done, y)
+def by_blocks(
+    family: Univariate, blocks: Blocks, y: Tensor, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inverse by blocks of levels, of the best size if none is given.
 
-
-def by_blocks(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse by blocks of levels, and passes within each until nothing moves; no graph."""
+    With a size of 1 no value is read, and autograd can differentiate; otherwise passes are taken within
+    each block until nothing moves, where no graph may be wanted.
+    """
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
     rows, levels = _sorted_rows(blocks, clean), blocks.levels
     depth = len(levels) - 1
-    problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
-    size = block_size(problem, y.device.type)
+    if size is None:
+        problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
+        size = block_size(problem, y.device.type)
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)

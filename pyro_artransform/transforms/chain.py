@@ -191,11 +191,11 @@ class ConditionalComposedTransform(ConditionalFlowModule):
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
         parts: list[Any] = []
-        for part in self.transforms:
-            part = part.transform if isinstance(part, HeldConditional) else part
-            parts.append(
-                part.condition(context) if isinstance(part, ConditionalTransform) else part
-            )
+        for module in self.transforms:
+            part: Any = module.transform if isinstance(module, HeldConditional) else module
+            if isinstance(part, ConditionalTransform):
+                part = part.condition(context)
+            parts.append(part)
         return ComposedTransform(*parts)
 
 

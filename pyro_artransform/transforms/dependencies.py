@@ -49,29 +49,27 @@ class StructureCheck:
     done = False
     _calls = 0
 
-    def faults_if_due(self, meta: Meta, x: Tensor) -> list[int]:
-        """:meth:`faults`, where it is time to look and values can be read; else nothing."""
+    def fault_if_due(self, meta: Meta, x: Tensor) -> str:
+        """:meth:`fault`, where it is time to look and values can be read; else nothing."""
         self._calls += 1
         due = self._calls & (self._calls - 1) == 0
         if not due or not values_can_be_read(x) or torch.is_inference_mode_enabled():
-            return []
-        return self.faults(meta, x)
+            return ""
+        return self.fault(meta, x)
 
-    def faults(self, meta: Meta, x: Tensor) -> list[int]:
-        """The coordinates at fault, none if the meta is autoregressive."""
+    def fault(self, meta: Meta, x: Tensor) -> str:
+        """What is wrong and what to do, in words; nothing if the meta is autoregressive."""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
-        return _on_a_cycle(depends)
-
-
-def describe(faults: list[int]) -> str:
-    """What is wrong and what to do, in words."""
-    return (
-        f"the meta is not autoregressive: the parameters of the coordinates {faults} depend on these "
-        "coordinates themselves, so the log-determinant and the inverse are wrong. Use "
-        "pyro_artransform.conditioners.MaskedMLP, or wrap the network in MaskedInput(net), which makes "
-        "any network autoregressive"
-    )
+        nodes = _on_a_cycle(depends)
+        if not nodes:
+            return ""
+        return (
+            f"the meta is not autoregressive: the parameters of the coordinates {nodes} depend on these "
+            "coordinates themselves, so the log-determinant and the inverse are wrong. Use "
+            "pyro_artransform.conditioners.MaskedMLP, or wrap the network in MaskedInput(net), which "
+            "makes any network autoregressive"
+        )
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..univariate.base import values_can_be_read
-from .block_inversion import by_blocks, by_levels, largest
+from .block_inversion import by_blocks, largest
 from .evaluate import expand_ladj, inverse_and_ladj
 from .meta import Meta, StructuredMeta, check_returned
 from .warn import warn_user
@@ -50,7 +50,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
         if not readable:
             if blocks is None:
                 return _unrolled(meta, y, passes or structured.depth or y.shape[-1])
-            return by_levels(structured.family, blocks, y)
+            return by_blocks(structured.family, blocks, y, size=1)
         if blocks is None:
             x, ladj, point = _by_passes(meta, y.detach(), structured.depth, passes)
         else:
