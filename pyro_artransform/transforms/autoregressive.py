@@ -39,7 +39,8 @@ class AutoregressiveTransform(FlowModule):
     The Jacobian is triangular, so its log-determinant is a sum. This direction costs one evaluation
     of the network; the inverse costs a few, since each coordinate needs those before it. As the transform
     of a base distribution it is an inverse autoregressive flow (cheap to sample, expensive to
-    evaluate at given points); its inverse, ``t.inv``, is a masked autoregressive flow.
+    evaluate at given points), see :func:`~pyro_artransform.iaf`; its inverse, ``t.inv``, is a masked
+    autoregressive flow, see :func:`~pyro_artransform.maf`.
 
     :param meta: a function that returns, given x of shape ``(*, D)``, a bijective torch transform
         for that x, elementwise (event_dim 0) or of vectors (event_dim 1). A module is registered.
@@ -62,13 +63,6 @@ class AutoregressiveTransform(FlowModule):
         >>> y, ladj = t.call_and_ladj(torch.zeros(32, 5))
         >>> y.shape, ladj.shape
         (torch.Size([32, 5]), torch.Size([32]))
-
-    **References**
-
-    1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
-       Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
-    2. Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
-       https://arxiv.org/abs/1705.07057
     """
 
     def __init__(self, meta: Meta, passes: int | None = None, *, cache_size: int = 1) -> None:

@@ -81,7 +81,8 @@ def by_blocks(
     """
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
-    rows, levels = _sorted_rows(blocks, clean), blocks.levels
+    rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
+    rows = rows if blocks.order is None else rows[:, blocks.order]
     depth = len(levels) - 1
     if size is None:
         problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
@@ -126,12 +127,6 @@ def _settle(
 def largest(y: Tensor) -> float:
     """So large that nothing sensible is larger, so small that sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
-
-
-def _sorted_rows(blocks: Blocks, y: Tensor) -> Tensor:
-    """The coordinates in the order of their levels, shape ``(B, D)``."""
-    rows = y.reshape(-1, y.shape[-1])
-    return rows if blocks.order is None else rows[:, blocks.order]
 
 
 def _assembled(

@@ -65,7 +65,7 @@ def _as_modules(parts: Sequence[Any], *kinds: type) -> nn.ModuleList:
 
 
 def _as_module(transform: Any) -> nn.Module:
-    """A transform that is no module as one: torch's inverses and compositions lose what they are made of."""
+    """A module of what is none: torch's inverses and compositions lose what they are made of."""
     if isinstance(transform, _InverseTransform):
         return ComposedTransform(transform.inv).inv
     if isinstance(transform, ComposeTransform) and transform.parts:
