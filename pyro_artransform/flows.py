@@ -3,10 +3,9 @@
 
 """Builders of flows, in lower case as Pyro's.
 
-The forward direction of what a builder returns costs one evaluation of its network, the inverse a
-few. Used as the transform of a :class:`~pyro_artransform.FlowDistribution`, drawing samples and
-scoring a sample that was just drawn are cheap, and the density of other points is expensive; :func:`maf`
-and ``.inv`` exchange the two. Every flow is the identity at first.
+Forwards, what a builder returns costs one evaluation of each network, backwards a few. As the transform of
+a :class:`~pyro_artransform.FlowDistribution`, drawing and scoring the draw are cheap, and the density of
+other points is expensive; :func:`maf` and ``.inv`` exchange the two. Every flow is the identity at first.
 """
 
 from collections.abc import Callable, Sequence
@@ -90,13 +89,11 @@ def spline_autoregressive(
 
 
 def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
-    """A univariate transform with smooth hinges for each coordinate, independent of the other coordinates.
+    """A univariate transform with smooth hinges for each coordinate, independent of the others.
 
-    In front of a stack of affine layers it skews the base distribution and gives it the tails that the
-    posterior needs.
+    In front of a stack of affine layers it gives the base distribution skewness and tails.
 
     :param input_dim: the number D of coordinates.
-    :raises ValueError: if it is not positive.
 
     Example::
 
@@ -118,7 +115,7 @@ def conditional_affine_autoregressive(
     order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`affine_autoregressive` whose shift and scale depend on a context too, see its parameters.
+    """:func:`affine_autoregressive` that depends on a context too, see its parameters.
 
     :param context_dim: the size C of the context.
 
@@ -145,16 +142,9 @@ def conditional_spline_autoregressive(
     order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`spline_autoregressive` whose splines depend on a context too, see its parameters.
+    """:func:`spline_autoregressive` that depends on a context too, see its parameters.
 
-    :param context_dim: the size C of the context.
-
-    Example::
-
-        >>> import torch
-        >>> t = conditional_spline_autoregressive(3, context_dim=2)
-        >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
+    :param context_dim: the size C of the context, as of :func:`conditional_affine_autoregressive`.
     """
     context_dim = check_integer("context_dim", context_dim)
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
@@ -172,18 +162,13 @@ def iaf(
 ) -> ComposedTransform:
     """An inverse autoregressive flow: layers whose order alternates.
 
-    Sampling and scoring the sample cost one evaluation of each network; the density of other
-    points costs the inverse, a few times as much.
+    Other parameters and errors are those of :func:`affine_autoregressive`.
 
-    :param input_dim: the number D of coordinates.
     :param num_transforms: the number of layers.
-    :param hidden_dims: the width or widths of the hidden layers, by default two of ``max(64, 2 D)``.
     :param univariate: makes the univariate family of each layer, such as
         :class:`~pyro_artransform.univariate.Affine` or ``lambda: RationalQuadraticSpline(count_bins=8)``.
-    :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``; one module given
-        here is shared by all layers, with its parameters if it has some.
-    :raises TypeError: if the nonlinearity or the maker of families is no function.
-    :raises ValueError: for a wrong size.
+    :param nonlinearity: shared by all layers, with its parameters if it has some.
+    :raises TypeError: if ``univariate`` makes no families.
 
     Example::
 
@@ -208,10 +193,7 @@ def maf(
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
 ) -> InverseTransformModule:
-    """A masked autoregressive flow: the inverse of :func:`iaf`, whose parameters it takes.
-
-    The density of any point costs one evaluation of each network; sampling costs the inverse, a
-    few times as much.
+    """A masked autoregressive flow: the inverse of :func:`iaf`, see its parameters.
 
     Example::
 
@@ -237,7 +219,7 @@ def conditional_iaf(
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
 ) -> ConditionalComposedTransform:
-    """:func:`iaf` whose univariate transforms depend on a context too, see its parameters.
+    """:func:`iaf` that depends on a context too, see its parameters.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
 
@@ -262,17 +244,7 @@ def conditional_maf(
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
 ) -> ConditionalTransformModule:
-    """:func:`maf` whose univariate transforms depend on a context too, the inverse of its IAF.
-
-    :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
-
-    Example::
-
-        >>> import torch
-        >>> flow = conditional_maf(3, context_dim=2, num_transforms=2)
-        >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
-    """
+    """The inverse of :func:`conditional_iaf`, see its parameters and its example."""
     context_dim = check_integer("context_dim", context_dim)
     metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, context_dim)
     return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas)).inv
@@ -298,14 +270,11 @@ def _metas(
 
 def _family(univariate: Callable[[], Univariate]) -> Univariate:
     """A new family for a layer."""
-    expected = "univariate: expected a function that makes a family, such as Affine, got"
-    if isinstance(univariate, Univariate):
-        article = "an" if type(univariate).__name__[0] in "AEIOU" else "a"
+    if isinstance(univariate, Univariate) or not callable(univariate):
         raise TypeError(
-            f"{expected} {article} {univariate!r}; one family would be shared by all layers"
+            "univariate: expected a function that makes a new family for each layer, such as Affine, got "
+            f"{univariate!r}"
         )
-    if not callable(univariate):
-        raise TypeError(f"{expected} {univariate!r}")
     family = univariate()
     if not isinstance(family, Univariate):
         raise TypeError(f"univariate: expected it to make a Univariate, got {family!r}")

@@ -116,11 +116,9 @@ def test_integers_of_numpy():
 
 @pytest.mark.parametrize("build", [pa.iaf, pa.maf])
 def test_one_family_for_all_layers_is_refused(build):
-    with pytest.raises(
-        TypeError, match=r"such as Affine, got an Affine\(.*\); one family would be"
-    ):
+    with pytest.raises(TypeError, match=r"new family for each layer, such as Affine, got Affine\("):
         build(3, univariate=Affine())
-    with pytest.raises(TypeError, match="got a RationalQuadraticSpline"):
+    with pytest.raises(TypeError, match="got RationalQuadraticSpline"):
         build(3, univariate=RationalQuadraticSpline())
     with pytest.raises(TypeError, match=r"univariate: expected a function .*, got 3$"):
         build(3, univariate=3)

@@ -10,13 +10,19 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..arguments import check_integer
-from .conditioned import ContextMeta
-from .dependencies import StructureCheck, describe
-from .evaluate import call_and_ladj, sum_ladj
+from ..arguments import check_broadcast, check_callable, check_integer
+from .dependencies import StructureCheck
+from .evaluate import call_and_ladj
 from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
-from .meta import SELF_DESCRIBING, ElementwiseTransform, Meta, StructuredMeta, check_returned
+from .meta import (
+    SELF_DESCRIBING,
+    ContextMeta,
+    ElementwiseTransform,
+    Meta,
+    StructuredMeta,
+    check_returned,
+)
 from .warn import warn_user
 
 # of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
@@ -31,18 +37,17 @@ class AutoregressiveTransform(FlowModule):
         y_i = f(x_i \mid x_{<i})
 
     The Jacobian is triangular, so its log-determinant is a sum. This direction costs one evaluation
-    of the network; the inverse costs a few, since each coordinate needs those before it.
-
-    As the transform of a base distribution it is an inverse autoregressive flow: cheap to sample,
-    expensive to evaluate at given points. Its inverse, ``t.inv``, is a masked autoregressive flow: the
-    other way round.
+    of the network; the inverse costs a few, since each coordinate needs those before it. As the transform
+    of a base distribution it is an inverse autoregressive flow (cheap to sample, expensive to
+    evaluate at given points), see :func:`~pyro_artransform.iaf`; its inverse, ``t.inv``, is a masked
+    autoregressive flow, see :func:`~pyro_artransform.maf`.
 
     :param meta: a function that returns, given x of shape ``(*, D)``, a bijective torch transform
         for that x, elementwise (event_dim 0) or of vectors (event_dim 1). A module is registered.
     :param passes: the largest number of fixed-point passes of the inverse, which is exact after as
         many as the dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.transforms.FlowModule`.
-    :raises TypeError: if ``meta`` cannot be called.
+    :raises TypeError: if ``meta`` is not callable.
     :raises ValueError: if ``passes`` is not a positive integer.
 
     With Pyro's validation on, the first call checks by differentiation that a ``meta`` from elsewhere
@@ -58,20 +63,12 @@ class AutoregressiveTransform(FlowModule):
         >>> y, ladj = t.call_and_ladj(torch.zeros(32, 5))
         >>> y.shape, ladj.shape
         (torch.Size([32, 5]), torch.Size([32]))
-
-    **References**
-
-    1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
-       Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
-    2. Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
-       https://arxiv.org/abs/1705.07057
     """
 
     def __init__(self, meta: Meta, passes: int | None = None, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
-        _check_arguments(meta, passes)
-        self.meta = meta
-        self.passes = passes
+        self.meta = check_callable("meta", meta, "a callable of x")
+        self.passes = None if passes is None else check_integer("passes", passes)
         self.structure = StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +78,7 @@ class AutoregressiveTransform(FlowModule):
             y, ladj = transform.call_and_ladj(x)
             return y, ladj.sum(-1)
         y, ladj = call_and_ladj(check_returned(transform), x)
-        return y, sum_ladj(ladj, y, transform.event_dim, 1)
+        return y, ladj if transform.event_dim else ladj.sum(-1)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
@@ -100,7 +97,7 @@ class AutoregressiveTransform(FlowModule):
                 y, ladj = transform.call_and_ladj(point)
             else:
                 y, ladj = call_and_ladj(check_returned(transform), point)
-        if transform.event_dim > 0 or not x.shape == y.shape == ladj.shape:
+        if transform.event_dim > 0 or x.shape != y.shape:
             return super().call_and_score(x, score)
         depth = self.meta.depth if isinstance(self.meta, StructuredMeta) else None
         score = _score(point, y, ladj, score.detach(), depth or x.shape[-1])
@@ -113,22 +110,17 @@ class AutoregressiveTransform(FlowModule):
                 f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
             )
         meta = self.meta
-        if isinstance(meta, StructuredMeta) and meta.batch_shape and not torch.jit.is_tracing():
-            for a, b in zip(meta.batch_shape[::-1], x.shape[-2::-1]):
-                if a != b and 1 not in (a, b):
-                    raise ValueError(
-                        "expected batch shapes of the context and of x that broadcast, got "
-                        f"{tuple(meta.batch_shape)} and {tuple(x.shape[:-1])}"
-                    )
+        if isinstance(meta, StructuredMeta) and meta.batch_shape:
+            check_broadcast("batches of the context and of x", meta.batch_shape, x.shape[:-1])
         if self.structure.done or not is_validation_enabled():
             return
         if isinstance(meta, SELF_DESCRIBING) and meta.autoregressive:
             self.structure.done = True
-        elif faults := self.structure.faults_if_due(meta, x):
-            warn_user(f"AutoregressiveTransform: {describe(faults)}", UserWarning)
+        elif fault := self.structure.fault_if_due(meta, x):
+            warn_user(f"AutoregressiveTransform: {fault}", UserWarning)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of y for an x of the given shape: the context's batch shape broadcasts."""
+        """The shape of y for an x of a given shape: the context's batch shape broadcasts."""
         batch = self.meta.batch_shape if isinstance(self.meta, StructuredMeta) else ()
         return torch.broadcast_shapes(shape, (*batch, shape[-1]))
 
@@ -143,8 +135,8 @@ def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Ten
 
     The Jacobian is :math:`J = \mathrm{diag}(d) + N` with N strictly triangular. The solution of
     :math:`J^\top u = r`, with r the score of x minus the gradient of the log-determinant, is the limit of
-    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All tensors
-    have shape ``(*, D)``; ladj is the log-determinant by coordinate.
+    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All
+    shapes are ``(*, D)``.
     """
     tolerance = _SCORE_TOLERANCE.get(x.dtype, 1e-3)
     ones = torch.ones_like(ladj)
@@ -168,9 +160,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         y_i = f(x_i \mid x_{<i}, \mathrm{context})
 
     :param meta: a function ``meta(x, context)`` that returns a transform. A module is registered.
-    :param passes: as for :class:`AutoregressiveTransform`.
-    :raises TypeError: if ``meta`` cannot be called.
-    :raises ValueError: if ``passes`` is not a positive integer.
+    :param passes: as for :class:`AutoregressiveTransform`, as are the errors.
 
     Example::
 
@@ -185,16 +175,12 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         self, meta: Callable[[Tensor, Tensor], Transform], passes: int | None = None
     ) -> None:
         super().__init__()
-        _check_arguments(meta, passes)
-        self.meta = meta
-        self.passes = passes
+        self.meta = check_callable("meta", meta, "a callable of x and a context")
+        self.passes = None if passes is None else check_integer("passes", passes)
         self.structure = StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
-        """The transform for one context.
-
-        :param context: shape ``(*, C)``; its batch shape broadcasts with that of x.
-        """
+        """The transform for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
@@ -205,21 +191,14 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
 def check_structure(module: torch.nn.Module, x: Tensor) -> None:
     """Checks every autoregressive transform in a module by differentiation.
 
-    :param module: a transform or whatever contains some.
-    :param x: an argument that they are used with, shape ``(*, D)``.
-    :raises ValueError: if one of them is not autoregressive; the message names the coordinates.
+    :param module: a transform or what contains some.
+    :param x: an argument of theirs, shape ``(*, D)``.
+    :raises ValueError: if one is not autoregressive; the message names the coordinates.
     """
     for part in module.modules():
         if not isinstance(part, AutoregressiveTransform):
             continue
         if isinstance(part.meta, SELF_DESCRIBING) and part.meta.autoregressive:
             part.structure.done = True
-        elif faults := part.structure.faults(part.meta, x):
-            raise ValueError(describe(faults))
-
-
-def _check_arguments(meta: object, passes: object) -> None:
-    if not callable(meta):
-        raise TypeError(f"meta: expected a callable of x, got {type(meta).__name__}")
-    if passes is not None:
-        check_integer("passes", passes)
+        elif fault := part.structure.fault(part.meta, x):
+            raise ValueError(fault)

@@ -3,14 +3,12 @@
 
 """Exact inverses by blocks of levels of the dependency graph, for the price of about one evaluation.
 
-Within a block of levels the inverse takes fixed-point passes, of which a few usually do, each over the
-square of the block; across blocks each weight is used once. One block is the plain fixed point, blocks of
-one level need no passes. What is best depends on what a call and what a number costs: large blocks
-where calls dominate (small batches, accelerators), small ones where arithmetic does.
+Within a block the inverse takes a few fixed-point passes, each over the square of the block; across blocks
+each weight is used once. Large blocks are best where calls dominate (small batches, accelerators), small
+ones where arithmetic does; blocks of one level need no passes.
 """
 
 import functools
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,16 +20,15 @@ from .evaluate import inverse_and_ladj
 
 _MIN_PASSES = 3  # it takes at least one more to see that nothing moves
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
-#: Passes that a block of many levels takes until nothing moves, as a rule: 5 to 7 were seen for networks at
-#: PyTorch's default scale, in 8 to 512 dimensions.
-USUAL_PASSES = 5
+_USUAL_PASSES = (
+    5  # 5 to 7 were seen for networks at PyTorch's default scale, in 8 to 512 dimensions
+)
 
 
 class Costs(NamedTuple):
-    """What things cost, in nanoseconds.
+    """What things cost, in nanoseconds, measured with affine transforms and splines on one core, in float32.
 
-    The defaults were measured with affine transforms (2 parameters) and splines of 8 bins (23) on one core
-    of a server, in float32; benchmarks/inverse.py measures the inverses that they lead to.
+    benchmarks/inverse.py measures the inverses that they lead to.
     """
 
     block: float = 70e3  # opening and closing a block
@@ -56,13 +53,10 @@ class Problem(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def block_size(problem: Problem, device_type: str) -> int:
-    """The number of levels in a block that is expected to be the fastest.
-
-    On an accelerator a call costs far more than arithmetic: all levels are one block there.
-    """
+    """The number of levels in a block that is expected to be the fastest."""
     depth = problem.depth
     if device_type != "cpu":
-        return depth
+        return depth  # a call costs far more than arithmetic
     sizes = {-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}
     return min(sizes, key=lambda size: expected_cost(problem, CPU, size))
 
@@ -70,44 +64,35 @@ def block_size(problem: Problem, device_type: str) -> int:
 def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
     """The expected time of an inverse by blocks of so many levels, in nanoseconds."""
     blocks = -(-problem.depth // size)
-    passes = min(size, USUAL_PASSES)
+    passes = min(size, _USUAL_PASSES)
     calls = costs.block + problem.batch * costs.row + passes * costs.call * problem.num_params
     products = problem.work * ((1 - 1 / blocks) / 2 + passes / blocks)
     elements = problem.input_dim * problem.num_params * passes
     return blocks * calls + problem.batch * (costs.multiply * products + costs.element * elements)
 
 
-def by_levels(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One level of the graph after the other, differentiated by autograd, without reading a value.
+def by_blocks(
+    family: Univariate, blocks: Blocks, y: Tensor, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inverse by blocks of levels, of the best size if none is given.
 
-    :param family: turns the parameters that ``blocks`` gives into transforms.
-    :param y: shape ``(*, D)``.
-    :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
+    With a size of 1 no value is read, and autograd can differentiate; otherwise passes are taken within
+    each block until nothing moves, where no graph may be wanted.
     """
-    rows = _sorted_rows(blocks, y)
-    done = []
-    for k, (first, last) in enumerate(pairwise(blocks.levels)):
-        blocks.open(k, k + 1)
-        done.append(inverse_and_ladj(family(blocks.params(None)), rows[:, first:last]))
-        blocks.close(done[-1][0], k + 1)
-    return _assembled(blocks, done, y)
-
-
-def by_blocks(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`by_levels`, by blocks of levels, and passes within each until nothing moves; no graph."""
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
-    rows, levels = _sorted_rows(blocks, clean), blocks.levels
+    rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
+    rows = rows if blocks.order is None else rows[:, blocks.order]
     depth = len(levels) - 1
-    problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
-    size = block_size(problem, y.device.type)
+    if size is None:
+        problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
+        size = block_size(problem, y.device.type)
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)
         blocks.open(start, stop)
-        x, ladj, exact = _settle(
-            family, blocks, rows[:, levels[start] : levels[stop]], stop - start
-        )
+        block = rows[:, levels[start] : levels[stop]]
+        x, ladj, exact = _settle(family, blocks, block, stop - start)
         if exact < stop - start:
             # the passes converge slowly here: what is exact is kept, and smaller blocks follow
             stop, size = start + exact, max(size // 4, 1)
@@ -124,10 +109,7 @@ def by_blocks(family: Univariate, blocks: Blocks, y: Tensor) -> tuple[Tensor, Te
 def _settle(
     family: Univariate, blocks: Blocks, y: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Passes within the open block, until nothing moves or all its levels are exact.
-
-    :return: x and its log-determinant by coordinate, and the number of levels that are exact.
-    """
+    """x and its log-determinant by coordinate in the open block, and how many of its levels are exact."""
     if depth == 1:
         return *inverse_and_ladj(family.forward(blocks.params(None)), y), 1
     large = largest(y)
@@ -145,12 +127,6 @@ def _settle(
 def largest(y: Tensor) -> float:
     """So large that nothing sensible is larger, so small that sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
-
-
-def _sorted_rows(blocks: Blocks, y: Tensor) -> Tensor:
-    """The coordinates in the order of their levels, shape ``(B, D)``."""
-    rows = y.reshape(-1, y.shape[-1])
-    return rows if blocks.order is None else rows[:, blocks.order]
 
 
 def _assembled(

@@ -13,42 +13,34 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from .evaluate import call_and_ladj, inverse_and_ladj, sum_ladj
+from .evaluate import call_and_ladj, inverse_and_ladj
 from .flow_module import ConditionalFlowModule, FlowModule
 
 AnyTransform = Transform | ConditionalTransform
 
 
 class ForeignTransform(FlowModule):
-    """Any torch transform, evaluated as those of this package are.
-
-    :param transform: a torch transform.
-    """
+    """Any torch transform, evaluated as those of this package are."""
 
     def __init__(self, transform: Transform) -> None:
-        super().__init__(cache_size=0)
+        super().__init__()
         self.transform = transform
         self.domain, self.codomain = transform.domain, transform.codomain
         self.bijective = transform.bijective
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = call_and_ladj(self.transform, x)
-        return y, sum_ladj(ladj, y, self.codomain.event_dim, self.codomain.event_dim)
+        return call_and_ladj(self.transform, x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = inverse_and_ladj(self.transform, y)
-        return x, sum_ladj(ladj, x, self.domain.event_dim, self.domain.event_dim)
+        return inverse_and_ladj(self.transform, y)
 
     def clear_cache(self) -> None:
-        """Forgets what the transform remembers."""
         self.transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of y for an x of the given shape."""
         return self.transform.forward_shape(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of x for a y of the given shape."""
         return self.transform.inverse_shape(shape)
 
 
@@ -60,16 +52,20 @@ class HeldConditional(nn.Module):
         self.transform = transform
 
 
-def as_module(transform: AnyTransform) -> nn.Module:
-    """A transform as a module that owns whatever parameters there are.
+def _as_modules(parts: Sequence[Any], *kinds: type) -> nn.ModuleList:
+    """Transforms of these kinds as modules that own whatever parameters there are."""
+    if not parts:
+        raise ValueError("expected at least one transform, got none")
+    modules = nn.ModuleList()
+    for part in parts:
+        if not isinstance(part, kinds):
+            raise TypeError(f"expected transforms, got {type(part).__name__}")
+        modules.append(part if isinstance(part, nn.Module) else _as_module(part))
+    return modules
 
-    torch's inverses and compositions are no modules, and lose what they are made of.
 
-    :param transform: a torch transform, or a conditional one.
-    :raises TypeError: if there is a module inside, whose parameters would be lost.
-    """
-    if isinstance(transform, nn.Module):
-        return transform
+def _as_module(transform: Any) -> nn.Module:
+    """A module of what is none: torch's inverses and compositions lose what they are made of."""
     if isinstance(transform, _InverseTransform):
         return ComposedTransform(transform.inv).inv
     if isinstance(transform, ComposeTransform) and transform.parts:
@@ -77,9 +73,8 @@ def as_module(transform: AnyTransform) -> nn.Module:
     for value in vars(transform).values():
         if isinstance(value, nn.Module):
             raise TypeError(
-                f"{type(transform).__name__} holds the module {type(value).__name__}, whose "
-                "parameters would be lost: expected a transform that is a module itself, or one "
-                "without modules"
+                f"{type(transform).__name__} holds the module {type(value).__name__}, whose parameters "
+                "would be lost: expected a transform that is a module itself, or holds none"
             )
     if isinstance(transform, ConditionalTransform):
         return HeldConditional(transform)
@@ -93,8 +88,7 @@ class ComposedTransform(FlowModule):
 
         T = T_n \circ \dots \circ T_1
 
-    Every part that is a module is registered, whichever direction is used; the log-determinants are
-    summed over all event dimensions.
+    Every part that is a module is registered; log-determinants are summed over all event dimensions.
 
     :param transforms: torch transforms, in the order in which they are applied.
     :param cache_size: as for :class:`FlowModule`.
@@ -111,13 +105,11 @@ class ComposedTransform(FlowModule):
         torch.Size([5, 3])
     """
 
-    #: A list of modules, each a transform.
-    transforms: Any
+    transforms: Any  # a list of modules, each a transform
 
     def __init__(self, *transforms: Transform, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
-        _check_parts(transforms, Transform)
-        self.transforms = nn.ModuleList(map(as_module, transforms))
+        self.transforms = _as_modules(transforms, Transform)
         composed = ComposeTransform(list(transforms))
         domain, codomain = composed.domain, composed.codomain
         # elementwise parts alone make a transform of vectors
@@ -154,18 +146,17 @@ class ComposedTransform(FlowModule):
             total = ladj if total is None else total + ladj
         return x, total, score
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._invert(y, None)
-
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known = [x.detach()]
         with torch.no_grad():
             for part in self.parts[:-1]:
                 known.append(call_and_ladj(part, known[-1])[0])
-        return self._invert(y, known)
+        return self.inverse_and_ladj(y, known)
 
-    def _invert(self, y: Tensor, known: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The inverse, with the help of each part's argument where that is known."""
+    def inverse_and_ladj(
+        self, y: Tensor, known: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # known: the argument of each part
         total: Any = None
         for part, dims in zip(reversed(self.transforms), reversed(self._extra_dims)):
             flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
@@ -174,49 +165,37 @@ class ComposedTransform(FlowModule):
             total = ladj if total is None else total + ladj
         return y, total
 
-    def clear_cache(self) -> None:
-        """Forgets what parts from elsewhere may remember."""
-        for part in self.transforms:
-            part.clear_cache()
-
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of y for an x of the given shape."""
         for part in self.transforms:
             shape = part.forward_shape(shape)
         return shape
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of x for a y of the given shape."""
         for part in reversed(self.transforms):
             shape = part.inverse_shape(shape)
         return shape
 
 
 class ConditionalComposedTransform(ConditionalFlowModule):
-    """Transforms one after the other, some of which depend on a context.
+    """A :class:`ComposedTransform` some of whose parts depend on a context.
 
-    :param transforms: conditional transforms and torch transforms, in the order in which they are
-        applied.
+    :param transforms: conditional transforms and torch transforms, in the order in which they are applied.
     :raises TypeError: if a part is neither.
     :raises ValueError: if there is none.
     """
 
     def __init__(self, *transforms: AnyTransform) -> None:
         super().__init__()
-        _check_parts(transforms, (Transform, ConditionalTransform))
-        self.transforms = nn.ModuleList(map(as_module, transforms))
+        self.transforms = _as_modules(transforms, Transform, ConditionalTransform)
 
     def condition(self, context: Tensor) -> ComposedTransform:
-        """The composition for one context.
-
-        :param context: shape ``(*, C)``; its batch shape broadcasts with that of x.
-        """
+        """The composition for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
         parts: list[Any] = []
-        for part in self.transforms:
-            held = isinstance(part, (ForeignTransform, HeldConditional))
-            transform: Any = part.transform if held else part
-            conditional = isinstance(transform, ConditionalTransform)
-            parts.append(transform.condition(context) if conditional else transform)
+        for module in self.transforms:
+            part: Any = module.transform if isinstance(module, HeldConditional) else module
+            if isinstance(part, ConditionalTransform):
+                part = part.condition(context)
+            parts.append(part)
         return ComposedTransform(*parts)
 
 
@@ -225,8 +204,7 @@ def chain(
 ) -> ComposedTransform | ConditionalComposedTransform:
     """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
 
-    :param transforms: transforms, some of which may be conditional.
-    :return: a transform, or a conditional one if a part is.
+    :param transforms: transforms; if one is conditional, so is the result.
     :raises TypeError: if a part is no transform.
     :raises ValueError: if there is none.
 
@@ -239,20 +217,9 @@ def chain(
         torch.Size([5, 3])
     """
     if isinstance(transforms, (Transform, ConditionalTransform)):
-        raise TypeError(
-            f"expected a sequence of transforms, got one {type(transforms).__name__}; "
-            "chain([transform]) takes it"
-        )
+        raise TypeError(f"expected a sequence of transforms, got one {type(transforms).__name__}")
     parts: list[Any] = list(transforms)
     for part in parts:
         if isinstance(part, ConditionalTransform):
             return ConditionalComposedTransform(*parts)
     return ComposedTransform(*parts)
-
-
-def _check_parts(transforms: Sequence[object], kinds: type | tuple[type, ...]) -> None:
-    if not transforms:
-        raise ValueError("expected at least one transform, got none")
-    for part in transforms:
-        if not isinstance(part, kinds):
-            raise TypeError(f"expected transforms, got {type(part).__name__}")

@@ -9,36 +9,30 @@ from typing import Any
 
 import torch
 from pyro.distributions import ConditionalTransformModule, constraints
-from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
+from torch.distributions import Transform
 
 
 class FlowModule(TransformModule):
     r"""A bijection of real vectors that owns its parameters.
 
-    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; calling, inverting and
-    the log-determinant follow, as :class:`torch.distributions.transforms.Transform` promises them.
+    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; the rest of
+    :class:`torch.distributions.transforms.Transform` follows.
 
     Nothing is remembered between calls, so nothing can be out of date, and threads may share a
-    transform. To score a draw without inverting the transform, let
-    :class:`~pyro_artransform.FlowDistribution` draw it, or keep what :meth:`call_and_ladj`
-    returns.
+    transform. To score a draw without inverting, let :class:`~pyro_artransform.FlowDistribution`
+    draw it, or keep what :meth:`call_and_ladj` returns.
 
     :param cache_size: 0 or 1, for torch's interface; values are recomputed whichever it is.
-    :raises ValueError: for another ``cache_size``.
     """
 
     domain: constraints.Constraint = constraints.real_vector
     codomain: constraints.Constraint = constraints.real_vector
     bijective = True
     sign = +1
-
-    def __init__(self, *, cache_size: int = 1) -> None:
-        if cache_size not in (0, 1):
-            raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
-        super().__init__(cache_size=cache_size)
-        self._inverse_ref: weakref.ref[InverseTransformModule] | None = None
+    #: A weak reference to the inverse, where torch keeps the inverse itself: there is no cycle.
+    _inv: Any
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and the log-determinant, from one evaluation of each network.
@@ -57,21 +51,17 @@ class FlowModule(TransformModule):
         raise NotImplementedError
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse at y where x is known: nothing is inverted, and the gradients are the same.
-
-        The gradient of a flow's log-density at its own draw needs no more than this.
+        """:meth:`inverse_and_ladj` where x is known: nothing is inverted, and the gradients are the same.
 
         :param x: the inverse of y, shape ``(*, D)``; its own graph is not followed.
         :param y: the value at x, shape ``(*, D)``.
-        :return: as of :meth:`inverse_and_ladj`.
         """
         return self.inverse_and_ladj(y)
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The value, the log-determinant, and the score of the value's density.
+        r"""The value, the log-determinant, and the score (gradient of the log-density) of the value.
 
-        The score of a density is the gradient of its logarithm. If x has density p, ``y = T(x)`` has
-        the density q with
+        If x has density p, ``y = T(x)`` has the density q with
 
         .. math::
 
@@ -99,10 +89,10 @@ class FlowModule(TransformModule):
     @property
     def inv(self) -> "FlowModule":
         """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
-        inverse = None if self._inverse_ref is None else self._inverse_ref()
+        inverse = None if self._inv is None else self._inv()
         if inverse is None:
             inverse = InverseTransformModule(self)
-            self._inverse_ref = weakref.ref(inverse)
+            self._inv = weakref.ref(inverse)
         return inverse
 
     def _call(self, x: Tensor) -> Tensor:
@@ -112,68 +102,49 @@ class FlowModule(TransformModule):
         return self.inverse_and_ladj(y)[0]
 
     # torch's own go through its cache, which compares the identities of tensors alone
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._call(x)
-
-    def _inv_call(self, y: Tensor) -> Tensor:
-        return self._inverse(y)
+    __call__ = _call
+    _inv_call = _inverse
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The log-determinant ``log |det dy/dx|`` at ``x``.
-
-        :param x: shape ``(*, D)``.
-        :param y: the value at ``x``, shape ``(*, D)``; not needed here.
-        :return: shape ``(*,)``.
-        """
+        """``log |det dy/dx|`` of shape ``(*,)`` at x, whose value y is not needed here."""
         return self.call_and_ladj(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> "FlowModule":
-        """A transform with the same parameters and this ``cache_size``.
-
-        :param cache_size: 0 or 1.
-        :raises ValueError: for another number.
-        """
+        """A transform with the same parameters and this ``cache_size``, 0 or 1."""
         if cache_size not in (0, 1):
             raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
         if cache_size == self._cache_size:
             return self
         twin = type(self).__new__(type(self))
-        vars(twin).update(vars(self), _cache_size=cache_size, _inverse_ref=None)
+        vars(twin).update(vars(self), _cache_size=cache_size, _inv=None)
         return twin
 
     def clear_cache(self) -> None:
-        """Does nothing: nothing is remembered."""
+        """Forgets what parts from elsewhere may remember."""
+        for part in self.modules():
+            if part is not self and isinstance(part, Transform):
+                part.clear_cache()  # type: ignore[operator]  # which Pyro adds
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowModule":
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        # the reference to the inverse belongs to one object
-        vars(twin).update(copy.deepcopy({**vars(self), "_inverse_ref": None}, memo))
+        vars(twin).update(copy.deepcopy({**vars(self), "_inv": None}, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # as Pyro's modules do: its store leaves a weak reference on each parameter, which cannot be
-        # pickled, and sets it anew when the parameter is next asked for
+        # as Pyro's modules do: its store leaves a weak reference on each parameter, which cannot be pickled
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
-        return {**vars(self), "_inverse_ref": None}
+        return {**vars(self), "_inv": None}
 
     # the tree of submodules says more than a bare name
     __repr__ = torch.nn.Module.__repr__
 
 
 class InverseTransformModule(FlowModule):
-    r"""The inverse of a transform, as a module that owns the transform's parameters.
+    """The inverse of a transform, as a module that owns the transform's parameters, see :func:`inverse`.
 
     :param transform: the transform to invert; it becomes the submodule ``transform``.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_artransform import affine_autoregressive
-        >>> inverse = affine_autoregressive(3).inv
-        >>> inverse(torch.zeros(5, 3)).shape, len(list(inverse.parameters())) > 0
-        (torch.Size([5, 3]), True)
     """
 
     transform: FlowModule
@@ -187,27 +158,19 @@ class InverseTransformModule(FlowModule):
     @property
     def inv(self) -> FlowModule:
         """The transform itself: ``t.inv.inv is t`` holds for an inverse too."""
-        reference = self.transform._inverse_ref
+        reference = self.transform._inv
         if reference is None or reference() is None:
-            self.transform._inverse_ref = weakref.ref(self)
+            self.transform._inv = weakref.ref(self)
         return self.transform
 
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` and ``log |det dx/dy|``, for ``y`` of shape ``(*, D)``."""
         return self.transform.inverse_and_ladj(y)
 
     def inverse_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` and ``log |det dy/dx|``, for ``x`` of shape ``(*, D)``."""
         return self.transform.call_and_ladj(x)
 
-    def _call(self, y: Tensor) -> Tensor:
-        return self.transform._inverse(y)
-
-    def _inverse(self, x: Tensor) -> Tensor:
-        return self.transform._call(x)
-
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The log-determinant of this inverse at its argument ``x``, whose value is ``y``, shape ``(*,)``."""
+        """The log-determinant at x, whose value y saves inverting, shape ``(*,)``."""
         return -self.transform.log_abs_det_jacobian(y, x)
 
     def with_cache(self, cache_size: int = 1) -> FlowModule:
@@ -215,16 +178,10 @@ class InverseTransformModule(FlowModule):
         transform = self.transform.with_cache(cache_size)
         return self if transform is self.transform else InverseTransformModule(transform)
 
-    def clear_cache(self) -> None:
-        """Forgets what parts from elsewhere may remember."""
-        self.transform.clear_cache()
-
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the inverse's value."""
         return self.transform.inverse_shape(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of the inverse's argument."""
         return self.transform.forward_shape(shape)
 
 
@@ -254,17 +211,12 @@ def inverse(transform: FlowModule) -> FlowModule:
 
         >>> from pyro_artransform import affine_autoregressive
         >>> t = affine_autoregressive(3)
-        >>> inverse(inverse(t)) is t
-        True
+        >>> inverse(inverse(t)) is t, len(list(inverse(t).parameters())) > 0
+        (True, True)
     """
-    if isinstance(transform, ConditionalTransform):
-        raise TypeError(
-            f"expected a transform, got the conditional {type(transform).__name__}: condition it "
-            "first, inverse(transform.condition(context)), or take its .inv"
-        )
     if not isinstance(transform, FlowModule):
         raise TypeError(
-            f"expected a transform of this package, got {type(transform).__name__}; "
-            "chain([transform]) makes one of any torch transform"
+            f"expected a transform of this package, got {type(transform).__name__}: chain([transform]) "
+            "makes one of any torch transform; if it is conditional, condition it first"
         )
     return transform.inv

@@ -9,13 +9,10 @@ The inverse of ``y = meta(x)(x)`` is the fixed point of
 
     u(x) = \mathrm{meta}(x)^{-1}(y).
 
-Coordinate i of u reads only coordinates before i, so each pass makes the next level of the graph
-exact, and after as many passes as the graph is deep all of them are.
-
-The gradient follows from the implicit function theorem. With :math:`M = \partial u / \partial x`, which
-is strictly triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`. The solution
-is found as the limit of :math:`v \leftarrow g + M^\top v`, a vector-Jacobian product each, exact after as
-many as the graph is deep; neither the passes nor the Jacobian are kept in memory.
+Coordinate i of u reads only coordinates before i, so each pass makes the next level of the graph exact.
+With :math:`M = \partial u / \partial x`, strictly triangular, the adjoint of the fixed point solves
+:math:`(I - M^\top) v = g`: it is the limit of :math:`v \leftarrow g + M^\top v`, a vector-Jacobian product
+each. Both are exact after as many passes as the graph is deep, and no pass is kept in memory.
 
 **References**
 
@@ -28,10 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from ..univariate.base import values_can_be_read
-from .block_inversion import by_blocks, by_levels, largest
-from .evaluate import inverse_and_ladj, sum_ladj
+from .block_inversion import by_blocks, largest
+from .evaluate import expand_ladj, inverse_and_ladj
 from .meta import Meta, StructuredMeta, check_returned
 from .warn import warn_user
 
@@ -41,9 +39,7 @@ _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
 
-    :param y: shape ``(*, D)``.
-    :param passes: at most so many fixed-point passes; None for an exact inverse, by the cheapest way.
-    :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
+    With ``passes``, by at most so many fixed-point passes; without, exactly and by the cheapest way.
     """
     structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
     if structured.batch_shape:
@@ -54,7 +50,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
         if not readable:
             if blocks is None:
                 return _unrolled(meta, y, passes or structured.depth or y.shape[-1])
-            return by_levels(structured.family, blocks, y)
+            return by_blocks(structured.family, blocks, y, size=1)
         if blocks is None:
             x, ladj, point = _by_passes(meta, y.detach(), structured.depth, passes)
         else:
@@ -68,8 +64,13 @@ def _unrolled(meta: Meta, y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
     x = torch.zeros_like(y)
     for _ in range(min(passes, y.shape[-1]) - 1):
         x = meta(x).inv(y)
-    x, ladj = inverse_and_ladj(transform := meta(x), y)
-    return x, sum_ladj(ladj, x, transform.event_dim, 1)
+    return _inverse_over_vectors(meta(x), y)
+
+
+def _inverse_over_vectors(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of a transform of numbers or vectors, and its log-determinant over vectors."""
+    x, ladj = inverse_and_ladj(transform, y)
+    return x, ladj if transform.event_dim else ladj.sum(-1)
 
 
 def _by_passes(
@@ -94,8 +95,8 @@ def _by_passes(
     else:
         if depth is None or most < depth:
             _warn_of_residual(meta, x, y, most)
-    ladj = transform.log_abs_det_jacobian(x, y)
-    return x, -sum_ladj(ladj, x, transform.event_dim, 1), point
+    ladj = expand_ladj(transform.log_abs_det_jacobian(x, y), x, transform.event_dim)
+    return x, -(ladj if transform.event_dim else ladj.sum(-1)), point
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -112,29 +113,21 @@ def _moved(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:
-    """Says how far ``meta(x)(x)`` is from y, if it is further than round-off explains."""
+    """Warns if ``meta(x)(x)`` is further from y than round-off explains."""
     residual = (meta(x)(x) - y).abs()
     scale = 1e3 * torch.finfo(x.dtype).eps * (1 + x.abs() + y.abs())
     bad = (residual > scale) & residual.isfinite()
     if bool(bad.any()):
-        worst = torch.where(bad, residual, torch.zeros_like(residual)).max().item()
         warn_user(
-            f"the inverse of an AutoregressiveTransform has not converged after {passes} passes: "
-            f"the largest residual |T(x) - y| is {worst:.3g}. Leave passes=None for an exact inverse of "
-            "an autoregressive meta",
+            f"the inverse of an AutoregressiveTransform has not converged after {passes} passes: the "
+            f"largest residual |T(x) - y| is {residual[bad].max():.3g}. Leave passes=None for an exact "
+            "inverse of an autoregressive meta",
             RuntimeWarning,
         )
 
 
 def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse and its log-determinant where the inverse is known, from one evaluation.
-
-    The triangular system of the gradient is solved in the backward pass.
-
-    :param x: the inverse of y, shape ``(*, D)``.
-    :return: as of :func:`invert`.
-    :raises RuntimeError: where no value can be read.
-    """
+    """:func:`invert` where the inverse x is known, from one evaluation."""
     if not values_can_be_read(y):
         raise RuntimeError(
             "the gradient at a known pair is solved by iteration, which torch.jit, torch.compile and "
@@ -148,9 +141,7 @@ def _with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Evaluates at x with a graph; the values are those given, so that they are the same without one."""
     point = _finite(x.detach()).requires_grad_()
-    transform = meta(point)
-    out, ladj = inverse_and_ladj(transform, y)
-    ladj = sum_ladj(ladj, out, transform.event_dim, 1)
+    out, ladj = _inverse_over_vectors(meta(point), y)
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or _reaches_other_leaves(out, ladj, point)):
         return values

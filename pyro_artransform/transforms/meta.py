@@ -1,24 +1,24 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an autoregressive transform asks of its meta.
+"""What an autoregressive transform asks of its meta, and the meta of a conditioner and a univariate family.
 
 Any callable that returns, given x of shape ``(*, D)``, a torch transform for that x is a meta: its inverse
 takes fixed-point passes, and its structure is checked by differentiation. A :class:`StructuredMeta` says
 more of itself, and is inverted for about the price of one evaluation.
 """
 
+import reprlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..conditioners import Blocks, Conditioner
+from ..conditioners import Blocks, Conditioner, MaskedMLP
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
-
-__all__ = ["SELF_DESCRIBING", "ElementwiseTransform", "Meta", "StructuredMeta", "check_returned"]
 
 Meta = Callable[[Tensor], Transform]
 
@@ -27,11 +27,9 @@ class StructuredMeta(torch.nn.Module):
     """A meta that describes its dependency graph; each answer has a default that promises nothing.
 
     A subclass implements ``forward(x)``, which returns the transform for x of shape ``(*, D)``.
-
-    :cvar torch.Size batch_shape: what the transform's batch shape broadcasts with besides that of x, such
-        as the batch shape of a context.
     """
 
+    #: What the batch shape of x broadcasts with, such as that of a context.
     batch_shape = torch.Size()
 
     @property
@@ -46,13 +44,12 @@ class StructuredMeta(torch.nn.Module):
 
     @property
     def family(self) -> Univariate:
-        """The univariate family, which turns the parameters that :meth:`blocks` gives into transforms."""
+        """The univariate family, which makes transforms of the parameters that :meth:`blocks` gives."""
         raise NotImplementedError
 
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
-        """The parameters, evaluated from the first level of the graph to the last; None if they cannot be.
+        """The parameters for a batch of the shape of y, ``(*, D)``, level by level; None if they cannot be.
 
-        :param y: shape ``(*, D)``, its batch shape that of the result; its values are not used.
         :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
         return None
@@ -62,12 +59,110 @@ class StructuredMeta(torch.nn.Module):
 SELF_DESCRIBING = (StructuredMeta, Conditioner)
 
 
-def check_returned(value: object) -> Transform:
-    """What a meta returned, if it is a bijection of real numbers or vectors.
+class ConditionedUnivariate(StructuredMeta):
+    r"""Conditioner, then univariate family: the ``meta`` of an autoregressive transform.
 
-    :raises TypeError: if it is no torch transform.
-    :raises ValueError: if it acts on something else.
+    .. math::
+
+        x \mapsto f(\cdot; \theta(x)), \qquad \theta_i = c_i(x_{<i}, \mathrm{context})
+
+    :param conditioner: a module that returns parameters of shape ``(*, D, P)``.
+    :param univariate: the family that turns them into a transform.
+    :raises TypeError: if one of the two is something else.
+    :raises ValueError: if the two disagree on the number P of parameters.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_artransform.conditioners import MaskedMLP
+        >>> from pyro_artransform.univariate import Affine
+        >>> meta = ConditionedUnivariate(MaskedMLP(3, Affine().num_params), Affine())
+        >>> meta(torch.zeros(5, 3))(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
     """
+
+    def __init__(self, conditioner: Conditioner, univariate: Univariate) -> None:
+        super().__init__()
+        for value, kind in ((conditioner, Conditioner), (univariate, Univariate)):
+            if not isinstance(value, kind):
+                raise TypeError(f"expected a {kind.__name__}, got {type(value).__name__}")
+        if conditioner.num_params not in (None, univariate.num_params):
+            raise ValueError(
+                f"expected a conditioner with {univariate.num_params} parameters for each coordinate, "
+                f"as {type(univariate).__name__} takes, got {conditioner.num_params}"
+            )
+        self.conditioner = conditioner
+        self.univariate = univariate
+
+    @property
+    def autoregressive(self) -> bool:
+        # a subclass may do more than the two parts
+        own = type(self).forward is ConditionedUnivariate.forward
+        return own and self.conditioner.autoregressive
+
+    @property
+    def depth(self) -> int | None:
+        return self.conditioner.depth
+
+    @property
+    def family(self) -> Univariate:
+        return self.univariate
+
+    def blocks(
+        self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
+    ) -> Blocks | None:
+        """The conditioner at a batch shaped as y ``(*, D)`` and a context ``(*, C)``, block by block."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
+        if hooked or type(self).forward is not ConditionedUnivariate.forward:
+            return None
+        rows = y.reshape(-1, y.shape[-1])
+        if context is not None and context.dim() > 1:
+            context = context.expand(y.shape[:-1] + context.shape[-1:]).flatten(0, -2)
+        return self.conditioner.blocks(rows, context, in_place=in_place)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
+        """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
+        params = self.conditioner(x) if context is None else self.conditioner(x, context)
+        return self.univariate(params)
+
+    def extra_repr(self) -> str:
+        if not isinstance(self.conditioner, MaskedMLP):
+            return ""
+        return f"order={reprlib.repr(self.conditioner.order.tolist())}"
+
+
+class ContextMeta(StructuredMeta):
+    """A meta of x and a context, at one context of shape ``(*, C)``."""
+
+    def __init__(self, meta: Any, context: Tensor) -> None:
+        super().__init__()
+        self.meta = meta
+        self.context = context
+        self.batch_shape = context.shape[:-1]
+
+    @property
+    def autoregressive(self) -> bool:
+        return isinstance(self.meta, SELF_DESCRIBING) and self.meta.autoregressive
+
+    @property
+    def depth(self) -> int | None:
+        return self.meta.depth if isinstance(self.meta, SELF_DESCRIBING) else None
+
+    @property
+    def family(self) -> Univariate:
+        return self.meta.univariate
+
+    def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
+        if not isinstance(self.meta, ConditionedUnivariate):
+            return None
+        return self.meta.blocks(y, self.context, in_place=in_place)
+
+    def forward(self, x: Tensor) -> Transform:
+        return self.meta(x, self.context)
+
+
+def check_returned(value: object) -> Transform:
+    """What a meta returned, if it is a bijection of real numbers or vectors."""
     if isinstance(value, ElementwiseTransform):
         return value
     if not isinstance(value, Transform):

@@ -18,9 +18,7 @@ class PermutationTransform(FlowModule):
 
         y_k = x_{\mathrm{order}_k}
 
-    The order is a buffer, so it is saved and restored with the parameters around it.
-
-    :param order: a permutation of 0 .. D-1, shape ``(D,)``.
+    :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
     :param cache_size: as for :class:`FlowModule`.
     :raises ValueError: if it is no permutation.
 

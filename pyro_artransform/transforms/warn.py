@@ -6,21 +6,12 @@
 import sys
 import warnings
 
-_PACKAGE = __name__.split(".")[0]
-_PASSED_THROUGH = (_PACKAGE, "torch", "pyro")
+_PASSED_THROUGH = (__name__.split(".")[0], "torch", "pyro")
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Warns at the innermost line outside this package, torch and Pyro.
-
-    :param message: what is wrong and what to do.
-    :param category: the class of the warning.
-    """
+    """Warns at the innermost line outside this package, torch and Pyro."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _root(frame.f_globals) in _PASSED_THROUGH:
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _PASSED_THROUGH:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
-
-
-def _root(namespace: dict[str, object]) -> str:
-    return str(namespace.get("__name__", "")).split(".")[0]

@@ -300,7 +300,7 @@ def test_context_and_x_that_do_not_broadcast():
     )
     conditioned = t.condition(torch.zeros(4, 2))
     for use in (conditioned, conditioned.inv):
-        with pytest.raises(ValueError, match=r"that broadcast, got \(4,\) and \(5,\)"):
+        with pytest.raises(ValueError, match=r"that broadcast .*, got \(4,\), \(5,\)"):
             use(torch.zeros(5, 3))
     with pytest.raises(TypeError, match=r"call \.condition\(context\)"):
         t(torch.zeros(5, 3))

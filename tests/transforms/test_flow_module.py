@@ -256,7 +256,7 @@ def test_cache_size():
     for bad in (2, -1, None):
         with pytest.raises(ValueError, match="cache_size: expected 0 or 1"):
             t.with_cache(bad)
-        with pytest.raises(ValueError, match="cache_size: expected 0 or 1"):
+        with pytest.raises(ValueError, match="cache_size must be 0 or 1"):
             AutoregressiveTransform(lambda x: x, cache_size=bad)
 
 

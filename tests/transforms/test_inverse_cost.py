@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pyro_artransform import (
     AutoIAF,
+    FlowDistribution,
     affine_autoregressive,
     conditional_iaf,
     iaf,
@@ -20,7 +21,7 @@ from pyro_artransform import (
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.conditioners.blocks import MLPBlocks
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import AutoregressiveTransform, FlowDistribution
+from pyro_artransform.transforms import AutoregressiveTransform
 
 
 @pytest.fixture
