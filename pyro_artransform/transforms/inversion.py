@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..univariate.base import values_can_be_read
+from ..arguments import values_can_be_read
 from .block_inversion import by_blocks, by_levels, largest
 from .evaluate import inverse_and_ladj, sum_ladj
 from .meta import Meta, StructuredMeta, check_returned

@@ -39,21 +39,6 @@ class MonotoneNeuralTransform(MonotoneTransform):
     :param knots: unconstrained, shape ``(*, D, K)``.
     :param softness: unconstrained, shape ``(*, D)``.
     :raises ValueError: if the shapes do not go together.
-
-    Example::
-
-        >>> import torch
-        >>> transform = MonotoneNeuralTransform(
-        ...     torch.randn(5), torch.randn(5, 9), torch.randn(5, 8), torch.randn(5)
-        ... )
-        >>> y, ladj = transform.call_and_ladj(torch.randn(32, 5))
-        >>> y.shape, ladj.shape
-        (torch.Size([32, 5]), torch.Size([32, 5]))
-
-    **References**
-
-    1. Neural Autoregressive Flows (Huang, Krueger, Lacoste, Courville, 2018),
-       https://arxiv.org/abs/1804.00779
     """
 
     def __init__(self, shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
@@ -97,8 +82,7 @@ class MonotoneNeuralTransform(MonotoneTransform):
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Lines through the value at zero, with the smallest and the largest slope."""
         rise = y - self.call_and_ladj(torch.zeros_like(y))[0]
-        steep = rise / self.speeds.amax(-1)
-        flat = rise / self.speeds.amin(-1)
+        steep, flat = rise / self.speeds.amax(-1), rise / self.speeds.amin(-1)
         return torch.minimum(steep, flat), torch.maximum(steep, flat)
 
 
@@ -113,9 +97,7 @@ class MonotoneNeural(Univariate):
 
     Example::
 
-        >>> import torch
-        >>> family = MonotoneNeural(count_units=8)
-        >>> transform = family(torch.zeros(32, 5, family.num_params))
+        >>> transform = MonotoneNeural(count_units=8)(torch.zeros(32, 5, 19))
         >>> transform(torch.randn(32, 5)).shape
         torch.Size([32, 5])
 
@@ -148,7 +130,5 @@ def _check_shapes(shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor
             "expected slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1, "
             f"got {tuple(slopes.shape)} and {tuple(knots.shape)}"
         )
-    check_broadcast(
-        "batch shapes of shift, slopes, knots and softness",
-        *(shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape),
-    )
+    shapes = shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape
+    check_broadcast("batch shapes of shift, slopes, knots and softness", *shapes)
