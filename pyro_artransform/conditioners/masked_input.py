@@ -35,7 +35,6 @@ class MaskedInput(Conditioner):
 
     Example::
 
-        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Unflatten(-1, (3, 2)))
         >>> MaskedInput(net)(torch.zeros(5, 3)).shape
         torch.Size([5, 3, 2])
@@ -68,11 +67,9 @@ class MaskedInput(Conditioner):
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> Tensor | Transform:
-        """Returns the parameters, or the transform, of each coordinate from its own masked copy.
+        """The parameters, or the transform, of each coordinate from its own masked copy.
 
-        :param x: shape ``(*, D)``.
-        :param context: shape ``(*, C)``, handed to the network with one more dimension for the copies.
-        :return: shape ``(*, D, P)``, or an elementwise transform on ``(*, D)``.
+        The network gets the context with one more dimension for the copies.
         """
         # not a product: what is masked may be infinite
         copies = torch.where(self._mask(x), x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))
@@ -122,19 +119,16 @@ class _OwnCopyTransform(Transform):
         return self.base.sign
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._own(self.base(self._copies(x)))
+        return self.base(_copies(x)).diagonal(dim1=-2, dim2=-1)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._own(self.base.inv(self._copies(y)))
+        return self.base.inv(_copies(y)).diagonal(dim1=-2, dim2=-1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        ladj = self.base.log_abs_det_jacobian(self._copies(x), self._copies(y))
-        return self._own(ladj.expand(self._copies(x).shape))
+        ladj = self.base.log_abs_det_jacobian(_copies(x), _copies(y))
+        return ladj.expand(_copies(x).shape).diagonal(dim1=-2, dim2=-1)
 
-    @staticmethod
-    def _copies(x: Tensor) -> Tensor:
-        return x.unsqueeze(-2).expand(x.shape[:-1] + (x.shape[-1], x.shape[-1]))
 
-    @staticmethod
-    def _own(copies: Tensor) -> Tensor:
-        return copies.diagonal(dim1=-2, dim2=-1)
+def _copies(x: Tensor) -> Tensor:
+    """From shape ``(*, D)`` to ``(*, D, D)``."""
+    return x.unsqueeze(-2).expand(x.shape[:-1] + (x.shape[-1], x.shape[-1]))
