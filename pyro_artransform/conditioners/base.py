@@ -16,17 +16,12 @@ class Blocks(Protocol):
     Coordinates are sorted by level; all before the open block are known.
     """
 
-    @property
-    def order(self) -> Tensor | None:
-        """The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already."""
-
-    @property
-    def levels(self) -> list[int]:
-        """``levels[k]`` coordinates come before level k; ``depth + 1`` entries."""
-
-    @property
-    def work(self) -> int:
-        """The multiplications that one evaluation of one row takes."""
+    #: The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already.
+    order: Tensor | None
+    #: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
+    levels: list[int]
+    #: The multiplications that one evaluation of one row takes.
+    work: int
 
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``."""

@@ -71,32 +71,27 @@ class MaskedInput(Conditioner):
 
         The network gets the context with one more dimension for the copies.
         """
+        dim = x.shape[-1] if x.dim() else 0
+        mask = self.adjacency
+        if mask is None:
+            mask = torch.ones((dim, dim), dtype=torch.bool, device=x.device).tril(-1)
+        elif dim != len(mask):
+            raise ValueError(f"x: expected shape (*, {len(mask)}), got {tuple(x.shape)}")
         # not a product: what is masked may be infinite
-        copies = torch.where(self._mask(x), x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))
-        if context is None:
-            out = self.net(copies)
-        else:
-            repeated = context.unsqueeze(-2).expand(context.shape[:-1] + (copies.shape[-1], -1))
-            out = self.net(copies, repeated)
+        inputs = [torch.where(mask, x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))]
+        if context is not None:
+            inputs.append(context.unsqueeze(-2).expand(context.shape[:-1] + (dim, -1)))
+        out = self.net(*inputs)
         if isinstance(out, Transform):
             return _OwnCopyTransform(out)
         if not isinstance(out, Tensor):
             raise TypeError(f"net: expected a tensor or a Transform, got {type(out).__name__}")
-        dim = x.shape[-1]
         if out.dim() < 3 or out.shape[-3:-1] != (dim, dim):
             raise ValueError(
                 f"net: expected parameters of shape (*, {dim}, P) for an input of shape (*, {dim}), "
-                f"got {tuple(out.shape)} for {tuple(copies.shape)}"
+                f"got {tuple(out.shape)} for {tuple(inputs[0].shape)}"
             )
-        return out.diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
-
-    def _mask(self, x: Tensor) -> Tensor:
-        dim = x.shape[-1] if x.dim() else 0
-        if self.adjacency is None:
-            return torch.ones((dim, dim), dtype=torch.bool, device=x.device).tril(-1)
-        if dim != len(self.adjacency):
-            raise ValueError(f"x: expected shape (*, {len(self.adjacency)}), got {tuple(x.shape)}")
-        return self.adjacency
+        return out.diagonal(dim1=-3, dim2=-2).mT
 
 
 class _OwnCopyTransform(Transform):

@@ -29,20 +29,18 @@ def check_univariate(
 ) -> None:
     """Checks the contracts of a univariate family.
 
-    That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection;
-    zero parameters are the identity; the log-determinant is the logarithm of the derivative; the
-    map is strictly increasing, onto the real line, and its inverse and the log-determinant of that
-    are right; densities integrate to one; gradients pass ``gradcheck`` in both directions and
-    stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the
-    input under either default dtype; and a NaN stays one.
+    That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection; zero
+    parameters are the identity; the map is strictly increasing, onto the real line, its inverse and both
+    log-determinants are right; densities integrate to one; gradients pass ``gradcheck`` in both directions
+    and stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the input
+    under either default dtype; and a NaN stays one.
 
     :param univariate: the family; it is copied, not changed.
     :param dtype: the dtype for the checks of values; float32 has wider tolerances.
-    :param identity_at_zero: whether zero parameters are the identity. Only a family whose
-        docstring excuses it should say no.
+    :param identity_at_zero: False for a family whose docstring excuses it.
     :param onto_at: the values ``+-onto_at`` must have an inverse.
-    :param log_slope_bound: the largest log-slope, of either sign, for ``|x| <= 3``: a bound of
-        about 3 is what a layer of a flow should have, some families are steeper here and there.
+    :param log_slope_bound: the largest log-slope, of either sign, for ``|x| <= 3``; about 3 is what a
+        layer of a flow should have.
     :param seed: the seed of the parameters that are tried; the global state is not touched.
     :raises AssertionError: that says which contract broke, and for which input.
 
@@ -90,10 +88,10 @@ class _Check:
         if not bad.any():
             return
         where = tuple(bad.nonzero()[0].tolist())
-        shown = [
-            f"{name} = {value.detach().broadcast_to(bad.shape)[where].item():.9g}"
-            for name, value in values.items()
-        ]
+        shown = []
+        for name, value in values.items():
+            number = value.detach().broadcast_to(bad.shape)[where].item()
+            shown.append(f"{name} = {number:.9g}")
         at = f" for {', '.join(shown)}" if shown else ""
         raise AssertionError(f"{self.who}: {contract} (contract broken{at}; entry {where})")
 
@@ -119,9 +117,8 @@ class _Check:
         ok = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         self.require(ok, f"num_params must be a positive int, got {count!r}")
         transform = self.tried("forward(params)", lambda: self.family(self.params(2)))
-        kind = type(transform).__name__
-        ok = isinstance(transform, Transform)
-        self.require(ok, f"forward(params) must return a torch Transform, got {kind}")
+        message = f"forward(params) must return a torch Transform, got {type(transform).__name__}"
+        self.require(isinstance(transform, Transform), message)
         ok = transform.domain.event_dim == 0 == transform.codomain.event_dim
         self.require(ok, "the transform must be elementwise (event_dim 0)")
         self.require(bool(transform.bijective), "the transform must say bijective = True")
@@ -145,8 +142,8 @@ class _Check:
         limit = 20 * torch.finfo(self.dtype).eps
         ok = (y - x).abs() <= limit * (1 + x.abs())
         self.require(ok, "zero params must be the identity", x=x, y=y)
-        ok = ladj.abs() <= limit
-        self.require(ok, "zero params must have log-determinant zero", x=x, ladj=ladj)
+        message = "zero params must have log-determinant zero"
+        self.require(ladj.abs() <= limit, message, x=x, ladj=ladj)
 
     def increasing(self, params: Tensor) -> None:
         transform = self.family(params)
@@ -177,8 +174,8 @@ class _Check:
         back = transform.inv(y)
         # where the map is flat, round-off in y is more round-off in x, whatever the inverse does
         limit = self.tolerance * (1 + x.abs()) * (-ladj).exp().clamp_min(1.0)
-        ok = (back - x).abs() <= limit
-        self.require(ok, "the inverse must undo the map", x=x, y=y, inverse=back)
+        message = "the inverse must undo the map"
+        self.require((back - x).abs() <= limit, message, x=x, y=y, inverse=back)
         back_ladj = transform.inv.log_abs_det_jacobian(y, back)
         ok = (ladj + back_ladj).abs() <= 1e3 * self.tolerance * (1 + ladj.abs())
         message = "the inverse's log-determinant must be minus that of the map"
@@ -200,30 +197,26 @@ class _Check:
         log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
         log_density = log_density + transform.inv.log_abs_det_jacobian(y, x)
         total = torch.trapezoid(log_density.exp(), y, dim=0)
-        ok = (total - 1).abs() <= 2e-3
-        self.require(ok, "the density of its image must integrate to one", integral=total)
+        message = "the density of its image must integrate to one"
+        self.require((total - 1).abs() <= 2e-3, message, integral=total)
 
     def shapes(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        params = self.params(*params_shape)
-        x = self.normal(shape, self.dtype)
+        params, x = self.params(*params_shape), self.normal(shape, self.dtype)
         transform, y, ladj = self.at(params, x)
         got = [tuple(result.shape) for result in (y, ladj, transform.inv(x))]
         message = f"the call, log-determinant and inverse must have the shape {shape} of x"
         self.require(got == [shape] * 3, f"{message}, got {got}")
-        view = params.mT.contiguous().mT
-        same = torch.isclose(self.family(view)(x), y, rtol=self.tolerance, atol=self.tolerance)
+        again = self.family(params.mT.contiguous().mT)(x)
+        same = torch.isclose(again, y, rtol=self.tolerance, atol=self.tolerance)
         self.require(same, "a transposed view of the same params must give the same result", x=x)
 
     def dtypes(self, dtype: torch.dtype) -> None:
         transform = copy.deepcopy(self.family).to(dtype)(self.params(3).to(dtype))
         x = self.grid(-2, 2, 3).to(dtype)
         y = transform(x)
-        results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
-        got = [result.dtype for result in results]
-        message = (
-            f"the dtype must follow the input, {dtype} (default dtype "
-            f"{torch.get_default_dtype()}), got {got} of the call, log-determinant and inverse"
-        )
+        got = [r.dtype for r in (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))]
+        default = f"the dtype must follow the input, {dtype} (default {torch.get_default_dtype()})"
+        message = f"{default}, got {got} of the call, log-determinant and inverse"
         self.require(got == [dtype] * 3, message)
 
     def large_params(self, gain: float, log_slope_bound: float) -> None:
@@ -238,8 +231,8 @@ class _Check:
         self.require(ok, f"{message}: see soft_bound", x=x, ladj=ladj)
         total = y.sum() + ladj.sum() + transform.inv(x).sum()
         for gradient in torch.autograd.grad(total, (params, x)):
-            ok = gradient.isfinite()
-            self.require(ok, f"gradients must be finite {where}", gradient=gradient)
+            message = f"gradients must be finite {where}"
+            self.require(gradient.isfinite(), message, gradient=gradient)
 
     def gradients(self) -> None:
         family = copy.deepcopy(self.family).double()
