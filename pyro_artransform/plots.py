@@ -57,11 +57,10 @@ def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = 
     median = padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
     ax.plot(x, median.numpy(), color=_BLUE, linewidth=1.8, label="running median")
     shown = steps[len(steps) // 10 :]
-    shown = shown[shown.isfinite()]
-    if len(shown) > 1 and shown.max() > shown.min():
-        low, high = shown.min().item(), shown.max().item()
-        margin = 0.05 * (shown.max() - shown.min()).item()
-        ax.set_ylim(low - margin, high + margin)
+    shown = shown[shown.isfinite()].tolist()
+    if shown and max(shown) > min(shown):
+        margin = 0.05 * (max(shown) - min(shown))
+        ax.set_ylim(min(shown) - margin, max(shown) + margin)
     ax.set(xlabel="step", ylabel="ELBO (nats)")
     ax.legend(frameon=False, loc="lower right")
     return _tidied(ax)

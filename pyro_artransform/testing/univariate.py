@@ -17,6 +17,8 @@ from pyro_artransform.univariate import Univariate
 
 from .redraw import BATCH_SHAPES, DTYPES, default_dtype
 
+COUNT = 6  # parameters that are tried at once
+
 
 def check_univariate(
     univariate: Univariate,
@@ -54,12 +56,12 @@ def check_univariate(
     if identity_at_zero:
         check.identity()
     for gain in (1.0, 4.0):
-        params = check.params(6, gain=gain)
-        check.increasing(params)
-        check.log_derivative(params)
-        check.round_trip(params)
-        check.onto(params, onto_at)
-        check.density(params)
+        transform = check.family(check.params(COUNT, gain=gain))
+        check.increasing(transform)
+        check.log_derivative(transform)
+        check.round_trip(transform)
+        check.onto(transform, onto_at)
+        check.density(transform)
     for batch in BATCH_SHAPES:
         check.shapes((*batch, 5), (*batch, 5))
         check.shapes((5,), (*batch, 5))
@@ -101,16 +103,10 @@ class _Check:
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=dtype, device="cpu")
 
-    def grid(self, low: float, high: float, count: int, params: Tensor | None = None) -> Tensor:
-        """Points of shape ``(count, 1)``, or ``(count, D)`` for parameters of D coordinates."""
+    def grid(self, low: float, high: float, count: int, columns: int = 1) -> Tensor:
+        """Points of shape ``(count, columns)``, with equal columns."""
         points = torch.linspace(low, high, count, dtype=self.dtype, device="cpu").unsqueeze(-1)
-        return points if params is None else (points + params[..., 0] * 0).detach()
-
-    def at(self, params: Tensor, x: Tensor) -> tuple[Transform, Tensor, Tensor]:
-        """The transform, its value, and its log-determinant."""
-        transform = self.family(params)
-        y = transform(x)
-        return transform, y, transform.log_abs_det_jacobian(x, y)
+        return points.repeat(1, columns)
 
     def interface(self) -> None:
         count = self.family.num_params
@@ -138,24 +134,23 @@ class _Check:
         points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 30.0, 1e2]
         points += [-point for point in points]
         x = torch.tensor(points, dtype=self.dtype, device="cpu").unsqueeze(-1)
-        _, y, ladj = self.at(torch.zeros_like(self.params(1)), x)
+        y, ladj = _values(self.family(torch.zeros_like(self.params(1))), x)
         limit = 20 * torch.finfo(self.dtype).eps
         ok = (y - x).abs() <= limit * (1 + x.abs())
         self.require(ok, "zero params must be the identity", x=x, y=y)
         message = "zero params must have log-determinant zero"
         self.require(ladj.abs() <= limit, message, x=x, ladj=ladj)
 
-    def increasing(self, params: Tensor) -> None:
-        transform = self.family(params)
+    def increasing(self, transform: Any) -> None:
         for width in (1e3, 10.0):
             x = self.grid(-width, width, 2001)
             y = transform(x)
             ends = {"x": x[:-1], "next_x": x[1:], "y": y[:-1], "next_y": y[1:]}
             self.require(y[1:] > y[:-1], "the map must be strictly increasing", **ends)
 
-    def log_derivative(self, params: Tensor) -> None:
-        x = self.grid(-12, 12, 199, params).requires_grad_()
-        transform, y, ladj = self.at(params, x)
+    def log_derivative(self, transform: Any) -> None:
+        x = self.grid(-12, 12, 199, COUNT).requires_grad_()
+        y, ladj = _values(transform, x)
         message = f"the log-determinant must have shape {tuple(x.shape)}, elementwise"
         self.require(ladj.shape == x.shape, message)
         expected = torch.autograd.grad(y.sum(), x)[0].log()
@@ -168,9 +163,9 @@ class _Check:
             message = "call_and_ladj must agree with the call and log_abs_det_jacobian"
             self.require(ok, message, x=x, ladj=ladj_too, expected=ladj)
 
-    def round_trip(self, params: Tensor) -> None:
-        x = self.grid(-30, 30, 301, params)
-        transform, y, ladj = self.at(params, x)
+    def round_trip(self, transform: Any) -> None:
+        x = self.grid(-30, 30, 301, COUNT)
+        y, ladj = _values(transform, x)
         back = transform.inv(y)
         # where the map is flat, round-off in y is more round-off in x, whatever the inverse does
         limit = self.tolerance * (1 + x.abs()) * (-ladj).exp().clamp_min(1.0)
@@ -181,18 +176,16 @@ class _Check:
         message = "the inverse's log-determinant must be minus that of the map"
         self.require(ok, message, x=x, ladj=ladj, of_inverse=back_ladj)
 
-    def onto(self, params: Tensor, onto_at: float) -> None:
-        transform = self.family(params)
-        y = self.grid(-onto_at, onto_at, 2, params)
+    def onto(self, transform: Any, onto_at: float) -> None:
+        y = self.grid(-onto_at, onto_at, 2, COUNT)
         x = transform.inv(y)
         again = transform(x)
         ok = x.isfinite() & ((again - y).abs() <= self.tolerance * 10 * (1 + y.abs()))
         self.require(ok, "the map must be onto the real line", y=y, inverse=x, again=again)
 
-    def density(self, params: Tensor) -> None:
-        transform = self.family(params)
+    def density(self, transform: Any) -> None:
         # points that are even in x are close together wherever the density of y is high
-        y = transform(self.grid(-9, 9, 3001, params))
+        y = transform(self.grid(-9, 9, 3001, COUNT))
         x = transform.inv(y)
         log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
         log_density = log_density + transform.inv.log_abs_det_jacobian(y, x)
@@ -202,7 +195,8 @@ class _Check:
 
     def shapes(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
         params, x = self.params(*params_shape), self.normal(shape, self.dtype)
-        transform, y, ladj = self.at(params, x)
+        transform = self.family(params)
+        y, ladj = _values(transform, x)
         got = [tuple(result.shape) for result in (y, ladj, transform.inv(x))]
         message = f"the call, log-determinant and inverse must have the shape {shape} of x"
         self.require(got == [shape] * 3, f"{message}, got {got}")
@@ -213,8 +207,7 @@ class _Check:
     def dtypes(self, dtype: torch.dtype) -> None:
         transform = copy.deepcopy(self.family).to(dtype)(self.params(3).to(dtype))
         x = self.grid(-2, 2, 3).to(dtype)
-        y = transform(x)
-        got = [r.dtype for r in (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))]
+        got = [result.dtype for result in (*_values(transform, x), transform.inv(x))]
         default = f"the dtype must follow the input, {dtype} (default {torch.get_default_dtype()})"
         message = f"{default}, got {got} of the call, log-determinant and inverse"
         self.require(got == [dtype] * 3, message)
@@ -222,8 +215,9 @@ class _Check:
     def large_params(self, gain: float, log_slope_bound: float) -> None:
         where = f"at large params (random, times {gain:g})"
         params = self.params(50, gain=gain).requires_grad_()
-        x = self.grid(-30, 30, 61, params).requires_grad_()
-        transform, y, ladj = self.at(params, x)
+        x = self.grid(-30, 30, 61, len(params)).requires_grad_()
+        transform = self.family(params)
+        y, ladj = _values(transform, x)
         ok = y.isfinite() & ladj.isfinite()
         self.require(ok, f"values must be finite {where}", x=x, y=y, ladj=ladj)
         ok = (ladj.abs() <= log_slope_bound) | (x.abs() > 3)
@@ -240,9 +234,7 @@ class _Check:
         x = self.normal((4,), torch.float64).requires_grad_()
 
         def both(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            transform = family(params) if name == "map" else family(params).inv
-            y = transform(x)
-            return y, transform.log_abs_det_jacobian(x, y)
+            return _values(family(params) if name == "map" else family(params).inv, x)
 
         for name in ("map", "inverse"):
             try:
@@ -256,3 +248,8 @@ class _Check:
         transform = self.family(self.params(1))
         self.require(transform(nan).isnan(), "a NaN must stay one in the map")
         self.require(transform.inv(nan).isnan(), "a NaN must stay one in the inverse")
+
+
+def _values(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)

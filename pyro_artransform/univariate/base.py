@@ -4,6 +4,7 @@
 """The contract of a univariate family, and the transform that every family returns."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,11 +63,8 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Splits the parameters of a family of shape ``(*, D, P)`` into views of shapes ``(*, D, size)``."""
     if torch.jit.is_tracing() or params.dim() < 2:
         # TorchScript cannot differentiate a split
-        parts, start = [], 0
-        for size in sizes:
-            parts.append(params[..., start : start + size])
-            start += size
-        return parts
+        ends = accumulate(sizes)
+        return [params[..., end - size : end] for size, end in zip(sizes, ends)]
     # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
     # as params. Along the next-to-last dimension it gets the layout that conditioners produce.
     return [part.mT for part in params.mT.split(list(sizes), -2)]

@@ -208,9 +208,5 @@ def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
 
 def _broadcast(t: Tensor, *tables: Tensor) -> list[Tensor]:
     """Broadcasts ``t`` of shape ``(*, D)`` and tables of shape ``(*, K, D)``."""
-    if not torch.jit.is_tracing() and all(
-        table.shape[:-2] + table.shape[-1:] == t.shape for table in tables
-    ):
-        return [t, *tables]
     t = torch.broadcast_tensors(t, *(table[..., 0, :] for table in tables))[0]
     return [t, *(table.expand(*t.shape[:-1], table.shape[-2], t.shape[-1]) for table in tables)]
