@@ -56,8 +56,8 @@ def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = 
     padded = torch.cat([steps[:1].expand(half), steps, steps[-1:].expand(half)])
     median = padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
     ax.plot(x, median.numpy(), color=_BLUE, linewidth=1.8, label="running median")
-    shown = steps[len(steps) // 10 :]
-    shown = shown[shown.isfinite()].tolist()
+    late = steps[len(steps) // 10 :]
+    shown = late[late.isfinite()].tolist()
     if shown and max(shown) > min(shown):
         margin = 0.05 * (max(shown) - min(shown))
         ax.set_ylim(min(shown) - margin, max(shown) + margin)
