@@ -23,6 +23,7 @@ except ImportError as error:
 __all__ = ["plot_elbo", "plot_khat", "plot_pairs", "plot_ranks"]
 
 _BLUE, _ORANGE, _GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
+_COLORS = {"guide": _BLUE, "reference": _GRAY}
 _MAX_COORDINATES = 8
 _MAX_POINTS = 2000
 
@@ -51,22 +52,18 @@ def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = 
     ax = _axes(ax)
     x = range(1, len(steps) + 1)
     ax.plot(x, steps.numpy(), color=_BLUE, alpha=0.3, linewidth=0.8, label="step")
-    median = _running_median(steps, max(1, len(steps) // 50))
+    half = max(1, len(steps) // 50)
+    padded = torch.cat([steps[:1].expand(half), steps, steps[-1:].expand(half)])
+    median = padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
     ax.plot(x, median.numpy(), color=_BLUE, linewidth=1.8, label="running median")
-    shown = steps[len(steps) // 10 :]
-    shown = shown[shown.isfinite()]
-    if len(shown) > 1 and shown.max() > shown.min():
-        low, high = shown.min().item(), shown.max().item()
-        margin = 0.05 * (shown.max() - shown.min()).item()
-        ax.set_ylim(low - margin, high + margin)
+    late = steps[len(steps) // 10 :]
+    shown = late[late.isfinite()].tolist()
+    if shown and max(shown) > min(shown):
+        margin = 0.05 * (max(shown) - min(shown))
+        ax.set_ylim(min(shown) - margin, max(shown) + margin)
     ax.set(xlabel="step", ylabel="ELBO (nats)")
     ax.legend(frameon=False, loc="lower right")
     return _tidied(ax)
-
-
-def _running_median(values: Tensor, half: int) -> Tensor:
-    padded = torch.cat([values[:1].expand(half), values, values[-1:].expand(half)])
-    return padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
 
 
 def plot_pairs(
@@ -94,27 +91,40 @@ def plot_pairs(
     if missing:
         raise ValueError(f"reference: expected the coordinates {chosen}, got none of {missing}")
     size = len(chosen)
-    figure, axes = plt.subplots(
-        size, size, figsize=(1.8 * size + 1,) * 2, squeeze=False, layout="constrained"
-    )
     ranges = {name: _range([drawn[name] for drawn in series.values()]) for name in chosen}
+    layout: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(size, size, figsize=(1.8 * size + 1,) * 2, **layout)
     for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
         ax = axes[i, j]
         for label in series if i >= j else reversed(series):
-            color = _GRAY if label == "reference" else _BLUE
             x, y = series[label][column], series[label][row]
             if i == j:
-                _draw_histogram(ax, x, ranges[column], label, color)
+                _draw_histogram(ax, x, ranges[column], label)
             else:
                 step = max(1, -(-len(x) // _MAX_POINTS))
-                dots = {"s": 3, "alpha": 0.35, "linewidths": 0}
-                ax.scatter(x[::step].numpy(), y[::step].numpy(), color=color, **dots)
-        _label_pair(ax, row, column, ranges, is_left=j == 0, is_last=i == size - 1)
+                dots = {"color": _COLORS[label], "s": 3, "alpha": 0.35, "linewidths": 0}
+                ax.scatter(x[::step].numpy(), y[::step].numpy(), **dots)
+        _tidied(ax).set(xlabel=column, ylabel=row, xlim=ranges[column])
+        ax.tick_params(labelsize=7)
+        ax.locator_params(nbins=4)
+        ax.label_outer()
+        if i == j:
+            ax.set_yticks([])
+        else:
+            ax.set_ylim(ranges[row])
     if reference is not None:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=2)
     figure.align_labels()
     return axes
+
+
+def _draw_histogram(ax: Axes, x: Tensor, limits: tuple[float, float], label: str) -> None:
+    style: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
+    if label == "reference":
+        style = {"histtype": "stepfilled", "alpha": 0.45}
+    style.update(density=True, color=_COLORS[label], label=label)
+    ax.hist(x.numpy(), bins=max(10, min(40, int(len(x) ** 0.5))), range=limits, **style)
 
 
 def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,43 +158,6 @@ def _range(columns: Sequence[Tensor]) -> tuple[float, float]:
     high = max(column[-1 - int(0.005 * len(column))].item() for column in ordered)
     margin = 0.08 * (high - low) or 1.0
     return low - margin, high + margin
-
-
-def _draw_histogram(
-    ax: Axes, x: Tensor, limits: tuple[float, float], label: str, color: str
-) -> None:
-    filled: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45}
-    outline: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
-    style = filled if label == "reference" else outline
-    bins = max(10, min(40, int(len(x) ** 0.5)))
-    ax.hist(x.numpy(), bins=bins, range=limits, density=True, color=color, label=label, **style)
-
-
-def _label_pair(
-    ax: Axes,
-    row: str,
-    column: str,
-    ranges: Mapping[str, tuple[float, float]],
-    *,
-    is_left: bool,
-    is_last: bool,
-) -> None:
-    _tidied(ax)
-    ax.tick_params(labelsize=7)
-    ax.locator_params(nbins=4)
-    ax.set_xlim(ranges[column])
-    if row == column:
-        ax.set_yticks([])
-    else:
-        ax.set_ylim(ranges[row])
-    if is_last:
-        ax.set_xlabel(column)
-    else:
-        ax.set_xticklabels([])
-    if is_left:
-        ax.set_ylabel(row)
-    elif row != column:
-        ax.set_yticklabels([])
 
 
 def plot_ranks(

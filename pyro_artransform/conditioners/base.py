@@ -16,17 +16,12 @@ class Blocks(Protocol):
     Coordinates are sorted by level; all before the open block are known.
     """
 
-    @property
-    def order(self) -> Tensor | None:
-        """The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already."""
-
-    @property
-    def levels(self) -> list[int]:
-        """``levels[k]`` coordinates come before level k; ``depth + 1`` entries."""
-
-    @property
-    def work(self) -> int:
-        """The multiplications that one evaluation of one row takes."""
+    #: The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already.
+    order: Tensor | None
+    #: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
+    levels: list[int]
+    #: The multiplications that one evaluation of one row takes.
+    work: int
 
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``."""
@@ -38,11 +33,7 @@ class Blocks(Protocol):
         """
 
     def close(self, x: Tensor, levels: int) -> None:
-        """Makes the first levels of the block known.
-
-        :param x: the values of their coordinates, shape ``(B, n)``.
-        :param levels: the level up to which, not included, all is known then.
-        """
+        """Makes known what is before level ``levels``: coordinates of the block with the values ``x``."""
 
 
 class Conditioner(torch.nn.Module, ABC):
@@ -54,9 +45,8 @@ class Conditioner(torch.nn.Module, ABC):
 
     A subclass implements ``forward(x, context=None)`` for ``x`` of shape ``(*, D)`` and an optional
     context of shape ``(*, C)``, whose batch shapes broadcast, and returns parameters of shape
-    ``(*, D, P)``. Its last layer should start at zero, so that a flow starts as the identity.
-
-    A transform asks for three attributes more, which may stay as they are here.
+    ``(*, D, P)``. Its last layer should start at zero, so that a flow starts as the identity. The other
+    attributes may stay as they are here.
     """
 
     #: Whether the dependence on earlier coordinates alone holds by construction, whatever the values of
@@ -88,16 +78,10 @@ class Conditioner(torch.nn.Module, ABC):
 
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
-        :param in_place: whether values may be written in place, which is faster, but neither autograd
-            nor ``torch.func`` can follow.
+        :param in_place: whether values are written in place: faster, but nothing can differentiate it.
         """
         return None
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Returns the parameters.
-
-        :param x: shape ``(*, D)``.
-        :param context: shape ``(*, C)``, or None.
-        :return: shape ``(*, D, P)``.
-        """
+        """The parameters, shape ``(*, D, P)``, at ``x`` and a context where there is one."""

@@ -35,7 +35,6 @@ class MaskedInput(Conditioner):
 
     Example::
 
-        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Unflatten(-1, (3, 2)))
         >>> MaskedInput(net)(torch.zeros(5, 3)).shape
         torch.Size([5, 3, 2])
@@ -68,38 +67,31 @@ class MaskedInput(Conditioner):
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> Tensor | Transform:
-        """Returns the parameters, or the transform, of each coordinate from its own masked copy.
+        """The parameters, or the transform, of each coordinate from its own masked copy.
 
-        :param x: shape ``(*, D)``.
-        :param context: shape ``(*, C)``, handed to the network with one more dimension for the copies.
-        :return: shape ``(*, D, P)``, or an elementwise transform on ``(*, D)``.
+        The network gets the context with one more dimension for the copies.
         """
+        dim = x.shape[-1] if x.dim() else 0
+        mask = self.adjacency
+        if mask is None:
+            mask = torch.ones((dim, dim), dtype=torch.bool, device=x.device).tril(-1)
+        elif dim != len(mask):
+            raise ValueError(f"x: expected shape (*, {len(mask)}), got {tuple(x.shape)}")
         # not a product: what is masked may be infinite
-        copies = torch.where(self._mask(x), x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))
-        if context is None:
-            out = self.net(copies)
-        else:
-            repeated = context.unsqueeze(-2).expand(context.shape[:-1] + (copies.shape[-1], -1))
-            out = self.net(copies, repeated)
+        inputs = [torch.where(mask, x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))]
+        if context is not None:
+            inputs.append(context.unsqueeze(-2).expand(context.shape[:-1] + (dim, -1)))
+        out = self.net(*inputs)
         if isinstance(out, Transform):
             return _OwnCopyTransform(out)
         if not isinstance(out, Tensor):
             raise TypeError(f"net: expected a tensor or a Transform, got {type(out).__name__}")
-        dim = x.shape[-1]
         if out.dim() < 3 or out.shape[-3:-1] != (dim, dim):
             raise ValueError(
                 f"net: expected parameters of shape (*, {dim}, P) for an input of shape (*, {dim}), "
-                f"got {tuple(out.shape)} for {tuple(copies.shape)}"
+                f"got {tuple(out.shape)} for {tuple(inputs[0].shape)}"
             )
-        return out.diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
-
-    def _mask(self, x: Tensor) -> Tensor:
-        dim = x.shape[-1] if x.dim() else 0
-        if self.adjacency is None:
-            return torch.ones((dim, dim), dtype=torch.bool, device=x.device).tril(-1)
-        if dim != len(self.adjacency):
-            raise ValueError(f"x: expected shape (*, {len(self.adjacency)}), got {tuple(x.shape)}")
-        return self.adjacency
+        return out.diagonal(dim1=-3, dim2=-2).mT
 
 
 class _OwnCopyTransform(Transform):
@@ -122,19 +114,16 @@ class _OwnCopyTransform(Transform):
         return self.base.sign
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._own(self.base(self._copies(x)))
+        return self.base(_copies(x)).diagonal(dim1=-2, dim2=-1)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._own(self.base.inv(self._copies(y)))
+        return self.base.inv(_copies(y)).diagonal(dim1=-2, dim2=-1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        ladj = self.base.log_abs_det_jacobian(self._copies(x), self._copies(y))
-        return self._own(ladj.expand(self._copies(x).shape))
+        ladj = self.base.log_abs_det_jacobian(_copies(x), _copies(y))
+        return ladj.expand(_copies(x).shape).diagonal(dim1=-2, dim2=-1)
 
-    @staticmethod
-    def _copies(x: Tensor) -> Tensor:
-        return x.unsqueeze(-2).expand(x.shape[:-1] + (x.shape[-1], x.shape[-1]))
 
-    @staticmethod
-    def _own(copies: Tensor) -> Tensor:
-        return copies.diagonal(dim1=-2, dim2=-1)
+def _copies(x: Tensor) -> Tensor:
+    """From shape ``(*, D)`` to ``(*, D, D)``."""
+    return x.unsqueeze(-2).expand(x.shape[:-1] + (x.shape[-1], x.shape[-1]))

@@ -15,6 +15,8 @@ from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
+MaskLike = Tensor | Sequence[Sequence[int]]
+
 
 class MaskedLinear(nn.Linear):
     r"""A linear layer whose weight is masked whenever it is evaluated.
@@ -27,15 +29,12 @@ class MaskedLinear(nn.Linear):
 
     :param in_features: the number of inputs.
     :param out_features: the number of outputs.
-    :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists; a buffer of the
-        weight's dtype, since the product of two float tensors is many times faster than that of a float
-        and a boolean one.
+    :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists.
     :param bias: whether to add a bias.
     :raises ValueError: if the mask has another shape.
 
     Example::
 
-        >>> import torch
         >>> layer = MaskedLinear(3, 2, torch.tensor([[1, 0, 0], [1, 1, 0]]))
         >>> layer(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
@@ -44,32 +43,19 @@ class MaskedLinear(nn.Linear):
     mask: Tensor
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        mask: Tensor | Sequence[Sequence[int]],
-        bias: bool = True,
+        self, in_features: int, out_features: int, mask: MaskLike, bias: bool = True
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         mask = torch.as_tensor(mask, device=self.weight.device)
         if mask.shape != self.weight.shape:
-            raise ValueError(
-                f"mask: expected shape {tuple(self.weight.shape)} (out_features, in_features), "
-                f"got {tuple(mask.shape)}"
-            )
+            wanted = f"{tuple(self.weight.shape)} (out_features, in_features)"
+            raise ValueError(f"mask: expected shape {wanted}, got {tuple(mask.shape)}")
+        # the product of two float tensors is many times faster than that of a float and a boolean one
         self.register_buffer("mask", mask.to(self.weight))
 
-    def masked_weight(self) -> Tensor:
-        """The weight as it acts, shape ``(out_features, in_features)``."""
-        return self.weight * self.mask
-
     def forward(self, input: Tensor) -> Tensor:
-        """Applies the layer.
-
-        :param input: shape ``(*, in_features)``.
-        :return: shape ``(*, out_features)``.
-        """
-        return F.linear(input, self.masked_weight(), self.bias)
+        """Applies the layer: from shape ``(*, in_features)`` to ``(*, out_features)``."""
+        return F.linear(input, self.weight * self.mask, self.bias)
 
 
 class MaskedMLP(Conditioner):
@@ -83,9 +69,9 @@ class MaskedMLP(Conditioner):
     :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
         ``max(64, 2 * input_dim)``.
     :param context_dim: the size C of the context, 0 for none.
-    :param nonlinearity: the activation, by default ``torch.nn.ELU()``. It has to be an elementwise
-        deterministic function: any other makes a network that is not autoregressive, and nothing says so.
-        All hidden layers share it, and its parameters if it is a module that has some.
+    :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``. It has to be
+        an elementwise deterministic function: any other makes a network that is not autoregressive, and
+        nothing says so.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
@@ -96,7 +82,6 @@ class MaskedMLP(Conditioner):
 
     Example::
 
-        >>> import torch
         >>> conditioner = MaskedMLP(3, 2, hidden_dims=[16, 16], context_dim=4)
         >>> conditioner(torch.zeros(5, 3), torch.zeros(5, 4)).shape
         torch.Size([5, 3, 2])
@@ -109,7 +94,6 @@ class MaskedMLP(Conditioner):
 
     autoregressive = True
     num_params: int
-    #: The number of coordinates on the longest path of the graph: as many passes invert exactly.
     depth: int
     adjacency: Tensor
     order: Tensor  # the coordinates sorted by level
@@ -135,11 +119,9 @@ class MaskedMLP(Conditioner):
         if hidden_dims is None:
             hidden_dims = [max(64, 2 * self.input_dim)] * 2
         self.hidden_dims = tuple(check_hidden_dims(hidden_dims))
-        self.nonlinearity = check_callable(
-            "nonlinearity",
-            nn.ELU() if nonlinearity is None else nonlinearity,
-            "a function or a module such as torch.nn.ELU()",
-        )
+        wanted = "a function or a module such as torch.nn.ELU()"
+        activation = nn.ELU() if nonlinearity is None else nonlinearity
+        self.nonlinearity = check_callable("nonlinearity", activation, wanted)
         order, adjacency = check_graph(order, adjacency, self.input_dim)
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)
@@ -155,15 +137,13 @@ class MaskedMLP(Conditioner):
         if self.adjacency.is_meta:
             return  # there is nothing to read; what was known stays
         adjacency = self.adjacency.to("cpu")
-        level = levels(adjacency)
-        sets = hidden_sets(adjacency, self.context_dim > 0)
-        self._levels: list[int] = level.tolist()
-        self._unit_levels: list[list[int]] = []
+        level, sets = levels(adjacency), hidden_sets(adjacency, self.context_dim > 0)
+        self._levels: list[list[int]] = [level.tolist()]  # of the coordinates, of each hidden layer
         for width in self.hidden_dims:
-            self._unit_levels.append(set_levels(spread(sets, width), level).tolist())
+            self._levels.append(set_levels(spread(sets, width), level).tolist())
         self._layout = None
         self._is_narrow = min(self.hidden_dims) < len(sets)
-        self.depth = max(self._levels) + 1
+        self.depth = max(self._levels[0]) + 1
 
     def _build_layers(self) -> None:
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
@@ -184,13 +164,6 @@ class MaskedMLP(Conditioner):
         self.to(last.weight.device)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Returns the parameters.
-
-        :param x: shape ``(*, D)``.
-        :param context: shape ``(*, C)``, its batch shape broadcasts with that of ``x``.
-        :return: shape ``(*, D, P)``.
-        :raises ValueError: if ``x`` or the context has another size, or the context is missing.
-        """
         self._check_input(x, context)
         first, *others = self.layers
         hidden = first(x)
@@ -207,15 +180,12 @@ class MaskedMLP(Conditioner):
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> MLPBlocks | None:
-        """The network as it is evaluated block by block, see :class:`~.base.Conditioner`.
-
-        None if a subclass has another ``forward`` or there are hooks: blocks do not go through them.
-        """
+        """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
         if type(self).forward is not MaskedMLP.forward or self._has_hooks():
             return None
         self._check_input(x, context)
         if self._layout is None:
-            self._layout = block_layout(self._levels, self._unit_levels)
+            self._layout = block_layout(*self._levels)
         order = None if self._layout.natural else self.order
         weights = self._sorted_weights(context, order)
         return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
@@ -227,18 +197,19 @@ class MaskedMLP(Conditioner):
 
     def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
         layers: Any = list(self.layers)  # slices of a ModuleList are modules, and slow to make
-        biases = [layer.bias for layer in layers[:-1]]
+        rows = self.num_params, self.input_dim
+        inner = [layer.weight * layer.mask for layer in layers[:-1]]
+        last = (layers[-1].weight * layers[-1].mask).view(*rows, -1)
+        skip = None if self.skip is None else (self.skip.weight * self.skip.mask).view(*rows, -1)
+        biases = [layer.bias for layer in layers]
+        last_bias = biases.pop().view(rows)
         if self.context_layer is not None:
             biases[0] = biases[0] + self.context_layer(context)
-        rows = self.num_params, self.input_dim
-        weights = Weights(
-            inner=[layer.masked_weight() for layer in layers[:-1]],
-            last=layers[-1].masked_weight().view(*rows, -1),
-            skip=None if self.skip is None else self.skip.masked_weight().view(*rows, -1),
-            biases=biases,
-            last_bias=layers[-1].bias.view(rows),
-        )
-        return weights if order is None else weights.sorted(order)
+        if order is not None:
+            inner[0] = inner[0][:, order]
+            last, last_bias = last[:, order], last_bias[:, order]
+            skip = None if skip is None else skip[:, order][..., order]
+        return Weights(inner, last, skip, biases, last_bias)
 
     def _check_input(self, x: Tensor, context: Tensor | None) -> None:
         if torch.jit.is_tracing():
@@ -286,13 +257,6 @@ class Unconditional(Conditioner):
         nn.init.zeros_(self.params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Returns the parameters.
-
-        :param x: shape ``(*, D)``.
-        :param context: not read.
-        :return: shape ``(*, D, P)``.
-        :raises ValueError: if ``x`` has another size.
-        """
         if not torch.jit.is_tracing() and x.shape[-1:] != (self.input_dim,):
             raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
         return self.params.expand(x.shape + (self.num_params,))

@@ -24,40 +24,48 @@ import torch
 from torch import Tensor
 
 
-def check_order(order: Tensor | Sequence[int], input_dim: int) -> Tensor:
-    """Returns ``order`` as a long tensor on the CPU, after a check that it is a permutation.
-
-    :param order: ``order[k]`` is the coordinate that comes k-th, shape ``(D,)``.
-    :param input_dim: the number D of coordinates.
-    :raises ValueError: if it is not a permutation of ``0 .. D-1``.
-    """
-    order = torch.as_tensor(order, device="cpu")
-    expected = torch.arange(input_dim, device="cpu")
-    if order.shape != (input_dim,) or not bool((order.sort().values == expected).all()):
-        raise ValueError(
-            f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
-        )
-    return order.long()
-
-
 def check_graph(
     order: Tensor | Sequence[int] | None, adjacency: Tensor | None, input_dim: int
 ) -> tuple[Tensor, Tensor]:
     """A graph, and its coordinates sorted by level, from one of the two arguments or by default.
 
-    :param order: see :func:`check_order`; by default 0 .. D-1.
+    :param order: a permutation: ``order[k]`` is the coordinate that comes k-th; by default 0 .. D-1.
     :param adjacency: see :func:`check_adjacency`.
     :param input_dim: the number D of coordinates.
-    :return: the order, shape ``(D,)``, and the adjacency, shape ``(D, D)``.
+    :return: the order, long of shape ``(D,)``, and the adjacency, shape ``(D, D)``, on the CPU.
     :raises ValueError: if one is wrong, or both are given.
     """
-    if order is not None and adjacency is not None:
-        raise ValueError("expected an order or an adjacency, got both")
     if adjacency is not None:
+        if order is not None:
+            raise ValueError("expected an order or an adjacency, got both")
         adjacency = check_adjacency(adjacency, input_dim)
         return levels(adjacency).argsort(stable=True), adjacency
-    order = check_order(range(input_dim) if order is None else order, input_dim)
-    return order, order_to_adjacency(order)
+    natural = torch.arange(input_dim, device="cpu")
+    order = natural if order is None else torch.as_tensor(order, device="cpu")
+    if order.shape != natural.shape or not bool((order.sort().values == natural).all()):
+        raise ValueError(
+            f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
+        )
+    return order.long(), order_to_adjacency(order)
+
+
+def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
+    """Returns ``adjacency`` as a boolean tensor on the CPU, after a check that it is an acyclic graph.
+
+    :param adjacency: shape ``(D, D)``, boolean (or zeros and ones).
+    :param input_dim: the number D of coordinates.
+    :raises ValueError: if the shape or an entry is wrong or the graph has a cycle (a coordinate that
+        depends on itself is one); the message names the cycle.
+    """
+    adjacency = torch.as_tensor(adjacency, device="cpu")
+    expected = input_dim, input_dim
+    if adjacency.shape != expected:
+        raise ValueError(f"adjacency: expected shape {expected}, got {tuple(adjacency.shape)}")
+    if ((adjacency != 0) & (adjacency != 1)).any():
+        raise ValueError("adjacency: expected booleans (or zeros and ones), got other values")
+    adjacency = adjacency.bool()
+    levels(adjacency)
+    return adjacency
 
 
 def order_to_adjacency(order: Tensor) -> Tensor:
@@ -89,46 +97,33 @@ def levels(adjacency: Tensor) -> Tensor:
     return level.to(adjacency.device)
 
 
+def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:
+    """Names a cycle among coordinates that all have a parent among them."""
+    path = [int(unresolved.nonzero()[0, 0])]
+    while path[-1] not in path[:-1]:
+        path.append(int((parents[path[-1]] & unresolved).nonzero()[0, 0]))
+    cycle = path[path.index(path[-1]) :][::-1]
+    return (
+        f"adjacency: expected an acyclic graph, got the cycle {' -> '.join(map(str, cycle))} "
+        "(entry [i, j] says that coordinate i depends on coordinate j)"
+    )
+
+
 def depth(adjacency: Tensor) -> int:
-    """The number of coordinates on the longest path of the graph.
+    """The number of coordinates on the longest path of an acyclic graph of shape ``(D, D)``.
 
     As many fixed-point passes invert the transform exactly: D for a full graph, 2 for a coupling,
     1 for an elementwise transform.
-
-    :param adjacency: boolean, shape ``(D, D)``.
-    :raises ValueError: if the graph has a cycle.
     """
     return int(levels(adjacency).max()) + 1
 
 
-def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
-    """Returns ``adjacency`` as a boolean tensor on the CPU, after a check that it is an acyclic graph.
-
-    :param adjacency: shape ``(D, D)``, boolean (or zeros and ones).
-    :param input_dim: the number D of coordinates.
-    :raises ValueError: if the shape or an entry is wrong or the graph has a cycle (a coordinate that
-        depends on itself is one); the message names the cycle.
-    """
-    adjacency = torch.as_tensor(adjacency, device="cpu")
-    if adjacency.shape != (input_dim, input_dim):
-        raise ValueError(
-            f"adjacency: expected shape {(input_dim, input_dim)}, got {tuple(adjacency.shape)}"
-        )
-    if ((adjacency != 0) & (adjacency != 1)).any():
-        raise ValueError("adjacency: expected booleans (or zeros and ones), got other values")
-    adjacency = adjacency.bool()
-    levels(adjacency)
-    return adjacency
-
-
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
-    """The distinct sets of inputs that hidden units need to carry, the shallow ones first.
-
-    They are the parents of the coordinates. The empty set is needed for units that see a context
-    only, or if there is no other.
+    """The distinct sets of inputs that hidden units need to carry: the parents of the coordinates.
 
     :param adjacency: boolean, shape ``(D, D)``.
-    :param with_context: whether units without inputs are of use.
+    :param with_context: whether units without inputs are of use; otherwise the empty set is left out,
+        unless there is no other.
     :return: boolean, shape ``(number of sets, D)``, sorted by :func:`set_levels`.
     """
     sets = adjacency.unique(dim=0)
@@ -151,8 +146,7 @@ def spread(sets: Tensor, hidden_dim: int) -> Tensor:
     """Gives each of ``hidden_dim`` units a set, evenly and in order; the last set always has one.
 
     :param sets: boolean, shape ``(N, D)``.
-    :param hidden_dim: the number H of units.
-    :return: boolean, shape ``(H, D)``.
+    :return: boolean, shape ``(hidden_dim, D)``.
     """
     unit = torch.arange(1, hidden_dim + 1, device=sets.device)
     return sets[(unit * len(sets) + hidden_dim - 1) // hidden_dim - 1]
@@ -165,8 +159,7 @@ def subset_mask(inner: Tensor, outer: Tensor) -> Tensor:
     :param outer: boolean, shape ``(N, D)``.
     :return: boolean, shape ``(N, M)``.
     """
-    missing = (~outer).float() @ inner.float().T
-    return missing == 0
+    return (~outer).float() @ inner.float().T == 0
 
 
 def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool) -> list[Tensor]:
@@ -184,16 +177,3 @@ def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool)
         previous, units = units, spread(sets, hidden_dim)
         masks.append(subset_mask(previous, units))
     return masks + [subset_mask(units, adjacency)]
-
-
-def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:
-    """Names a cycle among coordinates that all have a parent among them."""
-    path = [int(unresolved.nonzero()[0, 0])]
-    while path[-1] not in path[:-1]:
-        path.append(int((parents[path[-1]] & unresolved).nonzero()[0, 0]))
-    cycle = path[path.index(path[-1]) :][::-1]
-    arrows = " -> ".join(str(i) for i in cycle)
-    return (
-        f"adjacency: expected an acyclic graph, got the cycle {arrows} "
-        "(entry [i, j] says that coordinate i depends on coordinate j)"
-    )

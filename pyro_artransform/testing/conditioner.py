@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .redraw import normal, redraw
+from .redraw import BATCH_SHAPES, DTYPES, normal, redraw
 
-BATCH_SHAPES = ((), (3,), (3, 4))
+Inputs = tuple[Tensor, ...]  # x, and a context where there is one
 
 
 def check_conditioner(
@@ -35,83 +35,73 @@ def check_conditioner(
     :param zero_at_start: False for one that is documented to start elsewhere.
     :raises AssertionError: that says which contract broke, and for which input.
     """
+
+    def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Inputs:
+        x = normal((*shape, input_dim), dtype, seed=1)
+        return (x, normal((*shape, context_dim), dtype, seed=2)) if context_dim else (x,)
+
     conditioner = make()
     assert isinstance(conditioner, nn.Module), f"expected an nn.Module, got {type(conditioner)}"
     if adjacency is None:
         adjacency = torch.ones((input_dim, input_dim), dtype=torch.bool, device="cpu").tril(-1)
-    sizes = input_dim, context_dim
-    for dtype in (torch.float32, torch.float64):
-        _check_shapes(copy.deepcopy(conditioner).to(dtype), sizes, dtype)
+    for dtype in DTYPES:
+        for shape in BATCH_SHAPES:
+            _check_shape(copy.deepcopy(conditioner).to(dtype), inputs(shape, dtype))
     conditioner = conditioner.double()
     if zero_at_start:
-        largest = _evaluate(conditioner, *_inputs((3,), sizes)).abs().max().item()
+        largest = conditioner(*inputs((3,))).abs().max().item()
         assert largest == 0, f"start: expected zero parameters of a new conditioner, got {largest}"
     for gain in (1.0, 10.0):
-        _check_graph(redraw(conditioner, gain), adjacency, context_dim, f"re-drawn at gain {gain}")
+        _check_graph(redraw(conditioner, gain), adjacency, inputs(()), f"re-drawn at gain {gain}")
     redraw(conditioner)
-    _check_rows(conditioner, *_inputs((3, 4), sizes))
-    _check_restored(conditioner, redraw(make().double(), seed=1), *_inputs((3,), sizes))
+    _check_rows(conditioner, inputs((3, 4)))
+    _check_restored(conditioner, redraw(make().double(), seed=1), inputs((3,)))
 
 
-def _inputs(
-    shape: tuple[int, ...], sizes: tuple[int, int], dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor | None]:
-    input_dim, context_dim = sizes
-    context = normal(shape + (context_dim,), dtype, seed=2) if context_dim else None
-    return normal(shape + (input_dim,), dtype, seed=1), context
+def _check_shape(conditioner: nn.Module, inputs: Inputs) -> None:
+    params, x = conditioner(*inputs), inputs[0]
+    assert params.shape[:-1] == x.shape, (
+        f"shape: expected {tuple(x.shape)} + (P,) for x of shape {tuple(x.shape)}, "
+        f"got {tuple(params.shape)}"
+    )
+    assert params.dtype == x.dtype, f"dtype: expected {x.dtype}, got {params.dtype}"
 
 
-def _evaluate(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    return conditioner(x) if context is None else conditioner(x, context)
-
-
-def _check_shapes(conditioner: nn.Module, sizes: tuple[int, int], dtype: torch.dtype) -> None:
-    for shape in BATCH_SHAPES:
-        x, context = _inputs(shape, sizes, dtype)
-        params = _evaluate(conditioner, x, context)
-        assert params.shape[:-1] == x.shape, (
-            f"shape: expected {tuple(x.shape)} + (P,) for x of shape {tuple(x.shape)}, "
-            f"got {tuple(params.shape)}"
-        )
-        assert params.dtype == dtype, f"dtype: expected {dtype}, got {params.dtype}"
-
-
-def _check_graph(module: nn.Module, adjacency: Tensor, context_dim: int, when: str) -> None:
+def _check_graph(module: nn.Module, adjacency: Tensor, inputs: Inputs, when: str) -> None:
     depends = torch.zeros_like(adjacency, dtype=torch.bool, device="cpu")
-    _, context = _inputs((), (len(adjacency), context_dim))
     for seed in range(3):
         x = normal((len(adjacency),), seed=seed)
-        jacobian = torch.autograd.functional.jacobian(lambda v: _evaluate(module, v, context), x)
+        jacobian = torch.autograd.functional.jacobian(lambda v: module(v, *inputs[1:]), x)
         depends |= (jacobian != 0).any(1)
+    where = f"with parameters {when}, parameters of coordinate i"
     wrong = (depends & ~adjacency).nonzero().tolist()
     assert not wrong, (
-        f"autoregressive: with parameters {when}, parameters of coordinate i depend on x_j where the "
-        f"graph has no edge, for (i, j) in {wrong[:10]}"
+        f"autoregressive: {where} depend on x_j where the graph has no edge, "
+        f"for (i, j) in {wrong[:10]}"
     )
     absent = (adjacency & ~depends).nonzero().tolist()
     assert not absent, (
-        f"graph: with parameters {when}, parameters of coordinate i do not depend on x_j although the "
-        f"graph has the edge, for (i, j) in {absent[:10]}"
+        f"graph: {where} do not depend on x_j although the graph has the edge, "
+        f"for (i, j) in {absent[:10]}"
     )
 
 
-def _check_rows(conditioner: nn.Module, x: Tensor, context: Tensor | None) -> None:
-    whole = _evaluate(conditioner, x, context)
-    row = _evaluate(conditioner, x[1, 2], None if context is None else context[1, 2])
+def _check_rows(conditioner: nn.Module, inputs: Inputs) -> None:
+    whole = conditioner(*inputs)
+    row = conditioner(*(argument[1, 2] for argument in inputs))
     assert torch.allclose(whole[1, 2], row, atol=1e-10), "batch: a row alone gives another value"
-    if context is not None:
-        one = _evaluate(conditioner, x, context[:1, :1])
+    x, *contexts = inputs
+    for context in contexts:
+        one = conditioner(x, context[:1, :1])
         assert one.shape == whole.shape, (
-            f"context: one of shape {tuple(context[:1, :1].shape)} does not broadcast with x of shape "
-            f"{tuple(x.shape)}"
+            f"context: one of shape {tuple(context[:1, :1].shape)} does not broadcast with x of "
+            f"shape {tuple(x.shape)}"
         )
         assert not torch.equal(one, whole), "context: it has no effect"
 
 
-def _check_restored(
-    conditioner: nn.Module, other: nn.Module, x: Tensor, context: Tensor | None
-) -> None:
-    expected = _evaluate(conditioner, x, context)
+def _check_restored(conditioner: nn.Module, other: nn.Module, inputs: Inputs) -> None:
+    expected = conditioner(*inputs)
     other.load_state_dict(conditioner.state_dict(), strict=True)
     for name, twin in (("load_state_dict", other), ("deepcopy", copy.deepcopy(conditioner))):
-        assert torch.equal(_evaluate(twin, x, context), expected), f"{name}: the values changed"
+        assert torch.equal(twin(*inputs), expected), f"{name}: the values changed"

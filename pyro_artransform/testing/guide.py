@@ -20,6 +20,7 @@ from ..guides import AutoAutoregressive
 
 Model = Callable[..., Any]
 Args = tuple[Any, ...]
+Draws = dict[str, Tensor]
 
 
 def check_guide(
@@ -50,18 +51,22 @@ def check_guide(
         _check_draws(guide)
         _check_trains("SVI", guide, model, args)
         _check_densities(guide, args, atol)
-        _check_second_guide(guide, make(model), model, args)
+        before, second = _parameters(guide), make(model)
+        second(*args)
+        _check_trains("a second guide", second, model, args)
+        moved = _moved(guide, before)
+        assert not moved, f"training a second guide moves {len(moved)} parameters of the first"
         _check_copies(guide, model, args, picklable)
         _check_store(guide, make(model), model, args)
 
 
-def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
+def _parameters(guide: AutoAutoregressive) -> Draws:
     return {name: value.detach().clone() for name, value in guide.named_parameters()}
 
 
-def _count_moved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> int:
+def _moved(guide: AutoAutoregressive, before: Draws) -> list[str]:
     now = dict(guide.named_parameters())
-    return sum(not torch.equal(now[name], value) for name, value in before.items())
+    return [name for name, value in before.items() if not torch.equal(now[name], value)]
 
 
 def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Args) -> None:
@@ -71,26 +76,27 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
     for step in range(4):
         loss = svi.step(*args)
         assert math.isfinite(loss), f"{where}: a loss of {loss} at step {step}"
-    now = _parameters(guide)
-    still = [name for name, value in before.items() if torch.equal(now[name], value)]
+    moved = _moved(guide, before)
+    still = [name for name in before if name not in moved]
     assert not still, f"{where}: {len(still)} of {len(before)} parameters never move: {still[0]}"
-    for name, value in now.items():
+    for name, value in guide.named_parameters():
         assert value.isfinite().all(), f"{where}: '{name}' is not finite after a few steps"
 
 
 def _check_draws(guide: AutoAutoregressive) -> None:
     draws = guide.sample_posterior(5)
+    _check_shapes("sample_posterior(5)", guide, draws, 5)
+    _check_shapes("quantiles", guide, guide.quantiles([0.1, 0.9], num_samples=20), 2)
     for name, site in guide.prototype_trace.nodes.items():
-        shape, value = site["value"].shape, draws[name]
-        assert value.shape == (5, *shape), (
-            f"sample_posterior(5): '{name}' has shape {tuple(value.shape)}, expected {(5, *shape)}"
-        )
+        value = draws[name]
         assert value.dtype == site["value"].dtype, f"sample_posterior: '{name}' is {value.dtype}"
         assert site["fn"].support.check(value).all(), f"'{name}' left its support: {value}"
-        quantiles = guide.quantiles([0.1, 0.9], num_samples=20)[name]
-        assert quantiles.shape == (2, *shape), (
-            f"quantiles: '{name}' has shape {tuple(quantiles.shape)}, expected {(2, *shape)}"
-        )
+
+
+def _check_shapes(what: str, guide: AutoAutoregressive, values: Draws, count: int) -> None:
+    for name, site in guide.prototype_trace.nodes.items():
+        expected, shape = (count, *site["value"].shape), tuple(values[name].shape)
+        assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
 
 
 def _check_densities(guide: AutoAutoregressive, args: Args, atol: float) -> None:
@@ -108,43 +114,29 @@ def _check_densities(guide: AutoAutoregressive, args: Args, atol: float) -> None
         )
 
 
-def _check_second_guide(
-    guide: AutoAutoregressive, second: AutoAutoregressive, model: Model, args: Args
-) -> None:
-    before = _parameters(guide)
-    second(*args)
-    _check_trains("a second guide", second, model, args)
-    moved = _count_moved(guide, before)
-    assert not moved, f"training a second guide moves {moved} parameters of the first"
-
-
 def _check_copies(guide: AutoAutoregressive, model: Model, args: Args, picklable: bool) -> None:
-    ways: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy}
-    if picklable:
-        ways["pickle"] = lambda g: pickle.loads(pickle.dumps(g))
     latent = guide.rsample_and_log_prob(5)[0].detach()
     density = guide.get_posterior().log_prob(latent)
     before = _parameters(guide)
-    for way, through in ways.items():
-        twin = through(guide)
-        assert torch.equal(twin.get_posterior().log_prob(latent), density), (
-            f"{way}: another density"
-        )
+    for way in ("deepcopy", "pickle") if picklable else ("deepcopy",):
+        twin = copy.deepcopy(guide) if way == "deepcopy" else pickle.loads(pickle.dumps(guide))
+        found = twin.get_posterior().log_prob(latent)
+        assert torch.equal(found, density), f"{way}: another density"
         _check_trains(way, twin, model, args)
-        moved = _count_moved(guide, before)
-        assert not moved, f"{way}: training the copy moves {moved} parameters of the original"
+        moved = _moved(guide, before)
+        assert not moved, f"{way}: training the copy moves {len(moved)} parameters of the original"
 
 
 def _check_store(
     guide: AutoAutoregressive, fresh: AutoAutoregressive, model: Model, args: Args
 ) -> None:
-    store, values = pyro.get_param_store(), list(_parameters(guide).values())
+    store, values = pyro.get_param_store(), _parameters(guide).values()
     with store.scope():
         guide(*args)
         state = copy.deepcopy(store.get_state())
     with store.scope(state):
         fresh(*args)
-        found = list(_parameters(fresh).values())
+        found = _parameters(fresh).values()
         same = all(torch.equal(a, b) for a, b in zip(values, found, strict=True))
         assert same, "a loaded param store: the guide does not have its parameters"
         _check_trains("a loaded param store", fresh, model, args)

@@ -3,10 +3,15 @@
 
 """Parameters away from their start, where a mistake cannot hide behind zeros, and random inputs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BATCH_SHAPES = ((), (3,), (3, 4))
+DTYPES = (torch.float32, torch.float64)
 
 
 def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
@@ -34,6 +39,12 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int
     return draw.to(dtype)
 
 
-def normal_like(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
-    """Standard normal numbers of the dtype and on the device of another tensor."""
-    return normal(shape, like.dtype, seed).to(like.device)
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes a dtype the default for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

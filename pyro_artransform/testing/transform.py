@@ -5,16 +5,15 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor
 
-from .redraw import normal, normal_like, redraw
-
-BATCH_SHAPES = ((), (3,), (3, 4))
+from .redraw import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
 
 
 def check_transform(
@@ -43,15 +42,16 @@ def check_transform(
     assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"
     assert transform.event_dim == 1, f"event_dim: expected 1, got {transform.event_dim}"
     for shape in BATCH_SHAPES:
-        x = normal(shape + (input_dim,))
-        _check_values(transform, x, atol)
+        _check_values(transform, normal((*shape, input_dim)), atol)
     x = normal((3, input_dim), seed=1)
     _check_log_det(transform, x, atol)
     _check_inverse_gradients(transform, x)
     _check_ownership(transform)
     _check_memory(transform, x, atol)
     _check_copies(transform, x, picklable, atol)
-    _check_dtype(make, input_dim, gain)
+    for default, dtype in product(DTYPES, DTYPES):
+        with default_dtype(default):
+            _check_dtype(redraw(make().to(dtype), gain), normal((3, input_dim), dtype))
 
 
 def _close(a: Tensor, b: Tensor, atol: float) -> bool:
@@ -61,27 +61,26 @@ def _close(a: Tensor, b: Tensor, atol: float) -> bool:
 def _check_values(transform: Any, x: Tensor, atol: float) -> None:
     where = f"for x of shape {tuple(x.shape)}"
     y, ladj = transform.call_and_ladj(x)
-    assert y.shape == x.shape, f"call_and_ladj: expected y of the shape of x {where}, got {y.shape}"
-    assert ladj.shape == x.shape[:-1], (
-        f"log-determinant: expected shape {tuple(x.shape[:-1])} {where}, got {tuple(ladj.shape)}"
-    )
+    for name, found, shape in (("y", y, x.shape), ("log-determinant", ladj, x.shape[:-1])):
+        assert found.shape == shape, (
+            f"{name}: expected shape {tuple(shape)} {where}, got {tuple(found.shape)}"
+        )
     assert _close(transform(x), y, atol), f"__call__ differs from call_and_ladj {where}"
     fresh = x.clone()
-    assert _close(transform.log_abs_det_jacobian(fresh, transform(fresh)), ladj, atol), (
-        f"log_abs_det_jacobian differs from call_and_ladj {where}"
-    )
+    again = transform.log_abs_det_jacobian(fresh, transform(fresh))
+    assert _close(again, ladj, atol), f"log_abs_det_jacobian differs from call_and_ladj {where}"
     back, inverse_ladj = transform.inv.call_and_ladj(y.detach().clone())
     error = ((back - x).abs() / (1 + x.abs())).max().item()
     assert error <= atol, f"inverse: T.inv(T(x)) is off by {error:.2g} {where}"
     assert _close(inverse_ladj, -ladj, atol), f"inv.call_and_ladj: not the opposite of ladj {where}"
     far = transform.inv(x.clone()).detach()
     residual = (transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)
-    assert residual.max() <= atol, (
-        f"inverse: T(T.inv(y)) is off by {residual.max().item():.2g} of the largest number {where}"
+    error = residual.max().item()
+    assert error <= atol, (
+        f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest number {where}"
     )
-    for name in ("forward_shape", "inverse_shape"):
-        shape = getattr(transform, name)(x.shape)
-        assert shape == x.shape, f"{name}: expected {tuple(x.shape)}, got {tuple(shape)}"
+    shapes = transform.forward_shape(x.shape), transform.inverse_shape(x.shape)
+    assert shapes == (x.shape, x.shape), f"forward_shape and inverse_shape: got {shapes} {where}"
 
 
 def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
@@ -98,7 +97,7 @@ def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
 def _check_inverse_gradients(transform: Any, x: Tensor) -> None:
     """T(T.inv(y)) is y, so its gradient in y is the weight itself and that in a parameter zero."""
     y = transform.call_and_ladj(x)[0].detach().requires_grad_()
-    weight = normal_like(tuple(y.shape), y, seed=2)
+    weight = normal(tuple(y.shape), y.dtype, seed=2)
     parameters = [p for p in transform.parameters() if p.requires_grad]
     back, ladj = transform.inv.call_and_ladj(y)
     again, ladj_again = transform.call_and_ladj(back)
@@ -127,35 +126,31 @@ def _check_memory(transform: Any, x: Tensor, atol: float) -> None:
     parameters = list(transform.parameters())
     if not parameters:
         return
-    for name in ("data", "detach"):
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                y = transform(x)
-                with torch.no_grad():
-                    for p in parameters:
-                        (p.data if name == "data" else p.detach()).add_(0.01)
-                stale = transform.log_abs_det_jacobian(x, y)
-                fresh = transform.log_abs_det_jacobian(x.clone(), y.clone())
-                assert _close(stale, fresh, atol), (
-                    f"memory: old log-determinant after p.{name} was edited"
-                )
-                stale, fresh = transform.inv(y), transform.inv(y.detach().clone())
-                assert _close(stale, fresh, atol), f"memory: old inverse after p.{name} was edited"
+    for name, grad in product(("data", "detach"), (True, False)):
+        with torch.set_grad_enabled(grad):
+            y = transform(x)
+            with torch.no_grad():
+                for p in parameters:
+                    (p.data if name == "data" else p.detach()).add_(0.01)
+            stale = transform.log_abs_det_jacobian(x, y)
+            fresh = transform.log_abs_det_jacobian(x.clone(), y.clone())
+            after = f"after p.{name} was edited"
+            assert _close(stale, fresh, atol), f"memory: old log-determinant {after}"
+            stale, fresh = transform.inv(y), transform.inv(y.detach().clone())
+            assert _close(stale, fresh, atol), f"memory: old inverse {after}"
     with torch.no_grad():
         y = transform(x)
     for _ in range(2):
-        given, copied = (
-            torch.autograd.grad(_score(transform, v), parameters, allow_unused=True)
-            for v in (y, y.clone())
-        )
-        for a, b in zip(given, copied):
-            same = (a is None) == (b is None) and (a is None or _close(a, b, 1e-7))
+        for a, b in zip(_gradients(transform, y), _gradients(transform, y.clone())):
+            same = b is None if a is None else b is not None and _close(a, b, 1e-7)
             assert same, "memory: another gradient for a value made without gradients"
 
 
-def _score(transform: Any, y: Tensor) -> Tensor:
+def _gradients(transform: Any, y: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of a log-density, by parameter."""
     x = transform.inv(y)
-    return -x.square().sum() - transform.log_abs_det_jacobian(x, y).sum()
+    score = -x.square().sum() - transform.log_abs_det_jacobian(x, y).sum()
+    return torch.autograd.grad(score, list(transform.parameters()), allow_unused=True)
 
 
 def _check_copies(transform: Any, x: Tensor, picklable: bool, atol: float) -> None:
@@ -177,19 +172,9 @@ def _check_copies(transform: Any, x: Tensor, picklable: bool, atol: float) -> No
         assert _close(transform.with_cache(0)(x), expected, atol), "with_cache: other values"
 
 
-def _check_dtype(make: Callable[[], Any], input_dim: int, gain: float) -> None:
-    before = torch.get_default_dtype()
-    try:
-        for default in (torch.float32, torch.float64):
-            torch.set_default_dtype(default)
-            for dtype in (torch.float32, torch.float64):
-                transform: Any = redraw(make().to(dtype), gain)
-                x = normal((3, input_dim), dtype)
-                y, ladj = transform.call_and_ladj(x)
-                back, inverse_ladj = transform.inv.call_and_ladj(y.detach())
-                found = {t.dtype for t in (y, ladj, back, inverse_ladj)}
-                assert found == {dtype}, (
-                    f"dtype: expected {dtype} under the default {default}, got {found}"
-                )
-    finally:
-        torch.set_default_dtype(before)
+def _check_dtype(transform: Any, x: Tensor) -> None:
+    y, ladj = transform.call_and_ladj(x)
+    back, inverse_ladj = transform.inv.call_and_ladj(y.detach())
+    found = {t.dtype for t in (y, ladj, back, inverse_ladj)}
+    default = torch.get_default_dtype()
+    assert found == {x.dtype}, f"dtype: expected {x.dtype} under the default {default}, got {found}"

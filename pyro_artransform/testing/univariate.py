@@ -5,9 +5,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,15 +15,9 @@ from torch.distributions import Transform
 
 from pyro_artransform.univariate import Univariate
 
+from .redraw import BATCH_SHAPES, DTYPES, default_dtype
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+COUNT = 6  # parameters that are tried at once
 
 
 def check_univariate(
@@ -38,20 +31,18 @@ def check_univariate(
 ) -> None:
     """Checks the contracts of a univariate family.
 
-    That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection;
-    zero parameters are the identity; the log-determinant is the logarithm of the derivative; the
-    map is strictly increasing, onto the real line, and its inverse and the log-determinant of that
-    are right; densities integrate to one; gradients pass ``gradcheck`` in both directions and
-    stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the
-    input under either default dtype; and a NaN stays one.
+    That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection; zero
+    parameters are the identity; the map is strictly increasing, onto the real line, its inverse and both
+    log-determinants are right; densities integrate to one; gradients pass ``gradcheck`` in both directions
+    and stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the input
+    under either default dtype; and a NaN stays one.
 
     :param univariate: the family; it is copied, not changed.
     :param dtype: the dtype for the checks of values; float32 has wider tolerances.
-    :param identity_at_zero: whether zero parameters are the identity. Only a family whose
-        docstring excuses it should say no.
+    :param identity_at_zero: False for a family whose docstring excuses it.
     :param onto_at: the values ``+-onto_at`` must have an inverse.
-    :param log_slope_bound: the largest log-slope, of either sign, for ``|x| <= 3``: a bound of
-        about 3 is what a layer of a flow should have, some families are steeper here and there.
+    :param log_slope_bound: the largest log-slope, of either sign, for ``|x| <= 3``; about 3 is what a
+        layer of a flow should have.
     :param seed: the seed of the parameters that are tried; the global state is not touched.
     :raises AssertionError: that says which contract broke, and for which input.
 
@@ -60,46 +51,38 @@ def check_univariate(
         >>> from pyro_artransform.univariate import Affine
         >>> check_univariate(Affine())
     """
-    checked = _Univariate(univariate, dtype, log_slope_bound, seed)
-    checked.check(identity_at_zero, onto_at)
+    check = _Check(univariate, dtype, seed)
+    check.interface()
+    if identity_at_zero:
+        check.identity()
+    for gain in (1.0, 4.0):
+        transform = check.family(check.params(COUNT, gain=gain))
+        check.increasing(transform)
+        check.log_derivative(transform)
+        check.round_trip(transform)
+        check.onto(transform, onto_at)
+        check.density(transform)
+    for batch in BATCH_SHAPES:
+        check.shapes((*batch, 5), (*batch, 5))
+        check.shapes((5,), (*batch, 5))
+    for default, input_dtype in product(DTYPES, DTYPES):
+        with default_dtype(default):
+            check.dtypes(input_dtype)
+    for gain in (10.0, 100.0):
+        check.large_params(gain, log_slope_bound)
+    check.gradients()
+    check.not_a_number()
 
 
-class _Univariate:
+class _Check:
     """A family under check, and the parameters that are tried."""
 
-    def __init__(
-        self, family: Univariate, dtype: torch.dtype, log_slope_bound: float, seed: int
-    ) -> None:
+    def __init__(self, family: Univariate, dtype: torch.dtype, seed: int) -> None:
         self.who = type(family).__name__
         self.family = copy.deepcopy(family).to(dtype)
         self.dtype = dtype
-        self.log_slope_bound = log_slope_bound
-        self.eps = torch.finfo(dtype).eps
         self.tolerance = 1e-9 if dtype == torch.float64 else 1e-4
         self.generator = torch.Generator().manual_seed(seed)
-
-    def check(self, identity_at_zero: bool, onto_at: float) -> None:
-        self.interface()
-        if identity_at_zero:
-            self.identity()
-        for gain in (1.0, 4.0):
-            params = self.params(6, gain=gain)
-            self.increasing(params)
-            self.log_derivative(params)
-            self.round_trip(params)
-            self.onto(params, onto_at)
-            self.density(params)
-        for batch in ((), (3,), (3, 4)):
-            self.shapes((*batch, 5), (*batch, 5))
-            self.shapes((5,), (*batch, 5))
-        for default in (torch.float32, torch.float64):
-            for dtype in (torch.float32, torch.float64):
-                with _default_dtype(default):
-                    self.dtypes(dtype)
-        for gain in (10.0, 100.0):
-            self.large_params(gain)
-        self.gradients()
-        self.not_a_number()
 
     def require(self, holds: Tensor | bool, contract: str, **values: Tensor) -> None:
         """Fails with the first input for which the contract does not hold, in words."""
@@ -107,10 +90,10 @@ class _Univariate:
         if not bad.any():
             return
         where = tuple(bad.nonzero()[0].tolist())
-        shown = [
-            f"{name} = {value.detach().broadcast_to(bad.shape)[where].item():.9g}"
-            for name, value in values.items()
-        ]
+        shown = []
+        for name, value in values.items():
+            number = value.detach().broadcast_to(bad.shape)[where].item()
+            shown.append(f"{name} = {number:.9g}")
         at = f" for {', '.join(shown)}" if shown else ""
         raise AssertionError(f"{self.who}: {contract} (contract broken{at}; entry {where})")
 
@@ -120,25 +103,18 @@ class _Univariate:
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=dtype, device="cpu")
 
-    def grid(self, low: float, high: float, count: int, params: Tensor | None = None) -> Tensor:
-        """Points of shape ``(count, 1)``, or ``(count, D)`` for parameters of D coordinates."""
+    def grid(self, low: float, high: float, count: int, columns: int = 1) -> Tensor:
+        """Points of shape ``(count, columns)``, with equal columns."""
         points = torch.linspace(low, high, count, dtype=self.dtype, device="cpu").unsqueeze(-1)
-        return points if params is None else (points + params[..., 0] * 0).detach()
-
-    def at(self, params: Tensor, x: Tensor) -> tuple[Transform, Tensor, Tensor]:
-        """The transform, its value, and its log-determinant."""
-        transform = self.family(params)
-        y = transform(x)
-        return transform, y, transform.log_abs_det_jacobian(x, y)
+        return points.repeat(1, columns)
 
     def interface(self) -> None:
         count = self.family.num_params
         ok = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         self.require(ok, f"num_params must be a positive int, got {count!r}")
         transform = self.tried("forward(params)", lambda: self.family(self.params(2)))
-        kind = type(transform).__name__
-        ok = isinstance(transform, Transform)
-        self.require(ok, f"forward(params) must return a torch Transform, got {kind}")
+        message = f"forward(params) must return a torch Transform, got {type(transform).__name__}"
+        self.require(isinstance(transform, Transform), message)
         ok = transform.domain.event_dim == 0 == transform.codomain.event_dim
         self.require(ok, "the transform must be elementwise (event_dim 0)")
         self.require(bool(transform.bijective), "the transform must say bijective = True")
@@ -158,23 +134,23 @@ class _Univariate:
         points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 30.0, 1e2]
         points += [-point for point in points]
         x = torch.tensor(points, dtype=self.dtype, device="cpu").unsqueeze(-1)
-        _, y, ladj = self.at(torch.zeros_like(self.params(1)), x)
-        limit = 20 * self.eps * (1 + x.abs())
-        self.require((y - x).abs() <= limit, "zero params must be the identity", x=x, y=y)
-        ok = ladj.abs() <= 20 * self.eps
-        self.require(ok, "zero params must have log-determinant zero", x=x, ladj=ladj)
+        y, ladj = _values(self.family(torch.zeros_like(self.params(1))), x)
+        limit = 20 * torch.finfo(self.dtype).eps
+        ok = (y - x).abs() <= limit * (1 + x.abs())
+        self.require(ok, "zero params must be the identity", x=x, y=y)
+        message = "zero params must have log-determinant zero"
+        self.require(ladj.abs() <= limit, message, x=x, ladj=ladj)
 
-    def increasing(self, params: Tensor) -> None:
-        transform = self.family(params)
+    def increasing(self, transform: Any) -> None:
         for width in (1e3, 10.0):
             x = self.grid(-width, width, 2001)
             y = transform(x)
             ends = {"x": x[:-1], "next_x": x[1:], "y": y[:-1], "next_y": y[1:]}
             self.require(y[1:] > y[:-1], "the map must be strictly increasing", **ends)
 
-    def log_derivative(self, params: Tensor) -> None:
-        x = self.grid(-12, 12, 199, params).requires_grad_()
-        transform, y, ladj = self.at(params, x)
+    def log_derivative(self, transform: Any) -> None:
+        x = self.grid(-12, 12, 199, COUNT).requires_grad_()
+        y, ladj = _values(transform, x)
         message = f"the log-determinant must have shape {tuple(x.shape)}, elementwise"
         self.require(ladj.shape == x.shape, message)
         expected = torch.autograd.grad(y.sum(), x)[0].log()
@@ -187,90 +163,82 @@ class _Univariate:
             message = "call_and_ladj must agree with the call and log_abs_det_jacobian"
             self.require(ok, message, x=x, ladj=ladj_too, expected=ladj)
 
-    def round_trip(self, params: Tensor) -> None:
-        x = self.grid(-30, 30, 301, params)
-        transform, y, ladj = self.at(params, x)
+    def round_trip(self, transform: Any) -> None:
+        x = self.grid(-30, 30, 301, COUNT)
+        y, ladj = _values(transform, x)
         back = transform.inv(y)
         # where the map is flat, round-off in y is more round-off in x, whatever the inverse does
         limit = self.tolerance * (1 + x.abs()) * (-ladj).exp().clamp_min(1.0)
-        ok = (back - x).abs() <= limit
-        self.require(ok, "the inverse must undo the map", x=x, y=y, inverse=back)
+        message = "the inverse must undo the map"
+        self.require((back - x).abs() <= limit, message, x=x, y=y, inverse=back)
         back_ladj = transform.inv.log_abs_det_jacobian(y, back)
         ok = (ladj + back_ladj).abs() <= 1e3 * self.tolerance * (1 + ladj.abs())
         message = "the inverse's log-determinant must be minus that of the map"
         self.require(ok, message, x=x, ladj=ladj, of_inverse=back_ladj)
 
-    def onto(self, params: Tensor, onto_at: float) -> None:
-        transform = self.family(params)
-        y = self.grid(-onto_at, onto_at, 2, params)
+    def onto(self, transform: Any, onto_at: float) -> None:
+        y = self.grid(-onto_at, onto_at, 2, COUNT)
         x = transform.inv(y)
         again = transform(x)
         ok = x.isfinite() & ((again - y).abs() <= self.tolerance * 10 * (1 + y.abs()))
         self.require(ok, "the map must be onto the real line", y=y, inverse=x, again=again)
 
-    def density(self, params: Tensor) -> None:
-        transform = self.family(params)
+    def density(self, transform: Any) -> None:
         # points that are even in x are close together wherever the density of y is high
-        y = transform(self.grid(-9, 9, 3001, params))
+        y = transform(self.grid(-9, 9, 3001, COUNT))
         x = transform.inv(y)
         log_density = -0.5 * x.square() - 0.5 * math.log(2 * math.pi)
         log_density = log_density + transform.inv.log_abs_det_jacobian(y, x)
         total = torch.trapezoid(log_density.exp(), y, dim=0)
-        ok = (total - 1).abs() <= 2e-3
-        self.require(ok, "the density of its image must integrate to one", integral=total)
+        message = "the density of its image must integrate to one"
+        self.require((total - 1).abs() <= 2e-3, message, integral=total)
 
     def shapes(self, params_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        params = self.params(*params_shape)
-        x = self.normal(shape, self.dtype)
-        transform, y, ladj = self.at(params, x)
+        params, x = self.params(*params_shape), self.normal(shape, self.dtype)
+        transform = self.family(params)
+        y, ladj = _values(transform, x)
         got = [tuple(result.shape) for result in (y, ladj, transform.inv(x))]
-        message = "the call, log-determinant and inverse must have the shape"
-        self.require(got == [shape] * 3, f"{message} {shape} of x, got {got}")
-        view = params.transpose(-1, -2).contiguous().transpose(-1, -2)
-        same = torch.isclose(self.family(view)(x), y, rtol=self.tolerance, atol=self.tolerance)
+        message = f"the call, log-determinant and inverse must have the shape {shape} of x"
+        self.require(got == [shape] * 3, f"{message}, got {got}")
+        again = self.family(params.mT.contiguous().mT)(x)
+        same = torch.isclose(again, y, rtol=self.tolerance, atol=self.tolerance)
         self.require(same, "a transposed view of the same params must give the same result", x=x)
 
     def dtypes(self, dtype: torch.dtype) -> None:
         transform = copy.deepcopy(self.family).to(dtype)(self.params(3).to(dtype))
         x = self.grid(-2, 2, 3).to(dtype)
-        y = transform(x)
-        results = (y, transform.log_abs_det_jacobian(x, y), transform.inv(x))
-        got = [result.dtype for result in results]
-        message = (
-            f"the dtype must follow the input, {dtype} (default dtype "
-            f"{torch.get_default_dtype()}), got {got} of the call, log-determinant and inverse"
-        )
+        got = [result.dtype for result in (*_values(transform, x), transform.inv(x))]
+        default = f"the dtype must follow the input, {dtype} (default {torch.get_default_dtype()})"
+        message = f"{default}, got {got} of the call, log-determinant and inverse"
         self.require(got == [dtype] * 3, message)
 
-    def large_params(self, gain: float) -> None:
+    def large_params(self, gain: float, log_slope_bound: float) -> None:
         where = f"at large params (random, times {gain:g})"
         params = self.params(50, gain=gain).requires_grad_()
-        x = self.grid(-30, 30, 61, params).requires_grad_()
-        transform, y, ladj = self.at(params, x)
+        x = self.grid(-30, 30, 61, len(params)).requires_grad_()
+        transform = self.family(params)
+        y, ladj = _values(transform, x)
         ok = y.isfinite() & ladj.isfinite()
         self.require(ok, f"values must be finite {where}", x=x, y=y, ladj=ladj)
-        ok = (ladj.abs() <= self.log_slope_bound) | (x.abs() > 3)
-        bounded = f"log-slopes must be bounded, here by {self.log_slope_bound:g} for |x| <= 3,"
-        self.require(ok, f"{bounded} {where}: see soft_bound", x=x, ladj=ladj)
+        ok = (ladj.abs() <= log_slope_bound) | (x.abs() > 3)
+        message = f"log-slopes must be bounded, here by {log_slope_bound:g} for |x| <= 3, {where}"
+        self.require(ok, f"{message}: see soft_bound", x=x, ladj=ladj)
         total = y.sum() + ladj.sum() + transform.inv(x).sum()
         for gradient in torch.autograd.grad(total, (params, x)):
-            ok = gradient.isfinite()
-            self.require(ok, f"gradients must be finite {where}", gradient=gradient)
+            message = f"gradients must be finite {where}"
+            self.require(gradient.isfinite(), message, gradient=gradient)
 
     def gradients(self) -> None:
         family = copy.deepcopy(self.family).double()
         params = self.params(4).double().requires_grad_()
         x = self.normal((4,), torch.float64).requires_grad_()
 
-        def values(is_inverse: bool, params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            transform = family(params)
-            transform = transform.inv if is_inverse else transform
-            y = transform(x)
-            return y, transform.log_abs_det_jacobian(x, y)
+        def both(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            return _values(family(params) if name == "map" else family(params).inv, x)
 
         for name in ("map", "inverse"):
             try:
-                torch.autograd.gradcheck(partial(values, name == "inverse"), (params, x))
+                torch.autograd.gradcheck(both, (params, x))
             except RuntimeError as error:
                 message = f"the gradients of the {name} must agree with differences: {error}"
                 raise AssertionError(f"{self.who}: {message}") from error
@@ -280,3 +248,8 @@ class _Univariate:
         transform = self.family(self.params(1))
         self.require(transform(nan).isnan(), "a NaN must stay one in the map")
         self.require(transform.inv(nan).isnan(), "a NaN must stay one in the inverse")
+
+
+def _values(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)

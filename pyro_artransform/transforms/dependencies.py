@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..univariate.base import values_can_be_read
+from ..arguments import values_can_be_read
 from .meta import Meta, check_returned
 
 _REDRAWS = 2

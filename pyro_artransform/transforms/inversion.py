@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..univariate.base import values_can_be_read
+from ..arguments import values_can_be_read
 from .block_inversion import by_blocks, largest
 from .evaluate import expand_ladj, inverse_and_ladj
 from .meta import Meta, StructuredMeta, check_returned

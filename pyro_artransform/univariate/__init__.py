@@ -13,8 +13,7 @@ from .affine import (
 )
 from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
 from .hinged import Hinged, HingedTransform
-from .monotone import MonotoneNeural, MonotoneNeuralTransform
-from .root import MonotoneTransform
+from .monotone import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
 
 __all__ = [

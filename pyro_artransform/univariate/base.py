@@ -3,31 +3,13 @@
 
 """The contract of a univariate family, and the transform that every family returns."""
 
-import itertools
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-
-
-def values_can_be_read(*tensors: Tensor) -> bool:
-    """Whether Python may look at the values of tensors now.
-
-    It may not while ``torch.jit`` or ``torch.compile`` record, inside a ``torch.func`` transform, and on
-    the meta device.
-
-    :param tensors: the tensors in question, none for what holds whatever the device.
-    """
-    readable = not (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    )
-    for tensor in tensors:
-        readable = readable and not tensor.is_meta
-    return readable
 
 
 def soft_bound(x: Tensor, bound: float) -> Tensor:
@@ -42,10 +24,14 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     :param bound: the largest absolute value, positive.
     :return: a tensor of the shape of ``x``; 0 at 0 exactly.
     """
-    if values_can_be_read():
-        return _SoftBound.apply(x, bound)
-    # the same function, in a form whose automatic derivatives are right to any order
-    return torch.sin(torch.atan(x / bound)) * bound
+    if (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        # the same function, in a form whose automatic derivatives are right to any order
+        return torch.sin(torch.atan(x / bound)) * bound
+    return _SoftBound.apply(x, bound)
 
 
 class _SoftBound(torch.autograd.Function):
@@ -74,37 +60,23 @@ class _SoftBound(torch.autograd.Function):
 
 
 def split_params(params: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Splits the last dimension of the parameters of a family.
-
-    :param params: shape ``(*, D, P)``.
-    :param sizes: sizes that add up to P.
-    :return: views of shapes ``(*, D, size)``.
-    """
+    """Splits the parameters of a family of shape ``(*, D, P)`` into views of shapes ``(*, D, size)``."""
     if torch.jit.is_tracing() or params.dim() < 2:
         # TorchScript cannot differentiate a split
-        ends = list(itertools.accumulate(sizes))
-        return [params[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
+        ends = accumulate(sizes)
+        return [params[..., end - size : end] for size, end in zip(sizes, ends)]
     # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
     # as params. Along the next-to-last dimension it gets the layout that conditioners produce.
-    parts = params.transpose(-1, -2).split(list(sizes), -2)
-    return [part.transpose(-1, -2) for part in parts]
+    return [part.mT for part in params.mT.split(list(sizes), -2)]
 
 
-def unbind_params(params: Tensor, count: int | None = None) -> Sequence[Tensor]:
-    """The parameters of a family, one by one.
-
-    :param params: shape ``(*, D, P)``.
-    :param count: the number P expected; by default any.
-    :return: P views of shape ``(*, D)``.
-    :raises ValueError: if the last dimension has another size.
-    """
+def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
+    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``."""
     if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
-        return [params[..., k] for k in range(params.shape[-1])]
-    if count is not None and params.shape[-1:] != (count,):
+        return [params[..., k] for k in range(count)]
+    if params.shape[-1:] != (count,):
         raise _wrong_shape(params, count)
-    if params.dim() < 2:
-        return params.unbind(-1)
-    return params.transpose(-1, -2).unbind(-2)
+    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
 def _wrong_shape(params: Tensor, count: int) -> ValueError:
@@ -124,19 +96,11 @@ class ElementwiseTransform(Transform):
     sign = +1
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and the logarithm of its derivative.
-
-        :param x: shape ``(*, D)``.
-        :return: ``y`` and ``log(dy / dx)``, both of shape ``(*, D)``.
-        """
+        """The value ``y`` and ``log(dy / dx)``, all of shape ``(*, D)``."""
         raise NotImplementedError
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse and the logarithm of its derivative.
-
-        :param y: shape ``(*, D)``.
-        :return: ``x`` and ``log(dx / dy)``, both of shape ``(*, D)``.
-        """
+        """The inverse ``x`` and ``log(dx / dy)``, all of shape ``(*, D)``."""
         raise NotImplementedError
 
     @property
@@ -149,12 +113,7 @@ class ElementwiseTransform(Transform):
         return self
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The logarithm of the derivative at ``x``.
-
-        :param x: shape ``(*, D)``.
-        :param y: the value at ``x``; not needed here.
-        :return: shape ``(*, D)``.
-        """
+        """The logarithm of the derivative at ``x``, of its shape; ``y`` is not read."""
         return self.call_and_ladj(x)[1]
 
     def _call(self, x: Tensor) -> Tensor:
@@ -165,10 +124,7 @@ class ElementwiseTransform(Transform):
 
 
 class InverseElementwiseTransform(ElementwiseTransform):
-    """An elementwise transform with its two directions exchanged.
-
-    :param base: the transform to invert.
-    """
+    """The elementwise transform ``base`` with its two directions exchanged."""
 
     def __init__(self, base: ElementwiseTransform) -> None:
         super().__init__()
@@ -182,7 +138,6 @@ class InverseElementwiseTransform(ElementwiseTransform):
 
     @property
     def inv(self) -> ElementwiseTransform:
-        """The transform that this one inverts."""
         return self.base
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,11 +173,7 @@ class Univariate(nn.Module):
         raise NotImplementedError
 
     def check_params(self, params: Tensor) -> None:
-        """Checks the shape of the parameters, before a family splits them.
-
-        :param params: shape ``(*, D, P)``.
-        :raises ValueError: if the last dimension is not P.
-        """
+        """Raises a ValueError if the last dimension of the parameters is not P."""
         # while torch.jit traces, sizes are tensors and cannot be compared
         if not torch.jit.is_tracing() and params.shape[-1:] != (self.num_params,):
             raise _wrong_shape(params, self.num_params)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..arguments import check_broadcast, check_integer, check_positive
 from .base import ElementwiseTransform, Univariate, split_params
 
-# Bounds of the logarithms of: a bin's slope against the others', a knot's derivative against the
-# slopes beside it. Together they bound the log-derivative of the spline to about 3.
+# Bounds of the logarithms of a bin's slope against the others', and of a knot's derivative against the
+# slopes beside it: together they bound the log-derivative of the spline to about 3.
 SLOPE_BOUND = 1.0
 DERIVATIVE_BOUND = 1.0
 
@@ -58,11 +58,8 @@ class MonotonicRQSTransform(ElementwiseTransform):
 
     Example::
 
-        >>> import torch
-        >>> K = 8
-        >>> transform = MonotonicRQSTransform(
-        ...     torch.randn(5, K), torch.randn(5, K), torch.randn(5, K - 1)
-        ... )
+        >>> params = torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 7)
+        >>> transform = MonotonicRQSTransform(*params)
         >>> y, ladj = transform.call_and_ladj(torch.randn(32, 5))
         >>> y.shape, ladj.shape
         (torch.Size([32, 5]), torch.Size([32, 5]))
@@ -79,15 +76,17 @@ class MonotonicRQSTransform(ElementwiseTransform):
         super().__init__()
         _check_shapes(widths, heights, derivatives)
         self.bound = check_positive("bound", bound)
-        # The bins go before the last dimension, where softmax and cumsum work on whole vectors.
-        widths, heights, derivatives = map(_bins_first, (widths, heights, derivatives))
+        # The bins go before the last dimension, where softmax and cumsum work on whole vectors; a table
+        # without coordinates gets one.
+        widths, heights, self.derivatives = (
+            torch.atleast_2d(table).mT for table in (widths, heights, derivatives)
+        )
         # The arc tangent bounds as softly as soft_bound, at a quarter of the cost for tables that
         # are K times as large as the data. In place, since the table is the cost.
         logits = torch.atan(widths)
         self.widths = torch.softmax(logits, -2)
         slopes = torch.atan(heights).mul_(2 / math.pi * SLOPE_BOUND)
         self.heights = torch.softmax(logits + slopes, -2)
-        self.derivatives = derivatives
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(bins={self.widths.shape[-2]}, bound={self.bound})"
@@ -105,7 +104,8 @@ class MonotonicRQSTransform(ElementwiseTransform):
         # As a difference from x, which is exactly zero for zero parameters.
         change = (b.y0 - b.x0) + (b.slope - 1) * step + bend
         ladj = b.log_derivative(z, z1, denominator)
-        return _inside_only(inside, x, change * (2 * self.bound), ladj)
+        y = torch.where(inside, x + change * (2 * self.bound), x)
+        return y, torch.where(inside, ladj, 0.0)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         inside = y.abs() < self.bound
@@ -124,7 +124,8 @@ class MonotonicRQSTransform(ElementwiseTransform):
         denominator = b.slope + (b.alpha + b.beta) * z * z1
         change = (b.x0 - b.y0) + (ratio - 1) * step
         ladj = -b.log_derivative(z, z1, denominator)
-        return _inside_only(inside, y, change * (2 * self.bound), ladj)
+        x = torch.where(inside, y + change * (2 * self.bound), y)
+        return x, torch.where(inside, ladj, 0.0)
 
     def _to_unit(self, x: Tensor) -> Tensor:
         # Clamped, so that tails have finite gradients (zero) in what is computed for them in vain.
@@ -159,7 +160,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
 
 
 class RationalQuadraticSpline(Univariate):
-    """The family of rational-quadratic splines with ``count_bins`` bins.
+    """The family of rational-quadratic splines, see :class:`MonotonicRQSTransform`.
 
     The parameters of a coordinate are K widths, K heights and K - 1 derivatives.
 
@@ -169,16 +170,9 @@ class RationalQuadraticSpline(Univariate):
 
     Example::
 
-        >>> import torch
-        >>> family = RationalQuadraticSpline(count_bins=8)
-        >>> transform = family(torch.zeros(32, 5, family.num_params))
+        >>> transform = RationalQuadraticSpline(count_bins=8)(torch.zeros(32, 5, 23))
         >>> transform(torch.randn(32, 5)).shape
         torch.Size([32, 5])
-
-    **References**
-
-    1. Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019),
-       https://arxiv.org/abs/1906.04032
     """
 
     def __init__(self, *, count_bins: int = 8, bound: float = 5.0) -> None:
@@ -200,35 +194,19 @@ class RationalQuadraticSpline(Univariate):
 def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
     if torch.jit.is_tracing():
         return  # sizes are tensors then and cannot be compared
-    shapes = [widths.shape, heights.shape, derivatives.shape]
-    if any(len(shape) == 0 for shape in shapes) or shapes[0][-1] < 2:
-        raise ValueError(f"expected widths of shape (*, K) with K >= 2, got {tuple(shapes[0])}")
-    bins = shapes[0][-1]
-    if shapes[1][-1] != bins or shapes[2][-1] != bins - 1:
+    if min(widths.dim(), heights.dim(), derivatives.dim()) == 0 or widths.shape[-1] < 2:
+        raise ValueError(f"expected widths of shape (*, K) with K >= 2, got {tuple(widths.shape)}")
+    bins = widths.shape[-1]
+    if heights.shape[-1] != bins or derivatives.shape[-1] != bins - 1:
         raise ValueError(
-            f"expected heights of shape (*, {bins}) and derivatives of shape (*, {bins - 1}) for "
-            f"widths of shape (*, {bins}), got {tuple(shapes[1])} and {tuple(shapes[2])}"
+            f"expected heights of shape (*, {bins}) and derivatives of shape (*, {bins - 1}), "
+            f"got {tuple(heights.shape)} and {tuple(derivatives.shape)}"
         )
-    check_broadcast(
-        "batch shapes of widths, heights and derivatives", *(shape[:-1] for shape in shapes)
-    )
-
-
-def _bins_first(table: Tensor) -> Tensor:
-    """From ``(*, D, K)`` to ``(*, K, D)``; a table without ``D`` gets one."""
-    return (table if table.dim() > 1 else table.unsqueeze(0)).transpose(-1, -2)
+    batches = widths.shape[:-1], heights.shape[:-1], derivatives.shape[:-1]
+    check_broadcast("batch shapes of widths, heights and derivatives", *batches)
 
 
 def _broadcast(t: Tensor, *tables: Tensor) -> list[Tensor]:
     """Broadcasts ``t`` of shape ``(*, D)`` and tables of shape ``(*, K, D)``."""
-    if not torch.jit.is_tracing() and all(
-        table.shape[:-2] + table.shape[-1:] == t.shape for table in tables
-    ):
-        return [t, *tables]
     t = torch.broadcast_tensors(t, *(table[..., 0, :] for table in tables))[0]
     return [t, *(table.expand(*t.shape[:-1], table.shape[-2], t.shape[-1]) for table in tables)]
-
-
-def _inside_only(inside: Tensor, x: Tensor, change: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
-    """The spline inside, the identity outside."""
-    return torch.where(inside, x + change, x), torch.where(inside, ladj, 0.0)

@@ -24,7 +24,7 @@ def test_order_is_that_of_the_coordinates():
 @pytest.mark.parametrize("order", [[0, 1], [0, 0, 1], [1, 2, 3], [0.5, 1, 2], [[0, 1, 2]]])
 def test_bad_order(order):
     with pytest.raises(ValueError, match=r"permutation of 0 \.\. 2, got"):
-        masks.check_order(order, 3)
+        masks.check_graph(order, None, 3)
 
 
 @pytest.mark.parametrize(
