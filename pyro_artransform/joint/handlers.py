@@ -4,7 +4,7 @@
 """Pyro handlers that run a model for its log-density, and what a run says of its plates."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch

@@ -9,7 +9,6 @@ from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 
 from ...joint import LogJoint
-from ...joint.handlers import ModelStructure
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from .loader import Batch, BatchStream
 
