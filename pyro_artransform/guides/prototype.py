@@ -33,7 +33,7 @@ _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
     "guide is of another model",
     "shape": "site '{name}': the guide was set up for the shape {expected}, and for these arguments "
-    "of the model it is {got}. Make a new guide for data of another size",
+    "of the model it is {got}: expected {expected}, got {got}. Make a new guide for other data",
     "support": "site '{name}': expected the support {expected}, for which the guide was set up, got "
     "{got}. The guide is of another model",
 }
