@@ -58,6 +58,32 @@ class MaskedLinear(nn.Linear):
         return F.linear(input, self.weight * self.mask, self.bias)
 
 
+_ELEMENTWISE = (
+    *(
+        nn.CELU,
+        nn.ELU,
+        nn.GELU,
+        nn.Hardtanh,
+        nn.Identity,
+        nn.LeakyReLU,
+        nn.LogSigmoid,
+        nn.Mish,
+        nn.PReLU,
+    ),
+    *(
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SELU,
+        nn.Sigmoid,
+        nn.SiLU,
+        nn.Softplus,
+        nn.Softsign,
+        nn.Tanh,
+        nn.Tanhshrink,
+    ),
+)
+
+
 class MaskedMLP(Conditioner):
     r"""A multilayer perceptron that is autoregressive by its masks.
 
@@ -69,9 +95,9 @@ class MaskedMLP(Conditioner):
     :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
         ``max(64, 2 * input_dim)``.
     :param context_dim: the size C of the context, 0 for none.
-    :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``. It has to be
-        an elementwise deterministic function: any other makes a network that is not autoregressive, and
-        nothing says so.
+    :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``, an elementwise
+        deterministic function. One that is none of the usual modules of ``torch.nn`` is checked by
+        differentiation, as a network from elsewhere is, when Pyro's validation is on.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
@@ -122,6 +148,7 @@ class MaskedMLP(Conditioner):
         wanted = "a function or a module such as torch.nn.ELU()"
         activation = nn.ELU() if nonlinearity is None else nonlinearity
         self.nonlinearity = check_callable("nonlinearity", activation, wanted)
+        self.autoregressive = self.autoregressive and isinstance(activation, _ELEMENTWISE)
         order, adjacency = check_graph(order, adjacency, self.input_dim)
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)

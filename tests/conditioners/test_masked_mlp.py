@@ -126,7 +126,9 @@ def test_what_is_no_function(nonlinearity):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("nonlinearity", [nn.PReLU(), nn.SiLU(), torch.log], ids=["PReLU", "SiLU", "log"])
+@pytest.mark.parametrize(
+    "nonlinearity", [nn.PReLU(), nn.SiLU(), torch.log], ids=["PReLU", "SiLU", "log"]
+)
 def test_a_nonlinearity_is_taken_as_it_is(nonlinearity, dtype):
     """It is not evaluated, and the weights are those that any other would come with."""
     torch.set_default_dtype(dtype)
