@@ -115,6 +115,7 @@ class MLPBlocks:
             for i, weight in enumerate(self._weights.inner):
                 self._base.append(self._affine(i, own[i + 1]))
                 self._square.append(weight[own[i + 1], own[i]].T)
+        self._width = own[0].stop - own[0].start
         self._open_outputs(own[0], own[-1])
 
     def _open_outputs(self, own: slice, units: slice) -> None:
@@ -143,7 +144,8 @@ class MLPBlocks:
             out = torch.addmm(out, hidden, self._out)
             if self._skip is not None:
                 out = torch.addmm(out, x, self._skip)
-        return out.reshape(self._batch, len(self._weights.last), -1).mT
+        num_params = out.shape[-1] // self._width
+        return out.reshape(self._batch, num_params, self._width).mT
 
     def close(self, x: Tensor, levels: int) -> None:
         """See :class:`~.base.Blocks`; the units are those of the last evaluation."""

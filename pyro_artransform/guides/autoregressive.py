@@ -93,6 +93,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
         self._argument_shapes: Hashable = None
         self._make_flow: Callable[[int], nn.Module] | None = flow
+        self._flow_start: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # as the base class does: here too since Pyro sets the plates in each call
@@ -152,6 +153,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             # NeuTraReparam looks at the plates, and may come before the first call
             with poutine.block():
                 self._create_plates()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
+        super()._apply(fn, recurse)
+        self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
+        return self
 
     # The posterior, as Pyro's autoguides have it
 

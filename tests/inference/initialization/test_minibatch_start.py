@@ -173,4 +173,4 @@ def test_step_scales_of_globals_that_see_all_data():
     y = torch.randn(SIZE)
     guide, _ = started(hierarchy, y)
     (parameter,) = guide.step_scales()
-    assert parameter is guide.transform.globals.loc
+    assert parameter is guide.transform.globals.affine.loc
