@@ -137,17 +137,17 @@ class MinibatchObjective(Objective):
         count = config.num_draws // min(self.stream.num_batches, config.max_batches)
         count = min(max(count, config.min_draws), config.max_draws)
         estimate = self._estimator(config.num_common_draws if are_common else count)
-        terms, total = list[_Term](), torch.zeros(())
+        terms, weighted = list[_Term](), list[Tensor]()
         for batch in self.stream.one_pass(config.max_batches):
             draws, weight = estimate(batch), self._weight(batch)
             variance = 0.0 if are_common else (draws.var() / len(draws)).item()
             terms.append(_Term(draws.mean().item(), variance, weight, self._scale(batch)))
-            total = total + weight * draws
+            weighted.append(weight * draws)
         share = self._share_seen(terms)
         elbo, elbo_se = _mean_and_error(terms, share)
         if not are_common:
             return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share)
-        log_weights = total / sum(term.weight for term in terms)
+        log_weights = sum(weighted[1:], weighted[0]) / sum(term.weight for term in terms)
         error = math.hypot((log_weights.double().var() / len(total)).sqrt().item(), elbo_se)
         is_exact = abs(_seen(terms) - 1) < _ROUND_OFF and share > 0
         weights = log_weights if is_exact else None
