@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_callable, check_hidden_dims, check_integer
 from .base import Conditioner
-from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
+from .block_evaluation import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
 MaskLike = Tensor | Sequence[Sequence[int]]

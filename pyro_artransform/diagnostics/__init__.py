@@ -5,9 +5,9 @@
 
 from .calibration import SBC, sbc
 from .importance import Importance, importance, psis_resample
+from .importance_weights import log_weights
 from .psis import ParetoTail, fit_tail, smooth_tail
 from .uniformity import simultaneous_bands, uniformity_pvalue
-from .weights import log_weights
 
 # sorted without regard to case
 __all__ = [  # noqa: RUF022

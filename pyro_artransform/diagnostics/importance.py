@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integer
+from .importance_weights import Values, weighted_draws
 from .psis import fit_tail, smooth_tail
-from .weights import Values, weighted_draws
 
 #: the largest k-hat at which estimates with the weights are reliable
 GOOD_KHAT = 0.7

@@ -5,7 +5,7 @@
 
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .fit import fit
-from .optimization.training import FitError
+from .optimization.nonfinite import FitError
 from .result import FitResult
 
 __all__ = [

@@ -15,8 +15,8 @@ from torch import nn
 from ..arguments import check_callable, check_integer
 from .config import FitConfig
 from .data.loader import Batch, BatchStream
+from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
-from .session import noted_interrupts, progress_bar, seeded
 from .stages import FitRun
 
 

@@ -22,7 +22,7 @@ from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
 from .data.loader import Batch, BatchStream
-from .evaluation.evaluate import FitStatus, ModelAndGuide, evaluate, evaluate_minibatches
+from .evaluation.verdict import FitStatus, ModelAndGuide, evaluate, evaluate_minibatches
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
@@ -33,8 +33,8 @@ from .objectives.pyro_elbo import PyroObjective
 from .optimization.schedule import new_schedule
 from .optimization.selection import choose_step_size, select_parameters
 from .optimization.training import Trainer, Training
+from .progress import ProgressBar
 from .result import FitResult
-from .session import ProgressBar
 
 Path = str | os.PathLike[str]
 Function = Callable[..., object]
@@ -188,7 +188,7 @@ class FitRun:
         if self._stream is not None:
             self._stream.close()
         training, config = self._training, self._config.evaluation
-        end, skipped = select_parameters(training), training.num_skipped
+        end, skipped = select_parameters(training), training.skipped.count
         status = FitStatus(skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED)
         if self._minibatches is not None:
             found = evaluate_minibatches(self._subject, self._minibatches, status, config)
@@ -205,7 +205,7 @@ class FitRun:
             start=self._initial.name,
             end=end,
             step_size=self._step_size,
-            culprits=dict(training.nonfinite_sites),
+            culprits=dict(training.skipped.sites),
             one_at_a_time=self._looped_because,
         )
 

@@ -15,7 +15,6 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .evaluation import DrawPlate, Draws, ModelFailures, Terms, choose_strategy, evaluate_many
 from .handlers import (
     ModelStructure,
     SiteLogProbs,
@@ -26,6 +25,7 @@ from .handlers import (
     subsampled_plates,
 )
 from .sites import Latents, is_enumerated, latent_nodes
+from .vectorization import DrawPlate, Draws, ModelFailures, Terms, choose_strategy, evaluate_many
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
@@ -63,7 +63,7 @@ class LogJoint(LogDensity):
         \log p(x, c(z)) + \log |\det c'(z)|
 
     where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    where that agrees with single runs (see :mod:`~pyro_artransform.joint.evaluation`). Discrete
+    where that agrees with single runs (see :mod:`~pyro_artransform.joint.vectorization`). Discrete
     latents that are marked for enumeration are summed out, and masked elements of latents have
     their prior density. Pyro's validation is off while the model runs, so that an impossible draw
     gives NaN and no error.
@@ -199,8 +199,9 @@ class LogJoint(LogDensity):
         try:
             return self._init_loc_fn(site)
         except NotImplementedError:  # an improper prior has no draws, and so no median
-            bijection = biject_to(fn.support)
-            return torch.as_tensor(bijection(torch.zeros(bijection.inverse_shape(fn.shape()))))
+            bijection, dtype = biject_to(fn.support), torch.get_default_dtype()
+            shape, device = bijection.inverse_shape(fn.shape()), torch.get_default_device()
+            return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=device)))
 
 
 class MeanLogJoint(LogDensity):

@@ -12,7 +12,6 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..joint.evaluation import DrawPlate, Terms, choose_strategy, evaluate_many
 from ..joint.handlers import (
     SiteLogProbs,
     has_data,
@@ -20,6 +19,7 @@ from ..joint.handlers import (
     plate_nesting,
     subsampled_plates,
 )
+from ..joint.vectorization import DrawPlate, Terms, choose_strategy, evaluate_many
 
 _CHUNK = 1000
 _NUM_COMPARED = 3

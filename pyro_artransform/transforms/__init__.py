@@ -10,8 +10,8 @@ from .autoregressive import (
     check_structure,
 )
 from .chain import ComposedTransform, ConditionalComposedTransform, chain
+from .conditioned import ConditionedUnivariate, StructuredMeta
 from .flow_module import FlowModule, InverseTransformModule, inverse
-from .meta import ConditionedUnivariate, StructuredMeta
 from .permute import PermutationTransform
 
 __all__ = [

@@ -11,11 +11,8 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
-from .dependencies import StructureCheck
-from .evaluate import call_and_ladj
-from .flow_module import ConditionalFlowModule, FlowModule
-from .inversion import at_solution, invert
-from .meta import (
+from .autoregressive_check import StructureCheck
+from .conditioned import (
     SELF_DESCRIBING,
     ContextMeta,
     ElementwiseTransform,
@@ -23,6 +20,9 @@ from .meta import (
     StructuredMeta,
     check_returned,
 )
+from .flow_module import ConditionalFlowModule, FlowModule
+from .inversion import at_solution, invert
+from .value_and_ladj import call_and_ladj
 from .warn import warn_user
 
 # of a score, relative to the largest number of its row: a gradient estimate has far more noise than this

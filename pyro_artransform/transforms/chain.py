@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from .evaluate import call_and_ladj, inverse_and_ladj
 from .flow_module import ConditionalFlowModule, FlowModule
+from .value_and_ladj import call_and_ladj, inverse_and_ladj
 
 AnyTransform = Transform | ConditionalTransform
 

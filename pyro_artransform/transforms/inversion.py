@@ -29,8 +29,8 @@ from torch.distributions import Transform
 
 from ..arguments import values_can_be_read
 from .block_inversion import by_blocks, largest
-from .evaluate import expand_ladj, inverse_and_ladj
-from .meta import Meta, StructuredMeta, check_returned
+from .conditioned import Meta, StructuredMeta, check_returned
+from .value_and_ladj import expand_ladj, inverse_and_ladj
 from .warn import warn_user
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing

@@ -5,11 +5,7 @@ import pytest
 import torch
 
 from pyro_artransform.arguments import values_can_be_read
-from pyro_artransform.univariate import (
-    MonotoneNeural,
-    MonotoneNeuralTransform,
-    MonotoneTransform,
-)
+from pyro_artransform.univariate import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 
 
 def _random(count, gain=1.0, dtype=torch.float64):

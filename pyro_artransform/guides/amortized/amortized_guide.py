@@ -36,7 +36,7 @@ from .plates import (
     refuse_no_local_latents,
     sizes_of_run,
 )
-from .posterior import AmortizedPosterior, sample_sites
+from .variational_posterior import AmortizedPosterior, sample_sites
 
 #: latent vectors in memory at a time
 _CHUNK = 2**16

@@ -148,10 +148,10 @@ class MinibatchObjective(Objective):
         if not are_common:
             return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share)
         log_weights = sum(weighted[1:], weighted[0]) / sum(term.weight for term in terms)
-        error = math.hypot((log_weights.double().var() / len(total)).sqrt().item(), elbo_se)
+        error = math.hypot((log_weights.double().var() / len(weighted[0])).sqrt().item(), elbo_se)
         is_exact = abs(_seen(terms) - 1) < _ROUND_OFF and share > 0
         weights = log_weights if is_exact else None
-        return PassEstimate(elbo, error, len(total), len(terms), share, weights)
+        return PassEstimate(elbo, error, len(weighted[0]), len(terms), share, weights)
 
     def _share_seen(self, terms: list[_Term]) -> float:
         """How much of all data these batches are, from 0 to 1; 0 where it is not known."""

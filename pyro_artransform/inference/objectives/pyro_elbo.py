@@ -17,14 +17,9 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.evaluation import GuideDraws
-from ...joint.handlers import (
-    UnmaskedLatents,
-    hidden_sites,
-    plate_nesting,
-    traced_parameters,
-)
+from ...joint.handlers import UnmaskedLatents, hidden_sites, plate_nesting, traced_parameters
 from ...joint.protocols import MinibatchGuide
+from ...joint.vectorization import GuideDraws
 from ..data.loader import Batch
 from .objective import BatchObjective
 

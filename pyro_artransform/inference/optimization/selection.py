@@ -13,7 +13,8 @@ import torch
 from ...diagnostics import fit_tail
 from ...diagnostics.importance import GOOD_KHAT
 from ..config import OptimizationConfig
-from .training import FitError, Trainer, Training, gap_of
+from .nonfinite import FitError
+from .training import Trainer, Training, gap_of
 
 
 class Score(NamedTuple):

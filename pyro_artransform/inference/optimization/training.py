@@ -18,14 +18,11 @@ from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
 from ..data.loader import BatchStream
 from ..objectives.objective import Objective
+from .nonfinite import FitError, SkippedSteps
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
 from .schedule import Schedule
 
 _COPIED = ("norms", "average", "best", "best_loss", "kept")
-
-
-class FitError(RuntimeError):
-    """A fit that cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ class Training:
         self.losses: list[float] = []
         #: gradients of the model's log density, one for each draw
         self.num_gradients = 0
-        self.num_skipped, self._skips_in_a_row = 0, 0
-        self.nonfinite_sites: Counter[str] = Counter()
+        self.skipped = SkippedSteps()
         self._norms: list[float] = []
         self._average, self._best, self._best_loss = self._values(), self._values(), math.inf
         #: the parameters at some steps on the way, by name
@@ -115,14 +111,14 @@ class Training:
         if math.isfinite(norm):
             self._take(gradients, norm)
         else:
-            self._skip()
+            self.skipped.note(objective, self._config)
         self.losses.append(value if math.isfinite(norm) else math.nan)
         self._remember()
         self.schedule = self.schedule.observe(self.losses, self._gap)
         return value
 
     def _take(self, gradients: Sequence[Tensor | None], norm: float) -> None:
-        self._skips_in_a_row = 0
+        self.skipped.in_a_row = 0
         self._norms = [*self._norms[1 - self._config.clip_window :], norm]
         limit = self._config.clip_factor * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
@@ -131,19 +127,6 @@ class Training:
         self.optimizer.step(self.schedule.factor(self.num_steps))
         for parameter in self.parameters.values():
             parameter.grad = None
-
-    def _skip(self) -> None:
-        self.num_skipped += 1
-        self._skips_in_a_row += 1
-        if self.num_skipped <= self._config.max_named:  # naming a site runs the model again
-            self.nonfinite_sites.update(self.objective.nonfinite_sites() or ["the gradient"])
-        if self._skips_in_a_row >= self._config.max_skips:
-            raise FitError(
-                "the fit stopped: the loss or its gradient was not finite in "
-                f"{self._skips_in_a_row} steps in a row, because of "
-                f"{', '.join(self.nonfinite_sites)}. The parameters are finite, as the last good "
-                "step left them. Check the data, and that the model is finite for all its latents"
-            )
 
     def _remember(self) -> None:
         """Updates the running average and the best parameters, and keeps candidates on the way."""
@@ -193,8 +176,8 @@ class Training:
             "optimiser": self.optimizer.state(),
             "schedule": self.schedule.state(),
             "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
-            "counts": [self.num_skipped, self._skips_in_a_row, self.num_gradients],
-            "culprits": dict(self.nonfinite_sites),
+            "counts": [self.skipped.count, self.skipped.in_a_row, self.num_gradients],
+            "culprits": dict(self.skipped.sites),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -210,8 +193,8 @@ class Training:
         self.optimizer.restore(state["optimiser"])
         self.schedule = replace(self.schedule, **state["schedule"])
         self.losses = state["losses"].tolist()
-        self.num_skipped, self._skips_in_a_row, self.num_gradients = state["counts"]
-        self.nonfinite_sites = Counter(state["culprits"])
+        count, in_a_row, self.num_gradients = state["counts"]
+        self.skipped = SkippedSteps(count, in_a_row, Counter(state["culprits"]))
         for name in _COPIED:
             setattr(self, f"_{name}", state[name])
 

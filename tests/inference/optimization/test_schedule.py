@@ -8,12 +8,7 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
-from pyro_artransform.inference.optimization.schedule import (
-    LIMIT,
-    PLATEAU,
-    Schedule,
-    new_schedule,
-)
+from pyro_artransform.inference.optimization.schedule import LIMIT, PLATEAU, Schedule, new_schedule
 
 CONFIG = OptimizationConfig()
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.nonfinite import FitError
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import FitError, Trainer
+from pyro_artransform.inference.optimization.training import Trainer
 
 
 class Bowl:
@@ -72,7 +73,7 @@ def test_trains():
     assert training.num_steps == 200
     assert (training.objective.x - 3).abs().max() < 0.3
     assert torch.equal(training.objective.unused, torch.ones(2))
-    assert training.num_skipped == 0
+    assert training.skipped.count == 0
     assert all(p.grad is None for p in training.parameters.values())
 
 
@@ -89,8 +90,8 @@ def test_a_step_that_is_not_finite_is_skipped(fault, at):
         if step == at:
             assert math.isfinite(loss) == (fault == "gradient")
             assert math.isnan(training.losses[-1])
-    assert training.num_skipped == 1
-    assert dict(training.nonfinite_sites) == {"the gradient" if fault == "gradient" else "y": 1}
+    assert training.skipped.count == 1
+    assert dict(training.skipped.sites) == {"the gradient" if fault == "gradient" else "y": 1}
     run(training)
     assert all(v.isfinite().all() for values in training.candidates().values() for v in values)
     assert (objective.x - 3).abs().max() < 0.3
@@ -101,7 +102,7 @@ def test_stops_after_many_in_a_row():
     training = training_of(objective, 1000)
     with pytest.raises(FitError, match=r"in a row, because of y\. The parameters are finite"):
         run(training)
-    assert training.num_skipped == OptimizationConfig().max_skips
+    assert training.skipped.count == OptimizationConfig().max_skips
     assert training.num_steps < 200
     assert objective.x.isfinite().all()
     assert not torch.equal(objective.x, torch.zeros(4))
@@ -111,8 +112,8 @@ def test_goes_on_while_some_steps_are_good():
     faults = {step: math.nan for step in range(1, 2000) if step % 10}
     training = run(training_of(Bowl(faults), 1000))
     assert training.num_steps == 1000
-    assert training.num_skipped == 900
-    assert sum(training.nonfinite_sites.values()) == OptimizationConfig().max_named
+    assert training.skipped.count == 900
+    assert sum(training.skipped.sites.values()) == OptimizationConfig().max_named
 
 
 def test_nothing_to_train():
@@ -213,8 +214,8 @@ def test_state(at):
     assert torch.equal(
         torch.tensor(whole.losses).nan_to_num(7), torch.tensor(second.losses).nan_to_num(7)
     )
-    assert whole.num_skipped == second.num_skipped == 2
-    assert whole.nonfinite_sites == second.nonfinite_sites
+    assert whole.skipped.count == second.skipped.count == 2
+    assert whole.skipped.sites == second.skipped.sites
     for name, values in whole.candidates().items():
         assert all(torch.equal(a, b) for a, b in zip(values, second.candidates()[name])), name
 

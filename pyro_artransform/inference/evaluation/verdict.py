@@ -11,7 +11,7 @@ import torch
 
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
-from ...diagnostics.weights import Weighted, has_point, weighted_draws
+from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
 from ...joint import LogJoint
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Modes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_artransform.inference.session import noted_interrupts, progress_bar, seeded
+from pyro_artransform.inference.progress import noted_interrupts, progress_bar, seeded
 
 # Seeds
 

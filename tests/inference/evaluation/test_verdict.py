@@ -9,14 +9,14 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform.diagnostics import Importance
 from pyro_artransform.inference.config import EvaluationConfig
-from pyro_artransform.inference.evaluation.evaluate import (
+from pyro_artransform.inference.evaluation.missed_modes import MissedModes
+from pyro_artransform.inference.evaluation.verdict import (
     FitStatus,
     ModelAndGuide,
     evaluate,
     evaluate_minibatches,
     judge,
 )
-from pyro_artransform.inference.evaluation.missed_modes import MissedModes
 from pyro_artransform.inference.objectives.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.joint.evaluation import (
+from pyro_artransform.joint.vectorization import (
     DrawPlate,
     GuideDraws,
     agree,

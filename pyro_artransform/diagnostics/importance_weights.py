@@ -12,10 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.evaluation import GuideDraws, stack
 from ..joint.handlers import subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
+from ..joint.vectorization import GuideDraws, stack
 
 Model = Callable[..., object]
 Run = Callable[[], object]
