@@ -88,7 +88,7 @@ class Site:
 
         :param fn: converts the bounds of the support; its dtype is that of the values from then on.
         """
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return replace(self, support=map_bounds(self.support, fn), dtype=dtype)
 
 

@@ -59,7 +59,7 @@ def to_inference_data(
     data = {}
     for name, group in _groups(likelihood, draws).items():
         if group:
-            data[name] = {site: value.detach().cpu().numpy() for site, value in group.items()}
+            data[name] = {site: value.detach().to("cpu").numpy() for site, value in group.items()}
     from_dict: Any = arviz.from_dict
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
