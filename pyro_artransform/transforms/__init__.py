@@ -10,8 +10,9 @@ from .autoregressive import (
     check_structure,
 )
 from .chain import ComposedTransform, ConditionalComposedTransform, chain
-from .conditioned import ConditionedUnivariate, StructuredMeta
+from .conditioned import ConditionedUnivariate
 from .flow_module import FlowModule, InverseTransformModule, inverse
+from .meta_protocol import StructuredMeta
 from .permute import PermutationTransform
 
 __all__ = [

@@ -12,16 +12,10 @@ from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
 from .autoregressive_check import StructureCheck
-from .conditioned import (
-    SELF_DESCRIBING,
-    ContextMeta,
-    ElementwiseTransform,
-    Meta,
-    StructuredMeta,
-    check_returned,
-)
+from .conditioned import SELF_DESCRIBING, ContextMeta
 from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
+from .meta_protocol import ElementwiseTransform, Meta, StructuredMeta, check_returned
 from .value_and_ladj import call_and_ladj
 from .warn import warn_user
 

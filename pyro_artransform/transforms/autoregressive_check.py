@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..arguments import values_can_be_read
-from .conditioned import Meta, check_returned
+from .meta_protocol import Meta, check_returned
 
 _REDRAWS = 2
 

@@ -29,7 +29,7 @@ from torch.distributions import Transform
 
 from ..arguments import values_can_be_read
 from .block_inversion import by_blocks, largest
-from .conditioned import Meta, StructuredMeta, check_returned
+from .meta_protocol import Meta, StructuredMeta, check_returned
 from .value_and_ladj import expand_ladj, inverse_and_ladj
 from .warn import warn_user
 
