@@ -141,7 +141,9 @@ def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Ten
     tolerance = _SCORE_TOLERANCE.get(x.dtype, 1e-3)
     ones = torch.ones_like(ladj)
     scale = ladj.detach().exp()
-    by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
+    by_volume = None
+    if ladj.requires_grad:  # that of a shift is a constant
+        by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
     rest = score if by_volume is None else score - by_volume
     u = rest / scale
     for _ in range(depth - 1):
