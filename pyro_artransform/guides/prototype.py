@@ -17,7 +17,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from ..joint.sites import Latents, Site, describe_support, is_enumerated, same_support
+from ..joint.sites import (
+    Latents,
+    Site,
+    describe_support,
+    is_enumerated,
+    same_support,
+    value_or_origin,
+)
 
 _DEPENDS_ON_LATENTS = {
     "names": "site '{name}' is there for some values of the other latents only: expected the same "
@@ -58,7 +65,7 @@ def starting_value(
             f"poutine.block(model, hide=['{site['name']}']) from this guide and guide it by "
             "another one of an AutoGuideList; or write the model without it, as a mixture"
         )
-    return init_loc_fn(site)
+    return value_or_origin(init_loc_fn, site)
 
 
 class SiteShape(dist.TorchDistribution):

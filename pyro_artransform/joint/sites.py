@@ -245,6 +245,16 @@ def latent_nodes(trace: poutine.Trace) -> list[Any]:
     return nodes
 
 
+def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
+    """The starting value of a site; the origin of the unconstrained space where its prior has no draws."""
+    try:
+        return init_loc_fn(site)
+    except NotImplementedError:  # an improper prior has no median either
+        bijection, dtype = biject_to(site["fn"].support), torch.get_default_dtype()
+        shape, device = bijection.inverse_shape(site["fn"].shape()), torch.get_default_device()
+        return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=device)))
+
+
 def is_enumerated(node: Any) -> bool:
     """Whether a site of a trace is discrete and marked for enumeration."""
     return node["infer"].get("enumerate") is not None
