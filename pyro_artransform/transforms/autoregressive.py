@@ -182,7 +182,10 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         self.structure = StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
-        """The transform for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
+        """The transform for a context, whose batch shape broadcasts with that of x.
+
+        :param context: shape ``(*, C)``; leading dimensions of size 1 that x lacks add none to y.
+        """
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
