@@ -131,6 +131,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             full_rank = latent_dim <= _FULL_RANK_LIMIT
         return {**self._arguments, "full_rank": full_rank}
 
+    def _least_size(self, spec: GuideSpec) -> int:
+        dim = spec.latents.latent_dim
+        return dim * dim if spec.arguments["full_rank"] else dim
+
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """The flow, and the location and scale after it."""
         if self._make_flow is None:
