@@ -186,6 +186,9 @@ class Latents:
     ) -> tuple[Tensor, Tensor]:
         """The latent vector of a user's values, and the log-determinant of :meth:`constrain` there.
 
+        At an edge of a support, where a draw underflows to and a density of the latents becomes zero,
+        they are 0 and infinity.
+
         :param values: the values of all sites, each of shape ``batch + site shape``; arrays and lists
             become tensors of the site's dtype.
         :param device: the device of these tensors.
@@ -212,7 +215,9 @@ class Latents:
             ladj = site.bijection.log_abs_det_jacobian(z, value)
             latents.append(z.reshape((*batch, -1)))
             ladjs.append(ladj.reshape((*batch, -1)))
-        return torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
+        z, total = torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
+        at_edge = z.isinf().any(-1)
+        return z.masked_fill(at_edge[..., None], 0.0), total.masked_fill(at_edge, torch.inf)
 
     def _check_values(
         self, values: Mapping[str, Any], device: torch.device | None
