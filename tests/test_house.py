@@ -21,15 +21,16 @@ RUNTIME = {"pyro", "torch"}
 # its place here when it is built.
 ARROWS: dict[str, set[str]] = {
     "arguments": set(),
+    "files": set(),
     "univariate": {"arguments"},
     "conditioners": {"arguments"},
     "transforms": {"arguments", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
     "joint": {"arguments"},
-    "guides": {"arguments", "univariate", "conditioners", "transforms", "flows", "joint"},
+    "guides": {"arguments", "univariate", "conditioners", "transforms", "flows", "joint", "files"},
     "diagnostics": {"arguments", "joint"},
     "posterior": {"arguments", "joint"},
-    "inference": {"arguments", "joint", "diagnostics", "posterior"},
+    "inference": {"arguments", "joint", "diagnostics", "posterior", "files"},
     "plots": {"inference", "diagnostics"},
     "testing": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "guides"),

@@ -94,7 +94,7 @@ class MaskedMLP(Conditioner):
     :param num_params: the number P of parameters of each coordinate.
     :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
         ``max(64, 2 * input_dim)``.
-    :param context_dim: the size C of the context, 0 for none.
+    :param context_dim: the size C of the context, 0 for none; it is cast to the network's dtype.
     :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``, an elementwise
         deterministic function. One that is none of the usual modules of ``torch.nn`` is checked by
         differentiation, as a network from elsewhere is, when Pyro's validation is on.
@@ -194,8 +194,8 @@ class MaskedMLP(Conditioner):
         self._check_input(x, context)
         first, *others = self.layers
         hidden = first(x)
-        if self.context_layer is not None:
-            hidden = hidden + self.context_layer(context)
+        if self.context_layer is not None and context is not None:
+            hidden = hidden + self.context_layer(context.to(self.context_layer.weight.dtype))
         for layer in others:
             hidden = layer(self.nonlinearity(hidden))
         if self.skip is not None:
@@ -230,8 +230,8 @@ class MaskedMLP(Conditioner):
         skip = None if self.skip is None else (self.skip.weight * self.skip.mask).view(*rows, -1)
         biases = [layer.bias for layer in layers]
         last_bias = biases.pop().view(rows)
-        if self.context_layer is not None:
-            biases[0] = biases[0] + self.context_layer(context)
+        if self.context_layer is not None and context is not None:
+            biases[0] = biases[0] + self.context_layer(context.to(biases[0].dtype))
         if order is not None:
             inner[0] = inner[0][:, order]
             last, last_bias = last[:, order], last_bias[:, order]

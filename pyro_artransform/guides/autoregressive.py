@@ -131,6 +131,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             full_rank = latent_dim <= _FULL_RANK_LIMIT
         return {**self._arguments, "full_rank": full_rank}
 
+    def _least_size(self, spec: GuideSpec) -> int:
+        dim = spec.latents.latent_dim
+        return dim * dim if spec.arguments["full_rank"] else dim
+
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """The flow, and the location and scale after it."""
         if self._make_flow is None:
@@ -249,8 +253,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """The log-density at values of all sites, on the constrained space.
 
         The measure on simplices and matrices is Pyro's, that of ``biject_to``. Going back to the
-        unconstrained space loses digits near the edges of a support, in float32 all of them: a
-        draw's own density is better had from :meth:`rsample_and_log_prob`.
+        unconstrained space loses digits near the edges of a support, in float32 all of them, and at
+        an edge, where a draw may underflow to, the density is zero: a draw's own density is better
+        had from :meth:`rsample_and_log_prob`.
 
         :param values: for each site a tensor, array or list of shape ``batch + site shape``, as
             :meth:`sample_posterior` returns them.

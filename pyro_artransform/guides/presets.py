@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from pyro.infer.autoguide import init_to_median
@@ -14,7 +15,7 @@ from ..arguments import check_callable, check_hidden_dims, check_integer
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
 from ..transforms import FlowModule, chain
 from .autoregressive import AutoAutoregressive
-from .spec import Arguments
+from .spec import Arguments, GuideSpec
 
 Nonlinearity = Callable[[Tensor], Tensor]
 
@@ -61,6 +62,12 @@ class PresetGuide(AutoAutoregressive):
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
         # with the defaults, so that a version that has others reads the same flow from a file
         return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
+
+    def _least_size(self, spec: GuideSpec) -> int:
+        dim, arguments = spec.latents.latent_dim, spec.arguments
+        widths = [dim, *arguments["hidden_dims"], dim]
+        weights = sum(one * other for one, other in pairwise(widths))
+        return super()._least_size(spec) + arguments["num_transforms"] * weights
 
     @classmethod
     def _with_defaults(cls, arguments: Arguments, latent_dim: int) -> Arguments:

@@ -17,7 +17,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from ..joint.sites import Latents, Site, describe_support, is_enumerated, same_support
+from ..joint.sites import (
+    Latents,
+    Site,
+    describe_support,
+    is_enumerated,
+    same_support,
+    value_or_origin,
+)
 
 _DEPENDS_ON_LATENTS = {
     "names": "site '{name}' is there for some values of the other latents only: expected the same "
@@ -52,12 +59,13 @@ def starting_value(
     if site["fn"].support.is_discrete:
         raise ValueError(
             f"site '{site['name']}' is discrete, and a flow guide covers continuous latents only: "
-            "expected it to be enumerated, hidden or summed out. Give the guide and TraceEnum_ELBO "
-            "the model pyro.infer.config_enumerate(model); or hide the site from the guide by "
-            f"poutine.block(model, hide=['{site['name']}']) and guide it by another one of an "
-            "AutoGuideList; or write the model without it, as a mixture"
+            "expected it to be enumerated, hidden or summed out, or to have data. If it has data in "
+            "training and is to be predicted, call the guide with the data first. Else give the guide "
+            "and TraceEnum_ELBO the model pyro.infer.config_enumerate(model); or hide the site by "
+            f"poutine.block(model, hide=['{site['name']}']) from this guide and guide it by "
+            "another one of an AutoGuideList; or write the model without it, as a mixture"
         )
-    return init_loc_fn(site)
+    return value_or_origin(init_loc_fn, site)
 
 
 class SiteShape(dist.TorchDistribution):

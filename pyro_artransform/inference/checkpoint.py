@@ -3,41 +3,31 @@
 
 """Files from which a fit goes on as if it had not been interrupted."""
 
-import os
-import tempfile
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
+
+from .. import files
+from ..files import FilePath
 
 State = dict[str, Any]  #: tensors and plain data
 
 _FORMAT = "pyro_artransform fit 1"
 
 
-def write(path: str | os.PathLike[str], state: State) -> None:
-    """Writes the state of a fit: to another file first, so that no kill leaves half of one."""
-    target = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save({"format": _FORMAT, **state}, file)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def write(path: FilePath, state: State) -> None:
+    """Writes the state of a fit."""
+    files.write(path, {"format": _FORMAT, **state})
 
 
-def read(path: str | os.PathLike[str]) -> State:
-    """Reads what :func:`write` wrote; a ``ValueError`` if the file is something else."""
-    try:
-        state = torch.load(path, weights_only=True)
-    except (EOFError, RuntimeError, UnpicklingError):
-        state = None
+def read(path: FilePath) -> State:
+    """Reads what :func:`write` wrote; a ``ValueError`` if the file is something else, or damaged."""
+    state = files.read(path)
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{path}: expected a checkpoint of fit, got another file")
+        raise ValueError(
+            f"{path}: expected a checkpoint of fit, got another file, or a damaged one"
+        )
     return state
 
 

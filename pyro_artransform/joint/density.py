@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
 
 from .handlers import (
     ModelStructure,
@@ -24,7 +23,7 @@ from .handlers import (
     plate_nesting,
     subsampled_plates,
 )
-from .sites import Latents, is_enumerated, latent_nodes
+from .sites import Latents, is_enumerated, latent_nodes, value_or_origin
 from .vectorization import DrawPlate, Draws, ModelFailures, Terms, choose_strategy, evaluate_many
 
 Args = tuple[object, ...]
@@ -196,12 +195,7 @@ class LogJoint(LogDensity):
         fn = site["fn"]
         if is_enumerated(site) or fn.support.is_discrete:
             return torch.as_tensor(fn.sample())
-        try:
-            return self._init_loc_fn(site)
-        except NotImplementedError:  # an improper prior has no draws, and so no median
-            bijection, dtype = biject_to(fn.support), torch.get_default_dtype()
-            shape, device = bijection.inverse_shape(fn.shape()), torch.get_default_device()
-            return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=device)))
+        return value_or_origin(self._init_loc_fn, site)
 
 
 class MeanLogJoint(LogDensity):

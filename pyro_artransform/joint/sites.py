@@ -186,6 +186,9 @@ class Latents:
     ) -> tuple[Tensor, Tensor]:
         """The latent vector of a user's values, and the log-determinant of :meth:`constrain` there.
 
+        At an edge of a support, where a draw underflows to and a density of the latents becomes zero,
+        they are 0 and infinity.
+
         :param values: the values of all sites, each of shape ``batch + site shape``; arrays and lists
             become tensors of the site's dtype.
         :param device: the device of these tensors.
@@ -212,7 +215,9 @@ class Latents:
             ladj = site.bijection.log_abs_det_jacobian(z, value)
             latents.append(z.reshape((*batch, -1)))
             ladjs.append(ladj.reshape((*batch, -1)))
-        return torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
+        z, total = torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
+        at_edge = z.isinf().any(-1)
+        return z.masked_fill(at_edge[..., None], 0.0), total.masked_fill(at_edge, torch.inf)
 
     def _check_values(
         self, values: Mapping[str, Any], device: torch.device | None
@@ -243,6 +248,16 @@ def latent_nodes(trace: poutine.Trace) -> list[Any]:
         if not site_is_subsample(node):
             nodes.append(node)
     return nodes
+
+
+def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
+    """The starting value of a site; the origin of the unconstrained space where its prior has no draws."""
+    try:
+        return init_loc_fn(site)
+    except NotImplementedError:  # an improper prior has no median either
+        bijection, dtype = biject_to(site["fn"].support), torch.get_default_dtype()
+        shape, device = bijection.inverse_shape(site["fn"].shape()), torch.get_default_device()
+        return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=device)))
 
 
 def is_enumerated(node: Any) -> bool:

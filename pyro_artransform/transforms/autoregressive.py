@@ -135,7 +135,9 @@ def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Ten
     tolerance = _SCORE_TOLERANCE.get(x.dtype, 1e-3)
     ones = torch.ones_like(ladj)
     scale = ladj.detach().exp()
-    by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
+    by_volume = None
+    if ladj.requires_grad:  # that of a shift is a constant
+        by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
     rest = score if by_volume is None else score - by_volume
     u = rest / scale
     for _ in range(depth - 1):
@@ -174,7 +176,10 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         self.structure = StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
-        """The transform for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
+        """The transform for a context, whose batch shape broadcasts with that of x.
+
+        :param context: shape ``(*, C)``; leading dimensions of size 1 that x lacks add none to y.
+        """
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)

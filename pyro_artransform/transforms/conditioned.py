@@ -90,13 +90,16 @@ class ConditionedUnivariate(StructuredMeta):
 
 
 class ContextMeta(StructuredMeta):
-    """A meta of x and a context, at one context of shape ``(*, C)``."""
+    """A meta of x and a context, at one context of shape ``(*, C)``.
+
+    Leading batch dimensions of size 1 that x lacks add none to it.
+    """
 
     def __init__(self, meta: Any, context: Tensor) -> None:
         super().__init__()
         self.meta = meta
         self.context = context
-        self.batch_shape = context.shape[:-1]
+        self.batch_shape = self._context_for(1).shape[:-1]
 
     @property
     def autoregressive(self) -> bool:
@@ -113,7 +116,15 @@ class ContextMeta(StructuredMeta):
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
         if not isinstance(self.meta, ConditionedUnivariate):
             return None
-        return self.meta.blocks(y, self.context, in_place=in_place)
+        return self.meta.blocks(y, self._context_for(y.dim()), in_place=in_place)
 
     def forward(self, x: Tensor) -> Transform:
-        return self.meta(x, self.context)
+        return self.meta(x, self._context_for(x.dim()))
+
+    def _context_for(self, dim: int) -> Tensor:
+        """The context for an x of so many dimensions."""
+        context = self.context
+        # while torch.jit traces, sizes are tensors and cannot be compared
+        while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:
+            context = context[0]
+        return context

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_artransform import hinged_marginals
+from pyro_artransform import conditional_affine_autoregressive, hinged_marginals
 from pyro_artransform.conditioners import MaskedLinear, MaskedMLP, Unconditional
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.conditioners.test_masks import random_dag
@@ -211,6 +211,16 @@ def test_mask_of_a_wrong_shape():
         MaskedLinear(3, 2, MASK.T)
     with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(2,\)"):
         MaskedLinear(3, 2, [1, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool], ids=str)
+def test_a_context_of_another_dtype(dtype):
+    """The network's own dtype counts, in both directions."""
+    t = redraw(conditional_affine_autoregressive(3, 2)).to(torch.float32)
+    context, x = torch.tensor([[1, 0], [0, 1]]).to(dtype), torch.randn(2, 3).to(torch.float32)
+    given, expected = t.condition(context), t.condition(context.to(torch.float32))
+    assert torch.equal(given(x), expected(x))
+    assert torch.equal(given.inv(x), expected.inv(x))
 
 
 # Unconditional

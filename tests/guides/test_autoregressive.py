@@ -365,3 +365,17 @@ def test_path_changes_no_value():
         results.append(guide.rsample_and_log_prob(5, path=path))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+def test_density_of_a_draw_that_underflowed():
+    def model(values):
+        pyro.sample("scale", dist.HalfNormal(values.new_ones(())))
+        pyro.sample("probs", dist.Dirichlet(values.new_ones(3)))
+
+    guide = AutoIAF(model, hidden_dims=8)
+    values = guide.sample_posterior(4, models.data())
+    expected = guide.log_prob(values)
+    values["scale"][0], values["probs"][1] = 0.0, torch.tensor([0.0, 0.0, 1.0])
+    found = guide.log_prob(values)
+    assert found[:2].tolist() == [-math.inf, -math.inf]
+    assert torch.equal(found[2:], expected[2:])

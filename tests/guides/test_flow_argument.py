@@ -1,16 +1,19 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 from pyro.distributions import transforms
 from torch import nn
 
-from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
+from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, fit, iaf
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
 from pyro_artransform.transforms import AutoregressiveTransform, MonotonicAffineTransform
+from pyro_artransform.univariate import Additive
 from tests.guides import models
 
 
@@ -120,3 +123,11 @@ def test_flow_follows_the_models_device_not_the_default():
     finally:
         torch.set_default_device(None if before.type == "cpu" else before)
     assert {p.device.type for p in guide.parameters()} == {"cpu"}
+
+
+def test_a_flow_that_preserves_volume():
+    flow = partial(iaf, num_transforms=2, hidden_dims=8, univariate=Additive)
+    guide = AutoAutoregressive(models.gaussian, flow=flow)
+    assert math.isfinite(
+        fit(models.gaussian, guide, models.data(), num_steps=5, progress=False).elbo
+    )

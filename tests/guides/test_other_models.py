@@ -8,7 +8,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer import Predictive
 
-from pyro_artransform.guides import AutoIAF
+from pyro_artransform.guides import AutoAmortized, AutoIAF
 from tests.guides import models
 from tests.guides.training import train
 
@@ -103,6 +103,33 @@ def test_sites_that_are_predicted(path):
     guide = AutoIAF.load(path, model_of())
     predictive = Predictive(model_of(), guide=guide, num_samples=4)
     assert predictive(torch.zeros(5))["obs"].shape == (4, 5)
+
+
+def logistic(x, y=None):
+    """A regression whose data are discrete."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Bernoulli(logits=slope * x), obs=y)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("loaded_with", ["not loaded", None, logistic])
+def test_discrete_sites_that_are_predicted(loaded_with, parallel, tmp_path):
+    guide, x = AutoIAF(logistic, hidden_dims=8), models.data()
+    guide(x, (x > 1).to(x.dtype))
+    if loaded_with != "not loaded":
+        guide.save(tmp_path / "guide")
+        guide = AutoIAF.load(tmp_path / "guide", loaded_with)
+    for new in (x, x[:3]):
+        assert set(guide(new)) == {"slope"}
+        predictive = Predictive(logistic, guide=guide, num_samples=4, parallel=parallel)
+        assert predictive(new)["y"].shape == (4, len(new))
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoAmortized])
+def test_discrete_data_that_a_new_guide_lacks(kind):
+    with pytest.raises(ValueError, match=r"'y' is discrete.* call the guide with the data first"):
+        Predictive(logistic, guide=kind(logistic), num_samples=4)(models.data())
 
 
 def test_bounds_in_another_dtype(path):

@@ -1,15 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer import config_enumerate
+from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import init_to_median
+from pyro.optim import Adam
 
-from pyro_artransform.guides import AutoIAF, prototype
+from pyro_artransform.guides import AutoAmortized, AutoIAF, prototype
 from pyro_artransform.guides.prototype import SiteShape, starting_value
 from tests.guides import models
 
@@ -245,3 +248,19 @@ def test_other_sites_are_left_to_the_starting_function():
     narrow = site(dist.Normal(torch.tensor([-300.0, 40.0]), 1e-3).to_event(1))
     value = starting_value(init_to_median, None, narrow)
     assert torch.allclose(value, torch.tensor([-300.0, 40.0]), atol=0.01)
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoAmortized])
+def test_improper_priors_start_at_the_origin(kind):
+    def model(values):
+        fn = dist.ImproperUniform(dist.constraints.positive, torch.Size(), torch.Size([2]))
+        scale = pyro.sample("scale", fn)
+        with pyro.plate("data", len(values)):
+            loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (8,), ()))
+            pyro.sample("obs", dist.Normal(loc, scale.sum()), obs=values)
+
+    guide = kind(model, init_scale=1e-6)
+    draw = guide(models.data())
+    assert torch.allclose(draw["scale"], torch.ones(2), atol=1e-4)
+    assert torch.allclose(draw["loc"], torch.zeros(8), atol=1e-4)
+    assert math.isfinite(SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(models.data()))

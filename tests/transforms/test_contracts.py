@@ -72,6 +72,22 @@ def test_context(family, conditioner, context_shape):
     assert torch.allclose(torch.linalg.slogdet(jacobian)[1], ladj[1])
 
 
+@pytest.mark.parametrize("conditioner", ["mlp", "graph", "masked input", "foreign"])
+@pytest.mark.parametrize("context_shape", [(1, 2), (1, 1, 2), (1, 3, 2), (5, 1, 2)])
+def test_shapes_with_a_context(conditioner, context_shape):
+    """A context of size 1 in a dimension that x lacks is for any x, as Pyro's suite asks."""
+    conditional = redraw(ConditionalAutoregressiveTransform(make_meta("affine", conditioner, 4, 2)))
+    t = conditional.condition(torch.randn(context_shape))
+    for shape in ((4,), (3, 4), (1, 4), (5, 3, 4)):
+        y, ladj = t.call_and_ladj(torch.randn(shape))
+        assert t.forward_shape(torch.Size(shape)) == y.shape
+        assert ladj.shape == y.shape[:-1]
+        assert t.inv(torch.randn(shape)).shape == t.inverse_shape(torch.Size(shape)) == y.shape
+        assert t.call_and_score(torch.randn(shape), torch.randn(shape))[2].shape == y.shape
+    if context_shape[:-1].count(1) == len(context_shape) - 1:
+        assert t.forward_shape(torch.Size([4])) == (4,)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dim", [2, 5, 64])
 def test_zero_pattern_of_the_jacobian_is_the_graph(family, dim):

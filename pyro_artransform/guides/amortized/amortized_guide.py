@@ -36,7 +36,7 @@ from .plates import (
     refuse_no_local_latents,
     sizes_of_run,
 )
-from .variational_posterior import AmortizedPosterior, sample_sites
+from .variational_posterior import AmortizedPosterior, least_size, sample_sites
 
 #: latent vectors in memory at a time
 _CHUNK = 2**16
@@ -200,6 +200,9 @@ class AutoAmortized(PersistentGuide):
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
+
+    def _least_size(self, spec: GuideSpec) -> int:
+        return least_size(spec, self._make_flows)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         if self._make_flows is None:

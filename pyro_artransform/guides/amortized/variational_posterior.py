@@ -17,7 +17,7 @@ from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..spec import GuideSpec
 from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
-from .factors import GlobalFactor, LocalFactor, MakeFlows
+from .factors import GlobalFactor, LocalFactor, MakeFlows, default_flow
 from .layout import GLOBAL, Group, LatentLayout, Vectors
 from .plates import Args, Kwargs, Plates, check_sizes
 
@@ -238,3 +238,18 @@ def base_of(like: Tensor, shape: Sequence[int]) -> dist.TorchDistribution:
     normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
     base: dist.TorchDistribution = normal.to_event(1)
     return base
+
+
+def least_size(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
+    """How many numbers a posterior has at least, without building it; a user's flows are not counted."""
+    feature_dims, size = spec.arguments["feature_dims"], 0
+    for group in LatentLayout(spec.latents).groups:
+        dim = group.latents.latent_dim
+        if group.name == GLOBAL:
+            is_default = make_flows is not None and make_flows[0] is default_flow
+            size += dim * dim if is_default else dim
+            continue
+        features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
+        rows = 0 if group.name in feature_dims else group.num_elements
+        size += (dim + features) * dim + rows * (features + 2 * dim)
+    return size

@@ -107,10 +107,15 @@ class PersistentGuide(AutoGuide):
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
-    def _restore(self, spec: GuideSpec) -> None:
+    def _least_size(self, spec: GuideSpec) -> int:
+        """How many numbers a guide of a spec has at least, without building it."""
+        return spec.latents.latent_dim
+
+    def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
         own = self._resolved_arguments(spec.latents.latent_dim)
         spec = replace(spec, arguments={**spec.arguments, **own})
+        serialization.check_size(state, self._least_size(spec))
         self._set_up_from(spec, spec.zeros())
         self._ownership = Ownership.CARRIED
         self._model_is_checked = False
@@ -273,7 +278,7 @@ class PersistentGuide(AutoGuide):
         # that of older versions is a list, which says too little
         spec = GuideSpec.from_plain(plain, device) if isinstance(plain, dict) else None
         if self._spec is None and spec is not None:
-            self._restore(spec)
+            self._restore(spec, state)
         elif self._spec is None and parameters:
             raise RuntimeError(
                 f"{type(self).__name__} was never called, so it has no parameters yet, and the "
@@ -289,7 +294,7 @@ class PersistentGuide(AutoGuide):
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the guide to a file of tensors and plain data.
+        """Writes the guide to a file of tensors and plain data: where that fails, an old file stays.
 
         :param path: where to.
         :raises RuntimeError: if the guide was never called.
@@ -318,17 +323,22 @@ class PersistentGuide(AutoGuide):
         :param arguments: arguments of the constructor that no file holds: ``flow``, where it is not
             a preset's own.
         :return: a guide that draws without the model and without data.
-        :raises ValueError: if the file is none that :meth:`save` wrote, is of another class of
-            guide, holds NaN, or is of another flow.
+        :raises ValueError: if the file is none that :meth:`save` wrote, is damaged, is of another
+            class of guide, holds NaN, or is of another flow.
         """
         saved = serialization.read(path, cls.__name__, map_location)
         state = saved["state"]
-        device = next(v.device for key, v in state.items() if key != "_extra_state")
-        spec = GuideSpec.from_plain(saved["spec"], device)
+        try:
+            device = next(v.device for key, v in state.items() if key != "_extra_state")
+            spec = GuideSpec.from_plain(saved["spec"], device)
+        except Exception as error:
+            raise ValueError(
+                f"{path}: expected what the guide's save writes, got: {error!r}"
+            ) from None
         known = cls._constructor_arguments(spec)
         guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
         try:
-            guide._restore(spec)
+            guide._restore(spec, state)
             guide.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: expected a guide with this flow, got: {error}") from error

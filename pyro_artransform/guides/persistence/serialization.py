@@ -3,18 +3,23 @@
 
 """Guides as tensors and plain data: what a file holds, and how it is read."""
 
+import hashlib
 import json
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ... import files
+from ...files import FilePath
+
 Plain = dict[str, Any]
 
-FORMAT = 3
-_KEYS = {"format", "class", "spec", "state"}
+FORMAT = 4
+_KEYS = {"format", "class", "spec", "state", "checksum"}
+_MAX_ACTIVATION_SIZE = 2**16
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
 _SUPPORTS = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than"),
@@ -94,51 +99,75 @@ def argument_from_plain(plain: Any) -> Any:
     if isinstance(plain, dict) and "function" in plain:
         return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
     if isinstance(plain, dict) and "module" in plain:
-        return getattr(nn, plain["module"])(**plain["constants"])
+        make, constants = getattr(nn, plain["module"]), plain["constants"]
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in make(**constants).parameters())
+        if size > _MAX_ACTIVATION_SIZE:
+            raise ValueError(f"expected an activation, got {plain['module']} of {size} parameters")
+        return make(**constants)
     return plain
 
 
-def write(
-    path: str | os.PathLike[str], class_name: str, spec: Plain, state: dict[str, Tensor]
-) -> None:
-    """Writes a guide's file: its class, its spec as plain data, and its state dict."""
+def write(path: FilePath, class_name: str, spec: Plain, state: Mapping[str, Tensor]) -> None:
+    """Writes a guide's file: its class, its spec as plain data, its state dict, and their checksum."""
     check_finite(state)
-    torch.save({"format": FORMAT, "class": class_name, "spec": spec, "state": dict(state)}, path)
+    # an expanded tensor would declare more numbers than the file holds
+    state = {name: value.detach().contiguous() for name, value in state.items()}
+    content = {"format": FORMAT, "class": class_name, "spec": spec, "state": state}
+    files.write(path, {**content, "checksum": checksum(content)})
 
 
-def read(path: str | os.PathLike[str], class_name: str, map_location: Any) -> Plain:
+def read(path: FilePath, class_name: str, map_location: Any) -> Plain:
     """Reads the file of a guide of a class: what :func:`write` wrote, as a dict."""
-    not_a_guides_file = ValueError(
-        f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
-        "another file"
-    )
-    try:
-        saved = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
-    except Exception:
-        if _can_be_read(path):
-            # what is wrong is map_location
-            raise
-        # not torch's error: it advises weights_only=False, which runs any code in the file
-        raise not_a_guides_file from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not saved.keys() >= _KEYS:
-        raise not_a_guides_file
+    saved = files.read(path, map_location)
+    if not is_intact(saved):
+        raise ValueError(
+            f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
+            "another file, or a damaged one"
+        )
     if saved["class"] != class_name:
         raise ValueError(f"{path}: expected a guide of class {class_name}, got {saved['class']}")
     check_finite(saved["state"])
     return saved
 
 
-def _can_be_read(path: str | os.PathLike[str]) -> bool:
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+def is_intact(saved: Any) -> bool:
+    """Whether something that was read is what :func:`write` wrote."""
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or not saved.keys() >= _KEYS:
         return False
-    return True
+    if not isinstance(saved["state"], dict):
+        return False
+    for value in saved["state"].values():
+        is_tensor = isinstance(value, Tensor) and value.layout is torch.strided
+        # before anything is computed of it
+        if not is_tensor or value.nbytes > value.untyped_storage().nbytes():
+            return False
+    return checksum(saved) == saved["checksum"]
 
 
-def check_finite(state: dict[str, Tensor]) -> None:
+def checksum(content: Plain) -> str:
+    """A checksum of the class, the spec and the tensors of a guide's file."""
+    digest = hashlib.sha256(json.dumps([content["class"], content["spec"]], default=repr).encode())
+    for name, value in content["state"].items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        numbers = value.cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(numbers.numpy()))
+    return digest.hexdigest()
+
+
+def check_size(state: Mapping[str, Tensor], least: int) -> None:
+    """Refuses tensors of fewer numbers than a guide has, before that guide is built."""
+    # by storage: a view is no more than what is stored
+    storages = [value.untyped_storage() for value in state.values()]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if stored < least:
+        raise ValueError(
+            f"the file or state dict is damaged: expected at least {least} numbers, as many as a guide "
+            f"of its sites and arguments has, got {stored} bytes"
+        )
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
     """Refuses a state dict with NaN or infinite entries."""
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import random
 import traceback
 
 import pyro
@@ -12,7 +13,7 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
-from pyro_artransform.guides import AutoIAF
+from pyro_artransform.guides import AutoAmortized, AutoIAF
 from pyro_artransform.guides.persistence import serialization as saving
 from pyro_artransform.guides.prototype import prototype_trace
 from pyro_artransform.guides.spec import GuideSpec
@@ -130,6 +131,12 @@ def test_nonlinearity_that_cannot_be_written(nonlinearity, tmp_path):
         guide.save(tmp_path / "guide")
 
 
+def write_altered(path, saved, **changes):
+    """A file whose checksum is right."""
+    content = {**saved, **changes}
+    torch.save({**content, "checksum": saving.checksum(content)}, path)
+
+
 def test_bad_files(tmp_path):
     path = tmp_path / "guide"
     guide = AutoIAF(models.regression, hidden_dims=8)
@@ -140,19 +147,150 @@ def test_bad_files(tmp_path):
         torch.save(bad, path)
         with pytest.raises(ValueError, match=f"expected a guide's file of format {saving.FORMAT}"):
             AutoIAF.load(path)
-    torch.save({**saved, "class": "AutoMAF"}, path)
+    write_altered(path, saved, **{"class": "AutoMAF"})
     with pytest.raises(ValueError, match="expected a guide of class AutoIAF, got AutoMAF"):
         AutoIAF.load(path)
     name = "transform.transforms.1.log_scale"
     for value in (float("nan"), float("inf")):
         state = {**saved["state"], name: torch.tensor([0.0, value])}
-        torch.save({**saved, "state": state}, path)
+        write_altered(path, saved, state=state)
         with pytest.raises(ValueError, match=f"'{name}': expected finite numbers, got 1 of 2"):
             AutoIAF.load(path)
     arguments = {**saved["spec"]["arguments"], "num_transforms": 1}
-    torch.save({**saved, "spec": {**saved["spec"], "arguments": arguments}}, path)
+    write_altered(path, saved, spec={**saved["spec"], "arguments": arguments})
     with pytest.raises(ValueError, match="expected a guide with this flow"):
         AutoIAF.load(path)
+
+
+def test_damaged_files(tmp_path):
+    """Truncated anywhere, or with a byte changed anywhere: the same error, or nothing has changed."""
+    path = tmp_path / "guide"
+    guide = AutoIAF(models.regression, num_transforms=1, hidden_dims=2)
+    guide(models.data())
+    guide.save(path)
+    whole, expected = path.read_bytes(), guide.state_dict()
+    generator, num_found = random.Random(0), 0
+    for at in range(0, len(whole), 97):
+        place = generator.randrange(len(whole))
+        byte = bytes([whole[place] ^ generator.randrange(1, 256)])
+        for damaged in (whole[:at], whole[:place] + byte + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                state = AutoIAF.load(path).state_dict()
+            except ValueError as error:
+                assert "another file, or a damaged one" in str(error)  # noqa: PT017
+                num_found += 1
+            else:
+                assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert num_found > len(whole) // 97
+
+
+def test_altered_tensors_and_specs(tmp_path):
+    path = tmp_path / "guide"
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(path)
+    saved = torch.load(path)
+    name = "transform.transforms.1.log_scale"
+    state = {**saved["state"], name: saved["state"][name] + 1e-6}
+    spec = {**saved["spec"], "observed": ["other"]}
+    for changed in ({"state": state}, {"spec": spec}, {"state": 3}, {"state": {name: 3}}):
+        torch.save({**saved, **changed}, path)
+        with pytest.raises(ValueError, match="another file, or a damaged one"):
+            AutoIAF.load(path)
+    write_altered(path, saved, spec={})
+    with pytest.raises(ValueError, match="expected what the guide's save writes"):
+        AutoIAF.load(path)
+
+
+def huge_site(saved):
+    (loc, scale), dim = saved["spec"]["sites"], 30_000
+    state = {
+        name: value[..., :1].expand((*value.shape[:-1], dim)) if "transforms.1" in name else value
+        for name, value in saved["state"].items()
+    }
+    return {
+        "spec": {**saved["spec"], "sites": [{**loc, "shape": [dim - 1]}, scale]},
+        "state": state,
+    }
+
+
+def huge_contiguous_site(saved):
+    return {"spec": huge_site(saved)["spec"]}
+
+
+def huge_networks(**arguments):
+    def change(saved):
+        return {"spec": {**saved["spec"], "arguments": {**saved["spec"]["arguments"], **arguments}}}
+
+    return change
+
+
+LINEAR = {"in_features": 2**20, "out_features": 2**20}
+HUGE = {
+    "expanded": (huge_site, "a damaged one"),
+    "sites": (huge_contiguous_site, "expected at least .* numbers"),
+    "widths": (huge_networks(hidden_dims=[2**20, 2**20]), "expected at least .* numbers"),
+    "layers": (huge_networks(num_transforms=2**30), "expected at least .* numbers"),
+    "activation": (
+        huge_networks(nonlinearity={"module": "Linear", "constants": LINEAR}),
+        "expected an activation",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_nothing_huge_is_built(name, tmp_path):
+    path, (change, message) = tmp_path / "guide", HUGE[name]
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(path)
+    saved = torch.load(path)
+    write_altered(path, saved, **change(saved))
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match=message):
+        AutoIAF.load(path)
+
+
+def test_a_huge_state_dict_is_not_built():
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    state, plain = guide.state_dict(), guide._spec.to_plain()
+    plain["arguments"]["full_rank"] = True
+    plain["sites"][0]["shape"] = [2**20]
+    state["_extra_state"] = saving.plain_to_tensor(plain)
+    with pytest.raises(ValueError, match="damaged: expected at least"):
+        AutoIAF(models.regression).load_state_dict(state)
+
+
+def test_a_huge_plate_is_not_built(tmp_path):
+    guide = AutoAmortized(models.locals_of)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    saved = torch.load(tmp_path / "guide")
+    (site,) = saved["spec"]["sites"]
+    site["plates"][0][2] = site["plates"][0][4] = 2**40
+    write_altered(tmp_path / "guide", saved)
+    with pytest.raises(ValueError, match="damaged: expected at least"):
+        AutoAmortized.load(tmp_path / "guide")
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "guide"
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(path)
+    before = path.read_bytes()
+
+    def full_disk(content, file):
+        (file if hasattr(file, "write") else open(file, "wb")).write(b"half")  # noqa: SIM115
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        guide.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["guide"]
 
 
 def write_text(path):

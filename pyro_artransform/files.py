@@ -1,0 +1,43 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files of tensors and plain data, which no interruption leaves half written."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FilePath = str | os.PathLike[str]
+
+
+def write(path: FilePath, content: object) -> None:
+    """Writes a file beside the target and renames it: where that fails, the old file stays."""
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        with open(beside, "xb") as file:
+            torch.save(content, file)
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read(path: FilePath, map_location: Any = None) -> Any:
+    """Reads a file that :func:`write` wrote; None if it is another one, or damaged.
+
+    :param map_location: as for ``torch.load``, whose errors about it are raised.
+    :raises OSError: if there is no such file, or it may not be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location=map_location, weights_only=True)
+        except Exception as error:
+            # a damaged file raises any error; torch's advice would be to run the code in it
+            is_about_devices = map_location is not None or "map_location" in str(error)
+            if is_about_devices and map_location != "cpu" and read(path, "cpu") is not None:
+                raise
+            return None
