@@ -3,6 +3,7 @@
 
 """Draws of a guide with their importance weights, the model's density over the guide's."""
 
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -115,7 +116,9 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
             f"guide: expected latents of shape {expected} and densities of shape {(n,)}, got "
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
-    return Weighted(latent, log_joint.latents.constrain(latent), log_joint(latent) - log_q)
+    return Weighted(
+        latent, log_joint.latents.constrain(latent), _log_ratio(log_joint, latent, log_q)
+    )
 
 
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
@@ -145,7 +148,21 @@ def _draw_constrained(draw: GuideDraws, log_joint: LogJoint, n: int) -> Weighted
     values = {name: drawn[name] for name in log_joint.latents.sites}
     latent = log_joint.latents.unconstrain(values)
     _, ladj = log_joint.latents.constrain_with_ladj(latent)
-    return Weighted(latent, values, log_joint(latent) - ladj - log_q)
+    return Weighted(latent, values, _log_ratio(log_joint, latent, ladj + log_q))
+
+
+def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
+    """The log weights of draws, with a warning if a model turns out to mix draws at once."""
+    strategy = log_joint.strategy
+    log_p = log_joint.checked(latent, log_q)
+    if log_joint.strategy != strategy:
+        warnings.warn(
+            "the model gives many draws at once another log-density than one at a time, as a branch "
+            f"on values of its latents does: from now on its draws are evaluated by "
+            f"{log_joint.strategy}. Write it without such branches (torch.where)",
+            stacklevel=2,
+        )
+    return log_p - log_q
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
