@@ -6,14 +6,14 @@
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.handlers import subsampled_plates
+from ..joint.handlers import runs_model, subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 from ..joint.vectorization import GuideDraws, stack
@@ -59,7 +59,8 @@ def log_weights(
     :param kwargs: their keyword arguments.
     :param log_joint: the model's log joint density, if it is known already.
     :return: shapes ``(n, latent_dim)`` and ``(n,)``.
-    :raises ValueError: if the guide lacks a latent of the model, or has discrete sites.
+    :raises ValueError: if the guide lacks a latent of the model, was made for another model, or has
+        discrete sites.
     """
     chunks = list(weighted_draws(model, guide, num_samples, args, kwargs, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
@@ -94,7 +95,10 @@ def weighted_draws(
             offered.set_up(*args, **kwargs)
         else:
             _trace(run_guide)
-        draw: Drawer = partial(_draw_unconstrained, offered, log_joint or LogJoint(run_model))
+        log_joint = log_joint or LogJoint(run_model)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            _check_same_latents(log_joint, _trace(run_guide))
+        draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
     else:
         draw = _drawer(run_model, run_guide, log_joint)
     for start in range(0, num_samples, _CHUNK):
@@ -177,14 +181,38 @@ def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
         values = {node["name"]: node["value"] for node in latent_nodes(replayed)}
         _check_latents(values, drawn.nodes)
         rows.append(values)
-        log_weights.append(torch.as_tensor(replayed.log_prob_sum() - drawn.log_prob_sum()))
+        counts = partial(_counts_in_guide, runs_model(drawn))
+        log_weights.append(torch.as_tensor(replayed.log_prob_sum() - drawn.log_prob_sum(counts)))
     return Weighted(None, stack(rows), torch.stack(log_weights))
+
+
+def _counts_in_guide(runs_model: bool, name: str, node: Any) -> bool:
+    """Whether a site is part of the density of a guide."""
+    return not (runs_model and node["is_observed"])
 
 
 def _trace(run: Run) -> poutine.Trace:
     with poutine.block():
         trace: poutine.Trace = poutine.trace(run).get_trace()
     return trace
+
+
+def _check_same_latents(log_joint: LogJoint, drawn: poutine.Trace) -> None:
+    """Checks that a vector of a guide's latents is one of the model's.
+
+    That they have as many dimensions says nothing: a reparametrized model has other latents.
+    """
+    expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
+    got = {}
+    for node in latent_nodes(drawn):
+        if not node["infer"].get("is_auxiliary"):
+            got[node["name"]] = tuple(node["value"].shape)
+    # a guide that has the vector only does not say what is in it; the order is that of the vector
+    if got and list(got.items()) != list(expected.items()):
+        raise ValueError(
+            f"guide: it was made for another model: expected the latents {expected}, in this order, got "
+            f"{got}. Make it of the very model that it is used with, as in AutoIAF(model)"
+        )
 
 
 def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:

@@ -210,7 +210,7 @@ class LogJoint(LogDensity):
 
     def _agrees(self, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
         """Whether the values of draws at once are those of single runs from a random state."""
-        rows = range(len(z))
+        rows = list(range(len(z)))
         if log_q is not None:
             order, few = (values - log_q).argsort().tolist(), _NUM_EXTREME
             rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few]})
@@ -237,7 +237,7 @@ class LogJoint(LogDensity):
         for _ in range(_NUM_FAR):
             try:
                 with pyro.validation_enabled(False), torch.no_grad(), hidden_sites():
-                    trace = poutine.trace(self._run).get_trace()
+                    trace: Any = poutine.trace(self._run).get_trace()
                 values = {name: trace.nodes[name]["value"] for name in self.latents.sites}
                 z = self.latents.unconstrain(values)[None]
             except Exception:  # improper, or a draw that the model itself cannot take

@@ -30,7 +30,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .handlers import SiteLogProbs, plate_nesting
+from .handlers import SiteLogProbs, plate_nesting, runs_model
 from .sites import latent_nodes
 
 Draws = Mapping[str, Tensor]
@@ -225,6 +225,7 @@ class GuideDraws:
         self._num_plates = max(num_plates, plate_nesting(trace))
         #: the shape of each latent, auxiliary ones included
         self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}
+        self._runs_model = runs_model(trace)
         self._indices: Terms = {}
         #: whether many draws are made at once
         self.is_vectorized = False
@@ -253,4 +254,7 @@ class GuideDraws:
         # single runs at these draws see the same part of each sub-sampled plate
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
         zero = next(iter(found.values())).new_zeros(batch)
-        return {**found, _LOG_PROB: plate.total(scored.log_probs, zero)}
+        counted = scored.log_probs
+        if self._runs_model:  # without the data of its model
+            counted = {name: counted[name] for name in self.shapes}
+        return {**found, _LOG_PROB: plate.total(counted, zero)}
