@@ -12,6 +12,7 @@ import torch
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
+from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...joint import LogJoint
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Modes
@@ -188,7 +189,14 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
             "draws of the guide: check supports and data"
         )
         return
-    if found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
+    round_off = round_off_of(found.log_weights)
+    if round_off > config.max_gap and found.khat == WORST_KHAT:
+        yield (
+            f"the weights are the round-off of {found.log_weights.dtype}, which is up to "
+            f"{round_off:.2g} nats of a log-density of {found.elbo:.3g}: nothing is known of their tail. "
+            "Use float64"
+        )
+    elif found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "

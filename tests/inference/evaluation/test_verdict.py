@@ -248,3 +248,11 @@ def test_a_model_that_mixes_draws(quick):
     assert abs(found.weights.log_evidence - math.log(0.98758)) < 0.02
     assert "one at a time" in found.verdict.words
     assert log_joint.strategy == "loop"
+
+
+def test_weights_that_are_round_off():
+    """In float32 a density of ten million nats is known to a nat: nothing is known of the tail."""
+    log_weights = -1e7 + torch.randint(0, 3, (4000,), dtype=torch.float32)
+    found = Importance.from_log_weights(log_weights)
+    words = not_trusted(found, NOTHING_ELSE, FitStatus(), "round-off of torch.float32")
+    assert "does not reach" not in words
