@@ -109,8 +109,8 @@ def importance(
     :param num_samples: how many draws.
     :param args: the arguments of both.
     :param kwargs: their keyword arguments.
-    :raises ValueError: if the guide lacks a latent of the model, or ``num_samples`` is no positive
-        integer.
+    :raises ValueError: if the guide lacks a latent of the model or was made for another model, or
+        ``num_samples`` is no positive integer.
 
     Example::
 
@@ -153,8 +153,8 @@ def psis_resample(
         at least.
     :param kwargs: the keyword arguments of both.
     :return: for each site a tensor of shape ``(n,) + site shape``.
-    :raises ValueError: if the guide lacks a latent of the model, a number is no positive integer,
-        or no draw has a finite weight.
+    :raises ValueError: if the guide lacks a latent of the model or was made for another model, a
+        number is no positive integer, or no draw has a finite weight.
 
     **References**
 

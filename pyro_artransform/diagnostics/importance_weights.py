@@ -3,16 +3,17 @@
 
 """Draws of a guide with their importance weights, the model's density over the guide's."""
 
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.handlers import subsampled_plates
+from ..joint.handlers import runs_model, subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 from ..joint.vectorization import GuideDraws, stack
@@ -58,7 +59,8 @@ def log_weights(
     :param kwargs: their keyword arguments.
     :param log_joint: the model's log joint density, if it is known already.
     :return: shapes ``(n, latent_dim)`` and ``(n,)``.
-    :raises ValueError: if the guide lacks a latent of the model, or has discrete sites.
+    :raises ValueError: if the guide lacks a latent of the model, was made for another model, or has
+        discrete sites.
     """
     chunks = list(weighted_draws(model, guide, num_samples, args, kwargs, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
@@ -93,7 +95,10 @@ def weighted_draws(
             offered.set_up(*args, **kwargs)
         else:
             _trace(run_guide)
-        draw: Drawer = partial(_draw_unconstrained, offered, log_joint or LogJoint(run_model))
+        log_joint = log_joint or LogJoint(run_model)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            _check_same_latents(log_joint, _trace(run_guide))
+        draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
     else:
         draw = _drawer(run_model, run_guide, log_joint)
     for start in range(0, num_samples, _CHUNK):
@@ -115,7 +120,9 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
             f"guide: expected latents of shape {expected} and densities of shape {(n,)}, got "
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
-    return Weighted(latent, log_joint.latents.constrain(latent), log_joint(latent) - log_q)
+    return Weighted(
+        latent, log_joint.latents.constrain(latent), _log_ratio(log_joint, latent, log_q)
+    )
 
 
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
@@ -145,7 +152,21 @@ def _draw_constrained(draw: GuideDraws, log_joint: LogJoint, n: int) -> Weighted
     values = {name: drawn[name] for name in log_joint.latents.sites}
     latent = log_joint.latents.unconstrain(values)
     _, ladj = log_joint.latents.constrain_with_ladj(latent)
-    return Weighted(latent, values, log_joint(latent) - ladj - log_q)
+    return Weighted(latent, values, _log_ratio(log_joint, latent, ladj + log_q))
+
+
+def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
+    """The log weights of draws, with a warning if a model turns out to mix draws at once."""
+    strategy = log_joint.strategy
+    log_p = log_joint.checked(latent, log_q)
+    if log_joint.strategy != strategy:
+        warnings.warn(
+            "the model gives many draws at once another log-density than one at a time, as a branch "
+            f"on values of its latents does: from now on its draws are evaluated by "
+            f"{log_joint.strategy}. Write it without such branches (torch.where)",
+            stacklevel=2,
+        )
+    return log_p - log_q
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
@@ -160,14 +181,38 @@ def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
         values = {node["name"]: node["value"] for node in latent_nodes(replayed)}
         _check_latents(values, drawn.nodes)
         rows.append(values)
-        log_weights.append(torch.as_tensor(replayed.log_prob_sum() - drawn.log_prob_sum()))
+        counts = partial(_counts_in_guide, runs_model(drawn))
+        log_weights.append(torch.as_tensor(replayed.log_prob_sum() - drawn.log_prob_sum(counts)))
     return Weighted(None, stack(rows), torch.stack(log_weights))
+
+
+def _counts_in_guide(runs_model: bool, name: str, node: Any) -> bool:
+    """Whether a site is part of the density of a guide."""
+    return not (runs_model and node["is_observed"])
 
 
 def _trace(run: Run) -> poutine.Trace:
     with poutine.block():
         trace: poutine.Trace = poutine.trace(run).get_trace()
     return trace
+
+
+def _check_same_latents(log_joint: LogJoint, drawn: poutine.Trace) -> None:
+    """Checks that a vector of a guide's latents is one of the model's.
+
+    That they have as many dimensions says nothing: a reparametrized model has other latents.
+    """
+    expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
+    got = {}
+    for node in latent_nodes(drawn):
+        if not node["infer"].get("is_auxiliary"):
+            got[node["name"]] = tuple(node["value"].shape)
+    # a guide that has the vector only does not say what is in it; the order is that of the vector
+    if got and list(got.items()) != list(expected.items()):
+        raise ValueError(
+            f"guide: it was made for another model: expected the latents {expected}, in this order, got "
+            f"{got}. Make it of the very model that it is used with, as in AutoIAF(model)"
+        )
 
 
 def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:

@@ -28,6 +28,10 @@ _PRIOR_SIZE = 10
 # smaller weights, relative to the largest, are negligible
 _LOG_RANGE = 15 * log(10)
 _FEW = 10
+# of fewer weights in the tail nothing is known, even if they are the same
+_FEWEST = 5
+# weights that round-off blurs by more nats than this are not known to be constant
+_MOST_ROUND_OFF = 0.5
 _NAN_SHARE = 0.01
 
 
@@ -50,7 +54,10 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
 
     The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
 
-    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0;
+    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0, and one of
+      10, since nothing is known, where that round-off is half a nat or more (in float32, for log
+      weights beyond 260,000);
+    - of 20 weights or fewer nothing is known either, and k-hat is 10;
     - weights of zero (``-inf``) count like others;
     - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
       with none that is finite and with fewer than ten tail weights within a factor of 1e15 of the
@@ -68,6 +75,12 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
     # the asymptotic variance holds for k > -1/2
     khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
     return ParetoTail(khat, khat_se, scale, log_cutoff, size)
+
+
+def round_off_of(log_weights: Tensor) -> float:
+    """By how many nats round-off may blur the largest of some log weights, in their own dtype."""
+    largest = log_weights[log_weights.isfinite()].double().max().item()
+    return 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
 
 
 def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
@@ -101,8 +114,10 @@ def _fit(weights: Tensor, eps: float) -> tuple[float, float, float, int]:
     if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
         return WORST_KHAT, nan, nan, size
     log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
-    if largest - log_cutoff <= 16 * eps * max(1.0, abs(largest)):
-        return 0.0, nan, log_cutoff, size
+    round_off = 16 * eps * max(1.0, abs(largest))
+    if size < _FEWEST or largest - log_cutoff <= round_off:
+        is_known = size >= _FEWEST and round_off < _MOST_ROUND_OFF
+        return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
     is_cut = log_cutoff < largest - _LOG_RANGE
     log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
     exceedances = (ordered[ordered > log_cutoff] - log_cutoff).expm1()

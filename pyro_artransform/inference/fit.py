@@ -85,10 +85,11 @@ def fit(
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :return: the verdict, and the numbers that it rests on; the posterior is the guide.
     :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
-    :raises ValueError: if the model has a parameter of the name of one of these options, if there is
-        no initial guide with a finite density, if an option is out of its range, if a checkpoint is of
-        another fit, if a loader is empty, if latents that all batches share would see one batch as
-        if it were all data, or if the guide would look up other elements than those of a batch.
+    :raises ValueError: if the model has a parameter of the name of one of these options, if the guide
+        was made for a model with other latents, if there is no initial guide with a finite density, if
+        an option is out of its range, if a checkpoint is of another fit, if a loader is empty, if
+        latents that all batches share would see one batch as if it were all data, or if the guide
+        would look up other elements than those of a batch.
     :raises FitError: if the loss is not finite for many steps in a row.
 
     Example::

@@ -206,7 +206,7 @@ class FitRun:
             end=end,
             step_size=self._step_size,
             culprits=dict(training.skipped.sites),
-            one_at_a_time=self._looped_because,
+            one_at_a_time=self._looped_because or self._subject.log_joint.reason,
         )
 
 

@@ -4,7 +4,9 @@
 """The log joint density of a Pyro model as a function of many draws at once."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,13 +26,27 @@ from .handlers import (
     subsampled_plates,
 )
 from .sites import Latents, is_enumerated, latent_nodes, value_or_origin
-from .vectorization import DrawPlate, Draws, ModelFailures, Terms, choose_strategy, evaluate_many
+from .vectorization import (
+    STRATEGIES,
+    DrawPlate,
+    Draws,
+    ModelFailures,
+    Terms,
+    agree,
+    choose_strategy,
+    evaluate_many,
+)
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
+# strategies are compared at so many draws of the prior, too, and at as many that are far away
+_NUM_FAR = 8
+_FAR_SCALE = 3.0
+# of draws with weights, those of the largest and the smallest, so many each, and as many others
+_NUM_EXTREME = 2
 # arguments of other shapes come and go by batches: so many are remembered
 _MOST_SIGNATURES = 64
 
@@ -62,7 +78,8 @@ class LogJoint(LogDensity):
         \log p(x, c(z)) + \log |\det c'(z)|
 
     where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    where that agrees with single runs (see :mod:`~pyro_artransform.joint.vectorization`). Discrete
+    where that agrees with single runs (see :mod:`~pyro_artransform.joint.vectorization`), near the
+    start, at draws of the prior and far away; :meth:`checked` compares at any draws. Discrete
     latents that are marked for enumeration are summed out, and masked elements of latents have
     their prior density. Pyro's validation is off while the model runs, so that an impossible draw
     gives NaN and no error.
@@ -109,11 +126,19 @@ class LogJoint(LogDensity):
             values[name] = trace.nodes[name]["value"].detach()
         self.start = self.latents.unconstrain(values)
         # the draws at which strategies are compared take no random numbers of the caller
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             noise = torch.randn_like(self.start.expand(_NUM_COMPARED, -1))
-        draws = {"z": self.start + _COMPARED_SCALE * noise}
-        with pyro.validation_enabled(False), torch.no_grad():
-            self.strategy, self.reason = choose_strategy(self._evaluate, draws, _nan)
+            near = self.start + _COMPARED_SCALE * noise
+            with pyro.validation_enabled(False), torch.no_grad():
+                chosen = choose_strategy(self._evaluate, {"z": near}, _nan)
+            self.strategy, self.reason = chosen
+            if self.strategy != "loop":
+                noise = torch.randn_like(self.start.expand(_NUM_FAR, -1))
+                # what a model says or raises far away is of no interest yet
+                with warnings.catch_warnings(), suppress(Exception):
+                    warnings.simplefilter("ignore")
+                    far = [near, self.start + _FAR_SCALE * noise, *self._prior_draws()]
+                    self.checked(torch.cat(far))
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
@@ -153,6 +178,72 @@ class LogJoint(LogDensity):
     def __call__(self, z: Tensor) -> Tensor:
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan)["total"]
+
+    @torch.no_grad()
+    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:
+        """The log density of draws, without gradients, by a strategy that agrees with single runs.
+
+        A branch such as ``if (z > 2).any()`` mixes draws at once only where one of them takes it. So
+        strategies are compared wherever much rests on the density, and the first that agrees is used
+        from then on.
+
+        :param z: draws, shape ``(n, latent_dim)``.
+        :param log_q: the log density of their distribution, shape ``(n,)``: the draws of the largest
+            and the smallest weights are compared, and a few others; by default all draws.
+        """
+        state = torch.get_rng_state()
+        for strategy in STRATEGIES[STRATEGIES.index(self.strategy) :]:
+            torch.set_rng_state(state)
+            self.strategy = strategy
+            try:
+                values = self(z)
+            except Exception as error:  # a branch that does not take many draws
+                if strategy == "loop":
+                    raise
+                self.reason = f"{type(error).__name__}: {error}"
+                continue
+            if strategy == "loop" or self._agrees(z, values, log_q, state):
+                break
+            self.reason = "many draws at once give another log-density than one at a time"
+        return values
+
+    def _agrees(self, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
+        """Whether the values of draws at once are those of single runs from a random state."""
+        rows = list(range(len(z)))
+        if log_q is not None:
+            order, few = (values - log_q).argsort().tolist(), _NUM_EXTREME
+            rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few]})
+        after = torch.get_rng_state()
+        agrees = True
+        for i in rows:
+            torch.set_rng_state(state)
+            try:
+                with pyro.validation_enabled(False):
+                    single = self._evaluate({"z": z[i]}, None)
+            except Exception:  # a single run fails as well: nothing to compare with
+                continue
+            if not agree({"total": values[i]}, single, slack=10):
+                # the same draw many times over tells mixed draws from an ill-conditioned density
+                torch.set_rng_state(state)
+                alike = self(z[i].expand_as(z))[i]
+                agrees = agrees and agree({"total": values[i]}, {"total": alike})
+        torch.set_rng_state(after)
+        return agrees
+
+    def _prior_draws(self) -> list[Tensor]:
+        """Draws of the prior, each of shape ``(1, latent_dim)``; none of a prior without draws."""
+        found = []
+        for _ in range(_NUM_FAR):
+            try:
+                with pyro.validation_enabled(False), torch.no_grad(), hidden_sites():
+                    trace: Any = poutine.trace(self._run).get_trace()
+                values = {name: trace.nodes[name]["value"] for name in self.latents.sites}
+                z = self.latents.unconstrain(values)[None]
+            except Exception:  # improper, or a draw that the model itself cannot take
+                continue
+            if bool(z.isfinite().all()):
+                found.append(z)
+        return found
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:

@@ -87,6 +87,14 @@ class SiteLogProbs(Messenger):
         self.log_probs[name] = scale_and_mask(log_prob, scale, message["mask"])
 
 
+def runs_model(trace: poutine.Trace) -> bool:
+    """Whether a guide with this trace runs its model, as Pyro's messenger guides do.
+
+    Its trace has the data, which are no part of its density, and with each latent the model's prior.
+    """
+    return any("prior" in node["infer"] for node in latent_nodes(trace))
+
+
 def has_data(site: Any) -> bool:
     """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample."""
     if site["type"] != "sample" or not site["is_observed"]:

@@ -361,3 +361,20 @@ def test_good_weights_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         psis_resample(conjugate.gamma_poisson, _by_hand, 10, conjugate.counts())
+
+
+def _rare_branch():
+    """Legal in Pyro, one draw at a time; in a plate one draw beyond 12 decides for all."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if (z.abs() > 12).any():
+        pyro.factor("tail", torch.tensor(-20.0))
+
+
+@pytest.mark.parametrize("guide_of", [AutoIAF, AutoNormal])
+def test_a_branch_that_mixes_draws(guide_of):
+    """Only draws of the guide take the branch; the weights are those of single draws."""
+    guide = guide_of(_rare_branch, init_scale=4.0)
+    pyro.set_rng_seed(0)
+    with pytest.warns(UserWarning, match="many draws at once"):
+        result = importance(_rare_branch, guide, 3000)
+    assert abs(result.log_evidence) < 0.2

@@ -6,10 +6,16 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import (
+    AutoHierarchicalNormalMessenger,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoRegressiveMessenger,
+)
+from pyro.infer.reparam import LocScaleReparam
 
-from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import log_weights
+from pyro_artransform import AutoIAF, fit
+from pyro_artransform.diagnostics import importance, log_weights, psis_resample
 from pyro_artransform.joint import LogJoint
 from tests.diagnostics import conjugate
 
@@ -116,3 +122,67 @@ def test_a_guide_first_met_here_trains(make):
         svi.step()
     assert before
     assert not any(map(torch.equal, before, guide.parameters()))
+
+
+def funnel():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    theta = pyro.sample("theta", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor(1.0))
+
+
+def other_order():
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    pyro.sample("y", dist.Normal(theta, scale), obs=torch.tensor(1.0))
+
+
+def other_shapes():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0).expand([1]).to_event(1))
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(theta, scale.sum(-1)), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        poutine.reparam(funnel, {"theta": LocScaleReparam(0.0)}),
+        other_order,
+        other_shapes,
+    ],
+    ids=["names", "order", "shapes"],
+)
+def test_a_guide_of_another_model(model):
+    """Its latents have as many dimensions, so that no number shows it."""
+    for compare in (importance, psis_resample):
+        with pytest.raises(ValueError, match="made for another model"):
+            compare(model, AutoIAF(funnel), 20)
+    with pytest.raises(ValueError, match="made for another model"):
+        fit(model, AutoIAF(funnel), num_steps=2, progress=False)
+
+
+def _subsampled_counts(data):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", len(data), subsample_size=len(data) - 1) as indices:
+        pyro.sample("y", dist.Poisson(rate), obs=data[indices])
+
+
+@pytest.mark.parametrize(
+    "guide_of", [AutoNormalMessenger, AutoHierarchicalNormalMessenger, AutoRegressiveMessenger]
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_messenger_guides(guide_of, is_wrapped):
+    """They run the model themselves: its data are no part of the guide's density."""
+    data = conjugate.counts()
+    guide = guide_of(conjugate.gamma_poisson, init_scale=0.5)
+    result = importance(
+        conjugate.gamma_poisson, (lambda data: guide(data)) if is_wrapped else guide, 2000, data
+    )
+    expected = conjugate.gamma_poisson_evidence()
+    assert abs(result.log_evidence - expected) < 4 * result.log_evidence_se + 0.02
+
+
+def test_messenger_guide_of_minibatches():
+    data = conjugate.counts()
+    guide = AutoNormalMessenger(_subsampled_counts, init_scale=0.3)
+    result = importance(_subsampled_counts, guide, 300, data)
+    assert abs(result.log_evidence - conjugate.gamma_poisson_evidence()) < 3.0

@@ -22,13 +22,19 @@ def pareto_log_weights(k, size=10_000):
 
 CONSTANT = {
     "zeros": torch.zeros(1000),
-    "one_draw": torch.tensor([3.0]),
-    "two_draws": torch.tensor([3.0, 3.0]),
     "round_off": -1e4 + torch.linspace(0, 2e-11, 1000, dtype=torch.float64),
+    "float32_of_100_000_nats": torch.full((1000,), -1e5, dtype=torch.float32),
     "float32_round_off": torch.full((1000,), -123.4).nextafter(torch.zeros(1000)),
     "tied_at_the_top": torch.sin(torch.arange(1000.0)).clamp(max=0.0),
 }
 HOPELESS = {
+    "one_draw": torch.tensor([3.0]),
+    "two_draws": torch.tensor([3.0, 3.0]),
+    "few_draws": torch.randn(7),
+    "two_different_draws": torch.tensor([0.0, 1.0]),
+    "four_draws_in_the_tail": torch.zeros(20),
+    "float32_of_ten_million_nats": -1e7 + torch.linspace(0, 16, 1000).float(),
+    "float64_of_1e300_nats": torch.full((1000,), 1e300, dtype=torch.float64),
     "all_zero": torch.full((100,), -INF),
     "all_nan": torch.full((100,), NAN),
     "one_infinite": torch.tensor([0.0] * 999 + [INF]),
@@ -37,15 +43,12 @@ HOPELESS = {
     "spread_over_10_000_nats": torch.linspace(-10_000, 0, 1000),
 }
 FINITE = {
-    "few_draws": torch.randn(7),
-    "two_different_draws": torch.tensor([0.0, 1.0]),
     "half_zero": torch.cat([torch.randn(500), torch.full((500,), -INF)]),
     "one_percent_nan": torch.cat([torch.randn(990), torch.full((10,), NAN)]),
     "ties": torch.randn(2000).round(),
     "two_values": torch.arange(1000.0) % 2,
     "three_above_ties": torch.tensor([0.0] * 997 + [1.0, 2.0, 3.0]),
     "tail_in_one_step": torch.tensor([0.0] * 900 + [5.0] * 95),
-    "huge_numbers": 1e300 + torch.randn(1000, dtype=torch.float64),
     "tiny_spread": 1e-9 * torch.randn(1000, dtype=torch.float64),
     "half_precision": torch.randn(1000).half(),
 }

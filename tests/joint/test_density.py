@@ -200,3 +200,54 @@ def test_start_of_an_improper_prior_is_the_origin():
     log_joint = LogJoint(model)
     assert log_joint.start.tolist() == [0.0, 0.0]
     assert log_joint.strategy == "plate"
+
+
+def rare_branch():
+    """A model that is legal in Pyro, one draw at a time; in a plate one draw decides for all."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if (z.abs() > 2).any():
+        pyro.factor("tail", torch.tensor(-20.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_branch_far_from_the_start_is_seen(seed):
+    pyro.set_rng_seed(seed)
+    log_joint = LogJoint(rare_branch)
+    assert log_joint.strategy == "loop"
+    z = torch.tensor([[0.5], [3.0], [-1.0]])
+    expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) - torch.tensor([0.0, 20.0, 0.0])
+    assert torch.allclose(log_joint(z), expected)
+
+
+def test_checked_compares_draws_at_once_with_single_runs():
+    """A branch that only the draws at hand take, their smallest weights or their largest."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if (z > 50).any():
+            pyro.factor("tail", torch.tensor(-20.0))
+
+    log_joint = LogJoint(model)
+    z = torch.randn(200, 1)
+    assert torch.equal(log_joint.checked(z, z[:, 0]), log_joint(z))
+    assert log_joint.strategy == "plate"
+    z[100] = 60.0
+    expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0])
+    expected[100] -= 20.0
+    assert torch.allclose(log_joint.checked(z, torch.zeros(200)), expected)
+    assert log_joint.strategy == "loop"
+    assert log_joint.reason
+
+
+def test_ill_conditioned_is_not_mixed():
+    """Round-off that differs between one draw and many is no reason to go one at a time."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        noise = 1e-3 * z if z.dim() else torch.zeros(())
+        pyro.factor("noise", torch.where(z.abs() > 40, noise, 0.0))
+
+    log_joint = LogJoint(model)
+    z = torch.tensor([[50.0], [60.0], [1.0]])
+    log_joint.checked(z)
+    assert log_joint.strategy == "plate"

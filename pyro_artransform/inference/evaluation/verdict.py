@@ -12,6 +12,7 @@ import torch
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
+from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...joint import LogJoint
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Modes
@@ -28,6 +29,11 @@ _SUBSAMPLED = (
     "the model sub-samples its data, so that the numbers below rest on the noisy density of "
     "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
     "diagnostics.importance with a model that sees all data"
+)
+_MIXES_DRAWS = (
+    " The model gave many draws at once another density than one at a time: the fit was trained on the "
+    "former, and all numbers here are of the latter. Write it without branches on values of its latents "
+    "(torch.where), and fit again"
 )
 
 
@@ -52,12 +58,14 @@ class FitStatus(NamedTuple):
     :param is_complete: whether the fit ended by itself.
     :param is_point: whether the guide is a single value at some site.
     :param is_subsampled: whether the model draws mini-batches of its data itself.
+    :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
     """
 
     skipped_share: float = 0.0
     is_complete: bool = True
     is_point: bool = False
     is_subsampled: bool = False
+    mixes_draws: bool = False
 
 
 class Verdict(NamedTuple):
@@ -106,7 +114,7 @@ def evaluate(
     is_noisy = subject.log_joint.is_subsampled
     # the weights of mini-batches are noise, and draws for them come one at a time
     count = config.num_noisy_samples if is_noisy else config.num_samples
-    latents, log_weights = [], []
+    latents, log_weights, strategy = [], [], subject.log_joint.strategy
     for chunk in subject.weighted_draws(count):
         log_weights.append(chunk.log_weights)
         if chunk.latent is not None:
@@ -118,7 +126,8 @@ def evaluate(
         if not (is_point or is_noisy):
             search = MissedModeSearch(subject.log_joint, config)
             missed = search.find(draws, found.log_evidence, modes)
-    status = status._replace(is_point=is_point, is_subsampled=is_noisy)
+    mixes_draws = subject.log_joint.strategy != strategy
+    status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, config)
     return Evaluation(found.elbo, found.elbo_se, found.num_samples, found, is_noisy, verdict)
 
@@ -167,9 +176,10 @@ def judge(
             objections += _about_missed_modes(weights, missed, config)
     if about_minibatches:
         objections.append(about_minibatches)
+    note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
     if objections or weights is None:
-        return Verdict(False, f"Not trusted: {'; '.join(objections)}.")
-    return Verdict(True, _about_success(weights, missed))
+        return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
+    return Verdict(True, _about_success(weights, missed) + note)
 
 
 def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
@@ -179,7 +189,14 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
             "draws of the guide: check supports and data"
         )
         return
-    if found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
+    round_off = round_off_of(found.log_weights)
+    if round_off > config.max_gap and found.khat == WORST_KHAT:
+        yield (
+            f"the weights are the round-off of {found.log_weights.dtype}, which is up to "
+            f"{round_off:.2g} nats of a log-density of {found.elbo:.3g}: nothing is known of their tail. "
+            "Use float64"
+        )
+    elif found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "

@@ -3,8 +3,10 @@
 
 import math
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform.diagnostics import Importance
@@ -225,3 +227,32 @@ def test_several_objections_are_one_sentence(missed):
     assert words.endswith(".")
     assert words.count("Not trusted") == 1
     assert words.count(";") >= 2
+
+
+def test_a_model_that_mixes_draws(quick):
+    """One draw of the guide takes a branch that no draw of the prior took: all would weigh less."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if (z.abs() > 2.5).any():
+            pyro.factor("tail", torch.tensor(-20.0))
+
+    guide = models.small(model, init_loc_fn=init_to_value(values={"z": torch.tensor(0.0)}))
+    guide.set_up()
+    guide.start_at(torch.zeros(1), torch.eye(1))
+    log_joint = LogJoint(model)
+    log_joint.strategy, log_joint.reason = "plate", ""
+    subject = ModelAndGuide(model, guide, (), {}, log_joint)
+    with pytest.warns(UserWarning, match="many draws at once"):
+        found = evaluate(subject, None, FitStatus(), quick.evaluation)
+    assert abs(found.weights.log_evidence - math.log(0.98758)) < 0.02
+    assert "one at a time" in found.verdict.words
+    assert log_joint.strategy == "loop"
+
+
+def test_weights_that_are_round_off():
+    """In float32 a density of ten million nats is known to a nat: nothing is known of the tail."""
+    log_weights = -1e7 + torch.randint(0, 3, (4000,), dtype=torch.float32)
+    found = Importance.from_log_weights(log_weights)
+    words = not_trusted(found, NOTHING_ELSE, FitStatus(), "round-off of torch.float32")
+    assert "does not reach" not in words
