@@ -87,8 +87,8 @@ def fit(
     :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
     :raises ValueError: if the model has a parameter of the name of one of these options, if there is
         no initial guide with a finite density, if an option is out of its range, if a checkpoint is of
-        another fit, if a loader is empty, if latents that all batches share would see one batch as
-        if it were all data, or if the guide would look up other elements than those of a batch.
+        another fit, if a loader is empty or never ends, if latents that all batches share would see one
+        batch as if it were all data, or if the guide would look up other elements than those of a batch.
     :raises FitError: if the loss is not finite for many steps in a row.
 
     Example::
