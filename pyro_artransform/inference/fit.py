@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,8 @@ def fit(
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number and its ELBO; the fit ends where it
         returns ``True``.
-    :param checkpoint: a file to save the fit to as it goes.
+    :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
+        goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
         same steps as if it had not been interrupted.
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
@@ -127,6 +129,7 @@ def fit(
     """
     _check_names(model)
     _check_options(loader, epochs, num_steps, args)
+    _check_place(checkpoint)
     check_integer("num_particles", num_particles)
     if callback is not None:
         check_callable("callback", callback, "a function")
@@ -187,3 +190,12 @@ def _check_options(
     for name, count in (("num_steps", num_steps), ("epochs", epochs)):
         if count is not None:
             check_integer(name, count)
+
+
+def _check_place(checkpoint: str | os.PathLike[str] | None) -> None:
+    """Checks that there is a folder for checkpoints, before steps are taken."""
+    if checkpoint is None:
+        return
+    path = Path(checkpoint)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")
