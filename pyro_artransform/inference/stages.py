@@ -199,7 +199,8 @@ class FitRun:
             self._stream.close()
         training, config = self._training, self._config.evaluation
         end, skipped = select_parameters(training), training.skipped.count
-        status = FitStatus(skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED)
+        share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
+        status = FitStatus(share, is_complete, self._is_saved)
         if self._minibatches is not None:
             found = evaluate_minibatches(self._subject, self._minibatches, status, config)
         else:
