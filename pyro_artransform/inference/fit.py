@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..arguments import check_callable, check_integer
@@ -87,10 +88,12 @@ def fit(
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :return: the verdict, and the numbers that it rests on; the posterior is the guide.
     :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
-    :raises ValueError: if the model has a parameter of the name of one of these options, if there is
-        no initial guide with a finite density, if an option is out of its range, if a checkpoint is of
-        another fit, if a loader is empty or never ends, if latents that all batches share would see one
-        batch as if it were all data, or if the guide would look up other elements than those of a batch.
+    :raises ValueError: if the model has a parameter of the name of one of these options, if there
+        is no initial guide with a finite density, if an option is out of its range, if ``optim``
+        trains none of the parameters, if a checkpoint is of another fit, if a loader is empty or
+        never ends, if latents that all batches share would see one batch as if it were all data, or
+        if the guide would look up other elements than those of a batch.
+    :raises RuntimeError: if it is called in ``torch.inference_mode``.
     :raises FitError: if the loss is not finite for many steps in a row.
 
     Example::
@@ -127,6 +130,10 @@ def fit(
     3. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman, 2018),
        https://arxiv.org/abs/1802.02538
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "fit: expected to be called outside of torch.inference_mode, in which there are no gradients"
+        )
     _check_names(model)
     _check_options(loader, epochs, num_steps, args)
     _check_place(checkpoint)
