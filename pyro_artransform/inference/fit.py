@@ -8,8 +8,10 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..arguments import check_callable, check_integer
@@ -70,7 +72,8 @@ def fit(
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number and its ELBO; the fit ends where it
         returns ``True``.
-    :param checkpoint: a file to save the fit to as it goes.
+    :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
+        goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
         same steps as if it had not been interrupted.
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
@@ -87,9 +90,10 @@ def fit(
     :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
     :raises ValueError: if the model has a parameter of the name of one of these options, if the guide
         was made for a model with other latents, if there is no initial guide with a finite density, if
-        an option is out of its range, if a checkpoint is of another fit, if a loader is empty, if
-        latents that all batches share would see one batch as if it were all data, or if the guide
-        would look up other elements than those of a batch.
+        an option is out of its range, if ``optim`` trains none of the parameters, if a checkpoint is of
+        another fit, if a loader is empty or never ends, if latents that all batches share would see one
+        batch as if it were all data, or if the guide would look up other elements than those of a batch.
+    :raises RuntimeError: if it is called in ``torch.inference_mode``.
     :raises FitError: if the loss is not finite for many steps in a row.
 
     Example::
@@ -126,8 +130,13 @@ def fit(
     3. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman, 2018),
        https://arxiv.org/abs/1802.02538
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "fit: expected to be called outside of torch.inference_mode, in which there are no gradients"
+        )
     _check_names(model)
     _check_options(loader, epochs, num_steps, args)
+    _check_place(checkpoint)
     check_integer("num_particles", num_particles)
     if callback is not None:
         check_callable("callback", callback, "a function")
@@ -188,3 +197,12 @@ def _check_options(
     for name, count in (("num_steps", num_steps), ("epochs", epochs)):
         if count is not None:
             check_integer(name, count)
+
+
+def _check_place(checkpoint: str | os.PathLike[str] | None) -> None:
+    """Checks that there is a folder for checkpoints, before steps are taken."""
+    if checkpoint is None:
+        return
+    path = Path(checkpoint)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")

@@ -79,6 +79,7 @@ class FitRun:
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
         self._step_size: float | None = None
         self._search_steps = 0
+        self._is_saved = False
 
     def initialize(self, bar: ProgressBar) -> None:
         """Puts the guide at the best initial one, and chooses a step size."""
@@ -140,7 +141,7 @@ class FitRun:
             )
 
     def save(self, path: Path) -> None:
-        """Saves everything that the fit needs to go on."""
+        """Saves everything that the fit needs to go on; where the disk refuses, it warns."""
         guide, stream, training = self._subject.guide, self._stream, self._training
         initial, modes = self._initial, self._initial.modes
         state = {
@@ -157,7 +158,16 @@ class FitRun:
             "batches": None if stream is None else stream.state(),
             "random": files.random_state(),
         }
-        files.write(path, state)
+        try:
+            files.write(path, state)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk by either
+            warnings.warn(
+                f"checkpoint: {path} could not be written, so that the fit goes on without; an earlier "
+                f"file stays as it was ({error}). Is the disk full?",
+                stacklevel=4,
+            )
+        else:
+            self._is_saved = True
 
     def optimize(
         self,
@@ -189,7 +199,8 @@ class FitRun:
             self._stream.close()
         training, config = self._training, self._config.evaluation
         end, skipped = select_parameters(training), training.skipped.count
-        status = FitStatus(skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED)
+        share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
+        status = FitStatus(share, is_complete, self._is_saved)
         if self._minibatches is not None:
             found = evaluate_minibatches(self._subject, self._minibatches, status, config)
         else:

@@ -21,6 +21,7 @@ from .handlers import (
     SiteLogProbs,
     UnmaskedLatents,
     argument_signature,
+    count_values,
     hidden_sites,
     plate_nesting,
     subsampled_plates,
@@ -40,6 +41,8 @@ from .vectorization import (
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
+#: the most values of a tensor, the number of draws included: some five of them take 170 MB in float32
+_MAX_VALUES = 2**23
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
 # strategies are compared at so many draws of the prior, too, and at as many that are far away
@@ -119,6 +122,7 @@ class LogJoint(LogDensity):
         self.is_subsampled = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents = Latents.from_trace(trace)
+        self._chunk_size = _chunk_size(count_values(trace), args, kwargs or {})
         self._event_dims: dict[str, int] = {}
         values = {}
         for name, site in self.latents.sites.items():
@@ -147,7 +151,8 @@ class LogJoint(LogDensity):
 
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
-        shapes = self.structure(args, kwargs).shapes
+        structure = self.structure(args, kwargs)
+        shapes = structure.shapes
         expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
         if shapes != expected:
             raise ValueError(
@@ -157,6 +162,7 @@ class LogJoint(LogDensity):
             )
         other = copy.copy(self)
         other._run = UnmaskedLatents()(partial(self._model, *args, **(kwargs or {})))
+        other._chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
@@ -176,8 +182,10 @@ class LogJoint(LogDensity):
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
+        # a graph of gradients holds all draws in any case
+        chunk = None if torch.is_grad_enabled() else self._chunk_size
         with pyro.validation_enabled(False):
-            return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan)["total"]
+            return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan, chunk)["total"]
 
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:
@@ -318,6 +326,14 @@ class MeanLogJoint(LogDensity):
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found = [name for part in self._parts for name in part.nonfinite_sites(z)]
         return list(dict.fromkeys(found))
+
+
+def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:
+    """How many draws are evaluated at once, by the values of a run and the entries of its arguments."""
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor):
+            num_values = max(num_values, argument.numel())
+    return max(_MAX_VALUES // max(num_values, 1), 1)
 
 
 def _nan(draws: Draws) -> Terms:

@@ -115,12 +115,14 @@ class ModelStructure(NamedTuple):
     :param subsampled_latents: the names of those in a plate that holds a part of its elements only.
     :param scale: the largest factor of the log-density of data, relative to that of the global
         latents: in a plate of 100 elements, 20 of them present, it is 5.
+    :param num_values: how many values or log-densities all sites have, data included.
     """
 
     shapes: dict[str, tuple[int, ...]]
     global_latents: list[str]
     subsampled_latents: list[str]
     scale: float
+    num_values: int
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
@@ -137,12 +139,21 @@ class ModelStructure(NamedTuple):
                 node["name"] for node in latents if parts.intersection(node["cond_indep_stack"])
             ],
             scale=_largest_scale(data) / _largest_scale(in_no_plate),
+            num_values=count_values(trace),
         )
 
     @property
     def is_scaled(self) -> bool:
         """Whether the data are scaled, up or down."""
         return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
+
+
+def count_values(trace: poutine.Trace) -> int:
+    """How many values or log-densities the sites of a trace have, data included."""
+    count = 0
+    for node in (*latent_nodes(trace), *(trace.nodes[name] for name in trace.observation_nodes)):
+        count += max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
+    return count
 
 
 def _largest_scale(nodes: list[Any]) -> float:

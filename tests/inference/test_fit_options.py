@@ -8,11 +8,13 @@ from functools import partial
 
 import pyro
 import pytest
+import torch
 from pyro import distributions as dist
 from pyro import poutine
 from torch import nn
 
 from pyro_artransform import AutoIAF, fit
+from tests.inference import models
 from tests.inference.conftest import quick_fit
 
 OPTIONS = sorted(
@@ -82,3 +84,15 @@ def test_callback_that_is_no_function():
     model = with_parameter("y")
     with pytest.raises(TypeError, match="callback: expected a function, got 3"):
         fit(model, AutoIAF(model), callback=3)
+
+
+def test_inference_mode():
+    """There are no gradients in it, and it cannot be left for what was made in it."""
+    guide = AutoIAF(models.location)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"expected .* outside of torch\.inference_mode"),
+    ):
+        fit(models.location, guide, num_steps=2, progress=False)
+    with torch.no_grad():
+        quick_fit(models.location, guide, num_steps=2, progress=False)

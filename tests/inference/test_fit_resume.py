@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,12 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_artransform import AutoAutoregressive, affine_autoregressive
+from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive
+from pyro_artransform.inference.checkpoint import read
+from pyro_artransform.inference.config import FitConfig
+from tests.guides.amortized import hierarchies
 from tests.inference import models
+from tests.inference.conftest import QUICK
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.inference.test_fit_steps import OPTIMS, SOON
@@ -89,6 +94,22 @@ def test_no_step_is_lost(name, tmp_path):
         assert getattr(rest, field) == getattr(whole, field), field
 
 
+AMORTIZED = {
+    "all data": hierarchies.groups,
+    "its own mini-batches": hierarchies.minibatch,
+}
+
+
+@pytest.mark.parametrize("name", AMORTIZED)
+def test_no_step_of_an_amortized_guide_is_lost(name, tmp_path):
+    """Its gradients differ by round-off where memory is aligned otherwise; other draws by nats."""
+    model, path = partial(AMORTIZED[name], hierarchies.data()), tmp_path / "fit.pt"
+    whole = fitted(*fresh(model, AutoAmortized), seed=3)
+    fitted(*fresh(model, AutoAmortized), seed=3, checkpoint=path, callback=stop_at(11))
+    rest = fitted(*fresh(model, AutoAmortized, seed=1), resume=path)
+    assert rest.history == pytest.approx(whole.history, rel=1e-3)
+
+
 def test_interrupt_and_resume(tmp_path):
     def interrupt(step, elbo):
         if step == 7:
@@ -145,6 +166,47 @@ def test_skipped_steps_are_remembered(tmp_path):
     assert part.num_skipped == rest.num_skipped == 2
     assert part.culprits == rest.culprits == {"odd": 2}
     assert [step for step, elbo in enumerate(rest.history, 1) if math.isnan(elbo)] == [4, 6]
+
+
+# Disks
+
+
+def test_a_disk_that_is_full_ends_no_fit(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "fit.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = FitConfig(
+        QUICK.initialization, replace(QUICK.optimization, checkpoint_every=5), QUICK.minibatch
+    )
+
+    def callback(step, elbo):
+        if step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    options = {"num_steps": 12, "config": config, "seed": 3}
+    try:
+        with pytest.warns(UserWarning, match=r"fit\.pt.*goes on without") as caught:
+            whole = fitted(
+                *fresh(models.location, small), checkpoint=path, callback=callback, **options
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {warning.filename.split("/")[-1] for warning in caught} == {"test_fit_resume.py"}
+    assert os.listdir(tmp_path) == ["fit.pt"]
+    assert len(read(path)["training"]["losses"]) == 5
+    rest = fitted(*fresh(models.location, small), resume=path, **options)
+    assert rest.history == whole.history
+
+
+def test_a_place_for_checkpoints_that_is_none(tmp_path):
+    steps = []
+    for path in (tmp_path / "missing" / "fit.pt", tmp_path):
+        with pytest.raises(ValueError, match="checkpoint: expected a file in a folder"):
+            fitted(
+                *fresh(models.location, small),
+                checkpoint=path,
+                callback=lambda step, elbo: steps.append(step),
+            )
+    assert not steps
 
 
 # What is no checkpoint of this fit

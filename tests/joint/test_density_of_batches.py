@@ -109,3 +109,30 @@ def test_structures_of_many_shapes():
     log_joint = LogJoint(sized, (Y, SIZE))
     for size in range(SIZE, SIZE + 100):
         assert log_joint.structure((Y, size)).scale == size / SIZE
+
+
+@pytest.mark.parametrize("columns", [0, 4])
+def test_draws_of_much_data_are_evaluated_in_parts(columns):
+    """Rows times draws, or the entries of the arguments times draws, are bounded, whoever asks."""
+    counts = []
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        counts.append(loc.numel())
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=x.reshape(len(x), -1)[:, 0])
+
+    x, z = torch.zeros(1_000_000, *(columns,) * bool(columns)), torch.linspace(-1.0, 1.0, 20)
+    few = torch.zeros(10, *x.shape[1:])
+    log_joint, of_few = LogJoint(model, (x,)), LogJoint(model, (few,))
+    for density in (log_joint, of_few.with_arguments((x,))):
+        counts.clear()
+        with torch.no_grad():
+            found = density(z[:, None])
+        assert found.shape == (20,)
+        assert max(counts) * x.numel() < 1e7
+        assert torch.allclose(found[3:4], density(z[3:4, None]))
+    counts.clear()
+    with torch.no_grad():
+        of_few(z[:, None])
+    assert counts == [20]

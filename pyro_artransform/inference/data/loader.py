@@ -21,6 +21,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 _END = object()
+_MAX_COUNTED = 100_000  # batches of an iterable without a length
 _FIXED = (list, tuple, range, SequentialSampler, DistributedSampler)
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _STATE = ("num_batches", "epoch", "position", "origin", "epoch_start")
@@ -39,7 +40,7 @@ class BatchStream:
     :param loader: as that of :func:`~pyro_artransform.inference.fit`.
     :param kwargs: keyword arguments that all batches have.
     :raises TypeError: if the loader can be iterated over once only, or not at all, or is itself data.
-    :raises ValueError: if it is empty.
+    :raises ValueError: if it is empty, or has neither a length nor an end.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class BatchStream:
 
     def next(self) -> Batch:
         """The next batch, of the next epoch where this one is over."""
-        batch = next(self._iterator or self._begin_epoch(), _END)
+        # an iterator of PyTorch may have no length, and so no truth
+        batch = next(self._begin_epoch() if self._iterator is None else self._iterator, _END)
         if batch is _END and self.position:
             self.epoch += 1
             batch = next(self._begin_epoch(), _END)
@@ -171,8 +173,13 @@ class BatchStream:
         except TypeError:
             own = self._random_state()["own"]
             with torch.random.fork_rng(devices=[]):
-                count = sum(1 for _ in self._loader)
+                count = sum(1 for _ in islice(self._loader, _MAX_COUNTED + 1))
             self._set_own(own)
+            if count > _MAX_COUNTED:
+                raise ValueError(
+                    f"loader: expected an epoch that ends, got {_MAX_COUNTED} batches and no end: give "
+                    "the iterable a length (__len__), so that it is not counted, or let it end"
+                ) from None
             return count
 
     def _is_partition(self) -> bool:

@@ -56,6 +56,7 @@ class FitStatus(NamedTuple):
 
     :param skipped_share: the share of steps that were skipped, from 0 to 1.
     :param is_complete: whether the fit ended by itself.
+    :param is_saved: whether there is a checkpoint of it.
     :param is_point: whether the guide is a single value at some site.
     :param is_subsampled: whether the model draws mini-batches of its data itself.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
@@ -63,6 +64,7 @@ class FitStatus(NamedTuple):
 
     skipped_share: float = 0.0
     is_complete: bool = True
+    is_saved: bool = False
     is_point: bool = False
     is_subsampled: bool = False
     mixes_draws: bool = False
@@ -164,7 +166,8 @@ def judge(
     """
     objections = []
     if not status.is_complete:
-        objections.append("the fit was interrupted before its end: resume it from its checkpoint")
+        hint = "resume it from its checkpoint" if status.is_saved else "fit again, or for longer"
+        objections.append(f"the fit was interrupted before its end: {hint}")
     if status.skipped_share > config.max_skipped:
         share = f"{100 * status.skipped_share:.0f} % of the steps had to be skipped"
         objections.append(f"{share}, since the loss or its gradient was not finite")

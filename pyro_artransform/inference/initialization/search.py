@@ -56,10 +56,9 @@ def find_initial_guide(
         z, log_q = guide.rsample_and_log_prob(config.num_fine)
     ratios, center = evaluate_density(log_density, z) - log_q, z.median(0).values
     own_elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
-    own_se = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0).item()
     search = GaussianSearch(log_density, model, config)
     best = search.best(center)
-    needed = own_elbo + config.min_gain_in_se * own_se + config.min_gain
+    needed = _upper_bound(ratios, config.min_gain_in_se) + config.min_gain
     if best is not None:
         chosen, gaussian = best
         if chosen.elbo > needed and search.start_at(gaussian, guide, own_elbo):
@@ -71,6 +70,15 @@ def find_initial_guide(
         "expected a model with a finite log density somewhere near its starting values, found none: "
         f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
     )
+
+
+def _upper_bound(ratios: Tensor, num_se: float) -> float:
+    """The mean and so many of its standard errors; the median if it is between: tails are one-sided."""
+    mean, median = ratios.mean(), ratios.median()
+    error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
+    bound = mean + num_se * error
+    bound = torch.where((mean <= median) & (median < bound), median, bound)
+    return bound.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
         that returns one of ``torch.optim``.
     :param parameters: what to train.
     :raises TypeError: if it is neither.
+    :raises ValueError: if it has none of the parameters.
     """
     if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is ReduceLROnPlateau:
         raise TypeError("optim: expected a scheduler that needs no loss, got ReduceLROnPlateau")
@@ -136,5 +137,11 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
         raise TypeError(
             "optim: expected an optimizer of pyro.optim, or a function of a list of parameters that "
             f"returns one of torch.optim, got {optim!r}"
+        )
+    moved = {parameter for group in made.param_groups for parameter in group["params"]}
+    if moved.isdisjoint(parameters):
+        raise ValueError(
+            "optim: expected an optimizer of the parameters that it is given, got one of others, which "
+            "would train nothing"
         )
     return TorchOptimizer(made)

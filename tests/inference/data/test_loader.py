@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -103,6 +104,26 @@ def test_a_loader_without_a_length_is_counted():
     assert torch.equal(torch.get_rng_state(), before)
     unknown = loaders.Unknown(*rows())
     assert BatchStream(unknown).num_batches == 5
+
+
+def test_a_loader_of_an_iterable_data_set():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(numbers(5))
+
+    batches = BatchStream(DataLoader(Stream(), batch_size=2))
+    assert batches.num_batches == 3
+    assert taken(batches, 4) == [[0.0, 1.0], [2.0, 3.0], [4.0], [0.0, 1.0]]
+    assert len(list(batches.one_pass(3))) == 3
+
+
+def test_an_iterable_without_an_end():
+    class Endless:
+        def __iter__(self):
+            return itertools.repeat(torch.zeros(2))
+
+    with pytest.raises(ValueError, match=r"loader: .* no end.*__len__"):
+        BatchStream(Endless())
 
 
 # Epochs

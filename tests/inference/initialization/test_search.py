@@ -12,7 +12,11 @@ from pyro.infer.autoguide import init_to_value
 from pyro_artransform import AutoIAF
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussians import Gaussians
-from pyro_artransform.inference.initialization.search import GaussianSearch, find_initial_guide
+from pyro_artransform.inference.initialization.search import (
+    UNCHANGED,
+    GaussianSearch,
+    find_initial_guide,
+)
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 from tests.inference.models import small
@@ -73,6 +77,17 @@ def test_neck_of_a_funnel_is_no_place_to_start(quick):
     at_mode.start_at(gaussian.loc, gaussian.scale_tril)
     assert elbo(models.funnel, guide) > elbo(models.funnel, at_mode) + 1
     assert elbo(models.funnel, guide) > -3
+
+
+def test_no_candidate_loses_to_the_noise_of_a_wide_guide():
+    """The standard error of its ELBO is as large as the ELBO, by a single draw."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 5.0))
+        pyro.sample("y", dist.Poisson(z.exp()), obs=torch.tensor(100.0))
+
+    torch.manual_seed(0)
+    assert start_of(model, small(model, init_scale=10.0)).name != UNCHANGED
 
 
 def test_heavier_of_two_modes():

@@ -156,6 +156,15 @@ def test_what_is_no_optimizer(optim):
         wrap_optimizer(optim, parameters())
 
 
+def test_an_optimizer_of_something_else():
+    others = parameters()
+    with pytest.raises(ValueError, match=r"optim: expected .* of the parameters that it is given"):
+        wrap_optimizer(lambda trained: torch.optim.Adam(others), parameters())
+    # a part of them, and what is trained elsewhere, are the user's choice
+    trained = parameters()
+    wrap_optimizer(lambda found: torch.optim.Adam([found[0], *others]), trained)
+
+
 def test_scheduler_that_needs_a_loss():
     optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}})
     with pytest.raises(TypeError, match="needs no loss, got ReduceLROnPlateau"):
