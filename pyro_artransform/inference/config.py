@@ -138,7 +138,8 @@ class EvaluationConfig:
     max_newton_steps: int = 40  #: of a climb, as for initial guides
     max_hessian_dim: int = 200
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
-    max_lost: float = 0.05  #: a missed mode with less of the mass is no loss; with more, no trust
+    max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
+    min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped

@@ -29,7 +29,8 @@ class MissedModes(NamedTuple):
 
     :param log_evidence: the log evidence from heavy-tailed draws, ``nan`` if it is not reliable.
     :param log_evidence_se: its standard error.
-    :param lost_mass: the share of the posterior in modes without draws of the guide, from 0 to 1.
+    :param lost_mass: the share of the posterior in modes without draws of the guide, from 0 to 1;
+        0 if it is too small to matter.
     :param num_lost: how many such modes there are.
     """
 
@@ -61,8 +62,8 @@ class MissedModeSearch:
         found = self.weigh_heavy_tailed(around, modes)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
-            # draws do not find the mass that a curvature suggests
-            return MissedModes(found.log_evidence, found.log_evidence_se)
+            # draws do not find the mass that the curvature of these modes suggests
+            modes = None if modes is None else modes.take(slice(config.max_modes, None))
         share, count = (0.0, 0) if modes is None else self._lost(draws, modes, log_evidence)
         log_z = found.log_evidence if reliable else math.nan
         return MissedModes(log_z, found.log_evidence_se, share, count)
@@ -105,7 +106,7 @@ class MissedModeSearch:
         modes = Modes(concatenate(gaussians), torch.cat(values), torch.cat(converged))
         kept: list[int] = []
         for i in modes.log_masses().argsort(descending=True).tolist():
-            if not bool(modes.converged[i]) or len(kept) == self.config.max_modes:
+            if not bool(modes.converged[i]):
                 continue
             distances = _distances(modes.gaussians.take(kept), modes.gaussians.loc[i : i + 1])
             if bool((distances > self.config.min_mode_distance).all()):
@@ -113,18 +114,27 @@ class MissedModeSearch:
         return modes.take(kept) if kept else None
 
     def _lost(self, draws: Tensor, modes: Modes, log_evidence: float) -> tuple[float, int]:
-        """The share of the mass in modes with next to no draws, and the number of these modes."""
+        """The share of the mass in modes with next to no draws, and the number of these modes.
+
+        The share is of all mass that was found, the modes' and the guide's; it is their sum that
+        matters, since many small modes are a large loss.
+        """
         ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
         share_of_draws = (_distances(modes.gaussians, draws) < ball).double().mean(-1)
-        share = (modes.log_masses().double() - log_evidence).exp()
-        share = share / (1 + share)
-        has_few = share_of_draws < self.config.min_draws_share * share
-        lost = (share > self.config.max_lost) & has_few
-        return float(share[lost].sum().clamp(max=1.0)), int(lost.sum())
+        log_masses = modes.log_masses().double() - log_evidence
+        lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
+        total = lost.logsumexp(0)
+        if not total.sigmoid() > self.config.max_lost:
+            return 0.0, 0
+        is_counted = lost >= total + math.log(self.config.min_counted)
+        return total.sigmoid().item(), int(is_counted.sum())
 
     def weigh_heavy_tailed(self, around: Gaussians, modes: Modes | None) -> Importance:
         """Importance sampling from a mixture of Student's t around the guide and around each mode."""
-        mixture = around if modes is None else concatenate([around, modes.gaussians])
+        mixture = around
+        if modes is not None:
+            most = slice(self.config.max_modes)
+            mixture = concatenate([around, modes.gaussians.take(most)])
         count, dim = mixture.loc.shape
         degrees = self.config.heavy_degrees
         guide_share = self.config.heavy_guide_share if count > 1 else 1.0

@@ -45,7 +45,7 @@ class Gaussians(NamedTuple):
     loc: Tensor
     scale_tril: Tensor
 
-    def take(self, index: Tensor | list[int]) -> "Gaussians":
+    def take(self, index: Tensor | list[int] | slice) -> "Gaussians":
         """Those at an index."""
         return Gaussians(self.loc[index], self.scale_tril[index])
 
@@ -69,7 +69,7 @@ class Modes(NamedTuple):
     value: Tensor
     converged: Tensor
 
-    def take(self, index: list[int]) -> "Modes":
+    def take(self, index: list[int] | slice) -> "Modes":
         """Those at an index."""
         return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
 

@@ -53,6 +53,44 @@ def test_small_modes_are_no_loss():
     assert found.num_lost == 0
 
 
+def mixture(locs, weights):
+    """Unit Gaussians under a flat prior; of log evidence 0 where the weights sum to 1."""
+    locs, logits = torch.as_tensor(locs), torch.as_tensor(weights).log()
+
+    def model():
+        space = dist.ImproperUniform(dist.constraints.real_vector, (), locs.shape[1:])
+        z = pyro.sample("z", space)
+        parts = dist.Normal(locs, 1.0).to_event(1).log_prob(z.unsqueeze(-2))
+        pyro.factor("target", (parts + logits).logsumexp(-1))
+
+    return model
+
+
+def with_all_modes(locs, weights, config=DEFAULTS):
+    """What is found by a guide of the first mode where a climb began at each."""
+    model = mixture(locs, weights)
+    locs = torch.as_tensor(locs)
+    modes, _ = climb(LogJoint(model), 0.1 + locs, torch.zeros(1, locs.shape[-1]), 40)
+    return missed(model, one_mode(locs.shape[-1]), math.log(weights[0]), modes, config)
+
+
+def test_many_small_modes_are_one_large_loss():
+    """25 modes of 2 % each, too many for the heavy-tailed mixture."""
+    angles = torch.arange(25) * (2 * math.pi / 25)
+    ring = 60 * torch.stack([angles.cos(), angles.sin()], -1)
+    locs = torch.cat([torch.zeros(1, 2), ring])
+    found = with_all_modes(locs, [0.5] + 25 * [0.02])
+    assert found.num_lost == 25
+    assert abs(found.lost_mass - 0.5) < 0.05
+
+
+def test_the_lost_mass_is_a_share_of_all_that_was_found():
+    """Three lost modes of 25 % are three quarters of the posterior, and no more."""
+    found = with_all_modes([[0.0], [200.0], [-400.0], [700.0]], 4 * [0.25])
+    assert found.num_lost == 3
+    assert abs(found.lost_mass - 0.75) < 0.02
+
+
 def test_modes_that_a_start_has_found():
     model = models.two_modes(2, 1000.0, 0.5)
     log_joint = LogJoint(model)
