@@ -7,7 +7,8 @@ A guide never draws where it has no mass, so that its weights look good where a 
 Two checks do not rest on its draws: importance sampling with heavy tails around the guide and
 around every known mode; and, where there are too many dimensions for that, the mass of each mode by
 its curvature beside the share of draws near it. The modes are those that the search for an initial
-guide has found, and those reached by climbs from overdispersed starts.
+guide has found, and those reached by climbs from overdispersed starts; points that differ by full turns
+of an angle are one.
 """
 
 import math
@@ -22,6 +23,7 @@ from ...diagnostics.importance import GOOD_KHAT
 from ...joint import LogDensity
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Gaussians, Modes, climb, concatenate, evaluate_density
+from .circles import find_circular, fold, shortest
 
 
 class MissedModes(NamedTuple):
@@ -57,14 +59,19 @@ class MissedModeSearch:
         draws, config = draws[draws.isfinite().all(-1)], self.config
         if len(draws) < 2:
             return MissedModes()
+        is_circular = find_circular(self.log_density, draws)
+        draws = fold(draws, is_circular)
         around = _fit_gaussian(draws, config.heavy_inflation)
-        modes = self._distinct(modes, self._climb_from_afar(around))
-        found = self.weigh_heavy_tailed(around, modes)
+        found_afar = self._climb_from_afar(around)
+        modes = self._distinct(modes, found_afar, around.loc[0], is_circular)
+        found = self.weigh_heavy_tailed(around, modes, is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
             # draws do not find the mass that the curvature of these modes suggests
             modes = None if modes is None else modes.take(slice(config.max_modes, None))
-        share, count = (0.0, 0) if modes is None else self._lost(draws, modes, log_evidence)
+        share, count = (
+            (0.0, 0) if modes is None else self._lost(draws, modes, log_evidence, is_circular)
+        )
         log_z = found.log_evidence if reliable else math.nan
         return MissedModes(log_z, found.log_evidence_se, share, count)
 
@@ -97,30 +104,40 @@ class MissedModeSearch:
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
-    def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
-        """The maxima that are not the same, those with the most mass first."""
+    def _distinct(
+        self,
+        known: Modes | None,
+        found: Modes | None,
+        center: Tensor,
+        is_circular: Tensor | None,
+    ) -> Modes | None:
+        """The maxima that are not the same, those with the most mass first, angles near a center."""
         parts = list(filter(None, (known, found)))
         if not parts:
             return None
         gaussians, values, converged = zip(*parts)
-        modes = Modes(concatenate(gaussians), torch.cat(values), torch.cat(converged))
+        loc, scale_tril = concatenate(gaussians)
+        loc = fold(loc, is_circular, center)
+        modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
         kept: list[int] = []
         for i in modes.log_masses().argsort(descending=True).tolist():
             if not bool(modes.converged[i]):
                 continue
-            distances = _distances(modes.gaussians.take(kept), modes.gaussians.loc[i : i + 1])
+            distances = _distances(modes.gaussians.take(kept), loc[i : i + 1], is_circular)
             if bool((distances > self.config.min_mode_distance).all()):
                 kept.append(i)
         return modes.take(kept) if kept else None
 
-    def _lost(self, draws: Tensor, modes: Modes, log_evidence: float) -> tuple[float, int]:
+    def _lost(
+        self, draws: Tensor, modes: Modes, log_evidence: float, is_circular: Tensor | None
+    ) -> tuple[float, int]:
         """The share of the mass in modes with next to no draws, and the number of these modes.
 
         The share is of all mass that was found, the modes' and the guide's; it is their sum that
         matters, since many small modes are a large loss.
         """
         ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
-        share_of_draws = (_distances(modes.gaussians, draws) < ball).double().mean(-1)
+        share_of_draws = (_distances(modes.gaussians, draws, is_circular) < ball).double().mean(-1)
         log_masses = modes.log_masses().double() - log_evidence
         lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
         total = lost.logsumexp(0)
@@ -129,8 +146,13 @@ class MissedModeSearch:
         is_counted = lost >= total + math.log(self.config.min_counted)
         return total.sigmoid().item(), int(is_counted.sum())
 
-    def weigh_heavy_tailed(self, around: Gaussians, modes: Modes | None) -> Importance:
-        """Importance sampling from a mixture of Student's t around the guide and around each mode."""
+    def weigh_heavy_tailed(
+        self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None = None
+    ) -> Importance:
+        """Importance sampling from a mixture of Student's t around the guide and around each mode.
+
+        Of angles, only one turn counts: that around the guide.
+        """
         mixture = around
         if modes is not None:
             most = slice(self.config.max_modes)
@@ -154,6 +176,9 @@ class MissedModeSearch:
         kernel = half * torch.log1p(_distances(mixture, draws) * dim / degrees)
         log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
         log_p = evaluate_density(self.log_density, draws)
+        if is_circular is not None:
+            away = is_circular & ((draws - around.loc).abs() > math.pi)
+            log_p = log_p.masked_fill(away.any(-1), -torch.inf)
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
 
 
@@ -168,8 +193,8 @@ def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
     return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
 
 
-def _distances(gaussians: Gaussians, points: Tensor) -> Tensor:
+def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
     """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = (points - gaussians.loc[:, None]).mT
+    away = shortest(points - gaussians.loc[:, None], is_circular).mT
     units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)
     return (units**2).mean(-2)

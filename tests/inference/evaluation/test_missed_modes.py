@@ -91,6 +91,37 @@ def test_the_lost_mass_is_a_share_of_all_that_was_found():
     assert abs(found.lost_mass - 0.75) < 0.02
 
 
+def angle(loc, other_weight=0.0):
+    """A location, and an angle with a mode at ``loc``, and perhaps one opposite of it."""
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.VonMises(torch.tensor(loc), 20.0))
+        # the ratio of two von Mises densities at opposite sides
+        opposite = (-40 * (z - loc).cos()).exp()
+        pyro.factor("both", torch.log1p(other_weight * (opposite - 1)))
+
+    return model
+
+
+def angles_at(loc, n=4000):
+    return torch.stack([torch.randn(n), dist.VonMises(loc, 20.0).sample((n,))], -1)
+
+
+@pytest.mark.parametrize("loc", [math.pi, 3.0, 0.5], ids=["seam", "near the seam", "elsewhere"])
+def test_an_angle_has_one_mode(loc):
+    """Draws of a von Mises at the seam, from -pi to pi: two heaps that are one, as its images are."""
+    found = missed(angle(loc), angles_at(torch.tensor(loc)))
+    assert found.num_lost == 0
+    assert abs(found.log_evidence) < 0.1
+
+
+def test_a_missed_mode_of_an_angle():
+    found = missed(angle(math.pi, 0.4), angles_at(torch.tensor(math.pi)), math.log(0.6))
+    assert found.num_lost == 1
+    assert abs(found.lost_mass - 0.4) < 0.05
+
+
 def test_modes_that_a_start_has_found():
     model = models.two_modes(2, 1000.0, 0.5)
     log_joint = LogJoint(model)
