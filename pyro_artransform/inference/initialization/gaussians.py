@@ -159,6 +159,28 @@ def climb(
     return modes, Gaussians(loc, scale_tril)
 
 
+def climb_by_gradients(
+    log_density: Density, points: Tensor, scale_tril: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Climbs from each point without Hessians: uphill in the units of a Gaussian.
+
+    :param points: where to start, shape ``(S, D)``, each with a finite density.
+    :param scale_tril: the scale of the Gaussian, shape ``(D, D)``.
+    :return: the ends, shape ``(S, D)``, and the log-density there, shape ``(S,)``.
+    """
+    for _ in range(max_steps):
+        with torch.enable_grad():
+            points = points.detach().requires_grad_()
+            value = log_density(points)
+            (gradient,) = torch.autograd.grad(value.sum(), points)
+        usable = gradient.isfinite().all(-1, keepdim=True)
+        steps = torch.where(usable, gradient, 0.0) @ scale_tril @ scale_tril.mT
+        points, gain = _search_line(log_density, points.detach(), value.detach(), steps)
+        if bool((gain < _SETTLED).all()):
+            break
+    return points, value.detach() + gain
+
+
 @torch.enable_grad()
 def _expand(log_density: Density, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The log-density at each point, its gradient, and its curvature (minus the Hessian)."""
