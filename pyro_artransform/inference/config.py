@@ -129,6 +129,7 @@ class EvaluationConfig:
     max_modes: int = 8  #: in the mixture
     #: the mean squared distance a coordinate of two modes that differ, in standard deviations
     min_mode_distance: float = 1.0
+    max_squared_distance: float = 16.0  #: the sum of squares from which they always differ
     #: how far outside modes are looked for, in standard deviations of the guide
     far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
     num_screened: int = 500  #: points screened there
@@ -136,9 +137,14 @@ class EvaluationConfig:
     num_screened_by_loop: int = 40
     num_climbs_by_loop: int = 4
     max_newton_steps: int = 40  #: of a climb, as for initial guides
-    max_hessian_dim: int = 200
+    max_hessian_dim: int = 200  #: more coordinates are too many; gradients do without
+    max_mirrored: int = 8  #: sites that are mirrored one at a time, for starts of gradients
+    num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
+    num_far: int = 4  #: the most such ends
+    min_distance_by_gradients: float = 4.0  #: of these to the guide's, in standard deviations
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
-    max_lost: float = 0.05  #: a missed mode with less of the mass is no loss; with more, no trust
+    max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
+    min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped

@@ -6,11 +6,13 @@
 A guide never draws where it has no mass, so that its weights look good where a whole mode is missing.
 Two checks do not rest on its draws: importance sampling with heavy tails around the guide and
 around every known mode; and, where there are too many dimensions for that, the mass of each mode by
-its curvature beside the share of draws near it. The modes are those that the search for an initial
-guide has found, and those reached by climbs from overdispersed starts.
+its curvature, or a lower bound of it, beside the share of draws near it. The modes are those that
+the search for an initial guide has found, and those reached by climbs from overdispersed starts;
+points that differ by full turns of an angle are one.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +24,12 @@ from ...diagnostics.importance import GOOD_KHAT
 from ...joint import LogDensity
 from ..config import EvaluationConfig
 from ..initialization.gaussians import Gaussians, Modes, climb, concatenate, evaluate_density
+from .gradient_search import GradientSearch
+
+# so many turns leave the density of an angle as it is, and that of any proper prior not
+_TURNS = (1.0, -32.0)
+# nats, to which round-off is added
+_TURN_TOLERANCE = 1e-3
 
 
 class MissedModes(NamedTuple):
@@ -29,21 +37,28 @@ class MissedModes(NamedTuple):
 
     :param log_evidence: the log evidence from heavy-tailed draws, ``nan`` if it is not reliable.
     :param log_evidence_se: its standard error.
-    :param lost_mass: the share of the posterior in modes without draws of the guide, from 0 to 1.
+    :param lost_mass: the share of the posterior in modes without draws of the guide, from 0 to 1;
+        0 if it is too small to matter.
     :param num_lost: how many such modes there are.
+    :param look: how modes were looked for: by "curvature", by "gradients" alone, or "none".
     """
 
     log_evidence: float = math.nan
     log_evidence_se: float = math.nan
     lost_mass: float = 0.0
     num_lost: int = 0
+    look: str = "curvature"
 
 
 @dataclass(frozen=True)
 class MissedModeSearch:
-    """A search for mass of the posterior that a guide has missed."""
+    """A search for mass of the posterior that a guide has missed.
+
+    :param model: the model, with its arguments.
+    """
 
     log_density: LogDensity
+    model: Callable[[], object]
     config: EvaluationConfig
 
     def find(self, draws: Tensor, log_evidence: float, modes: Modes | None) -> MissedModes:
@@ -55,26 +70,33 @@ class MissedModeSearch:
         """
         draws, config = draws[draws.isfinite().all(-1)], self.config
         if len(draws) < 2:
-            return MissedModes()
+            return MissedModes(look="none")
+        is_circular = _find_circular(self.log_density, draws)
+        draws = _fold(draws, is_circular)
         around = _fit_gaussian(draws, config.heavy_inflation)
-        modes = self._distinct(modes, self._climb_from_afar(around))
-        found = self.weigh_heavy_tailed(around, modes)
+        afar = self._points_afar(around)
+        found_afar, look = self._climb(afar), "curvature"
+        if found_afar is None:
+            found_afar, look = self._climb_by_gradients(afar, draws, around, log_evidence)
+        modes = self._distinct(modes, found_afar, around.loc[0], is_circular)
+        found = self.weigh_heavy_tailed(around, modes, is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
-            # draws do not find the mass that a curvature suggests
-            return MissedModes(found.log_evidence, found.log_evidence_se)
-        share, count = (0.0, 0) if modes is None else self._lost(draws, modes, log_evidence)
+            # draws do not find the mass that the curvature of these modes suggests
+            modes = None if modes is None else modes.take(slice(config.max_modes, None))
+        share, count = 0.0, 0
+        if modes is not None:
+            share, count = self._lost(draws, modes, log_evidence, is_circular)
         log_z = found.log_evidence if reliable else math.nan
-        return MissedModes(log_z, found.log_evidence_se, share, count)
+        return MissedModes(log_z, found.log_evidence_se, share, count, look)
 
-    def _climb_from_afar(self, around: Gaussians) -> Modes | None:
-        """The modes above points far outside of a Gaussian, if Hessians are affordable.
+    def _points_afar(self, around: Gaussians) -> Tensor:
+        """Points of finite density far outside of a Gaussian.
 
-        Half of the points are any, half are those whose density exceeds the Gaussian's the most.
+        Half of the points are any, half are those whose density exceeds the Gaussian's the most;
+        and the images of the Gaussian in the origin and in the starting point.
         """
         config, density = self.config, self.log_density
-        if density.latents.latent_dim > config.max_hessian_dim:
-            return None
         screened, count = config.num_screened, config.num_climbs
         if density.strategy == "loop":
             screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
@@ -82,13 +104,19 @@ class MissedModeSearch:
         far = noise.new_tensor(config.far)
         far = far.repeat(math.ceil(screened / len(far)))[:screened, None]
         points = around.loc + far * noise @ around.scale_tril[0].T
+        images = torch.cat([-around.loc, 2 * density.start - around.loc])
         values = evaluate_density(density, points)
         points, values = points[values.isfinite()], values[values.isfinite()]
         half = count // 2
         excess = values + 0.5 * points.shape[-1] * _distances(around, points)[0]
         order = excess[half:].argsort(descending=True)[: count - half]
-        points = torch.cat([points[:half], points[half:][order]])
-        if not len(points):
+        images = images[evaluate_density(density, images).isfinite()]
+        return torch.cat([points[:half], points[half:][order], images])
+
+    def _climb(self, points: Tensor) -> Modes | None:
+        """The modes above points, if Hessians can be had."""
+        density, config = self.log_density, self.config
+        if density.latents.latent_dim > config.max_hessian_dim or not len(points):
             return None
         try:
             no_noise = torch.zeros_like(points[:1])
@@ -96,35 +124,75 @@ class MissedModeSearch:
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
-    def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
-        """The maxima that are not the same, those with the most mass first."""
+    def _climb_by_gradients(
+        self, points: Tensor, draws: Tensor, around: Gaussians, log_evidence: float
+    ) -> tuple[Modes | None, str]:
+        """The modes above points that matter, by gradients alone, and whether these could be had."""
+        scale_tril = around.scale_tril / self.config.heavy_inflation
+        search = GradientSearch(self.log_density, self.model, self.config)
+        try:
+            found = search.find(points, draws, Gaussians(around.loc, scale_tril), log_evidence)
+        except RuntimeError:  # a model without a gradient
+            return None, "none"
+        return found, "gradients"
+
+    def _distinct(
+        self,
+        known: Modes | None,
+        found: Modes | None,
+        center: Tensor,
+        is_circular: Tensor | None,
+    ) -> Modes | None:
+        """The maxima that are not the same, those with the most mass first, angles near a center."""
         parts = list(filter(None, (known, found)))
         if not parts:
             return None
         gaussians, values, converged = zip(*parts)
-        modes = Modes(concatenate(gaussians), torch.cat(values), torch.cat(converged))
-        kept: list[int] = []
+        loc, scale_tril = concatenate(gaussians)
+        loc = _fold(loc, is_circular, center)
+        modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
+        config, kept = self.config, list[int]()
+        least = min(loc.shape[-1] * config.min_mode_distance, config.max_squared_distance)
         for i in modes.log_masses().argsort(descending=True).tolist():
-            if not bool(modes.converged[i]) or len(kept) == self.config.max_modes:
+            if not bool(modes.converged[i]):
                 continue
-            distances = _distances(modes.gaussians.take(kept), modes.gaussians.loc[i : i + 1])
-            if bool((distances > self.config.min_mode_distance).all()):
+            distances = len(loc[i]) * _distances(
+                modes.gaussians.take(kept), loc[i : i + 1], is_circular
+            )
+            if bool((distances > least).all()):
                 kept.append(i)
         return modes.take(kept) if kept else None
 
-    def _lost(self, draws: Tensor, modes: Modes, log_evidence: float) -> tuple[float, int]:
-        """The share of the mass in modes with next to no draws, and the number of these modes."""
-        ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
-        share_of_draws = (_distances(modes.gaussians, draws) < ball).double().mean(-1)
-        share = (modes.log_masses().double() - log_evidence).exp()
-        share = share / (1 + share)
-        has_few = share_of_draws < self.config.min_draws_share * share
-        lost = (share > self.config.max_lost) & has_few
-        return float(share[lost].sum().clamp(max=1.0)), int(lost.sum())
+    def _lost(
+        self, draws: Tensor, modes: Modes, log_evidence: float, is_circular: Tensor | None
+    ) -> tuple[float, int]:
+        """The share of the mass in modes with next to no draws, and the number of these modes.
 
-    def weigh_heavy_tailed(self, around: Gaussians, modes: Modes | None) -> Importance:
-        """Importance sampling from a mixture of Student's t around the guide and around each mode."""
-        mixture = around if modes is None else concatenate([around, modes.gaussians])
+        The share is of all mass that was found, the modes' and the guide's; it is their sum that
+        matters, since many small modes are a large loss.
+        """
+        ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
+        is_near = _distances(modes.gaussians, draws, is_circular) < ball
+        share_of_draws = is_near.double().mean(-1)
+        log_masses = modes.log_masses().double() - log_evidence
+        lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
+        total = lost.logsumexp(0)
+        if not total.sigmoid() > self.config.max_lost:
+            return 0.0, 0
+        is_counted = lost >= total + math.log(self.config.min_counted)
+        return total.sigmoid().item(), int(is_counted.sum())
+
+    def weigh_heavy_tailed(
+        self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None = None
+    ) -> Importance:
+        """Importance sampling from a mixture of Student's t around the guide and around each mode.
+
+        Of angles, only one turn counts: that around the guide.
+        """
+        mixture = around
+        if modes is not None:
+            most = slice(self.config.max_modes)
+            mixture = concatenate([around, modes.gaussians.take(most)])
         count, dim = mixture.loc.shape
         degrees = self.config.heavy_degrees
         guide_share = self.config.heavy_guide_share if count > 1 else 1.0
@@ -144,6 +212,9 @@ class MissedModeSearch:
         kernel = half * torch.log1p(_distances(mixture, draws) * dim / degrees)
         log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
         log_p = evaluate_density(self.log_density, draws)
+        if is_circular is not None:
+            away = is_circular & ((draws - around.loc).abs() > math.pi)
+            log_p = log_p.masked_fill(away.any(-1), -torch.inf)
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
 
 
@@ -158,8 +229,53 @@ def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
     return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
 
 
-def _distances(gaussians: Gaussians, points: Tensor) -> Tensor:
+def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
     """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = (points - gaussians.loc[:, None]).mT
+    away = _shortest(points - gaussians.loc[:, None], is_circular).mT
     units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)
     return (units**2).mean(-2)
+
+
+def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
+    """Which coordinates are angles: their draws stay within a turn, after which all is the same.
+
+    :param draws: draws of a guide, shape ``(n, D)``.
+    :return: shape ``(D,)``, of booleans; ``None`` if there is no angle.
+    """
+    within = (draws.std(0) < 2 * math.pi).nonzero()[:, 0]
+    points = draws[:1]
+    value = evaluate_density(log_density, points)
+    tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
+    for turns in _TURNS:
+        if not len(within):
+            return None
+        shifts = torch.zeros_like(points.expand(len(within), -1))
+        shifts[torch.arange(len(within)), within] = 2 * math.pi * turns
+        change = evaluate_density(log_density, points + shifts) - value
+        within = within[change.abs() <= tolerance]
+    if not len(within):
+        return None
+    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
+    is_circular[within] = True
+    return is_circular
+
+
+def _shortest(differences: Tensor, is_circular: Tensor | None) -> Tensor:
+    """Differences of points of shape ``(*, D)``, those of angles the shorter way around."""
+    if is_circular is None:
+        return differences
+    wrapped = torch.remainder(differences + math.pi, 2 * math.pi) - math.pi
+    return torch.where(is_circular, wrapped, differences)
+
+
+def _fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
+    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
+
+    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
+    """
+    if is_circular is None:
+        return points
+    if center is None:
+        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
+    folded = center + _shortest(points - center, is_circular)
+    return torch.where(is_circular, folded, points)

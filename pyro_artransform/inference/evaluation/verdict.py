@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,15 @@ _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
 )
+#: what a success says of mass elsewhere, by how it was looked for
+_ELSEWHERE = {
+    "curvature": ", and no start found mass elsewhere.",
+    "gradients": (
+        ", and no climb by gradients alone found mass elsewhere (curvatures, which see more, are too "
+        "expensive for so many latents, or the model has none)."
+    ),
+    "none": ", but mass elsewhere was not looked for.",
+}
 _SUBSAMPLED = (
     "the model sub-samples its data, so that the numbers below rest on the noisy density of "
     "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
@@ -126,7 +136,8 @@ def evaluate(
         draws = torch.cat(latents)
         is_point = bool((draws == draws[:1]).all(0).any())
         if not (is_point or is_noisy):
-            search = MissedModeSearch(subject.log_joint, config)
+            model = partial(subject.model, *subject.args, **subject.kwargs)
+            search = MissedModeSearch(subject.log_joint, model, config)
             missed = search.find(draws, found.log_evidence, modes)
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
@@ -265,7 +276,7 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
     )
     if found.khat > GOOD_KHAT:
         words += f" (of a tail of {100 * _tail_share(found):.2g} % of the weight)"
-    return words + (", and no start found mass elsewhere." if missed is not None else ".")
+    return words + _ELSEWHERE["none" if missed is None else missed.look]
 
 
 def _tail_share(found: Importance) -> float:

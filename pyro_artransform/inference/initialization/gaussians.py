@@ -45,7 +45,7 @@ class Gaussians(NamedTuple):
     loc: Tensor
     scale_tril: Tensor
 
-    def take(self, index: Tensor | list[int]) -> "Gaussians":
+    def take(self, index: Tensor | list[int] | slice) -> "Gaussians":
         """Those at an index."""
         return Gaussians(self.loc[index], self.scale_tril[index])
 
@@ -69,7 +69,7 @@ class Modes(NamedTuple):
     value: Tensor
     converged: Tensor
 
-    def take(self, index: list[int]) -> "Modes":
+    def take(self, index: list[int] | slice) -> "Modes":
         """Those at an index."""
         return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
 
@@ -157,6 +157,28 @@ def climb(
             break
     modes = Modes(here, value, is_maximum & (expected_gain < _CONVERGED))
     return modes, Gaussians(loc, scale_tril)
+
+
+def climb_by_gradients(
+    log_density: Density, points: Tensor, scale_tril: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Climbs from each point without Hessians: uphill in the units of a Gaussian.
+
+    :param points: where to start, shape ``(S, D)``, each with a finite density.
+    :param scale_tril: the scale of the Gaussian, shape ``(D, D)``.
+    :return: the ends, shape ``(S, D)``, and the log-density there, shape ``(S,)``.
+    """
+    for _ in range(max_steps):
+        with torch.enable_grad():
+            points = points.detach().requires_grad_()
+            value = log_density(points)
+            (gradient,) = torch.autograd.grad(value.sum(), points)
+        usable = gradient.isfinite().all(-1, keepdim=True)
+        steps = torch.where(usable, gradient, 0.0) @ scale_tril @ scale_tril.mT
+        points, gain = _search_line(log_density, points.detach(), value.detach(), steps)
+        if bool((gain < _SETTLED).all()):
+            break
+    return points, value.detach() + gain
 
 
 @torch.enable_grad()

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -18,7 +19,15 @@ DEFAULTS = EvaluationConfig()
 
 
 def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS):
-    return MissedModeSearch(LogJoint(model), config).find(draws, log_evidence, modes)
+    return MissedModeSearch(LogJoint(model), model, config).find(draws, log_evidence, modes)
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
 
 
 def one_mode(dim, n=2000):
@@ -51,6 +60,75 @@ def test_nothing_is_missed_where_both_modes_have_draws(dim):
 def test_small_modes_are_no_loss():
     found = missed(models.two_modes(2, 20.0, 0.98), one_mode(2), math.log(0.98))
     assert found.num_lost == 0
+
+
+def mixture(locs, weights):
+    """Unit Gaussians under a flat prior; of log evidence 0 where the weights sum to 1."""
+    locs, logits = torch.as_tensor(locs), torch.as_tensor(weights).log()
+
+    def model():
+        space = dist.ImproperUniform(dist.constraints.real_vector, (), locs.shape[1:])
+        z = pyro.sample("z", space)
+        parts = dist.Normal(locs, 1.0).to_event(1).log_prob(z.unsqueeze(-2))
+        pyro.factor("target", (parts + logits).logsumexp(-1))
+
+    return model
+
+
+def with_all_modes(locs, weights, config=DEFAULTS):
+    """What is found by a guide of the first mode where a climb began at each."""
+    model = mixture(locs, weights)
+    locs = torch.as_tensor(locs)
+    modes, _ = climb(LogJoint(model), 0.1 + locs, torch.zeros(1, locs.shape[-1]), 40)
+    return missed(model, one_mode(locs.shape[-1]), math.log(weights[0]), modes, config)
+
+
+def test_many_small_modes_are_one_large_loss():
+    """25 modes of 2 % each, too many for the heavy-tailed mixture."""
+    angles = torch.arange(25) * (2 * math.pi / 25)
+    ring = 60 * torch.stack([angles.cos(), angles.sin()], -1)
+    locs = torch.cat([torch.zeros(1, 2), ring])
+    found = with_all_modes(locs, [0.5] + 25 * [0.02])
+    assert found.num_lost == 25
+    assert abs(found.lost_mass - 0.5) < 0.05
+
+
+def test_the_lost_mass_is_a_share_of_all_that_was_found():
+    """Three lost modes of 25 % are three quarters of the posterior, and no more."""
+    found = with_all_modes([[0.0], [200.0], [-400.0], [700.0]], 4 * [0.25])
+    assert found.num_lost == 3
+    assert abs(found.lost_mass - 0.75) < 0.02
+
+
+def angle(loc, other_weight=0.0):
+    """A location, and an angle with a mode at ``loc``, and perhaps one opposite of it."""
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.VonMises(torch.tensor(loc), 20.0))
+        # the ratio of two von Mises densities at opposite sides
+        opposite = (-40 * (z - loc).cos()).exp()
+        pyro.factor("both", torch.log1p(other_weight * (opposite - 1)))
+
+    return model
+
+
+def angles_at(loc, n=4000):
+    return torch.stack([torch.randn(n), dist.VonMises(loc, 20.0).sample((n,))], -1)
+
+
+@pytest.mark.parametrize("loc", [math.pi, 3.0, 0.5], ids=["seam", "near the seam", "elsewhere"])
+def test_an_angle_has_one_mode(loc):
+    """Draws of a von Mises at the seam, from -pi to pi: two heaps that are one, as its images are."""
+    found = missed(angle(loc), angles_at(torch.tensor(loc)))
+    assert found.num_lost == 0
+    assert abs(found.log_evidence) < 0.1
+
+
+def test_a_missed_mode_of_an_angle():
+    found = missed(angle(math.pi, 0.4), angles_at(torch.tensor(math.pi)), math.log(0.6))
+    assert found.num_lost == 1
+    assert abs(found.lost_mass - 0.4) < 0.05
 
 
 def test_modes_that_a_start_has_found():
@@ -126,6 +204,12 @@ def test_no_density_outside_and_no_hessian():
 
     assert missed(once, 0.7 * one_mode(1), -2.0).num_lost == 0
 
+    def no_gradient():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("nothing", 0 * NoGradient.apply(z))
+
+    assert missed(no_gradient, one_mode(1)).look == "none"
+
 
 def test_many_dimensions_and_loops(quick):
     def many():
@@ -152,7 +236,7 @@ def test_thousands_of_latents_fit_into_memory():
 
     log_joint = LogJoint(model)
     around = Gaussians(torch.zeros(1, 2000), torch.eye(2000)[None])
-    found = MissedModeSearch(log_joint, DEFAULTS).weigh_heavy_tailed(around, None)
+    found = MissedModeSearch(log_joint, model, DEFAULTS).weigh_heavy_tailed(around, None)
     assert math.isfinite(found.log_evidence)
 
 
@@ -166,7 +250,78 @@ def test_draws_around_each_gaussian_have_its_shape():
     loc = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
     tril = torch.tensor([[[1.0, 0.0], [-0.5, 2.0]], [[1.0, 0.0], [0.9, 0.6]]])
     modes = Modes(Gaussians(loc[1:], tril[1:]), torch.zeros(1), torch.ones(1))
-    search = MissedModeSearch(LogJoint(model), DEFAULTS)
+    search = MissedModeSearch(LogJoint(model), model, DEFAULTS)
     found = search.weigh_heavy_tailed(Gaussians(loc[:1], tril[:1]), modes)
     # its standard error is below 0.01
     assert abs(found.log_evidence) < 0.05
+
+
+DIM = 250
+
+
+def opposite(scales, num_flipped=DIM):
+    """Two Gaussians of equal mass at 1 and, in the first coordinates, -1; of log evidence 0."""
+    locs = torch.ones(2, DIM)
+    locs[1, :num_flipped] = -1
+    scales = torch.tensor(scales)[:, None]
+
+    def model():
+        flat = dist.constraints.real_vector
+        a = pyro.sample("a", dist.ImproperUniform(flat, (), (100,)))
+        b = pyro.sample("b", dist.ImproperUniform(flat, (), (DIM - 100,)))
+        z = torch.cat([a, b], -1)
+        parts = dist.Normal(locs, scales).to_event(1).log_prob(z.unsqueeze(-2))
+        pyro.factor("target", parts.logsumexp(-1) - math.log(2))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scales", "num_flipped"),
+    [((0.1, 0.1), DIM), ((0.1, 0.1), 100), ((0.1, 0.1), 1), ((0.2, 0.1), DIM), ((0.1, 0.2), 100)],
+    ids=str,
+)
+def test_a_lost_half_in_many_dimensions(scales, num_flipped):
+    """Half of the mass is at -1, all of it, that of a site, or of one coordinate."""
+    draws = 1 + scales[0] * torch.randn(5000, DIM)
+    found = missed(opposite(scales, num_flipped), draws, -math.log(2))
+    assert found.look == "gradients"
+    assert found.num_lost == 1
+    # of another scale than the guide, a mean-field fit bounds it from below
+    assert (0.4 if scales[0] == scales[1] else 0.1) < found.lost_mass < 0.6
+
+
+def test_gradients_find_what_curvatures_find():
+    config = replace(DEFAULTS, max_hessian_dim=0)
+    found = missed(models.two_modes(2, 20.0, 0.7), one_mode(2), math.log(0.7), config=config)
+    assert (found.num_lost, found.look) == (1, "gradients")
+    assert abs(found.lost_mass - 0.3) < 0.05
+
+
+def test_nothing_is_lost_where_both_halves_have_draws():
+    draws = 1 + 0.1 * torch.randn(5000, DIM)
+    draws[::2] -= 2
+    assert missed(opposite((0.1, 0.1)), draws).num_lost == 0
+
+
+def test_a_correlated_gaussian_of_many_dimensions():
+    scale_tril = torch.eye(DIM) + 0.9 * torch.ones(DIM, DIM).tril(-1) / DIM**0.5
+    scale_tril = torch.logspace(-3, 3, DIM)[:, None] * scale_tril
+
+    def model():
+        pyro.sample("z", dist.MultivariateNormal(torch.ones(DIM), scale_tril=scale_tril))
+
+    found = missed(model, 1 + torch.randn(5000, DIM) @ scale_tril.T)
+    assert (found.num_lost, found.look) == (0, "gradients")
+
+
+def test_a_funnel_of_many_dimensions():
+    """Its density is largest in a neck without mass, far from all draws."""
+
+    def model():
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(DIM), (v[..., None] / 2).exp()).to_event(1))
+
+    v = torch.randn(5000, 1)
+    draws = torch.cat([v, (v / 2).exp() * torch.randn(5000, DIM)], -1)
+    assert missed(model, draws).num_lost == 0

@@ -146,6 +146,18 @@ def test_missed_modes_were_not_computed():
     verdict = verdict_on(weights(), None, FitStatus())
     assert verdict.trusted
     assert "start" not in verdict.words
+    assert "mass elsewhere was not looked for" in verdict.words
+
+
+@pytest.mark.parametrize(
+    ("look", "words"),
+    [("gradients", "no climb by gradients alone"), ("none", "was not looked for")],
+)
+def test_a_look_of_less(look, words):
+    verdict = verdict_on(weights(), NOTHING_ELSE._replace(look=look), FitStatus())
+    assert verdict.trusted
+    assert words in verdict.words
+    assert "no start found" not in verdict.words
 
 
 def not_trusted(importance, missed, status, words):

@@ -1,0 +1,118 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A search for missed modes without Hessians, for any number of latents.
+
+Climbs start at draws of the prior, in shells around the guide, at its mirror images, and afar. Where an
+end is far from the guide, draws of the guide moved there and a mean-field fit bound the mass from
+below, so that a high density without mass, as in the neck of a funnel, raises no alarm.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...joint import LogDensity
+from ..config import EvaluationConfig, InitializationConfig
+from ..initialization.gaussians import (
+    Gaussians,
+    Modes,
+    antithetic_noise,
+    climb_by_gradients,
+    concatenate,
+    elbos,
+    evaluate_density,
+    fit_mean_field,
+)
+from ..initialization.search import GaussianSearch
+
+
+@dataclass(frozen=True)
+class GradientSearch:
+    """A search for modes far from a guide.
+
+    :param model: the model, with its arguments.
+    """
+
+    log_density: LogDensity
+    model: Callable[[], object]
+    config: EvaluationConfig
+    initialization: InitializationConfig = field(default_factory=InitializationConfig)
+
+    def find(
+        self, points: Tensor, draws: Tensor, around: Gaussians, log_evidence: float
+    ) -> Modes | None:
+        """Gaussians far from a guide, with a lower bound of the mass of each.
+
+        :param points: where to start, besides draws of the prior and mirror images.
+        :param draws: draws of the guide, shape ``(n, D)``.
+        :param around: their Gaussian.
+        :param log_evidence: the log evidence according to them.
+        :return: ``None`` if none has a mass that matters.
+        """
+        density, config = self.log_density, self.config
+        draws = draws[: config.num_moved]
+        base = evaluate_density(density, draws)
+        starts, signs = self._starts(points, around.loc[0])
+        starts = torch.cat([draws[base.argmax()][None], starts])
+        ends, values = climb_by_gradients(
+            density, starts, around.scale_tril[0], config.max_newton_steps
+        )
+        kept = self._far(ends, values, around)
+        if not kept:
+            return None
+        own, far, signs = ends[0], ends[kept], signs[[k - 1 for k in kept]]
+        moved = far[:, None] + signs[:, None] * (draws - own)
+        gain = (evaluate_density(density, moved) - base)[:, base.isfinite()].mean(-1)
+        scale_tril = signs[:, :, None] * around.scale_tril * signs[:, None]
+        gaussians = Gaussians(far + signs * (around.loc - own), scale_tril)
+        fitted = self._fit(far, draws.std(0))
+        noise = antithetic_noise(far, self.initialization.num_rough)
+        log_masses = torch.cat([log_evidence + gain, elbos(density, fitted, noise)])
+        least = log_evidence + math.log(config.max_lost * config.min_counted)
+        matters = log_masses > least
+        modes = Modes(concatenate([gaussians, fitted]), torch.zeros_like(log_masses), matters)
+        # as modes of these masses by Laplace's approximation
+        modes = modes._replace(value=log_masses - modes.log_masses())
+        return modes.take(matters.nonzero()[:, 0].tolist()) if bool(matters.any()) else None
+
+    def _starts(self, points: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        """Points of finite density, and which coordinates are mirrored there: 1 or -1."""
+        density, config, flips = self.log_density, self.initialization, []
+        if density.strategy == "loop":
+            config = config.for_loop()
+        else:
+            sizes = [site.size for site in density.latents.sites.values()]
+            for part in torch.eye(len(sizes)).repeat_interleave(torch.tensor(sizes), 1):
+                flips.append(1 - 2 * part.to(center))
+        found = GaussianSearch(density, self.model, config).points(center)
+        points = torch.cat([points, found])
+        signs = torch.stack([-torch.ones_like(center), *flips[: self.config.max_mirrored]])
+        images = torch.cat([signs * center, density.start + signs * (center - density.start)])
+        signs = torch.cat([torch.ones_like(points), signs, signs])
+        points = torch.cat([points, images])
+        is_finite = evaluate_density(density, points).isfinite()
+        return points[is_finite], signs[is_finite]
+
+    def _far(self, ends: Tensor, values: Tensor, around: Gaussians) -> list[int]:
+        """The highest of the ends that are far from the first one, and from each other."""
+        units = torch.linalg.solve_triangular(around.scale_tril[0], ends.mT, upper=False).mT
+        kept = [0]
+        for i in values.argsort(descending=True).tolist():
+            distances = (units[kept] - units[i]).square().sum(-1)
+            if bool((distances > self.config.min_distance_by_gradients**2).all()):
+                kept.append(i)
+        return kept[1 : self.config.num_far + 1]
+
+    def _fit(self, points: Tensor, sd: Tensor) -> Gaussians:
+        """Mean-field fits from points, in the units of the guide's draws."""
+
+        def log_density(units: Tensor) -> Tensor:
+            return self.log_density(units * sd)
+
+        count = 1 if self.log_density.strategy == "loop" else len(points)
+        loc, scale_tril = fit_mean_field(log_density, points[:count] / sd, self.initialization)
+        return Gaussians(loc * sd, sd[:, None] * scale_tril)
