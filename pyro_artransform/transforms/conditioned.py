@@ -6,6 +6,7 @@
 import reprlib
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import Transform
 
