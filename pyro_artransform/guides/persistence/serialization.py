@@ -150,7 +150,7 @@ def checksum(content: Plain) -> str:
     digest = hashlib.sha256(json.dumps([content["class"], content["spec"]], default=repr).encode())
     for name, value in content["state"].items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        numbers = value.cpu().contiguous().reshape(-1).view(torch.uint8)
+        numbers = value.to("cpu").contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(numbers.numpy()))
     return digest.hexdigest()
 
