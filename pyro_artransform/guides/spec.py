@@ -13,7 +13,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from ..joint.sites import Latents, Site
-from .persistence import serialization
+from . import plain_data
 
 Arguments = dict[str, Any]
 
@@ -56,7 +56,7 @@ class GuideSpec:
         latents = Latents(site.to(fn) for site in self.sites)
         return replace(self, latents=latents, device=fn(self.zeros()).device)
 
-    def to_plain(self) -> serialization.Plain:
+    def to_plain(self) -> plain_data.Plain:
         """The spec as plain data; the error for what cannot be written names it."""
         sites, arguments = [], {}
         for site in self.sites:
@@ -64,26 +64,26 @@ class GuideSpec:
                 "name": site.name,
                 "shape": list(site.shape),
                 "event_dim": site.event_dim,
-                "support": serialization.support_to_plain(site.name, site.support),
+                "support": plain_data.support_to_plain(site.name, site.support),
                 "dtype": str(site.dtype).removeprefix("torch."),
                 "plates": [list(frame) for frame in site.plates],
             }
             sites.append(plain)
         for name, value in self.arguments.items():
-            arguments[name] = serialization.argument_to_plain(name, value)
+            arguments[name] = plain_data.argument_to_plain(name, value)
         observed = None if self.observed is None else list(self.observed)
         return {"sites": sites, "arguments": arguments, "observed": observed}
 
     @classmethod
-    def from_plain(cls, plain: serialization.Plain, device: torch.device) -> "GuideSpec":
+    def from_plain(cls, plain: plain_data.Plain, device: torch.device) -> "GuideSpec":
         """The spec from what :meth:`to_plain` made of it."""
         sites, arguments, observed = [], {}, plain["observed"]
         for site in plain["sites"]:
-            support = serialization.support_from_plain(site["support"], device)
+            support = plain_data.support_from_plain(site["support"], device)
             shape, dtype = torch.Size(site["shape"]), getattr(torch, site["dtype"])
             plates = tuple(CondIndepStackFrame(*frame) for frame in site["plates"])
             sites.append(Site(site["name"], shape, site["event_dim"], support, dtype, plates))
         for name, value in plain["arguments"].items():
-            arguments[name] = serialization.argument_from_plain(value)
+            arguments[name] = plain_data.argument_from_plain(value)
         observed = None if observed is None else tuple(observed)
         return cls(Latents(sites), arguments, observed, device)

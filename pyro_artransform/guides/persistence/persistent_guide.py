@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
+from .. import plain_data
 from ..prototype import prototype_trace, starting_value
 from ..spec import Arguments, GuideSpec
 from . import serialization
@@ -252,13 +253,13 @@ class PersistentGuide(AutoGuide):
     def get_extra_state(self) -> Tensor:
         """The spec as bytes; null where there is none yet, or a support cannot be written."""
         if self._spec is None:
-            return serialization.plain_to_tensor(None)
+            return plain_data.plain_to_tensor(None)
         # functions are arguments that a guide has before it loads a state dict
         known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
         try:
-            return serialization.plain_to_tensor(replace(self._spec, arguments=known).to_plain())
+            return plain_data.plain_to_tensor(replace(self._spec, arguments=known).to_plain())
         except ValueError:
-            return serialization.plain_to_tensor(None)
+            return plain_data.plain_to_tensor(None)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the spec is read before the parameters."""
@@ -272,7 +273,7 @@ class PersistentGuide(AutoGuide):
     def _prepare_for(self, state: State, prefix: str) -> None:
         """Builds a guide that was never called, and refuses the state dict of another guide."""
         text = state.get(f"{prefix}_extra_state")
-        plain = None if text is None else serialization.tensor_to_plain(text)
+        plain = None if text is None else plain_data.tensor_to_plain(text)
         parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
         device = parameters[0].device if parameters else torch.device("cpu")
         # that of older versions is a list, which says too little

@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
-from pyro_artransform.guides import AutoAmortized, AutoIAF
+from pyro_artransform.guides import AutoAmortized, AutoIAF, plain_data
 from pyro_artransform.guides.persistence import serialization as saving
 from pyro_artransform.guides.prototype import prototype_trace
 from pyro_artransform.guides.spec import GuideSpec
@@ -63,9 +63,9 @@ def test_sites_survive_json(dtype):
 
 def test_bytes_in_a_tensor():
     for plain in (None, [], [{"a": [1, 2.5, "é"]}]):
-        text = saving.plain_to_tensor(plain)
+        text = plain_data.plain_to_tensor(plain)
         assert text.dtype == torch.uint8
-        assert saving.tensor_to_plain(text) == plain
+        assert plain_data.tensor_to_plain(text) == plain
 
 
 class Odd(constraints.Constraint):
@@ -116,8 +116,8 @@ def test_support_that_cannot_be_written(tmp_path):
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_nonlinearity(nonlinearity):
-    plain = json.loads(json.dumps(saving.argument_to_plain("nonlinearity", nonlinearity)))
-    back = saving.argument_from_plain(plain)
+    plain = json.loads(json.dumps(plain_data.argument_to_plain("nonlinearity", nonlinearity)))
+    back = plain_data.argument_from_plain(plain)
     x = torch.linspace(-3, 3, 50)
     assert torch.equal(back(x), nonlinearity(x))
     assert type(back) is type(nonlinearity)
@@ -258,7 +258,7 @@ def test_a_huge_state_dict_is_not_built():
     state, plain = guide.state_dict(), guide._spec.to_plain()
     plain["arguments"]["full_rank"] = True
     plain["sites"][0]["shape"] = [2**20]
-    state["_extra_state"] = saving.plain_to_tensor(plain)
+    state["_extra_state"] = plain_data.plain_to_tensor(plain)
     with pytest.raises(ValueError, match="damaged: expected at least"):
         AutoIAF(models.regression).load_state_dict(state)
 

@@ -1,0 +1,101 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Supports and arguments of guides as plain data, which files and state dicts can hold."""
+
+import json
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+Plain = dict[str, Any]
+
+_MAX_ACTIVATION_SIZE = 2**16
+_FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
+_SUPPORTS = (
+    *("real", "independent", "greater_than", "greater_than_eq", "less_than"),
+    *("interval", "half_open_interval", "simplex", "corr_cholesky", "corr_matrix"),
+    *("ordered_vector", "positive_ordered_vector", "softplus_positive"),
+)
+_NAME_TO_CLASS: dict[str, type] = {}
+for _name in _SUPPORTS:
+    _support = getattr(constraints, _name)
+    _NAME_TO_CLASS[_name] = _support if isinstance(_support, type) else type(_support)
+_CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
+
+
+def support_to_plain(name: str, support: constraints.Constraint) -> Plain:
+    """The support of a site as plain data; the error for one that cannot be written names the site."""
+    kind = _CLASS_TO_NAME.get(type(support))
+    if kind is None:
+        raise ValueError(
+            f"the support of site '{name}' cannot be written to a file: expected one of "
+            f"{', '.join(_NAME_TO_CLASS)}, got {type(support).__name__.lstrip('_')}"
+        )
+    bounds: Plain = {}
+    for key, value in vars(support).items():
+        if isinstance(value, constraints.Constraint):
+            bounds[key] = support_to_plain(name, value)
+        elif isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            bounds[key] = {"tensor": value.tolist(), "dtype": dtype}
+        else:
+            bounds[key] = value
+    return {"support": kind, "bounds": bounds}
+
+
+def support_from_plain(plain: Any, device: torch.device) -> Any:
+    """The support from what :func:`support_to_plain` made of it, with bounds on a device."""
+    if not isinstance(plain, dict):
+        return plain
+    if "tensor" in plain:
+        dtype = getattr(torch, plain["dtype"])
+        return torch.tensor(plain["tensor"], dtype=dtype, device=device)
+    bounds = {key: support_from_plain(value, device) for key, value in plain["bounds"].items()}
+    return _NAME_TO_CLASS[plain["support"]](**bounds)
+
+
+def plain_to_tensor(plain: object) -> Tensor:
+    """Plain data as a tensor of bytes, for a state dict, whose values are tensors."""
+    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+
+
+def tensor_to_plain(text: Tensor) -> Any:
+    """The plain data from what :func:`plain_to_tensor` made of it."""
+    return json.loads(bytes(text.tolist()))
+
+
+def argument_to_plain(name: str, value: Any) -> Any:
+    """An argument of a guide as plain data; an activation is its name in PyTorch and its constants."""
+    if not callable(value):
+        return value
+    kind = getattr(value, "__name__", type(value).__name__)
+    for owner, functions in _FUNCTIONS.items():
+        if value is getattr(functions, kind, None):
+            return {"function": kind, "owner": owner}
+    if type(value) is getattr(nn, kind, None):
+        names = getattr(value, "__constants__", ())
+        plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
+        # a container of modules is more than a name and constants
+        if repr(argument_from_plain(plain)) == repr(value):
+            return plain
+    raise ValueError(
+        f"{name}: expected a module of torch.nn or a function of torch, which can be written "
+        f"to a file by its name, got {value!r}; save the guide's state_dict() instead"
+    )
+
+
+def argument_from_plain(plain: Any) -> Any:
+    """The argument from what :func:`argument_to_plain` made of it."""
+    if isinstance(plain, dict) and "function" in plain:
+        return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
+    if isinstance(plain, dict) and "module" in plain:
+        make, constants = getattr(nn, plain["module"]), plain["constants"]
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in make(**constants).parameters())
+        if size > _MAX_ACTIVATION_SIZE:
+            raise ValueError(f"expected an activation, got {plain['module']} of {size} parameters")
+        return make(**constants)
+    return plain
