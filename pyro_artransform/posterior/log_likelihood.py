@@ -105,7 +105,12 @@ class Likelihood:
             expected, got = (n, *self.latents[name].shape), tuple(value.shape)
             if got != expected:
                 raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
-        few = {name: value[:_NUM_COMPARED] for name, value in chosen.items()}
+        rows = set(range(min(n, _NUM_COMPARED)))
+        for value in chosen.values():
+            # a branch on values mixes draws only where one takes it, and extreme ones are likely to
+            size = value.reshape(n, -1).double().sum(-1)
+            rows.update((int(size.argmin()), int(size.argmax())) if n else ())
+        few = {name: value[sorted(rows)] for name, value in chosen.items()}
         return choose_strategy(self._evaluate, few)[0]
 
     def in_plate(self, draws: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -167,3 +167,17 @@ def test_handlers_around_it_see_nothing():
     with poutine.trace() as traced:
         log_likelihood(plate, {"z": torch.randn(6)}, data())
     assert set(traced.trace.nodes) <= {"_INPUT", "_RETURN"}
+
+
+def test_a_branch_that_mixes_draws():
+    """One draw of many takes it, and none of the first ones."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = 100.0 if (z > 2).any() else 1.0
+        pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.5))
+
+    z = torch.linspace(-1.0, 3.0, 50)
+    scale = torch.where(z > 2, 100.0, 1.0)
+    expected = dist.Normal(z, scale).log_prob(torch.tensor(0.5))
+    assert torch.allclose(log_likelihood(model, {"z": z})["y"], expected)
