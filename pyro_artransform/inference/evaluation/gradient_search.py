@@ -85,9 +85,11 @@ class GradientSearch:
         if density.strategy == "loop":
             config = config.for_loop()
         else:
-            sizes = [site.size for site in density.latents.sites.values()]
-            for part in torch.eye(len(sizes)).repeat_interleave(torch.tensor(sizes), 1):
-                flips.append(1 - 2 * part.to(center))
+            start = 0
+            for site in density.latents.sites.values():
+                flips.append(torch.ones_like(center))
+                flips[-1][start : start + site.size] = -1
+                start += site.size
         found = GaussianSearch(density, self.model, config).points(center)
         points = torch.cat([points, found])
         signs = torch.stack([-torch.ones_like(center), *flips[: self.config.max_mirrored]])

@@ -250,7 +250,7 @@ def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
         if not len(within):
             return None
         shifts = torch.zeros_like(points.expand(len(within), -1))
-        shifts[torch.arange(len(within)), within] = 2 * math.pi * turns
+        shifts.scatter_(1, within[:, None], 2 * math.pi * turns)
         change = evaluate_density(log_density, points + shifts) - value
         within = within[change.abs() <= tolerance]
     if not len(within):

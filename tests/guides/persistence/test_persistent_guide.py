@@ -17,8 +17,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_artransform import iaf, spline_autoregressive
-from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
-from pyro_artransform.guides.persistence import serialization
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF, plain_data
 from tests.guides import models
 from tests.guides.training import parameters, train, trains, unmoved
 
@@ -161,7 +160,7 @@ def test_state_dict_of_an_older_version():
     guide = AutoIAF(models.regression, hidden_dims=8)
     guide(models.data())
     state = guide.state_dict()
-    state["_extra_state"] = serialization.plain_to_tensor([{"name": "loc"}])
+    state["_extra_state"] = plain_data.plain_to_tensor([{"name": "loc"}])
     twin = AutoIAF(models.regression, hidden_dims=8)
     with pytest.raises(RuntimeError, match="call the guide with the model's arguments first"):
         twin.load_state_dict(state)
