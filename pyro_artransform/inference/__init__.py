@@ -4,11 +4,13 @@
 """Fits of guides, and what draws of a posterior say."""
 
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
+from .config import FitConfig
 from .fit import fit
 from .optimization.nonfinite import FitError
 from .result import FitResult
 
 __all__ = [
+    "FitConfig",
     "FitError",
     "FitResult",
     "Summary",

@@ -4,6 +4,7 @@
 """The options of a fit, and parameters of a model of their names."""
 
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import pyro
@@ -14,6 +15,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_artransform import AutoIAF, fit
+from pyro_artransform.inference import FitConfig
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 
@@ -96,3 +98,14 @@ def test_inference_mode():
         fit(models.location, guide, num_steps=2, progress=False)
     with torch.no_grad():
         quick_fit(models.location, guide, num_steps=2, progress=False)
+
+
+def test_settings_are_public():
+    config = FitConfig()
+    config = replace(config, optimization=replace(config.optimization, tail_steps=0))
+    counts = {}
+    for name, settings in (("default", None), ("without tails", config)):
+        guide = models.small(models.location)
+        options = {"num_steps": 20, "num_particles": 4, "progress": False, "config": settings}
+        counts[name] = fit(models.location, guide, **options).num_gradients
+    assert counts["without tails"] < counts["default"]
