@@ -72,10 +72,10 @@ class OptimizationConfig:
     min_decay: int = 400  #: the shortest decay in steps
     max_decay: int = 1500  #: the longest one
     min_noisy_decay: int = 1000  #: the shortest decay where steps are noisy by mini-batches
-    long_decay: int = 2800  #: the decay where too many nats are left (benchmarks/flows.md)
+    long_decay: int = 2800  #: the decay where too many nats are left
     long_decay_gap: float = 0.2  #: how many are too many
     min_epochs: int = 3  #: epochs in a window and in a decay
-    tail_steps: int = 100  #: steps for the tails at the end
+    tail_steps: int = 100  #: steps for the tails at the end (benchmarks/tails.md)
     tail_particles: int = 8  #: their draws, as a multiple
     tail_step_size: float = 0.2  #: their relative step size
     tail_weight: float = 2.0  #: how much more deviating log weights count in them
