@@ -8,14 +8,12 @@ Prints for each posterior of benchmarks/flows.py the distance of the ELBO from t
 that any fit has found (nats), k-hat, and CPU seconds: medians over seeds, and the worst k-hat.
 """
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
 
 import pyro
-import torch
-from flows import POSTERIORS
+from flows import POSTERIORS, set_up
 
 from pyro_artransform import AutoIAF, FitResult, fit
 from pyro_artransform.inference import FitConfig
@@ -34,12 +32,7 @@ def run(posterior: str, config: FitConfig, seed: int) -> tuple[FitResult, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("posteriors", nargs="*", default=list(POSTERIORS))
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
+    args = set_up(__doc__.splitlines()[0], num_seeds=3)
     print("| posterior | tail steps | gap (nats) | k-hat | worst k-hat | CPU seconds |")
     print("|---|---|---|---|---|---|")
     for posterior in args.posteriors:

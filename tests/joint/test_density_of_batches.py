@@ -9,15 +9,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.joint import LogJoint, MeanLogJoint
-
-SIZE = 7
-
-
-def model(y, scale=1.0):
-    loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 3.0))
-    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
-    with pyro.plate("data", SIZE, subsample_size=len(y)):
-        pyro.sample("y", dist.Normal(loc, width * scale), obs=y)
+from tests.joint.batches import SIZE, Y, model
 
 
 def branching(y):
@@ -30,9 +22,6 @@ def rows(y):
     with pyro.plate("rows", len(y)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
-
-Y = torch.linspace(-1.0, 2.0, SIZE)
 
 
 @pytest.mark.parametrize("function", [model, branching])

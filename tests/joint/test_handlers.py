@@ -11,18 +11,7 @@ from pyro import distributions as dist
 
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.handlers import argument_signature
-
-SIZE = 7
-
-
-def model(y, scale=1.0):
-    loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 3.0))
-    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
-    with pyro.plate("data", SIZE, subsample_size=len(y)):
-        pyro.sample("y", dist.Normal(loc, width * scale), obs=y)
-
-
-Y = torch.linspace(-1.0, 2.0, SIZE)
+from tests.joint.batches import Y, model
 
 
 def test_model_structure():

@@ -131,6 +131,14 @@ def test_nonlinearity_that_cannot_be_written(nonlinearity, tmp_path):
         guide.save(tmp_path / "guide")
 
 
+def save_guide(path):
+    """Saves a guide; gives the content of its file."""
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    guide.save(path)
+    return torch.load(path)
+
+
 def write_altered(path, saved, **changes):
     """A file whose checksum is right."""
     content = {**saved, **changes}
@@ -139,10 +147,7 @@ def write_altered(path, saved, **changes):
 
 def test_bad_files(tmp_path):
     path = tmp_path / "guide"
-    guide = AutoIAF(models.regression, hidden_dims=8)
-    guide(models.data())
-    guide.save(path)
-    saved = torch.load(path)
+    saved = save_guide(path)
     for bad in (3, {}, {**saved, "format": saved["format"] - 1}):
         torch.save(bad, path)
         with pytest.raises(ValueError, match=f"expected a guide's file of format {saving.FORMAT}"):
@@ -187,10 +192,7 @@ def test_damaged_files(tmp_path):
 
 def test_altered_tensors_and_specs(tmp_path):
     path = tmp_path / "guide"
-    guide = AutoIAF(models.regression, hidden_dims=8)
-    guide(models.data())
-    guide.save(path)
-    saved = torch.load(path)
+    saved = save_guide(path)
     name = "transform.transforms.1.log_scale"
     state = {**saved["state"], name: saved["state"][name] + 1e-6}
     spec = {**saved["spec"], "observed": ["other"]}
@@ -242,10 +244,7 @@ HUGE = {
 @pytest.mark.parametrize("name", HUGE)
 def test_nothing_huge_is_built(name, tmp_path):
     path, (change, message) = tmp_path / "guide", HUGE[name]
-    guide = AutoIAF(models.regression, hidden_dims=8)
-    guide(models.data())
-    guide.save(path)
-    saved = torch.load(path)
+    saved = save_guide(path)
     write_altered(path, saved, **change(saved))
     assert path.stat().st_size < 200_000
     with pytest.raises(ValueError, match=message):
