@@ -43,7 +43,7 @@ class MaskedInput(Conditioner):
     adjacency: Tensor | None
 
     @property
-    def autoregressive(self) -> bool:  # type: ignore[override]
+    def autoregressive(self) -> bool:  # type: ignore[override]  # read-only here
         """By construction, unless the network mixes the rows of a batch, as batch normalization does."""
         mixing = torch.nn.modules.batchnorm._BatchNorm
         return not any(isinstance(m, mixing) and m.training for m in self.modules())
@@ -64,7 +64,7 @@ class MaskedInput(Conditioner):
         self.net = net
         self.register_buffer("adjacency", adjacency)
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # a transform, where the network gives one
         self, x: Tensor, context: Tensor | None = None
     ) -> Tensor | Transform:
         """The parameters, or the transform, of each coordinate from its own masked copy.

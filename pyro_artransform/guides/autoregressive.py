@@ -72,6 +72,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         {'scale': (10,), 'z': (10, 3)}
     """
 
+    # the same type, but Pyro names the argument msg
     _prototype_hide_fn = staticmethod(prototype.is_hidden)  # type: ignore[assignment]
 
     def __init__(

@@ -121,6 +121,7 @@ class AutoAmortized(PersistentGuide):
     path = False
 
     _num_quantile_draws = 2_000
+    # the same type, but Pyro names the argument msg
     _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
     _functions = ("_model", "_make_flows", "create_plates")
 
@@ -173,6 +174,7 @@ class AutoAmortized(PersistentGuide):
     def _posterior(self) -> AmortizedPosterior:
         """The posterior, without the param statements that reading ``transform`` makes."""
         self._checked_spec()
+        # `_modules` may hold None, but `transform` is there once the spec is
         posterior: AmortizedPosterior = self._modules["transform"]  # type: ignore[assignment]
         return posterior
 

@@ -204,7 +204,7 @@ class PersistentGuide(AutoGuide):
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by their names in ``transform``."""
-        # not by the attribute, whose reading is a param statement
+        # not by the attribute, whose reading is a param statement; `_modules` may hold None elsewhere
         transform: nn.Module = self._modules["transform"]  # type: ignore[assignment]
         trained = {}
         for name, parameter in transform.named_parameters():
