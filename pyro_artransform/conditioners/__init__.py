@@ -4,13 +4,14 @@
 """Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
-from .base import Blocks, Conditioner
+from .base import Blocks, Conditioner, Linearization
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
 
 __all__ = [
     "Blocks",
     "Conditioner",
+    "Linearization",
     "MaskedInput",
     "MaskedLinear",
     "MaskedMLP",

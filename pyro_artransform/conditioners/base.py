@@ -36,6 +36,22 @@ class Blocks(Protocol):
         """Makes known what is before level ``levels``: coordinates of the block with the values ``x``."""
 
 
+class Linearization(Protocol):
+    r"""The derivative :math:`\partial \theta / \partial x` of a conditioner at one batch, without a graph.
+
+    Shapes are ``(B, D)`` for what belongs to coordinates, and ``(B, D, P)`` for what belongs to parameters.
+    """
+
+    def pull(self, by_params: Tensor) -> Tensor:
+        r"""The product :math:`\sum_{ip} w_{ip} \, \partial \theta_{ip} / \partial x_j` for weights w."""
+
+    def solve(self, scale: Tensor, by_params: Tensor, rest: Tensor) -> Tensor:
+        r"""The solution u of :math:`J^\top u = \mathrm{rest}` by substitution.
+
+        Here :math:`J_{ij} = \mathrm{scale}_i [i = j] + \sum_p w_{ip} \, \partial \theta_{ip} / \partial x_j`.
+        """
+
+
 class Conditioner(torch.nn.Module, ABC):
     r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 
@@ -79,6 +95,19 @@ class Conditioner(torch.nn.Module, ABC):
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
         :param in_place: whether values are written in place: faster, but nothing can differentiate it.
+        """
+        return None
+
+    def linearize(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Linearization] | None:
+        """The parameters, as :meth:`forward` returns them, and their derivative; or None.
+
+        A conditioner that offers it has path gradients by one substitution; for any other they take
+        vector-Jacobian products until nothing moves.
+
+        :param x: shape ``(B, D)``.
+        :param context: shape ``(B, C)`` or ``(C,)``, or None.
         """
         return None
 

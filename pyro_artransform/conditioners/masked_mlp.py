@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import check_callable, check_hidden_dims, check_integer
 from .base import Conditioner
 from .block_evaluation import BlockLayout, MLPBlocks, Weights, block_layout
+from .linearization import MLPLinearization, slope
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
 MaskLike = Tensor | Sequence[Sequence[int]]
@@ -191,18 +192,43 @@ class MaskedMLP(Conditioner):
         self.to(last.weight.device)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._evaluate(x, context)[-1]
+
+    def _evaluate(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+        """What each layer returns, before the activation; the parameters are the last."""
         self._check_input(x, context)
         first, *others = self.layers
-        hidden = first(x)
+        outputs = [first(x)]
         if self.context_layer is not None and context is not None:
-            hidden = hidden + self.context_layer(context.to(self.context_layer.weight.dtype))
+            context = context.to(self.context_layer.weight.dtype)
+            outputs[0] = outputs[0] + self.context_layer(context)
         for layer in others:
-            hidden = layer(self.nonlinearity(hidden))
+            outputs.append(layer(self.nonlinearity(outputs[-1])))
+        last = outputs[-1]
         if self.skip is not None:
-            hidden = hidden + self.skip(x)
+            last = last + self.skip(x)
         # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
-        rows = hidden.reshape(hidden.shape[:-1] + (self.num_params, self.input_dim))
-        return rows.transpose(-1, -2)
+        rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
+        return [*outputs[:-1], rows.transpose(-1, -2)]
+
+    def linearize(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, MLPLinearization] | None:
+        """None if blocks are: products of weights do not go through another ``forward`` or hooks."""
+        if type(self).forward is not MaskedMLP.forward or self._has_hooks():
+            return None
+        *hidden, params = self._evaluate(x, context)
+        slopes = [slope(self.nonlinearity, layer) for layer in hidden]
+        layout, order = self._sorted_layout()
+        with torch.no_grad():
+            weights = self._sorted_weights(None, order)
+        return params, MLPLinearization(layout, order, weights, slopes)
+
+    def _sorted_layout(self) -> tuple[BlockLayout, Tensor | None]:
+        """Where each level begins, and the order of the coordinates if it is not their own."""
+        if self._layout is None:
+            self._layout = block_layout(*self._levels)
+        return self._layout, None if self._layout.natural else self.order
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
@@ -211,11 +237,9 @@ class MaskedMLP(Conditioner):
         if type(self).forward is not MaskedMLP.forward or self._has_hooks():
             return None
         self._check_input(x, context)
-        if self._layout is None:
-            self._layout = block_layout(*self._levels)
-        order = None if self._layout.natural else self.order
+        layout, order = self._sorted_layout()
         weights = self._sorted_weights(context, order)
-        return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
+        return MLPBlocks(layout, order, weights, self.nonlinearity, x, in_place)
 
     def _has_hooks(self) -> bool:
         layers = [*self.layers] if self.skip is None else [*self.layers, self.skip]

@@ -16,11 +16,10 @@ from .conditioned import SELF_DESCRIBING, ContextMeta
 from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert
 from .meta_protocol import ElementwiseTransform, Meta, StructuredMeta, check_returned
+from .score import by_products as score_by_products
+from .score import by_substitution as score_by_substitution
 from .value_and_ladj import call_and_ladj
 from .warn import warn_user
-
-# of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
-_SCORE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 
 
 class AutoregressiveTransform(FlowModule):
@@ -84,17 +83,22 @@ class AutoregressiveTransform(FlowModule):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._check(x)
+        meta, score = self.meta, score.detach()
+        if isinstance(meta, StructuredMeta) and not meta.batch_shape:
+            found = score_by_substitution(meta, x, score)
+            if found is not None:
+                return found
         with torch.enable_grad():
             point = x if x.requires_grad else x.detach().requires_grad_()
-            transform = self.meta(point)
+            transform = meta(point)
             if isinstance(transform, ElementwiseTransform):
                 y, ladj = transform.call_and_ladj(point)
             else:
                 y, ladj = call_and_ladj(check_returned(transform), point)
         if transform.event_dim > 0 or x.shape != y.shape:
             return super().call_and_score(x, score)
-        depth = self.meta.depth if isinstance(self.meta, StructuredMeta) else None
-        score = _score(point, y, ladj, score.detach(), depth or x.shape[-1])
+        depth = meta.depth if isinstance(meta, StructuredMeta) else None
+        score = score_by_products(point, y, ladj, score, depth or x.shape[-1])
         return y, ladj.sum(-1), score
 
     def _check(self, x: Tensor) -> None:
@@ -122,30 +126,6 @@ class AutoregressiveTransform(FlowModule):
 
     def extra_repr(self) -> str:
         return "" if self.passes is None else f"passes={self.passes}"
-
-
-def _score(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Tensor:
-    r"""The score of y, by vector-Jacobian products through the graph between x and y.
-
-    The Jacobian is :math:`J = \mathrm{diag}(d) + N` with N strictly triangular. The solution of
-    :math:`J^\top u = r`, with r the score of x minus the gradient of the log-determinant, is the limit of
-    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All
-    shapes are ``(*, D)``.
-    """
-    tolerance = _SCORE_TOLERANCE.get(x.dtype, 1e-3)
-    ones = torch.ones_like(ladj)
-    scale = ladj.detach().exp()
-    by_volume = None
-    if ladj.requires_grad:  # that of a shift is a constant
-        by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
-    rest = score if by_volume is None else score - by_volume
-    u = rest / scale
-    for _ in range(depth - 1):
-        (pulled,) = torch.autograd.grad(y, x, u, retain_graph=True)
-        previous, u = u, u + (rest - pulled) / scale
-        if bool(((u - previous).abs().amax(-1) <= tolerance * u.abs().amax(-1)).all()):
-            break
-    return u
 
 
 class ConditionalAutoregressiveTransform(ConditionalFlowModule):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..conditioners import Blocks, Conditioner, MaskedMLP
+from ..conditioners import Blocks, Conditioner, Linearization, MaskedMLP
 from ..univariate import Univariate
 from .meta_protocol import StructuredMeta
 
@@ -71,13 +71,22 @@ class ConditionedUnivariate(StructuredMeta):
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
         """The conditioner at a batch shaped as y ``(*, D)`` and a context ``(*, C)``, block by block."""
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
-        if hooked or type(self).forward is not ConditionedUnivariate.forward:
+        if not self._is_of_its_parts():
             return None
-        rows = y.reshape(-1, y.shape[-1])
-        if context is not None and context.dim() > 1:
-            context = context.expand(y.shape[:-1] + context.shape[-1:]).flatten(0, -2)
-        return self.conditioner.blocks(rows, context, in_place=in_place)
+        return self.conditioner.blocks(*_as_rows(y, context), in_place=in_place)
+
+    def linearize(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Linearization] | None:
+        """The conditioner's parameters at x ``(*, D)`` and a context ``(*, C)``, and their derivative."""
+        if not self._is_of_its_parts():
+            return None
+        return self.conditioner.linearize(*_as_rows(x, context))
+
+    def _is_of_its_parts(self) -> bool:
+        """Whether the conditioner and the family are all that it does."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
+        return not hooked and type(self).forward is ConditionedUnivariate.forward
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
@@ -88,6 +97,13 @@ class ConditionedUnivariate(StructuredMeta):
         if not isinstance(self.conditioner, MaskedMLP):
             return ""
         return f"order={reprlib.repr(self.conditioner.order.tolist())}"
+
+
+def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x of shape ``(B, D)``, and a context that has a row for each of its rows, or is a vector."""
+    if context is not None and context.dim() > 1:
+        context = context.expand(x.shape[:-1] + context.shape[-1:]).flatten(0, -2)
+    return x.reshape(-1, x.shape[-1]), context
 
 
 class ContextMeta(StructuredMeta):
@@ -118,6 +134,11 @@ class ContextMeta(StructuredMeta):
         if not isinstance(self.meta, ConditionedUnivariate):
             return None
         return self.meta.blocks(y, self._context_for(y.dim()), in_place=in_place)
+
+    def linearize(self, x: Tensor) -> tuple[Tensor, Linearization] | None:
+        if not isinstance(self.meta, ConditionedUnivariate):
+            return None
+        return self.meta.linearize(x, self._context_for(x.dim()))
 
     def forward(self, x: Tensor) -> Transform:
         return self.meta(x, self._context_for(x.dim()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..conditioners import Blocks
+from ..conditioners import Blocks, Linearization
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
 
@@ -50,6 +50,10 @@ class StructuredMeta(torch.nn.Module):
 
         :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
+        return None
+
+    def linearize(self, x: Tensor) -> tuple[Tensor, Linearization] | None:
+        """The parameters at x, shape ``(*, D)``, and their derivative; None if it is not known."""
         return None
 
 

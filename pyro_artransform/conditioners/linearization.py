@@ -1,0 +1,128 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The derivative of a masked multilayer perceptron by its input, as products of its weights.
+
+Between two layers the derivative is a product of masked weights and the slopes of the activations, so
+that a triangular system in the Jacobian of a flow is solved by substitution, from the last level of the
+graph to the first. Sorted as for an inverse by blocks, all blocks together touch each weight about once,
+and only the small squares of the blocks are formed: never a matrix of the size of the Jacobian, where
+that is large.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from .block_evaluation import BlockLayout, Weights
+
+# coordinates in a block: forming its square costs as many products as it has coordinates, opening it
+# a dozen calls. As fast as 8, 12 and 24 from 10 to 203 dimensions (64 rows, one core), 32 is slower
+_SIZE = 16
+
+
+class MLPLinearization:
+    """The :class:`~.base.Linearization` of one network at one batch.
+
+    :param layout: where each level begins.
+    :param order: the coordinates sorted by level, or None if they are in that order already.
+    :param weights: masked, in sorted order.
+    :param slopes: the derivatives of the activations of each hidden layer, of shape ``(B, H)``.
+    """
+
+    def __init__(
+        self, layout: BlockLayout, order: Tensor | None, weights: Weights, slopes: list[Tensor]
+    ) -> None:
+        self._layout, self._order = layout, order
+        self._weights, self._slopes = weights, slopes
+
+    def pull(self, by_params: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`."""
+        weights, rows = self._weights, self._sorted(by_params.mT).flatten(1)
+        pulled = self._through_layers(rows @ weights.last.flatten(0, 1), slice(None))
+        if weights.skip is not None:
+            pulled = pulled + rows @ weights.skip.flatten(0, 1)
+        return self._unsorted(pulled)
+
+    def solve(self, scale: Tensor, by_params: Tensor, rest: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`."""
+        scale, rest, by_params = map(self._sorted, (scale, rest, by_params.mT))
+        weights, done = self._weights, list[Tensor]()
+        carried: Tensor | None = None  # what later blocks are by the last hidden units
+        for start, stop in self._blocks():
+            own = slice(self._layout.levels[start], self._layout.levels[stop])
+            known = rest[:, own]
+            if carried is not None:
+                known = known - self._through_layers(carried, own)
+            u = self._substitute(scale[:, own], by_params[..., own], known, start, stop)
+            done.append(u)
+            if start == 0:
+                break
+            weighted = (by_params[..., own] * u[:, None]).flatten(1)
+            added = weighted @ weights.last[:, own].flatten(0, 1)
+            carried = added if carried is None else carried + added
+            if weights.skip is not None:
+                rest = rest - weighted @ weights.skip[:, own].flatten(0, 1)
+        return self._unsorted(torch.cat(done[::-1], -1))
+
+    def _substitute(
+        self, scale: Tensor, by_params: Tensor, rest: Tensor, start: int, stop: int
+    ) -> Tensor:
+        """The solution within the levels from ``start`` to ``stop - 1``, shape ``(B, n)``."""
+        if stop == start + 1:
+            return rest / scale
+        square = self._square(by_params, start, stop)
+        square.diagonal(dim1=-2, dim2=-1).add_(scale)
+        return solve_triangular(square, rest[:, None], upper=False, left=False)[:, 0]
+
+    def _square(self, by_params: Tensor, start: int, stop: int) -> Tensor:
+        """The derivative of some levels by themselves, shape ``(B, n, n)``, strictly lower triangular."""
+        weights, layout = self._weights, self._layout
+        own = slice(layout.levels[start], layout.levels[stop])
+        # the units that read the block and are read by it
+        units = [slice(places[start], places[stop - 1]) for places in layout.units]
+        last = weights.last[:, own, units[-1]]
+        rows = by_params.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
+        readers = [own, *units[:-1]]
+        for weight, slope, unit, reader in [*zip(weights.inner, self._slopes, units, readers)][
+            ::-1
+        ]:
+            rows = (rows * slope[:, unit]) @ weight[unit, reader]
+        if weights.skip is not None:
+            rows = rows + by_params.permute(2, 0, 1) @ weights.skip[:, own, own].transpose(0, 1)
+        return rows.transpose(0, 1).contiguous()
+
+    def _through_layers(self, by_units: Tensor, own: slice) -> Tensor:
+        """What derivatives by the last hidden units, ``(B, H)``, are by some inputs."""
+        weights, slopes = self._weights.inner, self._slopes
+        for weight, slope in [*zip(weights, slopes)][:0:-1]:
+            by_units = (by_units * slope) @ weight
+        pulled: Tensor = (by_units * slopes[0]) @ weights[0][:, own]
+        return pulled
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of levels of about so many coordinates, from the last to the first."""
+        levels = self._layout.levels
+        stop = len(levels) - 1
+        while stop > 0:
+            start = stop - 1
+            while start > 0 and levels[stop] - levels[start - 1] <= _SIZE:
+                start -= 1
+            yield start, stop
+            stop = start
+
+    def _sorted(self, rows: Tensor) -> Tensor:
+        return rows if self._order is None else rows[..., self._order]
+
+    def _unsorted(self, rows: Tensor) -> Tensor:
+        return rows if self._order is None else rows[..., self._order.argsort()]
+
+
+def slope(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an elementwise function at x, of the shape of x, without a graph."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        value = nonlinearity(point)
+        return torch.autograd.grad(value, point, torch.ones_like(value))[0]

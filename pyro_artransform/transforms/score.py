@@ -1,0 +1,70 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The score of the value of an autoregressive transform, with its parameters held fixed.
+
+With J the Jacobian, u solves :math:`J^\top u = r`, where r is the score of x minus the gradient of the
+log-determinant. J is triangular in the order of the graph: by substitution where the meta knows its own
+derivative, else by vector-Jacobian products.
+"""
+
+import torch
+from torch import Tensor
+
+from .meta_protocol import StructuredMeta
+from .value_and_ladj import call_and_ladj
+
+# of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+
+
+def by_substitution(
+    meta: StructuredMeta, x: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The value, the log-determinant and the score of the value; None if the meta does not offer it.
+
+    :param x: shape ``(*, D)``.
+    :param score: of x, shape ``(*, D)``.
+    """
+    linear = meta.linearize(x)
+    if linear is None:
+        return None
+    params, derivative = linear
+    with torch.enable_grad():
+        # a view of x for the family alone: derivatives by it do not go through the network
+        rows = x.reshape(-1, x.shape[-1])
+        point = rows.view_as(rows) if x.requires_grad else rows.detach().requires_grad_()
+        params = params if params.requires_grad else params.detach().requires_grad_()
+        y, ladj = call_and_ladj(meta.family.forward(params), point)
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    scale, by_params = torch.autograd.grad(y, [point, params], torch.ones_like(y), **options)
+    rest = score.reshape(rows.shape)
+    if ladj.requires_grad:  # that of a shift is a constant
+        ones = torch.ones_like(ladj)
+        volume, by_volume = torch.autograd.grad(ladj, [point, params], ones, **options)
+        rest = rest - volume - derivative.pull(by_volume)
+    u = derivative.solve(scale, by_params, rest)
+    return y.reshape(x.shape), ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
+
+
+def by_products(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Tensor:
+    r"""The score of y, by vector-Jacobian products through the graph between x and y.
+
+    With :math:`J = \mathrm{diag}(d) + N`, N strictly triangular, u is the limit of
+    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All
+    shapes are ``(*, D)``.
+    """
+    tolerance = _TOLERANCE.get(x.dtype, 1e-3)
+    ones = torch.ones_like(ladj)
+    scale = ladj.detach().exp()
+    by_volume = None
+    if ladj.requires_grad:
+        by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
+    rest = score if by_volume is None else score - by_volume
+    u = rest / scale
+    for _ in range(depth - 1):
+        (pulled,) = torch.autograd.grad(y, x, u, retain_graph=True)
+        previous, u = u, u + (rest - pulled) / scale
+        if bool(((u - previous).abs().amax(-1) <= tolerance * u.abs().amax(-1)).all()):
+            break
+    return u

@@ -1,0 +1,94 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_artransform.conditioners import MaskedMLP
+from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform.univariate import Additive, Affine, Hinged, RationalQuadraticSpline
+
+FAMILIES = {
+    "additive": Additive(),
+    "affine": Affine(),
+    "hinged": Hinged(),
+    "spline": RationalQuadraticSpline(),
+}
+
+
+def coupling(dim):
+    graph = torch.zeros(dim, dim, dtype=torch.bool)
+    graph[dim // 2 :, : dim // 2] = True
+    return graph
+
+
+def sparse(dim):
+    """An acyclic graph whose order is not that of the coordinates."""
+    graph = torch.rand(dim, dim).tril(-1) > 0.7
+    order = torch.randperm(dim)
+    return graph[order][:, order]
+
+
+def layer(dim, hidden_dims, family="affine", gain=0.5, **options):
+    """A layer whose every weight is drawn anew, so that nothing is zero that need not be."""
+    univariate = FAMILIES[family]
+    conditioner = MaskedMLP(dim, univariate.num_params, hidden_dims, **options)
+    for parameter in conditioner.parameters():
+        nn.init.normal_(parameter, std=gain / max(parameter.shape[-1], 1) ** 0.5)
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, univariate))
+
+
+def score_by_jacobian(t, x, score):
+    rows = []
+    for row, at_x in zip(x, score):
+        jacobian = torch.autograd.functional.jacobian(t, row)
+        point = row.clone().requires_grad_()
+        volume = t.call_and_ladj(point)[1] + 0.0 * point.sum()  # that of a shift is a constant
+        rows.append(torch.linalg.solve(jacobian.T, at_x - torch.autograd.grad(volume, point)[0]))
+    return torch.stack(rows)
+
+
+LAYERS = {
+    "one coordinate": lambda: layer(1, 16),
+    "narrow, with a skip": lambda: layer(40, 16),
+    "narrow, two layers": lambda: layer(40, [64, 20]),
+    "one block": lambda: layer(5, [64]),
+    "many blocks": lambda: layer(70, [300]),
+    "many blocks, three layers": lambda: layer(40, [130, 100, 90]),
+    "reversed": lambda: layer(20, [64], order=range(19, -1, -1)),
+    "coupling of wide levels": lambda: layer(60, 64, adjacency=coupling(60)),
+    "sparse graph": lambda: layer(50, [300, 300], adjacency=sparse(50)),
+    "spline": lambda: layer(6, [64, 64], "spline"),
+    "hinged": lambda: layer(6, 64, "hinged"),
+    "additive": lambda: layer(20, 64, "additive"),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_the_score_by_substitution_is_that_of_the_jacobian(make):
+    t = make()
+    x, score = torch.randn(3, t.meta.conditioner.input_dim), torch.randn(1)
+    score = score * torch.randn_like(x)
+    y, ladj, found = t.call_and_score(x, score)
+    expected = score_by_jacobian(t, x, score)
+    # round-off of float64 through products of some hundred terms
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    torch.testing.assert_close((y, ladj), t.call_and_ladj(x))
+
+
+def test_gradients_of_value_and_log_determinant_are_those_without_a_score():
+    t, x = layer(5, [64]), torch.randn(4, 5, requires_grad=True)
+    wanted = [x, *t.parameters()]
+    grads = []
+    for y, ladj, *_ in (t.call_and_score(x, -x), t.call_and_ladj(x)):
+        grads.append(torch.autograd.grad((y * y.detach()).sum() + ladj.sum(), wanted))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
+def test_batch_shapes(batch):
+    t = layer(5, [64])
+    x = torch.randn(*batch, 5)
+    y, ladj, score = t.call_and_score(x, -x)
+    assert (y.shape, ladj.shape, score.shape) == (x.shape, x.shape[:-1], x.shape)
