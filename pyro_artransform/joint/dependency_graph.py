@@ -1,0 +1,210 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The Markov graph of a log density, found by differences of its gradient.
+
+Two coordinates are conditionally independent given all others exactly where
+
+.. math::
+
+    \frac{\partial^2}{\partial z_i \, \partial z_j} \log p(z) = 0 \quad \text{for all } z.
+
+Coordinates are moved one at a time, and all gradients that change belong to neighbours. Nothing has to
+be known of plates, sites or how the model is written. At further points, where the graph is known but
+for what was switched off so far, coordinates that share no neighbour are moved together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..graphs.coloring import color_columns
+from .density import LogDensity
+
+# entries of a batch of points: about 16 MB in double precision, and some ten of such in a model
+_MOST_ENTRIES = 2_000_000
+# Round-off of a gradient, in units of the largest value that it has: of a thousand terms or so.
+_ROUND_OFF = 1e3
+# the spreads of the points around the start: within what a model can take, and as wide as priors are
+_SPREADS = (0.1, 1.0, 2.0)
+_MAX_HALVINGS = 12
+_SEED = 20260101
+
+
+@dataclass(frozen=True)
+class DependencyGraph:
+    """The Markov graph of a density.
+
+    :param neighbours: for each coordinate the others that it depends on, given all the rest.
+    :param rows: the smaller coordinate of each pair of neighbours.
+    :param columns: the larger one.
+    :param strength: the largest absolute second derivative that was seen, for each pair.
+    :param curvature: the same of each coordinate with itself, shape ``(D,)``.
+    """
+
+    neighbours: tuple[frozenset[int], ...]
+    rows: Tensor
+    columns: Tensor
+    strength: Tensor
+    curvature: Tensor
+
+
+def gradients(log_density: LogDensity, points: Tensor) -> Tensor:
+    """The gradients of a log density at points ``(n, D)``, in batches of bounded memory."""
+    parts = []
+    for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
+        with torch.enable_grad():
+            point = part.detach().requires_grad_()
+            value = log_density(point).sum()
+            (gradient,) = torch.autograd.grad(value, point)
+        parts.append(gradient)
+    return torch.cat(parts)
+
+
+def find_dependencies(log_density: LogDensity) -> DependencyGraph:
+    """The Markov graph of a log density, by its gradients at D points and a few more.
+
+    :raises ValueError: if the gradient is not finite near the starting values, or differs between two
+        evaluations at the same point.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    search = _Search(log_density)
+    for k, spread in enumerate(_SPREADS):
+        point = _finite_point(log_density, spread, generator)
+        other = point + spread * _steps(point, generator)
+        if k == 0:
+            _refuse_randomness(log_density, point)
+            search.move_one_by_one(point, other, range(len(point)))
+        else:
+            search.move_groups(point, other, seed=k)
+    return search.graph()
+
+
+def missing_dependencies(
+    log_density: LogDensity, neighbours: Sequence[set[int] | frozenset[int]], draws: Tensor
+) -> list[tuple[int, int]]:
+    """Pairs of coordinates that depend on each other at some draws and are not neighbours in a graph.
+
+    Coordinates of a draw are moved to where they are in the next draw.
+
+    :param neighbours: the graph: for each coordinate the others that are adjacent.
+    :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
+    """
+    search = _Search(log_density, [set(own) for own in neighbours])
+    known = [set(own) for own in search.neighbours]
+    for k, (point, other) in enumerate(zip(draws, draws.roll(-1, 0))):
+        search.move_groups(point, other, seed=k)
+    pairs = []
+    for i, own in enumerate(search.neighbours):
+        pairs += [(i, j) for j in sorted(own - known[i]) if i < j]
+    return pairs
+
+
+class _Search:
+    """Collects pairs of coordinates that depend on each other."""
+
+    def __init__(
+        self, log_density: LogDensity, neighbours: Sequence[set[int]] | None = None
+    ) -> None:
+        self.log_density = log_density
+        dim = log_density.latents.latent_dim
+        self.neighbours = [set[int]() for _ in range(dim)] if neighbours is None else neighbours
+        self._second: dict[tuple[int, int], float] = {}
+
+    def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
+        """Moves coordinates of a point to another one, each by itself, and sees which gradients change."""
+        dim, step = len(point), other - point
+        base = gradients(self.log_density, point[None])[0]
+        for part in torch.tensor(columns).split(max(_MOST_ENTRIES // dim, 1)):
+            part = part.to(point.device)
+            shifts = torch.zeros(len(part), dim, dtype=point.dtype, device=point.device)
+            shifts[torch.arange(len(part), device=point.device), part] = step[part]
+            changed, change = self._changes(point, shifts, base)
+            self._note(part, changed, change / step[part, None])
+
+    def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
+        row, i = changed.nonzero().T
+        values = second[row, i].abs().tolist()
+        for j, k, value in zip(columns[row].tolist(), i.tolist(), values):
+            pair = min(j, k), max(j, k)
+            self._second[pair] = max(self._second.get(pair, 0.0), value)
+            if j != k:
+                self.neighbours[j].add(k)
+                self.neighbours[k].add(j)
+
+    def _changes(self, point: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Where gradients change by more than round-off, and by how much, shape ``(n, D)``."""
+        found = gradients(self.log_density, point + shifts)
+        change = found - base
+        size = torch.maximum(found.abs().amax(0), base.abs())
+        bound = _ROUND_OFF * torch.finfo(point.dtype).eps * size
+        # what is not finite says that a coordinate matters, and no more
+        changed = ~(change.abs() <= bound)
+        return changed, change.nan_to_num(0.0, 0.0, 0.0)
+
+    def move_groups(self, point: Tensor, other: Tensor, seed: int) -> None:
+        """Moves coordinates without common neighbours at once; where that tells of others, one by one."""
+        coloring = color_columns(self.neighbours, seed)
+        dim, device = len(point), point.device
+        color = torch.tensor(coloring.color, device=device)
+        shifts = point.new_zeros(coloring.num_colors, dim)
+        shifts[color, torch.arange(dim, device=device)] = other - point
+        base = gradients(self.log_density, point[None])[0]
+        expected = torch.zeros_like(shifts, dtype=torch.bool)
+        groups = coloring.groups()
+        for j, own in enumerate(self.neighbours):
+            expected[coloring.color[j], list(own | {j})] = True
+        changed, _ = self._changes(point, shifts, base)
+        # rows of hubs are seen through the columns of hubs
+        for k in (changed & ~expected).any(1).nonzero()[:, 0].tolist():
+            self.move_one_by_one(point, other, groups[k])
+
+    def graph(self) -> DependencyGraph:
+        """What was found."""
+        like = self.log_density.start
+        pairs = sorted(pair for pair in self._second if pair[0] != pair[1])
+        curvature = torch.zeros_like(like)
+        for (i, j), value in self._second.items():
+            if i == j:
+                curvature[i] = value
+        index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
+        strength = like.new_tensor([self._second[pair] for pair in pairs])
+        neighbours = tuple(map(frozenset, self.neighbours))
+        return DependencyGraph(neighbours, *index.T, strength, curvature)
+
+
+def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Steps of either sign from 0.5 to 1.5, none of them near zero."""
+    size = torch.rand(len(like), generator=generator, dtype=torch.float64)
+    sign = torch.randint(2, size.shape, generator=generator) * 2 - 1
+    return (sign * (0.5 + size)).to(like)
+
+
+def _finite_point(log_density: LogDensity, spread: float, generator: torch.Generator) -> Tensor:
+    """A point around the start with a finite gradient."""
+    start = log_density.start
+    noise = torch.randn(len(start), generator=generator, dtype=torch.float64).to(start)
+    for k in range(_MAX_HALVINGS):
+        point = start + spread * 0.5**k * noise
+        if bool(gradients(log_density, point[None]).isfinite().all()):
+            return point
+    names = log_density.nonfinite_sites(start[None]) or ["the gradient of a site"]
+    raise ValueError(
+        "expected a log density with a finite gradient near the starting values, got one that is not: "
+        f"{', '.join(names)}. Give the guide an init_loc_fn with values that the data allow"
+    )
+
+
+def _refuse_randomness(log_density: LogDensity, point: Tensor) -> None:
+    """Refuses a density that is another one at the second evaluation."""
+    one, other = (gradients(log_density, point[None])[0] for _ in range(2))
+    slack = _ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
+    differ = ((one - other).abs() > slack).nonzero()[:, 0]
+    if len(differ):
+        raise ValueError(
+            "expected a model whose density is the same in each run, got one that is random: "
+            f"{len(differ)} of {len(point)} gradients differ between two runs at the same latents. Sites "
+            "that are hidden or drawn anew, and plates that sub-sample, are of this kind"
+        )
