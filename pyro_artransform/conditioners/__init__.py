@@ -7,6 +7,7 @@ from . import masks
 from .base import Blocks, Conditioner
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
+from .parents_mlp import ParentsMLP
 
 __all__ = [
     "Blocks",
@@ -14,6 +15,7 @@ __all__ = [
     "MaskedInput",
     "MaskedLinear",
     "MaskedMLP",
+    "ParentsMLP",
     "Unconditional",
     "masks",
 ]

@@ -22,6 +22,8 @@ class Blocks(Protocol):
     levels: list[int]
     #: The multiplications that one evaluation of one row takes.
     work: int
+    #: The most levels of a block, None where the costs decide.
+    max_levels: int | None
 
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``."""
@@ -79,6 +81,23 @@ class Conditioner(torch.nn.Module, ABC):
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
         :param in_place: whether values are written in place: faster, but nothing can differentiate it.
+        """
+        return None
+
+    def solve_adjoint(self, x: Tensor, slopes: Tensor, gradient: Tensor) -> Tensor | None:
+        r"""The adjoint of an inverse by the structure of the graph, or None.
+
+        It is the solution v of
+
+        .. math::
+
+            v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}.
+
+        Where it is not offered, the solution is found by iteration.
+
+        :param x: shape ``(*, D)``.
+        :param slopes: s, shape ``(*, D, P)``.
+        :param gradient: g, shape ``(*, D)``.
         """
         return None
 

@@ -85,6 +85,8 @@ class MLPBlocks:
     :param in_place: whether to write into tensors, which autograd and ``torch.func`` cannot follow.
     """
 
+    max_levels: int | None = None
+
     def __init__(
         self,
         layout: BlockLayout,

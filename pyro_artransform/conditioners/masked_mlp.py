@@ -58,7 +58,8 @@ class MaskedLinear(nn.Linear):
         return F.linear(input, self.weight * self.mask, self.bias)
 
 
-_ELEMENTWISE = (
+#: activations that act on each element alone, without randomness
+ELEMENTWISE = (
     *(
         nn.CELU,
         nn.ELU,
@@ -148,7 +149,7 @@ class MaskedMLP(Conditioner):
         wanted = "a function or a module such as torch.nn.ELU()"
         activation = nn.ELU() if nonlinearity is None else nonlinearity
         self.nonlinearity = check_callable("nonlinearity", activation, wanted)
-        self.autoregressive = self.autoregressive and isinstance(activation, _ELEMENTWISE)
+        self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
         order, adjacency = check_graph(order, adjacency, self.input_dim)
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)

@@ -21,6 +21,8 @@ each. Both are exact after as many passes as the graph is deep, and no pass is k
 2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,11 +143,15 @@ def _with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Evaluates at x with a graph; the values are those given, so that they are the same without one."""
     point = _finite(x.detach()).requires_grad_()
-    out, ladj = _inverse_over_vectors(meta(point), y)
+    params, transform = meta.evaluate(point) if isinstance(meta, StructuredMeta) else (None, meta(point))
+    out, ladj = _inverse_over_vectors(transform, y)
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or _reaches_other_leaves(out, ladj, point)):
         return values
-    return _Implicit.apply(out, ladj, point, *values)
+    solve = None
+    if isinstance(meta, StructuredMeta) and params is not None:
+        solve = partial(_solve_by_graph, meta, params)
+    return _Implicit.apply(out, ladj, point, *values, solve)
 
 
 def _reaches_other_leaves(out: Tensor, ladj: Tensor, point: Tensor) -> bool:
@@ -167,9 +173,15 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, ladj: Tensor, point: Tensor, x: Tensor, ladj_at_x: Tensor
+        ctx: Any,
+        out: Tensor,
+        ladj: Tensor,
+        point: Tensor,
+        x: Tensor,
+        ladj_at_x: Tensor,
+        solve: Callable[..., Tensor | None] | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.graph = out, ladj, point
+        ctx.graph, ctx.solve = (out, ladj, point), solve
         return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
 
     @staticmethod
@@ -179,8 +191,30 @@ class _Implicit(torch.autograd.Function):
                 "the gradient of an inverse cannot be differentiated again (create_graph=True). "
                 "Inside a torch.func transform, such as torch.func.hessian, it can"
             )
-        out, ladj, point = ctx.graph
-        return _solve(out, ladj, point, g_out, g_ladj), g_ladj, None, None, None
+        v = None if ctx.solve is None else ctx.solve(*ctx.graph, g_out, g_ladj)
+        v = _solve(*ctx.graph, g_out, g_ladj) if v is None else v
+        return v, g_ladj, None, None, None, None
+
+
+def _solve_by_graph(
+    meta: StructuredMeta,
+    params: Tensor,
+    out: Tensor,
+    ladj: Tensor,
+    point: Tensor,
+    g_out: Tensor,
+    g_ladj: Tensor,
+) -> Tensor | None:
+    """The adjoint of the fixed point as the meta solves it; None where it does not."""
+    if not (params.requires_grad and out.requires_grad):
+        return None
+    right: Any = None
+    if ladj.requires_grad and bool(g_ladj.any()):
+        right = torch.autograd.grad(ladj, point, g_ladj, retain_graph=True, allow_unused=True)[0]
+    right = g_out if right is None else g_out + right
+    ones = torch.ones_like(out)
+    (slopes,) = torch.autograd.grad(out, params, ones, retain_graph=True)
+    return meta.solve_adjoint(point.detach(), slopes, right)
 
 
 def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor) -> Tensor:

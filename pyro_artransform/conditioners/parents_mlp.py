@@ -1,0 +1,294 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A small network for each coordinate, which reads the parents of the coordinate alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from ..arguments import check_callable, check_integer
+from ..graphs.elimination import graph_levels
+from ..graphs.padding import PaddedGroup, padded_groups
+from .base import Conditioner
+from .masked_mlp import ELEMENTWISE
+
+
+class ParentsMLP(Conditioner):
+    r"""A network of its own for each coordinate, of the coordinates that it depends on.
+
+    .. math::
+
+        \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
+
+    The number of parameters is proportional to the number of edges of the graph. All coordinates with
+    similar numbers of parents are evaluated by one batched product, and the inverse of a transform goes
+    through the graph level by level. L and V start at zero.
+
+    :param parents: for each of the D coordinates those that it depends on, without a cycle.
+    :param num_params: the number P of parameters of each coordinate.
+    :param hidden_dim: the number of hidden units of each coordinate.
+    :param nonlinearity: the activation, by default ``torch.nn.SiLU()``, an elementwise deterministic
+        function, checked as for :class:`~pyro_artransform.conditioners.MaskedMLP`.
+    :param bias: whether there is a b.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are no
+        coordinates.
+
+    Example::
+
+        >>> chain = ParentsMLP([[], [0], [1]], 2, hidden_dim=4)
+        >>> chain(torch.zeros(5, 3)).shape, chain.depth
+        (torch.Size([5, 3, 2]), 3)
+
+    **References**
+
+    1. Inference via Low-Dimensional Couplings (Spantini, Bigoni, Marzouk, 2018),
+       https://arxiv.org/abs/1703.06131
+    """
+
+    autoregressive = True
+    num_params: int
+    depth: int
+    graph: Tensor  # the number of parents of each coordinate, then all parents
+
+    def __init__(
+        self,
+        parents: Sequence[Sequence[int]],
+        num_params: int,
+        hidden_dim: int = 8,
+        *,
+        nonlinearity: Callable[[Tensor], Tensor] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dim = check_integer("the number of coordinates", len(parents))
+        self.num_params = check_integer("num_params", num_params)
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        wanted = "a function or a module such as torch.nn.SiLU()"
+        activation = nn.SiLU() if nonlinearity is None else nonlinearity
+        self.nonlinearity = check_callable("nonlinearity", activation, wanted)
+        self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
+        level = graph_levels(parents)
+        self.depth = max(level) + 1
+        counts = [len(own) for own in parents]
+        flat = [j for own in parents for j in own]
+        self.register_buffer("graph", torch.tensor([*counts, *flat], dtype=torch.long))
+        self.groups = nn.ModuleList()
+        for group in padded_groups(parents, level):
+            self.groups.append(ParentsGroup(group, self.num_params, self.hidden_dim))
+        self._arrange(level)
+        like = nn.Linear(1, 1).weight  # PyTorch knows where new parameters go
+        zeros = torch.zeros(self.input_dim, self.num_params, dtype=like.dtype, device=like.device)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
+        self.to(like.device)
+
+    def _arrange(self, level: list[int]) -> None:
+        """The order of coordinates by level, in it by group, and where the outputs of groups are."""
+        of_group = dict[int, int]()
+        for g, group in enumerate(self._groups()):
+            of_group.update(dict.fromkeys(group.layout.coordinates, g))
+        order = sorted(
+            range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i)
+        )
+        self.levels = [0]
+        for k in range(self.depth):
+            self.levels.append(self.levels[-1] + level.count(k))
+        # the outputs of all groups, one after the other, and a row of zeros
+        place, start = [0] * self.input_dim, 0
+        rows = [i for group in self._groups() for i in group.layout.coordinates]
+        for start, i in enumerate(rows):
+            place[i] = start
+        for i in set(range(self.input_dim)) - set(rows):
+            place[i] = len(rows)
+        rank = [0] * (self.input_dim + 1)
+        for position, i in enumerate(order):
+            rank[i] = position + 1  # the first row is what padding reads
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("place", torch.tensor(place), persistent=False)
+        ranks = torch.tensor(rank)
+        for group in self._groups():
+            group.register_buffer("ranks", ranks[group.parents], persistent=False)
+
+    def _groups(self) -> list["ParentsGroup"]:
+        found: Any = list(self.groups)
+        return found
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        graph = state.get(f"{prefix}graph")
+        if graph is not None and not torch.equal(graph.cpu(), self.graph.cpu()):
+            raise RuntimeError("the state dict is of a network of another graph")
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(x, context)
+        known = _with_padding(x.reshape(-1, self.input_dim).T)
+        outputs = [group(known, self.nonlinearity) for group in self._groups()]
+        # a row of zeros for coordinates without parents
+        outputs.append(known.new_zeros(1, self.num_params, known.shape[1]))
+        rows = torch.cat(outputs).index_select(0, self.place)
+        if self.bias is not None:
+            rows = rows + self.bias[..., None]
+        return rows.permute(2, 0, 1).reshape(x.shape + (self.num_params,))
+
+    def blocks(
+        self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
+    ) -> "ParentsBlocks | None":
+        """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *self.groups))
+        if type(self).forward is not ParentsMLP.forward or hooked:
+            return None
+        self.check_input(x, context)
+        return ParentsBlocks(self, x, in_place)
+
+    def solve_adjoint(self, x: Tensor, slopes: Tensor, gradient: Tensor) -> Tensor:
+        """By one sweep from the last level to the first, see :class:`Conditioner`."""
+        known = _with_padding(x.reshape(-1, self.input_dim).T)
+        rows = slopes.reshape(-1, self.input_dim, self.num_params).permute(1, 2, 0)
+        slope_of = [
+            group.pull_back(known, rows[group.coordinates], self.nonlinearity)
+            for group in self._groups()
+        ]
+        v = _with_padding(gradient.reshape(-1, self.input_dim).T)
+        for level in range(self.depth - 1, 0, -1):
+            for group, edges in zip(self._groups(), slope_of):
+                if (part := group.layout.slices.get(level)) is not None:
+                    moved = edges[part] * v[group.coordinates[part], None]
+                    v.index_add_(0, group.parents[part].reshape(-1), moved.flatten(0, 1))
+        return v[:-1].T.reshape(gradient.shape)
+
+    def check_input(self, x: Tensor, context: Tensor | None) -> None:
+        """Raises a ValueError for an x of another shape or dtype, and for a context."""
+        if torch.jit.is_tracing():
+            return  # sizes are tensors then and cannot be compared
+        if x.shape[-1:] != (self.input_dim,):
+            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
+        if context is not None:
+            raise ValueError(f"context: expected none, got one of shape {tuple(context.shape)}")
+        for parameter in self.parameters():
+            if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"x: expected {parameter.dtype}, the network's own, got {x.dtype}")
+            break
+
+    def extra_repr(self) -> str:
+        sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
+        edges = len(self.graph) - self.input_dim
+        return f"{sizes}, hidden_dim={self.hidden_dim}, num_edges={edges}, depth={self.depth}"
+
+
+class ParentsGroup(nn.Module):
+    """The networks of coordinates with at most k parents each.
+
+    :param layout: the m coordinates, their parents and levels.
+    """
+
+    coordinates: Tensor
+    parents: Tensor
+    ranks: Tensor  # the parents by their place in the order of levels
+
+    def __init__(self, layout: PaddedGroup, num_params: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.layout = layout
+        m, k = layout.parents.shape
+        self.register_buffer("coordinates", torch.tensor(layout.coordinates), persistent=False)
+        self.register_buffer("parents", layout.parents, persistent=False)
+        like = nn.Linear(k, hidden_dim)
+        options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
+        # as PyTorch's linear layers, by the number of parents without padding
+        bound = layout.is_parent.sum(-1).to(**options).rsqrt()[:, None, None]
+        inner = (2 * torch.rand(m, hidden_dim, k, **options) - 1) * bound
+        self.inner = nn.Parameter(inner)
+        self.inner_bias = nn.Parameter((2 * torch.rand(m, hidden_dim, 1, **options) - 1) * bound)
+        self.outer = nn.Parameter(torch.zeros(m, num_params, hidden_dim, **options))
+        self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
+
+    def forward(self, known: Tensor, nonlinearity: Callable[[Tensor], Tensor]) -> Tensor:
+        """The parameters, shape ``(m, P, B)``, from all coordinates and padding, ``(D + 1, B)``."""
+        return self.evaluate(known, self.parents, slice(None), nonlinearity)
+
+    def evaluate(
+        self, known: Tensor, index: Tensor, rows: slice, nonlinearity: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The same of some rows, from the coordinates at an index of shape ``(m, k)``."""
+        x = embedding(index[rows], known)
+        hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
+        return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
+
+    def pull_back(
+        self, known: Tensor, weights: Tensor, nonlinearity: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The slopes of weighted sums of the parameters in each parent, shape ``(m, k, B)``.
+
+        :param weights: shape ``(m, P, B)``.
+        """
+        before = torch.baddbmm(self.inner_bias, self.inner, embedding(self.parents, known))
+        with torch.enable_grad():
+            point = before.detach().requires_grad_()
+            hidden = nonlinearity(point)
+            moved = self.outer.detach().mT @ weights
+            (moved,) = torch.autograd.grad(hidden, point, moved)
+        return torch.baddbmm(self.linear.mT @ weights, self.inner.mT, moved)
+
+
+class ParentsBlocks:
+    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch.
+
+    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
+    :param in_place: whether to write into tensors.
+    """
+
+    max_levels = 1
+
+    def __init__(self, network: ParentsMLP, like: Tensor, in_place: bool) -> None:
+        self.order: Tensor | None = network.order
+        self.levels = network.levels
+        self._network, self._in_place = network, in_place
+        width = len(network.graph) - network.input_dim
+        self.work = width * (network.hidden_dim + network.num_params)
+        # the first row is what padding reads
+        rows = like.shape[1] + 1 if in_place else 1
+        self._known = like.new_zeros(rows, like.shape[0])
+
+    def open(self, start: int, stop: int) -> None:
+        """See :class:`~.base.Blocks`."""
+        self._start, self._stop = start, stop
+
+    def params(self, x: Tensor | None) -> Tensor:
+        """See :class:`~.base.Blocks`."""
+        known = self._known
+        if x is not None:
+            known = torch.cat([known[: self.levels[self._start] + 1], x.T])
+        parts = [part for k in range(self._start, self._stop) for part in self._of_level(known, k)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._network.bias is not None:
+            own = slice(self.levels[self._start], self.levels[self._stop])
+            rows = rows + self._network.bias[self._network.order[own], :, None]
+        return rows.permute(2, 0, 1)
+
+    def _of_level(self, known: Tensor, level: int) -> list[Tensor]:
+        network = self._network
+        if level == 0:
+            shape = self.levels[1], network.num_params, known.shape[1]
+            return [known.new_zeros(shape)]
+        found = []
+        for group in network._groups():
+            if (rows := group.layout.slices.get(level)) is not None:
+                found.append(group.evaluate(known, group.ranks, rows, network.nonlinearity))
+        return found
+
+    def close(self, x: Tensor, levels: int) -> None:
+        """See :class:`~.base.Blocks`."""
+        start, stop = self.levels[self._start], self.levels[levels]
+        x = x[:, : stop - start]
+        if self._in_place:
+            self._known[start + 1 : stop + 1] = x.T
+        else:
+            self._known = torch.cat([self._known, x.T])
+
+
+def _with_padding(rows: Tensor) -> Tensor:
+    """Coordinates of shape ``(D, B)`` and a row of zeros, which padding reads."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
