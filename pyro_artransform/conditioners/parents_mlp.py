@@ -66,6 +66,7 @@ class ParentsMLP(Conditioner):
     ) -> None:
         super().__init__()
         self.input_dim = check_integer("the number of coordinates", len(parents))
+        self.parents = tuple(map(tuple, parents))
         self.num_params = check_integer("num_params", num_params)
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
         wanted = "a function or a module such as torch.nn.SiLU()"
@@ -159,6 +160,30 @@ class ParentsMLP(Conditioner):
                     moved = edges[part] * v[group.coordinates[part], None]
                     v.index_add_(0, group.parents[part].reshape(-1), moved.flatten(0, 1))
         return v[:-1].T.reshape(gradient.shape)
+
+    @torch.no_grad()
+    def set_linear(self, k: int, coefficients: Sequence[Tensor]) -> None:
+        """Sets the linear part of the k-th parameter.
+
+        :param coefficients: for each coordinate those of its parents.
+        """
+        for group in self._groups():
+            rows = [coefficients[i] for i in group.layout.coordinates]
+            is_parent = group.layout.is_parent.to(group.linear.device)
+            values = torch.zeros_like(group.linear[:, k])
+            values[is_parent] = torch.cat(rows).to(values)
+            group.linear[:, k] = values
+
+    def step_scales(self, sizes: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The sizes of steps by parameter, where those of a coordinate's parameters are of these sizes.
+
+        :param sizes: shape ``(D, P)``.
+        """
+        found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
+        for group in self._groups():
+            own = sizes[group.coordinates, :, None]
+            found.update({group.outer: own, group.linear: own})
+        return found
 
     def check_input(self, x: Tensor, context: Tensor | None) -> None:
         """Raises a ValueError for an x of another shape or dtype, and for a context."""

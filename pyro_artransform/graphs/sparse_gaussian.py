@@ -17,6 +17,7 @@ level by level, and a dense Gaussian of the root block. All coordinates of a lev
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -193,7 +194,15 @@ class SparseGaussian:
 
     @cached_property
     def sd(self) -> Tensor:
-        """The marginal sds, shape ``(D,)``, by the recursion of Takahashi (1973) over levels."""
+        """The marginal sds, shape ``(D,)``."""
+        return self.covariance[self.pattern.diagonal].sqrt()
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """The entries of the covariance in the pattern, and a zero that padding reads.
+
+        They follow level by level, by the recursion of Takahashi, Fagan and Chen (1973).
+        """
         pattern = self.pattern
         covariance = self.loc.new_zeros(pattern.num_entries + 1)
         root, dense = pattern.root, self.root_tril @ self.root_tril.T
@@ -207,7 +216,32 @@ class SparseGaussian:
                 covariance[pattern.index(own[:, None], above)] = across
                 covariance[-1] = 0.0
                 covariance[pattern.diagonal[own]] = (across * a).sum(-1) + self.scale[own] ** 2
-        return covariance[pattern.diagonal].sqrt()
+        return covariance
+
+    def given(self, parents: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
+        """The regressions of coordinates on some of their parents alone.
+
+        :param parents: for each coordinate, a part of its parents in the pattern.
+        :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.
+        """
+        found = [self.loc.new_zeros(0)] * len(parents)
+        scale, pattern = self.scale.clone(), self.pattern
+        for g, (group, _, _) in enumerate(pattern.groups):
+            for row, i in enumerate(group.coordinates):
+                full = pattern.elimination.parents[i]
+                found[i] = self.coefficients[g][row, : len(full)]
+                if len(parents[i]) < len(full):
+                    found[i], scale[i] = self._regression(i, parents[i])
+        return found, scale
+
+    def _regression(self, i: int, on: Sequence[int]) -> tuple[Tensor, Tensor]:
+        pattern, covariance = self.pattern, self.covariance
+        own, others = (torch.tensor(x, device=pattern.device) for x in ([i], list(on)))
+        among = covariance[pattern.index(others[:, None], others)]
+        across = covariance[pattern.index(own, others)]
+        coefficients = torch.linalg.solve(among, across) if len(on) else across
+        variance = covariance[pattern.index(own, own)][0] - coefficients @ across
+        return coefficients, variance.clamp_min(0).sqrt()
 
 
 def _raised(pivots: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ _ROUND_OFF = 1e3
 # the spreads of the points around the start: within what a model can take, and as wide as priors are
 _SPREADS = (0.1, 1.0, 2.0)
 _MAX_HALVINGS = 12
+# groupings of coordinates at draws: what one hides another one shows
+_NUM_COLORINGS = 4
 _SEED = 20260101
 
 
@@ -40,14 +42,15 @@ class DependencyGraph:
     :param neighbours: for each coordinate the others that it depends on, given all the rest.
     :param rows: the smaller coordinate of each pair of neighbours.
     :param columns: the larger one.
-    :param strength: the largest absolute second derivative that was seen, for each pair.
+    :param second: the second derivative of each pair, the one that is largest in absolute value among
+        those that were seen.
     :param curvature: the same of each coordinate with itself, shape ``(D,)``.
     """
 
     neighbours: tuple[frozenset[int], ...]
     rows: Tensor
     columns: Tensor
-    strength: Tensor
+    second: Tensor
     curvature: Tensor
 
 
@@ -78,7 +81,7 @@ def find_dependencies(log_density: LogDensity) -> DependencyGraph:
             _refuse_randomness(log_density, point)
             search.move_one_by_one(point, other, range(len(point)))
         else:
-            search.move_groups(point, other, seed=k)
+            search.move_groups(point[None], other[None], seed=k)
     return search.graph()
 
 
@@ -94,8 +97,10 @@ def missing_dependencies(
     """
     search = _Search(log_density, [set(own) for own in neighbours])
     known = [set(own) for own in search.neighbours]
-    for k, (point, other) in enumerate(zip(draws, draws.roll(-1, 0))):
-        search.move_groups(point, other, seed=k)
+    others = draws.roll(-1, 0)
+    for k in range(min(_NUM_COLORINGS, len(draws))):
+        part = slice(k, None, _NUM_COLORINGS)
+        search.move_groups(draws[part], others[part], seed=k)
     pairs = []
     for i, own in enumerate(search.neighbours):
         pairs += [(i, j) for j in sorted(own - known[i]) if i < j]
@@ -112,6 +117,9 @@ class _Search:
         dim = log_density.latents.latent_dim
         self.neighbours = [set[int]() for _ in range(dim)] if neighbours is None else neighbours
         self._second: dict[tuple[int, int], float] = {}
+        # the latents of one dtype may be a part of a vector of another
+        sites = log_density.latents.sites.values()
+        self._eps = max(torch.finfo(site.dtype).eps for site in sites)
 
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
         """Moves coordinates of a point to another one, each by itself, and sees which gradients change."""
@@ -126,40 +134,55 @@ class _Search:
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
         row, i = changed.nonzero().T
-        values = second[row, i].abs().tolist()
+        values = second[row, i].tolist()
         for j, k, value in zip(columns[row].tolist(), i.tolist(), values):
             pair = min(j, k), max(j, k)
-            self._second[pair] = max(self._second.get(pair, 0.0), value)
+            self._second[pair] = max(self._second.get(pair, 0.0), value, key=abs)
             if j != k:
                 self.neighbours[j].add(k)
                 self.neighbours[k].add(j)
 
-    def _changes(self, point: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Where gradients change by more than round-off, and by how much, shape ``(n, D)``."""
-        found = gradients(self.log_density, point + shifts)
+    def _changes(self, points: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Where gradients change by more than round-off, and by how much.
+
+        :param points: shape ``(n, 1, D)`` or ``(D,)``.
+        :param shifts: shape ``(n, m, D)`` or ``(m, D)``.
+        :param base: the gradients at the points, of the same shape.
+        :return: of the shape of the shifts.
+        """
+        moved = points + shifts
+        found = gradients(self.log_density, moved.reshape(-1, moved.shape[-1])).reshape(moved.shape)
         change = found - base
-        size = torch.maximum(found.abs().amax(0), base.abs())
-        bound = _ROUND_OFF * torch.finfo(point.dtype).eps * size
+        size = torch.maximum(found.abs().amax(-2, keepdim=True), base.abs())
+        bound = _ROUND_OFF * self._eps * size
         # what is not finite says that a coordinate matters, and no more
         changed = ~(change.abs() <= bound)
         return changed, change.nan_to_num(0.0, 0.0, 0.0)
 
-    def move_groups(self, point: Tensor, other: Tensor, seed: int) -> None:
-        """Moves coordinates without common neighbours at once; where that tells of others, one by one."""
+    def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:
+        """Moves coordinates without common neighbours at once; where that tells of others, one by one.
+
+        :param points: shape ``(n, D)``.
+        :param others: where the coordinates are moved to, shape ``(n, D)``.
+        :param seed: of the groups.
+        """
         coloring = color_columns(self.neighbours, seed)
-        dim, device = len(point), point.device
+        dim, device = points.shape[-1], points.device
         color = torch.tensor(coloring.color, device=device)
-        shifts = point.new_zeros(coloring.num_colors, dim)
-        shifts[color, torch.arange(dim, device=device)] = other - point
-        base = gradients(self.log_density, point[None])[0]
-        expected = torch.zeros_like(shifts, dtype=torch.bool)
-        groups = coloring.groups()
+        groups, expected = coloring.groups(), points.new_zeros(coloring.num_colors, dim).bool()
+        member = expected.clone().index_put_(
+            (color, torch.arange(dim, device=device)), torch.tensor(True, device=device)
+        )
         for j, own in enumerate(self.neighbours):
             expected[coloring.color[j], list(own | {j})] = True
-        changed, _ = self._changes(point, shifts, base)
-        # rows of hubs are seen through the columns of hubs
-        for k in (changed & ~expected).any(1).nonzero()[:, 0].tolist():
-            self.move_one_by_one(point, other, groups[k])
+        most = max(_MOST_ENTRIES // (dim * coloring.num_colors), 1)
+        for point, other in zip(points.split(most), others.split(most)):
+            base = gradients(self.log_density, point)[:, None]
+            shifts = torch.where(member, (other - point)[:, None], 0.0)
+            changed, _ = self._changes(point[:, None], shifts, base)
+            # rows of hubs are seen through the columns of hubs
+            for i, k in (changed & ~expected).any(-1).nonzero().tolist():
+                self.move_one_by_one(point[i], other[i], groups[k])
 
     def graph(self) -> DependencyGraph:
         """What was found."""
@@ -170,9 +193,9 @@ class _Search:
             if i == j:
                 curvature[i] = value
         index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
-        strength = like.new_tensor([self._second[pair] for pair in pairs])
+        second = like.new_tensor([self._second[pair] for pair in pairs])
         neighbours = tuple(map(frozenset, self.neighbours))
-        return DependencyGraph(neighbours, *index.T, strength, curvature)
+        return DependencyGraph(neighbours, *index.T, second, curvature)
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
