@@ -152,6 +152,10 @@ class SparseGaussian:
         root_tril = _dense_tril(pattern, entries, unit)
         return cls(pattern, loc, coefficients, scale, root_tril)
 
+    def at(self, loc: Tensor) -> "SparseGaussian":
+        """The same Gaussian with another mean, shape ``(D,)``."""
+        return SparseGaussian(self.pattern, loc, self.coefficients, self.scale, self.root_tril)
+
     def transform(self, noise: Tensor) -> Tensor:
         """Draws from standard normal noise, both of shape ``(n, D)``."""
         return self.loc + self._downwards(noise)

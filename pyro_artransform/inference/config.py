@@ -37,6 +37,13 @@ class InitializationConfig:
     narrow_scale: float = 0.1  #: of a narrow candidate, which stays within what a model can take
     min_gain_in_se: float = 2.0  #: standard errors by which a candidate has to beat the guide
     min_gain: float = 0.01  #: nats by which it has to, as well
+    num_natural: int = 32  #: draws of a natural-gradient step of a Gaussian with a sparse precision
+    min_natural: int = 4  #: the fewest, where each takes many gradients
+    max_natural_gradients: int = 2048  #: gradients of such a step
+    max_natural_steps: int = 20  #: such steps
+    min_natural_gain: float = 0.01  #: nats that such a step has to gain; with less it was the last
+    natural_shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0.05)  #: the parts of a step that are tried
+    natural_difference: float = 1e-3  #: the difference of gradients, in standard deviations
     max_minibatch_latents: int = 1000  #: of one mini-batch with a full Gaussian: memory
     num_minibatch_draws: int = 4000  #: draws of that Gaussian that an amortized guide is started by
     num_minibatch_compared: int = 512  #: draws that the started guide is compared on

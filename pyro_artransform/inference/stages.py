@@ -17,7 +17,7 @@ from torch import nn
 
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps
+from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
@@ -26,6 +26,7 @@ from .evaluation.verdict import FitStatus, ModelAndGuide, evaluate, evaluate_min
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
+from .initialization.sparse_start import find_sparse_start
 from .objectives.minibatch_elbo import MinibatchObjective, validation_batches
 from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
@@ -90,7 +91,8 @@ class FitRun:
             bar.say("start")
             minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
             density = minibatches.mean_log_joint() if minibatches else log_joint
-            self._initial = find_initial_guide(density, bound, guide, config)
+            find = find_sparse_start if isinstance(guide, StructuredGuide) else find_initial_guide
+            self._initial = find(density, bound, guide, config)
         elif isinstance(guide, MinibatchGuide):
             bar.say("start")
             batch, elbo_draws = Batch(args, kwargs), self._trainer.objective.elbo_draws

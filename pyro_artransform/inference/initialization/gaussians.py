@@ -106,9 +106,17 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-@torch.enable_grad()
 def fit_mean_field(log_density: Density, points: Tensor, config: InitializationConfig) -> Gaussians:
     """Independent Gaussians fitted by a few steps of Adam from each point of shape ``(S, D)``."""
+    loc, sd = fit_independent(log_density, points, config)
+    return Gaussians(loc, torch.diag_embed(sd))
+
+
+@torch.enable_grad()
+def fit_independent(
+    log_density: Density, points: Tensor, config: InitializationConfig
+) -> tuple[Tensor, Tensor]:
+    """:func:`fit_mean_field` as means and standard deviations, both of shape ``(S, D)``."""
     loc = points.detach().clone().requires_grad_()
     log_scale = torch.full_like(loc, config.narrow_scale).log().detach().requires_grad_()
     adam = torch.optim.Adam([loc, log_scale], config.mean_field_step_size, config.mean_field_betas)
@@ -125,7 +133,7 @@ def fit_mean_field(log_density: Density, points: Tensor, config: InitializationC
         log_scale.grad = torch.where(usable, by_scale, 0.0)
         adam.step()
         schedule.step()
-    return Gaussians(loc.detach(), torch.diag_embed(log_scale.detach().exp()))
+    return loc.detach(), log_scale.detach().exp()
 
 
 def climb(
