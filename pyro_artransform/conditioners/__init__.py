@@ -4,7 +4,7 @@
 """Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
-from .base import Blocks, Conditioner
+from .base import Blocks, Conditioner, Evaluation
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
 from .parents_mlp import ParentsMLP
@@ -12,6 +12,7 @@ from .parents_mlp import ParentsMLP
 __all__ = [
     "Blocks",
     "Conditioner",
+    "Evaluation",
     "MaskedInput",
     "MaskedLinear",
     "MaskedMLP",

@@ -10,6 +10,33 @@ import torch
 from torch import Tensor
 
 
+class Evaluation(Protocol):
+    """A conditioner at B known points, with what its gradients need."""
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters, shape ``(B, D, P)``, with a graph to those of the network alone."""
+
+    def pull_back(self, weights: Tensor) -> Tensor:
+        """The gradient of a weighted sum of the parameters in the points, shape ``(B, D)``.
+
+        :param weights: shape ``(B, D, P)``.
+        """
+
+    def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
+        r"""The adjoint of an inverse, by the structure of the graph.
+
+        It is the solution v of
+
+        .. math::
+
+            v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}
+
+        :param slopes: s, shape ``(B, D, P)``.
+        :param gradient: g, shape ``(B, D)``.
+        """
+
+
 class Blocks(Protocol):
     """A conditioner at one batch, evaluated on blocks of levels of its graph, in their order.
 
@@ -36,6 +63,9 @@ class Blocks(Protocol):
 
     def close(self, x: Tensor, levels: int) -> None:
         """Makes known what is before level ``levels``: coordinates of the block with the values ``x``."""
+
+    def evaluation(self) -> Evaluation | None:
+        """The conditioner at the points that all blocks led to, or None where that is not offered."""
 
 
 class Conditioner(torch.nn.Module, ABC):
@@ -81,23 +111,6 @@ class Conditioner(torch.nn.Module, ABC):
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
         :param in_place: whether values are written in place: faster, but nothing can differentiate it.
-        """
-        return None
-
-    def solve_adjoint(self, x: Tensor, slopes: Tensor, gradient: Tensor) -> Tensor | None:
-        r"""The adjoint of an inverse by the structure of the graph, or None.
-
-        It is the solution v of
-
-        .. math::
-
-            v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}.
-
-        Where it is not offered, the solution is found by iteration.
-
-        :param x: shape ``(*, D)``.
-        :param slopes: s, shape ``(*, D, P)``.
-        :param gradient: g, shape ``(*, D)``.
         """
         return None
 

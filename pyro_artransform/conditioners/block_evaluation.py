@@ -156,6 +156,9 @@ class MLPBlocks:
         for hidden, moved, units in zip(layers, self._moved, self._units):
             hidden.append(moved, units[levels - 1] - hidden.count)
 
+    def evaluation(self) -> None:
+        """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
+
     def _complete(self, start: int) -> None:
         """Computes the units that can be known now and are not yet."""
         for i, (hidden, units) in enumerate(zip(self._known[1:], self._units)):

@@ -15,6 +15,7 @@ from ..graphs.elimination import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
 from .base import Conditioner
 from .masked_mlp import ELEMENTWISE
+from .parents_evaluation import ParentsBlocks, with_padding
 
 
 class ParentsMLP(Conditioner):
@@ -90,7 +91,7 @@ class ParentsMLP(Conditioner):
     def _arrange(self, level: list[int]) -> None:
         """The order of coordinates by level, in it by group, and where the outputs of groups are."""
         of_group = dict[int, int]()
-        for g, group in enumerate(self._groups()):
+        for g, group in enumerate(self.all_groups()):
             of_group.update(dict.fromkeys(group.layout.coordinates, g))
         order = sorted(
             range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i)
@@ -100,7 +101,7 @@ class ParentsMLP(Conditioner):
             self.levels.append(self.levels[-1] + level.count(k))
         # the outputs of all groups, one after the other, and a row of zeros
         place, start = [0] * self.input_dim, 0
-        rows = [i for group in self._groups() for i in group.layout.coordinates]
+        rows = [i for group in self.all_groups() for i in group.layout.coordinates]
         for start, i in enumerate(rows):
             place[i] = start
         for i in set(range(self.input_dim)) - set(rows):
@@ -111,10 +112,10 @@ class ParentsMLP(Conditioner):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("place", torch.tensor(place), persistent=False)
         ranks = torch.tensor(rank)
-        for group in self._groups():
+        for group in self.all_groups():
             group.register_buffer("ranks", ranks[group.parents], persistent=False)
 
-    def _groups(self) -> list["ParentsGroup"]:
+    def all_groups(self) -> list["ParentsGroup"]:
         found: Any = list(self.groups)
         return found
 
@@ -126,18 +127,25 @@ class ParentsMLP(Conditioner):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_input(x, context)
-        known = _with_padding(x.reshape(-1, self.input_dim).T)
-        outputs = [group(known, self.nonlinearity) for group in self._groups()]
+        known = with_padding(x.reshape(-1, self.input_dim).T)
+        outputs = [group(known, self.nonlinearity) for group in self.all_groups()]
+        params = self.assembled(outputs, known)
+        params = params if self.bias is None else params + self.bias
+        return params.reshape(x.shape + (self.num_params,))
+
+    def assembled(self, outputs: list[Tensor], like: Tensor) -> Tensor:
+        """The parameters without the bias, shape ``(B, D, P)``, from those of the groups.
+
+        :param outputs: for each group of m coordinates, shape ``(m, P, B)``.
+        :param like: a tensor of shape ``(*, B)``, whose dtype and device are used.
+        """
         # a row of zeros for coordinates without parents
-        outputs.append(known.new_zeros(1, self.num_params, known.shape[1]))
-        rows = torch.cat(outputs).index_select(0, self.place)
-        if self.bias is not None:
-            rows = rows + self.bias[..., None]
-        return rows.permute(2, 0, 1).reshape(x.shape + (self.num_params,))
+        rows = [*outputs, like.new_zeros(1, self.num_params, like.shape[-1])]
+        return torch.cat(rows).index_select(0, self.place).permute(2, 0, 1)
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
-    ) -> "ParentsBlocks | None":
+    ) -> ParentsBlocks | None:
         """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *self.groups))
         if type(self).forward is not ParentsMLP.forward or hooked:
@@ -145,29 +153,13 @@ class ParentsMLP(Conditioner):
         self.check_input(x, context)
         return ParentsBlocks(self, x, in_place)
 
-    def solve_adjoint(self, x: Tensor, slopes: Tensor, gradient: Tensor) -> Tensor:
-        """By one sweep from the last level to the first, see :class:`Conditioner`."""
-        known = _with_padding(x.reshape(-1, self.input_dim).T)
-        rows = slopes.reshape(-1, self.input_dim, self.num_params).permute(1, 2, 0)
-        slope_of = [
-            group.pull_back(known, rows[group.coordinates], self.nonlinearity)
-            for group in self._groups()
-        ]
-        v = _with_padding(gradient.reshape(-1, self.input_dim).T)
-        for level in range(self.depth - 1, 0, -1):
-            for group, edges in zip(self._groups(), slope_of):
-                if (part := group.layout.slices.get(level)) is not None:
-                    moved = edges[part] * v[group.coordinates[part], None]
-                    v.index_add_(0, group.parents[part].reshape(-1), moved.flatten(0, 1))
-        return v[:-1].T.reshape(gradient.shape)
-
     @torch.no_grad()
     def set_linear(self, k: int, coefficients: Sequence[Tensor]) -> None:
         """Sets the linear part of the k-th parameter.
 
         :param coefficients: for each coordinate those of its parents.
         """
-        for group in self._groups():
+        for group in self.all_groups():
             rows = [coefficients[i] for i in group.layout.coordinates]
             is_parent = group.layout.is_parent.to(group.linear.device)
             values = torch.zeros_like(group.linear[:, k])
@@ -180,7 +172,7 @@ class ParentsMLP(Conditioner):
         :param sizes: shape ``(D, P)``.
         """
         found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
-        for group in self._groups():
+        for group in self.all_groups():
             own = sizes[group.coordinates, :, None]
             found.update({group.outer: own, group.linear: own})
         return found
@@ -241,79 +233,3 @@ class ParentsGroup(nn.Module):
         x = embedding(index[rows], known)
         hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
         return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
-
-    def pull_back(
-        self, known: Tensor, weights: Tensor, nonlinearity: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The slopes of weighted sums of the parameters in each parent, shape ``(m, k, B)``.
-
-        :param weights: shape ``(m, P, B)``.
-        """
-        before = torch.baddbmm(self.inner_bias, self.inner, embedding(self.parents, known))
-        with torch.enable_grad():
-            point = before.detach().requires_grad_()
-            hidden = nonlinearity(point)
-            moved = self.outer.detach().mT @ weights
-            (moved,) = torch.autograd.grad(hidden, point, moved)
-        return torch.baddbmm(self.linear.mT @ weights, self.inner.mT, moved)
-
-
-class ParentsBlocks:
-    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch.
-
-    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
-    :param in_place: whether to write into tensors.
-    """
-
-    max_levels = 1
-
-    def __init__(self, network: ParentsMLP, like: Tensor, in_place: bool) -> None:
-        self.order: Tensor | None = network.order
-        self.levels = network.levels
-        self._network, self._in_place = network, in_place
-        width = len(network.graph) - network.input_dim
-        self.work = width * (network.hidden_dim + network.num_params)
-        # the first row is what padding reads
-        rows = like.shape[1] + 1 if in_place else 1
-        self._known = like.new_zeros(rows, like.shape[0])
-
-    def open(self, start: int, stop: int) -> None:
-        """See :class:`~.base.Blocks`."""
-        self._start, self._stop = start, stop
-
-    def params(self, x: Tensor | None) -> Tensor:
-        """See :class:`~.base.Blocks`."""
-        known = self._known
-        if x is not None:
-            known = torch.cat([known[: self.levels[self._start] + 1], x.T])
-        parts = [part for k in range(self._start, self._stop) for part in self._of_level(known, k)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self._network.bias is not None:
-            own = slice(self.levels[self._start], self.levels[self._stop])
-            rows = rows + self._network.bias[self._network.order[own], :, None]
-        return rows.permute(2, 0, 1)
-
-    def _of_level(self, known: Tensor, level: int) -> list[Tensor]:
-        network = self._network
-        if level == 0:
-            shape = self.levels[1], network.num_params, known.shape[1]
-            return [known.new_zeros(shape)]
-        found = []
-        for group in network._groups():
-            if (rows := group.layout.slices.get(level)) is not None:
-                found.append(group.evaluate(known, group.ranks, rows, network.nonlinearity))
-        return found
-
-    def close(self, x: Tensor, levels: int) -> None:
-        """See :class:`~.base.Blocks`."""
-        start, stop = self.levels[self._start], self.levels[levels]
-        x = x[:, : stop - start]
-        if self._in_place:
-            self._known[start + 1 : stop + 1] = x.T
-        else:
-            self._known = torch.cat([self._known, x.T])
-
-
-def _with_padding(rows: Tensor) -> Tensor:
-    """Coordinates of shape ``(D, B)`` and a row of zeros, which padding reads."""
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

@@ -39,9 +39,9 @@ class InitializationConfig:
     min_gain: float = 0.01  #: nats by which it has to, as well
     num_natural: int = 32  #: draws of a natural-gradient step of a Gaussian with a sparse precision
     min_natural: int = 4  #: the fewest, where each takes many gradients
-    max_natural_gradients: int = 2048  #: gradients of such a step
-    max_natural_steps: int = 20  #: such steps
-    min_natural_gain: float = 0.01  #: nats that such a step has to gain; with less it was the last
+    max_natural_gradients: int = 1024  #: gradients of such a step
+    max_natural_steps: int = 40  #: such steps
+    min_natural_gain: float = 0.05  #: nats that such a step has to gain; with less it was the last
     natural_shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0.05)  #: the parts of a step that are tried
     natural_difference: float = 1e-3  #: the difference of gradients, in standard deviations
     max_minibatch_latents: int = 1000  #: of one mini-batch with a full Gaussian: memory

@@ -71,26 +71,13 @@ class ConditionedUnivariate(StructuredMeta):
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
         """The conditioner at a batch shaped as y ``(*, D)`` and a context ``(*, C)``, block by block."""
-        if self._is_changed():
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
+        if hooked or type(self).forward is not ConditionedUnivariate.forward:
             return None
         rows = y.reshape(-1, y.shape[-1])
         if context is not None and context.dim() > 1:
             context = context.expand(y.shape[:-1] + context.shape[-1:]).flatten(0, -2)
         return self.conditioner.blocks(rows, context, in_place=in_place)
-
-    def _is_changed(self) -> bool:
-        """Whether a call does more than the two parts: a subclass may, and hooks."""
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
-        return hooked or type(self).forward is not ConditionedUnivariate.forward
-
-    def evaluate(self, x: Tensor) -> tuple[Tensor | None, Transform]:
-        if self._is_changed():
-            return None, self(x)
-        params = self.conditioner(x)
-        return params, self.univariate(params)
-
-    def solve_adjoint(self, x: Tensor, slopes: Tensor, gradient: Tensor) -> Tensor | None:
-        return self.conditioner.solve_adjoint(x, slopes, gradient)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""

@@ -52,14 +52,6 @@ class StructuredMeta(torch.nn.Module):
         """
         return None
 
-    def evaluate(self, x: Tensor) -> tuple[Tensor | None, Transform]:
-        """The transform at x, with the parameters of shape ``(*, D, P)`` that it is made of, if known."""
-        return None, self(x)
-
-    def solve_adjoint(self, x: Tensor, slopes: Tensor, gradient: Tensor) -> Tensor | None:
-        """See :meth:`~pyro_artransform.conditioners.Conditioner.solve_adjoint`."""
-        return None
-
 
 def check_returned(value: object) -> Transform:
     """What a meta returned, if it is a bijection of real numbers or vectors."""

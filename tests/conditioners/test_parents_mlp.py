@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from pyro_artransform.conditioners import ParentsMLP
+from pyro_artransform.conditioners.parents_evaluation import Activations, ParentsBlocks
 from pyro_artransform.graphs.elimination import eliminate
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
-from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate, inversion
+from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
 from pyro_artransform.univariate import Affine, RationalQuadraticSpline, Standardizing
 from tests.conditioners.test_masks import random_dag
 from tests.graphs.markov_graphs import GRAPHS
@@ -65,8 +66,8 @@ def test_transforms_in_both_directions(parents, family):
 def test_adjoint_by_one_sweep_is_that_by_iteration(parents, bias, monkeypatch):
     network = redraw(ParentsMLP(parents, 2, 4, bias=bias).double())
     transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
-    x = torch.randn(5, len(parents)).requires_grad_()
-    weight = torch.randn(5, len(parents))
+    x = torch.randn(2, 3, len(parents)).requires_grad_()
+    weight = torch.randn(2, 3, len(parents))
 
     def gradients():
         y, ladj = transform.call_and_ladj(x)
@@ -74,23 +75,52 @@ def test_adjoint_by_one_sweep_is_that_by_iteration(parents, bias, monkeypatch):
         return torch.autograd.grad(loss, [x, *network.parameters()])
 
     found = gradients()
-    monkeypatch.setattr(inversion, "_solve_by_graph", lambda *_: None)
+    monkeypatch.setattr(ParentsBlocks, "evaluation", lambda _: None)
     for one, other in zip(found, gradients(), strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
 
-def test_an_inverse_takes_one_evaluation_of_each_level():
+@every_graph
+@pytest.mark.parametrize("family", [Affine, Standardizing, RationalQuadraticSpline])
+def test_score_is_that_of_the_density(parents, family):
+    network = redraw(ParentsMLP(parents, family().num_params, 4).double())
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, family())).inv
+    x = torch.randn(2, 3, len(parents)).requires_grad_()
+    y, ladj, score = transform.call_and_score(x, -x)
+    point = y.detach().requires_grad_()
+    back, back_ladj = transform.inverse_and_ladj(point)
+    log_prob = -0.5 * back.square().sum() + back_ladj.sum()
+    assert torch.allclose(score, torch.autograd.grad(log_prob, point)[0], atol=1e-10)
+    assert torch.allclose(y, transform(x), atol=1e-12)
+    assert torch.allclose(ladj, transform.call_and_ladj(x)[1], atol=1e-12)
+    gradients = [torch.autograd.grad(v.sum(), x)[0] for v in (y, transform(x))]
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_gradients_with_frozen_networks():
+    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double()).requires_grad_(False)
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    assert not transform(torch.randn(5, 9)).requires_grad
+    x = torch.randn(9).requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(transform._call, x)
+    with torch.no_grad():
+        other = torch.autograd.functional.jacobian(transform.inv._call, transform(x))
+    assert torch.allclose(jacobian @ other, torch.eye(9), atol=1e-12)
+
+
+def test_an_inverse_evaluates_each_network_once(monkeypatch):
     parents = eliminate(GRAPHS["chain"]).parents
     network = redraw(ParentsMLP(parents, 2).double())
-    counts = []
-    for group in network.groups:
-        evaluate = group.evaluate
-        group.evaluate = lambda known, index, rows, act, run=evaluate: (
-            counts.append(len(index[rows])) or run(known, index, rows, act)
-        )
+    counts, fill = [], Activations.fill
+
+    def counted(self, known, index, rows):
+        counts.append(len(index[rows]))
+        fill(self, known, index, rows)
+
+    monkeypatch.setattr(Activations, "fill", counted)
     transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
-    with torch.no_grad():
-        transform(torch.randn(5, len(parents)))
+    y, _, _ = transform.call_and_score(torch.randn(5, len(parents)), torch.randn(5, len(parents)))
+    y.sum().backward()
     assert sum(counts) == sum(map(bool, parents))
 
 

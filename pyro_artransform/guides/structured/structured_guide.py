@@ -27,6 +27,8 @@ from .structured_flow import StructuredFlow
 _MOST_NAMED = 5
 # gradients that a look at the graph takes at most, and draws
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
+# that networks compute at once, for draws without gradients: 80 MB in double precision
+_MOST_NUMBERS = 10_000_000
 
 
 class AutoStructuredFlow(AutoAutoregressive):
@@ -207,6 +209,21 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     def _num_colors(self) -> int:
         return self.markov_graph().coloring.num_colors
+
+    def _chunk_size(self) -> int:
+        elimination, hidden_dim = self.graph.elimination, self._checked_spec().arguments["hidden_dim"]
+        numbers = elimination.num_edges + (hidden_dim + 2) * elimination.input_dim
+        return max(_MOST_NUMBERS // numbers, 1)
+
+    def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
+        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; without gradients, in bounded memory."""
+        if torch.is_grad_enabled():
+            return super().rsample_and_log_prob(n, path)
+        draw, parts = super().rsample_and_log_prob, []
+        for start in range(0, check_integer("n", n), chunk := self._chunk_size()):
+            parts.append(draw(min(chunk, n - start), path))
+        z, log_q = zip(*parts)
+        return torch.cat(z), torch.cat(log_q)
 
     # Where a fit starts
 
