@@ -100,6 +100,10 @@ class Conditioner(torch.nn.Module, ABC):
                 cls.autoregressive = False
                 return
 
+    def constant(self) -> Tensor | None:
+        """The parameters, shape ``(D, P)``, where they are the same for every x; else None."""
+        return None
+
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:

@@ -289,5 +289,10 @@ class Unconditional(Conditioner):
             raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
         return self.params.expand(x.shape + (self.num_params,))
 
+    def constant(self) -> Tensor | None:
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        changed = hooked or type(self).forward is not Unconditional.forward
+        return None if changed else self.params
+
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}, num_params={self.num_params}"
