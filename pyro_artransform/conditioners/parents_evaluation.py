@@ -39,7 +39,9 @@ class Activations:
     hidden: Tensor
 
     @classmethod
-    def empty(cls, group: "ParentsGroup", nonlinearity: Nonlinearity, like: Tensor) -> "Activations":
+    def empty(
+        cls, group: "ParentsGroup", nonlinearity: Nonlinearity, like: Tensor
+    ) -> "Activations":
         """Those of ``(B, D)`` points that are not known yet."""
         m, h, k = group.inner.shape
         shapes = [(m, width, len(like)) for width in (k, h, h)]
@@ -154,7 +156,7 @@ class ParentsBlocks:
     :param in_place: whether to write into tensors.
     """
 
-    max_levels = 1
+    max_levels: int | None = 1
 
     def __init__(self, network: "ParentsMLP", like: Tensor, in_place: bool) -> None:
         self.order: Tensor | None = network.order

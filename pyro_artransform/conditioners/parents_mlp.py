@@ -55,6 +55,9 @@ class ParentsMLP(Conditioner):
     num_params: int
     depth: int
     graph: Tensor  # the number of parents of each coordinate, then all parents
+    order: Tensor  # the coordinates by level
+    place: Tensor  # where the outputs of each coordinate are among those of all groups
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -93,9 +96,7 @@ class ParentsMLP(Conditioner):
         of_group = dict[int, int]()
         for g, group in enumerate(self.all_groups()):
             of_group.update(dict.fromkeys(group.layout.coordinates, g))
-        order = sorted(
-            range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i)
-        )
+        order = sorted(range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i))
         self.levels = [0]
         for k in range(self.depth):
             self.levels.append(self.levels[-1] + level.count(k))
@@ -119,11 +120,11 @@ class ParentsMLP(Conditioner):
         found: Any = list(self.groups)
         return found
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        graph = state.get(f"{prefix}graph")
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        graph = state_dict.get(f"{prefix}graph")
         if graph is not None and not torch.equal(graph.cpu(), self.graph.cpu()):
             raise RuntimeError("the state dict is of a network of another graph")
-        super()._load_from_state_dict(state, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_input(x, context)

@@ -126,6 +126,8 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
     root = sorted(left)
     while rounds and len(rounds[-1]) == 1:
         root += rounds.pop()
+    if not root:  # what was last has no parents
+        root = rounds[-1][:1]
     for i in root:
         parents[i] = ()
     return Elimination(tuple(parents), tuple(sorted(root)))

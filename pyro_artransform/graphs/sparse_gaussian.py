@@ -130,14 +130,15 @@ class SparseGaussian:
         :param precision: its entries in the pattern, shape ``(num_entries,)``.
         """
         diagonal = precision[pattern.diagonal]
-        # a coordinate without curvature of its own has that of its largest entry
+        # a coordinate without curvature keeps the unit of the space
         floor = diagonal.abs().amax() * torch.finfo(diagonal.dtype).eps
-        unit = torch.where(diagonal.abs() > floor, diagonal.abs(), floor).rsqrt()
+        unit = torch.where(diagonal.abs() > floor, diagonal.abs(), 1.0).rsqrt()
         rows, columns = pattern.pairs()
         entries = torch.cat([precision * unit[rows] * unit[columns], precision.new_zeros(1)])
-        scale, coefficients = torch.ones_like(loc), []
-        for _, coordinates, parents in pattern.groups:
-            coefficients.append(torch.zeros_like(parents, dtype=loc.dtype))
+        scale = torch.ones_like(loc)
+        coefficients = [
+            torch.zeros_like(parents, dtype=loc.dtype) for _, _, parents in pattern.groups
+        ]
         units = torch.cat([unit, unit.new_ones(1)])
         for level in range(pattern.num_levels - 1, 0, -1):
             for g, part in pattern.slices(level):

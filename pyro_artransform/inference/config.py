@@ -145,6 +145,10 @@ class EvaluationConfig:
     num_climbs_by_loop: int = 4
     max_newton_steps: int = 40  #: of a climb, as for initial guides
     max_hessian_dim: int = 200  #: more coordinates are too many; gradients do without
+    max_kept: int = 20_000_000  #: numbers of the draws that are kept for that search: 160 MB
+    max_dense_dim: int = (
+        1500  #: more coordinates are too many for a covariance of the guide's draws
+    )
     max_mirrored: int = 8  #: sites that are mirrored one at a time, for starts of gradients
     num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
     num_far: int = 4  #: the most such ends

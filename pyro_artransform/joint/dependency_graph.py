@@ -195,7 +195,7 @@ class _Search:
         index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
         second = like.new_tensor([self._second[pair] for pair in pairs])
         neighbours = tuple(map(frozenset, self.neighbours))
-        return DependencyGraph(neighbours, *index.T, second, curvature)
+        return DependencyGraph(neighbours, index[:, 0], index[:, 1], second, curvature)
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:

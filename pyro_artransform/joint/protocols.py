@@ -57,6 +57,12 @@ class StructuredGuide(FlowGuide, Protocol):
         :param gaussian: a Gaussian along the elimination of :meth:`markov_graph`.
         """
 
+    def missing_dependencies(self, *args: object, **kwargs: object) -> list[str]:
+        """Dependencies of the posterior, in words, that are seen at draws of the guide and not in the graph.
+
+        :param args: the model's arguments, as ``kwargs``.
+        """
+
 
 @runtime_checkable
 class MinibatchGuide(Protocol):

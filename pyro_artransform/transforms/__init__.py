@@ -26,6 +26,7 @@ __all__ = [
     "InverseTransformModule",
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
+    "PartitionTransform",
     "PermutationTransform",
     "StructuredMeta",
     "chain",

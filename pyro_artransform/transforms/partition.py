@@ -33,6 +33,7 @@ class PartitionTransform(FlowModule):
         torch.Size([5, 3])
     """
 
+    order: Tensor  # the coordinates of all parts, one after the other
     inverse_order: Tensor
 
     def __init__(

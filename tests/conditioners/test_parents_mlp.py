@@ -186,7 +186,7 @@ def test_bad_inputs():
     network = ParentsMLP(PARENTS["chain"], 2)
     with pytest.raises(ValueError, match=r"expected shape \(\*, 4\), got \(3,\)"):
         network(torch.zeros(3))
-    with pytest.raises(ValueError, match="expected torch.float64, the network's own"):
+    with pytest.raises(ValueError, match=r"expected torch\.float64, the network's own"):
         network(torch.zeros(4, dtype=torch.float32))
     with pytest.raises(ValueError, match="context: expected none"):
         network(torch.zeros(4), torch.zeros(1))

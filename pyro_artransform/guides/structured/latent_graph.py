@@ -167,7 +167,9 @@ def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> lis
     return pairs
 
 
-def regressions(parents: Sequence[Sequence[int]], covariance: Tensor) -> tuple[list[Tensor], Tensor]:
+def regressions(
+    parents: Sequence[Sequence[int]], covariance: Tensor
+) -> tuple[list[Tensor], Tensor]:
     """The regressions of coordinates on their parents, from a dense covariance.
 
     :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.

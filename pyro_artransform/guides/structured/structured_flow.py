@@ -4,6 +4,7 @@
 """The flow of a structured guide, and the Gaussians that it starts at."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +79,17 @@ class StructuredFlow(ComposedTransform):
     @property
     def root_scale(self) -> LocationScale | None:
         """The location and scale of the root block."""
-        return self._partition()[0].transforms[-1] if self._root else None
+        found: LocationScale | None = self._partition()[0].transforms[-1] if self._root else None
+        return found
 
     @property
     def scale(self) -> LocationScale | None:
         """The locations and scales of all other coordinates, given their parents."""
-        return self._partition()[-1] if self._rest else None
+        found: LocationScale | None = self._partition()[-1] if self._rest else None
+        return found
 
-    def _partition(self) -> nn.ModuleList:
-        partition: nn.ModuleList = self.transforms[1].transforms
-        return partition
+    def _partition(self) -> Any:
+        return self.transforms[1].transforms
 
     def start_at(
         self,

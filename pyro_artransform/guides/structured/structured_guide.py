@@ -18,6 +18,7 @@ from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogJoint
 from ...joint.dependency_graph import find_dependencies, missing_dependencies
 from ..autoregressive import AutoAutoregressive
+from ..distributions import LocationScale
 from ..persistence.persistent_guide import State
 from ..spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
@@ -123,7 +124,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         return self._graph
 
     def markov_graph(self) -> MarkovGraph:
-        """The dependencies of the posterior, see :class:`~pyro_artransform.joint.protocols.StructuredGuide`."""
+        """The dependencies of the posterior, and the order of an exact factorization of it."""
         return self.graph.markov
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
@@ -170,48 +171,44 @@ class AutoStructuredFlow(AutoAutoregressive):
         dropped = weakest_parents(found, markov.elimination, most)
         return LatentGraph(names, markov, tuple(dropped))
 
-    def check_graph(self, num_draws: int | None = None, *args: object, **kwargs: object) -> None:
+    def check_graph(self, *args: object, **kwargs: object) -> None:
         """Looks for dependencies of the posterior that the graph has not, at draws of the guide.
 
         A dependency may be switched off wherever the first call of the guide looked, as by a branch of
-        the model on the value of a latent.
+        the model on the value of a latent. There are as many draws as take some 4,000 gradients, at most
+        256. :func:`~pyro_artransform.fit` does this at its end.
 
-        :param num_draws: how many draws; by default as many as take about 4,000 gradients, at most 256.
         :param args: the model's arguments, as ``kwargs``.
         :raises ValueError: if there is one; the message names the latents.
         """
-        self.set_up(*args, **kwargs)
-        missing = self.missing_dependencies(num_draws, *args, **kwargs)
+        missing = self.missing_dependencies(*args, **kwargs)
         if not missing:
             return
-        names = self.graph.names
-        pairs = [f"{describe(names[i])} and {describe(names[j])}" for i, j in missing]
-        more = f", and {len(pairs) - _MOST_NAMED} more" if len(pairs) > _MOST_NAMED else ""
+        more = f", and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
         raise ValueError(
             "the model has dependencies that were switched off where the guide looked for them: "
-            f"{', '.join(pairs[:_MOST_NAMED])}{more}. Expected a graph with all of them: make the "
-            "guide anew with an init_loc_fn of values where they are on (such as a draw of this guide), "
-            "or use AutoIAF"
+            f"{', '.join(missing[:_MOST_NAMED])}{more}. Expected a graph with all of them: make the "
+            "guide anew with an init_loc_fn of values where they are on, such as "
+            "init_to_value(values=guide.median()), or use AutoIAF"
         )
 
     @torch.no_grad()
-    def missing_dependencies(
-        self, num_draws: int | None = None, *args: object, **kwargs: object
-    ) -> list[tuple[int, int]]:
-        """The pairs of coordinates that :meth:`check_graph` finds."""
-        graph = self.markov_graph()
-        if num_draws is None:
-            num_draws = max(2, min(_MOST_DRAWS, _MOST_GRADIENTS // self._num_colors()))
-        z, _ = self.rsample_and_log_prob(check_integer("num_draws", num_draws, least=2))
+    def missing_dependencies(self, *args: object, **kwargs: object) -> list[str]:
+        """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``."""
+        self.set_up(*args, **kwargs)
+        graph, names = self.graph, self.graph.names
+        count = max(2, min(_MOST_DRAWS, _MOST_GRADIENTS // graph.markov.coloring.num_colors))
         log_joint = self._log_joint(*args, **kwargs)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            return missing_dependencies(log_joint, graph.neighbours, z)
-
-    def _num_colors(self) -> int:
-        return self.markov_graph().coloring.num_colors
+            z, _ = self.rsample_and_log_prob(count)
+            pairs = missing_dependencies(log_joint, graph.markov.neighbours, z)
+        return [f"{describe(names[i])} and {describe(names[j])}" for i, j in pairs]
 
     def _chunk_size(self) -> int:
-        elimination, hidden_dim = self.graph.elimination, self._checked_spec().arguments["hidden_dim"]
+        elimination, hidden_dim = (
+            self.graph.elimination,
+            self._checked_spec().arguments["hidden_dim"],
+        )
         numbers = elimination.num_edges + (hidden_dim + 2) * elimination.input_dim
         return max(_MOST_NUMBERS // numbers, 1)
 
@@ -253,9 +250,7 @@ class AutoStructuredFlow(AutoAutoregressive):
             sd = covariance.diagonal().sqrt()
         else:
             sd = scale = scale_tril
-            coefficients = [
-                scale.new_zeros(len(own)) for own in self.graph.elimination.parents
-            ]
+            coefficients = [scale.new_zeros(len(own)) for own in self.graph.elimination.parents]
             root_tril = scale[list(self.graph.elimination.root)].diag()
         self._become(loc, sd, coefficients, scale, root_tril)
 
@@ -269,11 +264,12 @@ class AutoStructuredFlow(AutoAutoregressive):
             one; pivots that are not positive are raised.
         :raises ValueError: if a shape is wrong, a number not finite, or an entry outside of the graph.
         """
-        affine = self._parts[1] if self._spec is not None else self._checked_spec()
-        loc = to_tensor("loc", loc, affine.loc)
         dim = self._checked_spec().latents.latent_dim
+        loc = to_tensor("loc", loc, self._parts[1].loc)
         if precision.shape != (dim, dim):
-            raise ValueError(f"precision: expected shape {(dim, dim)}, got {tuple(precision.shape)}")
+            raise ValueError(
+                f"precision: expected shape {(dim, dim)}, got {tuple(precision.shape)}"
+            )
         sparse = precision.detach().to_sparse().coalesce()
         (rows, columns), values = sparse.indices(), sparse.values()
         if not bool(values.isfinite().all()):
@@ -296,7 +292,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         scale: Tensor,
         root_tril: Tensor,
     ) -> None:
-        flow, affine = self._parts
+        flow, affine = self._structured_parts()
         # entries of the store that count more are adopted first
         self.get_transform()
         affine.set_(loc, sd)
@@ -306,10 +302,14 @@ class AutoStructuredFlow(AutoAutoregressive):
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         """The size of an optimizer's step, by parameter: a share of conditional sds."""
         self._checked_spec()
-        flow, affine = self._parts
+        flow, affine = self._structured_parts()
         relative = flow.conditional_scale()
         sizes = {affine.loc: affine.log_scale.detach().exp() * relative, affine.log_scale: relative}
         return {**sizes, **flow.step_scales()}
+
+    def _structured_parts(self) -> tuple[StructuredFlow, LocationScale]:
+        parts: Any = self._parts
+        return parts
 
     # Files
 
