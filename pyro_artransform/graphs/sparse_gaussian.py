@@ -53,6 +53,9 @@ class PrecisionPattern:
         self._keys = self._key(torch.cat([index, every, block], 1)).unique()
         self.num_entries = len(self._keys)
         self.root = torch.tensor(root, device=self.device)
+        alone = {i for i, own in enumerate(elimination.parents) if not own} - set(root)
+        #: coordinates without parents that are not in the root block
+        self.alone = torch.tensor(sorted(alone), dtype=torch.long, device=self.device)
         #: groups of coordinates, with their parents, on the device
         self.groups: list[tuple[PaddedGroup, Tensor, Tensor]] = []
         for group in padded_groups(elimination.parents, elimination.level):
@@ -150,6 +153,8 @@ class SparseGaussian:
                 _subtract(pattern, entries, above, row, pivot)
                 coefficients[g][part] = coefficient * unit[own, None] / units[above]
                 scale[own] = unit[own] * pivot.rsqrt()
+        alone = pattern.alone
+        scale[alone] = unit[alone] * _raised(entries[pattern.diagonal[alone]]).rsqrt()
         root_tril = _dense_tril(pattern, entries, unit)
         return cls(pattern, loc, coefficients, scale, root_tril)
 
@@ -212,6 +217,7 @@ class SparseGaussian:
         covariance = self.loc.new_zeros(pattern.num_entries + 1)
         root, dense = pattern.root, self.root_tril @ self.root_tril.T
         covariance[pattern.index(root[:, None], root)] = dense
+        covariance[pattern.diagonal[pattern.alone]] = self.scale[pattern.alone] ** 2
         for level in range(1, pattern.num_levels):
             for g, part in pattern.slices(level):
                 _, coordinates, parents = pattern.groups[g]
