@@ -30,8 +30,8 @@ _ROUND_OFF = 1e3
 # the spreads of the points around the start: within what a model can take, and as wide as priors are
 _SPREADS = (0.1, 1.0, 2.0)
 _MAX_HALVINGS = 12
-# groupings of coordinates at draws: what one hides another one shows
-_NUM_COLORINGS = 4
+# groupings of coordinates, at draws and at a wider point: what one hides another one shows
+_NUM_COLORINGS, _NUM_GROUPINGS = 4, 4
 _SEED = 20260101
 
 
@@ -55,33 +55,37 @@ class DependencyGraph:
 
 
 def gradients(log_density: LogDensity, points: Tensor) -> Tensor:
-    """The gradients of a log density at points ``(n, D)``, in batches of bounded memory."""
+    """The gradients of a log density at points ``(n, D)``, in batches of bounded memory.
+
+    :return: shape ``(n, D)``, NaN where the density itself is not finite.
+    """
     parts = []
     for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
         with torch.enable_grad():
             point = part.detach().requires_grad_()
-            value = log_density(point).sum()
-            (gradient,) = torch.autograd.grad(value, point)
-        parts.append(gradient)
+            value = log_density(point)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        parts.append(gradient.masked_fill(~value.detach().isfinite()[:, None], torch.nan))
     return torch.cat(parts)
 
 
 def find_dependencies(log_density: LogDensity) -> DependencyGraph:
     """The Markov graph of a log density, by its gradients at D points and a few more.
 
-    :raises ValueError: if the gradient is not finite near the starting values, or differs between two
-        evaluations at the same point.
+    :raises ValueError: if the density or its gradient is not finite near the starting values, or differs
+        between two evaluations at the same point.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density)
+    search = _Search(log_density, generator)
     for k, spread in enumerate(_SPREADS):
         point = _finite_point(log_density, spread, generator)
-        other = point + spread * _steps(point, generator)
         if k == 0:
             _refuse_randomness(log_density, point)
-            search.move_one_by_one(point, other, range(len(point)))
+            step = spread * _steps(point[None], generator)[0]
+            search.move_one_by_one(point, point + step, range(len(point)))
         else:
-            search.move_groups(point[None], other[None], seed=k)
+            points = point.expand(_NUM_GROUPINGS, -1)
+            search.move_groups(points, points + spread * _steps(points, generator), seed=k)
     return search.graph()
 
 
@@ -95,7 +99,8 @@ def missing_dependencies(
     :param neighbours: the graph: for each coordinate the others that are adjacent.
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
-    search = _Search(log_density, [set(own) for own in neighbours])
+    generator = torch.Generator().manual_seed(_SEED)
+    search = _Search(log_density, generator, [set(own) for own in neighbours])
     known = [set(own) for own in search.neighbours]
     others = draws.roll(-1, 0)
     for k in range(min(_NUM_COLORINGS, len(draws))):
@@ -111,26 +116,44 @@ class _Search:
     """Collects pairs of coordinates that depend on each other."""
 
     def __init__(
-        self, log_density: LogDensity, neighbours: Sequence[set[int]] | None = None
+        self,
+        log_density: LogDensity,
+        generator: torch.Generator,
+        neighbours: list[set[int]] | None = None,
     ) -> None:
-        self.log_density = log_density
+        self.log_density, self._generator = log_density, generator
         dim = log_density.latents.latent_dim
-        self.neighbours = [set[int]() for _ in range(dim)] if neighbours is None else neighbours
+        self.neighbours = neighbours or [set[int]() for _ in range(dim)]
         self._second: dict[tuple[int, int], float] = {}
         # the latents of one dtype may be a part of a vector of another
         sites = log_density.latents.sites.values()
         self._eps = max(torch.finfo(site.dtype).eps for site in sites)
 
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
-        """Moves coordinates of a point to another one, each by itself, and sees which gradients change."""
+        """Moves coordinates of a point to another one, each by itself, and sees which gradients change.
+
+        Where the density there is not finite, the way is halved.
+        """
         dim, step = len(point), other - point
-        base = gradients(self.log_density, point[None])[0]
-        for part in torch.tensor(columns).split(max(_MOST_ENTRIES // dim, 1)):
-            part = part.to(point.device)
-            shifts = torch.zeros(len(part), dim, dtype=point.dtype, device=point.device)
-            shifts[torch.arange(len(part), device=point.device), part] = step[part]
-            changed, change = self._changes(point, shifts, base)
-            self._note(part, changed, change / step[part, None])
+        base = gradients(self.log_density, point[None])
+        left = torch.tensor(columns, device=point.device)
+        for _ in range(_MAX_HALVINGS):
+            failed = []
+            for part in left.split(max(_MOST_ENTRIES // dim, 1)):
+                shifts = point.new_zeros(len(part), dim)
+                shifts[torch.arange(len(part), device=point.device), part] = step[part]
+                changed, change = self._changes(point[None], shifts[None], base[:, None])
+                is_good = change[0].isfinite().all(-1)
+                self._note(
+                    part[is_good], changed[0, is_good], (change[0] / step[part, None])[is_good]
+                )
+                failed.append(part[~is_good])
+            left, step = torch.cat(failed), 0.5 * step
+            if not len(left):
+                return
+        # nothing is known of these: they may depend on everything
+        everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
+        self._note(left, everything, torch.zeros_like(everything, dtype=point.dtype))
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
         row, i = changed.nonzero().T
@@ -145,44 +168,53 @@ class _Search:
     def _changes(self, points: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
         """Where gradients change by more than round-off, and by how much.
 
-        :param points: shape ``(n, 1, D)`` or ``(D,)``.
-        :param shifts: shape ``(n, m, D)`` or ``(m, D)``.
-        :param base: the gradients at the points, of the same shape.
-        :return: of the shape of the shifts.
+        :param points: shape ``(n, D)``.
+        :param shifts: shape ``(n, m, D)``.
+        :param base: the gradients at the points, shape ``(n, 1, D)``.
+        :return: shapes ``(n, m, D)``; no change of what is not finite.
         """
-        moved = points + shifts
-        found = gradients(self.log_density, moved.reshape(-1, moved.shape[-1])).reshape(moved.shape)
+        moved = points[:, None] + shifts
+        found = gradients(self.log_density, moved.flatten(0, 1)).reshape(moved.shape)
         change = found - base
-        size = torch.maximum(found.abs().amax(-2, keepdim=True), base.abs())
-        bound = _ROUND_OFF * self._eps * size
-        # what is not finite says that a coordinate matters, and no more
-        changed = ~(change.abs() <= bound)
-        return changed, change.nan_to_num(0.0, 0.0, 0.0)
+        size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
+        return change.abs() > _ROUND_OFF * self._eps * size, change
 
     def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:
         """Moves coordinates without common neighbours at once; where that tells of others, one by one.
+
+        Of each group a random half is moved: a gradient that changes with one of its coordinates, and
+        should not, may be that of another one of the group, or of a neighbour of one.
 
         :param points: shape ``(n, D)``.
         :param others: where the coordinates are moved to, shape ``(n, D)``.
         :param seed: of the groups.
         """
         coloring = color_columns(self.neighbours, seed)
-        dim, device = points.shape[-1], points.device
-        color = torch.tensor(coloring.color, device=device)
-        groups, expected = coloring.groups(), points.new_zeros(coloring.num_colors, dim).bool()
-        member = expected.clone().index_put_(
-            (color, torch.arange(dim, device=device)), torch.tensor(True, device=device)
-        )
-        for j, own in enumerate(self.neighbours):
-            expected[coloring.color[j], list(own | {j})] = True
-        most = max(_MOST_ENTRIES // (dim * coloring.num_colors), 1)
+        dim, count = points.shape[-1], coloring.num_colors
+        color = torch.tensor(coloring.color, device=points.device)
+        groups = torch.nn.functional.one_hot(color, count).T.bool()
+        pairs = [(i, j) for j, own in enumerate(self.neighbours) for i in (*own, j)]
+        rows, columns = torch.tensor(pairs, device=points.device).T
+        most = max(_MOST_ENTRIES // (dim * count), 1)
         for point, other in zip(points.split(most), others.split(most)):
+            half = torch.rand(len(point), dim, generator=self._generator).to(point.device) < 0.5
+            half |= color >= count - coloring.num_hubs
+            moved = groups & half[:, None]
+            expected = torch.zeros_like(moved)
+            draw, pair = half[:, columns].nonzero().T
+            expected[draw, color[columns[pair]], rows[pair]] = True
             base = gradients(self.log_density, point)[:, None]
-            shifts = torch.where(member, (other - point)[:, None], 0.0)
-            changed, _ = self._changes(point[:, None], shifts, base)
+            shifts = torch.where(moved, (other - point)[:, None], 0.0)
+            changed, _ = self._changes(point, shifts, base)
             # rows of hubs are seen through the columns of hubs
             for i, k in (changed & ~expected).any(-1).nonzero().tolist():
-                self.move_one_by_one(point[i], other[i], groups[k])
+                own = moved[i, k].nonzero()[:, 0].tolist()
+                if not self._explains(own, changed[i, k].nonzero()[:, 0].tolist()):
+                    self.move_one_by_one(point[i], other[i], own)
+
+    def _explains(self, moved: Sequence[int], changed: Sequence[int]) -> bool:
+        """Whether what is known by now says that these gradients change with these coordinates."""
+        return set(changed) <= set(moved).union(*(self.neighbours[j] for j in moved))
 
     def graph(self) -> DependencyGraph:
         """What was found."""
@@ -199,8 +231,8 @@ class _Search:
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Steps of either sign from 0.5 to 1.5, none of them near zero."""
-    size = torch.rand(len(like), generator=generator, dtype=torch.float64)
+    """Steps of either sign from 0.5 to 1.5, none of them near zero, in the shape of a tensor."""
+    size = torch.rand(like.shape, generator=generator, dtype=torch.float64)
     sign = torch.randint(2, size.shape, generator=generator) * 2 - 1
     return (sign * (0.5 + size)).to(like)
 
@@ -215,8 +247,8 @@ def _finite_point(log_density: LogDensity, spread: float, generator: torch.Gener
             return point
     names = log_density.nonfinite_sites(start[None]) or ["the gradient of a site"]
     raise ValueError(
-        "expected a log density with a finite gradient near the starting values, got one that is not: "
-        f"{', '.join(names)}. Give the guide an init_loc_fn with values that the data allow"
+        "expected a log density that is finite near the starting values, and its gradient too, got one "
+        f"that is not: {', '.join(names)}. Give the guide an init_loc_fn with values that the data allow"
     )
 
 
