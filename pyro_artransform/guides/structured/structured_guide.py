@@ -270,6 +270,8 @@ class AutoStructuredFlow(AutoAutoregressive):
             raise ValueError(
                 f"precision: expected shape {(dim, dim)}, got {tuple(precision.shape)}"
             )
+        if loc.shape != (dim,):
+            raise ValueError(f"loc: expected shape {(dim,)}, got {tuple(loc.shape)}")
         sparse = precision.detach().to_sparse().coalesce()
         (rows, columns), values = sparse.indices(), sparse.values()
         if not bool(values.isfinite().all()):

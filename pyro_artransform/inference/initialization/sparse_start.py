@@ -66,15 +66,16 @@ def find_sparse_start(
     if few or not len(points):
         initial = find_initial_guide(log_density, model, guide, config)
         needed = max(needed, initial.elbo + config.min_gain)
-    if not len(points):
-        return initial
-    search = SparseGaussianSearch(log_density, guide.markov_graph(), config)
-    gaussian = search.best(points)
-    elbo = search.elbo(gaussian, config.num_fine)
-    if not elbo > needed:
-        return initial
-    guide.start_at_gaussian(gaussian)
-    return InitialGuide(_SPARSE, elbo, initial.modes)
+    if len(points):
+        search = SparseGaussianSearch(log_density, guide.markov_graph(), config)
+        gaussian = search.best(points)
+        elbo = search.elbo(gaussian, config.num_fine)
+        if elbo > needed:
+            guide.start_at_gaussian(gaussian)
+            return InitialGuide(_SPARSE, elbo, initial.modes)
+    if initial.elbo == -torch.inf:  # an error, unless another candidate is finite
+        return find_initial_guide(log_density, model, guide, config)
+    return initial
 
 
 @dataclass(frozen=True)
