@@ -88,9 +88,9 @@ class ParentsEvaluation:
     def __init__(self, network: "ParentsMLP", parts: list[Activations], known: Tensor) -> None:
         self._network, self._parts, self._known = network, parts, known
 
-    @cached_property
+    @property
     def params(self) -> Tensor:
-        """See :class:`~.base.Evaluation`."""
+        """See :class:`~.base.Evaluation`; not kept, since its graph keeps the evaluation."""
         parameters = []
         for group in self._network.all_groups():
             parameters += [group.inner, group.inner_bias, group.outer, group.linear]
@@ -118,8 +118,9 @@ class ParentsEvaluation:
                     v.index_add_(0, group.parents[rows].reshape(-1), moved.flatten(0, 1))
         return v[:-1].T
 
+    @cached_property
     def outputs(self) -> Tensor:
-        """The parameters without the bias, shape ``(B, D, P)``."""
+        """The parameters without the bias and without a graph, shape ``(B, D, P)``."""
         rows = [part.outputs(slice(None)) for part in self._parts]
         return self._network.assembled(rows, self._known)
 
@@ -142,7 +143,7 @@ class _Params(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, evaluation: ParentsEvaluation, *_: Tensor) -> Tensor:
         ctx.evaluation = evaluation
-        return evaluation.outputs()
+        return evaluation.outputs.view_as(evaluation.outputs)
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:

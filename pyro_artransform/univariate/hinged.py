@@ -58,11 +58,11 @@ class HingedTransform(ElementwiseTransform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(x.dtype).max ** 0.4  # u * u must not overflow
-        slopes = []
+        square, slopes = x.new_full((), self.width**2), []
         for log_slope, side, knot in self._hinges:
             k = 0.5 * torch.expm1(log_slope)
             u = (side * x - knot).clamp(-large, large)
-            root = torch.sqrt(u * u + self.width**2)
+            root = torch.addcmul(square, u, u).sqrt()
             x = torch.addcmul(x, k, u + root, value=side)
             slopes.append(torch.addcmul(1 + k, k, u / root))
         # one logarithm: it costs more than all else of a hinge
@@ -70,14 +70,14 @@ class HingedTransform(ElementwiseTransform):
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(y.dtype).max ** 0.4
-        slopes = []
+        square, slopes = y.new_full((), self.width**2), []
         for log_slope, side, knot in reversed(self._hinges):
             k, slope = 0.5 * torch.expm1(log_slope), log_slope.exp()
             v = (side * y - knot).clamp(-large, large)
-            change = -k / slope * (v + torch.sqrt(v * v + slope * self.width**2))
+            change = -k / slope * (v + torch.addcmul(slope * square, v, v).sqrt())
             y = y + side * change
             u = v + change
-            slopes.append(torch.addcmul(1 + k, k, u / torch.sqrt(u * u + self.width**2)))
+            slopes.append(torch.addcmul(1 + k, k, u / torch.addcmul(square, u, u).sqrt()))
         return y, -reduce(torch.mul, slopes).log()
 
 

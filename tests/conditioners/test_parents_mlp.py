@@ -1,5 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -197,3 +200,26 @@ def test_bad_inputs():
 def test_an_activation_from_elsewhere_is_checked():
     assert ParentsMLP(PARENTS["chain"], 2, nonlinearity=nn.Tanh()).autoregressive
     assert not ParentsMLP(PARENTS["chain"], 2, nonlinearity=lambda x: x).autoregressive
+
+
+def test_a_step_leaves_nothing_for_the_garbage_collector(monkeypatch):
+    """A cycle between a graph and what it was made of would hold all activations of many steps."""
+    found, init = [], Activations.__init__
+
+    def counted(self, *args):
+        init(self, *args)
+        found.append(weakref.ref(self))
+
+    monkeypatch.setattr(Activations, "__init__", counted)
+    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double())
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    gc.collect()
+    gc.disable()
+    try:
+        y, _, score = transform.call_and_score(torch.randn(5, 9), torch.randn(5, 9))
+        (y * score).sum().backward()
+        del y, score
+        assert found
+        assert not any(reference() for reference in found)
+    finally:
+        gc.enable()
