@@ -216,9 +216,9 @@ def test_a_step_leaves_nothing_for_the_garbage_collector(monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        y, _, score = transform.call_and_score(torch.randn(5, 9), torch.randn(5, 9))
+        y, ladj, score = transform.call_and_score(torch.randn(5, 9), torch.randn(5, 9))
         (y * score).sum().backward()
-        del y, score
+        del y, ladj, score
         assert found
         assert not any(reference() for reference in found)
     finally:
