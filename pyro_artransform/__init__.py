@@ -18,7 +18,14 @@ from .flows import (
     maf,
     spline_autoregressive,
 )
-from .guides import AutoAmortized, AutoAutoregressive, AutoIAF, AutoMAF, FlowDistribution
+from .guides import (
+    AutoAmortized,
+    AutoAutoregressive,
+    AutoIAF,
+    AutoMAF,
+    AutoStructuredFlow,
+    FlowDistribution,
+)
 from .inference import FitResult, fit
 
 __version__ = "0.1.0"
@@ -28,6 +35,7 @@ __all__ = [
     "AutoAutoregressive",
     "AutoIAF",
     "AutoMAF",
+    "AutoStructuredFlow",
     "FitResult",
     "FlowDistribution",
     "affine_autoregressive",

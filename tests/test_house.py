@@ -23,18 +23,22 @@ ARROWS: dict[str, set[str]] = {
     "arguments": set(),
     "files": set(),
     "univariate": {"arguments"},
-    "conditioners": {"arguments"},
+    "conditioners": {"arguments", "graphs"},
     "transforms": {"arguments", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
-    "joint": {"arguments"},
-    "guides": {"arguments", "univariate", "conditioners", "transforms", "flows", "joint", "files"},
+    "graphs": {"arguments"},
+    "joint": {"arguments", "graphs"},
+    "guides": {
+        *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
+        *("joint", "files"),
+    },
     "diagnostics": {"arguments", "joint"},
     "posterior": {"arguments", "joint"},
-    "inference": {"arguments", "joint", "diagnostics", "posterior", "files"},
+    "inference": {"arguments", "graphs", "joint", "diagnostics", "posterior", "files"},
     "plots": {"inference", "diagnostics"},
     "testing": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "guides"),
-        *("joint", "diagnostics", "posterior", "inference"),
+        *("graphs", "joint", "diagnostics", "posterior", "inference"),
     },
 }
 # Nothing in the package imports these; the front door may name them, and imports plots on use only.

@@ -4,17 +4,20 @@
 """Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
-from .base import Blocks, Conditioner, Linearization
+from .base import Blocks, Conditioner, Evaluation, Linearization
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
+from .parents_mlp import ParentsMLP
 
 __all__ = [
     "Blocks",
     "Conditioner",
+    "Evaluation",
     "Linearization",
     "MaskedInput",
     "MaskedLinear",
     "MaskedMLP",
+    "ParentsMLP",
     "Unconditional",
     "masks",
 ]

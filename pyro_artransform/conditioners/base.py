@@ -10,6 +10,33 @@ import torch
 from torch import Tensor
 
 
+class Evaluation(Protocol):
+    """A conditioner at B known points, with what its gradients need."""
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters, shape ``(B, D, P)``, with a graph to those of the network alone."""
+
+    def pull_back(self, weights: Tensor) -> Tensor:
+        """The gradient of a weighted sum of the parameters in the points, shape ``(B, D)``.
+
+        :param weights: shape ``(B, D, P)``.
+        """
+
+    def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
+        r"""The adjoint of an inverse, by the structure of the graph.
+
+        It is the solution v of
+
+        .. math::
+
+            v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}
+
+        :param slopes: s, shape ``(B, D, P)``.
+        :param gradient: g, shape ``(B, D)``.
+        """
+
+
 class Blocks(Protocol):
     """A conditioner at one batch, evaluated on blocks of levels of its graph, in their order.
 
@@ -22,6 +49,8 @@ class Blocks(Protocol):
     levels: list[int]
     #: The multiplications that one evaluation of one row takes.
     work: int
+    #: The most levels of a block, None where the costs decide.
+    max_levels: int | None
 
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``."""
@@ -34,6 +63,9 @@ class Blocks(Protocol):
 
     def close(self, x: Tensor, levels: int) -> None:
         """Makes known what is before level ``levels``: coordinates of the block with the values ``x``."""
+
+    def evaluation(self) -> Evaluation | None:
+        """The conditioner at the points that all blocks led to, or None where that is not offered."""
 
 
 class Linearization(Protocol):
@@ -83,6 +115,10 @@ class Conditioner(torch.nn.Module, ABC):
             if "forward" in vars(base):
                 cls.autoregressive = False
                 return
+
+    def constant(self) -> Tensor | None:
+        """The parameters, shape ``(D, P)``, where they are the same for every x; else None."""
+        return None
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False

@@ -85,6 +85,8 @@ class MLPBlocks:
     :param in_place: whether to write into tensors, which autograd and ``torch.func`` cannot follow.
     """
 
+    max_levels: int | None = None
+
     def __init__(
         self,
         layout: BlockLayout,
@@ -153,6 +155,9 @@ class MLPBlocks:
         inputs.append(x, self.levels[levels] - inputs.count)
         for hidden, moved, units in zip(layers, self._moved, self._units):
             hidden.append(moved, units[levels - 1] - hidden.count)
+
+    def evaluation(self) -> None:
+        """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
 
     def _complete(self, start: int) -> None:
         """Computes the units that can be known now and are not yet."""

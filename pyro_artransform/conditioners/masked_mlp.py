@@ -59,7 +59,8 @@ class MaskedLinear(nn.Linear):
         return F.linear(input, self.weight * self.mask, self.bias)
 
 
-_ELEMENTWISE = (
+#: activations that act on each element alone, without randomness
+ELEMENTWISE = (
     *(
         nn.CELU,
         nn.ELU,
@@ -149,7 +150,7 @@ class MaskedMLP(Conditioner):
         wanted = "a function or a module such as torch.nn.ELU()"
         activation = nn.ELU() if nonlinearity is None else nonlinearity
         self.nonlinearity = check_callable("nonlinearity", activation, wanted)
-        self.autoregressive = self.autoregressive and isinstance(activation, _ELEMENTWISE)
+        self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
         order, adjacency = check_graph(order, adjacency, self.input_dim)
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)
@@ -311,6 +312,11 @@ class Unconditional(Conditioner):
         if not torch.jit.is_tracing() and x.shape[-1:] != (self.input_dim,):
             raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
         return self.params.expand(x.shape + (self.num_params,))
+
+    def constant(self) -> Tensor | None:
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        changed = hooked or type(self).forward is not Unconditional.forward
+        return None if changed else self.params
 
     def extra_repr(self) -> str:
         return f"input_dim={self.input_dim}, num_params={self.num_params}"

@@ -7,5 +7,13 @@ from .amortized.amortized_guide import AutoAmortized
 from .autoregressive import AutoAutoregressive
 from .distributions import FlowDistribution
 from .presets import AutoIAF, AutoMAF
+from .structured.structured_guide import AutoStructuredFlow
 
-__all__ = ["AutoAmortized", "AutoAutoregressive", "AutoIAF", "AutoMAF", "FlowDistribution"]
+__all__ = [
+    "AutoAmortized",
+    "AutoAutoregressive",
+    "AutoIAF",
+    "AutoMAF",
+    "AutoStructuredFlow",
+    "FlowDistribution",
+]

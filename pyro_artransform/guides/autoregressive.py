@@ -246,9 +246,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         self.set_up(*args, **kwargs)
         base, transform = self.get_base_dist(), self.get_transform()
         # in chunks, which bounds the memory of the networks
-        sizes = [min(_CHUNK, n - start) for start in range(0, check_integer("n", n), _CHUNK)]
+        chunk = self._chunk_size()
+        sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         z = torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
         return self._checked_spec().latents.constrain(z)
+
+    def _chunk_size(self) -> int:
+        """How many draws are made at once where no graph of gradients is wanted."""
+        return _CHUNK
 
     def log_prob(self, values: Mapping[str, Any], *args: object, **kwargs: object) -> Tensor:
         """The log-density at values of all sites, on the constrained space.

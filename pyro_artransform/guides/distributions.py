@@ -142,22 +142,14 @@ class LocationScale(FlowModule):
         """Sets the location and the scale in place.
 
         :param loc: shape ``(D,)``.
-        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``; diagonal
-            where this layer is.
+        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
+            alone, shape ``(D,)``; diagonal where this layer is.
         :raises ValueError: if one of them is not so.
         """
-        dim, diagonal = len(self.loc), scale_tril.diagonal()
-        for name, value, shape in (("loc", loc, (dim,)), ("scale_tril", scale_tril, (dim, dim))):
-            if value.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-            if not value.isfinite().all():
-                raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
-        if not (diagonal > 0).all() or scale_tril.triu(1).any():
-            raise ValueError(
-                "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
-                f"got {scale_tril.tolist()}"
-            )
-        if self.lower is None and scale_tril.tril(-1).any():
+        self.check(loc, scale_tril)
+        is_matrix = scale_tril.dim() == 2
+        diagonal = scale_tril.diagonal() if is_matrix else scale_tril
+        if self.lower is None and is_matrix and scale_tril.tril(-1).any():
             raise ValueError(
                 "scale_tril: expected a diagonal matrix, since the scale of this guide is diagonal "
                 "(full_rank=True makes it triangular), got entries off the diagonal"
@@ -165,8 +157,26 @@ class LocationScale(FlowModule):
         with torch.no_grad():
             self.loc.copy_(loc)
             self.log_scale.copy_(diagonal.log())
-            if self.lower is not None:
+            if self.lower is not None and is_matrix:
                 self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
+            elif self.lower is not None:
+                self.lower.zero_()
+
+    def check(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Refuses what is no location and no scale, see :meth:`set_`."""
+        dim, is_vector = len(self.loc), scale_tril.dim() == 1
+        wanted = (dim,) if is_vector else (dim, dim)
+        for name, value, shape in (("loc", loc, (dim,)), ("scale_tril", scale_tril, wanted)):
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
+        diagonal = scale_tril if is_vector else scale_tril.diagonal()
+        if not (diagonal > 0).all() or (not is_vector and scale_tril.triu(1).any()):
+            raise ValueError(
+                "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
+                f"got {scale_tril.tolist()}"
+            )
 
     def extra_repr(self) -> str:
         """The size and the kind of the scale."""

@@ -37,6 +37,13 @@ class InitializationConfig:
     narrow_scale: float = 0.1  #: of a narrow candidate, which stays within what a model can take
     min_gain_in_se: float = 2.0  #: standard errors by which a candidate has to beat the guide
     min_gain: float = 0.01  #: nats by which it has to, as well
+    num_natural: int = 32  #: draws of a natural-gradient step of a Gaussian with a sparse precision
+    min_natural: int = 4  #: the fewest, where each takes many gradients
+    max_natural_gradients: int = 1024  #: gradients of such a step
+    max_natural_steps: int = 40  #: such steps
+    min_natural_gain: float = 0.05  #: nats that such a step has to gain; with less it was the last
+    natural_shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0.05)  #: the parts of a step that are tried
+    natural_difference: float = 1e-3  #: the difference of gradients, in standard deviations
     max_minibatch_latents: int = 1000  #: of one mini-batch with a full Gaussian: memory
     num_minibatch_draws: int = 4000  #: draws of that Gaussian that an amortized guide is started by
     num_minibatch_compared: int = 512  #: draws that the started guide is compared on
@@ -138,6 +145,10 @@ class EvaluationConfig:
     num_climbs_by_loop: int = 4
     max_newton_steps: int = 40  #: of a climb, as for initial guides
     max_hessian_dim: int = 200  #: more coordinates are too many; gradients do without
+    max_kept: int = 20_000_000  #: numbers of the draws that are kept for that search: 160 MB
+    max_dense_dim: int = (
+        1500  #: more coordinates are too many for a covariance of the guide's draws
+    )
     max_mirrored: int = 8  #: sites that are mirrored one at a time, for starts of gradients
     num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
     num_far: int = 4  #: the most such ends

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps
+from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
@@ -26,6 +26,7 @@ from .evaluation.verdict import FitStatus, ModelAndGuide, evaluate, evaluate_min
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
+from .initialization.sparse_start import find_sparse_start
 from .objectives.minibatch_elbo import MinibatchObjective, validation_batches
 from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
@@ -90,7 +91,10 @@ class FitRun:
             bar.say("start")
             minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
             density = minibatches.mean_log_joint() if minibatches else log_joint
-            self._initial = find_initial_guide(density, bound, guide, config)
+            if isinstance(guide, StructuredGuide):
+                self._initial = find_sparse_start(density, bound, guide, config)
+            else:
+                self._initial = find_initial_guide(density, bound, guide, config)
         elif isinstance(guide, MinibatchGuide):
             bar.say("start")
             batch, elbo_draws = Batch(args, kwargs), self._trainer.objective.elbo_draws
@@ -193,6 +197,15 @@ class FitRun:
             return "the callback asked to stop"
         return training.schedule.reason if training.is_over() else _INTERRUPTED
 
+    def _missing(self) -> tuple[str, ...]:
+        """Dependencies that a guide with a graph has missed, in words."""
+        _, guide, args, kwargs, log_joint = self._subject
+        offered: object = guide
+        # the densities of mini-batches that the model draws are random
+        if not isinstance(offered, StructuredGuide) or log_joint.is_subsampled:
+            return ()
+        return tuple(offered.missing_dependencies(*args, **kwargs))
+
     def conclude(self, stopped_because: str) -> FitResult:
         """The result of the fit, with the guide at the best parameters."""
         if self._stream is not None:
@@ -200,7 +213,7 @@ class FitRun:
         training, config = self._training, self._config.evaluation
         end, skipped = select_parameters(training), training.skipped.count
         share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
-        status = FitStatus(share, is_complete, self._is_saved)
+        status = FitStatus(share, is_complete, self._is_saved, missing=self._missing())
         if self._minibatches is not None:
             found = evaluate_minibatches(self._subject, self._minibatches, status, config)
         else:

@@ -13,6 +13,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from ..graphs.markov_graph import MarkovGraph
+from ..graphs.sparse_gaussian import SparseGaussian
+
 
 @runtime_checkable
 class ReparametrizedGuide(Protocol):
@@ -38,6 +41,26 @@ class FlowGuide(ReparametrizedGuide, Protocol):
         :param scale_tril: lower triangular, shape ``(latent_dim, latent_dim)``; by default that of a
             new guide.
         :raises ValueError: if the guide cannot have this scale.
+        """
+
+
+@runtime_checkable
+class StructuredGuide(FlowGuide, Protocol):
+    """A guide with the Markov graph of the posterior, of so many latents that no matrix is dense."""
+
+    def markov_graph(self) -> MarkovGraph:
+        """Which coordinates depend on each other given all others, and the order they are drawn in."""
+
+    def start_at_gaussian(self, gaussian: SparseGaussian) -> None:
+        """Becomes a Gaussian with the pattern of the graph, or the nearest that it can be.
+
+        :param gaussian: a Gaussian along the elimination of :meth:`markov_graph`.
+        """
+
+    def missing_dependencies(self, *args: object, **kwargs: object) -> list[str]:
+        """Dependencies of the posterior, in words, that are seen at draws of the guide and not in the graph.
+
+        :param args: the model's arguments, as ``kwargs``.
         """
 
 

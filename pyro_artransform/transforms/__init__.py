@@ -13,6 +13,7 @@ from .chain import ComposedTransform, ConditionalComposedTransform, chain
 from .conditioned import ConditionedUnivariate
 from .flow_module import FlowModule, InverseTransformModule, inverse
 from .meta_protocol import StructuredMeta
+from .partition import PartitionTransform
 from .permute import PermutationTransform
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InverseTransformModule",
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
+    "PartitionTransform",
     "PermutationTransform",
     "StructuredMeta",
     "chain",

@@ -14,7 +14,7 @@ from ..arguments import check_broadcast, check_callable, check_integer
 from .autoregressive_check import StructureCheck
 from .conditioned import SELF_DESCRIBING, ContextMeta
 from .flow_module import ConditionalFlowModule, FlowModule
-from .inversion import at_solution, invert
+from .inversion import at_solution, invert, invert_with_score
 from .meta_protocol import ElementwiseTransform, Meta, StructuredMeta, check_returned
 from .score import by_products as score_by_products
 from .score import by_substitution as score_by_substitution
@@ -76,6 +76,11 @@ class AutoregressiveTransform(FlowModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
         return invert(self.meta, y, self.passes)
+
+    def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._check(y)
+        found = invert_with_score(self.meta, y, score) if self.passes is None else None
+        return super().inverse_and_score(y, score) if found is None else found
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)

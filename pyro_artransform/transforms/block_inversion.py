@@ -86,7 +86,7 @@ def by_blocks(
     depth = len(levels) - 1
     if size is None:
         problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
-        size = block_size(problem, y.device.type)
+        size = blocks.max_levels or block_size(problem, y.device.type)
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)

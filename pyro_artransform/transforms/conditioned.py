@@ -90,7 +90,10 @@ class ConditionedUnivariate(StructuredMeta):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
-        params = self.conditioner(x) if context is None else self.conditioner(x, context)
+        # what is the same for all rows of a batch is computed once
+        params = self.conditioner.constant() if self.univariate.broadcasts else None
+        if params is None or x.shape[-1:] != params.shape[:1]:
+            params = self.conditioner(x) if context is None else self.conditioner(x, context)
         return self.univariate(params)
 
     def extra_repr(self) -> str:

@@ -86,6 +86,20 @@ class FlowModule(TransformModule):
             log_prob = (back * score.detach()).sum() + back_ladj.sum()
             return y, ladj, torch.autograd.grad(log_prob, point)[0]
 
+    def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`call_and_score` of the inverse.
+
+        :param y: shape ``(*, D)``.
+        :param score: the score of the density of y, shape ``(*, D)``.
+        :return: x and the log-determinant of the inverse, with their graph; and the score of x.
+        """
+        x, ladj = self.inverse_and_ladj(y)
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            back, back_ladj = self.call_and_ladj(point)
+            log_prob = (back * score.detach()).sum() + back_ladj.sum()
+            return x, ladj, torch.autograd.grad(log_prob, point)[0]
+
     @property
     def inv(self) -> "FlowModule":
         """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
@@ -168,6 +182,12 @@ class InverseTransformModule(FlowModule):
 
     def inverse_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform.call_and_ladj(x)
+
+    def call_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.inverse_and_score(y, score)
+
+    def inverse_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.call_and_score(x, score)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The log-determinant at x, whose value y saves inverting, shape ``(*,)``."""

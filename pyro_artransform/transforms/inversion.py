@@ -21,6 +21,8 @@ each. Both are exact after as many passes as the graph is deep, and no pass is k
 2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +30,11 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import values_can_be_read
+from ..conditioners import Evaluation
+from ..univariate import Univariate
 from .block_inversion import by_blocks, largest
 from .meta_protocol import Meta, StructuredMeta, check_returned
-from .value_and_ladj import expand_ladj, inverse_and_ladj
+from .value_and_ladj import call_and_ladj, expand_ladj, inverse_and_ladj
 from .warn import warn_user
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing
@@ -56,7 +60,41 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
         else:
             x, ladj = by_blocks(structured.family, blocks, y.detach())
             point = x
-    return _with_gradient(meta, point, y, (x, ladj)) if torch.is_grad_enabled() else (x, ladj)
+    if not torch.is_grad_enabled():
+        return x, ladj
+    evaluation = None if blocks is None else blocks.evaluation()
+    if evaluation is not None:
+        return _with_known_gradient(structured.family, evaluation, y, (x, ladj))
+    return _with_gradient(meta, point, y, (x, ladj))
+
+
+def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The exact inverse, its log-determinant and the score of x, where those of y are known.
+
+    :param score: the score of the density of y, shape ``(*, D)``; that of x is without a graph.
+    :return: None if the meta does not keep what its gradients need.
+    """
+    if not (isinstance(meta, StructuredMeta) and values_can_be_read(y)) or meta.batch_shape:
+        return None
+    with torch.no_grad():
+        blocks = meta.blocks(y, in_place=True)
+        if blocks is None:
+            return None
+        values = by_blocks(meta.family, blocks, y.detach())
+        evaluation = blocks.evaluation()
+    if evaluation is None:
+        return None
+    with torch.enable_grad():
+        point = values[0].detach().requires_grad_()
+        params = evaluation.params.detach().reshape(*y.shape, -1).requires_grad_()
+        back, back_ladj = call_and_ladj(meta.family(params), point)
+        log_prob = (back * score.detach()).sum() + back_ladj.sum()
+        own, weights = torch.autograd.grad(log_prob, [point, params])
+    rows = weights.reshape(-1, *weights.shape[-2:])
+    new_score = own + evaluation.pull_back(rows).reshape(own.shape)
+    if torch.is_grad_enabled():
+        values = _with_known_gradient(meta.family, evaluation, y, values)
+    return *values, new_score
 
 
 def _unrolled(meta: Meta, y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +183,22 @@ def _with_gradient(
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or _reaches_other_leaves(out, ladj, point)):
         return values
-    return _Implicit.apply(out, ladj, point, *values)
+    return _Implicit.apply(out, ladj, *values, partial(_solve, out, ladj, point))
+
+
+def _with_known_gradient(
+    family: Univariate, evaluation: Evaluation, y: Tensor, values: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The values of an inverse with a graph, of which the conditioner knows its part."""
+    params = evaluation.params.reshape(*y.shape, -1)
+    if not params.requires_grad:
+        if not y.requires_grad:
+            return values
+        params = params.detach().requires_grad_()
+    out, ladj = inverse_and_ladj(family(params), y)
+    ladj = ladj.sum(-1)
+    solve = partial(_solve_by_evaluation, evaluation, params, out, ladj)
+    return _Implicit.apply(out, ladj, *values, solve)
 
 
 def _reaches_other_leaves(out: Tensor, ladj: Tensor, point: Tensor) -> bool:
@@ -167,9 +220,14 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, ladj: Tensor, point: Tensor, x: Tensor, ladj_at_x: Tensor
+        ctx: Any,
+        out: Tensor,
+        ladj: Tensor,
+        x: Tensor,
+        ladj_at_x: Tensor,
+        solve: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        ctx.graph = out, ladj, point
+        ctx.solve = solve
         return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
 
     @staticmethod
@@ -179,8 +237,27 @@ class _Implicit(torch.autograd.Function):
                 "the gradient of an inverse cannot be differentiated again (create_graph=True). "
                 "Inside a torch.func transform, such as torch.func.hessian, it can"
             )
-        out, ladj, point = ctx.graph
-        return _solve(out, ladj, point, g_out, g_ladj), g_ladj, None, None, None
+        return ctx.solve(g_out, g_ladj), g_ladj, None, None, None
+
+
+def _solve_by_evaluation(
+    evaluation: Evaluation,
+    params: Tensor,
+    out: Tensor,
+    ladj: Tensor,
+    g_out: Tensor,
+    g_ladj: Tensor,
+) -> Tensor:
+    """The adjoint of the fixed point by the structure of the graph."""
+    shape = (-1, *params.shape[-2:])
+    right = g_out.reshape(-1, g_out.shape[-1])
+    if ladj.requires_grad and bool(g_ladj.any()):
+        (weights,) = torch.autograd.grad(ladj, params, g_ladj, retain_graph=True, allow_unused=True)
+        if weights is not None:
+            right = right + evaluation.pull_back(weights.reshape(shape))
+    ones = torch.ones_like(out)
+    (slopes,) = torch.autograd.grad(out, params, ones, retain_graph=True)
+    return evaluation.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
 
 
 def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor) -> Tensor:

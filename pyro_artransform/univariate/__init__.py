@@ -10,6 +10,7 @@ from .affine import (
     GatedAffine,
     GatedAffineTransform,
     MonotonicAffineTransform,
+    Standardizing,
 )
 from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
 from .hinged import Hinged, HingedTransform
@@ -31,6 +32,7 @@ __all__ = [
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
     "RationalQuadraticSpline",
+    "Standardizing",
     "Univariate",
     "soft_bound",
     "split_params",

@@ -81,6 +81,37 @@ class Affine(Univariate):
         return MonotonicAffineTransform(shift, scale, bound=self.bound)
 
 
+class Standardizing(Univariate):
+    r"""The affine family read the other way: what takes a location and a log-scale away.
+
+    .. math:: y = (x - \text{location}) \exp(-b(\text{scale}))
+
+    Its inverse has the location and the scale of a conditional distribution.
+
+    :param bound: the bound of the log-scale.
+    :raises ValueError: if ``bound`` is not positive and finite.
+
+    Example::
+
+        >>> transform = Standardizing()(torch.zeros(32, 5, 2))
+        >>> transform(torch.randn(32, 5)).shape
+        torch.Size([32, 5])
+    """
+
+    num_params = 2
+
+    def __init__(self, *, bound: float = 3.0) -> None:
+        super().__init__()
+        self.bound = check_positive("bound", bound)
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+    def forward(self, params: Tensor) -> ElementwiseTransform:
+        location, scale = unbind_params(params, 2)
+        return MonotonicAffineTransform(location, scale, bound=self.bound).inv
+
+
 class AdditiveTransform(ElementwiseTransform):
     r"""A shift: :math:`y = x + \text{shift}`.
 

@@ -162,6 +162,8 @@ class Univariate(nn.Module):
 
     #: The number of parameters of each coordinate, P.
     num_params: int
+    #: Whether parameters of shape ``(D, P)`` make a transform of x of any shape ``(*, D)``.
+    broadcasts: bool = False
 
     def forward(self, params: Tensor) -> Transform:
         """The member of the family that has these parameters.

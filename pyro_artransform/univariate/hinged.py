@@ -58,26 +58,27 @@ class HingedTransform(ElementwiseTransform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(x.dtype).max ** 0.4  # u * u must not overflow
-        ladjs = []
+        square, slopes = x.new_full((), self.width**2), []
         for log_slope, side, knot in self._hinges:
             k = 0.5 * torch.expm1(log_slope)
             u = (side * x - knot).clamp(-large, large)
-            root = torch.sqrt(u * u + self.width**2)
-            x = x + side * k * (u + root)
-            ladjs.append(torch.log1p(k * (1 + u / root)))
-        return x, reduce(torch.add, ladjs)
+            root = torch.addcmul(square, u, u).sqrt()
+            x = torch.addcmul(x, k, u + root, value=side)
+            slopes.append(torch.addcmul(1 + k, k, u / root))
+        # one logarithm: it costs more than all else of a hinge
+        return x, reduce(torch.mul, slopes).log()
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(y.dtype).max ** 0.4
-        ladjs = []
+        square, slopes = y.new_full((), self.width**2), []
         for log_slope, side, knot in reversed(self._hinges):
             k, slope = 0.5 * torch.expm1(log_slope), log_slope.exp()
             v = (side * y - knot).clamp(-large, large)
-            change = -k / slope * (v + torch.sqrt(v * v + slope * self.width**2))
+            change = -k / slope * (v + torch.addcmul(slope * square, v, v).sqrt())
             y = y + side * change
             u = v + change
-            ladjs.append(-torch.log1p(k * (1 + u / torch.sqrt(u * u + self.width**2))))
-        return y, reduce(torch.add, ladjs)
+            slopes.append(torch.addcmul(1 + k, k, u / torch.addcmul(square, u, u).sqrt()))
+        return y, -reduce(torch.mul, slopes).log()
 
 
 class Hinged(Univariate):
@@ -109,6 +110,7 @@ class Hinged(Univariate):
         self.width = check_positive("width", width)
         self.bound = 3.0 / len(self.knots)
         self.num_params = 2 * len(self.knots)
+        self.broadcasts = True
 
     def extra_repr(self) -> str:
         return f"knots={self.knots}, width={self.width}"

@@ -6,7 +6,7 @@ import pytest
 from pyro.distributions import transforms
 
 from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
-from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF, AutoStructuredFlow
 from pyro_artransform.transforms import chain
 from tests.guides import models
 
@@ -21,6 +21,10 @@ GUIDES = {
     ),
     "chain": lambda model, **o: AutoAutoregressive(
         model, flow=lambda d: chain([iaf(d, 1, 8), maf(d, 1, 8)]), **o
+    ),
+    "structured": lambda model, **o: AutoStructuredFlow(model, hidden_dim=4, **o),
+    "two structured": lambda model, **o: AutoStructuredFlow(
+        model, hidden_dim=4, num_transforms=2, **o
     ),
     "diagonal": lambda model, **o: AutoIAF(model, hidden_dims=8, full_rank=False, **o),
 }

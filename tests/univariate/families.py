@@ -9,12 +9,14 @@ from pyro_artransform.univariate import (
     Hinged,
     MonotoneNeural,
     RationalQuadraticSpline,
+    Standardizing,
 )
 
 FAMILIES = {
     "affine": Affine,
     "affine, narrow": lambda: Affine(bound=0.5),
     "additive": Additive,
+    "standardizing": Standardizing,
     "gated": GatedAffine,
     "gated, half open": lambda: GatedAffine(gate_bias=0.0),
     "hinged": Hinged,

@@ -25,7 +25,7 @@ from ..initialization.gaussians import (
     concatenate,
     elbos,
     evaluate_density,
-    fit_mean_field,
+    fit_independent,
 )
 from ..initialization.search import GaussianSearch
 
@@ -67,9 +67,9 @@ class GradientSearch:
         own, far, signs = ends[0], ends[kept], signs[[k - 1 for k in kept]]
         moved = far[:, None] + signs[:, None] * (draws - own)
         gain = (evaluate_density(density, moved) - base)[:, base.isfinite()].mean(-1)
-        scale_tril = signs[:, :, None] * around.scale_tril * signs[:, None]
-        gaussians = Gaussians(far + signs * (around.loc - own), scale_tril)
-        fitted = self._fit(far, draws.std(0))
+        mirrored = around.mirrored(signs)
+        gaussians = Gaussians(far - signs * own + mirrored.loc, mirrored.scale_tril)
+        fitted = self._fit(far, draws.std(0), around.is_independent)
         noise = antithetic_noise(far, self.initialization.num_rough)
         log_masses = torch.cat([log_evidence + gain, elbos(density, fitted, noise)])
         least = log_evidence + math.log(config.max_lost * config.min_counted)
@@ -101,7 +101,7 @@ class GradientSearch:
 
     def _far(self, ends: Tensor, values: Tensor, around: Gaussians) -> list[int]:
         """The highest of the ends that are far from the first one, and from each other."""
-        units = torch.linalg.solve_triangular(around.scale_tril[0], ends.mT, upper=False).mT
+        units = around.units(ends[None])[0]
         kept = [0]
         for i in values.argsort(descending=True).tolist():
             distances = (units[kept] - units[i]).square().sum(-1)
@@ -109,12 +109,13 @@ class GradientSearch:
                 kept.append(i)
         return kept[1 : self.config.num_far + 1]
 
-    def _fit(self, points: Tensor, sd: Tensor) -> Gaussians:
+    def _fit(self, points: Tensor, sd: Tensor, is_independent: bool) -> Gaussians:
         """Mean-field fits from points, in the units of the guide's draws."""
 
         def log_density(units: Tensor) -> Tensor:
             return self.log_density(units * sd)
 
         count = 1 if self.log_density.strategy == "loop" else len(points)
-        loc, scale_tril = fit_mean_field(log_density, points[:count] / sd, self.initialization)
-        return Gaussians(loc * sd, sd[:, None] * scale_tril)
+        loc, scale = fit_independent(log_density, points[:count] / sd, self.initialization)
+        scale = sd * scale
+        return Gaussians(loc * sd, scale if is_independent else torch.diag_embed(scale))

@@ -28,6 +28,8 @@ from .gradient_search import GradientSearch
 
 # so many turns leave the density of an angle as it is, and that of any proper prior not
 _TURNS = (1.0, -32.0)
+# numbers of points that are evaluated at once: 64 MB in double precision
+_MOST_VALUES = 2**23
 # nats, to which round-off is added
 _TURN_TOLERANCE = 1e-3
 
@@ -73,22 +75,32 @@ class MissedModeSearch:
             return MissedModes(look="none")
         is_circular = _find_circular(self.log_density, draws)
         draws = _fold(draws, is_circular)
-        around = _fit_gaussian(draws, config.heavy_inflation)
+        around = _fit_gaussian(draws, config.heavy_inflation, config.max_dense_dim)
         afar = self._points_afar(around)
         found_afar, look = self._climb(afar), "curvature"
         if found_afar is None:
             found_afar, look = self._climb_by_gradients(afar, draws, around, log_evidence)
         modes = self._distinct(modes, found_afar, around.loc[0], is_circular)
-        found = self.weigh_heavy_tailed(around, modes, is_circular)
-        reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
-        if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
+        found = self._reliable_weights(around, modes, is_circular)
+        if found is not None and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
             # draws do not find the mass that the curvature of these modes suggests
             modes = None if modes is None else modes.take(slice(config.max_modes, None))
         share, count = 0.0, 0
         if modes is not None:
             share, count = self._lost(draws, modes, log_evidence, is_circular)
-        log_z = found.log_evidence if reliable else math.nan
-        return MissedModes(log_z, found.log_evidence_se, share, count, look)
+        if found is None:
+            return MissedModes(lost_mass=share, num_lost=count, look=look)
+        return MissedModes(found.log_evidence, found.log_evidence_se, share, count, look)
+
+    def _reliable_weights(
+        self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None
+    ) -> Importance | None:
+        """The weights of heavy-tailed draws; None where they say nothing."""
+        if around.is_independent:
+            return None
+        found, config = self.weigh_heavy_tailed(around, modes, is_circular), self.config
+        reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
+        return found if reliable else None
 
     def _points_afar(self, around: Gaussians) -> Tensor:
         """Points of finite density far outside of a Gaussian.
@@ -103,7 +115,7 @@ class MissedModeSearch:
         noise = torch.randn_like(around.loc.expand(screened, -1))
         far = noise.new_tensor(config.far)
         far = far.repeat(math.ceil(screened / len(far)))[:screened, None]
-        points = around.loc + far * noise @ around.scale_tril[0].T
+        points = around.loc + around.deviations(far * noise)[0]
         images = torch.cat([-around.loc, 2 * density.start - around.loc])
         values = evaluate_density(density, points)
         points, values = points[values.isfinite()], values[values.isfinite()]
@@ -203,9 +215,9 @@ class MissedModeSearch:
         noise = torch.randn_like(draws)
         gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], degrees)).sample()
         noise = noise * (degrees / gamma).sqrt()
-        for k, scale_tril in enumerate(mixture.scale_tril):
+        for k in range(count):
             # a scale for each draw would take their number times D^2 of memory
-            draws[which == k] += noise[which == k] @ scale_tril.mT
+            draws[which == k] += mixture.take([k]).deviations(noise[which == k])[0]
         half = 0.5 * (degrees + dim)
         constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
         constant -= 0.5 * dim * math.log(degrees * math.pi)
@@ -218,10 +230,12 @@ class MissedModeSearch:
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
 
 
-def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
-    """The Gaussian of the mean and covariance of draws, widened."""
+def _fit_gaussian(draws: Tensor, inflation: float, max_dense_dim: int) -> Gaussians:
+    """The Gaussian of the mean and covariance of draws, widened; of many coordinates, of their sds."""
     centered = draws - draws.mean(0)
     sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    if len(sd) > max_dense_dim:
+        return Gaussians(draws.mean(0)[None], inflation * sd[None])
     scaled = centered / sd
     covariance = scaled.T @ scaled / (len(draws) - 1)
     jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
@@ -231,9 +245,8 @@ def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
 
 def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
     """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = _shortest(points - gaussians.loc[:, None], is_circular).mT
-    units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)
-    return (units**2).mean(-2)
+    away = _shortest(points - gaussians.loc[:, None], is_circular)
+    return (gaussians.units(away) ** 2).mean(-1)
 
 
 def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
@@ -249,10 +262,13 @@ def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
     for turns in _TURNS:
         if not len(within):
             return None
-        shifts = torch.zeros_like(points.expand(len(within), -1))
-        shifts.scatter_(1, within[:, None], 2 * math.pi * turns)
-        change = evaluate_density(log_density, points + shifts) - value
-        within = within[change.abs() <= tolerance]
+        kept = []
+        for some in within.split(max(_MOST_VALUES // points.shape[-1], 1)):
+            shifts = torch.zeros_like(points.expand(len(some), -1))
+            shifts.scatter_(1, some[:, None], 2 * math.pi * turns)
+            change = evaluate_density(log_density, points + shifts) - value
+            kept.append(some[change.abs() <= tolerance])
+        within = torch.cat(kept)
     if not len(within):
         return None
     is_circular = torch.zeros_like(draws[0], dtype=torch.bool)

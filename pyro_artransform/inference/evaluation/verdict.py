@@ -4,7 +4,7 @@
 """The evaluation of a posterior: numbers from all data or from mini-batches, and a verdict in words."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from ..initialization.gaussians import Modes
 from ..objectives.minibatch_elbo import MinibatchObjective, PassEstimate
 from .missed_modes import MissedModes, MissedModeSearch
 
+# of missing dependencies in a verdict
+_MOST_NAMED = 5
 # enough to see that all draws of a site are the same
 _NUM_POINT_DRAWS = 8
 _POINT = (
@@ -70,6 +72,7 @@ class FitStatus(NamedTuple):
     :param is_point: whether the guide is a single value at some site.
     :param is_subsampled: whether the model draws mini-batches of its data itself.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
+    :param missing: dependencies of the posterior that the guide's graph has not, in words.
     """
 
     skipped_share: float = 0.0
@@ -78,6 +81,7 @@ class FitStatus(NamedTuple):
     is_point: bool = False
     is_subsampled: bool = False
     mixes_draws: bool = False
+    missing: tuple[str, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -127,10 +131,12 @@ def evaluate(
     # the weights of mini-batches are noise, and draws for them come one at a time
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, log_weights, strategy = [], [], subject.log_joint.strategy
+    most = max(config.max_kept // subject.log_joint.latents.latent_dim, 2)
     for chunk in subject.weighted_draws(count):
         log_weights.append(chunk.log_weights)
         if chunk.latent is not None:
-            latents.append(chunk.latent)
+            most -= len(kept := chunk.latent[:most])
+            latents.append(kept.clone())
     found, missed, is_point = Importance.from_log_weights(torch.cat(log_weights)), None, False
     if latents:
         draws = torch.cat(latents)
@@ -182,6 +188,8 @@ def judge(
     if status.skipped_share > config.max_skipped:
         share = f"{100 * status.skipped_share:.0f} % of the steps had to be skipped"
         objections.append(f"{share}, since the loss or its gradient was not finite")
+    if status.missing:
+        objections.append(_about_missing(status.missing))
     if status.is_point or status.is_subsampled:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
@@ -194,6 +202,16 @@ def judge(
     if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, _about_success(weights, missed) + note)
+
+
+def _about_missing(missing: Sequence[str]) -> str:
+    more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+    return (
+        "the guide's graph lacks dependencies that the model has where the posterior is: "
+        f"{', '.join(missing[:_MOST_NAMED])}{more}. They were switched off where the guide looked: "
+        "make it anew with an init_loc_fn of values where they are on, such as "
+        "init_to_value(values=guide.median()), or use AutoIAF"
+    )
 
 
 def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:

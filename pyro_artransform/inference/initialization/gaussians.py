@@ -40,10 +40,19 @@ _SETTLED, _CONVERGED = 1e-6, 1e-3
 
 
 class Gaussians(NamedTuple):
-    """S Gaussians: ``loc`` of shape ``(S, D)``, ``scale_tril`` of shape ``(S, D, D)``."""
+    """S Gaussians: ``loc`` of shape ``(S, D)``, ``scale_tril`` of shape ``(S, D, D)``.
+
+    Where there are too many coordinates for matrices, ``scale_tril`` is the standard deviations of
+    independent coordinates, shape ``(S, D)``.
+    """
 
     loc: Tensor
     scale_tril: Tensor
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether there are standard deviations alone."""
+        return self.scale_tril.dim() == 2
 
     def take(self, index: Tensor | list[int] | slice) -> "Gaussians":
         """Those at an index."""
@@ -51,12 +60,35 @@ class Gaussians(NamedTuple):
 
     def log_volume(self) -> Tensor:
         """The log-determinants of the scales, shape ``(S,)``."""
-        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        scale = self.scale_tril
+        return (scale if scale.dim() == 2 else scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
 
     def diagonal(self) -> "Gaussians":
         """The independent Gaussians nearest in KL(q|p): of the same conditional deviations."""
         precision = torch.cholesky_inverse(self.scale_tril).diagonal(dim1=-2, dim2=-1)
         return Gaussians(self.loc, torch.diag_embed(precision.rsqrt()))
+
+    def deviations(self, noise: Tensor) -> Tensor:
+        """The deviations from the means that standard normal noise of shape ``(*, n, D)`` makes.
+
+        :return: shape ``(S, n, D)``.
+        """
+        if self.is_independent:
+            return noise * self.scale_tril[:, None]
+        return noise @ self.scale_tril.mT
+
+    def units(self, away: Tensor) -> Tensor:
+        """The noise that makes deviations of shape ``(S, n, D)`` from the means, of this shape."""
+        if self.is_independent:
+            return away / self.scale_tril[:, None]
+        return torch.linalg.solve_triangular(self.scale_tril, away.mT, upper=False).mT
+
+    def mirrored(self, signs: Tensor) -> "Gaussians":
+        """One Gaussian with the signs of some coordinates changed, for S rows of signs ``(S, D)``."""
+        scale = self.scale_tril
+        if self.is_independent:
+            return Gaussians(signs * self.loc, scale.expand_as(signs))
+        return Gaussians(signs * self.loc, signs[:, :, None] * scale * signs[:, None])
 
 
 class Modes(NamedTuple):
@@ -93,7 +125,7 @@ def antithetic_noise(like: Tensor, count: int) -> Tensor:
 
 def elbos(log_density: Density, gaussians: Gaussians, noise: Tensor) -> Tensor:
     """The ELBO of each Gaussian on common noise ``(K, D)``; ``-inf`` where it is not finite."""
-    draws = gaussians.loc[:, None] + noise @ gaussians.scale_tril.mT
+    draws = gaussians.loc[:, None] + gaussians.deviations(noise)
     entropy = 0.5 * (noise**2).sum(-1).mean() + 0.5 * noise.shape[-1] * math.log(2 * math.pi)
     return evaluate_density(log_density, draws).mean(-1) + gaussians.log_volume() + entropy
 
@@ -106,9 +138,17 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-@torch.enable_grad()
 def fit_mean_field(log_density: Density, points: Tensor, config: InitializationConfig) -> Gaussians:
     """Independent Gaussians fitted by a few steps of Adam from each point of shape ``(S, D)``."""
+    loc, sd = fit_independent(log_density, points, config)
+    return Gaussians(loc, torch.diag_embed(sd))
+
+
+@torch.enable_grad()
+def fit_independent(
+    log_density: Density, points: Tensor, config: InitializationConfig
+) -> tuple[Tensor, Tensor]:
+    """:func:`fit_mean_field` as means and standard deviations, both of shape ``(S, D)``."""
     loc = points.detach().clone().requires_grad_()
     log_scale = torch.full_like(loc, config.narrow_scale).log().detach().requires_grad_()
     adam = torch.optim.Adam([loc, log_scale], config.mean_field_step_size, config.mean_field_betas)
@@ -125,7 +165,7 @@ def fit_mean_field(log_density: Density, points: Tensor, config: InitializationC
         log_scale.grad = torch.where(usable, by_scale, 0.0)
         adam.step()
         schedule.step()
-    return Gaussians(loc.detach(), torch.diag_embed(log_scale.detach().exp()))
+    return loc.detach(), log_scale.detach().exp()
 
 
 def climb(
@@ -165,7 +205,7 @@ def climb_by_gradients(
     """Climbs from each point without Hessians: uphill in the units of a Gaussian.
 
     :param points: where to start, shape ``(S, D)``, each with a finite density.
-    :param scale_tril: the scale of the Gaussian, shape ``(D, D)``.
+    :param scale_tril: the scale of the Gaussian, shape ``(D, D)``, or ``(D,)`` where it is diagonal.
     :return: the ends, shape ``(S, D)``, and the log-density there, shape ``(S,)``.
     """
     for _ in range(max_steps):
@@ -174,7 +214,9 @@ def climb_by_gradients(
             value = log_density(points)
             (gradient,) = torch.autograd.grad(value.sum(), points)
         usable = gradient.isfinite().all(-1, keepdim=True)
-        steps = torch.where(usable, gradient, 0.0) @ scale_tril @ scale_tril.mT
+        steps = torch.where(usable, gradient, 0.0)
+        is_diagonal = scale_tril.dim() == 1
+        steps = steps * scale_tril**2 if is_diagonal else steps @ scale_tril @ scale_tril.mT
         points, gain = _search_line(log_density, points.detach(), value.detach(), steps)
         if bool((gain < _SETTLED).all()):
             break

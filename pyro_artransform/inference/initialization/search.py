@@ -58,7 +58,7 @@ def find_initial_guide(
     own_elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
     search = GaussianSearch(log_density, model, config)
     best = search.best(center)
-    needed = _upper_bound(ratios, config.min_gain_in_se) + config.min_gain
+    needed = upper_bound(ratios, config.min_gain_in_se) + config.min_gain
     if best is not None:
         chosen, gaussian = best
         if chosen.elbo > needed and search.start_at(gaussian, guide, own_elbo):
@@ -72,7 +72,7 @@ def find_initial_guide(
     )
 
 
-def _upper_bound(ratios: Tensor, num_se: float) -> float:
+def upper_bound(ratios: Tensor, num_se: float) -> float:
     """The mean and so many of its standard errors; the median if it is between: tails are one-sided."""
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)

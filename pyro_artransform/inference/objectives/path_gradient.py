@@ -17,6 +17,8 @@ from ..data.loader import Batch
 from .objective import BatchObjective
 
 _CHUNK = 1024
+# of draws that are held at once: 64 MB in double precision
+_MOST_VALUES = 2**23
 
 
 @dataclass
@@ -90,8 +92,11 @@ class PathObjective(BatchObjective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        z, log_q = self.guide.rsample_and_log_prob(count)
-        return self.log_density(z) - log_q
+        found, most = [], max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        for start in range(0, count, most):
+            z, log_q = self.guide.rsample_and_log_prob(min(most, count - start))
+            found.append(self.log_density(z) - log_q)
+        return torch.cat(found)
 
     @torch.no_grad()
     def log_density(self, z: Tensor) -> Tensor:

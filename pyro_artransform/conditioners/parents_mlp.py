@@ -1,0 +1,236 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A small network for each coordinate, which reads the parents of the coordinate alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from ..arguments import check_callable, check_integer
+from ..graphs.elimination import graph_levels
+from ..graphs.padding import PaddedGroup, padded_groups
+from .base import Conditioner
+from .masked_mlp import ELEMENTWISE
+from .parents_evaluation import ParentsBlocks, with_padding
+
+
+class ParentsMLP(Conditioner):
+    r"""A network of its own for each coordinate, of the coordinates that it depends on.
+
+    .. math::
+
+        \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
+
+    The number of parameters is proportional to the number of edges of the graph. All coordinates with
+    similar numbers of parents are evaluated by one batched product, and the inverse of a transform goes
+    through the graph level by level. L and V start at zero.
+
+    :param parents: for each of the D coordinates those that it depends on, without a cycle.
+    :param num_params: the number P of parameters of each coordinate.
+    :param hidden_dim: the number of hidden units of each coordinate.
+    :param nonlinearity: the activation, by default ``torch.nn.SiLU()``, an elementwise deterministic
+        function, checked as for :class:`~pyro_artransform.conditioners.MaskedMLP`.
+    :param bias: whether there is a b.
+    :raises TypeError: if the nonlinearity is no function.
+    :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are no
+        coordinates.
+
+    Example::
+
+        >>> chain = ParentsMLP([[], [0], [1]], 2, hidden_dim=4)
+        >>> chain(torch.zeros(5, 3)).shape, chain.depth
+        (torch.Size([5, 3, 2]), 3)
+
+    **References**
+
+    1. Inference via Low-Dimensional Couplings (Spantini, Bigoni, Marzouk, 2018),
+       https://arxiv.org/abs/1703.06131
+    """
+
+    autoregressive = True
+    num_params: int
+    depth: int
+    graph: Tensor  # the number of parents of each coordinate, then all parents
+    order: Tensor  # the coordinates by level
+    place: Tensor  # where the outputs of each coordinate are among those of all groups
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        parents: Sequence[Sequence[int]],
+        num_params: int,
+        hidden_dim: int = 8,
+        *,
+        nonlinearity: Callable[[Tensor], Tensor] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dim = check_integer("the number of coordinates", len(parents))
+        self.parents = tuple(map(tuple, parents))
+        self.num_params = check_integer("num_params", num_params)
+        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        wanted = "a function or a module such as torch.nn.SiLU()"
+        activation = nn.SiLU() if nonlinearity is None else nonlinearity
+        self.nonlinearity = check_callable("nonlinearity", activation, wanted)
+        self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
+        level = graph_levels(parents)
+        self.depth = max(level) + 1
+        counts = [len(own) for own in parents]
+        flat = [j for own in parents for j in own]
+        self.register_buffer("graph", torch.tensor([*counts, *flat], dtype=torch.long))
+        self.groups = nn.ModuleList()
+        for group in padded_groups(parents, level):
+            self.groups.append(ParentsGroup(group, self.num_params, self.hidden_dim))
+        self._arrange(level)
+        like = nn.Linear(1, 1).weight  # PyTorch knows where new parameters go
+        zeros = torch.zeros(self.input_dim, self.num_params, dtype=like.dtype, device=like.device)
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
+        self.to(like.device)
+
+    def _arrange(self, level: list[int]) -> None:
+        """The order of coordinates by level, in it by group, and where the outputs of groups are."""
+        of_group = dict[int, int]()
+        for g, group in enumerate(self.all_groups()):
+            of_group.update(dict.fromkeys(group.layout.coordinates, g))
+        order = sorted(range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i))
+        self.levels = [0]
+        for k in range(self.depth):
+            self.levels.append(self.levels[-1] + level.count(k))
+        # the outputs of all groups, one after the other, and a row of zeros
+        place, start = [0] * self.input_dim, 0
+        rows = [i for group in self.all_groups() for i in group.layout.coordinates]
+        for start, i in enumerate(rows):
+            place[i] = start
+        for i in set(range(self.input_dim)) - set(rows):
+            place[i] = len(rows)
+        rank = [0] * (self.input_dim + 1)
+        for position, i in enumerate(order):
+            rank[i] = position + 1  # the first row is what padding reads
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("place", torch.tensor(place), persistent=False)
+        ranks = torch.tensor(rank)
+        for group in self.all_groups():
+            group.register_buffer("ranks", ranks[group.parents], persistent=False)
+
+    def all_groups(self) -> list["ParentsGroup"]:
+        found: Any = list(self.groups)
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        graph = state_dict.get(f"{prefix}graph")
+        if graph is not None and not torch.equal(graph.cpu(), self.graph.cpu()):
+            raise RuntimeError("the state dict is of a network of another graph")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_input(x, context)
+        known = with_padding(x.reshape(-1, self.input_dim).T)
+        outputs = [group(known, self.nonlinearity) for group in self.all_groups()]
+        params = self.assembled(outputs, known)
+        params = params if self.bias is None else params + self.bias
+        return params.reshape(x.shape + (self.num_params,))
+
+    def assembled(self, outputs: list[Tensor], like: Tensor) -> Tensor:
+        """The parameters without the bias, shape ``(B, D, P)``, from those of the groups.
+
+        :param outputs: for each group of m coordinates, shape ``(m, P, B)``.
+        :param like: a tensor of shape ``(*, B)``, whose dtype and device are used.
+        """
+        # a row of zeros for coordinates without parents
+        rows = [*outputs, like.new_zeros(1, self.num_params, like.shape[-1])]
+        return torch.cat(rows).index_select(0, self.place).permute(2, 0, 1)
+
+    def blocks(
+        self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
+    ) -> ParentsBlocks | None:
+        """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *self.groups))
+        if type(self).forward is not ParentsMLP.forward or hooked:
+            return None
+        self.check_input(x, context)
+        return ParentsBlocks(self, x, in_place)
+
+    @torch.no_grad()
+    def set_linear(self, k: int, coefficients: Sequence[Tensor]) -> None:
+        """Sets the linear part of the k-th parameter.
+
+        :param coefficients: for each coordinate those of its parents.
+        """
+        for group in self.all_groups():
+            rows = [coefficients[i] for i in group.layout.coordinates]
+            is_parent = group.layout.is_parent.to(group.linear.device)
+            values = torch.zeros_like(group.linear[:, k])
+            values[is_parent] = torch.cat(rows).to(values)
+            group.linear[:, k] = values
+
+    def step_scales(self, sizes: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The sizes of steps by parameter, where those of a coordinate's parameters are of these sizes.
+
+        :param sizes: shape ``(D, P)``.
+        """
+        found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
+        for group in self.all_groups():
+            own = sizes[group.coordinates, :, None]
+            found.update({group.outer: own, group.linear: own})
+        return found
+
+    def check_input(self, x: Tensor, context: Tensor | None) -> None:
+        """Raises a ValueError for an x of another shape or dtype, and for a context."""
+        if torch.jit.is_tracing():
+            return  # sizes are tensors then and cannot be compared
+        if x.shape[-1:] != (self.input_dim,):
+            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
+        if context is not None:
+            raise ValueError(f"context: expected none, got one of shape {tuple(context.shape)}")
+        for parameter in self.parameters():
+            if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"x: expected {parameter.dtype}, the network's own, got {x.dtype}")
+            break
+
+    def extra_repr(self) -> str:
+        sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
+        edges = len(self.graph) - self.input_dim
+        return f"{sizes}, hidden_dim={self.hidden_dim}, num_edges={edges}, depth={self.depth}"
+
+
+class ParentsGroup(nn.Module):
+    """The networks of coordinates with at most k parents each.
+
+    :param layout: the m coordinates, their parents and levels.
+    """
+
+    coordinates: Tensor
+    parents: Tensor
+    ranks: Tensor  # the parents by their place in the order of levels
+
+    def __init__(self, layout: PaddedGroup, num_params: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.layout = layout
+        m, k = layout.parents.shape
+        self.register_buffer("coordinates", torch.tensor(layout.coordinates), persistent=False)
+        self.register_buffer("parents", layout.parents, persistent=False)
+        like = nn.Linear(k, hidden_dim)
+        options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
+        # as PyTorch's linear layers, by the number of parents without padding
+        bound = layout.is_parent.sum(-1).to(**options).rsqrt()[:, None, None]
+        inner = (2 * torch.rand(m, hidden_dim, k, **options) - 1) * bound
+        self.inner = nn.Parameter(inner)
+        self.inner_bias = nn.Parameter((2 * torch.rand(m, hidden_dim, 1, **options) - 1) * bound)
+        self.outer = nn.Parameter(torch.zeros(m, num_params, hidden_dim, **options))
+        self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
+
+    def forward(self, known: Tensor, nonlinearity: Callable[[Tensor], Tensor]) -> Tensor:
+        """The parameters, shape ``(m, P, B)``, from all coordinates and padding, ``(D + 1, B)``."""
+        return self.evaluate(known, self.parents, slice(None), nonlinearity)
+
+    def evaluate(
+        self, known: Tensor, index: Tensor, rows: slice, nonlinearity: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The same of some rows, from the coordinates at an index of shape ``(m, k)``."""
+        x = embedding(index[rows], known)
+        hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
+        return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)

@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Coordinates with lists of parents of similar lengths, padded to one rectangle of indices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+# a level is one rectangle as long as it has at most so many times the entries that are not padding
+_MOST_PADDING = 2
+# ... or so many entries in all: they cost less than a rectangle more
+_FEW_ENTRIES = 256
+
+
+@dataclass(frozen=True)
+class PaddedGroup:
+    """Coordinates with at most ``width`` parents each.
+
+    :param width: the number k of columns.
+    :param coordinates: the m coordinates, sorted by level.
+    :param slices: the rows of each level that is in the group, by level.
+    :param parents: shape ``(m, k)``, padded with the number of all coordinates.
+    :param is_parent: shape ``(m, k)``, what is no padding.
+    """
+
+    width: int
+    coordinates: tuple[int, ...]
+    slices: dict[int, slice]
+    parents: Tensor
+    is_parent: Tensor
+
+
+def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> list[PaddedGroup]:
+    """All coordinates that have parents, in few groups of similar numbers of parents.
+
+    :param parents: for each coordinate its parents.
+    :param level: for each coordinate its level.
+    """
+    by_level: dict[int, list[int]] = {}
+    for i, own in enumerate(parents):
+        if own:
+            by_level.setdefault(level[i], []).append(i)
+    members: dict[int, list[tuple[int, int]]] = {}
+    for k, coordinates in by_level.items():
+        for width, some in _similar(coordinates, parents):
+            members.setdefault(width, []).extend((k, i) for i in some)
+    return [_group(width, sorted(members[width]), parents) for width in sorted(members)]
+
+
+def _similar(
+    coordinates: list[int], parents: Sequence[Sequence[int]]
+) -> list[tuple[int, list[int]]]:
+    """The coordinates of a level by the width of the rectangle that they go into."""
+    counts = [len(parents[i]) for i in coordinates]
+    padded = len(counts) * max(counts)
+    if padded <= max(_MOST_PADDING * sum(counts), _FEW_ENTRIES):
+        return [(_rounded(max(counts)), coordinates)]
+
+    def width(i: int) -> int:
+        return _rounded(len(parents[i]))
+
+    return [(w, list(some)) for w, some in groupby(sorted(coordinates, key=width), width)]
+
+
+def _rounded(count: int) -> int:
+    """The next number of the sequence 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    power = 1 << (count - 1).bit_length()
+    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def _group(
+    width: int, members: list[tuple[int, int]], parents: Sequence[Sequence[int]]
+) -> PaddedGroup:
+    """The group of coordinates with their levels, sorted."""
+    padding, slices, rows, start = len(parents), dict[int, slice](), [], 0
+    for k, some in groupby(members, lambda member: member[0]):
+        count = len(list(some))
+        slices[k] = slice(start, start + count)
+        start += count
+    for _, i in members:
+        rows.append([*parents[i], *[padding] * (width - len(parents[i]))])
+    index = torch.tensor(rows, device="cpu")
+    return PaddedGroup(width, tuple(i for _, i in members), slices, index, index < padding)

@@ -1,0 +1,284 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Gaussians whose precision has the pattern of a graph; nothing is as large as the square of D.
+
+The Cholesky factorization along an elimination gives the conditionals
+
+.. math::
+
+    z_i \mid z_{\mathrm{pa}(i)} \sim N\Bigl(m_i + \sum_j A_{ij} (z_j - m_j), c_i^2\Bigr)
+
+level by level, and a dense Gaussian of the root block. All coordinates of a level are eliminated at once.
+
+**References**
+
+1. Gaussian Markov Random Fields: Theory and Applications (Rue, Held, 2005)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .elimination import Elimination
+from .padding import PaddedGroup, padded_groups
+
+# Of a precision with a diagonal of ones: pivots below the one are round-off, or say that the matrix is
+# not positive definite; the other takes their place, a sd three times the conditional one. By hand.
+_FLAT, _RAISED = {torch.float64: 1e-9, torch.float32: 1e-5}, 0.1
+
+
+class PrecisionPattern:
+    """Where the entries of a symmetric matrix with the pattern of an eliminated graph are stored.
+
+    The entries are a vector ``(num_entries,)``: one for each unordered pair of neighbours in the graph
+    with its fill-in, the diagonal included.
+
+    :param elimination: who is eliminated when.
+    """
+
+    def __init__(self, elimination: Elimination, device: torch.device | None = None) -> None:
+        self.elimination, self.device = elimination, device or torch.device("cpu")
+        dim, root = elimination.input_dim, elimination.root
+        self._base = dim + 1
+        rows = [i for i, own in enumerate(elimination.parents) for _ in own]
+        columns = [j for own in elimination.parents for j in own]
+        index = torch.tensor([rows, columns], dtype=torch.long, device=self.device)
+        every = torch.arange(dim, device=self.device).expand(2, -1)
+        block = torch.combinations(torch.tensor(root, device=self.device)).T
+        self._keys = self._key(torch.cat([index, every, block], 1)).unique()
+        self.num_entries = len(self._keys)
+        self.root = torch.tensor(root, device=self.device)
+        alone = {i for i, own in enumerate(elimination.parents) if not own} - set(root)
+        #: coordinates without parents that are not in the root block
+        self.alone = torch.tensor(sorted(alone), dtype=torch.long, device=self.device)
+        #: groups of coordinates, with their parents, on the device
+        self.groups: list[tuple[PaddedGroup, Tensor, Tensor]] = []
+        for group in padded_groups(elimination.parents, elimination.level):
+            coordinates = torch.tensor(group.coordinates, device=self.device)
+            self.groups.append((group, coordinates, group.parents.to(self.device)))
+
+    def _key(self, pairs: Tensor) -> Tensor:
+        return pairs.amin(0) * self._base + pairs.amax(0)
+
+    def index(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Where the entries of pairs are; ``num_entries`` for padding.
+
+        :raises ValueError: if there is a pair that the pattern has not.
+        """
+        key = self._key(torch.stack(torch.broadcast_tensors(rows, columns)))
+        found = torch.searchsorted(self._keys, key).clamp_max(self.num_entries - 1)
+        is_padding = (rows >= self._base - 1) | (columns >= self._base - 1)
+        if bool(((self._keys[found] != key) & ~is_padding).any()):
+            raise ValueError("expected pairs of the pattern, got others")
+        return torch.where(is_padding, self.num_entries, found)
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """Where the diagonal is, shape ``(D,)``."""
+        every = torch.arange(self._base - 1, device=self.device)
+        return self.index(every, every)
+
+    def from_pairs(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        """A matrix by its entries at unordered pairs, each given once, all others zero."""
+        entries = values.new_zeros(self.num_entries)
+        return entries.index_put((self.index(rows, columns),), values)
+
+    def pairs(self) -> Tensor:
+        """The pairs of all entries, shape ``(2, num_entries)``."""
+        return torch.stack([self._keys // self._base, self._keys % self._base])
+
+    def slices(self, level: int) -> list[tuple[int, slice]]:
+        """The groups with coordinates of a level, and their rows in them."""
+        return [
+            (g, group.slices[level])
+            for g, (group, _, _) in enumerate(self.groups)
+            if level in group.slices
+        ]
+
+    @property
+    def num_levels(self) -> int:
+        """The number of levels, the root block included."""
+        return len(self.elimination.levels)
+
+
+@dataclass(frozen=True)
+class SparseGaussian:
+    """A Gaussian by its conditionals along an elimination.
+
+    :param pattern: the order and the parents.
+    :param loc: the mean m, shape ``(D,)``.
+    :param coefficients: for each group of the pattern the coefficients A, shape ``(m, k)``.
+    :param scale: the conditional sds c, shape ``(D,)``; of no meaning in the root block.
+    :param root_tril: the lower-triangular scale of the root block, shape ``(R, R)``.
+    """
+
+    pattern: PrecisionPattern
+    loc: Tensor
+    coefficients: list[Tensor]
+    scale: Tensor
+    root_tril: Tensor
+
+    @classmethod
+    def from_precision(
+        cls, pattern: PrecisionPattern, loc: Tensor, precision: Tensor
+    ) -> "SparseGaussian":
+        """The Gaussian of a precision, whose pivots are raised where they are not positive.
+
+        :param loc: shape ``(D,)``.
+        :param precision: its entries in the pattern, shape ``(num_entries,)``.
+        """
+        diagonal = precision[pattern.diagonal]
+        # a coordinate without curvature keeps the unit of the space
+        floor = diagonal.abs().amax() * torch.finfo(diagonal.dtype).eps
+        unit = torch.where(diagonal.abs() > floor, diagonal.abs(), 1.0).rsqrt()
+        rows, columns = pattern.pairs()
+        entries = torch.cat([precision * unit[rows] * unit[columns], precision.new_zeros(1)])
+        scale = torch.ones_like(loc)
+        coefficients = [
+            torch.zeros_like(parents, dtype=loc.dtype) for _, _, parents in pattern.groups
+        ]
+        units = torch.cat([unit, unit.new_ones(1)])
+        for level in range(pattern.num_levels - 1, 0, -1):
+            for g, part in pattern.slices(level):
+                _, coordinates, parents = pattern.groups[g]
+                own, above = coordinates[part], parents[part]
+                pivot = _raised(entries[pattern.diagonal[own]])
+                row = entries[pattern.index(own[:, None], above)]
+                coefficient = -row / pivot[:, None]
+                _subtract(pattern, entries, above, row, pivot)
+                coefficients[g][part] = coefficient * unit[own, None] / units[above]
+                scale[own] = unit[own] * pivot.rsqrt()
+        alone = pattern.alone
+        scale[alone] = unit[alone] * _raised(entries[pattern.diagonal[alone]]).rsqrt()
+        root_tril = _dense_tril(pattern, entries, unit)
+        return cls(pattern, loc, coefficients, scale, root_tril)
+
+    def at(self, loc: Tensor) -> "SparseGaussian":
+        """The same Gaussian with another mean, shape ``(D,)``."""
+        return SparseGaussian(self.pattern, loc, self.coefficients, self.scale, self.root_tril)
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """Draws from standard normal noise, both of shape ``(n, D)``."""
+        return self.loc + self._downwards(noise)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """The solution x of ``precision @ x = right``, both of shape ``(D,)``."""
+        w = torch.cat([right, right.new_zeros(1)])
+        for level in range(self.pattern.num_levels - 1, 0, -1):
+            for g, part in self.pattern.slices(level):
+                _, coordinates, parents = self.pattern.groups[g]
+                moved = self.coefficients[g][part] * w[coordinates[part], None]
+                w.index_add_(0, parents[part].reshape(-1), moved.reshape(-1))
+                w[-1] = 0.0
+        root = self.pattern.root
+        noise = w[:-1] * self.scale
+        noise[root] = w[root] @ self.root_tril
+        return self._downwards(noise[None])[0]
+
+    def _downwards(self, noise: Tensor) -> Tensor:
+        """Deviations from the mean, level by level, shape ``(n, D)``."""
+        pattern, root = self.pattern, self.pattern.root
+        # the last row is what padding reads
+        z = noise.new_zeros(noise.shape[1] + 1, len(noise))
+        z[:-1] = (noise * self.scale).T
+        z[root] = self.root_tril @ noise.T[root]
+        for level in range(1, pattern.num_levels):
+            for g, part in pattern.slices(level):
+                _, coordinates, parents = pattern.groups[g]
+                mean = (self.coefficients[g][part][:, None] @ z[parents[part]])[:, 0]
+                z[coordinates[part]] += mean
+        return z[:-1].T
+
+    def entropy(self) -> Tensor:
+        """The entropy in nats."""
+        log_scale = self.scale.log()
+        is_root = torch.zeros_like(log_scale, dtype=torch.bool)
+        is_root[self.pattern.root] = True
+        total = log_scale.masked_fill(is_root, 0.0).sum() + self.root_tril.diagonal().log().sum()
+        return total + 0.5 * len(self.loc) * (1 + math.log(2 * math.pi))
+
+    @cached_property
+    def sd(self) -> Tensor:
+        """The marginal sds, shape ``(D,)``."""
+        return self.covariance[self.pattern.diagonal].sqrt()
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """The entries of the covariance in the pattern, and a zero that padding reads.
+
+        They follow level by level, by the recursion of Takahashi, Fagan and Chen (1973).
+        """
+        pattern = self.pattern
+        covariance = self.loc.new_zeros(pattern.num_entries + 1)
+        root, dense = pattern.root, self.root_tril @ self.root_tril.T
+        covariance[pattern.index(root[:, None], root)] = dense
+        covariance[pattern.diagonal[pattern.alone]] = self.scale[pattern.alone] ** 2
+        for level in range(1, pattern.num_levels):
+            for g, part in pattern.slices(level):
+                _, coordinates, parents = pattern.groups[g]
+                own, above, a = coordinates[part], parents[part], self.coefficients[g][part]
+                among = covariance[pattern.index(above[:, :, None], above[:, None])]
+                across = (a[:, None] @ among)[:, 0]
+                covariance[pattern.index(own[:, None], above)] = across
+                covariance[-1] = 0.0
+                covariance[pattern.diagonal[own]] = (across * a).sum(-1) + self.scale[own] ** 2
+        return covariance
+
+    def given(self, parents: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
+        """The regressions of coordinates on some of their parents alone.
+
+        :param parents: for each coordinate, a part of its parents in the pattern.
+        :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.
+        """
+        found = [self.loc.new_zeros(0)] * len(parents)
+        scale, pattern = self.scale.clone(), self.pattern
+        for g, (group, _, _) in enumerate(pattern.groups):
+            for row, i in enumerate(group.coordinates):
+                full = pattern.elimination.parents[i]
+                found[i] = self.coefficients[g][row, : len(full)]
+                if len(parents[i]) < len(full):
+                    found[i], scale[i] = self._regression(i, parents[i])
+        return found, scale
+
+    def _regression(self, i: int, on: Sequence[int]) -> tuple[Tensor, Tensor]:
+        pattern, covariance = self.pattern, self.covariance
+        own, others = (torch.tensor(x, device=pattern.device) for x in ([i], list(on)))
+        among = covariance[pattern.index(others[:, None], others)]
+        across = covariance[pattern.index(own, others)]
+        coefficients = torch.linalg.solve(among, across) if len(on) else across
+        variance = covariance[pattern.index(own, own)][0] - coefficients @ across
+        return coefficients, variance.clamp_min(0).sqrt()
+
+
+def _raised(pivots: Tensor) -> Tensor:
+    """Pivots of a matrix with a diagonal of ones, those that are not positive raised."""
+    return torch.where(pivots > _FLAT.get(pivots.dtype, 1e-5), pivots, _RAISED)
+
+
+def _subtract(
+    pattern: PrecisionPattern, entries: Tensor, above: Tensor, row: Tensor, pivot: Tensor
+) -> None:
+    """The Schur complement after some coordinates of a level are eliminated, in place."""
+    one, other = torch.triu_indices(above.shape[1], above.shape[1], device=above.device)
+    index = pattern.index(above[:, one], above[:, other])
+    update = row[:, one] * row[:, other] / pivot[:, None]
+    entries.index_add_(0, index.reshape(-1), -update.reshape(-1))
+    entries[-1] = 0.0
+
+
+def _dense_tril(pattern: PrecisionPattern, entries: Tensor, unit: Tensor) -> Tensor:
+    """The lower-triangular scale of the root block, whose precision is made positive."""
+    root = pattern.root
+    dense = entries[pattern.index(root[:, None], root)]
+    values, vectors = torch.linalg.eigh(dense)
+    values = _raised(values)
+    # the Cholesky factor of the covariance, without squaring its condition number
+    lower = torch.linalg.qr((vectors * values.rsqrt()).T).R.T
+    signs = lower.diagonal().sign()
+    lower = lower * torch.where(signs == 0, 1.0, signs)
+    return unit[root, None] * lower

@@ -1,0 +1,186 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The graph of a guide's latents, with their names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...graphs.elimination import Elimination
+from ...graphs.markov_graph import MarkovGraph
+from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...joint.dependency_graph import DependencyGraph
+from ...joint.sites import Site
+
+#: a site, and the index of a coordinate in its unconstrained value, where that has any
+Name = tuple[Any, ...]
+
+_MOST_NAMES = 6
+
+
+@dataclass(frozen=True, repr=False)
+class LatentGraph:
+    """Which latents depend on each other, and how the guide draws them.
+
+    Coordinates are those of the unconstrained space, by site and index: ``("h", 3)``, ``("mu",)``.
+
+    :param names: the names of all coordinates, in the order of the latent vector.
+    :param markov: the dependencies of the posterior, and its exact factorization.
+    :param dropped: pairs of a coordinate and a parent that ``max_parents`` has cut.
+    """
+
+    names: tuple[Name, ...]
+    markov: MarkovGraph
+    dropped: tuple[tuple[int, int], ...] = ()
+
+    @cached_property
+    def elimination(self) -> Elimination:
+        """Who is drawn given whom by the guide, without the parents that were cut."""
+        full = self.markov.elimination
+        kept: list[tuple[int, ...]] = list(full.parents)
+        for i in {i for i, _ in self.dropped}:
+            cut = {j for k, j in self.dropped if k == i}
+            kept[i] = tuple(j for j in kept[i] if j not in cut)
+        return replace(full, parents=tuple(kept))
+
+    @property
+    def levels(self) -> tuple[tuple[Name, ...], ...]:
+        """The coordinates of each level, as the guide draws them; the first is the root block."""
+        return tuple(self._named(level) for level in self.elimination.levels)
+
+    @property
+    def root(self) -> tuple[Name, ...]:
+        """The coordinates that are drawn first, jointly, by one masked network."""
+        return self._named(self.elimination.root)
+
+    @property
+    def num_parents(self) -> tuple[int, ...]:
+        """The number of parents of each coordinate."""
+        return tuple(map(len, self.elimination.parents))
+
+    def parents(self, *name: Any) -> tuple[Name, ...]:
+        """The parents of a coordinate, such as ``graph.parents("h", 3)``; none in the root block."""
+        return self._named(self.elimination.parents[self._index(name)])
+
+    def neighbours(self, *name: Any) -> tuple[Name, ...]:
+        """The coordinates that a coordinate depends on given all others."""
+        return self._named(sorted(self.markov.neighbours[self._index(name)]))
+
+    def _named(self, coordinates: Sequence[int]) -> tuple[Name, ...]:
+        return tuple(self.names[i] for i in coordinates)
+
+    def _index(self, name: Name) -> int:
+        try:
+            return self._index_of_name[name]
+        except KeyError:
+            raise ValueError(
+                f"expected a site and an index in its unconstrained value, such as "
+                f"{self.names[-1]}, got {name}"
+            ) from None
+
+    @cached_property
+    def _index_of_name(self) -> dict[Name, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def __repr__(self) -> str:
+        counts = [count for count in self.num_parents if count] or [0]
+        root = [describe(name) for name in self.root[:_MOST_NAMES]]
+        more = ", ..." if len(self.root) > _MOST_NAMES else ""
+        lines = [
+            f"{len(self.names):,} latents, {len(self.markov.edges):,} dependencies",
+            f"levels: {len(self.elimination.levels)}",
+            f"root block: {len(self.root)} ({', '.join(root)}{more})",
+            f"parents of the others: at most {max(counts)}, {sum(counts) / len(counts):.1f} on average",
+            f"cut by max_parents: {len(self.dropped) or 'none'}",
+        ]
+        return "LatentGraph(\n  " + "\n  ".join(lines) + "\n)"
+
+    def to_plain(self) -> dict[str, Any]:
+        """The graph as plain data, without the names, which the sites give."""
+        return {
+            "edges": [list(edge) for edge in self.markov.edges],
+            "parents": [list(own) for own in self.markov.elimination.parents],
+            "root": list(self.markov.elimination.root),
+            "dropped": [list(pair) for pair in self.dropped],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], sites: Sequence[Site]) -> "LatentGraph":
+        """The graph from what :meth:`to_plain` made of it."""
+        parents = tuple(tuple(own) for own in plain["parents"])
+        neighbours: list[set[int]] = [set() for _ in parents]
+        for i, j in plain["edges"]:
+            neighbours[i].add(j)
+            neighbours[j].add(i)
+        markov = MarkovGraph(
+            tuple(map(frozenset, neighbours)), Elimination(parents, tuple(plain["root"]))
+        )
+        dropped = tuple((i, j) for i, j in plain["dropped"])
+        return cls(coordinate_names(sites), markov, dropped)
+
+
+def coordinate_names(sites: Sequence[Site]) -> tuple[Name, ...]:
+    """The name of each coordinate of the latent vector."""
+    names: list[Name] = []
+    for site in sites:
+        ranges = map(range, site.unconstrained_shape)
+        names += [(site.name, *index) for index in product(*ranges)]
+    return tuple(names)
+
+
+def describe(name: Name) -> str:
+    """A name as one writes it: ``h[3]``."""
+    site, *index = name
+    return f"{site}[{', '.join(map(str, index))}]" if index else str(site)
+
+
+def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> list[tuple[int, int]]:
+    """The parents beyond the strongest so many of each coordinate, by partial correlation.
+
+    The correlations are those of the Gaussian of the curvature that was seen when the graph was found.
+
+    :return: pairs of a coordinate and a parent.
+    """
+    if max(map(len, full.parents), default=0) <= most:
+        return []
+    pattern = PrecisionPattern(full, found.curvature.device)
+    every = torch.arange(len(found.curvature), device=found.curvature.device)
+    precision = pattern.from_pairs(
+        torch.cat([found.rows, every]),
+        torch.cat([found.columns, every]),
+        torch.cat([-found.second, found.curvature.abs()]),
+    )
+    gaussian = SparseGaussian.from_precision(pattern, torch.zeros_like(found.curvature), precision)
+    coefficients, _ = gaussian.given(full.parents)
+    pairs = []
+    for i, own in enumerate(full.parents):
+        if len(own) > most:
+            strength = coefficients[i].abs() * gaussian.sd[list(own)]
+            weakest = strength.argsort(descending=True)[most:].tolist()
+            pairs += [(i, own[k]) for k in sorted(weakest)]
+    return pairs
+
+
+def regressions(
+    parents: Sequence[Sequence[int]], covariance: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The regressions of coordinates on their parents, from a dense covariance.
+
+    :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.
+    """
+    coefficients, variance = [], covariance.diagonal().clone()
+    for i, own in enumerate(parents):
+        others = list(own)
+        across = covariance[i, others]
+        found = across
+        if others:
+            found = torch.linalg.solve(covariance[others][:, others], across)
+        coefficients.append(found)
+        variance[i] = variance[i] - found @ across
+    return coefficients, variance.sqrt()

@@ -1,0 +1,156 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The flow of a structured guide, and the Gaussians that it starts at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...conditioners import ParentsMLP
+from ...flows import hinged_marginals, iaf, spline_autoregressive
+from ...graphs.elimination import Elimination
+from ...transforms import (
+    AutoregressiveTransform,
+    ComposedTransform,
+    ConditionedUnivariate,
+    FlowModule,
+    PartitionTransform,
+)
+from ...univariate import Standardizing
+from ..distributions import LocationScale
+
+# the networks of the root block: those of AutoIAF, whose width ends here
+_ROOT_LAYERS, _LEAST_WIDTH, _WIDTH_FACTOR, _MOST_WIDTH = 3, 128, 4, 800
+
+
+class StructuredFlow(ComposedTransform):
+    r"""A flow with the conditional independences of a factorization.
+
+    Its layers, from the standard Normal on:
+
+    1. :func:`~pyro_artransform.hinged_marginals`, for skewness and tails of each coordinate.
+    2. For the root block an inverse autoregressive flow with a triangular location and scale; for each
+       other coordinate a location and a scale of its own.
+    3. For all coordinates but the root block ``num_transforms`` layers
+
+       .. math::
+
+           z_i = m_i(z_{\mathrm{pa}(i)}) + \exp(b(r_i(z_{\mathrm{pa}(i)}))) \, v_i
+
+       of which m and r are a linear function and a small network, and b bounds r to 3.
+
+    Each is the identity at first.
+
+    :param elimination: who is drawn given whom.
+    :param hidden_dim: the number of hidden units of each coordinate.
+    :param num_transforms: the number of layers of the last kind.
+    """
+
+    def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
+        dim, root = elimination.input_dim, elimination.root
+        members = set(root)
+        rest = [i for i in range(dim) if i not in members]
+        root_scale = LocationScale(torch.zeros(len(root)), 1.0, full_rank=True)
+        parts: list[tuple[Sequence[int], FlowModule]] = []
+        if root:
+            parts.append((root, ComposedTransform(_root_flow(len(root), not rest), root_scale)))
+        scale = None
+        if rest:
+            scale = LocationScale(torch.zeros(len(rest)), 1.0, full_rank=False)
+            parts.append((rest, scale))
+        layers = []
+        if any(elimination.parents):
+            for _ in range(num_transforms):
+                network = ParentsMLP(elimination.parents, 2, hidden_dim, bias=False)
+                meta = ConditionedUnivariate(network, Standardizing())
+                layers.append(AutoregressiveTransform(meta).inv)
+        super().__init__(hinged_marginals(dim), PartitionTransform(parts), *layers)
+        self._rest = rest
+        self._root = list(root)
+
+    @property
+    def networks(self) -> list[ParentsMLP]:
+        """The networks of the last layers."""
+        return [part for part in self.modules() if isinstance(part, ParentsMLP)]
+
+    @property
+    def root_scale(self) -> LocationScale | None:
+        """The location and scale of the root block."""
+        found: LocationScale | None = self._partition()[0].transforms[-1] if self._root else None
+        return found
+
+    @property
+    def scale(self) -> LocationScale | None:
+        """The locations and scales of all other coordinates, given their parents."""
+        found: LocationScale | None = self._partition()[-1] if self._rest else None
+        return found
+
+    def _partition(self) -> Any:
+        return self.transforms[1].transforms
+
+    def start_at(
+        self,
+        sd: Tensor,
+        coefficients: Sequence[Tensor],
+        scale: Tensor,
+        root_tril: Tensor,
+    ) -> None:
+        """Becomes a Gaussian with mean zero, in units of sds; the networks are those of a new flow.
+
+        :param sd: the units, shape ``(D,)``.
+        :param coefficients: for each coordinate those of its parents.
+        :param scale: the conditional sds, shape ``(D,)``.
+        :param root_tril: the lower-triangular scale of the root block, shape ``(R, R)``.
+        """
+        with torch.no_grad():
+            if self.root_scale is not None:
+                unit = sd[self._root]
+                self.root_scale.set_(torch.zeros_like(unit), root_tril / unit[:, None])
+            if self.scale is not None:
+                self.scale.loc.zero_()
+                self.scale.log_scale.copy_((scale / sd)[self._rest].log())
+            for network in self.networks[-1:]:
+                network.set_linear(0, _in_units(coefficients, sd, network.parents))
+
+    def conditional_scale(self) -> Tensor:
+        """The sd of each coordinate given its parents, in the units of the flow, shape ``(D,)``.
+
+        In the root block that given the coordinates before it.
+        """
+        dim = len(self._root) + len(self._rest)
+        log_scale = self.transforms[0].meta.conditioner.params.new_zeros(dim)
+        for rows, part in ((self._root, self.root_scale), (self._rest, self.scale)):
+            if part is not None:
+                log_scale[rows] = part.log_scale.detach()
+        return log_scale.exp()
+
+    def step_scales(self) -> dict[nn.Parameter, Tensor]:
+        """The steps of what moves a coordinate are a share of its conditional sd."""
+        size = self.conditional_scale()
+        found = {} if self.scale is None else {self.scale.loc: size[self._rest]}
+        if self.root_scale is not None:
+            found[self.root_scale.loc] = size[self._root]
+        sizes = torch.stack([size, torch.ones_like(size)], -1)
+        for network in self.networks:
+            found.update(network.step_scales(sizes))
+        return found
+
+
+def _root_flow(dim: int, is_whole: bool) -> FlowModule:
+    """The flow of the root block, without its location and scale."""
+    width = max(_LEAST_WIDTH, min(_WIDTH_FACTOR * dim, _MOST_WIDTH))
+    if dim > 1:
+        return iaf(dim, _ROOT_LAYERS, width, nonlinearity=nn.SiLU())
+    # affine layers of one coordinate are a Gaussian together
+    count = _ROOT_LAYERS if is_whole else 1
+    splines = [spline_autoregressive(1, _LEAST_WIDTH, nonlinearity=nn.SiLU()) for _ in range(count)]
+    return ComposedTransform(*splines)
+
+
+def _in_units(
+    coefficients: Sequence[Tensor], sd: Tensor, parents: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    return [a * sd[list(own)] / sd[i] for i, (a, own) in enumerate(zip(coefficients, parents))]

@@ -1,0 +1,265 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The Markov graph of a log density, found by differences of its gradient.
+
+Two coordinates are conditionally independent given all others exactly where
+
+.. math::
+
+    \frac{\partial^2}{\partial z_i \, \partial z_j} \log p(z) = 0 \quad \text{for all } z.
+
+Coordinates are moved one at a time, and all gradients that change belong to neighbours. Nothing has to
+be known of plates, sites or how the model is written. At further points, where the graph is known but
+for what was switched off so far, coordinates that share no neighbour are moved together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..graphs.coloring import color_columns
+from .density import LogDensity
+
+# entries of a batch of points: about 16 MB in double precision, and some ten of such in a model
+_MOST_ENTRIES = 2_000_000
+# Round-off of a gradient, in units of the largest value that it has: of a thousand terms or so.
+_ROUND_OFF = 1e3
+# the spreads of the points around the start: within what a model can take, and as wide as priors are
+_SPREADS = (0.1, 1.0, 2.0)
+_MAX_HALVINGS = 12
+# groupings of coordinates, at draws and at a wider point: what one hides another one shows
+_NUM_COLORINGS, _NUM_GROUPINGS = 4, 4
+_SEED = 20260101
+
+
+@dataclass(frozen=True)
+class DependencyGraph:
+    """The Markov graph of a density.
+
+    :param neighbours: for each coordinate the others that it depends on, given all the rest.
+    :param rows: the smaller coordinate of each pair of neighbours.
+    :param columns: the larger one.
+    :param second: the second derivative of each pair, the one that is largest in absolute value among
+        those that were seen.
+    :param curvature: the same of each coordinate with itself, shape ``(D,)``.
+    """
+
+    neighbours: tuple[frozenset[int], ...]
+    rows: Tensor
+    columns: Tensor
+    second: Tensor
+    curvature: Tensor
+
+
+def gradients(log_density: LogDensity, points: Tensor) -> Tensor:
+    """The gradients of a log density at points ``(n, D)``, in batches of bounded memory.
+
+    :return: shape ``(n, D)``, NaN where the density itself is not finite.
+    """
+    parts = []
+    for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
+        with torch.enable_grad():
+            point = part.detach().requires_grad_()
+            value = log_density(point)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        parts.append(gradient.masked_fill(~value.detach().isfinite()[:, None], torch.nan))
+    return torch.cat(parts)
+
+
+def find_dependencies(log_density: LogDensity) -> DependencyGraph:
+    """The Markov graph of a log density, by its gradients at D points and a few more.
+
+    :raises ValueError: if the density or its gradient is not finite near the starting values, or differs
+        between two evaluations at the same point.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    search = _Search(log_density, generator)
+    for k, spread in enumerate(_SPREADS):
+        point = _finite_point(log_density, spread, generator)
+        if k == 0:
+            _refuse_randomness(log_density, point)
+            step = spread * _steps(point[None], generator)[0]
+            search.move_one_by_one(point, point + step, range(len(point)))
+        else:
+            points = point.expand(_NUM_GROUPINGS, -1)
+            search.move_groups(points, points + spread * _steps(points, generator), seed=k)
+    return search.graph()
+
+
+def missing_dependencies(
+    log_density: LogDensity, neighbours: Sequence[set[int] | frozenset[int]], draws: Tensor
+) -> list[tuple[int, int]]:
+    """Pairs of coordinates that depend on each other at some draws and are not neighbours in a graph.
+
+    Coordinates of a draw are moved to where they are in the next draw.
+
+    :param neighbours: the graph: for each coordinate the others that are adjacent.
+    :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    search = _Search(log_density, generator, [set(own) for own in neighbours])
+    known = [set(own) for own in search.neighbours]
+    others = draws.roll(-1, 0)
+    for k in range(min(_NUM_COLORINGS, len(draws))):
+        part = slice(k, None, _NUM_COLORINGS)
+        search.move_groups(draws[part], others[part], seed=k)
+    pairs = []
+    for i, own in enumerate(search.neighbours):
+        pairs += [(i, j) for j in sorted(own - known[i]) if i < j]
+    return pairs
+
+
+class _Search:
+    """Collects pairs of coordinates that depend on each other."""
+
+    def __init__(
+        self,
+        log_density: LogDensity,
+        generator: torch.Generator,
+        neighbours: list[set[int]] | None = None,
+    ) -> None:
+        self.log_density, self._generator = log_density, generator
+        dim = log_density.latents.latent_dim
+        self.neighbours = neighbours or [set[int]() for _ in range(dim)]
+        self._second: dict[tuple[int, int], float] = {}
+        # the latents of one dtype may be a part of a vector of another
+        sites = log_density.latents.sites.values()
+        self._eps = max(torch.finfo(site.dtype).eps for site in sites)
+
+    def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
+        """Moves coordinates of a point to another one, each by itself, and sees which gradients change.
+
+        Where the density there is not finite, the way is halved.
+        """
+        dim, step = len(point), other - point
+        base = gradients(self.log_density, point[None])
+        left = torch.tensor(columns, device=point.device)
+        for _ in range(_MAX_HALVINGS):
+            failed = []
+            for part in left.split(max(_MOST_ENTRIES // dim, 1)):
+                shifts = point.new_zeros(len(part), dim)
+                shifts[torch.arange(len(part), device=point.device), part] = step[part]
+                changed, change = self._changes(point[None], shifts[None], base[:, None])
+                is_good = change[0].isfinite().all(-1)
+                self._note(
+                    part[is_good], changed[0, is_good], (change[0] / step[part, None])[is_good]
+                )
+                failed.append(part[~is_good])
+            left, step = torch.cat(failed), 0.5 * step
+            if not len(left):
+                return
+        # nothing is known of these: they may depend on everything
+        everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
+        self._note(left, everything, torch.zeros_like(everything, dtype=point.dtype))
+
+    def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
+        row, i = changed.nonzero().T
+        values = second[row, i].tolist()
+        for j, k, value in zip(columns[row].tolist(), i.tolist(), values):
+            pair = min(j, k), max(j, k)
+            self._second[pair] = max(self._second.get(pair, 0.0), value, key=abs)
+            if j != k:
+                self.neighbours[j].add(k)
+                self.neighbours[k].add(j)
+
+    def _changes(self, points: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Where gradients change by more than round-off, and by how much.
+
+        :param points: shape ``(n, D)``.
+        :param shifts: shape ``(n, m, D)``.
+        :param base: the gradients at the points, shape ``(n, 1, D)``.
+        :return: shapes ``(n, m, D)``; no change of what is not finite.
+        """
+        moved = points[:, None] + shifts
+        found = gradients(self.log_density, moved.flatten(0, 1)).reshape(moved.shape)
+        change = found - base
+        size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
+        return change.abs() > _ROUND_OFF * self._eps * size, change
+
+    def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:
+        """Moves coordinates without common neighbours at once; where that tells of others, one by one.
+
+        Of each group a random half is moved: a gradient that changes with one of its coordinates, and
+        should not, may be that of another one of the group, or of a neighbour of one.
+
+        :param points: shape ``(n, D)``.
+        :param others: where the coordinates are moved to, shape ``(n, D)``.
+        :param seed: of the groups.
+        """
+        coloring = color_columns(self.neighbours, seed)
+        dim, count = points.shape[-1], coloring.num_colors
+        color = torch.tensor(coloring.color, device=points.device)
+        groups = torch.nn.functional.one_hot(color, count).T.bool()
+        pairs = [(i, j) for j, own in enumerate(self.neighbours) for i in (*own, j)]
+        rows, columns = torch.tensor(pairs, device=points.device).T
+        most = max(_MOST_ENTRIES // (dim * count), 1)
+        for point, other in zip(points.split(most), others.split(most)):
+            half = torch.rand(len(point), dim, generator=self._generator).to(point.device) < 0.5
+            half |= color >= count - coloring.num_hubs
+            moved = groups & half[:, None]
+            expected = torch.zeros_like(moved)
+            draw, pair = half[:, columns].nonzero().T
+            expected[draw, color[columns[pair]], rows[pair]] = True
+            base = gradients(self.log_density, point)[:, None]
+            shifts = torch.where(moved, (other - point)[:, None], 0.0)
+            changed, _ = self._changes(point, shifts, base)
+            # rows of hubs are seen through the columns of hubs
+            for i, k in (changed & ~expected).any(-1).nonzero().tolist():
+                own = moved[i, k].nonzero()[:, 0].tolist()
+                if not self._explains(own, changed[i, k].nonzero()[:, 0].tolist()):
+                    self.move_one_by_one(point[i], other[i], own)
+
+    def _explains(self, moved: Sequence[int], changed: Sequence[int]) -> bool:
+        """Whether what is known by now says that these gradients change with these coordinates."""
+        return set(changed) <= set(moved).union(*(self.neighbours[j] for j in moved))
+
+    def graph(self) -> DependencyGraph:
+        """What was found."""
+        like = self.log_density.start
+        pairs = sorted(pair for pair in self._second if pair[0] != pair[1])
+        curvature = torch.zeros_like(like)
+        for (i, j), value in self._second.items():
+            if i == j:
+                curvature[i] = value
+        index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
+        second = like.new_tensor([self._second[pair] for pair in pairs])
+        neighbours = tuple(map(frozenset, self.neighbours))
+        return DependencyGraph(neighbours, index[:, 0], index[:, 1], second, curvature)
+
+
+def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Steps of either sign from 0.5 to 1.5, none of them near zero, in the shape of a tensor."""
+    size = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    sign = torch.randint(2, size.shape, generator=generator) * 2 - 1
+    return (sign * (0.5 + size)).to(like)
+
+
+def _finite_point(log_density: LogDensity, spread: float, generator: torch.Generator) -> Tensor:
+    """A point around the start with a finite gradient."""
+    start = log_density.start
+    noise = torch.randn(len(start), generator=generator, dtype=torch.float64).to(start)
+    for k in range(_MAX_HALVINGS):
+        point = start + spread * 0.5**k * noise
+        if bool(gradients(log_density, point[None]).isfinite().all()):
+            return point
+    names = log_density.nonfinite_sites(start[None]) or ["the gradient of a site"]
+    raise ValueError(
+        "expected a log density that is finite near the starting values, and its gradient too, got one "
+        f"that is not: {', '.join(names)}. Give the guide an init_loc_fn with values that the data allow"
+    )
+
+
+def _refuse_randomness(log_density: LogDensity, point: Tensor) -> None:
+    """Refuses a density that is another one at the second evaluation."""
+    one, other = (gradients(log_density, point[None])[0] for _ in range(2))
+    slack = _ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
+    differ = ((one - other).abs() > slack).nonzero()[:, 0]
+    if len(differ):
+        raise ValueError(
+            "expected a model whose density is the same in each run, got one that is random: "
+            f"{len(differ)} of {len(point)} gradients differ between two runs at the same latents. Sites "
+            "that are hidden or drawn anew, and plates that sub-sample, are of this kind"
+        )

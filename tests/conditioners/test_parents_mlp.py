@@ -1,0 +1,225 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pyro_artransform.conditioners import ParentsMLP
+from pyro_artransform.conditioners.parents_evaluation import Activations, ParentsBlocks
+from pyro_artransform.graphs.elimination import eliminate
+from pyro_artransform.testing import check_conditioner, check_transform, redraw
+from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform.univariate import Affine, RationalQuadraticSpline, Standardizing
+from tests.conditioners.test_masks import random_dag
+from tests.graphs.markov_graphs import GRAPHS
+
+
+def parents_of(adjacency):
+    return [row.nonzero()[:, 0].tolist() for row in adjacency]
+
+
+UNEVEN = torch.zeros(60, 60).bool()
+UNEVEN[1:40, 0] = UNEVEN[40:, :40] = True
+PARENTS = {
+    "chain": [[], [0], [1], [2]],
+    "reversed": [[1], [2], [3], []],
+    "none": [[], [], []],
+    "one": [[]],
+    "sparse": parents_of(random_dag(9, 0.3)),
+    "dense": parents_of(random_dag(9, 0.8, 1)),
+    "uneven": parents_of(UNEVEN),
+    "grid": eliminate(GRAPHS["grid"]).parents,
+}
+every_graph = pytest.mark.parametrize("parents", PARENTS.values(), ids=PARENTS)
+
+
+def adjacency_of(parents):
+    adjacency = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for i, own in enumerate(parents):
+        adjacency[i, list(own)] = True
+    return adjacency
+
+
+@every_graph
+def test_contract(parents):
+    check_conditioner(
+        lambda: ParentsMLP(parents, 3, 4), len(parents), adjacency=adjacency_of(parents)
+    )
+
+
+@every_graph
+@pytest.mark.parametrize("family", [Affine, Standardizing, RationalQuadraticSpline])
+def test_transforms_in_both_directions(parents, family):
+    def make():
+        network = ParentsMLP(parents, family().num_params, 4)
+        return AutoregressiveTransform(ConditionedUnivariate(network, family()))
+
+    # in 60 dimensions larger weights amplify round-off beyond the tolerance
+    gain = 2.0 if len(parents) < 60 else 1.0
+    check_transform(make, len(parents), gain=gain)
+    check_transform(lambda: make().inv, len(parents), gain=gain)
+
+
+@every_graph
+@pytest.mark.parametrize("bias", [True, False])
+def test_adjoint_by_one_sweep_is_that_by_iteration(parents, bias, monkeypatch):
+    network = redraw(ParentsMLP(parents, 2, 4, bias=bias).double())
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    x = torch.randn(2, 3, len(parents)).requires_grad_()
+    weight = torch.randn(2, 3, len(parents))
+
+    def gradients():
+        y, ladj = transform.call_and_ladj(x)
+        loss = (weight * y).sum() + ladj.square().sum()
+        return torch.autograd.grad(loss, [x, *network.parameters()])
+
+    found = gradients()
+    monkeypatch.setattr(ParentsBlocks, "evaluation", lambda _: None)
+    for one, other in zip(found, gradients(), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+@every_graph
+@pytest.mark.parametrize("family", [Affine, Standardizing, RationalQuadraticSpline])
+def test_score_is_that_of_the_density(parents, family):
+    network = redraw(ParentsMLP(parents, family().num_params, 4).double())
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, family())).inv
+    x = torch.randn(2, 3, len(parents)).requires_grad_()
+    y, ladj, score = transform.call_and_score(x, -x)
+    point = y.detach().requires_grad_()
+    back, back_ladj = transform.inverse_and_ladj(point)
+    log_prob = -0.5 * back.square().sum() + back_ladj.sum()
+    assert torch.allclose(score, torch.autograd.grad(log_prob, point)[0], atol=1e-10)
+    assert torch.allclose(y, transform(x), atol=1e-12)
+    assert torch.allclose(ladj, transform.call_and_ladj(x)[1], atol=1e-12)
+    gradients = [torch.autograd.grad(v.sum(), x)[0] for v in (y, transform(x))]
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+def test_gradients_with_frozen_networks():
+    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double()).requires_grad_(False)
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    assert not transform(torch.randn(5, 9)).requires_grad
+    x = torch.randn(9).requires_grad_()
+    jacobian = torch.autograd.functional.jacobian(transform._call, x)
+    with torch.no_grad():
+        other = torch.autograd.functional.jacobian(transform.inv._call, transform(x))
+    assert torch.allclose(jacobian @ other, torch.eye(9), atol=1e-12)
+
+
+def test_an_inverse_evaluates_each_network_once(monkeypatch):
+    parents = eliminate(GRAPHS["chain"]).parents
+    network = redraw(ParentsMLP(parents, 2).double())
+    counts, fill = [], Activations.fill
+
+    def counted(self, known, index, rows):
+        counts.append(len(index[rows]))
+        fill(self, known, index, rows)
+
+    monkeypatch.setattr(Activations, "fill", counted)
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    y, _, _ = transform.call_and_score(torch.randn(5, len(parents)), torch.randn(5, len(parents)))
+    y.sum().backward()
+    assert sum(counts) == sum(map(bool, parents))
+
+
+def test_parameters_are_proportional_to_edges():
+    def size(length):
+        parents = [[j for j in (i - 1, i - 2) if j >= 0] for i in range(length)]
+        return sum(p.numel() for p in ParentsMLP(parents, 2, 8, bias=False).parameters())
+
+    # 16 inner and 4 linear weights, 8 inner biases and 16 outer weights for each coordinate
+    assert size(1000) <= 44 * 1000
+    assert abs(size(1000) / size(500) - 2) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_that_of_new_parameters(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        network = ParentsMLP(PARENTS["chain"], 2)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in network.parameters()} == {dtype}
+
+
+def test_numpy_sizes():
+    assert ParentsMLP(PARENTS["chain"], np.int64(2), np.int64(3))(torch.zeros(4)).shape == (4, 2)
+
+
+def test_vmap_and_tracing_go_level_by_level():
+    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double())
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    x = torch.randn(5, 9)
+    expected = transform(x)
+    assert torch.allclose(torch.vmap(transform._call)(x), expected, atol=1e-12)
+    jacobian = torch.func.jacrev(transform._call)(x[0])
+    found = torch.autograd.functional.jacobian(transform._call, x[0])
+    assert torch.allclose(jacobian, found, atol=1e-12)
+
+
+def test_another_graph_of_the_same_size_is_refused():
+    network, other = ParentsMLP([[], [0], [1]], 2), ParentsMLP([[], [0], [0]], 2)
+    with pytest.raises(RuntimeError, match="another graph"):
+        other.load_state_dict(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[1], [0]], 2), "without a cycle"),
+        (([[0]], 2), "without a cycle"),
+        (([[], [5]], 2), "coordinates from 0 to 1, got 5"),
+        (([], 2), "positive integer"),
+        (([[]], 0), "num_params: expected a positive integer"),
+        (([[]], 2, 0), "hidden_dim: expected a positive integer"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ParentsMLP(*arguments)
+
+
+def test_bad_inputs():
+    network = ParentsMLP(PARENTS["chain"], 2)
+    with pytest.raises(ValueError, match=r"expected shape \(\*, 4\), got \(3,\)"):
+        network(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"expected torch\.float64, the network's own"):
+        network(torch.zeros(4, dtype=torch.float32))
+    with pytest.raises(ValueError, match="context: expected none"):
+        network(torch.zeros(4), torch.zeros(1))
+    with pytest.raises(TypeError, match="nonlinearity"):
+        ParentsMLP(PARENTS["chain"], 2, nonlinearity=3)
+
+
+def test_an_activation_from_elsewhere_is_checked():
+    assert ParentsMLP(PARENTS["chain"], 2, nonlinearity=nn.Tanh()).autoregressive
+    assert not ParentsMLP(PARENTS["chain"], 2, nonlinearity=lambda x: x).autoregressive
+
+
+def test_a_step_leaves_nothing_for_the_garbage_collector(monkeypatch):
+    """A cycle between a graph and what it was made of would hold all activations of many steps."""
+    found, init = [], Activations.__init__
+
+    def counted(self, *args):
+        init(self, *args)
+        found.append(weakref.ref(self))
+
+    monkeypatch.setattr(Activations, "__init__", counted)
+    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double())
+    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    gc.collect()
+    gc.disable()
+    try:
+        y, ladj, score = transform.call_and_score(torch.randn(5, 9), torch.randn(5, 9))
+        (y * score).sum().backward()
+        del y, ladj, score
+        assert found
+        assert not any(reference() for reference in found)
+    finally:
+        gc.enable()

@@ -1,0 +1,113 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import math
+
+import pytest
+import torch
+
+from pyro_artransform.graphs.elimination import eliminate
+from pyro_artransform.graphs.markov_graph import MarkovGraph
+from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from tests.graphs.markov_graphs import GRAPHS, chain
+
+every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
+
+
+def random_precision(neighbours, seed=0):
+    """A dense precision with the zeros of a graph, and badly scaled coordinates."""
+    generator = torch.Generator().manual_seed(seed)
+    dim = len(neighbours)
+    dense = torch.zeros(dim, dim)
+    for i, own in enumerate(neighbours):
+        for j in own:
+            if i < j:
+                dense[i, j] = dense[j, i] = torch.randn((), generator=generator)
+    dense += torch.diag(dense.abs().sum(1) + 0.1)
+    units = 10 ** torch.linspace(-2, 2, dim)
+    return units[:, None] * dense * units
+
+
+def entries(pattern, dense):
+    rows, columns = dense.triu().nonzero().T
+    return pattern.from_pairs(rows, columns, dense[rows, columns])
+
+
+def new(neighbours, seed=0):
+    dense = random_precision(neighbours, seed)
+    pattern = PrecisionPattern(eliminate(neighbours))
+    loc = torch.arange(len(dense), dtype=dense.dtype)
+    return SparseGaussian.from_precision(pattern, loc, entries(pattern, dense)), dense
+
+
+@every_graph
+def test_draws_have_the_covariance_that_is_the_inverse(neighbours):
+    gaussian, dense = new(neighbours)
+    root = gaussian.transform(torch.eye(len(dense))) - gaussian.loc
+    found = dense.diagonal().sqrt() * (root.T @ root @ dense) / dense.diagonal().sqrt()[:, None]
+    # relative to the units of each coordinate, whose squares differ by 1e8
+    assert torch.allclose(root.T @ root @ dense, torch.eye(len(dense)), atol=1e-6)
+    assert found.isfinite().all()
+
+
+@every_graph
+def test_marginal_sds_entropy_and_solutions(neighbours):
+    gaussian, dense = new(neighbours)
+    covariance, dim = torch.linalg.inv(dense), len(dense)
+    assert torch.allclose(gaussian.sd, covariance.diagonal().sqrt(), rtol=1e-9)
+    entropy = 0.5 * dim * (1 + math.log(2 * math.pi)) - 0.5 * torch.logdet(dense)
+    assert torch.allclose(gaussian.entropy(), entropy)
+    right = torch.randn(dim)
+    assert torch.allclose(dense @ gaussian.solve(right), right, atol=1e-7)
+
+
+@every_graph
+def test_covariances_of_neighbours(neighbours):
+    gaussian, dense = new(neighbours)
+    covariance = torch.linalg.inv(dense)
+    rows, columns = gaussian.pattern.pairs()
+    assert torch.allclose(gaussian.covariance[:-1], covariance[rows, columns], rtol=1e-8)
+
+
+@every_graph
+def test_regressions_on_a_part_of_the_parents(neighbours):
+    gaussian, dense = new(neighbours)
+    covariance = torch.linalg.inv(dense)
+    parents = [own[:1] for own in gaussian.pattern.elimination.parents]
+    coefficients, scale = gaussian.given(parents)
+    for i, own in enumerate(parents):
+        if own:
+            slope = covariance[i, own[0]] / covariance[own[0], own[0]]
+            assert torch.allclose(coefficients[i], slope[None])
+            variance = covariance[i, i] - slope * covariance[i, own[0]]
+            assert torch.allclose(scale[i], variance.sqrt())
+
+
+def test_pivots_that_are_not_positive_are_raised():
+    neighbours = chain(5)
+    pattern = PrecisionPattern(eliminate(neighbours))
+    dense = random_precision(neighbours)
+    for bad in (-dense, torch.zeros_like(dense), dense - 2 * torch.diag(dense.diagonal())):
+        gaussian = SparseGaussian.from_precision(pattern, torch.zeros(5), entries(pattern, bad))
+        draws = gaussian.transform(torch.randn(10, 5))
+        assert draws.isfinite().all()
+        assert gaussian.entropy().isfinite()
+
+
+def test_pairs_outside_of_the_pattern_are_refused():
+    pattern = PrecisionPattern(eliminate(chain(5)))
+    with pytest.raises(ValueError, match="pairs of the pattern"):
+        pattern.from_pairs(torch.tensor([0]), torch.tensor([4]), torch.ones(1))
+
+
+def test_nothing_is_as_large_as_the_square():
+    gaussian, _ = new(chain(300, 2))
+    pattern = gaussian.pattern
+    assert pattern.num_entries < 10 * 302
+    assert sum(a.numel() for a in gaussian.coefficients) < 10 * 302
+
+
+def test_a_markov_graph_knows_its_edges_and_colors():
+    graph = MarkovGraph.from_neighbours(chain(4))
+    assert graph.edges == ((0, 1), (1, 2), (2, 3))
+    assert graph.input_dim == 4
+    assert graph.coloring.num_colors == 3

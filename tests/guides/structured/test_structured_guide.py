@@ -1,0 +1,374 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import pickle
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import init_to_value
+
+from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
+from pyro_artransform.conditioners import ParentsMLP
+from pyro_artransform.guides.structured.latent_graph import LatentGraph
+from pyro_artransform.testing import check_guide, redraw
+from tests.guides import models
+from tests.joint.test_dependency_graph import mixture, one_at_a_time, switched
+
+
+def hierarchy(y):
+    mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 3.0))
+    tau = pyro.sample("tau", dist.HalfNormal(y.new_ones(())))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
+
+
+def path(y):
+    z = pyro.sample("z", dist.Normal(y.new_zeros(len(y)), 3.0).to_event(1))
+    pyro.factor("steps", -2 * (z[..., 1:] - z[..., :-1]).square().sum(-1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+
+Y = torch.tensor([0.3, -1.2, 2.2, 0.9, 1.6, -0.3, 0.8, 1.9], dtype=torch.float64)
+
+
+def new(model=hierarchy, *args, **options):
+    guide = AutoStructuredFlow(model, **{"hidden_dim": 4, **options})
+    guide.set_up(*(args or (Y,)))
+    return guide
+
+
+@pytest.mark.parametrize("model", [hierarchy, path])
+@pytest.mark.parametrize("num_transforms", [1, 2])
+def test_contract(model, num_transforms):
+    check_guide(
+        lambda m: AutoStructuredFlow(m, hidden_dim=4, num_transforms=num_transforms), model, Y
+    )
+
+
+def test_a_new_guide_is_the_normal_that_was_asked_for():
+    values = {"mu": torch.tensor(1.5), "tau": torch.tensor(0.7), "theta": torch.linspace(0, 1, 8)}
+    guide = new(init_loc_fn=init_to_value(values=values), init_scale=0.3)
+    z, log_q = guide.rsample_and_log_prob(1000)
+    loc = torch.cat([torch.tensor([1.5, 0.7]).log()[1:], torch.linspace(0, 1, 8)])
+    loc = torch.cat([torch.tensor([1.5]), loc])
+    assert torch.allclose(log_q, dist.Normal(loc, 0.3).to_event(1).log_prob(z), atol=1e-10)
+
+
+def test_path_gradient_is_that_of_the_density_at_fixed_parameters():
+    guide = new()
+    redraw(guide, 0.5)
+    torch.manual_seed(1)
+    z, log_q = guide.rsample_and_log_prob(7, path=True)
+    parameters = [p for p in guide.parameters() if p.requires_grad]
+    found = torch.autograd.grad(log_q.sum(), parameters, retain_graph=True)
+    frozen = copy.deepcopy(guide).requires_grad_(False)
+    expected = torch.autograd.grad(frozen.get_posterior().log_prob(z).sum(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+
+
+def test_independences_are_those_of_the_graph_whatever_the_parameters():
+    guide = redraw(new(path), 2.0)
+    z = guide.rsample_and_log_prob(1)[0][0].detach()
+    hessian = torch.func.hessian(guide.get_posterior().log_prob)(z)
+    markov = guide.markov_graph()
+    full = markov.elimination
+    allowed = torch.eye(8).bool()
+    for i, own in enumerate(full.parents):
+        # the parents of a coordinate may interact in its factor
+        for a in (i, *own):
+            allowed[a, [i, *own]] = True
+    assert not (hessian[~allowed].abs() > 1e-10).any()
+    assert (hessian[allowed].abs() > 1e-10).any()
+
+
+def test_graph_has_names():
+    graph = new().graph
+    assert graph.root == (("mu",), ("tau",))
+    assert graph.parents("theta", 3) == (("mu",), ("tau",))
+    assert graph.parents("mu") == ()
+    assert ("theta", 7) in graph.neighbours("tau")
+    assert graph.levels == ((("mu",), ("tau",)), tuple(("theta", i) for i in range(8)))
+    assert graph.num_parents == (0, 0, *[2] * 8)
+    with pytest.raises(ValueError, match=r"such as \('theta', 7\), got \('theta', 9\)"):
+        graph.parents("theta", 9)
+
+
+def test_repr_of_the_graph():
+    assert repr(new().graph) == (
+        "LatentGraph(\n"
+        "  10 latents, 17 dependencies\n"
+        "  levels: 2\n"
+        "  root block: 2 (mu, tau)\n"
+        "  parents of the others: at most 2, 2.0 on average\n"
+        "  cut by max_parents: none\n"
+        ")"
+    )
+
+
+def test_names_of_coordinates_of_arrays():
+    guide = new(models.shapes, models.data())
+    names = guide.graph.names
+    assert ("cell", 1, 3) in names
+    assert ("unit",) in names
+    assert len(names) == guide.latent_dim == len(set(names))
+
+
+def test_max_parents_cuts_the_weakest():
+    weights = torch.tensor([3.0, 0.1, 2.0, 0.2])
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", 50):
+            x = pyro.sample("x", dist.Normal((weights * z).sum(-1), 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(50))
+
+    full = AutoStructuredFlow(model)
+    full.set_up()
+    assert full.graph.dropped == ()
+    assert len(full.graph.parents("x", 0)) == 4
+    guide = AutoStructuredFlow(model, max_parents=2)
+    guide.set_up()
+    assert guide.graph.parents("x", 0) == (("z", 0), ("z", 2))
+    assert len(guide.graph.dropped) == 100
+    assert "cut by max_parents: 100" in repr(guide.graph)
+    guide.start_at(torch.zeros(54), torch.ones(54))
+    assert torch.isfinite(guide.rsample_and_log_prob(5)[1]).all()
+
+
+def test_start_at_a_gaussian_with_other_dependencies_is_the_nearest():
+    guide = new()
+    root = torch.randn(10, 10).tril(-1) * 0.3 + torch.eye(10)
+    loc = torch.randn(10)
+    guide.start_at(loc, root)
+    transform = guide.get_transform()
+    with torch.no_grad():
+        found = transform(torch.eye(10)) - transform(torch.zeros(10))
+    covariance, exact = found.T @ found, root @ root.T
+    assert torch.allclose(transform(torch.zeros(10)), loc)
+    # KL(p|q) is least where all coordinates have their variances and covariances with parents
+    assert torch.allclose(covariance.diagonal(), exact.diagonal())
+    assert torch.allclose(covariance[2:, :2], exact[2:, :2])
+    guide.start_at(loc, torch.full((10,), 0.5))
+    z, log_q = guide.rsample_and_log_prob(5)
+    assert torch.allclose(log_q, dist.Normal(loc, 0.5).to_event(1).log_prob(z))
+
+
+@pytest.mark.parametrize("to", [torch.Tensor.to_sparse, torch.clone])
+def test_start_at_a_precision(to):
+    guide = new(path)
+    precision = 5 * torch.eye(8) - torch.diag(torch.ones(7), 1) - torch.diag(torch.ones(7), -1)
+    loc = torch.arange(8.0)
+    guide.start_at_precision(loc, to(precision))
+    z, log_q = guide.rsample_and_log_prob(6)
+    expected = dist.MultivariateNormal(loc, precision_matrix=precision).log_prob(z)
+    assert torch.allclose(log_q, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (torch.zeros(8), torch.eye(7).double()),
+            r"precision: expected shape \(8, 8\), got \(7, 7\)",
+        ),
+        ((torch.zeros(8), torch.full((8, 8), torch.nan)), "finite numbers"),
+        ((torch.zeros(8), torch.ones(8, 8)), "pairs of the pattern"),
+        ((torch.zeros(7), torch.eye(8)), r"loc: expected shape \(8,\), got \(7,\)"),
+    ],
+)
+def test_bad_precisions(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        new(path).start_at_precision(*arguments)
+
+
+@pytest.mark.parametrize("name", ["hidden_dim", "max_parents", "num_transforms"])
+def test_sizes_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
+        AutoStructuredFlow(hierarchy, **{name: 0})
+
+
+def test_a_guide_that_was_never_called_has_no_graph():
+    with pytest.raises(RuntimeError, match="does not know the model's latents yet"):
+        _ = AutoStructuredFlow(hierarchy).graph
+
+
+def test_models_that_are_refused():
+    with pytest.raises(RuntimeError, match="no latent variables"):
+        new(models.no_latents)
+
+    def random():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("noise", (torch.randn(3) * x).sum(-1))
+
+    guide = AutoStructuredFlow(random)
+    with pytest.raises(ValueError, match="got one that is random"):
+        guide.set_up()
+
+    def subsampled():
+        with pyro.plate("data", 10, subsample_size=3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="AutoAmortized"):
+        AutoStructuredFlow(subsampled).set_up()
+
+
+def test_the_set_up_takes_no_random_numbers_for_the_graph():
+    state = torch.get_rng_state()
+    one = new().state_dict()
+    torch.set_rng_state(state)
+    other = new().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_file_loads_without_the_model(tmp_path):
+    guide = redraw(new(max_parents=1), 0.3)
+    path_of_file = tmp_path / "guide.pt"
+    guide.save(path_of_file)
+    loaded = AutoStructuredFlow.load(path_of_file)
+    assert repr(loaded.graph) == repr(guide.graph)
+    assert loaded.graph.dropped == guide.graph.dropped
+    draws = guide.sample_posterior(5)
+    assert torch.equal(loaded.log_prob(draws), guide.log_prob(draws))
+    with pytest.raises(RuntimeError, match="has no model"):
+        loaded.check_graph(Y)
+    trained = AutoStructuredFlow.load(path_of_file, hierarchy)
+    svi = SVI(hierarchy, trained, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert svi.step(Y) < 1e6
+    with pytest.raises(ValueError, match="expected a guide of class AutoIAF"):
+        AutoIAF.load(path_of_file)
+
+
+def test_state_dict_of_a_guide_that_was_never_called():
+    guide = redraw(new(path), 0.3)
+    other = AutoStructuredFlow(path, hidden_dim=4)
+    other.load_state_dict(guide.state_dict())
+    assert other.graph == guide.graph
+    draws = guide.sample_posterior(5)
+    assert torch.equal(other.log_prob(draws), guide.log_prob(draws))
+
+
+def test_graph_as_plain_data():
+    guide = new(max_parents=1)
+    graph, spec = guide.graph, guide._checked_spec()
+    assert LatentGraph.from_plain(graph.to_plain(), spec.sites) == graph
+
+
+def test_copies_have_the_graph():
+    guide = new()
+    for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
+        assert twin.graph == guide.graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtypes(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        guide = new(hierarchy, Y.to(dtype))
+        result = fit(hierarchy, guide, Y.to(dtype), num_steps=20, progress=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in guide.parameters()} == {dtype}
+    assert guide.sample_posterior(3)["theta"].dtype == dtype
+    # the evidence is -15.2; twenty steps from the start are within a nat
+    assert result.elbo > -17
+
+
+def test_conversion_to_another_dtype():
+    guide = new().float()
+    z, log_q = guide.rsample_and_log_prob(3)
+    assert z.dtype == log_q.dtype == torch.float32
+
+
+def test_models_that_run_one_draw_at_a_time():
+    guide = AutoStructuredFlow(one_at_a_time, hidden_dim=4)
+    guide.set_up()
+    assert guide.graph.neighbours("y") == (("x", 0),)
+
+
+def test_discrete_sites_are_summed_out():
+    y = torch.tensor([-1.2, 2.3, 1.9, -0.7])
+    guide = new(mixture, y)
+    assert guide.graph.neighbours("locs", 0) == (("locs", 1),)
+    svi = SVI(mixture, guide, pyro.optim.Adam({"lr": 0.01}), TraceEnum_ELBO())
+    assert svi.step(y) < 1e6
+
+
+def test_predictive():
+    guide = new()
+    guide(Y)
+    draws = Predictive(hierarchy, guide=guide, num_samples=4, parallel=True)(Y)
+    assert draws["theta"].shape == (4, 8)
+
+
+def test_a_switched_off_dependency_is_found_on_draws_of_the_fitted_guide():
+    y = torch.full((3,), 9.0)
+    guide = AutoStructuredFlow(switched, hidden_dim=4)
+    guide.set_up(y)
+    assert guide.graph.neighbours("x") == ()
+    guide.check_graph(y)
+    result = fit(switched, guide, y, num_steps=30, progress=False)
+    assert not result.trusted
+    assert "lacks dependencies" in result.verdict
+    assert "x and z[0]" in result.verdict
+    with pytest.raises(ValueError, match=r"x and z\[0\], x and z\[1\], x and z\[2\]"):
+        guide.check_graph(y)
+    # as the error says
+    again = AutoStructuredFlow(switched, init_loc_fn=init_to_value(values=guide.median()))
+    again.set_up(y)
+    assert len(again.graph.neighbours("x")) == 3
+    again.check_graph(y)
+
+
+def test_draws_without_gradients_are_made_in_parts(monkeypatch):
+    guide = redraw(new(), 0.3)
+    monkeypatch.setattr(AutoStructuredFlow, "_chunk_size", lambda _: 4)
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(10)
+        assert torch.allclose(guide.get_posterior().log_prob(z), log_q)
+    assert guide.sample_posterior(10)["theta"].shape == (10, 8)
+
+
+def test_number_of_parameters_grows_with_the_number_of_latents():
+    def size(length):
+        guide = new(path, torch.zeros(length))
+        return sum(p.numel() for p in guide.parameters())
+
+    assert size(200) < 2.1 * size(100)
+
+
+def test_steps_are_shares_of_conditional_sds():
+    guide = new(path)
+    precision = 5 * torch.eye(8) - torch.diag(torch.ones(7), 1) - torch.diag(torch.ones(7), -1)
+    guide.start_at_precision(torch.zeros(8), precision)
+    scales = guide.step_scales()
+    names = {p: name for name, p in guide.named_parameters()}
+    assert all(p in names for p in scales)
+    affine = guide._parts[1]
+    full = list(guide.graph.elimination.parents)
+    leaf = next(i for i in range(8) if not any(i in own for own in full) and len(full[i]) == 2)
+    # the sd given both neighbours
+    assert torch.allclose(scales[affine.loc][leaf], torch.tensor(5.0).rsqrt())
+    for parameter, scale in scales.items():
+        torch.broadcast_shapes(parameter.shape, scale.shape)
+
+
+def test_there_is_one_network_for_each_layer():
+    guide = new(num_transforms=3)
+    assert sum(isinstance(part, ParentsMLP) for part in guide.modules()) == 3
+
+
+@pytest.mark.slow
+def test_hierarchy_is_fitted_to_the_evidence():
+    y = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 1.5 + 1
+    guide, flow = AutoStructuredFlow(hierarchy), AutoIAF(hierarchy)
+    result = fit(hierarchy, guide, y, seed=0, progress=False)
+    assert result.trusted, result.verdict
+    assert result.log_evidence - result.elbo < 0.02
+    other = fit(hierarchy, flow, y, seed=0, progress=False)
+    assert result.elbo > other.elbo - 0.1

@@ -1,0 +1,187 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import init_to_value
+
+from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.dependency_graph import find_dependencies, missing_dependencies
+
+
+def chain(length=30):
+    z = pyro.sample("z0", dist.Normal(0.0, 1.0))
+    for t in range(1, length):
+        z = pyro.sample(f"z{t}", dist.Normal(0.9 * z, 0.1))
+
+
+def vector_chain():
+    z = pyro.sample("z", dist.Normal(torch.zeros(30), 10.0).to_event(1))
+    pyro.factor("steps", -0.5 * (z[..., 1:] - z[..., :-1]).square().sum(-1) / 0.01)
+
+
+def hierarchy(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
+
+
+def crossed(y):
+    with pyro.plate("rows", y.shape[0], dim=-2):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("columns", y.shape[1], dim=-1):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", y.shape[0], dim=-2), pyro.plate("column", y.shape[1], dim=-1):
+        pyro.sample("y", dist.Normal(a * b, 1.0), obs=y)
+
+
+def simplex():
+    pyro.sample("p", dist.Dirichlet(torch.ones(4)))
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def mixture(y):
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(locs[..., kind], 1.0), obs=y)
+    del scale
+
+
+def one_at_a_time():
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    if float(x.detach().sum()) > 1e9:
+        raise ValueError("never")
+    pyro.sample("y", dist.Normal(x[..., 0], 1.0))
+
+
+def edges(model, *args):
+    log_joint = LogJoint(model, args)
+    return {
+        (i, j)
+        for i, own in enumerate(find_dependencies(log_joint).neighbours)
+        for j in own
+        if i < j
+    }
+
+
+STEPS = {(i, i + 1) for i in range(29)}
+CASES = {
+    "chain of sites": (chain, (), STEPS),
+    "chain in a vector": (vector_chain, (), STEPS),
+    "hierarchy": (
+        hierarchy,
+        (torch.randn(5),),
+        {(0, 1), *((k, 2 + i) for k in (0, 1) for i in range(5))},
+    ),
+    "crossed plates": (
+        crossed,
+        (torch.randn(3, 4),),
+        {(i, 3 + j) for i in range(3) for j in range(4)},
+    ),
+    # the sticks that a Dirichlet is broken into are independent
+    "simplex": (simplex, (), set()),
+    "enumerated": (mixture, (torch.randn(6),), {(0, 1)}),
+    "one draw at a time": (one_at_a_time, (), {(0, 3)}),
+}
+
+
+@pytest.mark.parametrize(("model", "args", "expected"), CASES.values(), ids=CASES)
+def test_edges_are_those_of_the_model(model, args, expected):
+    assert edges(model, *args) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edges_in_single_precision(dtype):
+    y = torch.randn(200, dtype=dtype)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 10.0))
+        with pyro.plate("groups", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, y.new_tensor(1e-2)))
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+    assert edges(model, y) == {(0, 1 + i) for i in range(200)}
+
+
+def test_second_derivatives_of_a_gaussian():
+    found = find_dependencies(LogJoint(vector_chain))
+    assert torch.allclose(found.second, torch.full((29,), 100.0))
+    assert torch.allclose(found.curvature[1:-1], torch.full((28,), -200.01))
+
+
+def test_the_search_takes_no_random_numbers():
+    log_joint = LogJoint(hierarchy, (torch.randn(4),))
+    state = torch.get_rng_state()
+    find_dependencies(log_joint)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def switched(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        # on for x > 2 only, where the search does not look
+        loc = torch.where(x > 2, z, 0.0 * z)
+        pyro.sample("y", dist.Normal(loc + 3 * x, 0.1), obs=y)
+
+
+def test_a_dependency_that_is_switched_off_is_found_at_other_draws():
+    log_joint = LogJoint(switched, (torch.full((3,), 9.0),))
+    graph = [set() for _ in range(4)]
+    near = 0.1 * torch.randn(8, 4)
+    assert missing_dependencies(log_joint, graph, near) == []
+    far = near + torch.tensor([2.0, 0.0, 0.0, 0.0])
+    assert missing_dependencies(log_joint, graph, far) == [(0, 1), (0, 2), (0, 3)]
+
+
+def test_nothing_is_missing_of_a_full_graph():
+    log_joint = LogJoint(hierarchy, (torch.randn(5),))
+    graph = find_dependencies(log_joint).neighbours
+    assert missing_dependencies(log_joint, graph, torch.randn(6, 7)) == []
+
+
+def test_a_missing_edge_of_a_chain_is_found():
+    log_joint = LogJoint(vector_chain)
+    graph = [set(own) for own in find_dependencies(log_joint).neighbours]
+    graph[3].remove(4)
+    graph[4].remove(3)
+    assert missing_dependencies(log_joint, graph, torch.randn(8, 30)) == [(3, 4)]
+
+
+def test_a_random_density_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("noise", (torch.randn(3) * x).sum(-1))
+
+    log_joint = LogJoint(model)
+    with pytest.raises(ValueError, match="the same in each run, got one that is random"):
+        find_dependencies(log_joint)
+
+
+def test_a_gradient_that_is_not_finite_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        # the root has an infinite slope at zero
+        pyro.factor("root", (0 * x).abs().sqrt().sum(-1))
+
+    with pytest.raises(ValueError, match="finite near the starting values, and its gradient"):
+        find_dependencies(LogJoint(model))
+
+
+def bounded():
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    inside = x.abs().amax(-1) < 0.3
+    pyro.factor("edge", torch.where(inside, x[..., 0] * x[..., 1], torch.nan))
+
+
+def test_where_the_density_is_not_finite_steps_are_shorter():
+    log_joint = LogJoint(bounded, init_loc_fn=init_to_value(values={"x": torch.zeros(3)}))
+    assert find_dependencies(log_joint).neighbours == ({1}, {0}, set())
+    with pytest.raises(ValueError, match="that is not: edge"):
+        start = init_to_value(values={"x": torch.ones(3)})
+        find_dependencies(LogJoint(bounded, init_loc_fn=start))
