@@ -4,7 +4,7 @@
 """Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
-from .base import Blocks, Conditioner, Evaluation, Linearization
+from .base import Blocks, Conditioner, Evaluation
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
 from .parents_mlp import ParentsMLP
@@ -13,7 +13,6 @@ __all__ = [
     "Blocks",
     "Conditioner",
     "Evaluation",
-    "Linearization",
     "MaskedInput",
     "MaskedLinear",
     "MaskedMLP",

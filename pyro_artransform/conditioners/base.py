@@ -68,22 +68,6 @@ class Blocks(Protocol):
         """The conditioner at the points that all blocks led to, or None where that is not offered."""
 
 
-class Linearization(Protocol):
-    r"""The derivative :math:`\partial \theta / \partial x` of a conditioner at one batch, without a graph.
-
-    Shapes are ``(B, D)`` for what belongs to coordinates, and ``(B, D, P)`` for what belongs to parameters.
-    """
-
-    def pull(self, by_params: Tensor) -> Tensor:
-        r"""The product :math:`\sum_{ip} w_{ip} \, \partial \theta_{ip} / \partial x_j` for weights w."""
-
-    def solve(self, scale: Tensor, by_params: Tensor, rest: Tensor) -> Tensor:
-        r"""The solution u of :math:`J^\top u = \mathrm{rest}` by substitution.
-
-        Here :math:`J_{ij} = \mathrm{scale}_i [i = j] + \sum_p w_{ip} \, \partial \theta_{ip} / \partial x_j`.
-        """
-
-
 class Conditioner(torch.nn.Module, ABC):
     r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 
@@ -134,13 +118,10 @@ class Conditioner(torch.nn.Module, ABC):
         """
         return None
 
-    def linearize(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Linearization] | None:
-        """The parameters, as :meth:`forward` returns them, and their derivative; or None.
+    def evaluate(self, x: Tensor, context: Tensor | None = None) -> Evaluation | None:
+        """The evaluation at known points, with what gradients need; or None.
 
-        A conditioner that offers it has path gradients by one substitution; for any other they take
-        vector-Jacobian products until nothing moves.
+        With it a path gradient takes one substitution; else vector-Jacobian products until nothing moves.
 
         :param x: shape ``(B, D)``.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..arguments import check_callable, check_hidden_dims, check_integer
 from .base import Conditioner
 from .block_evaluation import BlockLayout, MLPBlocks, Weights, block_layout
-from .linearization import MLPLinearization, slope
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
+from .mlp_evaluation import MLPEvaluation, slope
 
 MaskLike = Tensor | Sequence[Sequence[int]]
 
@@ -193,9 +193,9 @@ class MaskedMLP(Conditioner):
         self.to(last.weight.device)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._evaluate(x, context)[-1]
+        return self._layers_at(x, context)[-1]
 
-    def _evaluate(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    def _layers_at(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
         """What each layer returns, before the activation; the parameters are the last."""
         self._check_input(x, context)
         first, *others = self.layers
@@ -212,18 +212,16 @@ class MaskedMLP(Conditioner):
         rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
         return [*outputs[:-1], rows.transpose(-1, -2)]
 
-    def linearize(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, MLPLinearization] | None:
+    def evaluate(self, x: Tensor, context: Tensor | None = None) -> MLPEvaluation | None:
         """None if blocks are: products of weights do not go through another ``forward`` or hooks."""
         if type(self).forward is not MaskedMLP.forward or self._has_hooks():
             return None
-        *hidden, params = self._evaluate(x, context)
+        *hidden, params = self._layers_at(x, context)
         slopes = [slope(self.nonlinearity, layer) for layer in hidden]
         layout, order = self._sorted_layout()
         with torch.no_grad():
             weights = self._sorted_weights(None, order)
-        return params, MLPLinearization(layout, order, weights, slopes)
+        return MLPEvaluation(params, layout, order, weights, slopes)
 
     def _sorted_layout(self) -> tuple[BlockLayout, Tensor | None]:
         """Where each level begins, and the order of the coordinates if it is not their own."""

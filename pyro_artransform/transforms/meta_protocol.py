@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..conditioners import Blocks, Linearization
+from ..conditioners import Blocks, Evaluation
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
 
@@ -52,8 +52,8 @@ class StructuredMeta(torch.nn.Module):
         """
         return None
 
-    def linearize(self, x: Tensor) -> tuple[Tensor, Linearization] | None:
-        """The parameters at x, shape ``(*, D)``, and their derivative; None if it is not known."""
+    def evaluate(self, x: Tensor) -> Evaluation | None:
+        """The conditioner at x, shape ``(*, D)``, by rows; None if it is not known."""
         return None
 
 

@@ -26,10 +26,10 @@ def by_substitution(
     :param x: shape ``(*, D)``.
     :param score: of x, shape ``(*, D)``.
     """
-    linear = meta.linearize(x)
-    if linear is None:
+    evaluation = meta.evaluate(x)
+    if evaluation is None:
         return None
-    params, derivative = linear
+    params = evaluation.params
     with torch.enable_grad():
         # a view of x for the family alone: derivatives by it do not go through the network
         rows = x.reshape(-1, x.shape[-1])
@@ -42,8 +42,9 @@ def by_substitution(
     if ladj.requires_grad:  # that of a shift is a constant
         ones = torch.ones_like(ladj)
         volume, by_volume = torch.autograd.grad(ladj, [point, params], ones, **options)
-        rest = rest - volume - derivative.pull(by_volume)
-    u = derivative.solve(scale, by_params, rest)
+        rest = rest - volume - evaluation.pull_back(by_volume)
+    # J is diag(scale) (1 - N), where N has these slopes
+    u = evaluation.solve_adjoint(-by_params / scale[..., None], rest) / scale
     return y.reshape(x.shape), ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
 
 

@@ -23,9 +23,10 @@ from .block_evaluation import BlockLayout, Weights
 _SIZE = 16
 
 
-class MLPLinearization:
-    """The :class:`~.base.Linearization` of one network at one batch.
+class MLPEvaluation:
+    """The :class:`~.base.Evaluation` of one network at one batch.
 
+    :param params: the parameters, with their graph, shape ``(B, D, P)``.
     :param layout: where each level begins.
     :param order: the coordinates sorted by level, or None if they are in that order already.
     :param weights: masked, in sorted order.
@@ -33,65 +34,69 @@ class MLPLinearization:
     """
 
     def __init__(
-        self, layout: BlockLayout, order: Tensor | None, weights: Weights, slopes: list[Tensor]
+        self,
+        params: Tensor,
+        layout: BlockLayout,
+        order: Tensor | None,
+        weights: Weights,
+        slopes: list[Tensor],
     ) -> None:
+        self.params = params
         self._layout, self._order = layout, order
         self._weights, self._slopes = weights, slopes
 
-    def pull(self, by_params: Tensor) -> Tensor:
-        """See :class:`~.base.Linearization`."""
-        weights, rows = self._weights, self._sorted(by_params.mT).flatten(1)
-        pulled = self._through_layers(rows @ weights.last.flatten(0, 1), slice(None))
-        if weights.skip is not None:
-            pulled = pulled + rows @ weights.skip.flatten(0, 1)
+    def pull_back(self, weights: Tensor) -> Tensor:
+        """See :class:`~.base.Evaluation`."""
+        network, rows = self._weights, self._sorted(weights.mT).flatten(1)
+        pulled = self._through_layers(rows @ network.last.flatten(0, 1), slice(None))
+        if network.skip is not None:
+            pulled = pulled + rows @ network.skip.flatten(0, 1)
         return self._unsorted(pulled)
 
-    def solve(self, scale: Tensor, by_params: Tensor, rest: Tensor) -> Tensor:
-        """See :class:`~.base.Linearization`."""
-        scale, rest, by_params = map(self._sorted, (scale, rest, by_params.mT))
+    def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
+        """See :class:`~.base.Evaluation`."""
+        slopes, rest = self._sorted(slopes.mT), self._sorted(gradient)
         weights, done = self._weights, list[Tensor]()
         carried: Tensor | None = None  # what later blocks are by the last hidden units
         for start, stop in self._blocks():
             own = slice(self._layout.levels[start], self._layout.levels[stop])
             known = rest[:, own]
             if carried is not None:
-                known = known - self._through_layers(carried, own)
-            u = self._substitute(scale[:, own], by_params[..., own], known, start, stop)
-            done.append(u)
+                known = known + self._through_layers(carried, own)
+            v = self._substitute(slopes[..., own], known, start, stop)
+            done.append(v)
             if start == 0:
                 break
-            weighted = (by_params[..., own] * u[:, None]).flatten(1)
+            weighted = (slopes[..., own] * v[:, None]).flatten(1)
             added = weighted @ weights.last[:, own].flatten(0, 1)
             carried = added if carried is None else carried + added
             if weights.skip is not None:
-                rest = rest - weighted @ weights.skip[:, own].flatten(0, 1)
+                rest = rest + weighted @ weights.skip[:, own].flatten(0, 1)
         return self._unsorted(torch.cat(done[::-1], -1))
 
-    def _substitute(
-        self, scale: Tensor, by_params: Tensor, rest: Tensor, start: int, stop: int
-    ) -> Tensor:
+    def _substitute(self, slopes: Tensor, gradient: Tensor, start: int, stop: int) -> Tensor:
         """The solution within the levels from ``start`` to ``stop - 1``, shape ``(B, n)``."""
         if stop == start + 1:
-            return rest / scale
-        square = self._square(by_params, start, stop)
-        square.diagonal(dim1=-2, dim2=-1).add_(scale)
-        return solve_triangular(square, rest[:, None], upper=False, left=False)[:, 0]
+            return gradient
+        square, options = self._square(-slopes, start, stop), {"left": False, "unitriangular": True}
+        # the routine takes the diagonal as ones, whatever is there
+        return solve_triangular(square, gradient[:, None], upper=False, **options)[:, 0]
 
-    def _square(self, by_params: Tensor, start: int, stop: int) -> Tensor:
+    def _square(self, slopes: Tensor, start: int, stop: int) -> Tensor:
         """The derivative of some levels by themselves, shape ``(B, n, n)``, strictly lower triangular."""
         weights, layout = self._weights, self._layout
         own = slice(layout.levels[start], layout.levels[stop])
         # the units that read the block and are read by it
         units = [slice(places[start], places[stop - 1]) for places in layout.units]
         last = weights.last[:, own, units[-1]]
-        rows = by_params.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
+        rows = slopes.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
         readers = [own, *units[:-1]]
         for weight, slope, unit, reader in [*zip(weights.inner, self._slopes, units, readers)][
             ::-1
         ]:
             rows = (rows * slope[:, unit]) @ weight[unit, reader]
         if weights.skip is not None:
-            rows = rows + by_params.permute(2, 0, 1) @ weights.skip[:, own, own].transpose(0, 1)
+            rows = rows + slopes.permute(2, 0, 1) @ weights.skip[:, own, own].transpose(0, 1)
         return rows.transpose(0, 1).contiguous()
 
     def _through_layers(self, by_units: Tensor, own: slice) -> Tensor:
