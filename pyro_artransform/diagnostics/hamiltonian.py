@@ -20,6 +20,7 @@ noise is left in the difference of the two.
 
 import math
 from collections.abc import Callable
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -160,12 +161,16 @@ class PairedChains:
         :param num_warm_up: steps that do not count.
         :param num_steps: steps that count.
         """
-        rates = []
+        rates, sizes = [], []
         for i in range(num_warm_up + num_steps):
             quarters = _SHORTEST + _LENGTHS * (i * _GOLDEN_RATIO % 1)
             rates.append(self._step(math.pi / 2 * quarters, counts=i >= num_warm_up))
             if i < num_warm_up:
                 self.step_size = _adapted(self.step_size, rates[-1])
+                sizes.append(self.step_size)
+            if i == num_warm_up - 1:
+                # the rate of a single trajectory depends on its length
+                self.step_size = geometric_mean(sizes[num_warm_up // 2 :])
         return sum(rates[num_warm_up:]) / num_steps
 
     def _step(self, length: float, counts: bool) -> float:

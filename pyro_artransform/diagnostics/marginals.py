@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from ..arguments import check_integer
 from ..joint import Latents, LogJoint
 from ..joint.handlers import hidden_sites
 from .hamiltonian import PairedChains, PulledBack
-from .importance_weights import Values, log_weights
+from .importance_weights import Values, check_same_latents, log_weights
 from .known_moments import laws_of_draws, laws_of_transform
 from .marginal_errors import MOST_MEMORY, MarginalErrors, critical_value, marginal_errors
 from .preconditioning import guide_transform, location_scale, misjudged_directions
@@ -185,7 +186,12 @@ def marginals_of(
         )
     if num_chains is None:
         num_chains = _NUM_CHAINS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CHAINS
+    log_weights(
+        model, guide, 1, args, kwargs, log_joint
+    )  # an error if it is no guide of this model
     transform = guide_transform(guide, args, kwargs)
+    if transform is not None:
+        check_same_latents(log_joint, partial(guide, *args, **kwargs))
     num_draws = _NUM_DRAWS if transform is None else _NUM_CHECKED
     draws, _ = log_weights(model, guide, max(num_draws, num_chains), args, kwargs, log_joint)
     draws = draws[draws.isfinite().all(-1)]
