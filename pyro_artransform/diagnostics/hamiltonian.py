@@ -155,6 +155,11 @@ class PairedChains:
         self.step_size = _FIRST_STEP_SIZE * start.shape[-1] ** -0.25
         self.step_size = min(self.step_size, _MAX_STEP_SIZE)
 
+    @property
+    def averages(self) -> tuple[Averages, Averages]:
+        """Those of the chains and of their companions."""
+        return self.values, self.companion_values
+
     def run(self, num_warm_up: int, num_steps: int) -> float:
         """Adapts the step size, then takes the steps that count; the acceptance rate of these.
 

@@ -30,13 +30,15 @@ class Expectation(NamedTuple):
     covariance: Tensor
 
     @classmethod
-    def of_draws(cls, guide: Tensor, known: Tensor) -> "Expectation":
-        """That of values at paired draws, of shape ``(n, D)`` each."""
-        means = guide.mean(0), known.mean(0)
-        one, other = guide - means[0], known - means[1]
-        scale = 1 / (len(guide) * (len(guide) - 1))
-        moments = ((a * b).sum(0) * scale for a, b in ((one, one), (other, other), (one, other)))
-        return cls(*means, *moments)
+    def of_sums(cls, sums: Tensor, count: int) -> "Expectation":
+        """That of values at paired draws, from the sums that :func:`sums_of_pairs` gives of them."""
+        guide, known, squares, known_squares, products = sums / count
+        moments = (
+            squares - guide.square(),
+            known_squares - known.square(),
+            products - guide * known,
+        )
+        return cls(guide, known, *(moment / (count - 1) for moment in moments))
 
     @classmethod
     def of_known(cls, guide: Tensor, known: Tensor) -> "Expectation":
@@ -70,16 +72,20 @@ def laws_of_transform(
     transform: ToLatent, stretched: Stretched, loc: Tensor, scale: Tensor
 ) -> Laws:
     """The moments of a transformed standard normal, and of one that was stretched before that."""
-    base = torch.randn(_NUM_PAIRS, len(loc), dtype=loc.dtype, device=loc.device)
-    means, squares = [], []
-    for part in base.split(_AT_A_TIME):
-        of_guide = _mean_of_pairs(transform, part, loc, scale)
-        known = of_guide
+    means = squares = torch.zeros((5, 1), dtype=loc.dtype, device=loc.device)
+    for _ in range(_NUM_PAIRS // _AT_A_TIME):
+        base = torch.randn((_AT_A_TIME, len(loc)), dtype=loc.dtype, device=loc.device)
+        of_guide = known = _mean_of_pairs(transform, base, loc, scale)
         if len(stretched.factors):
-            known = _mean_of_pairs(stretched.before(transform), part, loc, scale)
-        means.append((of_guide[0], known[0]))
-        squares.append((of_guide[1], known[1]))
-    return Laws(*(Expectation.of_draws(*map(torch.cat, zip(*parts))) for parts in (means, squares)))
+            known = _mean_of_pairs(stretched.before(transform), base, loc, scale)
+        means = means + sums_of_pairs(of_guide[0], known[0])
+        squares = squares + sums_of_pairs(of_guide[1], known[1])
+    return Laws(Expectation.of_sums(means, _NUM_PAIRS), Expectation.of_sums(squares, _NUM_PAIRS))
+
+
+def sums_of_pairs(one: Tensor, other: Tensor) -> Tensor:
+    """The sums of paired values, of their squares and of their products: ``(5, D)`` from ``(n, D)``."""
+    return torch.stack([one, other, one.square(), other.square(), one * other]).sum(1)
 
 
 def _mean_of_pairs(

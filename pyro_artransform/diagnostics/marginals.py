@@ -122,7 +122,8 @@ def marginals(
     the guide, nor do they reach deep into a funnel, as no diagnostic does that starts from the guide.
 
     The cost is some 20,000 gradients for a thousand latents, as that of 300 steps of a fit with 64
-    draws, and grows with the fourth root of their number.
+    draws, half as much again where that leaves the verdict open, and grows with the fourth root of
+    their number. Memory is that of 128 chains, and of the guide's draws.
 
     :param model: a Pyro model that sees all its data.
     :param guide: a guide of it, of continuous latents.
@@ -130,7 +131,7 @@ def marginals(
     :param num_chains: how many chains, 16 at least; by default 128, and 32 for a model that runs for
         one draw after the other. Standard errors fall with the square root.
     :param num_steps: how many trajectories of each chain count, after 12 that do not, of which each
-        turns a standard normal by about a quarter.
+        turns a standard normal by about a quarter; as many again where they leave the verdict open.
     :param kwargs: the keyword arguments of both.
     :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
         lacks a latent, was made for another model, is a point at some site, has discrete sites, or has
@@ -212,20 +213,37 @@ def marginals_of(
     target.to_latent = stretched.before(to_latent)
     chains = PairedChains(target, stretched.inverse(points), companions, loc, scale)
     start = chains.values.values
-    acceptance = chains.run(NUM_WARM_UP, num_steps)
+    rate = chains.run(NUM_WARM_UP, num_steps)
     if transform is None:
         laws = laws_of_draws((draws - loc) / scale, stretched)
     else:
         laws = laws_of_transform(transform, stretched, loc, scale)
-    errors = marginal_errors(chains.values, chains.companion_values, laws, start)
-    return _concluded(errors, log_joint.latents, acceptance, num_chains, target.num_gradients)
+    judgement = _judged(marginal_errors(*chains.averages, laws, start), num_chains)
+    if judgement.is_open:
+        rate = (rate + chains.run(0, num_steps)) / 2
+        judgement = _judged(marginal_errors(*chains.averages, laws, start), num_chains)
+    errors, latents = judgement.errors, log_joint.latents
+    return Marginals(
+        mean_shift=latents.split(errors.mean_shift),
+        mean_shift_se=latents.split(errors.mean_shift_se),
+        sd_ratio=latents.split(errors.sd_ratio),
+        sd_ratio_se=latents.split(errors.sd_ratio_se),
+        memory=latents.split(errors.memory),
+        mean_bound=judgement.shifts.bound,
+        sd_bound=judgement.ratios.bound,
+        acceptance=rate,
+        num_chains=num_chains,
+        num_gradients=target.num_gradients,
+        trusted=judgement.is_good,
+        words=judgement.words(latents),
+    )
 
 
-class Judged(NamedTuple):
-    """Errors of all latents, judged by one bound on each.
+class Bounded(NamedTuple):
+    """Errors of all latents with simultaneous bounds.
 
     :param errors: shape ``(D,)``.
-    :param widths: half of the widths of their simultaneous intervals.
+    :param widths: half of the widths of their intervals.
     :param most: the largest error that is trusted.
     """
 
@@ -243,81 +261,81 @@ class Judged(NamedTuple):
         """No error is larger than this, beyond doubt; infinite where one is not known."""
         return float((self.errors.abs() + self.widths).nan_to_num(torch.inf, torch.inf).max())
 
+
+class Judgement(NamedTuple):
+    """Which errors of means and of sds are too large, and which latents chains hardly moved."""
+
+    errors: MarginalErrors
+    shifts: Bounded
+    ratios: Bounded
+    are_slow: Tensor
+
     @property
-    def are_known(self) -> bool:
-        """Whether no error can be more than twice what is trusted."""
-        return self.bound <= 2 * self.most
+    def is_off(self) -> bool:
+        """Whether an error is too large beyond doubt, or chains could not tell."""
+        found = self.shifts.are_off | self.ratios.are_off | self.are_slow
+        return bool(found.any())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether none is too large beyond doubt, and one may be twice as large as what is trusted."""
+        is_known = all(part.bound <= 2 * part.most for part in (self.shifts, self.ratios))
+        return not (self.is_off or is_known)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the errors are known to be small."""
+        return not (self.is_off or self.is_open)
+
+    def words(self, latents: Latents) -> str:
+        """The same in words."""
+        mean, sd = self.shifts.bound, 100 * self.ratios.bound
+        if self.is_off:
+            return "; ".join(self._objections(latents))
+        if self.is_open:
+            return (
+                f"errors are known too little (means within {mean:.2f} sd, sds within {sd:.0f} %): take "
+                "more num_chains"
+            )
+        dim = latents.latent_dim
+        of = "the only latent" if dim == 1 else f"all {dim:,} latents"
+        return f"means of {of} within {mean:.2f} sd, sds within {sd:.0f} %"
+
+    def _objections(self, latents: Latents) -> Iterator[str]:
+        shifts, ratios = self.shifts, self.ratios
+        if shifts.are_off.any():
+            worst = _worst(shifts.errors.abs(), shifts.are_off)
+            yield (
+                f"{_count(shifts.are_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of "
+                f"{_name(latents, worst)} by {shifts.errors[worst]:.2f} ± {shifts.widths[worst]:.2f})"
+            )
+        if ratios.are_off.any():
+            ratio = self.errors.sd_ratio
+            worst = _worst(ratio.log().abs(), ratios.are_off)
+            yield (
+                f"{_count(ratios.are_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of "
+                f"{_name(latents, worst)} is {ratio[worst]:.2f} ± {ratios.widths[worst]:.2f} of the "
+                "posterior's)"
+            )
+        if self.are_slow.any():
+            worst = _worst(self.errors.memory, self.are_slow)
+            yield (
+                f"{_count(self.are_slow, 'latents')} hardly moved by the chains, as "
+                f"{_name(latents, worst)} is, and errors may be larger: take more num_steps, or fit the "
+                "guide for longer"
+            )
 
 
-def _concluded(
-    errors: MarginalErrors, latents: Latents, acceptance: float, num_chains: int, num_gradients: int
-) -> Marginals:
-    """The errors by site, with their bounds and the verdict."""
-    width = critical_value(2 * latents.latent_dim, num_chains, CONFIDENCE)
-    shifts = Judged(errors.mean_shift, width * errors.mean_shift_se, GOOD_MEAN_SHIFT)
-    ratios = Judged(errors.sd_ratio - 1, width * errors.sd_ratio_se, GOOD_SD_ERROR)
-    objections = list(_objections(shifts, ratios, errors, latents))
-    words = "; ".join(objections)
-    if not objections:
-        words = (
-            f"means of {_all(latents.latent_dim)} within {shifts.bound:.2f} sd, sds within "
-            f"{100 * ratios.bound:.0f} %"
-        )
-    return Marginals(
-        mean_shift=latents.split(errors.mean_shift),
-        mean_shift_se=latents.split(errors.mean_shift_se),
-        sd_ratio=latents.split(errors.sd_ratio),
-        sd_ratio_se=latents.split(errors.sd_ratio_se),
-        memory=latents.split(errors.memory),
-        mean_bound=shifts.bound,
-        sd_bound=ratios.bound,
-        acceptance=acceptance,
-        num_chains=num_chains,
-        num_gradients=num_gradients,
-        trusted=not objections,
-        words=words,
-    )
-
-
-def _objections(
-    shifts: Judged, ratios: Judged, errors: MarginalErrors, latents: Latents
-) -> Iterator[str]:
-    """What is wrong with the means and sds, or with what is known of them."""
-    if shifts.are_off.any():
-        worst = _worst(shifts.errors.abs(), shifts.are_off)
-        yield (
-            f"{_count(shifts.are_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of "
-            f"{_name(latents, worst)} by {shifts.errors[worst]:.2f} ± {shifts.widths[worst]:.2f})"
-        )
-    if ratios.are_off.any():
-        worst = _worst(errors.sd_ratio.log().abs(), ratios.are_off)
-        yield (
-            f"{_count(ratios.are_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of "
-            f"{_name(latents, worst)} is {errors.sd_ratio[worst]:.2f} ± {ratios.widths[worst]:.2f} of "
-            "the posterior's)"
-        )
-    is_off = bool(shifts.are_off.any() or ratios.are_off.any())
-    are_slow = ~(errors.sure_memory <= MOST_MEMORY)
-    if are_slow.any():
-        worst = _worst(errors.memory, are_slow)
-        yield (
-            f"{_count(are_slow, 'latents')} hardly moved by the chains, as {_name(latents, worst)} is, "
-            "and errors may be larger: take more num_steps, or fit the guide for longer"
-        )
-    elif not is_off and not (shifts.are_known and ratios.are_known):
-        yield (
-            f"errors are known too little (means within {shifts.bound:.2g} sd, sds within "
-            f"{100 * ratios.bound:.2g} %): take more num_chains"
-        )
+def _judged(errors: MarginalErrors, num_chains: int) -> Judgement:
+    width = critical_value(2 * len(errors.mean_shift), num_chains, CONFIDENCE)
+    shifts = Bounded(errors.mean_shift, width * errors.mean_shift_se, GOOD_MEAN_SHIFT)
+    ratios = Bounded(errors.sd_ratio - 1, width * errors.sd_ratio_se, GOOD_SD_ERROR)
+    return Judgement(errors, shifts, ratios, ~(errors.sure_memory <= MOST_MEMORY))
 
 
 def _count(chosen: Tensor, what: str) -> str:
     count = int(chosen.sum())
     return f"{count:,} of {len(chosen):,} {what} {'is' if count == 1 else 'are'}"
-
-
-def _all(dim: int) -> str:
-    return "the only latent" if dim == 1 else f"all {dim:,} latents"
 
 
 def _worst(values: Tensor, chosen: Tensor) -> int:

@@ -7,17 +7,18 @@ from pyro_artransform.diagnostics.known_moments import (
     Expectation,
     laws_of_draws,
     laws_of_transform,
+    sums_of_pairs,
 )
 from pyro_artransform.diagnostics.preconditioning import Stretched
 
 
 def test_noise_that_two_laws_share_cancels():
     draws = torch.randn(1000, 3)
-    same = Expectation.of_draws(draws, draws)
+    same = Expectation.of_sums(sums_of_pairs(draws, draws), 1000)
     ones = torch.ones(3)
     assert torch.allclose(same.error_variance(ones, ones), torch.zeros(3))
     assert torch.allclose(same.error_variance(ones, 0 * ones), draws.var(0) / 1000)
-    other = Expectation.of_draws(draws, torch.randn(1000, 3))
+    other = Expectation.of_sums(sums_of_pairs(draws, torch.randn(1000, 3)), 1000)
     assert torch.allclose(other.error_variance(ones, ones), torch.tensor(2e-3), rtol=0.25)
 
 
