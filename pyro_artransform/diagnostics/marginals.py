@@ -48,7 +48,9 @@ class Marginals:
 
     Everything is of single coordinates on the unconstrained space, and by site of the shape that the
     site has there. Errors are those of the guide: a positive shift is a mean that is too large, a
-    ratio below one a standard deviation that is too small.
+    ratio below one a standard deviation that is too small. Standard errors are of the noise of chains.
+    Of a guide that is off by several sds chains are still on their way, and errors are larger than they
+    say: that it is off is sure, by how much is not.
 
     :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
     :param mean_shift_se: its standard error.
