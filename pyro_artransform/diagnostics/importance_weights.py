@@ -97,7 +97,7 @@ def weighted_draws(
             _trace(run_guide)
         log_joint = log_joint or LogJoint(run_model)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            _check_same_latents(log_joint, _trace(run_guide))
+            check_same_latents(log_joint, run_guide)
         draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
     else:
         draw = _drawer(run_model, run_guide, log_joint)
@@ -197,14 +197,17 @@ def _trace(run: Run) -> poutine.Trace:
     return trace
 
 
-def _check_same_latents(log_joint: LogJoint, drawn: poutine.Trace) -> None:
+def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
     """Checks that a vector of a guide's latents is one of the model's.
 
     That they have as many dimensions says nothing: a reparametrized model has other latents.
+
+    :param guide: runs the guide.
+    :raises ValueError: if it is of other latents.
     """
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
     got = {}
-    for node in latent_nodes(drawn):
+    for node in latent_nodes(_trace(guide)):
         if not node["infer"].get("is_auxiliary"):
             got[node["name"]] = tuple(node["value"].shape)
     # a guide that has the vector only does not say what is in it; the order is that of the vector

@@ -159,6 +159,11 @@ class EvaluationConfig:
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
+    #: from so many latents on single ones are looked at, where the joint is not trusted: if 30 sds are
+    #: 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
+    min_marginals: int = 30
+    num_chains: int = 128  #: the chains of that look, which cost about 20,000 gradients
+    num_chain_steps: int = 12  #: the steps of theirs that count
     small_tail: float = 0.001  #: a smaller excess of the tail, as a share of all weights, is none
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-from ..diagnostics import Importance
+from ..diagnostics import Importance, Marginals
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +45,10 @@ class FitResult:
     :param one_at_a_time: why the model was run for one draw after the other; empty where it was not.
     :param importance: the importance weights and what they say; ``None`` for a model that
         sub-samples its data.
+    :param marginals_trusted: whether the mean and the sd of each single latent can be trusted where
+        the joint cannot; ``None`` where nobody has looked. A fit looks where weights say no, and there
+        are 30 latents or more, all data, and a model that takes many draws at once.
+    :param marginals: how far each of them is off; ``None`` where nobody has looked.
     """
 
     elbo: float
@@ -69,6 +73,8 @@ class FitResult:
     culprits: dict[str, int] = field(default_factory=dict)
     one_at_a_time: str = ""
     importance: Importance | None = None
+    marginals_trusted: bool | None = None
+    marginals: Marginals | None = None
 
     def rows(self) -> dict[str, str]:
         """The numbers in words, by name."""
@@ -79,6 +85,9 @@ class FitResult:
                 "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
                 "ESS": f"{self.ess:.0f} of {self.num_samples}",
             }
+        if self.marginals is not None:
+            mean, sd = self.marginals.mean_bound, self.marginals.sd_bound
+            rows["marginals"] = f"means within {mean:.2f} sd, sds within {100 * sd:.0f} %"
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start
         if self.num_skipped:

@@ -22,6 +22,7 @@ from . import checkpoint as files
 from .config import FitConfig
 from .data.checks import check_use
 from .data.loader import Batch, BatchStream
+from .evaluation.many_latents import look_at_marginals
 from .evaluation.verdict import FitStatus, ModelAndGuide, evaluate, evaluate_minibatches
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
@@ -218,8 +219,9 @@ class FitRun:
             found = evaluate_minibatches(self._subject, self._minibatches, status, config)
         else:
             found = evaluate(self._subject, self._initial.modes, status, config)
+        look = look_at_marginals(self._subject, found, config)
         return FitResult(
-            **found.result_fields(),
+            **look.result_fields(found),
             history=[-loss for loss in training.losses],
             num_steps=training.num_steps,
             num_skipped=skipped,

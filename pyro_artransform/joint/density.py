@@ -122,7 +122,8 @@ class LogJoint(LogDensity):
         self.is_subsampled = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents = Latents.from_trace(trace)
-        self._chunk_size = _chunk_size(count_values(trace), args, kwargs or {})
+        #: how many draws are evaluated at once without gradients, which bounds the memory
+        self.chunk_size = _chunk_size(count_values(trace), args, kwargs or {})
         self._event_dims: dict[str, int] = {}
         values = {}
         for name, site in self.latents.sites.items():
@@ -162,7 +163,7 @@ class LogJoint(LogDensity):
             )
         other = copy.copy(self)
         other._run = UnmaskedLatents()(partial(self._model, *args, **(kwargs or {})))
-        other._chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
+        other.chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
@@ -183,7 +184,7 @@ class LogJoint(LogDensity):
 
     def __call__(self, z: Tensor) -> Tensor:
         # a graph of gradients holds all draws in any case
-        chunk = None if torch.is_grad_enabled() else self._chunk_size
+        chunk = None if torch.is_grad_enabled() else self.chunk_size
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan, chunk)["total"]
 

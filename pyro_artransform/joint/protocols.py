@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
@@ -28,6 +29,26 @@ class ReparametrizedGuide(Protocol):
         :param path: whether the gradient of the log-density flows through the draws only.
         :return: shapes ``(n, latent_dim)`` and ``(n,)``, with gradients.
         """
+
+
+@runtime_checkable
+class TransformedGuide(Protocol):
+    """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
+
+    def get_transform(self, *args: object, **kwargs: object) -> Transform:
+        """The way from a standard normal of shape ``(latent_dim,)`` to the unconstrained space.
+
+        :param args: the model's arguments.
+        :raises NotImplementedError: if this guide is no such transform, as in Pyro's base class.
+        """
+
+
+@runtime_checkable
+class TransformWithLadj(Protocol):
+    """A transform that gives its value and its log-determinant from one evaluation."""
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` of shape ``(*, D)``, and the log-determinant of shape ``(*,)``."""
 
 
 @runtime_checkable

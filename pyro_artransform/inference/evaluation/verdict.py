@@ -100,6 +100,8 @@ class Evaluation(NamedTuple):
     :param weights: the importance weights; ``None`` where mini-batches make them unknown.
     :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
     :param verdict: whether it can be trusted.
+    :param lost_mass: the share of the posterior in modes that the guide has missed.
+    :param is_of_minibatches: whether it is by a pass over a loader.
     """
 
     elbo: float
@@ -108,6 +110,8 @@ class Evaluation(NamedTuple):
     weights: Importance | None
     is_noisy: bool
     verdict: Verdict
+    lost_mass: float = 0.0
+    is_of_minibatches: bool = False
 
     def result_fields(self) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
@@ -148,7 +152,9 @@ def evaluate(
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, config)
-    return Evaluation(found.elbo, found.elbo_se, found.num_samples, found, is_noisy, verdict)
+    lost_mass = 0.0 if missed is None else missed.lost_mass
+    numbers = found.elbo, found.elbo_se, found.num_samples
+    return Evaluation(*numbers, found, is_noisy, verdict, lost_mass)
 
 
 def evaluate_minibatches(
@@ -165,7 +171,8 @@ def evaluate_minibatches(
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     about = _about_minibatches(found, weights, is_of_all)
     verdict = judge(weights, None, status._replace(is_point=is_point), config, about)
-    return Evaluation(found.elbo, found.elbo_se, found.num_draws, weights, False, verdict)
+    numbers = found.elbo, found.elbo_se, found.num_draws
+    return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True)
 
 
 def judge(

@@ -1,0 +1,353 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How far means and standard deviations of a guide are off, one latent at a time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_integer
+from ..joint import Latents, LogJoint
+from ..joint.handlers import hidden_sites
+from .hamiltonian import PairedChains, PulledBack
+from .importance_weights import Values, check_same_latents, log_weights
+from .known_moments import laws_of_draws, laws_of_transform
+from .marginal_errors import MOST_MEMORY, MarginalErrors, critical_value, marginal_errors
+from .preconditioning import guide_transform, location_scale, misjudged_directions
+
+#: errors of a mean, in sds of the posterior, that are trusted
+GOOD_MEAN_SHIFT = 0.15
+#: relative errors of a standard deviation that are trusted
+GOOD_SD_ERROR = 0.15
+#: the probability that all bounds hold
+CONFIDENCE = 0.975
+
+#: steps of a chain that count
+NUM_STEPS = 12
+#: steps before that, which adapt the step size and forget the start
+NUM_WARM_UP = 12
+
+_NUM_CHAINS = 128
+_NUM_CHAINS_BY_LOOP = 32
+# with fewer, the expansion of Student's quantiles is off by more than a percent
+_LEAST_CHAINS = 16
+# a mean is known to 0.01 sd, an sd to 0.7 %
+_NUM_DRAWS = 10_000
+# draws of a guide that gives its transform: densities at once are compared with single ones there
+_NUM_CHECKED = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Marginals:
+    """How far the means and standard deviations of a guide are from those of the posterior.
+
+    Everything is of single coordinates on the unconstrained space, and by site of the shape that the
+    site has there. Errors are those of the guide: a positive shift is a mean that is too large, a
+    ratio below one a standard deviation that is too small. Standard errors are of the noise of chains.
+    Of a guide that is off by several sds chains are still on their way, and errors are larger than they
+    say: that it is off is sure, by how much is not.
+
+    :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
+    :param mean_shift_se: its standard error.
+    :param sd_ratio: the guide's standard deviation over the posterior's.
+    :param sd_ratio_se: its standard error.
+    :param memory: how much chains remember of their start, 0 for nothing and 1 for all of it. Beyond
+        0.5 the errors above are too small, in general.
+    :param mean_bound: no mean is off by more than this, in sds of the posterior, with a probability
+        of 97.5 % for all means and sds together (Bonferroni's bound).
+    :param sd_bound: the same for the relative errors of standard deviations.
+    :param acceptance: the acceptance rate of the chains.
+    :param num_chains: the number of independent chains.
+    :param num_gradients: how many gradients of the model's log density they took.
+    :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
+        15 %, all are known to be off by less than twice that, and chains have forgotten their start.
+        A guide whose errors are smaller than that is trusted with a probability of 97.5 %, and one
+        with an error of more than twice that with one of 2.5 %, as far as chains do not miss
+        parts of the posterior that are far from the guide.
+    :param words: the same in words.
+    """
+
+    mean_shift: Values
+    mean_shift_se: Values
+    sd_ratio: Values
+    sd_ratio_se: Values
+    memory: Values
+    mean_bound: float
+    sd_bound: float
+    acceptance: float
+    num_chains: int
+    num_gradients: int
+    trusted: bool
+    words: str = field(repr=False)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Marginals: {self.words}",
+            f"  {self.num_chains} chains, {self.num_gradients:,} gradients, acceptance "
+            f"{self.acceptance:.2f}",
+        ]
+        width = max(map(len, ["site", *self.mean_shift]))
+        lines.append(f"  {'site':{width}}  largest shift of a mean  sds of the guide's  memory")
+        for name, shift in self.mean_shift.items():
+            ratio = self.sd_ratio[name]
+            lines.append(
+                f"  {name:{width}}  {shift.abs().max():20.3f} sd  {ratio.min():8.3f} to "
+                f"{ratio.max():5.3f}  {self.memory[name].max():6.2f}"
+            )
+        return "\n".join(lines)
+
+
+def marginals(
+    model: Callable[..., object],
+    guide: Callable[..., object],
+    *args: object,
+    num_chains: int | None = None,
+    num_steps: int = NUM_STEPS,
+    **kwargs: object,
+) -> Marginals:
+    """How far the mean and the standard deviation of each latent are off, by short chains of HMC.
+
+    k-hat judges all latents at once, and of a thousand latents that are all right to a few percent
+    the weights are useless all the same. Here many chains start at draws of the guide and move
+    towards the posterior; how far means and standard deviations move says how far the guide's are off.
+    Chains run in the base space of the guide's transform, where a good posterior is a standard normal,
+    with directions stretched in which it is none. Each is paired with a chain of known law that has
+    the same random numbers, so that a good guide leaves little noise.
+
+    Any guide of continuous latents will do. One with Pyro's ``get_transform`` gives the base space, of
+    any other it is that of the means and sds of its draws. Chains do not find modes that are far from
+    the guide, nor do they reach deep into a funnel, as no diagnostic does that starts from the guide.
+
+    The cost is some 20,000 gradients for a thousand latents, as that of 300 steps of a fit with 64
+    draws, half as much again where that leaves the verdict open, and grows with the fourth root of
+    their number. Memory is that of 128 chains, and of the guide's draws.
+
+    :param model: a Pyro model that sees all its data.
+    :param guide: a guide of it, of continuous latents.
+    :param args: the arguments of both.
+    :param num_chains: how many chains, 16 at least; by default 128, and 32 for a model that runs for
+        one draw after the other. Standard errors fall with the square root.
+    :param num_steps: how many trajectories of each chain count, after 12 that do not, of which each
+        turns a standard normal by about a quarter; as many again where they leave the verdict open.
+    :param kwargs: the keyword arguments of both.
+    :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
+        lacks a latent, was made for another model, is a point at some site, has discrete sites, or has
+        no draw of finite density.
+    :raises RuntimeError: if it is called in ``torch.inference_mode``.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_artransform.diagnostics import marginals
+        >>> def model():
+        ...     with pyro.plate("data", 40):
+        ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> found = marginals(model, AutoNormal(model, init_scale=0.7))
+        >>> found.trusted, found.sd_ratio["z"].shape
+        (False, torch.Size([40]))
+
+    **References**
+
+    1. A Targeted Accuracy Diagnostic for Variational Approximations (Wang, Kasprzak, Huggins, 2023),
+       https://arxiv.org/abs/2302.12419
+    2. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
+       Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "marginals: expected to be called outside of torch.inference_mode, without gradients"
+        )
+    if num_chains is not None:
+        check_integer("num_chains", num_chains, _LEAST_CHAINS)
+    check_integer("num_steps", num_steps)
+    with torch.no_grad(), hidden_sites():
+        guide(*args, **kwargs)  # so that it knows the latents of its model
+    log_joint = LogJoint(model, args, kwargs)
+    return marginals_of(model, guide, args, kwargs, log_joint, num_chains, num_steps)
+
+
+@torch.no_grad()
+def marginals_of(
+    model: Callable[..., object],
+    guide: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    log_joint: LogJoint,
+    num_chains: int | None = None,
+    num_steps: int = NUM_STEPS,
+) -> Marginals:
+    """The same as :func:`marginals`, of a model whose log joint density is known already."""
+    if log_joint.is_subsampled:
+        raise ValueError(
+            "model: expected one that sees all its data, got one that sub-samples them"
+        )
+    if num_chains is None:
+        num_chains = _NUM_CHAINS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CHAINS
+    log_weights(
+        model, guide, 1, args, kwargs, log_joint
+    )  # an error if it is no guide of this model
+    transform = guide_transform(guide, args, kwargs)
+    if transform is not None:
+        check_same_latents(log_joint, partial(guide, *args, **kwargs))
+    num_draws = _NUM_DRAWS if transform is None else _NUM_CHECKED
+    draws, _ = log_weights(model, guide, max(num_draws, num_chains), args, kwargs, log_joint)
+    draws = draws[draws.isfinite().all(-1)]
+    if len(draws) < num_chains:
+        raise ValueError("guide: expected draws inside the supports of the latents, got too few")
+    loc, scale = draws.mean(0), draws.std(0)
+    if not (scale > 0).all():
+        raise ValueError(
+            "guide: expected draws that differ, got one value of a latent in all of them"
+        )
+    companions = torch.randn_like(draws[:num_chains])
+    if transform is None:
+        to_latent, points = location_scale(loc, scale), (draws[:num_chains] - loc) / scale
+    else:
+        to_latent, points = transform, companions
+    target = PulledBack(log_joint, to_latent)
+    stretched = misjudged_directions(target, points)
+    target.to_latent = stretched.before(to_latent)
+    chains = PairedChains(target, stretched.inverse(points), companions, loc, scale)
+    start = chains.values.values
+    rate = chains.run(NUM_WARM_UP, num_steps)
+    if transform is None:
+        laws = laws_of_draws((draws - loc) / scale, stretched)
+    else:
+        laws = laws_of_transform(transform, stretched, loc, scale)
+    judgement = _judged(marginal_errors(*chains.averages, laws, start), num_chains)
+    if judgement.is_open:
+        rate = (rate + chains.run(0, num_steps)) / 2
+        judgement = _judged(marginal_errors(*chains.averages, laws, start), num_chains)
+    errors, latents = judgement.errors, log_joint.latents
+    return Marginals(
+        mean_shift=latents.split(errors.mean_shift),
+        mean_shift_se=latents.split(errors.mean_shift_se),
+        sd_ratio=latents.split(errors.sd_ratio),
+        sd_ratio_se=latents.split(errors.sd_ratio_se),
+        memory=latents.split(errors.memory),
+        mean_bound=judgement.shifts.bound,
+        sd_bound=judgement.ratios.bound,
+        acceptance=rate,
+        num_chains=num_chains,
+        num_gradients=target.num_gradients,
+        trusted=judgement.is_good,
+        words=judgement.words(latents),
+    )
+
+
+class Bounded(NamedTuple):
+    """Errors of all latents with simultaneous bounds.
+
+    :param errors: shape ``(D,)``.
+    :param widths: half of the widths of their intervals.
+    :param most: the largest error that is trusted.
+    """
+
+    errors: Tensor
+    widths: Tensor
+    most: float
+
+    @property
+    def are_off(self) -> Tensor:
+        """Which errors are larger than what is trusted, beyond doubt."""
+        return self.errors.abs() - self.widths > self.most
+
+    @property
+    def bound(self) -> float:
+        """No error is larger than this, beyond doubt; infinite where one is not known."""
+        return float((self.errors.abs() + self.widths).nan_to_num(torch.inf, torch.inf).max())
+
+
+class Judgement(NamedTuple):
+    """Which errors of means and of sds are too large, and which latents chains hardly moved."""
+
+    errors: MarginalErrors
+    shifts: Bounded
+    ratios: Bounded
+    are_slow: Tensor
+
+    @property
+    def is_off(self) -> bool:
+        """Whether an error is too large beyond doubt, or chains could not tell."""
+        found = self.shifts.are_off | self.ratios.are_off | self.are_slow
+        return bool(found.any())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether none is too large beyond doubt, and one may be twice as large as what is trusted."""
+        is_known = all(part.bound <= 2 * part.most for part in (self.shifts, self.ratios))
+        return not (self.is_off or is_known)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the errors are known to be small."""
+        return not (self.is_off or self.is_open)
+
+    def words(self, latents: Latents) -> str:
+        """The same in words."""
+        mean, sd = self.shifts.bound, 100 * self.ratios.bound
+        if self.is_off:
+            return "; ".join(self._objections(latents))
+        if self.is_open:
+            return (
+                f"errors are known too little (means within {mean:.2f} sd, sds within {sd:.0f} %): take "
+                "more num_chains"
+            )
+        dim = latents.latent_dim
+        of = "the only latent" if dim == 1 else f"all {dim:,} latents"
+        return f"means of {of} within {mean:.2f} sd, sds within {sd:.0f} %"
+
+    def _objections(self, latents: Latents) -> Iterator[str]:
+        shifts, ratios = self.shifts, self.ratios
+        if shifts.are_off.any():
+            worst = _worst(shifts.errors.abs(), shifts.are_off)
+            yield (
+                f"{_count(shifts.are_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of "
+                f"{_name(latents, worst)} by {shifts.errors[worst]:.2f} ± {shifts.widths[worst]:.2f})"
+            )
+        if ratios.are_off.any():
+            ratio = self.errors.sd_ratio
+            worst = _worst(ratio.log().abs(), ratios.are_off)
+            yield (
+                f"{_count(ratios.are_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of "
+                f"{_name(latents, worst)} is {ratio[worst]:.2f} ± {ratios.widths[worst]:.2f} of the "
+                "posterior's)"
+            )
+        if self.are_slow.any():
+            worst = _worst(self.errors.memory, self.are_slow)
+            yield (
+                f"{_count(self.are_slow, 'latents')} hardly moved by the chains, as "
+                f"{_name(latents, worst)} is, and errors may be larger: take more num_steps, or fit the "
+                "guide for longer"
+            )
+
+
+def _judged(errors: MarginalErrors, num_chains: int) -> Judgement:
+    width = critical_value(2 * len(errors.mean_shift), num_chains, CONFIDENCE)
+    shifts = Bounded(errors.mean_shift, width * errors.mean_shift_se, GOOD_MEAN_SHIFT)
+    ratios = Bounded(errors.sd_ratio - 1, width * errors.sd_ratio_se, GOOD_SD_ERROR)
+    return Judgement(errors, shifts, ratios, ~(errors.sure_memory <= MOST_MEMORY))
+
+
+def _count(chosen: Tensor, what: str) -> str:
+    count = int(chosen.sum())
+    return f"{count:,} of {len(chosen):,} {what} {'is' if count == 1 else 'are'}"
+
+
+def _worst(values: Tensor, chosen: Tensor) -> int:
+    return int(torch.where(chosen, values.nan_to_num(torch.inf), -torch.inf).argmax())
+
+
+def _name(latents: Latents, index: int) -> str:
+    """The site and the place of a coordinate, as in ``z[3, 1]``."""
+    for name, indices in latents.split(torch.arange(latents.latent_dim)).items():
+        place = (indices == index).nonzero().tolist()
+        if place:
+            return f"{name}{place[0] or ''}"
+    raise IndexError(f"index: expected less than {latents.latent_dim}, got {index}")

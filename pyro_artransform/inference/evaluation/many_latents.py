@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Of many latents whose joint cannot be trusted: whether each of them can be, by itself."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ...diagnostics import Marginals
+from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.marginals import marginals_of
+from ..config import EvaluationConfig
+from .verdict import Evaluation, ModelAndGuide
+
+
+class MarginalLook(NamedTuple):
+    """What is known of single latents after a fit.
+
+    :param found: the errors of their means and sds; ``None`` where nobody has looked.
+    :param trusted: whether they are all small; ``None`` where nobody has looked.
+    :param words: what the verdict says of it, with a space before; empty where it says nothing.
+    """
+
+    found: Marginals | None = None
+    trusted: bool | None = None
+    words: str = ""
+
+    def result_fields(self, evaluation: Evaluation) -> dict[str, Any]:
+        """The fields of a ``FitResult`` that are about the posterior, with this in the verdict."""
+        fields = evaluation.result_fields()
+        fields["verdict"] += self.words
+        return {**fields, "marginals": self.found, "marginals_trusted": self.trusted}
+
+
+def look_at_marginals(
+    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
+) -> MarginalLook:
+    """Looks at single latents where there are many, and weights say that the joint is off.
+
+    It costs as much as some 300 steps of a fit with 64 draws.
+    """
+    dim = subject.log_joint.latents.latent_dim
+    if evaluation.verdict.trusted or dim < config.min_marginals:
+        return MarginalLook()
+    for reason in _reasons_against(subject, evaluation):
+        return MarginalLook(words=f" Single latents were not looked at: {reason}.")
+    if not _is_off(evaluation, config):
+        return MarginalLook()
+    model, guide, args, kwargs, log_joint = subject
+    chains = config.num_chains, config.num_chain_steps
+    try:
+        found = marginals_of(model, guide, args, kwargs, log_joint, *chains)
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # a model without a gradient, a guide that is a point
+        return MarginalLook(words=f" Single latents could not be looked at: {error}.")
+    if not found.trusted:
+        return MarginalLook(found, False, f" Nor can single latents be trusted: {found.words}.")
+    if evaluation.lost_mass > config.max_lost:
+        words = " Single latents are right as long as one stays in the modes that the guide has"
+        return MarginalLook(found, False, f"{words}: {found.words}.")
+    words = f" Single latents can be trusted: {found.words}"
+    return MarginalLook(found, True, f"{words}; as a proposal for importance sampling it cannot.")
+
+
+def _reasons_against(subject: ModelAndGuide, evaluation: Evaluation) -> Iterator[str]:
+    """Why chains cannot be run, or would take too long."""
+    if evaluation.is_noisy or subject.log_joint.is_subsampled:
+        yield "the model sub-samples its data"
+    if evaluation.is_of_minibatches:
+        yield "it was trained on mini-batches, and chains need a model of all data"
+    if subject.log_joint.strategy == "loop":
+        yield (
+            "the model runs for one draw after the other, so that it takes long; diagnostics.marginals "
+            "does"
+        )
+
+
+def _is_off(evaluation: Evaluation, config: EvaluationConfig) -> bool:
+    """Whether weights are known, and say that the joint posterior is not the guide."""
+    weights = evaluation.weights
+    if weights is None or weights.num_nonfinite == weights.num_samples:
+        return False
+    gap = weights.log_evidence - weights.elbo
+    is_uncertain = weights.elbo_se > config.max_se
+    return weights.khat > GOOD_KHAT or gap > config.max_gap or is_uncertain

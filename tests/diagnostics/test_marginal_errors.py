@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from scipy import stats
+
+from pyro_artransform.diagnostics.hamiltonian import Averages
+from pyro_artransform.diagnostics.known_moments import Expectation, Laws
+from pyro_artransform.diagnostics.marginal_errors import critical_value, marginal_errors
+
+CHAINS, STEPS, DIM = 128, 12, 400
+
+
+def averages(values):
+    """The averages of given steps, each of shape ``(C, D)``."""
+    found = Averages(values[0])
+    always = torch.ones(len(values[0]))
+    for value in values:
+        found.move(value, always, always > 0, counts=True)
+    return found
+
+
+def exact_laws(mean=0.0, square=1.0):
+    """A guide and companions that are both standard normal, known without error."""
+    zeros = torch.zeros(DIM)
+    first, second = (zeros + mean, zeros), (zeros + square, zeros + 1)
+    return Laws(Expectation(*first, *[zeros] * 3), Expectation(*second, *[zeros] * 3))
+
+
+def pair(coupling, loc=0.0, scale=1.0):
+    """Independent steps of chains and companions of a given correlation."""
+    noise = torch.randn(STEPS, CHAINS, DIM)
+    other = coupling * noise + (1 - coupling**2) ** 0.5 * torch.randn_like(noise)
+    return averages(loc + scale * noise), averages(other)
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.9, 0.999])
+def test_intervals_cover(coupling):
+    """Of 400 latents: z scores have a sd of one, within five standard errors of a sd."""
+    chains, companions = pair(coupling, loc=0.3, scale=1.25)
+    found = marginal_errors(chains, companions, exact_laws(), torch.randn(CHAINS, DIM))
+    left = found.sure_memory.clamp(0, 0.5)
+    z = (found.mean_shift * (1 - left) + 0.3 / 1.25) / found.mean_shift_se
+    assert abs(z.mean()) < 5 / DIM**0.5
+    assert abs(z.std() - 1) < 5 / (2 * DIM) ** 0.5
+    z = (found.sd_ratio - 0.8) / found.sd_ratio_se
+    assert abs(z.mean()) < 7 / DIM**0.5
+    assert abs(z.std() - 1) < 5 / (2 * DIM) ** 0.5
+
+
+def test_coupling_takes_noise_away():
+    free, bound = (
+        marginal_errors(*pair(c), exact_laws(), torch.randn(CHAINS, DIM)) for c in (0.0, 0.99)
+    )
+    # by the square root of one minus the squared correlation
+    assert bound.mean_shift_se.mean() < 0.2 * free.mean_shift_se.mean()
+    assert bound.sd_ratio_se.mean() < 0.3 * free.sd_ratio_se.mean()
+    expected = 1 / (CHAINS * STEPS) ** 0.5
+    assert free.mean_shift_se.mean() == pytest.approx(expected, rel=0.03)
+    assert free.sd_ratio_se.mean() == pytest.approx(expected / 2**0.5, rel=0.03)
+
+
+def test_memory_is_extrapolated():
+    """Chains that keep 0.4 of a distance of 1, and so 0.16 of a difference of variances."""
+    start, companions = torch.randn(CHAINS, DIM), averages(torch.randn(STEPS, CHAINS, DIM))
+    noise = (4 - 0.16 * 3 - 0.16) ** 0.5 * torch.randn(STEPS, CHAINS, DIM)
+    chains = averages(0.4 * start + 0.6 + noise)
+    found = marginal_errors(chains, companions, exact_laws(), start)
+    assert abs(found.memory.mean() - 0.4) < 0.01
+    # a mean of 1 and a sd of 2, less what the noise of the memory hides
+    assert abs(found.mean_shift.mean() + 0.5) < 0.08
+    assert abs(found.sd_ratio.mean() - 0.5) < 0.02
+
+
+def test_chains_that_stay_have_a_memory_of_one():
+    start = torch.randn(CHAINS, DIM)
+    companions = averages(torch.randn(STEPS, CHAINS, DIM))
+    found = marginal_errors(averages(start.expand(STEPS, -1, -1)), companions, exact_laws(), start)
+    assert torch.allclose(found.memory, torch.ones(DIM))
+    assert (found.sure_memory > 0.99).all()
+
+
+def test_critical_values_are_students():
+    for count, chains in ((1, 128), (2000, 128), (2000, 34), (60, 18)):
+        expected = stats.t.ppf(1 - 0.025 / (2 * count), chains - 2)
+        assert critical_value(count, chains, 0.975) == pytest.approx(expected, rel=0.02)

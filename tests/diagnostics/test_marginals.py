@@ -1,0 +1,330 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_value,
+)
+
+from pyro_artransform import AutoIAF, AutoMAF
+from pyro_artransform.diagnostics import importance, marginals
+from tests.diagnostics import conjugate
+from tests.diagnostics.autoregression import PathGuide, conditional_sd, model_of
+
+
+def _heavy_tails(x):
+    """Sinh of normal draws: with a kurtosis of 3.8 heavier than the posterior, of a variance near 1."""
+    return torch.sinh(0.25 * x) / 0.25 / 1.03, (torch.cosh(0.25 * x) / 1.03).log().sum(-1)
+
+
+# What is wrong with a guide of a correlated path, and whether it can be trusted. Over seeds 0 to 19 at
+# 200 latents and 0 to 2 at 1,000 each verdict was the one given here: no false alarm and nothing missed.
+PATHS = {
+    "exact": (lambda dim: PathGuide(dim), True),
+    "heavy tails": (lambda dim: PathGuide(dim, distort=_heavy_tails), True),
+    "sds short": (lambda dim: PathGuide(dim, 0.7), False),
+    "sds long": (lambda dim: PathGuide(dim, 1.35), False),
+    "means off": (lambda dim: PathGuide(dim, shift=_one_in_twenty(dim, 0.5)), False),
+}
+
+
+def _one_in_twenty(dim, value):
+    return torch.where(torch.arange(dim) % 20 == 7, value, 0.0)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_of_a_correlated_path(name):
+    make, is_good = PATHS[name]
+    found = marginals(model_of(200), make(200))
+    assert found.trusted == is_good, found
+    assert found.acceptance > 0.6
+    assert found.mean_shift["z"].shape == found.sd_ratio_se["z"].shape == (200,)
+
+
+_slow = [pytest.param(name, marks=pytest.mark.slow) for name in PATHS if name != "exact"]
+
+
+@pytest.mark.parametrize("name", ["exact", *_slow])
+def test_of_a_thousand_latents(name):
+    make, is_good = PATHS[name]
+    found = marginals(model_of(1000), make(1000), num_steps=6)
+    assert found.trusted == is_good, found
+    # 18 trajectories of about seven gradients, and 48 of 32 chains for directions
+    assert found.num_gradients < 20_000
+
+
+def test_an_exact_guide_has_no_noise():
+    """Its chains do what those do that they are paired with: differences are round-off."""
+    found = marginals(model_of(50), PathGuide(50))
+    assert found.mean_bound < 1e-6
+    assert found.sd_bound < 1e-6
+    assert found.words == "means of all 50 latents within 0.00 sd, sds within 0 %"
+
+
+def _alternating(x):
+    """Too wide and too narrow by 15 % in turns, which cancels along a path, but not at its start."""
+    scale = 1 + 0.15 * (1 - 2 * (torch.arange(x.shape[-1]) % 2))
+    scale = torch.cat([torch.ones(1), scale[1:]])
+    return scale * x, scale.log().sum().expand(len(x))
+
+
+def test_weights_are_useless_and_marginals_right():
+    """The sum of 200 small errors: k-hat is bad, and every mean and sd right to a few percent."""
+    model, guide = model_of(200), PathGuide(200, distort=_alternating)
+    assert importance(model, guide, 2000).khat > 0.7
+    found = marginals(model, guide)
+    assert found.trusted
+    assert found.mean_bound < 0.1
+    assert found.sd_bound < 0.1
+
+
+def test_errors_are_the_true_ones():
+    """Means off by 0.1 sd at most and sds by 10 %: found within four standard errors, and 0.01."""
+    dim = 100
+    factor, shift = 1 + 0.1 * torch.linspace(-1, 1, dim), 0.1 * torch.linspace(1, -1, dim)
+    # errors that are smooth along the path, so that they are small in its base space as well
+    found = marginals(model_of(dim), PathGuide(dim, factor, shift))
+    errors = found.mean_shift["z"] - shift
+    assert (errors.abs() < 4 * found.mean_shift_se["z"] + 0.01).all()
+    errors = found.sd_ratio["z"] - factor
+    assert (errors.abs() < 4 * found.sd_ratio_se["z"] + 0.01).all()
+    assert found.mean_shift_se["z"].max() < 0.03
+
+
+def test_mean_field_of_a_correlated_path():
+    """The best mean-field fit has 0.23 of the sd of an element of the path."""
+    model = model_of(200)
+    located = init_to_value(values={"z": torch.zeros(200)})
+    guide = AutoNormal(model, init_loc_fn=located, init_scale=conditional_sd())
+    found = marginals(model, guide)
+    assert not found.trusted
+    assert "200 of 200 sds are off by more than 15 %" in found.words
+
+
+def _common_level(dim):
+    """Unit sds around a common level of unit sd, of which no pair of latents says much."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1).mask(False))
+    level = z.mean(-1)
+    rest = (z - level[..., None]).square().sum(-1)
+    pyro.factor("level", -(rest + level.square()) / 2)
+
+
+def test_a_direction_that_chains_hardly_move_along():
+    """Chains without stretched directions move the level by 0.05 sd a step, and see no error."""
+    model = partial(_common_level, 1000)
+    located = init_to_value(values={"z": torch.zeros(1000)})
+    found = marginals(model, AutoNormal(model, init_loc_fn=located, init_scale=1.0), num_chains=64)
+    assert not found.trusted
+    assert (found.sd_ratio["z"] - 0.5**0.5).abs().max() < 0.05
+
+
+# Any guide
+
+
+GUIDES = {
+    "AutoIAF": AutoIAF,
+    "AutoMAF": AutoMAF,
+    "AutoNormal": AutoNormal,
+    "AutoDiagonalNormal": AutoDiagonalNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoLowRank": AutoLowRankMultivariateNormal,
+    "AutoIAFNormal": lambda model, **options: AutoIAFNormal(model, hidden_dim=[8]),
+}
+
+
+def _normals():
+    with pyro.plate("all", 4):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_of_any_guide(name):
+    """A new guide is narrower than the posterior by a half, but for Pyro's flow, which is the prior's."""
+    guide = GUIDES[name](_normals, init_scale=0.5)
+    found = marginals(_normals, guide, num_steps=8)
+    assert found.mean_shift["z"].shape == (4,)
+    if name == "AutoIAFNormal":
+        return
+    assert not found.trusted
+    # the low-rank guide is only on average of that scale
+    tolerance = 0.3 if name == "AutoLowRank" else 0.1
+    assert (found.sd_ratio["z"] - 0.5).abs().max() < tolerance
+
+
+def test_of_constrained_sites():
+    """On the unconstrained space, where the guide is judged: the log of a gamma, and a simplex."""
+
+    def model():
+        pyro.sample("rate", dist.Gamma(20.0, 1.0))
+        pyro.sample("share", dist.Dirichlet(torch.tensor([8.0, 9.0, 10.0])))
+
+    found = marginals(model, model)
+    assert found.trusted, found
+    assert found.mean_shift["rate"].shape == ()
+    assert found.mean_shift["share"].shape == (2,)
+
+    def wrong():
+        pyro.sample("rate", dist.Gamma(5.0, 0.25))
+        pyro.sample("share", dist.Dirichlet(torch.tensor([8.0, 9.0, 10.0])))
+
+    found = marginals(model, wrong)
+    # the variance of the log of a gamma is the trigamma function of its shape
+    ratio = (torch.polygamma(1, torch.tensor(5.0)) / torch.polygamma(1, torch.tensor(20.0))).sqrt()
+    assert abs(found.sd_ratio["rate"] - ratio) < 0.2
+    assert "of rate" in found.words
+
+
+def test_single_precision():
+    torch.set_default_dtype(torch.float32)
+    assert marginals(model_of(50), PathGuide(50)).trusted
+    found = marginals(model_of(50), PathGuide(50, 0.7))
+    assert not found.trusted
+    assert found.sd_ratio["z"].dtype == torch.float32
+
+
+def test_enumerated_latents():
+    data = torch.tensor(conjugate.REALS)
+    continuous = pyro.poutine.block(conjugate.mixture, hide=["kind"])
+    located = init_to_value(values={"loc": torch.tensor(-2.0)})
+    guide = AutoDiagonalNormal(continuous, init_loc_fn=located, init_scale=0.5)
+    assert "mean is off" not in marginals(conjugate.mixture, guide, data).words
+    assert not marginals(conjugate.mixture, guide, data).trusted
+
+
+def _by_loop():
+    """A branch on a value: one draw at a time."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    if z[0] > 0:
+        pyro.factor("none", torch.tensor(0.0))
+
+
+def test_of_a_model_by_loop():
+    found = marginals(_by_loop, AutoDiagonalNormal(_by_loop, init_scale=0.5), num_steps=2)
+    assert found.num_chains == 32
+    assert not found.trusted
+
+
+def test_one_latent():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    located = init_to_value(values={"z": torch.tensor(0.0)})
+    found = marginals(model, AutoDiagonalNormal(model, init_loc_fn=located, init_scale=1.0))
+    assert found.trusted
+    assert found.words.startswith("means of the only latent within")
+    assert found.mean_shift["z"].shape == ()
+
+
+# Chains that say nothing
+
+
+def test_chains_that_do_not_move_are_not_trusted():
+    """A density without a gradient where the guide is: nothing is accepted, and nothing claimed."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1))
+        # outside of a grid of points there is no density
+        pyro.factor(
+            "points", torch.where(z.abs().sum(-1) > 0, -1e6 * torch.sin(1e6 * z).sum(-1), 0.0)
+        )
+
+    found = marginals(model, AutoDiagonalNormal(model, init_scale=1.0), num_steps=3)
+    assert not found.trusted
+    assert "hardly moved by the chains" in found.words
+    assert min(value.min() for value in found.memory.values()) > 0.5
+
+
+def test_few_chains_say_that_they_are_few():
+    guide = PathGuide(200, distort=_alternating)
+    found = marginals(model_of(200), guide, num_chains=16, num_steps=1)
+    assert not found.trusted
+    assert "take more num_chains" in found.words
+
+
+# Errors
+
+
+def _subsampled():
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=2) as indices:
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
+
+
+def test_models_of_mini_batches_are_refused():
+    with pytest.raises(ValueError, match="one that sees all its data"):
+        marginals(_subsampled, AutoNormal(_subsampled))
+
+
+@pytest.mark.parametrize("guide", [AutoDelta, AutoLaplaceApproximation])
+def test_points_are_refused(guide):
+    with pytest.raises(ValueError, match="one value of a latent in all of them"):
+        marginals(conjugate.local_normals, guide(conjugate.local_normals))
+
+
+def test_discrete_guides_are_refused():
+    model = pyro.poutine.infer_config(conjugate.mixture, lambda site: {})
+    with pytest.raises(ValueError, match="discrete"):
+        marginals(model, conjugate.mixture_guide, torch.tensor(conjugate.REALS))
+
+
+def test_a_guide_of_another_model_is_refused():
+    def reordered():
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("a", dist.Normal(0.0, 2.0))
+
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 2.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    for guide in (AutoIAF, AutoDiagonalNormal):
+        with pytest.raises(ValueError, match="made for another model"):
+            marginals(model, guide(reordered))
+    # by name, an order does not matter
+    assert marginals(model, reordered).trusted
+
+
+@pytest.mark.parametrize("value", [0, 15, 2.5, True, "many"])
+def test_bad_numbers_of_chains(value):
+    with pytest.raises(ValueError, match="num_chains: expected an integer of at least 16"):
+        marginals(_normals, AutoNormal(_normals), num_chains=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_bad_numbers_of_steps(value):
+    with pytest.raises(ValueError, match="num_steps: expected a positive integer"):
+        marginals(_normals, AutoNormal(_normals), num_steps=value)
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        marginals(_normals, AutoNormal(_normals))
+
+
+def test_nothing_is_trained_or_left_in_the_guide():
+    guide = AutoIAF(_normals)
+    guide()
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    marginals(_normals, guide, num_chains=16, num_steps=1)
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
+    assert all(parameter.grad is None for parameter in guide.parameters())
+
+
+def test_repr():
+    found = marginals(model_of(50), PathGuide(50, 0.7))
+    text = repr(found)
+    assert text.startswith(f"Marginals: {found.words}")
+    assert "z[" in found.words
+    assert f"{found.num_gradients:,} gradients" in text
+    assert "128 chains" in text

@@ -1,0 +1,140 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+from dataclasses import replace
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+from pyro_artransform import fit
+from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.evaluation.many_latents import look_at_marginals
+from pyro_artransform.inference.evaluation.verdict import FitStatus, ModelAndGuide, evaluate
+from pyro_artransform.inference.result import FitResult
+from pyro_artransform.joint import LogJoint
+from tests.diagnostics.autoregression import PathGuide, model_of
+from tests.inference import models
+from tests.inference.conftest import QUICK
+
+CONFIG = replace(QUICK.evaluation, num_chains=64, num_chain_steps=6)
+
+
+def evaluated(model, guide, *args, config=CONFIG):
+    guide(*args)
+    subject = ModelAndGuide(model, guide, args, {}, LogJoint(model, args))
+    return subject, evaluate(subject, None, FitStatus(), config)
+
+
+def alternating(x):
+    """Useless weights, and marginals that are right: errors that cancel along a path."""
+    scale = 1 + 0.15 * (1 - 2 * (torch.arange(x.shape[-1]) % 2))
+    scale = torch.cat([torch.ones(1), scale[1:]])
+    return scale * x, scale.log().sum().expand(len(x))
+
+
+def test_single_latents_are_right_where_the_joint_is_not():
+    subject, evaluation = evaluated(model_of(100), PathGuide(100, distort=alternating))
+    assert not evaluation.verdict.trusted
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.trusted is True
+    assert look.found.num_chains == 64
+    fields = look.result_fields(evaluation)
+    assert fields.keys() < set(FitResult.__dataclass_fields__)
+    assert fields["verdict"].startswith("Not trusted: ")
+    assert "Single latents can be trusted: means of all 100 latents within" in fields["verdict"]
+    assert fields["trusted"] is False
+    assert fields["marginals_trusted"] is True
+
+
+def test_single_latents_are_wrong_as_well():
+    subject, evaluation = evaluated(model_of(100), PathGuide(100, 0.7))
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.trusted is False
+    assert "Nor can single latents be trusted: " in look.words
+    assert "sds are off by more than 15 %" in look.words
+
+
+def test_nobody_looks_where_the_joint_is_trusted():
+    subject, evaluation = evaluated(model_of(100), PathGuide(100))
+    assert evaluation.verdict.trusted
+    assert look_at_marginals(subject, evaluation, CONFIG) == (None, None, "")
+
+
+def test_nobody_looks_at_few_latents():
+    subject, evaluation = evaluated(model_of(29), PathGuide(29, 0.5))
+    assert not evaluation.verdict.trusted
+    assert look_at_marginals(subject, evaluation, CONFIG) == (None, None, "")
+    assert EvaluationConfig().min_marginals == 30
+
+
+def test_missed_modes_are_of_single_latents_too():
+    subject, evaluation = evaluated(model_of(100), PathGuide(100, distort=alternating))
+    look = look_at_marginals(subject, evaluation._replace(lost_mass=0.5), CONFIG)
+    assert look.trusted is False
+    assert "as long as one stays in the modes" in look.words
+
+
+def _by_loop():
+    z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+    if z[0] > 0:
+        pyro.factor("none", torch.tensor(0.0))
+
+
+def _subsampled():
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+    with pyro.plate("data", 10, subsample_size=5) as indices:
+        pyro.sample("y", dist.Normal(loc[..., :1], 1.0), obs=torch.ones(10)[indices])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [(_by_loop, "one draw after the other"), (_subsampled, "sub-samples")]
+)
+def test_where_chains_are_not_run_it_is_said(model, words):
+    subject, evaluation = evaluated(model, AutoNormal(model, init_scale=0.2))
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.found is None
+    assert look.trusted is None
+    assert "Single latents were not looked at" in look.words
+    assert words in look.words
+
+
+def _stepwise():
+    """A density without a gradient anywhere."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1).mask(False))
+    pyro.factor("steps", -(z.detach() ** 2).sum(-1))
+
+
+def test_a_density_without_a_gradient_is_said():
+    subject, evaluation = evaluated(_stepwise, AutoNormal(_stepwise, init_scale=0.2))
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.trusted is None
+    assert "Single latents could not be looked at" in look.words
+
+
+def test_a_point_is_not_looked_at():
+    subject, evaluation = evaluated(model_of(30), AutoDelta(model_of(30)))
+    assert look_at_marginals(subject, evaluation, CONFIG) == (None, None, "")
+
+
+def test_in_a_fit(quick):
+    """A mean-field fit of a correlated path: the verdict and the table say what is wrong."""
+    model = model_of(40)
+    config = replace(quick, evaluation=CONFIG)
+    guide = AutoNormal(model, init_scale=0.3)
+    result = fit(model, guide, num_steps=30, num_particles=8, progress=False, config=config)
+    assert result.marginals_trusted is False
+    assert result.marginals.mean_shift["z"].shape == (40,)
+    assert result.verdict.endswith(f"{result.marginals.words}.")
+    assert "marginals" in result.rows()
+
+
+def test_few_latents_in_a_fit():
+    guide = models.small(models.regression)
+    result = fit(
+        models.regression, guide, num_steps=20, num_particles=8, progress=False, config=QUICK
+    )
+    assert result.marginals_trusted is None
+    assert result.marginals is None
