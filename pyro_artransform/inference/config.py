@@ -142,6 +142,8 @@ class EvaluationConfig:
     num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
     num_far: int = 4  #: the most such ends
     min_distance_by_gradients: float = 4.0  #: of these to the guide's, in standard deviations
+    num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
+    max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
     max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
     min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted

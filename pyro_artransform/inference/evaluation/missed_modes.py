@@ -22,8 +22,16 @@ from torch import Tensor
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_KHAT
 from ...joint import LogDensity
-from ..config import EvaluationConfig
-from ..initialization.gaussians import Gaussians, Modes, climb, concatenate, evaluate_density
+from ..config import EvaluationConfig, InitializationConfig
+from ..initialization.gaussians import (
+    Gaussians,
+    Modes,
+    antithetic_noise,
+    climb,
+    concatenate,
+    evaluate_density,
+)
+from ..initialization.search import GaussianSearch
 from .gradient_search import GradientSearch
 
 # so many turns leave the density of an angle as it is, and that of any proper prior not
@@ -55,11 +63,13 @@ class MissedModeSearch:
     """A search for mass of the posterior that a guide has missed.
 
     :param model: the model, with its arguments.
+    :param initialization: how the starts of a search are drawn, and mean-field fits are made.
     """
 
     log_density: LogDensity
     model: Callable[[], object]
     config: EvaluationConfig
+    initialization: InitializationConfig
 
     def find(self, draws: Tensor, log_evidence: float, modes: Modes | None) -> MissedModes:
         """Searches outside of a guide.
@@ -73,12 +83,18 @@ class MissedModeSearch:
             return MissedModes(look="none")
         is_circular = _find_circular(self.log_density, draws)
         draws = _fold(draws, is_circular)
-        around = _fit_gaussian(draws, config.heavy_inflation)
+        own = _fit_gaussian(draws)
+        around = own._replace(scale_tril=config.heavy_inflation * own.scale_tril)
         afar = self._points_afar(around)
+        if modes is None:  # no start has climbed from there
+            afar = torch.cat([afar, self._points_of_prior(own.loc[0])])
         found_afar, look = self._climb(afar), "curvature"
         if found_afar is None:
-            found_afar, look = self._climb_by_gradients(afar, draws, around, log_evidence)
-        modes = self._distinct(modes, found_afar, around.loc[0], is_circular)
+            found_afar, look = self._climb_by_gradients(afar, draws, own, log_evidence)
+        else:
+            found_afar = self._weighed(found_afar)
+        known = None if modes is None else self._weighed(modes)
+        modes = self._distinct(known, found_afar, around.loc[0], is_circular)
         found = self.weigh_heavy_tailed(around, modes, is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
@@ -86,7 +102,7 @@ class MissedModeSearch:
             modes = None if modes is None else modes.take(slice(config.max_modes, None))
         share, count = 0.0, 0
         if modes is not None:
-            share, count = self._lost(draws, modes, log_evidence, is_circular)
+            share, count = self._lost(draws, own, modes, log_evidence, is_circular)
         log_z = found.log_evidence if reliable else math.nan
         return MissedModes(log_z, found.log_evidence_se, share, count, look)
 
@@ -113,6 +129,13 @@ class MissedModeSearch:
         images = images[evaluate_density(density, images).isfinite()]
         return torch.cat([points[:half], points[half:][order], images])
 
+    def _points_of_prior(self, center: Tensor) -> Tensor:
+        """Draws of the prior and points in shells around a center, of finite density."""
+        config = self.initialization
+        if self.log_density.strategy == "loop":
+            config = config.for_loop()
+        return GaussianSearch(self.log_density, self.model, config).points(center)
+
     def _climb(self, points: Tensor) -> Modes | None:
         """The modes above points, if Hessians can be had."""
         density, config = self.log_density, self.config
@@ -125,16 +148,28 @@ class MissedModeSearch:
             return None
 
     def _climb_by_gradients(
-        self, points: Tensor, draws: Tensor, around: Gaussians, log_evidence: float
+        self, points: Tensor, draws: Tensor, own: Gaussians, log_evidence: float
     ) -> tuple[Modes | None, str]:
         """The modes above points that matter, by gradients alone, and whether these could be had."""
-        scale_tril = around.scale_tril / self.config.heavy_inflation
-        search = GradientSearch(self.log_density, self.model, self.config)
+        search = GradientSearch(self.log_density, self.config, self.initialization)
         try:
-            found = search.find(points, draws, Gaussians(around.loc, scale_tril), log_evidence)
+            found = search.find(points, draws, own, log_evidence)
         except RuntimeError:  # a model without a gradient
             return None, "none"
         return found, "gradients"
+
+    def _weighed(self, modes: Modes) -> Modes:
+        """Modes whose mass is that of their curvature, if draws of their Gaussians find as much.
+
+        In the neck of a funnel, or on a ridge, the curvature promises mass where next to none is.
+        """
+        config, (loc, scale_tril) = self.config, modes.gaussians
+        noise = antithetic_noise(loc, config.num_for_mode)
+        log_p = evaluate_density(self.log_density, loc[:, None] + noise @ scale_tril.mT)
+        log_ratio = log_p + 0.5 * noise.square().sum(-1)  # but for the constant of the Gaussian
+        found = log_ratio.logsumexp(-1) - math.log(config.num_for_mode)
+        excess = modes.value - found - loc.shape[-1] * config.max_curvature_error
+        return modes._replace(value=modes.value - excess.clamp_min(0))
 
     def _distinct(
         self,
@@ -164,16 +199,30 @@ class MissedModeSearch:
         return modes.take(kept) if kept else None
 
     def _lost(
-        self, draws: Tensor, modes: Modes, log_evidence: float, is_circular: Tensor | None
+        self,
+        draws: Tensor,
+        own: Gaussians,
+        modes: Modes,
+        log_evidence: float,
+        is_circular: Tensor | None,
     ) -> tuple[float, int]:
         """The share of the mass in modes with next to no draws, and the number of these modes.
 
-        The share is of all mass that was found, the modes' and the guide's; it is their sum that
-        matters, since many small modes are a large loss.
+        A draw is of a mode if it is within reach of it, and the mode explains its density better
+        than the other modes and the guide's own Gaussian do: in many dimensions it may be within
+        reach of several. The share is of all mass that was found, the modes' and the guide's; it is
+        their sum that matters, since many small modes are a large loss.
+
+        :param own: the Gaussian of the draws.
         """
-        ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
-        is_near = _distances(modes.gaussians, draws, is_circular) < ball
-        share_of_draws = is_near.double().mean(-1)
+        dim = draws.shape[-1]
+        ball = 1 + 3 * math.sqrt(2 / dim)  # in which a Gaussian has all but its tail
+        distances = _distances(modes.gaussians, draws, is_circular)
+        of_guide = log_evidence - own.log_volume() - 0.5 * dim * math.log(2 * math.pi)
+        of_guide = of_guide - 0.5 * dim * _distances(own, draws, is_circular)[0]
+        by_mode = modes.value[:, None] - 0.5 * dim * distances
+        best = torch.cat([by_mode, of_guide[None]]).max(0).values
+        share_of_draws = ((distances < ball) & (by_mode >= best)).double().mean(-1)
         log_masses = modes.log_masses().double() - log_evidence
         lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
         total = lost.logsumexp(0)
@@ -218,15 +267,15 @@ class MissedModeSearch:
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
 
 
-def _fit_gaussian(draws: Tensor, inflation: float) -> Gaussians:
-    """The Gaussian of the mean and covariance of draws, widened."""
+def _fit_gaussian(draws: Tensor) -> Gaussians:
+    """The Gaussian of the mean and covariance of draws."""
     centered = draws - draws.mean(0)
     sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
     scaled = centered / sd
     covariance = scaled.T @ scaled / (len(draws) - 1)
     jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
     lower = torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
+    return Gaussians(draws.mean(0)[None], (sd[:, None] * lower)[None])
 
 
 def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:

@@ -9,17 +9,20 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.config import EvaluationConfig, InitializationConfig
+from pyro_artransform.inference.evaluation import gradient_search
 from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
 from pyro_artransform.inference.initialization.gaussians import Gaussians, Modes, climb
+from pyro_artransform.inference.initialization.search import GaussianSearch
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 
 DEFAULTS = EvaluationConfig()
+STARTS = InitializationConfig()
 
 
-def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS):
-    return MissedModeSearch(LogJoint(model), model, config).find(draws, log_evidence, modes)
+def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS, starts=STARTS):
+    return MissedModeSearch(LogJoint(model), model, config, starts).find(draws, log_evidence, modes)
 
 
 class NoGradient(torch.autograd.Function):
@@ -180,6 +183,68 @@ def test_mass_that_the_curvature_only_promises():
     assert abs(found.log_evidence) < 0.1
 
 
+def test_a_neck_whose_curvature_promises_mass():
+    """The density of a horseshoe is flat along its neck: by its curvature half of the mass is there."""
+
+    def model():
+        with pyro.plate("coefficients", 3):
+            local = pyro.sample("local", dist.HalfCauchy(1.0))
+            pyro.sample("x", dist.Normal(0.0, local))
+
+    neck = torch.tensor([[-8.0, -8.0, -8.0, 0.0, 0.0, 0.0]])
+    modes, _ = climb(LogJoint(model), neck, torch.zeros(2, 6), 40)
+    assert modes.converged.all()
+    assert modes.log_masses() > math.log(0.3)
+    local = dist.HalfCauchy(1.0).sample((5000, 3))
+    found = missed(model, torch.cat([local.log(), local * torch.randn(5000, 3)], -1), 0.0, modes)
+    assert found.num_lost == 0
+
+
+def half_lost(dim, apart):
+    """What is found where a guide has one of two modes that differ in one coordinate."""
+    locs = torch.zeros(2, dim)
+    locs[1, 0] = apart
+    return missed(mixture(locs, [0.5, 0.5]), one_mode(dim, 5000), math.log(0.5))
+
+
+@pytest.mark.parametrize("apart", [5.0, 8.0])
+@pytest.mark.parametrize("dim", [150, 250])
+def test_a_mode_that_is_far_in_one_of_many_coordinates(dim, apart):
+    """The draws of the other mode are within the ball that most draws of a Gaussian are in."""
+    found = half_lost(dim, apart)
+    assert found.num_lost == 1
+    assert abs(found.lost_mass - 0.5) < 0.1
+
+
+def test_settings_of_starts_reach_the_search(monkeypatch):
+    seen = []
+
+    def fit_mean_field(density, points, config):
+        seen.append(config)
+        return Gaussians(points, torch.diag_embed(torch.ones_like(points)))
+
+    monkeypatch.setattr(gradient_search, "fit_mean_field", fit_mean_field)
+    monkeypatch.setattr(
+        GaussianSearch, "points", lambda self, at: seen.append(self.config) or at[None]
+    )
+    config, starts = replace(DEFAULTS, max_hessian_dim=0), replace(STARTS, mean_field_steps=7)
+    missed(models.two_modes(2, 20.0, 0.7), one_mode(2), math.log(0.7), config=config, starts=starts)
+    assert seen == [starts, starts]
+
+
+def test_a_guide_that_was_not_started_is_searched_from_draws_of_the_prior():
+    """The other mode is narrower, where the prior is, and farther away than any shell around the guide."""
+    locs, scales = torch.tensor([[0.0, 0.0], [3000.0, 1700.0]]), torch.tensor([[3.0], [0.5]])
+    prior = dist.Normal(locs[1], 5.0).to_event(1)
+
+    def model():
+        z = pyro.sample("z", prior)
+        parts = dist.Normal(locs, scales).to_event(1).log_prob(z.unsqueeze(-2))
+        pyro.factor("likelihood", parts.logsumexp(-1) - math.log(2) - prior.log_prob(z))
+
+    assert missed(model, 3 * one_mode(2), math.log(0.5)).num_lost == 1
+
+
 def test_draws_that_cannot_be_used():
     for draws in (torch.full((100, 3), torch.nan), torch.zeros(1, 3)):
         found = missed(models.gaussian, draws)
@@ -236,7 +301,7 @@ def test_thousands_of_latents_fit_into_memory():
 
     log_joint = LogJoint(model)
     around = Gaussians(torch.zeros(1, 2000), torch.eye(2000)[None])
-    found = MissedModeSearch(log_joint, model, DEFAULTS).weigh_heavy_tailed(around, None)
+    found = MissedModeSearch(log_joint, model, DEFAULTS, STARTS).weigh_heavy_tailed(around, None)
     assert math.isfinite(found.log_evidence)
 
 
@@ -250,7 +315,7 @@ def test_draws_around_each_gaussian_have_its_shape():
     loc = torch.tensor([[0.0, 0.0], [3.0, -2.0]])
     tril = torch.tensor([[[1.0, 0.0], [-0.5, 2.0]], [[1.0, 0.0], [0.9, 0.6]]])
     modes = Modes(Gaussians(loc[1:], tril[1:]), torch.zeros(1), torch.ones(1))
-    search = MissedModeSearch(LogJoint(model), model, DEFAULTS)
+    search = MissedModeSearch(LogJoint(model), model, DEFAULTS, STARTS)
     found = search.weigh_heavy_tailed(Gaussians(loc[:1], tril[:1]), modes)
     # its standard error is below 0.01
     assert abs(found.log_evidence) < 0.05
