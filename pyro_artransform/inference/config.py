@@ -146,6 +146,9 @@ class EvaluationConfig:
     max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
     max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
+    #: from this on, missed modes that are no loss yet are a reason to look for more of them
+    min_lost: float = 0.002
+    max_more_looks: int = 4
     min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats

@@ -14,6 +14,7 @@ points that differ by full turns of an angle are one.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,26 +86,45 @@ class MissedModeSearch:
         draws = _fold(draws, is_circular)
         own = _fit_gaussian(draws)
         around = own._replace(scale_tril=config.heavy_inflation * own.scale_tril)
-        afar = self._points_afar(around)
-        if modes is None:  # no start has climbed from there
-            afar = torch.cat([afar, self._points_of_prior(own.loc[0])])
-        found_afar, look = self._climb(afar), "curvature"
-        if found_afar is None:
-            found_afar, look = self._climb_by_gradients(afar, draws, own, log_evidence)
-        else:
-            found_afar = self._weighed(found_afar)
-        known = None if modes is None else self._weighed(modes)
-        modes = self._distinct(known, found_afar, around.loc[0], is_circular)
+        modes, look = self._look_afar(draws, own, around, log_evidence, modes, is_circular)
+        lost = partial(self._lost, draws, own, log_evidence, is_circular)
+        for _ in range(config.max_more_looks):
+            if look != "curvature" or not config.min_lost < lost(modes)[0] < config.max_lost:
+                break
+            more = self._climb(self._points_afar(around))
+            modes = self._distinct(modes, more, around.loc[0], is_circular)
         found = self.weigh_heavy_tailed(around, modes, is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
-        if reliable and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
-            # draws do not find the mass that the curvature of these modes suggests
-            modes = None if modes is None else modes.take(slice(config.max_modes, None))
-        share, count = 0.0, 0
-        if modes is not None:
-            share, count = self._lost(draws, own, modes, log_evidence, is_circular)
+        if reliable and modes is not None:
+            most = found.log_evidence + 2 * found.log_evidence_se - log_evidence
+            share, _ = lost(modes.take(slice(config.max_modes)))
+            if most < -0.5 * math.log1p(-min(share, 0.999)):
+                # draws do not find half of the evidence that the curvature of these modes suggests
+                modes = modes.take(slice(config.max_modes, None))
+        share, count = lost(modes)
+        if not share > config.max_lost:
+            share, count = 0.0, 0
         log_z = found.log_evidence if reliable else math.nan
         return MissedModes(log_z, found.log_evidence_se, share, count, look)
+
+    def _look_afar(
+        self,
+        draws: Tensor,
+        own: Gaussians,
+        around: Gaussians,
+        log_evidence: float,
+        modes: Modes | None,
+        is_circular: Tensor | None,
+    ) -> tuple[Modes | None, str]:
+        """The modes that are known or found far outside of a guide, and how they were looked for."""
+        points = self._points_afar(around)
+        if modes is None:  # no start has climbed from there
+            points = torch.cat([points, self._points_of_prior(own.loc[0])])
+        found, look = self._climb(points), "curvature"
+        if found is None:
+            found, look = self._climb_by_gradients(points, draws, own, log_evidence)
+        known = None if modes is None else self._weighed(modes)
+        return self._distinct(known, found, own.loc[0], is_circular), look
 
     def _points_afar(self, around: Gaussians) -> Tensor:
         """Points of finite density far outside of a Gaussian.
@@ -143,7 +163,7 @@ class MissedModeSearch:
             return None
         try:
             no_noise = torch.zeros_like(points[:1])
-            return climb(density, points, no_noise, config.max_newton_steps)[0]
+            return self._weighed(climb(density, points, no_noise, config.max_newton_steps)[0])
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
@@ -202,9 +222,9 @@ class MissedModeSearch:
         self,
         draws: Tensor,
         own: Gaussians,
-        modes: Modes,
         log_evidence: float,
         is_circular: Tensor | None,
+        modes: Modes | None,
     ) -> tuple[float, int]:
         """The share of the mass in modes with next to no draws, and the number of these modes.
 
@@ -215,6 +235,8 @@ class MissedModeSearch:
 
         :param own: the Gaussian of the draws.
         """
+        if modes is None:
+            return 0.0, 0
         dim = draws.shape[-1]
         ball = 1 + 3 * math.sqrt(2 / dim)  # in which a Gaussian has all but its tail
         distances = _distances(modes.gaussians, draws, is_circular)
@@ -226,8 +248,6 @@ class MissedModeSearch:
         log_masses = modes.log_masses().double() - log_evidence
         lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
         total = lost.logsumexp(0)
-        if not total.sigmoid() > self.config.max_lost:
-            return 0.0, 0
         is_counted = lost >= total + math.log(self.config.min_counted)
         return total.sigmoid().item(), int(is_counted.sum())
 
