@@ -144,6 +144,8 @@ class EvaluationConfig:
     min_distance_by_gradients: float = 4.0  #: of these to the guide's, in standard deviations
     num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
     max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
+    #: of the evidence that modes promise, what draws have to find, or else they are not there
+    min_confirmed: float = 0.5
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
     max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
     #: from this on, missed modes that are no loss yet are a reason to look for more of them

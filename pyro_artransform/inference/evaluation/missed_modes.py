@@ -14,7 +14,6 @@ points that differ by full turns of an angle are one.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,6 +58,27 @@ class MissedModes(NamedTuple):
     look: str = "curvature"
 
 
+class GuideDraws(NamedTuple):
+    """Draws of a guide, shape ``(n, D)``, angles within a turn, and what they say of it.
+
+    :param gaussian: their mean and covariance.
+    :param log_evidence: the log evidence by their weights.
+    :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` if there is no angle.
+    """
+
+    draws: Tensor
+    gaussian: Gaussians
+    log_evidence: float
+    is_circular: Tensor | None
+
+    @classmethod
+    def of(cls, log_density: LogDensity, draws: Tensor, log_evidence: float) -> "GuideDraws":
+        """The draws, folded where a coordinate of the density is an angle."""
+        is_circular = _find_circular(log_density, draws)
+        draws = _fold(draws, is_circular)
+        return cls(draws, _fit_gaussian(draws), log_evidence, is_circular)
+
+
 @dataclass(frozen=True)
 class MissedModeSearch:
     """A search for mass of the posterior that a guide has missed.
@@ -82,57 +102,59 @@ class MissedModeSearch:
         draws, config = draws[draws.isfinite().all(-1)], self.config
         if len(draws) < 2:
             return MissedModes(look="none")
-        is_circular = _find_circular(self.log_density, draws)
-        draws = _fold(draws, is_circular)
-        own = _fit_gaussian(draws)
-        around = own._replace(scale_tril=config.heavy_inflation * own.scale_tril)
-        modes, look = self._look_afar(draws, own, around, log_evidence, modes, is_circular)
-        lost = partial(self._lost, draws, own, log_evidence, is_circular)
-        for _ in range(config.max_more_looks):
-            if look != "curvature" or not config.min_lost < lost(modes)[0] < config.max_lost:
-                break
-            more = self._climb(self._points_afar(around))
-            modes = self._distinct(modes, more, around.loc[0], is_circular)
-        found = self.weigh_heavy_tailed(around, modes, is_circular)
+        guide = GuideDraws.of(self.log_density, draws, log_evidence)
+        modes, look = self._look_afar(guide, modes)
+        if look == "curvature":
+            modes = self._look_again(guide, modes)
+        around = _widened(guide.gaussian, config.heavy_inflation)
+        found = self.weigh_heavy_tailed(around, modes, guide.is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
-        if reliable and modes is not None:
-            most = found.log_evidence + 2 * found.log_evidence_se - log_evidence
-            share, _ = lost(modes.take(slice(config.max_modes)))
-            if most < -0.5 * math.log1p(-min(share, 0.999)):
-                # draws do not find half of the evidence that the curvature of these modes suggests
-                modes = modes.take(slice(config.max_modes, None))
-        share, count = lost(modes)
+        if reliable:
+            modes = self._confirmed(guide, modes, found)
+        share, count = self._lost(guide, modes)
         if not share > config.max_lost:
             share, count = 0.0, 0
         log_z = found.log_evidence if reliable else math.nan
         return MissedModes(log_z, found.log_evidence_se, share, count, look)
 
-    def _look_afar(
-        self,
-        draws: Tensor,
-        own: Gaussians,
-        around: Gaussians,
-        log_evidence: float,
-        modes: Modes | None,
-        is_circular: Tensor | None,
-    ) -> tuple[Modes | None, str]:
+    def _look_afar(self, guide: GuideDraws, modes: Modes | None) -> tuple[Modes | None, str]:
         """The modes that are known or found far outside of a guide, and how they were looked for."""
-        points = self._points_afar(around)
+        points, look = self._points_afar(guide), "curvature"
         if modes is None:  # no start has climbed from there
-            points = torch.cat([points, self._points_of_prior(own.loc[0])])
-        found, look = self._climb(points), "curvature"
+            points = torch.cat([points, self._points_of_prior(guide.gaussian.loc[0])])
+        found = self._climb(points)
         if found is None:
-            found, look = self._climb_by_gradients(points, draws, own, log_evidence)
+            found, look = self._climb_by_gradients(points, guide)
         known = None if modes is None else self._weighed(modes)
-        return self._distinct(known, found, own.loc[0], is_circular), look
+        return self._distinct(guide, known, found), look
 
-    def _points_afar(self, around: Gaussians) -> Tensor:
-        """Points of finite density far outside of a Gaussian.
+    def _look_again(self, guide: GuideDraws, modes: Modes | None) -> Modes | None:
+        """The modes and more of them, as long as those that are lost are too few for a loss."""
+        config = self.config
+        for _ in range(config.max_more_looks):
+            if not config.min_lost < self._lost(guide, modes)[0] <= config.max_lost:
+                break
+            modes = self._distinct(guide, modes, self._climb(self._points_afar(guide)))
+        return modes
 
-        Half of the points are any, half are those whose density exceeds the Gaussian's the most;
+    def _confirmed(self, guide: GuideDraws, modes: Modes | None, found: Importance) -> Modes | None:
+        """The modes, unless draws around the first of them find too little of what they promise."""
+        if modes is None:
+            return None
+        most = slice(self.config.max_modes)
+        promised = -math.log1p(-min(self._lost(guide, modes.take(most))[0], 1 - 1e-9))
+        gain = found.log_evidence + 2 * found.log_evidence_se - guide.log_evidence
+        is_there = gain >= self.config.min_confirmed * promised
+        return modes if is_there else modes.take(slice(self.config.max_modes, None))
+
+    def _points_afar(self, guide: GuideDraws) -> Tensor:
+        """Points of finite density far outside of a guide.
+
+        Half of the points are any, half are those whose density exceeds its Gaussian's the most;
         and the images of the Gaussian in the origin and in the starting point.
         """
         config, density = self.config, self.log_density
+        around = _widened(guide.gaussian, config.heavy_inflation)
         screened, count = config.num_screened, config.num_climbs
         if density.strategy == "loop":
             screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
@@ -167,13 +189,11 @@ class MissedModeSearch:
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
-    def _climb_by_gradients(
-        self, points: Tensor, draws: Tensor, own: Gaussians, log_evidence: float
-    ) -> tuple[Modes | None, str]:
+    def _climb_by_gradients(self, points: Tensor, guide: GuideDraws) -> tuple[Modes | None, str]:
         """The modes above points that matter, by gradients alone, and whether these could be had."""
         search = GradientSearch(self.log_density, self.config, self.initialization)
         try:
-            found = search.find(points, draws, own, log_evidence)
+            found = search.find(points, guide.draws, guide.gaussian, guide.log_evidence)
         except RuntimeError:  # a model without a gradient
             return None, "none"
         return found, "gradients"
@@ -192,19 +212,15 @@ class MissedModeSearch:
         return modes._replace(value=modes.value - excess.clamp_min(0))
 
     def _distinct(
-        self,
-        known: Modes | None,
-        found: Modes | None,
-        center: Tensor,
-        is_circular: Tensor | None,
+        self, guide: GuideDraws, known: Modes | None, found: Modes | None
     ) -> Modes | None:
-        """The maxima that are not the same, those with the most mass first, angles near a center."""
+        """The maxima that are not the same, those with the most mass first, angles near the guide's."""
         parts = list(filter(None, (known, found)))
         if not parts:
             return None
         gaussians, values, converged = zip(*parts)
         loc, scale_tril = concatenate(gaussians)
-        loc = _fold(loc, is_circular, center)
+        loc = _fold(loc, guide.is_circular, guide.gaussian.loc[0])
         modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
         config, kept = self.config, list[int]()
         least = min(loc.shape[-1] * config.min_mode_distance, config.max_squared_distance)
@@ -212,31 +228,23 @@ class MissedModeSearch:
             if not bool(modes.converged[i]):
                 continue
             distances = len(loc[i]) * _distances(
-                modes.gaussians.take(kept), loc[i : i + 1], is_circular
+                modes.gaussians.take(kept), loc[i : i + 1], guide.is_circular
             )
             if bool((distances > least).all()):
                 kept.append(i)
         return modes.take(kept) if kept else None
 
-    def _lost(
-        self,
-        draws: Tensor,
-        own: Gaussians,
-        log_evidence: float,
-        is_circular: Tensor | None,
-        modes: Modes | None,
-    ) -> tuple[float, int]:
+    def _lost(self, guide: GuideDraws, modes: Modes | None) -> tuple[float, int]:
         """The share of the mass in modes with next to no draws, and the number of these modes.
 
         A draw is of a mode if it is within reach of it, and the mode explains its density better
         than the other modes and the guide's own Gaussian do: in many dimensions it may be within
         reach of several. The share is of all mass that was found, the modes' and the guide's; it is
         their sum that matters, since many small modes are a large loss.
-
-        :param own: the Gaussian of the draws.
         """
         if modes is None:
             return 0.0, 0
+        draws, own, log_evidence, is_circular = guide
         dim = draws.shape[-1]
         ball = 1 + 3 * math.sqrt(2 / dim)  # in which a Gaussian has all but its tail
         distances = _distances(modes.gaussians, draws, is_circular)
@@ -296,6 +304,10 @@ def _fit_gaussian(draws: Tensor) -> Gaussians:
     jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
     lower = torch.linalg.cholesky(covariance + jitter)
     return Gaussians(draws.mean(0)[None], (sd[:, None] * lower)[None])
+
+
+def _widened(gaussians: Gaussians, factor: float) -> Gaussians:
+    return Gaussians(gaussians.loc, factor * gaussians.scale_tril)
 
 
 def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
