@@ -143,6 +143,7 @@ class EvaluationConfig:
     num_far: int = 4  #: the most such ends
     min_distance_by_gradients: float = 4.0  #: of these to the guide's, in standard deviations
     num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
+    num_for_region: int = 1024  #: the same for a mode that seems lost
     max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
     #: of the evidence that modes promise, what draws have to find, or else they are not there
     min_confirmed: float = 0.5

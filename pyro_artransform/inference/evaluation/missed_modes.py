@@ -33,11 +33,7 @@ from ..initialization.gaussians import (
 )
 from ..initialization.search import GaussianSearch
 from .gradient_search import GradientSearch
-
-# so many turns leave the density of an angle as it is, and that of any proper prior not
-_TURNS = (1.0, -32.0)
-# nats, to which round-off is added
-_TURN_TOLERANCE = 1e-3
+from .guide_draws import GuideDraws, distances_to, fold, radius
 
 
 class MissedModes(NamedTuple):
@@ -56,27 +52,6 @@ class MissedModes(NamedTuple):
     lost_mass: float = 0.0
     num_lost: int = 0
     look: str = "curvature"
-
-
-class GuideDraws(NamedTuple):
-    """Draws of a guide, shape ``(n, D)``, angles within a turn, and what they say of it.
-
-    :param gaussian: their mean and covariance.
-    :param log_evidence: the log evidence by their weights.
-    :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` if there is no angle.
-    """
-
-    draws: Tensor
-    gaussian: Gaussians
-    log_evidence: float
-    is_circular: Tensor | None
-
-    @classmethod
-    def of(cls, log_density: LogDensity, draws: Tensor, log_evidence: float) -> "GuideDraws":
-        """The draws, folded where a coordinate of the density is an angle."""
-        is_circular = _find_circular(log_density, draws)
-        draws = _fold(draws, is_circular)
-        return cls(draws, _fit_gaussian(draws), log_evidence, is_circular)
 
 
 @dataclass(frozen=True)
@@ -106,12 +81,12 @@ class MissedModeSearch:
         modes, look = self._look_afar(guide, modes)
         if look == "curvature":
             modes = self._look_again(guide, modes)
-        around = _widened(guide.gaussian, config.heavy_inflation)
+        around = guide.widened(config.heavy_inflation)
         found = self.weigh_heavy_tailed(around, modes, guide.is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         if reliable:
-            modes = self._confirmed(guide, modes, found)
-        share, count = self._lost(guide, modes)
+            modes = self._confirmed(guide, modes, look, found)
+        share, count = self._lost(guide, modes, look)
         if not share > config.max_lost:
             share, count = 0.0, 0
         log_z = found.log_evidence if reliable else math.nan
@@ -122,27 +97,29 @@ class MissedModeSearch:
         points, look = self._points_afar(guide), "curvature"
         if modes is None:  # no start has climbed from there
             points = torch.cat([points, self._points_of_prior(guide.gaussian.loc[0])])
-        found = self._climb(points)
+        found = self._climb(guide, points)
         if found is None:
             found, look = self._climb_by_gradients(points, guide)
-        known = None if modes is None else self._weighed(modes)
+        known = None if modes is None else self._weighed(guide, modes)
         return self._distinct(guide, known, found), look
 
     def _look_again(self, guide: GuideDraws, modes: Modes | None) -> Modes | None:
         """The modes and more of them, as long as those that are lost are too few for a loss."""
         config = self.config
         for _ in range(config.max_more_looks):
-            if not config.min_lost < self._lost(guide, modes)[0] <= config.max_lost:
+            if not config.min_lost < self._lost(guide, modes, "curvature")[0] <= config.max_lost:
                 break
-            modes = self._distinct(guide, modes, self._climb(self._points_afar(guide)))
+            modes = self._distinct(guide, modes, self._climb(guide, self._points_afar(guide)))
         return modes
 
-    def _confirmed(self, guide: GuideDraws, modes: Modes | None, found: Importance) -> Modes | None:
+    def _confirmed(
+        self, guide: GuideDraws, modes: Modes | None, look: str, found: Importance
+    ) -> Modes | None:
         """The modes, unless draws around the first of them find too little of what they promise."""
         if modes is None:
             return None
         most = slice(self.config.max_modes)
-        promised = -math.log1p(-min(self._lost(guide, modes.take(most))[0], 1 - 1e-9))
+        promised = -math.log1p(-min(self._lost(guide, modes.take(most), look)[0], 1 - 1e-9))
         gain = found.log_evidence + 2 * found.log_evidence_se - guide.log_evidence
         is_there = gain >= self.config.min_confirmed * promised
         return modes if is_there else modes.take(slice(self.config.max_modes, None))
@@ -154,7 +131,7 @@ class MissedModeSearch:
         and the images of the Gaussian in the origin and in the starting point.
         """
         config, density = self.config, self.log_density
-        around = _widened(guide.gaussian, config.heavy_inflation)
+        around = guide.widened(config.heavy_inflation)
         screened, count = config.num_screened, config.num_climbs
         if density.strategy == "loop":
             screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
@@ -166,7 +143,7 @@ class MissedModeSearch:
         values = evaluate_density(density, points)
         points, values = points[values.isfinite()], values[values.isfinite()]
         half = count // 2
-        excess = values + 0.5 * points.shape[-1] * _distances(around, points)[0]
+        excess = values + 0.5 * points.shape[-1] * distances_to(around, points)[0]
         order = excess[half:].argsort(descending=True)[: count - half]
         images = images[evaluate_density(density, images).isfinite()]
         return torch.cat([points[:half], points[half:][order], images])
@@ -178,14 +155,15 @@ class MissedModeSearch:
             config = config.for_loop()
         return GaussianSearch(self.log_density, self.model, config).points(center)
 
-    def _climb(self, points: Tensor) -> Modes | None:
+    def _climb(self, guide: GuideDraws, points: Tensor) -> Modes | None:
         """The modes above points, if Hessians can be had."""
         density, config = self.log_density, self.config
         if density.latents.latent_dim > config.max_hessian_dim or not len(points):
             return None
         try:
             no_noise = torch.zeros_like(points[:1])
-            return self._weighed(climb(density, points, no_noise, config.max_newton_steps)[0])
+            modes, _ = climb(density, points, no_noise, config.max_newton_steps)
+            return self._weighed(guide, modes)
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
@@ -198,18 +176,23 @@ class MissedModeSearch:
             return None, "none"
         return found, "gradients"
 
-    def _weighed(self, modes: Modes) -> Modes:
+    def _weighed(self, guide: GuideDraws, modes: Modes) -> Modes:
         """Modes whose mass is that of their curvature, if draws of their Gaussians find as much.
 
-        In the neck of a funnel, or on a ridge, the curvature promises mass where next to none is.
+        In the neck of a funnel, or on a ridge, the curvature promises mass where next to none is. An
+        end of a climb that is no maximum, as on a ring, stands for what is around it.
         """
-        config, (loc, scale_tril) = self.config, modes.gaussians
-        noise = antithetic_noise(loc, config.num_for_mode)
-        log_p = evaluate_density(self.log_density, loc[:, None] + noise @ scale_tril.mT)
+        config, converged = self.config, modes.converged[:, None, None]
+        scale_tril = guide.capped(modes.gaussians).scale_tril
+        scale_tril = torch.where(converged, modes.gaussians.scale_tril, scale_tril)
+        gaussians = Gaussians(modes.gaussians.loc, scale_tril)
+        noise = antithetic_noise(gaussians.loc, config.num_for_mode)
+        log_p = evaluate_density(self.log_density, gaussians.loc[:, None] + noise @ scale_tril.mT)
         log_ratio = log_p + 0.5 * noise.square().sum(-1)  # but for the constant of the Gaussian
         found = log_ratio.logsumexp(-1) - math.log(config.num_for_mode)
-        excess = modes.value - found - loc.shape[-1] * config.max_curvature_error
-        return modes._replace(value=modes.value - excess.clamp_min(0))
+        excess = modes.value - found - noise.shape[-1] * config.max_curvature_error
+        value = modes.value - excess.clamp_min(0)
+        return Modes(gaussians, value, value.isfinite())
 
     def _distinct(
         self, guide: GuideDraws, known: Modes | None, found: Modes | None
@@ -220,44 +203,57 @@ class MissedModeSearch:
             return None
         gaussians, values, converged = zip(*parts)
         loc, scale_tril = concatenate(gaussians)
-        loc = _fold(loc, guide.is_circular, guide.gaussian.loc[0])
+        loc = fold(loc, guide.is_circular, guide.gaussian.loc[0])
         modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
         config, kept = self.config, list[int]()
         least = min(loc.shape[-1] * config.min_mode_distance, config.max_squared_distance)
         for i in modes.log_masses().argsort(descending=True).tolist():
             if not bool(modes.converged[i]):
                 continue
-            distances = len(loc[i]) * _distances(
+            distances = len(loc[i]) * distances_to(
                 modes.gaussians.take(kept), loc[i : i + 1], guide.is_circular
             )
             if bool((distances > least).all()):
                 kept.append(i)
         return modes.take(kept) if kept else None
 
-    def _lost(self, guide: GuideDraws, modes: Modes | None) -> tuple[float, int]:
+    def _lost(self, guide: GuideDraws, modes: Modes | None, look: str) -> tuple[float, int]:
         """The share of the mass in modes with next to no draws, and the number of these modes.
 
-        A draw is of a mode if it is within reach of it, and the mode explains its density better
-        than the other modes and the guide's own Gaussian do: in many dimensions it may be within
-        reach of several. The share is of all mass that was found, the modes' and the guide's; it is
-        their sum that matters, since many small modes are a large loss.
+        The share is of all mass that was found, the modes' and the guide's; it is their sum that
+        matters, since many small modes are a large loss.
         """
         if modes is None:
             return 0.0, 0
-        draws, own, log_evidence, is_circular = guide
-        dim = draws.shape[-1]
-        ball = 1 + 3 * math.sqrt(2 / dim)  # in which a Gaussian has all but its tail
-        distances = _distances(modes.gaussians, draws, is_circular)
-        of_guide = log_evidence - own.log_volume() - 0.5 * dim * math.log(2 * math.pi)
-        of_guide = of_guide - 0.5 * dim * _distances(own, draws, is_circular)[0]
-        by_mode = modes.value[:, None] - 0.5 * dim * distances
-        best = torch.cat([by_mode, of_guide[None]]).max(0).values
-        share_of_draws = ((distances < ball) & (by_mode >= best)).double().mean(-1)
-        log_masses = modes.log_masses().double() - log_evidence
-        lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
+        share_of_draws = guide.regions(modes, guide.draws).double().mean(-1)
+        log_masses = modes.log_masses().double() - guide.log_evidence
+
+        def is_lost() -> Tensor:
+            return share_of_draws < self.config.min_draws_share * log_masses.sigmoid()
+
+        if look == "curvature":  # by gradients, masses are lower bounds already
+            for k in is_lost().nonzero()[:, 0].tolist():
+                log_masses[k] = log_masses[k].clamp_max(self._log_mass_in_region(guide, modes, k))
+        lost = log_masses[is_lost()]
         total = lost.logsumexp(0)
         is_counted = lost >= total + math.log(self.config.min_counted)
         return total.sigmoid().item(), int(is_counted.sum())
+
+    def _log_mass_in_region(self, guide: GuideDraws, modes: Modes, k: int) -> float:
+        """The log mass in the region of a mode, relative to the guide's, by draws of its Gaussian.
+
+        Draws of the guide are counted in the same region, which on a ring is a piece of it only.
+        """
+        config, (loc, scale_tril) = self.config, modes.gaussians.take([k])
+        noise = antithetic_noise(loc, config.num_for_region)
+        points = loc + noise @ scale_tril[0].mT
+        inside = guide.regions(modes, points)[k] & (noise.square().mean(-1) < radius(loc.shape[-1]))
+        log_p = evaluate_density(self.log_density, points).masked_fill(~inside, -torch.inf)
+        log_ratio = log_p + 0.5 * noise.square().sum(-1)
+        found = log_ratio.logsumexp(0).item() - math.log(config.num_for_region)
+        found += modes.log_masses()[k].item() - modes.value[k].item()
+        slack = loc.shape[-1] * config.max_curvature_error
+        return found + slack - guide.log_evidence
 
     def weigh_heavy_tailed(
         self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None = None
@@ -286,77 +282,10 @@ class MissedModeSearch:
         half = 0.5 * (degrees + dim)
         constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
         constant -= 0.5 * dim * math.log(degrees * math.pi)
-        kernel = half * torch.log1p(_distances(mixture, draws) * dim / degrees)
+        kernel = half * torch.log1p(distances_to(mixture, draws) * dim / degrees)
         log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
         log_p = evaluate_density(self.log_density, draws)
         if is_circular is not None:
             away = is_circular & ((draws - around.loc).abs() > math.pi)
             log_p = log_p.masked_fill(away.any(-1), -torch.inf)
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
-
-
-def _fit_gaussian(draws: Tensor) -> Gaussians:
-    """The Gaussian of the mean and covariance of draws."""
-    centered = draws - draws.mean(0)
-    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    scaled = centered / sd
-    covariance = scaled.T @ scaled / (len(draws) - 1)
-    jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
-    lower = torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(draws.mean(0)[None], (sd[:, None] * lower)[None])
-
-
-def _widened(gaussians: Gaussians, factor: float) -> Gaussians:
-    return Gaussians(gaussians.loc, factor * gaussians.scale_tril)
-
-
-def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
-    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = _shortest(points - gaussians.loc[:, None], is_circular).mT
-    units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)
-    return (units**2).mean(-2)
-
-
-def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
-    """Which coordinates are angles: their draws stay within a turn, after which all is the same.
-
-    :param draws: draws of a guide, shape ``(n, D)``.
-    :return: shape ``(D,)``, of booleans; ``None`` if there is no angle.
-    """
-    within = (draws.std(0) < 2 * math.pi).nonzero()[:, 0]
-    points = draws[:1]
-    value = evaluate_density(log_density, points)
-    tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
-    for turns in _TURNS:
-        if not len(within):
-            return None
-        shifts = torch.zeros_like(points.expand(len(within), -1))
-        shifts.scatter_(1, within[:, None], 2 * math.pi * turns)
-        change = evaluate_density(log_density, points + shifts) - value
-        within = within[change.abs() <= tolerance]
-    if not len(within):
-        return None
-    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
-    is_circular[within] = True
-    return is_circular
-
-
-def _shortest(differences: Tensor, is_circular: Tensor | None) -> Tensor:
-    """Differences of points of shape ``(*, D)``, those of angles the shorter way around."""
-    if is_circular is None:
-        return differences
-    wrapped = torch.remainder(differences + math.pi, 2 * math.pi) - math.pi
-    return torch.where(is_circular, wrapped, differences)
-
-
-def _fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
-    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
-
-    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
-    """
-    if is_circular is None:
-        return points
-    if center is None:
-        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
-    folded = center + _shortest(points - center, is_circular)
-    return torch.where(is_circular, folded, points)

@@ -223,6 +223,35 @@ def test_a_guide_that_was_not_started_is_searched_from_draws_of_the_prior():
     assert missed(model, 3 * one_mode(2), math.log(0.5)).num_lost == 1
 
 
+def ring():
+    """A radius of 20 ± 0.2, in all directions: a ridge, where no climb ends at a maximum."""
+    radius, area = dist.Normal(20.0, 0.2), math.log(2 * math.pi)
+    prior = dist.Normal(torch.zeros(2), 20.0).to_event(1)
+
+    def model():
+        z = pyro.sample("z", prior)
+        away = z.square().sum(-1).clamp_min(1e-12).sqrt()
+        log_density = radius.log_prob(away) - area - away.log()
+        pyro.factor("likelihood", log_density - prior.log_prob(z))
+
+    return model
+
+
+def ring_draws(width, n=5000):
+    """Draws of the ring in the directions from 0 to an angle."""
+    angle, radius = width * torch.rand(n), 20 + 0.2 * torch.randn(n)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ring(seed):
+    """Half of it is lost, which is found piece by piece; and of all of it nothing is."""
+    pyro.set_rng_seed(seed)
+    found = missed(ring(), ring_draws(math.pi), -math.log(2))
+    assert 0.2 < found.lost_mass < 0.6
+    assert missed(ring(), ring_draws(2 * math.pi)).num_lost == 0
+
+
 def test_draws_that_cannot_be_used():
     for draws in (torch.full((100, 3), torch.nan), torch.zeros(1, 3)):
         found = missed(models.gaussian, draws)
