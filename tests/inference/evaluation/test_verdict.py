@@ -19,6 +19,7 @@ from pyro_artransform.inference.evaluation.verdict import (
     evaluate_minibatches,
     judge,
 )
+from pyro_artransform.inference.initialization.search import GaussianSearch
 from pyro_artransform.inference.objectives.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
@@ -58,6 +59,15 @@ def test_a_missed_mode(quick):
     found = evaluate(subject_of(model, guide), None, FitStatus(), quick)
     assert not found.verdict.trusted
     assert "starts disagree" in found.verdict.words
+
+
+def test_settings_of_starts_reach_the_search(quick, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        GaussianSearch, "points", lambda self, at: seen.append(self.config) or at[None]
+    )
+    evaluate(subject_of(models.gaussian, good_guide()), None, FitStatus(), quick)
+    assert seen == [quick.initialization]
 
 
 def test_a_fit_that_was_interrupted(quick):
