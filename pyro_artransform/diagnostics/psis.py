@@ -54,9 +54,9 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
 
     The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
 
-    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0, and one of
-      10, since nothing is known, where that round-off is half a nat or more (in float32, for log
-      weights beyond 260,000);
+    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0 (tied are
+      three quarters of those above the cutoff), and one of 10, since nothing is known, where that
+      round-off is half a nat or more (in float32, for log weights beyond 260,000);
     - of 20 weights or fewer nothing is known either, and k-hat is 10;
     - weights of zero (``-inf``) count like others;
     - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
@@ -120,9 +120,13 @@ def _fit(weights: Tensor, eps: float) -> tuple[float, float, float, int]:
         return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
     is_cut = log_cutoff < largest - _LOG_RANGE
     log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
-    exceedances = (ordered[ordered > log_cutoff] - log_cutoff).expm1()
-    if is_cut and len(exceedances) < min(size, _FEW):
+    above = ordered[ordered > log_cutoff]
+    if is_cut and len(above) < min(size, _FEW):
         return WORST_KHAT, nan, log_cutoff, size
+    # where even the quartile is the maximum the routine may divide by zero
+    if len(above) >= _FEW and largest - above[len(above) // 4].item() <= round_off:
+        return 0.0, nan, log_cutoff, size
+    exceedances = (above - log_cutoff).expm1()
     # the routine makes its grid on the default device
     with torch.device("cpu"):
         khat, scale = fit_generalized_pareto(exceedances)

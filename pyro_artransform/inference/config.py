@@ -153,8 +153,16 @@ class EvaluationConfig:
     num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
     num_far: int = 4  #: the most such ends
     min_distance_by_gradients: float = 4.0  #: of these to the guide's, in standard deviations
+    num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
+    num_for_region: int = 1024  #: the same for a mode that seems lost
+    max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
+    #: of the evidence that modes promise, what draws have to find, or else they are not there
+    min_confirmed: float = 0.5
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
     max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
+    #: from this on, missed modes that are no loss yet are a reason to look for more of them
+    min_lost: float = 0.002
+    max_more_looks: int = 4
     min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats

@@ -211,12 +211,14 @@ class FitRun:
         """The result of the fit, with the guide at the best parameters."""
         if self._stream is not None:
             self._stream.close()
-        training, config = self._training, self._config.evaluation
+        training, config = self._training, self._config
         end, skipped = select_parameters(training), training.skipped.count
         share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
         status = FitStatus(share, is_complete, self._is_saved, missing=self._missing())
         if self._minibatches is not None:
-            found = evaluate_minibatches(self._subject, self._minibatches, status, config)
+            found = evaluate_minibatches(
+                self._subject, self._minibatches, status, config.evaluation
+            )
         else:
             found = evaluate(self._subject, self._initial.modes, status, config)
         look = look_at_marginals(self._subject, found, config)

@@ -26,6 +26,8 @@ CONSTANT = {
     "float32_of_100_000_nats": torch.full((1000,), -1e5, dtype=torch.float32),
     "float32_round_off": torch.full((1000,), -123.4).nextafter(torch.zeros(1000)),
     "tied_at_the_top": torch.sin(torch.arange(1000.0)).clamp(max=0.0),
+    # of a density of many nats, whose round-off is above that of the weights
+    "tied_by_round_off": 2.0**-47 * torch.arange(10_000).lt(110).double(),
 }
 HOPELESS = {
     "one_draw": torch.tensor([3.0]),

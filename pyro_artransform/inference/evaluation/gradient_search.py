@@ -9,8 +9,7 @@ below, so that a high density without mass, as in the neck of a funnel, raises n
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,27 +26,25 @@ from ..initialization.gaussians import (
     evaluate_density,
     fit_independent,
 )
-from ..initialization.search import GaussianSearch
 
 
 @dataclass(frozen=True)
 class GradientSearch:
     """A search for modes far from a guide.
 
-    :param model: the model, with its arguments.
+    :param initialization: how mean-field fits are made.
     """
 
     log_density: LogDensity
-    model: Callable[[], object]
     config: EvaluationConfig
-    initialization: InitializationConfig = field(default_factory=InitializationConfig)
+    initialization: InitializationConfig
 
     def find(
         self, points: Tensor, draws: Tensor, around: Gaussians, log_evidence: float
     ) -> Modes | None:
         """Gaussians far from a guide, with a lower bound of the mass of each.
 
-        :param points: where to start, besides draws of the prior and mirror images.
+        :param points: where to start, besides mirror images.
         :param draws: draws of the guide, shape ``(n, D)``.
         :param around: their Gaussian.
         :param log_evidence: the log evidence according to them.
@@ -81,17 +78,12 @@ class GradientSearch:
 
     def _starts(self, points: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
         """Points of finite density, and which coordinates are mirrored there: 1 or -1."""
-        density, config, flips = self.log_density, self.initialization, []
-        if density.strategy == "loop":
-            config = config.for_loop()
-        else:
-            start = 0
+        density, flips, start = self.log_density, list[Tensor](), 0
+        if density.strategy != "loop":
             for site in density.latents.sites.values():
                 flips.append(torch.ones_like(center))
                 flips[-1][start : start + site.size] = -1
                 start += site.size
-        found = GaussianSearch(density, self.model, config).points(center)
-        points = torch.cat([points, found])
         signs = torch.stack([-torch.ones_like(center), *flips[: self.config.max_mirrored]])
         images = torch.cat([signs * center, density.start + signs * (center - density.start)])
         signs = torch.cat([torch.ones_like(points), signs, signs])

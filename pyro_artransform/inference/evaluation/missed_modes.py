@@ -22,16 +22,18 @@ from torch import Tensor
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_KHAT
 from ...joint import LogDensity
-from ..config import EvaluationConfig
-from ..initialization.gaussians import Gaussians, Modes, climb, concatenate, evaluate_density
+from ..config import EvaluationConfig, InitializationConfig
+from ..initialization.gaussians import (
+    Gaussians,
+    Modes,
+    antithetic_noise,
+    climb,
+    concatenate,
+    evaluate_density,
+)
+from ..initialization.search import GaussianSearch
 from .gradient_search import GradientSearch
-
-# so many turns leave the density of an angle as it is, and that of any proper prior not
-_TURNS = (1.0, -32.0)
-# numbers of points that are evaluated at once: 64 MB in double precision
-_MOST_VALUES = 2**23
-# nats, to which round-off is added
-_TURN_TOLERANCE = 1e-3
+from .guide_draws import GuideDraws, distances_to, fold, radius
 
 
 class MissedModes(NamedTuple):
@@ -57,11 +59,13 @@ class MissedModeSearch:
     """A search for mass of the posterior that a guide has missed.
 
     :param model: the model, with its arguments.
+    :param initialization: how the starts of a search are drawn, and mean-field fits are made.
     """
 
     log_density: LogDensity
     model: Callable[[], object]
     config: EvaluationConfig
+    initialization: InitializationConfig
 
     def find(self, draws: Tensor, log_evidence: float, modes: Modes | None) -> MissedModes:
         """Searches outside of a guide.
@@ -73,42 +77,70 @@ class MissedModeSearch:
         draws, config = draws[draws.isfinite().all(-1)], self.config
         if len(draws) < 2:
             return MissedModes(look="none")
-        is_circular = _find_circular(self.log_density, draws)
-        draws = _fold(draws, is_circular)
-        around = _fit_gaussian(draws, config.heavy_inflation, config.max_dense_dim)
-        afar = self._points_afar(around)
-        found_afar, look = self._climb(afar), "curvature"
-        if found_afar is None:
-            found_afar, look = self._climb_by_gradients(afar, draws, around, log_evidence)
-        modes = self._distinct(modes, found_afar, around.loc[0], is_circular)
-        found = self._reliable_weights(around, modes, is_circular)
-        if found is not None and found.log_evidence - log_evidence < -math.log1p(-config.max_lost):
-            # draws do not find the mass that the curvature of these modes suggests
-            modes = None if modes is None else modes.take(slice(config.max_modes, None))
-        share, count = 0.0, 0
-        if modes is not None:
-            share, count = self._lost(draws, modes, log_evidence, is_circular)
+        guide = GuideDraws.of(self.log_density, draws, log_evidence, config.max_dense_dim)
+        modes, look = self._look_afar(guide, modes)
+        if look == "curvature":
+            modes = self._look_again(guide, modes)
+        found = self._reliable_weights(guide, modes)
+        if found is not None:
+            modes = self._confirmed(guide, modes, look, found)
+        share, count = self._lost(guide, modes, look)
+        if not share > config.max_lost:
+            share, count = 0.0, 0
         if found is None:
             return MissedModes(lost_mass=share, num_lost=count, look=look)
         return MissedModes(found.log_evidence, found.log_evidence_se, share, count, look)
 
-    def _reliable_weights(
-        self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None
-    ) -> Importance | None:
+    def _reliable_weights(self, guide: GuideDraws, modes: Modes | None) -> Importance | None:
         """The weights of heavy-tailed draws; None where they say nothing."""
+        config = self.config
+        around = guide.widened(config.heavy_inflation)
         if around.is_independent:
             return None
-        found, config = self.weigh_heavy_tailed(around, modes, is_circular), self.config
+        found = self.weigh_heavy_tailed(around, modes, guide.is_circular)
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         return found if reliable else None
 
-    def _points_afar(self, around: Gaussians) -> Tensor:
-        """Points of finite density far outside of a Gaussian.
+    def _look_afar(self, guide: GuideDraws, modes: Modes | None) -> tuple[Modes | None, str]:
+        """The modes that are known or found far outside of a guide, and how they were looked for."""
+        points, look = self._points_afar(guide), "curvature"
+        if modes is None:  # no start has climbed from there
+            points = torch.cat([points, self._points_of_prior(guide.gaussian.loc[0])])
+        found = self._climb(guide, points)
+        if found is None:
+            found, look = self._climb_by_gradients(points, guide)
+        known = None if modes is None else self._weighed(guide, modes)
+        return self._distinct(guide, known, found), look
 
-        Half of the points are any, half are those whose density exceeds the Gaussian's the most;
+    def _look_again(self, guide: GuideDraws, modes: Modes | None) -> Modes | None:
+        """The modes and more of them, as long as those that are lost are too few for a loss."""
+        config = self.config
+        for _ in range(config.max_more_looks):
+            if not config.min_lost < self._lost(guide, modes, "curvature")[0] <= config.max_lost:
+                break
+            modes = self._distinct(guide, modes, self._climb(guide, self._points_afar(guide)))
+        return modes
+
+    def _confirmed(
+        self, guide: GuideDraws, modes: Modes | None, look: str, found: Importance
+    ) -> Modes | None:
+        """The modes, unless draws around the first of them find too little of what they promise."""
+        if modes is None:
+            return None
+        most = slice(self.config.max_modes)
+        promised = -math.log1p(-min(self._lost(guide, modes.take(most), look)[0], 1 - 1e-9))
+        gain = found.log_evidence + 2 * found.log_evidence_se - guide.log_evidence
+        is_there = gain >= self.config.min_confirmed * promised
+        return modes if is_there else modes.take(slice(self.config.max_modes, None))
+
+    def _points_afar(self, guide: GuideDraws) -> Tensor:
+        """Points of finite density far outside of a guide.
+
+        Half of the points are any, half are those whose density exceeds its Gaussian's the most;
         and the images of the Gaussian in the origin and in the starting point.
         """
         config, density = self.config, self.log_density
+        around = guide.widened(config.heavy_inflation)
         screened, count = config.num_screened, config.num_climbs
         if density.strategy == "loop":
             screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
@@ -120,79 +152,117 @@ class MissedModeSearch:
         values = evaluate_density(density, points)
         points, values = points[values.isfinite()], values[values.isfinite()]
         half = count // 2
-        excess = values + 0.5 * points.shape[-1] * _distances(around, points)[0]
+        excess = values + 0.5 * points.shape[-1] * distances_to(around, points)[0]
         order = excess[half:].argsort(descending=True)[: count - half]
         images = images[evaluate_density(density, images).isfinite()]
         return torch.cat([points[:half], points[half:][order], images])
 
-    def _climb(self, points: Tensor) -> Modes | None:
+    def _points_of_prior(self, center: Tensor) -> Tensor:
+        """Draws of the prior and points in shells around a center, of finite density."""
+        config = self.initialization
+        if self.log_density.strategy == "loop":
+            config = config.for_loop()
+        return GaussianSearch(self.log_density, self.model, config).points(center)
+
+    def _climb(self, guide: GuideDraws, points: Tensor) -> Modes | None:
         """The modes above points, if Hessians can be had."""
         density, config = self.log_density, self.config
         if density.latents.latent_dim > config.max_hessian_dim or not len(points):
             return None
         try:
             no_noise = torch.zeros_like(points[:1])
-            return climb(density, points, no_noise, config.max_newton_steps)[0]
+            modes, _ = climb(density, points, no_noise, config.max_newton_steps)
+            return self._weighed(guide, modes)
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
-    def _climb_by_gradients(
-        self, points: Tensor, draws: Tensor, around: Gaussians, log_evidence: float
-    ) -> tuple[Modes | None, str]:
+    def _climb_by_gradients(self, points: Tensor, guide: GuideDraws) -> tuple[Modes | None, str]:
         """The modes above points that matter, by gradients alone, and whether these could be had."""
-        scale_tril = around.scale_tril / self.config.heavy_inflation
-        search = GradientSearch(self.log_density, self.model, self.config)
+        search = GradientSearch(self.log_density, self.config, self.initialization)
         try:
-            found = search.find(points, draws, Gaussians(around.loc, scale_tril), log_evidence)
+            found = search.find(points, guide.draws, guide.gaussian, guide.log_evidence)
         except RuntimeError:  # a model without a gradient
             return None, "none"
         return found, "gradients"
 
+    def _weighed(self, guide: GuideDraws, modes: Modes) -> Modes:
+        """Modes whose mass is that of their curvature, if draws of their Gaussians find as much.
+
+        In the neck of a funnel, or on a ridge, the curvature promises mass where next to none is. An
+        end of a climb that is no maximum, as on a ring, stands for what is around it.
+        """
+        config, converged = self.config, modes.converged[:, None, None]
+        scale_tril = guide.capped(modes.gaussians).scale_tril
+        scale_tril = torch.where(converged, modes.gaussians.scale_tril, scale_tril)
+        gaussians = Gaussians(modes.gaussians.loc, scale_tril)
+        noise = antithetic_noise(gaussians.loc, config.num_for_mode)
+        log_p = evaluate_density(self.log_density, gaussians.loc[:, None] + noise @ scale_tril.mT)
+        log_ratio = log_p + 0.5 * noise.square().sum(-1)  # but for the constant of the Gaussian
+        found = log_ratio.logsumexp(-1) - math.log(config.num_for_mode)
+        excess = modes.value - found - noise.shape[-1] * config.max_curvature_error
+        value = modes.value - excess.clamp_min(0)
+        return Modes(gaussians, value, value.isfinite())
+
     def _distinct(
-        self,
-        known: Modes | None,
-        found: Modes | None,
-        center: Tensor,
-        is_circular: Tensor | None,
+        self, guide: GuideDraws, known: Modes | None, found: Modes | None
     ) -> Modes | None:
-        """The maxima that are not the same, those with the most mass first, angles near a center."""
+        """The maxima that are not the same, those with the most mass first, angles near the guide's."""
         parts = list(filter(None, (known, found)))
         if not parts:
             return None
         gaussians, values, converged = zip(*parts)
         loc, scale_tril = concatenate(gaussians)
-        loc = _fold(loc, is_circular, center)
+        loc = fold(loc, guide.is_circular, guide.gaussian.loc[0])
         modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
         config, kept = self.config, list[int]()
         least = min(loc.shape[-1] * config.min_mode_distance, config.max_squared_distance)
         for i in modes.log_masses().argsort(descending=True).tolist():
             if not bool(modes.converged[i]):
                 continue
-            distances = len(loc[i]) * _distances(
-                modes.gaussians.take(kept), loc[i : i + 1], is_circular
+            distances = len(loc[i]) * distances_to(
+                modes.gaussians.take(kept), loc[i : i + 1], guide.is_circular
             )
             if bool((distances > least).all()):
                 kept.append(i)
         return modes.take(kept) if kept else None
 
-    def _lost(
-        self, draws: Tensor, modes: Modes, log_evidence: float, is_circular: Tensor | None
-    ) -> tuple[float, int]:
+    def _lost(self, guide: GuideDraws, modes: Modes | None, look: str) -> tuple[float, int]:
         """The share of the mass in modes with next to no draws, and the number of these modes.
 
         The share is of all mass that was found, the modes' and the guide's; it is their sum that
         matters, since many small modes are a large loss.
         """
-        ball = 1 + 3 * math.sqrt(2 / draws.shape[-1])  # in which a Gaussian has all but its tail
-        is_near = _distances(modes.gaussians, draws, is_circular) < ball
-        share_of_draws = is_near.double().mean(-1)
-        log_masses = modes.log_masses().double() - log_evidence
-        lost = log_masses[share_of_draws < self.config.min_draws_share * log_masses.sigmoid()]
-        total = lost.logsumexp(0)
-        if not total.sigmoid() > self.config.max_lost:
+        if modes is None:
             return 0.0, 0
+        share_of_draws = guide.regions(modes, guide.draws).double().mean(-1)
+        log_masses = modes.log_masses().double() - guide.log_evidence
+
+        def is_lost() -> Tensor:
+            return share_of_draws < self.config.min_draws_share * log_masses.sigmoid()
+
+        if look == "curvature":  # by gradients, masses are lower bounds already
+            for k in is_lost().nonzero()[:, 0].tolist():
+                log_masses[k] = log_masses[k].clamp_max(self._log_mass_in_region(guide, modes, k))
+        lost = log_masses[is_lost()]
+        total = lost.logsumexp(0)
         is_counted = lost >= total + math.log(self.config.min_counted)
         return total.sigmoid().item(), int(is_counted.sum())
+
+    def _log_mass_in_region(self, guide: GuideDraws, modes: Modes, k: int) -> float:
+        """The log mass in the region of a mode, relative to the guide's, by draws of its Gaussian.
+
+        Draws of the guide are counted in the same region, which on a ring is a piece of it only.
+        """
+        config, (loc, scale_tril) = self.config, modes.gaussians.take([k])
+        noise = antithetic_noise(loc, config.num_for_region)
+        points = loc + noise @ scale_tril[0].mT
+        inside = guide.regions(modes, points)[k] & (noise.square().mean(-1) < radius(loc.shape[-1]))
+        log_p = evaluate_density(self.log_density, points).masked_fill(~inside, -torch.inf)
+        log_ratio = log_p + 0.5 * noise.square().sum(-1)
+        found = log_ratio.logsumexp(0).item() - math.log(config.num_for_region)
+        found += modes.log_masses()[k].item() - modes.value[k].item()
+        slack = loc.shape[-1] * config.max_curvature_error
+        return found + slack - guide.log_evidence
 
     def weigh_heavy_tailed(
         self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None = None
@@ -221,77 +291,10 @@ class MissedModeSearch:
         half = 0.5 * (degrees + dim)
         constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
         constant -= 0.5 * dim * math.log(degrees * math.pi)
-        kernel = half * torch.log1p(_distances(mixture, draws) * dim / degrees)
+        kernel = half * torch.log1p(distances_to(mixture, draws) * dim / degrees)
         log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
         log_p = evaluate_density(self.log_density, draws)
         if is_circular is not None:
             away = is_circular & ((draws - around.loc).abs() > math.pi)
             log_p = log_p.masked_fill(away.any(-1), -torch.inf)
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
-
-
-def _fit_gaussian(draws: Tensor, inflation: float, max_dense_dim: int) -> Gaussians:
-    """The Gaussian of the mean and covariance of draws, widened; of many coordinates, of their sds."""
-    centered = draws - draws.mean(0)
-    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    if len(sd) > max_dense_dim:
-        return Gaussians(draws.mean(0)[None], inflation * sd[None])
-    scaled = centered / sd
-    covariance = scaled.T @ scaled / (len(draws) - 1)
-    jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
-    lower = torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(draws.mean(0)[None], (inflation * sd[:, None] * lower)[None])
-
-
-def _distances(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
-    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = _shortest(points - gaussians.loc[:, None], is_circular)
-    return (gaussians.units(away) ** 2).mean(-1)
-
-
-def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
-    """Which coordinates are angles: their draws stay within a turn, after which all is the same.
-
-    :param draws: draws of a guide, shape ``(n, D)``.
-    :return: shape ``(D,)``, of booleans; ``None`` if there is no angle.
-    """
-    within = (draws.std(0) < 2 * math.pi).nonzero()[:, 0]
-    points = draws[:1]
-    value = evaluate_density(log_density, points)
-    tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
-    for turns in _TURNS:
-        if not len(within):
-            return None
-        kept = []
-        for some in within.split(max(_MOST_VALUES // points.shape[-1], 1)):
-            shifts = torch.zeros_like(points.expand(len(some), -1))
-            shifts.scatter_(1, some[:, None], 2 * math.pi * turns)
-            change = evaluate_density(log_density, points + shifts) - value
-            kept.append(some[change.abs() <= tolerance])
-        within = torch.cat(kept)
-    if not len(within):
-        return None
-    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
-    is_circular[within] = True
-    return is_circular
-
-
-def _shortest(differences: Tensor, is_circular: Tensor | None) -> Tensor:
-    """Differences of points of shape ``(*, D)``, those of angles the shorter way around."""
-    if is_circular is None:
-        return differences
-    wrapped = torch.remainder(differences + math.pi, 2 * math.pi) - math.pi
-    return torch.where(is_circular, wrapped, differences)
-
-
-def _fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
-    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
-
-    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
-    """
-    if is_circular is None:
-        return points
-    if center is None:
-        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
-    folded = center + _shortest(points - center, is_circular)
-    return torch.where(is_circular, folded, points)

@@ -15,7 +15,7 @@ from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...joint import LogJoint
-from ..config import EvaluationConfig
+from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
 from ..objectives.minibatch_elbo import MinibatchObjective, PassEstimate
 from .missed_modes import MissedModes, MissedModeSearch
@@ -125,7 +125,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    subject: ModelAndGuide, modes: Modes | None, status: FitStatus, config: EvaluationConfig
+    subject: ModelAndGuide, modes: Modes | None, status: FitStatus, config: FitConfig
 ) -> Evaluation:
     """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
 
@@ -133,9 +133,10 @@ def evaluate(
     """
     is_noisy = subject.log_joint.is_subsampled
     # the weights of mini-batches are noise, and draws for them come one at a time
-    count = config.num_noisy_samples if is_noisy else config.num_samples
+    settings = config.evaluation
+    count = settings.num_noisy_samples if is_noisy else settings.num_samples
     latents, log_weights, strategy = [], [], subject.log_joint.strategy
-    most = max(config.max_kept // subject.log_joint.latents.latent_dim, 2)
+    most = max(settings.max_kept // subject.log_joint.latents.latent_dim, 2)
     for chunk in subject.weighted_draws(count):
         log_weights.append(chunk.log_weights)
         if chunk.latent is not None:
@@ -147,11 +148,11 @@ def evaluate(
         is_point = bool((draws == draws[:1]).all(0).any())
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
-            search = MissedModeSearch(subject.log_joint, model, config)
+            search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
             missed = search.find(draws, found.log_evidence, modes)
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
-    verdict = judge(found, missed, status, config)
+    verdict = judge(found, missed, status, settings)
     lost_mass = 0.0 if missed is None else missed.lost_mass
     numbers = found.elbo, found.elbo_se, found.num_samples
     return Evaluation(*numbers, found, is_noisy, verdict, lost_mass)

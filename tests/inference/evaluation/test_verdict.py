@@ -19,6 +19,7 @@ from pyro_artransform.inference.evaluation.verdict import (
     evaluate_minibatches,
     judge,
 )
+from pyro_artransform.inference.initialization.search import GaussianSearch
 from pyro_artransform.inference.objectives.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
@@ -39,7 +40,7 @@ def good_guide():
 
 def test_a_good_guide(quick):
     subject = subject_of(models.gaussian, good_guide())
-    found = evaluate(subject, None, FitStatus(), quick.evaluation)
+    found = evaluate(subject, None, FitStatus(), quick)
     assert found.verdict.trusted
     fields = found.result_fields()
     assert fields.keys() < set(FitResult.__dataclass_fields__)
@@ -55,28 +56,37 @@ def test_a_missed_mode(quick):
     guide = models.small(model, init_loc_fn=init_to_value(values={"z": torch.zeros(3)}))
     guide.set_up()
     guide.start_at(torch.zeros(3), torch.eye(3))
-    found = evaluate(subject_of(model, guide), None, FitStatus(), quick.evaluation)
+    found = evaluate(subject_of(model, guide), None, FitStatus(), quick)
     assert not found.verdict.trusted
     assert "starts disagree" in found.verdict.words
 
 
+def test_settings_of_starts_reach_the_search(quick, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        GaussianSearch, "points", lambda self, at: seen.append(self.config) or at[None]
+    )
+    evaluate(subject_of(models.gaussian, good_guide()), None, FitStatus(), quick)
+    assert seen == [quick.initialization]
+
+
 def test_a_fit_that_was_interrupted(quick):
     status = FitStatus(is_complete=False)
-    found = evaluate(subject_of(models.gaussian, good_guide()), None, status, quick.evaluation)
+    found = evaluate(subject_of(models.gaussian, good_guide()), None, status, quick)
     assert "interrupted" in found.verdict.words
     assert abs(found.elbo) < 1e-6
 
 
 def test_a_guide_that_is_a_point(quick):
     guide = AutoDelta(models.location)
-    found = evaluate(subject_of(models.location, guide), None, FitStatus(), quick.evaluation)
+    found = evaluate(subject_of(models.location, guide), None, FitStatus(), quick)
     assert "AutoDelta" in found.verdict.words
 
 
 def test_a_model_that_draws_mini_batches(quick):
     guide = AutoNormal(models.subsampled)
     subject = subject_of(models.subsampled, guide)
-    found = evaluate(subject, None, FitStatus(), quick.evaluation)
+    found = evaluate(subject, None, FitStatus(), quick)
     assert "sub-samples" in found.verdict.words
     fields = found.result_fields()
     assert fields["importance"] is None
@@ -256,7 +266,7 @@ def test_a_model_that_mixes_draws(quick):
     log_joint.strategy, log_joint.reason = "plate", ""
     subject = ModelAndGuide(model, guide, (), {}, log_joint)
     with pytest.warns(UserWarning, match="many draws at once"):
-        found = evaluate(subject, None, FitStatus(), quick.evaluation)
+        found = evaluate(subject, None, FitStatus(), quick)
     assert abs(found.weights.log_evidence - math.log(0.98758)) < 0.02
     assert "one at a time" in found.verdict.words
     assert log_joint.strategy == "loop"

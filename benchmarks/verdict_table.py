@@ -1,0 +1,110 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""The words and tables of benchmarks/verdict.md, from the outcomes of benchmarks/verdict.py."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Protocol
+
+INTRODUCTION = """\
+# What a verdict is worth: hard targets of known evidence
+
+Made by `benchmarks/verdict.py --write` (float64, one thread, `fit` as it is by default). The gap is the known
+log evidence less the ELBO of 40,000 other draws, in nats; lost is the mass of the modes with less than a
+tenth of their share of these draws. A verdict is *wrong trust* where a guide is trusted that has lost more
+than 0.1 nats, and a *false alarm* where a guide is not trusted whose gap is at most 0.05 and whose k-hat by
+those 40,000 draws is at most 0.6: a k-hat that is truly above 0.7 is reason enough not to trust, however
+small the gap, and 0.1 is its noise. "exact" is the posterior itself as a guide, and "one mode" the posterior
+restricted to its largest mode; both are evaluated without training.
+"""
+
+#: why a verdict on a target cannot be right
+EXPLAINED = {
+    "two, sd 1 and 0.2, D=5": (
+        "Out of reach: from 99.99 % of the draws of the prior all ways up lead to the wide mode (one in "
+        "7,000 is nearer to the narrow one), and so they do from all around a guide of it."
+    ),
+}
+
+
+class Outcome(Protocol):
+    """See benchmarks/verdict.py."""
+
+    target: str
+    guide: str
+    seed: int
+    dim: int
+    gap: float
+    lost_mass: float
+    khat: float
+    trusted: bool
+    verdict: str
+    seconds: float
+    judgement: str
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """All of verdict.md."""
+    seeds = sorted({o.seed for o in outcomes})
+    targets = len({o.target for o in outcomes})
+    hours = sum(o.seconds for o in outcomes) / 3600
+    what = f"{targets} targets, seeds {', '.join(map(str, seeds))}: {hours:.1f} hours of CPU time."
+    parts = [INTRODUCTION, what, *summary(outcomes), "", "## Wrong verdicts", "", *wrong(outcomes)]
+    for guide, found in by(outcomes, lambda o: o.guide):
+        parts += ["", f"## {guide}", "", *table(found)]
+    return "\n".join(parts) + "\n"
+
+
+def by(
+    outcomes: Sequence[Outcome], key: Callable[[Outcome], str]
+) -> Iterator[tuple[str, list[Outcome]]]:
+    """Groups in the order in which they first appear, each by its seeds."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(map(key, outcomes)))}
+    ranked = sorted(outcomes, key=lambda o: (order[key(o)], o.seed))
+    for name, group in groupby(ranked, key):
+        yield name, list(group)
+
+
+def summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    yield "\n| guide | verdicts | trusted | wrong trust | false alarms | CPU seconds a fit |"
+    yield "|---|---|---|---|---|---|"
+    for guide, found in by(outcomes, lambda o: o.guide):
+        count = Counter(o.judgement for o in found)
+        seconds = sum(o.seconds for o in found) / len(found)
+        yield (
+            f"| {guide} | {len(found)} | {sum(o.trusted for o in found)} | {count['wrong trust']} "
+            f"| {count['false alarm']} | {seconds:.1f} |"
+        )
+
+
+def wrong(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Each wrong verdict, in its own words, and why it is so where that is known."""
+    found = [o for o in outcomes if o.judgement != "right"]
+    if not found:
+        yield "None."
+    for case, group in by(found, lambda o: f"{o.judgement}: {o.target}, {o.guide}"):
+        seeds = ", ".join(str(o.seed) for o in group)
+        worst = max(group, key=lambda o: o.gap)
+        yield (
+            f"- {case}, seed {seeds}: a gap of {worst.gap:.3f} nats, {100 * worst.lost_mass:.0f} % lost. "
+            f'"{worst.verdict}" {EXPLAINED.get(worst.target, "Not explained.")}'
+        )
+
+
+def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """One row for a target, with the numbers of its seeds side by side."""
+    yield "| target | D | gap | lost | k-hat | trusted | verdict |"
+    yield "|---|---|---|---|---|---|---|"
+    for target, found in by(outcomes, lambda o: o.target):
+        judged = dict.fromkeys(o.judgement for o in found)
+        cells = [
+            target,
+            str(max(o.dim for o in found)),
+            " ".join(f"{o.gap:.3f}" for o in found),
+            " ".join(f"{o.lost_mass:.2f}" for o in found).replace("nan", "-"),
+            " ".join(f"{o.khat:.2f}" for o in found),
+            " ".join("yes" if o.trusted else "no" for o in found),
+            ", ".join(name if name == "right" else f"**{name}**" for name in judged),
+        ]
+        yield f"| {' | '.join(cells)} |"

@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of a guide beside modes: distances, whose region a point is in, and angles."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...joint import LogDensity
+from ..initialization.gaussians import Gaussians, Modes, evaluate_density
+
+# so many turns leave the density of an angle as it is, and that of any proper prior not
+_TURNS = (1.0, -32.0)
+# numbers of points that are evaluated at once: 64 MB in double precision
+_MOST_VALUES = 2**23
+# nats, to which round-off is added
+_TURN_TOLERANCE = 1e-3
+
+
+class GuideDraws(NamedTuple):
+    """Draws of a guide, shape ``(n, D)``, angles within a turn, and what they say of it.
+
+    :param gaussian: their mean and covariance.
+    :param log_evidence: the log evidence by their weights.
+    :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` if there is no angle.
+    """
+
+    draws: Tensor
+    gaussian: Gaussians
+    log_evidence: float
+    is_circular: Tensor | None
+
+    @classmethod
+    def of(
+        cls, log_density: LogDensity, draws: Tensor, log_evidence: float, max_dense_dim: int
+    ) -> "GuideDraws":
+        """The draws, folded where a coordinate of the density is an angle.
+
+        :param max_dense_dim: the most coordinates that a covariance is made of.
+        """
+        is_circular = find_circular(log_density, draws)
+        draws = fold(draws, is_circular)
+        gaussian = fit_gaussian(draws, max_dense_dim)
+        return cls(draws, gaussian, log_evidence, is_circular)
+
+    def widened(self, factor: float) -> Gaussians:
+        """The Gaussian of the draws with its scale times a factor."""
+        return Gaussians(self.gaussian.loc, factor * self.gaussian.scale_tril)
+
+    def regions(self, modes: Modes, points: Tensor) -> Tensor:
+        """Which of n points are of which of S modes, shape ``(S, n)``: each of one at most.
+
+        A point is of a mode if it is within reach of it, and the mode's Gaussian explains its
+        density better than those of other modes and of the guide do: in many dimensions a point may
+        be within reach of several.
+        """
+        dim = points.shape[-1]
+        distances = distances_to(modes.gaussians, points, self.is_circular)
+        by_mode = modes.value[:, None] - 0.5 * dim * distances
+        top = self.log_evidence - self.gaussian.log_volume() - 0.5 * dim * math.log(2 * math.pi)
+        by_guide = top - 0.5 * dim * distances_to(self.gaussian, points, self.is_circular)[0]
+        best = torch.cat([by_mode, by_guide[None]]).max(0).values
+        return (distances < radius(dim)) & (by_mode >= best)
+
+    def capped(self, gaussians: Gaussians) -> Gaussians:
+        """Gaussians no wider in any direction than that of the draws."""
+        lower = self.gaussian.scale_tril[0]
+        units = torch.linalg.solve_triangular(lower, gaussians.scale_tril, upper=False)
+        axes, scales, _ = torch.linalg.svd(units)
+        root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
+        triangular = torch.linalg.qr(root.mT).R.mT
+        signs = triangular.diagonal(dim1=-2, dim2=-1).sign()
+        return Gaussians(gaussians.loc, triangular * signs[:, None])
+
+
+def radius(dim: int) -> float:
+    """The mean square, in units of a Gaussian, within which are all of its draws but the tail."""
+    return 1 + 3 * math.sqrt(2 / dim)
+
+
+def fit_gaussian(draws: Tensor, max_dense_dim: int) -> Gaussians:
+    """The Gaussian of the mean and covariance of draws; of many coordinates, of their sds alone."""
+    centered = draws - draws.mean(0)
+    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    if len(sd) > max_dense_dim:
+        return Gaussians(draws.mean(0)[None], sd[None])
+    scaled = centered / sd
+    covariance = scaled.T @ scaled / (len(draws) - 1)
+    jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
+    lower = torch.linalg.cholesky(covariance + jitter)
+    return Gaussians(draws.mean(0)[None], (sd[:, None] * lower)[None])
+
+
+def distances_to(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
+    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
+    away = _shortest(points - gaussians.loc[:, None], is_circular)
+    return (gaussians.units(away) ** 2).mean(-1)
+
+
+def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
+    """Which coordinates are angles: their draws stay within a turn, after which all is the same.
+
+    :param draws: draws of a guide, shape ``(n, D)``.
+    :return: shape ``(D,)``, of booleans; ``None`` if there is no angle.
+    """
+    within = (draws.std(0) < 2 * math.pi).nonzero()[:, 0]
+    points = draws[:1]
+    value = evaluate_density(log_density, points)
+    tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
+    for turns in _TURNS:
+        if not len(within):
+            return None
+        kept = []
+        for some in within.split(max(_MOST_VALUES // points.shape[-1], 1)):
+            shifts = torch.zeros_like(points.expand(len(some), -1))
+            shifts.scatter_(1, some[:, None], 2 * math.pi * turns)
+            change = evaluate_density(log_density, points + shifts) - value
+            kept.append(some[change.abs() <= tolerance])
+        within = torch.cat(kept)
+    if not len(within):
+        return None
+    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
+    is_circular[within] = True
+    return is_circular
+
+
+def _shortest(differences: Tensor, is_circular: Tensor | None) -> Tensor:
+    """Differences of points of shape ``(*, D)``, those of angles the shorter way around."""
+    if is_circular is None:
+        return differences
+    wrapped = torch.remainder(differences + math.pi, 2 * math.pi) - math.pi
+    return torch.where(is_circular, wrapped, differences)
+
+
+def fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
+    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
+
+    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
+    """
+    if is_circular is None:
+        return points
+    if center is None:
+        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
+    folded = center + _shortest(points - center, is_circular)
+    return torch.where(is_circular, folded, points)
