@@ -251,3 +251,17 @@ def test_ill_conditioned_is_not_mixed():
     z = torch.tensor([[50.0], [60.0], [1.0]])
     log_joint.checked(z)
     assert log_joint.strategy == "plate"
+
+
+def test_given_indices_of_a_plate():
+    """They are observed, and are no data."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5, subsample_size=2) as indices:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=models.data()[indices])
+
+    given = poutine.condition(model, {"data": torch.tensor([0, 3])})
+    log_joint, z = LogJoint(given), torch.randn(7, 1)
+    assert log_joint.structure((), {}).num_values == 3
+    assert torch.allclose(log_joint(z), torch.stack([by_trace(given, row) for row in z]))
