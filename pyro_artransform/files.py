@@ -63,7 +63,7 @@ def _parts(content: object) -> Iterator[Any]:
         place = content.dtype, tuple(content.shape), content.stride(), content.storage_offset()
         yield repr(place).encode()
         stored = content.detach().untyped_storage().cpu()
-        yield memoryview(torch.empty(0, dtype=torch.uint8, device="cpu").set_(stored).numpy())
+        yield torch.empty(0, dtype=torch.uint8, device="cpu").set_(stored).numpy().data
     elif isinstance(content, Mapping):
         yield f"mapping of {len(content)}".encode()
         for item in content.items():
