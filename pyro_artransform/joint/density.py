@@ -50,6 +50,8 @@ _NUM_FAR = 8
 _FAR_SCALE = 3.0
 # of draws with weights, those of the largest and the smallest, so many each, and as many others
 _NUM_EXTREME = 2
+# and of the draws that are the largest or the smallest in some coordinate, other ones at each call
+_NUM_COORDINATES = 8
 # arguments of other shapes come and go by batches: so many are remembered
 _MOST_SIGNATURES = 64
 
@@ -118,6 +120,7 @@ class LogJoint(LogDensity):
         trace: Any = self._trace(args, kwargs or {})
         self._first_run = args, kwargs or {}, trace
         self._structures: dict[Any, ModelStructure] = {}
+        self._turn = 0
         self.num_plates = plate_nesting(trace)
         self.is_subsampled = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
@@ -197,7 +200,8 @@ class LogJoint(LogDensity):
 
         :param z: draws, shape ``(n, latent_dim)``.
         :param log_q: the log density of their distribution, shape ``(n,)``: the draws of the largest
-            and the smallest weights are compared, and a few others; by default all draws.
+            and the smallest weights are compared, those that are extreme in some coordinates, and a
+            few others; by default all draws.
         """
         state = torch.get_rng_state()
         for strategy in STRATEGIES[STRATEGIES.index(self.strategy) :]:
@@ -220,7 +224,7 @@ class LogJoint(LogDensity):
         rows = list(range(len(z)))
         if log_q is not None:
             order, few = (values - log_q).argsort().tolist(), _NUM_EXTREME
-            rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few]})
+            rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few], *self._extreme(z)})
         after = torch.get_rng_state()
         agrees = True
         for i in rows:
@@ -237,6 +241,14 @@ class LogJoint(LogDensity):
                 agrees = agrees and agree({"total": values[i]}, {"total": alike})
         torch.set_rng_state(after)
         return agrees
+
+    def _extreme(self, z: Tensor) -> set[int]:
+        """The rows of draws that are extreme in some coordinates, where few may take a branch, or not."""
+        dim = z.shape[-1]
+        turn = [(self._turn + k) % dim for k in range(min(_NUM_COORDINATES, dim))]
+        self._turn += len(turn)
+        part = z[:, turn]
+        return {*part.argmin(0).tolist(), *part.argmax(0).tolist()}
 
     def _prior_draws(self) -> list[Tensor]:
         """Draws of the prior, each of shape ``(1, latent_dim)``; none of a prior without draws."""

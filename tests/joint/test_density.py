@@ -265,3 +265,20 @@ def test_given_indices_of_a_plate():
     log_joint, z = LogJoint(given), torch.randn(7, 1)
     assert log_joint.structure((), {}).num_values == 3
     assert torch.allclose(log_joint(z), torch.stack([by_trace(given, row) for row in z]))
+
+
+@pytest.mark.parametrize("bound", [-2.5, 2.5])
+def test_a_branch_that_most_draws_take_or_few(bound):
+    """By one of many coordinates, so that neither weights nor the first draws tell."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        if (z[..., 7] > bound).any():
+            pyro.factor("factor", torch.tensor(-0.1))
+
+    log_joint, normal = LogJoint(model), dist.Normal(torch.zeros(20), 1.0).to_event(1)
+    for _ in range(3):  # the coordinates take turns
+        z = torch.randn(1000, 20)
+        log_q = normal.log_prob(z)
+        found = log_joint.checked(z, log_q)
+    assert torch.allclose(found, log_q - 0.1 * (z[:, 7] > bound))
