@@ -191,7 +191,7 @@ def test_a_branch_on_one_of_many_coordinates(bound):
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         scale = 100.0 if (z[..., 3] > bound).any() else 1.0
         with pyro.plate("data", 2):
-            pyro.sample("y", dist.Normal(z[..., :1], scale), obs=torch.tensor([0.5, 1.0]))
+            pyro.sample("y", dist.Normal(z[..., 0], scale), obs=torch.tensor([0.5, 1.0]))
 
     z = torch.randn(200, 20)
     scale = torch.where(z[:, 3:4] > bound, 100.0, 1.0)
