@@ -284,3 +284,21 @@ def test_a_branch_that_most_draws_take_or_few(bound):
         log_q = prior.log_prob(z)
         found = log_joint.checked(z, log_q)
     assert torch.allclose(found, log_q - 0.1 * (z[:, 7] > bound))
+
+
+def test_a_branch_beside_a_large_density_in_float32():
+    """Five nats are less than 1e-4 of 1e5, and more than its round-off."""
+    torch.set_default_dtype(torch.float32)
+    data = torch.randn(20_000)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if (z > 1).any():
+            pyro.factor("factor", torch.tensor(-5.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("y", dist.Normal(z, 3.0), obs=data)
+
+    z = torch.randn(200, 1)
+    found = LogJoint(model).checked(z, dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+    expected = torch.stack([by_trace(model, row) for row in z])
+    assert (found - expected).abs().max() < 1
