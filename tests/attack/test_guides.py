@@ -57,7 +57,7 @@ def made(kind, model, number):
 
 @st.composite
 def cases(draw):
-    model = draw(random_models(branches=False))
+    model = draw(random_models())
     return draw(st.sampled_from(sorted(GUIDES))), model, draw(st.integers(0, 99))
 
 
