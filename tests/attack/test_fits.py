@@ -200,6 +200,9 @@ def test_nan_at_any_run(guide, at, num_steps):
         result = fitted(guide, model=Faulty(at), num_steps=num_steps, seed=0)
     except FitError:
         return
+    except ValueError as error:  # all of its starts met NaN
+        assert "finite log density somewhere" in str(error)  # noqa: PT017
+        return
     assert all(p.isfinite().all() for p in parameters().values())
     assert sum(map(math.isnan, result.history)) == result.num_skipped
     assert result.num_steps == num_steps == len(result.history)

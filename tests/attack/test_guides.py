@@ -26,12 +26,15 @@ GUIDES = {
     "diagonal": partial(AutoIAF, num_transforms=1, hidden_dims=3, full_rank=False),
     "spline": partial(AutoAutoregressive, flow=partial(spline_autoregressive, hidden_dims=4)),
 }
-#: supports that depend on other latents are refused, and discrete or hidden latents
+#: what is refused with a reason, by this package or by Pyro: supports that depend on other latents, and
+#: that of GeneralizedPareto, which PyTorch says is an interval up to infinity
 REFUSALS = (
     "depends on other latents",
     "no continuous latent",
+    "no latent variables",
     "is discrete",
     "sequential pyro.plate",
+    "can be mapped",
 )
 
 
@@ -42,7 +45,7 @@ def made(kind, model, number):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             guide.set_up()
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:
         assume(not any(reason in str(error) for reason in REFUSALS))
         raise
     start = {
