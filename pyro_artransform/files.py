@@ -3,12 +3,15 @@
 
 """Files of tensors and plain data, which no interruption leaves half written."""
 
+import hashlib
 import os
 import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FilePath = str | os.PathLike[str]
 
@@ -41,3 +44,33 @@ def read(path: FilePath, map_location: Any = None) -> Any:
             if is_about_devices and map_location != "cpu" and read(path, "cpu") is not None:
                 raise
             return None
+
+
+def checksum(content: object) -> str:
+    """A checksum of tensors and plain data: an archive does not notice changed bytes of its tensors.
+
+    It reads what is stored, and so no more than a file holds, whatever shape a tensor declares.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(content):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(content: object) -> Iterator[Any]:
+    """Content as bytes, such that equal bytes are equal content."""
+    if isinstance(content, Tensor):
+        place = content.dtype, tuple(content.shape), content.stride(), content.storage_offset()
+        yield repr(place).encode()
+        stored = content.detach().untyped_storage().cpu()
+        yield torch.empty(0, dtype=torch.uint8, device="cpu").set_(stored).numpy().data
+    elif isinstance(content, Mapping):
+        yield f"mapping of {len(content)}".encode()
+        for item in content.items():
+            yield from _parts(item)
+    elif isinstance(content, (list, tuple)):
+        yield f"sequence of {len(content)}".encode()
+        for item in content:
+            yield from _parts(item)
+    else:
+        yield f"{type(content).__name__} {content!r};".encode()

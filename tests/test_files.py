@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyro_artransform import files
+from pyro_artransform.files import checksum
 
 
 def test_round_trip(tmp_path):
@@ -53,3 +54,22 @@ def test_what_cannot_be_read(tmp_path):
         files.read(path, "nowhere")
     path.write_bytes(path.read_bytes()[:-50])
     assert files.read(path, "nowhere") is None
+
+
+def test_a_checksum_is_that_of_the_content(tmp_path):
+    """Of tensors with their dtypes and shapes, and of plain data with their types."""
+    content = {"a": [torch.arange(4.0), None, 1, 0.1], "b": (True, "x"), "c": {"d": torch.ones(0)}}
+    files.write(tmp_path / "content", content)
+    assert checksum(files.read(tmp_path / "content")) == checksum(content)
+    others = [
+        {**content, "b": (1, "x")},
+        {**content, "b": (True, "y")},
+        {**content, "b": (True,), "e": "x"},
+        {**content, "a": [torch.arange(4), None, 1, 0.1]},
+        {**content, "a": [torch.arange(4.0).reshape(2, 2), None, 1, 0.1]},
+        {**content, "a": [torch.tensor([0.0, 1.0, 2.0, 3.0000002]), None, 1, 0.1]},
+        {**content, "a": [torch.arange(4.0).flip(0).flip(0).neg(), None, 1, 0.1]},
+    ]
+    assert len({checksum(other) for other in [content, *others]}) == 1 + len(others)
+    # of no more than is stored
+    assert checksum(torch.ones(1).expand(2**40)) != checksum(torch.ones(1))

@@ -17,7 +17,7 @@ from torch.linalg import solve_triangular
 
 from ..transforms import FlowModule, check_structure
 
-_State = tuple[bool, int | None]
+_State = tuple[bool, int]
 
 
 # what a flow has to be, without a context and with one, and what makes such a flow
@@ -189,7 +189,7 @@ class FlowDistribution(dist.TransformedDistribution):
     A transform of this package remembers nothing. So a plain ``TransformedDistribution`` inverts it to
     score its own draw, where here value and log-density come from one evaluation, and the density of
     any other value from one evaluation of the inverse. An edit of the draw in place, and gradients that
-    are wanted now and were not then, are noticed.
+    are wanted now and were not then, are noticed; an edit through ``draw.data`` leaves no sign.
 
     The log-density of the draw is that of the parameters when it was drawn, and carries its graph: make
     one object for each step, as models and guides do.
@@ -220,8 +220,7 @@ class FlowDistribution(dist.TransformedDistribution):
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
-        log_prob = self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims)
-        self._draw = value, log_prob, _state(value)
+        self._keep(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -236,6 +235,10 @@ class FlowDistribution(dist.TransformedDistribution):
         x, ladj = flow.inverse_and_ladj(value)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
+
+    def _keep(self, value: Tensor, log_prob: Tensor) -> None:
+        # edits of a tensor of inference mode leave no sign
+        self._draw = None if value.is_inference() else (value, log_prob, _state(value))
 
     def _flow(self) -> FlowModule:
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
@@ -282,7 +285,7 @@ class PathDistribution(FlowDistribution):
                 value = _moved_by(self.location, value)
             through = self.through(x.detach(), value)
             log_prob = log_prob.detach() + (through - through.detach())
-        self._draw = value, log_prob, _state(value)
+        self._keep(value, log_prob)
         return value
 
 
@@ -322,5 +325,5 @@ def _without_mean(grad: Tensor) -> Tensor:
 
 
 def _state(value: Tensor) -> _State:
-    """Whether gradients are recorded, and the version of a tensor, where it counts any."""
-    return torch.is_grad_enabled(), None if value.is_inference() else value._version
+    """Whether gradients are recorded, and the version of a tensor."""
+    return torch.is_grad_enabled(), value._version

@@ -218,11 +218,17 @@ class ShiftedLatents(Messenger):
         nodes: Iterable[tuple[str, Any]] = trace.iter_stochastic_nodes()
         for name, node in nodes:
             value = node["value"]
-            latent = biject_to(node["fn"].support).inv(value)
+            bijection = biject_to(node["fn"].support)
+            latent = bijection.inv(value)
             if not latent.isfinite().all():
                 wanted = "starting values" if node["cond_indep_stack"] else "a starting value"
                 raise ValueError(
                     f"site '{name}': expected {wanted} inside its support, got {value.tolist()}"
+                )
+            if not bijection(latent).isfinite().all():
+                got = describe_support(node["fn"].support)
+                raise ValueError(
+                    f"site '{name}': expected a support onto which the real numbers can be mapped, got {got}"
                 )
             self._latents[name] = latent
 

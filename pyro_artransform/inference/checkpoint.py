@@ -13,22 +13,23 @@ from ..files import FilePath
 
 State = dict[str, Any]  #: tensors and plain data
 
-_FORMAT = "pyro_artransform fit 1"
+_FORMAT = "pyro_artransform fit 2"
+_KEYS = {"format", "state", "checksum"}
 
 
 def write(path: FilePath, state: State) -> None:
-    """Writes the state of a fit."""
-    files.write(path, {"format": _FORMAT, **state})
+    """Writes the state of a fit, and its checksum."""
+    files.write(path, {"format": _FORMAT, "state": state, "checksum": files.checksum(state)})
 
 
 def read(path: FilePath) -> State:
     """Reads what :func:`write` wrote; a ``ValueError`` if the file is something else, or damaged."""
-    state = files.read(path)
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path}: expected a checkpoint of fit, got another file, or a damaged one"
-        )
-    return state
+    saved = files.read(path)
+    is_ours = isinstance(saved, dict) and saved.keys() == _KEYS and saved["format"] == _FORMAT
+    if is_ours and files.checksum(saved["state"]) == saved["checksum"]:
+        state: State = saved["state"]
+        return state
+    raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")
 
 
 def random_state() -> State:

@@ -221,7 +221,7 @@ class FitRun:
             )
         else:
             found = evaluate(self._subject, self._initial.modes, status, config)
-        look = look_at_marginals(self._subject, found, config)
+        look = look_at_marginals(self._subject, found, config.evaluation)
         return FitResult(
             **look.result_fields(found),
             history=[-loss for loss in training.losses],

@@ -102,6 +102,12 @@ def has_data(site: Any) -> bool:
     return not (is_deterministic(site) or site_is_factor(site) or site_is_subsample(site))
 
 
+def observed_nodes(trace: poutine.Trace) -> list[Any]:
+    """The nodes of a trace that are given, without the indices of plates, which a model may be given too."""
+    nodes = [trace.nodes[name] for name in trace.observation_nodes]
+    return [node for node in nodes if not site_is_subsample(node)]
+
+
 def is_deterministic(site: Any) -> bool:
     """Whether a site is one of ``pyro.deterministic``."""
     return bool(site["infer"].get("_deterministic"))
@@ -130,7 +136,7 @@ class ModelStructure(NamedTuple):
         nodes = latent_nodes(trace)
         latents = [node for node in nodes if not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
-        data = [trace.nodes[name] for name in trace.observation_nodes] or nodes
+        data = observed_nodes(trace) or nodes
         parts = set(subsampled_plates(trace))
         return cls(
             shapes={node["name"]: tuple(node["value"].shape) for node in latents},
@@ -151,7 +157,7 @@ class ModelStructure(NamedTuple):
 def count_values(trace: poutine.Trace) -> int:
     """How many values or log-densities the sites of a trace have, data included."""
     count = 0
-    for node in (*latent_nodes(trace), *(trace.nodes[name] for name in trace.observation_nodes)):
+    for node in (*latent_nodes(trace), *observed_nodes(trace)):
         count += max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
     return count
 

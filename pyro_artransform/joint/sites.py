@@ -116,11 +116,13 @@ class Latents:
     def from_trace(cls, trace: poutine.Trace) -> "Latents":
         """The latents of a trace of the model.
 
-        :raises ValueError: if a latent is discrete and not enumerated, or there is no latent.
+        :raises ValueError: if a latent is discrete and not enumerated in parallel, or there is no
+            latent.
         """
         sites = []
         for node in latent_nodes(trace):
             if is_enumerated(node):
+                _check_enumeration(node)
                 continue
             if node["fn"].support.is_discrete:
                 raise ValueError(
@@ -263,6 +265,17 @@ def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
 def is_enumerated(node: Any) -> bool:
     """Whether a site of a trace is discrete and marked for enumeration."""
     return node["infer"].get("enumerate") is not None
+
+
+def _check_enumeration(node: Any) -> None:
+    """Refuses what is not summed out, but drawn: its density would be another one at each call."""
+    how, count = node["infer"]["enumerate"], node["infer"].get("num_samples")
+    if how != "parallel" or count is not None:
+        got = f"'{how}'" if count is None else f"num_samples={count}"
+        raise ValueError(
+            f"site '{node['name']}': expected enumeration in parallel over all of its values, as "
+            f"pyro.infer.config_enumerate(model) marks it, got {got}"
+        )
 
 
 def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:

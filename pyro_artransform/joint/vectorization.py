@@ -18,7 +18,6 @@ What is evaluated is a function of draws, by name, and of their number,
 ``None`` for a single draw. It returns terms by name: log-densities by datum, or their sum.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import NamedTuple
@@ -26,10 +25,9 @@ from typing import NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.ops.contract import contract_to_tensor
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .enumeration import ScaleError, sum_out_discrete
 from .handlers import SiteLogProbs, plate_nesting, runs_model
 from .sites import latent_nodes
 
@@ -97,6 +95,8 @@ def _by_loop(
         torch.set_rng_state(state)
         try:
             rows.append(evaluate(row, None))
+        except ScaleError:
+            raise
         except ModelFailures:
             if at_failure is None:
                 raise
@@ -189,26 +189,15 @@ class DrawPlate(NamedTuple):
         return initial
 
     def sum_out_discrete(self, model: Callable[[], object]) -> Tensor:
-        """The log-density of a model with its discrete latents summed out, by variable elimination.
+        """The log-density of a model with its discrete latents summed out.
 
         :param model: runs the model with its continuous latents at placed values.
         :return: shape ``(n,)``, or a scalar for a single draw.
+        :raises ScaleError: if sites that share a sum have different scales.
         """
         with poutine.enum(first_available_dim=-1 - self.num_plates - (self.size is not None)):
             trace = poutine.trace(lambda: self.run(model)).get_trace()
-        trace.compute_log_prob()
-        trace.pack_tensors()
-        symbols = trace.plate_to_symbol
-        factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
-                ordinal = frozenset(symbols[frame.name] for frame in frames)
-                factors.setdefault(ordinal, []).append(site["packed"]["log_prob"])
-        enumerated = set(trace.symbol_to_dim) - set(symbols.values())
-        kept = frozenset() if self.size is None else frozenset({symbols[_DRAWS]})
-        total: Tensor = contract_to_tensor(factors, enumerated, target_ordinal=kept)
-        return total
+        return sum_out_discrete(trace, () if self.size is None else (_DRAWS,))
 
 
 class GuideDraws:

@@ -19,10 +19,19 @@ from ..joint.handlers import (
     plate_nesting,
     subsampled_plates,
 )
-from ..joint.vectorization import DrawPlate, Terms, choose_strategy, evaluate_many
+from ..joint.vectorization import (
+    STRATEGIES,
+    DrawPlate,
+    Terms,
+    agree,
+    choose_strategy,
+    evaluate_many,
+)
 
 _CHUNK = 1000
-_NUM_COMPARED = 3
+# strategies are compared at so many draws, and at those that are extreme in so many coordinates
+_NUM_COMPARED = 8
+_NUM_COORDINATES = 32
 
 
 @torch.no_grad()
@@ -91,7 +100,16 @@ class Likelihood:
         if undrawn:
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         chosen = {name: draws[name] for name in self.latents}
-        return evaluate_many(self._evaluate, chosen, self.strategy(draws), chunk_size=_CHUNK)
+        first = STRATEGIES.index(self.strategy(draws))
+        rows = _compared_rows(chosen)
+        few = {name: value[rows] for name, value in chosen.items()}
+        expected = evaluate_many(self._evaluate, few, "loop")
+        for strategy in STRATEGIES[first:]:
+            found = evaluate_many(self._evaluate, chosen, strategy, chunk_size=_CHUNK)
+            # a draw that is not among the few may take a branch, and with it all others
+            if agree({name: term[rows] for name, term in found.items()}, expected, slack=10):
+                break
+        return found
 
     def undrawn(self, draws: Mapping[str, Tensor]) -> list[str]:
         """The names of latents that have no draws."""
@@ -105,12 +123,8 @@ class Likelihood:
             expected, got = (n, *self.latents[name].shape), tuple(value.shape)
             if got != expected:
                 raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
-        rows = set(range(min(n, _NUM_COMPARED)))
-        for value in chosen.values():
-            # a branch on values mixes draws only where one takes it, and extreme ones are likely to
-            size = value.reshape(n, -1).double().sum(-1)
-            rows.update((int(size.argmin()), int(size.argmax())) if n else ())
-        few = {name: value[sorted(rows)] for name, value in chosen.items()}
+        rows = _compared_rows(chosen)
+        few = {name: value[rows] for name, value in chosen.items()}
         return choose_strategy(self._evaluate, few)[0]
 
     def in_plate(self, draws: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -130,3 +144,15 @@ class Likelihood:
             batch_dim = self.observed[name].dim() - self._event_dims[name]
             found[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
         return found
+
+
+def _compared_rows(draws: Mapping[str, Tensor]) -> list[int]:
+    """Draws at which strategies are compared: some, and those where branches are likely to differ."""
+    n = len(next(iter(draws.values()))) if draws else 0
+    if not n:
+        return []
+    rows = set(range(0, n, -(-n // _NUM_COMPARED)))
+    coordinates = torch.cat([value.reshape(n, -1).double() for value in draws.values()], -1)
+    step = -(-coordinates.shape[-1] // _NUM_COORDINATES)
+    part = coordinates[:, ::step]
+    return sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})

@@ -134,8 +134,17 @@ def _assembled(
 ) -> tuple[Tensor, Tensor]:
     """The coordinates in their own order, and the sum of the log-determinants."""
     x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
+    rows = y.reshape(x.shape)
+    after = _after_nan(rows if blocks.order is None else rows[:, blocks.order])
+    x, ladj = x.masked_fill(after, torch.nan), ladj.masked_fill(after, torch.nan)
     x = x if blocks.order is None else x[:, blocks.order.argsort()]
     return x.reshape(y.shape), ladj.sum(-1).reshape(y.shape[:-1])
+
+
+def _after_nan(y: Tensor) -> Tensor:
+    """Where an earlier coordinate is NaN: what may depend on it was found with a number in its place."""
+    undefined = y.isnan()
+    return undefined.cumsum(-1) > undefined
 
 
 def _settled(new: Tensor, old: Tensor) -> bool:

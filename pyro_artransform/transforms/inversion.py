@@ -23,6 +23,7 @@ each. Both are exact after as many passes as the graph is deep, and no pass is k
 
 from collections.abc import Callable
 from functools import partial
+from math import nan
 from typing import Any
 
 import torch
@@ -134,7 +135,11 @@ def _by_passes(
         if depth is None or most < depth:
             _warn_of_residual(meta, x, y, most)
     ladj = expand_ladj(transform.log_abs_det_jacobian(x, y), x, transform.event_dim)
-    return x, -(ladj if transform.event_dim else ladj.sum(-1)), point
+    ladj = ladj if transform.event_dim else ladj.sum(-1)
+    if depth != 1:  # what depends on NaN was found with a number in its place
+        undefined = y.isnan().any(-1)
+        x, ladj = x.masked_fill(undefined[..., None], nan), ladj.masked_fill(undefined, nan)
+    return x, -ladj, point
 
 
 def _finite(x: Tensor) -> Tensor:

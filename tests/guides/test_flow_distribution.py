@@ -91,6 +91,15 @@ def test_inference_mode():
         assert torch.allclose(q.log_prob(draw), expected)
 
 
+def test_a_draw_that_was_edited_in_inference_mode():
+    """Its tensors do not count their versions."""
+    q, plain = pair(iaf(4))
+    with torch.inference_mode():
+        draw = q.rsample((5,))
+        draw += 0.5
+        assert torch.allclose(q.log_prob(draw), plain.log_prob(draw.clone()), atol=1e-9)
+
+
 def test_scored_twice_in_one_loss():
     q, _ = pair(iaf(4))
     draw = q.rsample((5,))

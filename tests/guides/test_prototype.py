@@ -264,3 +264,13 @@ def test_improper_priors_start_at_the_origin(kind):
     assert torch.allclose(draw["scale"], torch.ones(2), atol=1e-4)
     assert torch.allclose(draw["loc"], torch.zeros(8), atol=1e-4)
     assert math.isfinite(SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(models.data()))
+
+
+def test_a_support_that_cannot_be_mapped():
+    """PyTorch says that it is an interval up to infinity, and draws would be NaN."""
+
+    def model():
+        pyro.sample("z", dist.GeneralizedPareto(torch.zeros(()), torch.ones(()), 0.2))
+
+    with pytest.raises(ValueError, match=r"site 'z': expected a support .* got Interval"):
+        AutoIAF(model).sample_posterior(3)

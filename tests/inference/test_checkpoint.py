@@ -53,6 +53,20 @@ def test_no_file_of_tensors(tmp_path):
         read(tmp_path / "missing.pt")
 
 
+def test_a_bit_that_changed(tmp_path):
+    """Nothing in an archive of torch's notices a changed number."""
+    path = tmp_path / "fit.pt"
+    write(path, {"parameters": torch.full((100,), 1.25), "losses": [1.0]})
+    content = path.read_bytes()
+    at = content.index(torch.full((100,), 1.25).numpy().tobytes()) + 150
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert not torch.equal(torch.load(path)["state"]["parameters"], torch.full((100,), 1.25))
+    with pytest.raises(
+        ValueError, match="expected a checkpoint of fit, got another file, or a damaged"
+    ):
+        read(path)
+
+
 def test_random_state():
     state = random_state()
     expected = torch.rand(3)

@@ -251,3 +251,54 @@ def test_ill_conditioned_is_not_mixed():
     z = torch.tensor([[50.0], [60.0], [1.0]])
     log_joint.checked(z)
     assert log_joint.strategy == "plate"
+
+
+def test_given_indices_of_a_plate():
+    """They are observed, and are no data."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5, subsample_size=2) as indices:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=models.data()[indices])
+
+    given = poutine.condition(model, {"data": torch.tensor([0, 3])})
+    log_joint, z = LogJoint(given), torch.randn(7, 1)
+    assert log_joint.structure((), {}).num_values == 3
+    assert torch.allclose(log_joint(z), torch.stack([by_trace(given, row) for row in z]))
+
+
+@pytest.mark.parametrize("bound", [-8.5, 8.5])
+def test_a_branch_that_most_draws_take_or_few(bound):
+    """By one of many coordinates, so that neither weights nor the first draws tell."""
+    prior = dist.Normal(torch.zeros(20), 3.0).to_event(1)
+
+    def model():
+        z = pyro.sample("z", prior)
+        if (z[..., 7] > bound).any():
+            pyro.factor("factor", torch.tensor(-0.1))
+
+    log_joint = LogJoint(model)
+    assert log_joint.strategy == "plate"
+    for _ in range(3):  # the coordinates take turns
+        z = 3 * torch.randn(1000, 20)
+        log_q = prior.log_prob(z)
+        found = log_joint.checked(z, log_q)
+    assert torch.allclose(found, log_q - 0.1 * (z[:, 7] > bound))
+
+
+def test_a_branch_beside_a_large_density_in_float32():
+    """Five nats are less than 1e-4 of 1e5, and more than its round-off."""
+    torch.set_default_dtype(torch.float32)
+    data = torch.randn(20_000)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if (z > 1).any():
+            pyro.factor("factor", torch.tensor(-5.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("y", dist.Normal(z, 3.0), obs=data)
+
+    z = torch.randn(200, 1)
+    found = LogJoint(model).checked(z, dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+    expected = torch.stack([by_trace(model, row) for row in z])
+    assert (found - expected).abs().max() < 1

@@ -181,3 +181,19 @@ def test_a_branch_that_mixes_draws():
     scale = torch.where(z > 2, 100.0, 1.0)
     expected = dist.Normal(z, scale).log_prob(torch.tensor(0.5))
     assert torch.allclose(log_likelihood(model, {"z": z})["y"], expected)
+
+
+@pytest.mark.parametrize("bound", [-1.5, 1.5])
+def test_a_branch_on_one_of_many_coordinates(bound):
+    """Whether few draws take it or most, the others are not mixed up with them."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        scale = 100.0 if (z[..., 3] > bound).any() else 1.0
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Normal(z[..., 0], scale), obs=torch.tensor([0.5, 1.0]))
+
+    z = torch.randn(200, 20)
+    scale = torch.where(z[:, 3:4] > bound, 100.0, 1.0)
+    expected = dist.Normal(z[:, :1], scale).log_prob(torch.tensor([0.5, 1.0]))
+    assert torch.allclose(log_likelihood(model, {"z": z})["y"], expected)

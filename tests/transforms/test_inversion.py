@@ -8,7 +8,13 @@ from torch import nn
 from torch.distributions import AffineTransform
 from torch.func import hessian, jacrev, vmap
 
-from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
+from pyro_artransform import (
+    affine_autoregressive,
+    hinged_marginals,
+    iaf,
+    maf,
+    spline_autoregressive,
+)
 from pyro_artransform.conditioners import MaskedMLP, masks
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
@@ -131,16 +137,37 @@ def test_tracing(build):
             assert torch.allclose(given, expected)
 
 
-def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate():
-    t = redraw(affine_autoregressive(4), 2.0)
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1]])
+def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate(order):
+    t = redraw(affine_autoregressive(4, order=order), 2.0)
     y = torch.randn(3, 4)
-    expected = t.inv(y)
+    expected = t.inv(y)[:, order]
     y = y.clone()
-    y[0, 2], y[1, 1] = torch.inf, torch.nan
-    x = t.inv(y)
+    y[0, order[2]], y[1, order[1]] = torch.inf, torch.nan
+    x, ladj = t.inv.call_and_ladj(y)
+    x = x[:, order]
+    assert x[1, 1:].isnan().all()
+    assert ladj.isnan().tolist() == [False, True, False]
     assert torch.equal(x[2], expected[2])
     assert torch.allclose(x[0, :2], expected[0, :2])
     assert torch.allclose(x[1, :1], expected[1, :1])
+
+
+def test_nan_has_no_finite_consequences():
+    """Not by passes over a meta from elsewhere, nor under torch.func; independent coordinates stay."""
+    y = torch.tensor([[0.3, torch.nan, -0.2], [0.1, 0.2, 0.3]])
+    for t in (
+        AutoregressiveTransform(
+            lambda x: AffineTransform(nn.functional.pad(x[..., :-1], (1, 0)), 2.0)
+        ),
+        redraw(affine_autoregressive(3)),
+    ):
+        for x, ladj in (t.inv.call_and_ladj(y), torch.vmap(t.inv.call_and_ladj)(y)):
+            assert x[0, 1:].isnan().all()
+            assert x[1].isfinite().all()
+            assert ladj[1].isfinite()
+    x = redraw(hinged_marginals(3)).inv(y)
+    assert x.isnan().tolist() == [[False, True, False], [False] * 3]
 
 
 def test_early_passes_may_overflow():

@@ -1,0 +1,156 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Random flows: families, conditioners, orders, graphs, contexts, chains and inverses."""
+
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributions import AffineTransform
+
+from pyro_artransform import hinged_marginals, iaf, maf
+from pyro_artransform.conditioners import MaskedInput, MaskedMLP, Unconditional
+from pyro_artransform.guides.distributions import LocationScale
+from pyro_artransform.testing import redraw
+from pyro_artransform.transforms import (
+    AutoregressiveTransform,
+    ConditionalAutoregressiveTransform,
+    ConditionedUnivariate,
+    PermutationTransform,
+    chain,
+)
+from pyro_artransform.univariate import (
+    Additive,
+    Affine,
+    GatedAffine,
+    Hinged,
+    MonotoneNeural,
+    RationalQuadraticSpline,
+)
+from tests.transforms.metas import CumulativeConditioner, Dense, DenseTransform
+
+GAINS = (0.3, 1.0, 2.0, 4.0)
+BATCHES = ((), (1,), (3,), (2, 3), (2, 1, 2), (0,))
+ACTIVATIONS = (nn.ELU, nn.SiLU, nn.Tanh, nn.ReLU, nn.Softplus, lambda: torch.sin)
+
+
+class Case(NamedTuple):
+    """A flow without a context, at random parameters, and the dimension it acts on."""
+
+    flow: torch.nn.Module
+    dim: int
+    words: str
+
+    def __repr__(self):
+        return f"{self.words} (D = {self.dim})"
+
+
+@st.composite
+def families(draw):
+    bound = draw(st.sampled_from([0.5, 3.0, 8.0]))
+    make = draw(
+        st.sampled_from(
+            [
+                lambda: Affine(bound=bound),
+                Additive,
+                GatedAffine,
+                lambda: GatedAffine(gate_bias=0.0),
+                Hinged,
+                lambda: Hinged(knots=[0.5], width=0.1),
+                lambda: MonotoneNeural(count_units=int(2 * bound)),
+                lambda: RationalQuadraticSpline(count_bins=int(2 * bound) + 1, bound=bound),
+            ]
+        )
+    )
+    return make()
+
+
+def random_graph(dim, number):
+    generator = torch.Generator().manual_seed(number)
+    order = torch.randperm(dim, generator=generator)
+    edges = (torch.rand(dim, dim, generator=generator) < 0.5).tril(-1)
+    return edges[order][:, order]
+
+
+@st.composite
+def metas(draw, dim, context_dim=0):
+    """A meta, with words for it."""
+    family, number = draw(families()), draw(st.integers(0, 99))
+    count, name = family.num_params, repr(family)
+    kind = draw(
+        st.sampled_from(["mlp", "order", "graph", "copies", "cumulative", "transform", "none"])
+    )
+    words = f"{kind} {name} #{number}"
+    if kind == "transform" and not context_dim:
+        return MaskedInput(DenseTransform(dim, 2)), words
+    if kind == "copies":
+        net = Dense(dim, count, context_dim)
+        return ConditionedUnivariate(
+            MaskedInput(net, adjacency=random_graph(dim, number)), family
+        ), words
+    if kind == "cumulative":
+        return ConditionedUnivariate(CumulativeConditioner(dim, count, context_dim), family), words
+    if kind == "none":
+        return ConditionedUnivariate(Unconditional(dim, count), family), words
+    hidden = draw(st.sampled_from([1, 3, 16, [8, 8], [2, 9, 4]]))
+    options = {"hidden_dims": hidden, "nonlinearity": draw(st.sampled_from(ACTIVATIONS))()}
+    if kind == "order":
+        options["order"] = torch.randperm(dim, generator=torch.Generator().manual_seed(number))
+    if kind == "graph":
+        options["adjacency"] = random_graph(dim, number)
+    net = MaskedMLP(dim, count, context_dim=context_dim, **options)
+    return ConditionedUnivariate(net, family), f"{words} {hidden}"
+
+
+@st.composite
+def layers(draw, dim):
+    kind = draw(st.sampled_from(["layer"] * 6 + ["context", "inverse", "others", "iaf", "maf"]))
+    if kind == "iaf":
+        return iaf(dim, 2, 8), "iaf"
+    if kind == "maf":
+        return maf(dim, 2, 8), "maf"
+    if kind == "others":
+        shift, number = AffineTransform(0.3, 1.7), draw(st.integers(0, 9))
+        order = torch.randperm(dim, generator=torch.Generator().manual_seed(number))
+        scale = LocationScale(torch.ones(dim), 0.5, full_rank=True)
+        parts = [scale, PermutationTransform(order), shift, hinged_marginals(dim)]
+        return chain(parts), f"others #{number}"
+    if kind == "context":
+        meta, words = draw(metas(dim, context_dim=2))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+        context = torch.randn(draw(st.sampled_from([(2,), (1, 2)])), generator=generator)
+        return ConditionalAutoregressiveTransform(meta).condition(context), f"{words} | context"
+    meta, words = draw(metas(dim))
+    passes = draw(st.sampled_from([None, None, dim]))
+    layer = AutoregressiveTransform(meta, passes)
+    return (layer.inv, f"inverse of {words}") if kind == "inverse" else (layer, words)
+
+
+@st.composite
+def flows(draw, gains=GAINS, max_layers=3, large=(17, 40)):
+    # inverses of larger ones go block by block
+    dim = draw(st.sampled_from([1, 2, 3, 3, 4, 5, 6, *large]))
+    parts = [draw(layers(dim)) for _ in range(draw(st.integers(1, max_layers)))]
+    made = [part for part, _ in parts]
+    flow, words = made[0], parts[0][1]
+    if len(parts) > 1 or draw(st.booleans()):
+        flow, words = chain(made), " -> ".join(words for _, words in parts)
+    if draw(st.sampled_from([False, False, True])):
+        flow, words = flow.inv, f"inverse of ({words})"
+    gain, number = draw(st.sampled_from(gains)), draw(st.integers(0, 999))
+    redraw(flow.double(), gain, number)
+    return Case(flow, dim, f"{words} at gain {gain} #{number}")
+
+
+@st.composite
+def inputs(draw, scales=(1e-3, 1.0, 5.0, 30.0)):
+    """The shape of a batch, and a function of D that gives such a batch."""
+    batch, number = draw(st.sampled_from(BATCHES)), draw(st.integers(0, 999))
+    return batch, draw(st.sampled_from(scales)), number
+
+
+def make_input(spec, dim, dtype=torch.float64):
+    batch, scale, number = spec
+    generator = torch.Generator().manual_seed(number)
+    return (scale * torch.randn((*batch, dim), generator=generator, dtype=torch.float64)).to(dtype)

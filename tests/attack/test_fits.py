@@ -1,0 +1,321 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Short fits with random options, stopped by anything at any time, on loaders of every kind."""
+
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import strategies as st
+from pyro.infer.autoguide import AutoNormal
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from pyro_artransform import AutoMAF
+from pyro_artransform.diagnostics import importance
+from pyro_artransform.inference.optimization.nonfinite import FitError
+from tests.attack.effort import attack, note
+from tests.inference import loaders, models
+from tests.inference.conftest import QUICK, quick_fit
+
+OFTEN = replace(QUICK, optimization=replace(QUICK.optimization, checkpoint_every=3))
+GUIDES = {
+    "iaf": models.small,
+    "maf": partial(AutoMAF, num_transforms=1, hidden_dims=4),
+    "stock": AutoNormal,
+}
+OPTIMS = {
+    "own": lambda: None,
+    "torch": lambda: partial(torch.optim.AdamW, lr=0.01),
+    "pyro": lambda: pyro.optim.ClippedAdam({"lr": 0.01}),
+}
+
+
+def parameters():
+    return {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
+
+
+def fitted(guide, optim="own", model=models.regression, **options):
+    """A fit in an empty store, as in a new process."""
+    pyro.clear_param_store()
+    options = {"num_particles": 4, "progress": False, "config": OFTEN, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return quick_fit(model, GUIDES[guide](model), optim=OPTIMS[optim](), **options)
+
+
+@cache
+def uninterrupted(guide, optim, num_steps, seed):
+    began = time.perf_counter()
+    result = fitted(guide, optim, num_steps=num_steps, seed=seed)
+    return result, parameters(), time.perf_counter() - began
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+every_guide, every_optim = st.sampled_from(sorted(GUIDES)), st.sampled_from(sorted(OPTIMS))
+steps = st.integers(5, 40)
+
+
+def killed(sign, delay, work):
+    """Does something in a child process, which gets a signal after a while; its exit status."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), sign))
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+@attack(
+    *("fits",),
+    few=2,
+    share=0.5,
+    guide=every_guide,
+    optim=every_optim,
+    num_steps=steps,
+    seed=st.integers(0, 3),
+    sign=st.sampled_from([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]),
+    share_of_time=st.floats(0.05, 1.0),
+)
+def test_killed_at_any_time(guide, optim, num_steps, seed, sign, share_of_time):
+    """What the last checkpoint holds goes on to the very fit that nothing interrupted."""
+    whole, expected, seconds = uninterrupted(guide, optim, num_steps, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fit"
+        work = partial(fitted, guide, optim, num_steps=num_steps, seed=seed, checkpoint=path)
+        killed(sign, share_of_time * seconds, work)
+        note(f"killed, {'with' if path.exists() else 'without'} a checkpoint")
+        if not path.exists():
+            return
+        rest = fitted(guide, optim, resume=path)
+    assert rest.history == whole.history
+    assert same(expected, parameters())
+    assert (rest.elbo, rest.khat, rest.num_gradients, rest.end) == (
+        whole.elbo,
+        whole.khat,
+        whole.num_gradients,
+        whole.end,
+    )
+
+
+class Stop(Exception):
+    pass
+
+
+@attack(
+    *("fits",),
+    few=2,
+    share=0.5,
+    guide=every_guide,
+    optim=every_optim,
+    num_steps=steps,
+    at=st.integers(1, 40),
+    how=st.sampled_from(["raise", "stop", "interrupt", "no folder", "truncate"]),
+)
+def test_callbacks_that_do_anything(guide, optim, num_steps, at, how):
+    whole, expected, _ = uninterrupted(guide, optim, num_steps, 0)
+
+    def callback(step, elbo):
+        if step != at:
+            return None
+        if how == "raise":
+            raise Stop
+        if how == "interrupt":
+            signal.raise_signal(signal.SIGINT)
+        if how == "no folder":
+            shutil.rmtree(path.parent)
+        if how == "truncate" and path.exists():
+            path.write_bytes(path.read_bytes()[:100])
+        return how == "stop"
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inner" / "fit"
+        path.parent.mkdir()
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        options = {"num_steps": num_steps, "seed": 0, "checkpoint": path, "callback": callback}
+        try:
+            if how == "raise" and at <= num_steps:
+                with pytest.raises(Stop):
+                    fitted(guide, optim, **options)
+            else:
+                result = fitted(guide, optim, **options)
+                assert result.history == whole.history[: len(result.history)]
+                ended = how in ("stop", "interrupt") and at <= num_steps
+                assert result.num_steps == (at if ended else num_steps)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert all(p.isfinite().all() for p in parameters().values())
+        if path.exists():
+            rest = fitted(guide, optim, resume=path)
+            assert rest.history == whole.history
+            assert same(expected, parameters())
+
+
+class Faulty:
+    """A model that is NaN in some of its runs."""
+
+    def __init__(self, at):
+        self.at, self.runs = at, 0
+
+    def __call__(self):
+        self.runs += 1
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 6):
+            bad = torch.nan if self.runs in self.at else 0.0
+            pyro.sample("y", dist.Normal(loc + bad, scale, validate_args=False), obs=models.data())
+
+
+@attack(
+    "fits",
+    few=2,
+    share=0.5,
+    guide=every_guide,
+    at=st.sets(st.integers(20, 120), max_size=30),
+    num_steps=st.integers(30, 60),
+)
+def test_nan_at_any_run(guide, at, num_steps):
+    """Parameters stay finite, and what was skipped is counted and has no ELBO in the history."""
+    try:
+        result = fitted(guide, model=Faulty(at), num_steps=num_steps, seed=0)
+    except FitError:
+        return
+    except ValueError as error:  # all of its starts met NaN
+        assert "finite log density somewhere" in str(error)  # noqa: PT017
+        return
+    assert all(p.isfinite().all() for p in parameters().values())
+    assert sum(map(math.isnan, result.history)) == result.num_skipped
+    assert result.num_steps == num_steps == len(result.history)
+    if result.trusted:
+        assert math.isfinite(result.elbo)
+        assert result.num_skipped <= 0.1 * num_steps
+
+
+@attack(
+    "fits",
+    few=2,
+    share=0.5,
+    guide=every_guide,
+    optim=every_optim,
+    num_steps=steps,
+    seed=st.integers(0, 99),
+)
+def test_seeds_and_results(guide, optim, num_steps, seed):
+    """The same seed is the same fit, and its numbers are those that draws of the guide have again."""
+    state = torch.get_rng_state()
+    one = fitted(guide, optim, num_steps=num_steps, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    first = parameters()
+    torch.manual_seed(seed + 1)
+    pyro.clear_param_store()
+    model, made = models.regression, GUIDES[guide](models.regression)
+    other = quick_fit(
+        model,
+        made,
+        optim=OPTIMS[optim](),
+        num_steps=num_steps,
+        seed=seed,
+        num_particles=4,
+        progress=False,
+    )
+    assert one.history == other.history
+    assert (one.elbo, one.khat, one.verdict) == (other.elbo, other.khat, other.verdict)
+    assert same(first, parameters())
+    again = importance(model, made, 2000)
+    if again.khat < 0.5 and one.khat < 0.5:
+        noise = math.hypot(again.elbo_se, one.elbo_se)
+        assert abs(again.elbo - one.elbo) <= 5 * noise + 0.01
+    assert one.importance.elbo == one.elbo
+
+
+class Rows(IterableDataset):
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def __iter__(self):
+        return iter(zip(*self.tensors))
+
+
+class Bare:
+    """Begins anew, and has neither a length nor anything else."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def as_dicts(x, y):
+    return [{"x": a, "y": b} for a, b in loaders.listed(x, y)]
+
+
+LOADERS = {
+    **loaders.KNOWN,
+    "iterable data set": lambda *t: DataLoader(Rows(*t), batch_size=10),
+    "bare": lambda *t: Bare(loaders.listed(*t)),
+    "unknown": loaders.Unknown,
+    "mappings": as_dicts,
+    "drop last": lambda *t: loaders.shuffled(*t, drop_last=True),
+    "one batch": lambda *t: DataLoader(TensorDataset(*t), batch_size=loaders.SIZE),
+    "empty": lambda *t: [],
+    "empty data": lambda *t: DataLoader(Rows(*(v[:0] for v in t)), batch_size=10),
+}
+
+
+@attack(
+    *("loaders",),
+    few=2,
+    share=0.5,
+    kind=st.sampled_from(sorted(LOADERS)),
+    guide=every_guide,
+    epochs=st.integers(1, 6),
+    at=st.one_of(st.none(), st.integers(1, 25)),
+)
+def test_loaders(kind, guide, epochs, at):
+    """The same steps twice, and again from a checkpoint in the middle of an epoch."""
+
+    def run(**options):
+        return fitted(
+            guide, model=loaders.regression, loader=LOADERS[kind](*loaders.rows()), **options
+        )
+
+    if kind.startswith("empty"):
+        with pytest.raises(ValueError, match="at least one batch"):
+            run(epochs=epochs)
+        return
+    whole = run(epochs=epochs, seed=1)
+    expected = parameters()
+    assert not whole.trusted or kind == "one batch"
+    length = len(loaders.listed(*loaders.rows()))
+    counts = {"one batch": 1, "drop last": length - 1}
+    assert whole.num_steps == epochs * counts.get(kind, length)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fit"
+        part = run(epochs=epochs, seed=1, checkpoint=path, callback=lambda step, _: step == at)
+        assert part.history == whole.history[: part.num_steps]
+        rest = run(resume=path)
+    if kind in loaders.KNOWN:
+        assert rest.history == whole.history
+        assert same(expected, parameters())
+    assert rest.num_steps == whole.num_steps
