@@ -33,7 +33,7 @@ from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
 from .objectives.pyro_elbo import PyroObjective
 from .optimization.schedule import new_schedule
-from .optimization.selection import choose_step_size, select_parameters
+from .optimization.selection import choose_step_size, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training
 from .progress import ProgressBar
 from .result import FitResult
@@ -102,10 +102,15 @@ class FitRun:
             self._initial = find_initial_minibatch_guide(
                 log_joint, model, guide, batch, elbo_draws, config
             )
-        if self._trainer.optim is None:
+        trainer = self._trainer
+        if is_at_posterior(trainer):
+            first = trainer.schedule.config.step_sizes[0]
+            self._training = trainer.new(first, trainer.schedule.without_steps())
+            return
+        if trainer.optim is None:
             bar.say("step size")
-            self._step_size, self._search_steps = choose_step_size(self._trainer)
-        self._training = self._trainer.new(self._step_size)
+            self._step_size, self._search_steps = choose_step_size(trainer)
+        self._training = trainer.new(self._step_size)
 
     def resume(self, path: Path) -> None:
         """Goes on from where a checkpoint has left another fit."""

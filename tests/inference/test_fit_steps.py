@@ -48,7 +48,8 @@ SOON = replace(
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_ends_by_itself(kind):
-    result = fitted(models.location, kind(models.location), num_steps=None, config=SOON)
+    model = models.regression  # a flow guide of a Gaussian starts at its end
+    result = fitted(model, kind(model), num_steps=None, config=SOON)
     assert 36 < result.num_steps < 120
     assert "ELBO" in result.stopped_because
     assert result.num_gradients > 8 * result.num_steps
@@ -263,3 +264,35 @@ def test_draws_where_the_model_fails_are_in_the_verdict():
         result = fitted(model, guide, num_steps=2)
     assert not result.trusted
     assert "fails at" in result.verdict
+
+
+def linear():
+    """A posterior that is a Gaussian, as the initial guide is."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_a_fit_that_starts_at_the_posterior_takes_no_step():
+    guide = small(linear)
+    result = fit(linear, guide, progress=False)
+    assert (result.num_steps, result.trusted) == (0, True)
+    assert "the initial guide was the posterior" in result.stopped_because
+    # the precision is 1 + 3, the mean 6 / 4, the start exact to round-off of a Newton step
+    draws = guide.sample_posterior(10)["loc"]
+    expected = dist.Normal(1.5, 0.5).log_prob(draws)
+    torch.testing.assert_close(guide.log_prob({"loc": draws}), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_steps_that_were_asked_for_are_taken():
+    assert fit(linear, small(linear), num_steps=5, progress=False).num_steps == 5
+
+
+def test_a_model_with_parameters_is_trained_wherever_the_guide_starts():
+    def model():
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        loc = pyro.sample("loc", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(3.0))
+
+    result = fit(model, small(model), progress=False, callback=lambda step, elbo: step == 3)
+    assert result.num_steps == 3

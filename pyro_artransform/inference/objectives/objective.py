@@ -26,6 +26,10 @@ class Objective(Protocol):
     def parameters(self) -> dict[str, Tensor]:
         """The unconstrained parameters by name."""
 
+    def is_guide_alone(self) -> bool:
+        """Whether all parameters are the guide's, as far as that is known."""
+        return False
+
     def elbo_draws(self, count: int) -> Tensor:
         """Independent unbiased estimates of the ELBO in nats, shape ``(n,)``, from ``count`` draws.
 

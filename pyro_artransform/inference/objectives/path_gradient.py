@@ -90,6 +90,9 @@ class PathObjective(BatchObjective):
                 found[name] = parameter
         return found
 
+    def is_guide_alone(self) -> bool:
+        return all(name.startswith("guide.") for name in self.parameters())
+
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
         found, most = [], max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from ..config import OptimizationConfig
 
 PLATEAU = "the ELBO stopped moving"
+NOTHING_TO_WIN = "the initial guide was the posterior, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
@@ -57,6 +58,10 @@ class Schedule:
         start = math.ceil(self.config.constant_share * tail_start)
         plan = replace(self, num_steps=num_steps, end=num_steps, reason=reason)
         return replace(plan, decay_start=start, tail_start=tail_start)
+
+    def without_steps(self) -> "Schedule":
+        """The schedule of a fit that has nothing to do."""
+        return replace(self, end=0, reason=NOTHING_TO_WIN)
 
     def without_tails(self) -> "Schedule":
         """The same without the steps for the tails, unless the number of steps was given."""

@@ -37,6 +37,22 @@ def _score(training: Training, num_draws: int) -> Score:
     return Score(elbo, khat, gap_of(draws) if khat < GOOD_KHAT else math.inf)
 
 
+def is_at_posterior(trainer: Trainer) -> bool:
+    """Whether steps cannot gain what a fit goes on for, as far as the weights of fresh draws tell.
+
+    Asked where the fit finds its end itself, and has nothing to train but a guide with weights.
+    """
+    objective, schedule = trainer.objective, trainer.schedule
+    is_asked = schedule.num_steps is not None or trainer.optim is not None
+    if is_asked or not objective.has_weights or not objective.is_guide_alone():
+        return False
+    config = schedule.config
+    draws = objective.elbo_draws(config.selection_draws)
+    if not bool(draws.isfinite().all()):
+        return False
+    return gap_of(draws) < config.min_improvement and fit_tail(draws).khat <= config.tail_good_khat
+
+
 def choose_step_size(trainer: Trainer) -> tuple[float, int]:
     """The largest step size that a few steps do not speak against; the parameters are then as before.
 
