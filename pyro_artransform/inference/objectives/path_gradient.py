@@ -19,6 +19,8 @@ from .objective import BatchObjective
 _CHUNK = 1024
 # of draws that are held at once: 64 MB in double precision
 _MOST_VALUES = 2**23
+# the same with a graph, which holds some hundred times as many numbers
+_MOST_TRAINED = 2**20
 
 
 @dataclass
@@ -65,7 +67,8 @@ class PathObjective(BatchObjective):
         2. Variational Inference via chi Upper Bound Minimization (Dieng, Tran, Ranganath, Paisley,
            Blei, 2017), https://arxiv.org/abs/1611.00328
         """
-        terms = self._terms(self.config.tail_particles * num_particles)
+        most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
+        terms = self._terms(min(self.config.tail_particles * num_particles, most))
         value = terms.detach()
         deviation = (value - value.median()).abs()
         spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
