@@ -45,6 +45,7 @@ class MissedModes(NamedTuple):
         0 if it is too small to matter.
     :param num_lost: how many such modes there are.
     :param look: how modes were looked for: by "curvature", by "gradients" alone, or "none".
+    :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
     """
 
     log_evidence: float = math.nan
@@ -52,6 +53,7 @@ class MissedModes(NamedTuple):
     lost_mass: float = 0.0
     num_lost: int = 0
     look: str = "curvature"
+    excess_by_turns: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,32 @@ class MissedModeSearch:
     config: EvaluationConfig
     initialization: InitializationConfig
 
-    def find(self, draws: Tensor, log_evidence: float, modes: Modes | None) -> MissedModes:
+    def find(
+        self,
+        draws: Tensor,
+        log_evidence: float,
+        modes: Modes | None,
+        log_weights: Tensor | None = None,
+    ) -> MissedModes:
         """Searches outside of a guide.
 
         :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
         :param log_evidence: the log evidence according to them.
         :param modes: the modes that are known already.
+        :param log_weights: the log weights of the draws, shape ``(n,)``: those of the largest weights
+            are starts, too.
         """
-        draws, config = draws[draws.isfinite().all(-1)], self.config
+        is_usable, config = draws.isfinite().all(-1), self.config
+        heaviest = draws[:0]
+        if log_weights is not None:
+            weights = torch.where(is_usable, log_weights, -torch.inf).nan_to_num(-torch.inf)
+            heaviest = draws[weights.topk(min(config.num_heaviest, len(draws))).indices]
+            heaviest = heaviest[evaluate_density(self.log_density, heaviest).isfinite()]
+        draws = draws[is_usable]
         if len(draws) < 2:
             return MissedModes(look="none")
         guide = GuideDraws.of(self.log_density, draws, log_evidence)
-        modes, look = self._look_afar(guide, modes)
+        modes, look = self._look_afar(guide, heaviest, modes)
         if look == "curvature":
             modes = self._look_again(guide, modes)
         around = guide.widened(config.heavy_inflation)
@@ -90,11 +106,13 @@ class MissedModeSearch:
         if not share > config.max_lost:
             share, count = 0.0, 0
         log_z = found.log_evidence if reliable else math.nan
-        return MissedModes(log_z, found.log_evidence_se, share, count, look)
+        return MissedModes(log_z, found.log_evidence_se, share, count, look, guide.excess_by_turns)
 
-    def _look_afar(self, guide: GuideDraws, modes: Modes | None) -> tuple[Modes | None, str]:
-        """The modes that are known or found far outside of a guide, and how they were looked for."""
-        points, look = self._points_afar(guide), "curvature"
+    def _look_afar(
+        self, guide: GuideDraws, starts: Tensor, modes: Modes | None
+    ) -> tuple[Modes | None, str]:
+        """The modes known, and found from some starts and far outside; and how they were looked for."""
+        points, look = torch.cat([starts, self._points_afar(guide)]), "curvature"
         if modes is None:  # no start has climbed from there
             points = torch.cat([points, self._points_of_prior(guide.gaussian.loc[0])])
         found = self._climb(guide, points)
@@ -210,8 +228,11 @@ class MissedModeSearch:
         for i in modes.log_masses().argsort(descending=True).tolist():
             if not bool(modes.converged[i]):
                 continue
-            distances = len(loc[i]) * distances_to(
-                modes.gaussians.take(kept), loc[i : i + 1], guide.is_circular
+            # a spike inside of a wide mode is far from its top in units of its own
+            others, this = modes.gaussians.take(kept), modes.gaussians.take([i])
+            distances = len(loc[i]) * torch.maximum(
+                distances_to(others, this.loc, guide.is_circular)[:, 0],
+                distances_to(this, others.loc, guide.is_circular)[0],
             )
             if bool((distances > least).all()):
                 kept.append(i)
