@@ -88,7 +88,9 @@ def main() -> None:
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    print("| model | guide | step size | steps | ended in NaN | median of the largest loss | CPU s |")
+    print(
+        "| model | guide | step size | steps | ended in NaN | median of the largest loss | CPU s |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in args.models:
         for kind in args.guides:

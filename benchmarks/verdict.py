@@ -4,8 +4,8 @@
 
     python benchmarks/verdict.py [PART_OF_NAME ...] [--guides exact AutoIAF] [--seeds 3] [--write]
 
-A verdict is wrong in two ways. *Wrong trust*: it is trusted, and more than 0.1 nats below the known
-evidence. *False alarm*: it is not trusted, but at most 0.05 nats below, and the k-hat of 40,000 other
+A verdict is wrong in two ways. *Wrong trust*: it is trusted, and more than 0.1 nats off the known
+evidence. *False alarm*: it is not trusted, but at most 0.05 nats off, and the k-hat of 40,000 other
 draws is at most 0.6, below the bound of 0.7 by more than its noise, so that neither the posterior nor
 its weights are at fault. In between either verdict is right.
 
@@ -78,8 +78,8 @@ class Outcome:
     @property
     def judgement(self) -> str:
         if self.trusted:
-            return "wrong trust" if self.gap - 2 * self.gap_se > LOST else "right"
-        is_right = self.gap <= RIGHT and self.khat_of_many <= GOOD_KHAT and self.is_finite
+            return "wrong trust" if abs(self.gap) - 2 * self.gap_se > LOST else "right"
+        is_right = abs(self.gap) <= RIGHT and self.khat_of_many <= GOOD_KHAT and self.is_finite
         return "false alarm" if is_right else "right"
 
 

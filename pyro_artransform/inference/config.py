@@ -141,6 +141,7 @@ class EvaluationConfig:
     far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
     num_screened: int = 500  #: points screened there
     num_climbs: int = 16  #: climbs from the best of them
+    num_heaviest: int = 4  #: climbs from the draws of the largest weights
     num_screened_by_loop: int = 40
     num_climbs_by_loop: int = 4
     max_newton_steps: int = 40  #: of a climb, as for initial guides

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...joint import LogDensity
 from ..initialization.gaussians import Gaussians, Modes, evaluate_density
 
-# so many turns leave the density of an angle as it is, and that of any proper prior not
-_TURNS = (1.0, -32.0)
+# so many turns leave the density of an angle as it is, and that of any proper prior not, if they are
+# beyond so many standard deviations of the draws as well
+_TURNS, _BEYOND = (1.0, -32.0), 4.0
 # numbers of points that are evaluated at once: 64 MB in double precision
 _MOST_VALUES = 2**23
 # nats, to which round-off is added
@@ -24,14 +25,16 @@ class GuideDraws(NamedTuple):
     """Draws of a guide, shape ``(n, D)``, angles within a turn, and what they say of it.
 
     :param gaussian: their mean and covariance.
-    :param log_evidence: the log evidence by their weights.
+    :param log_evidence: the log evidence by their weights, of one turn of each angle.
     :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` if there is no angle.
+    :param excess_by_turns: the nats by which the weights count several turns of an angle.
     """
 
     draws: Tensor
     gaussian: Gaussians
     log_evidence: float
     is_circular: Tensor | None
+    excess_by_turns: float
 
     @classmethod
     def of(
@@ -42,9 +45,12 @@ class GuideDraws(NamedTuple):
         :param max_dense_dim: the most coordinates that a covariance is made of.
         """
         is_circular = find_circular(log_density, draws)
-        draws = fold(draws, is_circular)
-        gaussian = fit_gaussian(draws, max_dense_dim)
-        return cls(draws, gaussian, log_evidence, is_circular)
+        folded, excess = fold(draws, is_circular), 0.0
+        if is_circular is not None:
+            excess = _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
+        return cls(
+            folded, fit_gaussian(folded, max_dense_dim), log_evidence - excess, is_circular, excess
+        )
 
     def widened(self, factor: float) -> Gaussians:
         """The Gaussian of the draws with its scale times a factor."""
@@ -101,30 +107,53 @@ def distances_to(gaussians: Gaussians, points: Tensor, is_circular: Tensor | Non
 
 
 def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
-    """Which coordinates are angles: their draws stay within a turn, after which all is the same.
+    """Which coordinates are angles: after whole turns the density is the same.
 
     :param draws: draws of a guide, shape ``(n, D)``.
     :return: shape ``(D,)``, of booleans; ``None`` if there is no angle.
     """
-    within = (draws.std(0) < 2 * math.pi).nonzero()[:, 0]
-    points = draws[:1]
+    points, spread = draws[:1], draws.std(0) / (2 * math.pi)
     value = evaluate_density(log_density, points)
     tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
+    circular = spread.isfinite().nonzero()[:, 0]
     for turns in _TURNS:
-        if not len(within):
+        if not len(circular):
             return None
         kept = []
-        for some in within.split(max(_MOST_VALUES // points.shape[-1], 1)):
+        for some in circular.split(max(_MOST_VALUES // points.shape[-1], 1)):
+            # a wide density changes little within its own width
+            size = turns * (_BEYOND * spread[some] / abs(turns)).ceil().clamp_min(1)
             shifts = torch.zeros_like(points.expand(len(some), -1))
-            shifts.scatter_(1, some[:, None], 2 * math.pi * turns)
+            shifts.scatter_(1, some[:, None], 2 * math.pi * size[:, None])
             change = evaluate_density(log_density, points + shifts) - value
             kept.append(some[change.abs() <= tolerance])
-        within = torch.cat(kept)
-    if not len(within):
+        circular = torch.cat(kept)
+    if not len(circular):
         return None
     is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
-    is_circular[within] = True
+    is_circular[circular] = True
     return is_circular
+
+
+def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
+    """The entropy of the turn that a draw is in, given its angle, of n draws of several angles.
+
+    As the density is the same in all turns, a guide's ELBO is larger by that.
+    """
+    total = 0.0
+    size = math.isqrt(len(draws))  # of pieces in which the angle counts as the same
+    for angles, within in zip(draws.double().mT, folded.double().mT):
+        turns = ((angles - within) / (2 * math.pi)).round()
+        pieces = turns[within.argsort()].split(size)
+        total += sum(_entropy(piece) * len(piece) for piece in pieces) / len(turns)
+    return total
+
+
+def _entropy(values: Tensor) -> float:
+    """The entropy of discrete draws, corrected for their number (Miller, 1955)."""
+    counts = values.unique(return_counts=True)[1]
+    shares = counts / len(values)
+    return (-(shares * shares.log()).sum() + (len(counts) - 1) / (2 * len(values))).item()
 
 
 def _shortest(differences: Tensor, is_circular: Tensor | None) -> Tensor:

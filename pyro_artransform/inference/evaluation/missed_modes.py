@@ -45,6 +45,7 @@ class MissedModes(NamedTuple):
         0 if it is too small to matter.
     :param num_lost: how many such modes there are.
     :param look: how modes were looked for: by "curvature", by "gradients" alone, or "none".
+    :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
     """
 
     log_evidence: float = math.nan
@@ -52,6 +53,7 @@ class MissedModes(NamedTuple):
     lost_mass: float = 0.0
     num_lost: int = 0
     look: str = "curvature"
+    excess_by_turns: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,32 @@ class MissedModeSearch:
     config: EvaluationConfig
     initialization: InitializationConfig
 
-    def find(self, draws: Tensor, log_evidence: float, modes: Modes | None) -> MissedModes:
+    def find(
+        self,
+        draws: Tensor,
+        log_evidence: float,
+        modes: Modes | None,
+        log_weights: Tensor | None = None,
+    ) -> MissedModes:
         """Searches outside of a guide.
 
         :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
         :param log_evidence: the log evidence according to them.
         :param modes: the modes that are known already.
+        :param log_weights: the log weights of the draws, shape ``(n,)``: those of the largest weights
+            are starts, too.
         """
-        draws, config = draws[draws.isfinite().all(-1)], self.config
+        is_usable, config = draws.isfinite().all(-1), self.config
+        heaviest = draws[:0]
+        if log_weights is not None:
+            weights = torch.where(is_usable, log_weights, -torch.inf).nan_to_num(-torch.inf)
+            heaviest = draws[weights.topk(min(config.num_heaviest, len(draws))).indices]
+            heaviest = heaviest[evaluate_density(self.log_density, heaviest).isfinite()]
+        draws = draws[is_usable]
         if len(draws) < 2:
             return MissedModes(look="none")
         guide = GuideDraws.of(self.log_density, draws, log_evidence, config.max_dense_dim)
-        modes, look = self._look_afar(guide, modes)
+        modes, look = self._look_afar(guide, heaviest, modes)
         if look == "curvature":
             modes = self._look_again(guide, modes)
         found = self._reliable_weights(guide, modes)
@@ -87,9 +103,10 @@ class MissedModeSearch:
         share, count = self._lost(guide, modes, look)
         if not share > config.max_lost:
             share, count = 0.0, 0
-        if found is None:
-            return MissedModes(lost_mass=share, num_lost=count, look=look)
-        return MissedModes(found.log_evidence, found.log_evidence_se, share, count, look)
+        around = (math.nan, math.nan)
+        if found is not None:
+            around = found.log_evidence, found.log_evidence_se
+        return MissedModes(*around, share, count, look, guide.excess_by_turns)
 
     def _reliable_weights(self, guide: GuideDraws, modes: Modes | None) -> Importance | None:
         """The weights of heavy-tailed draws; None where they say nothing."""
@@ -101,9 +118,11 @@ class MissedModeSearch:
         reliable = found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy
         return found if reliable else None
 
-    def _look_afar(self, guide: GuideDraws, modes: Modes | None) -> tuple[Modes | None, str]:
-        """The modes that are known or found far outside of a guide, and how they were looked for."""
-        points, look = self._points_afar(guide), "curvature"
+    def _look_afar(
+        self, guide: GuideDraws, starts: Tensor, modes: Modes | None
+    ) -> tuple[Modes | None, str]:
+        """The modes known, and found from some starts and far outside; and how they were looked for."""
+        points, look = torch.cat([starts, self._points_afar(guide)]), "curvature"
         if modes is None:  # no start has climbed from there
             points = torch.cat([points, self._points_of_prior(guide.gaussian.loc[0])])
         found = self._climb(guide, points)
@@ -219,8 +238,11 @@ class MissedModeSearch:
         for i in modes.log_masses().argsort(descending=True).tolist():
             if not bool(modes.converged[i]):
                 continue
-            distances = len(loc[i]) * distances_to(
-                modes.gaussians.take(kept), loc[i : i + 1], guide.is_circular
+            # a spike inside of a wide mode is far from its top in units of its own
+            others, this = modes.gaussians.take(kept), modes.gaussians.take([i])
+            distances = len(loc[i]) * torch.maximum(
+                distances_to(others, this.loc, guide.is_circular)[:, 0],
+                distances_to(this, others.loc, guide.is_circular)[0],
             )
             if bool((distances > least).all()):
                 kept.append(i)

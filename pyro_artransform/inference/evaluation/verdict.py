@@ -149,7 +149,8 @@ def evaluate(
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
-            missed = search.find(draws, found.log_evidence, modes)
+            log_weights = found.log_weights[: len(draws)]
+            missed = search.find(draws, found.log_evidence, modes, log_weights)
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, settings)
@@ -259,6 +260,12 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
 def _about_missed_modes(
     found: Importance, missed: MissedModes, config: EvaluationConfig
 ) -> Iterator[str]:
+    if missed.excess_by_turns > config.max_gap:
+        yield (
+            f"the guide is spread over several turns of an angle, each of which the ELBO and the evidence "
+            f"count: both are {missed.excess_by_turns:.2f} nats too large. Give the site the support of "
+            "one turn, as that of Uniform(-pi, pi), or a direction, as that of ProjectedNormal"
+        )
     if missed.lost_mass > config.max_lost:
         yield (
             f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "

@@ -130,10 +130,51 @@ def test_an_angle_has_one_mode(loc):
     assert abs(found.log_evidence) < 0.1
 
 
+@pytest.mark.parametrize("spread", [3.0, 30.0], ids=["some turns", "many turns"])
+def test_an_angle_whose_draws_are_spread_over_turns(spread):
+    """Draws of a right angle in any turn: each turn counts, in the entropy of a rounded normal."""
+    turns = (spread * torch.randn(5000)).round()
+    draws = angles_at(torch.tensor(0.5), 5000) + torch.stack([0 * turns, 2 * math.pi * turns], -1)
+    excess = 0.5 + math.log(spread * math.sqrt(2 * math.pi))
+    found = missed(angle(0.5), draws, excess)
+    # of more turns than draws of about the same angle, 70, it is known as a lower bound
+    assert excess - 0.05 - spread / 30 < found.excess_by_turns < excess + 0.05
+    assert found.num_lost == 0
+
+
+def test_wide_draws_are_no_angle():
+    """A density of a width of 1,000 is the same to a thousandth after a turn."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1000.0).to_event(1))
+
+    assert missed(model, 1000 * one_mode(2)).excess_by_turns == 0
+
+
 def test_a_missed_mode_of_an_angle():
     found = missed(angle(math.pi, 0.4), angles_at(torch.tensor(math.pi)), math.log(0.6))
     assert found.num_lost == 1
     assert abs(found.lost_mass - 0.4) < 0.05
+
+
+def test_the_draws_of_the_largest_weights_are_starts():
+    """A spike inside of a wide mode, to which no climb from outside leads, but some draws are near."""
+    locs, scales = torch.zeros(2, 5), torch.tensor([[1.0], [0.1]])
+    locs[1, 0] = 1.0
+    logits, prior = torch.tensor([0.7, 0.3]).log(), dist.Normal(torch.zeros(5), 3.0).to_event(1)
+
+    def model():
+        z = pyro.sample("z", prior)
+        parts = dist.Normal(locs, scales).to_event(1).log_prob(z.unsqueeze(-2))
+        pyro.factor("likelihood", (parts + logits).logsumexp(-1) - prior.log_prob(z))
+
+    draws = one_mode(5, 10_000)
+    log_weights = LogJoint(model)(draws) - dist.Normal(0.0, 1.0).log_prob(draws).sum(-1)
+    known, _ = climb(LogJoint(model), torch.zeros(1, 5), torch.zeros(2, 5), 40)
+    search = MissedModeSearch(LogJoint(model), model, DEFAULTS, STARTS)
+    found = search.find(draws, math.log(0.7), known, log_weights)
+    assert found.num_lost == 1
+    assert abs(found.lost_mass - 0.3) < 0.05
 
 
 def test_modes_that_a_start_has_found():

@@ -222,6 +222,13 @@ def test_lost_modes():
     assert verdict_on(weights(), MissedModes(math.nan, 0.1, 0.01, 1), FitStatus()).trusted
 
 
+def test_turns_of_an_angle():
+    missed = NOTHING_ELSE._replace(excess_by_turns=4.2)
+    assert "ProjectedNormal" in not_trusted(weights(), missed, FitStatus(), "4.20 nats too large")
+    few = NOTHING_ELSE._replace(excess_by_turns=0.05)
+    assert verdict_on(weights(), few, FitStatus()).trusted
+
+
 def test_evidence_around():
     not_trusted(weights(), MissedModes(0.4, 0.01, 0.0, 0), FitStatus(), "0.40 nats more evidence")
     # within its own noise it says nothing
