@@ -62,8 +62,9 @@ def _parts(content: object) -> Iterator[Any]:
     if isinstance(content, Tensor):
         place = content.dtype, tuple(content.shape), content.stride(), content.storage_offset()
         yield repr(place).encode()
-        stored = content.detach().untyped_storage().cpu()
-        yield torch.empty(0, dtype=torch.uint8, device="cpu").set_(stored).numpy().data
+        stored = content.detach().untyped_storage()
+        numbers = torch.empty(0, dtype=torch.uint8, device=stored.device).set_(stored)
+        yield numbers.to("cpu").numpy().data
     elif isinstance(content, Mapping):
         yield f"mapping of {len(content)}".encode()
         for item in content.items():
