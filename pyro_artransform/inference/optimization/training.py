@@ -123,6 +123,9 @@ class Training:
         limit = self._config.clip_factor * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         for parameter, gradient in zip(self.parameters.values(), gradients):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # PyTorch's fused Adam reads both in the order of memory
+                gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = None if gradient is None else gradient.mul_(shrink)
         self.optimizer.step(self.schedule.factor(self.num_steps))
         for parameter in self.parameters.values():

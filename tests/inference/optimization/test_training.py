@@ -257,3 +257,27 @@ def test_trainings_of_a_trainer():
     assert first.schedule.end == 10
     assert second.schedule.end is None
     assert first.parameters["x"] is second.parameters["x"]
+
+
+class Transposed(Bowl):
+    """A matrix whose gradient comes in the layout of its transpose, from a broadcast product."""
+
+    target = torch.tensor([[1.0, 0.0, 2.0], [3.0, 4.0, 5.0]])
+
+    def __init__(self):
+        super().__init__()
+        self.x = torch.zeros(2, 3, requires_grad=True)
+
+    def loss(self, num_particles):
+        columns = self.x.mT.unbind(-2)
+        return 0.5 * sum(((c - t) ** 2).sum() for c, t in zip(columns, self.target.mT))
+
+
+def test_gradients_are_in_the_layout_of_their_parameters():
+    """PyTorch's fused Adam would move each element by the gradient of another."""
+    objective = Transposed()
+    training = training_of(objective, num_steps=2)
+    training.step()
+    # the first step of Adam goes by the sign of the gradient, which is 0 where the target is
+    moved = objective.x.detach() != 0
+    torch.testing.assert_close(moved, objective.target != 0)
