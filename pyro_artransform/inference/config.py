@@ -63,7 +63,7 @@ class OptimizationConfig:
     """Step sizes, their schedule, the gradient, and the choice among parameters at the end."""
 
     #: step sizes of Adam, the first one unless the search finds a better one
-    step_sizes: tuple[float, ...] = (5e-3, 2e-3, 5e-4)
+    step_sizes: tuple[float, ...] = (2e-2, 5e-3, 2e-3, 5e-4)
     betas: tuple[float, float] = (0.9, 0.99)  #: of Adam; the second is short since steps are few
     search_steps: int = 60  #: steps for each step size in the search
     search_draws: int = 1024  #: draws that it is judged by
@@ -84,7 +84,7 @@ class OptimizationConfig:
     min_epochs: int = 3  #: epochs in a window and in a decay
     tail_steps: int = 100  #: steps for the tails at the end (benchmarks/tails.md)
     tail_particles: int = 8  #: their draws, as a multiple
-    tail_step_size: float = 0.2  #: their relative step size
+    tail_step_size: float = 0.5  #: their relative step size
     tail_weight: float = 2.0  #: how much more deviating log weights count in them
     tail_max_deviation: float = 50.0  #: the deviation where that ends
     tail_good_khat: float = 0.35  #: below it they are not taken: 0.5, less the noise of k-hat

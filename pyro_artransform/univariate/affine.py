@@ -58,7 +58,10 @@ class Affine(Univariate):
     r"""The affine family: a shift and a log-scale, in this order.
 
     :param bound: the bound of the log-scale.
-    :raises ValueError: if ``bound`` is not positive and finite.
+    :param multiplier: what the parameters are multiplied by. Adam moves each weight at one pace, so that
+        an output of a wide network moves at the pace of their sum: with less than 1 it moves slower
+        (Tensor Programs V, Yang et al., 2022, https://arxiv.org/abs/2203.03466).
+    :raises ValueError: if one of them is not positive and finite.
 
     Example::
 
@@ -69,14 +72,17 @@ class Affine(Univariate):
 
     num_params = 2
 
-    def __init__(self, *, bound: float = 3.0) -> None:
+    def __init__(self, *, bound: float = 3.0, multiplier: float = 1.0) -> None:
         super().__init__()
         self.bound = check_positive("bound", bound)
+        self.multiplier = check_positive("multiplier", multiplier)
 
     def extra_repr(self) -> str:
-        return f"bound={self.bound}"
+        return f"bound={self.bound}, multiplier={self.multiplier}"
 
     def forward(self, params: Tensor) -> MonotonicAffineTransform:
+        if self.multiplier != 1.0:
+            params = self.multiplier * params
         shift, scale = unbind_params(params, 2)
         return MonotonicAffineTransform(shift, scale, bound=self.bound)
 

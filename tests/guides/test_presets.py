@@ -66,7 +66,7 @@ def test_bad_arguments_at_construction(kind, options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dims", "nonlinearity"), [(AutoIAF, (128,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
+    ("kind", "dims", "nonlinearity"), [(AutoIAF, (64,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
 )
 def test_networks_by_default(kind, dims, nonlinearity):
     guide = kind(models.regression)
@@ -165,3 +165,22 @@ def test_plain_svi_stays_finite_in_float32(seed):
     assert losses.isfinite().all()
     assert all(parameter.isfinite().all() for parameter in guide.parameters())
     assert {value.dtype for value in guide().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])
+def test_plain_svi_in_float32_stays_where_the_model_is_finite(kind):
+    """Seed 7 ended in NaN within 1,000 steps while networks moved at the pace of a sum of their weights."""
+
+    def model():
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3, dtype=torch.float32)))
+        scale = pyro.sample("scale", dist.LogNormal(torch.tensor(0.0, dtype=torch.float32), 1.0))
+        loc = pyro.sample("loc", dist.Normal(torch.tensor(0.0, dtype=torch.float32), 5.0))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(loc * weights[..., :1], scale), obs=rows)
+
+    rows = torch.tensor([1.2, 0.3, -0.5, 2.2, 0.9], dtype=torch.float32)
+    pyro.set_rng_seed(7)
+    svi = SVI(model, kind(model), pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step() for _ in range(500)]
+    # of Pyro's AutoIAFNormal the largest loss of a run is 300 in the median, and 2,600 at most
+    assert max(losses) < 3000

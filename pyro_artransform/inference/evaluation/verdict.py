@@ -149,8 +149,8 @@ def evaluate(
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
-            log_weights = found.log_weights[: len(draws)]
-            missed = search.find(draws, found.log_evidence, modes, log_weights)
+            weights = found.log_weights[: len(draws)]
+            missed = search.find(draws, found.log_evidence, modes, weights)
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, settings)
