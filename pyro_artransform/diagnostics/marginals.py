@@ -346,8 +346,12 @@ def _worst(values: Tensor, chosen: Tensor) -> int:
 
 def _name(latents: Latents, index: int) -> str:
     """The site and the place of a coordinate, as in ``z[3, 1]``."""
-    for name, indices in latents.split(torch.arange(latents.latent_dim)).items():
-        place = (indices == index).nonzero().tolist()
-        if place:
-            return f"{name}{place[0] or ''}"
-    raise IndexError(f"index: expected less than {latents.latent_dim}, got {index}")
+    for site in latents.sites.values():
+        if index < site.size:
+            place: list[int] = []
+            for size in reversed(site.unconstrained_shape):
+                index, last = divmod(index, size)
+                place.insert(0, last)
+            return f"{site.name}{place or ''}"
+        index -= site.size
+    raise IndexError(f"index: expected less than {latents.latent_dim} coordinates")

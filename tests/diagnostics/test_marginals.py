@@ -328,3 +328,17 @@ def test_repr():
     assert "z[" in found.words
     assert f"{found.num_gradients:,} gradients" in text
     assert "128 chains" in text
+
+
+def test_the_worst_latent_is_named_by_its_place():
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    def guide():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        loc = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+        pyro.sample("b", dist.Normal(loc, 1.0).to_event(2))
+
+    words = marginals(model, guide).words
+    assert words.startswith("1 of 7 means is off by more than 0.15 sd (that of b[1, 1] by 2.0")
