@@ -25,6 +25,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from verdict_posteriors import POSTERIORS
 from verdict_table import report
@@ -113,7 +114,7 @@ def run(name: str, kind: str, seed: int, num_steps: int | None) -> Outcome:
         found = evaluate(subject, None, FitStatus(), FitConfig())
         khat, (trusted, words) = found.weights.khat, found.verdict
     else:
-        guide = FITTED[kind](target.model)
+        guide = FITTED[kind](poutine.block(target.model, hide=list(target.summed_out)))
         result = fit(target.model, guide, num_steps=num_steps, progress=False)
         khat, trusted, words = result.khat, result.trusted, result.verdict
     seconds = time.process_time() - began

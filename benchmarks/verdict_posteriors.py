@@ -212,6 +212,7 @@ def labels(apart: float) -> Target:
         evidence,
         mode_of=lambda draws: (draws["first"] < draws["second"]).long(),
         masses=torch.tensor([0.5, 0.5]),
+        summed_out=("which",),
     )
 
 
@@ -230,6 +231,7 @@ def jump() -> Target:
         parts.logsumexp(0).item(),
         mode_of=lambda draws: (draws["x"] < 0).long(),
         masses=parts.softmax(0),
+        summed_out=("k",),
     )
 
 

@@ -12,11 +12,13 @@ INTRODUCTION = """\
 
 Made by `benchmarks/verdict.py --write` (float64, one thread, `fit` as it is by default). The gap is the known
 log evidence less the ELBO of 40,000 other draws, in nats; lost is the mass of the modes with less than a
-tenth of their share of these draws. A verdict is *wrong trust* where a guide is trusted that has lost more
-than 0.1 nats, and a *false alarm* where a guide is not trusted whose gap is at most 0.05 and whose k-hat by
-those 40,000 draws is at most 0.6: a k-hat that is truly above 0.7 is reason enough not to trust, however
-small the gap, and 0.1 is its noise. "exact" is the posterior itself as a guide, and "one mode" the posterior
-restricted to its largest mode; both are evaluated without training.
+tenth of their share of these draws. A verdict is *wrong trust* where a guide is trusted whose gap is above
+0.1 nats (or below -0.1, where an angle is counted more than once), and a *false alarm* where a guide is not
+trusted whose gap is at most 0.05 and whose k-hat by those 40,000 draws is at most 0.6: a k-hat that is truly
+above 0.7 is reason enough not to trust, however small the gap, and 0.1 is its noise. "exact" is the posterior
+itself as a guide, and "one mode" the posterior restricted to its largest mode; both are evaluated without
+training. Exact draws of a Dirichlet have entries below 1e-10, which round-off changes on the way back to the
+unconstrained space, so that their k-hat is truly large.
 """
 
 #: why a verdict on a target cannot be right

@@ -28,6 +28,7 @@ class Target:
     :param part: a guide that is the posterior restricted to its largest mode.
     :param mode_of: the number of the mode of each draw, from draws by site.
     :param masses: the mass of each mode.
+    :param summed_out: discrete sites, which Pyro's guides must not see.
     """
 
     model: Model
@@ -36,6 +37,7 @@ class Target:
     part: Model | None = None
     mode_of: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     masses: Tensor | None = None
+    summed_out: tuple[str, ...] = ()
 
     def lost_mass(self, draws: Mapping[str, Tensor]) -> float:
         """The mass of the modes that have less than a tenth of their share of draws."""
