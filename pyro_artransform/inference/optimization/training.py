@@ -123,7 +123,9 @@ class Training:
         limit = self._config.clip_factor * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         for parameter, gradient in zip(self.parameters.values(), gradients):
-            parameter.grad = None if gradient is None else gradient.mul_(shrink)
+            # fused optimizers read memory in its order, whatever the strides of a gradient
+            shrunk = None if gradient is None else gradient.mul_(shrink).contiguous()
+            parameter.grad = shrunk
         self.optimizer.step(self.schedule.factor(self.num_steps))
         for parameter in self.parameters.values():
             parameter.grad = None

@@ -257,3 +257,28 @@ def test_trainings_of_a_trainer():
     assert first.schedule.end == 10
     assert second.schedule.end is None
     assert first.parameters["x"] is second.parameters["x"]
+
+
+class Transposed(Bowl):
+    """A loss whose gradient has another layout in memory than its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = torch.zeros(4, 6, requires_grad=True)
+        self.target = torch.arange(24.0).reshape(4, 6) / 24
+
+    def loss(self, num_particles):
+        self.calls += 1
+        columns = zip(self.x.mT.unbind(-2), self.target.unbind(-1))
+        return sum(0.5 * (x - target).square().sum() for x, target in columns)
+
+
+def test_gradients_of_another_layout_move_the_right_entries():
+    """The fused Adam of PyTorch reads gradients in the order of memory, whatever their strides are."""
+    objective = Transposed()
+    training = training_of(objective)
+    (gradient,) = torch.autograd.grad(objective.loss(1), objective.x)
+    assert not gradient.is_contiguous()  # else there is nothing to test
+    for _ in range(200):
+        training.step()
+    assert torch.allclose(objective.x, objective.target, atol=0.02)
