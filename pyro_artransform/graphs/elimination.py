@@ -108,7 +108,7 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
 
         >>> chain = [[1], [0, 2], [1, 3], [2]]
         >>> eliminate(chain)
-        Elimination(parents=((1,), (), (1,), (2,)), root=(1,))
+        Elimination(parents=((1,), (), (), (2,)), root=(1, 2))
     """
     around = [set(own) - {i} for i, own in enumerate(neighbours)]
     parents: list[tuple[int, ...]] = [()] * len(around)
