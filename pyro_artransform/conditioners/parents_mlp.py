@@ -81,7 +81,9 @@ class ParentsMLP(Conditioner):
         self.depth = max(level) + 1
         counts = [len(own) for own in parents]
         flat = [j for own in parents for j in own]
-        self.register_buffer("graph", torch.tensor([*counts, *flat], dtype=torch.long))
+        self.register_buffer(
+            "graph", torch.tensor([*counts, *flat], dtype=torch.long, device="cpu")
+        )
         self.groups = nn.ModuleList()
         for group in padded_groups(parents, level):
             self.groups.append(ParentsGroup(group, self.num_params, self.hidden_dim))
@@ -110,9 +112,13 @@ class ParentsMLP(Conditioner):
         rank = [0] * (self.input_dim + 1)
         for position, i in enumerate(order):
             rank[i] = position + 1  # the first row is what padding reads
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("place", torch.tensor(place), persistent=False)
-        ranks = torch.tensor(rank)
+        self.register_buffer(
+            "order", torch.tensor(order, dtype=torch.long, device="cpu"), persistent=False
+        )
+        self.register_buffer(
+            "place", torch.tensor(place, dtype=torch.long, device="cpu"), persistent=False
+        )
+        ranks = torch.tensor(rank, dtype=torch.long, device="cpu")
         for group in self.all_groups():
             group.register_buffer("ranks", ranks[group.parents], persistent=False)
 
@@ -122,7 +128,7 @@ class ParentsMLP(Conditioner):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         graph = state_dict.get(f"{prefix}graph")
-        if graph is not None and not torch.equal(graph.cpu(), self.graph.cpu()):
+        if graph is not None and not torch.equal(graph.to("cpu"), self.graph.to("cpu")):
             raise RuntimeError("the state dict is of a network of another graph")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -211,7 +217,11 @@ class ParentsGroup(nn.Module):
         super().__init__()
         self.layout = layout
         m, k = layout.parents.shape
-        self.register_buffer("coordinates", torch.tensor(layout.coordinates), persistent=False)
+        self.register_buffer(
+            "coordinates",
+            torch.tensor(layout.coordinates, dtype=torch.long, device="cpu"),
+            persistent=False,
+        )
         self.register_buffer("parents", layout.parents, persistent=False)
         like = nn.Linear(k, hidden_dim)
         options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}

@@ -104,8 +104,8 @@ class FitRun:
             )
         trainer = self._trainer
         if is_at_posterior(trainer):
-            first = trainer.schedule.config.step_sizes[0]
-            self._training = trainer.new(first, trainer.schedule.without_steps())
+            self._step_size = trainer.schedule.config.step_sizes[0]
+            self._training = trainer.new(self._step_size, trainer.schedule.without_steps())
             return
         if trainer.optim is None:
             bar.say("step size")

@@ -78,7 +78,8 @@ class Affine(Univariate):
         self.multiplier = check_positive("multiplier", multiplier)
 
     def extra_repr(self) -> str:
-        return f"bound={self.bound}, multiplier={self.multiplier}"
+        multiplier = "" if self.multiplier == 1.0 else f", multiplier={self.multiplier}"
+        return f"bound={self.bound}{multiplier}"
 
     def forward(self, params: Tensor) -> MonotonicAffineTransform:
         if self.multiplier != 1.0:

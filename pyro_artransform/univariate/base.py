@@ -105,7 +105,7 @@ class ElementwiseTransform(Transform):
 
     @property
     def inv(self) -> "ElementwiseTransform":
-        """The inverse, which has ``call_and_ladj`` too; ``t.inv.inv is t``."""
+        """The inverse, which has ``call_and_ladj`` too; ``t.inv.inv == t``."""
         return InverseElementwiseTransform(self)
 
     def with_cache(self, cache_size: int = 1) -> "ElementwiseTransform":

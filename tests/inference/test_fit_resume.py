@@ -132,13 +132,13 @@ def test_interrupt_and_resume(tmp_path):
 
 def test_a_fit_that_ends_by_itself(tmp_path):
     path = tmp_path / "fit.pt"
-    whole = fitted(*fresh(models.location, small), seed=3, num_steps=None, config=SOON)
+    whole = fitted(*fresh(models.regression, small), seed=3, num_steps=None, config=SOON)
     expected = parameters()
     for at in (20, whole.num_steps - 3):
         options = {"num_steps": None, "config": SOON}
         part = {"checkpoint": path, "callback": stop_at(at)}
-        fitted(*fresh(models.location, small), seed=3, **options, **part)
-        rest = fitted(*fresh(models.location, small), resume=path, **options)
+        fitted(*fresh(models.regression, small), seed=3, **options, **part)
+        rest = fitted(*fresh(models.regression, small), resume=path, **options)
         assert rest.history == whole.history
         assert rest.stopped_because == whole.stopped_because
         assert same(expected, parameters())
@@ -186,14 +186,14 @@ def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     try:
         with pytest.warns(UserWarning, match=r"fit\.pt.*goes on without") as caught:
             whole = fitted(
-                *fresh(models.location, small), checkpoint=path, callback=callback, **options
+                *fresh(models.regression, small), checkpoint=path, callback=callback, **options
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {warning.filename.split("/")[-1] for warning in caught} == {"test_fit_resume.py"}
     assert os.listdir(tmp_path) == ["fit.pt"]
     assert len(read(path)["training"]["losses"]) == 5
-    rest = fitted(*fresh(models.location, small), resume=path, **options)
+    rest = fitted(*fresh(models.regression, small), resume=path, **options)
     assert rest.history == whole.history
 
 
@@ -202,7 +202,7 @@ def test_a_place_for_checkpoints_that_is_none(tmp_path):
     for path in (tmp_path / "missing" / "fit.pt", tmp_path):
         with pytest.raises(ValueError, match="checkpoint: expected a file in a folder"):
             fitted(
-                *fresh(models.location, small),
+                *fresh(models.regression, small),
                 checkpoint=path,
                 callback=lambda step, elbo: steps.append(step),
             )

@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_artransform import fit
-from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.config import EvaluationConfig, FitConfig
 from pyro_artransform.inference.evaluation.many_latents import look_at_marginals
 from pyro_artransform.inference.evaluation.verdict import FitStatus, ModelAndGuide, evaluate
 from pyro_artransform.inference.result import FitResult
@@ -25,7 +25,7 @@ CONFIG = replace(QUICK.evaluation, num_chains=64, num_chain_steps=6)
 def evaluated(model, guide, *args, config=CONFIG):
     guide(*args)
     subject = ModelAndGuide(model, guide, args, {}, LogJoint(model, args))
-    return subject, evaluate(subject, None, FitStatus(), config)
+    return subject, evaluate(subject, None, FitStatus(), FitConfig(evaluation=config))
 
 
 def alternating(x):
