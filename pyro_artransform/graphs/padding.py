@@ -83,5 +83,5 @@ def _group(
         start += count
     for _, i in members:
         rows.append([*parents[i], *[padding] * (width - len(parents[i]))])
-    index = torch.tensor(rows, device="cpu")
+    index = torch.tensor(rows, dtype=torch.long, device="cpu")
     return PaddedGroup(width, tuple(i for _, i in members), slices, index, index < padding)
