@@ -49,17 +49,17 @@ class PrecisionPattern:
         columns = [j for own in elimination.parents for j in own]
         index = torch.tensor([rows, columns], dtype=torch.long, device=self.device)
         every = torch.arange(dim, device=self.device).expand(2, -1)
-        block = torch.combinations(torch.tensor(root, device=self.device)).T
+        block = torch.combinations(torch.tensor(root, dtype=torch.long, device=self.device)).T
         self._keys = self._key(torch.cat([index, every, block], 1)).unique()
         self.num_entries = len(self._keys)
-        self.root = torch.tensor(root, device=self.device)
+        self.root = torch.tensor(root, dtype=torch.long, device=self.device)
         alone = {i for i, own in enumerate(elimination.parents) if not own} - set(root)
         #: coordinates without parents that are not in the root block
         self.alone = torch.tensor(sorted(alone), dtype=torch.long, device=self.device)
         #: groups of coordinates, with their parents, on the device
         self.groups: list[tuple[PaddedGroup, Tensor, Tensor]] = []
         for group in padded_groups(elimination.parents, elimination.level):
-            coordinates = torch.tensor(group.coordinates, device=self.device)
+            coordinates = torch.tensor(group.coordinates, dtype=torch.long, device=self.device)
             self.groups.append((group, coordinates, group.parents.to(self.device)))
 
     def _key(self, pairs: Tensor) -> Tensor:
@@ -247,7 +247,9 @@ class SparseGaussian:
 
     def _regression(self, i: int, on: Sequence[int]) -> tuple[Tensor, Tensor]:
         pattern, covariance = self.pattern, self.covariance
-        own, others = (torch.tensor(x, device=pattern.device) for x in ([i], list(on)))
+        own, others = (
+            torch.tensor(x, dtype=torch.long, device=pattern.device) for x in ([i], list(on))
+        )
         among = covariance[pattern.index(others[:, None], others)]
         across = covariance[pattern.index(own, others)]
         coefficients = torch.linalg.solve(among, across) if len(on) else across

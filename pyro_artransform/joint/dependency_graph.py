@@ -16,6 +16,7 @@ for what was switched off so far, coordinates that share no neighbour are moved 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class _Search:
         """
         dim, step = len(point), other - point
         base = gradients(self.log_density, point[None])
-        left = torch.tensor(columns, device=point.device)
+        left = torch.tensor(columns, dtype=torch.long, device=point.device)
         for _ in range(_MAX_HALVINGS):
             failed = []
             for part in left.split(max(_MOST_ENTRIES // dim, 1)):
@@ -191,13 +192,18 @@ class _Search:
         """
         coloring = color_columns(self.neighbours, seed)
         dim, count = points.shape[-1], coloring.num_colors
-        color = torch.tensor(coloring.color, device=points.device)
+        color = torch.tensor(coloring.color, dtype=torch.long, device=points.device)
         groups = torch.nn.functional.one_hot(color, count).T.bool()
         pairs = [(i, j) for j, own in enumerate(self.neighbours) for i in (*own, j)]
-        rows, columns = torch.tensor(pairs, device=points.device).T
+        rows, columns = torch.tensor(pairs, dtype=torch.long, device=points.device).T
         most = max(_MOST_ENTRIES // (dim * count), 1)
         for point, other in zip(points.split(most), others.split(most)):
-            half = torch.rand(len(point), dim, generator=self._generator).to(point.device) < 0.5
+            options: dict[str, Any] = {
+                "generator": self._generator,
+                "dtype": torch.float64,
+                "device": "cpu",
+            }
+            half = torch.rand(len(point), dim, **options).to(point.device) < 0.5
             half |= color >= count - coloring.num_hubs
             moved = groups & half[:, None]
             expected = torch.zeros_like(moved)
@@ -232,15 +238,17 @@ class _Search:
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
     """Steps of either sign from 0.5 to 1.5, none of them near zero, in the shape of a tensor."""
-    size = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-    sign = torch.randint(2, size.shape, generator=generator) * 2 - 1
+    options: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    size = torch.rand(like.shape, dtype=torch.float64, **options)
+    sign = torch.randint(2, size.shape, **options) * 2 - 1
     return (sign * (0.5 + size)).to(like)
 
 
 def _finite_point(log_density: LogDensity, spread: float, generator: torch.Generator) -> Tensor:
     """A point around the start with a finite gradient."""
     start = log_density.start
-    noise = torch.randn(len(start), generator=generator, dtype=torch.float64).to(start)
+    options: dict[str, Any] = {"generator": generator, "device": "cpu"}
+    noise = torch.randn(len(start), dtype=torch.float64, **options).to(start)
     for k in range(_MAX_HALVINGS):
         point = start + spread * 0.5**k * noise
         if bool(gradients(log_density, point[None]).isfinite().all()):

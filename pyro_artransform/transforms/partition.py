@@ -52,8 +52,9 @@ class PartitionTransform(FlowModule):
                 )
             self.transforms.append(transform)
         self._sizes = [len(coordinates) for coordinates in sets]
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("inverse_order", torch.tensor(order).argsort(), persistent=False)
+        index = torch.tensor(order, dtype=torch.long, device="cpu")
+        self.register_buffer("order", index, persistent=False)
+        self.register_buffer("inverse_order", index.argsort(), persistent=False)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self._each(lambda t, x: t.call_and_ladj(x), x)

@@ -53,13 +53,14 @@ class StructuredFlow(ComposedTransform):
         dim, root = elimination.input_dim, elimination.root
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
-        root_scale = LocationScale(torch.zeros(len(root)), 1.0, full_rank=True)
+        like = nn.Linear(1, 1).weight.detach()  # PyTorch knows where new parameters go
+        root_scale = LocationScale(like.new_zeros(len(root)), 1.0, full_rank=True)
         parts: list[tuple[Sequence[int], FlowModule]] = []
         if root:
             parts.append((root, ComposedTransform(_root_flow(len(root), not rest), root_scale)))
         scale = None
         if rest:
-            scale = LocationScale(torch.zeros(len(rest)), 1.0, full_rank=False)
+            scale = LocationScale(like.new_zeros(len(rest)), 1.0, full_rank=False)
             parts.append((rest, scale))
         layers = []
         if any(elimination.parents):

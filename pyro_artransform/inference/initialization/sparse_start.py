@@ -144,7 +144,7 @@ class SparseGaussianSearch:
         num_draws = config.max_natural_gradients // (2 * (count + 1)) * 2
         num_draws = min(max(num_draws, config.min_natural), config.num_natural)
         draws = gaussian.transform(antithetic_noise(gaussian.loc[None], num_draws))
-        color = torch.tensor(coloring.color, device=draws.device)
+        color = torch.tensor(coloring.color, dtype=torch.long, device=draws.device)
         step = config.natural_difference * gaussian.sd
         if draws.dtype != torch.float64:  # the differences of rounded numbers
             step = 10 * step
@@ -174,8 +174,8 @@ class SparseGaussianSearch:
         """The rows and columns of all pairs of the graph, colors, and who is a hub."""
         coloring, device = self.graph.coloring, self.log_density.start.device
         pairs = [*self.graph.edges, *((i, i) for i in range(self.graph.input_dim))]
-        rows, columns = torch.tensor(pairs, device=device).T
-        color = torch.tensor(coloring.color, device=device)
+        rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
+        color = torch.tensor(coloring.color, dtype=torch.long, device=device)
         return rows, columns, color, color >= coloring.num_colors - coloring.num_hubs
 
     def elbo(self, gaussian: SparseGaussian, num_draws: int) -> float:
