@@ -12,11 +12,10 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
-from pyro_artransform.joint.handlers import UnmaskedLatents
 from tests.attack.laws import LATENTS, LIKELIHOODS, WITHOUT_BATCHES, datum
+from tests.joint.by_trace import by_trace
 
 PLACES = ("alone", "event", "plate", "whole subsample", "nested", "left", "steps")
 SHAPES = {
@@ -232,22 +231,8 @@ def random_models(draw, handlers=HANDLERS, branches=True):
 
 
 def density_by_pyro(model, z):
-    """The log joint density at one draw, from Pyro's trace of the conditioned model, and the Jacobian.
-
-    Masked elements of latents have their prior density, as the package documents.
-    """
-    values, total, start = {}, 0.0, 0
-    for name, site in plain_trace(model).iter_stochastic_nodes():
-        if site_is_subsample(site):
-            continue
-        bijection = biject_to(site["fn"].support)
-        shape = bijection.inverse_shape(site["value"].shape)
-        part = z[start : start + shape.numel()].reshape(shape).to(site["value"].dtype)
-        values[name] = bijection(part)
-        total = total + bijection.log_abs_det_jacobian(part, values[name]).sum()
-        start += shape.numel()
-    assert start == len(z)
-    return total + plain_trace(poutine.condition(UnmaskedLatents()(model), values)).log_prob_sum()
+    """The log joint density at one draw, by runs that improper priors and warnings do not end."""
+    return by_trace(model, z, plain_trace)
 
 
 def runs_in_pyro(model):

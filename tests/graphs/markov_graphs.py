@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Markov graphs by name, as a set of neighbours for each coordinate."""
+"""Markov graphs by name, as a set of neighbours for each coordinate, and precisions with them."""
+
+import torch
 
 
 def from_edges(dim, edges):
@@ -38,6 +40,17 @@ def crossed(rows, columns):
 
 def complete(dim):
     return from_edges(dim, [(i, j) for i in range(dim) for j in range(i)])
+
+
+def dominant_precision(neighbours, slack, generator):
+    """A dense precision with the zeros of a graph, whose diagonal exceeds its rows by some slack."""
+    dim = len(neighbours)
+    precision = torch.zeros(dim, dim)
+    for i, own in enumerate(neighbours):
+        for j in own:
+            if i < j:
+                precision[i, j] = precision[j, i] = torch.randn((), generator=generator)
+    return precision + torch.diag(precision.abs().sum(1) + slack)
 
 
 GRAPHS = {

@@ -8,22 +8,15 @@ import torch
 from pyro_artransform.graphs.elimination import eliminate
 from pyro_artransform.graphs.markov_graph import MarkovGraph
 from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from tests.graphs.markov_graphs import GRAPHS, chain
+from tests.graphs.markov_graphs import GRAPHS, chain, dominant_precision
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
 
 
 def random_precision(neighbours, seed=0):
     """A dense precision with the zeros of a graph, and badly scaled coordinates."""
-    generator = torch.Generator().manual_seed(seed)
-    dim = len(neighbours)
-    dense = torch.zeros(dim, dim)
-    for i, own in enumerate(neighbours):
-        for j in own:
-            if i < j:
-                dense[i, j] = dense[j, i] = torch.randn((), generator=generator)
-    dense += torch.diag(dense.abs().sum(1) + 0.1)
-    units = 10 ** torch.linspace(-2, 2, dim)
+    dense = dominant_precision(neighbours, 0.1, torch.Generator().manual_seed(seed))
+    units = 10 ** torch.linspace(-2, 2, len(neighbours))
     return units[:, None] * dense * units
 
 

@@ -7,12 +7,10 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.poutine.util import site_is_subsample
-from torch.distributions import biject_to
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.handlers import UnmaskedLatents
 from tests.joint import models
+from tests.joint.by_trace import by_trace
 
 STRATEGIES = {
     "one_plate": "plate",
@@ -30,24 +28,6 @@ STRATEGIES = {
     "python_branch": "loop",
     "python_number": "loop",
 }
-
-
-def by_trace(model, z):
-    """The log joint density at one draw, from Pyro's trace of the conditioned model."""
-    trace = poutine.trace(model).get_trace()
-    values, total, start = {}, 0.0, 0
-    for name, site in trace.iter_stochastic_nodes():
-        if site_is_subsample(site):
-            continue
-        bijection = biject_to(site["fn"].support)
-        shape = bijection.inverse_shape(site["value"].shape)
-        part = z[start : start + shape.numel()].reshape(shape).to(site["value"].dtype)
-        values[name] = bijection(part)
-        total = total + bijection.log_abs_det_jacobian(part, values[name]).sum()
-        start += shape.numel()
-    assert start == len(z)
-    conditioned = poutine.condition(UnmaskedLatents()(model), values)
-    return total + poutine.trace(conditioned).get_trace().log_prob_sum()
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

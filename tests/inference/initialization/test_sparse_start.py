@@ -19,7 +19,7 @@ from pyro_artransform.inference.initialization.sparse_start import (
 )
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.protocols import StructuredGuide
-from tests.graphs.markov_graphs import GRAPHS, chain, crossed, grid, plate, tree
+from tests.graphs.markov_graphs import GRAPHS, chain, crossed, dominant_precision, grid, plate, tree
 
 CONFIG = InitializationConfig()
 LINEAR = {
@@ -36,14 +36,8 @@ LINEAR = {
 def gaussian_of(neighbours):
     """A mean, and a precision with the zeros of a graph whose correlations are strong."""
     generator = torch.Generator().manual_seed(3)
-    dim = len(neighbours)
-    precision = torch.zeros(dim, dim)
-    for i, own in enumerate(neighbours):
-        for j in own:
-            if i < j:
-                precision[i, j] = precision[j, i] = torch.randn((), generator=generator)
-    precision += torch.diag(precision.abs().sum(1) + 0.05)
-    return torch.randn(dim, generator=generator), precision
+    precision = dominant_precision(neighbours, 0.05, generator)
+    return torch.randn(len(neighbours), generator=generator), precision
 
 
 def linear_model(loc, precision):
