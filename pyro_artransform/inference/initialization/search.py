@@ -52,13 +52,9 @@ def find_initial_guide(
     """
     if log_density.strategy == "loop":
         config = config.for_loop()
-    with torch.no_grad():
-        z, log_q = guide.rsample_and_log_prob(config.num_fine)
-    ratios, center = evaluate_density(log_density, z) - log_q, z.median(0).values
-    own_elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+    own_elbo, needed, center = judge_guide(log_density, guide, config)
     search = GaussianSearch(log_density, model, config)
     best = search.best(center)
-    needed = upper_bound(ratios, config.min_gain_in_se) + config.min_gain
     if best is not None:
         chosen, gaussian = best
         if chosen.elbo > needed and search.start_at(gaussian, guide, own_elbo):
@@ -72,7 +68,19 @@ def find_initial_guide(
     )
 
 
-def upper_bound(ratios: Tensor, num_se: float) -> float:
+def judge_guide(
+    log_density: LogDensity, guide: FlowGuide, config: InitializationConfig
+) -> tuple[float, float, Tensor]:
+    """The ELBO of a guide as it is, the one that a candidate has to exceed, and the guide's median."""
+    with torch.no_grad():
+        z, log_q = guide.rsample_and_log_prob(config.num_fine)
+    ratios = evaluate_density(log_density, z) - log_q
+    elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+    needed = _upper_bound(ratios, config.min_gain_in_se) + config.min_gain
+    return elbo, needed, z.median(0).values
+
+
+def _upper_bound(ratios: Tensor, num_se: float) -> float:
     """The mean and so many of its standard errors; the median if it is between: tails are one-sided."""
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)

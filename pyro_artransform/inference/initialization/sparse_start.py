@@ -37,7 +37,7 @@ from ...joint.dependency_graph import gradients
 from ...joint.protocols import StructuredGuide
 from ..config import InitializationConfig
 from .gaussians import antithetic_noise, evaluate_density, fit_independent
-from .search import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, upper_bound
+from .search import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, judge_guide
 
 _SPARSE = "a Gaussian with the graph of the latents"
 
@@ -55,11 +55,7 @@ def find_sparse_start(
     """
     if log_density.strategy == "loop":
         config = config.for_loop()
-    with torch.no_grad():
-        z, log_q = guide.rsample_and_log_prob(config.num_fine)
-    ratios, center = evaluate_density(log_density, z) - log_q, z.median(0).values
-    own_elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
-    needed = upper_bound(ratios, config.min_gain_in_se) + config.min_gain
+    own_elbo, needed, center = judge_guide(log_density, guide, config)
     initial = InitialGuide(UNCHANGED, own_elbo, None)
     few = log_density.latents.latent_dim <= config.max_hessian_dim
     points = GaussianSearch(log_density, model, config).points(center)
