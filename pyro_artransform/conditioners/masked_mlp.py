@@ -214,7 +214,7 @@ class MaskedMLP(Conditioner):
 
     def evaluate(self, x: Tensor, context: Tensor | None = None) -> MLPEvaluation | None:
         """None if blocks are: products of weights do not go through another ``forward`` or hooks."""
-        if type(self).forward is not MaskedMLP.forward or self._has_hooks():
+        if not self._is_of_its_layers():
             return None
         *hidden, params = self._layers_at(x, context)
         slopes = [slope(self.nonlinearity, layer) for layer in hidden]
@@ -233,17 +233,19 @@ class MaskedMLP(Conditioner):
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> MLPBlocks | None:
         """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
-        if type(self).forward is not MaskedMLP.forward or self._has_hooks():
+        if not self._is_of_its_layers():
             return None
         self._check_input(x, context)
         layout, order = self._sorted_layout()
         weights = self._sorted_weights(context, order)
         return MLPBlocks(layout, order, weights, self.nonlinearity, x, in_place)
 
-    def _has_hooks(self) -> bool:
+    def _is_of_its_layers(self) -> bool:
+        """Whether masked layers and activations are all that it does."""
         layers = [*self.layers] if self.skip is None else [*self.layers, self.skip]
         changed = any(type(layer).forward is not MaskedLinear.forward for layer in layers)
-        return changed or any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
+        return type(self).forward is MaskedMLP.forward and not (changed or hooked)
 
     def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
         layers: Any = list(self.layers)  # slices of a ModuleList are modules, and slow to make
