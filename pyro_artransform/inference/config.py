@@ -72,11 +72,16 @@ class OptimizationConfig:
     constant_share: float = 0.4  #: the constant part of a given number of steps
     window: int = 300  #: steps whose mean ELBO is compared with that of as many before
     min_improvement: float = 0.004  #: less between windows is too little to go on for, in nats
+    look_every: int = 50  #: steps between two looks at what is left to win
+    look_draws: int = 200  #: draws of a look; near the posterior it takes selection_draws
+    #: a gap that leaves nothing to win, in nats: as much as one mean that is 0.045 sd off costs
+    good_gap: float = 0.001
     max_constant_path: int = 2000  #: the longest constant phase, with the path gradient
     max_constant_pyro: int = 4000  #: the same without the path gradient
     max_constant_epochs: int = 20  #: the same in epochs
     decay_share: float = 0.6  #: the decay as a share of the constant phase
     min_decay: int = 400  #: the shortest decay in steps
+    min_good_decay: int = 100  #: the shortest decay where less than min_improvement is left to win
     max_decay: int = 1500  #: the longest one
     min_noisy_decay: int = 1000  #: the shortest decay where steps are noisy by mini-batches
     long_decay: int = 2800  #: the decay where too many nats are left

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import OptimizationConfig
+from .looks import Score, is_good
 
 PLATEAU = "the ELBO stopped moving"
-NOTHING_TO_WIN = "the initial guide was the posterior, as far as its weights tell"
+NOTHING_TO_WIN = "the guide is the posterior, as far as its weights tell: nothing is left to win"
+LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
@@ -86,9 +88,29 @@ class Schedule:
         decay = min(max(math.ceil(config.decay_share * step), self.min_decay), longest)
         if gap() > config.long_decay_gap:
             decay = max(decay, config.long_decay)
+        return self._decaying(step, decay, PLATEAU if is_still else LIMIT)
+
+    def _decaying(self, step: int, decay: int, reason: str) -> "Schedule":
+        """The schedule whose step size goes down from now on."""
         tail_start = step + self._whole(decay)
-        end, reason = tail_start + self.tail_steps, PLATEAU if is_still else LIMIT
+        end = tail_start + self.tail_steps
         return replace(self, decay_start=step, tail_start=tail_start, end=end, reason=reason)
+
+    def is_for_a_look(self, step: int) -> bool:
+        """Whether to look, after so many steps, at what is left to win."""
+        every = self.config.look_every
+        return self.num_steps is None and step >= 2 * every and step % every == 0
+
+    def after_look(self, step: int, score: Score) -> "Schedule":
+        """The schedule after a look: it ends where nothing is left to win, or soon with little left."""
+        config = self.config
+        if is_good(score, config):
+            tail_start = min(self.tail_start, step)
+            return replace(self, end=step, tail_start=tail_start, reason=NOTHING_TO_WIN)
+        if self.end is None and score.gap <= config.min_improvement:
+            decay = max(math.ceil(config.decay_share * step), config.min_good_decay)
+            return self._decaying(step, decay, LITTLE_TO_WIN)
+        return self
 
     def _whole(self, steps: int, min_epochs: int = 1) -> int:
         """At least so many steps that make whole epochs, and at least so many of them."""

@@ -6,35 +6,13 @@
 import math
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
-from ...diagnostics import fit_tail
-from ...diagnostics.importance import GOOD_KHAT
 from ..config import OptimizationConfig
+from .looks import Score, is_good, look, score_of
 from .nonfinite import FitError
-from .training import Trainer, Training, gap_of
-
-
-class Score(NamedTuple):
-    """What parameters are judged by; the gap to the evidence is infinite where it is not known."""
-
-    elbo: float = -math.inf
-    khat: float = math.inf
-    gap: float = math.inf
-
-
-def _score(training: Training, num_draws: int) -> Score:
-    draws = training.objective.elbo_draws(num_draws)
-    elbo = draws.mean().item()
-    if not math.isfinite(elbo):
-        return Score()
-    if not training.objective.has_weights:
-        return Score(elbo, 0.0)
-    khat = fit_tail(draws).khat
-    # weights with a heavy tail know too little of the evidence
-    return Score(elbo, khat, gap_of(draws) if khat < GOOD_KHAT else math.inf)
+from .training import Trainer, Training
 
 
 def is_at_posterior(trainer: Trainer) -> bool:
@@ -46,11 +24,7 @@ def is_at_posterior(trainer: Trainer) -> bool:
     is_asked = schedule.num_steps is not None or trainer.optim is not None
     if is_asked or not objective.has_weights or not objective.is_guide_alone():
         return False
-    config = schedule.config
-    draws = objective.elbo_draws(config.selection_draws)
-    if not bool(draws.isfinite().all()):
-        return False
-    return gap_of(draws) < config.min_improvement and fit_tail(draws).khat <= config.tail_good_khat
+    return is_good(look(objective, schedule.config), schedule.config)
 
 
 def choose_step_size(trainer: Trainer) -> tuple[float, int]:
@@ -76,7 +50,7 @@ def choose_step_size(trainer: Trainer) -> tuple[float, int]:
         with suppress(FitError):
             for _ in range(num_steps):
                 training.step()
-            score = _score(training, config.search_draws)
+            score = score_of(training.objective, config.search_draws)
         training.set_parameters(before)
         elbos.append(score.elbo)
         if score.gap < config.search_min_gain:
@@ -100,7 +74,7 @@ def select_parameters(training: Training) -> str:
     for name, values in candidates.items():
         torch.set_rng_state(state)
         training.set_parameters(values)
-        scores[name] = _score(training, config.selection_draws)
+        scores[name] = score_of(training.objective, config.selection_draws)
     best = best_of(scores, config)
     training.set_parameters(candidates[best])
     return best

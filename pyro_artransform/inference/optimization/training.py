@@ -18,6 +18,7 @@ from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
 from ..data.loader import BatchStream
 from ..objectives.objective import Objective
+from .looks import gap_of, look
 from .nonfinite import FitError, SkippedSteps
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
 from .schedule import Schedule
@@ -78,6 +79,8 @@ class Training:
         self.skipped = SkippedSteps()
         self._norms: list[float] = []
         self._average, self._best, self._best_loss = self._values(), self._values(), math.inf
+        # the weights say nothing of the parameters of a model
+        self._looks = self.objective.has_weights and self.objective.is_guide_alone()
         #: the parameters at some steps on the way, by name
         self._kept: dict[str, list[Tensor]] = {}
 
@@ -115,6 +118,8 @@ class Training:
         self.losses.append(value if math.isfinite(norm) else math.nan)
         self._remember()
         self.schedule = self.schedule.observe(self.losses, self._gap)
+        if self._looks and self.schedule.is_for_a_look(self.num_steps):
+            self._look()
         return value
 
     def _take(self, gradients: Sequence[Tensor | None], norm: float) -> None:
@@ -149,6 +154,14 @@ class Training:
             loss = statistics.fmean(self.losses[-block:])
             if loss < self._best_loss:
                 self._best, self._best_loss = self._values(), loss
+
+    def _look(self) -> None:
+        """Ends the fit, or its constant phase, where the averaged parameters leave little to win."""
+        present = self._values()
+        self.set_parameters(self._average)
+        score = look(self.objective, self._config)
+        self.set_parameters(present)
+        self.schedule = self.schedule.after_look(self.num_steps, score)
 
     def _gap(self) -> float:
         """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
@@ -200,15 +213,6 @@ class Training:
         self.skipped = SkippedSteps(count, in_a_row, Counter(state["culprits"]))
         for name in _COPIED:
             setattr(self, f"_{name}", state[name])
-
-
-def gap_of(log_weights: Tensor) -> float:
-    """How far the ELBO is from the log evidence, in nats, by importance sampling.
-
-    :param log_weights: of draws of the guide, shape ``(n,)``.
-    """
-    log_evidence = log_weights.logsumexp(0) - math.log(len(log_weights))
-    return float(log_evidence - log_weights.mean())
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
-from pyro_artransform.inference.optimization.schedule import LIMIT, PLATEAU, Schedule, new_schedule
+from pyro_artransform.inference.optimization.looks import Score
+from pyro_artransform.inference.optimization.schedule import (
+    LIMIT,
+    LITTLE_TO_WIN,
+    NOTHING_TO_WIN,
+    PLATEAU,
+    Schedule,
+    new_schedule,
+)
 
 CONFIG = OptimizationConfig()
 
@@ -221,3 +229,31 @@ def test_only_the_path_gradient_of_all_data_sees_tails():
 def test_noise_has_time_to_average_out():
     noisy = min(of(num_batches=10).min_decay, of(is_subsampled=True).min_decay)
     assert noisy > 2 * of().min_decay
+
+
+GOOD, NEAR, FAR = Score(0.0, 0.2, 0.0005), Score(0.0, 0.6, 0.003), Score(0.0, 0.2, 0.5)
+
+
+def test_looks_are_taken_where_the_fit_finds_its_end_itself():
+    assert [step for step in range(201) if schedule().is_for_a_look(step)] == [100, 150, 200]
+    assert not any(schedule(200).is_for_a_look(step) for step in range(201))
+
+
+def test_a_fit_ends_where_nothing_is_left_to_win():
+    for plan in (schedule(tail_steps=100), schedule(tail_steps=100).after_look(100, NEAR)):
+        ended = plan.after_look(150, GOOD)
+        assert (ended.is_over(150), ended.reason) == (True, NOTHING_TO_WIN)
+
+
+def test_a_fit_with_little_left_to_win_goes_to_its_end():
+    plan = schedule(tail_steps=100).after_look(300, NEAR)
+    assert (plan.decay_start, plan.tail_start, plan.end) == (300, 480, 580)
+    assert plan.reason == LITTLE_TO_WIN
+    # it is on its way, and another look of the kind does not put it off
+    assert plan.after_look(350, NEAR) == plan
+    assert schedule().after_look(100, NEAR).tail_start == 100 + CONFIG.min_good_decay
+
+
+def test_a_fit_that_is_far_off_goes_on():
+    assert schedule().after_look(100, FAR) == schedule()
+    assert schedule().after_look(100, Score()) == schedule()
