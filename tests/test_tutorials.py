@@ -51,7 +51,14 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_the_promised_notebooks_are_there() -> None:
-    promised = {"diagnosing", "extending", "hierarchical", "svi_flow_guide", "vae_iaf"}
+    promised = {
+        "diagnosing",
+        "extending",
+        "hierarchical",
+        "structured",
+        "svi_flow_guide",
+        "vae_iaf",
+    }
     assert promised <= {path.stem for path in NOTEBOOKS}
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..arguments import check_callable, check_integer
 from .config import FitConfig
 from .data.loader import Batch, BatchStream
+from .guide_argument import check_call, parameter_names, split_arguments
 from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
 from .stages import FitRun
@@ -24,8 +24,8 @@ from .stages import FitRun
 
 def fit(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
     *args: Any,
+    guide: Callable[..., Any] | None = None,
     num_steps: int | None = None,
     num_particles: int = 64,
     seed: int | None = None,
@@ -40,6 +40,12 @@ def fit(
     **kwargs: Any,
 ) -> FitResult:
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
+
+    It is called as ``fit(model, guide, *args)``, or as ``fit(model, *args)``: then it chooses the
+    guide, ``result.guide``, and ``print(result)`` says why. ``AutoIAF`` is for few latents,
+    ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled plate. What is
+    callable in second place is the guide; where the model itself takes a callable first, give that by
+    its name, or the guide as ``guide=``.
 
     A guide of this package is initialized with the best of many candidates by their ELBO: itself,
     Gaussians on the way to modes, mean-field fits. It is trained by the path gradient, any other Pyro
@@ -60,10 +66,11 @@ def fit(
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
     :param model: a Pyro model.
+    :param args: the guide, if one is given, and the arguments of model and guide; none of these with a
+        loader.
     :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in the protocols
         ``FlowGuide``, ``MinibatchGuide`` and ``ScaledSteps`` of :mod:`pyro_artransform.joint.protocols`:
         an initial value, the path gradient, and the scale of its parameters' steps.
-    :param args: the arguments of model and guide; none with a loader.
     :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
         finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows.
@@ -87,12 +94,14 @@ def fit(
     :param config: all numbers that a fit is tuned by; the defaults are meant for every model.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :return: the verdict, and the numbers that it rests on; the posterior is the guide.
-    :raises TypeError: if the loader can be gone through once only, or its batches cannot be arguments.
-    :raises ValueError: if the model has a parameter of the name of one of these options, if the guide
-        was made for a model with other latents, if there is no initial guide with a finite density, if
-        an option is out of its range, if ``optim`` trains none of the parameters, if a checkpoint is of
-        another fit, if a loader is empty or never ends, if latents that all batches share would see one
-        batch as if it were all data, or if the guide would look up other elements than those of a batch.
+    :raises TypeError: if the arguments are not those of the model, the guide is a class, the loader can
+        be gone through once only, or its batches cannot be arguments.
+    :raises ValueError: if the model has no continuous latent, or a parameter of the name of one of
+        these options, if the guide was made for a model with other latents, if there is no initial
+        guide with a finite density, if an option is out of its range, if ``optim`` trains none of the
+        parameters, if a checkpoint is of another fit, if a loader is empty or never ends, if latents
+        that all batches share would see one batch as if it were all data, or if the guide would look
+        up other elements than those of a batch.
     :raises RuntimeError: if it is called in ``torch.inference_mode``.
     :raises FitError: if the loss is not finite for many steps in a row.
 
@@ -108,6 +117,12 @@ def fit(
         >>> result = fit(model, guide, torch.ones(3), num_steps=50, progress=False)
         >>> result.num_steps, guide.sample_posterior(4)["loc"].shape
         (50, torch.Size([4]))
+
+    Without a guide::
+
+        >>> result = fit(model, torch.ones(3), num_steps=50, progress=False)
+        >>> result.guide.sample_posterior(4)["loc"].shape, result.rows()["guide"]
+        (torch.Size([4]), 'AutoIAF, for 1 latent')
 
     By mini-batches::
 
@@ -134,8 +149,11 @@ def fit(
         raise RuntimeError(
             "fit: expected to be called outside of torch.inference_mode, in which there are no gradients"
         )
+    guide, args = split_arguments(guide, args)
     _check_names(model)
     _check_options(loader, epochs, num_steps, args)
+    if loader is None:
+        check_call(model, args, kwargs)
     _check_place(checkpoint)
     check_integer("num_particles", num_particles)
     if callback is not None:
@@ -168,12 +186,7 @@ _OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}
 def _check_names(model: Callable[..., object]) -> None:
     """Checks that a model has no parameter of the name of an option, unless it is bound."""
     bound = model.keywords if isinstance(model, partial) else {}
-    try:
-        called = model.forward if isinstance(model, nn.Module) else model
-        names = inspect.signature(called).parameters.keys() - bound
-    except (TypeError, ValueError):  # not every callable says what it takes
-        return
-    taken = sorted(names & _OPTIONS)
+    taken = sorted((parameter_names(model) - bound.keys()) & _OPTIONS)
     if taken:
         raise ValueError(
             f"the model has a parameter '{taken[0]}', which is an option of fit: expected another "

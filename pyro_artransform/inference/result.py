@@ -6,13 +6,14 @@
 import math
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 from ..diagnostics import Importance, Marginals
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult:
-    """A verdict on a posterior, with the numbers that it rests on. The posterior itself is the guide.
+    """A verdict on a posterior, with the numbers that it rests on. The posterior itself is ``guide``.
 
     After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
     where the model scales its batches up, and otherwise that of a batch. Its standard error is from
@@ -49,6 +50,8 @@ class FitResult:
         the joint cannot; ``None`` where nobody has looked. A fit looks where weights say no, and there
         are 30 latents or more, all data, and a model that takes many draws at once.
     :param marginals: how far each of them is off; ``None`` where nobody has looked.
+    :param guide: the guide, that of the user or the one that the fit has chosen.
+    :param guide_reason: why it has chosen this one; empty where the guide is the user's.
     """
 
     elbo: float
@@ -75,10 +78,15 @@ class FitResult:
     importance: Importance | None = None
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None
+    guide: Any = None  # what it offers beyond Pyro's interface depends on its class
+    guide_reason: str = ""
 
     def rows(self) -> dict[str, str]:
         """The numbers in words, by name."""
-        rows = {"ELBO": f"{self.elbo:.3f} ± {self.elbo_se:.3f}"}
+        rows = {}
+        if self.guide_reason:
+            rows["guide"] = f"{type(self.guide).__name__}, {self.guide_reason}"
+        rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
             rows |= {
                 "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",

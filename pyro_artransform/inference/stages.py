@@ -24,6 +24,7 @@ from .data.checks import check_use
 from .data.loader import Batch, BatchStream
 from .evaluation.many_latents import look_at_marginals
 from .evaluation.verdict import FitStatus, ModelAndGuide, evaluate, evaluate_minibatches
+from .guide_argument import choose
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
@@ -52,7 +53,7 @@ class FitRun:
     def __init__(
         self,
         model: Function,
-        guide: Function,
+        guide: Function | None,
         arguments: Batch,
         stream: BatchStream | None,
         config: FitConfig,
@@ -62,6 +63,9 @@ class FitRun:
     ) -> None:
         self._began, self._config = time.perf_counter(), config
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
+        self._guide_reason = ""
+        if guide is None:
+            guide, self._guide_reason = choose(model, *batches[0])
         self._subject = subject = _run_once(model, guide, batches[0], stream)
         log_joint, is_subsampled = subject.log_joint, subject.log_joint.is_subsampled
         if stream and stream.num_batches == 1 and stream.is_partition and not is_subsampled:
@@ -240,6 +244,8 @@ class FitRun:
             step_size=self._step_size,
             culprits=dict(training.skipped.sites),
             one_at_a_time=self._looped_because or self._subject.log_joint.reason,
+            guide=self._subject.guide,
+            guide_reason=self._guide_reason,
         )
 
 

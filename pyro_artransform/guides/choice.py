@@ -1,0 +1,49 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The guide of a model for which none is given."""
+
+from collections.abc import Callable
+
+import torch
+from pyro import poutine
+
+from ..joint.handlers import subsampled_plates
+from ..joint.sites import Latents
+from .amortized.amortized_guide import AutoAmortized
+from .persistence.persistent_guide import PersistentGuide
+from .presets import AutoIAF
+from .structured.structured_guide import AutoStructuredFlow
+
+# Up to where AutoIAF is as good on a chain, and better on dense graphs (benchmarks/choice.md).
+_MOST_FOR_IAF = 50
+
+
+def choose_guide(
+    model: Callable[..., object], *args: object, **kwargs: object
+) -> tuple[PersistentGuide, str]:
+    """A new guide of a model, and why it is this one.
+
+    - ``AutoAmortized`` where latents are in a sub-sampled plate, which no other guide can follow;
+    - ``AutoIAF`` for few latents, and where the data are sub-sampled: a mini-batch may lack
+      dependencies of the posterior;
+    - ``AutoStructuredFlow`` for many.
+
+    :param model: a Pyro model.
+    :param args: its arguments, as ``kwargs``; of a loader those of a mini-batch.
+    :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
+    """
+    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    latents = Latents.from_trace(trace)
+    parts = {plate.name for plate in subsampled_plates(trace)}
+    count = "1 latent" if latents.latent_dim == 1 else f"{latents.latent_dim} latents"
+    for site in latents.sites.values():
+        for plate in site.plates:
+            if plate.name in parts:
+                return AutoAmortized(model), f"for latents in the sub-sampled plate '{plate.name}'"
+    if parts:
+        return AutoIAF(model), f"for {count} and sub-sampled data"
+    if latents.latent_dim <= _MOST_FOR_IAF:
+        return AutoIAF(model), f"for {count}"
+    return AutoStructuredFlow(model), f"for {count}"

@@ -1,0 +1,74 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which guide a model gets where none is given."""
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
+from pyro_artransform.guides.choice import _MOST_FOR_IAF, choose_guide
+
+
+def path(size):
+    pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+
+def groups(size, subsample_size):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", size, subsample_size=subsample_size):
+        pyro.sample("z", dist.Normal(mean, 1.0))
+
+
+def rows(size):
+    z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+    with pyro.plate("rows", 1000, subsample_size=10):
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.zeros(10))
+
+
+MANY = _MOST_FOR_IAF + 1
+CHOICES = [
+    (path, (1,), AutoIAF, "for 1 latent"),
+    (path, (_MOST_FOR_IAF,), AutoIAF, f"for {_MOST_FOR_IAF} latents"),
+    (path, (MANY,), AutoStructuredFlow, f"for {MANY} latents"),
+    (groups, (MANY, MANY), AutoStructuredFlow, f"for {MANY + 1} latents"),
+    (groups, (6, 3), AutoAmortized, "for latents in the sub-sampled plate 'groups'"),
+    # a mini-batch may lack dependencies
+    (rows, (MANY,), AutoIAF, f"for {MANY} latents and sub-sampled data"),
+]
+
+
+@pytest.mark.parametrize(("model", "args", "kind", "reason"), CHOICES)
+def test_choice(model, args, kind, reason):
+    guide, why = choose_guide(model, *args)
+    assert type(guide) is kind
+    assert why == reason
+    assert guide(*args).keys() >= {"z"}
+
+
+def test_keyword_arguments():
+    assert choose_guide(path, size=3)[1] == "for 3 latents"
+
+
+def test_it_leaves_no_trace():
+    def model():
+        pyro.param("scale", torch.ones(()))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    before = torch.get_rng_state()
+    with pyro.poutine.trace() as tracer:
+        choose_guide(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not tracer.trace.nodes
+
+
+def test_a_model_without_latents():
+    with pytest.raises(ValueError, match="no continuous latent: expected at least one"):
+        choose_guide(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(())))
+
+
+def test_a_discrete_latent():
+    with pytest.raises(ValueError, match="site 'k' is discrete: expected continuous latents"):
+        choose_guide(lambda: pyro.sample("k", dist.Bernoulli(0.5)))

@@ -1,0 +1,169 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The guide of a fit: in second place, by name, or chosen."""
+
+from functools import partial, wraps
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoNormal
+from torch.utils.data import DataLoader
+
+from pyro_artransform import AutoAmortized, AutoIAF
+from pyro_artransform.inference.guide_argument import check_call, split_arguments
+from tests.inference import models
+from tests.inference.conftest import quick_fit
+
+fit = partial(quick_fit, num_particles=4, progress=False)
+
+
+def location(y, scale=1.0):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", 12, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+
+def with_link(link, y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(link(loc), 1.0), obs=y)
+
+
+def groups(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 12, subsample_size=4) as index:
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+Y = 2 + torch.linspace(-1, 1, 12, dtype=torch.float64)
+
+
+@pytest.fixture
+def guide():
+    return AutoNormal(location)
+
+
+# In second place, or by name
+
+
+def test_the_users_guide_is_in_the_result(guide):
+    for result in (
+        fit(location, guide, Y, num_steps=2),
+        fit(location, Y, guide=guide, num_steps=2),
+    ):
+        assert result.guide is guide
+        assert result.guide_reason == ""
+        assert "guide" not in result.rows()
+
+
+def test_a_guide_by_name_leaves_callables_to_the_model():
+    chosen = AutoNormal(with_link)
+    assert fit(with_link, torch.exp, Y, guide=chosen, num_steps=2).guide is chosen
+
+
+@pytest.mark.parametrize("model", [with_link, partial(with_link, y=Y)])
+def test_a_callable_of_the_models_goes_by_its_name(model):
+    data = {"y": Y} if model is with_link else {}
+    assert isinstance(fit(model, link=torch.exp, **data, num_steps=2).guide, AutoIAF)
+
+
+def test_a_callable_of_the_models_is_not_taken_for_the_guide_in_silence():
+    with pytest.raises(TypeError, match=r"missing a required argument: 'y'.*by its name"):
+        fit(with_link, torch.exp, Y, num_steps=2)
+
+
+@pytest.mark.parametrize("wrong", [(AutoNormal,), (AutoIAF, Y)])
+def test_a_class_is_no_guide(wrong):
+    with pytest.raises(TypeError, match=r"a guide of the model, such as AutoIAF\(model\)"):
+        fit(location, *wrong)
+
+
+def test_what_cannot_be_called_is_no_guide():
+    with pytest.raises(TypeError, match="guide: expected a guide of the model"):
+        fit(location, Y, guide=3)
+
+
+@pytest.mark.parametrize("args", [(None,), (Y, 1.0, 2.0), ("auto", Y, 1.0)])
+def test_arguments_that_the_model_does_not_take(args):
+    model = models.location if len(args) == 1 else location
+    args = args if model is location else (*args, *args, *args)
+    with pytest.raises(TypeError, match="expected the arguments that the model takes"):
+        fit(model, *args)
+
+
+def test_a_function_that_draws_nothing_is_no_guide():
+    def model(link=torch.exp):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="expected"):
+        fit(model, lambda: None)
+
+
+def test_numbers_and_arrays_are_arguments():
+    for value in (Y, Y.numpy(), [1.0], {"a": 1}, 2.0, None, "text"):
+        assert split_arguments(None, (value,)) == (None, (value,))
+
+
+def test_decorated_models_take_what_their_decorator_takes():
+    @wraps(location)
+    def decorated():
+        return location(Y)
+
+    check_call(decorated, (), {})
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        check_call(decorated, (Y,), {})
+
+
+# Chosen
+
+
+def test_the_choice_is_in_the_result():
+    result = fit(location, Y, 0.5, num_steps=3)
+    assert isinstance(result.guide, AutoIAF)
+    assert result.rows()["guide"] == "AutoIAF, for 1 latent"
+    assert "  guide         AutoIAF, for 1 latent\n" in repr(result)
+    assert "AutoIAF, for 1 latent" in result._repr_html_()
+    assert result.guide.sample_posterior(5)["loc"].shape == (5,)
+
+
+def test_it_is_as_good_as_the_same_guide_given():
+    given = fit(location, AutoIAF(location), Y, num_steps=5, seed=0)
+    pyro.clear_param_store()
+    chosen = fit(location, Y, num_steps=5, seed=0)
+    assert chosen.history == given.history
+    assert chosen.elbo == given.elbo
+
+
+def test_sub_sampled_plate_of_latents():
+    result = fit(groups, Y, num_steps=3)
+    assert isinstance(result.guide, AutoAmortized)
+    assert "guide         AutoAmortized, for latents in the sub-sampled plate 'groups'" in repr(
+        result
+    )
+
+
+def test_loader():
+    loader = DataLoader(Y, batch_size=4, shuffle=True)
+    result = fit(location, loader=loader, epochs=2, scale=0.5)
+    assert isinstance(result.guide, AutoIAF)
+    assert result.rows()["guide"] == "AutoIAF, for 1 latent and sub-sampled data"
+    assert result.num_steps == 6
+
+
+def test_resumed(tmp_path):
+    file, options = tmp_path / "fit.pt", {"num_steps": 8, "seed": 0}
+    whole = fit(location, Y, **options)
+    stopped = fit(location, Y, **options, checkpoint=file, callback=lambda step, _: step == 4)
+    resumed = fit(location, Y, num_steps=8, resume=file)
+    assert resumed.guide is not stopped.guide
+    assert stopped.num_steps == 4
+    assert resumed.history == whole.history
+
+
+def test_a_model_without_latents():
+    with pytest.raises(ValueError, match="no continuous latent: expected at least one"):
+        fit(lambda: None)
