@@ -5,6 +5,7 @@
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -56,23 +57,24 @@ def noted_interrupts() -> Iterator[threading.Event]:
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean ELBO of the last steps; ``None`` shows nothing."""
+    """A bar of ``tqdm`` with the mean ELBO of the last steps; ``None`` shows nothing.
+
+    It is live on a terminal and in a notebook; elsewhere, as in a log file, it is one line at the end.
+    """
 
     bar: Any
+    is_live: bool = True
 
     def say(self, what: str) -> None:
         """Shows what is being done."""
         if self.bar is not None:
-            self.bar.set_description(what)
+            self.bar.set_description(what, refresh=self.is_live)
 
-    def update(
-        self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
-    ) -> None:
-        """Goes on to the number of losses, of so many in all if that is known."""
+    def update(self, losses: Sequence[float], total: int, epoch: str = "", batch: str = "") -> None:
+        """Goes on to the number of losses, of so many in all as far as is known."""
         if self.bar is None:
             return
-        if total is not None:
-            self.bar.total = total
+        self.bar.total = total
         if epoch:
             self.bar.set_description(epoch, refresh=False)
         words = [batch] if batch else []
@@ -86,11 +88,16 @@ class ProgressBar:
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[ProgressBar]:
     """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed."""
-    bar = None
+    bar, is_live = None, True
     if shown:
         with suppress(ImportError):
             from tqdm.auto import tqdm
 
-            bar = tqdm(unit="step", dynamic_ncols=True)
+            is_widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+            is_live = is_widget or sys.stderr.isatty()
+            wait = {} if is_live else {"mininterval": math.inf, "delay": 1e-9}
+            bar = tqdm(unit="step", dynamic_ncols=True, **wait)
     with nullcontext() if bar is None else bar:
-        yield ProgressBar(bar)
+        yield ProgressBar(bar, is_live)
+        if bar is not None:
+            bar.delay = 0.0  # or else a bar that was never shown is not shown at its end

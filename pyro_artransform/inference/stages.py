@@ -194,9 +194,9 @@ class FitRun:
         bar.say("fit")
         training, is_asked_to_end = self._training, False
         while not (training.is_over() or interrupted.is_set() or is_asked_to_end):
-            loss, end = training.step(), training.schedule.end
-            place = () if self._stream is None else self._stream.place(end)
-            bar.update(training.losses, end, *place)
+            loss, plan = training.step(), training.schedule
+            place = () if self._stream is None else self._stream.place(plan.end)
+            bar.update(training.losses, plan.expected_end(training.num_steps), *place)
             if checkpoint and training.num_steps % self._config.optimization.checkpoint_every == 0:
                 self.save(checkpoint)
             if callback is not None:

@@ -3,6 +3,7 @@
 
 import math
 import random
+import re
 import signal
 import sys
 import threading
@@ -102,12 +103,24 @@ def test_shows_steps_and_elbo(tqdm, capsys):
     assert "ELBO -3.000" in shown
 
 
-def test_number_of_steps_may_be_open(tqdm, capsys):
+def test_one_line_where_nobody_looks(tqdm, capsys):
     with progress_bar(True) as bar:
-        bar.update([math.nan], None)
-        bar.update([math.nan, 1.0], None)
-        bar.bar.refresh()
-    assert "2step" in capsys.readouterr().err
+        for what in ("start", "fit", "verdict"):
+            bar.say(what)
+            for step in range(200):
+                bar.update([1.0] * step, 400)
+    shown = capsys.readouterr().err
+    assert re.split("[\\r\\n]", shown.strip())[0] == shown.strip()
+    assert "verdict" in shown
+
+
+def test_goes_on_where_somebody_looks(tqdm, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress_bar(True) as bar:
+        bar.say("start")
+        assert "start" in capsys.readouterr().err
+        bar.say("fit")
+        assert "fit" in capsys.readouterr().err
 
 
 def test_epochs(tqdm, capsys):

@@ -84,11 +84,21 @@ class Schedule:
         is_still = self._is_still(losses[-2 * window : -window], losses[-window:])
         if not is_still and step < self.max_constant:
             return self
-        longest = max(config.max_decay, self._whole(1, config.min_epochs))
-        decay = min(max(math.ceil(config.decay_share * step), self.min_decay), longest)
+        decay = self._decay_after(step)
         if gap() > config.long_decay_gap:
             decay = max(decay, config.long_decay)
         return self._decaying(step, decay, PLATEAU if is_still else LIMIT)
+
+    def _decay_after(self, step: int) -> int:
+        longest = max(self.config.max_decay, self._whole(1, self.config.min_epochs))
+        return min(max(math.ceil(self.config.decay_share * step), self.min_decay), longest)
+
+    def expected_end(self, step: int) -> int:
+        """The number of steps in all; while it is not known, that of a fit that stops moving now."""
+        if self.end is not None:
+            return self.end
+        still = max(step, 2 * self._whole(self.config.window, self.config.min_epochs))
+        return still + self._whole(self._decay_after(still)) + self.tail_steps
 
     def _decaying(self, step: int, decay: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""

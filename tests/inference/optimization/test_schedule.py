@@ -257,3 +257,12 @@ def test_a_fit_with_little_left_to_win_goes_to_its_end():
 def test_a_fit_that_is_far_off_goes_on():
     assert schedule().after_look(100, FAR) == schedule()
     assert schedule().after_look(100, Score()) == schedule()
+
+
+def test_the_expected_end():
+    plan = schedule(tail_steps=100)
+    # two windows, the shortest decay, the tails
+    assert plan.expected_end(1) == plan.expected_end(600) == 600 + 400 + 100
+    assert plan.expected_end(1000) == 1000 + 600 + 100
+    assert plan.after_look(300, NEAR).expected_end(350) == 580
+    assert schedule(50).expected_end(10) == 50
