@@ -28,8 +28,9 @@ from .structured_flow import StructuredFlow
 _MOST_NAMED = 5
 # gradients that a look at the graph takes at most, and draws
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
-# that networks compute at once, for draws without gradients: 80 MB in double precision
-_MOST_NUMBERS = 10_000_000
+# that networks compute at once: tensors above 32 MB go back to the system after each use, which took a
+# third of a step of 10,000 latents (benchmarks/growth.md)
+_MOST_NUMBERS = 5_000_000
 
 
 class AutoStructuredFlow(AutoAutoregressive):
@@ -213,9 +214,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         return max(_MOST_NUMBERS // numbers, 1)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; without gradients, in bounded memory."""
-        if torch.is_grad_enabled():
-            return super().rsample_and_log_prob(n, path)
+        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; many draws are made in parts."""
         draw, parts = super().rsample_and_log_prob, []
         for start in range(0, check_integer("n", n), chunk := self._chunk_size()):
             parts.append(draw(min(chunk, n - start), path))

@@ -325,6 +325,21 @@ def test_a_switched_off_dependency_is_found_on_draws_of_the_fitted_guide():
     again.check_graph(y)
 
 
+def test_draws_with_gradients_are_those_of_the_parts(monkeypatch):
+    guide = redraw(new(), 0.3)
+    monkeypatch.setattr(AutoStructuredFlow, "_chunk_size", lambda _: 5)
+
+    def gradients(*sizes):
+        torch.manual_seed(0)
+        drawn = [guide.rsample_and_log_prob(size, path=True) for size in sizes]
+        z, log_q = (torch.cat(parts) for parts in zip(*drawn))
+        loss = (log_q + z.square().sum(-1)).mean()
+        return z, *torch.autograd.grad(loss, list(guide.parameters()), materialize_grads=True)
+
+    for one, other in zip(gradients(10), gradients(5, 5)):
+        assert torch.allclose(one, other)
+
+
 def test_draws_without_gradients_are_made_in_parts(monkeypatch):
     guide = redraw(new(), 0.3)
     monkeypatch.setattr(AutoStructuredFlow, "_chunk_size", lambda _: 4)
