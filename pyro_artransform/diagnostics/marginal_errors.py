@@ -79,6 +79,28 @@ def marginal_errors(
     return MarginalErrors(shift / sd, shift_se / sd, ratio, ratio * log_se / 2, memory, memory_se)
 
 
+def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
+    """Errors of the guide that draws are of, from their importance weights, by the delta method.
+
+    :param draws: shape ``(n, D)``.
+    :param log_weights: shape ``(n,)``.
+    """
+    count, weights = len(draws), (len(draws) * log_weights.softmax(0))[:, None]
+    mean, other = (weights * draws).mean(0), draws.mean(0)
+    squares, others = (draws - mean).square(), (draws - other).square()
+    variance, own = (weights * squares).mean(0), others.mean(0)
+    sd, ratio = variance.sqrt(), (own / variance).sqrt()
+    # what each draw adds to an error
+    of_log_sd = 0.5 * weights * (squares / variance - 1)
+    of_shift = ((draws - other) - weights * (draws - mean)) / sd - (other - mean) / sd * of_log_sd
+    of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
+    shift_se, log_se = (part.std(0) / count**0.5 for part in (of_shift, of_log_ratio))
+    forgotten = torch.zeros_like(mean)
+    return MarginalErrors(
+        (other - mean) / sd, shift_se, ratio, ratio * log_se, forgotten, forgotten
+    )
+
+
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:
     """How many standard errors all of many two-sided intervals have to be wide (Bonferroni's bound).
 

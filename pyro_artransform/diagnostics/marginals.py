@@ -3,10 +3,10 @@
 
 """How far means and standard deviations of a guide are off, one latent at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,9 @@ from ..joint.handlers import hidden_sites
 from .hamiltonian import PairedChains, PulledBack
 from .importance_weights import Values, check_same_latents, log_weights
 from .known_moments import laws_of_draws, laws_of_transform
-from .marginal_errors import MOST_MEMORY, MarginalErrors, critical_value, marginal_errors
+from .marginal_errors import errors_by_weights, marginal_errors
+from .marginal_judgement import Judgement, judged
 from .preconditioning import guide_transform, location_scale, misjudged_directions
-
-#: errors of a mean, in sds of the posterior, that are trusted
-GOOD_MEAN_SHIFT = 0.15
-#: relative errors of a standard deviation that are trusted
-GOOD_SD_ERROR = 0.15
-#: the probability that all bounds hold
-CONFIDENCE = 0.975
 
 #: steps of a chain that count
 NUM_STEPS = 12
@@ -61,8 +55,9 @@ class Marginals:
     :param mean_bound: no mean is off by more than this, in sds of the posterior, with a probability
         of 97.5 % for all means and sds together (Bonferroni's bound).
     :param sd_bound: the same for the relative errors of standard deviations.
-    :param acceptance: the acceptance rate of the chains.
-    :param num_chains: the number of independent chains.
+    :param acceptance: the acceptance rate of the chains; NaN without.
+    :param num_chains: the number of independent chains; 0 where ``fit`` took the errors from weights
+        that can be trusted.
     :param num_gradients: how many gradients of the model's log density they took.
     :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
         15 %, all are known to be off by less than twice that, and chains have forgotten their start.
@@ -86,11 +81,11 @@ class Marginals:
     words: str = field(repr=False)
 
     def __repr__(self) -> str:
-        lines = [
-            f"Marginals: {self.words}",
-            f"  {self.num_chains} chains, {self.num_gradients:,} gradients, acceptance "
-            f"{self.acceptance:.2f}",
-        ]
+        source = (
+            f"{self.num_chains} chains, {self.num_gradients:,} gradients, acceptance "
+            f"{self.acceptance:.2f}"
+        )
+        lines = [f"Marginals: {self.words}", f"  {source if self.num_chains else 'by weights'}"]
         width = max(map(len, ["site", *self.mean_shift]))
         lines.append(f"  {'site':{width}}  largest shift of a mean  sds of the guide's  memory")
         for name, shift in self.mean_shift.items():
@@ -220,11 +215,36 @@ def marginals_of(
         laws = laws_of_draws((draws - loc) / scale, stretched)
     else:
         laws = laws_of_transform(transform, stretched, loc, scale)
-    judgement = _judged(marginal_errors(*chains.averages, laws, start), num_chains)
+    judgement = judged(marginal_errors(*chains.averages, laws, start), num_chains)
     if judgement.is_open:
         rate = (rate + chains.run(0, num_steps)) / 2
-        judgement = _judged(marginal_errors(*chains.averages, laws, start), num_chains)
-    errors, latents = judgement.errors, log_joint.latents
+        judgement = judged(marginal_errors(*chains.averages, laws, start), num_chains)
+    latents, count = log_joint.latents, target.num_gradients
+    return _marginals(judgement, latents, count, acceptance=rate, num_chains=num_chains)
+
+
+def marginals_by_weights(draws: Tensor, log_weights: Tensor, latents: Latents) -> Marginals:
+    """How far the moments of a guide's draws are from those of the weighted draws, without chains.
+
+    For weights that can be trusted: what is off where no draw is they do not tell.
+
+    :param draws: of the guide, on the unconstrained space, shape ``(n, latent_dim)``.
+    :param log_weights: their log weights, finite, shape ``(n,)``.
+    :param latents: of the model.
+    """
+    judgement = judged(errors_by_weights(draws, log_weights), len(draws))
+    return _marginals(judgement, latents, 0, acceptance=math.nan, num_chains=0)
+
+
+def _marginals(
+    judgement: Judgement,
+    latents: Latents,
+    num_gradients: int,
+    *,
+    acceptance: float,
+    num_chains: int,
+) -> Marginals:
+    errors = judgement.errors
     return Marginals(
         mean_shift=latents.split(errors.mean_shift),
         mean_shift_se=latents.split(errors.mean_shift_se),
@@ -233,125 +253,9 @@ def marginals_of(
         memory=latents.split(errors.memory),
         mean_bound=judgement.shifts.bound,
         sd_bound=judgement.ratios.bound,
-        acceptance=rate,
+        acceptance=acceptance,
         num_chains=num_chains,
-        num_gradients=target.num_gradients,
+        num_gradients=num_gradients,
         trusted=judgement.is_good,
         words=judgement.words(latents),
     )
-
-
-class Bounded(NamedTuple):
-    """Errors of all latents with simultaneous bounds.
-
-    :param errors: shape ``(D,)``.
-    :param widths: half of the widths of their intervals.
-    :param most: the largest error that is trusted.
-    """
-
-    errors: Tensor
-    widths: Tensor
-    most: float
-
-    @property
-    def are_off(self) -> Tensor:
-        """Which errors are larger than what is trusted, beyond doubt."""
-        return self.errors.abs() - self.widths > self.most
-
-    @property
-    def bound(self) -> float:
-        """No error is larger than this, beyond doubt; infinite where one is not known."""
-        return float((self.errors.abs() + self.widths).nan_to_num(torch.inf, torch.inf).max())
-
-
-class Judgement(NamedTuple):
-    """Which errors of means and of sds are too large, and which latents chains hardly moved."""
-
-    errors: MarginalErrors
-    shifts: Bounded
-    ratios: Bounded
-    are_slow: Tensor
-
-    @property
-    def is_off(self) -> bool:
-        """Whether an error is too large beyond doubt, or chains could not tell."""
-        found = self.shifts.are_off | self.ratios.are_off | self.are_slow
-        return bool(found.any())
-
-    @property
-    def is_open(self) -> bool:
-        """Whether none is too large beyond doubt, and one may be twice as large as what is trusted."""
-        is_known = all(part.bound <= 2 * part.most for part in (self.shifts, self.ratios))
-        return not (self.is_off or is_known)
-
-    @property
-    def is_good(self) -> bool:
-        """Whether the errors are known to be small."""
-        return not (self.is_off or self.is_open)
-
-    def words(self, latents: Latents) -> str:
-        """The same in words."""
-        mean, sd = self.shifts.bound, 100 * self.ratios.bound
-        if self.is_off:
-            return "; ".join(self._objections(latents))
-        if self.is_open:
-            return (
-                f"errors are known too little (means within {mean:.2f} sd, sds within {sd:.0f} %): take "
-                "more num_chains"
-            )
-        dim = latents.latent_dim
-        of = "the only latent" if dim == 1 else f"all {dim:,} latents"
-        return f"means of {of} within {mean:.2f} sd, sds within {sd:.0f} %"
-
-    def _objections(self, latents: Latents) -> Iterator[str]:
-        shifts, ratios = self.shifts, self.ratios
-        if shifts.are_off.any():
-            worst = _worst(shifts.errors.abs(), shifts.are_off)
-            yield (
-                f"{_count(shifts.are_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of "
-                f"{_name(latents, worst)} by {shifts.errors[worst]:.2f} ± {shifts.widths[worst]:.2f})"
-            )
-        if ratios.are_off.any():
-            ratio = self.errors.sd_ratio
-            worst = _worst(ratio.log().abs(), ratios.are_off)
-            yield (
-                f"{_count(ratios.are_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of "
-                f"{_name(latents, worst)} is {ratio[worst]:.2f} ± {ratios.widths[worst]:.2f} of the "
-                "posterior's)"
-            )
-        if self.are_slow.any():
-            worst = _worst(self.errors.memory, self.are_slow)
-            yield (
-                f"{_count(self.are_slow, 'latents')} hardly moved by the chains, as "
-                f"{_name(latents, worst)} is, and errors may be larger: take more num_steps, or fit the "
-                "guide for longer"
-            )
-
-
-def _judged(errors: MarginalErrors, num_chains: int) -> Judgement:
-    width = critical_value(2 * len(errors.mean_shift), num_chains, CONFIDENCE)
-    shifts = Bounded(errors.mean_shift, width * errors.mean_shift_se, GOOD_MEAN_SHIFT)
-    ratios = Bounded(errors.sd_ratio - 1, width * errors.sd_ratio_se, GOOD_SD_ERROR)
-    return Judgement(errors, shifts, ratios, ~(errors.sure_memory <= MOST_MEMORY))
-
-
-def _count(chosen: Tensor, what: str) -> str:
-    count = int(chosen.sum())
-    return f"{count:,} of {len(chosen):,} {what} {'is' if count == 1 else 'are'}"
-
-
-def _worst(values: Tensor, chosen: Tensor) -> int:
-    return int(torch.where(chosen, values.nan_to_num(torch.inf), -torch.inf).argmax())
-
-
-def _name(latents: Latents, index: int) -> str:
-    """The site and the place of a coordinate, as in ``z[3, 1]``."""
-    for site in latents.sites.values():
-        if index < site.size:
-            place: list[int] = []
-            for size in reversed(site.unconstrained_shape):
-                index, last = divmod(index, size)
-                place.insert(0, last)
-            return f"{site.name}{place or ''}"
-        index -= site.size
-    raise IndexError(f"index: expected less than {latents.latent_dim} coordinates")

@@ -118,7 +118,7 @@ class AutoIAF(PresetGuide):
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
     :param hidden_dims: the width or widths of the hidden layers of each network; by default one
-        layer of ``max(64, 4 * latent_dim)``.
+        layer of ``max(128, 4 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()``, which is of second order
         near zero, as the skewness of a posterior is. A guide with a module of ``torch.nn`` or a
         function of ``torch`` can be saved by :meth:`save`.
@@ -149,7 +149,7 @@ class AutoIAF(PresetGuide):
     """
 
     _layers, _has_hinges = staticmethod(iaf), True
-    _hidden_layers, _activation = (1, 64, 4), nn.SiLU
+    _hidden_layers, _activation = (1, 128, 4), nn.SiLU
 
 
 class AutoMAF(PresetGuide):

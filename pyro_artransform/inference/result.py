@@ -46,9 +46,9 @@ class FitResult:
     :param one_at_a_time: why the model was run for one draw after the other; empty where it was not.
     :param importance: the importance weights and what they say; ``None`` for a model that
         sub-samples its data.
-    :param marginals_trusted: whether the mean and the sd of each single latent can be trusted where
-        the joint cannot; ``None`` where nobody has looked. A fit looks where weights say no, and there
-        are 30 latents or more, all data, and a model that takes many draws at once.
+    :param marginals_trusted: whether the mean and the sd of each single latent can be trusted;
+        ``None`` where nobody has looked. A fit looks where there are 30 latents or more and all data:
+        by the weights where the joint is trusted, else by chains, if the model takes many draws at once.
     :param marginals: how far each of them is off; ``None`` where nobody has looked.
     :param guide: the guide, that of the user or the one that the fit has chosen.
     :param guide_reason: why it has chosen this one; empty where the guide is the user's.

@@ -19,7 +19,7 @@ from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
 from . import checkpoint as files
-from .config import FitConfig
+from .config import FitConfig, OptimizationConfig
 from .data.checks import check_use
 from .data.loader import Batch, BatchStream
 from .evaluation.many_latents import look_at_marginals
@@ -58,7 +58,7 @@ class FitRun:
         stream: BatchStream | None,
         config: FitConfig,
         num_steps: int | None,
-        num_particles: int,
+        num_particles: int | None,
         optim: object,
     ) -> None:
         self._began, self._config = time.perf_counter(), config
@@ -73,13 +73,16 @@ class FitRun:
         of_batch = _objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:
-            settings, num_batches = config.minibatch, stream.num_batches
-            self._minibatches = MinibatchObjective(of_batch, stream, log_joint, batches, settings)
+            num_batches, parts = stream.num_batches, (of_batch, stream, log_joint, batches)
+            self._minibatches = MinibatchObjective(*parts, config.minibatch)
         self._by_path = isinstance(of_batch, PathObjective)
-        schedule = new_schedule(config.optimization, self._by_path, num_batches, is_subsampled)
+        settings = config.optimization.for_latents(log_joint.latents.latent_dim)
+        schedule = new_schedule(settings, self._by_path, num_batches, is_subsampled)
         schedule = schedule.of_length(num_steps)
         objective = self._minibatches or of_batch
         scales = guide if isinstance(guide, ScaledSteps) else None
+        if num_particles is None:
+            num_particles = _num_particles(subject, config.optimization)
         self._trainer = Trainer(objective, schedule, num_particles, optim, scales, stream)
         self._looped_because = _why_looped(of_batch, log_joint)
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
@@ -279,6 +282,15 @@ def _objective_of_batch(
     settings = config.minibatch if is_minibatch else config.optimization
     batch = Batch(args, kwargs)
     return PyroObjective(model, subject.guide, batch, log_joint, settings.num_estimates)
+
+
+def _num_particles(subject: ModelAndGuide, config: OptimizationConfig) -> int:
+    """Draws for each step, where their number is not given."""
+    offered: object = subject.guide
+    is_many = subject.log_joint.latents.latent_dim >= config.many_latents
+    if is_many and isinstance(offered, StructuredGuide):
+        return config.num_particles_of_many
+    return config.num_particles
 
 
 def _why_looped(objective: BatchObjective, log_joint: LogJoint) -> str:

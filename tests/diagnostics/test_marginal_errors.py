@@ -7,7 +7,11 @@ from scipy import stats
 
 from pyro_artransform.diagnostics.hamiltonian import Averages
 from pyro_artransform.diagnostics.known_moments import Expectation, Laws
-from pyro_artransform.diagnostics.marginal_errors import critical_value, marginal_errors
+from pyro_artransform.diagnostics.marginal_errors import (
+    critical_value,
+    errors_by_weights,
+    marginal_errors,
+)
 
 CHAINS, STEPS, DIM = 128, 12, 400
 
@@ -85,3 +89,36 @@ def test_critical_values_are_students():
     for count, chains in ((1, 128), (2000, 128), (2000, 34), (60, 18)):
         expected = stats.t.ppf(1 - 0.025 / (2 * count), chains - 2)
         assert critical_value(count, chains, 0.975) == pytest.approx(expected, rel=0.02)
+
+
+def test_errors_by_weights_are_those_of_two_gaussians():
+    """The posterior of two coordinates is N(0.2, 1) and N(0, 0.9^2), that of a third the guide's."""
+    torch.manual_seed(0)
+    draws = torch.randn(20_000, 3)
+    loc, scale = torch.tensor([0.2, 0.0, 0.0]), torch.tensor([1.0, 0.9, 1.0])
+    posterior, guide = (torch.distributions.Normal(*of) for of in ((loc, scale), (0.0, 1.0)))
+    log_weights = (posterior.log_prob(draws) - guide.log_prob(draws)).sum(-1)
+    errors = errors_by_weights(draws, log_weights)
+    # within 4 standard errors, which are those that are given
+    shift_off = errors.mean_shift - torch.tensor([-0.2, 0.0, 0.0])
+    ratio_off = errors.sd_ratio - torch.tensor([1.0, 1 / 0.9, 1.0])
+    assert bool((shift_off.abs() < 4 * errors.mean_shift_se).all())
+    assert bool((ratio_off.abs() < 4 * errors.sd_ratio_se).all())
+    # weights have a variance of 0.05: standard errors are far below those of 20,000 draws, 0.007
+    assert float(errors.mean_shift_se.max()) < 0.005
+    assert float(errors.sure_memory.max()) == 0.0
+
+
+def test_standard_errors_by_weights_are_those_of_repetitions():
+    found = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        draws = torch.randn(500, 1)
+        found.append(errors_by_weights(draws, 0.3 * draws[:, 0] - 0.045))
+    shifts = torch.stack([errors.mean_shift for errors in found])
+    ratios = torch.stack([errors.sd_ratio for errors in found])
+    shift_se = torch.stack([errors.mean_shift_se for errors in found]).mean()
+    ratio_se = torch.stack([errors.sd_ratio_se for errors in found]).mean()
+    # an sd from 200 values is known to 5 %
+    assert abs(shifts.std() / shift_se - 1) < 0.2
+    assert abs(ratios.std() / ratio_se - 1) < 0.2

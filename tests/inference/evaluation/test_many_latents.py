@@ -7,7 +7,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform import fit
 from pyro_artransform.inference.config import EvaluationConfig, FitConfig
@@ -19,6 +19,7 @@ from tests.diagnostics.autoregression import PathGuide, model_of
 from tests.inference import models
 from tests.inference.conftest import QUICK
 
+OFF = torch.cat([torch.zeros(39), torch.full((1,), 0.35)])
 CONFIG = replace(QUICK.evaluation, num_chains=64, num_chain_steps=6)
 
 
@@ -57,10 +58,31 @@ def test_single_latents_are_wrong_as_well():
     assert "sds are off by more than 15 %" in look.words
 
 
-def test_nobody_looks_where_the_joint_is_trusted():
+def test_weights_that_are_trusted_tell_of_single_latents():
     subject, evaluation = evaluated(model_of(100), PathGuide(100))
     assert evaluation.verdict.trusted
-    assert look_at_marginals(subject, evaluation, CONFIG) == (None, None, "")
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.trusted is True
+    assert (look.found.num_chains, look.found.num_gradients) == (0, 0)
+    assert look.found.mean_bound < 0.01
+    assert "by weights" in repr(look.found)
+    words = look.result_fields(evaluation)["verdict"]
+    assert words.startswith("Trusted: ")
+    assert "Of single latents: means of all 100 latents within" in words
+
+
+def test_one_latent_may_be_off_where_the_joint_is_trusted():
+    """One mean is 0.35 sd off, which costs 0.06 nats."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1))
+
+    guide = AutoNormal(model, init_scale=1.0, init_loc_fn=init_to_value(values={"z": OFF}))
+    subject, evaluation = evaluated(model, guide)
+    assert evaluation.verdict.trusted
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.trusted is False
+    assert "1 of 40 means is off by more than 0.15 sd (that of z[39] by 0.3" in look.words
 
 
 def test_nobody_looks_at_few_latents():
