@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_positive, values_can_be_read
+from ..differentiation import gradients_with_graph
 from .base import ElementwiseTransform, Univariate, soft_bound, unbind_params
 
 # Adam moves every parameter at the same pace, and one log-slope moves a whole tail: at the pace of a
@@ -123,9 +124,11 @@ class _Bend(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
         x, factors, slope, root, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated
-            y, ladj = _bend(x, factors, ctx.hinges, ctx.width)[:2]
-            grads = torch.autograd.grad((y, ladj), (x, factors), (g_y, g_ladj), create_graph=True)
-            return *grads, None, None
+
+            def function(x: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
+                return _bend(x, factors, ctx.hinges, ctx.width)[:2]
+
+            return *gradients_with_graph(function, (x, factors), (g_y, g_ladj)), None, None
         sides = slope.new_tensor([side for side, _ in ctx.hinges])
         sides = sides.reshape(-1, *(1,) * (slope.dim() - 1))
         by_slope = g_ladj / slope
