@@ -52,6 +52,11 @@ def pyro_guide(model: partial[None]) -> AutoIAFNormal:
     return AutoIAFNormal(model, num_transforms=3, hidden_dim=[max(64, *model.args)] * 2)
 
 
+def narrow_guide(model: partial[None]) -> pyro_artransform.AutoIAF:
+    """This package's guide with a layer as wide as one of Pyro's: two thirds of the weights."""
+    return pyro_artransform.AutoIAF(model, hidden_dims=max(64, *model.args))
+
+
 def svi_step(make_guide: Callable[..., object], dim: int, num_particles: int) -> Step:
     model = partial(standard_normal, dim)
     options = {"max_plate_nesting": 0, "vectorize_particles": True}
@@ -146,6 +151,7 @@ def main() -> None:
     for name, package in packages.items():
         # under names of their own in Pyro's store
         guides[name] = type(f"Guide{len(guides)}", (package.AutoIAF,), {})
+    guides["narrow"] = narrow_guide
     header("SVI: D, particles", list(guides))
     for dim in args.dims:
         for count in args.particles:
