@@ -21,9 +21,10 @@ RUNTIME = {"pyro", "torch"}
 # its place here when it is built.
 ARROWS: dict[str, set[str]] = {
     "arguments": set(),
+    "differentiation": set(),
     "files": set(),
-    "univariate": {"arguments"},
-    "conditioners": {"arguments", "graphs"},
+    "univariate": {"arguments", "differentiation"},
+    "conditioners": {"arguments", "differentiation", "graphs"},
     "transforms": {"arguments", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
     "graphs": {"arguments"},

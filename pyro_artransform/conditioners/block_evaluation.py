@@ -44,13 +44,22 @@ def block_layout(level: Sequence[int], *unit_levels: Sequence[int]) -> BlockLayo
 
 
 class Weights(NamedTuple):
-    """Masked weights in sorted order, and the bias of each layer."""
+    """Masked weights, and the bias of each layer."""
 
     inner: list[Tensor]  # of the hidden layers, (H, D) for the first, (H', H) for those after it
     last: Tensor  # (P, D, H)
     skip: Tensor | None  # from the inputs to the outputs, (P, D, D)
     biases: list[Tensor]  # of the hidden layers, (H,), or (B, H) for the first with a context
     last_bias: Tensor  # (P, D)
+
+    def sorted_by(self, order: Tensor | None) -> "Weights":
+        """The same for coordinates in another order."""
+        if order is None:
+            return self
+        first, *others = self.inner
+        skip = None if self.skip is None else self.skip[:, order][..., order]
+        last, last_bias = self.last[:, order], self.last_bias[:, order]
+        return Weights([first[:, order], *others], last, skip, self.biases, last_bias)
 
 
 class KnownColumns:

@@ -3,7 +3,8 @@
 
 """The masked multilayer perceptron, its layer, and the same without inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spre
 from .mlp_evaluation import MLPEvaluation, slope
 
 MaskLike = Tensor | Sequence[Sequence[int]]
+Layer = Callable[[Tensor], Tensor]
 
 
 class MaskedLinear(nn.Linear):
@@ -193,12 +195,14 @@ class MaskedMLP(Conditioner):
         self.to(last.weight.device)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._layers_at(x, context)[-1]
+        return self._outputs(self.layers, self.skip, x, context)[-1]
 
-    def _layers_at(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    def _outputs(
+        self, layers: Iterable[Layer], skip: Layer | None, x: Tensor, context: Tensor | None
+    ) -> list[Tensor]:
         """What each layer returns, before the activation; the parameters are the last."""
         self._check_input(x, context)
-        first, *others = self.layers
+        first, *others = layers
         outputs = [first(x)]
         if self.context_layer is not None and context is not None:
             context = context.to(self.context_layer.weight.dtype)
@@ -206,8 +210,8 @@ class MaskedMLP(Conditioner):
         for layer in others:
             outputs.append(layer(self.nonlinearity(outputs[-1])))
         last = outputs[-1]
-        if self.skip is not None:
-            last = last + self.skip(x)
+        if skip is not None:
+            last = last + skip(x)
         # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
         rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
         return [*outputs[:-1], rows.transpose(-1, -2)]
@@ -216,11 +220,17 @@ class MaskedMLP(Conditioner):
         """None if blocks are: products of weights do not go through another ``forward`` or hooks."""
         if not self._is_of_its_layers():
             return None
-        *hidden, params = self._layers_at(x, context)
+        # masked once, for the values and for their derivatives
+        masked, skip = self._masked()
+        layers: list[Layer] = []
+        for layer, weight in zip(list[Any](self.layers), masked):
+            layers.append(partial(F.linear, weight=weight, bias=layer.bias))
+        through_skip = None if skip is None else partial(F.linear, weight=skip)
+        *hidden, params = self._outputs(layers, through_skip, x, context)
         slopes = [slope(self.nonlinearity, layer) for layer in hidden]
         layout, order = self._sorted_layout()
         with torch.no_grad():
-            weights = self._sorted_weights(None, order)
+            weights = self._weights(masked, skip, None)
         return MLPEvaluation(params, layout, order, weights, slopes)
 
     def _sorted_layout(self) -> tuple[BlockLayout, Tensor | None]:
@@ -237,7 +247,7 @@ class MaskedMLP(Conditioner):
             return None
         self._check_input(x, context)
         layout, order = self._sorted_layout()
-        weights = self._sorted_weights(context, order)
+        weights = self._weights(*self._masked(), context).sorted_by(order)
         return MLPBlocks(layout, order, weights, self.nonlinearity, x, in_place)
 
     def _is_of_its_layers(self) -> bool:
@@ -247,21 +257,22 @@ class MaskedMLP(Conditioner):
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
         return type(self).forward is MaskedMLP.forward and not (changed or hooked)
 
-    def _sorted_weights(self, context: Tensor | None, order: Tensor | None) -> Weights:
-        layers: Any = list(self.layers)  # slices of a ModuleList are modules, and slow to make
-        rows = self.num_params, self.input_dim
-        inner = [layer.weight * layer.mask for layer in layers[:-1]]
-        last = (layers[-1].weight * layers[-1].mask).view(*rows, -1)
-        skip = None if self.skip is None else (self.skip.weight * self.skip.mask).view(*rows, -1)
-        biases = [layer.bias for layer in layers]
-        last_bias = biases.pop().view(rows)
+    def _masked(self) -> tuple[list[Tensor], Tensor | None]:
+        """The masked weights of the layers, and of the skip."""
+        layers: Any = self.layers
+        masked = [layer.weight * layer.mask for layer in layers]
+        return masked, None if self.skip is None else self.skip.weight * self.skip.mask
+
+    def _weights(
+        self, masked: list[Tensor], skip: Tensor | None, context: Tensor | None
+    ) -> Weights:
+        rows, layers = (self.num_params, self.input_dim), list[Any](self.layers)
+        *biases, last_bias = [layer.bias for layer in layers]
         if self.context_layer is not None and context is not None:
             biases[0] = biases[0] + self.context_layer(context.to(biases[0].dtype))
-        if order is not None:
-            inner[0] = inner[0][:, order]
-            last, last_bias = last[:, order], last_bias[:, order]
-            skip = None if skip is None else skip[:, order][..., order]
-        return Weights(inner, last, skip, biases, last_bias)
+        *inner, last = masked
+        skip = None if skip is None else skip.view(*rows, -1)
+        return Weights(inner, last.view(*rows, -1), skip, biases, last_bias.view(rows))
 
     def _check_input(self, x: Tensor, context: Tensor | None) -> None:
         if torch.jit.is_tracing():

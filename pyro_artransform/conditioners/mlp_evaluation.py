@@ -13,7 +13,7 @@ that is large.
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import solve_triangular
 
 from .block_evaluation import BlockLayout, Weights
@@ -29,7 +29,7 @@ class MLPEvaluation:
     :param params: the parameters, with their graph, shape ``(B, D, P)``.
     :param layout: where each level begins.
     :param order: the coordinates sorted by level, or None if they are in that order already.
-    :param weights: masked, in sorted order.
+    :param weights: masked, in the coordinates' own order.
     :param slopes: the derivatives of the activations of each hidden layer, of shape ``(B, H)``.
     """
 
@@ -44,25 +44,26 @@ class MLPEvaluation:
         self.params = params
         self._layout, self._order = layout, order
         self._weights, self._slopes = weights, slopes
+        self._sorted_weights = weights.sorted_by(order)
 
     def pull_back(self, weights: Tensor) -> Tensor:
         """See :class:`~.base.Evaluation`."""
-        network, rows = self._weights, self._sorted(weights.mT).flatten(1)
-        pulled = self._through_layers(rows @ network.last.flatten(0, 1), slice(None))
+        network, rows = self._weights, weights.mT.flatten(1)
+        pulled = self._through_layers(network, rows @ network.last.flatten(0, 1), slice(None))
         if network.skip is not None:
             pulled = pulled + rows @ network.skip.flatten(0, 1)
-        return self._unsorted(pulled)
+        return pulled
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
         """See :class:`~.base.Evaluation`."""
         slopes, rest = self._sorted(slopes.mT), self._sorted(gradient)
-        weights, done = self._weights, list[Tensor]()
+        weights, done = self._sorted_weights, list[Tensor]()
         carried: Tensor | None = None  # what later blocks are by the last hidden units
         for start, stop in self._blocks():
             own = slice(self._layout.levels[start], self._layout.levels[stop])
             known = rest[:, own]
             if carried is not None:
-                known = known + self._through_layers(carried, own)
+                known = known + self._through_layers(weights, carried, own)
             v = self._substitute(slopes[..., own], known, start, stop)
             done.append(v)
             if start == 0:
@@ -84,11 +85,17 @@ class MLPEvaluation:
 
     def _square(self, slopes: Tensor, start: int, stop: int) -> Tensor:
         """The derivative of some levels by themselves, shape ``(B, n, n)``, strictly lower triangular."""
-        weights, layout = self._weights, self._layout
+        weights, layout = self._sorted_weights, self._layout
         own = slice(layout.levels[start], layout.levels[stop])
         # the units that read the block and are read by it
         units = [slice(places[start], places[stop - 1]) for places in layout.units]
         last = weights.last[:, own, units[-1]]
+        if len(weights.inner) == 1 and weights.skip is None:
+            # the products of weights first: they have no rows, and are few
+            first, slope = weights.inner[0][units[0], own], self._slopes[0][:, units[0]]
+            products = last[:, :, None] * first.T
+            square = (slope @ products.flatten(0, 2).T).view(-1, *products.shape[:3])
+            return (slopes[..., None] * square).sum(1)
         rows = slopes.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
         readers = [own, *units[:-1]]
         for weight, slope, unit, reader in [*zip(weights.inner, self._slopes, units, readers)][
@@ -99,9 +106,9 @@ class MLPEvaluation:
             rows = rows + slopes.permute(2, 0, 1) @ weights.skip[:, own, own].transpose(0, 1)
         return rows.transpose(0, 1).contiguous()
 
-    def _through_layers(self, by_units: Tensor, own: slice) -> Tensor:
+    def _through_layers(self, network: Weights, by_units: Tensor, own: slice) -> Tensor:
         """What derivatives by the last hidden units, ``(B, H)``, are by some inputs."""
-        weights, slopes = self._weights.inner, self._slopes
+        weights, slopes = network.inner, self._slopes
         for weight, slope in [*zip(weights, slopes)][:0:-1]:
             by_units = (by_units * slope) @ weight
         pulled: Tensor = (by_units * slopes[0]) @ weights[0][:, own]
@@ -122,12 +129,17 @@ class MLPEvaluation:
         return rows if self._order is None else rows[..., self._order]
 
     def _unsorted(self, rows: Tensor) -> Tensor:
-        return rows if self._order is None else rows[..., self._order.argsort()]
+        if self._order is None:
+            return rows
+        return torch.empty_like(rows).index_copy_(-1, self._order, rows)
 
 
 def slope(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The derivative of an elementwise function at x, of the shape of x, without a graph."""
+    x = x.detach()
+    if type(nonlinearity) is nn.SiLU:  # that of the preset, in two operations
+        return torch.ops.aten.silu_backward(torch.ones_like(x), x)
     with torch.enable_grad():
-        point = x.detach().requires_grad_()
+        point = x.requires_grad_()
         value = nonlinearity(point)
         return torch.autograd.grad(value, point, torch.ones_like(value))[0]

@@ -125,7 +125,8 @@ class AutoregressiveTransform(FlowModule):
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """The shape of y for an x of a given shape: the context's batch shape broadcasts."""
         batch = self.meta.batch_shape if isinstance(self.meta, StructuredMeta) else ()
-        return torch.broadcast_shapes(shape, (*batch, shape[-1]))
+        # a distribution asks for it several times whenever it is made
+        return torch.broadcast_shapes(shape, (*batch, shape[-1])) if batch else shape
 
     inverse_shape = forward_shape
 

@@ -11,6 +11,8 @@ derivative, else by vector-Jacobian products.
 import torch
 from torch import Tensor
 
+from ..univariate import Univariate
+from ..univariate.base import Derivatives
 from .meta_protocol import StructuredMeta
 from .value_and_ladj import call_and_ladj
 
@@ -29,23 +31,34 @@ def by_substitution(
     evaluation = meta.evaluate(x)
     if evaluation is None:
         return None
-    params = evaluation.params
+    rows = x.reshape(-1, x.shape[-1])
+    at = meta.family.derivatives(evaluation.params, rows)
+    if at is None:
+        at = _derivatives(meta.family, evaluation.params, rows)
+    rest = score.reshape(rows.shape)
+    if at.ladj_by_x is not None:
+        rest = rest - at.ladj_by_x
+    if at.ladj_by_params is not None:
+        rest = rest - evaluation.pull_back(at.ladj_by_params)
+    # J is diag(slope) (1 - N), where N has these slopes
+    u = evaluation.solve_adjoint(at.inverse_by_params, rest) * (-at.ladj.detach()).exp()
+    return at.y.reshape(x.shape), at.ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
+
+
+def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
+    """The derivatives of any family, by differentiation; the shapes are those of its method."""
     with torch.enable_grad():
         # a view of x for the family alone: derivatives by it do not go through the network
-        rows = x.reshape(-1, x.shape[-1])
-        point = rows.view_as(rows) if x.requires_grad else rows.detach().requires_grad_()
+        point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         params = params if params.requires_grad else params.detach().requires_grad_()
-        y, ladj = call_and_ladj(meta.family.forward(params), point)
+        y, ladj = call_and_ladj(family(params), point)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    scale, by_params = torch.autograd.grad(y, [point, params], torch.ones_like(y), **options)
-    rest = score.reshape(rows.shape)
-    if ladj.requires_grad:  # that of a shift is a constant
-        ones = torch.ones_like(ladj)
-        volume, by_volume = torch.autograd.grad(ladj, [point, params], ones, **options)
-        rest = rest - volume - evaluation.pull_back(by_volume)
-    # J is diag(scale) (1 - N), where N has these slopes
-    u = evaluation.solve_adjoint(-by_params / scale[..., None], rest) / scale
-    return y.reshape(x.shape), ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
+    slope, by_params = torch.autograd.grad(y, [point, params], torch.ones_like(y), **options)
+    inverse = -by_params / slope[..., None]
+    if not ladj.requires_grad:  # that of a shift is a constant
+        return Derivatives(y, ladj, inverse, None, None)
+    volume = torch.autograd.grad(ladj, [point, params], torch.ones_like(ladj), **options)
+    return Derivatives(y, ladj, inverse, *volume)
 
 
 def by_products(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Tensor:

@@ -4,13 +4,23 @@
 """Affine families: with a bounded log-scale, without a scale, and with a gate."""
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..arguments import check_broadcast, check_positive
-from .base import ElementwiseTransform, Univariate, soft_bound, unbind_params
+from ..arguments import check_broadcast, check_positive, values_can_be_read
+from ..differentiation import gradients_with_graph
+from .base import (
+    Derivatives,
+    ElementwiseTransform,
+    Univariate,
+    shrink_of,
+    soft_bound,
+    unbind_params,
+)
 
 
 class MonotonicAffineTransform(ElementwiseTransform):
@@ -41,17 +51,54 @@ class MonotonicAffineTransform(ElementwiseTransform):
             check_broadcast("shift and scale", shift.shape, scale.shape)
         if not (type(bound) is float and 0 < bound < math.inf):
             bound = check_positive("bound", bound)
-        self.shift = shift
-        self.log_scale = soft_bound(scale, bound)
+        self.shift, self.scale, self.bound = shift, scale, bound
+
+    @property
+    def log_scale(self) -> Tensor:
+        """The bounded log-scale, of the shape of the parameters."""
+        return soft_bound(self.scale, self.bound)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.addcmul(self.shift, x, self.log_scale.exp())
-        return y, self.log_scale.expand_as(y)
+        if values_can_be_read(x):
+            y, log_scale = _BoundedAffine.apply(x, self.shift, self.scale, self.bound)
+        else:
+            y, log_scale = _bounded_affine(x, self.shift, self.scale, self.bound)
+        return y, log_scale.expand_as(y)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         ladj = -self.log_scale
         x = (y - self.shift) * ladj.exp()
         return x, ladj.expand_as(x)
+
+
+def _bounded_affine(x: Tensor, shift: Tensor, scale: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    log_scale = soft_bound(scale, bound)
+    return torch.addcmul(shift, x, log_scale.exp()), log_scale
+
+
+class _BoundedAffine(torch.autograd.Function):
+    """The value and the log-scale with their derivatives by hand, which saves half of the operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, bound: float
+    ) -> tuple[Tensor, Tensor]:
+        shrink, clamped = shrink_of(scale, bound)
+        log_scale = shrink * clamped
+        factor = log_scale.exp()
+        ctx.save_for_backward(x, shift, scale, shrink, factor)
+        ctx.bound = bound
+        return torch.addcmul(shift, x, factor), log_scale
+
+    @staticmethod
+    def backward(ctx: Any, g_y: Tensor, g_log_scale: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, scale, shrink, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            function = partial(_bounded_affine, bound=ctx.bound)
+            return *gradients_with_graph(function, (x, shift, scale), (g_y, g_log_scale)), None
+        g_x = g_y * factor
+        g_scale = torch.addcmul(g_log_scale, g_x, x).sum_to_size(scale.shape) * shrink.pow(3)
+        return g_x.sum_to_size(x.shape), g_y.sum_to_size(shift.shape), g_scale, None
 
 
 class Affine(Univariate):
@@ -86,6 +133,18 @@ class Affine(Univariate):
             params = self.multiplier * params
         shift, scale = unbind_params(params, 2)
         return MonotonicAffineTransform(shift, scale, bound=self.bound)
+
+    def derivatives(self, params: Tensor, x: Tensor) -> Derivatives | None:
+        if type(self).forward is not Affine.forward:
+            return None
+        transform = self(params)
+        y, ladj = transform.call_and_ladj(x)
+        with torch.no_grad():
+            by_scale = shrink_of(transform.scale, self.bound)[0].pow(3).mul_(self.multiplier)
+            by_shift = (-ladj).exp().mul_(self.multiplier)
+            inverse = torch.stack([-by_shift, -x * by_scale], -2).mT
+            volume = torch.stack([torch.zeros_like(by_scale), by_scale], -2).mT
+        return Derivatives(y, ladj, inverse, None, volume)
 
 
 class Standardizing(Univariate):

@@ -5,11 +5,25 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+
+class Derivatives(NamedTuple):
+    """A member of a family at B points with D coordinates, and what a score needs of it.
+
+    All but the first two are without a graph.
+    """
+
+    y: Tensor  #: the value, shape ``(B, D)``
+    ladj: Tensor  #: the log-slope, shape ``(B, D)``
+    #: the derivative of x by the parameters at fixed y, shape ``(B, D, P)``
+    inverse_by_params: Tensor
+    ladj_by_x: Tensor | None  #: shape ``(B, D)``, None for zeros
+    ladj_by_params: Tensor | None  #: shape ``(B, D, P)``, None for zeros
 
 
 def soft_bound(x: Tensor, bound: float) -> Tensor:
@@ -46,17 +60,21 @@ class _SoftBound(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.bound = bound
-        large = torch.finfo(x.dtype).max ** 0.4
-        x = x.clamp(-large, large)  # the square must not overflow
-        # numbers as arguments of a kernel are cheaper than as operands, which become tensors first
-        return torch.addcmul(x.new_ones(()), x, x, value=bound**-2).rsqrt_().mul_(x)
+        shrink, clamped = shrink_of(x, bound)
+        return shrink.mul_(clamped)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        large = torch.finfo(x.dtype).max ** 0.3
-        slope = torch.rsqrt(1 + (x.clamp(-large, large) / ctx.bound) ** 2)
-        return gradient * slope**3, None
+        return gradient * shrink_of(x, ctx.bound)[0].pow(3), None
+
+
+def shrink_of(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """The factor by which :func:`soft_bound` shrinks x, whose cube is its slope; and x, clamped."""
+    large = torch.finfo(x.dtype).max ** 0.3
+    x = x.clamp(-large, large)  # neither the square nor the cube must leave the range of numbers
+    # numbers as arguments of a kernel are cheaper than as operands, which become tensors first
+    return torch.addcmul(x.new_ones(()), x, x, value=bound**-2).rsqrt(), x
 
 
 def split_params(params: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -173,6 +191,14 @@ class Univariate(nn.Module):
         :raises ValueError: if the last dimension is not P.
         """
         raise NotImplementedError
+
+    def derivatives(self, params: Tensor, x: Tensor) -> Derivatives | None:
+        """The member with these parameters at x, and its derivatives, where they are in closed form.
+
+        :param params: shape ``(B, D, P)``.
+        :param x: shape ``(B, D)``.
+        """
+        return None
 
     def check_params(self, params: Tensor) -> None:
         """Raises a ValueError if the last dimension of the parameters is not P."""

@@ -6,11 +6,13 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import check_positive
+from ..arguments import check_positive, values_can_be_read
+from ..differentiation import gradients_with_graph
 from .base import ElementwiseTransform, Univariate, soft_bound, unbind_params
 
 # Adam moves every parameter at the same pace, and one log-slope moves a whole tail: at the pace of a
@@ -51,34 +53,94 @@ class HingedTransform(ElementwiseTransform):
         super().__init__()
         if len(knots) == 0:
             raise ValueError("knots: expected at least one, got none")
-        self._hinges: list[tuple[Tensor, float, float]] = []
+        self._log_slopes: list[Tensor] = []
+        self._hinges: list[tuple[float, float]] = []  # the side and the knot of each
         for k, knot in enumerate(knots):
-            self._hinges += [(right[k], 1.0, knot), (left[k], -1.0, knot)]
+            self._log_slopes += [right[k], left[k]]
+            self._hinges += [(1.0, knot), (-1.0, knot)]
         self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        large = torch.finfo(x.dtype).max ** 0.4  # u * u must not overflow
-        square, slopes = x.new_full((), self.width**2), []
-        for log_slope, side, knot in self._hinges:
-            k = 0.5 * torch.expm1(log_slope)
-            u = (side * x - knot).clamp(-large, large)
-            root = torch.addcmul(square, u, u).sqrt()
-            x = torch.addcmul(x, k, u + root, value=side)
-            slopes.append(torch.addcmul(1 + k, k, u / root))
-        # one logarithm: it costs more than all else of a hinge
-        return x, reduce(torch.mul, slopes).log()
+        factors = 0.5 * torch.expm1(torch.stack(self._log_slopes))
+        while factors.dim() <= x.dim():
+            factors = factors.unsqueeze(1)
+        if not values_can_be_read(x):
+            return _bend(x, factors, self._hinges, self.width)[:2]
+        y, ladj = _Bend.apply(x, factors, self._hinges, self.width)
+        return y, ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        large = torch.finfo(y.dtype).max ** 0.4
-        square, slopes = y.new_full((), self.width**2), []
-        for log_slope, side, knot in reversed(self._hinges):
+        large = torch.finfo(y.dtype).max ** 0.4  # v * v must not overflow
+        width, slopes = y.new_full((), self.width), []
+        for log_slope, (side, knot) in zip(self._log_slopes[::-1], self._hinges[::-1]):
             k, slope = 0.5 * torch.expm1(log_slope), log_slope.exp()
             v = (side * y - knot).clamp(-large, large)
-            change = -k / slope * (v + torch.addcmul(slope * square, v, v).sqrt())
+            change = -k / slope * (v + torch.hypot(v, slope.sqrt() * width))
             y = y + side * change
             u = v + change
-            slopes.append(torch.addcmul(1 + k, k, u / torch.addcmul(square, u, u).sqrt()))
+            slopes.append(torch.addcmul(1 + k, k, u / torch.hypot(u, width)))
         return y, -reduce(torch.mul, slopes).log()
+
+
+def _bend(
+    x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All hinges one after the other.
+
+    :param factors: half of :math:`e^a - 1` of each, shape ``(n, *, D)``.
+    :return: the value, the log-slope, and for all hinges the slope, the root and the derivative of
+        2h, of shape ``(n, *, D)``.
+    """
+    x, _ = torch.broadcast_tensors(x, factors[0])
+    large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
+    arguments, roots = [], []
+    for factor, (side, knot) in zip(factors.unbind(), hinges):
+        # clamped, so that infinity stays itself
+        u = (x - knot if side > 0 else -knot - x).clamp(-large, large)
+        # several times as fast as the root of a sum of squares
+        roots.append(torch.hypot(u, width_of_all))
+        arguments.append(u)
+        x = torch.addcmul(x, factor, u + roots[-1], value=side)
+    root = torch.stack(roots)
+    derivative = 1 + torch.stack(arguments) / root
+    slope = 1 + factors * derivative
+    # one logarithm: it costs more than all else of a hinge
+    return x, reduce(torch.mul, slope.unbind()).log(), slope, root, derivative
+
+
+class _Bend(torch.autograd.Function):
+    """The same with a derivative by hand: a third of the operations that its graph would have."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
+    ) -> tuple[Tensor, Tensor]:
+        y, ladj, *rest = _bend(x, factors, hinges, width)
+        ctx.save_for_backward(x, factors, *rest)
+        ctx.hinges, ctx.width = hinges, width
+        return y, ladj
+
+    @staticmethod
+    def backward(ctx: Any, g_y: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        x, factors, slope, root, derivative = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+
+            def function(x: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
+                return _bend(x, factors, ctx.hinges, ctx.width)[:2]
+
+            return *gradients_with_graph(function, (x, factors), (g_y, g_ladj)), None, None
+        sides = slope.new_tensor([side for side, _ in ctx.hinges])
+        sides = sides.reshape(-1, *(1,) * (slope.dim() - 1))
+        by_slope = g_ladj / slope
+        # the derivative of the log-slope: that of 2h' is w^2 / root^3
+        bends = sides * ctx.width**2 * by_slope * factors / root.pow(3)
+        after = []
+        for bend, factor in zip(bends.unbind()[::-1], slope.unbind()[::-1]):
+            after.append(g_y)
+            g_y = torch.addcmul(bend, g_y, factor)
+        by_value = sides * torch.stack(after[::-1])
+        g_factors = derivative * torch.addcmul(by_slope, by_value, root)
+        return g_y.sum_to_size(x.shape), g_factors.sum_to_size(factors.shape), None, None
 
 
 class Hinged(Univariate):

@@ -7,6 +7,7 @@ from torch import nn
 
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform.transforms.score import _derivatives
 from pyro_artransform.univariate import Additive, Affine, Hinged, RationalQuadraticSpline
 
 FAMILIES = {
@@ -92,3 +93,33 @@ def test_batch_shapes(batch):
     x = torch.randn(*batch, 5)
     y, ladj, score = t.call_and_score(x, -x)
     assert (y.shape, ladj.shape, score.shape) == (x.shape, x.shape[:-1], x.shape)
+
+
+def test_second_derivatives_of_a_layer_are_those_of_torch_func():
+    """Its parameters depend on its input, and its first derivative is written by hand."""
+    t = layer(3, 8)
+
+    def density(x):
+        y, ladj = t.call_and_ladj(x)
+        return ladj + y.cos().sum()
+
+    x = torch.randn(3)
+    found = torch.autograd.functional.hessian(density, x)
+    assert torch.allclose(found, torch.func.hessian(density)(x), rtol=1e-10, atol=1e-12)
+
+
+def test_derivatives_of_the_affine_family_are_those_by_differentiation():
+    family = Affine(multiplier=0.3)
+    params, x = 9 * torch.randn(4, 3, 2), torch.randn(4, 3)
+    found, wanted = family.derivatives(params, x), _derivatives(family, params, x)
+    assert torch.allclose(wanted.ladj_by_x, torch.zeros(4, 3))
+    for name in ("y", "ladj", "inverse_by_params", "ladj_by_params"):
+        assert torch.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-12), name
+
+
+def test_another_forward_of_the_affine_family_is_differentiated():
+    class Doubled(Affine):
+        def forward(self, params):
+            return super().forward(2 * params)
+
+    assert Doubled().derivatives(torch.randn(4, 3, 2), torch.randn(4, 3)) is None

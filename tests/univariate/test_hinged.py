@@ -41,3 +41,12 @@ def test_knots_are_checked(knots):
 def test_width_is_checked():
     with pytest.raises(ValueError, match="width"):
         Hinged(width=0.0)
+
+
+def test_derivatives_by_hand_are_those_of_the_formula():
+    family = Hinged()
+    for params_shape, shape in (((2, 6), (4, 2)), ((1, 3, 6), (2, 1))):  # the second x broadcasts
+        inputs = (5 * torch.randn(params_shape)).requires_grad_(), torch.randn(shape)
+        inputs[1].requires_grad_()
+        assert torch.autograd.gradcheck(lambda p, x: family(p).call_and_ladj(x), inputs)
+        assert torch.autograd.gradgradcheck(lambda p, x: family(p).call_and_ladj(x), inputs)

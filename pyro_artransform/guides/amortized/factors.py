@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_autoregressive
 from ...transforms import ComposedTransform, chain
-from ...univariate import MonotonicAffineTransform
 from ...univariate.base import ElementwiseTransform, soft_bound
 from ..distributions import LocationScale, make_flow
 
@@ -74,12 +73,21 @@ class GlobalFactor(nn.Module):
         self.affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
 
 
-class GivenLocationScale(MonotonicAffineTransform):
+class GivenLocationScale(ElementwiseTransform):
     """An affine transform with a given location and unbounded log-scale, shape ``(*, D)`` each."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
-        ElementwiseTransform.__init__(self)
-        self.shift, self.log_scale = loc, log_scale
+        super().__init__()
+        self.loc, self.log_scale = loc, log_scale
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.addcmul(self.loc, x, self.log_scale.exp())
+        return y, self.log_scale.expand_as(y)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        ladj = -self.log_scale
+        x = (y - self.loc) * ladj.exp()
+        return x, ladj.expand_as(x)
 
 
 class AmortizedLocationScale(nn.Module):

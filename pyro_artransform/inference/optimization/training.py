@@ -127,11 +127,13 @@ class Training:
         self._norms = [*self._norms[1 - self._config.clip_window :], norm]
         limit = self._config.clip_factor * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
+        if shrink < 1.0:
+            torch._foreach_mul_([g for g in gradients if g is not None], shrink)
         for parameter, gradient in zip(self.parameters.values(), gradients):
             if gradient is not None and gradient.stride() != parameter.stride():
                 # PyTorch's fused Adam reads both in the order of memory
                 gradient = torch.empty_like(parameter).copy_(gradient)
-            parameter.grad = None if gradient is None else gradient.mul_(shrink)
+            parameter.grad = gradient
         self.optimizer.step(self.schedule.factor(self.num_steps))
         for parameter in self.parameters.values():
             parameter.grad = None
