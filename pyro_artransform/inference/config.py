@@ -63,10 +63,10 @@ class OptimizationConfig:
     """Step sizes, their schedule, the gradient, and the choice among parameters at the end."""
 
     num_particles: int = 64  #: draws for each step
-    #: the same for a guide with a graph of this many latents or more: fits of a hierarchy and of a
-    #: volatility path of 1,000 latents end at the same ELBO, in half the time
+    many_latents: int = 200  #: from so many on draws are expensive
+    #: draws for each step of a guide with a graph of so many: fits of a hierarchy and of a volatility
+    #: path of 1,000 latents end at the same ELBO, in half the time
     num_particles_of_many: int = 16
-    many_latents: int = 200
     #: up to so many latents the nats below are as they stand; for more they are in proportion, since
     #: gaps add up over latents that are each as good
     latents_of_gaps: int = 100
@@ -111,6 +111,7 @@ class OptimizationConfig:
     max_skips: int = 100  #: steps in a row that are not finite before a fit gives up
     max_named: int = 20  #: skipped steps whose sites are named
     selection_draws: int = 5000  #: for candidate parameters, and for the gap to the evidence
+    selection_draws_of_many: int = 1000  #: the same of many latents, which took a quarter of a fit
     selection_as_good: float = 0.02  #: nats between ELBOs that are as good where k-hat is smaller
     selection_good_khat: float = 0.25  #: below it any k-hat is as good
     selection_bad_khat: float = 0.5  #: above it weights have no variance (Vehtari et al. 2024)
@@ -121,12 +122,16 @@ class OptimizationConfig:
 
     def for_latents(self, latent_dim: int) -> "OptimizationConfig":
         """The same with the nats that a fit goes on for in proportion to the number of latents."""
-        share = max(latent_dim / self.latents_of_gaps, 1.0)
+        share, draws = max(latent_dim / self.latents_of_gaps, 1.0), self.selection_draws
+        if latent_dim >= self.many_latents:
+            draws = min(draws, self.selection_draws_of_many)
         return replace(
             self,
+            selection_draws=draws,
             min_improvement=share * self.min_improvement,
             good_gap=share * self.good_gap,
             long_decay_gap=share * self.long_decay_gap,
+            search_min_gain=share * self.search_min_gain,
         )
 
 
