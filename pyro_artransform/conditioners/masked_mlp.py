@@ -223,7 +223,7 @@ class MaskedMLP(Conditioner):
         # masked once, for the values and for their derivatives
         masked, skip = self._masked()
         layers: list[Layer] = []
-        for layer, weight in zip(list[Any](self.layers), masked):
+        for layer, weight in zip(self.layers, masked):
             layers.append(partial(F.linear, weight=weight, bias=layer.bias))
         through_skip = None if skip is None else partial(F.linear, weight=skip)
         *hidden, params = self._outputs(layers, through_skip, x, context)
@@ -266,7 +266,8 @@ class MaskedMLP(Conditioner):
     def _weights(
         self, masked: list[Tensor], skip: Tensor | None, context: Tensor | None
     ) -> Weights:
-        rows, layers = (self.num_params, self.input_dim), list[Any](self.layers)
+        rows: tuple[int, ...] = self.num_params, self.input_dim
+        layers: Any = list(self.layers)  # torch.compile does not follow list[Any](...)
         *biases, last_bias = [layer.bias for layer in layers]
         if self.context_layer is not None and context is not None:
             biases[0] = biases[0] + self.context_layer(context.to(biases[0].dtype))
