@@ -223,6 +223,7 @@ class MaskedMLP(Conditioner):
         # masked once, for the values and for their derivatives
         masked, skip = self._masked()
         layers: list[Layer] = []
+        layer: Any
         for layer, weight in zip(self.layers, masked):
             layers.append(partial(F.linear, weight=weight, bias=layer.bias))
         through_skip = None if skip is None else partial(F.linear, weight=skip)
