@@ -19,7 +19,7 @@ from torch.linalg import solve_triangular
 from .block_evaluation import BlockLayout, Weights
 
 # coordinates in a block: forming its square costs as many products as it has coordinates, opening it
-# a dozen calls. As fast as 8, 12 and 24 from 10 to 203 dimensions (64 rows, one core), 32 is slower
+# a dozen calls. As fast as 10, 12 and 20 from 10 to 200 dimensions, 8 is slower (benchmarks/steps.md)
 _SIZE = 16
 
 
