@@ -19,7 +19,7 @@ from torch.linalg import solve_triangular
 from .block_evaluation import BlockLayout, Weights
 
 # coordinates in a block: forming its square costs as many products as it has coordinates, opening it
-# a dozen calls. As fast as 8, 12 and 24 from 10 to 203 dimensions (64 rows, one core), 32 is slower
+# a dozen calls. As fast as 10, 12 and 20 from 10 to 200 dimensions, 8 is slower (benchmarks/steps.md)
 _SIZE = 16
 
 
@@ -49,7 +49,7 @@ class MLPEvaluation:
     def pull_back(self, weights: Tensor) -> Tensor:
         """See :class:`~.base.Evaluation`."""
         network, rows = self._weights, weights.mT.flatten(1)
-        pulled = self._through_layers(network, rows @ network.last.flatten(0, 1), slice(None))
+        pulled = self._through_layers(network, rows @ network.last.flatten(0, 1), slice(None), 0)
         if network.skip is not None:
             pulled = pulled + rows @ network.skip.flatten(0, 1)
         return pulled
@@ -63,7 +63,7 @@ class MLPEvaluation:
             own = slice(self._layout.levels[start], self._layout.levels[stop])
             known = rest[:, own]
             if carried is not None:
-                known = known + self._through_layers(weights, carried, own)
+                known = known + self._through_layers(weights, carried, own, start)
             v = self._substitute(slopes[..., own], known, start, stop)
             done.append(v)
             if start == 0:
@@ -106,12 +106,14 @@ class MLPEvaluation:
             rows = rows + slopes.permute(2, 0, 1) @ weights.skip[:, own, own].transpose(0, 1)
         return rows.transpose(0, 1).contiguous()
 
-    def _through_layers(self, network: Weights, by_units: Tensor, own: slice) -> Tensor:
-        """What derivatives by the last hidden units, ``(B, H)``, are by some inputs."""
-        weights, slopes = network.inner, self._slopes
-        for weight, slope in [*zip(weights, slopes)][:0:-1]:
-            by_units = (by_units * slope) @ weight
-        pulled: Tensor = (by_units * slopes[0]) @ weights[0][:, own]
+    def _through_layers(self, network: Weights, by_units: Tensor, own: slice, start: int) -> Tensor:
+        """What derivatives by the last hidden units, ``(B, H)``, are by inputs from a level on."""
+        # the units that read them, if only through others
+        readers = [slice(places[start], None) for places in self._layout.units]
+        pulled = by_units[:, readers[-1]]
+        layers = zip(network.inner, self._slopes, readers, [own, *readers[:-1]])
+        for weight, slope, units, inputs in [*layers][::-1]:
+            pulled = (pulled * slope[:, units]) @ weight[units, inputs]
         return pulled
 
     def _blocks(self) -> Iterator[tuple[int, int]]:

@@ -55,6 +55,7 @@ LAYERS = {
     "narrow, with a skip": lambda: layer(40, 16),
     "narrow, two layers": lambda: layer(40, [64, 20]),
     "one block": lambda: layer(5, [64]),
+    "with the slope of SiLU": lambda: layer(20, 64, nonlinearity=nn.SiLU()),
     "many blocks": lambda: layer(70, [300]),
     "many blocks, three layers": lambda: layer(40, [130, 100, 90]),
     "reversed": lambda: layer(20, [64], order=range(19, -1, -1)),
