@@ -15,7 +15,9 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from ..arguments import values_can_be_read
 from .handlers import (
     ModelStructure,
     SiteLogProbs,
@@ -190,10 +192,18 @@ class LogJoint(LogDensity):
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
-        # a graph of gradients holds all draws in any case
-        chunk = None if torch.is_grad_enabled() else self.chunk_size
+        if not torch.is_grad_enabled():
+            return self._at(z, self.chunk_size)
+        # draws of one mini-batch that the model takes by itself stay together
+        if len(z) <= self.chunk_size or self.is_subsampled or not values_can_be_read(z):
+            return self._at(z)
+        # a graph of all draws may not fit into memory: it is made again, part by part, for gradients
+        parts = z.split(self.chunk_size)
+        return torch.cat([checkpoint(self._at, part, use_reentrant=False) for part in parts])
+
+    def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
         with pyro.validation_enabled(False):
-            return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan, chunk)["total"]
+            return evaluate_many(self._evaluate, {"z": z}, self.strategy, _nan, chunk_size)["total"]
 
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:

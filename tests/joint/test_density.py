@@ -282,3 +282,28 @@ def test_a_branch_beside_a_large_density_in_float32():
     found = LogJoint(model).checked(z, dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
     expected = torch.stack([by_trace(model, row) for row in z])
     assert (found - expected).abs().max() < 1
+
+
+def _trained():
+    scale = pyro.param("scale", torch.tensor(1.5), constraint=dist.constraints.positive)
+    z = pyro.sample("z", dist.Normal(0.0, scale).expand([3]).to_event(1))
+    pyro.factor("curve", -((z[..., 0] - z[..., 1] ** 2) ** 2) * scale)
+
+
+@pytest.mark.parametrize("model", [_trained, models.marginal_mixture, models.python_branch])
+def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
+    """Where a graph of all draws is too large: values, gradients of draws and parameters, and Hessians."""
+    log_joint = LogJoint(model)
+    z = torch.randn(7, log_joint.latents.latent_dim, requires_grad=True)
+
+    def found(chunk_size):
+        log_joint.chunk_size = chunk_size
+        trained = [z, *dict(pyro.get_param_store().named_parameters()).values()]
+        value = log_joint(z)
+        first = torch.autograd.grad(value.sum(), trained, create_graph=True)
+        again = torch.autograd.grad(log_joint(z).sum(), z)[0]
+        second = torch.autograd.grad(first[0].square().sum(), z)[0]
+        return [value, *first, again, second]
+
+    for one, other in zip(found(3), found(100)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
