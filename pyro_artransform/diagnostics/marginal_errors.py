@@ -16,6 +16,7 @@ from .known_moments import Laws
 
 #: chains that remember more than this of their start have moved less than half of the way
 MOST_MEMORY = 0.5
+_COORDINATES = 256
 # standard errors of a memory that are its noise: each of a thousand latents would be extrapolated by it
 _NOISE_OF_MEMORY = 2.0
 
@@ -85,7 +86,14 @@ def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
     :param draws: shape ``(n, D)``.
     :param log_weights: shape ``(n,)``.
     """
-    count, weights = len(draws), (len(draws) * log_weights.softmax(0))[:, None]
+    weights = (len(draws) * log_weights.softmax(0))[:, None]
+    # a few coordinates at a time, which bounds the memory
+    parts = [_errors_by_weights(part, weights) for part in draws.split(_COORDINATES, 1)]
+    return MarginalErrors(*map(torch.cat, zip(*parts)))
+
+
+def _errors_by_weights(draws: Tensor, weights: Tensor) -> MarginalErrors:
+    count = len(draws)
     mean, other = (weights * draws).mean(0), draws.mean(0)
     squares, others = (draws - mean).square(), (draws - other).square()
     variance, own = (weights * squares).mean(0), others.mean(0)

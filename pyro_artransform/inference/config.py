@@ -131,7 +131,6 @@ class OptimizationConfig:
             min_improvement=share * self.min_improvement,
             good_gap=share * self.good_gap,
             long_decay_gap=share * self.long_decay_gap,
-            search_min_gain=share * self.search_min_gain,
         )
 
 
@@ -200,8 +199,10 @@ class EvaluationConfig:
     #: 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
     min_marginals: int = 30
     #: draws whose weights tell of single latents where the joint is trusted: with a variance of weights
-    #: of 1 a mean is known to 0.02 sd
+    #: of 1 a mean is known to 0.02 sd by 4000
     num_for_marginals: int = 4000
+    max_for_marginals: int = 8_000_000  #: numbers of these draws: 64 MB
+    min_for_marginals: int = 1000
     num_chains: int = 128  #: the chains of that look, which cost about 20,000 gradients
     num_chain_steps: int = 12  #: the steps of theirs that count
     small_tail: float = 0.001  #: a smaller excess of the tail, as a share of all weights, is none

@@ -70,7 +70,9 @@ def look_at_marginals(
 
 def _look_by_weights(subject: ModelAndGuide, config: EvaluationConfig) -> MarginalLook:
     """What weights that are trusted say of single latents; nothing where draws are replayed."""
-    drawn = [*subject.weighted_draws(config.num_for_marginals)]
+    most = config.max_for_marginals // subject.log_joint.latents.latent_dim
+    count = min(config.num_for_marginals, max(most, config.min_for_marginals))
+    drawn = [*subject.weighted_draws(count)]
     if any(part.latent is None for part in drawn):
         return MarginalLook()
     latent = torch.cat([part.latent for part in drawn if part.latent is not None])
