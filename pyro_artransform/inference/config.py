@@ -69,7 +69,7 @@ class OptimizationConfig:
     num_particles_of_many: int = 16
     #: up to so many latents the nats below are as they stand; for more they are in proportion, since
     #: gaps add up over latents that are each as good
-    latents_of_gaps: int = 200
+    latents_of_gaps: int = 100
     #: step sizes of Adam, the first one unless the search finds a better one
     step_sizes: tuple[float, ...] = (2e-2, 5e-3, 2e-3, 5e-4)
     betas: tuple[float, float] = (0.9, 0.99)  #: of Adam; the second is short since steps are few

@@ -271,7 +271,7 @@ def test_the_expected_end():
 def test_nats_are_in_proportion_to_many_latents():
     few, many = CONFIG.for_latents(50), CONFIG.for_latents(1000)
     assert few == CONFIG
-    assert many.min_improvement == 5 * CONFIG.min_improvement
-    assert many.good_gap == 5 * CONFIG.good_gap
+    assert many.min_improvement == 10 * CONFIG.min_improvement
+    assert many.good_gap == 10 * CONFIG.good_gap
     assert many.selection_draws == CONFIG.selection_draws_of_many
     assert replace(CONFIG, selection_draws=10).for_latents(1000).selection_draws == 10
