@@ -66,7 +66,7 @@ def test_bad_arguments_at_construction(kind, options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dims", "nonlinearity"), [(AutoIAF, (64,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
+    ("kind", "dims", "nonlinearity"), [(AutoIAF, (128,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
 )
 def test_networks_by_default(kind, dims, nonlinearity):
     guide = kind(models.regression)
