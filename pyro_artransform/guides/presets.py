@@ -96,7 +96,8 @@ class PresetGuide(AutoAutoregressive):
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
-        # three layers multiply their scales: without a bound single draws go so far that models overflow
+        # benchmarks/float32.md: three layers multiply their scales, and without a bound single draws go
+        # so far that models overflow
         return chain([*hinges, layers, CompressedTails()])
 
 
@@ -109,8 +110,8 @@ class AutoIAF(PresetGuide):
        skew the base and give it other tails.
     2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them.
        The first has the order of the latents, the next the reverse order, and so on in turn.
-    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 5 units of the scale below, a draw
-       goes only logarithmically far, so that models do not overflow.
+    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 10 units of the scale below, a
+       draw goes only logarithmically far, so that models do not overflow.
     4. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
 
     In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
@@ -161,8 +162,8 @@ class AutoMAF(PresetGuide):
 
     Its layers are ``num_transforms`` affine autoregressive ones in alternating order, as
     :func:`~pyro_artransform.maf` makes them, then compressed tails, location and scale, as those of
-    :class:`AutoIAF`; in one dimension all are. Draws need the inverse of each layer, which costs several evaluations of its
-    networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
+    :class:`AutoIAF`; in one dimension all are. Draws need the inverse of each layer, which costs several
+    evaluations of its networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.

@@ -19,8 +19,8 @@ class CompressedTails(FlowModule):
 
         y = \pm \left(c + w \operatorname{arsinh} \frac{|x| - c}{w}\right) \qquad |x| > c
 
-    It acts on each coordinate, has two continuous derivatives, and no parameters. At c = 5 a standard
-    Normal draw is left as it is but for one in a million; w = 10 takes 20 to 17, and 1,000 to 58.
+    It acts on each coordinate, has two continuous derivatives, and no parameters. By default 20 goes to
+    18.8, 100 to 39 and 1,000 to 63; a draw of a standard Normal stays what it is.
 
     :param knot: c, where it begins.
     :param width: w, the distance over which the slope falls from 1 to :math:`1/\sqrt2`.
@@ -30,11 +30,11 @@ class CompressedTails(FlowModule):
     Example::
 
         >>> import torch
-        >>> CompressedTails()(torch.tensor([-3.0, 0.0, 5.0]))
-        tensor([-3.,  0.,  5.])
+        >>> CompressedTails()(torch.tensor([-3.0, 0.0, 10.0]))
+        tensor([-3.,  0., 10.])
     """
 
-    def __init__(self, knot: float = 5.0, width: float = 10.0, *, cache_size: int = 1) -> None:
+    def __init__(self, knot: float = 10.0, width: float = 10.0, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self.knot = check_positive("knot", knot)
         self.width = check_positive("width", width)
