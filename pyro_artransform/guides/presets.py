@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_callable, check_hidden_dims, check_integer
 from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
-from ..transforms import FlowModule, chain
+from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
 from .spec import Arguments, GuideSpec
@@ -92,10 +92,13 @@ class PresetGuide(AutoAutoregressive):
         if latent_dim == 1:
             # affine layers of one coordinate are a Gaussian together
             splines = [spline_autoregressive(1, **network) for _ in range(count)]
-            return chain([hinged_marginals(1), *splines])
+            return chain([hinged_marginals(1), *splines, CompressedTails()])
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
-        return chain([hinged_marginals(latent_dim), layers]) if cls._has_hinges else layers
+        hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
+        # benchmarks/float32.md: three layers multiply their scales, and without a bound single draws go
+        # so far that models overflow
+        return chain([*hinges, layers, CompressedTails()])
 
 
 class AutoIAF(PresetGuide):
@@ -107,7 +110,9 @@ class AutoIAF(PresetGuide):
        skew the base and give it other tails.
     2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them.
        The first has the order of the latents, the next the reverse order, and so on in turn.
-    3. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
+    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 10 units of the scale below, a
+       draw goes only logarithmically far, so that models do not overflow.
+    4. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
 
     In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
     their place. Each layer but the last starts as the identity. ``print(guide)`` shows the layers.
@@ -156,9 +161,9 @@ class AutoMAF(PresetGuide):
     """A guide whose flow is a masked autoregressive flow: the density at any values is cheap.
 
     Its layers are ``num_transforms`` affine autoregressive ones in alternating order, as
-    :func:`~pyro_artransform.maf` makes them, then location and scale; in one dimension those of
-    :class:`AutoIAF`. Draws need the inverse of each layer, which costs several evaluations of its
-    networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
+    :func:`~pyro_artransform.maf` makes them, then compressed tails, location and scale, as those of
+    :class:`AutoIAF`; in one dimension all are. Draws need the inverse of each layer, which costs several
+    evaluations of its networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.

@@ -10,6 +10,7 @@ from .autoregressive import (
     check_structure,
 )
 from .chain import ComposedTransform, ConditionalComposedTransform, chain
+from .compressed_tails import CompressedTails
 from .conditioned import ConditionedUnivariate
 from .flow_module import FlowModule, InverseTransformModule, inverse
 from .meta_protocol import StructuredMeta
@@ -19,6 +20,7 @@ from .permute import PermutationTransform
 __all__ = [
     "AutoregressiveTransform",
     "ComposedTransform",
+    "CompressedTails",
     "ConditionalAutoregressiveTransform",
     "ConditionalComposedTransform",
     "ConditionedUnivariate",
