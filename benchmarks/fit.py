@@ -33,8 +33,8 @@ ONE_THREAD = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
-#: wall seconds after which a process is given up, as a multiple of its limit of CPU seconds
-PATIENCE = 6
+#: wall seconds after which a process is given up, which a peer reaches in compiling only
+PATIENCE = 1800
 BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 Run = dict[str, Any]
 
@@ -44,14 +44,13 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
     for posterior in options.posteriors:
         for size in range(len(STEP_SIZES)):
             for subject in options.subjects:
-                is_of_fit, has_sizes = subject.endswith("by fit"), SUBJECTS[subject][1]
+                has_sizes = SUBJECTS[subject][1]
                 if size and not has_sizes:
                     continue
                 # a graph of ten latents that all depend on each other is no structure
                 if subject == "AutoStructuredFlow by fit" and posterior != "chain":
                     continue
                 run: Run = {"posterior": posterior, "subject": subject, "seed": options.seed}
-                run["limit"] = math.inf if is_of_fit else options.limit
                 yield run | ({"step_size": STEP_SIZES[size]} if has_sizes else {})
 
 
@@ -67,7 +66,7 @@ def one(run: Run, evidence: float) -> Run:
     return subject(posterior=POSTERIORS[run["posterior"]], evidence=evidence, **rest)
 
 
-def in_a_process(run: Run, evidence: float, limit: float) -> Run:
+def in_a_process(run: Run, evidence: float) -> Run:
     """The same in a process of its own, or why there is nothing."""
     command = [sys.executable, __file__, "--one", json.dumps(run), "--evidence", repr(evidence)]
     try:
@@ -75,7 +74,7 @@ def in_a_process(run: Run, evidence: float, limit: float) -> Run:
             command,
             capture_output=True,
             text=True,
-            timeout=PATIENCE * limit,
+            timeout=PATIENCE,
             env=os.environ | ONE_THREAD,
         )
     except subprocess.TimeoutExpired:
@@ -96,7 +95,8 @@ def collect(options: argparse.Namespace) -> list[Run]:
         if any(run.items() <= outcome.items() for outcome in outcomes):
             continue
         evidence = POSTERIORS[run["posterior"]].evidence()
-        outcome = run | in_a_process(run, evidence, options.limit)
+        limited = run | {"limit": options.limit}
+        outcome = limited | in_a_process(limited, evidence)
         outcomes.append(outcome)
         with options.results.open("a") as file:
             file.write(json.dumps(outcome) + "\n")
@@ -132,7 +132,7 @@ def best(outcomes: list[Run], posterior: str, subject: str) -> Run | None:
 
 def cell(outcome: Run | None) -> str:
     if outcome is None:
-        return ""
+        return "not run"
     if not outcome["rows"]:
         return outcome.get("error", "nothing")
     seconds, value = seconds_to_goal(outcome), best_value(outcome)
@@ -180,7 +180,8 @@ def draw(outcomes: list[Run], path: Path) -> None:
         style: dict[str, Any] = {"marker": "D" if is_ours else "s" if is_chain else "o", "s": 30}
         color = f"C{number}"
         fills = [color if seconds < edge else "none" for seconds in times]
-        ax.scatter(times, heights, label=subject, color=fills, edgecolors=color, **style)
+        ax.scatter(times, heights, color=fills, edgecolors=color, **style)
+        ax.scatter([], [], label=subject, color=color, **style)
         for (_, outcome), height, seconds in zip(rows, heights, times):
             if is_ours and outcome["rows"]:
                 end = outcome["rows"][-1][1]
@@ -193,10 +194,8 @@ def draw(outcomes: list[Run], path: Path) -> None:
     for y in range(1, len(posteriors)):
         ax.axhline(y - 0.5, color="0.9", linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
-    handles, labels = ax.get_legend_handles_labels()
-    for handle, number in zip(handles, range(len(SUBJECTS))):
-        handle.set_facecolor(f"C{number}")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3}
+    figure.legend(frameon=False, fontsize=8, **place)
     figure.savefig(path, dpi=120)
 
 
@@ -213,7 +212,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds of a peer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path("fit.jsonl"))
+    parser.add_argument("--results", type=Path, default=HERE / "fit.jsonl")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--evidence", type=float, help=argparse.SUPPRESS)
