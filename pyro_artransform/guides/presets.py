@@ -110,7 +110,7 @@ class AutoIAF(PresetGuide):
        skew the base and give it other tails.
     2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them.
        The first has the order of the latents, the next the reverse order, and so on in turn.
-    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 10 units of the scale below, a
+    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 40 units of the scale below, a
        draw goes only logarithmically far, so that models do not overflow.
     4. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
 
