@@ -16,6 +16,7 @@ from .known_moments import Laws
 
 #: chains that remember more than this of their start have moved less than half of the way
 MOST_MEMORY = 0.5
+# coordinates that are weighed at once: each array of 4,000 draws of them takes 8 MB
 _COORDINATES = 256
 # standard errors of a memory that are its noise: each of a thousand latents would be extrapolated by it
 _NOISE_OF_MEMORY = 2.0

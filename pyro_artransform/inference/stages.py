@@ -73,8 +73,10 @@ class FitRun:
         of_batch = _objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:
-            num_batches, parts = stream.num_batches, (of_batch, stream, log_joint, batches)
-            self._minibatches = MinibatchObjective(*parts, config.minibatch)
+            num_batches = stream.num_batches
+            self._minibatches = MinibatchObjective(
+                of_batch, stream, log_joint, batches, config.minibatch
+            )
         self._by_path = isinstance(of_batch, PathObjective)
         settings = config.optimization.for_latents(log_joint.latents.latent_dim)
         schedule = new_schedule(settings, self._by_path, num_batches, is_subsampled)
