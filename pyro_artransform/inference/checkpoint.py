@@ -13,7 +13,7 @@ from ..files import FilePath
 
 State = dict[str, Any]  #: tensors and plain data
 
-_FORMAT = "pyro_artransform fit 2"
+_FORMAT = "pyro_artransform fit 3"
 _KEYS = {"format", "state", "checksum"}
 
 
@@ -30,6 +30,22 @@ def read(path: FilePath) -> State:
         state: State = saved["state"]
         return state
     raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")
+
+
+def state_of_process(state: State, rank: int, size: int) -> State:
+    """What one of the processes needs by itself: its place in the data, and its generators.
+
+    :param rank: which process, from 0.
+    :param size: how many there are.
+    :raises ValueError: if there were more or fewer.
+    """
+    by_process: list[State] = state["processes"]
+    if len(by_process) != size:
+        raise ValueError(
+            f"resume: expected {len(by_process)} process(es), as before, got {size}: draws and "
+            "batches are those of a process"
+        )
+    return by_process[rank]
 
 
 def random_state() -> State:

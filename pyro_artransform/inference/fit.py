@@ -17,6 +17,7 @@ from ..arguments import check_callable, check_integer
 from .config import FitConfig
 from .data.loader import Batch, BatchStream
 from .guide_argument import check_call, parameter_names, split_arguments
+from .processes import open_processes
 from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
 from .stages import FitRun
@@ -155,23 +156,28 @@ def fit(
     _check_options(loader, epochs, num_steps, args)
     if loader is None:
         check_call(model, args, kwargs)
-    _check_place(checkpoint)
     if num_particles is not None:
         check_integer("num_particles", num_particles)
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
-        seeded(seed),
-        progress_bar(progress) as bar,
+        open_processes() as processes,
+        processes.quiet(),
+        seeded(processes.seed(seed)),
+        progress_bar(progress and processes.rank == 0) as bar,
         noted_interrupts() as interrupted,
         ExitStack() as stack,
     ):
+        checkpoint, resume = processes.first(partial(_checked_files, checkpoint, resume))
         stream = None
         if loader is not None:
-            stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
+            whole = stack.enter_context(closing(BatchStream(loader, kwargs)))
+            stream = whole.share(processes.rank, processes.size)
+            stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         batch, config = Batch(args, kwargs), config or FitConfig()
-        run = FitRun(model, guide, batch, stream, config, num_steps, num_particles, optim)
+        options = num_steps, num_particles, optim
+        run = FitRun(model, guide, batch, stream, config, *options, processes)
         if resume is None:
             run.initialize(bar)
         else:
@@ -214,10 +220,11 @@ def _check_options(
             check_integer(name, count)
 
 
-def _check_place(checkpoint: str | os.PathLike[str] | None) -> None:
-    """Checks that there is a folder for checkpoints, before steps are taken."""
-    if checkpoint is None:
-        return
-    path = Path(checkpoint)
-    if path.is_dir() or not path.parent.is_dir():
+def _checked_files(
+    checkpoint: str | os.PathLike[str] | None, resume: str | os.PathLike[str] | None
+) -> tuple[Path | None, Path | None]:
+    """The files to write and to read; checks that there is a folder, before steps are taken."""
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")
+    return path, None if resume is None else Path(resume)

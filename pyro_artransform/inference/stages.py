@@ -13,7 +13,7 @@ from functools import partial
 from threading import Event
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
@@ -23,19 +23,27 @@ from .config import FitConfig, OptimizationConfig
 from .data.checks import check_use
 from .data.loader import Batch, BatchStream
 from .evaluation.many_latents import look_at_marginals
-from .evaluation.verdict import FitStatus, ModelAndGuide, evaluate, evaluate_minibatches
+from .evaluation.verdict import (
+    Drawn,
+    FitStatus,
+    ModelAndGuide,
+    draw,
+    evaluate,
+    evaluate_minibatches,
+)
 from .guide_argument import choose
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
 from .initialization.sparse_start import find_sparse_start
-from .objectives.minibatch_elbo import MinibatchObjective, validation_batches
+from .objectives.minibatch_elbo import MinibatchObjective, PassEstimate, validation_batches
 from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
 from .objectives.pyro_elbo import PyroObjective
 from .optimization.schedule import new_schedule
 from .optimization.selection import choose_step_size, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training
+from .processes import Processes
 from .progress import ProgressBar
 from .result import FitResult
 
@@ -60,57 +68,62 @@ class FitRun:
         num_steps: int | None,
         num_particles: int | None,
         optim: object,
+        processes: Processes,
     ) -> None:
-        self._began, self._config = time.perf_counter(), config
+        self._began, self._config, self._processes = time.perf_counter(), config, processes
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
         self._guide_reason = ""
         if guide is None:
             guide, self._guide_reason = choose(model, *batches[0])
         self._subject = subject = _run_once(model, guide, batches[0], stream)
         log_joint, is_subsampled = subject.log_joint, subject.log_joint.is_subsampled
-        if stream and stream.num_batches == 1 and stream.is_partition and not is_subsampled:
+        whole = stream and stream.whole
+        if whole and whole.num_batches == 1 and whole.is_partition and not is_subsampled:
             stream = None  # the only batch is as good as arguments
         of_batch = _objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:
             num_batches = stream.num_batches
             self._minibatches = MinibatchObjective(
-                of_batch, stream, log_joint, batches, config.minibatch
+                of_batch, stream, log_joint, batches, config.minibatch, processes
             )
         self._by_path = isinstance(of_batch, PathObjective)
         settings = config.optimization.for_latents(log_joint.latents.latent_dim)
         schedule = new_schedule(settings, self._by_path, num_batches, is_subsampled)
         schedule = schedule.of_length(num_steps)
-        objective = self._minibatches or of_batch
+        self._objective = self._minibatches or of_batch
         scales = guide if isinstance(guide, ScaledSteps) else None
         if num_particles is None:
             num_particles = _num_particles(subject, config.optimization)
-        self._trainer = Trainer(objective, schedule, num_particles, optim, scales, stream)
+        # those of a batch are not shared: each process has another batch
+        own = processes.share(num_particles) if stream is None else num_particles
+        objective = processes.shared(self._objective)
+        self._trainer = Trainer(
+            objective, schedule, own * processes.size, optim, scales, stream, processes
+        )
+        processes.align(self._tensors, num_steps=num_steps, num_particles=num_particles)
         self._looped_because = _why_looped(of_batch, log_joint)
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
         self._step_size: float | None = None
         self._search_steps = 0
         self._is_saved = False
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers, by name."""
+        found = dict(self._objective.parameters())
+        offered: dict[str, object] = {"guide": self._subject.guide, "model": self._subject.model}
+        for name, module in offered.items():
+            if isinstance(module, nn.Module):
+                found |= dict(module.named_parameters(prefix=name))
+                found |= dict(module.named_buffers(prefix=name))
+        return found
+
     def initialize(self, bar: ProgressBar) -> None:
         """Puts the guide at the best initial one, and chooses a step size."""
-        model, _, args, kwargs, log_joint = self._subject
-        guide: object = self._subject.guide
-        config = self._config.initialization
-        if isinstance(guide, FlowGuide) and self._by_path:
-            bar.say("start")
-            minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
-            density = minibatches.mean_log_joint() if minibatches else log_joint
-            if isinstance(guide, StructuredGuide):
-                self._initial = find_sparse_start(density, bound, guide, config)
-            else:
-                self._initial = find_initial_guide(density, bound, guide, config)
-        elif isinstance(guide, MinibatchGuide):
-            bar.say("start")
-            batch, elbo_draws = Batch(args, kwargs), self._trainer.objective.elbo_draws
-            self._initial = find_initial_minibatch_guide(
-                log_joint, model, guide, batch, elbo_draws, config
-            )
+        bar.say("start")
+        self._initial = self._processes.first(self._start)
+        self._processes.align(self._tensors)
+        self._processes.draw_apart()
         trainer = self._trainer
         if is_at_posterior(trainer):
             self._step_size = trainer.schedule.config.step_sizes[0]
@@ -121,9 +134,26 @@ class FitRun:
             self._step_size, self._search_steps = choose_step_size(trainer)
         self._training = trainer.new(self._step_size)
 
+    def _start(self) -> InitialGuide:
+        """Puts the guide at the best initial one, if it can be put anywhere."""
+        model, _, args, kwargs, log_joint = self._subject
+        guide: object = self._subject.guide
+        config = self._config.initialization
+        if isinstance(guide, FlowGuide) and self._by_path:
+            minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
+            density = minibatches.mean_log_joint() if minibatches else log_joint
+            if isinstance(guide, StructuredGuide):
+                return find_sparse_start(density, bound, guide, config)
+            return find_initial_guide(density, bound, guide, config)
+        if isinstance(guide, MinibatchGuide):
+            batch, elbo_draws = Batch(args, kwargs), self._objective.elbo_draws
+            return find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, config)
+        return self._initial
+
     def resume(self, path: Path) -> None:
         """Goes on from where a checkpoint has left another fit."""
-        state, trainer = files.read(path), self._trainer
+        state, trainer = self._processes.first(partial(files.read, path)), self._trainer
+        own = files.state_of_process(state, self._processes.rank, self._processes.size)
         options = {"num_steps": trainer.schedule.num_steps, "num_particles": trainer.num_particles}
         for name, got in options.items():
             if got not in (state[name], None):
@@ -141,8 +171,8 @@ class FitRun:
         schedule = trainer.schedule.of_length(state["num_steps"])
         self._training = replace(trainer, schedule=schedule).new(self._step_size)
         self._training.restore(state["training"])
-        self._restore_stream(state.get("batches"))
-        files.set_random_state(state["random"])
+        self._restore_stream(own["batches"])
+        files.set_random_state(own["random"])
 
     def _restore_stream(self, state: files.State | None) -> None:
         stream, minibatches = self._stream, self._minibatches
@@ -161,7 +191,15 @@ class FitRun:
 
     def save(self, path: Path) -> None:
         """Saves everything that the fit needs to go on; where the disk refuses, it warns."""
-        guide, stream, training = self._subject.guide, self._stream, self._training
+        stream = self._stream
+        own = {
+            "batches": None if stream is None else stream.state(),
+            "random": files.random_state(),
+        }
+        by_process = self._processes.gather_objects(own)
+        if self._processes.rank > 0:
+            return
+        guide, training = self._subject.guide, self._training
         initial, modes = self._initial, self._initial.modes
         state = {
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
@@ -174,8 +212,7 @@ class FitRun:
             "start_elbo": initial.elbo,
             "modes": modes and [*modes.gaussians, modes.value, modes.converged],
             "training": training.state(),
-            "batches": None if stream is None else stream.state(),
-            "random": files.random_state(),
+            "processes": by_process,
         }
         try:
             files.write(path, state)
@@ -197,18 +234,20 @@ class FitRun:
     ) -> str:
         """Takes steps until there are enough, or the callback or Ctrl-C ends them; says which."""
         bar.say("fit")
-        training, is_asked_to_end = self._training, False
-        while not (training.is_over() or interrupted.is_set() or is_asked_to_end):
+        training, is_asked, processes = self._training, False, self._processes
+        ends = processes.any(False, interrupted.is_set())
+        while not (training.is_over() or any(ends)):
             loss, plan = training.step(), training.schedule
             place = () if self._stream is None else self._stream.place(plan.end)
             bar.update(training.losses, plan.expected_end(training.num_steps), *place)
             if checkpoint and training.num_steps % self._config.optimization.checkpoint_every == 0:
                 self.save(checkpoint)
             if callback is not None:
-                is_asked_to_end = callback(training.num_steps, -loss) is True
+                is_asked = callback(training.num_steps, -loss) is True
+            ends = processes.any(is_asked, interrupted.is_set())
         if checkpoint is not None:
             self.save(checkpoint)
-        if is_asked_to_end:
+        if ends[0]:
             return "the callback asked to stop"
         return training.schedule.reason if training.is_over() else _INTERRUPTED
 
@@ -225,16 +264,27 @@ class FitRun:
         """The result of the fit, with the guide at the best parameters."""
         if self._stream is not None:
             self._stream.close()
-        training, config = self._training, self._config
-        end, skipped = select_parameters(training), training.skipped.count
-        share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
-        status = FitStatus(share, is_complete, self._is_saved, missing=self._missing())
+        end, missing = select_parameters(self._training), self._processes.first(self._missing)
+        seen: Drawn | PassEstimate
         if self._minibatches is not None:
-            found = evaluate_minibatches(
-                self._subject, self._minibatches, status, config.evaluation
-            )
+            seen = self._minibatches.over_a_pass()
         else:
-            found = evaluate(self._subject, self._initial.modes, status, config)
+            seen = draw(self._subject, self._config.evaluation, self._processes)
+        result = self._processes.first(partial(self._judge, seen, end, missing, stopped_because))
+        return replace(result, guide=self._subject.guide)
+
+    def _judge(
+        self, seen: Drawn | PassEstimate, end: str, missing: tuple[str, ...], stopped_because: str
+    ) -> FitResult:
+        """The result of the fit but for its guide, by what all processes have seen."""
+        training, config = self._training, self._config
+        skipped = training.skipped.count
+        share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
+        status = FitStatus(share, is_complete, self._is_saved, missing=missing)
+        if isinstance(seen, PassEstimate):
+            found = evaluate_minibatches(self._subject, seen, status, config.evaluation)
+        else:
+            found = evaluate(self._subject, self._initial.modes, status, config, seen)
         look = look_at_marginals(self._subject, found, config.evaluation)
         return FitResult(
             **look.result_fields(found),
@@ -249,7 +299,6 @@ class FitRun:
             step_size=self._step_size,
             culprits=dict(training.skipped.sites),
             one_at_a_time=self._looped_because or self._subject.log_joint.reason,
-            guide=self._subject.guide,
             guide_reason=self._guide_reason,
         )
 

@@ -20,11 +20,15 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from .sharding import StridedLoader, shard
+
 _END = object()
 _MAX_COUNTED = 100_000  # batches of an iterable without a length
 _FIXED = (list, tuple, range, SequentialSampler, DistributedSampler)
+_BY_EPOCH = (DistributedSampler, StridedLoader)
+_SEEDS = 2**31
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_STATE = ("num_batches", "epoch", "position", "origin", "epoch_start")
+_STATE = ("num_batches", "epoch", "position", "origin", "epoch_start", "seed")
 
 
 class Batch(NamedTuple):
@@ -48,6 +52,10 @@ class BatchStream:
     ) -> None:
         self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
         self._batches, self._rows = _samplers(loader)
+        #: what has an order for each epoch, which it is told of
+        self._by_epoch = loader if isinstance(loader, StridedLoader) else self._rows
+        #: the stream of all processes that this one is a share of
+        self.whole = self
         self._iterator: Iterator[object] | None = None
         #: the state of the generators at the beginning, and at that of the present epoch
         self.origin = self.epoch_start = self._random_state()
@@ -74,6 +82,25 @@ class BatchStream:
             )
         self.position += 1
         return self._arguments(batch)
+
+    def share(self, rank: int, size: int) -> "BatchStream":
+        """The stream of the batches of one of many processes; itself for one process, and for one batch.
+
+        :param rank: which of the processes this is, from 0.
+        :param size: the number of processes, whose generators are in the same state.
+        """
+        if size == 1 or self.num_batches == 1:
+            return self
+        seed = int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu"))
+        loader = shard(self._loader, self.num_batches, rank, size, seed)
+        stream = BatchStream(loader, self._kwargs)
+        stream.origin, stream.whole = self.origin, self
+        return stream
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of an order that epochs are told of; ``None`` of any other."""
+        return self._by_epoch.seed if isinstance(self._by_epoch, _BY_EPOCH) else None
 
     def restart(self) -> None:
         """Goes back to the beginning; what is left to torch's own generator is drawn from there."""
@@ -133,7 +160,10 @@ class BatchStream:
             )
         if len(state["origin"]["own"]) != len(self._generators()):
             raise ValueError("resume: expected a loader with its own generator where it had one")
-        self.origin = state["origin"]
+        self.origin = self.whole.origin = state["origin"]
+        seed = state["seed"]
+        if isinstance(self._by_epoch, _BY_EPOCH) and seed is not None:
+            self._by_epoch.seed = seed
         self.restart()
         self.epoch = state["epoch"]
         if position and not self.can_go_on:
@@ -148,6 +178,8 @@ class BatchStream:
     def _begin_epoch(self) -> Iterator[object]:
         self.close()
         self.epoch_start = self._random_state()
+        if isinstance(self._by_epoch, _BY_EPOCH):
+            self._by_epoch.set_epoch(self.epoch)
         self._iterator, self.position = iter(self._loader), 0
         return self._iterator
 
@@ -200,9 +232,10 @@ class BatchStream:
 
     def _generators(self) -> list[torch.Generator]:
         """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
-        owners = [self._loader, self._batches, self._rows]
-        if isinstance(self._loader, DataLoader):
-            owners.append(self._loader.sampler)
+        loader = _whole(self._loader)
+        owners = [loader, self._batches, self._rows]
+        if isinstance(loader, DataLoader):
+            owners.append(loader.sampler)
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
@@ -217,11 +250,17 @@ class BatchStream:
 
 def _samplers(loader: object) -> tuple[object, object]:
     """What draws the batches, and what draws the rows in them, as far as they are known."""
+    loader = _whole(loader)
     if not isinstance(loader, DataLoader):
         return None, loader
     batches: object = loader.batch_sampler
     rows = batches.sampler if isinstance(batches, BatchSampler) else batches or loader.sampler
     return batches, rows
+
+
+def _whole(loader: object) -> object:
+    """The loader that all processes have a share in."""
+    return loader.loader if isinstance(loader, StridedLoader) else loader
 
 
 def _checked(loader: object) -> Iterable[object]:

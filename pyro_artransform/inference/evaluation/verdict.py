@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
@@ -17,7 +18,8 @@ from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
-from ..objectives.minibatch_elbo import MinibatchObjective, PassEstimate
+from ..objectives.minibatch_elbo import PassEstimate
+from ..processes import ALONE, Processes
 from .missed_modes import MissedModes, MissedModeSearch
 
 # of missing dependencies in a verdict
@@ -61,6 +63,20 @@ class ModelAndGuide(NamedTuple):
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
         """Draws of the guide with their weights, by chunks."""
         return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
+
+
+class Drawn(NamedTuple):
+    """Weighted draws of a guide.
+
+    :param log_weights: shape ``(n,)``.
+    :param latents: on the unconstrained space, of the first ones at least, shape ``(m, latent_dim)``;
+        ``None`` where draws have none.
+    :param mixes_draws: whether the model turned out to mix draws at once.
+    """
+
+    log_weights: Tensor
+    latents: Tensor | None
+    mixes_draws: bool
 
 
 class FitStatus(NamedTuple):
@@ -124,34 +140,54 @@ class Evaluation(NamedTuple):
         return {**fields, "trusted": trusted, "verdict": words, "importance": importance}
 
 
+def draw(subject: ModelAndGuide, config: EvaluationConfig, processes: Processes = ALONE) -> Drawn:
+    """The draws that a verdict rests on, of which each process takes its share."""
+    # the weights of mini-batches are noise, and draws for them come one at a time
+    is_noisy = subject.log_joint.is_subsampled
+    count = config.num_noisy_samples if is_noisy else config.num_samples
+    latents, parts, strategy = [], [], subject.log_joint.strategy
+    most = max(processes.share(config.max_kept // subject.log_joint.latents.latent_dim), 2)
+    for chunk in subject.weighted_draws(processes.share(count)):
+        parts.append(chunk.log_weights)
+        if chunk.latent is not None:
+            most -= len(kept := chunk.latent[:most])
+            latents.append(kept.clone())
+    (mixes_draws,) = processes.any(subject.log_joint.strategy != strategy)
+    log_weights = torch.cat(parts)
+    if not latents:
+        return Drawn(processes.gather(log_weights), None, mixes_draws)
+    own = torch.cat(latents)
+    # those that are kept first, of all processes
+    weights = log_weights[: len(own)], log_weights[len(own) :]
+    gathered = torch.cat([*map(processes.gather, weights)])
+    return Drawn(gathered, processes.gather(own), mixes_draws)
+
+
 def evaluate(
-    subject: ModelAndGuide, modes: Modes | None, status: FitStatus, config: FitConfig
+    subject: ModelAndGuide,
+    modes: Modes | None,
+    status: FitStatus,
+    config: FitConfig,
+    drawn: Drawn | None = None,
 ) -> Evaluation:
     """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
 
     :param modes: the modes that the search for an initial guide has found.
+    :param drawn: what :func:`draw` has drawn; by default it draws now.
     """
-    is_noisy = subject.log_joint.is_subsampled
-    # the weights of mini-batches are noise, and draws for them come one at a time
-    settings = config.evaluation
-    count = settings.num_noisy_samples if is_noisy else settings.num_samples
-    latents, log_weights, strategy = [], [], subject.log_joint.strategy
-    most = max(settings.max_kept // subject.log_joint.latents.latent_dim, 2)
-    for chunk in subject.weighted_draws(count):
-        log_weights.append(chunk.log_weights)
-        if chunk.latent is not None:
-            most -= len(kept := chunk.latent[:most])
-            latents.append(kept.clone())
-    found, missed, is_point = Importance.from_log_weights(torch.cat(log_weights)), None, False
-    if latents:
-        draws = torch.cat(latents)
+    is_noisy, settings = subject.log_joint.is_subsampled, config.evaluation
+    drawn = drawn or draw(subject, settings)
+    strategy = subject.log_joint.strategy
+    found, missed, is_point = Importance.from_log_weights(drawn.log_weights), None, False
+    if drawn.latents is not None:
+        draws = drawn.latents
         is_point = bool((draws == draws[:1]).all(0).any())
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
             weights = found.log_weights[: len(draws)]
             missed = search.find(draws, found.log_evidence, modes, weights)
-    mixes_draws = subject.log_joint.strategy != strategy
+    mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, settings)
     lost_mass = 0.0 if missed is None else missed.lost_mass
@@ -160,13 +196,10 @@ def evaluate(
 
 
 def evaluate_minibatches(
-    subject: ModelAndGuide,
-    objective: MinibatchObjective,
-    status: FitStatus,
-    config: EvaluationConfig,
+    subject: ModelAndGuide, found: PassEstimate, status: FitStatus, config: EvaluationConfig
 ) -> Evaluation:
     """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
-    found, weights = objective.over_a_pass(), None
+    weights = None
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
     is_point = has_point(next(subject.weighted_draws(_NUM_POINT_DRAWS)).values)

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..config import MinibatchConfig
 from ..data.loader import Batch, BatchStream
+from ..processes import ALONE, Processes
 from .objective import BatchObjective, Objective
 from .path_gradient import PathObjective
 
@@ -46,7 +48,7 @@ class _Term(NamedTuple):
 
 def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
     """Some of the batches of an epoch, at least one, on which parameters are compared."""
-    found = list(stream.one_pass(config.num_compared))
+    found = list(stream.whole.one_pass(config.num_compared))
     if not found:
         raise ValueError("loader: expected at least one batch, got none")
     return found
@@ -61,10 +63,11 @@ class MinibatchObjective(Objective):
     gradient of all data. Steps for the tails do not exist: log weights of mini-batches are noise.
 
     :param objective: the objective for any batch.
-    :param stream: the stream of batches.
+    :param stream: the stream of batches, of which there may be a share in each process.
     :param log_joint: the log joint density of the model.
     :param validation: the batches on which parameters are compared.
     :param config: how many draws and batches there are.
+    :param processes: those that share the pass at the end.
     """
 
     objective: BatchObjective
@@ -72,6 +75,7 @@ class MinibatchObjective(Objective):
     log_joint: LogJoint
     validation: list[Batch]
     config: MinibatchConfig
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         self._last = self.objective
@@ -110,8 +114,10 @@ class MinibatchObjective(Objective):
         draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
         return torch.stack(draws).sum(0)
 
-    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
+    def _estimator(self, count: int, processes: Processes = ALONE) -> Callable[[Batch], Tensor]:
         """So many draws of the ELBO of a batch; the same draws for all, where all have the same latents.
+
+        They are those of the first of some processes.
 
         The log weights of much data vary less than those of little, and their mean over all batches
         is that of all data.
@@ -119,7 +125,7 @@ class MinibatchObjective(Objective):
         objective = self.objective
         if not isinstance(objective, PathObjective):
             return lambda batch: objective.with_arguments(batch).elbo_draws(count)
-        z, log_q = objective.guide.rsample_and_log_prob(count)
+        z, log_q = processes.broadcast(*objective.guide.rsample_and_log_prob(count))
         return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
 
     def nonfinite_sites(self) -> list[str]:
@@ -132,17 +138,23 @@ class MinibatchObjective(Objective):
 
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
-        """The ELBO from one pass over the loader, or from batches that are spread over it."""
+        """The ELBO from one pass over the loader, or from batches that are spread over it.
+
+        Each process takes every so many-th batch.
+        """
         config, are_common = self.config, isinstance(self.objective, PathObjective)
-        count = config.num_draws // min(self.stream.num_batches, config.max_batches)
+        count = config.num_draws // min(self.stream.whole.num_batches, config.max_batches)
         count = min(max(count, config.min_draws), config.max_draws)
-        estimate = self._estimator(config.num_common_draws if are_common else count)
-        terms, weighted = list[_Term](), list[Tensor]()
-        for batch in self.stream.one_pass(config.max_batches):
+        estimate = self._estimator(config.num_common_draws if are_common else count, self.processes)
+        own = list[tuple[_Term, Tensor]]()
+        batches = self.stream.whole.one_pass(config.max_batches)
+        for batch in islice(batches, self.processes.rank, None, self.processes.size):
             draws, weight = estimate(batch), self._weight(batch)
             variance = 0.0 if are_common else (draws.var() / len(draws)).item()
-            terms.append(_Term(draws.mean().item(), variance, weight, self._scale(batch)))
-            weighted.append(weight * draws)
+            term = _Term(draws.mean().item(), variance, weight, self._scale(batch))
+            own.append((term, weight * draws))
+        seen = [pair for part in self.processes.gather_objects(own) for pair in part]
+        terms, weighted = [term for term, _ in seen], [draws for _, draws in seen]
         share = self._share_seen(terms)
         elbo, elbo_se = _mean_and_error(terms, share)
         if not are_common:
@@ -155,9 +167,10 @@ class MinibatchObjective(Objective):
 
     def _share_seen(self, terms: list[_Term]) -> float:
         """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
-        if not self.stream.is_partition:
+        whole = self.stream.whole
+        if not whole.is_partition:
             return 0.0
-        share = len(terms) / self.stream.num_batches
+        share = len(terms) / whole.num_batches
         is_scaled = any(term.scale != 1 for term in terms)
         return min(share, _seen(terms)) if is_scaled else share
 

@@ -7,7 +7,7 @@ import copy
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
 from ..data.loader import BatchStream
 from ..objectives.objective import Objective
+from ..processes import ALONE, Gradients, Processes
 from .looks import gap_of, look
 from .nonfinite import FitError, SkippedSteps
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
@@ -36,6 +37,7 @@ class Trainer:
     :param optim: the user's optimizer, as :func:`wrap_optimizer` takes it; ``None`` for Adam.
     :param scales: the guide, if it scales steps.
     :param stream: the mini-batches, if there are any.
+    :param processes: those that average the gradients of the objective.
     """
 
     objective: Objective
@@ -44,6 +46,7 @@ class Trainer:
     optim: object = None
     scales: ScaledSteps | None = None
     stream: BatchStream | None = None
+    processes: Processes = ALONE
 
     def new(self, step_size: float | None, schedule: Schedule | None = None) -> "Training":
         """A training that begins at the present parameters, and at the first mini-batch.
@@ -63,6 +66,7 @@ class Training:
     def __init__(self, trainer: Trainer, step_size: float | None, schedule: Schedule) -> None:
         self.objective, self.num_particles = trainer.objective, trainer.num_particles
         self.schedule, self._config = schedule, schedule.config
+        self._processes = trainer.processes
         self.parameters = self.objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
@@ -106,12 +110,13 @@ class Training:
         self.num_gradients += num_draws * (self._config.tail_particles if is_for_tails else 1)
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
-        value, norm = loss.item(), math.inf
+        value, trained = loss.item(), list(self.parameters.values())
+        gradients: Gradients | None = None
         if math.isfinite(value):
-            trained = list(self.parameters.values())
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-            norm = _norm(gradients)
-        if math.isfinite(norm):
+        value, gradients = self._processes.mean(value, gradients, trained)
+        norm = math.inf if gradients is None else _norm(gradients)
+        if gradients is not None and math.isfinite(norm):
             self._take(gradients, norm)
         else:
             self.skipped.note(objective, self._config)
@@ -122,7 +127,7 @@ class Training:
             self._look()
         return value
 
-    def _take(self, gradients: Sequence[Tensor | None], norm: float) -> None:
+    def _take(self, gradients: Gradients, norm: float) -> None:
         self.skipped.in_a_row = 0
         self._norms = [*self._norms[1 - self._config.clip_window :], norm]
         limit = self._config.clip_factor * statistics.median(self._norms)
@@ -217,7 +222,7 @@ class Training:
             setattr(self, f"_{name}", state[name])
 
 
-def _norm(gradients: Sequence[Tensor | None]) -> float:
+def _norm(gradients: Gradients) -> float:
     """The norm of all gradients together, in double precision."""
     present = [gradient for gradient in gradients if gradient is not None]
     norms = torch._foreach_norm(present)

@@ -94,14 +94,9 @@ def test_a_model_that_draws_mini_batches(quick):
     assert fields["num_samples"] == quick.evaluation.num_noisy_samples
 
 
-class Pass:
-    """An objective that knows what its pass over a loader gives."""
-
-    def __init__(self, log_weights):
-        self._found = PassEstimate(-3.0, 0.1, 500, 5, 1.0, log_weights)
-
-    def over_a_pass(self):
-        return self._found
+def passed(log_weights):
+    """What a pass over a loader gives."""
+    return PassEstimate(-3.0, 0.1, 500, 5, 1.0, log_weights)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -109,8 +104,8 @@ def test_a_pass_over_a_loader(known, quick):
     x, y = loaders.rows(10)
     guide = AutoNormal(loaders.regression)
     subject = subject_of(loaders.regression, guide, x, y)
-    objective = Pass(0.01 * torch.randn(500) - 3.0 if known else None)
-    found = evaluate_minibatches(subject, objective, FitStatus(), quick.evaluation)
+    seen = passed(0.01 * torch.randn(500) - 3.0 if known else None)
+    found = evaluate_minibatches(subject, seen, FitStatus(), quick.evaluation)
     assert not found.verdict.trusted
     assert "the ELBO of all data is -3.000 ± 0.100" in found.verdict.words
     assert ("mass elsewhere" in found.verdict.words) == known
@@ -124,7 +119,7 @@ def test_a_pass_over_a_loader(known, quick):
 def test_a_pass_with_a_point(quick):
     x, y = loaders.rows(loaders.SIZE)
     subject = subject_of(loaders.regression, AutoDelta(loaders.regression), x, y)
-    found = evaluate_minibatches(subject, Pass(None), FitStatus(), quick.evaluation)
+    found = evaluate_minibatches(subject, passed(None), FitStatus(), quick.evaluation)
     assert "AutoDelta" in found.verdict.words
     assert "of a batch, on the average," in found.verdict.words
 

@@ -1,0 +1,368 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The processes that share a fit: one alone, or those of ``torch.distributed``.
+
+Each process takes its own draws and mini-batches. Gradients are averaged, so that parameters are
+equal to the bit in all of them; decisions rest on averaged or gathered numbers. What cannot be
+shared is done by the first process, and broadcast.
+
+**References**
+
+1. PyTorch Distributed: Experiences on Accelerating Data Parallel Training (Li, Zhao, Varma,
+   Salpekar, Noordhuis, Li, Paszke, Smith, Vaughan, Damania, Chintala, 2020),
+   https://arxiv.org/abs/2006.15704
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache, reduce
+from io import BytesIO
+from itertools import count
+from typing import Any, TypeVar
+
+import pyro
+import torch
+from torch import Tensor, distributed
+
+from .objectives.objective import Objective
+
+T = TypeVar("T")
+Gradients = Sequence[Tensor | None]
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# the others wait while the first process looks for a start, or judges: PyTorch's default for gloo
+_TIMEOUT = timedelta(minutes=30)
+_SEEDS = 2**31
+_groups = count()
+
+
+class Processes:
+    """One process alone: it has nothing to share, and nothing of it costs anything."""
+
+    rank, size = 0, 1  #: which process this is, from 0, and of how many
+
+    def seed(self, seed: int | None) -> int | None:
+        """The seed that all processes have."""
+        return seed
+
+    def draw_apart(self) -> None:
+        """From now on the draws of each process are others."""
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """A context in which only the first process warns."""
+        return nullcontext()
+
+    def shared(self, objective: Objective) -> Objective:
+        """An objective of which each process takes a part of the draws."""
+        return objective
+
+    def share(self, num_draws: int) -> int:
+        """The part of a number of draws that is each process's, rounded up."""
+        return num_draws
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What a function returns in the first process, which alone calls it; its error is all's."""
+        return function()
+
+    def align(self, tensors: Callable[[], Mapping[str, Tensor]], **options: object) -> None:
+        """Gives tensors the values of the first process.
+
+        :param tensors: returns them by name.
+        :param options: what has to be the same everywhere.
+        :raises ValueError: if it is not, or tensors of other names and shapes are elsewhere.
+        """
+
+    def mean(
+        self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
+    ) -> tuple[float, Gradients | None]:
+        """The mean loss, and the mean gradient.
+
+        :param gradients: one for each parameter, ``None`` where the loss does not depend on it;
+            ``None`` for all of them if the loss is not finite.
+        :return: the same for all processes: one loss that is not finite makes the mean so.
+        """
+        return loss, gradients
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set somewhere."""
+        return flags
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The tensors of all processes, of one shape, along the first dimension, by rank."""
+        return values
+
+    def gather_objects(self, own: T) -> list[T]:
+        """The objects of all processes, by rank."""
+        return [own]
+
+    def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors with the values that they have in the first process; they change in place."""
+        return tensors
+
+
+ALONE = Processes()
+
+
+class ManyProcesses(Processes):
+    """The processes of the default group of ``torch.distributed``.
+
+    Each method is called by all of them, in the same order. One that has ended, or does not answer
+    within the timeout of the group, is a ``torch.distributed.DistError`` in the others.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        # NCCL by itself carries nothing that is not on the GPU of the process
+        self._needs_gpu = distributed.get_backend() == "nccl"
+
+    def seed(self, seed: int | None) -> int:
+        return self.first(lambda: _new_seed() if seed is None else seed)
+
+    def draw_apart(self) -> None:
+        pyro.set_rng_seed(self.first(_new_seed) + self.rank)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        if self.rank == 0:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+    def shared(self, objective: Objective) -> Objective:
+        return SharedObjective(objective, self)
+
+    def share(self, num_draws: int) -> int:
+        return math.ceil(num_draws / self.size)
+
+    def first(self, function: Callable[[], T]) -> T:
+        value: Any = None
+        error: Exception | None = None
+        content = [b""]
+        if self.rank == 0:
+            try:
+                value = function()
+                content = [_packed((value, None))]
+            except Exception as raised:
+                error = raised
+                content = [_packed((None, _sendable(raised)))]
+        with self._named_failures():
+            distributed.broadcast_object_list(content, src=0)
+        if self.rank > 0:
+            value, error = _unpacked(content[0])
+        if error is not None:
+            raise error
+        found: T = value
+        return found
+
+    def align(self, tensors: Callable[[], Mapping[str, Tensor]], **options: object) -> None:
+        found = tensors()
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        _check_same(self.gather_objects({**options, **shapes, "parameters": list(shapes)}))
+        self.broadcast(*found.values())
+
+    def mean(
+        self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
+    ) -> tuple[float, Gradients | None]:
+        gradients = [None] * len(parameters) if gradients is None else gradients
+        dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        head = [loss, *(float(g is not None) for g in gradients)]
+        place: dict[str, Any] = {"dtype": dtype, "device": self._place_of(parameters[0])}
+        parts = [torch.tensor(head, **place)]
+        for parameter, gradient in zip(parameters, gradients):
+            part = torch.zeros_like(parameter) if gradient is None else gradient
+            parts.append(part.reshape(-1).to(**place))
+        bucket = torch.cat(parts)
+        with self._named_failures():
+            distributed.all_reduce(bucket)
+        bucket /= self.size
+        loss, *present = bucket[: len(head)].tolist()
+        if not math.isfinite(loss):
+            return loss, None
+        found, rest = (
+            list[Tensor | None](),
+            bucket[len(head) :].split([*map(Tensor.numel, parameters)]),
+        )
+        for parameter, part, share in zip(parameters, rest, present):
+            found.append(part.view_as(parameter).to(parameter) if share else None)
+        return loss, found
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        device = "cuda" if self._needs_gpu else "cpu"
+        found = torch.tensor(flags, dtype=torch.uint8, device=device)
+        with self._named_failures():
+            distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return tuple(map(bool, found.tolist()))
+
+    def gather(self, values: Tensor) -> Tensor:
+        if not values.numel():
+            return values
+        own = self._carried(values)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with self._named_failures():
+            distributed.all_gather(parts, own)
+        return torch.cat(parts).to(values.device)
+
+    def gather_objects(self, own: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        with self._named_failures():
+            distributed.all_gather_object(found, _packed(own))
+        return [*map(_unpacked, found)]
+
+    @torch.no_grad()
+    def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        for tensor in tensors:
+            carried = self._carried(tensor)
+            with self._named_failures():
+                distributed.broadcast(carried, src=0)
+            tensor.copy_(carried)
+        return tensors
+
+    def _place_of(self, tensor: Tensor) -> torch.device:
+        return torch.device("cuda") if self._needs_gpu else tensor.device
+
+    def _carried(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self._place_of(tensor)).contiguous()
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise distributed.DistError(
+                f"fit, in process {self.rank} of {self.size} (from 0): another process has ended, or "
+                "has not answered in time; what it printed says why. Begin all of them again: a "
+                f"checkpoint, if the fit has one, is good to resume from ({error})"
+            ) from error
+
+
+@dataclass
+class SharedObjective(Objective):
+    """An objective of which each process takes its share of the draws.
+
+    A loss is that of the own draws: its gradient is averaged afterwards. Draws of the ELBO are those of
+    all processes, the same for each, so that what is decided by them is decided alike.
+
+    :param objective: the objective for any number of draws.
+    :param processes: those that share it.
+    """
+
+    objective: Objective
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.has_weights = self.objective.has_weights
+
+    def loss(self, num_particles: int) -> Tensor:
+        return self.objective.loss(self.processes.share(num_particles))
+
+    def tail_loss(self, num_particles: int) -> Tensor:
+        return self.objective.tail_loss(self.processes.share(num_particles))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.objective.parameters()
+
+    def is_guide_alone(self) -> bool:
+        return self.objective.is_guide_alone()
+
+    def elbo_draws(self, count: int) -> Tensor:
+        return self.processes.gather(self.objective.elbo_draws(self.processes.share(count)))
+
+    def nonfinite_sites(self) -> list[str]:
+        found = self.processes.gather_objects(self.objective.nonfinite_sites())
+        return list(dict.fromkeys(name for names in found for name in names))
+
+
+@contextmanager
+def open_processes() -> Iterator[Processes]:
+    """The processes that a fit is run by.
+
+    Those of ``torch.distributed`` if it is initialized, and if the environment is that of
+    ``torchrun``: then a process group is made, and destroyed at the end. Otherwise one alone.
+    """
+    if not distributed.is_available():
+        yield ALONE
+        return
+    is_made = not distributed.is_initialized() and _is_launched()
+    if is_made:
+        _make_group()
+    try:
+        is_shared = distributed.is_initialized() and distributed.get_world_size() > 1
+        processes = ManyProcesses() if is_shared else ALONE
+        yield processes
+        processes.any(False)  # nobody goes while others still wait for something
+    finally:
+        if is_made:
+            distributed.destroy_process_group()
+
+
+def _is_launched() -> bool:
+    """Whether the environment says how to reach the other processes."""
+    return all(os.environ.get(name) for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
+
+
+def _make_group() -> None:
+    """A group in which NCCL carries what is on GPUs, where there are any, and gloo all else."""
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    # a store forgets nothing, so that the next group needs other keys than the last one
+    store, rank, size = _rendezvous()
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
+        store=distributed.PrefixStore(f"pyro_artransform.fit {next(_groups)}", store),
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
+
+
+@cache
+def _rendezvous() -> tuple[distributed.Store, int, int]:
+    """The store by which all processes find each other, the rank and their number."""
+    found: tuple[distributed.Store, int, int]
+    found = next(distributed.rendezvous("env://", timeout=_TIMEOUT))
+    return found
+
+
+def _new_seed() -> int:
+    return int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu"))
+
+
+def _check_same(found: Sequence[Mapping[str, object]]) -> None:
+    """Checks that all processes have the same under each name, the names that all have in common."""
+    for name in found[0]:
+        values = [part[name] for part in found if name in part]
+        if values.count(values[0]) < len(values):
+            raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error, or one of the same words where it cannot be sent."""
+    try:
+        _unpacked(_packed(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _packed(value: object) -> bytes:
+    """Tensors and other objects as bytes."""
+    file = BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unpacked(content: bytes) -> Any:
+    """What :func:`_packed` packed; tensors of a GPU are then on the one of this process."""
+
+    def place(storage: Any, location: str) -> Any:
+        return storage.cuda() if location.startswith("cuda") else storage
+
+    # from another process of this very fit
+    return torch.load(BytesIO(content), map_location=place, weights_only=False)

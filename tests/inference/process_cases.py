@@ -1,0 +1,236 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Fits that are shared by processes: run as a module in each of them, with the names of cases."""
+
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import distributed
+
+from pyro_artransform import AutoAmortized, AutoIAF
+from pyro_artransform.inference.config import EvaluationConfig, FitConfig
+from tests.inference import loaders, models
+from tests.inference.conftest import QUICK, quick_fit
+from tests.inference.loaders import listed, rows, shuffled, small
+
+RANK = int(os.environ.get("RANK", "0"))
+SOME = {"num_particles": 4, "progress": False}
+EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
+ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
+OFTEN = replace(QUICK, optimization=replace(QUICK.optimization, checkpoint_every=5))
+
+Outcome = dict[str, Any]
+
+
+def outcome(result: Any) -> Outcome:
+    """What has to be the same in all processes: the parameters, and the result but for the guide."""
+    store = pyro.get_param_store()
+    parameters = {name: store[name].detach().clone() for name in sorted(store.keys())}
+    fields = {name: value for name, value in vars(result).items() if name != "guide"}
+    if result.importance is not None:
+        fields["importance"] = result.importance.log_weights
+    return {"parameters": parameters, **fields}
+
+
+def eight_schools() -> None:
+    """In the non-centred form, whose posterior is easy."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        unit = pyro.sample("unit", dist.Normal(0.0, 1.0))
+        effects, errors = torch.tensor(EFFECTS), torch.tensor(ERRORS)
+        pyro.sample("y", dist.Normal(mu + tau * unit, errors), obs=effects)
+
+
+def schools(folder: Path) -> Outcome:
+    guide = AutoIAF(eight_schools, num_transforms=2, hidden_dims=16)
+    config = FitConfig(evaluation=EvaluationConfig(num_samples=4001))
+    options = {"num_steps": 120, "num_particles": 31, "seed": 1, "progress": True}
+    return outcome(quick_fit(eight_schools, guide, config=config, **options))
+
+
+def hierarchy(folder: Path) -> Outcome:
+    """43 groups in batches of 5: a share has 22 of them, one of which is in both."""
+    _, y = rows()
+    guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
+    optim = partial(torch.optim.Adam, lr=0.02)
+    options = {**SOME, "num_particles": 8, "seed": 0, "optim": optim, "epochs": 80}
+    result = quick_fit(loaders.groups, guide, loader=shuffled(y, batch_size=5), **options)
+    return outcome(result)
+
+
+def batches_of_a_list(folder: Path) -> Outcome:
+    """Five batches: two processes take turns at having three of them in an epoch."""
+    guide = small(loaders.regression)
+    options = {**SOME, "num_particles": 16, "epochs": 100, "seed": 0}
+    return outcome(quick_fit(loaders.regression, guide, loader=listed(*rows()), **options))
+
+
+def skipped(folder: Path) -> Outcome:
+    """The model of the second process fails twice."""
+    steps = [0]
+
+    def model() -> None:
+        models.location()
+        bad = RANK == 1 and steps[0] in (3, 5)
+        pyro.factor("odd", torch.tensor(math.nan if bad else 0.0))
+
+    def callback(step: int, elbo: float) -> None:
+        steps[0] = step
+
+    with pyro.validation_enabled(False):
+        options = {**SOME, "num_steps": 8, "seed": 1, "callback": callback}
+        return outcome(quick_fit(model, small(model), **options))
+
+
+def stopped(folder: Path) -> Outcome:
+    """Only the second process has a callback."""
+    callback = stop_at(4) if RANK == 1 else None
+    options = {**SOME, "num_steps": 30, "callback": callback}
+    return outcome(quick_fit(models.regression, small(models.regression), **options))
+
+
+def stop_at(at: int) -> Callable[[int, float], bool]:
+    return lambda step, elbo: step == at
+
+
+LOADERS: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "shuffled": shuffled,
+    "list": listed,
+    "weighted": loaders.weighted,
+}
+
+
+def resumed(folder: Path) -> dict[str, list[Outcome]]:
+    """For each loader a whole fit, and one in two parts."""
+    found = {}
+    for name, loader in LOADERS.items():
+        parts = []
+        path = folder / f"{name}.pt"
+        for options in ({}, {"callback": stop_at(7), "checkpoint": path}, {"resume": path}):
+            pyro.clear_param_store()
+            torch.manual_seed(RANK)
+            model = models.regression if loader is None else loaders.regression
+            batches = {"loader": loader(*rows())} if loader is not None else {}
+            seed = {} if "resume" in options else {"seed": 3}
+            given = {**SOME, **seed, **batches, **options, "num_steps": 12}
+            parts.append(outcome(quick_fit(model, small(model), **given)))
+        found[name] = parts
+    return found
+
+
+def no_seed(folder: Path) -> list[Any]:
+    """The generators of all processes are as apart afterwards as they were before."""
+    torch.manual_seed(RANK)
+    histories = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        guide = small(models.regression)
+        histories.append(quick_fit(models.regression, guide, num_steps=3, **SOME).history)
+    return [*histories, torch.rand(1).item()]
+
+
+def error_of(**options: Any) -> str:
+    model = options.pop("model", models.regression)
+    try:
+        quick_fit(model, small(model), **{**SOME, "num_steps": 5, **options})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def impossible() -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    pyro.factor("never", -torch.inf + 0 * loc)
+
+
+def errors(folder: Path) -> dict[str, str]:
+    alone = folder / "alone.pt"
+    return {
+        "options": error_of(num_steps=5 + RANK),
+        "start": error_of(model=impossible),
+        "number": error_of(resume=alone) if alone.exists() else "",
+        "place": error_of(checkpoint=folder / "missing" / "fit.pt"),
+    }
+
+
+def group_of_the_user(folder: Path) -> Outcome:
+    """The group is used, and left as it is."""
+    place = {"rank": RANK, "world_size": int(os.environ["WORLD_SIZE"])}
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", **place)
+    found = outcome(quick_fit(models.location, small(models.location), num_steps=3, **SOME))
+    assert distributed.is_initialized()
+    distributed.destroy_process_group()
+    return found
+
+
+def killed(folder: Path) -> str:
+    """The second process is killed; the first says what has happened."""
+
+    def kill(step: int, elbo: float) -> None:
+        if step == 7 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    guide = small(models.regression)
+    options = {**SOME, "num_steps": 12, "seed": 3, "checkpoint": folder / "killed.pt"}
+    try:
+        quick_fit(models.regression, guide, callback=kill, config=OFTEN, **options)
+    except distributed.DistError as error:
+        return str(error)
+    return ""
+
+
+def after_the_kill(folder: Path) -> list[Outcome]:
+    """The same fit from its checkpoint, and one that nobody killed."""
+    found = []
+    for options in ({"resume": folder / "killed.pt"}, {"seed": 3}):
+        pyro.clear_param_store()
+        guide, given = small(models.regression), {**SOME, "num_steps": 12, **options}
+        found.append(outcome(quick_fit(models.regression, guide, config=OFTEN, **given)))
+    return found
+
+
+CASES = {
+    "schools": schools,
+    "hierarchy": hierarchy,
+    "list": batches_of_a_list,
+    "skipped": skipped,
+    "stopped": stopped,
+    "resumed": resumed,
+    "no seed": no_seed,
+    "errors": errors,
+    "after the kill": after_the_kill,
+    "group of the user": group_of_the_user,
+    "killed": killed,
+}
+
+
+def main() -> None:
+    """Runs cases, one after the other, and leaves what they return in a file of this process."""
+    folder, *names = sys.argv[1:]
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    pyro.enable_validation(True)
+    found = {}
+    for name in names:
+        pyro.clear_param_store()
+        torch.manual_seed(RANK)
+        found[name] = CASES[name](Path(folder))
+    torch.save(found, Path(folder) / f"process {RANK}.pt")
+
+
+if __name__ == "__main__":
+    main()
