@@ -82,7 +82,9 @@ def main() -> None:
         processes = os.environ.get("WORLD_SIZE", "1")
         print(f"processes     {processes}")
         print(f"steps         {result.num_steps} in {result.seconds:.1f} s")
-        print(f"ELBO          {result.elbo:.2f} ± {result.elbo_se:.2f} (log evidence {log_evidence:.2f})")
+        print(
+            f"ELBO          {result.elbo:.2f} ± {result.elbo_se:.2f} (log evidence {log_evidence:.2f})"
+        )
         print(f"mean of mean  {draws.mean():.4f} (exactly {mean:.4f})")
         print(f"sd of mean    {draws.std():.4f} (exactly {sd:.4f})")
 

@@ -66,6 +66,14 @@ def fit(
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
+    Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit:
+    each takes its part of the particles, or its own batches of the loader, with as many particles each;
+    gradients are averaged. Model, guide, data and options are the same in all of them, and so are the
+    parameters and the result at the end. A ``DataLoader`` in order or in any order gets a
+    ``DistributedSampler``: some rows, fewer than there are processes, count twice in an epoch, or are left
+    out with ``drop_last``. Of any other loader each process takes every so many-th batch. Only the first
+    process shows progress, warns and writes the checkpoint.
+
     :param model: a Pyro model.
     :param args: the guide, if one is given, and the arguments of model and guide; none of these with a
         loader.
@@ -75,16 +83,18 @@ def fit(
     :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
         finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows; by default 64,
-        and 16 for ``AutoStructuredFlow`` from 200 latents on.
+        and 16 for ``AutoStructuredFlow`` from 200 latents on. Processes share them, rounded up to equal
+        parts.
     :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, and
-        leaves the generators as they were. A loader's own generator is not seeded.
+        leaves the generators as they were. A loader's own generator is not seeded. Of many processes it is
+        that of the first.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number and its ELBO; the fit ends where it
         returns ``True``.
     :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
         goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
-        same steps as if it had not been interrupted.
+        same steps as if it had not been interrupted, with as many processes.
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``; its step size is then its own. By default Adam.
     :param loader: a ``torch.utils.data.DataLoader``, or another iterable of mini-batches that begins
@@ -103,9 +113,11 @@ def fit(
         guide with a finite density, if an option is out of its range, if ``optim`` trains none of the
         parameters, if a checkpoint is of another fit, if a loader is empty or never ends, if latents
         that all batches share would see one batch as if it were all data, or if the guide would look
-        up other elements than those of a batch.
+        up other elements than those of a batch, or if processes that share a fit have other options,
+        data or parameters.
     :raises RuntimeError: if it is called in ``torch.inference_mode``.
     :raises FitError: if the loss is not finite for many steps in a row.
+    :raises torch.distributed.DistError: if another process of the fit has ended, or does not answer.
 
     Example::
 

@@ -16,6 +16,7 @@ shared is done by the first process, and broadcast.
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,12 +71,18 @@ class Processes:
         """What a function returns in the first process, which alone calls it; its error is all's."""
         return function()
 
-    def align(self, tensors: Callable[[], Mapping[str, Tensor]], **options: object) -> None:
+    def check_same(self, content: Callable[[], Mapping[str, object]]) -> None:
+        """Checks that something is the same in all processes.
+
+        :param content: returns it by name.
+        :raises ValueError: if it is not.
+        """
+
+    def align(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Gives tensors the values of the first process.
 
         :param tensors: returns them by name.
-        :param options: what has to be the same everywhere.
-        :raises ValueError: if it is not, or tensors of other names and shapes are elsewhere.
+        :raises ValueError: if those of another process have other names or shapes.
         """
 
     def mean(
@@ -118,8 +125,8 @@ class ManyProcesses(Processes):
 
     def __init__(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        # NCCL by itself carries nothing that is not on the GPU of the process
-        self._needs_gpu = distributed.get_backend() == "nccl"
+        #: the types of devices whose tensors can be sent: "cuda" alone where there is NCCL alone
+        self._types = re.findall(r"(\w+):", distributed.get_backend_config())
 
     def seed(self, seed: int | None) -> int:
         return self.first(lambda: _new_seed() if seed is None else seed)
@@ -162,10 +169,17 @@ class ManyProcesses(Processes):
         found: T = value
         return found
 
-    def align(self, tensors: Callable[[], Mapping[str, Tensor]], **options: object) -> None:
+    def check_same(self, content: Callable[[], Mapping[str, object]]) -> None:
+        found = self.gather_objects(content())
+        for name in found[0]:
+            values = [part.get(name) for part in found]
+            if values.count(values[0]) < len(values):
+                raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
+
+    def align(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         found = tensors()
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        _check_same(self.gather_objects({**options, **shapes, "parameters": list(shapes)}))
+        self.check_same(lambda: {"parameters": list(shapes), **shapes})
         self.broadcast(*found.values())
 
     def mean(
@@ -174,7 +188,7 @@ class ManyProcesses(Processes):
         gradients = [None] * len(parameters) if gradients is None else gradients
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         head = [loss, *(float(g is not None) for g in gradients)]
-        place: dict[str, Any] = {"dtype": dtype, "device": self._place_of(parameters[0])}
+        place: dict[str, Any] = {"dtype": dtype, "device": self._place_of(parameters[0].device)}
         parts = [torch.tensor(head, **place)]
         for parameter, gradient in zip(parameters, gradients):
             part = torch.zeros_like(parameter) if gradient is None else gradient
@@ -195,8 +209,7 @@ class ManyProcesses(Processes):
         return loss, found
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        device = "cuda" if self._needs_gpu else "cpu"
-        found = torch.tensor(flags, dtype=torch.uint8, device=device)
+        found = torch.tensor(flags, dtype=torch.uint8, device=self._place_of("cpu"))
         with self._named_failures():
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return tuple(map(bool, found.tolist()))
@@ -225,11 +238,15 @@ class ManyProcesses(Processes):
             tensor.copy_(carried)
         return tensors
 
-    def _place_of(self, tensor: Tensor) -> torch.device:
-        return torch.device("cuda") if self._needs_gpu else tensor.device
+    def _place_of(self, device: torch.device | str) -> torch.device:
+        """From where to send what is on a device."""
+        device = torch.device(device)
+        if device.type in self._types:
+            return device
+        return torch.device("cpu" if "cpu" in self._types else self._types[0])
 
     def _carried(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self._place_of(tensor)).contiguous()
+        return tensor.detach().to(self._place_of(tensor.device)).contiguous()
 
     @contextmanager
     def _named_failures(self) -> Iterator[None]:
@@ -332,14 +349,6 @@ def _rendezvous() -> tuple[distributed.Store, int, int]:
 
 def _new_seed() -> int:
     return int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu"))
-
-
-def _check_same(found: Sequence[Mapping[str, object]]) -> None:
-    """Checks that all processes have the same under each name, the names that all have in common."""
-    for name in found[0]:
-        values = [part[name] for part in found if name in part]
-        if values.count(values[0]) < len(values):
-            raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
 
 
 def _sendable(error: Exception) -> Exception:

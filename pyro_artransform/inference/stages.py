@@ -15,6 +15,7 @@ from threading import Event
 import torch
 from torch import Tensor, nn
 
+from ..files import checksum
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
@@ -101,7 +102,11 @@ class FitRun:
         self._trainer = Trainer(
             objective, schedule, own * processes.size, optim, scales, stream, processes
         )
-        processes.align(self._tensors, num_steps=num_steps, num_particles=num_particles)
+        given = {"num_steps": num_steps, "num_particles": num_particles}
+        processes.check_same(
+            lambda: {**given, "arguments (by checksum)": _checksum(batches[0], stream)}
+        )
+        processes.align(self._tensors)
         self._looped_because = _why_looped(of_batch, log_joint)
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
         self._step_size: float | None = None
@@ -265,6 +270,7 @@ class FitRun:
         if self._stream is not None:
             self._stream.close()
         end, missing = select_parameters(self._training), self._processes.first(self._missing)
+        self._processes.align(self._tensors)  # buffers, which steps may have changed
         seen: Drawn | PassEstimate
         if self._minibatches is not None:
             seen = self._minibatches.over_a_pass()
@@ -333,6 +339,13 @@ def _objective_of_batch(
     settings = config.minibatch if is_minibatch else config.optimization
     batch = Batch(args, kwargs)
     return PyroObjective(model, subject.guide, batch, log_joint, settings.num_estimates)
+
+
+def _checksum(batch: Batch, stream: BatchStream | None) -> str:
+    """Of the tensors of a batch, if all processes have to have the same one."""
+    if stream is not None and not stream.whole.is_common:
+        return ""
+    return checksum([tensor.detach().clone() for tensor in batch.tensors()])[:8]
 
 
 def _num_particles(subject: ModelAndGuide, config: OptimizationConfig) -> int:

@@ -143,9 +143,9 @@ def no_seed(folder: Path) -> list[Any]:
 
 
 def error_of(**options: Any) -> str:
-    model = options.pop("model", models.regression)
+    model, args = options.pop("model", models.regression), options.pop("args", ())
     try:
-        quick_fit(model, small(model), **{**SOME, "num_steps": 5, **options})
+        quick_fit(model, small(model), *args, **{**SOME, "num_steps": 5, **options})
     except ValueError as error:
         return str(error)
     return ""
@@ -162,6 +162,7 @@ def errors(folder: Path) -> dict[str, str]:
         "options": error_of(num_steps=5 + RANK),
         "start": error_of(model=impossible),
         "number": error_of(resume=alone) if alone.exists() else "",
+        "data": error_of(args=(models.data() + RANK,)),
         "place": error_of(checkpoint=folder / "missing" / "fit.pt"),
     }
 

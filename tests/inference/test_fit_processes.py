@@ -168,6 +168,7 @@ def test_generators_of_processes_stay_apart(run):
 def test_errors_are_those_of_all_processes(run):
     found = run.first["errors"]
     assert found["options"] == "fit: expected the same num_steps in all processes, got [5, 6]"
+    assert "expected the same arguments (by checksum) in all processes" in found["data"]
     assert "finite log density" in found["start"]
     assert "expected 1 process(es), as before, got 2" in found["number"]
     assert "expected a file in a folder" in found["place"]

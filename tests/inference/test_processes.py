@@ -138,8 +138,9 @@ def test_values_of_the_first(processes):
     (found,) = processes.broadcast(x)
     assert found is x
     assert torch.equal(x, before)
-    processes.align(lambda: {"x": x}, num_steps=3)
+    processes.align(lambda: {"x": x})
     assert torch.equal(x, before)
+    processes.check_same(lambda: {"num_steps": 3})
 
 
 def test_draws(processes):

@@ -37,6 +37,10 @@ class Batch(NamedTuple):
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, also those in lists, tuples and mappings."""
+        return list(_tensors_in((self.args, self.kwargs)))
+
 
 class BatchStream:
     """The mini-batches of a loader as arguments of a model, one epoch after the other.
@@ -61,6 +65,8 @@ class BatchStream:
         self.origin = self.epoch_start = self._random_state()
         #: whether the order is fixed, or follows torch's generators: then any place in it is known
         self.can_go_on = isinstance(self._rows, _FIXED + _SHUFFLED)
+        #: whether other processes with this loader are known to see the same batches
+        self.is_common = self.can_go_on and not isinstance(self._rows, DistributedSampler)
         #: whether an epoch is known to have each of its rows once
         self.is_partition = self._is_partition()
         self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
@@ -246,6 +252,16 @@ class BatchStream:
     def _set_own(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self._generators(), states):
             generator.set_state(state)
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors_in(part)
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
 
 
 def _samplers(loader: object) -> tuple[object, object]:
