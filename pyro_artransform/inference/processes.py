@@ -9,38 +9,31 @@ shared is done by the first process, and broadcast.
 
 **References**
 
-1. PyTorch Distributed: Experiences on Accelerating Data Parallel Training (Li, Zhao, Varma,
-   Salpekar, Noordhuis, Li, Paszke, Smith, Vaughan, Damania, Chintala, 2020),
-   https://arxiv.org/abs/2006.15704
+1. PyTorch Distributed: Experiences on Accelerating Data Parallel Training (Li, Zhao, Varma and
+   others, 2020), https://arxiv.org/abs/2006.15704
 """
 
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import cache, reduce
+from functools import reduce
 from io import BytesIO
-from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyro
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from ..joint.protocols import ScaledSteps
 from .objectives.objective import Objective
 
 T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# the others wait while the first process looks for a start, or judges: PyTorch's default for gloo
-_TIMEOUT = timedelta(minutes=30)
 _SEEDS = 2**31
-_groups = count()
 
 
 class Processes:
@@ -62,6 +55,10 @@ class Processes:
     def shared(self, objective: Objective) -> Objective:
         """An objective of which each process takes a part of the draws."""
         return objective
+
+    def scales(self, guide: ScaledSteps | None) -> ScaledSteps | None:
+        """The scales of steps that a guide gives, the same in all processes."""
+        return guide
 
     def share(self, num_draws: int) -> int:
         """The part of a number of draws that is each process's, rounded up."""
@@ -146,28 +143,27 @@ class ManyProcesses(Processes):
     def shared(self, objective: Objective) -> Objective:
         return SharedObjective(objective, self)
 
+    def scales(self, guide: ScaledSteps | None) -> ScaledSteps | None:
+        return None if guide is None else ScalesOfFirst(guide, self)
+
     def share(self, num_draws: int) -> int:
         return math.ceil(num_draws / self.size)
 
     def first(self, function: Callable[[], T]) -> T:
-        value: Any = None
-        error: Exception | None = None
-        content = [b""]
+        value, error, content = None, None, [b""]
         if self.rank == 0:
             try:
                 value = function()
                 content = [_packed((value, None))]
             except Exception as raised:
-                error = raised
-                content = [_packed((None, _sendable(raised)))]
+                error, content = raised, [_packed((None, _sendable(raised)))]
         with self._named_failures():
             distributed.broadcast_object_list(content, src=0)
         if self.rank > 0:
             value, error = _unpacked(content[0])
         if error is not None:
             raise error
-        found: T = value
-        return found
+        return cast(T, value)
 
     def check_same(self, content: Callable[[], Mapping[str, object]]) -> None:
         found = self.gather_objects(content())
@@ -200,13 +196,11 @@ class ManyProcesses(Processes):
         loss, *present = bucket[: len(head)].tolist()
         if not math.isfinite(loss):
             return loss, None
-        found, rest = (
-            list[Tensor | None](),
-            bucket[len(head) :].split([*map(Tensor.numel, parameters)]),
-        )
-        for parameter, part, share in zip(parameters, rest, present):
-            found.append(part.view_as(parameter).to(parameter) if share else None)
-        return loss, found
+        averaged = list[Tensor | None]()
+        sizes = [*map(Tensor.numel, parameters)]
+        for parameter, part, share in zip(parameters, bucket[len(head) :].split(sizes), present):
+            averaged.append(part.view_as(parameter).to(parameter) if share else None)
+        return loss, averaged
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         found = torch.tensor(flags, dtype=torch.uint8, device=self._place_of("cpu"))
@@ -231,11 +225,15 @@ class ManyProcesses(Processes):
 
     @torch.no_grad()
     def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        kinds: dict[object, list[Tensor]] = {}
         for tensor in tensors:
-            carried = self._carried(tensor)
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for alike in kinds.values():
+            bucket = self._carried(torch.cat([tensor.reshape(-1) for tensor in alike]))
             with self._named_failures():
-                distributed.broadcast(carried, src=0)
-            tensor.copy_(carried)
+                distributed.broadcast(bucket, src=0)
+            for tensor, part in zip(alike, bucket.split([*map(Tensor.numel, alike)])):
+                tensor.copy_(part.view_as(tensor))
         return tensors
 
     def _place_of(self, device: torch.device | str) -> torch.device:
@@ -297,54 +295,20 @@ class SharedObjective(Objective):
         return list(dict.fromkeys(name for names in found for name in names))
 
 
-@contextmanager
-def open_processes() -> Iterator[Processes]:
-    """The processes that a fit is run by.
+@dataclass
+class ScalesOfFirst(ScaledSteps):
+    """The scales of steps that a guide gives in the first process: its mini-batch may be a short one.
 
-    Those of ``torch.distributed`` if it is initialized, and if the environment is that of
-    ``torchrun``: then a process group is made, and destroyed at the end. Otherwise one alone.
+    :param guide: the guide.
+    :param processes: those that train it.
     """
-    if not distributed.is_available():
-        yield ALONE
-        return
-    is_made = not distributed.is_initialized() and _is_launched()
-    if is_made:
-        _make_group()
-    try:
-        is_shared = distributed.is_initialized() and distributed.get_world_size() > 1
-        processes = ManyProcesses() if is_shared else ALONE
-        yield processes
-        processes.any(False)  # nobody goes while others still wait for something
-    finally:
-        if is_made:
-            distributed.destroy_process_group()
 
+    guide: ScaledSteps
+    processes: Processes
 
-def _is_launched() -> bool:
-    """Whether the environment says how to reach the other processes."""
-    return all(os.environ.get(name) for name in _LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
-
-
-def _make_group() -> None:
-    """A group in which NCCL carries what is on GPUs, where there are any, and gloo all else."""
-    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-    # a store forgets nothing, so that the next group needs other keys than the last one
-    store, rank, size = _rendezvous()
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-        store=distributed.PrefixStore(f"pyro_artransform.fit {next(_groups)}", store),
-        rank=rank,
-        world_size=size,
-        timeout=_TIMEOUT,
-    )
-
-
-@cache
-def _rendezvous() -> tuple[distributed.Store, int, int]:
-    """The store by which all processes find each other, the rank and their number."""
-    found: tuple[distributed.Store, int, int]
-    found = next(distributed.rendezvous("env://", timeout=_TIMEOUT))
-    return found
+    def step_scales(self) -> dict[nn.Parameter, Tensor]:
+        own = self.guide.step_scales()
+        return dict(zip(own, self.processes.broadcast(*map(torch.clone, own.values()))))
 
 
 def _new_seed() -> int:

@@ -99,6 +99,8 @@ class FitRun:
         # those of a batch are not shared: each process has another batch
         own = processes.share(num_particles) if stream is None else num_particles
         objective = processes.shared(self._objective)
+        if stream is not None:  # batches of other sizes may have other scales
+            scales = processes.scales(scales)
         self._trainer = Trainer(
             objective, schedule, own * processes.size, optim, scales, stream, processes
         )

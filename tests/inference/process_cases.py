@@ -77,6 +77,13 @@ def batches_of_a_list(folder: Path) -> Outcome:
     return outcome(quick_fit(loaders.regression, guide, loader=listed(*rows()), **options))
 
 
+def short_batch(folder: Path) -> Outcome:
+    """One process has the short one, by which the guide would scale its steps otherwise."""
+    guide = AutoAmortized(loaders.groups, loaders.Mean())
+    _, y = rows()
+    return outcome(quick_fit(loaders.groups, guide, loader=y.split(10), num_steps=9, **SOME))
+
+
 def skipped(folder: Path) -> Outcome:
     """The model of the second process fails twice."""
     steps = [0]
@@ -207,6 +214,7 @@ CASES = {
     "schools": schools,
     "hierarchy": hierarchy,
     "list": batches_of_a_list,
+    "short batch": short_batch,
     "skipped": skipped,
     "stopped": stopped,
     "resumed": resumed,

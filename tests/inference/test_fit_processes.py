@@ -26,7 +26,17 @@ from tests.inference.loaders import small
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = (
-    *("schools", "hierarchy", "list", "skipped", "stopped", "resumed", "no seed", "errors"),
+    *(
+        "schools",
+        "hierarchy",
+        "list",
+        "short batch",
+        "skipped",
+        "stopped",
+        "resumed",
+        "no seed",
+        "errors",
+    ),
     *("after the kill", "group of the user"),
 )
 pytestmark = pytest.mark.skipif(

@@ -10,26 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from pyro_artransform.inference.processes import (
-    ALONE,
-    ManyProcesses,
-    Processes,
-    SharedObjective,
-    open_processes,
-)
-
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@pytest.fixture
-def group(tmp_path):
-    """The only process of a group."""
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        pytest.skip("needs gloo")
-    place = {"rank": 0, "world_size": 1}
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", **place)
-    yield ManyProcesses()
-    distributed.destroy_process_group()
+from pyro_artransform.inference.processes import ALONE, SharedObjective
 
 
 @pytest.fixture(params=["alone", "group"])
@@ -173,36 +154,20 @@ def test_a_shared_objective():
     assert ALONE.shared(counted) is counted
 
 
+def test_scales_of_steps(processes):
+    class Scaled:
+        def step_scales(self):
+            return {parameter: scale}
+
+    parameter, scale = torch.zeros(3), torch.rand(1).expand(3)
+    found = processes.scales(Scaled()).step_scales()
+    assert torch.equal(found[parameter], scale)
+    assert processes.scales(None) is None
+
+
 def test_an_objective_is_shared_in_a_group(group):
     objective = group.shared(Counted())
     assert objective.elbo_draws(3).tolist() == [3.0] * 3
-
-
-# Where processes come from
-
-
-@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "2"}, dict.fromkeys(VARIABLES, "1")])
-def test_one_process_alone(monkeypatch, given):
-    """Without the variables of torchrun, and with those of a single process, no group is made."""
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    with open_processes() as processes:
-        assert processes is ALONE
-        assert not distributed.is_initialized()
-
-
-def test_a_group_of_one_is_one_process(group):
-    with open_processes() as processes:
-        assert processes is ALONE
-    assert distributed.is_initialized()
-
-
-def test_pytorch_without_distributed(monkeypatch):
-    monkeypatch.setattr(distributed, "is_available", lambda: False)
-    with open_processes() as processes:
-        assert type(processes) is Processes
 
 
 def test_a_failure_says_what_to_do(group, monkeypatch):

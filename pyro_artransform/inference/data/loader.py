@@ -130,6 +130,7 @@ class BatchStream:
             wanted = set(range(count))
         own, state, iterator = self._random_state()["own"], self.origin["torch"], None
         self._set_own(self.origin["own"])
+        self._set_epoch(0)
         try:
             for k in range(max(wanted) + 1):
                 with torch.random.fork_rng(devices=[]):
@@ -143,6 +144,7 @@ class BatchStream:
                     yield self._arguments(batch)
         finally:
             self._set_own(own)
+            self._set_epoch(self.epoch)
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
         """The epoch of so many steps in all, if their number is known, and the batch, in words."""
@@ -184,8 +186,7 @@ class BatchStream:
     def _begin_epoch(self) -> Iterator[object]:
         self.close()
         self.epoch_start = self._random_state()
-        if isinstance(self._by_epoch, _BY_EPOCH):
-            self._by_epoch.set_epoch(self.epoch)
+        self._set_epoch(self.epoch)
         self._iterator, self.position = iter(self._loader), 0
         return self._iterator
 
@@ -248,6 +249,10 @@ class BatchStream:
     def _random_state(self) -> dict[str, Any]:
         own = [generator.get_state() for generator in self._generators()]
         return {"torch": torch.get_rng_state(), "own": own}
+
+    def _set_epoch(self, epoch: int) -> None:
+        if isinstance(self._by_epoch, _BY_EPOCH):
+            self._by_epoch.set_epoch(epoch)
 
     def _set_own(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self._generators(), states):

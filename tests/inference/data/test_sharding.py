@@ -84,6 +84,7 @@ def test_a_distributed_sampler_of_the_user():
     for _ in range(2):
         orders.append([stream.next().args[0].tolist() for _ in range(3)])
     assert orders[0] != orders[1]  # it is told of the epochs
+    assert [batch.args[0].tolist() for batch in stream.one_pass(3)] == orders[0]
 
 
 def test_a_loader_of_few_batches():
