@@ -25,9 +25,9 @@ def test_the_tutorial_runs_by_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     # the first process prints, and no other
     assert re.findall(r"^processes +(\d+)$", done.stdout, re.MULTILINE) == ["2"]
-    assert re.findall(r"^steps +(\d+) in", done.stdout, re.MULTILINE) == ["20"]
+    assert re.findall(r"^steps +(\d+) in", done.stdout, re.MULTILINE) == ["40"]
     (numbers,) = re.findall(NUMBERS, done.stdout)
     elbo, error, log_evidence = map(float, numbers)
-    # of 400 groups after 20 steps: near it, and no higher than it but for its noise
+    # of 200 groups after 40 steps: near it, and no higher than it but for its noise
     assert log_evidence - 40 < elbo < log_evidence + 4 * error
     assert (tmp_path / "fit.pt").exists()

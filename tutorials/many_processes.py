@@ -32,7 +32,8 @@ from pyro_artransform import AutoAmortized, fit
 
 smoke_test = "CI" in os.environ
 
-NUM_GROUPS = 400 if smoke_test else 20_000
+NUM_GROUPS = 200 if smoke_test else 20_000
+BATCH_SIZE = 25 if smoke_test else 100
 EPOCHS = 10 if smoke_test else 20
 IS_FIRST = os.environ.get("RANK", "0") == "0"
 
@@ -68,7 +69,7 @@ def main() -> None:
     result = fit(
         model,
         guide,
-        loader=DataLoader(y, batch_size=100, shuffle=True),
+        loader=DataLoader(y, batch_size=BATCH_SIZE, shuffle=True),
         epochs=EPOCHS,
         num_particles=4,
         seed=0,

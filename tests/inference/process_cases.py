@@ -54,9 +54,8 @@ def eight_schools() -> None:
 
 
 def schools(folder: Path) -> Outcome:
-    guide = AutoIAF(eight_schools, num_transforms=2, hidden_dims=16)
-    config = FitConfig(evaluation=EvaluationConfig(num_samples=4001))
-    options = {"num_steps": 120, "num_particles": 31, "seed": 1, "progress": True}
+    guide, config = AutoIAF(eight_schools), FitConfig(evaluation=EvaluationConfig(num_samples=4001))
+    options = {"num_steps": 200, "num_particles": 31, "seed": 1, "progress": True}
     return outcome(quick_fit(eight_schools, guide, config=config, **options))
 
 
@@ -64,8 +63,8 @@ def hierarchy(folder: Path) -> Outcome:
     """43 groups in batches of 5: a share has 22 of them, one of which is in both."""
     _, y = rows()
     guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
-    optim = partial(torch.optim.Adam, lr=0.02)
-    options = {**SOME, "num_particles": 8, "seed": 0, "optim": optim, "epochs": 80}
+    optim = partial(torch.optim.Adam, lr=0.04)
+    options = {**SOME, "num_particles": 8, "seed": 0, "optim": optim, "epochs": 40}
     result = quick_fit(loaders.groups, guide, loader=shuffled(y, batch_size=5), **options)
     return outcome(result)
 
@@ -73,13 +72,13 @@ def hierarchy(folder: Path) -> Outcome:
 def batches_of_a_list(folder: Path) -> Outcome:
     """Five batches: two processes take turns at having three of them in an epoch."""
     guide = small(loaders.regression)
-    options = {**SOME, "num_particles": 16, "epochs": 100, "seed": 0}
+    options = {**SOME, "num_particles": 16, "epochs": 80, "seed": 0}
     return outcome(quick_fit(loaders.regression, guide, loader=listed(*rows()), **options))
 
 
 def short_batch(folder: Path) -> Outcome:
     """One process has the short one, by which the guide would scale its steps otherwise."""
-    guide = AutoAmortized(loaders.groups, loaders.Mean())
+    guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
     _, y = rows()
     return outcome(quick_fit(loaders.groups, guide, loader=y.split(10), num_steps=9, **SOME))
 

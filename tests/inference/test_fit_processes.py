@@ -129,18 +129,18 @@ def test_the_verdict_is_that_of_one_process(run):
 def test_a_hierarchy_by_a_loader(run):
     found = run.first["hierarchy"]
     _, y = loaders.rows()
-    assert found["num_steps"] == 80 * 5  # 22 rows in batches of 5
+    assert found["num_steps"] == 40 * 5  # 22 rows in batches of 5
     law = dist.MultivariateNormal(torch.zeros(43), 1.25 * torch.eye(43) + 9 * torch.ones(43, 43))
     # a linear encoder can be exact; what is left is the noise of the batches
     assert law.log_prob(y) - 1 < found["elbo"] < law.log_prob(y) + 4 * found["elbo_se"]
     assert "of all data" in found["verdict"]
-    assert found["num_gradients"] == 400 * 2 * 8
+    assert found["num_gradients"] == 200 * 2 * 8
 
 
 def test_batches_of_a_list(run):
     found = run.first["list"]
     _, _, evidence = loaders.exact(*loaders.rows())
-    assert found["num_steps"] == 100 * 3
+    assert found["num_steps"] == 80 * 3
     assert abs(found["elbo"] - evidence) < 0.1 + 4 * found["elbo_se"]
     # by a pass in which each process had every second batch
     assert abs(found["log_evidence"] - evidence) < 0.1
@@ -209,5 +209,5 @@ def test_a_fit_goes_on_after_a_kill(run):
 def test_only_the_first_process_shows_its_progress(run):
     pytest.importorskip("tqdm")
     (_, shown), second = run.wrote
-    assert "120/120" in shown
+    assert "200/200" in shown
     assert second == ("", "")
