@@ -32,7 +32,7 @@ from pyro_artransform import AutoAmortized, fit
 
 smoke_test = "CI" in os.environ
 
-NUM_GROUPS = 200 if smoke_test else 20_000
+NUM_GROUPS = 200 if smoke_test else 5_000
 BATCH_SIZE = 25 if smoke_test else 100
 EPOCHS = 10 if smoke_test else 20
 IS_FIRST = os.environ.get("RANK", "0") == "0"

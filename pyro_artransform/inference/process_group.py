@@ -52,11 +52,13 @@ def _is_launched() -> bool:
 def _make_group() -> None:
     """A group in which NCCL carries what is on GPUs, where there are any, and gloo all else."""
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-    # a store forgets nothing, so that the next group needs other keys than the last one
+    # a store forgets nothing, and that of torchrun outlives the processes that it restarts: each group
+    # needs keys of its own
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, rank, size = _rendezvous()
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-        store=distributed.PrefixStore(f"pyro_artransform.fit {next(_groups)}", store),
+        store=distributed.PrefixStore(f"pyro_artransform.fit {attempt}.{next(_groups)}", store),
         rank=rank,
         world_size=size,
         timeout=_TIMEOUT,

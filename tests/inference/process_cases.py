@@ -199,6 +199,21 @@ def killed(folder: Path) -> str:
     return ""
 
 
+def restarted(folder: Path) -> Outcome:
+    """The second process is killed once, and torchrun begins again."""
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    path = folder / "restarted.pt"
+
+    def kill(step: int, elbo: float) -> None:
+        if step == 7 and RANK == 1 and is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    options = {**SOME, "num_steps": 12, "seed": 3, "callback": kill, "checkpoint": path}
+    resume = None if is_first else path
+    guide = small(models.regression)
+    return outcome(quick_fit(models.regression, guide, config=OFTEN, resume=resume, **options))
+
+
 def after_the_kill(folder: Path) -> list[Outcome]:
     """The same fit from its checkpoint, and one that nobody killed."""
     found = []
@@ -220,6 +235,7 @@ CASES = {
     "no seed": no_seed,
     "errors": errors,
     "after the kill": after_the_kill,
+    "restarted": restarted,
     "group of the user": group_of_the_user,
     "killed": killed,
 }

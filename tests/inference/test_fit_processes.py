@@ -211,3 +211,19 @@ def test_only_the_first_process_shows_its_progress(run):
     (_, shown), second = run.wrote
     assert "200/200" in shown
     assert second == ("", "")
+
+
+@pytest.mark.slow
+def test_torchrun_begins_again_by_itself(run, tmp_path):
+    """From the checkpoint, in new processes that find each other by a store that remembers the old ones."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["--max-restarts=1", "-m", "tests.inference.process_cases", str(tmp_path)]
+    path = os.pathsep.join(filter(None, sys.path))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    kinds = {"capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run([*torchrun, *command, "restarted"], cwd=ROOT, env=env, **kinds)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        found = torch.load(tmp_path / f"process {rank}.pt", weights_only=False)["restarted"]
+        assert found["num_steps"] == 12
+        assert found["history"] == run.first["after the kill"][1]["history"]
