@@ -333,9 +333,6 @@ def _packed(value: object) -> bytes:
 
 def _unpacked(content: bytes) -> Any:
     """What :func:`_packed` packed; tensors of a GPU are then on the one of this process."""
-
-    def place(storage: Any, location: str) -> Any:
-        return storage.cuda() if location.startswith("cuda") else storage
-
+    own_gpu = {f"cuda:{k}": "cuda" for k in range(torch.cuda.device_count())}
     # from another process of this very fit
-    return torch.load(BytesIO(content), map_location=place, weights_only=False)
+    return torch.load(BytesIO(content), map_location=own_gpu, weights_only=False)
