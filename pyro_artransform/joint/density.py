@@ -45,6 +45,9 @@ Kwargs = Mapping[str, object]
 
 #: the most values of a tensor, the number of draws included: some five of them take 170 MB in float32
 _MAX_VALUES = 2**23
+#: the part of them that a processor keeps in its cache: 4096 draws of a regression of 1,200 rows take a
+#: sixth of the time in such parts, of a mixture of 1,000 rows two thirds
+_CACHED_SHARE = 1 / 64
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
 # strategies are compared at so many draws of the prior, too, and at as many that are far away
@@ -193,7 +196,8 @@ class LogJoint(LogDensity):
 
     def __call__(self, z: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._at(z, self.chunk_size)
+            share = _CACHED_SHARE if z.device.type == "cpu" and not self.is_subsampled else 1.0
+            return self._at(z, max(int(share * self.chunk_size), 1))
         # draws of one mini-batch that the model takes by itself stay together
         if len(z) <= self.chunk_size or self.is_subsampled or not values_can_be_read(z):
             return self._at(z)
