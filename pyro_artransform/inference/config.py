@@ -82,8 +82,8 @@ class OptimizationConfig:
     min_improvement: float = 0.004  #: less between windows is too little to go on for, in nats
     look_every: int = 50  #: steps between two looks at what is left to win
     look_draws: int = 200  #: draws of a look; near the posterior it takes selection_draws
-    #: a gap that leaves nothing to win, in nats: as much as one mean that is 0.045 sd off costs
-    good_gap: float = 0.001
+    #: a gap that leaves nothing to win, in nats: as much as one mean that is 0.03 sd off costs
+    good_gap: float = 0.0005
     max_constant_path: int = 2000  #: the longest constant phase, with the path gradient
     max_constant_pyro: int = 4000  #: the same without the path gradient
     max_constant_epochs: int = 20  #: the same in epochs
@@ -100,7 +100,8 @@ class OptimizationConfig:
     tail_step_size: float = 0.5  #: their relative step size
     tail_weight: float = 2.0  #: how much more deviating log weights count in them
     tail_max_deviation: float = 50.0  #: the deviation where that ends
-    tail_good_khat: float = 0.35  #: below it they are not taken: 0.5, less the noise of k-hat
+    #: below it they are not taken: 0.5, less a standard error of k-hat by selection_draws
+    tail_good_khat: float = 0.4
     averaged_steps: int = 100  #: steps that the average of parameters reaches back, at least
     averaged_epochs: int = 2  #: the same in epochs
     #: the same as a share of the noisy steps so far (Shamir and Zhang 2013, by hand)
