@@ -91,7 +91,7 @@ class MonotoneTransform(ElementwiseTransform):
 
 
 class MonotoneNeuralTransform(MonotoneTransform):
-    r"""A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \dots` to :math:`v_K`.
+    r"""A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \ldots` to :math:`v_K`.
 
     .. math::
         y = \text{shift} + \frac{v_0 + v_K}{2} x
