@@ -33,6 +33,13 @@ version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml"]
 exclude_patterns = ["_build"]
 nitpicky = True
+# names of others, which are no links, and the package's own that are for nobody to call
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
+    (r"py:.*", "Tensor"),
+    (r"py:.*", r"pyro_artransform\.(plots|conditioners\.\w+_evaluation)\..*"),
+    (r"py:.*", r"pyro_artransform\.guides\.persistence\..*"),
+]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
