@@ -75,7 +75,21 @@ def described() -> Iterator[Any]:
                 found = importlib.import_module(name)
                 yield from (getattr(found, public) for public in own_names(found))
             elif directive.startswith("auto"):
-                yield getattr(importlib.import_module(current), name)
+                yield resolve(name if name.startswith(PACKAGE) else f"{current}.{name}")
+
+
+def resolve(target: str) -> Any:
+    """The object of a dotted name, where the module is imported by its longest part."""
+    parts = target.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            found = getattr(found, part, None)
+        return found
+    return None
 
 
 def own_names(found: ModuleType) -> list[str]:
@@ -106,6 +120,12 @@ def test_every_page_of_the_reference_is_listed() -> None:
     assert listed == {name.removesuffix(".rst") for name in REFERENCE} - {"index"}
 
 
+@pytest.mark.parametrize(("folder", "pattern"), [("benchmarks", "*.md"), ("tutorials", "*.ipynb")])
+def test_every_benchmark_and_tutorial_is_listed(folder: str, pattern: str) -> None:
+    linked = set(re.findall(rf"\]\(({folder}/\S+)\)", PAGES[f"{folder}.md"]))
+    assert {f"{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= linked
+
+
 @pytest.mark.parametrize("page", [name for name in PAGES if INCLUDE.search(PAGES[name])])
 def test_what_a_page_includes_is_there(page: str) -> None:
     for path, options in INCLUDE.findall(PAGES[page]):
@@ -134,20 +154,6 @@ def test_the_names_are_there(page: str) -> None:
         assert name in {"py", "md", "html"} or hasattr(module(room), name), f"{room}.{name}"
     for role, target in re.findall(r"{(class|func|mod)}`~?([\w.]+)`", PAGES[page]):
         assert resolve(target) is not None, f"{role} {target}"
-
-
-def resolve(target: str) -> Any:
-    """The object of a dotted name, where the module is imported by its longest part."""
-    parts = target.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:count]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[count:]:
-            found = getattr(found, part, None)
-        return found
-    return None
 
 
 def test_every_failure_is_on_its_page_once() -> None:
