@@ -9,6 +9,7 @@ PyTorch are not links, since their inventories are on the network.
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -60,3 +61,13 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+
+
+def _from_the_readme(app: Any, path: Path, parent: str, content: list[str]) -> None:
+    """Links of the README to a page, where a page shows this part of the README."""
+    content[0] = content[0].replace("](docs/", "](")
+
+
+def setup(app: Any) -> None:
+    """Has Sphinx ask about each file that a page includes."""
+    app.connect("include-read", _from_the_readme)

@@ -45,14 +45,8 @@ def module(name: str) -> ModuleType:
 
 
 def code(page: str) -> str:
-    """The Python blocks of a page and of what it includes, one after the other."""
-    blocks = re.findall(r"^```python\n(.*?)^```", with_includes(page), flags=re.DOTALL | re.M)
-    return "\n".join(blocks)
-
-
-def with_includes(page: str) -> str:
-    """A page with the parts of other files that it shows."""
-    return INCLUDE.sub(lambda found: included(found[1], found[2]), PAGES[page])
+    """The Python blocks of a page, one after the other."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
 
 
 def included(path: str, options: str) -> str:
@@ -136,14 +130,26 @@ def call_guide(model: Callable[..., Any], guide: Any, *args: Any, **options: Any
     guide(*args if "loader" not in options else [next(iter(options["loader"]))])
 
 
-@pytest.mark.parametrize("page", [name for name in PAGES if code(name)])
-def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but its fits, which are the README's, and run in its tests; with fewer draws."""
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names that the code of the README makes, parts of which the pages show and go on from."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        patch.setattr(pyro_artransform, "fit", call_guide)
+        exec(compile(code((ROOT / "README.md").read_text()), "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if code(text)])
+def test_the_code_runs(
+    page: str, readme: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer draws; fits are run in the tests of the README."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pyro_artransform, "fit", call_guide)
     script = tmp_path / page.replace(".md", ".py")
-    script.write_text(re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code(page)))
-    runpy.run_path(str(script), run_name=script.stem)
+    script.write_text(re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code(PAGES[page])))
+    runpy.run_path(str(script), init_globals=readme, run_name=script.stem)
 
 
 @pytest.mark.parametrize("page", list(PAGES))
