@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every number that was tuned for :func:`~pyro_artransform.inference.fit`.
+"""Every number that was tuned for :func:`~pyro_artransform.fit`.
 
 A number from a paper, or from a benchmark of the repository, names it. All others were found by
 hand: they worked on the posteriors of ``benchmarks/flows.md``, and nobody has measured others. "By

@@ -92,7 +92,7 @@ class LogJoint(LogDensity):
         \log p(x, c(z)) + \log |\det c'(z)|
 
     where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    where that agrees with single runs (see :mod:`~pyro_artransform.joint.vectorization`), near the
+    where that agrees with single runs (see ``joint.vectorization``), near the
     start, at draws of the prior and far away; :meth:`checked` compares at any draws. Discrete
     latents that are marked for enumeration are summed out, and masked elements of latents have
     their prior density. Pyro's validation is off while the model runs, so that an impossible draw
