@@ -16,10 +16,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import distributions as dist
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import ClippedAdam
 from torch import distributed
 
-from pyro_artransform import AutoAmortized, AutoIAF
+from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
 from pyro_artransform.inference.config import EvaluationConfig, FitConfig
+from tests.guides.amortized.hierarchies import minibatch
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK, quick_fit
 from tests.inference.loaders import listed, rows, shuffled, small
@@ -81,6 +84,29 @@ def short_batch(folder: Path) -> Outcome:
     guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
     _, y = rows()
     return outcome(quick_fit(loaders.groups, guide, loader=y.split(10), num_steps=9, **SOME))
+
+
+def walk() -> None:
+    """Few dependencies for each of its steps."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(6), 3.0).to_event(1))
+    pyro.factor("steps", -(z[1:] - z[:-1]).square().sum() - z.cos().sum())
+
+
+def other_guides(folder: Path) -> dict[str, Outcome]:
+    """One of Pyro's with an optimizer of the user's, one with a graph, one that is chosen, a decoder's."""
+    cases = {
+        "stock": (models.regression, AutoNormal, {"optim": ClippedAdam({"lr": 0.01})}),
+        "structured": (walk, AutoStructuredFlow, {}),
+        "chosen": (models.regression, lambda model: None, {}),
+        "decoder": (models.Decoder(), small, {}),
+        "its own mini-batches": (partial(minibatch, models.data()), AutoAmortized, {}),
+    }
+    found = {}
+    for name, (model, kind, options) in cases.items():
+        pyro.clear_param_store()
+        given = {**SOME, "num_steps": 6, "guide": kind(model), **options}
+        found[name] = outcome(quick_fit(model, **given))
+    return found
 
 
 def skipped(folder: Path) -> Outcome:
@@ -229,6 +255,7 @@ CASES = {
     "hierarchy": hierarchy,
     "list": batches_of_a_list,
     "short batch": short_batch,
+    "other guides": other_guides,
     "skipped": skipped,
     "stopped": stopped,
     "resumed": resumed,

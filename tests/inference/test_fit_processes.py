@@ -25,20 +25,7 @@ from tests.inference.conftest import quick_fit as fit
 from tests.inference.loaders import small
 
 ROOT = Path(__file__).parents[2]
-TOGETHER = (
-    *(
-        "schools",
-        "hierarchy",
-        "list",
-        "short batch",
-        "skipped",
-        "stopped",
-        "resumed",
-        "no seed",
-        "errors",
-    ),
-    *("after the kill", "group of the user"),
-)
+TOGETHER = [name for name in process_cases.CASES if name not in ("killed", "restarted")]
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
 )
