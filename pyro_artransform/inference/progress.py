@@ -59,7 +59,8 @@ def noted_interrupts() -> Iterator[threading.Event]:
 class ProgressBar:
     """A bar of ``tqdm`` with the mean ELBO of the last steps; ``None`` shows nothing.
 
-    It is live on a terminal and in a notebook; elsewhere, as in a log file, it is one line at the end.
+    It is live on a terminal and in a notebook, there as text where ``ipywidgets`` is missing; elsewhere,
+    as in a log file, it is one line at the end.
     """
 
     bar: Any
@@ -94,10 +95,15 @@ def progress_bar(shown: bool) -> Iterator[ProgressBar]:
             from tqdm.auto import tqdm
 
             is_widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-            is_live = is_widget or sys.stderr.isatty()
+            is_live = is_widget or sys.stderr.isatty() or _is_in_notebook()
             wait = {} if is_live else {"mininterval": math.inf, "delay": 1e-9}
             bar = tqdm(unit="step", dynamic_ncols=True, **wait)
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live)
         if bar is not None:
             bar.delay = 0.0  # or else a bar that was never shown is not shown at its end
+
+
+def _is_in_notebook() -> bool:
+    """Whether a notebook shows what is written to ``stderr``, though it is no terminal."""
+    return type(sys.stderr).__module__ == "ipykernel.iostream"
