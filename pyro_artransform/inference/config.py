@@ -216,3 +216,32 @@ class FitConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     minibatch: MinibatchConfig = field(default_factory=MinibatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class DrawsConfig:
+    """The steps of :func:`~pyro_artransform.inference.fit_draws`, and when they end."""
+
+    held_out_share: float = (
+        0.1  #: the share of draws that says when to stop; as many are for the result
+    )
+    max_held_out: int = 10_000  #: the most draws of each of the two
+    batch_size: int = 256  #: draws for each step
+    step_size: float = 1e-2  #: of Adam, at first
+    betas: tuple[float, float] = (0.9, 0.99)  #: of Adam
+    look_every: int = 50  #: steps between two looks at held-out draws
+    patience: int = 6  #: looks without a gain, after which the step size goes down
+    min_gain: float = 0.002  #: nats a draw by which a look has to be better to be a gain
+    step_factors: tuple[float, ...] = (
+        1.0,
+        0.3,
+        0.1,
+        0.03,
+    )  #: of the step size, one after the other
+    max_steps: int = 20_000  #: steps at most
+    clip_factor: float = 3.0  #: gradients are clipped to so many times the median norm
+    clip_window: int = 100  #: of the last so many
+    max_skips: int = 100  #: steps in a row that are not finite before a fit gives up
+    max_distance: float = (
+        3.0  #: nats a coordinate below a Gaussian from which a start is far from draws
+    )

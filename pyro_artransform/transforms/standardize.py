@@ -7,11 +7,8 @@ import torch
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor
 
-from ..arguments import to_tensor
+from ..moments import check_rows, location_and_scale
 from .flow_module import ConditionalFlowModule, FlowModule
-
-# up to so many coordinates, and from so many draws of each on, there are correlations
-_MOST_CORRELATED, _DRAWS_PER_DIM = 200, 10
 
 
 class Standardize(FlowModule):
@@ -116,24 +113,7 @@ def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
         >>> flow(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    data = _checked_rows("data", data)
-    loc, scale = data.mean(0), data.std(0)
-    constant = (~(scale > 0)).nonzero().flatten().tolist()
-    if constant:
-        raise ValueError(f"data: expected coordinates that vary, got constant ones: {constant}")
-    if full_rank is None:
-        num_rows, dim = data.shape
-        full_rank = dim <= _MOST_CORRELATED and num_rows >= _DRAWS_PER_DIM * dim
-    if not full_rank:
-        return Standardize(loc, scale)
-    correlations = ((data - loc) / scale).double().T.cov().reshape(2 * scale.shape)
-    factor, failed = torch.linalg.cholesky_ex(correlations)
-    if failed:
-        raise ValueError(
-            "data: expected coordinates none of which is a linear function of others, got such ones. "
-            "They have no density: leave one out, or give full_rank=False for independent scales"
-        )
-    return Standardize(loc, scale[:, None] * factor.to(scale.dtype))
+    return Standardize(*location_and_scale("data", check_rows("data", data), full_rank))
 
 
 def standardize_context(
@@ -157,23 +137,11 @@ def standardize_context(
         >>> flow.condition(contexts)(torch.zeros(50, 3)).shape
         torch.Size([50, 3])
     """
-    contexts = _checked_rows("contexts", contexts)
+    contexts = check_rows("contexts", contexts)
     scale = contexts.std(0)
     return StandardizedContext(
         transform, contexts.mean(0), torch.where(scale > 0, scale, torch.ones_like(scale))
     )
-
-
-def _checked_rows(name: str, rows: Tensor) -> Tensor:
-    """Rows of numbers, as a tensor of floats."""
-    rows = to_tensor(name, rows, torch.empty(0, device="cpu", dtype=torch.get_default_dtype()))
-    if rows.dim() != 2 or len(rows) < 2 or not rows.shape[-1]:
-        raise ValueError(
-            f"{name}: expected shape (n, D) with two rows or more, got {tuple(rows.shape)}"
-        )
-    if not rows.isfinite().all():
-        raise ValueError(f"{name}: expected finite numbers, got others")
-    return rows.detach()
 
 
 def _check(loc: Tensor, scale: Tensor) -> None:
