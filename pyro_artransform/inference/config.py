@@ -231,7 +231,7 @@ class DrawsConfig:
     betas: tuple[float, float] = (0.9, 0.99)  #: of Adam
     look_every: int = 50  #: steps between two looks at held-out draws
     patience: int = 6  #: looks without a gain, after which the step size goes down
-    min_gain: float = 0.002  #: nats a draw by which a look has to be better to be a gain
+    min_gain: float = 0.001  #: nats a coordinate by which a look has to be better to be a gain
     step_factors: tuple[float, ...] = (
         1.0,
         0.3,

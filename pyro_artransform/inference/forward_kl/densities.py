@@ -16,7 +16,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, TransformedDistribution
 
-from ...joint.protocols import TransformWithLadj, UnconstrainingGuide
+from ...joint.protocols import StructuredGuide, TransformWithLadj, UnconstrainingGuide
 from ...moments import check_rows, location_and_scale
 
 _WANTED = (
@@ -91,8 +91,10 @@ class GuideDensity:
         own = log_probs(self, rows._replace(offset=torch.zeros_like(rows.offset))).mean()
         if own > _log_prob_of_gaussian(len(rows.values), scale):  # false for NaN
             return "the guide as it was"
+        if scale.dim() == 1 and not isinstance(self.guide, StructuredGuide):
+            scale = scale.diag()  # which is small, unless there are thousands of latents
         try:
-            self.guide.start_at(loc, scale if scale.dim() == 2 else scale.diag())
+            self.guide.start_at(loc, scale)
         except ValueError:  # the guide has no correlations
             self.guide.start_at(loc, rows.values.std(0).diag())
         return "the Gaussian of the draws' moments"
@@ -127,9 +129,8 @@ class DistributionDensity:
             x, ladj = _inverse_and_ladj(transform, x)
             total = total + ladj
         if not x.isfinite().all():
-            return (
-                x.sum(-1) * math.nan
-            )  # a step that is skipped, where the base would raise an error
+            # a step that is skipped, where the base would raise an error
+            return x.sum(-1) * math.nan
         base: Tensor = distribution.base_dist.log_prob(x)
         return sum_rightmost(base, base.dim() - 1) + total
 

@@ -100,7 +100,7 @@ class LikelihoodTraining:
         if value > self._best_value:
             self._best, self._best_value = self._values(), value
         self._looks_since_gain += 1
-        if value > self._to_beat + self.config.min_gain:
+        if value > self._to_beat + self.config.min_gain * self.rows.values.shape[-1]:
             self._to_beat, self._looks_since_gain = value, 0
         if self._looks_since_gain < self.config.patience:
             return False
