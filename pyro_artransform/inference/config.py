@@ -226,7 +226,7 @@ class DrawsConfig:
         0.1  #: the share of draws that says when to stop; as many are for the result
     )
     max_held_out: int = 10_000  #: the most draws of each of the two
-    batch_size: int = 256  #: draws for each step
+    batch_size: int = 512  #: draws for each step
     step_size: float = 1e-2  #: of Adam, at first
     betas: tuple[float, float] = (0.9, 0.99)  #: of Adam
     look_every: int = 50  #: steps between two looks at held-out draws
