@@ -22,6 +22,9 @@ _FEWEST = 20
 _NO_GAIN = "held-out draws became no more probable"
 _LIMIT = "all {} steps that it may take were taken"
 _INTERRUPTED = "it was interrupted"
+_NOTHING_SURE = (
+    "; what they had gained could be chance, so that it is where it began: more draws would help"
+)
 
 
 def fit_draws(
@@ -51,9 +54,10 @@ def fit_draws(
       its flow with :func:`~pyro_artransform.transforms.standardize` of the data;
     - a ``ConditionalTransformedDistribution``, to rows of data given rows of a context.
 
-    A tenth of the draws says when to stop, another tenth how good the result is; both are left out of
-    the steps. Draws that are copies or neighbours of each other, as in a slow chain, make both too
-    optimistic: thin them.
+    A tenth of the draws says when to stop, 200 at least or a quarter of all, and another tenth how good the
+    result is; both are left out of the steps. Where what the former have gained could be chance, the
+    density stays where it began. Draws that are copies or neighbours of each other, as in a slow chain,
+    make both too optimistic: thin them.
 
     The density of given points is cheap for :func:`~pyro_artransform.maf` and
     :class:`~pyro_artransform.AutoMAF`, and takes several evaluations of the networks for
@@ -131,12 +135,10 @@ def _split(rows: Rows, config: DrawsConfig) -> tuple[Rows, Rows, Rows]:
     if count < _FEWEST:
         raise ValueError(f"draws: expected {_FEWEST} or more, got {count}")
     size = min(max(int(config.held_out_share * count), 2), config.max_held_out)
+    stopping = max(size, min(config.stopping_draws, count // 4))
     order = torch.randperm(count, device=rows.values.device)
-    return (
-        rows.take(order[2 * size :]),
-        rows.take(order[:size]),
-        rows.take(order[size : 2 * size]),
-    )
+    parts = order.split([count - stopping - size, stopping, size])
+    return rows.take(parts[0]), rows.take(parts[1]), rows.take(parts[2])
 
 
 def _train(
@@ -156,5 +158,4 @@ def _train(
             training.look()
             reason = _INTERRUPTED
             break
-    training.use_best()
-    return reason
+    return reason if training.conclude() else reason + _NOTHING_SURE

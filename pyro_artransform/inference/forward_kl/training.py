@@ -48,8 +48,10 @@ class LikelihoodTraining:
         self._batches = self._indices()
         self._norms: list[float] = []
         self._level = self._looks_since_gain = self._skipped_in_a_row = 0
-        self._best, self._best_value, self._to_beat = self._values(), -math.inf, -math.inf
-        self.look()
+        self._to_beat = -math.inf
+        self._start = self._best = self._values()
+        self._start_rows = self._best_rows = log_probs(self.density, self.held_out)
+        self._look_at(self._start_rows)
 
     def _new_optimizer(self) -> Adam:
         return Adam(self._parameters, self.config.step_size, self.config.betas, self.scales)
@@ -95,10 +97,13 @@ class LikelihoodTraining:
 
         After a number of looks without a gain it goes on from the best parameters with smaller steps.
         """
-        value = log_probs(self.density, self.held_out).mean().item()
+        return self._look_at(log_probs(self.density, self.held_out))
+
+    def _look_at(self, rows: Tensor) -> bool:
+        value = rows.mean().item()
         self.history.append(value)
-        if value > self._best_value:
-            self._best, self._best_value = self._values(), value
+        if value > self._best_rows.mean().item():
+            self._best, self._best_rows = self._values(), rows
         self._looks_since_gain += 1
         if value > self._to_beat + self.config.min_gain * self.rows.values.shape[-1]:
             self._to_beat, self._looks_since_gain = value, 0
@@ -107,15 +112,25 @@ class LikelihoodTraining:
         if self._level + 1 == len(self.config.step_factors):
             return True
         self._level, self._looks_since_gain = self._level + 1, 0
-        self.use_best()
+        self._use(self._best)
         self._optimizer = self._new_optimizer()
         return False
 
     def _values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
 
+    def conclude(self) -> bool:
+        """Ends with the parameters of the best look, or those of the start; says whether with the former.
+
+        Of few draws some look seems good by chance: the gain has to exceed its noise.
+        """
+        gains = self._best_rows - self._start_rows
+        noise = self.config.min_gain_in_se * gains.std() / len(gains) ** 0.5
+        is_gain = bool(gains.mean() > noise) or not bool(gains.isfinite().all())
+        self._use(self._best if is_gain else self._start)
+        return is_gain
+
     @torch.no_grad()
-    def use_best(self) -> None:
-        """Puts the parameters at those of the look where held-out draws were the most probable."""
-        for parameter, value in zip(self._parameters, self._best):
+    def _use(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values):
             parameter.copy_(value)

@@ -127,7 +127,7 @@ def test_the_result():
     assert isinstance(result, DrawsResult)
     assert (result.num_steps, result.num_held_out, result.num_skipped) == (40, 30, 0)
     assert len(result.history) == 1 + 4
-    assert result.stopped_because == "all 40 steps that it may take were taken"
+    assert result.stopped_because.startswith("all 40 steps that it may take were taken")
     assert 0 < result.log_likelihood_se < 1
     first, *rest = repr(result).splitlines()
     assert first == (
@@ -135,6 +135,16 @@ def test_the_result():
         "that were held out"
     )
     assert [line.split()[0] for line in rest] == ["steps", "start"]
+
+
+def test_a_gain_that_could_be_chance_is_none():
+    """Of normal data a new flow is right already, and what 40 draws prefer is noise."""
+    data = torch.randn(160, 3)
+    q = flow(data)
+    before = q.log_prob(data).detach()
+    result = fitted(q, data, max_steps=50)
+    assert "could be chance" in result.stopped_because
+    torch.testing.assert_close(q.log_prob(data).detach(), before)
 
 
 def test_it_ends_with_the_best_parameters():
@@ -164,8 +174,8 @@ def test_guide_without_correlations():
 
 def test_a_guide_that_is_good_already_goes_on():
     draws = skewed.sites(skewed.sample(2000))
-    guide = AutoMAF(skewed.model, num_transforms=1)
-    first = fitted(guide, draws, max_steps=300)
+    guide = AutoMAF(skewed.model)
+    first = fitted(guide, draws, max_steps=300, config=None)
     before = guide.log_prob(draws).mean()
     second = fitted(guide, draws, max_steps=1)
     assert (first.start, second.start) == (
@@ -215,12 +225,12 @@ def test_guide_without_its_model(tmp_path):
 
 def test_transformed_distributions_of_pyro():
     """Of transforms that act on vectors and on numbers, from here and from elsewhere."""
-    data = skewed.sample(300).exp() + 1
-    transforms = [maf(3, hidden_dims=8), standardize(data.log()), dist.transforms.ExpTransform()]
+    data = skewed.sample(1000).exp()
+    transforms = [maf(3, hidden_dims=16), standardize(data.log()), dist.transforms.ExpTransform()]
     q = dist.TransformedDistribution(base(), transforms)
     before = q.log_prob(data).mean()
-    fitted(q, data)
-    assert q.log_prob(data).mean() > before
+    fitted(q, data, max_steps=200)
+    assert q.log_prob(data).mean() > before + 0.1
 
 
 def test_float32():
@@ -254,7 +264,7 @@ def test_interrupt_keeps_what_was_learned(monkeypatch):
     monkeypatch.setattr(dist.Independent, "log_prob", interrupting)
     result = fitted(q, data)
     assert result.num_steps < 40
-    assert result.stopped_because == "it was interrupted"
+    assert result.stopped_because.startswith("it was interrupted")
     assert len(result.history) > 1
 
 
