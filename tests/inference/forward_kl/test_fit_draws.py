@@ -233,6 +233,35 @@ def test_transformed_distributions_of_pyro():
     assert q.log_prob(data).mean() > before + 0.1
 
 
+def test_flow_of_pyro():
+    data = skewed.sample(1000)
+    transforms = [dist.transforms.affine_autoregressive(3, [8]).inv, standardize(data)]
+    q = dist.TransformedDistribution(base(), transforms)
+    with pytest.raises(TypeError, match="transforms that are modules"):
+        fitted(q, data)  # its inverse owns nothing
+    q = dist.TransformedDistribution(
+        base(), [dist.transforms.affine_autoregressive(3, [8]), standardize(data)]
+    )
+    before = q.log_prob(data).mean()
+    fitted(q, data, max_steps=100)
+    assert q.log_prob(data).mean() > before + 0.1
+
+
+def test_skipped_steps_are_counted(monkeypatch):
+    data = skewed.sample(300)
+    q, calls = flow(data), []
+
+    def failing(self, value):
+        calls.append(value)
+        return log_prob(self, value) * (torch.nan if len(calls) in (5, 6) else 1.0)
+
+    log_prob = dist.Independent.log_prob
+    monkeypatch.setattr(dist.Independent, "log_prob", failing)
+    result = fitted(q, data)
+    assert (result.num_steps, result.num_skipped) == (40, 2)
+    assert "skipped  2 steps" in repr(result)
+
+
 def test_float32():
     data = skewed.sample(300)
     q = flow(data)
@@ -363,6 +392,14 @@ def test_bad_input(name):
     density, draws, options, error, words = bad_calls()[name]
     with pytest.raises(error, match=words):
         fitted(density, draws, **options)
+
+
+def test_guide_whose_parameters_are_fixed():
+    guide = small(skewed.model)
+    guide()
+    guide.requires_grad_(False)
+    with pytest.raises(ValueError, match="density: expected parameters to train, got none"):
+        fitted(guide, skewed.sites(skewed.sample(100)))
 
 
 def test_batch_shape():
