@@ -31,7 +31,7 @@ from verdict_posteriors import POSTERIORS
 from verdict_table import report
 from verdict_targets import TARGETS, Model, Target
 
-from pyro_artransform import AutoIAF, AutoMAF, fit
+from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import Importance
 from pyro_artransform.diagnostics.importance_weights import weighted_draws
 from pyro_artransform.inference import FitConfig, FitError
@@ -42,14 +42,16 @@ HERE = Path(__file__).parent
 ALL: dict[str, Callable[[], Target]] = {**TARGETS, **POSTERIORS}
 FITTED = {
     "AutoIAF": AutoIAF,
+    "AutoStructuredFlow": AutoStructuredFlow,
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoMAF": AutoMAF,
 }
 #: guides that need no training: the posterior itself, and its largest mode alone
 KNOWN = ("exact", "one mode")
-#: a step of a MAF inverts its networks: more coordinates than this are slow
-MAX_DIM = {"AutoMAF": 10}
+#: a step of a MAF inverts its networks: more coordinates than this are slow. With more than 50 `fit`
+#: itself chooses the structured guide, and with fewer AutoIAF
+DIMS = {"AutoMAF": range(11), "AutoIAF": range(51), "AutoStructuredFlow": range(51, 10_000)}
 NUM_DRAWS = 40_000
 #: nats that must be lost for a wrong trust, and those that may be for a false alarm
 LOST, RIGHT = 0.1, 0.05
@@ -141,7 +143,8 @@ def is_meant(name: str, kind: str) -> bool:
     target = target_of(name)
     if kind in KNOWN:
         return known_guide(target, kind) is not None
-    return LogJoint(target.model).latents.latent_dim <= MAX_DIM.get(kind, 1000)
+    dim = LogJoint(target.model).latents.latent_dim
+    return kind not in DIMS or dim in DIMS[kind]
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:

@@ -111,7 +111,11 @@ package_files = pytest.mark.parametrize("path", PACKAGE_FILES, ids=_ids)
 files_of_parts = pytest.mark.parametrize("path", list(filter(_part, PACKAGE_FILES)), ids=_ids)
 all_files = pytest.mark.parametrize(
     "path",
-    [*PACKAGE_FILES, *_files("tests", "tutorials", "benchmarks"), *sorted(ROOT.glob("*.py"))],
+    [
+        *PACKAGE_FILES,
+        *_files("tests", "tutorials", "benchmarks", "docs"),
+        *sorted(ROOT.glob("*.py")),
+    ],
     ids=_ids,
 )
 

@@ -75,8 +75,8 @@ class Judgement(NamedTuple):
             return "; ".join(self._objections(latents))
         if self.is_open:
             return (
-                f"errors are known too little (means within {mean:.2f} sd, sds within {sd:.0f} %): take "
-                "more num_chains"
+                f"errors are known too little (means within {mean:.2f} sd, sds within {sd:.0f} %): "
+                "diagnostics.marginals with more num_chains knows more"
             )
         dim = latents.latent_dim
         of = "the only latent" if dim == 1 else f"all {dim:,} latents"

@@ -195,7 +195,8 @@ class FlowDistribution(dist.TransformedDistribution):
     one object for each step, as models and guides do.
 
     :param base_distribution: the distribution of the argument.
-    :param transforms: one :class:`FlowModule`; :func:`chain` makes one of several.
+    :param transforms: one :class:`~pyro_artransform.transforms.FlowModule`;
+        :func:`~pyro_artransform.transforms.chain` makes one of several.
     :param validate_args: as for Pyro's distributions.
 
     Example::

@@ -117,8 +117,8 @@ class AutoIAF(PresetGuide):
     In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
     their place. Each layer but the last starts as the identity. ``print(guide)`` shows the layers.
 
-    The density at given values (:meth:`log_prob`) needs the inverse of the flow, which costs several
-    evaluations of its networks.
+    The density at given values (:meth:`~AutoAutoregressive.log_prob`) needs the inverse of the flow,
+    which costs several evaluations of its networks.
 
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
@@ -126,7 +126,7 @@ class AutoIAF(PresetGuide):
         layer of ``max(128, 4 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()``, which is of second order
         near zero, as the skewness of a posterior is. A guide with a module of ``torch.nn`` or a
-        function of ``torch`` can be saved by :meth:`save`.
+        function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.
@@ -170,7 +170,7 @@ class AutoMAF(PresetGuide):
     :param hidden_dims: the width or widths of the hidden layers of each network, by default two of
         ``max(64, 2 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.ELU()``. A guide with a module of
-        ``torch.nn`` or a function of ``torch`` can be saved by :meth:`save`.
+        ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.

@@ -45,6 +45,9 @@ Kwargs = Mapping[str, object]
 
 #: the most values of a tensor, the number of draws included: some five of them take 170 MB in float32
 _MAX_VALUES = 2**23
+#: the part of them that a processor keeps in its cache: 4096 draws of a regression of 1,200 rows take a
+#: sixth of the time in such parts, of a mixture of 1,000 rows two thirds
+_CACHED_SHARE = 1 / 64
 _NUM_COMPARED = 5
 _COMPARED_SCALE = 0.1
 # strategies are compared at so many draws of the prior, too, and at as many that are far away
@@ -89,7 +92,7 @@ class LogJoint(LogDensity):
         \log p(x, c(z)) + \log |\det c'(z)|
 
     where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    where that agrees with single runs (see :mod:`~pyro_artransform.joint.vectorization`), near the
+    where that agrees with single runs (see ``joint.vectorization``), near the
     start, at draws of the prior and far away; :meth:`checked` compares at any draws. Discrete
     latents that are marked for enumeration are summed out, and masked elements of latents have
     their prior density. Pyro's validation is off while the model runs, so that an impossible draw
@@ -193,7 +196,8 @@ class LogJoint(LogDensity):
 
     def __call__(self, z: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._at(z, self.chunk_size)
+            share = _CACHED_SHARE if z.device.type == "cpu" and not self.is_subsampled else 1.0
+            return self._at(z, max(int(share * self.chunk_size), 1))
         # draws of one mini-batch that the model takes by itself stay together
         if len(z) <= self.chunk_size or self.is_subsampled or not values_can_be_read(z):
             return self._at(z)

@@ -86,7 +86,7 @@ class ComposedTransform(FlowModule):
 
     .. math::
 
-        T = T_n \circ \dots \circ T_1
+        T = T_n \circ \cdots \circ T_1
 
     Every part that is a module is registered; log-determinants are summed over all event dimensions.
 

@@ -20,9 +20,9 @@ HALF_RANGE = 3.0
 class MonotoneTransform(ElementwiseTransform):
     """An increasing elementwise transform without a closed-form inverse.
 
-    A subclass implements :meth:`call_and_ladj` and :meth:`bracket`. The inverse is found by Newton steps
-    that a bracket guards, and is exact to round-off for every ``y``. Its gradients come from the implicit
-    function theorem, so they cost the same however many steps the search took.
+    A subclass implements :meth:`~ElementwiseTransform.call_and_ladj` and :meth:`bracket`. The inverse is
+    found by Newton steps that a bracket guards, and is exact to round-off for every ``y``. Its gradients
+    come from the implicit function theorem, so they cost the same however many steps the search took.
     """
 
     #: The largest number of steps of the search.
@@ -91,7 +91,7 @@ class MonotoneTransform(ElementwiseTransform):
 
 
 class MonotoneNeuralTransform(MonotoneTransform):
-    r"""A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \dots` to :math:`v_K`.
+    r"""A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \ldots` to :math:`v_K`.
 
     .. math::
         y = \text{shift} + \frac{v_0 + v_K}{2} x

@@ -250,7 +250,7 @@ def test_few_chains_say_that_they_are_few():
     guide = PathGuide(200, distort=_alternating)
     found = marginals(model_of(200), guide, num_chains=16, num_steps=1)
     assert not found.trusted
-    assert "take more num_chains" in found.words
+    assert "with more num_chains" in found.words
 
 
 # Errors

@@ -1,0 +1,73 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""The site: its own pages, the tutorials as they were saved, benchmarks, and the API from docstrings.
+
+``make docs`` builds it. Nothing is fetched while it is built, nor when it is read: the names of Pyro and of
+PyTorch are not links, since their inventories are on the network.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(ROOT), str(DOCS)]
+
+from pyro_artransform import __version__  # noqa: E402
+
+# What the site shows from other folders, copied beside the pages so that links and pictures are found.
+GATHERED = {"tutorials": ("*.ipynb", "*.png"), "benchmarks": ("*.md", "*.png")}
+for _folder, _patterns in GATHERED.items():
+    shutil.rmtree(DOCS / _folder, ignore_errors=True)
+    (DOCS / _folder).mkdir()
+    for _pattern in _patterns:
+        for _path in (ROOT / _folder).glob(_pattern):
+            shutil.copy2(_path, DOCS / _folder)
+
+project = "pyro_artransform"
+author = "Contributors to the pyro_artransform project"
+copyright = author
+version = release = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml"]
+exclude_patterns = ["_build"]
+nitpicky = True
+# names of others, which are no links, and the package's own that are for nobody to call
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
+    (r"py:.*", "Tensor"),
+    (r"py:.*", r"pyro_artransform\.(plots|conditioners\.\w+_evaluation)\..*"),
+    (r"py:.*", r"pyro_artransform\.guides\.persistence\..*"),
+]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+myst_update_mathjax = False
+html_math_renderer = "mathml"
+nb_execution_mode = "off"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 140
+add_module_names = False
+
+html_theme = "furo"
+html_title = f"pyro_artransform {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+
+
+def _from_the_readme(app: Any, path: Path, parent: str, content: list[str]) -> None:
+    """Links of the README to a page, where a page shows this part of the README."""
+    content[0] = content[0].replace("](docs/", "](")
+
+
+def setup(app: Any) -> None:
+    """Has Sphinx ask about each file that a page includes."""
+    app.connect("include-read", _from_the_readme)

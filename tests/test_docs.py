@@ -1,0 +1,222 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages of the site say is so: names, code, sentences of a verdict. ``make docs`` builds them."""
+
+import ast
+import importlib
+import importlib.util
+import re
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+import pyro_artransform
+from tests.pitfalls.cases import CASES
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = "pyro_artransform"
+PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}
+REFERENCE = {path.name: path.read_text() for path in sorted((DOCS / "api").glob("*.rst"))}
+# The modules whose names are public; `guides` and `inference` have more names than the front door.
+MODULES = [
+    "",
+    *(
+        "conditioners",
+        "conditioners.masks",
+        "diagnostics",
+        "graphs",
+        "guides",
+        "inference",
+        "joint",
+    ),
+    *("joint.protocols", "plots", "posterior", "testing", "transforms", "univariate"),
+]
+KINDS = {"class": type, "func": FunctionType, "mod": ModuleType}
+INCLUDE = re.compile(r"```{include} (\S+)\n((?::.*\n)*)```")
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(".".join(filter(None, [PACKAGE, name])))
+
+
+def code(page: str) -> str:
+    """The Python blocks of a page, one after the other."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
+
+
+def included(path: str, options: str) -> str:
+    """The part of a file that an ``include`` shows."""
+    text = (DOCS / path).read_text()
+    for option, marker in re.findall(r':(start-after|end-before): "(.*)"', options):
+        assert text.count(marker) >= 1, f"{path} has no {marker!r}"
+        before, _, after = text.partition(marker)
+        text = after if option == "start-after" else before
+    return text
+
+
+def described() -> Iterator[Any]:
+    """The objects that the reference describes."""
+    for text in REFERENCE.values():
+        current = PACKAGE
+        for directive, name in re.findall(r"^\.\. (\w+):: (\S+)", text, flags=re.MULTILINE):
+            if directive in ("module", "currentmodule", "automodule"):
+                current = name
+            if directive == "automodule":
+                found = importlib.import_module(name)
+                yield from (getattr(found, public) for public in own_names(found))
+            elif directive.startswith("auto"):
+                yield resolve(name if name.startswith(PACKAGE) else f"{current}.{name}")
+
+
+def resolve(target: str) -> Any:
+    """The object of a dotted name: a name of a module comes before a module of the same name."""
+    first, *rest = target.split(".")
+    found: Any = importlib.import_module(first)
+    for part in rest:
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+def own_names(found: ModuleType) -> list[str]:
+    """The public names of a module: its ``__all__``, or else all that it defines."""
+    defined = [
+        name
+        for name, value in vars(found).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == found.__name__
+    ]
+    return list(getattr(found, "__all__", defined))
+
+
+# kept, so that no id is used twice
+DESCRIBED = {id(value): value for value in described()}
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or PACKAGE)
+def test_every_public_name_is_in_the_reference(name: str) -> None:
+    values = {public: getattr(module(name), public) for public in own_names(module(name))}
+    is_module = {public for public, value in values.items() if isinstance(value, ModuleType)}
+    missing = [p for p in values if p not in is_module and id(values[p]) not in DESCRIBED]
+    assert not missing
+    named = {f"{name}.{public}".strip(".") for public in is_module}
+    assert named <= {*MODULES}, "a public module whose names nobody looks for"
+
+
+def test_every_page_of_the_reference_is_listed() -> None:
+    listed = set(re.findall(r"^   (\w+)$", REFERENCE["index.rst"], flags=re.MULTILINE))
+    assert listed == {name.removesuffix(".rst") for name in REFERENCE} - {"index"}
+
+
+@pytest.mark.parametrize(("folder", "pattern"), [("benchmarks", "*.md"), ("tutorials", "*.ipynb")])
+def test_every_benchmark_and_tutorial_is_listed(folder: str, pattern: str) -> None:
+    linked = set(re.findall(rf"\]\(({folder}/\S+)\)", PAGES[f"{folder}.md"]))
+    assert {f"{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= linked
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if INCLUDE.search(PAGES[name])])
+def test_what_a_page_includes_is_there(page: str) -> None:
+    for path, options in INCLUDE.findall(PAGES[page]):
+        assert included(path, options).strip(), f"nothing of {path} is shown"
+
+
+def call_guide(model: Callable[..., Any], guide: Any, *args: Any, **options: Any) -> None:
+    """In the place of a fit: the guide sees its model once."""
+    guide(*args if "loader" not in options else [next(iter(options["loader"]))])
+
+
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names that the code of the README makes, parts of which the pages show and go on from."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        patch.setattr(pyro_artransform, "fit", call_guide)
+        exec(compile(code((ROOT / "README.md").read_text()), "README.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if code(text)])
+def test_the_code_runs(
+    page: str, readme: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer draws; fits are run in the tests of the README."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / page.replace(".md", ".py")
+    script.write_text(re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code(PAGES[page])))
+    runpy.run_path(str(script), init_globals=readme, run_name=script.stem)
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_the_names_are_there(page: str) -> None:
+    rooms = "conditioners|diagnostics|inference|plots|testing|transforms|univariate"
+    for room, name in set(re.findall(rf"(?<![\w.])({rooms})\.(\w+)", PAGES[page])):
+        assert name in {"py", "md", "html"} or hasattr(module(room), name), f"{room}.{name}"
+    for role, target in re.findall(r"{(class|func|mod)}`~?([\w.]+)`", PAGES[page]):
+        assert isinstance(resolve(target), KINDS[role]), target
+
+
+def test_every_failure_is_on_its_page_once() -> None:
+    assert sorted(re.findall(r"`(f\d\d_\w+)` \|$", PAGES["failures.md"], re.M)) == sorted(CASES)
+
+
+def sentences(path: Path) -> Iterator[str]:
+    """The texts in a file, with dots where a number or a name is filled in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_a_verdict_says_what_its_page_quotes() -> None:
+    evaluation = ROOT / PACKAGE / "inference" / "evaluation"
+    said = "\n".join(text for path in evaluation.glob("*.py") for text in sentences(path))
+    said = re.sub(r"\s+", " ", said)
+    quotes = re.findall("“(.*?)”", PAGES["verdict.md"])
+    assert len(quotes) > 20
+    for quote in quotes:
+        # the verdict begins with a sentence that is made of two
+        assert quote.removesuffix(" …") in said, quote
+
+
+@pytest.fixture
+def checker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check_site", DOCS / "check_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ('<a href="other.html#here">', ""),
+        ('<a href="https://pyro.ai">', ""),
+        ('<a href="other.html#there">', "no such place"),
+        ('<a href="gone.html">', "is not there"),
+        ('<img src="gone.png">', "is not there"),
+        ('<script src="https://pyro.ai/a.js">', "from the network"),
+    ],
+)
+def test_the_check_of_links_finds_faults(
+    body: str, fault: str, checker: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "index.html").write_text(body)
+    (tmp_path / "other.html").write_text('<p id="here">')
+    found = checker.faults(tmp_path)
+    assert len(found) == bool(fault)
+    assert all(fault in line for line in found)
+
+
+def test_the_check_of_links_wants_pages(checker: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a folder with pages"):
+        checker.faults(tmp_path)
