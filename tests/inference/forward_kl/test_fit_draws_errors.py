@@ -9,7 +9,7 @@ from pyro import distributions as dist
 from pyro_artransform import AutoAmortized, FlowDistribution, conditional_maf, maf
 from pyro_artransform.inference import DrawsConfig, FitError
 from pyro_artransform.transforms import standardize
-from tests.inference.forward_kl import skewed
+from tests.inference.forward_kl import skewed, test_fit_draws
 from tests.inference.forward_kl.test_fit_draws import base, fitted, flow, small
 
 # Steps that are not finite
@@ -52,7 +52,7 @@ def test_far_start_is_warned_of():
         UserWarning, match=r"end the flow with transforms.standardize\(draws\)"
     ) as found:
         fitted(q, data)
-    assert found[0].filename == __file__
+    assert found[0].filename == test_fit_draws.__file__
 
 
 def bad_calls():
