@@ -23,9 +23,10 @@ ARROWS: dict[str, set[str]] = {
     "arguments": set(),
     "differentiation": set(),
     "files": set(),
+    "moments": {"arguments"},
     "univariate": {"arguments", "differentiation"},
     "conditioners": {"arguments", "differentiation", "graphs"},
-    "transforms": {"arguments", "univariate", "conditioners"},
+    "transforms": {"arguments", "moments", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
     "graphs": {"arguments"},
     "joint": {"arguments", "graphs"},
@@ -35,7 +36,9 @@ ARROWS: dict[str, set[str]] = {
     },
     "diagnostics": {"arguments", "joint"},
     "posterior": {"arguments", "joint"},
-    "inference": {"arguments", "graphs", "joint", "diagnostics", "posterior", "files"},
+    "inference": {
+        *("arguments", "moments", "graphs", "joint", "diagnostics", "posterior", "files"),
+    },
     "plots": {"inference", "diagnostics"},
     "testing": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "guides"),

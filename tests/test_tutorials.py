@@ -52,6 +52,8 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 def test_the_promised_notebooks_are_there() -> None:
     promised = {
+        "comparing",
+        "density",
         "diagnosing",
         "extending",
         "hierarchical",

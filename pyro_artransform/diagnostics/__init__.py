@@ -1,9 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How good a posterior is: importance sampling, calibration, errors of each mean and sd."""
+"""How good a posterior is: importance sampling, calibration, errors of each mean and sd, evidence."""
 
 from .calibration import SBC, sbc
+from .comparison import ComparedModel, Comparison, compare
 from .importance import Importance, importance, psis_resample
 from .importance_weights import log_weights
 from .marginals import Marginals, marginals
@@ -12,10 +13,13 @@ from .uniformity import simultaneous_bands, uniformity_pvalue
 
 # sorted without regard to case
 __all__ = [  # noqa: RUF022
+    "ComparedModel",
+    "Comparison",
     "Importance",
     "Marginals",
     "ParetoTail",
     "SBC",
+    "compare",
     "fit_tail",
     "importance",
     "log_weights",

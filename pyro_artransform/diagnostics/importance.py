@@ -30,7 +30,8 @@ class Importance:
     :param elbo: the evidence lower bound, in nats.
     :param elbo_se: its standard error.
     :param log_evidence: the log of the mean weight.
-    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5.
+    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5, and nothing
+        to go by where it exceeds 0.7: the evidence then is that of a few draws, most often too small.
     :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
         estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
     :param khat_se: its standard error.

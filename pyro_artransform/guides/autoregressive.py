@@ -269,15 +269,28 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :raises ValueError: if a site is missing or unknown, or a value has another shape; where
             Pyro's validation is on, also if one is outside its support (its density means nothing).
         """
-        self.set_up(*args, **kwargs)
-        spec = self._checked_spec()
-        latent, ladj = spec.latents.unconstrain_with_ladj(values, spec.device)
-        x, inverse_ladj = self.get_transform().inverse_and_ladj(latent.to(spec.dtype))
+        latent, ladj = self.unconstrain(values, *args, **kwargs)
+        x, inverse_ladj = self.get_transform().inverse_and_ladj(latent)
         normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
         # summed here: torch's Independent cannot sum over no draws
         return normal.log_prob(x).sum(-1) + inverse_ladj - ladj
 
     # What a fit uses beyond Pyro's interface
+
+    def unconstrain(
+        self, values: Mapping[str, Any], *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Values of all sites on the unconstrained space, and the log-determinant of the way back.
+
+        At an edge of a support they are 0 and infinity. Parameters and errors are those of
+        :meth:`log_prob`.
+
+        :return: shapes ``batch + (latent_dim,)`` and ``batch``.
+        """
+        self.set_up(*args, **kwargs)
+        spec = self._checked_spec()
+        latent, ladj = spec.latents.unconstrain_with_ladj(values, spec.device)
+        return latent.to(spec.dtype), ladj
 
     def start_at(self, loc: object, scale_tril: object = None) -> None:
         """Becomes a Gaussian on the unconstrained space: the flow is again the one of a new guide.

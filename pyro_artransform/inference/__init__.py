@@ -4,17 +4,22 @@
 """Fits of guides, and what draws of a posterior say."""
 
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
-from .config import FitConfig
+from .config import DrawsConfig, FitConfig
 from .fit import fit
+from .forward_kl.fit_draws import fit_draws
+from .forward_kl.result import DrawsResult
 from .optimization.nonfinite import FitError
 from .result import FitResult
 
 __all__ = [
+    "DrawsConfig",
+    "DrawsResult",
     "FitConfig",
     "FitError",
     "FitResult",
     "Summary",
     "fit",
+    "fit_draws",
     "log_likelihood",
     "summary",
     "to_inference_data",

@@ -89,8 +89,9 @@ def fit(
         leaves the generators as they were. A loader's own generator is not seeded. Of many processes it is
         that of the first.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
-    :param callback: called after each step with its number and its ELBO; the fit ends where it
-        returns ``True``.
+    :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
+        not finite where the step was skipped; the fit ends where it returns ``True``, and goes on
+        at any other value. There are two examples below.
     :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
         goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
@@ -149,6 +150,28 @@ def fit(
         >>> result = fit(model, AutoIAF(model), loader=loader, epochs=10, progress=False)
         >>> result.num_steps
         40
+
+    A callback logs to TensorBoard, which is no dependency of this package::
+
+        from torch.utils.tensorboard import SummaryWriter
+        with SummaryWriter() as writer:
+            fit(model, guide, y, callback=lambda step, elbo: writer.add_scalar("ELBO", elbo, step))
+
+    It also ends a fit early, with a verdict on what was learned until then: here once the mean ELBO of 50
+    steps is less than 0.5 nats above that of the 50 before::
+
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> elbos = []
+        >>> def gains_little(step, elbo):
+        ...     elbos.append(elbo)
+        ...     return step >= 100 and (sum(elbos[-50:]) - sum(elbos[-100:-50])) / 50 < 0.5
+        >>> options = {"callback": gains_little, "num_steps": 1000, "progress": False}
+        >>> result = fit(model, AutoIAF(model), torch.ones(3), **options)
+        >>> result.num_steps, result.stopped_because
+        (100, 'the callback asked to stop')
 
     **References**
 

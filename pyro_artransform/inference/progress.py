@@ -57,20 +57,25 @@ def noted_interrupts() -> Iterator[threading.Event]:
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean ELBO of the last steps; ``None`` shows nothing.
+    """A bar of ``tqdm`` with the mean objective of the last steps; ``None`` shows nothing.
 
-    It is live on a terminal and in a notebook; elsewhere, as in a log file, it is one line at the end.
+    It is live on a terminal and in a notebook, there as text where ``ipywidgets`` is missing; elsewhere,
+    as in a log file, it is one line at the end.
     """
 
     bar: Any
     is_live: bool = True
+    #: the name of what losses are the negative of
+    objective: str = "ELBO"
 
     def say(self, what: str) -> None:
         """Shows what is being done."""
         if self.bar is not None:
             self.bar.set_description(what, refresh=self.is_live)
 
-    def update(self, losses: Sequence[float], total: int, epoch: str = "", batch: str = "") -> None:
+    def update(
+        self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
+    ) -> None:
         """Goes on to the number of losses, of so many in all as far as is known."""
         if self.bar is None:
             return
@@ -80,13 +85,13 @@ class ProgressBar:
         words = [batch] if batch else []
         recent = [loss for loss in losses[-_SHOWN:] if math.isfinite(loss)]
         if recent:
-            words.append(f"ELBO {-math.fsum(recent) / len(recent):.3f}")
+            words.append(f"{self.objective} {-math.fsum(recent) / len(recent):.3f}")
         self.bar.set_postfix_str(", ".join(words), refresh=False)
         self.bar.update(len(losses) - self.bar.n)
 
 
 @contextmanager
-def progress_bar(shown: bool) -> Iterator[ProgressBar]:
+def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
     """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed."""
     bar, is_live = None, True
     if shown:
@@ -94,10 +99,15 @@ def progress_bar(shown: bool) -> Iterator[ProgressBar]:
             from tqdm.auto import tqdm
 
             is_widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-            is_live = is_widget or sys.stderr.isatty()
+            is_live = is_widget or sys.stderr.isatty() or _is_in_notebook()
             wait = {} if is_live else {"mininterval": math.inf, "delay": 1e-9}
             bar = tqdm(unit="step", dynamic_ncols=True, **wait)
     with nullcontext() if bar is None else bar:
-        yield ProgressBar(bar, is_live)
+        yield ProgressBar(bar, is_live, objective)
         if bar is not None:
             bar.delay = 0.0  # or else a bar that was never shown is not shown at its end
+
+
+def _is_in_notebook() -> bool:
+    """Whether a notebook shows what is written to ``stderr``, though it is no terminal."""
+    return type(sys.stderr).__module__ == "ipykernel.iostream"

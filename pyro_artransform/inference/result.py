@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from ..diagnostics import Importance, Marginals
+from ..diagnostics.importance import GOOD_KHAT
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,7 +25,8 @@ class FitResult:
     :param elbo: the evidence lower bound in nats, from draws that were not trained on.
     :param elbo_se: its standard error.
     :param log_evidence: the log evidence, by Pareto-smoothed importance sampling.
-    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5.
+    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5, and nothing
+        to go by where it exceeds 0.7: the evidence then is that of a few draws, most often too small.
     :param khat: the Pareto index of the importance weights.
     :param khat_se: its standard error.
     :param ess: the effective number of ``num_samples`` draws.
@@ -88,8 +90,11 @@ class FitResult:
             rows["guide"] = f"{type(self.guide).__name__}, {self.guide_reason}"
         rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
+            evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
+            if self.khat > GOOD_KHAT:
+                evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
             rows |= {
-                "log evidence": f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}",
+                "log evidence": evidence,
                 "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
                 "ESS": f"{self.ess:.0f} of {self.num_samples}",
             }

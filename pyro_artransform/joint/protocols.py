@@ -66,6 +66,24 @@ class FlowGuide(ReparametrizedGuide, Protocol):
 
 
 @runtime_checkable
+class UnconstrainingGuide(FlowGuide, TransformedGuide, Protocol):
+    """A guide that takes draws to the unconstrained space, so that it can be fitted to them."""
+
+    def unconstrain(
+        self, values: Mapping[str, Tensor], *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Values of all sites on the unconstrained space, and the log-determinant of the way back.
+
+        :param values: for each site, shape ``batch + site shape``.
+        :param args: the model's arguments, as ``kwargs`` for a guide that was never called.
+        :return: shapes ``batch + (latent_dim,)`` and ``batch``.
+        """
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, as those of a module."""
+
+
+@runtime_checkable
 class StructuredGuide(FlowGuide, Protocol):
     """A guide with the Markov graph of the posterior, of so many latents that no matrix is dense."""
 

@@ -16,6 +16,7 @@ from .flow_module import FlowModule, InverseTransformModule, inverse
 from .meta_protocol import StructuredMeta
 from .partition import PartitionTransform
 from .permute import PermutationTransform
+from .standardize import Standardize, StandardizedContext, standardize, standardize_context
 
 __all__ = [
     "AutoregressiveTransform",
@@ -30,8 +31,12 @@ __all__ = [
     "MonotonicRQSTransform",
     "PartitionTransform",
     "PermutationTransform",
+    "Standardize",
+    "StandardizedContext",
     "StructuredMeta",
     "chain",
     "check_structure",
     "inverse",
+    "standardize",
+    "standardize_context",
 ]

@@ -135,6 +135,17 @@ def test_log_prob_of_no_draws_and_of_arrays(name):
         assert torch.equal(got, expected)
 
 
+def test_unconstrained_values_are_the_latents():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    latent, log_q = guide.rsample_and_log_prob(5)
+    scale = latent[:, 1].exp()
+    found, ladj = guide.unconstrain({"loc": latent[:, 0], "scale": scale})
+    torch.testing.assert_close(found, latent)
+    torch.testing.assert_close(ladj, scale.log())  # the log of the slope of exp
+    values = {"loc": latent[:, 0], "scale": scale}
+    torch.testing.assert_close(guide.log_prob(values), log_q - ladj)
+
+
 def test_log_prob_outside_the_support():
     guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
     values = {"loc": torch.zeros(2), "scale": torch.tensor([-1.0, 1.0])}

@@ -55,6 +55,52 @@ def test_ends_by_itself(kind):
     assert result.num_gradients > 8 * result.num_steps
 
 
+class Writer:
+    """Takes scalars as the ``SummaryWriter`` of TensorBoard does, which returns nothing."""
+
+    def __init__(self):
+        self.scalars, self.is_closed = {}, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.is_closed = True
+
+    def add_scalar(self, tag, scalar_value, global_step=None):
+        self.scalars.setdefault(tag, {})[global_step] = scalar_value
+
+
+def test_callback_that_logs():
+    """As in the docstring of ``fit``."""
+    model = models.regression
+    with Writer() as writer:
+        result = fitted(
+            model,
+            small(model),
+            callback=lambda step, elbo: writer.add_scalar("ELBO", elbo, step),
+        )
+    assert writer.is_closed
+    assert writer.scalars == {"ELBO": dict(enumerate(result.history, start=1))}
+    assert result.num_steps == 20
+
+
+def test_callback_that_ends_a_fit_that_gains_little():
+    """As in the docstring of ``fit``: a guide of a Gaussian posterior gains nothing from its start on."""
+    elbos = []
+
+    def gains_little(step, elbo):
+        elbos.append(elbo)
+        return step >= 10 and (sum(elbos[-5:]) - sum(elbos[-10:-5])) / 5 < 0.5
+
+    model = models.location
+    result = fitted(model, small(model), num_steps=200, callback=gains_little)
+    assert result.num_steps == len(elbos) == 10
+    assert result.stopped_because == "the callback asked to stop"
+    assert math.isfinite(result.elbo)
+    assert "interrupted" not in result.verdict
+
+
 def test_callback():
     calls = []
     result = fitted(

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import io
 import math
 import random
 import re
@@ -121,6 +122,17 @@ def test_goes_on_where_somebody_looks(tqdm, capsys, monkeypatch):
         assert "start" in capsys.readouterr().err
         bar.say("fit")
         assert "fit" in capsys.readouterr().err
+
+
+def test_goes_on_in_a_notebook_without_widgets(tqdm, monkeypatch):
+    """What a kernel has for ``stderr`` is no terminal, and is shown as it is written."""
+    kind = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    shown = kind()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with progress_bar(True) as bar:
+        for what in ("start", "step size", "fit"):
+            bar.say(what)
+            assert what in shown.getvalue()
 
 
 def test_epochs(tqdm, capsys):

@@ -68,6 +68,14 @@ def test_what_is_shown_is_escaped(result):
     assert "2 steps, because of <y> (2)" in repr(odd)
 
 
+def test_evidence_that_a_large_khat_makes_too_small(result):
+    import dataclasses
+
+    assert "too small" not in repr(dataclasses.replace(result, khat=0.6))
+    odd = dataclasses.replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5)
+    assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (most often too small: k-hat is above 0.7)"
+
+
 def test_model_that_is_looped_over_is_named(result):
     import dataclasses
 

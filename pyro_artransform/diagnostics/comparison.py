@@ -1,0 +1,224 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Models of the same data compared by their evidence."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from .importance import GOOD_KHAT
+
+# above it weights have no variance, and standard errors are too small (Vehtari et al. 2024)
+_KHAT_OF_VARIANCE = 0.5
+# differences of fewer standard errors are noise
+_CLEAR = 2.0
+_COLUMNS = ("model", "log evidence", "se", "difference", "se", "probability", "trusted")
+_WIDTHS = (0, 14, 8, 12, 8, 13, 9)
+
+
+@runtime_checkable
+class Evidence(Protocol):
+    """The log evidence of a model, as the results of fits and of ``importance`` have it."""
+
+    @property
+    def log_evidence(self) -> float: ...
+
+    @property
+    def log_evidence_se(self) -> float: ...
+
+    @property
+    def khat(self) -> float: ...
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A result that says whether its posterior can be trusted, as that of a fit does."""
+
+    @property
+    def trusted(self) -> bool: ...
+
+
+class ComparedModel(NamedTuple):
+    """A model in a comparison.
+
+    :param log_evidence: its log evidence, in nats.
+    :param log_evidence_se: the standard error of it.
+    :param difference: the log evidence less that of the model with the largest one, in nats.
+    :param difference_se: the standard error of the difference; 0 for that model itself.
+    :param probability: the posterior probability of the model where all are equally probable before.
+    :param trusted: whether the posterior that the evidence is from can be trusted.
+    """
+
+    log_evidence: float
+    log_evidence_se: float
+    difference: float
+    difference_se: float
+    probability: float
+    trusted: bool
+
+    def cells(self) -> tuple[str, ...]:
+        """All of it in words."""
+        first, second = f"{self.log_evidence:.3f}", f"{self.difference:.3f}"
+        errors = f"{self.log_evidence_se:.3f}", f"{self.difference_se:.3f}"
+        trusted = "yes" if self.trusted else "no"
+        return first, errors[0], second, errors[1], f"{self.probability:.3f}", trusted
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """What :func:`compare` returns; printed as a table.
+
+    :param models: each model by its name, that with the largest evidence first.
+    :param trusted: whether all of their posteriors can be trusted.
+    :param words: what can be concluded, and what speaks against it.
+    """
+
+    models: dict[str, ComparedModel]
+    trusted: bool
+    words: str
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for name, model in self.models.items():
+            yield name, *model.cells()
+
+    def __repr__(self) -> str:
+        width = max(map(len, [_COLUMNS[0], *self.models]))
+        lines = [f"Comparison: {self.words}"]
+        for first, *rest in (_COLUMNS, *self._rows()):
+            cells = [cell.rjust(size) for cell, size in zip(rest, _WIDTHS[1:])]
+            lines.append(f"  {first:{width}}{''.join(cells)}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
+        body = ""
+        for row in self._rows():
+            body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        return f"<p>{escape(self.words)}</p><table><tr>{head}</tr>{body}</table>"
+
+
+def compare(results: Mapping[str, Evidence]) -> Comparison:
+    """Compares models of the same data by their evidence, the probability of the data.
+
+    The evidence is that of importance sampling with each model's guide. Where the guide has missed a
+    part of the posterior, it is too small, by as much as nobody knows: a comparison with a result
+    that is not trusted says so. It depends on the priors, however much data there are, so that
+    these have to be meant; an improper prior has no evidence, nor has a ``pyro.factor`` that leaves
+    a constant out. To compare predictions instead, give what ``inference.to_inference_data`` returns
+    to ``arviz.compare``.
+
+    :param results: for each model by its name what :func:`~pyro_artransform.fit` or
+        :func:`~pyro_artransform.diagnostics.importance` has returned, for the same data. That of
+        ``importance`` is trusted up to a k-hat of 0.7.
+    :raises TypeError: if it is no dict of such results.
+    :raises ValueError: if there are fewer than two, or a log evidence is not finite, as that of a fit
+        by mini-batches.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro_artransform.diagnostics import compare, importance
+        >>> def model(scale):
+        ...     z = pyro.sample("z", dist.Normal(0.0, scale))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+        >>> def guide(scale):
+        ...     precision = 1 + 1 / scale**2
+        ...     pyro.sample("z", dist.Normal(0.5 / precision, precision**-0.5))
+        >>> scales = {"narrow": 1.0, "wide": 100.0}
+        >>> compare({name: importance(model, guide, 1000, scale) for name, scale in scales.items()})
+        Comparison: 'narrow' has the largest evidence, 4.196 ± 0.000 nats more than 'wide', a Bayes
+        factor of 66.4.
+          model   log evidence      se  difference      se  probability  trusted
+          narrow        -1.328   0.000       0.000   0.000        0.985      yes
+          wide          -5.524   0.000      -4.196   0.000        0.015      yes
+
+    **References**
+
+    1. Bayes Factors (Kass, Raftery, 1995), https://doi.org/10.1080/01621459.1995.10476572
+    """
+    _check(results)
+    ordered = sorted(results, key=lambda name: -results[name].log_evidence)
+    best = results[ordered[0]]
+    total = sum(math.exp(found.log_evidence - best.log_evidence) for found in results.values())
+    models = {}
+    for name in ordered:
+        found = results[name]
+        difference = found.log_evidence - best.log_evidence
+        errors = (0.0, 0.0) if found is best else (found.log_evidence_se, best.log_evidence_se)
+        models[name] = ComparedModel(
+            log_evidence=found.log_evidence,
+            log_evidence_se=found.log_evidence_se,
+            difference=difference,
+            difference_se=math.hypot(*errors),
+            probability=math.exp(difference) / total,
+            trusted=_is_trusted(found),
+        )
+    sentences = [_conclusion(models)]
+    for name in ordered:
+        sentences += _objections(name, results[name])
+    trusted = all(model.trusted for model in models.values())
+    return Comparison(models, trusted, " ".join(sentences))
+
+
+def _check(results: Mapping[str, Evidence]) -> None:
+    if not isinstance(results, Mapping):
+        raise TypeError(f"results: expected a dict by name, got {type(results).__name__}")
+    if len(results) < 2:
+        raise ValueError(f"results: expected two models or more, got {len(results)}")
+    for name, found in results.items():
+        if not isinstance(name, str):
+            raise TypeError(f"results: expected names that are strings, got {name!r}")
+        if not isinstance(found, Evidence):
+            raise TypeError(
+                f"results['{name}']: expected what fit or diagnostics.importance returns, got "
+                f"{type(found).__name__}"
+            )
+        if not math.isfinite(found.log_evidence):
+            raise ValueError(
+                f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. It is not "
+                "known after a fit by mini-batches (diagnostics.importance with all data has it), nor "
+                "where no draw of the guide has a density"
+            )
+
+
+def _is_trusted(found: Evidence) -> bool:
+    return found.trusted if isinstance(found, Judged) else found.khat <= GOOD_KHAT
+
+
+def _conclusion(models: Mapping[str, ComparedModel]) -> str:
+    """What the evidences of the first two say."""
+    (first, one), (second, other) = list(models.items())[:2]
+    gain = f"{-other.difference:.3f} ± {other.difference_se:.3f}"
+    if not (one.trusted and other.trusted):
+        begin = "No conclusion: of the two largest evidences not both can be relied on."
+        return f"{begin} That of '{first}' seems to be {gain} nats above that of '{second}'."
+    if -other.difference < _CLEAR * other.difference_se:
+        return (
+            f"'{first}' and '{second}' have the same evidence as far as is known ({gain} nats): more draws "
+            "of diagnostics.importance may tell."
+        )
+    # beyond the largest float there is no factor to name
+    factor = f", a Bayes factor of {math.exp(-other.difference):.3g}" if other.probability else ""
+    return f"'{first}' has the largest evidence, {gain} nats more than '{second}'{factor}."
+
+
+def _objections(name: str, found: Evidence) -> Iterator[str]:
+    """What speaks against the evidence of a model."""
+    if found.khat > GOOD_KHAT:
+        yield (
+            f"k-hat of '{name}' is {found.khat:.2f}, above {GOOD_KHAT}: its evidence is that of a few "
+            "draws, most often too small, and by how much its standard error does not say."
+        )
+    elif not _is_trusted(found):
+        yield (
+            f"'{name}' is not trusted: see its verdict. What its guide has missed of the posterior is not "
+            "in its evidence."
+        )
+    elif found.khat > _KHAT_OF_VARIANCE:
+        yield (
+            f"k-hat of '{name}' is {found.khat:.2f}, above {_KHAT_OF_VARIANCE}: its standard error is too "
+            "small."
+        )

@@ -1,0 +1,26 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pictures of results: each function draws into matplotlib's Axes and returns them."""
+
+try:
+    import matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError("plots need matplotlib: pip install pyro_artransform[plots]") from error
+
+from .fits import plot_elbo, plot_fit
+from .graphs import plot_graph
+from .marginals import plot_marginals
+from .pairs import plot_pairs
+from .ranks import plot_ranks
+from .weights import plot_khat
+
+__all__ = [
+    "plot_elbo",
+    "plot_fit",
+    "plot_graph",
+    "plot_khat",
+    "plot_marginals",
+    "plot_pairs",
+    "plot_ranks",
+]

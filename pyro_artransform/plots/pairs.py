@@ -1,0 +1,112 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of a posterior, each coordinate against each other one."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from .axes import BLUE, GRAY, tidied
+
+_COLORS = {"guide": BLUE, "reference": GRAY}
+_MAX_COORDINATES = 8
+_MAX_POINTS = 2000
+
+
+def plot_pairs(
+    draws: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor] | None = None,
+    names: Sequence[str] | None = None,
+) -> Any:
+    """Each coordinate against each other one, with their histograms on the diagonal.
+
+    Below the diagonal the draws are over those of the reference, and above it under them, so that
+    what one of the two misses is seen. The axes leave out the outermost half per cent.
+
+    :param draws: draws of a guide, for each site a tensor of shape ``(n,) + site shape``.
+    :param reference: draws to compare with, such as those of MCMC.
+    :param names: the coordinates to show, such as ``["tau", "theta[0]", "theta[3]"]``, or sites,
+        which stand for all of theirs; by default the first eight.
+    :return: an array of Axes, one for each pair.
+    :raises ValueError: if a name is none of a coordinate or site.
+    """
+    series = {"guide": _columns(draws)}
+    chosen = _chosen(series["guide"], names)
+    if reference is not None:
+        series = {"reference": _columns(reference), **series}
+    missing = [name for name in chosen if any(name not in drawn for drawn in series.values())]
+    if missing:
+        raise ValueError(f"reference: expected the coordinates {chosen}, got none of {missing}")
+    size = len(chosen)
+    ranges = {name: _range([drawn[name] for drawn in series.values()]) for name in chosen}
+    layout: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(size, size, figsize=(1.8 * size + 1,) * 2, **layout)
+    for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
+        ax = axes[i, j]
+        for label in series if i >= j else reversed(series):
+            x, y = series[label][column], series[label][row]
+            if i == j:
+                _draw_histogram(ax, x, ranges[column], label)
+            else:
+                step = max(1, -(-len(x) // _MAX_POINTS))
+                dots = {"color": _COLORS[label], "s": 3, "alpha": 0.35, "linewidths": 0}
+                ax.scatter(x[::step].numpy(), y[::step].numpy(), **dots)
+        tidied(ax).set(xlabel=column, ylabel=row, xlim=ranges[column])
+        ax.tick_params(labelsize=7)
+        ax.locator_params(nbins=4)
+        ax.label_outer()
+        if i == j:
+            ax.set_yticks([])
+        else:
+            ax.set_ylim(ranges[row])
+    if reference is not None:
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=2)
+    figure.align_labels()
+    return axes
+
+
+def _draw_histogram(ax: Axes, x: Tensor, limits: tuple[float, float], label: str) -> None:
+    style: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
+    if label == "reference":
+        style = {"histtype": "stepfilled", "alpha": 0.45}
+    style.update(density=True, color=_COLORS[label], label=label)
+    ax.hist(x.numpy(), bins=max(10, min(40, int(len(x) ** 0.5))), range=limits, **style)
+
+
+def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draws of each coordinate by name, of shape ``(n,)``."""
+    columns = {}
+    for name, value in draws.items():
+        indices = list(product(*map(range, value.shape[1:])))
+        flat = value.detach().to("cpu").reshape(len(value), len(indices))
+        for index, column in zip(indices, flat.unbind(1)):
+            position = f"[{', '.join(map(str, index))}]" if index else ""
+            columns[name + position] = column
+    return columns
+
+
+def _chosen(columns: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        return list(columns)[:_MAX_COORDINATES]
+    found: list[str] = []
+    for name in names:
+        those = [column for column in columns if name in (column, column.partition("[")[0])]
+        if not those:
+            raise ValueError(f"names: expected some of {list(columns)}, got '{name}'")
+        found += those
+    return found
+
+
+def _range(columns: Sequence[Tensor]) -> tuple[float, float]:
+    """The range of draws but for the outermost half per cent, and a margin."""
+    ordered = [column.double().sort().values for column in columns]
+    low = min(column[int(0.005 * len(column))].item() for column in ordered)
+    high = max(column[-1 - int(0.005 * len(column))].item() for column in ordered)
+    margin = 0.08 * (high - low) or 1.0
+    return low - margin, high + margin

@@ -1,0 +1,170 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_artransform import FitResult
+from pyro_artransform.diagnostics import Importance, compare, importance
+from tests.inference import models
+from tests.inference.conftest import quick_fit as fit
+
+
+@dataclass
+class Result:
+    """What a comparison reads of the result of a fit."""
+
+    log_evidence: float
+    log_evidence_se: float = 0.01
+    khat: float = 0.2
+    trusted: bool = True
+
+
+def test_sorted_by_evidence_with_differences_and_probabilities():
+    found = compare({"b": Result(-12.0, 0.03), "a": Result(-10.0, 0.04), "c": Result(-13.0)})
+    assert list(found.models) == ["a", "b", "c"]
+    a, b, c = found.models.values()
+    assert (a.difference, a.difference_se) == (0.0, 0.0)
+    assert (b.difference, b.difference_se) == pytest.approx((-2.0, 0.05))
+    assert b.log_evidence_se == 0.03
+    weights = [1.0, math.exp(-2), math.exp(-3)]
+    assert [m.probability for m in (a, b, c)] == pytest.approx([w / sum(weights) for w in weights])
+    assert found.trusted
+    assert found.words == (
+        "'a' has the largest evidence, 2.000 ± 0.050 nats more than 'b', a Bayes factor of 7.39."
+    )
+
+
+def evidence_of(scale):
+    """Of y = 0.5 with unit noise around a Normal(0, scale)."""
+    return dist.Normal(0.0, math.hypot(1.0, scale)).log_prob(torch.tensor(0.5)).item()
+
+
+def test_against_known_evidences():
+    """Three Gaussians by a guide that is too wide, against their closed form: within 4 errors."""
+
+    def model(scale):
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    def guide(scale):
+        precision = 1 + 1 / scale**2
+        pyro.sample("z", dist.Normal(0.5 / precision, 1.3 * precision**-0.5))
+
+    scales = (0.5, 2.0, 10.0)
+    found = compare({f"scale {scale}": importance(model, guide, 4000, scale) for scale in scales})
+    exact = {f"scale {scale}": evidence_of(scale) for scale in scales}
+    assert list(found.models) == sorted(exact, key=exact.get, reverse=True)
+    total = sum(map(math.exp, exact.values()))
+    best = max(exact.values())
+    for name, row in found.models.items():
+        assert abs(row.log_evidence - exact[name]) < 4 * row.log_evidence_se
+        assert abs(row.difference - (exact[name] - best)) <= 4 * row.difference_se
+        assert row.probability == pytest.approx(math.exp(exact[name]) / total, abs=0.02)
+
+
+def test_results_of_fits():
+    model = models.regression
+    results = {}
+    for name in ("one", "other"):
+        results[name] = fit(model, models.small(model), num_steps=5, progress=False)
+        assert isinstance(results[name], FitResult)
+    found = compare(results)
+    for name, result in results.items():
+        row = found.models[name]
+        assert (row.log_evidence, row.trusted) == (result.log_evidence, result.trusted)
+
+
+def test_untrusted_results_are_named():
+    found = compare({"good": Result(-10.0), "bad": Result(-9.0, trusted=False)})
+    assert not found.trusted
+    assert "No conclusion" in found.words
+    assert "seems to be 1.000 ± 0.014 nats above that of 'good'" in found.words
+    assert "'bad' is not trusted: see its verdict" in found.words
+    assert "'good' is not" not in found.words
+
+
+def test_a_third_one_that_is_not_trusted_leaves_the_first_two_alone():
+    found = compare({"a": Result(1.0), "b": Result(0.0), "c": Result(-9.0, trusted=False)})
+    assert not found.trusted
+    assert found.words.startswith("'a' has the largest evidence")
+    assert "'c' is not trusted" in found.words
+
+
+@pytest.mark.parametrize(
+    ("khat", "words"),
+    [
+        (0.8, "k-hat of 'b' is 0.80, above 0.7: its evidence is that of a few draws"),
+        (0.6, "k-hat of 'b' is 0.60, above 0.5: its standard error is too small"),
+    ],
+)
+def test_large_khat(khat, words):
+    found = compare({"a": Result(0.0), "b": Result(-3.0, khat=khat)})
+    assert words in found.words
+
+
+def test_weights_without_a_verdict_are_judged_by_khat():
+    light = Importance.from_log_weights(0.1 * torch.randn(1000))
+    heavy = Importance.from_log_weights(2 * torch.empty(1000).exponential_())
+    found = compare({"light": light, "heavy": heavy})
+    assert [found.models[name].trusted for name in ("light", "heavy")] == [True, False]
+
+
+def test_the_same_evidence_as_far_as_is_known():
+    words = compare({"a": Result(0.0, 0.1), "b": Result(-0.2, 0.1)}).words
+    assert "'a' and 'b' have the same evidence as far as is known (0.200 ± 0.141 nats)" in words
+
+
+def test_evidences_that_are_far_apart():
+    found = compare({"a": Result(0.0), "b": Result(-1e6)})
+    assert found.models["b"].probability == 0.0
+    assert found.words == "'a' has the largest evidence, 1000000.000 ± 0.014 nats more than 'b'."
+
+
+def test_shown():
+    found = compare({"linear": Result(-10.0), "<b>": Result(-12.5, trusted=False)})
+    first, head, *rows = repr(found).splitlines()
+    assert first == f"Comparison: {found.words}"
+    assert head.split() == [
+        *("model", "log", "evidence", "se", "difference", "se", "probability", "trusted")
+    ]
+    assert [row.split() for row in rows] == [
+        ["linear", "-10.000", "0.010", "0.000", "0.000", "0.924", "yes"],
+        ["<b>", "-12.500", "0.010", "-2.500", "0.014", "0.076", "no"],
+    ]
+    assert len({len(row) for row in (head, *rows)}) == 1
+    page = found._repr_html_()
+    assert "<b>" not in page
+    assert page.count("<tr>") == 3
+    assert "<td>&lt;b&gt;</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("results", "error", "words"),
+    [
+        ([Result(0.0), Result(1.0)], TypeError, "results: expected a dict by name, got list"),
+        ({}, ValueError, "expected two models or more, got 0"),
+        ({"a": Result(0.0)}, ValueError, "expected two models or more, got 1"),
+        ({1: Result(0.0), 2: Result(0.0)}, TypeError, "expected names that are strings, got 1"),
+        (
+            {"a": Result(0.0), "b": SimpleNamespace(elbo=1.0)},
+            TypeError,
+            r"results\['b'\]: expected what fit or .* returns, got SimpleNamespace",
+        ),
+        (
+            {"a": Result(math.nan), "b": Result(0.0)},
+            ValueError,
+            r"results\['a'\]: expected a finite log evidence, got nan. It is not known after",
+        ),
+        ({"a": Result(-math.inf), "b": Result(0.0)}, ValueError, "got -inf"),
+    ],
+)
+def test_bad_results(results, error, words):
+    with pytest.raises(error, match=words):
+        compare(results)
