@@ -12,7 +12,6 @@ line of a file, so that a run goes on where the last one ended (delete the file 
 
 import argparse
 import json
-import math
 import sys
 import time
 import warnings
@@ -151,9 +150,13 @@ def by_svi(name: str, subject: Subject, limit: float) -> Row:
     began, num_steps = time.process_time(), 0
     guide = PEERS[name](model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": STEP_SIZE}), Trace_ELBO())
-    while time.process_time() - began < limit:
-        svi.step(*args)
-        num_steps += 1
+    try:
+        while time.process_time() - began < limit:
+            svi.step(*args)
+            num_steps += 1
+    except (ValueError, RuntimeError) as error:
+        lines = str(error).splitlines()
+        return {"seconds": limit, "steps": num_steps, "error": lines[0][:60]}
     seconds = time.process_time() - began
     found = importance(model, guide, NUM_DRAWS, *args)
     return {
@@ -199,6 +202,16 @@ def is_trusted(row: Row) -> str:
     return f"{answer}, marginals {'yes' if row['marginals_trusted'] else 'no'}"
 
 
+def numbers(row: Row, own: Row) -> list[str]:
+    """The ELBO, of a peer as a difference, and k-hat; or why a peer has none."""
+    if "error" in row:
+        return [f"ended: {row['error']}", "-"]
+    elbo = f"{row['elbo']:.3f} ± {row['elbo_se']:.3f}"
+    if row is not own:
+        elbo = f"{row['elbo'] - own['elbo']:+.2f}"
+    return [elbo, f"{row['khat']:.2f}"]
+
+
 def table(rows: list[Row]) -> str:
     """A line for each model and guide; the ELBO of peers as a difference."""
     lines = ["| model, latents | guide | CPU s | steps | ELBO | k-hat | trusted |"]
@@ -209,11 +222,8 @@ def table(rows: list[Row]) -> str:
         if row is own:
             name = f"{MODELS[row['model']][0]}, {row['latents']}"
             guide, trusted = f"`{row['chosen']}`", is_trusted(row)
-        elbo = f"{row['elbo']:.3f} ± {row['elbo_se']:.3f}"
-        if row is not own and math.isfinite(row["elbo"]):
-            elbo = f"{row['elbo'] - own['elbo']:+.2f}"
-        cells = [name, guide, f"{row['seconds']:.1f}", f"{row['steps']:,}", elbo]
-        lines.append(f"| {' | '.join(cells)} | {row['khat']:.2f} | {trusted} |")
+        cells = [name, guide, f"{row['seconds']:.1f}", f"{row['steps']:,}", *numbers(row, own)]
+        lines.append(f"| {' | '.join(cells)} | {trusted} |")
     return "\n".join(lines)
 
 

@@ -115,7 +115,8 @@ class OwnCopies(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         if not isinstance(found, Tensor) or is_batchedtensor(found):
             return found
-        return found + self._zero.to(found.dtype) if found.is_floating_point() else found
+        is_copied = found.is_floating_point() and found.device == self._zero.device
+        return found + self._zero.to(found.dtype) if is_copied else found
 
 
 def _is_masked_fill(tensor: Tensor, index: object, value: object) -> bool:
