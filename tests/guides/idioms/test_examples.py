@@ -3,6 +3,7 @@
 """Models of Pyro's examples: density, SVI, `fit`, predictions and relations, as with Pyro's guides."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -11,10 +12,10 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.infer.inspect import get_model_relations, render_model
 
-from pyro_artransform import AutoIAF, AutoStructuredFlow
+from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.joint import LogJoint
 from tests.guides.idioms.models import EXAMPLES, example_of_baseball, example_of_radon
-from tests.inference.conftest import quick_fit
+from tests.inference.conftest import QUICK
 from tests.joint.by_trace import by_trace
 
 every_example = pytest.mark.parametrize("name", EXAMPLES)
@@ -24,6 +25,12 @@ GUIDES = {
     "AutoStructuredFlow": lambda model: AutoStructuredFlow(model, hidden_dim=4),
 }
 every_guide = pytest.mark.parametrize("kind", GUIDES)
+
+LEAN = replace(
+    QUICK,
+    initialization=replace(QUICK.initialization, num_points=2, mean_field_steps=5),
+    evaluation=replace(QUICK.evaluation, num_samples=200, num_screened=10, num_climbs=1),
+)
 
 #: that of each model as it is written; "plate" is faster, and wants indices such as ``a[..., county]``
 STRATEGIES = {
@@ -113,7 +120,8 @@ def test_fit(name, kind):
     """Without a warning, and many draws at once; the guide that a fit chooses is `AutoIAF`."""
     example = EXAMPLES[name]()
     guides = [] if kind is None else [kind(example.model, hidden_dim=4)]
-    result = quick_fit(example.model, *guides, *example.with_data(), num_steps=20, progress=False)
+    options = {"config": LEAN, "num_steps": 20, "progress": False}
+    result = fit(example.model, *guides, *example.with_data(), **options)
     assert type(result.guide) is (kind or AutoIAF)
     assert not result.one_at_a_time
     assert result.num_skipped == 0
