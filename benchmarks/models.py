@@ -216,7 +216,8 @@ def table(rows: list[Row]) -> str:
     """A line for each model and guide; the ELBO of peers as a difference."""
     lines = ["| model, latents | guide | CPU s | steps | ELBO | k-hat | trusted |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
+    found = (find(rows, model, guide) for model in MODELS for guide in GUIDES)
+    for row in filter(None, found):
         own = find(rows, row["model"], GUIDES[0])
         name, guide, trusted = "", row["guide"], "no verdict"
         if row is own:
@@ -238,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--guides", nargs="+", choices=GUIDES, default=list(GUIDES))
-    parser.add_argument("--limit", type=float, default=60.0, help="CPU seconds of a peer at most")
+    parser.add_argument("--limit", type=float, default=15.0, help="CPU seconds of a peer at most")
     parser.add_argument("--results", type=Path, default=HERE / "models.jsonl")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
