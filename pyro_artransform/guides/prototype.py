@@ -155,9 +155,14 @@ def refuse_moving_structure(
 def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) -> None:
     """Refuses arguments of the model for which the latents of a guide have other shapes.
 
-    Where broadcasting hides it, as for a batch of one, the loss would be wrong with no other sign.
+    Where broadcasting hides it, as for a batch of one, the loss would be wrong with no other sign. A
+    model that does not run by itself with these arguments says nothing, as one of ``pyro.contrib.forecast``
+    for a forecast: it needs the guide's draws.
     """
-    now = latents_of(run)
+    try:
+        now = latents_of(run)
+    except Exception:  # where it matters, the model's own run raises it again
+        return
     # sites that are latent only now are predicted, and those that have data now are conditioned on
     refuse_subsampling(site for name, site in now.items() if name in sites)
     _compare(sites, now, {"shape": _OF_ANOTHER_MODEL["shape"]})

@@ -70,7 +70,7 @@ class LogDensity(Protocol):
 
     :cvar Latents latents: the latents.
     :cvar Tensor start: a starting point, shape ``(latent_dim,)``.
-    :cvar str strategy: how many draws are evaluated: "plate", "vmap" or "loop".
+    :cvar str strategy: how many draws are evaluated: "plate", "vmap", "copies" or "loop".
     """
 
     latents: Latents

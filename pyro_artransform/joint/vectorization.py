@@ -3,29 +3,36 @@
 
 """A model or a guide evaluated at many draws of its latents at once, as if one at a time.
 
-There are three strategies, the fastest first:
+There are four strategies, the fastest first:
 
 - ``"plate"``: one run with all draws in one more :class:`pyro.plate`, to the left of the model's own;
 - ``"vmap"``: one run under ``torch.vmap``;
+- ``"copies"``: the same, where each draw has its own copy of whatever tensor the model makes;
 - ``"loop"``: a run for each draw.
 
-Only the loop suits every model. A product of a matrix and a vector takes no draws on the left, a branch
-on a value no vmap, and a sum over everything mixes draws without an error. So each strategy is compared
-with the loop at a few draws (:func:`choose_strategy`), and the first that gives the same is used from
-then on (:func:`evaluate_many`). A branch on whether any draw is large mixes draws only where one is, so
-that a log joint density is compared at draws of the prior and of the guide, too (``LogJoint.checked``).
-What is evaluated is a function of draws, by name, and of their number,
-``None`` for a single draw. It returns terms by name: log-densities by datum, or their sum.
+Only the loop suits every model. A product of a matrix and a vector, or an index of groups, takes no draws
+on the left. Under vmap nothing that depends on a draw can be written into a tensor of zeros, as Pyro's
+``OrderedLogistic`` does it, unless each draw has its own. A branch on a value suits none of them, and a sum
+over everything mixes draws without an error. So each strategy is compared with the loop at a few draws
+(:func:`choose_strategy`), and the first that gives the same is used from then on (:func:`evaluate_many`).
+A branch on whether any draw is large mixes draws only where one is, so that a log joint density is
+compared at draws of the prior and of the guide, too (``LogJoint.checked``).
+
+What is evaluated is a function of draws, by name, and of their number, ``None`` for a single draw. It
+returns terms by name: log-densities by datum, or their sum.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.overrides import TorchFunctionMode
 
 from .enumeration import ScaleError, sum_out_discrete
 from .handlers import SiteLogProbs, plate_nesting, runs_model
@@ -36,7 +43,7 @@ Terms = dict[str, Tensor]
 Evaluate = Callable[[Draws, int | None], Terms]
 
 #: the fastest first
-STRATEGIES = ("plate", "vmap", "loop")
+STRATEGIES = ("plate", "vmap", "copies", "loop")
 
 _DRAWS = "_draws"
 #: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
@@ -58,7 +65,7 @@ def evaluate_many(
 
     :param evaluate: gives the terms of draws in a plate, or of a single draw.
     :param draws: tensors of shape ``(n, ...)``.
-    :param strategy: "plate", "vmap" or "loop".
+    :param strategy: "plate", "vmap", "copies" or "loop".
     :param at_failure: gives the terms of a single draw that the model cannot take; by default its
         error is raised.
     :param chunk_size: how many draws are evaluated at a time; by default all.
@@ -73,8 +80,9 @@ def evaluate_many(
     try:
         if strategy == "plate":
             return evaluate(draws, num_draws)
-        if strategy == "vmap":
-            mapped: Terms = torch.vmap(evaluate, in_dims=(0, None), randomness="same")(draws, None)
+        if strategy != "loop":
+            one = evaluate if strategy == "vmap" else partial(_with_copies, evaluate)
+            mapped: Terms = torch.vmap(one, in_dims=(0, None), randomness="same")(draws, None)
             return mapped
     except ModelFailures:
         if at_failure is None:
@@ -82,6 +90,46 @@ def evaluate_many(
         if num_draws > _FEW:
             return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
     return _by_loop(evaluate, draws, at_failure)
+
+
+class OwnCopies(TorchFunctionMode):
+    """Under ``torch.vmap``, gives each draw its own copy of the tensors that do not depend on draws.
+
+    That is of each tensor of real numbers that a function of torch makes or returns. A model may then
+    write what does depend on a draw into it, at places that depend on draws as well, as Pyro's
+    ``Multinomial`` does. Tensors that were there before are not copied.
+
+    :param like: a tensor of one draw.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        # zeros, one for each draw
+        self._zero = torch.zeros_like(like.detach()).sum()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__setitem__ and _is_masked_fill(*args):
+            func = Tensor.masked_fill_  # the same, and vmap knows it
+        found = func(*args, **(kwargs or {}))
+        if not isinstance(found, Tensor) or is_batchedtensor(found):
+            return found
+        is_copied = found.is_floating_point() and found.device == self._zero.device
+        return found + self._zero.to(found.dtype) if is_copied else found
+
+
+def _is_masked_fill(tensor: Tensor, index: object, value: object) -> bool:
+    """Whether a number is written at a mask of all dimensions."""
+    is_mask = (
+        isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == tensor.dim()
+    )
+    return is_mask and isinstance(value, (int, float))
+
+
+def _with_copies(evaluate: Evaluate, draws: Draws, size: int | None) -> Terms:
+    with OwnCopies(next(iter(draws.values()))):
+        return evaluate(draws, size)
 
 
 def _by_loop(

@@ -116,7 +116,7 @@ class Likelihood:
         return sorted(self.latents.keys() - draws.keys())
 
     def strategy(self, draws: Mapping[str, Tensor]) -> str:
-        """How many draws are evaluated: by "plate", "vmap" or "loop"."""
+        """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = len(next(iter(chosen.values()))) if chosen else 0
         for name, value in chosen.items():

@@ -19,6 +19,7 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     config_enumerate,
+    infer_discrete,
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.infer.reparam import NeuTraReparam
@@ -113,6 +114,21 @@ def test_enumerated_model():
     losses = train(guide, 100, model, elbo)
     assert sum(losses[-20:]) < sum(losses[:20])
     assert set(guide(models.data())) == {"locs", "probs"}
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoNormal])
+def test_discrete_latents_given_a_draw(kind):
+    """By `infer_discrete`: the state of each datum is that whose component is nearer."""
+    model = config_enumerate(models.mixture)
+    hidden = poutine.block(model, hide=["kind"])
+    guide = AutoIAF(model, hidden_dims=8) if kind is AutoIAF else AutoNormal(hidden)
+    guide(models.data())
+    replayed = poutine.replay(model, poutine.trace(guide).get_trace(models.data()))
+    likeliest = infer_discrete(replayed, first_available_dim=-2, temperature=0)
+    nodes = poutine.trace(likeliest).get_trace(models.data()).nodes
+    locs, probs = nodes["locs"]["value"], nodes["probs"]["value"]
+    log_probs = dist.Normal(locs, 1.0).log_prob(models.data()[:, None]) + probs.log()
+    assert torch.equal(nodes["kind"]["value"], log_probs.argmax(-1))
 
 
 @pytest.mark.parametrize("parallel", [False, True])

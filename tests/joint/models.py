@@ -118,6 +118,40 @@ def matrix_product():
         pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=data())
 
 
+def ordinal():
+    """An index of groups takes no draws on the left, and the likelihood writes into zeros."""
+    rows = dist.Normal(0.0, 2.0).expand([3]).to_event(1)
+    ordered = dist.TransformedDistribution(rows, dist.transforms.OrderedTransform())
+    cutpoints = pyro.sample("cutpoints", ordered)
+    with pyro.plate("groups", 2):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    predictor = effect[torch.tensor([0, 1, 1, 0, 1])]
+    with pyro.plate("data", 5):
+        law = dist.OrderedLogistic(predictor, cutpoints)
+        pyro.sample("y", law, obs=torch.tensor([0, 2, 3, 1, 1]))
+
+
+def imputed():
+    """What is missing is written among the data."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    missing = pyro.sample("missing", dist.Normal(loc, 1.0).expand([2]).to_event(1))
+    filled = data().clone()
+    filled[torch.tensor([1, 3])] = missing
+    pyro.factor("y", dist.Normal(loc, 1.0).log_prob(filled).sum())
+
+
+def accumulated():
+    """Its mean is a sum in place, on a number that depends on no draw; then a diagonal."""
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    mean = torch.full((5,), 0.1)
+    for k in range(3):
+        mean += beta[k] * data() ** k
+    covariance = torch.exp(-((data()[:, None] - data()) ** 2))
+    covariance.view(-1)[::6] += noise
+    pyro.sample("y", dist.MultivariateNormal(mean, covariance), obs=data())
+
+
 def silently_wrong_in_a_plate():
     """A sum over everything mixes draws, and no shape tells."""
     with pyro.plate("data", 5):

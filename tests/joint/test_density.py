@@ -25,6 +25,9 @@ STRATEGIES = {
     "marginal_mixture": "vmap",
     "matrix_product": "vmap",
     "silently_wrong_in_a_plate": "vmap",
+    "ordinal": "copies",
+    "imputed": "copies",
+    "accumulated": "copies",
     "python_branch": "loop",
     "python_number": "loop",
 }
@@ -42,7 +45,9 @@ def test_agrees_with_the_trace(name):
     assert torch.allclose(log_joint(z), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["supports", "scaled_and_masked", "matrix_product", "mixture"])
+@pytest.mark.parametrize(
+    "name", ["supports", "scaled_and_masked", "matrix_product", "mixture", "ordinal", "accumulated"]
+)
 def test_gradient_by_differences(name):
     log_joint = LogJoint(getattr(models, name))
     z = torch.randn(3, log_joint.latents.latent_dim, requires_grad=True)
@@ -290,7 +295,9 @@ def _trained():
     pyro.factor("curve", -((z[..., 0] - z[..., 1] ** 2) ** 2) * scale)
 
 
-@pytest.mark.parametrize("model", [_trained, models.marginal_mixture, models.python_branch])
+@pytest.mark.parametrize(
+    "model", [_trained, models.marginal_mixture, models.ordinal, models.python_branch]
+)
 def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
     """Where a graph of all draws is too large: values, gradients of draws and parameters, and Hessians."""
     log_joint = LogJoint(model)

@@ -9,6 +9,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.joint.vectorization import (
+    STRATEGIES,
     DrawPlate,
     GuideDraws,
     agree,
@@ -31,6 +32,21 @@ def no_draws_on_the_left(draws, size):
     return {"product": torch.ones(2, 3) @ draws["x"]}
 
 
+def writes_into_zeros(draws, size):
+    row = torch.zeros(4, dtype=torch.float64)
+    row[:3] = draws["x"]
+    return {"row": row}
+
+
+def writes_at_a_mask(draws, size):
+    square = draws["x"] ** 2
+    square[draws["x"] < 0] = 7.0
+    rows = torch.ones(3, 3)
+    rows[torch.tensor([True, False, False])] = 0.0
+    square = rows @ square
+    return {"square": torch.ones(2, 3) @ square}
+
+
 def refuses(draws, size):
     if (draws["x"] > 1).any():
         raise ValueError("too large")
@@ -42,6 +58,8 @@ def refuses(draws, size):
     [
         (everywhere, "plate", ""),
         (no_draws_on_the_left, "vmap", ""),
+        (writes_into_zeros, "copies", ""),
+        (writes_at_a_mask, "copies", ""),
         (single_only, "loop", "RuntimeError: vmap"),
     ],
 )
@@ -80,10 +98,25 @@ def test_random_numbers_are_the_same_for_all_draws():
     def noisy(draws, size):
         return {"x": draws["x"] + torch.randn(())}
 
-    for strategy in ("plate", "vmap", "loop"):
+    for strategy in STRATEGIES:
         found = evaluate_many(noisy, {"x": torch.zeros(4)}, strategy)["x"]
         assert (found == found[0]).all()
     assert choose_strategy(noisy, {"x": torch.zeros(4)})[0] == "plate"
+
+
+def test_copies_leave_the_rest_alone():
+    """Integers stay what indices and loops can use, what was there before is not written to."""
+    before = torch.zeros(3)
+
+    def evaluate(draws, size):
+        assert int(torch.tensor(2)) == 2
+        before[0] = draws["x"]
+        return {"x": draws["x"]}
+
+    with pytest.raises(RuntimeError, match="vmap"):
+        evaluate_many(evaluate, {"x": torch.ones(2)}, "copies")
+    assert not before.any()
+    assert torch.zeros(2).add_(1.0).tolist() == [1.0, 1.0]
 
 
 def test_agree():
