@@ -29,6 +29,9 @@ from volatility import simulate, stochastic_volatility
 from pyro_artransform import fit
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.joint import LogJoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from tests.guides.idioms import models
 
 HERE = Path(__file__).parent

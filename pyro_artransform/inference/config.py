@@ -204,6 +204,7 @@ class EvaluationConfig:
     #: draws whose weights tell of single latents where the joint is trusted: with a variance of weights
     #: of 1 a mean is known to 0.02 sd by 4000
     num_for_marginals: int = 4000
+    num_for_second_look: int = 32_000  #: the same where these do not say that errors are small
     max_for_marginals: int = 8_000_000  #: numbers of these draws: 64 MB
     min_for_marginals: int = 1000
     num_chains: int = 128  #: the chains of that look, which cost about 20,000 gradients

@@ -69,18 +69,26 @@ def look_at_marginals(
 
 
 def _look_by_weights(subject: ModelAndGuide, config: EvaluationConfig) -> MarginalLook:
-    """What weights that are trusted say of single latents; nothing where draws are replayed."""
+    """What weights that are trusted say of single latents; nothing where draws are replayed.
+
+    Where they do not say that errors are small, those of more draws may.
+    """
     most = config.max_for_marginals // subject.log_joint.latents.latent_dim
-    count = min(config.num_for_marginals, max(most, config.min_for_marginals))
-    drawn = [*subject.weighted_draws(count)]
-    if any(part.latent is None for part in drawn):
-        return MarginalLook()
-    latent = torch.cat([part.latent for part in drawn if part.latent is not None])
-    log_weights = torch.cat([part.log_weights for part in drawn])
-    if not bool(log_weights.isfinite().all()):
-        return MarginalLook()
-    found = marginals_by_weights(latent, log_weights, subject.log_joint.latents)
-    return MarginalLook(found, found.trusted, f" Of single latents: {found.words}.")
+    most = max(most, config.min_for_marginals)
+    look = MarginalLook()
+    for count in (config.num_for_marginals, config.num_for_second_look):
+        drawn = [*subject.weighted_draws(min(count, most))]
+        if any(part.latent is None for part in drawn):
+            return MarginalLook()
+        latent = torch.cat([part.latent for part in drawn if part.latent is not None])
+        log_weights = torch.cat([part.log_weights for part in drawn])
+        if not bool(log_weights.isfinite().all()):
+            return MarginalLook()
+        found = marginals_by_weights(latent, log_weights, subject.log_joint.latents)
+        look = MarginalLook(found, found.trusted, f" Of single latents: {found.words}.")
+        if found.trusted:
+            break
+    return look
 
 
 def _reasons_against(subject: ModelAndGuide, evaluation: Evaluation) -> Iterator[str]:

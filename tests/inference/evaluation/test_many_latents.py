@@ -85,6 +85,14 @@ def test_one_latent_may_be_off_where_the_joint_is_trusted():
     assert "1 of 40 means is off by more than 0.15 sd (that of z[39] by 0.3" in look.words
 
 
+def test_more_draws_tell_where_weights_of_few_leave_it_open():
+    subject, evaluation = evaluated(model_of(100), PathGuide(100, 0.98))
+    few = replace(CONFIG, num_for_marginals=20, num_for_second_look=20)
+    assert "errors are known too little" in look_at_marginals(subject, evaluation, few).words
+    more = replace(few, num_for_second_look=4000)
+    assert look_at_marginals(subject, evaluation, more).trusted is True
+
+
 def test_nobody_looks_at_few_latents():
     subject, evaluation = evaluated(model_of(29), PathGuide(29, 0.5))
     assert not evaluation.verdict.trusted
