@@ -66,7 +66,7 @@ def _make_group() -> None:
 
 
 @cache
-def _rendezvous() -> tuple[distributed.Store, int, int]:
+def _rendezvous() -> "tuple[distributed.Store, int, int]":
     """The store by which all processes find each other, the rank and their number."""
     found: tuple[distributed.Store, int, int] = next(
         distributed.rendezvous("env://", timeout=_TIMEOUT)
