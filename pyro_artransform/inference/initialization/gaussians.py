@@ -33,8 +33,9 @@ Density = Callable[[Tensor], Tensor]
 _CHUNK = 2048
 # the step sizes tried at once: from a whole Newton step down to a ten-millionth of one
 _STEP_SIZES = [4.0**-k for k in range(12)]
-# of the largest curvature, once all coordinates have unit curvature
-_FLAT = 1e-8
+# of the largest curvature, once all coordinates have unit curvature: less is round-off, and up to the
+# larger one a point may be anything but a mode
+_ROUND_OFF, _FLAT = 1e-12, 1e-8
 # expected gains, in nats: below the one a point no longer moves, below the other it is at a maximum
 _SETTLED, _CONVERGED = 1e-6, 1e-3
 
@@ -252,7 +253,7 @@ def _newton_steps(
     tiny = diagonal <= 1e-12 * diagonal.amax(-1, keepdim=True)
     units = torch.where(tiny, torch.where(by_row > 0, by_row, 1.0), diagonal).rsqrt()
     values, vectors = torch.linalg.eigh(curvature * units[:, :, None] * units[:, None, :])
-    floored = values.abs().clamp_min(_FLAT)
+    floored = values.abs().clamp_min(_ROUND_OFF)
     axes = units[:, :, None] * vectors
     along = (axes.mT @ gradient[..., None])[..., 0]
     steps = (axes @ (along / floored)[..., None])[..., 0]

@@ -142,6 +142,17 @@ def test_axes_of_very_different_scales():
     assert (best_elbo > -1e-4).all()
 
 
+@pytest.mark.parametrize("dim", [2, 20])
+def test_coordinates_that_are_nearly_functions_of_each_other(dim):
+    """A condition number of 1e10, in no coordinate's direction."""
+    turn = torch.linalg.qr(torch.randn(dim, dim)).Q
+    lower = torch.linalg.qr((turn * torch.logspace(0, -5, dim)).mT).R.mT
+    normal = dist.MultivariateNormal(torch.ones(dim), scale_tril=lower * lower.diagonal().sign())
+    _, best, best_elbo = climbed(normal.log_prob, torch.zeros(2, dim), antithetic(dim))
+    assert (best_elbo > -1e-4).all()
+    assert torch.allclose(best.loc, normal.loc, atol=1e-4)
+
+
 def test_each_point_climbs_to_the_mode_near_it():
     def log_density(z):
         return -((z[:, 0] ** 2 - 25) ** 2) / 200
