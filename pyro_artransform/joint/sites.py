@@ -259,7 +259,7 @@ def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
     except NotImplementedError:  # an improper prior has no median either
         bijection, dtype = biject_to(site["fn"].support), torch.get_default_dtype()
         shape = bijection.inverse_shape(site["fn"].shape())
-        # on the default device, which PyTorch 2.4 cannot name once it has been set back
+        # on the default device, which PyTorch 2.9 and older cannot name once it was set back
         return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))
 
 

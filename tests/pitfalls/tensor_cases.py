@@ -83,7 +83,7 @@ def f22_devices(subject: Subject) -> None:
     else:
         data = torch.tensor(models.DATA)
         train(guide, models.regression_on, 2, data)
-        # without Adam: that of PyTorch 2.4 counts its steps on the default device
+        # without Adam: that of older PyTorch counts its steps on the default device
         gradients = Trace_ELBO().loss_and_grads
         _check_default_device("guide", lambda: [gradients(models.regression_on, guide, data)])
         _check_moved("guide", guide.to("meta"))
