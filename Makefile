@@ -9,7 +9,11 @@ READY = $(VENV)/.installed
 # One thread for each of the two test processes: more of them only get in each other's way.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help install test demo lint format bench docs clean
+# What `make wheel` runs: some of each room. `make wheel WHEEL_TESTS=tests` runs all.
+WHEEL_TESTS = tests/univariate tests/transforms/test_seed_examples.py tests/test_flows.py \
+	tests/guides/persistence tests/plots tests/posterior tests/test_readme.py
+
+.PHONY: help install test wheel demo lint format bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +28,11 @@ $(READY): pyproject.toml
 
 test: $(READY) ## run the tests and doctests, and print the coverage
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5 --cov --cov-report term
+
+wheel: $(READY) ## build the wheel into dist/, and test it in an environment without the checkout
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(ONE_THREAD) bash .ci/wheel $(BIN)/python $(WHEEL_TESTS)
 
 demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
 	$(BIN)/python tutorials/eight_schools.py

@@ -65,7 +65,7 @@ def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
 def check_broadcast(names: str, *shapes: torch.Size) -> None:
     """Shapes that broadcast to each other."""
     # while torch.jit traces, sizes are tensors, which cannot be compared
-    if torch.jit.is_tracing() or shapes.count(shapes[0]) == len(shapes):
+    if torch.jit.is_tracing() or all(shape == shapes[0] for shape in shapes):
         return
     try:
         torch.broadcast_shapes(*shapes)

@@ -200,6 +200,7 @@ import sys
 import warnings
 
 import pyro
+import sympy  # which filters its own warnings, and which some versions of PyTorch import late
 import torch
 
 warnings.simplefilter("error")

@@ -19,6 +19,7 @@ _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # the others wait while the first process looks for a start, or judges: PyTorch's default for gloo
 _TIMEOUT = timedelta(minutes=30)
 _groups = count()  # made so far, as many in all processes
+_destroyed: list[distributed.ProcessGroup | None] = []  # the last one that was
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def open_processes() -> Iterator[Processes]:
         processes.any(False)  # nobody goes while others still wait for something
     finally:
         if is_made:
-            distributed.destroy_process_group()
+            _destroy_group()
 
 
 def _is_launched() -> bool:
@@ -63,6 +64,16 @@ def _make_group() -> None:
         world_size=size,
         timeout=_TIMEOUT,
     )
+
+
+def _destroy_group() -> None:
+    """Destroys the group, whose threads live on until the next one is destroyed, or the process ends.
+
+    PyTorch before 2.8 waits for threads with Python's lock in its hands. A thread that has just
+    finished may need the lock, to let go of a tensor, and neither would ever go on.
+    """
+    _destroyed[:] = [distributed.group.WORLD]
+    distributed.destroy_process_group()
 
 
 @cache

@@ -258,8 +258,9 @@ def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         return init_loc_fn(site)
     except NotImplementedError:  # an improper prior has no median either
         bijection, dtype = biject_to(site["fn"].support), torch.get_default_dtype()
-        shape, device = bijection.inverse_shape(site["fn"].shape()), torch.get_default_device()
-        return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=device)))
+        shape = bijection.inverse_shape(site["fn"].shape())
+        # on the default device, which PyTorch 2.9 and older cannot name once it was set back
+        return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))
 
 
 def is_enumerated(node: Any) -> bool:

@@ -116,12 +116,8 @@ def test_flow_that_is_not_autoregressive():
 
 def test_flow_follows_the_models_device_not_the_default():
     guide = AutoIAF(models.regression, hidden_dims=8)
-    before = torch.get_default_device()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         guide.set_up(models.data().new_zeros(3, device="cpu"))
-    finally:
-        torch.set_default_device(None if before.type == "cpu" else before)
     assert {p.device.type for p in guide.parameters()} == {"cpu"}
 
 

@@ -259,6 +259,7 @@ def test_improper_priors_start_at_the_origin(kind):
             loc = pyro.sample("loc", dist.ImproperUniform(dist.constraints.real, (8,), ()))
             pyro.sample("obs", dist.Normal(loc, scale.sum()), obs=values)
 
+    torch.set_default_device(None)  # after which older PyTorch cannot name it
     guide = kind(model, init_scale=1e-6)
     draw = guide(models.data())
     assert torch.allclose(draw["scale"], torch.ones(2), atol=1e-4)
@@ -266,6 +267,7 @@ def test_improper_priors_start_at_the_origin(kind):
     assert math.isfinite(SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(models.data()))
 
 
+@pytest.mark.skipif(not hasattr(dist, "GeneralizedPareto"), reason="newer than PyTorch 2.7")
 def test_a_support_that_cannot_be_mapped():
     """PyTorch says that it is an interval up to infinity, and draws would be NaN."""
 
