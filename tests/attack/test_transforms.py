@@ -193,7 +193,9 @@ def test_extreme_inputs_give_no_wrong_finite_number(case, values):
             back, back_ladj = flow.inv.call_and_ladj(y)
         for i in x.isnan().nonzero()[:, 0].tolist():
             moved = _depends_on(flow, i, case.dim)
-            assert y[moved].isnan().all(), (flow, x, y)
+            # outside of the bound a spline is the identity, whatever its parameters are
+            is_right = y[moved].isnan() | (y[moved] == x[moved])
+            assert is_right.all(), (flow, x, y)
         if not (x.isfinite().all() and y.isfinite().all() and x.abs().max() < 1e6):
             continue
         assert ladj.isfinite()
