@@ -27,6 +27,10 @@ EXPLAINED = {
         "Out of reach: from 99.99 % of the draws of the prior all ways up lead to the wide mode (one in "
         "7,000 is nearer to the narrow one), and so they do from all around a guide of it."
     ),
+    "gamma 2": (
+        "The k-hat of the 10,000 draws of the verdict is above 0.7, and that of 40,000 others below 0.6: "
+        "a Gaussian is too thin in one tail, and few of its draws are there."
+    ),
     "two 5 sd, 0.5, D=250": (
         "The words are true: all coordinates depend on each other, but only between the modes. The "
         "guide has both modes by its block, and 0.012 nats are what the missing parents cost."
