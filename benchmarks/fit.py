@@ -25,6 +25,7 @@ from typing import Any
 
 from fit_posteriors import POSTERIORS
 from fit_subjects import ESS, GAP, SUBJECTS
+from marked_table import write
 
 HERE = Path(__file__).parent
 STEP_SIZES = (1e-2, 1e-3)
@@ -35,7 +36,6 @@ ONE_THREAD = {
 }
 #: wall seconds after which a process is given up, which a peer reaches in compiling only
 PATIENCE = 1800
-BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 Run = dict[str, Any]
 
 
@@ -197,13 +197,6 @@ def draw(outcomes: list[Run], path: Path) -> None:
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3}
     figure.legend(frameon=False, fontsize=8, **place)
     figure.savefig(path, dpi=120)
-
-
-def write(text: str, path: Path) -> None:
-    """Puts the table between its marks."""
-    head, _, rest = path.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyro
 import torch
+from marked_table import write
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
@@ -38,7 +39,6 @@ HERE = Path(__file__).parent
 PEERS = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}
 GUIDES = ("chosen by fit", *PEERS)
 STEP_SIZE, NUM_DRAWS = 0.01, 10_000
-BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 Subject = tuple[Callable[..., Any], tuple[Any, ...]]
 Row = dict[str, Any]
 
@@ -229,13 +229,6 @@ def table(rows: list[Row]) -> str:
         cells = [name, guide, f"{row['seconds']:.1f}", f"{row['steps']:,}", *numbers(row, own)]
         lines.append(f"| {' | '.join(cells)} | {trusted} |")
     return "\n".join(lines)
-
-
-def write(text: str, path: Path) -> None:
-    """Puts the table between its marks."""
-    head, _, rest = path.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
 
 
 def main() -> None:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from .importance import GOOD_KHAT
+from .importance import GOOD_KHAT, KHAT_OF_VARIANCE
 
-# above it weights have no variance, and standard errors are too small (Vehtari et al. 2024)
-_KHAT_OF_VARIANCE = 0.5
 # differences of fewer standard errors are noise
 _CLEAR = 2.0
 _COLUMNS = ("model", "log evidence", "se", "difference", "se", "probability", "trusted")
@@ -217,8 +215,8 @@ def _objections(name: str, found: Evidence) -> Iterator[str]:
             f"'{name}' is not trusted: see its verdict. What its guide has missed of the posterior is not "
             "in its evidence."
         )
-    elif found.khat > _KHAT_OF_VARIANCE:
+    elif found.khat > KHAT_OF_VARIANCE:
         yield (
-            f"k-hat of '{name}' is {found.khat:.2f}, above {_KHAT_OF_VARIANCE}: its standard error is too "
+            f"k-hat of '{name}' is {found.khat:.2f}, above {KHAT_OF_VARIANCE}: its standard error is too "
             "small."
         )

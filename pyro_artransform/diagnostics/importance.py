@@ -17,6 +17,8 @@ from .psis import fit_tail, smooth_tail
 
 #: the largest k-hat at which estimates with the weights are reliable
 GOOD_KHAT = 0.7
+#: the largest k-hat of weights with a variance (Vehtari et al. 2024)
+KHAT_OF_VARIANCE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,8 @@ class Importance:
         return cls(*estimates, *counts, log_weights.detach())
 
     def __repr__(self) -> str:
-        word = "good" if self.khat <= 0.5 else "acceptable" if self.khat <= GOOD_KHAT else "bad"
+        bounds = (KHAT_OF_VARIANCE, "good"), (GOOD_KHAT, "acceptable")
+        word = next((word for bound, word in bounds if self.khat <= bound), "bad")
         lines = [
             f"{'ELBO':14}{self.elbo:10.3f} ± {self.elbo_se:.3f}",
             f"{'log evidence':14}{self.log_evidence:10.3f} ± {self.log_evidence_se:.3f}",

@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
 
-from ..joint.protocols import TransformedGuide, TransformWithLadj
+from ..joint.protocols import TransformedGuide, call_and_ladj
 from .hamiltonian import PulledBack, ToLatent
 
 # as many directions as a few trajectories cost: 24 products with a Hessian, of two gradients each
@@ -76,9 +75,7 @@ def guide_transform(
             transform = guide.get_transform(*args, **kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
         return None
-    if isinstance(transform, TransformWithLadj):
-        return transform.call_and_ladj
-    return partial(_call_and_ladj, transform)
+    return partial(call_and_ladj, transform)
 
 
 def location_scale(loc: Tensor, scale: Tensor) -> ToLatent:
@@ -133,13 +130,3 @@ def _times_hessian(target: PulledBack, points: Tensor, direction: Tensor) -> Ten
         return direction
     change = (behind.gradient - ahead.gradient)[is_finite]
     return change.mean(0) / (2 * _DIFFERENCE)
-
-
-def _call_and_ladj(transform: Transform, base: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of any torch transform, elementwise ones included."""
-    latent = transform(base)
-    ladj = transform.log_abs_det_jacobian(base, latent)
-    # a constant log-determinant may come without the shape of the draws
-    if transform.codomain.event_dim == 0:
-        return latent, ladj.expand_as(latent).sum(-1)
-    return latent, ladj.expand(latent.shape[:-1])

@@ -51,6 +51,18 @@ class TransformWithLadj(Protocol):
         """``y`` of shape ``(*, D)``, and the log-determinant of shape ``(*,)``."""
 
 
+def call_and_ladj(transform: Transform | TransformWithLadj, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of any torch transform, elementwise ones included; one evaluation where it offers that."""
+    if isinstance(transform, TransformWithLadj):
+        return transform.call_and_ladj(x)
+    y = transform(x)
+    ladj = transform.log_abs_det_jacobian(x, y)
+    # a constant log-determinant may come without the shape of the draws
+    if transform.codomain.event_dim == 0:
+        return y, ladj.expand_as(y).sum(-1)
+    return y, ladj.expand(y.shape[:-1])
+
+
 @runtime_checkable
 class FlowGuide(ReparametrizedGuide, Protocol):
     """A guide that a fit initializes and trains by the path gradient: those of this package."""

@@ -99,5 +99,6 @@ def shard(
 def _is_plain(loader: DataLoader[Any], rows: object) -> bool:
     """Whether each row comes once, in the order of the data or in any."""
     if type(rows) is RandomSampler:
+        # a data set with such a sampler has a length
         return not rows.replacement and rows.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     return type(rows) is SequentialSampler

@@ -75,9 +75,9 @@ def _look_by_weights(subject: ModelAndGuide, config: EvaluationConfig) -> Margin
     """
     most = config.max_for_marginals // subject.log_joint.latents.latent_dim
     most = max(most, config.min_for_marginals)
-    look = MarginalLook()
-    for count in (config.num_for_marginals, config.num_for_second_look):
-        drawn = [*subject.weighted_draws(min(count, most))]
+    look, counts = MarginalLook(), (config.num_for_marginals, config.num_for_second_look)
+    for count in sorted({min(count, most) for count in counts}):
+        drawn = [*subject.weighted_draws(count)]
         if any(part.latent is None for part in drawn):
             return MarginalLook()
         latent = torch.cat([part.latent for part in drawn if part.latent is not None])

@@ -14,9 +14,9 @@ import torch
 from pyro.distributions import ConditionalTransformedDistribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, TransformedDistribution
+from torch.distributions import Distribution, TransformedDistribution
 
-from ...joint.protocols import StructuredGuide, TransformWithLadj, UnconstrainingGuide
+from ...joint.protocols import StructuredGuide, UnconstrainingGuide, call_and_ladj
 from ...moments import check_rows, location_and_scale
 
 _WANTED = (
@@ -81,7 +81,7 @@ class GuideDensity:
         return _trained(self.guide.parameters())
 
     def log_prob(self, rows: Rows) -> Tensor:
-        x, ladj = _inverse_and_ladj(self.guide.get_transform(), rows.values)
+        x, ladj = call_and_ladj(self.guide.get_transform().inv, rows.values)
         return dist.Normal(torch.zeros_like(x), 1.0, validate_args=False).log_prob(x).sum(-1) + ladj
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class DistributionDensity:
         # torch evaluates each transform twice
         x, total = rows.values, rows.values.new_zeros(len(rows.values))
         for transform in reversed(transforms):
-            x, ladj = _inverse_and_ladj(transform, x)
+            x, ladj = call_and_ladj(transform.inv, x)
             total = total + ladj
         if not x.isfinite().all():
             # a step that is skipped, where the base would raise an error
@@ -230,15 +230,6 @@ def _check_event_shape(density: object, values: Tensor) -> None:
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
-
-
-def _inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse and its log-determinant, from one evaluation where the transform offers that."""
-    inverse: Any = transform.inv
-    if isinstance(inverse, TransformWithLadj):
-        return inverse.call_and_ladj(y)
-    x = inverse(y)
-    return x, inverse.log_abs_det_jacobian(y, x)
 
 
 def _log_prob_of_gaussian(count: int, scale: Tensor) -> float:
