@@ -15,11 +15,15 @@ from torch import distributed
 
 from .processes import ALONE, ManyProcesses, Processes
 
+if distributed.is_available():
+    # torch.func imports it anyway, in the first steps. The group that is open then becomes the default of
+    # its functions, lives until Python ends, and its threads, which may ask for Python then, abort
+    import torch.distributed.nn.functional
+
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # the others wait while the first process looks for a start, or judges: PyTorch's default for gloo
 _TIMEOUT = timedelta(minutes=30)
 _groups = count()  # made so far, as many in all processes
-_destroyed: list[distributed.ProcessGroup | None] = []  # the last one that was
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def open_processes() -> Iterator[Processes]:
         processes.any(False)  # nobody goes while others still wait for something
     finally:
         if is_made:
-            _destroy_group()
+            distributed.destroy_process_group()
 
 
 def _is_launched() -> bool:
@@ -64,16 +68,6 @@ def _make_group() -> None:
         world_size=size,
         timeout=_TIMEOUT,
     )
-
-
-def _destroy_group() -> None:
-    """Destroys the group, whose threads live on until the next one is destroyed, or the process ends.
-
-    PyTorch before 2.8 waits for threads with Python's lock in its hands. A thread that has just
-    finished may need the lock, to let go of a tensor, and neither would ever go on.
-    """
-    _destroyed[:] = [distributed.group.WORLD]
-    distributed.destroy_process_group()
 
 
 @cache

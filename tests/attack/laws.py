@@ -87,8 +87,6 @@ NUMBERS = {
     "Weibull": lambda m: dist.Weibull(positive(m), torch.tensor(1.5)),
     "ImproperUniform": lambda m: dist.ImproperUniform(dist.constraints.positive, m.shape, ()),
 }
-if not hasattr(dist, "GeneralizedPareto"):  # which is newer than PyTorch 2.7
-    del NUMBERS["GeneralizedPareto"]
 
 #: continuous, of vectors and matrices
 VECTORS = {

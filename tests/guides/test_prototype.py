@@ -267,7 +267,6 @@ def test_improper_priors_start_at_the_origin(kind):
     assert math.isfinite(SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(models.data()))
 
 
-@pytest.mark.skipif(not hasattr(dist, "GeneralizedPareto"), reason="newer than PyTorch 2.7")
 def test_a_support_that_cannot_be_mapped():
     """PyTorch says that it is an interval up to infinity, and draws would be NaN."""
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,7 +32,6 @@ RANK = int(os.environ.get("RANK", "0"))
 SOME = {"num_particles": 4, "progress": False}
 EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
 ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
-GROUPS = []  # kept to the end, since PyTorch before 2.8 may never be done with letting one go
 OFTEN = replace(QUICK, optimization=replace(QUICK.optimization, checkpoint_every=5))
 
 Outcome = dict[str, Any]
@@ -206,15 +206,16 @@ def group_of_the_user(folder: Path) -> Outcome:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", **place)
     found = outcome(quick_fit(models.location, small(models.location), num_steps=3, **SOME))
     assert distributed.is_initialized()
-    GROUPS.append(distributed.group.WORLD)
     distributed.destroy_process_group()
     return found
 
 
-def killed(folder: Path) -> str:
-    """The second process is killed; the first says what has happened."""
+def killed(folder: Path) -> tuple[str, bool]:
+    """The second process is killed; the first says what has happened, and whether the group is gone."""
+    groups = []
 
     def kill(step: int, elbo: float) -> None:
+        groups[:] = [weakref.ref(distributed.group.WORLD)]
         if step == 7 and RANK == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -223,8 +224,8 @@ def killed(folder: Path) -> str:
     try:
         quick_fit(models.regression, guide, callback=kill, config=OFTEN, **options)
     except distributed.DistError as error:
-        return str(error)
-    return ""
+        said = str(error)
+    return said, groups[0]() is None
 
 
 def restarted(folder: Path) -> Outcome:

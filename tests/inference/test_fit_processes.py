@@ -183,8 +183,11 @@ def test_another_number_of_processes_cannot_go_on(run):
 
 
 def test_a_process_that_is_killed_ends_the_others(run):
+    said, is_gone = run.survivor["killed"]
     for words in ("another process has ended", "checkpoint", "process 0 of 2"):
-        assert words in run.survivor["killed"]
+        assert words in said
+    # threads of a group that live on may ask for an interpreter that is at its end, which is an abort
+    assert is_gone
 
 
 def test_a_fit_goes_on_after_a_kill(run):
