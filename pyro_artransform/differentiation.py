@@ -1,9 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Second derivatives of functions whose first derivative is written by hand."""
+"""Gradients that are written by hand, or found ahead of time, and can be differentiated again."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,3 +19,63 @@ def gradients_with_graph(
     wanted = [value for value in inputs if value.requires_grad]
     found = iter(torch.autograd.grad(function(*inputs), wanted, weights, create_graph=True))
     return [next(found) if value.requires_grad else None for value in inputs]
+
+
+def evaluate_with_gradient(
+    function: Callable[[Tensor], Tensor], inputs: Tensor
+) -> tuple[Tensor, bool]:
+    """A function of rows, with its gradient found at once, so that no graph has to be held.
+
+    :param function: maps a tensor ``(n, d)`` to one of shape ``(n,)``, row by row.
+    :param inputs: the tensor.
+    :return: the values, and whether the gradient was found: not where the values depend on some other
+        tensor that requires a gradient. Then they have their graph.
+    """
+    inputs = inputs.view_as(inputs)  # whose node is its own
+    values = function(inputs)
+    if not values.requires_grad:
+        return values, True
+    if _has_other_leaves(values, inputs):
+        return values, False
+    (gradient,) = torch.autograd.grad(values.sum(), inputs)
+    found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function)
+    return found, True
+
+
+def _has_other_leaves(values: Tensor, inputs: Tensor) -> bool:
+    """Whether values depend on a leaf that requires a gradient, other than through the inputs."""
+    # nodes are compared by identity, for which they have to be held
+    seen, waiting = {inputs.grad_fn}, [values.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            return True
+        waiting += [child for child, _ in node.next_functions]
+    return False
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Values whose gradient is known; the second one is found by evaluating the function again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        values: Tensor,
+        gradient: Tensor,
+        function: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(inputs, gradient)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            again = gradients_with_graph(lambda x: [ctx.function(x)], [inputs], weights)
+            return again[0], None, None, None
+        return weights[0][:, None] * gradient, None, None, None

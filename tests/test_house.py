@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "transforms": {"arguments", "moments", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
     "graphs": {"arguments"},
-    "joint": {"arguments", "graphs"},
+    "joint": {"arguments", "differentiation", "graphs"},
     "guides": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "files"),

@@ -1,6 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import gc
+import weakref
+
 import pyro
 import pytest
 import torch
@@ -299,7 +302,7 @@ def _trained():
     "model", [_trained, models.marginal_mixture, models.ordinal, models.python_branch]
 )
 def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
-    """Where a graph of all draws is too large: values, gradients of draws and parameters, and Hessians."""
+    """Values, gradients of draws and parameters, and Hessians, in parts for the cache and for the memory."""
     log_joint = LogJoint(model)
     z = torch.randn(7, log_joint.latents.latent_dim, requires_grad=True)
 
@@ -312,5 +315,34 @@ def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
         second = torch.autograd.grad(first[0].square().sum(), z)[0]
         return [value, *first, again, second]
 
-    for one, other in zip(found(3), found(100)):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for chunk_size in (100, 3):
+        for one, other in zip(found(chunk_size), found(1000)):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_density_of_many_rows_holds_no_graph():
+    """What its gradient needs would take the rows times the draws, several times over."""
+    rows = torch.randn(20_000)
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(rows)):
+            pyro.sample("y", dist.StudentT(4.0, loc, 1.0), obs=rows)
+
+    held = []
+
+    def pack(tensor):
+        held.append((tensor.numel(), weakref.ref(tensor)))
+        return tensor
+
+    log_joint = LogJoint(model)
+    z = torch.randn(64, 1, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = log_joint(z)
+    gc.collect()
+    assert max(size for size, _ in held) >= len(rows)
+    assert sum(size for size, tensor in held if tensor() is not None) < len(rows)
+    loc = z.detach()[:, 0]
+    error = rows - loc[:, None]
+    expected = (5 * error / (4 + error.square())).sum(-1) - loc
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), z)[0][:, 0], expected)

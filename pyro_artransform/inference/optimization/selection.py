@@ -69,6 +69,8 @@ def select_parameters(training: Training) -> str:
     :return: the name of the candidate.
     """
     config, candidates = training.schedule.config, training.candidates()
+    if len(candidates) == 1:  # no step was taken
+        return next(iter(candidates))
     state = torch.get_rng_state()
     scores = {}
     for name, values in candidates.items():
