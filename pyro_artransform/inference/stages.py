@@ -42,7 +42,7 @@ from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
 from .objectives.pyro_elbo import PyroObjective
 from .optimization.schedule import new_schedule
-from .optimization.selection import choose_step_size, is_at_posterior, select_parameters
+from .optimization.selection import begin, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training
 from .processes import Processes
 from .progress import ProgressBar
@@ -111,8 +111,8 @@ class FitRun:
         processes.align(self._tensors)
         self._looped_because = _why_looped(of_batch, log_joint)
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
-        self._step_size: float | None = None
         self._search_steps = 0
+        self._is_resumed = False
         self._is_saved = False
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -133,13 +133,13 @@ class FitRun:
         self._processes.draw_apart()
         trainer = self._trainer
         if is_at_posterior(trainer):
-            self._step_size = trainer.schedule.config.step_sizes[0]
-            self._training = trainer.new(self._step_size, trainer.schedule.without_steps())
-            return
-        if trainer.optim is None:
+            step_size = trainer.schedule.config.step_sizes[0]
+            self._training = trainer.new(step_size, trainer.schedule.without_steps())
+        elif trainer.optim is None:
             bar.say("step size")
-            self._step_size, self._search_steps = choose_step_size(trainer)
-        self._training = trainer.new(self._step_size)
+            self._training, self._search_steps = begin(trainer)
+        else:
+            self._training = trainer.new(None)
 
     def _start(self) -> InitialGuide:
         """Puts the guide at the best initial one, if it can be put anywhere."""
@@ -159,6 +159,7 @@ class FitRun:
 
     def resume(self, path: Path) -> None:
         """Goes on from where a checkpoint has left another fit."""
+        self._is_resumed = True
         state, trainer = self._processes.first(partial(files.read, path)), self._trainer
         own = files.state_of_process(state, self._processes.rank, self._processes.size)
         options = {"num_steps": trainer.schedule.num_steps, "num_particles": trainer.num_particles}
@@ -173,10 +174,10 @@ class FitRun:
         if packed is not None:
             modes = Modes(Gaussians(*packed[:2]), *packed[2:])
         self._initial = InitialGuide(state["start"], state["start_elbo"], modes)
-        self._step_size, self._search_steps = state["step_size"], state["num_pilot_steps"]
+        self._search_steps = state["num_pilot_steps"]
         self._began -= state["seconds"]
         schedule = trainer.schedule.of_length(state["num_steps"])
-        self._training = replace(trainer, schedule=schedule).new(self._step_size)
+        self._training = replace(trainer, schedule=schedule).new(state["step_size"])
         self._training.restore(state["training"])
         self._restore_stream(own["batches"])
         files.set_random_state(own["random"])
@@ -212,7 +213,7 @@ class FitRun:
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
             "num_steps": training.schedule.num_steps,
             "num_particles": training.num_particles,
-            "step_size": self._step_size,
+            "step_size": training.step_size,
             "num_pilot_steps": self._search_steps,
             "seconds": time.perf_counter() - self._began,
             "start": initial.name,
@@ -242,7 +243,11 @@ class FitRun:
         """Takes steps until there are enough, or the callback or Ctrl-C ends them; says which."""
         bar.say("fit")
         training, is_asked, processes = self._training, False, self._processes
-        ends = processes.any(False, interrupted.is_set())
+        if callback is not None and not self._is_resumed:
+            # the steps that the search for a step size has taken
+            told = (callback(k, -loss) is True for k, loss in enumerate(training.losses, 1))
+            is_asked = any(told)
+        ends = processes.any(is_asked, interrupted.is_set())
         while not (training.is_over() or any(ends)):
             loss, plan = training.step(), training.schedule
             place = () if self._stream is None else self._stream.place(plan.end)
@@ -304,7 +309,7 @@ class FitRun:
             stopped_because=stopped_because,
             start=self._initial.name,
             end=end,
-            step_size=self._step_size,
+            step_size=training.step_size,
             culprits=dict(training.skipped.sites),
             one_at_a_time=self._looped_because or self._subject.log_joint.reason,
             guide_reason=self._guide_reason,

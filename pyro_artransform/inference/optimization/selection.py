@@ -27,22 +27,23 @@ def is_at_posterior(trainer: Trainer) -> bool:
     return is_good(look(objective, schedule.config), schedule.config)
 
 
-def choose_step_size(trainer: Trainer) -> tuple[float, int]:
-    """The largest step size that a few steps do not speak against; the parameters are then as before.
+def begin(trainer: Trainer) -> tuple[Training, int]:
+    """A training with the largest step size that a few steps do not speak against.
 
     A small step size looks best after a few steps and is slow after many: only one whose ELBO is
     clearly larger takes the place of a larger step size. The search ends where the evidence leaves
-    no room for that.
+    no room for that. A fit that finds its end itself goes on from the steps of the search with this
+    step size; one of a given number of steps begins anew.
 
     :param trainer: makes a training for each step size.
-    :return: the step size, and the number of steps that all trainings took.
+    :return: the training, and the number of steps that the search took without it.
     """
     config = trainer.schedule.config
     # no longer than the fit, and at a constant step size throughout
     num_steps = min(config.search_steps, trainer.schedule.end or config.search_steps)
     schedule = replace(trainer.schedule, end=None)
     state = torch.get_rng_state()
-    elbos: list[float] = []
+    trials, elbos = [], []
     for step_size in config.step_sizes:
         torch.set_rng_state(state)
         training, score = trainer.new(step_size, schedule), Score()
@@ -51,13 +52,18 @@ def choose_step_size(trainer: Trainer) -> tuple[float, int]:
             for _ in range(num_steps):
                 training.step()
             score = score_of(training.objective, config.search_draws)
+        trials.append((training, training.candidates()["last"]))
         training.set_parameters(before)
         elbos.append(score.elbo)
         if score.gap < config.search_min_gain:
             break
     enough = max(elbos) - config.search_min_gain
-    best = next(size for size, elbo in zip(config.step_sizes, elbos) if elbo >= enough)
-    return best, num_steps * len(elbos)
+    best = next(k for k, elbo in enumerate(elbos) if elbo >= enough)
+    chosen, values = trials[best]
+    if trainer.schedule.end is not None or not math.isfinite(elbos[best]):
+        return trainer.new(chosen.step_size), num_steps * len(elbos)
+    chosen.set_parameters(values)
+    return chosen, num_steps * (len(elbos) - 1)
 
 
 def select_parameters(training: Training) -> str:

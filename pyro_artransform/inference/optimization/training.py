@@ -65,6 +65,7 @@ class Training:
 
     def __init__(self, trainer: Trainer, step_size: float | None, schedule: Schedule) -> None:
         self.objective, self.num_particles = trainer.objective, trainer.num_particles
+        self.step_size = step_size
         self.schedule, self._config = schedule, schedule.config
         self._processes = trainer.processes
         self.parameters = self.objective.parameters()

@@ -1,14 +1,16 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.selection import (
     Score,
+    begin,
     best_of,
-    choose_step_size,
     select_parameters,
 )
 from pyro_artransform.inference.optimization.training import Trainer
@@ -110,7 +112,8 @@ sizes = []
 def choose(objective, num_steps=1000, config=None):
     sizes.clear()
     trainer = trainer_of(objective, num_steps, config)
-    return *choose_step_size(Watched(**vars(trainer))), list(sizes)
+    training, count = begin(Watched(**vars(trainer)))
+    return training.step_size, count, list(dict.fromkeys(sizes))
 
 
 def test_far_away_large_steps_win():
@@ -120,6 +123,39 @@ def test_far_away_large_steps_win():
     assert sorted(sizes) == sorted(STEP_SIZES)
     assert count == objective.calls == NUM_STEPS * len(STEP_SIZES)
     assert torch.equal(objective.x, torch.zeros(4))
+
+
+@pytest.mark.parametrize("best", range(len(STEP_SIZES)))
+def test_a_fit_that_finds_its_end_goes_on_from_the_steps_of_the_search(best):
+    """With the parameters, the state of Adam and the average that they left."""
+
+    class Fit(Bowl):
+        def elbo_draws(self, count):
+            # large for one trial alone, whose steps have gone so far
+            reached = float(self.x.detach().abs().max())
+            return torch.full((8,), 5.0 if abs(reached - goal) < 1e-9 else 0.0)
+
+    goal = math.nan
+
+    def reached(step_size):
+        torch.manual_seed(0)
+        objective = Fit()
+        training = trainer_of(objective, None).new(step_size)
+        for _ in range(NUM_STEPS):
+            training.step()
+        return training, float(objective.x.detach().abs().max())
+
+    expected, goal = reached(STEP_SIZES[best])
+    torch.manual_seed(0)
+    training, count = begin(trainer_of(Fit(), None))
+    assert training.step_size == STEP_SIZES[best]
+    assert training.num_steps == NUM_STEPS
+    assert count == NUM_STEPS * (len(STEP_SIZES) - 1)
+    for run_on in (expected, training):
+        torch.manual_seed(1)
+        run_on.step()
+    for one, other in zip(training.candidates().values(), expected.candidates().values()):
+        assert torch.equal(one[0], other[0])
 
 
 def test_the_search_is_no_longer_than_the_fit():
