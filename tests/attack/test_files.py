@@ -39,7 +39,8 @@ def damage(content, edit):
     if how == "set":
         return content[:at] + new + content[at + len(new) :]
     if how == "flip a bit":
-        return content[:at] + bytes([content[at] ^ (1 << new[0] % 8)]) + content[at + 1 :]
+        flipped = bytes(byte ^ (1 << new[0] % 8) for byte in content[at : at + 1])
+        return content[:at] + flipped + content[at + 1 :]
     if how == "cut":
         return content[:at]
     if how == "insert":

@@ -155,8 +155,8 @@ class MissedModeSearch:
     def _points_afar(self, guide: GuideDraws) -> Tensor:
         """Points of finite density far outside of a guide.
 
-        Half of the points are any, half are those whose density exceeds its Gaussian's the most;
-        and the images of the Gaussian in the origin and in the starting point.
+        Half of the points are any, half are those of each shell whose density exceeds its Gaussian's
+        the most; and the images of the Gaussian in the origin and in the starting point.
         """
         config, density = self.config, self.log_density
         around = guide.widened(config.heavy_inflation)
@@ -164,17 +164,18 @@ class MissedModeSearch:
         if density.strategy == "loop":
             screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
         noise = torch.randn_like(around.loc.expand(screened, -1))
-        far = noise.new_tensor(config.far)
-        far = far.repeat(math.ceil(screened / len(far)))[:screened, None]
+        shells = torch.arange(screened, device=noise.device) % len(config.far)
+        far = noise.new_tensor(config.far)[shells, None]
         points = around.loc + around.deviations(far * noise)[0]
         images = torch.cat([-around.loc, 2 * density.start - around.loc])
         values = evaluate_density(density, points)
-        points, values = points[values.isfinite()], values[values.isfinite()]
+        is_finite = values.isfinite()
+        points, values, shells = points[is_finite], values[is_finite], shells[is_finite]
         half = count // 2
         excess = values + 0.5 * points.shape[-1] * distances_to(around, points)[0]
-        order = excess[half:].argsort(descending=True)[: count - half]
+        best = _best_of_each(shells[half:], excess[half:])[: count - half]
         images = images[evaluate_density(density, images).isfinite()]
-        return torch.cat([points[:half], points[half:][order], images])
+        return torch.cat([points[:half], points[half:][best], images])
 
     def _points_of_prior(self, center: Tensor) -> Tensor:
         """Draws of the prior and points in shells around a center, of finite density."""
@@ -320,3 +321,11 @@ class MissedModeSearch:
             away = is_circular & ((draws - around.loc).abs() > math.pi)
             log_p = log_p.masked_fill(away.any(-1), -torch.inf)
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
+
+
+def _best_of_each(groups: Tensor, values: Tensor) -> Tensor:
+    """The indices of values: the largest of each group first, then the second of each, and so on."""
+    order = values.argsort(descending=True)
+    of_same = groups[order] == groups[order, None]
+    rank = of_same.tril().sum(-1)
+    return order[rank.argsort(stable=True)]

@@ -46,6 +46,23 @@ def test_a_far_mode_is_found_though_no_start_knew_it(dim, apart, weight):
     assert math.isnan(found.log_evidence) or abs(found.log_evidence) < 0.1
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_narrow_mode_where_a_tail_is_heavier_than_the_guide_thinks(seed):
+    """Far out in that tail is where a Gaussian of the draws is exceeded the most, and nothing else is."""
+    torch.manual_seed(seed)
+    parts = dist.Normal(torch.tensor([50.0, 0.0, 0.0]), torch.tensor([0.3, 0.3, 1.0]))
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        pyro.factor("parts", (parts.log_prob(z[..., None]) - math.log(3)).logsumexp(-1))
+
+    draws = torch.randn(2000, 1)
+    draws[::2] *= 0.3
+    found = missed(model, draws, math.log(2 / 3))
+    assert found.num_lost == 1
+    assert abs(found.lost_mass - 1 / 3) < 0.05
+
+
 @pytest.mark.parametrize("dim", [1, 2, 5])
 def test_nothing_is_missed_where_both_modes_have_draws(dim):
     found = missed(models.two_modes(dim, 20.0, 0.7), both_modes(dim, 20.0, 0.7))
