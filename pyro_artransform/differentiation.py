@@ -32,13 +32,17 @@ def evaluate_with_gradient(
         tensor that requires a gradient. Then they have their graph.
     """
     inputs = inputs.view_as(inputs)  # whose node is its own
+    state = torch.get_rng_state()
     values = function(inputs)
     if not values.requires_grad:
         return values, True
     if _has_other_leaves(values, inputs):
         return values, False
-    (gradient,) = torch.autograd.grad(values.sum(), inputs)
-    found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function)
+    try:
+        (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
+    except RuntimeError:  # a reentrant checkpoint, or a failure for whoever wants the gradient
+        return values, False
+    found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function, state)
     return found, True
 
 
@@ -67,8 +71,9 @@ class _KnownGradient(torch.autograd.Function):
         values: Tensor,
         gradient: Tensor,
         function: Callable[[Tensor], Tensor],
+        state: Tensor,
     ) -> Tensor:
-        ctx.function = function
+        ctx.function, ctx.state = function, state
         ctx.save_for_backward(inputs, gradient)
         return values.clone()
 
@@ -76,6 +81,10 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
         inputs, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            again = gradients_with_graph(lambda x: [ctx.function(x)], [inputs], weights)
-            return again[0], None, None, None
-        return weights[0][:, None] * gradient, None, None, None
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(ctx.state)  # of a function with random numbers, the same ones
+                again = gradients_with_graph(lambda x: [ctx.function(x)], [inputs], weights)
+            return again[0], None, None, None, None
+        by_row = weights[0][:, None]
+        # what does not count may have an infinite gradient
+        return torch.where(by_row == 0, 0.0, by_row * gradient), None, None, None, None

@@ -167,7 +167,10 @@ class FitRun:
             if got not in (state[name], None):
                 raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {got!r}")
         if (state["step_size"] is None) != (trainer.optim is not None):
-            raise ValueError("resume: expected the optim that the checkpoint was made with")
+            was = (
+                "with optim=, got none" if state["step_size"] is None else "without optim=, got one"
+            )
+            raise ValueError(f"resume: the checkpoint was made {was}")
         if state["guide"] is not None:
             files.load_guide(self._subject.guide, state["guide"])
         packed, modes = state["modes"], None
@@ -185,7 +188,8 @@ class FitRun:
     def _restore_stream(self, state: files.State | None) -> None:
         stream, minibatches = self._stream, self._minibatches
         if (state is None) != (stream is None):
-            raise ValueError("resume: expected a loader where the checkpoint was made with one")
+            was = "without a loader, got one" if state is None else "with a loader, got none"
+            raise ValueError(f"resume: the checkpoint was made {was}")
         if state is None or stream is None or minibatches is None:
             return
         is_in_place = stream.restore(state)
@@ -242,21 +246,24 @@ class FitRun:
     ) -> str:
         """Takes steps until there are enough, or the callback or Ctrl-C ends them; says which."""
         bar.say("fit")
-        training, is_asked, processes = self._training, False, self._processes
-        if callback is not None and not self._is_resumed:
-            # the steps that the search for a step size has taken
-            told = (callback(k, -loss) is True for k, loss in enumerate(training.losses, 1))
-            is_asked = any(told)
-        ends = processes.any(is_asked, interrupted.is_set())
+        training, processes = self._training, self._processes
+
+        def told(step: int, loss: float) -> tuple[bool, ...]:
+            is_asked = callback is not None and callback(step, -loss) is True
+            return processes.any(is_asked, interrupted.is_set())
+
+        ends = processes.any(False, interrupted.is_set())
+        of_search = [] if self._is_resumed else training.losses
+        for step, loss in enumerate(of_search, 1):
+            if not any(ends):
+                ends = told(step, loss)
         while not (training.is_over() or any(ends)):
             loss, plan = training.step(), training.schedule
             place = () if self._stream is None else self._stream.place(plan.end)
             bar.update(training.losses, plan.expected_end(training.num_steps), *place)
             if checkpoint and training.num_steps % self._config.optimization.checkpoint_every == 0:
                 self.save(checkpoint)
-            if callback is not None:
-                is_asked = callback(training.num_steps, -loss) is True
-            ends = processes.any(is_asked, interrupted.is_set())
+            ends = told(training.num_steps, loss)
         if checkpoint is not None:
             self.save(checkpoint)
         if ends[0]:

@@ -209,8 +209,11 @@ class LogJoint(LogDensity):
         # draws of one mini-batch that the model takes by itself stay together
         if len(z) <= size or self.is_subsampled or not values_can_be_read(z):
             return self._at(z)
-        found = []
+        found, state = [], torch.get_rng_state()
         for part in z.split(math.ceil(len(z) / math.ceil(len(z) / size))):
+            torch.set_rng_state(
+                state
+            )  # all draws of a model with random numbers have the same ones
             values, is_found = evaluate_with_gradient(self._at, part)
             found.append(values)
             if not is_found:
@@ -218,6 +221,7 @@ class LogJoint(LogDensity):
         rest = z[sum(map(len, found)) :]
         if not len(rest):
             return torch.cat(found)
+        torch.set_rng_state(state)
         # the gradient of the model's own parameters needs a graph. One of all draws may not fit into
         # memory: it is made again, part by part
         if len(z) <= self.chunk_size:

@@ -134,6 +134,25 @@ def stopped(folder: Path) -> Outcome:
     return outcome(quick_fit(models.regression, small(models.regression), **options))
 
 
+def stopped_when_told(folder: Path) -> Outcome:
+    """Callbacks that gather something hear of the same steps; those of the search are told afterwards."""
+
+    def model() -> None:
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        loc = pyro.sample("loc", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(3.0))
+
+    told = []
+
+    def callback(step: int, elbo: float) -> bool:
+        told.append(step)
+        elbos = torch.tensor([elbo])
+        distributed.all_reduce(elbos)
+        return RANK == 1 and step == 2
+
+    return {**outcome(quick_fit(model, small(model), callback=callback, **SOME)), "told": told}
+
+
 def stop_at(at: int) -> Callable[[int, float], bool]:
     return lambda step, elbo: step == at
 
@@ -261,6 +280,7 @@ CASES = {
     "other guides": other_guides,
     "skipped": skipped,
     "stopped": stopped,
+    "stopped when told": stopped_when_told,
     "resumed": resumed,
     "no seed": no_seed,
     "errors": errors,

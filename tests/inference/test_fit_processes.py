@@ -146,6 +146,12 @@ def test_a_callback_of_one_process_stops_all(run):
     assert run.first["stopped"]["stopped_because"] == "the callback asked to stop"
 
 
+def test_callbacks_of_the_search_stop_all_at_the_same_step(run):
+    found = run.first["stopped when told"]
+    assert found["told"] == [1, 2]
+    assert found["num_steps"] == process_cases.QUICK.optimization.search_steps
+
+
 @pytest.mark.parametrize("name", process_cases.LOADERS)
 def test_no_step_is_lost(run, name):
     whole, part, rest = run.first["resumed"][name]

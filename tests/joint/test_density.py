@@ -10,6 +10,7 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch.utils.checkpoint import checkpoint
 
 from pyro_artransform.joint import LogJoint
 from tests.joint import models
@@ -318,6 +319,56 @@ def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
     for chunk_size in (100, 3):
         for one, other in zip(found(chunk_size), found(1000)):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_random_numbers_of_a_model_are_the_same_for_all_parts_and_derivatives():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.factor("noisy", torch.rand(()) * z.pow(3).sum(-1))
+
+    log_joint = LogJoint(model)
+    z = torch.randn(9, 2, requires_grad=True)
+    log_joint.chunk_size = 96
+    value = log_joint(z)
+    after = torch.rand(())
+    normal = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    factor = ((value - normal) / z.pow(3).sum(-1)).detach()
+    torch.testing.assert_close(factor, factor[:1].expand(9))
+    (first,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    torch.testing.assert_close(first, 3 * factor[0] * z**2 - z)
+    (second,) = torch.autograd.grad(first.sum(), z)
+    torch.testing.assert_close(second, 6 * factor[0] * z - 1)
+    assert torch.rand(()) != after
+
+
+def test_a_part_that_does_not_count_may_have_an_infinite_gradient():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("steep", torch.where(z > 1, (z * 1e200) * 1e200, z))
+
+    log_joint = LogJoint(model)
+    z = torch.tensor([[0.5], [2.0], [0.0]], requires_grad=True)
+    log_joint.chunk_size = 32
+    value = log_joint(z)
+    (found,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), z)
+    assert found.tolist() == [[0.5], [0.0], [1.0]]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_inside_of_a_model(reentrant):
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("c", checkpoint(lambda x: -weight * x**2, z, use_reentrant=reentrant))
+
+    log_joint = LogJoint(model)
+    z = torch.randn(5, 1, requires_grad=True)
+    log_joint.chunk_size = 32
+    log_joint(z).sum().backward()
+    torch.testing.assert_close(z.grad, -(1 + 2 * weight.detach()) * z.detach())
+    torch.testing.assert_close(weight.grad, -z.detach().square().sum())
 
 
 def test_a_density_of_many_rows_holds_no_graph():

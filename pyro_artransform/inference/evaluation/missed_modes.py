@@ -326,6 +326,7 @@ class MissedModeSearch:
 def _best_of_each(groups: Tensor, values: Tensor) -> Tensor:
     """The indices of values: the largest of each group first, then the second of each, and so on."""
     order = values.argsort(descending=True)
-    of_same = groups[order] == groups[order, None]
-    rank = of_same.tril().sum(-1)
+    same, members = groups[order].sort(stable=True)
+    rank = torch.empty_like(members)
+    rank[members] = torch.arange(len(same), device=same.device) - torch.searchsorted(same, same)
     return order[rank.argsort(stable=True)]

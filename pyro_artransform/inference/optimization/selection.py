@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ..config import OptimizationConfig
 from .looks import Score, is_good, look, score_of
@@ -43,27 +44,31 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
     num_steps = min(config.search_steps, trainer.schedule.end or config.search_steps)
     schedule = replace(trainer.schedule, end=None)
     state = torch.get_rng_state()
-    trials, elbos = [], []
+    trials, elbos = list[tuple[Training, list[Tensor]] | None](), list[float]()
+    num_taken = 0
     for step_size in config.step_sizes:
         torch.set_rng_state(state)
         training, score = trainer.new(step_size, schedule), Score()
         before = training.candidates()["last"]
         with suppress(FitError):
-            for _ in range(num_steps):
+            while training.num_steps < num_steps and not training.is_over():
                 training.step()
             score = score_of(training.objective, config.search_draws)
+        num_taken += training.num_steps
         trials.append((training, training.candidates()["last"]))
         training.set_parameters(before)
         elbos.append(score.elbo)
+        enough = max(elbos) - config.search_min_gain
+        # what cannot win any more is not held
+        trials = [trial if elbo >= enough else None for trial, elbo in zip(trials, elbos)]
         if score.gap < config.search_min_gain:
             break
-    enough = max(elbos) - config.search_min_gain
-    best = next(k for k, elbo in enumerate(elbos) if elbo >= enough)
-    chosen, values = trials[best]
+    best = next(k for k, trial in enumerate(trials) if trial is not None)
     if trainer.schedule.end is not None or not math.isfinite(elbos[best]):
-        return trainer.new(chosen.step_size), num_steps * len(elbos)
+        return trainer.new(config.step_sizes[best]), num_taken
+    chosen, values = next(filter(None, trials))
     chosen.set_parameters(values)
-    return chosen, num_steps * (len(elbos) - 1)
+    return chosen, num_taken - chosen.num_steps
 
 
 def select_parameters(training: Training) -> str:

@@ -158,6 +158,17 @@ def test_a_fit_that_finds_its_end_goes_on_from_the_steps_of_the_search(best):
         assert torch.equal(one[0], other[0])
 
 
+def test_a_search_ends_where_the_schedule_does():
+    class Good(Weighed):
+        gap = 1e-6
+
+    config = OptimizationConfig(search_steps=170)
+    training, count = begin(trainer_of(Good(), None, config))
+    assert training.num_steps == 100
+    assert training.is_over()
+    assert count == 0
+
+
 def test_the_search_is_no_longer_than_the_fit():
     objective = Bowl()
     _, count, sizes = choose(objective, 5)
