@@ -175,7 +175,10 @@ def psis_resample(
     weights = torch.cat([chunk.log_weights for chunk in chunks])
     tail = fit_tail(weights)
     if not weights.isfinite().any():
-        raise ValueError(f"no draw of {num_proposals} has a finite weight: the guide is far off")
+        raise ValueError(
+            f"guide: expected draws with finite weights, got none of {num_proposals}: train it first, or "
+            "check supports and data"
+        )
     if tail.khat > GOOD_KHAT:
         warnings.warn(
             f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} a few draws carry the weights, and "

@@ -194,7 +194,10 @@ def marginals_of(
     draws, _ = log_weights(model, guide, max(num_draws, num_chains), args, kwargs, log_joint)
     draws = draws[draws.isfinite().all(-1)]
     if len(draws) < num_chains:
-        raise ValueError("guide: expected draws inside the supports of the latents, got too few")
+        raise ValueError(
+            f"guide: expected at least {num_chains} finite draws, got {len(draws)}: train it first, or "
+            "check supports"
+        )
     loc, scale = draws.mean(0), draws.std(0)
     if not (scale > 0).all():
         raise ValueError(

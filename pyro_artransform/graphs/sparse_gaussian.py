@@ -74,7 +74,10 @@ class PrecisionPattern:
         found = torch.searchsorted(self._keys, key).clamp_max(self.num_entries - 1)
         is_padding = (rows >= self._base - 1) | (columns >= self._base - 1)
         if bool(((self._keys[found] != key) & ~is_padding).any()):
-            raise ValueError("expected pairs of the pattern, got others")
+            raise ValueError(
+                "expected entries for pairs of the pattern alone (of latents that depend on each other), "
+                "got one for another pair"
+            )
         return torch.where(is_padding, self.num_entries, found)
 
     @cached_property

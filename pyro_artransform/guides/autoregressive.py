@@ -39,8 +39,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         x \sim \mathrm{Normal}(0, I), \quad z = \mathrm{loc} + L \, T(x), \quad \mathrm{site} = c(z)
 
     T is the flow, L a lower-triangular scale, c Pyro's bijection onto the support of each site. T
-    starts as the identity (every flow of this package does) and L as ``init_scale`` times the
-    identity, so a new guide is exactly ``Normal(init_loc, init_scale)`` on the unconstrained space.
+    starts as the identity (as flows of this package do, but for ``GatedAffine``) and L as
+    ``init_scale`` times the identity, so a new guide is exactly ``Normal(init_loc, init_scale)`` on
+    the unconstrained space.
 
     It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``,
     ``NeuTraReparam``, ``AutoGuideList``. Discrete latents that are marked for enumeration are left
@@ -139,7 +140,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """The flow, and the location and scale after it."""
         if self._make_flow is None:
-            raise RuntimeError("this guide was pickled before its first call, without its flow")
+            raise RuntimeError(
+                "this guide was pickled before its first call, without its flow: call it once before it "
+                "is pickled, or make it anew"
+            )
         flow = make_flow("flow", self._make_flow, start)
         init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
         affine = LocationScale(start, init_scale, full_rank=full_rank)

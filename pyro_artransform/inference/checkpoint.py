@@ -63,7 +63,10 @@ def set_random_state(state: State) -> None:
 def load_guide(guide: object, state: State) -> None:
     """Loads the state dict of a guide; a ``ValueError`` if it is of another one."""
     if not isinstance(guide, nn.Module):
-        raise ValueError("resume: expected a checkpoint of this guide, got one of a module")
+        raise ValueError(
+            "resume: expected the guide that the checkpoint was made with, a module, got "
+            f"{type(guide).__name__}"
+        )
     try:
         guide.load_state_dict(state)
     except (AttributeError, RuntimeError) as error:

@@ -70,9 +70,9 @@ def fit(
     each takes its part of the particles, or its own batches of the loader, with as many particles each;
     gradients are averaged. Model, guide, data and options are the same in all of them, and so are the
     parameters and the result at the end. A ``DataLoader`` in order or in any order gets a
-    ``DistributedSampler``: some rows, fewer than there are processes, count twice in an epoch, or are left
-    out with ``drop_last``. Of any other loader each process takes every so many-th batch. Only the first
-    process shows progress, warns and writes the checkpoint.
+    ``DistributedSampler``: where their number is no multiple of that of processes, a few rows are seen
+    twice in an epoch, or left out with ``drop_last``. Of any other loader each process takes every so
+    many-th batch. Only the first process shows progress, warns and writes the checkpoint.
 
     :param model: a Pyro model.
     :param args: the guide, if one is given, and the arguments of model and guide; none of these with a

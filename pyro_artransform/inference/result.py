@@ -31,8 +31,10 @@ class FitResult:
     :param khat_se: its standard error.
     :param ess: the effective number of ``num_samples`` draws.
     :param num_samples: the number of draws behind these numbers.
-    :param trusted: whether k-hat, the standard error of the ELBO, the distance of the ELBO from the
-        evidence, the evidence from draws around the guide, and the starts all allow to trust it.
+    :param trusted: whether the verdict has no objection: k-hat, the standard error of the ELBO and its
+        distance from the evidence are within the limits of ``EvaluationConfig``, neither draws around
+        the guide nor other starts find mass elsewhere, few steps were skipped, and the fit ran to its
+        end on all data.
     :param verdict: the same in words, and what to do where it is not trusted.
     :param history: the ELBO of each step, ``nan`` where the step was skipped.
     :param num_steps: the number of steps.
@@ -105,7 +107,7 @@ class FitResult:
         rows["start"] = self.start
         if self.num_skipped:
             named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
-            rows["skipped"] = f"{self.num_skipped} steps, because of {named}"
+            rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'sites unknown'}"
         if self.one_at_a_time:
             rows["slow"] = f"the model was run for one draw after the other ({self.one_at_a_time})"
         return rows

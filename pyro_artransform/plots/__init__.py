@@ -6,7 +6,7 @@
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError("plots need matplotlib: pip install pyro_artransform[plots]") from error
+    raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
 from .fits import plot_elbo, plot_fit
 from .graphs import plot_graph

@@ -46,9 +46,7 @@ def to_inference_data(
     try:
         import arviz
     except ImportError as error:
-        raise ImportError(
-            "to_inference_data needs ArviZ: pip install pyro_artransform[arviz]"
-        ) from error
+        raise ImportError("to_inference_data needs ArviZ: pip install arviz") from error
     likelihood = Likelihood(model, args, kwargs)
     offered: object = guide
     if isinstance(offered, PosteriorGuide):

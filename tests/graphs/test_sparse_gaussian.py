@@ -88,7 +88,7 @@ def test_pivots_that_are_not_positive_are_raised():
 
 def test_pairs_outside_of_the_pattern_are_refused():
     pattern = PrecisionPattern(eliminate(chain(5)))
-    with pytest.raises(ValueError, match="pairs of the pattern"):
+    with pytest.raises(ValueError, match="pairs of the pattern alone"):
         pattern.from_pairs(torch.tensor([0]), torch.tensor([4]), torch.ones(1))
 
 

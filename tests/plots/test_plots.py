@@ -24,4 +24,4 @@ def test_without_matplotlib():
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "plots need matplotlib: pip install pyro_artransform[plots]"
+    assert done.stdout.strip() == "plots need matplotlib: pip install matplotlib"

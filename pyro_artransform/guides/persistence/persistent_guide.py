@@ -321,9 +321,10 @@ class PersistentGuide(AutoGuide):
         :param model: the model, to train on. To draw and to score, none is needed. The first call
             of the guide checks that its latents are those of the file.
         :param map_location: as for ``torch.load``.
-        :param arguments: arguments of the constructor that no file holds: ``flow``, where it is not
-            a preset's own.
-        :return: a guide that draws without the model and without data.
+        :param arguments: arguments of the constructor that no file holds, such as ``flow`` of
+            ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
+        :return: a guide that draws without the model; one with an encoder needs the model's arguments
+            to draw.
         :raises ValueError: if the file is none that :meth:`save` wrote, is damaged, is of another
             class of guide, holds NaN, or is of another flow.
         """

@@ -30,9 +30,12 @@ def read(path: FilePath, class_name: str, map_location: Any) -> Plain:
     """Reads the file of a guide of a class: what :func:`write` wrote, as a dict."""
     saved = files.read(path, map_location)
     if not is_intact(saved):
+        got, written = "another file", saved.get("format") if isinstance(saved, dict) else None
+        if isinstance(written, int) and written != FORMAT:
+            got = f"one of format {written}, which another version of the package reads"
         raise ValueError(
             f"{path}: expected a guide's file of format {FORMAT}, as the guide's save writes it, got "
-            "another file, or a damaged one"
+            f"{got}, or a damaged one"
         )
     if saved["class"] != class_name:
         raise ValueError(f"{path}: expected a guide of class {class_name}, got {saved['class']}")
@@ -66,8 +69,8 @@ def check_size(state: Mapping[str, Tensor], least: int) -> None:
     stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if stored < least:
         raise ValueError(
-            f"the file or state dict is damaged: expected at least {least} numbers, as many as a guide "
-            f"of its sites and arguments has, got {stored} bytes"
+            f"the file or state dict is damaged: expected at least {least} bytes for a guide of its "
+            f"sites and arguments, got {stored}"
         )
 
 

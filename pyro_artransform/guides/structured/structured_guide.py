@@ -274,7 +274,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         sparse = precision.detach().to_sparse().coalesce()
         (rows, columns), values = sparse.indices(), sparse.values()
         if not bool(values.isfinite().all()):
-            raise ValueError("precision: expected finite numbers, got others")
+            count = int((~values.isfinite()).sum())
+            raise ValueError(f"precision: expected finite numbers, got {count} that are not")
         pattern = PrecisionPattern(self.markov_graph().elimination, loc.device)
         one = rows <= columns
         entries = pattern.from_pairs(rows[one], columns[one], values[one].to(loc.dtype))

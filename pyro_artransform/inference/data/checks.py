@@ -27,10 +27,11 @@ def check_use(
     if _looks_up_indices(guide, parts, structure.subsampled_latents):
         of = f" (as '{structure.subsampled_latents[0]}')" if structure.subsampled_latents else ""
         raise ValueError(
-            f"loader: the guide looks up what it knows of the elements of a plate{of} by their "
-            "indices, and draws these itself: they are not those of the rows of a batch. Expected "
-            "create_plates=, a function of a batch that returns the plate with the indices of its "
-            "rows (subsample=), or an AutoAmortized with an encoder, which needs no indices"
+            f"loader: the guide {type(guide).__name__} looks up what it knows of the elements of a "
+            f"plate{of} by their indices, and draws these itself: they are not those of the rows of a "
+            "batch. Expected guide=AutoAmortized(model, encoder), whose encoder reads the batch, or "
+            "create_plates=, a function of a batch that returns the plate with the indices of its rows "
+            "(subsample=)"
         )
     common = structure.global_latents
     if all(isinstance(part, ReparametrizedGuide) or _is_stock(part) for part in parts):

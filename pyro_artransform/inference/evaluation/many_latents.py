@@ -65,7 +65,8 @@ def look_at_marginals(
         words = " Single latents are right as long as one stays in the modes that the guide has"
         return MarginalLook(found, False, f"{words}: {found.words}.")
     words = f" Single latents can be trusted: {found.words}"
-    return MarginalLook(found, True, f"{words}; as a proposal for importance sampling it cannot.")
+    words += ". The guide is no proposal for importance sampling: leave its weights and its evidence alone"
+    return MarginalLook(found, True, f"{words}.")
 
 
 def _look_by_weights(subject: ModelAndGuide, config: EvaluationConfig) -> MarginalLook:

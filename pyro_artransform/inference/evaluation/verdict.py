@@ -41,7 +41,7 @@ _ELSEWHERE = {
 }
 _SUBSAMPLED = (
     "the model sub-samples its data, so that the numbers below rest on the noisy density of "
-    "minibatches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
+    "mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
     "diagnostics.importance with a model that sees all data"
 )
 _MIXES_DRAWS = (
@@ -229,7 +229,10 @@ def judge(
         objections.append(f"the fit was interrupted before its end: {hint}")
     if status.skipped_share > config.max_skipped:
         share = f"{100 * status.skipped_share:.0f} % of the steps had to be skipped"
-        objections.append(f"{share}, since the loss or its gradient was not finite")
+        objections.append(
+            f"{share}, since the loss or its gradient was not finite: result.culprits has the sites. Use "
+            "tighter priors, or supports that keep scales away from zero"
+        )
     if status.missing:
         objections.append(_about_missing(status.missing))
     if status.is_point or status.is_subsampled:
@@ -274,19 +277,20 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "
-            "Gaussian, a model without funnels (pyro.infer.reparam), or diagnostics.psis_resample "
-            "for what importance weights can mend"
+            "Gaussian, or write the model without funnels, for example in its non-centred form "
+            "(pyro.infer.reparam)"
         )
     if found.elbo_se > config.max_se:
         yield (
             f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
-            "vary too much"
+            "vary too much. Use a flow guide, or write the model without funnels (pyro.infer.reparam)"
         )
     gap = found.log_evidence - found.elbo
     if gap > config.max_gap:
         yield (
             f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
-            "was not trained for long enough"
+            "was not trained for long enough. Use AutoIAF with more num_transforms or wider "
+            "hidden_dims, or more num_steps if they are given"
         )
 
 
@@ -312,7 +316,8 @@ def _about_missed_modes(
     if more > config.max_gap + noise and not already_said:
         yield (
             f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
-            "mass of the posterior where the guide has none"
+            "mass of the posterior where the guide has none. Use a more flexible guide, or fit from "
+            "another init_loc_fn"
         )
 
 

@@ -176,7 +176,7 @@ def not_trusted(importance, missed, status, words):
 def test_heavy_tail():
     found = heavy(1e-2)
     assert found.khat > 0.7
-    assert "psis_resample" in not_trusted(found, NOTHING_ELSE, FitStatus(), "k-hat is")
+    assert "reparam" in not_trusted(found, NOTHING_ELSE, FitStatus(), "k-hat is")
 
 
 def test_tail_that_weighs_nothing():
