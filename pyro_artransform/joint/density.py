@@ -211,24 +211,20 @@ class LogJoint(LogDensity):
             return self._at(z)
         found, state = [], torch.get_rng_state()
         for part in z.split(math.ceil(len(z) / math.ceil(len(z) / size))):
-            torch.set_rng_state(
-                state
-            )  # all draws of a model with random numbers have the same ones
+            torch.set_rng_state(state)  # the same random numbers of a model for all draws
             values, is_found = evaluate_with_gradient(self._at, part)
             found.append(values)
             if not is_found:
                 break
         rest = z[sum(map(len, found)) :]
-        if not len(rest):
-            return torch.cat(found)
-        torch.set_rng_state(state)
-        # the gradient of the model's own parameters needs a graph. One of all draws may not fit into
-        # memory: it is made again, part by part
-        if len(z) <= self.chunk_size:
-            return torch.cat([*found, self._at(rest)])
-        parts = rest.split(self.chunk_size)
-        again = [checkpoint(self._at, part, use_reentrant=False) for part in parts]
-        return torch.cat([*found, *again])
+        if len(rest):  # the gradient of the model's own parameters needs a graph
+            torch.set_rng_state(state)
+            if len(z) <= self.chunk_size:
+                found.append(self._at(rest))
+            else:  # which may not fit into memory: it is made again, part by part
+                parts = rest.split(self.chunk_size)
+                found += [checkpoint(self._at, part, use_reentrant=False) for part in parts]
+        return torch.cat(found)
 
     def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
         with pyro.validation_enabled(False):
