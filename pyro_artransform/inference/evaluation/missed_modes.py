@@ -98,8 +98,8 @@ class MissedModeSearch:
         if look == "curvature":
             modes = self._look_again(guide, modes)
         found = self._reliable_weights(guide, modes)
-        if found is not None:
-            modes = self._confirmed(guide, modes, look, found)
+        if found is not None and look == "curvature":  # by gradients, masses are lower bounds
+            modes = self._confirmed(guide, modes, found)
         share, count = self._lost(guide, modes, look)
         if not share > config.max_lost:
             share, count = 0.0, 0
@@ -140,14 +140,12 @@ class MissedModeSearch:
             modes = self._distinct(guide, modes, self._climb(guide, self._points_afar(guide)))
         return modes
 
-    def _confirmed(
-        self, guide: GuideDraws, modes: Modes | None, look: str, found: Importance
-    ) -> Modes | None:
+    def _confirmed(self, guide: GuideDraws, modes: Modes | None, found: Importance) -> Modes | None:
         """The modes, unless draws around the first of them find too little of what they promise."""
         if modes is None:
             return None
         most = slice(self.config.max_modes)
-        promised = -math.log1p(-min(self._lost(guide, modes.take(most), look)[0], 1 - 1e-9))
+        promised = -math.log1p(-min(self._lost(guide, modes.take(most), "curvature")[0], 1 - 1e-9))
         gain = found.log_evidence + 2 * found.log_evidence_se - guide.log_evidence
         is_there = gain >= self.config.min_confirmed * promised
         return modes if is_there else modes.take(slice(self.config.max_modes, None))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
+from pyro_artransform.diagnostics import Importance
 from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
 from pyro_artransform.inference.initialization.gaussians import Gaussians, Modes, climb
 from pyro_artransform.joint import LogJoint
@@ -266,6 +267,22 @@ def test_a_mode_that_is_far_in_one_of_many_coordinates(apart):
     found = half_lost(150, apart)
     assert found.num_lost == 1
     assert abs(found.lost_mass - 0.5) < 0.1
+
+
+def test_noisy_weights_do_not_overrule_a_lower_bound():
+    """In 250 dimensions heavy-tailed draws find too little, and at times look as if they were reliable."""
+
+    class Noisy(MissedModeSearch):
+        def _reliable_weights(self, guide, modes):
+            return Importance.from_log_weights(math.log(0.5) + 0.01 * torch.randn(4000))
+
+    locs = torch.zeros(2, 250)
+    locs[1, 0] = 8.0
+    model = mixture(locs, [0.5, 0.5])
+    search = Noisy(LogJoint(model), model, DEFAULTS, STARTS)
+    found = search.find(one_mode(250, 5000), math.log(0.5), None)
+    assert found.look == "gradients"
+    assert abs(found.lost_mass - 0.5) < 0.05
 
 
 def test_a_guide_that_was_not_started_is_searched_from_draws_of_the_prior():
