@@ -289,8 +289,8 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
     if gap > config.max_gap:
         yield (
             f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
-            "was not trained for long enough. Use AutoIAF with more num_transforms or wider "
-            "hidden_dims, or more num_steps if they are given"
+            "was not trained for long enough. Use a flow guide if this one is a Gaussian, else more "
+            "num_transforms or wider hidden_dims, or more num_steps if they are given"
         )
 
 
