@@ -21,6 +21,15 @@ training. Exact draws of a Dirichlet have entries below 1e-10, which round-off c
 unconstrained space, so that their k-hat is truly large.
 """
 
+_AT_THE_LIMIT = (
+    "The k-hat of the 10,000 draws of the verdict is at its limit, and that of 40,000 others below 0.6: its "
+    "standard error is 0.1."
+)
+_PLATEAU = (
+    "The weights of this one latent have a local maximum, which is where the cutoff of the 300 largest is: "
+    "half of them exceed it by 1e-4 or so, as no Pareto tail does, and k-hat, ArviZ's too, is 5. Of 40,000 "
+    "draws it is 0.5."
+)
 #: why a verdict on a target cannot be right
 EXPLAINED = {
     "two, sd 1 and 0.2, D=5": (
@@ -36,9 +45,15 @@ EXPLAINED = {
         "guide has both modes by its block, and 0.012 nats are what the missing parents cost."
     ),
     "Cauchy, D=3": (
-        "At the bound of 0.1: of the 0.11 nats the weights of 10,000 draws find 0.06, since the rest is "
+        "At the bound of 0.1: of the 0.12 nats the weights of 10,000 draws find 0.06, since the rest is "
         "in tails that the guide's draws do not reach. Its k-hat is at the bound of 0.7, too."
     ),
+    "ring 5 ± 0.3": (
+        "At the bound of 0.1: of the 0.12 nats the weights of 10,000 draws find 0.08, which is as far as "
+        "the guide's draws see of a ring that it has not closed."
+    ),
+    **dict.fromkeys(("eight schools, centred", "funnel, D=10"), _AT_THE_LIMIT),
+    **dict.fromkeys(("beta 0.3", "half-Cauchy", "beta-binomial"), _PLATEAU),
     "horseshoe, D=6": (
         "At the bound of 0.1: of the 0.11 nats the weights of 10,000 draws find 0.04, since the rest is "
         "in tails that the guide's draws do not reach. Its k-hat is at the bound of 0.7, too."
