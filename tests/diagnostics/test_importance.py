@@ -351,7 +351,7 @@ def test_resampling_by_heavy_weights_warns():
 
 
 def test_resampling_without_weights():
-    with pytest.raises(ValueError, match="no draw of 20 has a finite weight"):
+    with pytest.raises(ValueError, match="finite weights, got none of 20"):
         psis_resample(
             conjugate.local_normals, AutoDelta(conjugate.local_normals), 5, num_proposals=20
         )

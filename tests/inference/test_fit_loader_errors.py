@@ -97,7 +97,7 @@ def test_locals_that_would_be_shared_by_all_batches(kind):
     "kind", [lambda m: AutoAmortized(m, flow=None, local_flow=None), AutoNormal]
 )
 def test_elements_that_are_looked_up_by_other_indices(kind):
-    with pytest.raises(ValueError, match=r"'z'.*create_plates=.*encoder"):
+    with pytest.raises(ValueError, match=r"'z'.*AutoAmortized\(model, encoder\).*create_plates="):
         fitted(loaders.groups, kind(loaders.groups), shuffled(rows()[1]))
 
 

@@ -158,7 +158,7 @@ def test_newer_arviz_takes_one_dict(monkeypatch):
 
 def test_without_arviz(monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
-    with pytest.raises(ImportError, match=r"pip install pyro_artransform\[arviz\]"):
+    with pytest.raises(ImportError, match=r"pip install arviz"):
         to_inference_data(model, AutoIAF(model), 10, data())
 
 

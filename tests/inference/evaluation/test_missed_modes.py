@@ -270,15 +270,12 @@ def test_a_mode_that_is_far_in_one_of_many_coordinates(apart):
 
 
 def test_noisy_weights_do_not_overrule_a_lower_bound():
-    """In 250 dimensions heavy-tailed draws find too little, and at times look as if they were reliable."""
-
+    # in 250 dimensions heavy-tailed draws find too little, and at times look as if they were reliable
     class Noisy(MissedModeSearch):
         def _reliable_weights(self, guide, modes):
             return Importance.from_log_weights(math.log(0.5) + 0.01 * torch.randn(4000))
 
-    locs = torch.zeros(2, 250)
-    locs[1, 0] = 8.0
-    model = mixture(locs, [0.5, 0.5])
+    model = mixture([[0.0] * 250, [8.0] + [0.0] * 249], [0.5, 0.5])
     search = Noisy(LogJoint(model), model, DEFAULTS, STARTS)
     found = search.find(one_mode(250, 5000), math.log(0.5), None)
     assert found.look == "gradients"
