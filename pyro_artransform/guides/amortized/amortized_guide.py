@@ -208,16 +208,16 @@ class AutoAmortized(PersistentGuide):
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         if self._make_flows is None:
-            words = "call it once before it is pickled, or make it anew"
             raise RuntimeError(
-                f"this guide was pickled before its first call, without its flows: {words}"
+                "this guide was pickled before its first call, without its flows: call it once before "
+                "it is pickled, or make it anew"
             )
         (encoder,) = self._encoder
         feature_dims = spec.arguments["feature_dims"]
         if feature_dims and encoder is None:
             raise ValueError(
                 f"the guide had an encoder for plate '{next(iter(feature_dims))}', which no file or "
-                f"state dict holds: expected it as encoder=, of load too, got none"
+                "state dict holds: expected it as encoder=, of load too, got none"
             )
         self.transform = AmortizedPosterior(spec, start, self._make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}

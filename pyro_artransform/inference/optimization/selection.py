@@ -44,8 +44,7 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
     num_steps = min(config.search_steps, trainer.schedule.end or config.search_steps)
     schedule = replace(trainer.schedule, end=None)
     state = torch.get_rng_state()
-    trials, elbos = list[tuple[Training, list[Tensor]] | None](), list[float]()
-    num_taken = 0
+    trials, num_taken = list[tuple[float, Training, list[Tensor]]](), 0
     for step_size in config.step_sizes:
         torch.set_rng_state(state)
         training, score = trainer.new(step_size, schedule), Score()
@@ -55,18 +54,16 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
                 training.step()
             score = score_of(training.objective, config.search_draws)
         num_taken += training.num_steps
-        trials.append((training, training.candidates()["last"]))
+        trials.append((score.elbo, training, training.candidates()["last"]))
         training.set_parameters(before)
-        elbos.append(score.elbo)
-        enough = max(elbos) - config.search_min_gain
         # what cannot win any more is not held
-        trials = [trial if elbo >= enough else None for trial, elbo in zip(trials, elbos)]
+        enough = max(elbo for elbo, *_ in trials) - config.search_min_gain
+        trials = [trial for trial in trials if trial[0] >= enough]
         if score.gap < config.search_min_gain:
             break
-    best = next(k for k, trial in enumerate(trials) if trial is not None)
-    if trainer.schedule.end is not None or not math.isfinite(elbos[best]):
-        return trainer.new(config.step_sizes[best]), num_taken
-    chosen, values = next(filter(None, trials))
+    elbo, chosen, values = trials[0]
+    if trainer.schedule.end is not None or not math.isfinite(elbo):
+        return trainer.new(chosen.step_size), num_taken
     chosen.set_parameters(values)
     return chosen, num_taken - chosen.num_steps
 
