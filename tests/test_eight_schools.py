@@ -40,7 +40,7 @@ def demo() -> ModuleType:
 
 
 def elbos(printed: str) -> dict[str, tuple[float, float]]:
-    rows = re.findall(r"^(Auto\w+) +(-[\d.]+) +([\d.]+)$", printed, flags=re.MULTILINE)
+    rows = re.findall(r"^(Auto\w+) +(-[\d.]+) +([\d.]+) +[\d,]+$", printed, flags=re.MULTILINE)
     return {name: (float(mean), float(error)) for name, mean, error in rows}
 
 

@@ -122,10 +122,9 @@ def print_verdicts(results: dict[str, FitResult]) -> None:
 
 
 def print_elbos(results: dict[str, FitResult]) -> None:
-    num_samples = results["AutoIAF"].num_samples
-    print(f"\n{'guide':<24}{'ELBO':>9}{'s.e.':>8}   from {num_samples:,} draws")
+    print(f"\n{'guide':<24}{'ELBO':>9}{'s.e.':>8}{'draws':>9}")
     for name, result in results.items():
-        print(f"{name:<24}{result.elbo:9.3f}{result.elbo_se:8.3f}")
+        print(f"{name:<24}{result.elbo:9.3f}{result.elbo_se:8.4f}{result.num_samples:9,}")
     print(f"{'log evidence':<24}{LOG_EVIDENCE:9.3f}   (no ELBO can be higher)")
 
 

@@ -289,7 +289,8 @@ class FitRun:
         if self._minibatches is not None:
             seen = self._minibatches.over_a_pass()
         else:
-            seen = draw(self._subject, self._config.evaluation, self._processes)
+            most = self._training.num_gradients
+            seen = draw(self._subject, self._config.evaluation, self._processes, most)
         result = self._processes.first(partial(self._judge, seen, end, missing, stopped_because))
         return replace(result, guide=self._subject.guide)
 

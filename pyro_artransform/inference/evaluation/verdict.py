@@ -140,17 +140,45 @@ class Evaluation(NamedTuple):
         return {**fields, "trusted": trusted, "verdict": words, "importance": importance}
 
 
-def draw(subject: ModelAndGuide, config: EvaluationConfig, processes: Processes = ALONE) -> Drawn:
-    """The draws that a verdict rests on, of which each process takes its share."""
+def draw(
+    subject: ModelAndGuide,
+    config: EvaluationConfig,
+    processes: Processes = ALONE,
+    max_more_draws: int = 0,
+) -> Drawn:
+    """The draws that a verdict rests on, of which each process takes its share.
+
+    There are more of them where k-hat alone decides, and is too near its limit to say on which side.
+
+    :param max_more_draws: how many more, at most.
+    """
     # the weights of mini-batches are noise, and draws for them come one at a time
     is_noisy = subject.log_joint.is_subsampled
     count = config.num_noisy_samples if is_noisy else config.num_samples
+    max_kept = config.max_kept // subject.log_joint.latents.latent_dim
+    drawn = _draw(subject, count, max(processes.share(max_kept), 2), processes)
+    more = min(config.num_more_samples, max_more_draws)
+    if is_noisy or more < count or not _is_unclear(drawn.log_weights, config):
+        return drawn
+    others = _draw(subject, more, 0, processes)
+    log_weights = torch.cat([drawn.log_weights, others.log_weights])
+    return Drawn(log_weights, drawn.latents, drawn.mixes_draws or others.mixes_draws)
+
+
+def _is_unclear(log_weights: Tensor, config: EvaluationConfig) -> bool:
+    found = Importance.from_log_weights(log_weights)
+    is_near = abs(found.khat - GOOD_KHAT) <= config.unclear_khat_in_se * found.khat_se
+    is_close = found.log_evidence - found.elbo <= config.max_gap
+    return is_near and is_close and found.elbo_se <= config.max_se
+
+
+def _draw(subject: ModelAndGuide, count: int, max_kept: int, processes: Processes) -> Drawn:
+    """So many draws of all processes, of which each keeps the latents of the first ones."""
     latents, parts, strategy = [], [], subject.log_joint.strategy
-    most = max(processes.share(config.max_kept // subject.log_joint.latents.latent_dim), 2)
     for chunk in subject.weighted_draws(processes.share(count)):
         parts.append(chunk.log_weights)
-        if chunk.latent is not None:
-            most -= len(kept := chunk.latent[:most])
+        if chunk.latent is not None and max_kept > 0:
+            max_kept -= len(kept := chunk.latent[:max_kept])
             latents.append(kept.clone())
     (mixes_draws,) = processes.any(subject.log_joint.strategy != strategy)
     log_weights = torch.cat(parts)
