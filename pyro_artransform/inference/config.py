@@ -157,8 +157,8 @@ class EvaluationConfig:
     """The draws behind a verdict, the search for missed modes, and the bounds of trust."""
 
     num_samples: int = 10_000  #: draws that the verdict rests on (as in Yao et al. 2018)
-    #: more draws, though no more than a fit has taken gradients, where k-hat is so many standard errors
-    #: from its limit or less: these go from 0.09 to 0.05 (benchmarks/khat.md)
+    #: more draws, though no more than a fit has taken gradients, where k-hat is above its limit, or less
+    #: than so many standard errors below: these go from 0.09 to 0.05 (benchmarks/khat.md)
     num_more_samples: int = 90_000
     unclear_khat_in_se: float = 2.0
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches

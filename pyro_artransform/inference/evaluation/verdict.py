@@ -148,7 +148,7 @@ def draw(
 ) -> Drawn:
     """The draws that a verdict rests on, of which each process takes its share.
 
-    There are more of them where k-hat alone decides, and is too near its limit to say on which side.
+    There are more of them where k-hat alone decides, and is above its limit or too near to tell.
 
     :param max_more_draws: how many more, at most.
     """
@@ -167,9 +167,9 @@ def draw(
 
 def _is_unclear(log_weights: Tensor, config: EvaluationConfig) -> bool:
     found = Importance.from_log_weights(log_weights)
-    is_near = abs(found.khat - GOOD_KHAT) <= config.unclear_khat_in_se * found.khat_se
+    may_be_large = found.khat + config.unclear_khat_in_se * found.khat_se >= GOOD_KHAT
     is_close = found.log_evidence - found.elbo <= config.max_gap
-    return is_near and is_close and found.elbo_se <= config.max_se
+    return may_be_large and is_close and found.elbo_se <= config.max_se
 
 
 def _draw(subject: ModelAndGuide, count: int, max_kept: int, processes: Processes) -> Drawn:

@@ -75,7 +75,7 @@ class TooNarrow:
 
 @pytest.mark.parametrize(
     ("khat", "most", "more"),
-    [(0.7, 10**6, 9000), (0.7, 4000, 4000), (0.7, 999, 0), (0.1, 10**6, 0)],
+    [(0.7, 10**6, 9000), (0.9, 10**6, 9000), (0.7, 4000, 4000), (0.7, 999, 0), (0.1, 10**6, 0)],
 )
 def test_more_draws_near_the_limit_of_khat(khat, most, more):
     torch.manual_seed(0)
