@@ -105,8 +105,8 @@ def importance(
     """Weighs draws of a guide by the model: ELBO, evidence, k-hat and effective sample size.
 
     Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
-    out; others need a guide that draws them. If the model sub-samples its data, each chunk of 1,000
-    draws sees another mini-batch, whose noise is in the weights: give the diagnosis all data.
+    out; others need a guide that draws them. If the model sub-samples its data, each draw sees another
+    mini-batch, whose noise is in the weights: the ELBO is right, k-hat and the evidence mean nothing.
 
     :param model: a Pyro model.
     :param guide: a guide of it.

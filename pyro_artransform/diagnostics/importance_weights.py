@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
@@ -106,9 +107,8 @@ def weighted_draws(
 
 
 def has_point(values: Values) -> bool:
-    """Whether some continuous site has one value in all draws."""
-    continuous = [value for value in values.values() if value.is_floating_point()]
-    return any(bool((value == value[:1]).all()) for value in continuous)
+    """Whether one of some continuous latents has one value in all draws."""
+    return any(value.numel() and bool((value == value[:1]).all()) for value in values.values())
 
 
 def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
@@ -128,16 +128,22 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
     """A function of n that makes n weighted draws of a guide that does not give its density."""
     trace = _trace(guide)
-    is_discrete = any(node["fn"].support.is_discrete for node in latent_nodes(trace))
-    if is_discrete or subsampled_plates(trace):
+    is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
+    if any(is_discrete.values()) or subsampled_plates(trace):
         draw = partial(_draw_replayed, model, guide)
-        is_point = has_point(draw(_NUM_COMPARED).values)
+        values = draw(_NUM_COMPARED).values
+        _check_auxiliary(trace, values)
+        values = {name: value for name, value in values.items() if not is_discrete[name]}
     else:
         log_joint = log_joint or LogJoint(model)
         guide_draws = GuideDraws(guide, log_joint.num_plates)
         _check_latents(log_joint.latents.sites, guide_draws.shapes)
+        _check_auxiliary(trace, log_joint.latents.sites)
         draw = partial(_draw_constrained, guide_draws, log_joint)
-        is_point = has_point(guide_draws(_NUM_COMPARED)[0])
+        values, sites = guide_draws(_NUM_COMPARED)[0], log_joint.latents.sites
+        # the only entry of a simplex is no point
+        values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
+    is_point = has_point(values)
 
     def without_weight(n: int) -> Weighted:
         found = draw(n)
@@ -158,6 +164,10 @@ def _draw_constrained(draw: GuideDraws, log_joint: LogJoint, n: int) -> Weighted
 def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     """The log weights of draws, with a warning if a model turns out to mix draws at once."""
     strategy = log_joint.strategy
+    if (
+        log_joint.is_subsampled
+    ):  # each draw sees a mini-batch of its own, whose noise is in its weight
+        return torch.cat([*map(log_joint, latent.split(1))]) - log_q
     log_p = log_joint.checked(latent, log_q)
     if log_joint.strategy != strategy:
         warnings.warn(
@@ -215,6 +225,26 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
         raise ValueError(
             f"guide: it was made for another model: expected the latents {expected}, in this order, got "
             f"{got}. Make it of the very model that it is used with, as in AutoIAF(model)"
+        )
+
+
+def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
+    """Checks that the sites of a guide that its model lacks determine latents, by a ``Delta``.
+
+    :raises ValueError: if there are more numbers in them than such latents have.
+    """
+    others = {node["name"]: node["value"].numel() for node in latent_nodes(trace)}
+    num_determined = 0
+    for name in [name for name in others if name in wanted]:
+        law, size = trace.nodes[name]["fn"], others.pop(name)
+        while hasattr(law, "base_dist"):
+            law = law.base_dist
+        num_determined += size if isinstance(law, Delta) else 0
+    if sum(others.values()) > num_determined:
+        raise ValueError(
+            f"guide: expected sites of the model only, or others that determine them by a Delta, as those "
+            f"of Pyro's autoguides do, got {sorted(others)}. The guide's density of the model's latents "
+            "alone is not known then, nor are ELBO and weights: sum these sites out, or leave them away"
         )
 
 

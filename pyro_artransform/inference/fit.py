@@ -90,9 +90,9 @@ def fit(
         that of the first.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
-        not finite where the step was skipped; the fit ends where it returns ``True``, and goes on
-        at any other value. It hears of the steps of the search for a step size, where the fit goes on
-        from them, when that is over. There are two examples below.
+        not finite where the step was skipped; the fit ends where it returns ``True``, also one of NumPy
+        or PyTorch, and goes on at any other value. It hears of the steps of the search for a step
+        size, where the fit goes on from them, when that is over. There are two examples below.
     :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
         goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -249,7 +250,9 @@ class FitRun:
         training, processes = self._training, self._processes
 
         def told(step: int, loss: float) -> tuple[bool, ...]:
-            is_asked = callback is not None and callback(step, -loss) is True
+            answer: Any = None if callback is None else callback(step, -loss)
+            # True, or one of NumPy or PyTorch
+            is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
             return processes.any(is_asked, interrupted.is_set())
 
         ends = processes.any(False, interrupted.is_set())

@@ -3,8 +3,9 @@
 
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
-from .density import LogDensity, LogJoint, MeanLogJoint
+from .density import LogDensity, LogJoint
 from .handlers import ModelStructure
+from .mean_density import MeanLogJoint
 from .sites import Latents, Site
 
 __all__ = ["Latents", "LogDensity", "LogJoint", "MeanLogJoint", "ModelStructure", "Site"]

@@ -6,7 +6,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from .handlers import (
     SiteLogProbs,
     UnmaskedLatents,
     argument_signature,
+    check_data,
     count_values,
     hidden_sites,
     plate_nesting,
@@ -101,14 +102,15 @@ class LogJoint(LogDensity):
     start, at draws of the prior and far away; :meth:`checked` compares at any draws. Discrete
     latents that are marked for enumeration are summed out, and masked elements of latents have
     their prior density. Pyro's validation is off while the model runs, so that an impossible draw
-    gives NaN and no error.
+    gives NaN and no error; where the user has it on, it sees the first run.
 
     :param model: a Pyro model.
     :param args: its arguments.
     :param kwargs: its keyword arguments.
     :param init_loc_fn: gives the values of the latents in the first run, one of Pyro's initialization
         functions.
-    :raises ValueError: if a latent is discrete and not enumerated, or there is no latent.
+    :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or
+        Pyro's validation is on and finds fault with the data or with shapes.
 
     Example::
 
@@ -132,6 +134,7 @@ class LogJoint(LogDensity):
         self._model, self._init_loc_fn = model, init_loc_fn
         self._run = UnmaskedLatents()(partial(model, *args, **(kwargs or {})))
         trace: Any = self._trace(args, kwargs or {})
+        check_data(trace)
         self._first_run = args, kwargs or {}, trace
         self._structures: dict[Any, ModelStructure] = {}
         self._turn = 0
@@ -351,37 +354,6 @@ class LogJoint(LogDensity):
         if is_enumerated(site) or fn.support.is_discrete:
             return torch.as_tensor(fn.sample())
         return value_or_origin(self._init_loc_fn, site)
-
-
-class MeanLogJoint(LogDensity):
-    """The log joint density of a model as the weighted mean of that for several arguments.
-
-    The density of each mini-batch is scaled up to all data, and its mode is many standard deviations
-    of the posterior away from that of all data. The more mini-batches, the closer is their mean.
-
-    :param log_joint: the log joint density for any arguments.
-    :param arguments: the positional and the keyword arguments of each mini-batch.
-    :param weights: the weight of each, positive.
-    """
-
-    def __init__(
-        self,
-        log_joint: LogJoint,
-        arguments: Sequence[tuple[Args, Kwargs]],
-        weights: Sequence[float],
-    ) -> None:
-        self.latents, self.start = log_joint.latents, log_joint.start
-        self.strategy = log_joint.strategy
-        self._parts = [log_joint.with_arguments(args, kwargs) for args, kwargs in arguments]
-        self._shares = [weight / sum(weights) for weight in weights]
-
-    def __call__(self, z: Tensor) -> Tensor:
-        values = [share * part(z) for share, part in zip(self._shares, self._parts)]
-        return sum(values[1:], values[0])
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        found = [name for part in self._parts for name in part.nonfinite_sites(z)]
-        return list(dict.fromkeys(found))
 
 
 def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:

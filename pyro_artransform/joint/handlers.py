@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.util import check_site_shape
 from torch import Tensor
 
 from .sites import is_enumerated, latent_nodes
@@ -100,6 +103,53 @@ def has_data(site: Any) -> bool:
     if site["type"] != "sample" or not site["is_observed"]:
         return False
     return not (is_deterministic(site) or site_is_factor(site) or site_is_subsample(site))
+
+
+@torch.no_grad()
+def check_data(trace: poutine.Trace) -> None:
+    """Checks the data of a run and the shapes of its sites, where Pyro's validation is on.
+
+    Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
+    and are not checked; nor are masked elements.
+
+    :raises ValueError: if data are outside of their support, or the log-density of a site has other
+        dimensions than its plates.
+    """
+    if not is_validation_enabled():
+        return
+    node: Any
+    no_limit: Any = math.inf  # dimensions to the left of the plates count
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or site_is_subsample(node):
+            continue
+        if has_data(node):
+            _check_support(node)
+        if not node["cond_indep_stack"]:  # outside of plates a sum over all dimensions is right
+            continue
+        try:
+            log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
+            continue
+        site: Any = {**node, "log_prob": log_prob}
+        check_site_shape(site, no_limit)
+
+
+def _check_support(node: Any) -> None:
+    law = node["fn"]
+    while isinstance(law, (Independent, ExpandedDistribution, MaskedDistribution)):
+        law = law.base_dist
+    # a property depends on parameters: those of discrete laws are rarely latents
+    if isinstance(getattr(type(law), "support", None), property) and not law.support.is_discrete:
+        return
+    mask = True if node["mask"] is None else node["mask"]
+    inside = node["fn"].support.check(node["value"]) | ~torch.as_tensor(mask)
+    if not bool(inside.all()):
+        raise ValueError(
+            f"site '{node['name']}': expected data within the support of {type(law).__name__} "
+            f"({law.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
+            "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
+            "that are no whole numbers"
+        )
 
 
 def observed_nodes(trace: poutine.Trace) -> list[Any]:

@@ -7,6 +7,7 @@ import inspect
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -80,6 +81,26 @@ def test_numbers_out_of_range(name, value):
     model = with_parameter("y")
     with pytest.raises(ValueError, match=rf"{name}: expected a positive integer, got {value!r}"):
         fit(model, AutoIAF(model), **{name: value})
+
+
+@pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor])
+def test_callbacks_that_stop(kind):
+    """A comparison of NumPy or PyTorch is no ``bool``, and stopped nothing."""
+    model = models.location
+
+    def callback(step, elbo):
+        return kind(step >= 3)
+
+    result = quick_fit(model, AutoIAF(model), num_steps=9, progress=False, callback=callback)
+    assert result.num_steps == 3
+
+
+@pytest.mark.parametrize("answer", [None, 1, 2.5, "stop", np.float64(1.0), torch.tensor(1.0)])
+def test_callbacks_that_do_not_stop(answer):
+    model = models.location
+    callback = partial(lambda answer, step, elbo: answer, answer)
+    result = quick_fit(model, AutoIAF(model), num_steps=4, progress=False, callback=callback)
+    assert result.num_steps == 4
 
 
 def test_callback_that_is_no_function():

@@ -102,8 +102,9 @@ def test_all_processes_end_alike(run, name):
 def test_the_verdict_is_that_of_one_process(run):
     found = run.first["schools"]
     assert found["trusted"], found["verdict"]
-    # two equal parts, and as many more as gradients where k-hat is near its limit
-    assert found["num_samples"] in (4002, 4002 + found["num_gradients"])
+    # two equal parts, and more where k-hat is near its limit
+    assert 4002 <= found["num_samples"] <= 4002 + found["num_gradients"]
+    assert found["num_samples"] % 2 == 0
     assert found["num_gradients"] % 32 == 0
     pyro.clear_param_store()
     alone = process_cases.schools(Path())

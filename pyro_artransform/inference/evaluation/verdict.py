@@ -230,7 +230,8 @@ def evaluate_minibatches(
     weights = None
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
-    is_point = has_point(next(subject.weighted_draws(_NUM_POINT_DRAWS)).values)
+    values = next(subject.weighted_draws(_NUM_POINT_DRAWS)).values
+    is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     about = _about_minibatches(found, weights, is_of_all)
     verdict = judge(weights, None, status._replace(is_point=is_point), config, about)

@@ -1,0 +1,96 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Data that Pyro's validation refuses are refused here, too, and where it is off they are not."""
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+
+from pyro_artransform.joint import LogJoint
+
+X, LABELS = torch.ones(5, 2), torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0])
+
+
+def likelihood(law, y, *, mask=None):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)), poutine.mask(mask=True if mask is None else mask):
+            pyro.sample("y", law(z), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("law", "y"),
+    [
+        (lambda z: dist.Bernoulli(logits=z), LABELS),
+        (lambda z: dist.Bernoulli(logits=z).mask(True), LABELS),
+        (lambda z: dist.Poisson(z.exp()), torch.tensor([1.0, 1.5])),
+        (lambda z: dist.Binomial(3, logits=z), torch.tensor([1.0, 4.0])),
+        (lambda z: dist.Exponential(z.exp()), torch.tensor([1.0, -1.0])),
+        (lambda z: dist.Beta(z.exp(), 1.0), torch.tensor([0.5, 1.5])),
+        (lambda z: dist.Normal(z, 1.0), torch.tensor([0.5, torch.nan])),
+        (lambda z: dist.Normal(z + torch.zeros(2), 1.0).to_event(1), X * torch.nan),
+    ],
+    ids=[
+        "labels",
+        "masked law",
+        "count",
+        "of three",
+        "negative",
+        "above one",
+        "NaN",
+        "NaN of event",
+    ],
+)
+def test_data_outside_of_the_support(law, y):
+    model = likelihood(law, y)
+    with pytest.raises(
+        ValueError, match=r"site 'y': expected data within the support of \w+ .*got"
+    ):
+        LogJoint(model)
+    with pyro.validation_enabled(False):
+        LogJoint(model)
+
+
+def test_masked_data_may_be_anything():
+    y, mask = torch.tensor([0.5, torch.nan]), torch.tensor([True, False])
+    LogJoint(likelihood(lambda z: dist.Normal(z, 1.0), y, mask=mask))
+
+
+def test_a_support_that_depends_on_a_latent():
+    """The start may be outside of it."""
+    LogJoint(likelihood(lambda z: dist.Uniform(0.0, z.exp()), torch.tensor([0.1, 50.0])))
+
+
+def test_data_that_broadcast():
+    """Twenty-five terms in place of five, of another posterior."""
+
+    def model(y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal((X * b).sum(-1), 1.0), obs=y)
+
+    LogJoint(model, (torch.zeros(5),))
+    with pytest.raises(ValueError, match=r'site "y", invalid log_prob shape'):
+        LogJoint(model, (torch.zeros(5, 1),))
+
+
+def test_a_latent_that_broadcasts():
+    def model():
+        with pyro.plate("groups", 3):
+            pyro.sample("z", dist.Normal(torch.zeros(3, 1), 1.0))
+
+    with pytest.raises(ValueError, match=r'site "z", invalid log_prob shape'):
+        LogJoint(model)
+
+
+def test_sites_in_no_plate_are_summed():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    expected = 2 * dist.Normal(0.0, 1.0).log_prob(torch.zeros(3)).sum()
+    assert LogJoint(model)(torch.zeros(1, 3)).item() == pytest.approx(expected.item())
