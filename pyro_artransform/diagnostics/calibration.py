@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from ..arguments import check_integer
-from ..joint.handlers import is_deterministic
+from ..joint.handlers import SimulatedData, is_deterministic
 from ..joint.protocols import PosteriorGuide
 from .uniformity import uniformity_pvalue
 
@@ -116,8 +116,8 @@ def sbc(
     :param model: a Pyro model without factors, which cannot be simulated from.
     :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a
         dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
-        function of the number of draws that returns such a dict. It runs with a param store of its
-        own, empty at first.
+        function of the number of draws that returns such a dict. Deterministic sites that have draws
+        are ranked, too. It runs with a param store of its own, empty at first.
     :param args: the model's arguments.
     :param num_simulations: the number of simulated data sets.
     :param num_draws: the number of draws of each posterior; ranks go from 0 to it.
@@ -157,7 +157,7 @@ def sbc(
     names = _data_sites(run, observed)
     ranks: dict[str, list[Tensor]] = {}
     for _ in trange(num_simulations, disable=not progress):
-        sites = _drawn_sites(poutine.uncondition(run))
+        sites = _sites(SimulatedData()(run))
         data = {name: sites[name]["value"] for name in sites if name in names}
         truth = {name: sites[name]["value"] for name in sites if name not in names}
         with pyro.get_param_store().scope():
@@ -168,17 +168,17 @@ def sbc(
 
 
 @torch.no_grad()
-def _drawn_sites(run: Callable[[], object]) -> dict[str, Any]:
-    """The sample sites of a run, without deterministic values and indices of plates."""
+def _sites(run: Callable[[], object]) -> dict[str, Any]:
+    """The sample sites of a run, without indices of plates."""
     with poutine.block():
         nodes = poutine.trace(run).get_trace().nodes
-    drawn = [k for k in nodes if nodes[k]["type"] == "sample" and not site_is_subsample(nodes[k])]
-    return {name: nodes[name] for name in drawn if not is_deterministic(nodes[name])}
+    sampled = [k for k in nodes if nodes[k]["type"] == "sample"]
+    return {name: nodes[name] for name in sampled if not site_is_subsample(nodes[name])}
 
 
 def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> set[str]:
     """The names of the sites that have data, and of those in ``observed``."""
-    sites = _drawn_sites(run)
+    sites = {k: site for k, site in _sites(run).items() if not is_deterministic(site)}
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
         raise ValueError(

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
+from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from .sites import is_enumerated, latent_nodes
 
@@ -57,6 +59,14 @@ class UnmaskedLatents(Messenger):
         is_latent = not (message["is_observed"] or site_is_subsample(message))
         if is_latent and not is_enumerated(message) and message["mask"] is not False:
             message["mask"] = None
+
+
+class SimulatedData(UnconditionMessenger):
+    """Draws data anew; deterministic sites follow from the draws, and factors stay."""
+
+    def _pyro_sample(self, message: Message) -> None:
+        if has_data(message):
+            super()._pyro_sample(message)
 
 
 class SiteLogProbs(Messenger):
@@ -102,7 +112,7 @@ def has_data(site: Any) -> bool:
     """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample."""
     if site["type"] != "sample" or not site["is_observed"]:
         return False
-    return not (is_deterministic(site) or site_is_factor(site) or site_is_subsample(site))
+    return not (site_is_subsample(site) or site_is_factor(site) or is_deterministic(site))
 
 
 @torch.no_grad()
@@ -159,8 +169,24 @@ def observed_nodes(trace: poutine.Trace) -> list[Any]:
 
 
 def is_deterministic(site: Any) -> bool:
-    """Whether a site is one of ``pyro.deterministic``."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a site's value is computed: one of ``pyro.deterministic``, or what a reparametrizer leaves.
+
+    A reparametrizer observes a value at a ``Delta`` of the same tensor, which plates expand. Data come
+    in a tensor of their own, also where their law is a ``Delta``.
+    """
+    if site["infer"].get("_deterministic"):
+        return True
+    fn, value = site["fn"], site["value"]
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    is_point = site["is_observed"] and isinstance(fn, Delta) and isinstance(value, Tensor)
+    return is_point and _address(fn.v) == _address(value)
+
+
+def _address(tensor: Tensor) -> int:
+    while is_functorch_wrapped_tensor(tensor):  # as under torch.vmap
+        tensor = get_unwrapped(tensor)
+    return tensor.data_ptr()
 
 
 class ModelStructure(NamedTuple):
@@ -186,7 +212,7 @@ class ModelStructure(NamedTuple):
         nodes = latent_nodes(trace)
         latents = [node for node in nodes if not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
-        data = observed_nodes(trace) or nodes
+        data = [node for node in observed_nodes(trace) if not is_deterministic(node)] or nodes
         parts = set(subsampled_plates(trace))
         return cls(
             shapes={node["name"]: tuple(node["value"].shape) for node in latents},

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
 from ..arguments import check_integer
+from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from .log_likelihood import Likelihood
 
@@ -29,9 +29,10 @@ def to_inference_data(
 ) -> Any:
     """Draws of a posterior as an ArviZ data set, of one chain of independent draws.
 
-    The groups are ``posterior`` (with deterministic sites), ``posterior_predictive`` (by Pyro's
-    ``Predictive``), ``log_likelihood`` (unless the model has discrete latents that are summed out)
-    and ``observed_data``.
+    The groups are ``posterior`` (with deterministic sites, computed from the draws and the data, and
+    what a reparametrizer computes), ``posterior_predictive`` (by Pyro's ``Predictive``),
+    ``log_likelihood`` (unless the model has discrete latents that are summed out) and
+    ``observed_data``.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -40,7 +41,8 @@ def to_inference_data(
     :param kwargs: their keyword arguments.
     :return: an ``arviz.InferenceData``, from version 1 of ArviZ on an ``xarray.DataTree``.
     :raises ImportError: if ArviZ is missing.
-    :raises ValueError: if ``num_samples`` is no positive integer.
+    :raises ValueError: if ``num_samples`` is no positive integer, or a site with data or a
+        deterministic one exists at some draws only.
     """
     check_integer("num_samples", num_samples)
     try:
@@ -66,10 +68,12 @@ def to_inference_data(
 
 def _groups(likelihood: Likelihood, draws: Values) -> dict[str, Values]:
     """The values of each group by site, all but the observed data of one chain."""
-    predicted = _predictions(likelihood, draws)
+    # what is computed from data may not take many draws of them
+    parallel = not likelihood.has_deterministic and likelihood.strategy(draws) == "plate"
+    computed = {} if parallel else likelihood.deterministic(draws)
     groups = {
-        "posterior": {**draws, **{name: predicted[name] for name in likelihood.deterministic}},
-        "posterior_predictive": {name: predicted[name] for name in likelihood.observed},
+        "posterior": {**draws, **computed},
+        "posterior_predictive": _predictions(likelihood, draws, parallel),
     }
     if not likelihood.undrawn(draws):
         groups["log_likelihood"] = likelihood(draws)
@@ -77,20 +81,17 @@ def _groups(likelihood: Likelihood, draws: Values) -> dict[str, Values]:
     return {**chain, "observed_data": likelihood.observed}
 
 
-def _predictions(likelihood: Likelihood, draws: Values) -> Values:
-    """New values of data and deterministic sites at each draw."""
-    sites = {**likelihood.observed, **likelihood.deterministic}
-    if not sites:
+def _predictions(likelihood: Likelihood, draws: Values, parallel: bool) -> Values:
+    """New values of data at each draw."""
+    if not likelihood.observed:
         return {}
-    # a deterministic site takes the draws in a plate for a dimension of its own
-    parallel = not likelihood.deterministic and likelihood.strategy(draws) == "plate"
     predictive = Predictive(
-        poutine.uncondition(likelihood.run),
+        SimulatedData()(likelihood.run),
         posterior_samples=likelihood.in_plate(draws) if parallel else draws,
-        return_sites=list(sites),
+        return_sites=list(likelihood.observed),
         parallel=parallel,
     )
-    return _of_shapes(predictive(), sites, len(next(iter(draws.values()))))
+    return _of_shapes(predictive(), likelihood.observed, len(next(iter(draws.values()))))
 
 
 def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int) -> Values:

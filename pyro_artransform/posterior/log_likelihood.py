@@ -26,6 +26,7 @@ from ..joint.vectorization import (
     agree,
     choose_strategy,
     evaluate_many,
+    stack,
 )
 
 _CHUNK = 1000
@@ -51,8 +52,8 @@ def log_likelihood(
     :param kwargs: its keyword arguments.
     :return: for each site that has data (a factor has none) a tensor of shape ``(n,) + batch shape``.
     :raises ValueError: if the model has a latent without draws (discrete latents that are summed out
-        have none: draw them by :func:`pyro.infer.infer_discrete`), or it sub-samples its data, or
-        draws have wrong shapes.
+        have none: draw them by :func:`pyro.infer.infer_discrete`), or it sub-samples its data, or a
+        site has data at some draws only, or draws have wrong shapes.
 
     Example::
 
@@ -89,10 +90,11 @@ class Likelihood:
         nodes: Any = trace.nodes.items()
         sites = {k: s for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}
         self._event_dims = {k: site["fn"].event_dim for k, site in sites.items()}
-        #: a value of each latent site, of each that has data, and of each deterministic one
+        #: a value of each latent site, and of each that has data
         self.latents: Terms = {k: s["value"] for k, s in sites.items() if not s["is_observed"]}
         self.observed: Terms = {k: s["value"] for k, s in sites.items() if has_data(s)}
-        self.deterministic: Terms = {k: s["value"] for k, s in sites.items() if is_deterministic(s)}
+        #: whether there is a deterministic site
+        self.has_deterministic = any(map(is_deterministic, sites.values()))
 
     def __call__(self, draws: Mapping[str, Tensor]) -> Terms:
         """The log-likelihoods, of shape ``(n,) + batch shape`` for each site with data."""
@@ -132,11 +134,24 @@ class Likelihood:
         num_draws = len(next(iter(draws.values())))
         return DrawPlate(num_draws, self._num_plates).place(draws, self._event_dims)
 
+    def deterministic(self, draws: Mapping[str, Tensor]) -> Terms:
+        """The values of deterministic sites at each draw and the data, of shape ``(n,) + site shape``."""
+        rows = []
+        for values in zip(*draws.values()):
+            run = poutine.condition(self.run, dict(zip(draws, values)))
+            with poutine.block():
+                nodes: Any = poutine.trace(run).get_trace().nodes.items()
+            sites = {k: site for k, site in nodes if site["type"] == "sample"}
+            rows.append({k: site["value"] for k, site in sites.items() if is_deterministic(site)})
+            _check_same(rows[0], rows[-1])
+        return stack(rows)
+
     def _evaluate(self, draws: Mapping[str, Tensor], size: int | None) -> Terms:
         plate = DrawPlate(size, self._num_plates)
         scored = SiteLogProbs(plate.place(draws, self._event_dims), data_only=True)
         with poutine.block(), scored:
             plate.run(self.run)
+        _check_same(self.observed, scored.log_probs)
         if size is None:
             return scored.log_probs
         found = {}
@@ -144,6 +159,15 @@ class Likelihood:
             batch_dim = self.observed[name].dim() - self._event_dims[name]
             found[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
         return found
+
+
+def _check_same(expected: Terms, found: Terms) -> None:
+    """Refuses sites that some runs of a model have, and others have not."""
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise ValueError(
+            f"model: expected the same sites at each draw, got '{name}' at some only; have it in "
+            f"each branch, or hide it by poutine.block(model, hide=['{name}'])"
+        )
 
 
 def _compared_rows(draws: Mapping[str, Tensor]) -> list[int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import SBC, sbc
@@ -105,6 +106,27 @@ def test_data_sites_are_those_that_have_data():
     assert list(result.ranks) == ["mean"]
     assert all(data.shape == (NUM_DATA,) and (data < 20).all() for data in seen)
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_deterministic_sites_are_no_data():
+    """What a reparametrizer computes is ranked, as what is deterministic by name."""
+    seen = []
+
+    @pyro.poutine.reparam(config={"mean": LocScaleReparam(0.0)})
+    def reparametrized(data=None):
+        square = pyro.deterministic("square", normal(data) ** 2)
+        pyro.deterministic("total", square.sum())
+
+    def fit_one(data):
+        seen.append(list(data))
+        return {"mean": posterior(data).sample((99,)), "square": data["y"].expand(99, 3) ** 2}
+
+    result = sbc(reparametrized, fit_one, observed=["y"], progress=False)
+    assert seen[0] == ["y"]
+    assert list(result.ranks) == ["mean", "square"]
+    assert result.passed()
+    with pytest.raises(ValueError, match=r"expected sites of \['mean_decentered', 'y'\], got"):
+        sbc(reparametrized, fit_one, observed=["mean"], progress=False)
 
 
 def test_ties_are_broken_by_chance():

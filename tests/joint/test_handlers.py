@@ -8,9 +8,11 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer.reparam import ConjugateReparam, LocScaleReparam, TransformReparam
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.handlers import argument_signature
+from pyro_artransform.joint.handlers import argument_signature, has_data, is_deterministic
 from tests.joint.batches import Y, model
 
 
@@ -30,8 +32,44 @@ def test_model_structure():
     assert structure.subsampled_latents == ["part"]
     assert structure.scale == 3.5
     assert structure.is_scaled
+    assert LogJoint(whole_data, ()).structure(()).scale == 1.0
     whole = LogJoint(model, (Y,)).structure((Y,))
     assert (whole.scale, whole.is_scaled, whole.subsampled_latents) == (1.0, False, [])
+
+
+def whole_data():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=Y[0])
+    with pyro.plate("predicted", 10, subsample_size=5):
+        pyro.deterministic("doubled", 2 * z)
+
+
+REPARAMETRIZERS = {
+    "loc_scale": (dist.Normal(1.0, 2.0), LocScaleReparam(0.0)),
+    "transform": (dist.LogNormal(1.0, 2.0), TransformReparam()),
+    "vector": (dist.Normal(torch.zeros(2), 1.0).to_event(1), LocScaleReparam()),
+    "with_density": (dist.Beta(2.0, 2.0), ConjugateReparam(dist.Beta(3.0, 1.0))),
+}
+
+
+@pytest.mark.parametrize("plate_is_outside", [True, False])
+@pytest.mark.parametrize("name", REPARAMETRIZERS)
+def test_what_a_reparametrizer_leaves_is_no_data(name, plate_is_outside):
+    """A law of data may be a point all the same."""
+    fn, reparam = REPARAMETRIZERS[name]
+
+    def run():
+        with poutine.reparam(config={"theta": reparam}):
+            theta = pyro.sample("theta", fn)
+        pyro.sample("y", dist.Delta(theta, event_dim=fn.event_dim), obs=theta.detach().clone())
+
+    def in_plate():
+        with pyro.plate("plate", 3):
+            run()
+
+    nodes = poutine.trace(in_plate if plate_is_outside else run).get_trace().nodes
+    assert is_deterministic(nodes["theta"])
+    assert [k for k, node in nodes.items() if node["type"] == "sample" and has_data(node)] == ["y"]
 
 
 def test_model_structures_go_by_numbers_too():

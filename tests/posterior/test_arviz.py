@@ -11,6 +11,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer import Predictive, config_enumerate
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.posterior import to_inference_data
@@ -118,6 +119,74 @@ def test_predictions_of_vectors_and_plates(arviz):
 
 
 PREDICTED = (("posterior", "beta"), ("posterior_predictive", "y"))
+
+
+def _groups_of(found):
+    return {k: sorted(found[k].data_vars) for k in ("posterior", *GROUPS_OF_DATA)}
+
+
+GROUPS_OF_DATA = ("posterior_predictive", "log_likelihood", "observed_data")
+
+
+def test_deterministic_sites_in_plates(arviz):
+    """What a reparametrizer computes is one, and no data."""
+
+    @pyro.poutine.reparam(config={"z": LocScaleReparam(0.0)})
+    def schools(values):
+        mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Normal(mean, 2.0))
+            doubled = pyro.deterministic("doubled", 2 * z)
+            pyro.sample("y", dist.Normal(doubled, 1.0), obs=values)
+
+    found = to_inference_data(schools, AutoIAF(schools), 5, data())
+    assert _groups_of(found) == {
+        "posterior": ["doubled", "mean", "z", "z_decentered"],
+        **{group: ["y"] for group in GROUPS_OF_DATA},
+    }
+    group = {k: torch.tensor(v.values)[0] for k, v in found["posterior"].data_vars.items()}
+    assert group["z"].shape == group["doubled"].shape == (5, 4)
+    assert torch.allclose(group["z"], group["mean"][:, None] + 2 * group["z_decentered"])
+    assert torch.allclose(group["doubled"], 2 * group["z"])
+
+
+def test_deterministic_sites_are_computed_from_the_data(arviz):
+    def residuals(values):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        mask = torch.tensor([True, True, False, True])
+        with pyro.plate("data", 4):
+            y = pyro.sample("y", dist.Normal(mean, 1.0), obs=values, obs_mask=mask)
+            pyro.deterministic("residual", y - mean)
+
+    found = to_inference_data(residuals, AutoIAF(residuals), 5, data())
+    assert _groups_of(found)["posterior_predictive"] == ["y_observed"]
+    group = {k: torch.tensor(v.values)[0] for k, v in found["posterior"].data_vars.items()}
+    expected = data().repeat(5, 1)
+    expected[:, 2] = group["y_unobserved"][:, 2]
+    assert torch.equal(group["y"], expected)
+    assert torch.allclose(group["residual"], expected - group["mean"][:, None])
+    predicted = torch.tensor(found["posterior_predictive"]["y_observed"].values)
+    assert not torch.isin(predicted, data()).any()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["deterministic", "data"])
+def test_a_site_at_some_draws_only(arviz, kind, seed):
+    """Whether the first run has it or not."""
+
+    def branches(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=values)
+        if z > 0:
+            if kind == "data":
+                pyro.sample("x", dist.Normal(z, 1.0), obs=values)
+            else:
+                pyro.deterministic("x", z**2)
+
+    guide = AutoIAF(branches, init_scale=1.0)
+    pyro.set_rng_seed(seed)
+    with pytest.raises(ValueError, match="expected the same sites at each draw, got 'x' at some"):
+        to_inference_data(branches, guide, 20, data()[0])
 
 
 def test_no_likelihood_of_discrete_latents_that_are_summed_out(arviz):

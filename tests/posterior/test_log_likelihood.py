@@ -7,6 +7,7 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
+from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform.inference import log_likelihood
 from pyro_artransform.posterior.log_likelihood import Likelihood
@@ -97,6 +98,34 @@ def test_partly_observed_site():
     expected = dist.Normal(draws["z"][:, None], 2.0).log_prob(data())
     assert list(found) == ["y_observed"]
     assert torch.allclose(found["y_observed"], torch.where(torch.tensor(MASK), expected, 0.0))
+
+
+@pytest.mark.parametrize("strategy", ["plate", "vmap", "loop"])
+def test_what_a_reparametrizer_leaves_is_no_data(strategy):
+    """However many draws are evaluated at once."""
+    groups = torch.tensor([0, 1, 1])
+
+    def model(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), poutine.reparam(config={"local": LocScaleReparam(0.0)}):
+            local = pyro.sample("local", dist.Normal(z, 2.0))
+            if strategy == "vmap":
+                local = local[groups]
+            elif strategy == "loop" and z > 0:
+                local = -local
+            pyro.sample("y", dist.Normal(local, 1.0), obs=values)
+
+    draws = {"z": torch.randn(20), "local_decentered": torch.randn(20, 3)}
+    likelihood = Likelihood(model, (data()[:3],), {})
+    assert likelihood.strategy(draws) == strategy
+    found = likelihood(draws)
+    assert list(found) == ["y"]
+    local = draws["z"][:, None] + 2 * draws["local_decentered"]
+    if strategy == "vmap":
+        local = local[:, groups]
+    elif strategy == "loop":
+        local = torch.where(draws["z"][:, None] > 0, -local, local)
+    assert torch.allclose(found["y"], dist.Normal(local, 1.0).log_prob(data()[:3]))
 
 
 def test_events_nested_plates_and_what_has_no_data():
