@@ -6,11 +6,14 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from .base import Conditioner
 from .masks import check_graph
+
+#: layers that mix the rows of a batch in training, or are random
+_OTHERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 class MaskedInput(Conditioner):
@@ -44,9 +47,8 @@ class MaskedInput(Conditioner):
 
     @property
     def autoregressive(self) -> bool:  # type: ignore[override]  # read-only here
-        """By construction, unless the network mixes the rows of a batch, as batch normalization does."""
-        mixing = torch.nn.modules.batchnorm._BatchNorm
-        return not any(isinstance(m, mixing) and m.training for m in self.modules())
+        """By construction, unless the network has layers that are random or mix rows of a batch now."""
+        return not any(isinstance(m, _OTHERS_IN_TRAINING) and m.training for m in self.modules())
 
     def __init__(
         self,

@@ -100,8 +100,8 @@ class MaskedMLP(Conditioner):
         ``max(64, 2 * input_dim)``.
     :param context_dim: the size C of the context, 0 for none; it is cast to the network's dtype.
     :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``, an elementwise
-        deterministic function. One that is none of the usual modules of ``torch.nn`` is checked by
-        differentiation, as a network from elsewhere is, when Pyro's validation is on.
+        deterministic function. One that is none of the usual modules of ``torch.nn`` is checked, as a
+        network from elsewhere is, when Pyro's validation is on.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry

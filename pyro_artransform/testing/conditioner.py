@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..conditioners import Conditioner
+from ..conditioners.masks import levels
 from .redraw import BATCH_SHAPES, DTYPES, normal, redraw
 
 Inputs = tuple[Tensor, ...]  # x, and a context where there is one
@@ -25,8 +27,9 @@ def check_conditioner(
     """Checks that a conditioner keeps its contract.
 
     It returns shape ``(*, D, P)`` for any batch shape, in the dtype of its input, starts at zero,
-    depends on exactly the coordinates that its graph allows, whatever its parameters are, treats the
-    rows of a batch alike, broadcasts a context, and is restored by its state dict.
+    depends on exactly the coordinates that its graph allows, whatever its parameters are, also where
+    no gradient shows it, and states no smaller ``depth`` than that of this graph, gives the same
+    values again, treats the rows of a batch alike, broadcasts a context, and is restored by its state dict.
 
     :param make: builds the conditioner.
     :param input_dim: the number D of coordinates.
@@ -51,10 +54,10 @@ def check_conditioner(
     if zero_at_start:
         largest = conditioner(*inputs((3,))).abs().max().item()
         assert largest == 0, f"start: expected zero parameters of a new conditioner, got {largest}"
+    _check_rows(redraw(conditioner), inputs((3, 4)))
     for gain in (1.0, 10.0):
         _check_graph(redraw(conditioner, gain), adjacency, inputs(()), f"re-drawn at gain {gain}")
-    redraw(conditioner)
-    _check_rows(conditioner, inputs((3, 4)))
+    _check_depth(conditioner, adjacency)
     _check_restored(conditioner, redraw(make().double(), seed=1), inputs((3,)))
 
 
@@ -72,7 +75,7 @@ def _check_graph(module: nn.Module, adjacency: Tensor, inputs: Inputs, when: str
     for seed in range(3):
         x = normal((len(adjacency),), seed=seed)
         jacobian = torch.autograd.functional.jacobian(lambda v: module(v, *inputs[1:]), x)
-        depends |= (jacobian != 0).any(1)
+        depends |= (jacobian != 0).any(1) | _moved(module, x, inputs[1:])
     where = f"with parameters {when}, parameters of coordinate i"
     wrong = (depends & ~adjacency).nonzero().tolist()
     assert not wrong, (
@@ -86,8 +89,32 @@ def _check_graph(module: nn.Module, adjacency: Tensor, inputs: Inputs, when: str
     )
 
 
+def _moved(module: nn.Module, x: Tensor, contexts: Inputs) -> Tensor:
+    """Which parameters change with which coordinate, which a step or a detached x keeps from gradients."""
+    rows = x.expand(len(x), -1)
+    contexts = tuple(context.expand(len(x), -1) for context in contexts)
+    moved = torch.zeros((len(x), len(x)), dtype=torch.bool, device="cpu")
+    with torch.no_grad():
+        before = module(rows, *contexts)
+        for value in (-10.0, 10.0):
+            after = module(torch.where(torch.eye(len(x), device="cpu") > 0, value, rows), *contexts)
+            moved |= ~torch.isclose(after, before, rtol=1e-9, atol=1e-10).all(-1)
+    return moved.mT
+
+
+def _check_depth(conditioner: nn.Module, adjacency: Tensor) -> None:
+    """The inverse stops after so many passes; the graph is the one that was measured."""
+    depth = conditioner.depth if isinstance(conditioner, Conditioner) else None
+    needed = int(levels(adjacency).max()) + 1
+    assert depth is None or depth >= needed, (
+        f"depth: it states {depth}, but {needed} coordinates are on the longest path of its graph, so "
+        "that inverses would be wrong"
+    )
+
+
 def _check_rows(conditioner: nn.Module, inputs: Inputs) -> None:
     whole = conditioner(*inputs)
+    assert torch.equal(conditioner(*inputs), whole), "random: the same x gives other values again"
     row = conditioner(*(argument[1, 2] for argument in inputs))
     assert torch.allclose(whole[1, 2], row, atol=1e-10), "batch: a row alone gives another value"
     x, *contexts = inputs

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .redraw import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
 
+STEP = 1e-6  # of differences
+
 
 def check_transform(
     make: Callable[[], TransformModule],
@@ -27,9 +29,10 @@ def check_transform(
     """Checks that a transform of real vectors keeps its contract, in both directions.
 
     The log-determinant is that of the autograd Jacobian, with shape ``x.shape[:-1]``; the inverse undoes
-    the transform and has the opposite log-determinant; its gradients are right, in y and in every
-    parameter; the inverse owns the parameters; nothing remembered is out of date after parameters
-    changed by any means; copies and pickles work and train apart; the dtype follows the input.
+    the transform and has the opposite log-determinant; the gradients of values and log-determinants,
+    both ways, are right in the argument and in the parameters; the inverse owns the parameters; nothing
+    remembered is out of date after parameters changed by any means; copies and pickles work and train
+    apart; the dtype follows the input.
 
     :param make: builds the transform; its parameters are then re-drawn.
     :param input_dim: the number D of coordinates.
@@ -45,6 +48,7 @@ def check_transform(
         _check_values(transform, normal((*shape, input_dim)), atol)
     x = normal((3, input_dim), seed=1)
     _check_log_det(transform, x, atol)
+    _check_gradients(transform, x)
     _check_inverse_gradients(transform, x)
     _check_ownership(transform)
     _check_memory(transform, x, atol)
@@ -92,6 +96,42 @@ def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
             f"log-determinant: {value.item():.8g}, but that of the autograd Jacobian is "
             f"{expected.item():.8g} at x = {row.tolist()}"
         )
+
+
+def _check_gradients(transform: Any, x: Tensor) -> None:
+    """Along a random direction gradients must agree with differences; what was detached has none."""
+    x = x.clone().requires_grad_()
+    parameters = [p for p in transform.parameters() if p.requires_grad]
+    for where, leaves in (("the parameters", parameters), ("x", [x])):
+        if not leaves:
+            continue
+        ways = [normal(tuple(leaf.shape), seed=k) for k, leaf in enumerate(leaves, start=3)]
+        slopes = [_slope(total, leaves, ways) for total in _weighted_sums(transform, x)]
+        ends = []
+        with torch.no_grad():
+            for step in (STEP, -2 * STEP):
+                torch._foreach_add_(leaves, ways, alpha=step)
+                ends.append(_weighted_sums(transform, x))
+            torch._foreach_add_(leaves, ways, alpha=STEP)
+        for name, slope, above, below in zip(("y", "the log-determinant"), slopes, *ends):
+            expected = (above - below).item() / (2 * STEP)
+            found = f"{slope:.8g} along a random direction" if slope else "none"
+            assert abs(slope - expected) <= 1e-5 * (1 + abs(expected)), (
+                f"gradient of {name} in {where}: {found}, though by differences it is {expected:.8g}"
+            )
+
+
+def _weighted_sums(transform: Any, x: Tensor) -> list[Tensor]:
+    outputs = transform.call_and_ladj(x)
+    return [(normal(tuple(out.shape), seed=2) * out).sum() for out in outputs]
+
+
+def _slope(total: Tensor, leaves: list[Tensor], ways: list[Tensor]) -> float:
+    """The derivative along a direction, by gradients; 0 where there are none."""
+    if not total.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    return sum((g * way).sum().item() for g, way in zip(gradients, ways) if g is not None)
 
 
 def _check_inverse_gradients(transform: Any, x: Tensor) -> None:

@@ -18,6 +18,8 @@ from pyro_artransform.univariate import Univariate
 from .redraw import BATCH_SHAPES, DTYPES, default_dtype
 
 COUNT = 6  # parameters that are tried at once
+WAYS = ("map", "inverse")
+PARTS = ("value", "log-derivative")
 
 
 def check_univariate(
@@ -33,9 +35,10 @@ def check_univariate(
 
     That is: ``num_params`` is a positive integer; ``forward`` returns an elementwise bijection; zero
     parameters are the identity; the map is strictly increasing, onto the real line, its inverse and both
-    log-determinants are right; densities integrate to one; gradients pass ``gradcheck`` in both directions
-    and stay finite, and log-slopes bounded, at large parameters; shapes broadcast; dtypes follow the input
-    under either default dtype; and a NaN stays one.
+    log-determinants are right, by whichever method; densities integrate to one; gradients of values and
+    of log-determinants pass ``gradcheck`` in both directions, stay finite, and log-slopes bounded, at large
+    parameters; each row and coordinate is transformed by its own parameters alone; shapes broadcast;
+    dtypes follow the input under either default dtype; and a NaN stays one.
 
     :param univariate: the family; it is copied, not changed.
     :param dtype: the dtype for the checks of values; float32 has wider tolerances.
@@ -68,6 +71,7 @@ def check_univariate(
     for default, input_dtype in product(DTYPES, DTYPES):
         with default_dtype(default):
             check.dtypes(input_dtype)
+    check.each_alone()
     for gain in (10.0, 100.0):
         check.large_params(gain, log_slope_bound)
     check.gradients()
@@ -157,11 +161,18 @@ class _Check:
         message = "the log-determinant must be the logarithm of the derivative"
         ok = (ladj - expected).abs() <= self.tolerance * 10 * (1 + expected.abs())
         self.require(ok, message, x=x, ladj=ladj, expected=expected)
-        if hasattr(transform, "call_and_ladj"):
-            y_too, ladj_too = transform.call_and_ladj(x)
-            ok = torch.isclose(y_too, y) & torch.isclose(ladj_too, ladj)
-            message = "call_and_ladj must agree with the call and log_abs_det_jacobian"
-            self.require(ok, message, x=x, ladj=ladj_too, expected=ladj)
+        self.agrees(transform, "call_and_ladj", x, y, ladj)
+
+    def agrees(self, transform: Any, method: str, x: Tensor, y: Tensor, ladj: Tensor) -> None:
+        """What a method that returns both gives at x, where there is one: y and its log-derivative."""
+        if not hasattr(transform, method):
+            return
+        value, ladj_too = getattr(transform, method)(x)
+        limits = 10 * self.tolerance * (1 + torch.stack([y, ladj]).abs())
+        ok = ((torch.stack([value, ladj_too]) - torch.stack([y, ladj])).abs() <= limits).all(0)
+        values = {"at": x, "value": value, "expected_value": y, "ladj": ladj_too}
+        message = f"{method} must agree with the methods of torch, such as log_abs_det_jacobian"
+        self.require(ok, message, **values, expected_ladj=ladj)
 
     def round_trip(self, transform: Any) -> None:
         x = self.grid(-30, 30, 301, COUNT)
@@ -175,6 +186,7 @@ class _Check:
         ok = (ladj + back_ladj).abs() <= 1e3 * self.tolerance * (1 + ladj.abs())
         message = "the inverse's log-determinant must be minus that of the map"
         self.require(ok, message, x=x, ladj=ladj, of_inverse=back_ladj)
+        self.agrees(transform, "inverse_and_ladj", y, back, back_ladj)
 
     def onto(self, transform: Any, onto_at: float) -> None:
         y = self.grid(-onto_at, onto_at, 2, COUNT)
@@ -212,6 +224,30 @@ class _Check:
         message = f"{default}, got {got} of the call, log-determinant and inverse"
         self.require(got == [dtype] * 3, message)
 
+    def each_alone(self) -> None:
+        """One row, or one coordinate, stays, and params and input of all others change."""
+        params, other_params = self.params(3, 3), self.params(3, 3, gain=4.0)
+        x, other_x = self.normal((2, 3, 3), self.dtype)
+        numbers = torch.arange(3, device="cpu").expand(3, 3)
+        places = {"rows": numbers.mT, "coordinates": numbers}
+        for way, who, number in product(WAYS, places, range(3)):
+            same = places[who] == number
+            before = self.both(way, params, x)
+            mixed = torch.where(same.unsqueeze(-1), params, other_params)
+            after = self.both(way, mixed, torch.where(same, x, other_x))
+            for part, a, b in zip(PARTS, before, after):
+                ok = ~same | torch.isclose(a, b, rtol=self.tolerance, atol=self.tolerance)
+                message = (
+                    f"the {part} of the {way} must not depend on params or input of other {who}"
+                )
+                self.require(ok, message, before=a, after=b)
+
+    def both(self, way: str, params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value and the log-derivative, by the one method that returns both where there is one."""
+        transform: Any = self.family(params) if way == "map" else self.family(params).inv
+        both_at_once = hasattr(transform, "call_and_ladj")
+        return transform.call_and_ladj(x) if both_at_once else _values(transform, x)
+
     def large_params(self, gain: float, log_slope_bound: float) -> None:
         where = f"at large params (random, times {gain:g})"
         params = self.params(50, gain=gain).requires_grad_()
@@ -229,19 +265,24 @@ class _Check:
             self.require(gradient.isfinite(), message, gradient=gradient)
 
     def gradients(self) -> None:
-        family = copy.deepcopy(self.family).double()
-        params = self.params(4).double().requires_grad_()
-        x = self.normal((4,), torch.float64).requires_grad_()
+        double = _Check(self.family, torch.float64, seed=0)
+        inputs = self.params(4).double(), self.normal((4,), torch.float64)
+        for way, part in product(WAYS, PARTS):
+            double.gradient(way, part, *(value.requires_grad_() for value in inputs))
 
-        def both(params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            return _values(family(params) if name == "map" else family(params).inv, x)
+    def gradient(self, way: str, part: str, params: Tensor, x: Tensor) -> None:
+        def output(params: Tensor, x: Tensor) -> Tensor:
+            # gradcheck passes over what has no gradient, and so over what was detached
+            return self.both(way, params, x)[PARTS.index(part)] + 0 * (params.sum() + x.sum())
 
-        for name in ("map", "inverse"):
-            try:
-                torch.autograd.gradcheck(both, (params, x))
-            except RuntimeError as error:
-                message = f"the gradients of the {name} must agree with differences: {error}"
-                raise AssertionError(f"{self.who}: {message}") from error
+        try:
+            torch.autograd.gradcheck(output, (params, x))
+        except RuntimeError as error:
+            fault = ""
+            if not torch.autograd.grad(output(params, x).sum(), params)[0].any():
+                fault = f"its {part} has no gradient though it depends on the parameters: "
+            message = f"the gradients of the {way} must agree with differences: {fault}{error}"
+            raise AssertionError(f"{self.who}: {message}") from error
 
     def not_a_number(self) -> None:
         nan = torch.full_like(self.params(1)[..., 0], math.nan)

@@ -44,7 +44,8 @@ class AutoregressiveTransform(FlowModule):
     :raises ValueError: if ``passes`` is not a positive integer.
 
     With Pyro's validation on, the first call checks by differentiation that a ``meta`` from elsewhere
-    is autoregressive, and warns if not. An inverse that did not converge warns with its residual.
+    is autoregressive, and by values that it is not random and acts on each row of a batch alone, and
+    warns if not. An inverse that did not converge warns with its residual.
 
     Example::
 
@@ -107,7 +108,7 @@ class AutoregressiveTransform(FlowModule):
         return y, ladj.sum(-1), score
 
     def _check(self, x: Tensor) -> None:
-        """Refuses what it cannot transform; warns, once, if the meta is not autoregressive."""
+        """Refuses what it cannot transform; warns, once, of a fault of the meta."""
         if x.dim() == 0 or not x.is_floating_point():
             raise ValueError(
                 f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
@@ -174,11 +175,12 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
 
 
 def check_structure(module: torch.nn.Module, x: Tensor) -> None:
-    """Checks every autoregressive transform in a module by differentiation.
+    """Checks every autoregressive transform in a module, as its first call does.
 
     :param module: a transform or what contains some.
     :param x: an argument of theirs, shape ``(*, D)``.
-    :raises ValueError: if one is not autoregressive; the message names the coordinates.
+    :raises ValueError: if one is not autoregressive, where the message names the coordinates, if it is
+        random, or if it mixes the rows of a batch.
     """
     for part in module.modules():
         if not isinstance(part, AutoregressiveTransform):

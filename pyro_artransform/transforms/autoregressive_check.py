@@ -1,23 +1,36 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a meta is autoregressive, found by differentiation.
+"""Whether a meta is autoregressive, found by differentiation, and a function of each row alone.
 
-A network without masks gives a wrong log-determinant and a wrong inverse, and no other sign of it.
+A network without masks, or with dropout, gives a wrong log-determinant and a wrong inverse, and no other
+sign of it.
 """
 
 import copy
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..arguments import values_can_be_read
-from .meta_protocol import Meta, check_returned
+from .meta_protocol import Meta, StructuredMeta, check_returned
 
 _REDRAWS = 2
+
+_RANDOM = (
+    "the meta is random: at the same x it gives another transform each time, so log-determinants and "
+    "inverses are those of other transforms. Use layers and nonlinearities without randomness, or call "
+    ".eval() where they have it in training only, as dropout does"
+)
+_MIXES_ROWS = (
+    "the meta mixes the rows of a batch: the transform of a row depends on other rows, so densities are "
+    "wrong. Use layers and nonlinearities that act on each row alone, or call .eval() where they mix rows "
+    "in training only, as batch normalization does"
+)
 
 
 def dependencies(meta: Meta, x: Tensor) -> Tensor:
@@ -34,15 +47,48 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = torch.Size((1,) * (x.dim() - 1) + x.shape[-1:])
     depends = torch.zeros(x.shape[-1:] * 2, dtype=torch.bool, device=x.device)
-    with torch.random.fork_rng(devices=[]):
-        for candidate in _candidates(meta, generator):
+    with _random_numbers_kept(x):
+        # a copy, since layers such as batch normalization change when they are used in training
+        still = copy.deepcopy(meta).eval() if isinstance(meta, nn.Module) else meta
+        for candidate in _candidates(still, generator):
             depends |= _dependencies(candidate, _normal(shape, x, generator))
     return depends
 
 
-class StructureCheck:
-    """Looks once whether a meta is autoregressive; conditioned copies of a transform share one.
+def fault_of_rows(meta: Meta, x: Tensor) -> str:
+    """In words, whether the transform of a row is random or depends on other rows; nothing if neither.
 
+    :param meta: evaluated as it is, in training or not, and with re-drawn parameters.
+    :param x: shape ``(*, D)``; its shape, dtype and device are used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch = meta.batch_shape if isinstance(meta, StructuredMeta) else ()
+    rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
+    shape = torch.Size((*rows, x.shape[-1]))
+    with _random_numbers_kept(x), torch.no_grad():
+        as_it_is = copy.deepcopy(meta) if isinstance(meta, nn.Module) else meta
+        for candidate in _candidates(as_it_is, generator):
+            point, other = _normal(shape, x, generator), _normal(shape, x, generator)
+            other.view(-1, shape[-1])[:1] = point.view(-1, shape[-1])[:1]
+            first, again, mixed = (_image(candidate, u) for u in (point, point, other))
+            if not torch.equal(first.nan_to_num(), again.nan_to_num()):
+                return _RANDOM
+            near = 1e2 * torch.finfo(x.dtype).eps
+            if not torch.allclose(first[:1], mixed[:1], rtol=near, atol=near, equal_nan=True):
+                return _MIXES_ROWS
+    return ""
+
+
+def _image(meta: Meta, x: Tensor) -> Tensor:
+    """The transform of x, shape ``(rows, D)``."""
+    out = check_returned(meta(x))(x)
+    return out.reshape(-1, out.shape[-1])
+
+
+class StructureCheck:
+    """Looks once whether a meta is autoregressive, and a function of each row alone.
+
+    Conditioned copies of a transform share one.
     If nothing depends on x yet (zeros that cannot be re-drawn), again at the 2nd, 4th, 8th, ... call.
     """
 
@@ -58,12 +104,12 @@ class StructureCheck:
         return self.fault(meta, x)
 
     def fault(self, meta: Meta, x: Tensor) -> str:
-        """What is wrong and what to do, in words; nothing if the meta is autoregressive."""
+        """What is wrong and what to do, in words; nothing if the meta is right."""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
         nodes = _on_a_cycle(depends)
         if not nodes:
-            return ""
+            return fault_of_rows(meta, x)
         return (
             f"the meta is not autoregressive: the parameters of the coordinates {nodes} depend on these "
             "coordinates themselves, so the log-determinant and the inverse are wrong. Use "
@@ -77,16 +123,19 @@ def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
     if not isinstance(meta, nn.Module):
         yield meta
         return
-    # a copy, since layers such as batch normalization change when they are used in training
-    copied = copy.deepcopy(meta).eval()
-    yield copied
+    yield meta
     for _ in range(_REDRAWS):
         drawn = {}
-        for name, p in copied.named_parameters():
+        for name, p in meta.named_parameters():
             if p.is_floating_point():
                 fan_in = max(p[0].numel(), 1) if p.dim() > 1 else 4
                 drawn[name] = _normal(p.shape, p, generator) / fan_in**0.5
-        yield functools.partial(functional_call, copied, drawn)
+        yield functools.partial(functional_call, meta, drawn)
+
+
+def _random_numbers_kept(x: Tensor) -> AbstractContextManager[None]:
+    """Leaves the state of the global generators as it was."""
+    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
 
 
 def _normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -132,8 +132,8 @@ class MonotoneNeuralTransform(MonotoneTransform):
         return f"{type(self).__name__}(units={self.knots.shape[-1]})"
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # further out the square could overflow, and the curve is a line to round-off
-        far = torch.finfo(x.dtype).max ** 0.5 * 1e-6
+        # further out the square could overflow, and the curve is a line to round-off: 100 in float16
+        far = max(torch.finfo(x.dtype).max ** 0.5 * 1e-6, 100.0)
         near = x.clamp(-far, far)
         # All terms grow with x and cancel but for the tail's own line, which float32 cannot afford. So
         # that line is taken out, with a = sqrt(1 + x^2) as the smooth |x|: the differences of roots that

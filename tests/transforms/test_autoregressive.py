@@ -9,7 +9,6 @@ from pyro.distributions import TransformModule, constraints
 from torch import nn
 from torch.distributions import AffineTransform
 
-from pyro_artransform import AutoIAF, affine_autoregressive
 from pyro_artransform.conditioners import MaskedInput, MaskedMLP
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import (
@@ -19,7 +18,6 @@ from pyro_artransform.transforms import (
     check_structure,
 )
 from pyro_artransform.univariate import Affine, MonotonicAffineTransform
-from tests.guides.models import gaussian
 from tests.transforms.metas import CumulativeConditioner, Dense, DenseTransform
 
 
@@ -324,23 +322,3 @@ def test_half_precision(dtype):
     y, ladj = t.call_and_ladj(x)
     assert y.dtype == ladj.dtype == dtype
     assert (t.inv(y.detach()) - x).abs().max() < 0.1
-
-
-@pytest.mark.parametrize(
-    "nonlinearity",
-    [nn.LayerNorm(8, elementwise_affine=False), nn.Softmax(-1)],
-    ids=["norm", "softmax"],
-)
-def test_an_activation_that_mixes_units_is_found(nonlinearity):
-    t = affine_autoregressive(3, 8, nonlinearity=nonlinearity)
-    (message,) = structure_warnings(t, torch.randn(5, 3))
-    assert "not autoregressive" in message
-    with pytest.raises(ValueError, match="not autoregressive"):
-        AutoIAF(gaussian, hidden_dims=8, nonlinearity=nonlinearity)(torch.zeros(1))
-
-
-@pytest.mark.parametrize("nonlinearity", [torch.sin, nn.functional.silu], ids=["sin", "silu"])
-def test_an_activation_of_ones_own_is_as_good(nonlinearity):
-    t = affine_autoregressive(3, 8, nonlinearity=nonlinearity)
-    assert structure_warnings(t, torch.randn(5, 3)) == []
-    assert torch.allclose(t.inv(t(torch.ones(3))), torch.ones(3))

@@ -7,7 +7,13 @@ import torch
 from torch.distributions import Transform, constraints
 
 from pyro_artransform.testing import check_univariate
-from pyro_artransform.univariate import Affine, GatedAffine, Univariate, soft_bound
+from pyro_artransform.univariate import (
+    Affine,
+    ElementwiseTransform,
+    GatedAffine,
+    Univariate,
+    soft_bound,
+)
 
 
 class SinhArcsinhTransform(Transform):
@@ -134,9 +140,31 @@ class InverseLogDet(SinhArcsinhTransform):
         return inverse
 
 
+class DetachedLogDet(SinhArcsinhTransform):
+    def log_abs_det_jacobian(self, x, y):
+        return super().log_abs_det_jacobian(x, y).detach()
+
+
+class ReadsOtherRows(SinhArcsinhTransform):
+    def __init__(self, skew, weight):
+        if skew.dim() > 1:
+            skew = skew - skew.mean(0)
+        super().__init__(skew, weight)
+
+
+class ReadsOtherCoordinates(SinhArcsinhTransform):
+    def __init__(self, skew, weight):
+        if skew.dim() > 1:
+            skew = skew - skew.mean(-1, keepdim=True)
+        super().__init__(skew, weight)
+
+
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
+        (DetachedLogDet, "of the map .*: its log-derivative has no gradient though it depends on"),
+        (ReadsOtherRows, "value of the map must not depend on params or input of other rows"),
+        (ReadsOtherCoordinates, "value of the map must not depend .* of other coordinates"),
         (WrongLogDet, r"log-determinant must be the logarithm of the derivative .*x = .*expected"),
         (WrongInverse, r"inverse must undo the map .*x = .*inverse = "),
         (Decreasing, r"strictly increasing .*x = .*next_y = "),
@@ -189,6 +217,53 @@ def test_the_documented_exception():
     with pytest.raises(AssertionError, match="zero params must be the identity"):
         check_univariate(GatedAffine())
     check_univariate(GatedAffine(), identity_at_zero=False)
+
+
+class Scaled(ElementwiseTransform):
+    def __init__(self, log_scale):
+        super().__init__()
+        self.log_scale = log_scale
+
+    def call_and_ladj(self, x):
+        return x * self.log_scale.exp(), self.log_scale + torch.zeros_like(x)
+
+    def inverse_and_ladj(self, y):
+        return y * (-self.log_scale).exp(), -self.log_scale + torch.zeros_like(y)
+
+
+class WrongSignOfTheInverse(Scaled):
+    def inverse_and_ladj(self, y):
+        return super().inverse_and_ladj(y)[0], self.log_scale + torch.zeros_like(y)
+
+
+class DetachedLogDetOfTheInverse(Scaled):
+    def inverse_and_ladj(self, y):
+        x, ladj = super().inverse_and_ladj(y)
+        return x, ladj.detach()
+
+
+class Scale(Univariate):
+    num_params = 1
+
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, params):
+        return self.transform(soft_bound(params[..., 0], 3.0))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (WrongSignOfTheInverse, "inverse_and_ladj must agree .*expected_ladj = "),
+        (DetachedLogDetOfTheInverse, "of the inverse .*: its log-derivative has no gradient"),
+    ],
+)
+def test_what_inverse_and_ladj_returns_itself(transform, message):
+    check_univariate(Scale(Scaled))
+    with pytest.raises(AssertionError, match=message):
+        check_univariate(Scale(transform))
 
 
 def test_global_state_is_left_alone():

@@ -58,6 +58,19 @@ def test_true_inverse_everywhere(gain):
     assert torch.allclose(transform(x), y.expand_as(x), rtol=1e-9, atol=1e-9)
 
 
+def test_float16_is_as_good_as_its_precision():
+    family = MonotoneNeural()
+    params = torch.randn(200, family.num_params).half()
+    x = torch.linspace(-50, 50, 401).half().unsqueeze(-1)
+    transform = family(params)
+    # 20 units of float16
+    for found, expected in zip(
+        transform.call_and_ladj(x), family(params.float()).call_and_ladj(x.float())
+    ):
+        assert ((found - expected).abs() < 0.02 * (1 + expected.abs())).all()
+    assert ((transform(transform.inv(x)) - x).abs() < 0.02 * (1 + x.abs())).all()
+
+
 def test_bad_count_units():
     for count in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="count_units: expected a positive integer"):

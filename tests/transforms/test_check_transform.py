@@ -1,0 +1,51 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""The assertions for third parties name gradients that are missing, whatever the values are."""
+
+import pytest
+from torch import nn
+
+from pyro_artransform.conditioners import MaskedMLP
+from pyro_artransform.testing import check_transform
+from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform.univariate import Affine, MonotonicAffineTransform
+
+
+class DetachedLogDet(MonotonicAffineTransform):
+    def call_and_ladj(self, x):
+        y, ladj = super().call_and_ladj(x)
+        return y, ladj.detach()
+
+    def inverse_and_ladj(self, y):
+        x, ladj = super().inverse_and_ladj(y)
+        return x, ladj.detach()
+
+
+class Detached(nn.Module):
+    """An affine meta with one of its outputs without gradients."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.meta = ConditionedUnivariate(MaskedMLP(3, 2, 8), Affine())
+        self.transform = transform
+
+    def forward(self, x):
+        affine = self.meta(x)
+        return self.transform(affine.shift, affine.log_scale)
+
+
+def detached_shift(shift, log_scale):
+    return MonotonicAffineTransform(shift.detach(), log_scale)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (DetachedLogDet, "gradient of the log-determinant in the parameters: none, though by diff"),
+        (detached_shift, "gradient of y in the parameters: .* though by differences"),
+    ],
+)
+def test_a_detached_output_is_named(transform, message):
+    check_transform(lambda: AutoregressiveTransform(Detached(MonotonicAffineTransform)), 3)
+    with pytest.raises(AssertionError, match=message):
+        check_transform(lambda: AutoregressiveTransform(Detached(transform)), 3)
