@@ -14,7 +14,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.handlers import runs_model, subsampled_plates
+from ..joint.handlers import check_data, runs_model, subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 from ..joint.vectorization import GuideDraws, stack
@@ -128,6 +128,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
     """A function of n that makes n weighted draws of a guide that does not give its density."""
     trace = _trace(guide)
+    check_data(trace)
     is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
     if any(is_discrete.values()) or subsampled_plates(trace):
         draw = partial(_draw_replayed, model, guide)

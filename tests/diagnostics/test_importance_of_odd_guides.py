@@ -80,3 +80,16 @@ def test_the_only_entry_of_a_simplex_is_no_point():
         pyro.sample("z", dist.Normal(0.0, 0.1))
 
     assert abs(importance(model, AutoNormal(model, init_scale=0.1), 100).elbo) < 1e-6
+
+
+def test_a_guide_that_broadcasts_in_a_plate():
+    def model():
+        with pyro.plate("pair", 2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        with pyro.plate("pair", 2):
+            pyro.sample("z", dist.Normal(torch.zeros(2, 1), 1.0))
+
+    with pytest.raises(ValueError, match=r'site "z", invalid log_prob shape'):
+        importance(model, guide, 10)
