@@ -43,10 +43,10 @@ def fit(
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
 
     It is called as ``fit(model, guide, *args)``, or as ``fit(model, *args)``: then it chooses the
-    guide, ``result.guide``, and ``print(result)`` says why. ``AutoIAF`` is for few latents,
-    ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled plate. What is
-    callable in second place is the guide; where the model itself takes a callable first, give that by
-    its name, or the guide as ``guide=``.
+    guide, ``result.guide``, and ``print(result)`` says why. ``AutoIAF`` is for few latents
+    and for mini-batches, ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled
+    plate. What is callable in second place is the guide; where the model itself takes a callable first,
+    give that by its name, or the guide as ``guide=``.
 
     A guide of this package is initialized with the best of many candidates by their ELBO: itself,
     Gaussians on the way to modes, mean-field fits. It is trained by the path gradient, any other Pyro

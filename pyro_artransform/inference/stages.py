@@ -74,13 +74,13 @@ class FitRun:
         self._began, self._config, self._processes = time.perf_counter(), config, processes
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
         self._guide_reason = ""
+        is_minibatch = stream is not None and not stream.whole.is_all_data
         if guide is None:
-            guide, self._guide_reason = choose(model, *batches[0])
+            guide, self._guide_reason = choose(model, *batches[0], is_minibatch=is_minibatch)
         self._subject = subject = _run_once(model, guide, batches[0], stream)
         log_joint, is_subsampled = subject.log_joint, subject.log_joint.is_subsampled
-        whole = stream and stream.whole
-        if whole and whole.num_batches == 1 and whole.is_partition and not is_subsampled:
-            stream = None  # the only batch is as good as arguments
+        if not (is_minibatch or is_subsampled):
+            stream = None
         of_batch = _objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:

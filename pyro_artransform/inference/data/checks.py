@@ -20,7 +20,7 @@ def check_use(
 
     :param guide: the guide, after its first call.
     """
-    if stream.whole.num_batches == 1 and stream.whole.is_partition:
+    if stream.whole.is_all_data:
         return
     structure = log_joint.structure(*first)
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
