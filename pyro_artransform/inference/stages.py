@@ -21,7 +21,7 @@ from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
-from .data.checks import check_use
+from .data.checks import check_use, refuse_missing
 from .data.loader import Batch, BatchStream
 from .evaluation.many_latents import look_at_marginals
 from .evaluation.verdict import (
@@ -143,6 +143,8 @@ class FitRun:
 
     def _start(self) -> InitialGuide:
         """Puts the guide at the best initial one, if it can be put anywhere."""
+        if self._minibatches is not None:
+            refuse_missing(self._missing())
         model, _, args, kwargs, log_joint = self._subject
         guide: object = self._subject.guide
         config = self._config.initialization
@@ -272,12 +274,14 @@ class FitRun:
 
     def _missing(self) -> tuple[str, ...]:
         """Dependencies that a guide with a graph has missed, in words."""
-        _, guide, args, kwargs, log_joint = self._subject
+        _, guide, args, kwargs, _ = self._subject
         offered: object = guide
-        # the densities of mini-batches that the model draws are random
-        if not isinstance(offered, StructuredGuide) or log_joint.is_subsampled:
+        if not isinstance(offered, StructuredGuide):
             return ()
-        return tuple(offered.missing_dependencies(*args, **kwargs))
+        batches = [Batch(args, kwargs)]
+        if self._minibatches is not None:
+            batches = self._minibatches.validation
+        return tuple(offered.missing_over_batches(batches))
 
     def conclude(self, stopped_because: str) -> FitResult:
         """The result of the fit, with the guide at the best parameters."""
