@@ -177,8 +177,8 @@ def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
 
     :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
     :param with_values: whether what the scale of data may follow from counts, too: floats, all elements
-        of sequences, the value of a tensor of one element, the sum of one of booleans or integers, as
-        masks and lengths are, and how many floats of one are zero or NaN, as where they pad. A large
+        of sequences, the value of a tensor of one element, the values of one of booleans or integers,
+        as masks and lengths are, and how many floats of one are zero or NaN, as where they pad. A large
         tensor, and what is neither a tensor nor plain data nor callable, has another key each time.
     """
     if isinstance(arguments, Mapping):
@@ -206,7 +206,7 @@ def _content(array: Any) -> Any:
         if size == 1:
             return array.item()
         if size <= _MOST_COUNTED and any(kind in str(array.dtype) for kind in ("bool", "int")):
-            return array.sum().item()
+            return hash(torch.as_tensor(array).cpu().numpy().tobytes())
         if size <= _MOST_COUNTED:
             return (array == 0).sum().item(), (array != array).sum().item()
     return object()
