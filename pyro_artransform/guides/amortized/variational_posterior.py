@@ -51,7 +51,8 @@ class AmortizedPosterior(nn.Module):
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
         parts = spec.latents.split(start)
         for group in self.layout.groups:
-            loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
+            # one dtype inside, whatever those of the sites
+            loc = torch.cat([parts[name].flatten().to(spec.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
                 self._factors[GLOBAL] = self.globals = GlobalFactor(make_flows[0], loc, scale)
                 continue
