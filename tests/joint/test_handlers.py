@@ -85,7 +85,7 @@ MASK = torch.tensor([True, True, False])
         (MASK, ~MASK),
         (MASK.numpy(), ~MASK.numpy()),
         (MASK.float(), 1 - MASK.float()),
-        (torch.tensor([3, 2]), torch.tensor([3, 1])),
+        (torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2])),
         (torch.tensor(0.5), torch.tensor([0.7])),
         (torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan])),
         ([MASK] * 20, [MASK] * 19 + [~MASK]),
