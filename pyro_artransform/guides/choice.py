@@ -3,7 +3,7 @@
 
 """The guide of a model for which none is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -20,7 +20,11 @@ _MOST_FOR_IAF = 50
 
 
 def choose_guide(
-    model: Callable[..., object], *args: object, **kwargs: object
+    model: Callable[..., object],
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    is_minibatch: bool = False,
 ) -> tuple[PersistentGuide, str]:
     """A new guide of a model, and why it is this one.
 
@@ -30,11 +34,13 @@ def choose_guide(
     - ``AutoStructuredFlow`` for many.
 
     :param model: a Pyro model.
-    :param args: its arguments, as ``kwargs``; of a loader those of a mini-batch.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param is_minibatch: whether these are one of many mini-batches.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
     with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = poutine.trace(model).get_trace(*args, **(kwargs or {}))
     latents = Latents.from_trace(trace)
     parts = {plate.name for plate in subsampled_plates(trace)}
     count = "1 latent" if latents.latent_dim == 1 else f"{latents.latent_dim} latents"
@@ -42,7 +48,7 @@ def choose_guide(
         for plate in site.plates:
             if plate.name in parts:
                 return AutoAmortized(model), f"for latents in the sub-sampled plate '{plate.name}'"
-    if parts:
+    if parts or is_minibatch:
         return AutoIAF(model), f"for {count} and sub-sampled data"
     if latents.latent_dim <= _MOST_FOR_IAF:
         return AutoIAF(model), f"for {count}"

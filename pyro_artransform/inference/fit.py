@@ -43,10 +43,10 @@ def fit(
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
 
     It is called as ``fit(model, guide, *args)``, or as ``fit(model, *args)``: then it chooses the
-    guide, ``result.guide``, and ``print(result)`` says why. ``AutoIAF`` is for few latents,
-    ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled plate. What is
-    callable in second place is the guide; where the model itself takes a callable first, give that by
-    its name, or the guide as ``guide=``.
+    guide, ``result.guide``, and ``print(result)`` says why. ``AutoIAF`` is for few latents
+    and for mini-batches, ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled
+    plate. What is callable in second place is the guide; where the model itself takes a callable first,
+    give that by its name, or the guide as ``guide=``.
 
     A guide of this package is initialized with the best of many candidates by their ELBO: itself,
     Gaussians on the way to modes, mean-field fits. It is trained by the path gradient, any other Pyro
@@ -61,7 +61,8 @@ def fit(
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
     to all data; only where all latents belong to a batch's own rows, as in a variational autoencoder,
     need nothing be scaled. Latents of the rows themselves need a guide that reads the batch, such as
-    ``AutoAmortized``. A short last batch is given the weight of its rows. The verdict never trusts
+    ``AutoAmortized``, and ``AutoStructuredFlow`` has to be set up with all data before, as by
+    ``guide.set_up(*all_data)``. A short last batch is given the weight of its rows. The verdict never trusts
     mini-batches; a loader of one batch with all data is as good as arguments.
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
@@ -114,8 +115,9 @@ def fit(
         these options, if the guide was made for a model with other latents, if there is no initial
         guide with a finite density, if an option is out of its range, if ``optim`` trains none of the
         parameters, if a checkpoint is of another fit, if a loader is empty or never ends, if latents
-        that all batches share would see one batch as if it were all data, or if the guide would look
-        up other elements than those of a batch, or if processes that share a fit have other options,
+        that all batches share would see one batch as if it were all data, if the guide would look
+        up other elements than those of a batch, if the graph of a structured guide lacks dependencies
+        that batches have, or if processes that share a fit have other options,
         data or parameters.
     :raises RuntimeError: if it is called in ``torch.inference_mode``.
     :raises FitError: if the loss is not finite for many steps in a row.

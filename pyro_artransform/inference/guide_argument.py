@@ -12,7 +12,7 @@ from ..arguments import check_callable
 
 Function = Callable[..., object]
 Args = tuple[object, ...]
-#: of a model and its arguments: a guide, and why it is this one
+#: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
 Chooser = Callable[..., tuple[Function, str]]
 
 
@@ -70,6 +70,8 @@ def choose_by(chooser: Chooser) -> None:
     _chooser = chooser
 
 
-def choose(model: Function, args: Args, kwargs: Mapping[str, object]) -> tuple[Function, str]:
-    """A new guide of a model, and why it is this one."""
-    return _chooser(model, *args, **kwargs)
+def choose(
+    model: Function, args: Args, kwargs: Mapping[str, object], *, is_minibatch: bool
+) -> tuple[Function, str]:
+    """A new guide of a model, and why it is this one; ``is_minibatch`` if the arguments are one of many."""
+    return _chooser(model, args, kwargs, is_minibatch=is_minibatch)

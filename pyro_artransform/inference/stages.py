@@ -22,7 +22,7 @@ from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
-from .data.checks import check_use
+from .data.checks import check_use, refuse_missing
 from .data.loader import Batch, BatchStream
 from .evaluation.many_latents import look_at_marginals
 from .evaluation.verdict import (
@@ -75,13 +75,13 @@ class FitRun:
         self._began, self._config, self._processes = time.perf_counter(), config, processes
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
         self._guide_reason = ""
+        is_minibatch = stream is not None and not stream.whole.is_all_data
         if guide is None:
-            guide, self._guide_reason = choose(model, *batches[0])
+            guide, self._guide_reason = choose(model, *batches[0], is_minibatch=is_minibatch)
         self._subject = subject = _run_once(model, guide, batches[0], stream)
         log_joint, is_subsampled = subject.log_joint, subject.log_joint.is_subsampled
-        whole = stream and stream.whole
-        if whole and whole.num_batches == 1 and whole.is_partition and not is_subsampled:
-            stream = None  # the only batch is as good as arguments
+        if not (is_minibatch or is_subsampled):
+            stream = None
         of_batch = _objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:
@@ -144,6 +144,8 @@ class FitRun:
 
     def _start(self) -> InitialGuide:
         """Puts the guide at the best initial one, if it can be put anywhere."""
+        if self._minibatches is not None:
+            refuse_missing(self._missing())
         model, _, args, kwargs, log_joint = self._subject
         guide: object = self._subject.guide
         config = self._config.initialization
@@ -275,12 +277,14 @@ class FitRun:
 
     def _missing(self) -> tuple[str, ...]:
         """Dependencies that a guide with a graph has missed, in words."""
-        _, guide, args, kwargs, log_joint = self._subject
+        _, guide, args, kwargs, _ = self._subject
         offered: object = guide
-        # the densities of mini-batches that the model draws are random
-        if not isinstance(offered, StructuredGuide) or log_joint.is_subsampled:
+        if not isinstance(offered, StructuredGuide):
             return ()
-        return tuple(offered.missing_dependencies(*args, **kwargs))
+        batches = [Batch(args, kwargs)]
+        if self._minibatches is not None:
+            batches = self._minibatches.validation
+        return tuple(offered.missing_over_batches(batches))
 
     def conclude(self, stopped_because: str) -> FitResult:
         """The result of the fit, with the guide at the best parameters."""

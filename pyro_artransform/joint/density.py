@@ -187,12 +187,12 @@ class LogJoint(LogDensity):
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
-        """The sites of a run with other arguments; arguments of known shapes need no run."""
+        """The sites of a run with other arguments; those with a known signature need no run."""
         if not self._structures:
             *arguments, trace = self._first_run
-            key = argument_signature(arguments, with_floats=True)
+            key = argument_signature(arguments, with_values=True)
             self._structures[key] = ModelStructure.from_trace(trace)
-        key = argument_signature((args, kwargs or {}), with_floats=True)
+        key = argument_signature((args, kwargs or {}), with_values=True)
         if key not in self._structures:
             # whether there was a run before must not show in the draws that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

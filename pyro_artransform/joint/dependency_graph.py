@@ -58,10 +58,13 @@ class DependencyGraph:
 def gradients(log_density: LogDensity, points: Tensor) -> Tensor:
     """The gradients of a log density at points ``(n, D)``, in batches of bounded memory.
 
+    All points have the random numbers of a model in common, such as those that draw a mini-batch.
+
     :return: shape ``(n, D)``, NaN where the density itself is not finite.
     """
-    parts = []
+    parts, state = [], torch.get_rng_state()
     for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
+        torch.set_rng_state(state)
         with torch.enable_grad():
             point = part.detach().requires_grad_()
             value = log_density(point)
@@ -136,7 +139,7 @@ class _Search:
         Where the density there is not finite, the way is halved.
         """
         dim, step = len(point), other - point
-        base = gradients(self.log_density, point[None])
+        base = self._gradients(point[None])
         left = torch.tensor(columns, dtype=torch.long, device=point.device)
         for _ in range(_MAX_HALVINGS):
             failed = []
@@ -155,6 +158,12 @@ class _Search:
         # nothing is known of these: they may depend on everything
         everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
         self._note(left, everything, torch.zeros_like(everything, dtype=point.dtype))
+
+    def _gradients(self, points: Tensor) -> Tensor:
+        """Gradients with the same random numbers each time: those of one mini-batch are compared."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(_SEED)
+            return gradients(self.log_density, points)
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
         row, i = changed.nonzero().T
@@ -175,7 +184,7 @@ class _Search:
         :return: shapes ``(n, m, D)``; no change of what is not finite.
         """
         moved = points[:, None] + shifts
-        found = gradients(self.log_density, moved.flatten(0, 1)).reshape(moved.shape)
+        found = self._gradients(moved.flatten(0, 1)).reshape(moved.shape)
         change = found - base
         size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
         return change.abs() > _ROUND_OFF * self._eps * size, change
@@ -209,7 +218,7 @@ class _Search:
             expected = torch.zeros_like(moved)
             draw, pair = half[:, columns].nonzero().T
             expected[draw, color[columns[pair]], rows[pair]] = True
-            base = gradients(self.log_density, point)[:, None]
+            base = self._gradients(point)[:, None]
             shifts = torch.where(moved, (other - point)[:, None], 0.0)
             changed, _ = self._changes(point, shifts, base)
             # rows of hubs are seen through the columns of hubs

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from .sites import is_enumerated, latent_nodes
 
 _LONGEST_SEQUENCE = 16
+# of entries that are counted for a signature: of more, a run of a model says as much in the same time
+_MOST_COUNTED = 2**18
 
 
 def hidden_sites() -> BlockMessenger:
@@ -242,25 +245,47 @@ def _largest_scale(nodes: list[Any]) -> float:
     return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
 
 
-def argument_signature(arguments: Any, *, with_floats: bool = False) -> Any:
+def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
     """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
 
     That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
-    length and the first element. Floats count on demand, since the scale of data depends on them.
+    length and the first element.
 
     :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
+    :param with_values: whether what the scale of data may follow from counts, too: floats, all elements
+        of sequences, the value of a tensor of one element, the values of one of booleans or integers,
+        as masks and lengths are, and how many floats of one are zero or NaN, as where they pad. A large
+        tensor, and what is neither a tensor nor plain data nor callable, has another key each time.
     """
     if isinstance(arguments, Mapping):
         arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
     if isinstance(arguments, (tuple, list)):
-        few = arguments if len(arguments) <= _LONGEST_SEQUENCE else arguments[:1]
-        return len(arguments), *(argument_signature(x, with_floats=with_floats) for x in few)
-    plain = (int, str, float) if with_floats else (int, str)
+        is_short = with_values or len(arguments) <= _LONGEST_SEQUENCE
+        few = arguments if is_short else arguments[:1]
+        return len(arguments), *(argument_signature(x, with_values=with_values) for x in few)
+    plain = (int, str, float) if with_values else (int, str)
     if arguments is None or isinstance(arguments, plain):
         return arguments
     # arrays of any library
     shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
-    return (tuple(shape), dtype) if isinstance(shape, tuple) else type(arguments)
+    if isinstance(shape, tuple):
+        return (tuple(shape), dtype, _content(arguments)) if with_values else (tuple(shape), dtype)
+    if with_values:
+        return arguments if callable(arguments) else object()
+    return type(arguments)
+
+
+def _content(array: Any) -> Any:
+    """What a scale may follow from in a tensor or an array: see :func:`argument_signature`."""
+    size = math.prod(array.shape)
+    with suppress(Exception):  # of a sparse tensor nothing can be counted so
+        if size == 1:
+            return array.item()
+        if size <= _MOST_COUNTED and any(kind in str(array.dtype) for kind in ("bool", "int")):
+            return hash(torch.as_tensor(array).cpu().numpy().tobytes())
+        if size <= _MOST_COUNTED:
+            return (array == 0).sum().item(), (array != array).sum().item()
+    return object()
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:

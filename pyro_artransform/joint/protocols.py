@@ -7,7 +7,7 @@ Any Pyro guide will do; one that has the methods of a protocol is used through t
 ``isinstance``, so a guide of a third party needs no base class.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -108,10 +108,13 @@ class StructuredGuide(FlowGuide, Protocol):
         :param gaussian: a Gaussian along the elimination of :meth:`markov_graph`.
         """
 
-    def missing_dependencies(self, *args: object, **kwargs: object) -> list[str]:
+    def missing_over_batches(
+        self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
+    ) -> list[str]:
         """Dependencies of the posterior, in words, that are seen at draws of the guide and not in the graph.
 
-        :param args: the model's arguments, as ``kwargs``.
+        :param batches: the positional and the keyword arguments of the model, of each of some
+            mini-batches, or those of all data alone.
         """
 
 

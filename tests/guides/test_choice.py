@@ -42,14 +42,21 @@ CHOICES = [
 
 @pytest.mark.parametrize(("model", "args", "kind", "reason"), CHOICES)
 def test_choice(model, args, kind, reason):
-    guide, why = choose_guide(model, *args)
+    guide, why = choose_guide(model, args)
     assert type(guide) is kind
     assert why == reason
     assert guide(*args).keys() >= {"z"}
 
 
 def test_keyword_arguments():
-    assert choose_guide(path, size=3)[1] == "for 3 latents"
+    assert choose_guide(path, kwargs={"size": 3})[1] == "for 3 latents"
+
+
+def test_a_mini_batch_may_lack_dependencies():
+    """Also where nothing in the model says that it is one, as where it is scaled by hand."""
+    guide, why = choose_guide(path, (MANY,), is_minibatch=True)
+    assert type(guide) is AutoIAF
+    assert why == f"for {MANY} latents and sub-sampled data"
 
 
 def test_it_leaves_no_trace():

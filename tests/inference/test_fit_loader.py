@@ -10,6 +10,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_artransform import AutoAmortized
@@ -17,7 +18,7 @@ from pyro_artransform.diagnostics import importance
 from tests.inference import loaders
 from tests.inference.conftest import QUICK
 from tests.inference.conftest import quick_fit as fit
-from tests.inference.loaders import Autoencoder, listed, rows, shuffled, small
+from tests.inference.loaders import DIM, Autoencoder, listed, rows, shuffled, small
 
 
 def fitted(model, guide, loader, **kwargs):
@@ -55,6 +56,28 @@ def test_regression_reaches_the_posterior():
     assert ((draws.std(0) / sd - 1).abs() < 0.1).all()
     assert abs(result.elbo - evidence) < 0.05 + 4 * result.elbo_se
     assert result.start != "the guide as it stood"
+
+
+def padded(x, y, mask):
+    """Batches of one shape, of which a mask says which rows are there."""
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(DIM), 3.0).to_event(1))
+    scale, here = poutine.scale(scale=43 / float(mask.sum())), poutine.mask(mask=mask.bool())
+    with pyro.plate("data", len(x)), scale, here:
+        pyro.sample("y", dist.Normal((x * weights).sum(-1), loaders.NOISE), obs=y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_padded_last_batch_has_the_weight_of_its_rows(dtype):
+    """Those that are there do not show in the shapes."""
+    x, y = rows()
+    y = y + torch.arange(43).ge(40) * 30  # the last three rows matter
+    mean, sd, _ = loaders.exact(x, y)
+    parts = [torch.nn.functional.pad(v, (0,) * (2 * v.dim() - 1) + (7,)).split(10) for v in (x, y)]
+    masks = (torch.arange(50) < 43).to(dtype).split(10)
+    guide, options = small(padded), {"epochs": 80, "num_particles": 16, "seed": 0}
+    fitted(padded, guide, list(zip(*parts, masks)), **options)
+    draws = guide.sample_posterior(2000)["weights"]
+    assert ((draws.mean(0) - mean).abs() < 0.5 * sd).all()
 
 
 def test_stock_guide():

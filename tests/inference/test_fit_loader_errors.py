@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform import AutoAmortized, fit
+from pyro_artransform import AutoAmortized, AutoStructuredFlow, fit
 from tests.inference import loaders
 from tests.inference.loaders import listed, rows, shuffled, small
 from tests.inference.test_fit_loader import check, fitted
@@ -116,6 +116,41 @@ def test_indices_that_are_given():
     loader = shuffled(torch.arange(43), y)
     check(fitted(model, AutoAmortized(model, **options), loader, epochs=2), 10)
     check(fitted(model, AutoNormal(model, create_plates=create_plates), loader, epochs=2), 10)
+
+
+def pairs(i, y):
+    z = pyro.sample("z", dist.Normal(y.new_zeros(5), 1.0).to_event(1))
+    with pyro.plate("pairs", 4, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(z[..., i] - z[..., i + 1], 0.3), obs=y)
+
+
+def test_a_graph_of_the_first_batch_alone():
+    data = torch.arange(4), torch.randn(4)
+    loader = list(zip(*(tensor.split(1) for tensor in data)))
+    with pytest.raises(
+        ValueError, match=r"z\[1\] and z\[2\], z\[2\] and z\[3\], .*set_up\(\*all_data\)"
+    ):
+        fitted(pairs, AutoStructuredFlow(pairs), loader, epochs=1)
+    guide = AutoStructuredFlow(pairs, hidden_dim=2)
+    guide.set_up(*data)
+    result = check(fitted(pairs, guide, loader, epochs=2), 8)
+    assert "dependencies" not in result.verdict
+
+
+def test_dependencies_of_other_batches_that_are_off_at_the_start():
+    def switched(i, y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("all", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))[..., i]
+        with pyro.plate("data", 3, subsample_size=len(y)):
+            # on for x > 2 only, where the search does not look
+            loc = torch.where(x > 2, z, 0.0 * z)
+            pyro.sample("y", dist.Normal(loc + 3 * x, 0.1), obs=y)
+
+    loader = [(torch.tensor([k]), torch.tensor([9.0])) for k in range(3)]
+    result = fitted(switched, AutoStructuredFlow(switched, hidden_dim=2), loader, epochs=10)
+    assert not result.trusted
+    assert "x and z[0], x and z[1], x and z[2]" in result.verdict
 
 
 def test_latents_of_a_short_last_batch():

@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader
 
@@ -152,6 +153,19 @@ def test_loader():
     assert isinstance(result.guide, AutoIAF)
     assert result.rows()["guide"] == "AutoIAF, for 1 latent and sub-sampled data"
     assert result.num_steps == 6
+
+
+def test_many_latents_and_batches_that_are_scaled_by_hand():
+    """No plate of the model is sub-sampled, and a batch lacks dependencies all the same."""
+
+    def pairs(i, y):
+        z = pyro.sample("z", dist.Normal(y.new_zeros(60), 1.0).to_event(1))
+        with poutine.scale(scale=12 / len(y)), pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z[..., i] - z[..., i + 1], 1.0), obs=y)
+
+    batches = list(zip(torch.arange(12).split(4), Y.split(4)))
+    result = fit(pairs, loader=batches, num_steps=2)
+    assert result.rows()["guide"] == "AutoIAF, for 60 latents and sub-sampled data"
 
 
 def test_resumed(tmp_path):

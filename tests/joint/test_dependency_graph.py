@@ -153,6 +153,23 @@ def test_a_missing_edge_of_a_chain_is_found():
     assert missing_dependencies(log_joint, graph, torch.randn(8, 30)) == [(3, 4)]
 
 
+def test_missing_edges_of_a_model_that_draws_its_mini_batches():
+    """One of them is looked at: what a batch has is missing, and what changes between batches is not."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+        with pyro.plate("pairs", 6, subsample_size=2) as i:
+            pyro.sample("y", dist.Normal(z[..., i] - z[..., i + 1], 0.1), obs=torch.zeros(2))
+
+    log_joint, draws = LogJoint(model), torch.randn(8, 7)
+    edges = {(i, i + 1) for i in range(6)}
+    chain = [{j for pair in edges if i in pair for j in pair} - {i} for i in range(7)]
+    assert missing_dependencies(log_joint, chain, draws) == []
+    found = missing_dependencies(log_joint, [set() for _ in range(7)], draws)
+    assert len(found) == 2
+    assert edges.issuperset(found)
+
+
 def test_a_random_density_is_refused():
     def model():
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))

@@ -3,6 +3,8 @@
 
 """The structure of a run."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyro
 import pytest
@@ -109,4 +111,37 @@ def test_signatures_that_are_equal():
     a = (torch.zeros(3), 0.5, list(range(20)), {"x": 1, "y": 2})
     b = (torch.ones(3), 0.7, [0] * 20, {"y": 2, "x": 1})
     assert argument_signature(a) == argument_signature(b)
-    assert argument_signature(a, with_floats=True) != argument_signature(b, with_floats=True)
+    assert argument_signature(a, with_values=True) != argument_signature(b, with_values=True)
+
+
+MASK = torch.tensor([True, True, False])
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (MASK, ~MASK),
+        (MASK.numpy(), ~MASK.numpy()),
+        (MASK.float(), 1 - MASK.float()),
+        (torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2])),
+        (torch.tensor(0.5), torch.tensor([0.7])),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan])),
+        ([MASK] * 20, [MASK] * 19 + [~MASK]),
+        (torch.nn.Identity(), torch.nn.Identity()),
+    ],
+)
+def test_what_a_scale_may_follow_from(a, b):
+    found = [argument_signature(((value,), {}), with_values=True) for value in (a, a, b)]
+    assert found[0] == found[1] != found[2]
+    assert hash(found[0]) == hash(found[1])
+
+
+def test_what_nobody_looks_into_has_another_signature_each_time():
+    for value in (SimpleNamespace(mask=MASK), torch.zeros(2**19), torch.eye(3).to_sparse()):
+        first, second = (argument_signature(value, with_values=True) for _ in range(2))
+        assert first != second
+
+
+def test_values_of_real_data_do_not_matter():
+    a, b = (argument_signature(torch.randn(3, 2), with_values=True) for _ in range(2))
+    assert a == b

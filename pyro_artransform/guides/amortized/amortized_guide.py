@@ -5,7 +5,7 @@
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pyro
@@ -31,6 +31,7 @@ from .plates import (
     Kwargs,
     Plates,
     complete_plates,
+    have_other_sizes,
     plates_of_user,
     plates_were_dropped,
     refuse_no_local_latents,
@@ -191,11 +192,9 @@ class AutoAmortized(PersistentGuide):
         given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
         start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
         latents = Latents(map(one_element, sites))
-        (encoder,) = self._encoder
-        feature_dims = {}
+        (encoder,), feature_dims = self._encoder, {}
         if encoder is not None:
-            with poutine.block():
-                plates = complete_plates({}, sizes, start.device)
+            plates = partial(complete_plates, {}, sizes, start.device)
             groups = LatentLayout(latents).local_groups
             feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
@@ -246,18 +245,20 @@ class AutoAmortized(PersistentGuide):
             or a plate has a size for which the guide has no embeddings or features.
         """
         self.set_up(*args, **kwargs)
-        sizes = self._sizes_for(args, kwargs)
+        self._sizes_for(args, kwargs)
         self._register()
         # read as an attribute, which tells Pyro of the parameters
         posterior: AmortizedPosterior = self.transform
-        plates, indices = self._plates_for(sizes, args, kwargs)
-        features = posterior.encode(plates, args, kwargs)
+        make = cache(lambda: self._plates_for(args, kwargs))
+        features = posterior.encode(lambda: make()[0], args, kwargs)
+        if not (make.cache_info().currsize or posterior.fits(features, self._sizes)):
+            self._sizes_for(args, kwargs, again=True)  # they may follow from values
+        plates, indices = make()
         rows = posterior.minibatch_rows(features, plates, indices)
         vectors, values = Vectors(), {}
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
-            prefix = f"{group.name}_" if group.name else ""
-            name = f"_{self._pyro_name}_{prefix}latent"
+            name = f"_{self._pyro_name}_{group.name and group.name + '_'}latent"
             with ExitStack() as stack:
                 for plate in group.dims:
                     stack.enter_context(plates[plate])
@@ -266,12 +267,12 @@ class AutoAmortized(PersistentGuide):
             vectors[group.name] = z
         return values
 
-    def _sizes_for(self, args: Args, kwargs: Kwargs) -> PlateSizes:
-        """The sizes of the plates for these arguments: the model is run where they are new."""
+    def _sizes_for(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> PlateSizes:
+        """The sizes of the plates for these arguments: the model is run where their shapes are new."""
         if self._model is None or torch._C._get_tracing_state():
             return self._sizes
         shapes = argument_signature((args, kwargs))
-        if shapes not in self._sizes_by_shapes:
+        if again or shapes not in self._sizes_by_shapes:
             given = GivenIndices()
             run = partial(given(self.model), *args, **kwargs)
             sizes = sizes_of_run(self._checked_spec(), run, self._model_is_checked)
@@ -283,14 +284,15 @@ class AutoAmortized(PersistentGuide):
         self._sizes = self._sizes_by_shapes[shapes]
         return self._sizes
 
-    def _plates_for(
-        self, sizes: PlateSizes, args: Args, kwargs: Kwargs
-    ) -> tuple[Plates, dict[str, Tensor]]:
+    def _plates_for(self, args: Args, kwargs: Kwargs) -> tuple[Plates, dict[str, Tensor]]:
         """The plates, and the indices of those whose elements are not all, in their order."""
+        sizes = self._sizes
         if self.master is not None:
             plates = {name: self.master().plates[name] for name in sizes}
             return plates, {name: plate.indices for name, plate in plates.items()}
         of_user = plates_of_user(self, args, kwargs)
+        if have_other_sizes(of_user, sizes):
+            sizes = self._sizes_for(args, kwargs, again=True)
         self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
         moved = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
         return self.plates, {name: self.plates[name].indices for name in moved}
@@ -324,13 +326,11 @@ class AutoAmortized(PersistentGuide):
         posterior.start_near(vectors, share)
 
     def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
-        """The units of an optimizer's steps.
+        """The units of an optimizer's steps, a factor for some parameters.
 
         That of the location of the global latents is their scale times the square root of the number
         of mini-batches: by so much the optimum for one mini-batch differs from that for all data.
         The steps of their flow are divided by that root.
-
-        :return: for some parameters, a factor that broadcasts to them.
         """
         globals_ = self._posterior.globals
         if globals_ is None:
@@ -394,7 +394,7 @@ class AutoAmortized(PersistentGuide):
             if args or kwargs:
                 sizes = self._sizes_for(args, kwargs)
             whole = {name: plate._replace(size=plate.full_size) for name, plate in sizes.items()}
+            plates = partial(complete_plates, {}, whole, posterior.like.device)
             with poutine.block():
-                plates = complete_plates({}, whole, posterior.like.device)
                 features = posterior.encode(plates, args, kwargs)
         return posterior.all_rows(features)

@@ -13,11 +13,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ...arguments import check_callable
-from .layout import Group
+from .layout import Group, PlateSizes
 from .plates import Args, Kwargs, Plates
 
 Features = dict[str, Tensor]
 Encoder = Callable[..., Tensor | Features]
+MakePlates = Callable[[], Plates]
 
 
 def check_encoder(encoder: Encoder) -> None:
@@ -34,16 +35,19 @@ def check_encoder(encoder: Encoder) -> None:
 class MiniBatch(Messenger):
     """Makes ``pyro.subsample`` take the mini-batch, without the plates: some share a dimension."""
 
-    def __init__(self, plates: Plates) -> None:
+    def __init__(self, plates: MakePlates, groups: Sequence[Group]) -> None:
         super().__init__()
         self._plates = plates
+        self._names = {name for group in groups for name in group.dims}
 
     def _pyro_post_subsample(self, message: Any) -> None:
         value, event_dim = message["value"], message["kwargs"].get("event_dim")
         if event_dim is None:
             event_dim = message["args"][1]
         found: dict[int, str] = {}
-        for name, plate in self._plates.items():
+        plates = self._plates()
+        for name in plates.keys() & self._names:
+            plate = plates[name]
             dim = plate.dim - event_dim
             if value.dim() < -dim or not value.shape[dim] == plate.size > plate.subsample_size:
                 continue
@@ -57,14 +61,14 @@ class MiniBatch(Messenger):
 
 
 def encode(
-    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Args, kwargs: Kwargs
+    encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> Features:
     """What an encoder returns by group; in it ``pyro.subsample`` works as in the model.
 
-    :param plates: plates by name, each with its dimension.
+    :param plates: returns plates by name, each with its dimension; called by ``pyro.subsample`` only.
     :param groups: the groups of local latents.
     """
-    with MiniBatch(plates):
+    with MiniBatch(plates, groups):
         found: object = encoder(*args, **kwargs)
     names = [group.name for group in groups]
     if isinstance(found, Tensor):
@@ -87,7 +91,7 @@ def encode(
 
 
 def first_feature_dims(
-    encoder: Encoder, plates: Plates, groups: Sequence[Group], args: Args, kwargs: Kwargs
+    encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> dict[str, int]:
     """The number of features of each group, by a first :func:`encode` that leaves no trace.
 
@@ -128,6 +132,12 @@ def minibatch_rows(
         f"around the sites {sorted(group.latents.sites)}, got {got}"
         + (f"; or {of_all}, one for each of all elements" if of_all != of_batch else "")
     )
+
+
+def has_rows(group: Group, features: Tensor, sizes: PlateSizes) -> bool:
+    """Whether there is a row for each element of the mini-batch of plates of these sizes, or of all."""
+    of_batch_and_all = zip(*((sizes[name].size, sizes[name].full_size) for name in group.plates))
+    return tuple(features.shape[:-1]) in of_batch_and_all
 
 
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:

@@ -138,6 +138,15 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
     return {plate.name: plate for plate in plates}
 
 
+def have_other_sizes(plates: Plates, sizes: PlateSizes) -> bool:
+    """Whether some plates do not have the sizes that they should have."""
+    return any(
+        (plate.subsample_size, plate.size) != (sizes[name].size, sizes[name].full_size)
+        for name, plate in plates.items()
+        if name in sizes
+    )
+
+
 def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:
     """The user's plates, each with its dimension, and new ones of all or some random elements.
 

@@ -16,9 +16,9 @@ from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..spec import GuideSpec
-from .encoder import Encoder, Features, encode, given_rows, minibatch_rows
+from .encoder import Encoder, Features, MakePlates, encode, given_rows, has_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlows, default_flow
-from .layout import GLOBAL, Group, LatentLayout, Vectors
+from .layout import GLOBAL, Group, LatentLayout, PlateSizes, Vectors
 from .plates import Args, Kwargs, Plates, check_sizes
 
 _OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
@@ -51,7 +51,8 @@ class AmortizedPosterior(nn.Module):
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
         parts = spec.latents.split(start)
         for group in self.layout.groups:
-            loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
+            # one dtype inside, whatever those of the sites
+            loc = torch.cat([parts[name].flatten().to(spec.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
                 self._factors[GLOBAL] = self.globals = GlobalFactor(make_flows[0], loc, scale)
                 continue
@@ -75,17 +76,24 @@ class AmortizedPosterior(nn.Module):
         """The names of the groups whose elements have features by the encoder."""
         return [group.name for group, factor in self.local_factors if factor.table is None]
 
-    def encode(self, plates: Plates, args: Args, kwargs: Kwargs) -> Features:
+    def encode(self, plates: MakePlates, args: Args, kwargs: Kwargs) -> Features:
         """What the encoder returns, nothing where there is none."""
         expected, groups = self.encoded_groups, self.layout.local_groups
         if self.encoder is None or not expected:
             return {}
-        own = {name: plates[name] for group in groups for name in group.dims}
-        features = encode(self.encoder, own, groups, args, kwargs)
+        features = encode(self.encoder, plates, groups, args, kwargs)
         if features.keys() != set(expected):
             wanted = f"{expected}, as at the guide's set-up"
             raise ValueError(f"encoder: expected features of {wanted}, got {list(features)}")
         return features
+
+    def fits(self, features: Features, sizes: PlateSizes) -> bool:
+        """Whether features are those of elements of plates of these sizes."""
+        return all(
+            has_rows(group, features[group.name], sizes)
+            for group, factor in self.local_factors
+            if factor.table is None
+        )
 
     def minibatch_rows(
         self, features: Features, plates: Plates, indices: Mapping[str, Tensor]

@@ -3,7 +3,7 @@
 
 """The guide with the conditional independences of the posterior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,9 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     ``guide.graph`` says which latents depend on which, and ``print(guide.graph)`` sums it up.
     A dependency that is switched off wherever the first call looks, as by ``torch.where``, is not in the
-    graph: :meth:`check_graph` looks again where the posterior is.
+    graph: :meth:`check_graph` looks again where the posterior is. A mini-batch has a part of the
+    dependencies, so before it is trained on mini-batches the guide has to see all data once,
+    ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
     :param hidden_dim: the number of hidden units of the network of each latent coordinate.
@@ -193,17 +195,30 @@ class AutoStructuredFlow(AutoAutoregressive):
             "init_to_value(values=guide.median()), or use AutoIAF"
         )
 
-    @torch.no_grad()
     def missing_dependencies(self, *args: object, **kwargs: object) -> list[str]:
         """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``."""
         self.set_up(*args, **kwargs)
+        return self.missing_over_batches([(args, kwargs)])
+
+    @torch.no_grad()
+    def missing_over_batches(
+        self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
+    ) -> list[str]:
+        """As :meth:`missing_dependencies`, of the densities of mini-batches, which share the draws.
+
+        :param batches: the positional and the keyword arguments of the model, of each mini-batch.
+        """
         graph, names = self.graph, self.graph.names
-        count = max(2, min(_MOST_DRAWS, _MOST_GRADIENTS // graph.markov.coloring.num_colors))
-        log_joint = self._log_joint(*args, **kwargs)
+        most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
+        count = max(2, min(_MOST_DRAWS, most))
+        args, kwargs = batches[0]
+        log_joint, pairs = self._log_joint(*args, **kwargs), set[tuple[int, int]]()
         with torch.random.fork_rng(devices=[]), poutine.block():
-            z, _ = self.rsample_and_log_prob(count)
-            pairs = missing_dependencies(log_joint, graph.markov.neighbours, z)
-        return [f"{describe(names[i])} and {describe(names[j])}" for i, j in pairs]
+            z, _ = self.rsample_and_log_prob(count * len(batches))
+            for batch, draws in zip(batches, z.split(count)):
+                density = log_joint.with_arguments(*batch)
+                pairs.update(missing_dependencies(density, graph.markov.neighbours, draws))
+        return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
 
     def _chunk_size(self) -> int:
         elimination, hidden_dim = (

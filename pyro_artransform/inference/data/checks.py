@@ -3,7 +3,7 @@
 
 """Checks that the mini-batches of a loader are what model and guide take them for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
@@ -11,6 +11,9 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from ...joint import LogJoint
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from .loader import Batch, BatchStream
+
+# of missing dependencies in an error
+_MOST_NAMED = 5
 
 
 def check_use(
@@ -20,7 +23,7 @@ def check_use(
 
     :param guide: the guide, after its first call.
     """
-    if stream.whole.num_batches == 1 and stream.whole.is_partition:
+    if stream.whole.is_all_data:
         return
     structure = log_joint.structure(*first)
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
@@ -43,6 +46,22 @@ def check_use(
             "rows. Expected the rows in pyro.plate(name, number of all rows, "
             "subsample_size=len(batch)), or poutine.scale"
         )
+
+
+def refuse_missing(dependencies: Sequence[str]) -> None:
+    """Refuses a guide whose graph lacks dependencies that other mini-batches have.
+
+    :param dependencies: these, in words.
+    """
+    if not dependencies:
+        return
+    more = f" and {len(dependencies) - _MOST_NAMED} more" if len(dependencies) > _MOST_NAMED else ""
+    raise ValueError(
+        "loader: the guide's graph lacks dependencies of the posterior that mini-batches have: "
+        f"{', '.join(dependencies[:_MOST_NAMED])}{more}. The first batch alone does not have them all: "
+        "make the guide anew and set it up with all data before the fit, guide.set_up(*all_data), or use "
+        "AutoIAF, or AutoAmortized for latents of the rows themselves"
+    )
 
 
 def _looks_up_indices(guide: object, parts: Iterable[object], subsampled: list[str]) -> bool:

@@ -89,6 +89,11 @@ class BatchStream:
         self.position += 1
         return self._arguments(batch)
 
+    @property
+    def is_all_data(self) -> bool:
+        """Whether each epoch is one batch, with each row once: it is as good as arguments."""
+        return self.num_batches == 1 and self.is_partition
+
     def share(self, rank: int, size: int) -> "BatchStream":
         """The stream of the batches of one of many processes; itself for one process, and for one batch.
 

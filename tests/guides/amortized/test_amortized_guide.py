@@ -344,3 +344,24 @@ def test_dtype_is_the_models(dtype):
             assert {p.dtype for p in guide.parameters()} == {dtype}
             assert {v.dtype for v in guide.sample_posterior(2, y).values()} == {dtype}
             pyro.clear_param_store()
+
+
+def test_latents_of_two_dtypes_share_one_inside():
+    """As in other guides: the larger one, and each site has its own."""
+
+    def mixed(y):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+        with pyro.plate("groups", len(y)):
+            z = pyro.sample("z", dist.Normal(mean.double(), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = data().double()
+    for path in (False, True):
+        guide = AutoAmortized(mixed, lambda y: y[:, None])
+        guide.path = path
+        train(mixed, guide, y, steps=2)
+        assert {p.dtype for p in guide.parameters()} == {torch.float64}
+        draws = guide.sample_posterior(3, y)
+        assert (draws["mean"].dtype, draws["z"].dtype) == (torch.float32, torch.float64)
+        assert guide.log_prob(draws, y).isfinite().all()
+        pyro.clear_param_store()

@@ -3,9 +3,10 @@
 """Mini-batches and new data: sizes of plates, features and embeddings of their elements."""
 
 import pyro
+import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer import Predictive
+from pyro.infer import Predictive, Trace_ELBO
 from torch import nn
 
 from pyro_artransform import AutoAmortized, conditional_iaf
@@ -151,3 +152,43 @@ def test_features_of_some_plates_and_embeddings_of_others():
     tables = [factor.table for factor in guide.transform.locals]
     assert tables[0].shape == (3, 10)
     assert tables[1] is None
+
+
+def test_plate_sizes_that_follow_from_values():
+    """Batches of one shape have 6 groups or 4, as the encoder's features or the user's plates say."""
+
+    def model(group, y):
+        with pyro.plate("groups", 12, subsample_size=int(group.max()) + 1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z[..., group], 1.0), obs=y)
+
+    def encoder(group, y):
+        return y.new_zeros(int(group.max()) + 1, 2).index_add(0, group, y[:, None].expand(-1, 2))
+
+    def subsampling_encoder(group, y):
+        return encoder(group, y) + 0 * pyro.subsample(y.new_zeros(12), event_dim=0).sum()
+
+    def create_plates(group, y):
+        return pyro.plate("groups", 12, int(group.max()) + 1)
+
+    y = torch.randn(6)
+    six, four = torch.arange(6), torch.tensor([0, 1, 2, 3, 3, 3])
+    for options in (
+        {"encoder": encoder},
+        {"encoder": encoder, "create_plates": create_plates},
+        {"encoder": subsampling_encoder, "create_plates": create_plates},
+        {"create_plates": create_plates},
+    ):
+        guide = AutoAmortized(model, **options)
+        for group in (six, four, six, four):
+            loss = Trace_ELBO().differentiable_loss(model, guide, group, y)
+            assert loss.isfinite()
+            assert guide(group, y)["z"].shape == (int(group.max()) + 1,)
+        pyro.clear_param_store()
+    wrong = AutoAmortized(model, lambda group, y: y.new_zeros(int(group[-1]) + 1, 2))
+    wrong(six, y)
+    with pytest.raises(
+        ValueError, match=r"encoder: expected features of shape \(6, 2\).*got \(4, 2\)"
+    ):
+        wrong(torch.tensor([5, 0, 1, 2, 3, 3]), y)

@@ -175,7 +175,7 @@ class Independent:
     def start_at_gaussian(self, gaussian):
         self.loc, self.sd = gaussian.loc, gaussian.sd
 
-    def missing_dependencies(self, *args, **kwargs):
+    def missing_over_batches(self, batches):
         return []
 
 
