@@ -165,9 +165,9 @@ class EvaluationConfig:
     num_heavy: int = 4000  #: heavy-tailed draws around the guide and the modes
     heavy_degrees: float = 3.0  #: their degrees of freedom
     heavy_inflation: float = 1.2  #: the widening of the Gaussian around the guide
-    #: wider ones beside it, one after the other, where the weights of the draws so far say nothing: a guide
-    #: of a spike in the middle of a wide mode
-    heavy_wider: tuple[float, ...] = (4.0, 12.0)
+    #: the further widening of it and of modes, where the weights of the draws so far say nothing: around a
+    #: spike in the middle of a wide mode
+    heavy_widenings: tuple[float, ...] = (3.0, 10.0)
     heavy_guide_share: float = 0.5  #: its part of the mixture
     heavy_min_ess: float = 0.02  #: the effective share of draws from which their evidence is used
     max_modes: int = 8  #: in the mixture

@@ -282,7 +282,7 @@ def _content(array: Any) -> Any:
         if size == 1:
             return array.item()
         if size <= _MOST_COUNTED and any(kind in str(array.dtype) for kind in ("bool", "int")):
-            return hash(torch.as_tensor(array).cpu().numpy().tobytes())
+            return hash(torch.as_tensor(array, device="cpu").numpy().tobytes())
         if size <= _MOST_COUNTED:
             return (array == 0).sum().item(), (array != array).sum().item()
     return object()

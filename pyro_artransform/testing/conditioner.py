@@ -94,10 +94,11 @@ def _moved(module: nn.Module, x: Tensor, contexts: Inputs) -> Tensor:
     rows = x.expand(len(x), -1)
     contexts = tuple(context.expand(len(x), -1) for context in contexts)
     moved = torch.zeros((len(x), len(x)), dtype=torch.bool, device="cpu")
+    is_moved = torch.eye(len(x), dtype=torch.bool, device="cpu")
     with torch.no_grad():
         before = module(rows, *contexts)
         for value in (-10.0, 10.0):
-            after = module(torch.where(torch.eye(len(x), device="cpu") > 0, value, rows), *contexts)
+            after = module(rows.masked_fill(is_moved, value), *contexts)
             moved |= ~torch.isclose(after, before, rtol=1e-9, atol=1e-10).all(-1)
     return moved.mT
 

@@ -12,7 +12,7 @@ points that differ by full turns of an angle are one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,13 +110,13 @@ class MissedModeSearch:
 
     def _reliable_weights(self, guide: GuideDraws, modes: Modes | None) -> Importance | None:
         """The weights of heavy-tailed draws; None where they say nothing."""
-        config, wider = self.config, list[Gaussians]()
-        # the wider ones only where the first says nothing: around most guides they are draws in vain
-        for inflation in (config.heavy_inflation, *config.heavy_wider):
-            wider.append(guide.widened(inflation))
-            if wider[0].is_independent:
-                return None
-            found = self.weigh_heavy_tailed(concatenate(wider), modes, guide.is_circular)
+        config = self.config
+        around = guide.widened(config.heavy_inflation)
+        if around.is_independent:
+            return None
+        # wider ones only where these say nothing: around most guides and modes they are draws in vain
+        for widenings in ((1.0,), (1.0, *config.heavy_widenings)):
+            found = self.weigh_heavy_tailed(around, modes, guide.is_circular, widenings)
             if found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy:
                 return found
         return None
@@ -289,23 +289,30 @@ class MissedModeSearch:
         return found + slack - guide.log_evidence
 
     def weigh_heavy_tailed(
-        self, around: Gaussians, modes: Modes | None, is_circular: Tensor | None = None
+        self,
+        around: Gaussians,
+        modes: Modes | None,
+        is_circular: Tensor | None = None,
+        widenings: Sequence[float] = (1.0,),
     ) -> Importance:
         """Importance sampling from a mixture of Student's t around the guide and around each mode.
 
         Of angles, only one turn counts: that around the guide.
 
-        :param around: Gaussians of the guide, of one location.
+        :param widenings: what their scales are multiplied by, each in its part of the mixture.
         """
-        mixture, own = around, len(around.loc)
+        mixture = around
         if modes is not None:
             most = slice(self.config.max_modes)
             mixture = concatenate([around, modes.gaussians.take(most)])
-        count, dim = mixture.loc.shape
+        count = len(mixture.loc)
         degrees = self.config.heavy_degrees
-        guide_share = self.config.heavy_guide_share if count > own else 1.0
-        others = (1 - self.config.heavy_guide_share) / max(count - own, 1)
-        shares = mixture.loc.new_tensor([guide_share / own] * own + [others] * (count - own))
+        guide_share = self.config.heavy_guide_share if count > 1 else 1.0
+        others = (1 - self.config.heavy_guide_share) / max(count - 1, 1)
+        of_each = [guide_share] + [others] * (count - 1)
+        shares = mixture.loc.new_tensor(len(widenings) * of_each) / len(widenings)
+        mixture = concatenate(Gaussians(mixture.loc, k * mixture.scale_tril) for k in widenings)
+        count, dim = mixture.loc.shape
         which = torch.multinomial(shares, self.config.num_heavy, replacement=True)
         draws = mixture.loc[which]
         noise = torch.randn_like(draws)
@@ -321,7 +328,7 @@ class MissedModeSearch:
         log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
         log_p = evaluate_density(self.log_density, draws)
         if is_circular is not None:
-            away = is_circular & ((draws - around.loc[0]).abs() > math.pi)
+            away = is_circular & ((draws - around.loc).abs() > math.pi)
             log_p = log_p.masked_fill(away.any(-1), -torch.inf)
         return Importance.from_log_weights(log_p - log_q.logsumexp(0))
 
