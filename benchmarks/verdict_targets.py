@@ -302,6 +302,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "spike 0.01, D=1": partial(spike, 0.01, 0.3, 1),
     "spike 0.05, D=2": partial(spike, 0.05, 0.3, 2, 1.0),
     "spike 0.1, D=5": partial(spike, 0.1, 0.3, 5, 1.0),
+    "spike 0.15, D=6": partial(spike, 0.15, 0.5, 6),
     "banana": partial(banana, 1.0),
     "bananas, D=10": partial(banana, 1.0, 5),
     "funnel, D=2": partial(funnel, 2),
