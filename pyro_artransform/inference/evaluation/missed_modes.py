@@ -97,8 +97,9 @@ class MissedModeSearch:
         modes, look = self._look_afar(guide, heaviest, modes)
         if look == "curvature":
             modes = self._look_again(guide, modes)
-        found = self._reliable_weights(guide, modes)
-        if found is not None and look == "curvature":  # by gradients, masses are lower bounds
+        found, is_reliable = self._heavy_tailed_weights(guide, modes)
+        if found is not None and is_reliable and look == "curvature":
+            # by gradients, masses are lower bounds
             modes = self._confirmed(guide, modes, found)
         share, count = self._lost(guide, modes, look)
         if not share > config.max_lost:
@@ -108,18 +109,27 @@ class MissedModeSearch:
             around = found.log_evidence, found.log_evidence_se
         return MissedModes(*around, share, count, look, guide.excess_by_turns)
 
-    def _reliable_weights(self, guide: GuideDraws, modes: Modes | None) -> Importance | None:
-        """The weights of heavy-tailed draws; None where they say nothing."""
-        config = self.config
+    def _heavy_tailed_weights(
+        self, guide: GuideDraws, modes: Modes | None
+    ) -> tuple[Importance | None, bool]:
+        """The weights of heavy-tailed draws, None where they say nothing, and whether they are reliable.
+
+        Weights of a heavy tail find too little rather than too much: what they find beyond the guide is
+        there.
+        """
+        config, more = self.config, None
         around = guide.widened(config.heavy_inflation)
         if around.is_independent:
-            return None
+            return None, False
         # wider ones only where these say nothing: around most guides and modes they are draws in vain
         for widenings in ((1.0,), (1.0, *config.heavy_widenings)):
             found = self.weigh_heavy_tailed(around, modes, guide.is_circular, widenings)
-            if found.khat <= GOOD_KHAT and found.ess > config.heavy_min_ess * config.num_heavy:
-                return found
-        return None
+            has_size = found.ess > config.heavy_min_ess * config.num_heavy
+            if has_size and found.khat <= GOOD_KHAT:
+                return found, True
+            if has_size and found.log_evidence - 2 * found.log_evidence_se > guide.log_evidence:
+                more = found
+        return more, False
 
     def _look_afar(
         self, guide: GuideDraws, starts: Tensor, modes: Modes | None

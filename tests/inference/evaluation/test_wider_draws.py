@@ -60,3 +60,12 @@ def test_nothing_is_found_around_a_right_guide(dim):
     found = missed(model, torch.randn(2000, dim))
     assert found.lost_mass == 0.0
     assert math.isnan(found.log_evidence) or found.log_evidence < 2 * found.log_evidence_se + 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_found_is_there_though_more_may_be_missing(seed):
+    """With another spike that few draws hit, k-hat is too large for the evidence; as a bound it will do."""
+    torch.manual_seed(seed)
+    model = normals(6, [0.0, 0.0, 3.0], [0.3, 2.0, 0.3], [1 / 3, 1 / 3, 1 / 3])
+    found = missed(model, 0.3 * torch.randn(2000, 6), math.log(1 / 3))
+    assert found.lost_mass > 0.2 or found.log_evidence > math.log(2 / 3) - 0.1
