@@ -50,8 +50,7 @@ class Site:
     @cached_property
     def bijection(self) -> Transform:
         """Pyro's bijection from the unconstrained space onto the support."""
-        bijection: Transform = biject_to(self.support)
-        return bijection
+        return bijection_onto(self.support, self.name)
 
     @cached_property
     def unconstrained_shape(self) -> torch.Size:
@@ -252,12 +251,28 @@ def latent_nodes(trace: poutine.Trace) -> list[Any]:
     return nodes
 
 
+def bijection_onto(support: Any, name: str) -> Transform:
+    """Pyro's bijection from the unconstrained space onto the support of a site of that name.
+
+    :raises ValueError: if there is none.
+    """
+    try:
+        bijection: Transform = biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"site '{name}': expected a support with a bijection from the reals onto it "
+            f"(torch.distributions.biject_to), got {support}, which has none"
+        ) from error
+    return bijection
+
+
 def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
     """The starting value of a site; the origin of the unconstrained space where its prior has no draws."""
     try:
         return init_loc_fn(site)
     except NotImplementedError:  # an improper prior has no median either
-        bijection, dtype = biject_to(site["fn"].support), torch.get_default_dtype()
+        bijection = bijection_onto(site["fn"].support, site["name"])
+        dtype = torch.get_default_dtype()
         shape = bijection.inverse_shape(site["fn"].shape())
         # on the default device, which PyTorch 2.9 and older cannot name once it was set back
         return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))

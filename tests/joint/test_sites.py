@@ -1,13 +1,15 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
 
-from pyro_artransform.joint import Latents
+from pyro_artransform.joint import Latents, LogJoint
 from pyro_artransform.joint.sites import same_support
 from tests.joint import models
 
@@ -102,3 +104,15 @@ def test_same_support():
     cat = [constraints.cat([interval(0.0, upper), constraints.real]) for upper in (1.0, 1.0, 2.0)]
     assert same(cat[0], cat[1])
     assert not same(cat[0], cat[2])
+
+
+def test_a_support_without_a_bijection():
+    """PyTorch's own error names no site."""
+
+    def model():
+        pyro.sample("S", dist.ImproperUniform(dist.constraints.positive_definite, (), (2, 2)))
+
+    with pytest.raises(
+        ValueError, match=r"site 'S': expected a support with a bijection.*got Positive"
+    ):
+        LogJoint(model)
