@@ -97,8 +97,8 @@ class MissedModeSearch:
         modes, look = self._look_afar(guide, heaviest, modes)
         if look == "curvature":
             modes = self._look_again(guide, modes)
-        found, is_reliable = self._heavy_tailed_weights(guide, modes)
-        if found is not None and is_reliable and look == "curvature":
+        found, is_complete = self._heavy_tailed_weights(guide, modes)
+        if found is not None and is_complete and look == "curvature":
             # by gradients, masses are lower bounds
             modes = self._confirmed(guide, modes, found)
         share, count = self._lost(guide, modes, look)
@@ -112,10 +112,10 @@ class MissedModeSearch:
     def _heavy_tailed_weights(
         self, guide: GuideDraws, modes: Modes | None
     ) -> tuple[Importance | None, bool]:
-        """The weights of heavy-tailed draws, None where they say nothing, and whether they are reliable.
+        """The weights of heavy-tailed draws, None where they say nothing, and whether they find it all.
 
-        Weights of a heavy tail find too little rather than too much: what they find beyond the guide is
-        there.
+        Weights of a heavy tail find too little rather than too much, as those of draws that are wide do
+        of a thin part: what they find beyond the guide is there.
         """
         config, more = self.config, None
         around = guide.widened(config.heavy_inflation)
@@ -126,7 +126,7 @@ class MissedModeSearch:
             found = self.weigh_heavy_tailed(around, modes, guide.is_circular, widenings)
             has_size = found.ess > config.heavy_min_ess * config.num_heavy
             if has_size and found.khat <= GOOD_KHAT:
-                return found, True
+                return found, len(widenings) == 1
             if has_size and found.log_evidence - 2 * found.log_evidence_se > guide.log_evidence:
                 more = found
         return more, False
