@@ -76,6 +76,12 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
         ) from None
 
 
+def first_of(words: Sequence[str], most: int = 5) -> str:
+    """The first of many words in a row, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
 def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     """Numbers as a tensor of the dtype and device of another; a tensor of floats stays as it is."""
     if isinstance(value, Tensor) and value.is_floating_point():

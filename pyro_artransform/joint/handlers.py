@@ -147,10 +147,15 @@ def check_data(trace: poutine.Trace) -> None:
         check_site_shape(site, no_limit)
 
 
-def _check_support(node: Any) -> None:
-    law = node["fn"]
+def _unwrapped(law: Any) -> Any:
+    """A distribution without what expands, masks or reinterprets it."""
     while isinstance(law, (Independent, ExpandedDistribution, MaskedDistribution)):
         law = law.base_dist
+    return law
+
+
+def _check_support(node: Any) -> None:
+    law = _unwrapped(node["fn"])
     # a property depends on parameters: those of discrete laws are rarely latents
     if isinstance(getattr(type(law), "support", None), property) and not law.support.is_discrete:
         return
@@ -179,9 +184,7 @@ def is_deterministic(site: Any) -> bool:
     """
     if site["infer"].get("_deterministic"):
         return True
-    fn, value = site["fn"], site["value"]
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        fn = fn.base_dist
+    fn, value = _unwrapped(site["fn"]), site["value"]
     is_point = site["is_observed"] and isinstance(fn, Delta) and isinstance(value, Tensor)
     return is_point and _address(fn.v) == _address(value)
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ...arguments import check_integer, to_tensor
+from ...arguments import check_integer, first_of, to_tensor
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogJoint
@@ -24,8 +24,6 @@ from ..spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
-# of pairs in an error message
-_MOST_NAMED = 5
 # gradients that a look at the graph takes at most, and draws
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # that networks compute at once: tensors above 32 MB go back to the system after each use, which took a
@@ -187,10 +185,9 @@ class AutoStructuredFlow(AutoAutoregressive):
         missing = self.missing_dependencies(*args, **kwargs)
         if not missing:
             return
-        more = f", and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
         raise ValueError(
             "the model has dependencies that were switched off where the guide looked for them: "
-            f"{', '.join(missing[:_MOST_NAMED])}{more}. Expected a graph with all of them: make the "
+            f"{first_of(missing)}. Expected a graph with all of them: make the "
             "guide anew with an init_loc_fn of values where they are on, such as "
             "init_to_value(values=guide.median()), or use AutoIAF"
         )

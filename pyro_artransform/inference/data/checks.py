@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 
+from ...arguments import first_of
 from ...joint import LogJoint
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from .loader import Batch, BatchStream
-
-# of missing dependencies in an error
-_MOST_NAMED = 5
 
 
 def check_use(
@@ -55,10 +53,9 @@ def refuse_missing(dependencies: Sequence[str]) -> None:
     """
     if not dependencies:
         return
-    more = f" and {len(dependencies) - _MOST_NAMED} more" if len(dependencies) > _MOST_NAMED else ""
     raise ValueError(
         "loader: the guide's graph lacks dependencies of the posterior that mini-batches have: "
-        f"{', '.join(dependencies[:_MOST_NAMED])}{more}. The first batch alone does not have them all: "
+        f"{first_of(dependencies)}. The first batch alone does not have them all: "
         "make the guide anew and set it up with all data before the fit, guide.set_up(*all_data), or use "
         "AutoIAF, or AutoAmortized for latents of the rows themselves"
     )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
@@ -22,8 +23,6 @@ from ..objectives.minibatch_elbo import PassEstimate
 from ..processes import ALONE, Processes
 from .missed_modes import MissedModes, MissedModeSearch
 
-# of missing dependencies in a verdict
-_MOST_NAMED = 5
 # enough to see that all draws of a site are the same
 _NUM_POINT_DRAWS = 8
 _POINT = (
@@ -279,10 +278,9 @@ def judge(
 
 
 def _about_missing(missing: Sequence[str]) -> str:
-    more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
     return (
         "the guide's graph lacks dependencies that the model has where the posterior is: "
-        f"{', '.join(missing[:_MOST_NAMED])}{more}. They were switched off where the guide looked: "
+        f"{first_of(missing)}. They were switched off where the guide looked: "
         "make it anew with an init_loc_fn of values where they are on, such as "
         "init_to_value(values=guide.median()), or use AutoIAF"
     )
