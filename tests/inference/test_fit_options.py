@@ -4,6 +4,8 @@
 """The options of a fit, and parameters of a model of their names."""
 
 import inspect
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -131,3 +133,26 @@ def test_settings_are_public():
         options["optim"] = pyro.optim.Adam({"lr": 1e-3})  # no search of a step size
         counts[name] = fit(models.location, guide, **options).num_gradients
     assert counts["without tails"] < counts["default"]
+
+
+IN_A_NEW_PROCESS = """
+import sys
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro_artransform import AutoIAF, fit
+
+def model():
+    rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
+    pyro.sample("y", dist.Poisson(rate), obs=torch.tensor(7.0))
+
+fit(model, AutoIAF(model), num_steps=3, progress=False)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_imports_no_compiler():
+    # the first optimizer of PyTorch in a process does, which takes 0.7 s of CPU time
+    command = [sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"

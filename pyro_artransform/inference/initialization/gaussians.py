@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import InitializationConfig
+from ..optimization.optimizers import Adam
 
 #: a log-density: a function of ``(n, D)`` that returns ``(n,)``
 Density = Callable[[Tensor], Tensor]
@@ -152,9 +153,8 @@ def fit_independent(
     """:func:`fit_mean_field` as means and standard deviations, both of shape ``(S, D)``."""
     loc = points.detach().clone().requires_grad_()
     log_scale = torch.full_like(loc, config.narrow_scale).log().detach().requires_grad_()
-    adam = torch.optim.Adam([loc, log_scale], config.mean_field_step_size, config.mean_field_betas)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(adam, config.mean_field_decay)
-    for _ in range(config.mean_field_steps):
+    adam = Adam([loc, log_scale], config.mean_field_step_size, config.mean_field_betas)
+    for step in range(config.mean_field_steps):
         noise = torch.randn_like(points.expand(config.mean_field_particles, *points.shape))
         draws = loc + noise * log_scale.exp()
         value = log_density(draws.reshape(-1, draws.shape[-1])).sum()
@@ -164,8 +164,7 @@ def fit_independent(
         usable = (by_loc.isfinite() & by_scale.isfinite()).all(-1, keepdim=True)
         loc.grad = torch.where(usable, by_loc, 0.0)
         log_scale.grad = torch.where(usable, by_scale, 0.0)
-        adam.step()
-        schedule.step()
+        adam.step(config.mean_field_decay**step)
     return loc.detach(), log_scale.detach().exp()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from torch import Tensor
+from torch.optim.adam import adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ...joint.protocols import ScaledSteps
@@ -39,8 +40,11 @@ class TorchOptimizer:
         self._optimizer.load_state_dict(state)
 
 
-class Adam(TorchOptimizer):
+class Adam:
     """Adam whose step size follows the schedule of the fit.
+
+    It is PyTorch's function and none of its optimizers: the first of these in a process imports the
+    compiler, which takes as long as a hundred steps of a small fit.
 
     :param parameters: what to train.
     :param step_size: the step size at a factor of one.
@@ -60,25 +64,59 @@ class Adam(TorchOptimizer):
         betas: tuple[float, float],
         scales: ScaledSteps | None = None,
     ) -> None:
-        fused = True
+        self._is_fused, self._has_complex = True, False
         for parameter in parameters:
-            fused &= parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
-        super().__init__(torch.optim.Adam(parameters, lr=step_size, betas=betas, fused=fused))
-        self._trained = set(parameters)
-        self._step_size, self._scales = step_size, scales
+            is_fast = parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+            self._is_fused &= is_fast
+            self._has_complex |= parameter.is_complex()
+        #: of each parameter: the mean of its gradients, that of their squares, and the number of steps
+        self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+        for parameter in parameters:
+            zeros = torch.zeros_like(parameter.detach())
+            device = parameter.device if self._is_fused else "cpu"
+            steps = torch.zeros((), dtype=torch.float32, device=device)
+            self._moments[parameter] = zeros, zeros.clone(), steps
+        self._step_size, self._betas, self._scales = step_size, betas, scales
 
+    @torch.no_grad()
     def step(self, factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._step_size * factor
+        """See :meth:`TorchOptimizer.step`; a parameter without a gradient stays where it is."""
         scales = {} if self._scales is None else self._scales.step_scales()
         scaled = []
         for parameter, scale in scales.items():
-            if parameter in self._trained:
+            if parameter in self._moments:
                 scaled.append((parameter, scale, parameter.detach().clone()))
-        self._optimizer.step()
-        with torch.no_grad():
-            for parameter, scale, before in scaled:
-                parameter.copy_(torch.addcmul(before, scale, parameter - before))
+        moved = [parameter for parameter in self._moments if parameter.grad is not None]
+        moments = [self._moments[parameter] for parameter in moved]
+        adam(
+            moved,
+            [parameter.grad for parameter in moved if parameter.grad is not None],
+            [mean for mean, _, _ in moments],
+            [square for _, square, _ in moments],
+            [],
+            [steps for _, _, steps in moments],
+            fused=self._is_fused,
+            has_complex=self._has_complex,
+            amsgrad=False,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            lr=self._step_size * factor,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+        for parameter, scale, before in scaled:
+            parameter.copy_(torch.addcmul(before, scale, parameter - before))
+
+    def state(self) -> Any:
+        """See :meth:`TorchOptimizer.state`."""
+        return [[part.clone() for part in parts] for parts in self._moments.values()]
+
+    def restore(self, state: Any) -> None:
+        """See :meth:`TorchOptimizer.restore`."""
+        for parts, saved in zip(self._moments.values(), state):
+            for part, value in zip(parts, saved):
+                part.copy_(value)
 
 
 class PyroOptimizer:

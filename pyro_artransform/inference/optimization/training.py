@@ -72,7 +72,7 @@ class Training:
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
         trained = list(self.parameters.values())
-        self.optimizer: TorchOptimizer | PyroOptimizer
+        self.optimizer: Adam | TorchOptimizer | PyroOptimizer
         if step_size is None:
             self.optimizer = wrap_optimizer(trainer.optim, trained)
         else:

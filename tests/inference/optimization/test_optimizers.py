@@ -7,7 +7,11 @@ import pyro.optim
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization.optimizers import Adam, wrap_optimizer
+from pyro_artransform.inference.optimization.optimizers import (
+    Adam,
+    TorchOptimizer,
+    wrap_optimizer,
+)
 
 
 def parameters():
@@ -169,3 +173,34 @@ def test_scheduler_that_needs_a_loss():
     optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}})
     with pytest.raises(TypeError, match="needs no loss, got ReduceLROnPlateau"):
         wrap_optimizer(optim, parameters())
+
+
+def test_own_adam_is_pytorchs():
+    ours, theirs = parameters(), parameters()
+    optimizer, other = own(ours), torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99))
+    for _ in range(5):
+        step(optimizer, ours)
+        step(TorchOptimizer(other), theirs)
+    for one, another in zip(ours, theirs):
+        torch.testing.assert_close(one, another)
+
+
+def test_own_adam_leaves_what_has_no_gradient():
+    trained = parameters()
+    own(trained).step(1.0)
+    assert torch.equal(trained[0], parameters()[0])
+    trained[0].grad = torch.ones(3)
+    own(trained).step(1.0)
+    assert not torch.equal(trained[0], parameters()[0])
+    assert torch.equal(trained[1], parameters()[1])
+
+
+def test_own_adam_of_complex_numbers():
+    real = torch.ones(2, requires_grad=True)
+    trained = torch.ones(1, dtype=torch.complex128, requires_grad=True)
+    gradient = torch.tensor([2.0, -3.0])
+    real.grad, trained.grad = gradient, torch.view_as_complex(gradient)[None]
+    own([real]).step(1.0)
+    own([trained]).step(1.0)
+    moved = torch.view_as_real(trained.detach() - 1)[0]
+    torch.testing.assert_close(moved, (real.detach() - 1).to(moved.dtype))
