@@ -17,6 +17,7 @@ from .flows import (
     iaf,
     maf,
     spline_autoregressive,
+    spline_marginals,
 )
 from .guides import (
     AutoAmortized,
@@ -58,6 +59,7 @@ __all__ = [
     "plots",
     "posterior",
     "spline_autoregressive",
+    "spline_marginals",
     "testing",
     "transforms",
     "univariate",

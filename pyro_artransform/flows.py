@@ -102,9 +102,28 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
         >>> hinged_marginals(3)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    family = Hinged()
-    conditioner = Unconditional(input_dim, family.num_params)
-    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
+    return _marginals(Hinged(), input_dim)
+
+
+def spline_marginals(
+    input_dim: int, *, count_bins: int = 8, bound: float = 5.0
+) -> AutoregressiveTransform:
+    """A rational-quadratic spline for each coordinate, independent of the others.
+
+    In one dimension it is all of :func:`spline_autoregressive` that counts, without a network.
+
+    :param input_dim: the number D of coordinates.
+    :param count_bins: the number of bins of each spline.
+    :param bound: half the width of the interval that is bent; the identity outside.
+    :raises ValueError: for a wrong size or bound.
+
+    Example::
+
+        >>> import torch
+        >>> spline_marginals(3, count_bins=4)(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
+    """
+    return _marginals(RationalQuadraticSpline(count_bins=count_bins, bound=bound), input_dim)
 
 
 def conditional_affine_autoregressive(
@@ -280,6 +299,12 @@ def _family(univariate: Callable[[], Univariate]) -> Univariate:
     if not isinstance(family, Univariate):
         raise TypeError(f"univariate: expected it to make a Univariate, got {family!r}")
     return family
+
+
+def _marginals(family: Univariate, input_dim: int) -> AutoregressiveTransform:
+    """A member of a family for each coordinate, whatever the others are."""
+    conditioner = Unconditional(input_dim, family.num_params)
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
 
 
 def _meta(

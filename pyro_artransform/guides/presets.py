@@ -12,7 +12,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_hidden_dims, check_integer
-from ..flows import hinged_marginals, iaf, maf, spline_autoregressive
+from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
@@ -91,7 +91,7 @@ class PresetGuide(AutoAutoregressive):
         count = network.pop("num_transforms")
         if latent_dim == 1:
             # affine layers of one coordinate are a Gaussian together
-            splines = [spline_autoregressive(1, **network) for _ in range(count)]
+            splines = [spline_marginals(1) for _ in range(count)]
             return chain([hinged_marginals(1), *splines, CompressedTails()])
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
@@ -115,7 +115,8 @@ class AutoIAF(PresetGuide):
     4. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
 
     In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
-    their place. Each layer but the last starts as the identity. ``print(guide)`` shows the layers.
+    their place, and there are no networks. Each layer but the last starts as the identity.
+    ``print(guide)`` shows the layers.
 
     The density at given values (:meth:`~AutoAutoregressive.log_prob`) needs the inverse of the flow,
     which costs several evaluations of its networks.

@@ -180,6 +180,7 @@ class RationalQuadraticSpline(Univariate):
         self.count_bins = check_integer("count_bins", count_bins, least=2)
         self.bound = check_positive("bound", bound)
         self.num_params = 3 * self.count_bins - 1
+        self.broadcasts = True
 
     def extra_repr(self) -> str:
         return f"count_bins={self.count_bins}, bound={self.bound}"

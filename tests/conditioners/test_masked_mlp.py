@@ -5,7 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_artransform import conditional_affine_autoregressive, hinged_marginals
+from pyro_artransform import (
+    conditional_affine_autoregressive,
+    hinged_marginals,
+    spline_marginals,
+)
 from pyro_artransform.conditioners import MaskedLinear, MaskedMLP, Unconditional
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.conditioners.test_masks import random_dag
@@ -242,6 +246,7 @@ def test_the_jacobian_is_diagonal():
 
 def test_unconditional_makes_a_transform():
     check_transform(lambda: hinged_marginals(3), 3)
+    check_transform(lambda: spline_marginals(3), 3)
 
 
 def test_sizes_of_unconditional_are_checked():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_autoregressive
+from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_marginals
 from ...transforms import ComposedTransform, chain
 from ...univariate.base import ElementwiseTransform, soft_bound
 from ..distributions import LocationScale, make_flow
@@ -207,7 +207,7 @@ def default_flow(latent_dim: int) -> nn.Module:
     """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
     if latent_dim > 1:
         return iaf(latent_dim, 3)
-    return chain([spline_autoregressive(1) for _ in range(3)])
+    return chain([spline_marginals(1) for _ in range(3)])
 
 
 def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:

@@ -13,7 +13,7 @@ from ... import files
 from ...files import FilePath
 from ..plain_data import Plain
 
-FORMAT = 6
+FORMAT = 7
 _KEYS = {"format", "class", "spec", "state", "checksum"}
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...conditioners import ParentsMLP, Unconditional
-from ...flows import hinged_marginals, iaf
+from ...conditioners import ParentsMLP
+from ...flows import hinged_marginals, iaf, spline_marginals
 from ...graphs.elimination import Elimination
 from ...transforms import (
     AutoregressiveTransform,
@@ -19,7 +19,7 @@ from ...transforms import (
     FlowModule,
     PartitionTransform,
 )
-from ...univariate import RationalQuadraticSpline, Standardizing
+from ...univariate import Standardizing
 from ..distributions import LocationScale
 
 # the networks of the root block: those of AutoIAF, whose width ends here
@@ -145,13 +145,8 @@ def _root_flow(dim: int, is_whole: bool) -> FlowModule:
     width = max(_LEAST_WIDTH, min(_WIDTH_FACTOR * dim, _MOST_WIDTH))
     if dim > 1:
         return iaf(dim, _ROOT_LAYERS, width, nonlinearity=nn.SiLU())
-    # affine layers of one coordinate are a Gaussian together, and there is nothing to condition on
-    splines = []
-    for _ in range(_ROOT_LAYERS if is_whole else 1):
-        family = RationalQuadraticSpline(count_bins=8, bound=5.0)
-        meta = ConditionedUnivariate(Unconditional(1, family.num_params), family)
-        splines.append(AutoregressiveTransform(meta))
-    return ComposedTransform(*splines)
+    # affine layers of one coordinate are a Gaussian together
+    return ComposedTransform(*[spline_marginals(1) for _ in range(_ROOT_LAYERS if is_whole else 1)])
 
 
 def _in_units(
