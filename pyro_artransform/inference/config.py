@@ -92,10 +92,7 @@ class OptimizationConfig:
     min_good_decay: int = 100  #: the shortest decay where less than min_improvement is left to win
     max_decay: int = 1500  #: the longest one
     min_noisy_decay: int = 1000  #: the shortest decay where steps are noisy by mini-batches
-    #: the decay where too many nats are left: 2000, 2400 and 2800 steps end a logistic regression of 31
-    #: coefficients at an ELBO of -77.740, -77.727 and -77.712 (benchmarks/flows.md)
-    long_decay: int = 2500
-    long_decay_gap: float = 0.2  #: how many are too many
+    long_decay_gap: float = 0.2  #: nats that are left from which on the decay is the longest one
     min_epochs: int = 3  #: epochs in a window and in a decay
     tail_steps: int = 100  #: steps for the tails at the end (benchmarks/tails.md)
     tail_particles: int = 8  #: their draws, as a multiple

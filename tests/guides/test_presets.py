@@ -76,9 +76,18 @@ def test_networks_by_default(kind, dims, nonlinearity):
     assert all(type(network.nonlinearity) is nonlinearity for network in networks)
 
 
-@pytest.mark.parametrize(("kind", "width"), [(AutoIAF, 160), (AutoMAF, 80)])
-def test_networks_widen_with_the_latents(kind, width):
-    guide = kind(lambda: pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1)))
+@pytest.mark.parametrize(
+    ("kind", "dim", "width"),
+    [
+        (AutoIAF, 16, 128),
+        (AutoIAF, 20, 160),
+        (AutoIAF, 64, 256),
+        (AutoIAF, 80, 320),
+        (AutoMAF, 40, 80),
+    ],
+)
+def test_networks_widen_with_the_latents(kind, dim, width):
+    guide = kind(lambda: pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1)))
     guide()
     assert next(m for m in guide.modules() if isinstance(m, MaskedMLP)).hidden_dims[0] == width
 
@@ -88,7 +97,7 @@ def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
     guide = kind(models.regression)
     guide(models.data())
     guide.save(tmp_path / "guide.pt")
-    monkeypatch.setattr(kind, "_hidden_layers", (1, 8, 0))
+    monkeypatch.setattr(kind, "_width", lambda latent_dim: 8)
     monkeypatch.setattr(kind, "_activation", nn.Tanh)
     twin = kind.load(tmp_path / "guide.pt")
     draws = guide.sample_posterior(3)

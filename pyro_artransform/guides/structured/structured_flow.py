@@ -22,7 +22,7 @@ from ...transforms import (
 from ...univariate import Standardizing
 from ..distributions import LocationScale
 
-# the networks of the root block: those of AutoIAF, whose width ends here
+# the networks of the root block: as AutoIAF's of many latents, whose width ends here
 _ROOT_LAYERS, _LEAST_WIDTH, _WIDTH_FACTOR, _MOST_WIDTH = 3, 128, 4, 800
 
 

@@ -86,7 +86,7 @@ class Schedule:
             return self
         decay = self._decay_after(step)
         if gap() > config.long_decay_gap:
-            decay = max(decay, config.long_decay)
+            decay = max(decay, config.max_decay)
         return self._decaying(step, decay, PLATEAU if is_still else LIMIT)
 
     def _decay_after(self, step: int) -> int:
