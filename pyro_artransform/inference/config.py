@@ -160,6 +160,8 @@ class EvaluationConfig:
     unclear_khat_in_se: float = 2.0
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches
     num_heavy: int = 4000  #: heavy-tailed draws around the guide and the modes
+    #: how often they are drawn again where they are too few to say on which side of max_gap an ELBO is
+    num_heavy_again: int = 9
     heavy_degrees: float = 3.0  #: their degrees of freedom
     heavy_inflation: float = 1.2  #: the widening of the Gaussian around the guide
     #: the further widening of it and of modes, where the weights of the draws so far say nothing: around a

@@ -14,6 +14,7 @@ points that differ by full turns of an angle are one.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,7 @@ class MissedModeSearch:
         log_evidence: float,
         modes: Modes | None,
         log_weights: Tensor | None = None,
+        elbo: float = math.nan,
     ) -> MissedModes:
         """Searches outside of a guide.
 
@@ -83,6 +85,7 @@ class MissedModeSearch:
         :param modes: the modes that are known already.
         :param log_weights: the log weights of the draws, shape ``(n,)``: those of the largest weights
             are starts, too.
+        :param elbo: the guide's, which heavy-tailed draws are to be held against.
         """
         is_usable, config = draws.isfinite().all(-1), self.config
         heaviest = draws[:0]
@@ -97,7 +100,7 @@ class MissedModeSearch:
         modes, look = self._look_afar(guide, heaviest, modes)
         if look == "curvature":
             modes = self._look_again(guide, modes)
-        found, is_complete = self._heavy_tailed_weights(guide, modes)
+        found, is_complete = self._heavy_tailed_weights(guide, modes, elbo)
         if found is not None and is_complete and look == "curvature":
             # by gradients, masses are lower bounds
             modes = self._confirmed(guide, modes, found)
@@ -110,7 +113,7 @@ class MissedModeSearch:
         return MissedModes(*around, share, count, look, guide.excess_by_turns)
 
     def _heavy_tailed_weights(
-        self, guide: GuideDraws, modes: Modes | None
+        self, guide: GuideDraws, modes: Modes | None, elbo: float
     ) -> tuple[Importance | None, bool]:
         """The weights of heavy-tailed draws, None where they say nothing, and whether they find it all.
 
@@ -123,13 +126,23 @@ class MissedModeSearch:
             return None, False
         # wider ones only where these say nothing: around most guides and modes they are draws in vain
         for widenings in ((1.0,), (1.0, *config.heavy_widenings)):
-            found = self.weigh_heavy_tailed(around, modes, guide.is_circular, widenings)
-            has_size = found.ess > config.heavy_min_ess * config.num_heavy
+            weigh = partial(self.weigh_heavy_tailed, around, modes, guide.is_circular, widenings)
+            found = weigh()
+            if self._is_unclear(found, guide, elbo):
+                others = [weigh().log_weights for _ in range(config.num_heavy_again)]
+                found = Importance.from_log_weights(torch.cat([found.log_weights, *others]))
+            has_size = found.ess > config.heavy_min_ess * len(found.log_weights)
             if has_size and found.khat <= GOOD_KHAT:
                 return found, len(widenings) == 1
             if has_size and found.log_evidence - 2 * found.log_evidence_se > guide.log_evidence:
                 more = found
         return more, False
+
+    def _is_unclear(self, found: Importance, guide: GuideDraws, elbo: float) -> bool:
+        """Whether such draws alone say how far the ELBO is from the evidence, and are too few for it."""
+        most = self.config.max_gap
+        deviation = abs(found.log_evidence - elbo - most)
+        return guide.log_evidence - elbo <= most and deviation <= 2 * found.log_evidence_se
 
     def _look_afar(
         self, guide: GuideDraws, starts: Tensor, modes: Modes | None

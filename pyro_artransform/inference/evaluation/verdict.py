@@ -213,7 +213,7 @@ def evaluate(
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
             weights = found.log_weights[: len(draws)]
-            missed = search.find(draws, found.log_evidence, modes, weights)
+            missed = search.find(draws, found.log_evidence, modes, weights, found.elbo)
     mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
     status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, settings)

@@ -16,8 +16,9 @@ DEFAULTS = EvaluationConfig()
 STARTS = InitializationConfig()
 
 
-def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS, starts=STARTS):
-    return MissedModeSearch(LogJoint(model), model, config, starts).find(draws, log_evidence, modes)
+def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS, starts=STARTS, **found):
+    search = MissedModeSearch(LogJoint(model), model, config, starts)
+    return search.find(draws, log_evidence, modes, **found)
 
 
 def one_mode(dim, n=2000):
