@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The words and tables of benchmarks/verdict.md, from the outcomes of benchmarks/verdict.py."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -83,7 +84,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
     seeds = sorted({o.seed for o in outcomes})
     targets = len({o.target for o in outcomes})
     hours = sum(o.seconds for o in outcomes) / 3600
-    what = f"{targets} targets, seeds {', '.join(map(str, seeds))}: {hours:.1f} hours of CPU time."
+    what = f"{targets} targets, {len(seeds)} seeds at most: {hours:.1f} hours of CPU time."
     parts = [INTRODUCTION, what, *summary(outcomes), "", "## Wrong verdicts", "", *wrong(outcomes)]
     for guide, found in by(outcomes, lambda o: o.guide):
         parts += ["", f"## {guide}", "", *table(found)]
@@ -127,8 +128,17 @@ def wrong(outcomes: Sequence[Outcome]) -> Iterator[str]:
         )
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """The least and the largest of the numbers that are known, once where they print alike."""
+    known = sorted(value for value in values if not math.isnan(value))
+    if not known:
+        return "-"
+    ends = dict.fromkeys(f"{value:.{digits}f}" for value in (known[0], known[-1]))
+    return " to ".join(ends)
+
+
 def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """One row for a target, with the numbers of its seeds side by side."""
+    """One row for a target, with the range of its seeds."""
     yield "| target | D | gap | lost | k-hat | trusted | verdict |"
     yield "|---|---|---|---|---|---|---|"
     for target, found in by(outcomes, lambda o: o.target):
@@ -136,10 +146,10 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
         cells = [
             target,
             str(max(o.dim for o in found)),
-            " ".join(f"{o.gap:.3f}" for o in found),
-            " ".join(f"{o.lost_mass:.2f}" for o in found).replace("nan", "-"),
-            " ".join(f"{o.khat:.2f}" for o in found),
-            " ".join("yes" if o.trusted else "no" for o in found),
+            spread([o.gap for o in found], 3),
+            spread([o.lost_mass for o in found], 2),
+            spread([o.khat for o in found], 2),
+            f"{sum(o.trusted for o in found)} of {len(found)}",
             ", ".join(name if name == "right" else f"**{name}**" for name in judged),
         ]
         yield f"| {' | '.join(cells)} |"

@@ -128,7 +128,7 @@ class AutoIAF(PresetGuide):
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
     :param hidden_dims: the width or widths of the hidden layers of each network; by default one
-        layer of 128, which widens from 17 latents on to 256, and beyond 64 of ``4 * latent_dim``.
+        layer of ``max(128, min(8 * latent_dim, 256), 4 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()``, which is of second order
         near zero, as the skewness of a posterior is. A guide with a module of ``torch.nn`` or a
         function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
