@@ -13,7 +13,7 @@ from ..files import FilePath
 
 State = dict[str, Any]  #: tensors and plain data
 
-_FORMAT = "pyro_artransform fit 3"
+_FORMAT = "pyro_artransform fit 4"
 _KEYS = {"format", "state", "checksum"}
 
 
