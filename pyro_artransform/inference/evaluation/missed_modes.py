@@ -128,13 +128,14 @@ class MissedModeSearch:
         for widenings in ((1.0,), (1.0, *config.heavy_widenings)):
             weigh = partial(self.weigh_heavy_tailed, around, modes, guide.is_circular, widenings)
             found = weigh()
+            if not found.ess > config.heavy_min_ess * config.num_heavy:
+                continue
             if self._is_unclear(found, guide, elbo):
                 others = [weigh().log_weights for _ in range(config.num_heavy_again)]
                 found = Importance.from_log_weights(torch.cat([found.log_weights, *others]))
-            has_size = found.ess > config.heavy_min_ess * len(found.log_weights)
-            if has_size and found.khat <= GOOD_KHAT:
+            if found.khat <= GOOD_KHAT:
                 return found, len(widenings) == 1
-            if has_size and found.log_evidence - 2 * found.log_evidence_se > guide.log_evidence:
+            if found.log_evidence - 2 * found.log_evidence_se > guide.log_evidence:
                 more = found
         return more, False
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
+from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
 from tests.inference.evaluation.searches import DEFAULTS, missed
 
 
@@ -82,7 +83,7 @@ def ring():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_ring_that_a_guide_has_not_closed(seed):
-    """ "Trusted" was said with 0.118 and 0.209 nats lost, of which draws of the guide's find nothing here."""
+    """Trust was given with 0.118 and 0.209 nats lost, of which draws of the guide's find nothing here."""
     torch.manual_seed(seed)
     lost = 0.15
     angle = math.pi * (1 - lost) * (2 * torch.rand(5000) - 1)
@@ -104,3 +105,18 @@ def test_no_more_draws_where_they_decide_nothing():
         missed(normals(2, [0.0], [1.0], [1.0]), torch.randn(2000, 2), config=config, elbo=0.0)
         == alone
     )
+
+
+def test_no_more_draws_where_they_say_nothing(monkeypatch):
+    calls, weigh = [], MissedModeSearch.weigh_heavy_tailed
+
+    def counted(*args, **options):
+        calls.append(1)
+        return weigh(*args, **options)
+
+    monkeypatch.setattr(MissedModeSearch, "weigh_heavy_tailed", counted)
+    torch.manual_seed(0)
+    # an error of 0.04 nats leaves it open, and 16 % effective draws are too few here
+    config = replace(DEFAULTS, heavy_min_ess=0.5)
+    missed(normals(100, [0.0], [1.0], [1.0]), torch.randn(2000, 100), config=config, elbo=0.0)
+    assert len(calls) == 2  # as they are, and widened
