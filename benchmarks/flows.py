@@ -115,8 +115,7 @@ def spike() -> None:
 
 def wide(d: int, num_transforms: int = 3) -> nn.Module:
     """Layers with the networks that :class:`AutoIAF` has by default."""
-    defaults = AutoIAF._with_defaults({"hidden_dims": None, "nonlinearity": None}, d)
-    return iaf(d, num_transforms, **defaults)
+    return iaf(d, num_transforms, **AutoIAF._network(d))
 
 
 def splines(d: int) -> nn.Module:

@@ -179,6 +179,7 @@ def iaf(
     *,
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
+    skip_connections: bool = False,
 ) -> ComposedTransform:
     """An inverse autoregressive flow: layers whose order alternates.
 
@@ -188,6 +189,7 @@ def iaf(
     :param univariate: makes the univariate family of each layer, such as
         :class:`~pyro_artransform.univariate.Affine` or ``lambda: RationalQuadraticSpline(count_bins=8)``.
     :param nonlinearity: shared by all layers, with its parameters if it has some.
+    :param skip_connections: whether each network has a linear layer from its inputs to its outputs too.
     :raises TypeError: if ``univariate`` makes no families.
 
     Example::
@@ -201,7 +203,8 @@ def iaf(
     1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
        Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity)
+    network = hidden_dims, nonlinearity, skip_connections
+    metas = _metas(input_dim, num_transforms, univariate, *network)
     return ComposedTransform(*map(AutoregressiveTransform, metas))
 
 
@@ -212,6 +215,7 @@ def maf(
     *,
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
+    skip_connections: bool = False,
 ) -> InverseTransformModule:
     """A masked autoregressive flow: the inverse of :func:`iaf`, see its parameters.
 
@@ -226,7 +230,8 @@ def maf(
     1. Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
        https://arxiv.org/abs/1705.07057
     """
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity)
+    network = hidden_dims, nonlinearity, skip_connections
+    metas = _metas(input_dim, num_transforms, univariate, *network)
     return InverseTransformModule(ComposedTransform(*map(AutoregressiveTransform, metas)))
 
 
@@ -238,6 +243,7 @@ def conditional_iaf(
     *,
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
+    skip_connections: bool = False,
 ) -> ConditionalComposedTransform:
     """:func:`iaf` that depends on a context too, see its parameters.
 
@@ -251,7 +257,8 @@ def conditional_iaf(
         torch.Size([5, 3])
     """
     context_dim = check_integer("context_dim", context_dim)
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, context_dim)
+    network = hidden_dims, nonlinearity, skip_connections
+    metas = _metas(input_dim, num_transforms, univariate, *network, context_dim)
     return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas))
 
 
@@ -263,19 +270,22 @@ def conditional_maf(
     *,
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
+    skip_connections: bool = False,
 ) -> ConditionalTransformModule:
     """The inverse of :func:`conditional_iaf`, see its parameters and its example."""
     context_dim = check_integer("context_dim", context_dim)
-    metas = _metas(input_dim, num_transforms, hidden_dims, univariate, nonlinearity, context_dim)
+    network = hidden_dims, nonlinearity, skip_connections
+    metas = _metas(input_dim, num_transforms, univariate, *network, context_dim)
     return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas)).inv
 
 
 def _metas(
     input_dim: int,
     num_transforms: int,
-    hidden_dims: HiddenDims,
     univariate: Callable[[], Univariate],
+    hidden_dims: HiddenDims,
     nonlinearity: Nonlinearity,
+    skip_connections: bool,
     context_dim: int = 0,
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
@@ -283,7 +293,7 @@ def _metas(
     metas = []
     for k in range(check_integer("num_transforms", num_transforms)):
         order = range(input_dim - 1, -1, -1) if k % 2 else None
-        network = hidden_dims, nonlinearity, order, None, context_dim
+        network = hidden_dims, nonlinearity, order, None, context_dim, skip_connections
         metas.append(_meta(_family(univariate), input_dim, *network))
     return metas
 
@@ -315,6 +325,7 @@ def _meta(
     order: Order,
     adjacency: Tensor | None,
     context_dim: int = 0,
+    skip_connections: bool = False,
 ) -> ConditionedUnivariate:
     """A masked network that gives the parameters of a family."""
     conditioner = MaskedMLP(
@@ -323,6 +334,7 @@ def _meta(
         hidden_dims,
         context_dim=context_dim,
         nonlinearity=nonlinearity,
+        skip_connections=skip_connections,
         order=order,
         adjacency=adjacency,
     )

@@ -88,6 +88,9 @@ def test_arguments_reach_the_network():
     assert t.meta.univariate.num_params == 14
     flow = pa.iaf(3, 2, univariate=lambda: RationalQuadraticSpline(count_bins=4))
     assert flow.parts[1].meta.univariate.num_params == 11
+    assert flow.parts[1].meta.conditioner.skip is None
+    flow = pa.conditional_iaf(3, 2, 2, skip_connections=True)
+    assert all(t.meta.conditioner.skip is not None for t in flow.transforms)
 
 
 @pytest.mark.parametrize("build", [pa.iaf, pa.maf])

@@ -8,6 +8,7 @@ from .base import Blocks, Conditioner, Evaluation
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
 from .parents_mlp import ParentsMLP
+from .tilted_silu import TiltedSiLU
 
 __all__ = [
     "Blocks",
@@ -17,6 +18,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedMLP",
     "ParentsMLP",
+    "TiltedSiLU",
     "Unconditional",
     "masks",
 ]

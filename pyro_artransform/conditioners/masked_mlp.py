@@ -16,6 +16,7 @@ from .base import Conditioner
 from .block_evaluation import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 from .mlp_evaluation import MLPEvaluation, slope
+from .tilted_silu import TiltedSiLU
 
 MaskLike = Tensor | Sequence[Sequence[int]]
 Layer = Callable[[Tensor], Tensor]
@@ -84,6 +85,7 @@ ELEMENTWISE = (
         nn.Softsign,
         nn.Tanh,
         nn.Tanhshrink,
+        TiltedSiLU,
     ),
 )
 
@@ -91,8 +93,8 @@ ELEMENTWISE = (
 class MaskedMLP(Conditioner):
     r"""A multilayer perceptron that is autoregressive by its masks.
 
-    The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, a masked
-    linear layer from the inputs to the outputs keeps each dependence of the graph.
+    The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, there are
+    skip connections whether asked for or not, which keep each dependence of the graph.
 
     :param input_dim: the number D of coordinates.
     :param num_params: the number P of parameters of each coordinate.
@@ -102,6 +104,7 @@ class MaskedMLP(Conditioner):
     :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``, an elementwise
         deterministic function. One that is none of the usual modules of ``torch.nn`` is checked, as a
         network from elsewhere is, when Pyro's validation is on.
+    :param skip_connections: whether a masked linear layer leads from the inputs to the outputs too.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
@@ -139,6 +142,7 @@ class MaskedMLP(Conditioner):
         *,
         context_dim: int = 0,
         nonlinearity: Callable[[Tensor], Tensor] | None = None,
+        skip_connections: bool = False,
         order: Tensor | Sequence[int] | None = None,
         adjacency: Tensor | None = None,
     ) -> None:
@@ -157,7 +161,7 @@ class MaskedMLP(Conditioner):
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)
         self._read_levels()
-        self._build_layers()
+        self._build_layers(skip_connections)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -176,7 +180,7 @@ class MaskedMLP(Conditioner):
         self._is_narrow = min(self.hidden_dims) < len(sets)
         self.depth = max(self._levels[0]) + 1
 
-    def _build_layers(self) -> None:
+    def _build_layers(self, skip_connections: bool) -> None:
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
         masks[-1] = masks[-1].repeat(self.num_params, 1)
         self.layers = nn.ModuleList()
@@ -187,7 +191,7 @@ class MaskedMLP(Conditioner):
         self.context_layer = self.skip = None
         if self.context_dim:
             self.context_layer = nn.Linear(self.context_dim, self.hidden_dims[0], bias=False)
-        if self._is_narrow:
+        if skip_connections or self._is_narrow:
             mask = self.adjacency.repeat(self.num_params, 1)
             self.skip = MaskedLinear(self.input_dim, len(mask), mask, bias=False)
             nn.init.zeros_(self.skip.weight)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.linalg import solve_triangular
 
 from .block_evaluation import BlockLayout, Weights
+from .tilted_silu import TiltedSiLU
 
 # coordinates in a block: forming its square costs as many products as it has coordinates, opening it
 # a dozen calls. As fast as 10, 12 and 20 from 10 to 200 dimensions, 8 is slower (benchmarks/steps.md)
@@ -90,20 +91,22 @@ class MLPEvaluation:
         # the units that read the block and are read by it
         units = [slice(places[start], places[stop - 1]) for places in layout.units]
         last = weights.last[:, own, units[-1]]
-        if len(weights.inner) == 1 and weights.skip is None:
+        skip = None if weights.skip is None else weights.skip[:, own, own]
+        if len(weights.inner) == 1:
             # the products of weights first: they have no rows, and are few
             first, slope = weights.inner[0][units[0], own], self._slopes[0][:, units[0]]
             products = last[:, :, None] * first.T
-            square = (slope @ products.flatten(0, 2).T).view(-1, *products.shape[:3])
-            return (slopes[..., None] * square).sum(1)
+            flat = products.flatten(0, 2).T
+            rows = slope @ flat if skip is None else torch.addmm(skip.flatten(), slope, flat)
+            return (slopes[..., None] * rows.view(-1, *products.shape[:3])).sum(1)
         rows = slopes.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
         readers = [own, *units[:-1]]
         for weight, slope, unit, reader in [*zip(weights.inner, self._slopes, units, readers)][
             ::-1
         ]:
             rows = (rows * slope[:, unit]) @ weight[unit, reader]
-        if weights.skip is not None:
-            rows = rows + slopes.permute(2, 0, 1) @ weights.skip[:, own, own].transpose(0, 1)
+        if skip is not None:
+            rows = rows + slopes.permute(2, 0, 1) @ skip.transpose(0, 1)
         return rows.transpose(0, 1).contiguous()
 
     def _through_layers(self, network: Weights, by_units: Tensor, own: slice, start: int) -> Tensor:
@@ -139,8 +142,11 @@ class MLPEvaluation:
 def slope(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The derivative of an elementwise function at x, of the shape of x, without a graph."""
     x = x.detach()
-    if type(nonlinearity) is nn.SiLU:  # that of the preset, in two operations
-        return torch.ops.aten.silu_backward(torch.ones_like(x), x)
+    if type(nonlinearity) in (nn.SiLU, TiltedSiLU):  # those of the presets, in a few operations
+        found = torch.ops.aten.silu_backward(torch.ones_like(x), x)
+        if isinstance(nonlinearity, TiltedSiLU):
+            found = found.mul_(2.0).add_(nonlinearity.slope - 1.0)
+        return found
     with torch.enable_grad():
         point = x.requires_grad_()
         value = nonlinearity(point)

@@ -10,9 +10,12 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from ..conditioners import TiltedSiLU
+
 Plain = dict[str, Any]
 
 _MAX_ACTIVATION_SIZE = 2**16
+_OWN_ACTIVATIONS = {TiltedSiLU.__name__: TiltedSiLU}
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
 _SUPPORTS = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than"),
@@ -75,7 +78,7 @@ def argument_to_plain(name: str, value: Any) -> Any:
     for owner, functions in _FUNCTIONS.items():
         if value is getattr(functions, kind, None):
             return {"function": kind, "owner": owner}
-    if type(value) is getattr(nn, kind, None):
+    if type(value) is _activation(kind):
         names = getattr(value, "__constants__", ())
         plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
         # a container of modules is more than a name and constants
@@ -92,10 +95,15 @@ def argument_from_plain(plain: Any) -> Any:
     if isinstance(plain, dict) and "function" in plain:
         return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
     if isinstance(plain, dict) and "module" in plain:
-        make, constants = getattr(nn, plain["module"]), plain["constants"]
+        make, constants = _activation(plain["module"]), plain["constants"]
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in make(**constants).parameters())
         if size > _MAX_ACTIVATION_SIZE:
             raise ValueError(f"expected an activation, got {plain['module']} of {size} parameters")
         return make(**constants)
     return plain
+
+
+def _activation(name: str) -> Any:
+    """The class of an activation, of this package or of PyTorch; None if there is none of the name."""
+    return _OWN_ACTIVATIONS.get(name) or getattr(nn, name, None)

@@ -16,6 +16,7 @@ from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
+from .networks import default_activation
 from .spec import Arguments, GuideSpec
 
 Nonlinearity = Callable[[Tensor], Tensor]
@@ -32,9 +33,6 @@ class PresetGuide(AutoAutoregressive):
     _layers: ClassVar[Callable[..., FlowModule]]
     #: whether each coordinate has hinges before them
     _has_hinges: ClassVar[bool]
-    #: of hidden layers of each network, by default
-    _num_layers: ClassVar[int]
-    _activation: ClassVar[type[nn.Module]]
 
     def __init__(
         self,
@@ -43,6 +41,7 @@ class PresetGuide(AutoAutoregressive):
         num_transforms: int = 3,
         hidden_dims: int | Sequence[int] | None = None,
         nonlinearity: Nonlinearity | None = None,
+        skip_connections: bool = False,
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
@@ -50,10 +49,13 @@ class PresetGuide(AutoAutoregressive):
         if nonlinearity is not None:
             wanted = "a function or a module such as torch.nn.ELU()"
             check_callable("nonlinearity", nonlinearity, wanted)
+        if skip_connections not in (True, False):
+            raise ValueError(f"skip_connections: expected True or False, got {skip_connections!r}")
         arguments = {
             "num_transforms": check_integer("num_transforms", num_transforms),
             "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
             "nonlinearity": nonlinearity,
+            "skip_connections": skip_connections,
         }
         super().__init__(
             model,
@@ -75,19 +77,15 @@ class PresetGuide(AutoAutoregressive):
         return super()._least_size(spec) + arguments["num_transforms"] * weights
 
     @classmethod
-    def _width(cls, latent_dim: int) -> int:
-        """Hidden units of each of these layers, by default."""
+    def _network(cls, latent_dim: int) -> Arguments:
+        """The networks of these layers, by default: their widths and activation."""
         raise NotImplementedError
 
     @classmethod
     def _with_defaults(cls, arguments: Arguments, latent_dim: int) -> Arguments:
         """Arguments with the networks that suit a latent dimension, where none are given."""
-        arguments = dict(arguments)
-        if arguments["hidden_dims"] is None:
-            arguments["hidden_dims"] = [cls._width(latent_dim)] * cls._num_layers
-        if arguments["nonlinearity"] is None:
-            arguments["nonlinearity"] = cls._activation()
-        return arguments
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return {**arguments, **cls._network(latent_dim), **given}
 
     @classmethod
     def _preset_flow(cls, arguments: Arguments, latent_dim: int) -> nn.Module:
@@ -128,10 +126,14 @@ class AutoIAF(PresetGuide):
     :param model: a Pyro model.
     :param num_transforms: the number of autoregressive layers; their order alternates.
     :param hidden_dims: the width or widths of the hidden layers of each network; by default one
-        layer of ``max(128, min(8 * latent_dim, 256), 4 * latent_dim)``.
-    :param nonlinearity: their activation, by default ``torch.nn.SiLU()``, which is of second order
-        near zero, as the skewness of a posterior is. A guide with a module of ``torch.nn`` or a
-        function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
+        layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
+    :param nonlinearity: their activation, by default ``torch.nn.SiLU()`` up to 64 latents, which is of
+        second order near zero, as the skewness of a posterior is, and
+        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, a module of
+        ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
+    :param skip_connections: whether each network has a linear layer from its inputs to its outputs
+        too; by default it has none. A regression on many columns ends nearer with
+        ``nonlinearity=TiltedSiLU(0.0), skip_connections=True``, a funnel further off.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.
@@ -159,12 +161,12 @@ class AutoIAF(PresetGuide):
     """
 
     _layers, _has_hinges = staticmethod(iaf), True
-    _num_layers, _activation = 1, nn.SiLU
 
     @classmethod
-    def _width(cls, latent_dim: int) -> int:
-        # on 31 coefficients 248 units take two thirds of the steps of 128 (benchmarks/flows.md)
-        return max(128, min(8 * latent_dim, 256), 4 * latent_dim)
+    def _network(cls, latent_dim: int) -> Arguments:
+        # widths are compared in benchmarks/flows.md
+        width = max(128, min(8 * latent_dim, 256), 3 * latent_dim)
+        return {"hidden_dims": [width], "nonlinearity": default_activation(latent_dim)}
 
 
 class AutoMAF(PresetGuide):
@@ -181,6 +183,7 @@ class AutoMAF(PresetGuide):
         ``max(64, 2 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.ELU()``. A guide with a module of
         ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
+    :param skip_connections: as for :class:`AutoIAF`.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.
@@ -207,8 +210,8 @@ class AutoMAF(PresetGuide):
 
     # hinges would add noise to gradients that are expensive already
     _layers, _has_hinges = staticmethod(maf), False
-    _num_layers, _activation = 2, nn.ELU
 
     @classmethod
-    def _width(cls, latent_dim: int) -> int:
-        return max(64, 2 * latent_dim)
+    def _network(cls, latent_dim: int) -> Arguments:
+        width = max(64, 2 * latent_dim)
+        return {"hidden_dims": [width] * 2, "nonlinearity": nn.ELU()}

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import AffineTransform
 
 from pyro_artransform import hinged_marginals, iaf, maf
-from pyro_artransform.conditioners import MaskedInput, MaskedMLP, Unconditional
+from pyro_artransform.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
 from pyro_artransform.guides.distributions import LocationScale
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import (
@@ -32,7 +32,7 @@ from tests.transforms.metas import CumulativeConditioner, Dense, DenseTransform
 
 GAINS = (0.3, 1.0, 2.0, 4.0)
 BATCHES = ((), (1,), (3,), (2, 3), (2, 1, 2), (0,))
-ACTIVATIONS = (nn.ELU, nn.SiLU, nn.Tanh, nn.ReLU, nn.Softplus, lambda: torch.sin)
+ACTIVATIONS = (nn.ELU, nn.SiLU, nn.Tanh, nn.ReLU, nn.Softplus, TiltedSiLU, lambda: torch.sin)
 
 
 class Case(NamedTuple):
@@ -95,6 +95,7 @@ def metas(draw, dim, context_dim=0):
         return ConditionedUnivariate(Unconditional(dim, count), family), words
     hidden = draw(st.sampled_from([1, 3, 16, [8, 8], [2, 9, 4]]))
     options = {"hidden_dims": hidden, "nonlinearity": draw(st.sampled_from(ACTIVATIONS))()}
+    options["skip_connections"] = draw(st.booleans())
     if kind == "order":
         options["order"] = torch.randperm(dim, generator=torch.Generator().manual_seed(number))
     if kind == "graph":

@@ -10,7 +10,7 @@ from pyro_artransform import (
     hinged_marginals,
     spline_marginals,
 )
-from pyro_artransform.conditioners import MaskedLinear, MaskedMLP, Unconditional
+from pyro_artransform.conditioners import MaskedLinear, MaskedMLP, TiltedSiLU, Unconditional
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.conditioners.test_masks import random_dag
 
@@ -23,6 +23,7 @@ OPTIONS = {
     "context": {"context_dim": 2},
     "context and a narrow layer": {"context_dim": 1, "hidden_dims": (2, 2)},
     "tanh": {"nonlinearity": torch.tanh},
+    "even, with skip connections": {"nonlinearity": TiltedSiLU(0.0), "skip_connections": True},
 }
 
 
@@ -72,6 +73,33 @@ def test_depth_follows_the_buffers():
     assert conditioner.depth == 5
     conditioner.load_state_dict(MaskedMLP(5, 2, adjacency=CHAIN[[0] * 5]).state_dict())
     assert conditioner.depth == 1
+
+
+def test_skip_connections_add_a_linear_function_that_starts_at_zero():
+    torch.manual_seed(0)
+    plain = redraw(MaskedMLP(4, 2, 8))
+    conditioner = MaskedMLP(4, 2, 8, skip_connections=True)
+    assert not conditioner.skip.weight.any()
+    conditioner.load_state_dict(plain.state_dict(), strict=False)
+    conditioner.skip.weight.data.normal_()
+    x = torch.randn(3, 4)
+    added = (conditioner(x) - plain(x)).mT.reshape(3, -1)
+    masked = conditioner.skip.weight * conditioner.adjacency.repeat(2, 1)
+    assert torch.allclose(added, x @ masked.T)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1])
+def test_tilted_silu(slope):
+    x, activation = torch.linspace(-30, 30, 101), TiltedSiLU(slope)
+    assert torch.allclose(activation(x), x * (slope + torch.tanh(x / 2)), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(activation, torch.randn(5, requires_grad=True))
+    assert repr(activation) == f"TiltedSiLU(slope={float(slope)})"
+
+
+@pytest.mark.parametrize("slope", [-0.1, 1.5, float("nan"), "0.5", True])
+def test_slope_that_is_none(slope):
+    with pytest.raises(ValueError, match="slope: expected a number from 0 to 1, got"):
+        TiltedSiLU(slope)
 
 
 def test_all_parameters_move_within_two_steps():

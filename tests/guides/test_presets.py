@@ -8,7 +8,7 @@ from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import nn
 
-from pyro_artransform.conditioners import MaskedMLP
+from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
 from pyro_artransform.guides import AutoIAF, AutoMAF
 from pyro_artransform.univariate import RationalQuadraticSpline
 from tests.guides import models
@@ -18,13 +18,15 @@ both = pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])
 
 @both
 def test_arguments_reach_the_flow(kind):
-    guide = kind(models.gaussian, num_transforms=2, hidden_dims=[7, 5], nonlinearity=nn.Tanh())
+    options = {"hidden_dims": [7, 5], "nonlinearity": nn.Tanh(), "skip_connections": True}
+    guide = kind(models.gaussian, num_transforms=2, **options)
     guide(models.data())
     networks = [m for m in guide.modules() if isinstance(m, MaskedMLP)]
     assert len(networks) == 2
     for network in networks:
         assert network.hidden_dims == (7, 5)
         assert isinstance(network.nonlinearity, nn.Tanh)
+        assert network.skip is not None
     assert networks[0].order.tolist() != networks[1].order.tolist()
 
 
@@ -56,6 +58,7 @@ def test_full_rank_by_default_where_it_is_cheap(kind):
         ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims: expected"),
         ({"hidden_dims": 0}, ValueError, "hidden_dims: expected"),
         ({"nonlinearity": "tanh"}, TypeError, "nonlinearity: expected a function or a module"),
+        ({"skip_connections": "no"}, ValueError, "skip_connections: expected True or False, got"),
         ({"nonlinearity": nn.Tanh}, TypeError, r"such as torch\.nn\.ELU\(\), got <class"),
     ],
 )
@@ -77,19 +80,22 @@ def test_networks_by_default(kind, dims, nonlinearity):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim", "width"),
+    ("kind", "dim", "width", "nonlinearity"),
     [
-        (AutoIAF, 16, 128),
-        (AutoIAF, 20, 160),
-        (AutoIAF, 64, 256),
-        (AutoIAF, 80, 320),
-        (AutoMAF, 40, 80),
+        (AutoIAF, 16, 128, nn.SiLU),
+        (AutoIAF, 20, 160, nn.SiLU),
+        (AutoIAF, 64, 256, nn.SiLU),
+        (AutoIAF, 65, 256, TiltedSiLU),
+        (AutoIAF, 120, 360, TiltedSiLU),
+        (AutoMAF, 40, 80, nn.ELU),
     ],
 )
-def test_networks_widen_with_the_latents(kind, dim, width):
+def test_networks_grow_with_the_latents(kind, dim, width, nonlinearity):
     guide = kind(lambda: pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1)))
     guide()
-    assert next(m for m in guide.modules() if isinstance(m, MaskedMLP)).hidden_dims[0] == width
+    network = next(m for m in guide.modules() if isinstance(m, MaskedMLP))
+    assert network.hidden_dims[0] == width
+    assert type(network.nonlinearity) is nonlinearity
 
 
 @both
@@ -97,8 +103,8 @@ def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
     guide = kind(models.regression)
     guide(models.data())
     guide.save(tmp_path / "guide.pt")
-    monkeypatch.setattr(kind, "_width", lambda latent_dim: 8)
-    monkeypatch.setattr(kind, "_activation", nn.Tanh)
+    other = {"hidden_dims": [8], "nonlinearity": nn.Tanh()}
+    monkeypatch.setattr(kind, "_network", lambda latent_dim: other)
     twin = kind.load(tmp_path / "guide.pt")
     draws = guide.sample_posterior(3)
     assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))

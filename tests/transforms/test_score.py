@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_artransform.conditioners import MaskedMLP
+from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
 from pyro_artransform.transforms.score import _derivatives
 from pyro_artransform.univariate import Additive, Affine, Hinged, RationalQuadraticSpline
@@ -56,6 +56,8 @@ LAYERS = {
     "narrow, two layers": lambda: layer(40, [64, 20]),
     "one block": lambda: layer(5, [64]),
     "with the slope of SiLU": lambda: layer(20, 64, nonlinearity=nn.SiLU()),
+    "with the slope of TiltedSiLU": lambda: layer(20, 64, nonlinearity=TiltedSiLU(0.2)),
+    "with skip connections": lambda: layer(40, 130, skip_connections=True),
     "many blocks": lambda: layer(70, [300]),
     "many blocks, three layers": lambda: layer(40, [130, 100, 90]),
     "reversed": lambda: layer(20, [64], order=range(19, -1, -1)),

@@ -13,7 +13,7 @@ from ... import files
 from ...files import FilePath
 from ..plain_data import Plain
 
-FORMAT = 7
+FORMAT = 8
 _KEYS = {"format", "class", "spec", "state", "checksum"}
 
 

@@ -21,9 +21,10 @@ from ...transforms import (
 )
 from ...univariate import Standardizing
 from ..distributions import LocationScale
+from ..networks import default_activation
 
 # the networks of the root block: as AutoIAF's of many latents, whose width ends here
-_ROOT_LAYERS, _LEAST_WIDTH, _WIDTH_FACTOR, _MOST_WIDTH = 3, 128, 4, 800
+_ROOT_LAYERS, _MOST_WIDTH = 3, 800
 
 
 class StructuredFlow(ComposedTransform):
@@ -142,9 +143,9 @@ class StructuredFlow(ComposedTransform):
 
 def _root_flow(dim: int, is_whole: bool) -> FlowModule:
     """The flow of the root block, without its location and scale."""
-    width = max(_LEAST_WIDTH, min(_WIDTH_FACTOR * dim, _MOST_WIDTH))
+    width = max(128, min(4 * dim, 256), min(3 * dim, _MOST_WIDTH))
     if dim > 1:
-        return iaf(dim, _ROOT_LAYERS, width, nonlinearity=nn.SiLU())
+        return iaf(dim, _ROOT_LAYERS, width, nonlinearity=default_activation(dim))
     # affine layers of one coordinate are a Gaussian together
     return ComposedTransform(*[spline_marginals(1) for _ in range(_ROOT_LAYERS if is_whole else 1)])
 

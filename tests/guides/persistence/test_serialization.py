@@ -14,6 +14,7 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
+from pyro_artransform.conditioners import TiltedSiLU
 from pyro_artransform.guides import AutoAmortized, AutoIAF, plain_data
 from pyro_artransform.guides.persistence import serialization as saving
 from pyro_artransform.guides.prototype import prototype_trace
@@ -111,6 +112,7 @@ def test_support_that_cannot_be_written(tmp_path):
         nn.ELU(alpha=0.7),
         nn.Softplus(beta=2),
         nn.GELU(approximate="tanh"),
+        TiltedSiLU(0.25),
         torch.tanh,
         nn.functional.silu,
     ],
