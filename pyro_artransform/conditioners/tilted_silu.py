@@ -3,6 +3,8 @@
 
 """SiLU with a linear part of any size."""
 
+from numbers import Real
+
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -30,7 +32,8 @@ class TiltedSiLU(nn.Module):
 
     def __init__(self, slope: float = 0.5) -> None:
         super().__init__()
-        if isinstance(slope, bool) or not (isinstance(slope, (int, float)) and 0 <= slope <= 1):
+        is_number = isinstance(slope, (float, int, Real)) and not isinstance(slope, bool)
+        if not (is_number and 0 <= slope <= 1):
             raise ValueError(f"slope: expected a number from 0 to 1, got {slope!r}")
         self.slope = float(slope)
 

@@ -88,7 +88,7 @@ def test_skip_connections_add_a_linear_function_that_starts_at_zero():
     assert torch.allclose(added, x @ masked.T)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.3, 1])
+@pytest.mark.parametrize("slope", [0.0, 0.3, np.float64(0.6), 1])
 def test_tilted_silu(slope):
     x, activation = torch.linspace(-30, 30, 101), TiltedSiLU(slope)
     assert torch.allclose(activation(x), x * (slope + torch.tanh(x / 2)), rtol=1e-12, atol=1e-12)
