@@ -16,35 +16,28 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from fit_posteriors import cancer_data
-from torch import Tensor, nn
+from models import normal, poisson, uniform
+from torch import nn
+from verdict_targets import funnel
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.conditioners import TiltedSiLU
+from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
 from pyro_artransform.diagnostics import importance
 
 Model = Callable[[], None]
 
 
-def classify(x: Tensor, y: Tensor, prior: float) -> Model:
-    """A logistic regression."""
+def regression() -> Model:
+    """A logistic regression of 250 rows on 100 columns."""
+    x, beta = normal(1, 250, 100), 0.5 * normal(2, 100)
+    y = (uniform(3, 250) < torch.sigmoid(x @ beta)).double()
 
     def model() -> None:
-        beta = pyro.sample("beta", dist.Normal(torch.zeros(x.shape[1]), prior).to_event(1))
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(100), 2.0).to_event(1))
         logits = (x @ beta[..., None])[..., 0]
         pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=y)
 
     return model
-
-
-def cancer() -> Model:
-    """31 coefficients for scikit-learn's breast cancer data, columns centred and scaled."""
-    return classify(*map(torch.as_tensor, cancer_data()), prior=10.0)
-
-
-def simulated(num_rows: int, dim: int) -> Model:
-    x, beta = normal(1, num_rows, dim), 0.5 * normal(2, dim)
-    return classify(x, (uniform(3, num_rows) < torch.sigmoid(x @ beta)).double(), prior=2.0)
 
 
 def hierarchy() -> Model:
@@ -68,7 +61,7 @@ def process() -> Model:
     t = torch.linspace(0, 10, 80)
     cov = torch.exp(-0.5 * (t[:, None] - t) ** 2) + 1e-4 * torch.eye(80)
     root = torch.linalg.cholesky(cov)
-    y = torch.poisson((root @ normal(1, 80)).exp(), generator=torch.Generator().manual_seed(2))
+    y = poisson(2, (root @ normal(1, 80)).exp())
 
     def model() -> None:
         height = pyro.sample("height", dist.HalfNormal(2.0))
@@ -79,39 +72,18 @@ def process() -> Model:
     return model
 
 
-def funnel() -> Model:
-    """Neal's funnel in 100 dimensions, whose evidence is 0."""
-
-    def model() -> None:
-        v = pyro.sample("v", dist.Normal(0.0, 3.0))
-        with pyro.plate("below", 99):
-            pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
-
-    return model
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def uniform(seed: int, *shape: int) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 POSTERIORS: dict[str, tuple[int, Callable[[], Model]]] = {
-    "cancer": (31, cancer),
-    "regression 60": (60, lambda: simulated(150, 60)),
-    "regression 100": (100, lambda: simulated(250, 100)),
+    "regression": (100, regression),
     "hierarchy": (83, hierarchy),
     "process": (81, process),
-    "funnel": (100, funnel),
+    "funnel": (100, lambda: funnel(100).model),
 }
 NETWORKS: dict[str, Callable[[int], dict[str, Any]]] = {
     "preset": lambda d: {},
     "SiLU": lambda d: {"nonlinearity": nn.SiLU()},
     "wide SiLU": lambda d: {
         "nonlinearity": nn.SiLU(),
-        "hidden_dims": max(128, min(8 * d, 256), 4 * d),
+        "hidden_dims": max(256, 4 * d),
     },
     "even, skip": lambda d: {"nonlinearity": TiltedSiLU(0.0), "skip_connections": True},
 }
@@ -127,7 +99,7 @@ def row(posterior: str, network: str, seed: int) -> str:
     result = fit(model, guide, progress=False)
     seconds = time.process_time() - began
     found = importance(model, guide, 40_000)
-    width = guide.transform.transforms[0].transforms[1].parts[0].meta.conditioner.hidden_dims[0]
+    width = next(m for m in guide.modules() if isinstance(m, MaskedMLP)).hidden_dims[0]
     elbo = f"{found.elbo:.3f} ± {found.elbo_se:.3f}"
     cells = [posterior, dim, network, width, elbo, f"{found.khat:.2f}", result.num_steps]
     return f"| {' | '.join(map(str, cells))} | {seconds:.0f} |"

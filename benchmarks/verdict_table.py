@@ -33,7 +33,7 @@ _PLATEAU = (
 )
 _BETWEEN_MODES = (
     "The words are true: all coordinates depend on each other, but only between the modes. The guide has "
-    "both modes by its block, and 0.01 to 0.03 nats are what the missing parents cost."
+    "both modes by its block, and 0.01 to 0.02 nats are what the missing parents cost."
 )
 #: why a verdict on a target cannot be right
 EXPLAINED = {

@@ -32,11 +32,24 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
 
 def check_positive(name: str, value: Any) -> float:
     """A positive finite number as a float; NumPy's numbers are real too, a bool is none."""
-    is_number = isinstance(value, (float, int, Real)) and not isinstance(value, bool)
     # comparisons only: torch.compile may make this number a symbol
-    if not (is_number and 0 < value < math.inf):
+    if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
     return float(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number from 0 to 1 as a float, of the kinds of :func:`check_positive`."""
+    if not (_is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False, NumPy's too, as a bool."""
+    if value not in (True, False):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
@@ -104,6 +117,10 @@ def values_can_be_read(*tensors: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or any(tensor.device.type == "meta" for tensor in tensors)
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
 
 def _as_index(value: Any) -> int | None:

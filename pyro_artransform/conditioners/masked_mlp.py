@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import check_callable, check_hidden_dims, check_integer
+from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .base import Conditioner
 from .block_evaluation import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
@@ -110,8 +110,8 @@ class MaskedMLP(Conditioner):
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
         ``[i, j]`` says that coordinate i depends on coordinate j.
     :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a size that is not positive, an order that is no permutation, a graph with a
-        cycle, or both an order and a graph.
+    :raises ValueError: for a size that is not positive, ``skip_connections`` other than a bool, an order
+        that is no permutation, a graph with a cycle, or both an order and a graph.
 
     Example::
 
@@ -161,7 +161,7 @@ class MaskedMLP(Conditioner):
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)
         self._read_levels()
-        self._build_layers(skip_connections)
+        self._build_layers(check_flag("skip_connections", skip_connections))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -3,10 +3,10 @@
 
 """SiLU with a linear part of any size."""
 
-from numbers import Real
-
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from ..arguments import check_share
 
 
 class TiltedSiLU(nn.Module):
@@ -32,10 +32,7 @@ class TiltedSiLU(nn.Module):
 
     def __init__(self, slope: float = 0.5) -> None:
         super().__init__()
-        is_number = isinstance(slope, (float, int, Real)) and not isinstance(slope, bool)
-        if not (is_number and 0 <= slope <= 1):
-            raise ValueError(f"slope: expected a number from 0 to 1, got {slope!r}")
-        self.slope = float(slope)
+        self.slope = check_share("slope", slope)
 
     def forward(self, x: Tensor) -> Tensor:
         """The value of each element."""

@@ -15,7 +15,6 @@ from ..conditioners import TiltedSiLU
 Plain = dict[str, Any]
 
 _MAX_ACTIVATION_SIZE = 2**16
-_OWN_ACTIVATIONS = {TiltedSiLU.__name__: TiltedSiLU}
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
 _SUPPORTS = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than"),
@@ -71,14 +70,14 @@ def tensor_to_plain(text: Tensor) -> Any:
 
 
 def argument_to_plain(name: str, value: Any) -> Any:
-    """An argument of a guide as plain data; an activation is its name in PyTorch and its constants."""
+    """An argument of a guide as plain data; an activation is its name and its constants."""
     if not callable(value):
         return value
     kind = getattr(value, "__name__", type(value).__name__)
     for owner, functions in _FUNCTIONS.items():
         if value is getattr(functions, kind, None):
             return {"function": kind, "owner": owner}
-    if type(value) is _activation(kind):
+    if type(value) in (TiltedSiLU, getattr(nn, kind, None)):
         names = getattr(value, "__constants__", ())
         plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
         # a container of modules is more than a name and constants
@@ -95,15 +94,11 @@ def argument_from_plain(plain: Any) -> Any:
     if isinstance(plain, dict) and "function" in plain:
         return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
     if isinstance(plain, dict) and "module" in plain:
-        make, constants = _activation(plain["module"]), plain["constants"]
+        kind, constants = plain["module"], plain["constants"]
+        make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(nn, kind)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in make(**constants).parameters())
         if size > _MAX_ACTIVATION_SIZE:
-            raise ValueError(f"expected an activation, got {plain['module']} of {size} parameters")
+            raise ValueError(f"expected an activation, got {kind} of {size} parameters")
         return make(**constants)
     return plain
-
-
-def _activation(name: str) -> Any:
-    """The class of an activation, of this package or of PyTorch; None if there is none of the name."""
-    return _OWN_ACTIVATIONS.get(name) or getattr(nn, name, None)

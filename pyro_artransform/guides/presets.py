@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..arguments import check_callable, check_hidden_dims, check_integer
+from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
@@ -49,13 +49,11 @@ class PresetGuide(AutoAutoregressive):
         if nonlinearity is not None:
             wanted = "a function or a module such as torch.nn.ELU()"
             check_callable("nonlinearity", nonlinearity, wanted)
-        if skip_connections not in (True, False):
-            raise ValueError(f"skip_connections: expected True or False, got {skip_connections!r}")
         arguments = {
             "num_transforms": check_integer("num_transforms", num_transforms),
             "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
             "nonlinearity": nonlinearity,
-            "skip_connections": skip_connections,
+            "skip_connections": check_flag("skip_connections", skip_connections),
         }
         super().__init__(
             model,
@@ -85,7 +83,7 @@ class PresetGuide(AutoAutoregressive):
     def _with_defaults(cls, arguments: Arguments, latent_dim: int) -> Arguments:
         """Arguments with the networks that suit a latent dimension, where none are given."""
         given = {name: value for name, value in arguments.items() if value is not None}
-        return {**arguments, **cls._network(latent_dim), **given}
+        return {**cls._network(latent_dim), **given}
 
     @classmethod
     def _preset_flow(cls, arguments: Arguments, latent_dim: int) -> nn.Module:

@@ -130,6 +130,7 @@ def test_all_parameters_move_within_two_steps():
         ({"hidden_dims": 64.0}, r"a positive integer or a sequence of them, got 64\.0"),
         ({"hidden_dims": "64"}, "a positive integer or a sequence of them, got '64'"),
         ({"hidden_dims": True}, "or a sequence of them, got True"),
+        ({"skip_connections": "no"}, "skip_connections: expected True or False, got 'no'"),
         ({"order": [0, 1, 1]}, "permutation"),
         (
             {"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)},

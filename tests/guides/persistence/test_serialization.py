@@ -126,6 +126,11 @@ def test_nonlinearity(nonlinearity):
     assert type(back) is type(nonlinearity)
 
 
+def test_an_activation_that_is_unknown_is_named():
+    with pytest.raises(AttributeError, match="'Unknown'"):
+        plain_data.argument_from_plain({"module": "Unknown", "constants": {}})
+
+
 @pytest.mark.parametrize("nonlinearity", [lambda x: x, nn.Sequential(nn.Tanh(), nn.Tanh())])
 def test_nonlinearity_that_cannot_be_written(nonlinearity, tmp_path):
     guide = AutoIAF(models.regression, hidden_dims=8, nonlinearity=nonlinearity)
