@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs: one of plain SVI beside Pyro's AutoIAFNormal, and one of `fit`.
+"""What a step costs: one of plain SVI beside Pyro's AutoIAFNormal, by Pyro and by PyTorch, and one of `fit`.
 
     python benchmarks/steps.py [--dims 10 50 200] [--particles 1 16 64] [--steps 200] [--base FOLDER]
 
@@ -66,6 +66,22 @@ def svi_step(make_guide: Callable[..., object], dim: int, num_particles: int) ->
     return SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss).step
 
 
+def torch_step(make_guide: Callable[..., object], dim: int, num_particles: int) -> Step:
+    """The same with one optimizer of PyTorch, where Pyro's has one for each parameter."""
+    model = partial(standard_normal, dim)
+    options = {"max_plate_nesting": 0, "vectorize_particles": True}
+    loss = Trace_ELBO(num_particles=num_particles, **options)(model, make_guide(model))
+    loss()  # makes the parameters
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
 def fit_step(package: ModuleType, dim: int, num_particles: int) -> Step:
     """A step as `fit` takes it after its search, for a density without Pyro."""
     inner = {}
@@ -76,7 +92,8 @@ def fit_step(package: ModuleType, dim: int, num_particles: int) -> Step:
         "optimization.training",
     ):
         inner[name] = importlib.import_module(f"{package.__name__}.inference.{name}")
-    guide = package.AutoIAF(partial(standard_normal, dim))
+    # under a name of its own in Pyro's store
+    guide = type(package.__name__, (package.AutoIAF,), {})(partial(standard_normal, dim))
     guide()
     config = inner["config"].FitConfig().optimization
     density = FreeDensity(dim)
@@ -157,6 +174,16 @@ def main() -> None:
         for count in args.particles:
             pyro.clear_param_store()
             steps = {name: svi_step(guide, dim, count) for name, guide in guides.items()}
+            compare(f"{dim}, {count}", steps, args.steps)
+
+    header("one optimizer: D, particles", ["AutoIAFNormal by SVI", "AutoIAFNormal", "AutoIAF"])
+    for dim in args.dims:
+        for count in args.particles:
+            pyro.clear_param_store()
+            steps = {"SVI": svi_step(pyro_guide, dim, count)}
+            pyro.clear_param_store()
+            steps["AutoIAFNormal"] = torch_step(pyro_guide, dim, count)
+            steps["AutoIAF"] = torch_step(pyro_artransform.AutoIAF, dim, count)
             compare(f"{dim}, {count}", steps, args.steps)
 
     header("fit: D, draws", list(packages))

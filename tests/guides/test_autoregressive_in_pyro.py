@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import (
     MCMC,
     NUTS,
+    SVI,
     JitTrace_ELBO,
     Predictive,
     Trace_ELBO,
@@ -68,6 +69,35 @@ def test_elbos(name, kind, options):
         assert not unmoved(guide, before)
         if kind is JitTrace_ELBO:
             break  # one is slow enough to compile
+
+
+@pytest.mark.parametrize("name", ["iaf", "maf", "splines"])
+def test_one_optimizer_of_pytorch_takes_the_steps_of_pyros(name):
+    found = []
+    for by_pyro in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = GUIDES[name](models.regression)
+        guide(models.data())
+        pyro.set_rng_seed(1)
+        if by_pyro:
+            optimizer = pyro.optim.Adam({"lr": 1e-2})
+            svi = SVI(models.regression, guide, optimizer, Trace_ELBO())
+            losses = [svi.step(models.data()) for _ in range(5)]
+        else:
+            losses, loss_of = [], Trace_ELBO()(models.regression, guide)
+            optimizer = torch.optim.Adam(loss_of.parameters(), lr=1e-2, fused=True)
+            for _ in range(5):
+                optimizer.zero_grad()
+                loss = loss_of(models.data())
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        found.append((losses, parameters(guide)))
+    (pyros, expected), (losses, given) = found
+    assert losses == pytest.approx(pyros, rel=1e-10)
+    for key, value in expected.items():
+        assert torch.allclose(given[key], value, rtol=1e-8, atol=1e-10), key
 
 
 def test_jit_is_the_same():
