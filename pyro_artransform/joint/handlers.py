@@ -98,9 +98,28 @@ class SiteLogProbs(Messenger):
         self.values[name] = value
         if site_is_subsample(message) or (self._data_only and not has_data(message)):
             return
-        log_prob = message["fn"].log_prob(value, *message["args"], **message["kwargs"])
+        data = _without_masked(message)
+        log_prob = message["fn"].log_prob(data, *message["args"], **message["kwargs"])
         scale = 1.0 if self._data_only else message["scale"]
         self.log_probs[name] = scale_and_mask(log_prob, scale, message["mask"])
+
+
+def _without_masked(site: Any) -> Any:
+    """The value of a site, where its mask hides data with one of those that count in their place.
+
+    What is hidden may be NaN, or a zero that has no logarithm: a mask takes it out of the density, but not
+    out of the gradient, where it makes 0 times infinity.
+    """
+    value, mask = site["value"], site["mask"]
+    if not (isinstance(mask, Tensor) and has_data(site)) or is_functorch_wrapped_tensor(mask):
+        return value
+    event_dim = site["fn"].event_dim
+    event = value.shape[value.dim() - event_dim :]
+    batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+    is_counted, value = mask.expand(batch), value.expand(batch + event)
+    if not is_counted.any():
+        return site["value"]
+    return torch.where(is_counted[(..., *(None,) * event_dim)], value, value[is_counted][0])
 
 
 def runs_model(trace: poutine.Trace) -> bool:

@@ -35,6 +35,7 @@ class SkippedSteps:
             raise FitError(
                 f"the fit stopped: the loss or its gradient was not finite in {self.in_a_row} steps "
                 f"in a row, because of {', '.join(self.sites)}. The parameters are finite, as the "
-                "last good step left them. Check the data, and that the model is finite for all its "
-                "latents"
+                "last good step left them. Check the data, and that the model and its gradient are finite "
+                "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
+                "stays in its gradient"
             )
