@@ -33,7 +33,7 @@ def plot_pairs(
     :param names: the coordinates to show, such as ``["tau", "theta[0]", "theta[3]"]``, or sites,
         which stand for all of theirs; by default the first eight.
     :return: an array of Axes, one for each pair.
-    :raises ValueError: if a name is none of a coordinate or site.
+    :raises ValueError: if a name is none of a coordinate or site, or draws that are shown are not finite.
     """
     series = {"guide": _columns(draws)}
     chosen = _chosen(series["guide"], names)
@@ -43,7 +43,7 @@ def plot_pairs(
     if missing:
         raise ValueError(f"reference: expected the coordinates {chosen}, got none of {missing}")
     size = len(chosen)
-    ranges = {name: _range([drawn[name] for drawn in series.values()]) for name in chosen}
+    ranges = {name: _range(name, [drawn[name] for drawn in series.values()]) for name in chosen}
     layout: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(size, size, figsize=(1.8 * size + 1,) * 2, **layout)
     for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
@@ -103,8 +103,11 @@ def _chosen(columns: Mapping[str, Tensor], names: Sequence[str] | None) -> list[
     return found
 
 
-def _range(columns: Sequence[Tensor]) -> tuple[float, float]:
-    """The range of draws but for the outermost half per cent, and a margin."""
+def _range(name: str, columns: Sequence[Tensor]) -> tuple[float, float]:
+    """The range of draws of a coordinate but for the outermost half per cent, and a margin."""
+    count = sum(int((~column.isfinite()).sum()) for column in columns)
+    if count:
+        raise ValueError(f"draws: expected finite numbers, got {count} of '{name}' that are not")
     ordered = [column.double().sort().values for column in columns]
     low = min(column[int(0.005 * len(column))].item() for column in ordered)
     high = max(column[-1 - int(0.005 * len(column))].item() for column in ordered)

@@ -70,3 +70,11 @@ def test_bad_names():
         plots.plot_pairs(draws(), names=["mu"])
     with pytest.raises(ValueError, match=r"reference: expected the coordinates .* \['tau'\]"):
         plots.plot_pairs(draws(), {"theta": draws()["theta"]}, names=["tau"])
+
+
+def test_draws_that_are_not_finite():
+    spoilt = draws()
+    spoilt["tau"][:2] = torch.nan
+    with pytest.raises(ValueError, match="draws: expected finite numbers, got 2 of 'tau' that are"):
+        plots.plot_pairs(spoilt)
+    plots.plot_pairs(spoilt, names=["theta"])  # where they are not shown, they may be

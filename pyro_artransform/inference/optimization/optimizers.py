@@ -163,7 +163,7 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``.
     :param parameters: what to train.
-    :raises TypeError: if it is neither.
+    :raises TypeError: if it is neither, or needs the loss.
     :raises ValueError: if it has none of the parameters.
     """
     if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is ReduceLROnPlateau:
@@ -176,6 +176,8 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
             "optim: expected an optimizer of pyro.optim, or a function of a list of parameters that "
             f"returns one of torch.optim, got {optim!r}"
         )
+    if isinstance(made, torch.optim.LBFGS):
+        raise TypeError("optim: expected an optimizer that needs no closure, got LBFGS")
     moved = {parameter for group in made.param_groups for parameter in group["params"]}
     if moved.isdisjoint(parameters):
         raise ValueError(

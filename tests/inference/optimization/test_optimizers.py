@@ -175,6 +175,12 @@ def test_scheduler_that_needs_a_loss():
         wrap_optimizer(optim, parameters())
 
 
+def test_an_optimizer_that_needs_the_loss_again_is_refused():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match="expected an optimizer that needs no closure, got LBFGS"):
+        wrap_optimizer(torch.optim.LBFGS, [parameter])
+
+
 def test_own_adam_is_pytorchs():
     ours, theirs = parameters(), parameters()
     optimizer, other = own(ours), torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99))
