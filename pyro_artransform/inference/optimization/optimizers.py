@@ -4,6 +4,7 @@
 """The optimizers of a fit: its own Adam, and those that users bring."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ class Adam:
             steps = torch.zeros((), dtype=torch.float32, device=device)
             self._moments[parameter] = zeros, zeros.clone(), steps
         self._step_size, self._betas, self._scales = step_size, betas, scales
+
+    def restart(self, step_size: float) -> None:
+        """Forgets the gradients so far, and takes another step size."""
+        self._step_size = step_size
+        for part in chain.from_iterable(self._moments.values()):
+            part.zero_()
 
     @torch.no_grad()
     def step(self, factor: float) -> None:

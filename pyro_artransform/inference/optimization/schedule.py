@@ -177,15 +177,15 @@ class Schedule:
 
 
 def new_schedule(
-    config: OptimizationConfig, by_path: bool, num_batches: int | None, is_subsampled: bool
+    config: OptimizationConfig, by_path: bool, num_batches: int | None, is_random: bool
 ) -> Schedule:
     """The schedule of a fit that finds its end itself, by what is noisy in its steps.
 
     :param by_path: whether the gradient is the path gradient of a flow guide.
     :param num_batches: mini-batches in an epoch; ``None`` where each step sees the same arguments.
-    :param is_subsampled: whether the model itself takes a part of its data at each step.
+    :param is_random: whether the model itself takes a part of its data at each step.
     """
-    epoch, is_noisy = num_batches or 1, num_batches is not None or is_subsampled
+    epoch, is_noisy = num_batches or 1, num_batches is not None or is_random
     longest = config.max_constant_path if by_path else config.max_constant_pyro
     return Schedule(
         config,

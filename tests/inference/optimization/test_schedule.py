@@ -151,7 +151,7 @@ def test_tails_that_need_nothing_are_skipped_unless_steps_were_asked_for():
 
 def test_without_tail_steps_there_is_no_phase_for_them():
     config = replace(CONFIG, tail_steps=0)
-    plan = new_schedule(config, by_path=True, num_batches=None, is_subsampled=False)
+    plan = new_schedule(config, by_path=True, num_batches=None, is_random=False)
     for ended in (plan.of_length(50), steps(plan, noise(20_000))[0]):
         assert ended.tail_start == ended.end
         assert not any(ended.is_for_tails(step) for step in range(ended.end))
@@ -187,8 +187,8 @@ def average(plan, values):
     return found
 
 
-def of(by_path=True, num_batches=None, is_subsampled=False):
-    return new_schedule(CONFIG, by_path, num_batches, is_subsampled)
+def of(by_path=True, num_batches=None, is_random=False):
+    return new_schedule(CONFIG, by_path, num_batches, is_random)
 
 
 def test_without_noise_the_average_forgets_what_is_long_ago():
@@ -198,7 +198,7 @@ def test_without_noise_the_average_forgets_what_is_long_ago():
     assert average(of(), values[:1100]) > 10
 
 
-@pytest.mark.parametrize("plan", [of(num_batches=10), of(is_subsampled=True)])
+@pytest.mark.parametrize("plan", [of(num_batches=10), of(is_random=True)])
 def test_noise_is_averaged_over_more_steps(plan):
     values = torch.randn(500, 9000)
     noisy, quiet = average(plan, values.T), average(of(), values.T)
@@ -227,7 +227,7 @@ def test_only_the_path_gradient_of_all_data_sees_tails():
 
 
 def test_noise_has_time_to_average_out():
-    noisy = min(of(num_batches=10).min_decay, of(is_subsampled=True).min_decay)
+    noisy = min(of(num_batches=10).min_decay, of(is_random=True).min_decay)
     assert noisy > 2 * of().min_decay
 
 

@@ -100,6 +100,24 @@ def test_a_step_that_is_not_finite_is_skipped(fault, at):
     assert (objective.x - 3).abs().max() < 0.3
 
 
+def test_a_loss_that_runs_away_goes_back_with_a_smaller_step():
+    objective = Bowl(dict.fromkeys(range(120, 151), 1e6))
+    training = run(training_of(objective, 400), 100)
+    best = objective.x.detach().clone()
+    run(training, 50)
+    assert training.step_size == 0.05 / 4
+    assert torch.equal(objective.x, best)
+    run(training, 1)
+    assert (objective.x - best).abs().max() <= 0.05 / 4
+    run(training)
+    assert (objective.x - 3).abs().max() < 0.3
+
+
+def test_large_losses_of_a_few_steps_change_no_step_size():
+    training = run(training_of(Bowl(dict.fromkeys(range(120, 140), 1e6)), 200))
+    assert training.step_size == 0.05
+
+
 def test_stops_after_many_in_a_row():
     objective = Bowl(dict.fromkeys(range(20, 2000), math.nan))
     training = training_of(objective, 1000)
@@ -198,7 +216,7 @@ def test_best_is_kept_when_it_gets_worse():
     training = run(training_of(objective, 2000, step_size=0.1), 200)
     with torch.no_grad():
         objective.x.fill_(50.0)
-    run(training, 100)
+    run(training, 40)  # within a block, after which the fit goes back
     assert (training.candidates()["best"][0] - 3).abs().max() < 0.5
     assert (training.candidates()["last"][0] - 3).abs().min() > 5
 
