@@ -107,6 +107,7 @@ def importance(
     Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
     out; others need a guide that draws them. If the model sub-samples its data, each draw sees another
     mini-batch, whose noise is in the weights: the ELBO is right, k-hat and the evidence mean nothing.
+    So it is if the density is random otherwise, as where a model takes rows by ``torch.randint``.
 
     :param model: a Pyro model.
     :param guide: a guide of it.

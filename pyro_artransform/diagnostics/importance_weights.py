@@ -165,7 +165,7 @@ def _draw_constrained(draw: GuideDraws, log_joint: LogJoint, n: int) -> Weighted
 def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     """The log weights of draws, with a warning if a model turns out to mix draws at once."""
     strategy = log_joint.strategy
-    if log_joint.is_subsampled:  # each draw sees a mini-batch of its own
+    if log_joint.is_random:  # each draw sees a mini-batch of its own
         return torch.cat([*map(log_joint, latent.split(1))]) - log_q
     log_p = log_joint.checked(latent, log_q)
     if log_joint.strategy != strategy:

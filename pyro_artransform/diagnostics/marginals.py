@@ -178,9 +178,10 @@ def marginals_of(
     num_steps: int = NUM_STEPS,
 ) -> Marginals:
     """The same as :func:`marginals`, of a model whose log joint density is known already."""
-    if log_joint.is_subsampled:
+    if log_joint.is_random:
         raise ValueError(
-            "model: expected one that sees all its data, got one that sub-samples them"
+            "model: expected one that sees all its data, got one that sub-samples them, or whose "
+            "density is random otherwise"
         )
     if num_chains is None:
         num_chains = _NUM_CHAINS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CHAINS

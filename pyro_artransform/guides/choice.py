@@ -4,12 +4,14 @@
 """The guide of a model for which none is given."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 
 from ..joint.handlers import subsampled_plates
-from ..joint.sites import Latents
+from ..joint.sites import Latents, initial_value
 from .amortized.amortized_guide import AutoAmortized
 from .persistence.persistent_guide import PersistentGuide
 from .presets import AutoIAF
@@ -39,7 +41,9 @@ def choose_guide(
     :param is_minibatch: whether these are one of many mini-batches.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
-    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+    # values that guides start from: those of the prior may be extreme, and an improper one has none
+    start = InitMessenger(partial(initial_value, init_to_median))
+    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad(), start:
         trace = poutine.trace(model).get_trace(*args, **(kwargs or {}))
     latents = Latents.from_trace(trace)
     parts = {plate.name for plate in subsampled_plates(trace)}

@@ -109,8 +109,8 @@ def fit(
     :param config: all numbers that a fit is tuned by; the defaults are meant for every model.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :return: the verdict, and the numbers that it rests on; the posterior is the guide.
-    :raises TypeError: if the arguments are not those of the model, the guide is a class, the loader can
-        be gone through once only, or its batches cannot be arguments.
+    :raises TypeError: if the arguments are not those of the model, the guide is a class, ``config`` is
+        none, the loader can be gone through once only, or its batches cannot be arguments.
     :raises ValueError: if the model has no continuous latent, or a parameter of the name of one of
         these options, if the guide was made for a model with other latents, if there is no initial
         guide with a finite density, if an option is out of its range, if ``optim`` trains none of the
@@ -189,6 +189,10 @@ def fit(
         raise RuntimeError(
             "fit: expected to be called outside of torch.inference_mode, in which there are no gradients"
         )
+    if seed is not None:
+        check_integer("seed", seed, least=0)
+    if config is not None and not isinstance(config, FitConfig):
+        raise TypeError(f"config: expected a FitConfig, got {config!r}")
     guide, args = split_arguments(guide, args)
     _check_names(model)
     _check_options(loader, epochs, num_steps, args)

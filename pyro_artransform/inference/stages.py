@@ -79,8 +79,8 @@ class FitRun:
         if guide is None:
             guide, self._guide_reason = choose(model, *batches[0], is_minibatch=is_minibatch)
         self._subject = subject = _run_once(model, guide, batches[0], stream)
-        log_joint, is_subsampled = subject.log_joint, subject.log_joint.is_subsampled
-        if not (is_minibatch or is_subsampled):
+        log_joint, is_random = subject.log_joint, subject.log_joint.is_random
+        if not (is_minibatch or is_random):
             stream = None
         of_batch = _objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
@@ -91,7 +91,7 @@ class FitRun:
             )
         self._by_path = isinstance(of_batch, PathObjective)
         settings = config.optimization.for_latents(log_joint.latents.latent_dim)
-        schedule = new_schedule(settings, self._by_path, num_batches, is_subsampled)
+        schedule = new_schedule(settings, self._by_path, num_batches, is_random)
         schedule = schedule.of_length(num_steps)
         self._objective = self._minibatches or of_batch
         scales = guide if isinstance(guide, ScaledSteps) else None

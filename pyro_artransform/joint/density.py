@@ -31,7 +31,7 @@ from .handlers import (
     plate_nesting,
     subsampled_plates,
 )
-from .sites import Latents, is_enumerated, latent_nodes, value_or_origin
+from .sites import Latents, initial_value, is_enumerated, latent_nodes
 from .vectorization import (
     STRATEGIES,
     DrawPlate,
@@ -55,6 +55,8 @@ _CACHED_SHARE = 1 / 64
 #: too, and a part of less than a few milliseconds is not worth another run of the model
 _SHARE_WITH_GRADIENT = 1 / 32
 _NUM_COMPARED = 5
+# units in the last place by which sums in another order may differ
+_ROUND_OFF = 1e3
 _COMPARED_SCALE = 0.1
 # strategies are compared at so many draws of the prior, too, and at as many that are far away
 _NUM_FAR = 8
@@ -139,7 +141,8 @@ class LogJoint(LogDensity):
         self._structures: dict[Any, ModelStructure] = {}
         self._turn = 0
         self.num_plates = plate_nesting(trace)
-        self.is_subsampled = bool(subsampled_plates(trace))
+        #: whether draws are weighed by mini-batches of their own, or by other random numbers of the model
+        self.is_random = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents = Latents.from_trace(trace)
         #: how many draws are evaluated at once without gradients, which bounds the memory
@@ -156,7 +159,8 @@ class LogJoint(LogDensity):
             near = self.start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
                 chosen = choose_strategy(self._evaluate, {"z": near}, _nan)
-            self.strategy, self.reason = chosen
+                self.strategy, self.reason = chosen
+                self.is_random = self.is_random or self._changes_by_itself(near)
             if self.strategy != "loop":
                 noise = torch.randn_like(self.start.expand(_NUM_FAR, -1))
                 # what a model says or raises far away is of no interest yet
@@ -164,6 +168,13 @@ class LogJoint(LogDensity):
                     warnings.simplefilter("ignore")
                     far = [near, self.start + _FAR_SCALE * noise, *self._prior_draws()]
                     self.checked(torch.cat(far))
+
+    def _changes_by_itself(self, z: Tensor) -> bool:
+        """Whether a second evaluation at the same draws gives other values, as with ``torch.randint``."""
+        one = self._at(z)
+        torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
+        slack = _ROUND_OFF * torch.finfo(one.dtype).eps
+        return not torch.allclose(one, self._at(z), rtol=slack, atol=slack, equal_nan=True)
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
@@ -204,13 +215,13 @@ class LogJoint(LogDensity):
 
     def __call__(self, z: Tensor) -> Tensor:
         share = 1.0
-        if z.device.type == "cpu" and not self.is_subsampled:
+        if z.device.type == "cpu" and not self.is_random:
             share = _SHARE_WITH_GRADIENT if torch.is_grad_enabled() else _CACHED_SHARE
         size = max(int(share * self.chunk_size), 1)
         if not torch.is_grad_enabled():
             return self._at(z, size)
         # draws of one mini-batch that the model takes by itself stay together
-        if len(z) <= size or self.is_subsampled or not values_can_be_read(z):
+        if len(z) <= size or self.is_random or not values_can_be_read(z):
             return self._at(z)
         found, state = [], torch.get_rng_state()
         for part in z.split(math.ceil(len(z) / math.ceil(len(z) / size))):
@@ -344,16 +355,13 @@ class LogJoint(LogDensity):
         return {"total": plate.total(scored.log_probs, total)}
 
     def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
-        quiet, init = pyro.validation_enabled(False), InitMessenger(self._initial_value)
+        quiet, init = (
+            pyro.validation_enabled(False),
+            InitMessenger(partial(initial_value, self._init_loc_fn)),
+        )
         with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
-
-    def _initial_value(self, site: Any) -> Tensor:
-        fn = site["fn"]
-        if is_enumerated(site) or fn.support.is_discrete:
-            return torch.as_tensor(fn.sample())
-        return value_or_origin(self._init_loc_fn, site)
 
 
 def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:

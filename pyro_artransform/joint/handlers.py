@@ -144,26 +144,32 @@ def check_data(trace: poutine.Trace) -> None:
     Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
     and are not checked; nor are masked elements.
 
-    :raises ValueError: if data are outside of their support, or the log-density of a site has other
+    :raises ValueError: if data are no tensor or outside of their support, if they meet their law all with
+        all, as of shapes ``(n,)`` and ``(n, 1)``, or the log-density of a site has other
         dimensions than its plates.
     """
     if not is_validation_enabled():
         return
     node: Any
-    no_limit: Any = math.inf  # dimensions to the left of the plates count
     for node in trace.nodes.values():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
         if has_data(node):
             _check_support(node)
-        if not node["cond_indep_stack"]:  # outside of plates a sum over all dimensions is right
-            continue
-        try:
-            log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
-        except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
-            continue
-        site: Any = {**node, "log_prob": log_prob}
-        check_site_shape(site, no_limit)
+        if node["cond_indep_stack"]:  # outside of plates a sum over all dimensions is right
+            _check_plates(node)
+        if has_data(node):
+            _check_shape(node)
+
+
+def _check_plates(node: Any) -> None:
+    no_limit: Any = math.inf  # dimensions to the left of the plates count
+    try:
+        log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+    except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
+        return
+    site: Any = {**node, "log_prob": log_prob}
+    check_site_shape(site, no_limit)
 
 
 def _unwrapped(law: Any) -> Any:
@@ -173,7 +179,26 @@ def _unwrapped(law: Any) -> Any:
     return law
 
 
+def _check_shape(node: Any) -> None:
+    """Refuses data that meet their law all with all."""
+    value = node["value"]
+    law = node["fn"].batch_shape + node["fn"].event_shape
+    with suppress(RuntimeError):  # shapes that do not broadcast have an error of their own
+        both = torch.broadcast_shapes(law, value.shape)
+        if both.numel() > max(law.numel(), value.numel()):
+            raise ValueError(
+                f"site '{node['name']}': expected data and a law of one shape, got {tuple(value.shape)} and "
+                f"{tuple(law)}, of which each meets each: {both.numel()} terms of {value.numel()} data. "
+                "Give both the same shape, as with x.squeeze(-1)"
+            )
+
+
 def _check_support(node: Any) -> None:
+    if not isinstance(node["value"], Tensor):
+        raise ValueError(
+            f"site '{node['name']}': expected data as a tensor, got {type(node['value']).__name__}: "
+            "torch.as_tensor makes one"
+        )
     law = _unwrapped(node["fn"])
     # a property depends on parameters: those of discrete laws are rarely latents
     if isinstance(getattr(type(law), "support", None), property) and not law.support.is_discrete:

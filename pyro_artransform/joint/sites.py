@@ -278,6 +278,13 @@ def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))
 
 
+def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
+    """The same; a draw of a discrete site."""
+    if is_enumerated(site) or site["fn"].support.is_discrete:
+        return torch.as_tensor(site["fn"].sample())
+    return value_or_origin(init_loc_fn, site)
+
+
 def is_enumerated(node: Any) -> bool:
     """Whether a site of a trace is discrete and marked for enumeration."""
     return node["infer"].get("enumerate") is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..joint.handlers import (
     SiteLogProbs,
+    check_data,
     has_data,
     is_deterministic,
     plate_nesting,
@@ -86,6 +87,7 @@ class Likelihood:
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "
                 f"({frame.size} of {frame.full_size})"
             )
+        check_data(trace)
         self._num_plates = plate_nesting(trace)
         nodes: Any = trace.nodes.items()
         sites = {k: s for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}

@@ -28,6 +28,11 @@ def rows(size):
         pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.zeros(10))
 
 
+def improper():
+    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(()))
+
+
 MANY = _MOST_FOR_IAF + 1
 CHOICES = [
     (path, (1,), AutoIAF, "for 1 latent"),
@@ -37,6 +42,7 @@ CHOICES = [
     (groups, (6, 3), AutoAmortized, "for latents in the sub-sampled plate 'groups'"),
     # a mini-batch may lack dependencies
     (rows, (MANY,), AutoIAF, f"for {MANY} latents and sub-sampled data"),
+    (improper, (), AutoIAF, "for 1 latent"),
 ]
 
 

@@ -85,6 +85,20 @@ def test_numbers_out_of_range(name, value):
         fit(model, AutoIAF(model), **{name: value})
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, "7", True])
+def test_seeds_that_are_none(seed):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="seed: expected an integer of at least 0, got"):
+        fit(models.regression, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_steps": 3}, FitConfig])
+def test_settings_that_are_none(config):
+    with pytest.raises(TypeError, match="config: expected a FitConfig, got"):
+        fit(models.regression, config=config)
+
+
 @pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor])
 def test_callbacks_that_stop(kind):
     """A comparison of NumPy or PyTorch is no ``bool``, and stopped nothing."""

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data that Pyro's validation refuses are refused here, too, and where it is off they are not."""
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pyro import distributions as dist
 from pyro import poutine
 
 from pyro_artransform.joint import LogJoint
+from pyro_artransform.posterior import log_likelihood
 
 X, LABELS = torch.ones(5, 2), torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0])
 
@@ -53,6 +55,49 @@ def test_data_outside_of_the_support(law, y):
         LogJoint(model)
     with pyro.validation_enabled(False):
         LogJoint(model)
+
+
+@pytest.mark.parametrize("in_plate", [False, True])
+def test_data_that_meet_their_law_all_with_all(in_plate):
+    """(20,) beside (20, 1): 400 terms, whose posterior is another one."""
+    x, y = torch.randn(20, 1), torch.randn(20)
+
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        law = dist.Normal(b * x, 1.0)
+        if in_plate:
+            with pyro.plate("data", 20):
+                pyro.sample("y", law.to_event(1), obs=y)
+        else:
+            pyro.sample("y", law, obs=y)
+
+    message = (
+        r"site 'y': expected data and a law of one shape, got \(20,\) and \(20, 1\).* 400 terms"
+    )
+    with pytest.raises(ValueError, match=message):
+        LogJoint(model, (x, y))
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(model, {"b": torch.zeros(5)}, x, y)
+    LogJoint(model, (x, y[:, None]))
+
+
+def test_one_law_of_many_data_and_one_datum_of_many_laws():
+    def model(y, size):
+        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    LogJoint(model, (torch.zeros(20), 1))
+    LogJoint(model, (torch.zeros(()), 20))
+
+
+@pytest.mark.parametrize("y", [np.zeros(5), [0.0] * 5, 0.0], ids=["array", "list", "number"])
+def test_data_that_are_no_tensor(y):
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"'y': expected data as a tensor, got .*torch\.as_tensor"):
+        LogJoint(model, (y,))
 
 
 def test_masked_data_may_be_anything():

@@ -142,7 +142,7 @@ def test_minibatch_is_the_same_for_all_draws():
             pyro.sample("y", dist.Normal(z, 1.0), obs=indices.to(z.dtype))
 
     log_joint = LogJoint(model)
-    assert log_joint.is_subsampled
+    assert log_joint.is_random
     found = log_joint(torch.zeros(10, 1))
     assert (found == found[0]).all()
     assert not torch.equal(found, log_joint(torch.zeros(10, 1)))

@@ -94,8 +94,8 @@ def _look_by_weights(subject: ModelAndGuide, config: EvaluationConfig) -> Margin
 
 def _reasons_against(subject: ModelAndGuide, evaluation: Evaluation) -> Iterator[str]:
     """Why chains cannot be run, or would take too long."""
-    if evaluation.is_noisy or subject.log_joint.is_subsampled:
-        yield "the model sub-samples its data"
+    if evaluation.is_noisy or subject.log_joint.is_random:
+        yield "the model sub-samples its data, or is random otherwise"
     if evaluation.is_of_minibatches:
         yield "it was trained on mini-batches, and chains need a model of all data"
     if subject.log_joint.strategy == "loop":

@@ -39,9 +39,9 @@ _ELSEWHERE = {
     "none": ", but mass elsewhere was not looked for.",
 }
 _SUBSAMPLED = (
-    "the model sub-samples its data, so that the numbers below rest on the noisy density of "
-    "mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. Run "
-    "diagnostics.importance with a model that sees all data"
+    "the model sub-samples its data, or is random otherwise, so that the numbers below rest on the "
+    "noisy density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. "
+    "Run diagnostics.importance with a model that sees all data"
 )
 _MIXES_DRAWS = (
     " The model gave many draws at once another density than one at a time: the fit was trained on the "
@@ -85,7 +85,7 @@ class FitStatus(NamedTuple):
     :param is_complete: whether the fit ended by itself.
     :param is_saved: whether there is a checkpoint of it.
     :param is_point: whether the guide is a single value at some site.
-    :param is_subsampled: whether the model draws mini-batches of its data itself.
+    :param is_random: whether the model draws mini-batches of its data itself, or is random otherwise.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
     :param missing: dependencies of the posterior that the guide's graph has not, in words.
     """
@@ -94,7 +94,7 @@ class FitStatus(NamedTuple):
     is_complete: bool = True
     is_saved: bool = False
     is_point: bool = False
-    is_subsampled: bool = False
+    is_random: bool = False
     mixes_draws: bool = False
     missing: tuple[str, ...] = ()
 
@@ -152,7 +152,7 @@ def draw(
     :param max_more_draws: how many more, at most.
     """
     # the weights of mini-batches are noise, and draws for them come one at a time
-    is_noisy = subject.log_joint.is_subsampled
+    is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     max_kept = config.max_kept // subject.log_joint.latents.latent_dim
     drawn = _draw(subject, count, max(processes.share(max_kept), 2), processes)
@@ -202,7 +202,7 @@ def evaluate(
     :param modes: the modes that the search for an initial guide has found.
     :param drawn: what :func:`draw` has drawn; by default it draws now.
     """
-    is_noisy, settings = subject.log_joint.is_subsampled, config.evaluation
+    is_noisy, settings = subject.log_joint.is_random, config.evaluation
     drawn = drawn or draw(subject, settings)
     strategy = subject.log_joint.strategy
     found, missed, is_point = Importance.from_log_weights(drawn.log_weights), None, False
@@ -215,7 +215,7 @@ def evaluate(
             weights = found.log_weights[: len(draws)]
             missed = search.find(draws, found.log_evidence, modes, weights, found.elbo)
     mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
-    status = status._replace(is_point=is_point, is_subsampled=is_noisy, mixes_draws=mixes_draws)
+    status = status._replace(is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws)
     verdict = judge(found, missed, status, settings)
     lost_mass = 0.0 if missed is None else missed.lost_mass
     numbers = found.elbo, found.elbo_se, found.num_samples
@@ -263,7 +263,7 @@ def judge(
         )
     if status.missing:
         objections.append(_about_missing(status.missing))
-    if status.is_point or status.is_subsampled:
+    if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
         objections += _about_weights(weights, config)

@@ -43,8 +43,8 @@ class SharedPrior:
         parts, ladj = self.latents.split(z), z.new_zeros(z.shape[:-1])
         for site in self._constrained:
             ladj = ladj + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
-        with torch.random.fork_rng(devices=[], enabled=self._log_joint.is_subsampled):
-            if self._log_joint.is_subsampled:
+        with torch.random.fork_rng(devices=[], enabled=self._log_joint.is_random):
+            if self._log_joint.is_random:
                 torch.set_rng_state(self._random_state)
             # the Jacobian of an element is not scaled up as its density is
             return self._share * self._log_joint(z) + (1 - self._share) * ladj

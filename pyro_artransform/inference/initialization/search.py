@@ -48,11 +48,13 @@ def find_initial_guide(
     """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits.
 
     :param model: the model, with its arguments.
-    :raises ValueError: if neither the guide nor any candidate has a finite ELBO.
+    :raises ValueError: if the density has no gradient, or neither the guide nor any candidate has a finite
+        ELBO.
     """
     if log_density.strategy == "loop":
         config = config.for_loop()
     own_elbo, needed, center = judge_guide(log_density, guide, config)
+    _check_gradient(log_density, center)
     search = GaussianSearch(log_density, model, config)
     best = search.best(center)
     if best is not None:
@@ -66,6 +68,18 @@ def find_initial_guide(
         "expected a model with a finite log density somewhere near its starting values, found none: "
         f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
     )
+
+
+def _check_gradient(log_density: LogDensity, z: Tensor) -> None:
+    """Refuses a density that gradients do not go through."""
+    z = z.detach()[None].requires_grad_()
+    with torch.enable_grad():
+        value = log_density(z).sum()
+    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
+        raise ValueError(
+            "expected a model whose log density has a gradient in its latents, got one without: does it "
+            "run in torch.no_grad, or detach them?"
+        )
 
 
 def judge_guide(

@@ -65,7 +65,7 @@ class TooNarrow:
     def __init__(self, khat, share=0.05):
         self.khat, self.share = khat, share
         latents = SimpleNamespace(latent_dim=1)
-        self.log_joint = SimpleNamespace(is_subsampled=False, strategy="", latents=latents)
+        self.log_joint = SimpleNamespace(is_random=False, strategy="", latents=latents)
 
     def weighted_draws(self, count):
         z = torch.randn(count, 1)
@@ -290,7 +290,7 @@ def test_point_and_minibatch():
     point = Importance.from_log_weights(torch.full((100,), -torch.inf))
     words = not_trusted(point, None, FitStatus(is_point=True), "AutoDelta")
     assert "density is zero" not in words
-    words = not_trusted(weights(), None, FitStatus(is_subsampled=True), "sub-samples")
+    words = not_trusted(weights(), None, FitStatus(is_random=True), "sub-samples")
     assert "diagnostics.importance" in words
 
 

@@ -141,6 +141,18 @@ def test_starts_that_are_not_finite_are_skipped(quick):
     assert (guide.sample_posterior(100)["z"].mean(0) - 3).abs().max() < 1
 
 
+def test_a_model_without_gradients(quick):
+    @torch.no_grad()
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    guide = small(model)
+    guide.set_up()
+    with pytest.raises(ValueError, match=r"got one without: does it run in torch\.no_grad"):
+        find_initial_guide(LogJoint(model), model, guide, quick.initialization)
+
+
 def test_nothing_finite_names_the_site(quick):
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
