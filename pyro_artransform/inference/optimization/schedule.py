@@ -78,8 +78,8 @@ class Schedule:
         config, step = self.config, len(losses)
         if self.end is not None or step < 2 * config.window:
             return self
-        window = self._whole(config.window, config.min_epochs)
-        if step < 2 * window or step % self._whole(config.window // 6):
+        window = self.whole_epochs(config.window, config.min_epochs)
+        if step < 2 * window or step % self.whole_epochs(config.window // 6):
             return self
         is_still = self._is_still(losses[-2 * window : -window], losses[-window:])
         if not is_still and step < self.max_constant:
@@ -90,19 +90,19 @@ class Schedule:
         return self._decaying(step, decay, PLATEAU if is_still else LIMIT)
 
     def _decay_after(self, step: int) -> int:
-        longest = max(self.config.max_decay, self._whole(1, self.config.min_epochs))
+        longest = max(self.config.max_decay, self.whole_epochs(1, self.config.min_epochs))
         return min(max(math.ceil(self.config.decay_share * step), self.min_decay), longest)
 
     def expected_end(self, step: int) -> int:
         """The number of steps in all; while it is not known, that of a fit that stops moving now."""
         if self.end is not None:
             return self.end
-        still = max(step, 2 * self._whole(self.config.window, self.config.min_epochs))
-        return still + self._whole(self._decay_after(still)) + self.tail_steps
+        still = max(step, 2 * self.whole_epochs(self.config.window, self.config.min_epochs))
+        return still + self.whole_epochs(self._decay_after(still)) + self.tail_steps
 
     def _decaying(self, step: int, decay: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""
-        tail_start = step + self._whole(decay)
+        tail_start = step + self.whole_epochs(decay)
         end = tail_start + self.tail_steps
         return replace(self, decay_start=step, tail_start=tail_start, end=end, reason=reason)
 
@@ -122,7 +122,7 @@ class Schedule:
             return self._decaying(step, decay, LITTLE_TO_WIN)
         return self
 
-    def _whole(self, steps: int, min_epochs: int = 1) -> int:
+    def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
         """At least so many steps that make whole epochs, and at least so many of them."""
         if self.epoch == 1:
             return steps

@@ -167,12 +167,14 @@ class Training:
 
     def _runs_away(self) -> bool:
         """Whether half of the last steps have a larger loss than any of the first."""
-        block = self._config.best_block
+        # of whole epochs: some batches have larger losses than others
+        count = self.schedule.whole_epochs(self._config.best_block)
         is_own = self.step_size is not None and not self.schedule.is_for_tails(self.num_steps - 1)
         first, last = (
-            [*filter(math.isfinite, part)] for part in (self.losses[:block], self.losses[-block:])
+            [*filter(math.isfinite, part)] for part in (self.losses[:count], self.losses[-count:])
         )
-        return is_own and bool(first and last) and statistics.median(last) > max(first)
+        is_late = self.num_steps >= 2 * count and bool(first and last)
+        return is_own and is_late and statistics.median(last) > max(first)
 
     def _retreat(self) -> None:
         """Goes on from the best parameters with a smaller step size."""

@@ -113,6 +113,13 @@ def test_a_loss_that_runs_away_goes_back_with_a_smaller_step():
     assert (objective.x - 3).abs().max() < 0.3
 
 
+def test_batches_of_larger_losses_do_not_run_away():
+    """The second half of each epoch of 100 has much larger losses than the first."""
+    faults = {step: 1e6 for step in range(1, 401) if (step - 1) % 100 >= 50}
+    training = run(training_of(Bowl(faults), 400, epoch=100))
+    assert training.step_size == 0.05
+
+
 def test_large_losses_of_a_few_steps_change_no_step_size():
     training = run(training_of(Bowl(dict.fromkeys(range(120, 140), 1e6)), 200))
     assert training.step_size == 0.05
