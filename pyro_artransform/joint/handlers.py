@@ -182,7 +182,7 @@ def _unwrapped(law: Any) -> Any:
 def _check_shape(node: Any) -> None:
     """Refuses data that meet their law all with all."""
     value = node["value"]
-    law = node["fn"].batch_shape + node["fn"].event_shape
+    law = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
     with suppress(RuntimeError):  # shapes that do not broadcast have an error of their own
         both = torch.broadcast_shapes(law, value.shape)
         if both.numel() > max(law.numel(), value.numel()):
