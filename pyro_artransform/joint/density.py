@@ -355,10 +355,8 @@ class LogJoint(LogDensity):
         return {"total": plate.total(scored.log_probs, total)}
 
     def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
-        quiet, init = (
-            pyro.validation_enabled(False),
-            InitMessenger(partial(initial_value, self._init_loc_fn)),
-        )
+        quiet = pyro.validation_enabled(False)
+        init = InitMessenger(partial(initial_value, self._init_loc_fn))
         with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace

@@ -116,10 +116,12 @@ def _without_masked(site: Any) -> Any:
     event_dim = site["fn"].event_dim
     event = value.shape[value.dim() - event_dim :]
     batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+    if not batch.numel():
+        return value
     is_counted, value = mask.expand(batch), value.expand(batch + event)
-    if not is_counted.any():
-        return site["value"]
-    return torch.where(is_counted[(..., *(None,) * event_dim)], value, value[is_counted][0])
+    one = is_counted.flatten().int().argmax()  # of those that count, without a look at values
+    counted = value.reshape(-1, *event).index_select(0, one[None])[0]
+    return torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
 
 
 def runs_model(trace: poutine.Trace) -> bool:
@@ -163,6 +165,7 @@ def check_data(trace: poutine.Trace) -> None:
 
 
 def _check_plates(node: Any) -> None:
+    """Refuses a log-density with other dimensions than the plates."""
     no_limit: Any = math.inf  # dimensions to the left of the plates count
     try:
         log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])

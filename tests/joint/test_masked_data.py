@@ -55,3 +55,13 @@ def test_data_that_are_hidden_as_a_whole():
 
     z = torch.randn(5, 1)
     assert torch.allclose(LogJoint(model)(z), dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+
+
+def test_no_data():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=torch.zeros(0).bool()):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(0))
+
+    z = torch.randn(5, 1)
+    assert torch.allclose(LogJoint(model)(z), dist.Normal(0.0, 1.0).log_prob(z[:, 0]))

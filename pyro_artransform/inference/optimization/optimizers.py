@@ -79,11 +79,12 @@ class Adam:
             self._moments[parameter] = zeros, zeros.clone(), steps
         self._step_size, self._betas, self._scales = step_size, betas, scales
 
-    def restart(self, step_size: float) -> None:
-        """Forgets the gradients so far, and takes another step size."""
-        self._step_size = step_size
+    def restart(self, factor: float) -> float:
+        """Forgets the gradients so far; returns the step size, from now on so many times as large."""
         for part in chain.from_iterable(self._moments.values()):
             part.zero_()
+        self._step_size *= factor
+        return self._step_size
 
     @torch.no_grad()
     def step(self, factor: float) -> None:

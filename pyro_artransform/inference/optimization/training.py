@@ -162,27 +162,22 @@ class Training:
             loss = statistics.fmean(self.losses[-block:])
             if loss < self._best_loss:
                 self._best, self._best_loss = self._values(), loss
-            elif self._runs_away():
-                self._retreat()
+            elif isinstance(self.optimizer, Adam) and self._runs_away():
+                # on from the best parameters with a smaller step size
+                self.set_parameters(self._best)
+                self._average, self._norms = self._values(), []
+                self.step_size = self.optimizer.restart(self._config.retreat)
 
     def _runs_away(self) -> bool:
         """Whether half of the last steps have a larger loss than any of the first."""
         # of whole epochs: some batches have larger losses than others
         count = self.schedule.whole_epochs(self._config.best_block)
-        is_own = self.step_size is not None and not self.schedule.is_for_tails(self.num_steps - 1)
+        if self.num_steps < 2 * count or self.schedule.is_for_tails(self.num_steps - 1):
+            return False
         first, last = (
             [*filter(math.isfinite, part)] for part in (self.losses[:count], self.losses[-count:])
         )
-        is_late = self.num_steps >= 2 * count and bool(first and last)
-        return is_own and is_late and statistics.median(last) > max(first)
-
-    def _retreat(self) -> None:
-        """Goes on from the best parameters with a smaller step size."""
-        self.set_parameters(self._best)
-        self._average, self._norms = self._values(), []
-        if isinstance(self.optimizer, Adam) and self.step_size is not None:
-            self.step_size *= self._config.retreat
-            self.optimizer.restart(self.step_size)
+        return bool(first and last) and statistics.median(last) > max(first)
 
     def _look(self) -> None:
         """Ends the fit, or its constant phase, where the averaged parameters leave little to win."""
