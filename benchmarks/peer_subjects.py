@@ -190,7 +190,7 @@ class Zuko(Subject):
         t = zuko.transforms.MonotonicRQSTransform(widths, heights, derivatives, bound)
         return t.call_and_ladj, lambda y: (t.inv(y), -t.call_and_ladj(t.inv(y))[1])
 
-    def laws(self):
+    def univariates(self):
         from zuko.transforms import MonotonicAffineTransform as affine
         from zuko.transforms import MonotonicRQSTransform as spline
 
@@ -296,7 +296,7 @@ class Nflows(Subject):
     def spline(self, widths, heights, derivatives, bound):
         from nflows.transforms.splines import unconstrained_rational_quadratic_spline as spline
 
-        def law(x, inverse):
+        def univariate(x, inverse):
             n = (len(x), -1)
             return spline(
                 x,
@@ -307,7 +307,7 @@ class Nflows(Subject):
                 tail_bound=bound,
             )
 
-        return partial(law, inverse=False), partial(law, inverse=True)
+        return partial(univariate, inverse=False), partial(univariate, inverse=True)
 
 
 class _NflowsDistribution:

@@ -44,8 +44,8 @@ def conjugate() -> Target:
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
-    law = dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 9.0)
-    return Target(model, law.log_prob(y).item())
+    distribution = dist.MultivariateNormal(torch.zeros(len(y)), torch.eye(len(y)) + 9.0)
+    return Target(model, distribution.log_prob(y).item())
 
 
 def beta_binomial() -> Target:
@@ -66,8 +66,8 @@ def linear_regression(dim: int) -> Target:
         mean = (x * beta.unsqueeze(-2)).sum(-1)
         pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
-    law = dist.MultivariateNormal(torch.zeros(40), torch.eye(40) + 4 * x @ x.T)
-    return Target(model, law.log_prob(y).item())
+    distribution = dist.MultivariateNormal(torch.zeros(40), torch.eye(40) + 4 * x @ x.T)
+    return Target(model, distribution.log_prob(y).item())
 
 
 def random_walk(length: int) -> Target:
@@ -81,8 +81,8 @@ def random_walk(length: int) -> Target:
         pyro.sample("y", dist.Normal(x.cumsum(-1), 1.0).to_event(1), obs=y)
 
     sums = torch.ones(length, length).tril()
-    law = dist.MultivariateNormal(torch.zeros(length), torch.eye(length) + sums @ sums.T)
-    return Target(model, law.log_prob(y).item())
+    distribution = dist.MultivariateNormal(torch.zeros(length), torch.eye(length) + sums @ sums.T)
+    return Target(model, distribution.log_prob(y).item())
 
 
 def scale_regression() -> Target:
@@ -224,8 +224,8 @@ def jump() -> Target:
         k = pyro.sample("k", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
         pyro.sample("y", dist.Normal(x + 8 * k, 0.5), obs=torch.tensor(4.0))
 
-    law = dist.Normal(torch.tensor([0.0, 8.0]), math.sqrt(25 + 0.25))
-    parts = law.log_prob(torch.tensor(4.0)) + torch.tensor([0.6, 0.4]).log()
+    distribution = dist.Normal(torch.tensor([0.0, 8.0]), math.sqrt(25 + 0.25))
+    parts = distribution.log_prob(torch.tensor(4.0)) + torch.tensor([0.6, 0.4]).log()
     return Target(
         model,
         parts.logsumexp(0).item(),
@@ -242,8 +242,8 @@ def ridge() -> Target:
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 10.0).to_event(1))
         pyro.sample("y", dist.Normal(z.sum(-1), 1e-3), obs=torch.tensor(1.0))
 
-    law = dist.Normal(0.0, math.sqrt(300 + 1e-6))
-    return Target(model, law.log_prob(torch.tensor(1.0)).item())
+    distribution = dist.Normal(0.0, math.sqrt(300 + 1e-6))
+    return Target(model, distribution.log_prob(torch.tensor(1.0)).item())
 
 
 def constant() -> Target:

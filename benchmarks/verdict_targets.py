@@ -79,12 +79,12 @@ def mixture(
     masses = torch.tensor(weights or [1 / len(locs)] * len(locs))
     scales = torch.as_tensor(scales).expand(locs.shape)
     parts = dist.Normal(locs, scales).to_event(1)
-    law = dist.MixtureSameFamily(dist.Categorical(masses), parts)
+    distribution = dist.MixtureSameFamily(dist.Categorical(masses), parts)
     prior_scale = prior_scale or max(locs.abs().max().item(), 3.0)
-    model = of_density(law.log_prob, locs.shape[-1], prior_scale)
+    model = of_density(distribution.log_prob, locs.shape[-1], prior_scale)
 
     def exact() -> None:
-        pyro.sample("z", law)
+        pyro.sample("z", distribution)
 
     def part() -> None:
         pyro.sample("z", dist.Normal(locs[0], scales[0]).to_event(1))
@@ -136,12 +136,12 @@ def grid(count: int, apart: float) -> Target:
 
 def shell(radius: float, width: float, dim: int) -> Target:
     """A normal distance from the origin, in all directions: a ring in two dimensions."""
-    law = dist.Normal(radius, width)
+    distribution = dist.Normal(radius, width)
     area = math.log(2) + 0.5 * dim * math.log(math.pi) - math.lgamma(dim / 2)
 
     def log_density(z: Tensor) -> Tensor:
         distance = z.square().sum(-1).clamp_min(1e-12).sqrt()
-        return law.log_prob(distance) - area - (dim - 1) * distance.log()
+        return distribution.log_prob(distance) - area - (dim - 1) * distance.log()
 
     return Target(of_density(log_density, dim, radius))
 
@@ -160,8 +160,10 @@ def student(degrees: float, dim: int) -> Target:
 
 
 def joint_student(degrees: float, dim: int) -> Target:
-    law = dist.MultivariateStudentT(torch.tensor(degrees), torch.zeros(dim), torch.eye(dim))
-    return prior_only(lambda: pyro.sample("z", law))
+    distribution = dist.MultivariateStudentT(
+        torch.tensor(degrees), torch.zeros(dim), torch.eye(dim)
+    )
+    return prior_only(lambda: pyro.sample("z", distribution))
 
 
 def funnel(dim: int, scale: float = 3.0) -> Target:
@@ -223,15 +225,15 @@ def correlated(dim: int, condition: float) -> Target:
     root = turn * torch.logspace(0, -0.5 * math.log10(condition), dim)
     lower = torch.linalg.qr(root.mT).R.mT
     lower = lower * lower.diagonal().sign()
-    law = dist.MultivariateNormal(torch.ones(dim), scale_tril=lower)
-    return prior_only(lambda: pyro.sample("z", law))
+    distribution = dist.MultivariateNormal(torch.ones(dim), scale_tril=lower)
+    return prior_only(lambda: pyro.sample("z", distribution))
 
 
-def site(law: dist.Distribution, size: int | None = None) -> Target:
+def site(distribution: dist.Distribution, size: int | None = None) -> Target:
     """One site of this distribution."""
     if size is not None:
-        law = law.expand([size]).to_event(1)
-    return prior_only(lambda: pyro.sample("z", law))
+        distribution = distribution.expand([size]).to_event(1)
+    return prior_only(lambda: pyro.sample("z", distribution))
 
 
 def dirichlet(concentration: float, size: int) -> Target:
@@ -249,8 +251,8 @@ def sawtooth() -> Target:
 
 
 def skewed(dim: int) -> Target:
-    law = dist.LogNormal(torch.zeros(dim), 2.0).to_event(1)
-    return site(law)
+    distribution = dist.LogNormal(torch.zeros(dim), 2.0).to_event(1)
+    return site(distribution)
 
 
 TARGETS: dict[str, Callable[[], Target]] = {

@@ -1,13 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Short Hamiltonian chains in the base space of a guide, each paired with one of a known law.
+"""Short Hamiltonian chains in the base space of a guide, each paired with one of a known distribution.
 
 Pulled back through the transform of a good guide a posterior is nearly a standard normal, so that
 unit masses do, and a quarter of an oscillation forgets the start. Each chain has a companion with the
-same momenta and the same random numbers, whose law is exactly the standard normal. What the companion
-is off by from its known mean, the chain is off by as well, nearly: the better the guide, the less
-noise is left in the difference of the two.
+same momenta and the same random numbers, whose distribution is exactly the standard normal. What the
+companion is off by from its known mean, the chain is off by as well, nearly: the better the guide, the
+less noise is left in the difference of the two.
 
 **References**
 

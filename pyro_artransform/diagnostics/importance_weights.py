@@ -235,10 +235,10 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
     others = {node["name"]: node["value"].numel() for node in latent_nodes(trace)}
     num_determined = 0
     for name in [name for name in others if name in wanted]:
-        law, size = trace.nodes[name]["fn"], others.pop(name)
-        while hasattr(law, "base_dist"):
-            law = law.base_dist
-        num_determined += size if isinstance(law, Delta) else 0
+        fn, size = trace.nodes[name]["fn"], others.pop(name)
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        num_determined += size if isinstance(fn, Delta) else 0
     if sum(others.values()) > num_determined:
         raise ValueError(
             f"guide: expected sites of the model only, or others that determine them by a Delta, as those "

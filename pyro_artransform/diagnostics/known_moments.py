@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Means and mean squares of a guide, and of the law of the chains that a posterior's are paired with."""
+"""Means and mean squares of a guide, and of the chains that those of a posterior are paired with."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ _AT_A_TIME = 500
 
 
 class Expectation(NamedTuple):
-    """The expectation of a function under the guide and under the companions' law, shape ``(D,)``.
+    """The expectation of a function under the guide and under the companions' distribution, shape ``(D,)``.
 
     Both are from draws, with variances and a covariance: a draw of one may belong to a draw of the
     other, and then much of the noise of a difference cancels.
@@ -54,23 +54,23 @@ class Expectation(NamedTuple):
         return (own - 2 * guide_share * known_share * self.covariance).clamp_min(0)
 
 
-class Laws(NamedTuple):
-    """What is known of the guide and of the companions' law: the means and the mean squares."""
+class PairedMoments(NamedTuple):
+    """What is known of the guide and of the companions' distribution: the means and the mean squares."""
 
     mean: Expectation
     square: Expectation
 
 
-def laws_of_draws(draws: Tensor, stretched: Stretched) -> Laws:
+def moments_of_draws(draws: Tensor, stretched: Stretched) -> PairedMoments:
     """The moments of standardized draws, and those of a standard normal that was stretched."""
     widened = stretched.directions.square() @ (stretched.factors.square() - 1)
     mean = Expectation.of_known(draws, torch.zeros_like(widened))
-    return Laws(mean, Expectation.of_known(draws.square(), 1 + widened))
+    return PairedMoments(mean, Expectation.of_known(draws.square(), 1 + widened))
 
 
-def laws_of_transform(
+def moments_of_transform(
     transform: ToLatent, stretched: Stretched, loc: Tensor, scale: Tensor
-) -> Laws:
+) -> PairedMoments:
     """The moments of a transformed standard normal, and of one that was stretched before that."""
     means = squares = torch.zeros((5, 1), dtype=loc.dtype, device=loc.device)
     for _ in range(_NUM_PAIRS // _AT_A_TIME):
@@ -80,7 +80,9 @@ def laws_of_transform(
             known = _mean_of_pairs(stretched.before(transform), base, loc, scale)
         means = means + sums_of_pairs(of_guide[0], known[0])
         squares = squares + sums_of_pairs(of_guide[1], known[1])
-    return Laws(Expectation.of_sums(means, _NUM_PAIRS), Expectation.of_sums(squares, _NUM_PAIRS))
+    return PairedMoments(
+        Expectation.of_sums(means, _NUM_PAIRS), Expectation.of_sums(squares, _NUM_PAIRS)
+    )
 
 
 def sums_of_pairs(one: Tensor, other: Tensor) -> Tensor:

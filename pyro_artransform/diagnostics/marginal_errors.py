@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hamiltonian import Averages
-from .known_moments import Laws
+from .known_moments import PairedMoments
 
 #: chains that remember more than this of their start have moved less than half of the way
 MOST_MEMORY = 0.5
@@ -47,7 +47,7 @@ class MarginalErrors(NamedTuple):
 
 
 def marginal_errors(
-    chains: Averages, companions: Averages, laws: Laws, start: Tensor
+    chains: Averages, companions: Averages, moments: PairedMoments, start: Tensor
 ) -> MarginalErrors:
     """Errors of a guide from chains that started at its draws.
 
@@ -60,22 +60,22 @@ def marginal_errors(
     :param companions: those of the chains that they are paired with.
     :param start: the first values of the chains, shape ``(C, D)``.
     """
-    ones = torch.ones_like(laws.mean.guide)
+    ones = torch.ones_like(moments.mean.guide)
     memory, memory_se = _slope(chains.first, start)
     left = (memory - _NOISE_OF_MEMORY * memory_se).clamp(0, MOST_MEMORY)
-    mean, variance, slope = _controlled(chains.first, companions.first, laws.mean.known)
-    shift = (laws.mean.guide - mean) / (1 - left)
-    shift_se = (variance + laws.mean.error_variance(ones, slope)).sqrt() / (1 - left)
-    squares, controls = chains.about(mean), companions.about(laws.mean.known)
-    known = laws.square.known - laws.mean.known.square()
+    mean, variance, slope = _controlled(chains.first, companions.first, moments.mean.known)
+    shift = (moments.mean.guide - mean) / (1 - left)
+    shift_se = (variance + moments.mean.error_variance(ones, slope)).sqrt() / (1 - left)
+    squares, controls = chains.about(mean), companions.about(moments.mean.known)
+    known = moments.square.known - moments.mean.known.square()
     found, variance, slope = _controlled(squares, controls, known)
-    guide = laws.square.guide - laws.mean.guide.square()
+    guide = moments.square.guide - moments.mean.guide.square()
     # an extrapolated variance below zero is not known
     posterior = guide + (found - guide) / (1 - left.square())
     posterior = torch.where(posterior > 0, posterior, torch.nan)
     sd, ratio = posterior.sqrt(), (guide / posterior).sqrt()
     share = guide / posterior
-    noise = (share * variance.sqrt()).square() + laws.square.error_variance(ones, share * slope)
+    noise = (share * variance.sqrt()).square() + moments.square.error_variance(ones, share * slope)
     # of the log of the ratio of variances, with that of the extrapolation
     log_se = noise.sqrt() / guide / (1 - left.square())
     return MarginalErrors(shift / sd, shift_se / sd, ratio, ratio * log_se / 2, memory, memory_se)

@@ -16,7 +16,7 @@ from ..joint import Latents, LogJoint
 from ..joint.handlers import hidden_sites
 from .hamiltonian import PairedChains, PulledBack
 from .importance_weights import Values, check_same_latents, log_weights
-from .known_moments import laws_of_draws, laws_of_transform
+from .known_moments import moments_of_draws, moments_of_transform
 from .marginal_errors import errors_by_weights, marginal_errors
 from .marginal_judgement import Judgement, judged
 from .preconditioning import guide_transform, location_scale, misjudged_directions
@@ -111,8 +111,8 @@ def marginals(
     the weights are useless all the same. Here many chains start at draws of the guide and move
     towards the posterior; how far means and standard deviations move says how far the guide's are off.
     Chains run in the base space of the guide's transform, where a good posterior is a standard normal,
-    with directions stretched in which it is none. Each is paired with a chain of known law that has
-    the same random numbers, so that a good guide leaves little noise.
+    with directions stretched in which it is none. Each is paired with a chain of a known distribution
+    that has the same random numbers, so that a good guide leaves little noise.
 
     Any guide of continuous latents will do. One with Pyro's ``get_transform`` gives the base space, of
     any other it is that of the means and sds of its draws. Chains do not find modes that are far from
@@ -216,13 +216,13 @@ def marginals_of(
     start = chains.values.values
     rate = chains.run(NUM_WARM_UP, num_steps)
     if transform is None:
-        laws = laws_of_draws((draws - loc) / scale, stretched)
+        moments = moments_of_draws((draws - loc) / scale, stretched)
     else:
-        laws = laws_of_transform(transform, stretched, loc, scale)
-    judgement = judged(marginal_errors(*chains.averages, laws, start), num_chains)
+        moments = moments_of_transform(transform, stretched, loc, scale)
+    judgement = judged(marginal_errors(*chains.averages, moments, start), num_chains)
     if judgement.is_open:
         rate = (rate + chains.run(0, num_steps)) / 2
-        judgement = judged(marginal_errors(*chains.averages, laws, start), num_chains)
+        judgement = judged(marginal_errors(*chains.averages, moments, start), num_chains)
     latents, count = log_joint.latents, target.num_gradients
     return _marginals(judgement, latents, count, acceptance=rate, num_chains=num_chains)
 

@@ -146,9 +146,9 @@ def check_data(trace: poutine.Trace) -> None:
     Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
     and are not checked; nor are masked elements.
 
-    :raises ValueError: if data are no tensor or outside of their support, if they meet their law all with
-        all, as of shapes ``(n,)`` and ``(n, 1)``, or the log-density of a site has other
-        dimensions than its plates.
+    :raises ValueError: if data are no tensor or outside of their support, if they and their distribution
+        broadcast against each other, as of shapes ``(n,)`` and ``(n, 1)``, or the log-density of a
+        site has other dimensions than its plates.
     """
     if not is_validation_enabled():
         return
@@ -175,24 +175,24 @@ def _check_plates(node: Any) -> None:
     check_site_shape(site, no_limit)
 
 
-def _unwrapped(law: Any) -> Any:
+def _unwrapped(fn: Any) -> Any:
     """A distribution without what expands, masks or reinterprets it."""
-    while isinstance(law, (Independent, ExpandedDistribution, MaskedDistribution)):
-        law = law.base_dist
-    return law
+    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
 
 
 def _check_shape(node: Any) -> None:
-    """Refuses data that meet their law all with all."""
+    """Refuses data and a distribution that broadcast against each other, to more than either has."""
     value = node["value"]
-    law = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
+    shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
     with suppress(RuntimeError):  # shapes that do not broadcast have an error of their own
-        both = torch.broadcast_shapes(law, value.shape)
-        if both.numel() > max(law.numel(), value.numel()):
+        both = torch.broadcast_shapes(shape, value.shape)
+        if both.numel() > max(shape.numel(), value.numel()):
             raise ValueError(
-                f"site '{node['name']}': expected data and a law of one shape, got {tuple(value.shape)} and "
-                f"{tuple(law)}, of which each meets each: {both.numel()} terms of {value.numel()} data. "
-                "Give both the same shape, as with x.squeeze(-1)"
+                f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
+                f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}, which broadcast to "
+                f"{both.numel()} terms. Give both the same shape, as with x.squeeze(-1)"
             )
 
 
@@ -202,16 +202,16 @@ def _check_support(node: Any) -> None:
             f"site '{node['name']}': expected data as a tensor, got {type(node['value']).__name__}: "
             "torch.as_tensor makes one"
         )
-    law = _unwrapped(node["fn"])
-    # a property depends on parameters: those of discrete laws are rarely latents
-    if isinstance(getattr(type(law), "support", None), property) and not law.support.is_discrete:
+    fn = _unwrapped(node["fn"])
+    # a property depends on parameters: those of discrete distributions are rarely latents
+    if isinstance(getattr(type(fn), "support", None), property) and not fn.support.is_discrete:
         return
     mask = True if node["mask"] is None else node["mask"]
     inside = node["fn"].support.check(node["value"]) | ~torch.as_tensor(mask)
     if not bool(inside.all()):
         raise ValueError(
-            f"site '{node['name']}': expected data within the support of {type(law).__name__} "
-            f"({law.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
+            f"site '{node['name']}': expected data within the support of {type(fn).__name__} "
+            f"({fn.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
             "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
             "that are no whole numbers"
         )
@@ -227,7 +227,7 @@ def is_deterministic(site: Any) -> bool:
     """Whether a site's value is computed: one of ``pyro.deterministic``, or what a reparametrizer leaves.
 
     A reparametrizer observes a value at a ``Delta`` of the same tensor, which plates expand. Data come
-    in a tensor of their own, also where their law is a ``Delta``.
+    in a tensor of their own, also where their distribution is a ``Delta``.
     """
     if site["infer"].get("_deterministic"):
         return True

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Random models: any law as a latent or a likelihood, in plates of all kinds, under any handler."""
+"""Random models: any distribution as a latent or a likelihood, in plates of all kinds, under any handler."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from pyro.poutine.messenger import Messenger
 from torch.distributions import biject_to
 
-from tests.attack.laws import LATENTS, LIKELIHOODS, WITHOUT_BATCHES, datum
+from tests.attack.distributions import LATENTS, LIKELIHOODS, WITHOUT_BATCHES, datum
 from tests.joint.by_trace import by_trace
 
 PLACES = ("alone", "event", "plate", "whole subsample", "nested", "left", "steps")
@@ -47,7 +47,7 @@ HANDLERS = (
 class RandomModel:
     """A model from what was drawn; equal ones are equal models."""
 
-    latents: list[tuple[str, str, int]]  # law, place, index of the parent latent
+    latents: list[tuple[str, str, int]]  # distribution, place, index of the parent latent
     data: list[tuple[str, str, int]]
     handlers: list[str]
     branch: float | None  # draws above it meet a factor, by a branch on any of them
@@ -56,23 +56,27 @@ class RandomModel:
     values: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        for k, (law, place, _) in enumerate(self.data):
+        for k, (distribution, place, _) in enumerate(self.data):
             for step in range(3 if place == "steps" else 1):
-                self.values[f"y{k}_{step}"] = datum(law, SHAPES.get(place, ()))
+                self.values[f"y{k}_{step}"] = datum(distribution, SHAPES.get(place, ()))
 
     def __call__(self):
         found = {}
-        for k, (law, place, parent) in enumerate(self.latents):
+        for k, (distribution, place, parent) in enumerate(self.latents):
             loc = _location(found.get(parent))
-            for value, event_dim in _sample(f"z{k}", LATENTS[law], place, loc):
+            for value, event_dim in _sample(f"z{k}", LATENTS[distribution], place, loc):
                 if place in ("alone", "event"):
                     found[k] = value, event_dim
         if self.branch is not None and 0 in found and (_location(found[0]) > self.branch).any():
             pyro.factor("branch", torch.tensor(-3.0))
         with poutine.scale(scale=self.scale):
-            for k, (law, place, parent) in enumerate(self.data):
+            for k, (distribution, place, parent) in enumerate(self.data):
                 loc = _location(found.get(parent))
-                list(_sample(f"y{k}", LIKELIHOODS[law], place, loc, self.values, self.masked))
+                list(
+                    _sample(
+                        f"y{k}", LIKELIHOODS[distribution], place, loc, self.values, self.masked
+                    )
+                )
 
     def wrapped(self):
         """The model under its handlers, the first one innermost."""
@@ -91,37 +95,40 @@ def _location(parent):
     return first.tanh() if first.is_floating_point() else first
 
 
-def _sample(name, law, place, loc, values=None, masked=False):
+def _sample(name, distribution, place, loc, values=None, masked=False):
     """Draws a site in its place; gives its value and number of event dimensions."""
     if place == "steps":
         for step in pyro.plate(f"{name}_steps", 3):
-            yield _site(f"{name}_{step}", law(loc), values, False)
+            yield _site(f"{name}_{step}", distribution(loc), values, False)
     elif place == "alone":
-        yield _site(f"{name}_0", law(loc), values, False)
+        yield _site(f"{name}_0", distribution(loc), values, False)
     elif place == "event":
         yield _site(
-            f"{name}_0", law(loc[..., None].expand((*loc.shape, 2))).to_event(1), values, False
+            f"{name}_0",
+            distribution(loc[..., None].expand((*loc.shape, 2))).to_event(1),
+            values,
+            False,
         )
     elif place == "plate":
         with pyro.plate(f"{name}_plate", 3):
-            yield _site(f"{name}_0", law(loc), values, masked)
+            yield _site(f"{name}_0", distribution(loc), values, masked)
     elif place == "whole subsample":
         with pyro.plate(f"{name}_plate", 3, subsample_size=3):
-            yield _site(f"{name}_0", law(loc), values, masked)
+            yield _site(f"{name}_0", distribution(loc), values, masked)
     elif place == "left":
         with pyro.plate(f"{name}_plate", 2, dim=-2):
-            yield _site(f"{name}_0", law(loc), values, False)
+            yield _site(f"{name}_0", distribution(loc), values, False)
     else:
         with pyro.plate(f"{name}_outer", 2, dim=-2), pyro.plate(f"{name}_inner", 3, dim=-1):
-            yield _site(f"{name}_0", law(loc), values, masked)
+            yield _site(f"{name}_0", distribution(loc), values, masked)
 
 
-def _site(name, law, values, masked):
+def _site(name, distribution, values, masked):
     obs = None if values is None else values[name]
     if masked:
         with poutine.mask(mask=torch.tensor([True, False, True])):
-            return pyro.sample(name, law, obs=obs), law.event_dim
-    return pyro.sample(name, law, obs=obs), law.event_dim
+            return pyro.sample(name, distribution, obs=obs), distribution.event_dim
+    return pyro.sample(name, distribution, obs=obs), distribution.event_dim
 
 
 class ImproperAtOrigin(Messenger):
@@ -210,7 +217,7 @@ def _hidden():
 
 @st.composite
 def random_models(draw, handlers=HANDLERS, branches=True):
-    def law(names, place):
+    def distribution(names, place):
         return draw(
             st.sampled_from(sorted(set(names) - (set() if place == "alone" else WITHOUT_BATCHES)))
         )
@@ -218,11 +225,13 @@ def random_models(draw, handlers=HANDLERS, branches=True):
     latents = []
     for k in range(draw(st.integers(1, 4))):
         place = draw(st.sampled_from(PLACES))
-        latents.append((law(LATENTS, place), place, draw(st.integers(-1, k - 1))))
+        latents.append((distribution(LATENTS, place), place, draw(st.integers(-1, k - 1))))
     data = []
     for _ in range(draw(st.integers(0, 2))):
         place = draw(st.sampled_from(PLACES))
-        data.append((law(LIKELIHOODS, place), place, draw(st.integers(-1, len(latents) - 1))))
+        data.append(
+            (distribution(LIKELIHOODS, place), place, draw(st.integers(-1, len(latents) - 1)))
+        )
     branch = draw(st.sampled_from([None, None, None, 0.5, -0.5])) if branches else None
     chosen = draw(st.lists(st.sampled_from(handlers), max_size=2))
     return RandomModel(

@@ -34,8 +34,8 @@ class Discrete:
 
     def __call__(self):
         count = self.states
-        law = dist.Normal(torch.linspace(-1.0, 2.0, count), 1.0).to_event(1)
-        locs = pyro.sample("locs", law)
+        distribution = dist.Normal(torch.linspace(-1.0, 2.0, count), 1.0).to_event(1)
+        locs = pyro.sample("locs", distribution)
         probs = torch.arange(1.0, count + 1) / sum(range(1, count + 1))
         if self.with_probs:
             probs = pyro.sample("probs", dist.Dirichlet(torch.ones(count)))

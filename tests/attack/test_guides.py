@@ -118,11 +118,11 @@ def test_draws(case):
         assert quantiles[name].shape == (3, *site.shape)
         assert (quantiles[name].diff(dim=0) >= 0).all()
     if (
-        any(law == "ImproperUniform" for law, *_ in random.latents)
+        any(distribution == "ImproperUniform" for distribution, *_ in random.latents)
         or "condition" in random.handlers
         or random.branch is not None  # Pyro's Predictive asks each run for the sites of the first
         # takes a vector as its location, to which Predictive adds dimensions
-        or any(law == "OMTMultivariateNormal" for law, *_ in random.latents)
+        or any(distribution == "OMTMultivariateNormal" for distribution, *_ in random.latents)
     ):
         return
     with warnings.catch_warnings(), ImproperAtOrigin():
@@ -190,9 +190,9 @@ def test_weights_of_pyros_guides(random, number):
             locs.append(getattr(guide.locs, name).reshape(-1))
             scales.append(getattr(guide.scales, name).reshape(-1))
     with torch.no_grad():
-        law = torch.distributions.Normal(torch.cat(locs), torch.cat(scales))
-        assume(law.loc.shape == z.shape[1:])
-        log_q = law.log_prob(z).sum(-1)
+        distribution = torch.distributions.Normal(torch.cat(locs), torch.cat(scales))
+        assume(distribution.loc.shape == z.shape[1:])
+        log_q = distribution.log_prob(z).sum(-1)
         expected = torch.stack([density_by_pyro(model, row) for row in z]) - log_q
-    sure = expected.isfinite() & ((z - law.loc) / law.scale).abs().lt(6).all(-1)
+    sure = expected.isfinite() & ((z - distribution.loc) / distribution.scale).abs().lt(6).all(-1)
     assert torch.allclose(weights[sure], expected[sure], rtol=1e-4, atol=1e-4), (weights, expected)

@@ -237,7 +237,7 @@ def test_bad_counts(count):
 # From weights
 
 
-def test_estimates_of_weights_of_a_known_law():
+def test_estimates_of_weights_of_a_known_distribution():
     """Log-normal weights of mean one: the ELBO is minus half of their variance."""
     sd = 0.3
     result = Importance.from_log_weights(sd * torch.randn(20_000) - sd**2 / 2)

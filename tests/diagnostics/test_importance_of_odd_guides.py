@@ -42,14 +42,14 @@ def _marked(auxiliary):
 
 
 @pytest.mark.parametrize(
-    "law", [dist.Uniform(0.0, 10.0), dist.Bernoulli(0.5)], ids=["u", "mixture"]
+    "distribution", [dist.Uniform(0.0, 10.0), dist.Bernoulli(0.5)], ids=["u", "mixture"]
 )
 @pytest.mark.parametrize("is_marked", [False, True])
-def test_guides_whose_density_of_the_latents_is_not_known(law, is_marked):
+def test_guides_whose_density_of_the_latents_is_not_known(distribution, is_marked):
     """The density of the auxiliary site came into the ELBO, 2.3 nats above the evidence."""
 
     def guide():
-        u = pyro.sample("u", law, infer=_marked(is_marked))
+        u = pyro.sample("u", distribution, infer=_marked(is_marked))
         pyro.sample("z", dist.Normal(0.1 * u, 1.0))
 
     def model():
@@ -60,14 +60,14 @@ def test_guides_whose_density_of_the_latents_is_not_known(law, is_marked):
 
 
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [dist.Bernoulli(0.9), dist.Poisson(0.1), dist.OneHotCategorical(torch.tensor([0.9, 0.1]))],
 )
-def test_discrete_sites_of_few_values_are_no_points(law):
+def test_discrete_sites_of_few_values_are_no_points(distribution):
     """Three draws that are the same, of type float, were taken for AutoDelta: an ELBO of -inf."""
 
     def model():
-        k = pyro.sample("k", law)
+        k = pyro.sample("k", distribution)
         pyro.sample("z", dist.Normal(3 * k.sum(), 1.0))
 
     result = importance(model, model, 100)

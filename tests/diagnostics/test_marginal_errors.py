@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from pyro_artransform.diagnostics.hamiltonian import Averages
-from pyro_artransform.diagnostics.known_moments import Expectation, Laws
+from pyro_artransform.diagnostics.known_moments import Expectation, PairedMoments
 from pyro_artransform.diagnostics.marginal_errors import (
     critical_value,
     errors_by_weights,
@@ -25,11 +25,11 @@ def averages(values):
     return found
 
 
-def exact_laws(mean=0.0, square=1.0):
+def exact_moments(mean=0.0, square=1.0):
     """A guide and companions that are both standard normal, known without error."""
     zeros = torch.zeros(DIM)
     first, second = (zeros + mean, zeros), (zeros + square, zeros + 1)
-    return Laws(Expectation(*first, *[zeros] * 3), Expectation(*second, *[zeros] * 3))
+    return PairedMoments(Expectation(*first, *[zeros] * 3), Expectation(*second, *[zeros] * 3))
 
 
 def pair(coupling, loc=0.0, scale=1.0):
@@ -43,7 +43,7 @@ def pair(coupling, loc=0.0, scale=1.0):
 def test_intervals_cover(coupling):
     """Of 400 latents: z scores have a sd of one, within five standard errors of a sd."""
     chains, companions = pair(coupling, loc=0.3, scale=1.25)
-    found = marginal_errors(chains, companions, exact_laws(), torch.randn(CHAINS, DIM))
+    found = marginal_errors(chains, companions, exact_moments(), torch.randn(CHAINS, DIM))
     left = found.sure_memory.clamp(0, 0.5)
     z = (found.mean_shift * (1 - left) + 0.3 / 1.25) / found.mean_shift_se
     assert abs(z.mean()) < 5 / DIM**0.5
@@ -55,7 +55,7 @@ def test_intervals_cover(coupling):
 
 def test_coupling_takes_noise_away():
     free, bound = (
-        marginal_errors(*pair(c), exact_laws(), torch.randn(CHAINS, DIM)) for c in (0.0, 0.99)
+        marginal_errors(*pair(c), exact_moments(), torch.randn(CHAINS, DIM)) for c in (0.0, 0.99)
     )
     # by the square root of one minus the squared correlation
     assert bound.mean_shift_se.mean() < 0.2 * free.mean_shift_se.mean()
@@ -70,7 +70,7 @@ def test_memory_is_extrapolated():
     start, companions = torch.randn(CHAINS, DIM), averages(torch.randn(STEPS, CHAINS, DIM))
     noise = (4 - 0.16 * 3 - 0.16) ** 0.5 * torch.randn(STEPS, CHAINS, DIM)
     chains = averages(0.4 * start + 0.6 + noise)
-    found = marginal_errors(chains, companions, exact_laws(), start)
+    found = marginal_errors(chains, companions, exact_moments(), start)
     assert abs(found.memory.mean() - 0.4) < 0.01
     # a mean of 1 and a sd of 2, less what the noise of the memory hides
     assert abs(found.mean_shift.mean() + 0.5) < 0.08
@@ -80,7 +80,9 @@ def test_memory_is_extrapolated():
 def test_chains_that_stay_have_a_memory_of_one():
     start = torch.randn(CHAINS, DIM)
     companions = averages(torch.randn(STEPS, CHAINS, DIM))
-    found = marginal_errors(averages(start.expand(STEPS, -1, -1)), companions, exact_laws(), start)
+    found = marginal_errors(
+        averages(start.expand(STEPS, -1, -1)), companions, exact_moments(), start
+    )
     assert torch.allclose(found.memory, torch.ones(DIM))
     assert (found.sure_memory > 0.99).all()
 

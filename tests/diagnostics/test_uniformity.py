@@ -22,8 +22,8 @@ def _worst_tail(ranks, num_draws):
     """The smallest two-sided binomial tail probability, by adding up probabilities."""
     size, tails = len(ranks), []
     for r in range(num_draws):
-        law = torch.distributions.Binomial(size, torch.tensor((r + 1) / (num_draws + 1)))
-        mass = law.log_prob(torch.arange(size + 1.0)).exp()
+        distribution = torch.distributions.Binomial(size, torch.tensor((r + 1) / (num_draws + 1)))
+        mass = distribution.log_prob(torch.arange(size + 1.0)).exp()
         count = int((ranks <= r).sum())
         tails.append(min(1.0, 2 * min(mass[: count + 1].sum(), mass[count:].sum())))
     return torch.tensor(tails).min()

@@ -134,8 +134,8 @@ def raw_scales_evidence():
     columns = rows * torch.tensor([1e4, 1.0, 1e-4])
     y = columns @ torch.tensor([1e-4, -1.0, 2e4])
     prior = torch.tensor([1.0, 10.0, 1e5]) * columns
-    law = dist.MultivariateNormal(torch.zeros(30), torch.eye(30) + prior @ prior.T)
-    return law.log_prob(y).item()
+    distribution = dist.MultivariateNormal(torch.zeros(30), torch.eye(30) + prior @ prior.T)
+    return distribution.log_prob(y).item()
 
 
 def two_modes(dim, apart, weight):

@@ -111,8 +111,8 @@ def test_scales_and_masks(name, kind):
     result = check(fitted(model, kind(model), num_steps=30))
     observed = models.data().repeat(2) if name == "scaled" else models.data()[models.data() > 0]
     covariance = torch.eye(len(observed)) + 9 * torch.ones(len(observed), 1)
-    law = dist.MultivariateNormal(torch.zeros(len(observed)), covariance)
-    truth = law.log_prob(observed).item()
+    distribution = dist.MultivariateNormal(torch.zeros(len(observed)), covariance)
+    truth = distribution.log_prob(observed).item()
     assert result.elbo < truth + 0.1
     assert kind is AutoNormal or result.elbo > truth - 0.5
 

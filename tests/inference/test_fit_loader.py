@@ -109,9 +109,11 @@ def test_amortized_locals_and_globals():
     result = fitted(loaders.groups, guide, shuffled(y), **options)
     check(result, 400)
     covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
-    law = dist.MultivariateNormal(torch.zeros(43), covariance)
+    distribution = dist.MultivariateNormal(torch.zeros(43), covariance)
     # a linear encoder can be exact; what is left is the noise of the batches
-    assert law.log_prob(y) - 1 < result.elbo < law.log_prob(y) + 4 * result.elbo_se
+    assert (
+        distribution.log_prob(y) - 1 < result.elbo < distribution.log_prob(y) + 4 * result.elbo_se
+    )
     assert "of all data" in result.verdict
     assert math.isnan(result.khat)
 

@@ -119,9 +119,15 @@ def test_a_hierarchy_by_a_loader(run):
     found = run.first["hierarchy"]
     _, y = loaders.rows()
     assert found["num_steps"] == 40 * 5  # 22 rows in batches of 5
-    law = dist.MultivariateNormal(torch.zeros(43), 1.25 * torch.eye(43) + 9 * torch.ones(43, 43))
+    distribution = dist.MultivariateNormal(
+        torch.zeros(43), 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
+    )
     # a linear encoder can be exact; what is left is the noise of the batches
-    assert law.log_prob(y) - 1 < found["elbo"] < law.log_prob(y) + 4 * found["elbo_se"]
+    assert (
+        distribution.log_prob(y) - 1
+        < found["elbo"]
+        < distribution.log_prob(y) + 4 * found["elbo_se"]
+    )
     assert "of all data" in found["verdict"]
     assert found["num_gradients"] == 200 * 2 * 8
 

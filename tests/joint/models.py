@@ -127,8 +127,8 @@ def ordinal():
         effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
     predictor = effect[torch.tensor([0, 1, 1, 0, 1])]
     with pyro.plate("data", 5):
-        law = dist.OrderedLogistic(predictor, cutpoints)
-        pyro.sample("y", law, obs=torch.tensor([0, 2, 3, 1, 1]))
+        distribution = dist.OrderedLogistic(predictor, cutpoints)
+        pyro.sample("y", distribution, obs=torch.tensor([0, 2, 3, 1, 1]))
 
 
 def imputed():
@@ -187,8 +187,8 @@ def chain():
     state = torch.tensor(0)
     with pyro.plate("sequences", 2):
         for t in pyro.markov(range(5)):
-            law = dist.Categorical(Vindex(rows)[..., state, :])
-            state = pyro.sample(f"state_{t}", law)
+            distribution = dist.Categorical(Vindex(rows)[..., state, :])
+            state = pyro.sample(f"state_{t}", distribution)
             emitted = dist.Normal(Vindex(locs)[..., state], 1.0)
             pyro.sample(f"y_{t}", emitted, obs=torch.stack([data()[t], -data()[t]]))
 
@@ -198,8 +198,8 @@ def marginal_chain():
     locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     start = torch.tensor([0.0, -torch.inf])
     for name, sign in (("first", 1), ("second", -1)):
-        law = dist.DiscreteHMM(start, rows.log(), dist.Normal(locs, 1.0))
-        pyro.sample(name, law, obs=sign * data())
+        distribution = dist.DiscreteHMM(start, rows.log(), dist.Normal(locs, 1.0))
+        pyro.sample(name, distribution, obs=sign * data())
 
 
 def marginal_mixture():

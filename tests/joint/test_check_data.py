@@ -15,17 +15,17 @@ from pyro_artransform.posterior import log_likelihood
 X, LABELS = torch.ones(5, 2), torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0])
 
 
-def likelihood(law, y, *, mask=None):
+def likelihood(distribution, y, *, mask=None):
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(y)), poutine.mask(mask=True if mask is None else mask):
-            pyro.sample("y", law(z), obs=y)
+            pyro.sample("y", distribution(z), obs=y)
 
     return model
 
 
 @pytest.mark.parametrize(
-    ("law", "y"),
+    ("distribution", "y"),
     [
         (lambda z: dist.Bernoulli(logits=z), LABELS),
         (lambda z: dist.Bernoulli(logits=z).mask(True), LABELS),
@@ -38,7 +38,7 @@ def likelihood(law, y, *, mask=None):
     ],
     ids=[
         "labels",
-        "masked law",
+        "masked distribution",
         "count",
         "of three",
         "negative",
@@ -47,8 +47,8 @@ def likelihood(law, y, *, mask=None):
         "NaN of event",
     ],
 )
-def test_data_outside_of_the_support(law, y):
-    model = likelihood(law, y)
+def test_data_outside_of_the_support(distribution, y):
+    model = likelihood(distribution, y)
     with pytest.raises(
         ValueError, match=r"site 'y': expected data within the support of \w+ .*got"
     ):
@@ -58,22 +58,20 @@ def test_data_outside_of_the_support(law, y):
 
 
 @pytest.mark.parametrize("in_plate", [False, True])
-def test_data_that_meet_their_law_all_with_all(in_plate):
+def test_data_that_broadcast_against_their_distribution(in_plate):
     """(20,) beside (20, 1): 400 terms, whose posterior is another one."""
     x, y = torch.randn(20, 1), torch.randn(20)
 
     def model(x, y):
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
-        law = dist.Normal(b * x, 1.0)
+        distribution = dist.Normal(b * x, 1.0)
         if in_plate:
             with pyro.plate("data", 20):
-                pyro.sample("y", law.to_event(1), obs=y)
+                pyro.sample("y", distribution.to_event(1), obs=y)
         else:
-            pyro.sample("y", law, obs=y)
+            pyro.sample("y", distribution, obs=y)
 
-    message = (
-        r"site 'y': expected data and a law of one shape, got \(20,\) and \(20, 1\).* 400 terms"
-    )
+    message = r"site 'y': expected .*, got data of shape \(20,\) and a distribution of shape \(20, 1\).* 400 terms"
     with pytest.raises(ValueError, match=message):
         LogJoint(model, (x, y))
     with pytest.raises(ValueError, match=message):
@@ -81,7 +79,7 @@ def test_data_that_meet_their_law_all_with_all(in_plate):
     LogJoint(model, (x, y[:, None]))
 
 
-def test_one_law_of_many_data_and_one_datum_of_many_laws():
+def test_one_distribution_of_many_data_and_one_datum_of_many():
     def model(y, size):
         z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)

@@ -57,7 +57,7 @@ REPARAMETRIZERS = {
 @pytest.mark.parametrize("plate_is_outside", [True, False])
 @pytest.mark.parametrize("name", REPARAMETRIZERS)
 def test_what_a_reparametrizer_leaves_is_no_data(name, plate_is_outside):
-    """A law of data may be a point all the same."""
+    """A distribution of data may be a point all the same."""
     fn, reparam = REPARAMETRIZERS[name]
 
     def run():

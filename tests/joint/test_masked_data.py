@@ -13,7 +13,7 @@ from pyro_artransform.joint import LogJoint
 
 @pytest.mark.parametrize("hidden", [torch.nan, torch.inf, 0.0, -1.0])
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [
         lambda z: dist.Normal(z, 1.0),
         lambda z: dist.LogNormal(z, 1.0),
@@ -24,8 +24,8 @@ from pyro_artransform.joint import LogJoint
     ],
     ids=["Normal", "LogNormal", "Beta", "Weibull", "vectors", "Dirichlet"],
 )
-def test_what_a_mask_hides_is_not_in_the_gradient(law, hidden):
-    event = law(torch.zeros(())).event_shape
+def test_what_a_mask_hides_is_not_in_the_gradient(distribution, hidden):
+    event = distribution(torch.zeros(())).event_shape
     y = torch.tensor([0.3, 0.7, 0.4])
     y = torch.stack([y, 1 - y], -1) if event else y
     mask = torch.tensor([False, True, True])
@@ -33,7 +33,7 @@ def test_what_a_mask_hides_is_not_in_the_gradient(law, hidden):
     def model(y, mask):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(y)), poutine.mask(mask=mask):
-            pyro.sample("y", law(z), obs=y)
+            pyro.sample("y", distribution(z), obs=y)
 
     z = torch.randn(5, 1, requires_grad=True)
     expected = LogJoint(model, (y[1:], True))(z)

@@ -24,7 +24,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
 
 
 def distributions(subject: Subject, dim: int = 3) -> Iterator[tuple[str, object, list[Tensor]]]:
-    """Every law, both directions, and flows whose parameters nobody sees."""
+    """Every univariate transform, both directions, and flows whose parameters nobody sees."""
     subject.needs_flows()
     for family in subject.families:
         for inverse in (False, True):
@@ -144,10 +144,10 @@ def _check_gradients(where: str, q, x: Tensor, parameters: list[Tensor]) -> None
 
 
 def f04_log_det(subject: Subject) -> None:
-    """The log-determinant is that of the Jacobian; every law is an increasing map onto R.
+    """The log-determinant is that of the Jacobian; every univariate transform is an increasing map onto R.
 
     No peer fails. Seen to fail with the log-derivative of the spline off by one part in a million,
-    with that of the affine law or of its inverse left out, and with the spline's tails cut off.
+    with that of the affine transform or of its inverse left out, and with the spline's tails cut off.
     """
     subject.needs_flows()
     for family in (*subject.families, *subject.more_families):
@@ -329,10 +329,10 @@ def f10_identity(subject: Subject) -> None:
     x = torch.tensor([1e-8, 1e-6, 1e-2, 1.0, 1e2])
     x = torch.cat([x, -x]).unsqueeze(-1)
     subject.needs_flows()
-    laws = subject.laws()
-    for name, law in laws.items():
-        _check_identity(*law(x), x, name)
-    for family in (*subject.families, *(f for f in subject.more_families if f in laws)):
+    univariates = subject.univariates()
+    for name, univariate in univariates.items():
+        _check_identity(*univariate(x), x, name)
+    for family in (*subject.families, *(f for f in subject.more_families if f in univariates)):
         for context_dim in (0, 2):
             for dim in (1, 4):
                 flow = subject.flow(dim, family, context_dim=context_dim)
@@ -367,12 +367,14 @@ def f27_spline_edges(subject: Subject) -> None:
                 _check_spline(to_edges[1], edges, scale, "inverse at the knots")
                 both = subject.spline(widths, heights, slopes, bound)
                 draws = 3 * bound * (torch.rand(20_000) - 0.5)
-                for law, which in zip(both, ("random draws", "random draws, inverse"), strict=True):
-                    _check_spline(law, draws, scale, which)
+                for univariate, which in zip(
+                    both, ("random draws", "random draws, inverse"), strict=True
+                ):
+                    _check_spline(univariate, draws, scale, which)
 
 
-def _check_spline(law: Callable, x: Tensor, scale: float, which: str) -> None:
-    y, ladj = law(x)
+def _check_spline(univariate: Callable, x: Tensor, scale: float, which: str) -> None:
+    y, ladj = univariate(x)
     where = f"{which}, parameters x{scale:g}"
     assert y.isfinite().all(), f"{where}: value not finite"
     assert ladj.isfinite().all(), f"{where}: log-derivative not finite"

@@ -98,8 +98,8 @@ def _flat(log_density, draws):
 
 
 def _correlated():
-    law = dist.MultivariateNormal(torch.ones(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
-    return _flat(law.log_prob, lambda n: law.sample((n,)))
+    distribution = dist.MultivariateNormal(torch.ones(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
+    return _flat(distribution.log_prob, lambda n: distribution.sample((n,)))
 
 
 def _bent(bend):

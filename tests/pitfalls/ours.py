@@ -15,7 +15,7 @@ from pyro_artransform import conditioners, guides, transforms, univariate
 from tests.pitfalls.subject import Subject, load_whole, save_state, save_whole
 
 HIDDEN = 16
-LAWS = {
+UNIVARIATES = {
     "affine": univariate.Affine,
     "spline": univariate.RationalQuadraticSpline,
     "additive": univariate.Additive,
@@ -35,18 +35,18 @@ class Ours(Subject):
 
     def flow(self, dim, family="affine", *, layers=1, context_dim=0):
         hidden = (max(HIDDEN, dim),) * 2
-        law = LAWS[family]
+        univariate = UNIVARIATES[family]
         if layers > 1:
             if context_dim:
-                return art.conditional_iaf(dim, context_dim, layers, hidden, univariate=law)
-            return art.iaf(dim, layers, hidden, univariate=law)
+                return art.conditional_iaf(dim, context_dim, layers, hidden, univariate=univariate)
+            return art.iaf(dim, layers, hidden, univariate=univariate)
         if family in ("affine", "spline"):
             name = f"{family}_autoregressive"
             if context_dim:
                 return getattr(art, f"conditional_{name}")(dim, context_dim, hidden)
             return getattr(art, name)(dim, hidden)
-        net = conditioners.MaskedMLP(dim, law().num_params, hidden, context_dim=context_dim)
-        meta = transforms.ConditionedUnivariate(net, law())
+        net = conditioners.MaskedMLP(dim, univariate().num_params, hidden, context_dim=context_dim)
+        meta = transforms.ConditionedUnivariate(net, univariate())
         if context_dim:
             return transforms.ConditionalAutoregressiveTransform(meta)
         return transforms.AutoregressiveTransform(meta)
@@ -83,9 +83,10 @@ class Ours(Subject):
         t = transforms.MonotonicRQSTransform(widths, heights, derivatives, bound=bound)
         return t.call_and_ladj, t.inv.call_and_ladj
 
-    def laws(self):
-        # The gated law cannot be the identity, and says so.
-        return {name: partial(_at_zero, law()) for name, law in LAWS.items() if name != "gated"}
+    def univariates(self):
+        # The gated transform cannot be the identity, and says so.
+        others = {name: make for name, make in UNIVARIATES.items() if name != "gated"}
+        return {name: partial(_at_zero, make()) for name, make in others.items()}
 
     def guide(self, model, init_loc_fn=init_to_median, init_scale=0.1):
         return guides.AutoIAF(
@@ -158,8 +159,8 @@ class Ours(Subject):
         return guide
 
 
-def _at_zero(law: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return law(x.new_zeros(*x.shape, law.num_params)).call_and_ladj(x)
+def _at_zero(univariate: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return univariate(x.new_zeros(*x.shape, univariate.num_params)).call_and_ladj(x)
 
 
 def _save(guide, path: Path) -> None:
@@ -170,14 +171,14 @@ def _save_store(guide, path: Path) -> None:
     pyro.get_param_store().save(str(path))
 
 
-def _linear_law(weight: Tensor, x: Tensor):
+def _linear(weight: Tensor, x: Tensor):
     shift, scale = (x @ w.tril(-1).T for w in weight)
     return transforms.MonotonicAffineTransform(shift + weight[0, 0, 0], scale)
 
 
 def _lambda_flow(dim: int) -> tuple[nn.Module, list[Tensor]]:
     weight = torch.randn(2, dim, dim).div(dim).requires_grad_()
-    return transforms.AutoregressiveTransform(lambda x: _linear_law(weight, x)), [weight]
+    return transforms.AutoregressiveTransform(lambda x: _linear(weight, x)), [weight]
 
 
 def _closure_flow(dim: int) -> tuple[nn.Module, list[Tensor]]:
@@ -185,7 +186,7 @@ def _closure_flow(dim: int) -> tuple[nn.Module, list[Tensor]]:
 
     class Meta(nn.Module):
         def forward(self, x: Tensor):
-            return _linear_law(weight, x)
+            return _linear(weight, x)
 
     return transforms.AutoregressiveTransform(Meta()), [weight]
 

@@ -34,9 +34,9 @@ class Subject:
     """
 
     name = ""
-    #: The laws of one coordinate that ``flow`` knows.
+    #: The univariate transforms that ``flow`` knows.
     families: tuple[str, ...] = ()
-    #: Further ones, for the cases about the law itself.
+    #: Further ones, for the cases about the transform itself.
     more_families: tuple[str, ...] = ()
     #: How large the package lets the log-scale of one affine layer get, where it says so.
     log_scale_bound: float | None = None
@@ -105,15 +105,15 @@ class Subject:
         return {}
 
     def log_scale(self, raw: Tensor) -> Tensor:
-        """The log-scale of the affine law as a function of the network's output."""
-        raise NotApplicable("no affine law apart from the flow")
+        """The log-scale of the affine transform as a function of the network's output."""
+        raise NotApplicable("no affine transform apart from the flow")
 
     def spline(self, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float):
         """A spline as two functions of shape ``(D,)``: forward and inverse, each with its ladj."""
         raise NotApplicable("no spline")
 
-    def laws(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """Each law of one coordinate at zero parameters, as a function with its ladj."""
+    def univariates(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """Each univariate transform at zero parameters, as a function with its ladj."""
         return {}
 
     def needs_flows(self) -> None:

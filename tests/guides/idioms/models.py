@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 
 def baseball(at_bats, hits=None):
-    """Hits of players whose log-odds have a common law (Pyro's example baseball.py)."""
+    """Hits of players whose log-odds have a common distribution (Pyro's example baseball.py)."""
     loc = pyro.sample("loc", dist.Normal(-1.0, 1.0))
     scale = pyro.sample("scale", dist.HalfCauchy(1.0))
     with pyro.plate("num_players", at_bats.shape[0]):

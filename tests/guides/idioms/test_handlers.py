@@ -121,8 +121,8 @@ def test_posterior(name):
     assert not result.one_at_a_time
     assert abs(result.elbo - expected.log_evidence) < 1e-6
     z, log_q = guide.rsample_and_log_prob(100)
-    law = dist.Normal(expected.mean / unit, expected.sd / unit)
-    assert torch.allclose(law.log_prob(z[:, 0]), log_q, atol=1e-4)
+    distribution = dist.Normal(expected.mean / unit, expected.sd / unit)
+    assert torch.allclose(distribution.log_prob(z[:, 0]), log_q, atol=1e-4)
     assert latent in guide()
 
 

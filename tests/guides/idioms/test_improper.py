@@ -33,8 +33,8 @@ def model_on(name):
     def model(y):
         z = pyro.sample("z", dist.ImproperUniform(support, batch_shape, event_shape))
         loc = z.sum(tuple(range(-len(event_shape), 0))) if event_shape else z
-        law = dist.Normal(z, 1.0).to_event(len(event_shape))
-        pyro.factor("bounded", law.log_prob(torch.full(event_shape, 0.3)))
+        distribution = dist.Normal(z, 1.0).to_event(len(event_shape))
+        pyro.factor("bounded", distribution.log_prob(torch.full(event_shape, 0.3)))
         with pyro.plate("data", 4):
             pyro.sample("y", dist.Normal(loc.unsqueeze(-1), 1.0), obs=y)
 

@@ -32,7 +32,7 @@ def scales():
 
 def gaussian():
     step, noise = scales()
-    law = dist.GaussianHMM(
+    distribution = dist.GaussianHMM(
         dist.Normal(0.0, 1.0).expand([1]).to_event(1),
         torch.eye(1),
         dist.Normal(torch.zeros(1), step.unsqueeze(-1)).to_event(1),
@@ -40,17 +40,17 @@ def gaussian():
         dist.Normal(torch.zeros(1), noise.unsqueeze(-1)).to_event(1),
         duration=DURATION,
     )
-    pyro.sample("y", law, obs=data())
+    pyro.sample("y", distribution, obs=data())
 
 
-def linear(first, law, reparam):
+def linear(first, distribution, reparam):
     step, noise = scales()
     hmm = dist.LinearHMM(
         first.expand([1]).to_event(1),
         torch.eye(1),
-        law(torch.zeros(1), step.unsqueeze(-1)).to_event(1),
+        distribution(torch.zeros(1), step.unsqueeze(-1)).to_event(1),
         torch.eye(1),
-        law(torch.zeros(1), noise.unsqueeze(-1)).to_event(1),
+        distribution(torch.zeros(1), noise.unsqueeze(-1)).to_event(1),
         duration=DURATION,
     )
     with poutine.reparam(config={"y": reparam}):

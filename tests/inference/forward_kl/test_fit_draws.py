@@ -56,7 +56,7 @@ def gap(log_prob, n=20_000):
 # How well
 
 
-def test_density_of_a_known_law():
+def test_density_of_a_known_distribution():
     """The Gaussian of the same moments is 0.41 nats away; 2,000 draws tell the rest to less than 0.1."""
     data = skewed.sample(2000)
     q = flow(data, hidden_dims=32)

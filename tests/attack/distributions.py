@@ -181,11 +181,11 @@ WITHOUT_BATCHES = {"OMTMultivariateNormal", "LKJ", "TruncatedPolyaGamma"}
 
 def datum(name, shape):
     """A value of a likelihood, of a batch shape."""
-    law = LIKELIHOODS[name](torch.full(shape, 0.2))
+    distribution = LIKELIHOODS[name](torch.full(shape, 0.2))
     if name in ("ImproperUniform", "Unit", "LogNormalNegativeBinomial"):
-        return torch.ones(law.shape())
+        return torch.ones(distribution.shape())
     if name == "VonMises3D":
-        return torch.nn.functional.normalize(torch.ones(law.shape()), dim=-1)
+        return torch.nn.functional.normalize(torch.ones(distribution.shape()), dim=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Wishart says that a draw is nearly singular
-        return law.sample()
+        return distribution.sample()
