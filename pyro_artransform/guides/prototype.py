@@ -20,6 +20,7 @@ from torch.distributions import Transform, biject_to
 from ..joint.sites import (
     Latents,
     Site,
+    check_continuous,
     describe_support,
     is_enumerated,
     same_support,
@@ -65,6 +66,7 @@ def starting_value(
             f"poutine.block(model, hide=['{site['name']}']) from this guide and guide it by "
             "another one of an AutoGuideList; or write the model without it, as a mixture"
         )
+    check_continuous(site)
     return value_or_origin(init_loc_fn, site)
 
 

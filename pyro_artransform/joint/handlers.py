@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.block_messenger import BlockMessenger
@@ -23,7 +23,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from .sites import is_enumerated, latent_nodes
+from .sites import is_enumerated, latent_nodes, unwrapped
 
 _LONGEST_SEQUENCE = 16
 # of entries that are counted for a signature: of more, a run of a model says as much in the same time
@@ -175,13 +175,6 @@ def _check_plates(node: Any) -> None:
     check_site_shape(site, no_limit)
 
 
-def _unwrapped(fn: Any) -> Any:
-    """A distribution without what expands, masks or reinterprets it."""
-    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
 def _check_shape(node: Any) -> None:
     """Refuses data and a distribution that broadcast against each other, to more than either has."""
     value = node["value"]
@@ -202,7 +195,7 @@ def _check_support(node: Any) -> None:
             f"site '{node['name']}': expected data as a tensor, got {type(node['value']).__name__}: "
             "torch.as_tensor makes one"
         )
-    fn = _unwrapped(node["fn"])
+    fn = unwrapped(node["fn"])
     # a property depends on parameters: those of discrete distributions are rarely latents
     if isinstance(getattr(type(fn), "support", None), property) and not fn.support.is_discrete:
         return
@@ -231,7 +224,7 @@ def is_deterministic(site: Any) -> bool:
     """
     if site["infer"].get("_deterministic"):
         return True
-    fn, value = _unwrapped(site["fn"]), site["value"]
+    fn, value = unwrapped(site["fn"]), site["value"]
     is_point = site["is_observed"] and isinstance(fn, Delta) and isinstance(value, Tensor)
     return is_point and _address(fn.v) == _address(value)
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import is_validation_enabled
+from pyro.distributions import (
+    Delta,
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    is_validation_enabled,
+)
 from pyro.distributions.constraints import Constraint
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
@@ -128,6 +134,7 @@ class Latents:
                     f"site '{node['name']}' is discrete: expected continuous latents, and discrete "
                     "ones marked by pyro.infer.config_enumerate(model), to be summed out"
                 )
+            check_continuous(node)
             sites.append(Site.from_node(node))
         return cls(sites)
 
@@ -153,6 +160,22 @@ class Latents:
         for name, part in self.split(z).items():
             values[name] = self.sites[name].bijection(part)
         return values
+
+    def coarse_sites(self, z: Tensor) -> list[str]:
+        """The sites of draws with an sd below two spacings of their dtype, as near an edge of a support.
+
+        Sites with more or fewer numbers than coordinates are left out, such as simplices: there a
+        number may stand still while the others move.
+
+        :param z: shape ``(n, latent_dim)``.
+        """
+        found = []
+        for name, value in self.constrain(z).items():
+            values = value.reshape(len(z), -1)
+            spacing = torch.finfo(value.dtype).eps * values.abs().mean(0)
+            if values.shape[1] == self.sites[name].size and (values.std(0) < 2 * spacing).any():
+                found.append(name)
+        return found
 
     def constrain_with_ladj(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The value of each site as :meth:`constrain` gives it, and the log-determinant.
@@ -251,6 +274,23 @@ def latent_nodes(trace: poutine.Trace) -> list[Any]:
     return nodes
 
 
+def unwrapped(fn: Any) -> Any:
+    """A distribution without what expands, masks or reinterprets it."""
+    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def check_continuous(site: Any) -> None:
+    """Refuses a latent that has no density on the reals: a point, or a support without a bijection."""
+    if isinstance(unwrapped(site["fn"]), Delta):
+        raise ValueError(
+            f"site '{site['name']}' is a Delta, a value and no latent: expected it to be written as "
+            f"pyro.deterministic('{site['name']}', ...)"
+        )
+    bijection_onto(site["fn"].support, site["name"])
+
+
 def bijection_onto(support: Any, name: str) -> Transform:
     """Pyro's bijection from the unconstrained space onto the support of a site of that name.
 
@@ -261,7 +301,8 @@ def bijection_onto(support: Any, name: str) -> Transform:
     except NotImplementedError as error:
         raise ValueError(
             f"site '{name}': expected a support with a bijection from the reals onto it "
-            f"(torch.distributions.biject_to), got {support}, which has none"
+            f"(torch.distributions.biject_to), got {support}, which has none. Write a covariance matrix as "
+            "scales and LKJCholesky, a mixture as a Categorical that is enumerated"
         ) from error
     return bijection
 

@@ -122,7 +122,7 @@ class Likelihood:
     def strategy(self, draws: Mapping[str, Tensor]) -> str:
         """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
-        n = len(next(iter(chosen.values()))) if chosen else 0
+        n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():
             expected, got = (n, *self.latents[name].shape), tuple(value.shape)
             if got != expected:

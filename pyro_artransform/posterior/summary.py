@@ -54,6 +54,8 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
     """
     if not all(0 <= prob <= 1 for prob in probs):
         raise ValueError(f"probs: expected numbers between 0 and 1, got {list(probs)}")
+    if not draws:
+        raise ValueError("draws: expected those of one site at least, got none")
     for name, value in draws.items():
         if not value.dim() or not len(value):
             raise ValueError(

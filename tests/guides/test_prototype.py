@@ -14,6 +14,7 @@ from pyro.optim import Adam
 
 from pyro_artransform.guides import AutoAmortized, AutoIAF, prototype
 from pyro_artransform.guides.prototype import SiteShape, starting_value
+from pyro_artransform.joint import LogJoint
 from tests.guides import models
 
 
@@ -275,3 +276,27 @@ def test_a_support_that_cannot_be_mapped():
 
     with pytest.raises(ValueError, match=r"site 'z': expected a support .* got Interval"):
         AutoIAF(model).sample_posterior(3)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (dist.Wishart(torch.tensor(5.0), torch.eye(2)), "with a bijection .* LKJCholesky"),
+        (
+            dist.MixtureSameFamily(
+                dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0)
+            ),
+            "with a bijection .* a mixture as a Categorical",
+        ),
+        (dist.Delta(torch.ones(2)).to_event(1), r"is a Delta.* pyro.deterministic\('z', ...\)"),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+@pytest.mark.filterwarnings("ignore:Singular sample detected")
+def test_a_latent_without_a_density_on_the_reals(fn, message):
+    def model():
+        pyro.sample("z", fn)
+
+    refuses(model, f"site 'z'.* {message}")
+    with pytest.raises(ValueError, match=f"site 'z'.* {message}"):
+        LogJoint(model)

@@ -116,3 +116,12 @@ def test_a_support_without_a_bijection():
         ValueError, match=r"site 'S': expected a support with a bijection.*got Positive"
     ):
         LogJoint(model)
+
+
+def test_sites_that_a_dtype_hardly_tells_apart(latents):
+    """Near -1 numbers of float64 are 2e-16 apart; entries of Cholesky factors may stand still."""
+    z = torch.randn(100, latents.latent_dim)
+    assert latents.coarse_sites(z) == []
+    unit = int(latents.split(torch.arange(latents.latent_dim))["unit"])
+    z[:, unit] -= 38.0
+    assert latents.coarse_sites(z) == ["unit"]

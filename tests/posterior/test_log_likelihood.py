@@ -187,6 +187,8 @@ def test_bad_input():
         log_likelihood(minibatch, {"z": z}, data())
     with pytest.raises(ValueError, match=r"expected 'z' of shape \(6,\), got \(6, 2\)"):
         log_likelihood(plate, {"z": torch.randn(6, 2)}, data())
+    with pytest.raises(ValueError, match=r"expected 'z' of shape \(1,\), got \(\)"):
+        log_likelihood(plate, {"z": torch.tensor(0.0)}, data())
     kinds = {"z": z, "kind": torch.ones(6, 5)}
     found = log_likelihood(mixture, kinds, data())["y"]
     assert torch.allclose(found, dist.Normal(z[:, None] + 1, 1.0).log_prob(data()))

@@ -88,6 +88,7 @@ class FitStatus(NamedTuple):
     :param is_random: whether the model draws mini-batches of its data itself, or is random otherwise.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
     :param missing: dependencies of the posterior that the guide's graph has not, in words.
+    :param coarse: the sites whose draws their dtype hardly tells apart.
     """
 
     skipped_share: float = 0.0
@@ -97,6 +98,7 @@ class FitStatus(NamedTuple):
     is_random: bool = False
     mixes_draws: bool = False
     missing: tuple[str, ...] = ()
+    coarse: Sequence[str] = ()
 
 
 class Verdict(NamedTuple):
@@ -209,6 +211,8 @@ def evaluate(
     if drawn.latents is not None:
         draws = drawn.latents
         is_point = bool((draws == draws[:1]).all(0).any())
+        if not is_point:
+            status = status._replace(coarse=subject.log_joint.latents.coarse_sites(draws))
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
@@ -263,6 +267,12 @@ def judge(
         )
     if status.missing:
         objections.append(_about_missing(status.missing))
+    if status.coarse:
+        objections.append(
+            f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
+            "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
+            "the site on the scale of its posterior"
+        )
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:

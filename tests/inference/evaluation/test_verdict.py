@@ -331,3 +331,20 @@ def test_weights_that_are_round_off():
     found = Importance.from_log_weights(log_weights)
     words = not_trusted(found, NOTHING_ELSE, FitStatus(), "round-off of torch.float32")
     assert "does not reach" not in words
+
+
+@pytest.mark.parametrize(("dtype", "is_coarse"), [(torch.float32, True), (torch.float64, False)])
+def test_draws_that_their_dtype_hardly_tells_apart(quick, dtype, is_coarse):
+    """1 - z is about 4e-8, and the numbers of float32 there are 6e-8 apart."""
+    loc = torch.tensor(17.0, dtype=dtype)
+
+    def model():
+        z = pyro.sample("z", dist.Uniform(torch.zeros_like(loc), 1.0))
+        pyro.sample("x", dist.Exponential(torch.ones_like(loc) * 1e7), obs=1 - z)
+
+    guide = models.small(model, init_loc_fn=init_to_value(values={"z": loc.sigmoid()}))
+    guide.set_up()
+    guide.start_at(loc[None], torch.eye(1, dtype=dtype))
+    subject = ModelAndGuide(model, guide, (), {}, LogJoint(model))
+    words = evaluate(subject, None, FitStatus(), quick).verdict.words
+    assert ("the posterior of site z is about as narrow as the spacing" in words) == is_coarse
