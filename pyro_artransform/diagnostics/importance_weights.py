@@ -14,7 +14,8 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.handlers import check_data, runs_model, subsampled_plates
+from ..joint.checks import check_data
+from ..joint.handlers import runs_model, subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
 from ..joint.sites import latent_nodes
 from ..joint.vectorization import GuideDraws, stack

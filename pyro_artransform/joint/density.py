@@ -20,14 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
+from .checks import check_data
 from .handlers import (
     ModelStructure,
     SiteLogProbs,
     UnmaskedLatents,
     argument_signature,
-    check_data,
     count_values,
     hidden_sites,
+    improper_sites,
     plate_nesting,
     subsampled_plates,
 )
@@ -103,8 +104,9 @@ class LogJoint(LogDensity):
     where that agrees with single runs (see ``joint.vectorization``), near the
     start, at draws of the prior and far away; :meth:`checked` compares at any draws. Discrete
     latents that are marked for enumeration are summed out, and masked elements of latents have
-    their prior density. Pyro's validation is off while the model runs, so that an impossible draw
-    gives NaN and no error; where the user has it on, it sees the first run.
+    their prior density where nothing else depends on them. Pyro's validation is off while the model
+    runs, so that an impossible draw gives NaN and no error; where the user has it on, it sees the first
+    run.
 
     :param model: a Pyro model.
     :param args: its arguments.
@@ -134,11 +136,15 @@ class LogJoint(LogDensity):
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
-        self._run = UnmaskedLatents()(partial(model, *args, **(kwargs or {})))
-        trace: Any = self._trace(args, kwargs or {})
+        run, unmasked = partial(model, *args, **(kwargs or {})), UnmaskedLatents()
+        trace: Any = self._trace(args, kwargs or {}, unmasked)
         check_data(trace)
+        #: the sites whose masks are left alone
+        self.improper = improper_sites(run, trace, unmasked.masks)
+        self._run = UnmaskedLatents(self.improper)(run)
         self._first_run = args, kwargs or {}, trace
         self._structures: dict[Any, ModelStructure] = {}
+        self._checked = {argument_signature((args, kwargs or {}))}
         self._turn = 0
         self.num_plates = plate_nesting(trace)
         #: whether draws are weighed by mini-batches of their own, or by other random numbers of the model
@@ -193,7 +199,8 @@ class LogJoint(LogDensity):
                 "is told of the mini-batch, such as AutoAmortized"
             )
         other = copy.copy(self)
-        other._run = UnmaskedLatents()(partial(self._model, *args, **(kwargs or {})))
+        run = partial(self._model, *args, **(kwargs or {}))
+        other._run = UnmaskedLatents(self.improper)(run)
         other.chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
         return other
 
@@ -207,7 +214,10 @@ class LogJoint(LogDensity):
         if key not in self._structures:
             # whether there was a run before must not show in the draws that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                trace = self._trace(args, kwargs or {})
+                trace = self._trace(args, kwargs or {}, UnmaskedLatents())
+            if (shapes := argument_signature((args, kwargs or {}))) not in self._checked:
+                check_data(trace)
+                self._checked.add(shapes)
             if len(self._structures) >= _MOST_SIGNATURES:
                 self._structures.clear()
             self._structures[key] = ModelStructure.from_trace(trace)
@@ -354,10 +364,10 @@ class LogJoint(LogDensity):
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}
 
-    def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
+    def _trace(self, args: Args, kwargs: Kwargs, unmasked: UnmaskedLatents) -> poutine.Trace:
         quiet = pyro.validation_enabled(False)
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
-        with quiet, torch.no_grad(), hidden_sites(), init, UnmaskedLatents():
+        with quiet, torch.no_grad(), hidden_sites(), init, unmasked:
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
 

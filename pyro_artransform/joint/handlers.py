@@ -4,24 +4,23 @@
 """Pyro handlers that run a model for its log-density, and what a run says of its plates."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, validation_enabled
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
-from pyro.util import check_site_shape
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.distributions import biject_to
 
 from .sites import is_enumerated, latent_nodes, unwrapped
 
@@ -54,14 +53,57 @@ class UnmaskedLatents(Messenger):
 
     A mask, such as that of ``obs_mask``, leaves elements of latents without a density, so that a
     guide of them would widen without bound, and its ELBO grow. With the prior their posterior is
-    the prior, and that of the other elements stays the same. A mask that is ``False`` as a whole is
+    the prior, and that of the other elements stays the same. The number ``False`` as a mask is
     left alone: it is how an improper prior is written.
+
+    :param improper: sites whose masks are left alone as well, as :func:`improper_sites` finds them.
     """
+
+    def __init__(self, improper: Container[str] = ()) -> None:
+        super().__init__()
+        self._improper = improper
+        #: the tensors that were masks, by site
+        self.masks: dict[str, Tensor] = {}
 
     def _pyro_sample(self, message: Message) -> None:
         is_latent = not (message["is_observed"] or site_is_subsample(message))
-        if is_latent and not is_enumerated(message) and message["mask"] is not False:
+        if not is_latent or is_enumerated(message) or message["mask"] is False:
+            return
+        name, mask = message["name"], message["mask"]
+        if name not in self._improper and mask is not None:
+            self.masks[str(name)] = torch.as_tensor(mask)
             message["mask"] = None
+
+
+@torch.no_grad()
+def improper_sites(
+    run: Callable[[], object], trace: poutine.Trace, masks: Mapping[str, Tensor]
+) -> set[str]:
+    """The latents with masked elements that the rest of the density depends on.
+
+    These have no prior, as in Pyro: to give them one would change the posterior.
+
+    :param trace: a run of the model, for the values of its latents.
+    :param masks: the masks of its latents, by site.
+    """
+    values = {node["name"]: node["value"] for node in latent_nodes(trace)}
+    state, found = torch.get_rng_state(), set()
+    for name, mask in masks.items():
+        fn = trace.nodes[name]["fn"]
+        bijection, hidden = biject_to(fn.support), ~mask[(..., *(None,) * fn.event_dim)]
+        moved = bijection(bijection.inv(values[name]) + 0.1)
+        moved = torch.where(hidden, moved, values[name])
+        totals = []
+        for value in (values[name], moved):
+            torch.set_rng_state(state)  # the same random numbers of a model for both
+            with hidden_sites(), validation_enabled(False):
+                conditioned = poutine.condition(run, {**values, name: value})
+                totals.append(poutine.trace(conditioned).get_trace().log_prob_sum())
+        before, after = map(torch.as_tensor, totals)
+        if not torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
+            found.add(name)
+    torch.set_rng_state(state)
+    return found
 
 
 class SimulatedData(UnconditionMessenger):
@@ -98,30 +140,30 @@ class SiteLogProbs(Messenger):
         self.values[name] = value
         if site_is_subsample(message) or (self._data_only and not has_data(message)):
             return
-        data = _without_masked(message)
-        log_prob = message["fn"].log_prob(data, *message["args"], **message["kwargs"])
+        log_prob = _log_prob(message)
         scale = 1.0 if self._data_only else message["scale"]
         self.log_probs[name] = scale_and_mask(log_prob, scale, message["mask"])
 
 
-def _without_masked(site: Any) -> Any:
-    """The value of a site, where its mask hides data with one of those that count in their place.
+def _log_prob(site: Any) -> Tensor:
+    """The log-density of a site before its mask, with data that count in the place of those that it hides.
 
     What is hidden may be NaN, or a zero that has no logarithm: a mask takes it out of the density, but not
     out of the gradient, where it makes 0 times infinity.
     """
-    value, mask = site["value"], site["mask"]
-    if not (isinstance(mask, Tensor) and has_data(site)) or is_functorch_wrapped_tensor(mask):
-        return value
-    event_dim = site["fn"].event_dim
-    event = value.shape[value.dim() - event_dim :]
-    batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
-    if not batch.numel():
-        return value
-    is_counted, value = mask.expand(batch), value.expand(batch + event)
-    one = is_counted.flatten().int().argmax()  # of those that count, without a look at values
-    counted = value.reshape(-1, *event).index_select(0, one[None])[0]
-    return torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
+    fn, value, mask = site["fn"], site["value"], site["mask"]
+    if isinstance(mask, Tensor) and has_data(site) and not is_functorch_wrapped_tensor(mask):
+        event_dim = fn.event_dim
+        event = value.shape[value.dim() - event_dim :]
+        batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+        if not mask.any():
+            shape, dtype = torch.broadcast_shapes(batch, fn.batch_shape), torch.get_default_dtype()
+            return torch.zeros(shape, dtype=dtype, device=mask.device)
+        is_counted, value = mask.expand(batch), value.expand(batch + event)
+        counted = value.reshape(-1, *event)[is_counted.flatten().int().argmax()]
+        value = torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
+    log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
+    return log_prob
 
 
 def runs_model(trace: poutine.Trace) -> bool:
@@ -137,77 +179,6 @@ def has_data(site: Any) -> bool:
     if site["type"] != "sample" or not site["is_observed"]:
         return False
     return not (site_is_subsample(site) or site_is_factor(site) or is_deterministic(site))
-
-
-@torch.no_grad()
-def check_data(trace: poutine.Trace) -> None:
-    """Checks the data of a run and the shapes of its sites, where Pyro's validation is on.
-
-    Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
-    and are not checked; nor are masked elements.
-
-    :raises ValueError: if data are no tensor or outside of their support, if they and their distribution
-        broadcast against each other, as of shapes ``(n,)`` and ``(n, 1)``, or the log-density of a
-        site has other dimensions than its plates.
-    """
-    if not is_validation_enabled():
-        return
-    node: Any
-    for node in trace.nodes.values():
-        if node["type"] != "sample" or site_is_subsample(node):
-            continue
-        if has_data(node):
-            _check_support(node)
-        if node["cond_indep_stack"]:  # outside of plates a sum over all dimensions is right
-            _check_plates(node)
-        if has_data(node):
-            _check_shape(node)
-
-
-def _check_plates(node: Any) -> None:
-    """Refuses a log-density with other dimensions than the plates."""
-    no_limit: Any = math.inf  # dimensions to the left of the plates count
-    try:
-        log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
-    except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
-        return
-    site: Any = {**node, "log_prob": log_prob}
-    check_site_shape(site, no_limit)
-
-
-def _check_shape(node: Any) -> None:
-    """Refuses data and a distribution that broadcast against each other, to more than either has."""
-    value = node["value"]
-    shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
-    with suppress(RuntimeError):  # shapes that do not broadcast have an error of their own
-        both = torch.broadcast_shapes(shape, value.shape)
-        if both.numel() > max(shape.numel(), value.numel()):
-            raise ValueError(
-                f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
-                f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}, which broadcast to "
-                f"{both.numel()} terms. Give both the same shape, as with x.squeeze(-1)"
-            )
-
-
-def _check_support(node: Any) -> None:
-    if not isinstance(node["value"], Tensor):
-        raise ValueError(
-            f"site '{node['name']}': expected data as a tensor, got {type(node['value']).__name__}: "
-            "torch.as_tensor makes one"
-        )
-    fn = unwrapped(node["fn"])
-    # a property depends on parameters: those of discrete distributions are rarely latents
-    if isinstance(getattr(type(fn), "support", None), property) and not fn.support.is_discrete:
-        return
-    mask = True if node["mask"] is None else node["mask"]
-    inside = node["fn"].support.check(node["value"]) | ~torch.as_tensor(mask)
-    if not bool(inside.all()):
-        raise ValueError(
-            f"site '{node['name']}': expected data within the support of {type(fn).__name__} "
-            f"({fn.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
-            "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
-            "that are no whole numbers"
-        )
 
 
 def observed_nodes(trace: poutine.Trace) -> list[Any]:

@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..joint.checks import check_data
 from ..joint.handlers import (
     SiteLogProbs,
-    check_data,
     has_data,
     is_deterministic,
     plate_nesting,

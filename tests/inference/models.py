@@ -66,6 +66,13 @@ def partly_observed():
         pyro.sample("y", dist.Normal(loc, 1.0), obs=data(), obs_mask=data() > 0)
 
 
+def improper():
+    with pyro.plate("data", len(DATA)):
+        with poutine.mask(mask=data() > 0):
+            loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=data())
+
+
 def subsampled():
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(DATA), subsample_size=3) as indices:

@@ -137,3 +137,23 @@ def test_sites_in_no_plate_are_summed():
 
     expected = 2 * dist.Normal(0.0, 1.0).log_prob(torch.zeros(3)).sum()
     assert LogJoint(model)(torch.zeros(1, 3)).item() == pytest.approx(expected.item())
+
+
+def test_a_last_batch_of_one_row():
+    """It would count for all elements that a mini-batch has."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 101, subsample_size=50):
+            pyro.sample(
+                "y", dist.Normal(z, torch.ones(y.shape[1:])).to_event(max(y.dim() - 1, 0)), obs=y
+            )
+
+    message = r"'y': expected data of 50 elements of the sub-sampled plate 'data', got one"
+    for event in ((), (2,)):
+        log_joint = LogJoint(model, (torch.zeros(50, *event),))
+        with pytest.raises(ValueError, match=message):
+            log_joint.with_arguments((torch.zeros(1, *event),))
+        with pytest.raises(ValueError, match=message):
+            LogJoint(model, (torch.zeros(1, *event),))
+    LogJoint(model, (torch.tensor(0.0),))

@@ -86,19 +86,6 @@ def test_one_draw_without_a_factorisation():
     assert "model itself" in log_joint.nonfinite_sites(z)[0]
 
 
-def test_masked_latents_have_their_prior():
-    def model():
-        with pyro.plate("data", 2):
-            pyro.sample("y", dist.Normal(0.0, 1.0), obs=z[0], obs_mask=is_there)
-
-    z = torch.randn(4, 2)
-    is_there = torch.tensor([True, False])
-    expected = dist.Normal(0.0, 1.0).log_prob(z[0, 0]) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    log_joint = LogJoint(model)
-    assert log_joint.strategy == "plate"
-    assert torch.allclose(log_joint(z), expected)
-
-
 def test_one_draw_of_an_enumerated_model():
     log_joint = LogJoint(models.mixture)
     z = torch.randn(3, log_joint.latents.latent_dim)

@@ -55,7 +55,7 @@ class PyroObjective(BatchObjective):
     num_estimates: int = 32
 
     def __post_init__(self) -> None:
-        self.model = UnmaskedLatents()(self.model)
+        self.model = UnmaskedLatents(self.log_joint.improper)(self.model)
         self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
         self._num_plates = plate_nesting(*self._traces())
         run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)

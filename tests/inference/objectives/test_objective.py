@@ -170,6 +170,13 @@ def test_masked_latents_do_not_run_away():
     assert losses[0] < losses[1] < losses[2]
 
 
+def test_masked_latents_that_data_depend_on_have_no_prior():
+    objective = by_pyro(models.improper, AutoNormal(models.improper))
+    trace = poutine.trace(objective.model).get_trace()
+    trace.compute_log_prob()
+    assert torch.equal(trace.nodes["loc"]["log_prob"] != 0, models.data() > 0)
+
+
 def test_vectorised_where_model_and_guide_allow():
     assert by_pyro(models.regression, AutoNormal(models.regression)).is_vectorized
     assert not by_pyro(models.branching, AutoNormal(models.branching)).is_vectorized
