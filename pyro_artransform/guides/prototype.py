@@ -67,6 +67,13 @@ def starting_value(
             "another one of an AutoGuideList; or write the model without it, as a mixture"
         )
     check_continuous(site)
+    for frame in site["cond_indep_stack"]:
+        if not frame.vectorized:
+            raise ValueError(
+                f"site '{site['name']}' is in the sequential plate '{frame.name}': expected latents in "
+                f"vectorized ones, with pyro.plate('{frame.name}', {frame.size}). Where each has a site "
+                f"of its own, range({frame.size}) does in place of it"
+            )
     return value_or_origin(init_loc_fn, site)
 
 

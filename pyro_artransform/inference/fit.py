@@ -86,9 +86,9 @@ def fit(
     :param num_particles: draws for each step, evaluated at once where the model allows; by default 64,
         and 16 for ``AutoStructuredFlow`` from 200 latents on. Processes share them, rounded up to equal
         parts.
-    :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, and
-        leaves the generators as they were. A loader's own generator is not seeded. Of many processes it is
-        that of the first.
+    :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, whatever
+        was fitted before by guides that are gone, and leaves the generators as they were. A loader's own
+        generator is not seeded. Of many processes it is that of the first.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
         not finite where the step was skipped; the fit ends where it returns ``True``, also one of NumPy

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,14 @@ from torch import Tensor, nn
 from ..files import checksum
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StructuredGuide
+from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuide, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
 from .data.checks import check_use, refuse_missing
 from .data.loader import Batch, BatchStream
 from .evaluation.many_latents import look_at_marginals
-from .evaluation.verdict import (
-    Drawn,
-    FitStatus,
-    ModelAndGuide,
-    draw,
-    evaluate,
-    evaluate_minibatches,
-)
+from .evaluation.verdict import FitStatus, evaluate, evaluate_minibatches
+from .evaluation.weighted_draws import Drawn, ModelAndGuide, draw
 from .guide_argument import choose
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
@@ -335,7 +329,9 @@ def _run_once(
     model: Function, guide: Function, batch: Batch, stream: BatchStream | None
 ) -> ModelAndGuide:
     """Runs model and guide, so that what cannot be fitted is an error now."""
-    args, kwargs = batch
+    (args, kwargs), given = batch, cast(object, guide)
+    if isinstance(given, StoredGuide):  # a new guide is to be new, whatever was fitted before
+        given.drop_orphans()
     # the guide learns the latents of its model, and enters its parameters into Pyro's store
     with torch.no_grad(), hidden_sites():
         guide(*args, **kwargs)

@@ -89,7 +89,7 @@ def improper_sites(
     values = {node["name"]: node["value"] for node in latent_nodes(trace)}
     state, found = torch.get_rng_state(), set()
     for name, mask in masks.items():
-        fn = trace.nodes[name]["fn"]
+        fn: Any = trace.nodes[name]["fn"]
         bijection, hidden = biject_to(fn.support), ~mask[(..., *(None,) * fn.event_dim)]
         moved = bijection(bijection.inv(values[name]) + 0.1)
         moved = torch.where(hidden, moved, values[name])

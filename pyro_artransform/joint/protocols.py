@@ -157,6 +157,14 @@ class SetUpGuide(Protocol):
 
 
 @runtime_checkable
+class StoredGuide(Protocol):
+    """A guide that would go on from what another one of its name has left in Pyro's param store."""
+
+    def drop_orphans(self) -> None:
+        """Deletes that where the other guide is gone and this one new."""
+
+
+@runtime_checkable
 class PosteriorGuide(Protocol):
     """A guide with draws of all sites."""
 

@@ -43,8 +43,9 @@ def log_likelihood(
     """The log-likelihood of each datum at each draw.
 
     Scales, such as those of ``poutine.scale``, are left out: each number is the log-density of a
-    datum. Masked data have zero, which adds nothing to a sum over data. A site with event dimensions
-    has one datum for each element of its batch shape.
+    datum. Masked data have zero, which adds nothing to a sum over data, but counts as a datum where
+    the spread of the terms does, as in the standard errors of ``arviz.loo``. A site with event
+    dimensions has one datum for each element of its batch shape.
 
     :param model: a Pyro model with data.
     :param draws: for each latent site of the model a tensor of shape ``(n,) + site shape``; further

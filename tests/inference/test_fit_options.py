@@ -93,6 +93,35 @@ def test_seeds_that_are_none(seed):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("make_guide", [None, AutoIAF], ids=["chosen", "given"])
+def test_a_new_guide_is_new_whatever_was_fitted_before(quick, make_guide):
+    """Pyro's store has the parameters of the last fit under its name."""
+    histories = []
+    for model in (models.scaled, models.location, models.location):
+        guide = [] if make_guide is None else [make_guide(model)]
+        result = fit(model, *guide, num_steps=5, seed=1, progress=False, config=quick)
+        histories.append(result.history)
+        del guide, result
+    assert histories[1] == histories[2]
+    assert {name.split(".")[0] for name in pyro.get_param_store()} == {"AutoIAF"}
+
+
+def test_a_new_guide_goes_on_from_a_store_that_was_loaded(quick, tmp_path):
+    fit(models.regression, num_steps=5, progress=False, config=quick)
+    store = pyro.get_param_store()
+    saved = {name: value.detach().clone() for name, value in store.items()}
+    store.save(str(tmp_path / "store"))
+    store.clear()
+    store.load(str(tmp_path / "store"))
+    guide = AutoIAF(models.regression)
+    guide.drop_orphans()
+    guide()
+    for name, value in guide.transform.named_parameters():
+        assert torch.equal(value, saved[f"AutoIAF.transform$$${name}"])
+    guide.drop_orphans()
+    assert len(store) == len(saved)
+
+
 @pytest.mark.parametrize("config", [{}, {"num_steps": 3}, FitConfig])
 def test_settings_that_are_none(config):
     with pytest.raises(TypeError, match="config: expected a FitConfig, got"):

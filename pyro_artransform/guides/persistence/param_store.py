@@ -12,6 +12,7 @@ and the store always hold the same tensors: the guide takes those of the store, 
 import enum
 import gc
 import itertools
+import re
 
 import pyro
 from pyro.params.param_store import param_with_module_name
@@ -71,6 +72,15 @@ def resolve_conflicts(
                 misfit = misfit or problem
         # from here on a guide with values of its own takes no name but a free one
         ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
+
+
+def drop_orphans(name: str) -> None:
+    """Deletes the entries of a name, with any suffix, that guides have left which are gone."""
+    gc.collect()  # a guide that nobody can reach any more may wait in a cycle
+    store, pattern = pyro.get_param_store(), re.compile(rf"{re.escape(name)}(_\d+)?\.transform\W")
+    for key, tensor in list(store.named_parameters()):
+        if pattern.match(key) and tensor in OWNERS and OWNERS[tensor]() is None:
+            del store[key]
 
 
 def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:

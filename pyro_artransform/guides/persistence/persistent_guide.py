@@ -25,7 +25,7 @@ from .. import plain_data
 from ..prototype import prototype_trace, starting_value
 from ..spec import Arguments, GuideSpec
 from . import serialization
-from .param_store import OWNERS, Ownership, resolve_conflicts
+from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
@@ -188,6 +188,14 @@ class PersistentGuide(AutoGuide):
             self._put(name)
         if in_call or self._ownership is not Ownership.CARRIED:
             self._ownership = Ownership.SETTLED
+
+    def drop_orphans(self) -> None:
+        """Deletes what guides of its name have left in the store that are gone, before its first call.
+
+        A new guide would go on from there. Entries that were loaded into the store stay.
+        """
+        if self._spec is None:
+            drop_orphans(self.first_name)
 
     def _put(self, name: str) -> None:
         """Puts the parameters into the store, where it does not have them, and takes this name."""

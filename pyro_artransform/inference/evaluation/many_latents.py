@@ -12,7 +12,8 @@ from ...diagnostics import Marginals
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.marginals import marginals_by_weights, marginals_of
 from ..config import EvaluationConfig
-from .verdict import Evaluation, ModelAndGuide
+from .verdict import Evaluation
+from .weighted_draws import ModelAndGuide
 
 
 class MarginalLook(NamedTuple):

@@ -105,7 +105,7 @@ class MissedModeSearch:
             # by gradients, masses are lower bounds
             modes = self._confirmed(guide, modes, found)
         share, count = self._lost(guide, modes, look)
-        if not share > config.max_lost:
+        if not round(100 * share):  # less than one says
             share, count = 0.0, 0
         around = (math.nan, math.nan)
         if found is not None:

@@ -4,25 +4,25 @@
 """The evaluation of a posterior: numbers from all data or from mini-batches, and a verdict in words."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT
-from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
+from ...diagnostics.importance_weights import has_point
 from ...diagnostics.psis import WORST_KHAT, round_off_of
-from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
 from ..objectives.minibatch_elbo import PassEstimate
-from ..processes import ALONE, Processes
 from .missed_modes import MissedModes, MissedModeSearch
+from .weighted_draws import Drawn, ModelAndGuide, draw
 
+# the rows of a last batch that a loader drops are fewer
+_MOST_LEFT_OUT = 0.2
 # enough to see that all draws of a site are the same
 _NUM_POINT_DRAWS = 8
 _POINT = (
@@ -48,34 +48,6 @@ _MIXES_DRAWS = (
     "former, and all numbers here are of the latter. Write it without branches on values of its latents "
     "(torch.where), and fit again"
 )
-
-
-class ModelAndGuide(NamedTuple):
-    """What is evaluated: a model, a guide, and the arguments of both."""
-
-    model: Callable[..., object]
-    guide: Callable[..., object]
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-    log_joint: LogJoint
-
-    def weighted_draws(self, count: int) -> Iterator[Weighted]:
-        """Draws of the guide with their weights, by chunks."""
-        return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
-
-
-class Drawn(NamedTuple):
-    """Weighted draws of a guide.
-
-    :param log_weights: shape ``(n,)``.
-    :param latents: on the unconstrained space, of the first ones at least, shape ``(m, latent_dim)``;
-        ``None`` where draws have none.
-    :param mixes_draws: whether the model turned out to mix draws at once.
-    """
-
-    log_weights: Tensor
-    latents: Tensor | None
-    mixes_draws: bool
 
 
 class FitStatus(NamedTuple):
@@ -139,57 +111,6 @@ class Evaluation(NamedTuple):
         importance = None if self.is_noisy else self.weights
         trusted, words = self.verdict
         return {**fields, "trusted": trusted, "verdict": words, "importance": importance}
-
-
-def draw(
-    subject: ModelAndGuide,
-    config: EvaluationConfig,
-    processes: Processes = ALONE,
-    max_more_draws: int = 0,
-) -> Drawn:
-    """The draws that a verdict rests on, of which each process takes its share.
-
-    There are more of them where k-hat alone decides, and is above its limit or too near to tell.
-
-    :param max_more_draws: how many more, at most.
-    """
-    # the weights of mini-batches are noise, and draws for them come one at a time
-    is_noisy = subject.log_joint.is_random
-    count = config.num_noisy_samples if is_noisy else config.num_samples
-    max_kept = config.max_kept // subject.log_joint.latents.latent_dim
-    drawn = _draw(subject, count, max(processes.share(max_kept), 2), processes)
-    more = min(config.num_more_samples, max_more_draws)
-    if is_noisy or more < count or not _is_unclear(drawn.log_weights, config):
-        return drawn
-    others = _draw(subject, more, 0, processes)
-    log_weights = torch.cat([drawn.log_weights, others.log_weights])
-    return Drawn(log_weights, drawn.latents, drawn.mixes_draws or others.mixes_draws)
-
-
-def _is_unclear(log_weights: Tensor, config: EvaluationConfig) -> bool:
-    found = Importance.from_log_weights(log_weights)
-    may_be_large = found.khat + config.unclear_khat_in_se * found.khat_se >= GOOD_KHAT
-    is_close = found.log_evidence - found.elbo <= config.max_gap
-    return may_be_large and is_close and found.elbo_se <= config.max_se
-
-
-def _draw(subject: ModelAndGuide, count: int, max_kept: int, processes: Processes) -> Drawn:
-    """So many draws of all processes, of which each keeps the latents of the first ones."""
-    latents, parts, strategy = [], [], subject.log_joint.strategy
-    for chunk in subject.weighted_draws(processes.share(count)):
-        parts.append(chunk.log_weights)
-        if chunk.latent is not None and max_kept > 0:
-            max_kept -= len(kept := chunk.latent[:max_kept])
-            latents.append(kept.clone())
-    (mixes_draws,) = processes.any(subject.log_joint.strategy != strategy)
-    log_weights = torch.cat(parts)
-    if not latents:
-        return Drawn(processes.gather(log_weights), None, mixes_draws)
-    own = torch.cat(latents)
-    # those that are kept first, of all processes
-    weights = log_weights[: len(own)], log_weights[len(own) :]
-    gathered = torch.cat([*map(processes.gather, weights)])
-    return Drawn(gathered, processes.gather(own), mixes_draws)
 
 
 def evaluate(
@@ -338,7 +259,8 @@ def _about_missed_modes(
         yield (
             f"the guide is spread over several turns of an angle, each of which the ELBO and the evidence "
             f"count: both are {missed.excess_by_turns:.2f} nats too large. Give the site the support of "
-            "one turn, as that of Uniform(-pi, pi), or a direction, as that of ProjectedNormal"
+            "one turn, as that of Uniform(-pi, pi), or a direction, as that of ProjectedNormal; where no "
+            "site is an angle, nothing bounds it: give it a proper prior"
         )
     if missed.lost_mass > config.max_lost:
         yield (
@@ -362,6 +284,11 @@ def _about_minibatches(found: PassEstimate, weights: Importance | None, is_of_al
     of = "of all data" if is_of_all else "of a batch, on the average,"
     elbo = f"{found.elbo:.3f} ± {found.elbo_se:.3f}"
     known = f"it was trained on mini-batches: the ELBO {of} is {elbo}"
+    if abs(found.loader_share - 1) > _MOST_LEFT_OUT:
+        known = (
+            f"a pass over the loader is {100 * found.loader_share:.0f} % of the data that the model scales "
+            f"its batches up to: check the size of the plate; {known}"
+        )
     if weights is not None:
         return (
             f"{known}, and k-hat is {weights.khat:.2f} ± {weights.khat_se:.2f} by a pass over all of "
@@ -377,6 +304,7 @@ def _about_minibatches(found: PassEstimate, weights: Importance | None, is_of_al
 
 
 def _about_success(found: Importance, missed: MissedModes | None) -> str:
+    """A success in words, with what is in other modes if it is a per cent at least."""
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
@@ -384,6 +312,11 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
     )
     if found.khat > GOOD_KHAT:
         words += f" (of a tail of {100 * _tail_share(found):.2g} % of the weight)"
+    if missed is not None and missed.num_lost:
+        return (
+            f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
+            "other mode(s) that the guide leaves out."
+        )
     return words + _ELSEWHERE["none" if missed is None else missed.look]
 
 

@@ -27,6 +27,8 @@ class PassEstimate(NamedTuple):
 
     Its standard error is that of draws, and of batches as far as not all of them were seen; the
     share of all data that were is 0 where it is not known. ``log_weights`` are those of all data.
+    ``loader_share`` is how much of the data that batches are scaled up to a loader has that passes over
+    each row once, 1 where it is not known.
     """
 
     elbo: float
@@ -35,6 +37,7 @@ class PassEstimate(NamedTuple):
     num_batches: int
     share: float
     log_weights: Tensor | None = None
+    loader_share: float = 1.0
 
 
 class _Term(NamedTuple):
@@ -104,6 +107,9 @@ class MinibatchObjective(Objective):
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
 
+    def is_guide_alone(self) -> bool:
+        return self.objective.is_guide_alone()
+
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
         """Each of them the mean over the batches for validation."""
@@ -157,13 +163,18 @@ class MinibatchObjective(Objective):
         terms, weighted = [term for term, _ in seen], [draws for _, draws in seen]
         share = self._share_seen(terms)
         elbo, elbo_se = _mean_and_error(terms, share)
+        whole, loader_share = self.stream.whole, 1.0
+        if whole.is_partition and len(terms) == whole.num_batches:
+            loader_share = _seen(terms) if any(term.scale != 1 for term in terms) else 1.0
         if not are_common:
-            return PassEstimate(elbo, elbo_se, count * len(terms), len(terms), share)
+            numbers = elbo, elbo_se, count * len(terms), len(terms), share
+            return PassEstimate(*numbers, loader_share=loader_share)
         log_weights = sum(weighted[1:], weighted[0]) / sum(term.weight for term in terms)
         error = math.hypot((log_weights.double().var() / len(weighted[0])).sqrt().item(), elbo_se)
         is_exact = abs(_seen(terms) - 1) < _ROUND_OFF and share > 0
         weights = log_weights if is_exact else None
-        return PassEstimate(elbo, error, len(weighted[0]), len(terms), share, weights)
+        numbers = elbo, error, len(weighted[0]), len(terms), share
+        return PassEstimate(*numbers, weights, loader_share)
 
     def _share_seen(self, terms: list[_Term]) -> float:
         """How much of all data these batches are, from 0 to 1; 0 where it is not known."""

@@ -71,9 +71,10 @@ def test_nothing_is_missed_where_both_modes_have_draws(dim):
     assert abs(found.log_evidence) < 0.1
 
 
-def test_small_modes_are_no_loss():
-    found = missed(models.two_modes(2, 20.0, 0.98), one_mode(2), math.log(0.98))
-    assert found.num_lost == 0
+@pytest.mark.parametrize(("lost", "num_lost"), [(0.02, 1), (0.004, 0)])
+def test_small_modes_count_from_half_a_per_cent_on(lost, num_lost):
+    found = missed(models.two_modes(2, 20.0, 1 - lost), one_mode(2), math.log(1 - lost))
+    assert (found.num_lost, round(found.lost_mass, 2)) == (num_lost, num_lost * lost)
 
 
 def with_all_modes(locs, weights, config=DEFAULTS):

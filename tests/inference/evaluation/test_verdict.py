@@ -18,12 +18,11 @@ from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.missed_modes import MissedModes
 from pyro_artransform.inference.evaluation.verdict import (
     FitStatus,
-    ModelAndGuide,
-    draw,
     evaluate,
     evaluate_minibatches,
     judge,
 )
+from pyro_artransform.inference.evaluation.weighted_draws import ModelAndGuide, draw
 from pyro_artransform.inference.initialization.search import GaussianSearch
 from pyro_artransform.inference.objectives.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult

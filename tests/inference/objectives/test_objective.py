@@ -134,10 +134,13 @@ def test_parameters_of_stock_guides(kind):
 def test_parameters_of_modules_and_functions():
     decoder = models.Decoder()
     for make, guide in ((path, small(decoder)), (by_pyro, AutoNormal(decoder))):
-        names = set(make(decoder, guide).parameters())
+        objective = make(decoder, guide)
+        names = set(objective.parameters())
         assert {"linear.weight", "linear.bias"} <= {name.split("$$$")[-1] for name in names}
-    found = by_pyro(models.regression, models.hand_written).parameters()
-    assert set(found) == {"its_loc", "its_scale"}
+        assert not objective.is_guide_alone()
+    objective = by_pyro(models.regression, models.hand_written)
+    assert set(objective.parameters()) == {"its_loc", "its_scale"}
+    assert objective.is_guide_alone()
 
 
 def test_enumerated_model():

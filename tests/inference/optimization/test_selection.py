@@ -125,6 +125,20 @@ def test_far_away_large_steps_win():
     assert torch.equal(objective.x, torch.zeros(4))
 
 
+def test_parameters_of_a_model_take_smaller_steps():
+    """The networks of an autoencoder run away at the largest."""
+
+    class OfModel(Bowl):
+        def is_guide_alone(self):
+            return False
+
+    best, _, sizes = choose(OfModel())
+    assert best == STEP_SIZES[1]
+    assert sorted(sizes) == sorted(STEP_SIZES[1:])
+    config = OptimizationConfig(step_sizes=(1e-3,))
+    assert choose(OfModel(), config=config)[0] == 1e-3
+
+
 @pytest.mark.parametrize("best", range(len(STEP_SIZES)))
 def test_a_fit_that_finds_its_end_goes_on_from_the_steps_of_the_search(best):
     """With the parameters, the state of Adam and the average that they left."""
