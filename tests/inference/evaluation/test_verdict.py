@@ -158,6 +158,11 @@ def test_a_pass_over_a_loader(known, quick):
     assert "the ELBO of all data is -3.000 ± 0.100" in found.verdict.words
     assert ("mass elsewhere" in found.verdict.words) == known
     assert ("diagnostics.sbc" in found.verdict.words) != known
+    assert "size of the plate" not in found.verdict.words
+    of_a_part = evaluate_minibatches(
+        subject, seen._replace(loader_share=0.103), FitStatus(), quick.evaluation
+    )
+    assert "a pass over the loader is 10 % of the data" in of_a_part.verdict.words
     fields = found.result_fields()
     assert (fields["elbo"], fields["num_samples"]) == (-3.0, 500)
     assert math.isnan(fields["khat"]) != known
@@ -277,6 +282,9 @@ def test_evidence_around():
     # within its own noise it says nothing
     assert verdict_on(weights(), MissedModes(0.4, 0.2, 0.0, 0), FitStatus()).trusted
     assert verdict_on(weights(), MissedModes(math.nan, math.nan, 0.0, 0), FitStatus()).trusted
+    of_some = verdict_on(weights(), MissedModes(0.0, 0.001, 0.03, 1), FitStatus())
+    assert of_some.trusted
+    assert "but about 3 % of the posterior is in 1 other mode(s)" in of_some.words
 
 
 def test_steps():

@@ -131,6 +131,14 @@ def test_the_error_of_a_part_of_a_pass(kind):
     assert abs(part.elbo - whole.elbo) < 4 * part.elbo_se
 
 
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_a_loader_with_less_than_the_model_scales_to(kind):
+    found = objectives(kind, lambda x, y: shuffled(x[:13], y[:13]))[0].over_a_pass()
+    assert math.isclose(found.loader_share, 13 / loaders.SIZE)
+    assert objectives(kind)[0].over_a_pass().loader_share == pytest.approx(1.0)
+    assert objectives(kind, max_batches=3)[0].over_a_pass().loader_share == 1.0
+
+
 @pytest.mark.parametrize("make_loader", [loaders.weighted, loaders.Unknown])
 def test_what_is_no_partition_has_no_weights_of_all_data(make_loader):
     by_batch, _ = objectives(make_loader=make_loader)
