@@ -33,7 +33,7 @@ REFUSALS = (
     "no continuous latent",
     "no latent variables",
     "is discrete",
-    "sequential pyro.plate",
+    "in the sequential plate",
     "can be mapped",
 )
 
