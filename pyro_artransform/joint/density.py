@@ -136,11 +136,11 @@ class LogJoint(LogDensity):
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
-        run, unmasked = partial(model, *args, **(kwargs or {})), UnmaskedLatents()
-        trace: Any = self._trace(args, kwargs or {}, unmasked)
+        run = partial(model, *args, **(kwargs or {}))
+        trace: Any = self._trace(args, kwargs or {})
         check_data(trace)
         #: the sites whose masks are left alone
-        self.improper = improper_sites(run, trace, unmasked.masks)
+        self.improper = improper_sites(run, trace)
         self._run = UnmaskedLatents(self.improper)(run)
         self._first_run = args, kwargs or {}, trace
         self._structures: dict[Any, ModelStructure] = {}
@@ -214,7 +214,7 @@ class LogJoint(LogDensity):
         if key not in self._structures:
             # whether there was a run before must not show in the draws that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                trace = self._trace(args, kwargs or {}, UnmaskedLatents())
+                trace = self._trace(args, kwargs or {})
             if (shapes := argument_signature((args, kwargs or {}))) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
@@ -364,10 +364,10 @@ class LogJoint(LogDensity):
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}
 
-    def _trace(self, args: Args, kwargs: Kwargs, unmasked: UnmaskedLatents) -> poutine.Trace:
+    def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
         quiet = pyro.validation_enabled(False)
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
-        with quiet, torch.no_grad(), hidden_sites(), init, unmasked:
+        with quiet, torch.no_grad(), hidden_sites(), init:
             trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
         return trace
 

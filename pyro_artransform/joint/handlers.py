@@ -62,47 +62,43 @@ class UnmaskedLatents(Messenger):
     def __init__(self, improper: Container[str] = ()) -> None:
         super().__init__()
         self._improper = improper
-        #: the tensors that were masks, by site
-        self.masks: dict[str, Tensor] = {}
 
     def _pyro_sample(self, message: Message) -> None:
         is_latent = not (message["is_observed"] or site_is_subsample(message))
-        if not is_latent or is_enumerated(message) or message["mask"] is False:
-            return
-        name, mask = message["name"], message["mask"]
-        if name not in self._improper and mask is not None:
-            self.masks[str(name)] = torch.as_tensor(mask)
+        is_improper = message["mask"] is False or message["name"] in self._improper
+        if is_latent and not is_enumerated(message) and not is_improper:
             message["mask"] = None
 
 
 @torch.no_grad()
-def improper_sites(
-    run: Callable[[], object], trace: poutine.Trace, masks: Mapping[str, Tensor]
-) -> set[str]:
+def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
     """The latents with masked elements that the rest of the density depends on.
 
     These have no prior, as in Pyro: to give them one would change the posterior.
 
-    :param trace: a run of the model, for the values of its latents.
-    :param masks: the masks of its latents, by site.
+    :param trace: a run of the model, for the values of its latents and their masks.
     """
-    values = {node["name"]: node["value"] for node in latent_nodes(trace)}
+    latents = latent_nodes(trace)
+    values = {node["name"]: node["value"] for node in latents}
+    masked = [n for n in latents if isinstance(n["mask"], Tensor) and not is_enumerated(n)]
+    if not masked:
+        return set()
     state, found = torch.get_rng_state(), set()
-    for name, mask in masks.items():
-        fn: Any = trace.nodes[name]["fn"]
-        bijection, hidden = biject_to(fn.support), ~mask[(..., *(None,) * fn.event_dim)]
-        moved = bijection(bijection.inv(values[name]) + 0.1)
-        moved = torch.where(hidden, moved, values[name])
-        totals = []
-        for value in (values[name], moved):
-            torch.set_rng_state(state)  # the same random numbers of a model for both
-            with hidden_sites(), validation_enabled(False):
-                conditioned = poutine.condition(run, {**values, name: value})
-                totals.append(poutine.trace(conditioned).get_trace().log_prob_sum())
-        before, after = map(torch.as_tensor, totals)
-        if not torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
-            found.add(name)
-    torch.set_rng_state(state)
+
+    def total(given: Mapping[str, Any]) -> Tensor:
+        torch.set_rng_state(state)  # the same random numbers of a model for all
+        conditioned = poutine.condition(run, dict(given))
+        return torch.as_tensor(poutine.trace(conditioned).get_trace().log_prob_sum())
+
+    with torch.random.fork_rng(devices=[]), hidden_sites(), validation_enabled(False):
+        before = total(values)
+        for node in masked:
+            name, value, bijection = node["name"], node["value"], biject_to(node["fn"].support)
+            moved = bijection(bijection.inv(value) + 0.1)
+            is_counted = node["mask"][(..., *(None,) * node["fn"].event_dim)]
+            after = total({**values, name: torch.where(is_counted, value, moved)})
+            if not torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
+                found.add(name)
     return found
 
 

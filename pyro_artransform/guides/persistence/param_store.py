@@ -76,10 +76,12 @@ def resolve_conflicts(
 
 def drop_orphans(name: str) -> None:
     """Deletes the entries of a name, with any suffix, that guides have left which are gone."""
-    gc.collect()  # a guide that nobody can reach any more may wait in a cycle
     store, pattern = pyro.get_param_store(), re.compile(rf"{re.escape(name)}(_\d+)?\.transform\W")
-    for key, tensor in list(store.named_parameters()):
-        if pattern.match(key) and tensor in OWNERS and OWNERS[tensor]() is None:
+    entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
+    if entries:
+        gc.collect()  # a guide that nobody can reach any more may wait in a cycle
+    for key, tensor in entries.items():
+        if OWNERS[tensor]() is None:
             del store[key]
 
 

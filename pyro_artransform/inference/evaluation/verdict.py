@@ -128,19 +128,21 @@ def evaluate(
     is_noisy, settings = subject.log_joint.is_random, config.evaluation
     drawn = drawn or draw(subject, settings)
     strategy = subject.log_joint.strategy
-    found, missed, is_point = Importance.from_log_weights(drawn.log_weights), None, False
+    found, missed = Importance.from_log_weights(drawn.log_weights), None
+    is_point, coarse = False, list[str]()
     if drawn.latents is not None:
         draws = drawn.latents
         is_point = bool((draws == draws[:1]).all(0).any())
-        if not is_point:
-            status = status._replace(coarse=subject.log_joint.latents.coarse_sites(draws))
+        coarse = [] if is_point else subject.log_joint.latents.coarse_sites(draws)
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
             weights = found.log_weights[: len(draws)]
             missed = search.find(draws, found.log_evidence, modes, weights, found.elbo)
     mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
-    status = status._replace(is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws)
+    status = status._replace(
+        is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
+    )
     verdict = judge(found, missed, status, settings)
     lost_mass = 0.0 if missed is None else missed.lost_mass
     numbers = found.elbo, found.elbo_se, found.num_samples

@@ -163,9 +163,7 @@ class MinibatchObjective(Objective):
         terms, weighted = [term for term, _ in seen], [draws for _, draws in seen]
         share = self._share_seen(terms)
         elbo, elbo_se = _mean_and_error(terms, share)
-        whole, loader_share = self.stream.whole, 1.0
-        if whole.is_partition and len(terms) == whole.num_batches:
-            loader_share = _seen(terms) if any(term.scale != 1 for term in terms) else 1.0
+        loader_share = self._loader_share(terms)
         if not are_common:
             numbers = elbo, elbo_se, count * len(terms), len(terms), share
             return PassEstimate(*numbers, loader_share=loader_share)
@@ -182,8 +180,17 @@ class MinibatchObjective(Objective):
         if not whole.is_partition:
             return 0.0
         share = len(terms) / whole.num_batches
-        is_scaled = any(term.scale != 1 for term in terms)
-        return min(share, _seen(terms)) if is_scaled else share
+        return min(share, _seen(terms)) if _are_scaled(terms) else share
+
+    def _loader_share(self, terms: list[_Term]) -> float:
+        """How much of what batches are scaled up to a whole pass is; 1 where it is not known."""
+        whole = self.stream.whole
+        is_whole = whole.is_partition and len(terms) == whole.num_batches
+        return _seen(terms) if is_whole and _are_scaled(terms) else 1.0
+
+
+def _are_scaled(terms: list[_Term]) -> bool:
+    return any(term.scale != 1 for term in terms)
 
 
 def _seen(terms: list[_Term]) -> float:

@@ -81,13 +81,9 @@ class PyroObjective(BatchObjective):
     def parameters(self) -> dict[str, Tensor]:
         return traced_parameters(partial(self._value, 1))
 
-    @torch.no_grad()
-    @_quietly()
     def is_guide_alone(self) -> bool:
-        args, kwargs = self.arguments
-        guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        run = partial(poutine.replay(self.model, trace=guide_trace), *args, **kwargs)
-        return not traced_parameters(run)
+        _, of_model = self._traces()
+        return not of_model.param_nodes
 
     def elbo_draws(self, count: int) -> Tensor:
         batch = max(count // self.num_estimates, 1)
