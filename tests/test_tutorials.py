@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.font_manager  # makes the list of fonts where there is none
 import nbclient
 import nbformat
 import pytest
@@ -65,10 +66,15 @@ def test_the_promised_notebooks_are_there() -> None:
 
 
 @every_notebook
-def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortened, as ``CI`` in the environment asks; an error in any cell is an error here."""
     saved = read(path)
     monkeypatch.setenv("CI", "true")
+    # What libraries say once a day or once a machine they say here: nothing tells them that they
+    # have. The list of fonts alone is there already, since to make it may take long enough for a
+    # warning.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
     # The kernel chooses its own way to show pictures; one from outside would suppress them.
     monkeypatch.delenv("MPLBACKEND", raising=False)
     # Run from a checkout that is not installed, the kernel has to find the package too.
