@@ -3,6 +3,7 @@
 
 """Which errors of means and standard deviations are small, with bounds that hold for all at once."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,17 +71,17 @@ class Judgement(NamedTuple):
 
     def words(self, latents: Latents) -> str:
         """The same in words."""
-        mean, sd = self.shifts.bound, 100 * self.ratios.bound
+        bounds = self.shifts.bound, self.ratios.bound
         if self.is_off:
             return "; ".join(self._objections(latents))
         if self.is_open:
             return (
-                f"errors are known too little (means within {mean:.2f} sd, sds within {sd:.0f} %): "
-                "diagnostics.marginals with more num_chains knows more"
+                f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with "
+                "more num_chains knows more"
             )
         dim = latents.latent_dim
-        of = "the only latent" if dim == 1 else f"all {dim:,} latents"
-        return f"means of {of} within {mean:.2f} sd, sds within {sd:.0f} %"
+        of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
+        return bounds_in_words(*bounds, of)
 
     def _objections(self, latents: Latents) -> Iterator[str]:
         shifts, ratios = self.shifts, self.ratios
@@ -105,6 +106,12 @@ class Judgement(NamedTuple):
                 f"{_name(latents, worst)} is, and errors may be larger: take more num_steps, or fit the "
                 "guide for longer"
             )
+
+
+def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
+    """Bounds of the errors of means, in sds, and of the relative ones of sds, both rounded up."""
+    hundredths = [math.ceil(round(100 * b, 3)) if math.isfinite(b) else b for b in (mean, sd)]
+    return f"means{of} within {hundredths[0] / 100:.2f} sd, sds within {hundredths[1]:.0f} %"
 
 
 def judged(errors: MarginalErrors, num_samples: int) -> Judgement:

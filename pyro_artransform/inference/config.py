@@ -209,15 +209,12 @@ class EvaluationConfig:
     max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
     max_se: float = 0.05  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
-    #: from so many latents on single ones are looked at, where the joint is not trusted: if 30 sds are
-    #: 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
-    min_marginals: int = 30
-    #: draws whose weights tell of single latents where the joint is trusted: with a variance of weights
-    #: of 1 a mean is known to 0.02 sd by 4000
-    num_for_marginals: int = 4000
-    num_for_second_look: int = 32_000  #: the same where these do not say that errors are small
-    max_for_marginals: int = 8_000_000  #: numbers of these draws: 64 MB
-    min_for_marginals: int = 1000
+    #: from so many latents on chains look at single ones, where weights do not say that they are right: if
+    #: 30 sds are 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
+    min_for_chains: int = 30
+    num_for_few: int = (
+        32_000  #: draws whose weights are asked instead where there are fewer latents
+    )
     num_chains: int = 128  #: the chains of that look, which cost about 20,000 gradients
     num_chain_steps: int = 12  #: the steps of theirs that count
     small_tail: float = 0.001  #: a smaller excess of the tail, as a share of all weights, is none

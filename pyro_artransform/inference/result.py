@@ -10,6 +10,7 @@ from typing import Any
 
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
+from ..diagnostics.marginal_judgement import bounds_in_words
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,8 +52,9 @@ class FitResult:
     :param importance: the importance weights and what they say; ``None`` for a model that
         sub-samples its data.
     :param marginals_trusted: whether the mean and the sd of each single latent can be trusted;
-        ``None`` where nobody has looked. A fit looks where there are 30 latents or more and all data:
-        by the weights where the joint is trusted, else by chains, if the model takes many draws at once.
+        ``None`` where nobody has looked. A fit to all data looks by the weights where the joint is
+        trusted; where these leave it open, from 30 latents on, by chains, if the model takes many draws
+        at once.
     :param marginals: how far each of them is off; ``None`` where nobody has looked.
     :param guide: the guide, that of the user or the one that the fit has chosen.
     :param guide_reason: why it has chosen this one; empty where the guide is the user's.
@@ -101,8 +103,8 @@ class FitResult:
                 "ESS": f"{self.ess:.0f} of {self.num_samples}",
             }
         if self.marginals is not None:
-            mean, sd = self.marginals.mean_bound, self.marginals.sd_bound
-            rows["marginals"] = f"means within {mean:.2f} sd, sds within {100 * sd:.0f} %"
+            bounds = self.marginals.mean_bound, self.marginals.sd_bound
+            rows["marginals"] = bounds_in_words(*bounds)
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start
         if self.num_skipped:

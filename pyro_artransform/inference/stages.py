@@ -24,7 +24,7 @@ from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
 from .data.checks import check_use, refuse_missing
 from .data.loader import Batch, BatchStream
-from .evaluation.many_latents import look_at_marginals
+from .evaluation.single_latents import look_at_marginals
 from .evaluation.verdict import FitStatus, evaluate, evaluate_minibatches
 from .evaluation.weighted_draws import Drawn, ModelAndGuide, draw
 from .guide_argument import choose

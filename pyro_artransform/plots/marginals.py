@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ..diagnostics import Marginals
-from ..diagnostics.marginal_judgement import GOOD_MEAN_SHIFT, GOOD_SD_ERROR
+from ..diagnostics.marginal_judgement import GOOD_MEAN_SHIFT, GOOD_SD_ERROR, bounds_in_words
 from .axes import GRAY, new_axes, tidied
 
 _MAX_NAMED = 8  # sites in the legend
@@ -41,7 +41,7 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
         ax.errorbar(x, 100 * y, label=name if k < _MAX_NAMED else None, **style)
         width, height = _largest(width, x), _largest(height, y)
     ax.set(xlim=(-1.1 * width, 1.1 * width), ylim=(-110 * height, 110 * height))
-    within = f"means within {result.mean_bound:.2f} sd, sds within {100 * result.sd_bound:.0f} %"
+    within = bounds_in_words(result.mean_bound, result.sd_bound)
     ax.set_title(within, fontsize=10)
     ax.set(xlabel="mean too large by (sd)", ylabel="sd too large by (%)")
     ax.legend(frameon=False, fontsize=8)

@@ -44,6 +44,8 @@ def outcome(result: Any) -> Outcome:
     fields = {name: value for name, value in vars(result).items() if name != "guide"}
     if result.importance is not None:
         fields["importance"] = result.importance.log_weights
+    if result.marginals is not None:
+        fields["marginals"] = vars(result.marginals)
     return {"parameters": parameters, **fields}
 
 

@@ -16,9 +16,10 @@ from pyro_artransform.transforms import (
 )
 from tests.transforms.metas import CONDITIONERS, FAMILIES
 
-# Each pair of a family and a conditioner once at D = 5, and each of the two at every other D.
+# Each pair of a family and a conditioner once at D = 5, and each of the two at every other D. Monotone
+# networks have a bisection for an inverse: at D = 64 that is half a minute.
 PAIRS = [(family, conditioner, 5) for family in FAMILIES for conditioner in CONDITIONERS]
-PAIRS += [(family, "mlp", dim) for family in FAMILIES for dim in (1, 2, 64)]
+PAIRS += [(f, "mlp", dim) for f in FAMILIES for dim in (1, 2, 16 if f == "monotone" else 64)]
 PAIRS += [("affine", c, dim) for c in CONDITIONERS for dim in (1, 2, 64) if c != "mlp"]
 
 

@@ -91,6 +91,7 @@ class Evaluation(NamedTuple):
     :param verdict: whether it can be trusted.
     :param lost_mass: the share of the posterior in modes that the guide has missed.
     :param is_of_minibatches: whether it is by a pass over a loader.
+    :param drawn: the draws behind it; ``None`` where they were of mini-batches.
     """
 
     elbo: float
@@ -101,6 +102,7 @@ class Evaluation(NamedTuple):
     verdict: Verdict
     lost_mass: float = 0.0
     is_of_minibatches: bool = False
+    drawn: Drawn | None = None
 
     def result_fields(self) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
@@ -146,7 +148,7 @@ def evaluate(
     verdict = judge(found, missed, status, settings)
     lost_mass = 0.0 if missed is None else missed.lost_mass
     numbers = found.elbo, found.elbo_se, found.num_samples
-    return Evaluation(*numbers, found, is_noisy, verdict, lost_mass)
+    return Evaluation(*numbers, found, is_noisy, verdict, lost_mass, drawn=drawn)
 
 
 def evaluate_minibatches(

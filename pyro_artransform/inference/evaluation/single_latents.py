@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Of many latents: whether each of them can be trusted by itself."""
+"""Whether each latent can be trusted by itself."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.marginals import marginals_by_weights, marginals_of
 from ..config import EvaluationConfig
 from .verdict import Evaluation
-from .weighted_draws import ModelAndGuide
+from .weighted_draws import Drawn, ModelAndGuide
 
 
 class MarginalLook(NamedTuple):
@@ -38,18 +38,27 @@ class MarginalLook(NamedTuple):
 def look_at_marginals(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalLook:
-    """Looks at single latents where there are many: by weights, or by chains if the joint is off.
+    """Looks at single latents by weights that are trusted; where these leave it open, by chains.
 
-    Chains cost as much as some 300 steps of a fit with 64 draws.
+    Chains cost as much as some 300 steps of a fit with 64 draws, and are for many latents.
     """
-    dim = subject.log_joint.latents.latent_dim
-    if dim < config.min_marginals:
-        return MarginalLook()
-    if evaluation.verdict.trusted:
-        return _look_by_weights(subject, config)
+    is_trusted, look = evaluation.verdict.trusted, MarginalLook()
+    if is_trusted:
+        look = _look_by_weights(subject, evaluation.drawn, config)
+    if look.trusted or subject.log_joint.latents.latent_dim < config.min_for_chains:
+        return look
+    by_chains = _look_by_chains(subject, evaluation, config)
+    # where the joint is trusted, chains that cannot be run are no news
+    return look if is_trusted and by_chains.found is None else by_chains
+
+
+def _look_by_chains(
+    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
+) -> MarginalLook:
     for reason in _reasons_against(subject, evaluation):
         return MarginalLook(words=f" Single latents were not looked at: {reason}.")
-    if not _is_off(evaluation, config):
+    is_trusted = evaluation.verdict.trusted
+    if not (is_trusted or _is_off(evaluation, config)):
         return MarginalLook()
     model, guide, args, kwargs, log_joint = subject
     chains = config.num_chains, config.num_chain_steps
@@ -60,6 +69,9 @@ def look_at_marginals(
         ValueError,
     ) as error:  # a model without a gradient, a guide that is a point
         return MarginalLook(words=f" Single latents could not be looked at: {error}.")
+    if is_trusted:
+        words = f" Of single latents, by short chains: {found.words}."
+        return MarginalLook(found, found.trusted, words)
     if not found.trusted:
         return MarginalLook(found, False, f" Nor can single latents be trusted: {found.words}.")
     if evaluation.lost_mass > config.max_lost:
@@ -70,27 +82,27 @@ def look_at_marginals(
     return MarginalLook(found, True, f"{words}.")
 
 
-def _look_by_weights(subject: ModelAndGuide, config: EvaluationConfig) -> MarginalLook:
+def _look_by_weights(
+    subject: ModelAndGuide, drawn: Drawn | None, config: EvaluationConfig
+) -> MarginalLook:
     """What weights that are trusted say of single latents; nothing where draws are replayed.
 
-    Where they do not say that errors are small, those of more draws may.
+    Where they do not say that errors of a few latents are small, those of more draws may.
     """
-    most = config.max_for_marginals // subject.log_joint.latents.latent_dim
-    most = max(most, config.min_for_marginals)
-    look, counts = MarginalLook(), (config.num_for_marginals, config.num_for_second_look)
-    for count in sorted({min(count, most) for count in counts}):
-        drawn = [*subject.weighted_draws(count)]
-        if any(part.latent is None for part in drawn):
-            return MarginalLook()
-        latent = torch.cat([part.latent for part in drawn if part.latent is not None])
-        log_weights = torch.cat([part.log_weights for part in drawn])
-        if not bool(log_weights.isfinite().all()):
-            return MarginalLook()
-        found = marginals_by_weights(latent, log_weights, subject.log_joint.latents)
-        look = MarginalLook(found, found.trusted, f" Of single latents: {found.words}.")
-        if found.trusted:
-            break
-    return look
+    if drawn is None or drawn.latents is None:
+        return MarginalLook()
+    latents, latent = subject.log_joint.latents, drawn.latents
+    log_weights = drawn.log_weights[: len(latent)]
+    found = marginals_by_weights(latent, log_weights, latents)
+    more = config.num_for_few - len(latent)
+    is_fast = latents.latent_dim < config.min_for_chains and subject.log_joint.strategy != "loop"
+    if not found.trusted and more > 0 and is_fast:
+        parts = [*subject.weighted_draws(more)]
+        latent = torch.cat([latent, *(part.latent for part in parts if part.latent is not None)])
+        log_weights = torch.cat([log_weights, *(part.log_weights for part in parts)])
+        found = marginals_by_weights(latent, log_weights, latents)
+    words = f" Of single latents, as far as the guide draws: {found.words}."
+    return MarginalLook(found, found.trusted, words)
 
 
 def _reasons_against(subject: ModelAndGuide, evaluation: Evaluation) -> Iterator[str]:

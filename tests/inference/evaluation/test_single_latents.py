@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform import fit
 from pyro_artransform.inference.config import EvaluationConfig, FitConfig
-from pyro_artransform.inference.evaluation.many_latents import look_at_marginals
+from pyro_artransform.inference.evaluation.single_latents import look_at_marginals
 from pyro_artransform.inference.evaluation.verdict import FitStatus, evaluate
 from pyro_artransform.inference.evaluation.weighted_draws import ModelAndGuide
 from pyro_artransform.inference.result import FitResult
@@ -20,6 +20,7 @@ from tests.diagnostics.autoregression import PathGuide, model_of
 from tests.inference import models
 from tests.inference.conftest import QUICK
 
+ZERO = torch.zeros(())
 OFF = torch.cat([torch.zeros(39), torch.full((1,), 0.35)])
 CONFIG = replace(QUICK.evaluation, num_chains=64, num_chain_steps=6)
 
@@ -69,7 +70,7 @@ def test_weights_that_are_trusted_tell_of_single_latents():
     assert "by weights" in repr(look.found)
     words = look.result_fields(evaluation)["verdict"]
     assert words.startswith("Trusted: ")
-    assert "Of single latents: means of all 100 latents within" in words
+    assert "Of single latents, as far as the guide draws: means of all 100 latents within" in words
 
 
 def test_one_latent_may_be_off_where_the_joint_is_trusted():
@@ -86,19 +87,45 @@ def test_one_latent_may_be_off_where_the_joint_is_trusted():
     assert "1 of 40 means is off by more than 0.15 sd (that of z[39] by 0.3" in look.words
 
 
-def test_more_draws_tell_where_weights_of_few_leave_it_open():
-    subject, evaluation = evaluated(model_of(100), PathGuide(100, 0.98))
-    few = replace(CONFIG, num_for_marginals=20, num_for_second_look=20)
+def test_chains_tell_where_weights_leave_it_open():
+    few = replace(CONFIG, max_kept=100 * 20)
+    subject, evaluation = evaluated(model_of(100), PathGuide(100, 0.98), config=few)
+    assert evaluation.verdict.trusted
+    assert len(evaluation.drawn.latents) == 20
+    look = look_at_marginals(subject, evaluation, few)
+    assert look.trusted is True
+    assert look.found.num_chains == 64
+    assert "Of single latents, by short chains: means of all 100 latents within" in look.words
+
+
+def test_more_draws_tell_where_weights_of_few_latents_leave_it_open():
+    few = replace(CONFIG, max_kept=10 * 10, num_for_few=10)
+    subject, evaluation = evaluated(model_of(10), PathGuide(10, 0.92), config=few)
+    assert len(evaluation.drawn.latents) == 10
     assert "errors are known too little" in look_at_marginals(subject, evaluation, few).words
-    more = replace(few, num_for_second_look=4000)
+    more = replace(few, num_for_few=4000)
     assert look_at_marginals(subject, evaluation, more).trusted is True
 
 
-def test_nobody_looks_at_few_latents():
+def test_no_chains_for_few_latents():
     subject, evaluation = evaluated(model_of(29), PathGuide(29, 0.5))
     assert not evaluation.verdict.trusted
     assert look_at_marginals(subject, evaluation, CONFIG) == (None, None, "")
-    assert EvaluationConfig().min_marginals == 30
+    assert EvaluationConfig().min_for_chains == 30
+
+
+def test_the_only_sd_of_a_trusted_guide_may_be_off():
+    """0.75 of the posterior's, which costs 0.07 nats."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(model, init_scale=0.75, init_loc_fn=init_to_value(values={"z": ZERO}))
+    subject, evaluation = evaluated(model, guide, config=replace(CONFIG, num_samples=10_000))
+    assert evaluation.verdict.trusted
+    look = look_at_marginals(subject, evaluation, CONFIG)
+    assert look.trusted is False
+    assert "1 of 1 sds is off by more than 15 % (that of z is 0.7" in look.words
 
 
 def test_missed_modes_are_of_single_latents_too():
@@ -167,5 +194,4 @@ def test_few_latents_in_a_fit():
     result = fit(
         models.regression, guide, num_steps=20, num_particles=8, progress=False, config=QUICK
     )
-    assert result.marginals_trusted is None
-    assert result.marginals is None
+    assert result.trusted == (result.marginals is not None)
