@@ -28,10 +28,17 @@ QUICK = FitConfig(
         mean_field_steps=20,
         max_newton_steps=6,
     ),
-    optimization=OptimizationConfig(search_steps=4, search_draws=64, selection_draws=128),
+    optimization=OptimizationConfig(
+        search_steps=4, search_draws=64, selection_draws=128, num_estimates=4
+    ),
     minibatch=MinibatchConfig(num_draws=100, draws_divisor=1),
     evaluation=EvaluationConfig(
-        num_samples=500, num_heavy=500, num_screened=40, num_climbs=2, num_climbs_by_loop=2
+        num_samples=500,
+        num_noisy_samples=50,
+        num_heavy=500,
+        num_screened=40,
+        num_climbs=2,
+        num_climbs_by_loop=2,
     ),
 )
 

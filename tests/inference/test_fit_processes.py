@@ -26,9 +26,12 @@ from tests.inference.loaders import small
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = [name for name in process_cases.CASES if name not in ("killed", "restarted")]
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+    ),
+    pytest.mark.xdist_group("processes"),  # all cases are run once, and not by each worker
+]
 
 
 def launch(folder, *names, size=2):
@@ -45,7 +48,7 @@ def launch(folder, *names, size=2):
         kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, cwd=ROOT, env=env, **kinds))
     try:
-        wrote = [process.communicate(timeout=240) for process in running]
+        wrote = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()
