@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to
@@ -66,7 +67,6 @@ def starting_value(
             f"poutine.block(model, hide=['{site['name']}']) from this guide and guide it by "
             "another one of an AutoGuideList; or write the model without it, as a mixture"
         )
-    check_continuous(site)
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
             raise ValueError(
@@ -75,6 +75,23 @@ def starting_value(
                 f"of its own, range({frame.size}) does in place of it"
             )
     return value_or_origin(init_loc_fn, site)
+
+
+class StartMessenger(InitMessenger):
+    """Gives latents their starting values, and refuses those that have no density on the reals.
+
+    It refuses once the model's own handlers are done: ``poutine.reparam`` asks for the starting value
+    of a site that it then replaces.
+    """
+
+    def __init__(self, init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None) -> None:
+        super().__init__(partial(starting_value, init_loc_fn, sites))
+        self._sites = sites
+
+    def _pyro_post_sample(self, site: Any) -> None:
+        is_of_guide = self._sites is None or site["name"] in self._sites
+        if is_of_guide and not (site["is_observed"] or is_hidden(site)):
+            check_continuous(site)
 
 
 class SiteShape(dist.TorchDistribution):

@@ -302,7 +302,8 @@ def bijection_onto(support: Any, name: str) -> Transform:
         raise ValueError(
             f"site '{name}': expected a support with a bijection from the reals onto it "
             f"(torch.distributions.biject_to), got {support}, which has none. Write a covariance matrix as "
-            "scales and LKJCholesky, a mixture as a Categorical that is enumerated"
+            "scales and LKJCholesky, a mixture as a Categorical that is enumerated, a direction as a "
+            "ProjectedNormal with ProjectedNormalReparam (pyro.infer.reparam)"
         ) from error
     return bijection
 

@@ -10,9 +10,10 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import init_to_median
+from pyro.infer.reparam import ProjectedNormalReparam
 from pyro.optim import Adam
 
-from pyro_artransform.guides import AutoAmortized, AutoIAF, prototype
+from pyro_artransform.guides import AutoAmortized, AutoIAF, AutoStructuredFlow, prototype
 from pyro_artransform.guides.prototype import SiteShape, starting_value
 from pyro_artransform.joint import LogJoint
 from tests.guides import models
@@ -282,6 +283,15 @@ def test_a_support_that_cannot_be_mapped():
         AutoIAF(model).sample_posterior(3)
 
 
+@pytest.mark.parametrize("kind", [AutoIAF, AutoStructuredFlow])
+def test_a_support_that_a_reparameterization_replaces(kind):
+    def model():
+        pyro.sample("z", dist.ProjectedNormal(torch.tensor([2.0, 0.0])))
+
+    guide = kind(poutine.reparam(model, config={"z": ProjectedNormalReparam()}))
+    assert guide()["z_normal"].shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
@@ -292,6 +302,7 @@ def test_a_support_that_cannot_be_mapped():
             ),
             "with a bijection .* a mixture as a Categorical",
         ),
+        (dist.ProjectedNormal(torch.zeros(2)), "with a bijection .* with ProjectedNormalReparam"),
         (dist.Delta(torch.ones(2)).to_event(1), r"is a Delta.* pyro.deterministic\('z', ...\)"),
     ],
     ids=lambda fn: type(fn).__name__,

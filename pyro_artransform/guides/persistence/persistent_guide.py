@@ -8,13 +8,11 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide, init_to_median
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
 from .. import plain_data
-from ..prototype import prototype_trace, starting_value
+from ..prototype import StartMessenger, prototype_trace
 from ..spec import Arguments, GuideSpec
 from . import serialization
 from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
@@ -78,7 +76,7 @@ class PersistentGuide(AutoGuide):
     def _use_model(self, model: Model, init_loc_fn: Values = init_to_median) -> None:
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
-        start = InitMessenger(partial(starting_value, init_loc_fn, names))
+        start = StartMessenger(init_loc_fn, names)
         self._model = start(model), model, init_loc_fn
 
     def set_up(self, *args: object, **kwargs: object) -> None:

@@ -263,8 +263,8 @@ def _about_missed_modes(
         yield (
             f"the guide is spread over several turns of an angle, each of which the ELBO and the evidence "
             f"count: both are {missed.excess_by_turns:.2f} nats too large. Give the site the support of "
-            "one turn, as that of Uniform(-pi, pi), or a direction, as that of ProjectedNormal; where no "
-            "site is an angle, nothing bounds it: give it a proper prior"
+            "one turn, as that of Uniform(-pi, pi), or write it as a direction, a ProjectedNormal with "
+            "ProjectedNormalReparam; where no site is an angle, nothing bounds it: give it a proper prior"
         )
     if missed.lost_mass > config.max_lost:
         yield (
