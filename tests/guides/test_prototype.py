@@ -8,9 +8,9 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, config_enumerate
-from pyro.infer.autoguide import init_to_median
-from pyro.infer.reparam import ProjectedNormalReparam
+from pyro.infer import SVI, Trace_ELBO, config_enumerate, reparam
+from pyro.infer.autoguide import init_to_feasible, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.optim import Adam
 
 from pyro_artransform.guides import AutoAmortized, AutoIAF, AutoStructuredFlow, prototype
@@ -283,13 +283,42 @@ def test_a_support_that_cannot_be_mapped():
         AutoIAF(model).sample_posterior(3)
 
 
-@pytest.mark.parametrize("kind", [AutoIAF, AutoStructuredFlow])
-def test_a_support_that_a_reparameterization_replaces(kind):
-    def model():
-        pyro.sample("z", dist.ProjectedNormal(torch.tensor([2.0, 0.0])))
+FOUR = dist.Normal(torch.zeros(4), 1.0).to_event(1)
+REPARAMETERIZED = {
+    "a direction": (
+        dist.ProjectedNormal(torch.tensor([2.0, 0.0])),
+        reparam.ProjectedNormalReparam(),
+    ),
+    "stable": (dist.Stable(1.5, 0.5), reparam.LatentStableReparam()),
+    "Student's t": (dist.StudentT(3.0), reparam.StudentTReparam()),
+    "a simplex": (
+        dist.RelaxedOneHotCategorical(torch.tensor(0.5), logits=torch.zeros(3)),
+        reparam.GumbelSoftmaxReparam(),
+    ),
+    "transformed": (dist.LogNormal(0.0, 1.0), reparam.TransformReparam()),
+    "wavelets": (FOUR, reparam.HaarReparam(dim=-1)),
+    "cosines": (FOUR, reparam.DiscreteCosineReparam(dim=-1)),
+    "two parts": (FOUR, reparam.SplitReparam([1, 3], -1)),
+    "by itself": (dist.Gamma(2.0, 1.0), reparam.AutoReparam()),
+}
 
-    guide = kind(poutine.reparam(model, config={"z": ProjectedNormalReparam()}))
-    assert guide()["z_normal"].shape == (2,)
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoStructuredFlow])
+@pytest.mark.parametrize("name", REPARAMETERIZED)
+def test_a_site_that_a_reparameterization_replaces(name, kind):
+    """Its own support does not matter, as that of a direction, onto which there is no bijection."""
+    fn, handler = REPARAMETERIZED[name]
+
+    def original():
+        pyro.sample("z", fn)
+
+    is_strategy = isinstance(handler, reparam.strategies.Strategy)
+    model = poutine.reparam(original, config=handler if is_strategy else {"z": handler})
+    started = InitMessenger(init_to_feasible)(model)
+    latents = poutine.trace(started).get_trace().stochastic_nodes
+    guide = kind(model)
+    assert guide().keys() == set(latents)
+    assert math.isfinite(SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step())
 
 
 @pytest.mark.parametrize(
