@@ -212,9 +212,8 @@ class EvaluationConfig:
     #: from so many latents on chains look at single ones, where weights do not say that they are right: if
     #: 30 sds are 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
     min_for_chains: int = 30
-    num_for_few: int = (
-        32_000  #: draws whose weights are asked instead where there are fewer latents
-    )
+    #: draws whose weights are asked instead where there are fewer latents
+    num_for_few: int = 32_000
     num_chains: int = 128  #: the chains of that look, which cost about 20,000 gradients
     num_chain_steps: int = 12  #: the steps of theirs that count
     small_tail: float = 0.001  #: a smaller excess of the tail, as a share of all weights, is none
