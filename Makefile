@@ -27,7 +27,7 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY) ## run the tests and doctests, and print the coverage
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --durations 5 --cov --cov-report term
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5 --cov --cov-report term
 
 wheel: $(READY) ## build the wheel into dist/, and test it in an environment without the checkout
 	rm -rf dist

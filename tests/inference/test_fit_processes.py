@@ -26,12 +26,9 @@ from tests.inference.loaders import small
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = [name for name in process_cases.CASES if name not in ("killed", "restarted")]
-pytestmark = [
-    pytest.mark.skipif(
-        not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
-    ),
-    pytest.mark.xdist_group("processes"),  # all cases are run once, and not by each worker
-]
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+)
 
 
 def launch(folder, *names, size=2):
