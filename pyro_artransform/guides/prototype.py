@@ -48,6 +48,11 @@ _OF_ANOTHER_MODEL = {
 }
 
 
+def _is_predicted(sites: Collection[str] | None, site: Any) -> bool:
+    """Whether a latent is none of a guide's, once the guide's sites are known."""
+    return sites is not None and site["name"] not in sites
+
+
 def starting_value(
     init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None, site: Any
 ) -> Tensor:
@@ -55,8 +60,7 @@ def starting_value(
 
     Once the sites of the guide are known, every other latent is predicted, and may be discrete.
     """
-    is_predicted = sites is not None and site["name"] not in sites
-    if is_predicted or is_enumerated(site):
+    if _is_predicted(sites, site) or is_enumerated(site):
         return site["fn"].sample()
     if site["fn"].support.is_discrete:
         raise ValueError(
@@ -89,8 +93,8 @@ class StartMessenger(InitMessenger):
         self._sites = sites
 
     def _pyro_post_sample(self, site: Any) -> None:
-        is_of_guide = self._sites is None or site["name"] in self._sites
-        if is_of_guide and not (site["is_observed"] or is_hidden(site)):
+        is_other = site["is_observed"] or is_hidden(site) or _is_predicted(self._sites, site)
+        if not is_other:
             check_continuous(site)
 
 
