@@ -15,12 +15,12 @@ import torch
 
 from ..arguments import check_callable, check_integer
 from .config import FitConfig
-from .data.loader import Batch, BatchStream
 from .guide_argument import check_call, parameter_names, split_arguments
+from .loader import Batch, BatchStream
 from .process_group import open_processes
 from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
-from .stages import FitRun
+from .run import FitRun
 
 
 def fit(

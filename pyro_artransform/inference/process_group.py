@@ -13,7 +13,7 @@ from itertools import count
 import torch
 from torch import distributed
 
-from .processes import ALONE, ManyProcesses, Processes
+from .parallel import ALONE, ManyProcesses, Processes
 
 if distributed.is_available():
     # torch.func imports it anyway, in the first steps. The group that is open then becomes the default of

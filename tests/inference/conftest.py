@@ -16,7 +16,7 @@ from pyro_artransform.inference.config import (
     MinibatchConfig,
     OptimizationConfig,
 )
-from pyro_artransform.inference.processes import ManyProcesses
+from pyro_artransform.inference.parallel import ManyProcesses
 
 #: Fewer draws, points and steps of searches, so that a fit takes a fraction of a second.
 QUICK = FitConfig(

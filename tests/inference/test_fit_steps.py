@@ -168,7 +168,7 @@ def test_second_interrupt():
 
 
 def test_interrupt_before_the_first_step(monkeypatch):
-    module = importlib.import_module("pyro_artransform.inference.stages")
+    module = importlib.import_module("pyro_artransform.inference.run")
 
     def interrupted(trainer):
         signal.raise_signal(signal.SIGINT)

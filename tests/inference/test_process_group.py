@@ -6,8 +6,8 @@
 import pytest
 from torch import distributed
 
+from pyro_artransform.inference.parallel import ALONE
 from pyro_artransform.inference.process_group import open_processes
-from pyro_artransform.inference.processes import ALONE
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -14,7 +14,7 @@ from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import Weighted, weighted_draws
 from ...joint import LogJoint
 from ..config import EvaluationConfig
-from ..processes import ALONE, Processes
+from ..parallel import ALONE, Processes
 
 
 class ModelAndGuide(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...joint import LogJoint
 from ...joint.protocols import MinibatchGuide
 from ..config import InitializationConfig
-from ..data.loader import Batch
+from ..loader import Batch
 from .gaussians import Gaussians, antithetic_noise
 from .search import UNCHANGED, GaussianSearch, InitialGuide
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..config import MinibatchConfig
-from ..data.loader import Batch, BatchStream
-from ..processes import ALONE, Processes
+from ..loader import Batch, BatchStream
+from ..parallel import ALONE, Processes
 from .objective import BatchObjective, Objective
 from .path_gradient import PathObjective
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..data.loader import Batch
+from ..loader import Batch
 
 
 class Objective(Protocol):

@@ -13,7 +13,7 @@ from ...joint import LogJoint
 from ...joint.handlers import traced_parameters
 from ...joint.protocols import ReparametrizedGuide
 from ..config import OptimizationConfig
-from ..data.loader import Batch
+from ..loader import Batch
 from .objective import BatchObjective
 
 _CHUNK = 1024

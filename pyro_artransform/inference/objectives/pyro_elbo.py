@@ -20,7 +20,7 @@ from ...joint import LogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, plate_nesting, traced_parameters
 from ...joint.protocols import MinibatchGuide
 from ...joint.vectorization import GuideDraws
-from ..data.loader import Batch
+from ..loader import Batch
 from .objective import BatchObjective
 
 _NUM_LOOKS = 16

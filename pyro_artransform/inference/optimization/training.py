@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
-from ..data.loader import BatchStream
+from ..loader import BatchStream
 from ..objectives.objective import Objective
-from ..processes import ALONE, Gradients, Processes
+from ..parallel import ALONE, Gradients, Processes
 from .looks import gap_of, look
 from .nonfinite import FitError, SkippedSteps
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer

@@ -8,7 +8,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform.inference.config import MinibatchConfig, OptimizationConfig
-from pyro_artransform.inference.data.loader import Batch, BatchStream
+from pyro_artransform.inference.loader import Batch, BatchStream
 from pyro_artransform.inference.objectives import minibatch_elbo
 from pyro_artransform.inference.objectives.minibatch_elbo import (
     MinibatchObjective,

@@ -22,8 +22,6 @@ from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuide, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
-from .data.checks import check_use, refuse_missing
-from .data.loader import Batch, BatchStream
 from .evaluation.single_latents import look_at_marginals
 from .evaluation.verdict import FitStatus, evaluate, evaluate_minibatches
 from .evaluation.weighted_draws import Drawn, ModelAndGuide, draw
@@ -32,6 +30,8 @@ from .initialization.gaussians import Gaussians, Modes
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
 from .initialization.sparse_start import find_sparse_start
+from .loader import Batch, BatchStream
+from .loader_checks import check_use, refuse_missing
 from .objectives.minibatch_elbo import MinibatchObjective, PassEstimate, validation_batches
 from .objectives.objective import BatchObjective
 from .objectives.path_gradient import PathObjective
@@ -39,7 +39,7 @@ from .objectives.pyro_elbo import PyroObjective
 from .optimization.schedule import new_schedule
 from .optimization.selection import begin, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training
-from .processes import Processes
+from .parallel import Processes
 from .progress import ProgressBar
 from .result import FitResult
 

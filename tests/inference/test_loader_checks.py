@@ -11,8 +11,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 
 from pyro_artransform import AutoAmortized
-from pyro_artransform.inference.data.checks import check_use
-from pyro_artransform.inference.data.loader import BatchStream
+from pyro_artransform.inference.loader import BatchStream
+from pyro_artransform.inference.loader_checks import check_use
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import rows

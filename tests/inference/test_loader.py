@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyro_artransform.inference.data.loader import BatchStream
+from pyro_artransform.inference.loader import BatchStream
 from tests.inference import loaders
 from tests.inference.loaders import KNOWN, rows, shuffled
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_artransform.inference.data.loader import BatchStream
-from pyro_artransform.inference.data.sharding import StridedLoader, shard
+from pyro_artransform.inference.loader import BatchStream
+from pyro_artransform.inference.sharding import StridedLoader, shard
 from tests.inference import loaders
 from tests.inference.loaders import KNOWN, listed, ordered, shuffled
 

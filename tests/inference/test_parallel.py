@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed
 
-from pyro_artransform.inference.processes import ALONE, SharedObjective
+from pyro_artransform.inference.parallel import ALONE, SharedObjective
 
 
 @pytest.fixture(params=["alone", "group"])

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 
-from ...arguments import first_of
-from ...joint import LogJoint
-from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
+from ..arguments import first_of
+from ..joint import LogJoint
+from ..joint.protocols import MinibatchGuide, ReparametrizedGuide
 from .loader import Batch, BatchStream
 
 
