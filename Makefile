@@ -9,14 +9,10 @@ READY = $(VENV)/.installed
 # One thread for each of the two test processes: more of them only get in each other's way.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 
-# What `make wheel` runs: some of each room. `make wheel WHEEL_TESTS=tests` runs all.
-WHEEL_TESTS = tests/univariate tests/transforms/test_seed_examples.py tests/test_flows.py \
-	tests/guides/persistence tests/plots tests/posterior tests/test_readme.py
-
-.PHONY: help install test wheel demo lint format bench docs clean
+.PHONY: help install test test-all wheel demo lint format bench docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 install: $(READY) ## make the environment in .venv
 
@@ -26,13 +22,16 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-test: $(READY) ## run the tests and doctests, and print the coverage
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5 --cov --cov-report term
+test: $(READY) ## run the quick tests and the doctests
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5
 
-wheel: $(READY) ## build the wheel into dist/, and test it in an environment without the checkout
+test-all: $(READY) ## before a release: all tests, the slow ones too, with their coverage
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 20 -m "" --cov --cov-report term
+
+wheel: $(READY) ## build the wheel into dist/, and try it in an environment without the checkout
 	rm -rf dist
 	$(BIN)/python -m build --quiet
-	$(ONE_THREAD) bash .ci/wheel $(BIN)/python $(WHEEL_TESTS)
+	$(ONE_THREAD) bash .ci/wheel $(BIN)/python
 
 demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
 	$(BIN)/python tutorials/eight_schools.py

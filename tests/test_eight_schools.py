@@ -50,31 +50,21 @@ def verdicts(printed: str) -> dict[str, str]:
 
 
 def test_demo_in_short(tmp_path: Path) -> None:
-    out = tmp_path / "eight_schools.png"
-    printed = run(tmp_path, "--out", str(out), smoke_test=True)
+    """It leaves the picture of the full run as it is, and says where its own is."""
+    picture = SCRIPT.with_suffix(".png").read_bytes()
+    printed = run(tmp_path, smoke_test=True)
     sites = re.findall(r"^([a-z]+(?:\[\d\])?)(?: +-?\d+\.\d\d){10}$", printed, flags=re.MULTILINE)
     assert sites == ["mu", "tau", *(f"theta[{j}]" for j in range(8))]
     assert list(elbos(printed)) == ["AutoNormal", "AutoMultivariateNormal", "AutoIAF"]
     assert list(verdicts(printed)) == list(elbos(printed))
-    assert out.read_bytes().startswith(b"\x89PNG")
-
-
-def test_demo_in_short_leaves_the_picture_of_the_full_one(tmp_path: Path) -> None:
-    picture = SCRIPT.with_suffix(".png").read_bytes()
-    printed = run(tmp_path, "--steps", "2", smoke_test=True)
     assert SCRIPT.with_suffix(".png").read_bytes() == picture
     (path,) = tmp_path.rglob("*.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
     assert f"Picture: {path}." in printed
 
 
 @pytest.mark.parametrize(
-    ("steps", "label"),
-    [
-        (2_000, "ELBO, mean of 100 steps"),
-        (400, "ELBO, mean of 40 steps"),
-        (20, "ELBO, mean of 2 steps"),
-        (5, "ELBO"),
-    ],
+    ("steps", "label"), [(2_000, "ELBO, mean of 100 steps"), (20, "ELBO, mean of 2 steps")]
 )
 def test_the_picture_says_over_how_many_steps_it_averages(steps: int, label: str) -> None:
     script = demo()

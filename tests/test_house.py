@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "pyro_artransform"
 MAX_LINES = 400
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "core", "common", "misc"}
 RUNTIME = {"pyro", "torch"}
+LICENCE = [
+    "# Copyright Contributors to the pyro_artransform project.",
+    "# SPDX-License-Identifier: Apache-2.0",
+]
 
 # Who may import whom (each part may import itself). A part that is not listed is an error: give it
 # its place here when it is built.
@@ -60,30 +62,19 @@ def _module(path: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def _imports(path: Path, tree: ast.AST) -> Iterator[str]:
-    """Every module that the nodes of ``tree`` import, by absolute dotted name.
+def _imports(path: Path, tree: ast.AST) -> Iterator[list[str]]:
+    """Every module that the nodes of ``tree`` import, by absolute dotted name, in parts.
 
     ``from . import x`` counts as ``.x``, so that a submodule imported by that form is seen.
     """
     package = _module(path) if path.stem == "__init__" else _module(path)[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.split(".") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             prefix = ".".join([*base, *filter(None, [node.module])])
-            yield from (f"{prefix}.{alias.name}" for alias in node.names)
-
-
-def _part(path: Path) -> str:
-    """The room of the house that a file is in; ``""`` for the front door."""
-    parts = _module(path)
-    return parts[1] if len(parts) > 1 else ""
-
-
-def _parts_imported(path: Path) -> set[str]:
-    names = [name.split(".") for name in _imports(path, ast.parse(path.read_text()))]
-    return {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
+            yield from (f"{prefix}.{alias.name}".split(".") for alias in node.names)
 
 
 def _at_import(tree: ast.Module) -> ast.Module:
@@ -102,97 +93,57 @@ def _at_import(tree: ast.Module) -> ast.Module:
     return WithoutFunctions().visit(tree)
 
 
-def _ids(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+PACKAGE_FILES = {path: ast.parse(path.read_text()) for path in _files(PACKAGE)}
 
 
-PACKAGE_FILES = _files(PACKAGE)
-package_files = pytest.mark.parametrize("path", PACKAGE_FILES, ids=_ids)
-files_of_parts = pytest.mark.parametrize("path", list(filter(_part, PACKAGE_FILES)), ids=_ids)
-all_files = pytest.mark.parametrize(
-    "path",
-    [
-        *PACKAGE_FILES,
-        *_files("tests", "tutorials", "benchmarks", "docs"),
-        *sorted(ROOT.glob("*.py")),
-    ],
-    ids=_ids,
-)
-
-
-@files_of_parts
-def test_arrows_point_one_way(path: Path) -> None:
-    part = _part(path)
-    assert part in ARROWS, f"{part} has no place among the arrows"
-    others = _parts_imported(path) & set(ARROWS) - {part}
-    assert others <= ARROWS[part], f"{part} must not import {sorted(others - ARROWS[part])}"
-
-
-@package_files
-def test_only_the_front_door_imports_the_front_door(path: Path) -> None:
-    """A part that imports names from the package itself would hide an arrow."""
-    names = [name.split(".") for name in _imports(path, ast.parse(path.read_text()))]
-    through_the_door = {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
-    unknown = through_the_door - set(ARROWS)
-    assert not unknown, f"import from the part itself: {sorted(unknown)}"
-    assert [PACKAGE] not in names
-
-
-def test_the_front_door_imports_plots_on_use_only() -> None:
-    path = ROOT / PACKAGE / "__init__.py"
-    names = list(_imports(path, _at_import(ast.parse(path.read_text()))))
-    assert names
-    assert not [name for name in names if name.startswith(f"{PACKAGE}.plots")]
-
-
-def test_nobody_may_import_plots_or_testing() -> None:
+def test_arrows_point_one_way() -> None:
+    """The front door alone may import any part; no part imports the front door."""
     assert not set().union(*ARROWS.values()) & IMPORTED_BY_NOBODY
+    for path, tree in PACKAGE_FILES.items():
+        own = [name for name in _imports(path, tree) if name[0] == PACKAGE]
+        if len(_module(path)) == 1:
+            continue
+        part, others = _module(path)[1], {name[1] if len(name) > 1 else "" for name in own}
+        assert part in ARROWS, f"{part} has no place among the arrows"
+        wrong = others - ARROWS[part] - {part}
+        assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
 
 
 def test_the_core_knows_neither_families_nor_conditioners() -> None:
     path = ROOT / PACKAGE / "transforms" / "autoregressive.py"
-    assert not _parts_imported(path) - {"transforms", "arguments"}
+    names = [name for name in _imports(path, PACKAGE_FILES[path]) if name[0] == PACKAGE]
+    assert {name[1] for name in names} <= {"transforms", "arguments"}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PACKAGE_FILES if _part(path) != "plots"], ids=_ids
-)
-def test_the_package_needs_torch_and_pyro_only(path: Path) -> None:
-    """Whatever else a part uses is an extra, and is imported where it is used."""
-    tree = _at_import(ast.parse(path.read_text()))
-    roots = {name.split(".")[0] for name in _imports(path, tree)}
-    assert roots <= RUNTIME | {PACKAGE} | set(sys.stdlib_module_names)
+def test_the_package_needs_torch_and_pyro_only() -> None:
+    """Whatever else a part uses is an extra, and is imported where it is used; so are plots."""
+    for path, tree in PACKAGE_FILES.items():
+        names = list(_imports(path, _at_import(tree)))
+        if [*_module(path), ""][1] == "plots":
+            continue
+        others = {name[0] for name in names} - RUNTIME - {PACKAGE} - set(sys.stdlib_module_names)
+        assert not others, f"{path.relative_to(ROOT)} imports {sorted(others)}"
+        assert not [name for name in names if name[:2] == [PACKAGE, "plots"]], path
 
 
-@all_files
-def test_every_file_has_the_licence_header(path: Path) -> None:
-    assert path.read_text().splitlines()[:2] == [
-        "# Copyright Contributors to the pyro_artransform project.",
-        "# SPDX-License-Identifier: Apache-2.0",
-    ]
+def test_files_have_a_licence_and_a_name_and_are_short() -> None:
+    others = [*_files("tests", "tutorials", "benchmarks", "docs"), *ROOT.glob("*.py")]
+    for path in [*PACKAGE_FILES, *others]:
+        where, lines = path.relative_to(ROOT), path.read_text().splitlines()
+        assert lines[:2] == LICENCE, f"{where} has no licence header"
+        assert len(lines) <= MAX_LINES, f"{where} has {len(lines)} lines"
+        assert not VAGUE_NAMES & {part.lower().strip("_") for part in _module(path)}, where
 
 
-@all_files
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
-
-
-@all_files
-def test_names_say_what_is_inside(path: Path) -> None:
-    assert not VAGUE_NAMES & {part.lower().strip("_") for part in _module(path)}
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in PACKAGE_FILES if path.stem == "__init__"], ids=_ids
-)
-def test_public_names_are_sorted_and_there(path: Path) -> None:
-    name = ".".join(_module(path))
-    module = importlib.import_module(name)
-    if len(_module(path)) > 2 and not hasattr(module, "__all__"):
-        return  # a folder inside of a room need not export anything
-    assert list(module.__all__) == sorted(set(module.__all__))
-    missing = [public for public in module.__all__ if not hasattr(module, public)]
-    assert not missing
+def test_public_names_are_sorted_and_there() -> None:
+    for path in PACKAGE_FILES:
+        name = ".".join(_module(path))
+        module = importlib.import_module(name) if path.stem == "__init__" else None
+        if module is None or (len(_module(path)) > 2 and not hasattr(module, "__all__")):
+            continue  # a folder inside of a room need not export anything
+        assert list(module.__all__) == sorted(set(module.__all__)), name
+        missing = [public for public in module.__all__ if not hasattr(module, public)]
+        assert not missing, f"{name} lacks {missing}"
 
 
 IMPORT_CHANGES_NOTHING = """

@@ -19,6 +19,8 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|var|work|opt|usr
 MAX_BYTES = 400_000
 
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+# the first that somebody reads; the others take minutes
+QUICK = "svi_flow_guide.ipynb"
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 
 
@@ -65,7 +67,13 @@ def test_the_promised_notebooks_are_there() -> None:
     assert promised <= {path.stem for path in NOTEBOOKS}
 
 
-@every_notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.name == QUICK else pytest.mark.slow, id=path.name)
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortened, as ``CI`` in the environment asks; an error in any cell is an error here."""
     saved = read(path)
@@ -89,42 +97,20 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @every_notebook
-def test_saved_notebook_ran_from_top_to_bottom(path: Path) -> None:
-    counts = [cell.execution_count for cell in code_cells(read(path))]
-    assert counts == list(range(1, len(counts) + 1))
-
-
-@every_notebook
-def test_saved_notebook_has_its_pictures(path: Path) -> None:
+def test_notebook_is_saved_as_it_ran(path: Path) -> None:
+    """From top to bottom, with its pictures and what it prints, without an error, a warning or a machine."""
     notebook = read(path)
-    draws = [cell for cell in code_cells(notebook) if "plt.show()" in cell.source]
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    draws = [cell for cell in cells if "plt.show()" in cell.source]
     assert draws
     assert all("image/png" in kinds(cell) for cell in draws)
-    assert path.stat().st_size <= MAX_BYTES
-
-
-@every_notebook
-def test_saved_notebook_prints_no_error_and_no_warning(path: Path) -> None:
-    notebook = read(path)
-    assert all(output.output_type != "error" for output in outputs(notebook))
-    assert all(output.get("name") != "stderr" for output in outputs(notebook))
-
-
-@every_notebook
-def test_saved_notebook_shows_what_its_cells_print(path: Path) -> None:
-    cells = code_cells(read(path))
     prints = [cell for cell in cells if re.search(r"^ *print\(", cell.source, re.MULTILINE)]
     assert prints
     assert all("stdout" in kinds(cell) for cell in prints)
-
-
-@every_notebook
-def test_saved_notebook_names_no_machine(path: Path) -> None:
-    notebook = read(path)
+    assert all(output.output_type != "error" for output in outputs(notebook))
+    assert all(output.get("name") != "stderr" for output in outputs(notebook))
     assert notebook.metadata.kernelspec.name == "python3"
     assert not MACHINE_PATH.search(printed(notebook))
-
-
-@every_notebook
-def test_notebook_has_the_licence_header(path: Path) -> None:
-    assert "SPDX-License-Identifier: Apache-2.0" in read(path).cells[0].source
+    assert "SPDX-License-Identifier: Apache-2.0" in notebook.cells[0].source
+    assert path.stat().st_size <= MAX_BYTES

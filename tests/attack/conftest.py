@@ -2,12 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The counts of an attack, after its tests."""
 
-import json
-import os
 from collections import Counter
-from pathlib import Path
 
-from tests.attack.effort import EXAMPLES, NOTED, SEED, TRIED
+from tests.attack.effort import NOTED, SEED, TRIED
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -22,13 +19,3 @@ def pytest_terminal_summary(terminalreporter):
     if NOTED:
         noted = ", ".join(f"{words} {count}" for words, count in sorted(NOTED.items()))
         terminalreporter.write_line(f"attack: {noted}")
-    if report := os.environ.get("ATTACK_REPORT"):
-        by_property = {f"{kind}: {name}": count for (kind, name), count in sorted(TRIED.items())}
-        content = {
-            "seed": SEED,
-            "examples": EXAMPLES,
-            "kinds": by_kind,
-            "properties": by_property,
-            "noted": NOTED,
-        }
-        Path(report).write_text(json.dumps(content, indent=1))

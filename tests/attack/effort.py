@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""How hard the attack tries: two tests for each property, and counts of what was tried."""
+"""How hard the attack tries, and counts of what was tried."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-EXAMPLES = int(os.environ.get("ATTACK_EXAMPLES", "100"))
+TIMES = int(os.environ.get("ATTACK_TIMES", "1"))
 SEED = int(os.environ.get("ATTACK_SEED", "0"))
 
 #: (kind, property) -> examples that were tried; shrinking counts too
@@ -28,12 +28,11 @@ _COMMON = {
 }
 
 
-def attack(kind, /, few=5, share=1.0, **strategies):
-    """Makes a property of given strategies a test with few examples, and a slow one with many.
+def attack(kind, /, few=5, **strategies):
+    """Makes a property of given strategies a test, marked slow.
 
     :param kind: what is attacked, for the counts.
-    :param few: examples in the default suite; 0 leaves the property to the slow one.
-    :param share: of the many examples, for a property that is slow.
+    :param few: examples, of which ``ATTACK_TIMES`` makes a multiple.
     """
 
     def decorate(prop):
@@ -43,18 +42,13 @@ def attack(kind, /, few=5, share=1.0, **strategies):
             fresh_start()
             prop(**values)
 
-        efforts = [pytest.param("few", marks=[] if few else pytest.mark.slow)] if few else []
-        efforts.append(pytest.param("many", marks=pytest.mark.slow))
+        run = settings(max_examples=few * TIMES, derandomize=SEED == 0, **_COMMON)(
+            given(**strategies)(counted)
+        )
 
-        @pytest.mark.parametrize("effort", efforts)
-        def test(effort):
-            run = given(**strategies)(counted)
-            if effort == "few":
-                run = settings(max_examples=few, derandomize=True, **_COMMON)(run)
-            else:
-                count = max(1, round(EXAMPLES * share))
-                run = seed(SEED)(settings(max_examples=count, **_COMMON)(run))
-            run()
+        @pytest.mark.slow
+        def test():
+            (seed(SEED)(run) if SEED else run)()
 
         test.__name__, test.__doc__, test.__module__ = prop.__name__, prop.__doc__, prop.__module__
         return test

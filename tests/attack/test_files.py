@@ -94,7 +94,6 @@ def written(content, folder):
 @attack(
     "files",
     few=20,
-    share=3.0,
     edits=st.lists(damages(), min_size=1, max_size=2),
     with_model=st.booleans(),
 )
@@ -115,7 +114,7 @@ def test_damaged_guides(edits, with_model):
     assert torch.equal(guide.log_prob(draws), expected)
 
 
-@attack("files", few=3, share=0.5, edit=damages())
+@attack("files", few=3, edit=damages())
 def test_damaged_checkpoints(edit):
     content, expected = checkpoint_file()
     pyro.clear_param_store()

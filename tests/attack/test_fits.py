@@ -89,7 +89,6 @@ def killed(sign, delay, work):
 @attack(
     *("fits",),
     few=2,
-    share=0.5,
     guide=every_guide,
     optim=every_optim,
     num_steps=steps,
@@ -125,7 +124,6 @@ class Stop(Exception):
 @attack(
     *("fits",),
     few=2,
-    share=0.5,
     guide=every_guide,
     optim=every_optim,
     num_steps=steps,
@@ -189,7 +187,6 @@ class Faulty:
 @attack(
     "fits",
     few=2,
-    share=0.5,
     guide=every_guide,
     at=st.sets(st.integers(20, 120), max_size=30),
     num_steps=st.integers(30, 60),
@@ -214,7 +211,6 @@ def test_nan_at_any_run(guide, at, num_steps):
 @attack(
     "fits",
     few=2,
-    share=0.5,
     guide=every_guide,
     optim=every_optim,
     num_steps=steps,
@@ -286,7 +282,6 @@ LOADERS = {
 @attack(
     *("loaders",),
     few=2,
-    share=0.5,
     kind=st.sampled_from(sorted(LOADERS)),
     guide=every_guide,
     epochs=st.integers(1, 6),

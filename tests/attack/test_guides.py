@@ -167,7 +167,7 @@ def test_importance_weights(case):
         assert result.elbo <= result.log_evidence + 1e-6 + 4 * result.elbo_se
 
 
-@attack("guides", few=4, share=0.5, random=random_models(branches=False), number=st.integers(0, 99))
+@attack("guides", few=4, random=random_models(branches=False), number=st.integers(0, 99))
 def test_weights_of_pyros_guides(random, number):
     """The same for a guide of Pyro, which is traced."""
     model = random.wrapped()

@@ -105,7 +105,7 @@ def _holds_a_function(flow):
     )
 
 
-@attack("threads", few=2, share=0.3, case=flows(large=(17,)), number=st.integers(0, 99))
+@attack("threads", few=2, case=flows(large=(17,)), number=st.integers(0, 99))
 def test_threads_share_a_transform(case, number):
     flow = case.flow
     batches = [make_input(((4,), 1.0, number + k), case.dim) for k in range(16)]
@@ -149,7 +149,6 @@ def test_function_transforms(case, number):
 @attack(
     "torch.func",
     few=3,
-    share=0.5,
     case=flows(large=(), max_layers=2, gains=(0.3, 1.0)),
     number=st.integers(0, 99),
 )
@@ -206,7 +205,7 @@ def test_distributions(case, batch, sample, kind, expand, edited):
         assert ((found - expected).abs() <= 1e-6 * (1 + expected.abs())).all(), (found, expected)
 
 
-@attack("compile", few=0, share=0.04, case=flows(large=(), max_layers=1), number=st.integers(0, 99))
+@attack("compile", few=2, case=flows(large=(), max_layers=1), number=st.integers(0, 99))
 def test_compiled(case, number):
     """torch.compile (without code generation, which a machine may lack) follows both directions."""
     x = make_input(((3,), 1.0, number), case.dim)

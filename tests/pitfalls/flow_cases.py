@@ -151,9 +151,9 @@ def f04_log_det(subject: Subject) -> None:
     """
     subject.needs_flows()
     for family in (*subject.families, *subject.more_families):
-        for dim in range(1, 9):
+        for dim in (1, 2, 3, 5, 8):
             flow = subject.scramble(subject.flow(dim, family))
-            for x in 3 * torch.randn(3, 1, dim):
+            for x in 3 * torch.randn(2, 1, dim):
                 y, ladj = subject.call_and_ladj(flow, x)
                 matrix = jacobian(lambda v, f=flow: subject.call_and_ladj(f, v)[0].squeeze(0), x)
                 expected = torch.linalg.slogdet(matrix.reshape(dim, dim))[1].reshape(1)
@@ -169,11 +169,11 @@ def f04_log_det(subject: Subject) -> None:
 
 
 def _check_onto(subject: Subject, flow, family: str) -> None:
-    wide = torch.linspace(-1e3, 1e3, 20_001).unsqueeze(-1)
+    wide = torch.linspace(-1e3, 1e3, 10_001).unsqueeze(-1)
     y, _ = subject.call_and_ladj(flow, wide)
     assert (y.diff(dim=0) > 0).all(), f"{family}: not strictly increasing"
     assert y[0] < -10 < 10 < y[-1], f"{family}: the image is only {y[0]} to {y[-1]}"
-    near = torch.linspace(-10, 10, 20_001).unsqueeze(-1)
+    near = torch.linspace(-10, 10, 10_001).unsqueeze(-1)
     for inverse in (False, True):
         with torch.no_grad():
             # The images of a fine grid, so that a narrow peak of the density has many points.

@@ -202,23 +202,22 @@ def f28_dynamic_support(subject: Subject) -> None:
 
 
 def f29_growing_state(subject: Subject) -> None:
-    """Ten thousand draws and scores leave nothing behind."""
+    """Draws and scores leave nothing behind: a single object for each of them would be seen."""
     draws = {}
     for family in subject.families:
-        times = 3_000 if family == "affine" else 500
         for inverse in (False, True):
             flow = subject.scramble(subject.flow(2, family))
             q = subject.distribution(flow, 2, inverse)
             name = f"{family}, inverse={inverse}"
-            draws[name] = (q, lambda q=q: q.log_prob(q.rsample((3,))), times)
+            draws[name] = (q, lambda q=q: q.log_prob(q.rsample((3,))))
     try:
         guide = subject.guide(models.far_target)
     except NotApplicable:
         pass
     else:
-        draws["guide"] = (guide, guide, 3_000)
-    for name, (owner, draw, times) in draws.items():
-        _check_flat(name, owner, draw, times)
+        draws["guide"] = (guide, guide)
+    for name, (owner, draw) in draws.items():
+        _check_flat(name, owner, draw, 1_000 if "spline" not in name else 300)
 
 
 def _check_flat(name: str, owner, draw: Callable, times: int) -> None:
