@@ -3,13 +3,18 @@
 
 """How good a posterior is: importance sampling, calibration, errors of each mean and sd, evidence."""
 
-from .calibration import SBC, sbc
+from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .comparison import ComparedModel, Comparison, compare
-from .importance import Importance, importance, psis_resample
+from .importance import (
+    Importance,
+    ParetoTail,
+    fit_tail,
+    importance,
+    psis_resample,
+    smooth_tail,
+)
 from .importance_weights import log_weights
 from .marginals import Marginals, marginals
-from .psis import ParetoTail, fit_tail, smooth_tail
-from .uniformity import simultaneous_bands, uniformity_pvalue
 
 # sorted without regard to case
 __all__ = [  # noqa: RUF022

@@ -6,19 +6,34 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, log, sqrt
+from math import ceil, inf, isfinite, log, nan, sqrt
+from typing import NamedTuple
 
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from ..arguments import check_integer
 from .importance_weights import Values, weighted_draws
-from .psis import fit_tail, smooth_tail
+
+# The bounds of trust, of this package as a whole.
 
 #: the largest k-hat at which estimates with the weights are reliable
 GOOD_KHAT = 0.7
 #: the largest k-hat of weights with a variance (Vehtari et al. 2024)
 KHAT_OF_VARIANCE = 0.5
+#: the largest distance of an ELBO from the evidence, in nats
+GOOD_GAP = 0.1
+#: the largest standard error of an ELBO, in nats
+GOOD_ELBO_SE = 0.05
+#: the largest share of a posterior in modes that the guide has missed
+GOOD_LOST_MASS = 0.05
+#: the largest error of a mean, in sds of the posterior
+GOOD_MEAN_SHIFT = 0.15
+#: the largest relative error of a standard deviation
+GOOD_SD_ERROR = 0.15
+#: the probability that the bounds of all errors of means and sds hold
+CONFIDENCE = 0.975
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,3 +213,118 @@ def psis_resample(
         value = torch.cat([chunk.values[name] for chunk in chunks])
         found[name] = value[chosen.to(value.device)]
     return found
+
+
+#: the largest k-hat, also where a fit of the tail is meaningless
+WORST_KHAT = 10.0
+
+# how many draws Pyro's prior on k, with its mean of 0.5, counts as
+_PRIOR_SIZE = 10
+# smaller weights, relative to the largest, are negligible
+_LOG_RANGE = 15 * log(10)
+_FEW = 10
+# of fewer weights in the tail nothing is known, even if they are the same
+_FEWEST = 5
+# weights that round-off blurs by more nats than this are not known to be constant
+_MOST_ROUND_OFF = 0.5
+_NAN_SHARE = 0.01
+
+
+class ParetoTail(NamedTuple):
+    """The generalized Pareto distribution of the largest weights.
+
+    It is the distribution of ``weight / cutoff - 1`` for the ``size`` weights above the cutoff, with
+    index ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
+    """
+
+    khat: float
+    khat_se: float
+    scale: float
+    log_cutoff: float
+    size: int
+
+
+def fit_tail(log_weights: Tensor) -> ParetoTail:
+    r"""The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
+
+    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
+
+    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0 (tied are
+      three quarters of those above the cutoff), and one of 10, since nothing is known, where that
+      round-off is half a nat or more (in float32, for log weights beyond 260,000);
+    - of 20 weights or fewer nothing is known either, and k-hat is 10;
+    - weights of zero (``-inf``) count like others;
+    - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
+      with none that is finite and with fewer than ten tail weights within a factor of 1e15 of the
+      largest, k-hat is 10, which is its maximum.
+
+    The standard error is that of a generalized Pareto index from M draws, :math:`(1 + k) /
+    \sqrt{M}`, where the prior that shrinks k-hat towards 0.5 counts as ten more draws.
+
+    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
+    """
+    if log_weights.dim() != 1 or not len(log_weights):
+        raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
+    eps = torch.finfo(log_weights.dtype).eps
+    khat, scale, log_cutoff, size = _fit(log_weights.detach().to("cpu", torch.float64), eps)
+    # the asymptotic variance holds for k > -1/2
+    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
+    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
+
+
+def round_off_of(log_weights: Tensor) -> float:
+    """By how many nats round-off may blur the largest of some log weights, in their own dtype."""
+    largest = log_weights[log_weights.isfinite()].double().max().item()
+    return 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
+
+
+def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
+    """Log weights, the largest replaced by quantiles of their Pareto tail.
+
+    None is larger than the largest weight was. Weights that are not finite become zero.
+
+    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
+    :param tail: the result of :func:`fit_tail`, where that is known.
+    :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
+    """
+    tail = fit_tail(log_weights) if tail is None else tail
+    weights = log_weights.detach().to("cpu", torch.float64)
+    weights = torch.where(weights.isfinite(), weights, -torch.inf)
+    if isfinite(tail.scale):
+        levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
+        quantiles = -tail.scale * torch.log1p(-levels)
+        if abs(tail.khat) >= 1e-8:
+            quantiles = tail.scale * torch.expm1(-tail.khat * torch.log1p(-levels)) / tail.khat
+        smoothed = tail.log_cutoff + quantiles.log1p()
+        weights[weights.argsort()[-tail.size :]] = smoothed.clamp(max=weights.max().item())
+    return weights
+
+
+def _fit(weights: Tensor, eps: float) -> tuple[float, float, float, int]:
+    """The fields of a tail but for its standard error; ``eps`` is the weights' own precision."""
+    size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
+    ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
+    largest = ordered[-1].item()
+    is_failed = weights.isnan().double().mean().item() > _NAN_SHARE
+    if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
+        return WORST_KHAT, nan, nan, size
+    log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
+    round_off = 16 * eps * max(1.0, abs(largest))
+    if size < _FEWEST or largest - log_cutoff <= round_off:
+        is_known = size >= _FEWEST and round_off < _MOST_ROUND_OFF
+        return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
+    is_cut = log_cutoff < largest - _LOG_RANGE
+    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
+    above = ordered[ordered > log_cutoff]
+    if is_cut and len(above) < min(size, _FEW):
+        return WORST_KHAT, nan, log_cutoff, size
+    # where even the quartile is the maximum the routine may divide by zero
+    if len(above) >= _FEW and largest - above[len(above) // 4].item() <= round_off:
+        return 0.0, nan, log_cutoff, size
+    exceedances = (above - log_cutoff).expm1()
+    # the routine makes its grid on the default device
+    with torch.device("cpu"):
+        khat, scale = fit_generalized_pareto(exceedances)
+    if not isfinite(khat):
+        return WORST_KHAT, nan, log_cutoff, len(exceedances)
+    return min(khat, WORST_KHAT), scale, log_cutoff, len(exceedances)

@@ -10,6 +10,8 @@ loop" is for models that are run for one draw after the other.
 
 from dataclasses import dataclass, field, replace
 
+from ..diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
+
 
 @dataclass(frozen=True)
 class InitializationConfig:
@@ -201,13 +203,15 @@ class EvaluationConfig:
     #: of the evidence that modes promise, what draws have to find, or else they are not there
     min_confirmed: float = 0.5
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
-    max_lost: float = 0.05  #: missed modes with less of the mass are no loss; with more, no trust
+    max_lost: float = (
+        GOOD_LOST_MASS  #: missed modes with less of the mass are no loss; with more, no trust
+    )
     #: from this on, missed modes that are no loss yet are a reason to look for more of them
     min_lost: float = 0.002
     max_more_looks: int = 4
     min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
-    max_gap: float = 0.1  #: the distance of the ELBO from the evidence, in nats
-    max_se: float = 0.05  #: the standard error of the ELBO, in nats
+    max_gap: float = GOOD_GAP  #: the distance of the ELBO from the evidence, in nats
+    max_se: float = GOOD_ELBO_SE  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
     #: from so many latents on chains look at single ones, where weights do not say that they are right: if
     #: 30 sds are 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35

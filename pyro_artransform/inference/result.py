@@ -10,7 +10,7 @@ from typing import Any
 
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
-from ..diagnostics.marginal_judgement import bounds_in_words
+from ..diagnostics.marginals import bounds_in_words
 
 
 @dataclass(frozen=True, eq=False, repr=False)

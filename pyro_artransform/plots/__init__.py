@@ -8,12 +8,9 @@ try:
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
-from .fits import plot_elbo, plot_fit
 from .graphs import plot_graph
-from .marginals import plot_marginals
 from .pairs import plot_pairs
-from .ranks import plot_ranks
-from .weights import plot_khat
+from .panels import plot_elbo, plot_fit, plot_khat, plot_marginals, plot_ranks
 
 __all__ = [
     "plot_elbo",

@@ -3,8 +3,10 @@
 
 """Axes and colours that all pictures share."""
 
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from torch import Tensor
 
 BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 
@@ -14,7 +16,13 @@ def new_axes(ax: Axes | None, size: tuple[float, float] = (6, 3.6)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
-def tidied(ax: Axes) -> Axes:
-    """The Axes without the two sides that bound nothing."""
+def tidied(ax: Axes, x: str, y: str) -> Axes:
+    """The Axes with their labels, without the two sides that bound nothing."""
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel=x, ylabel=y)
     return ax
+
+
+def doubles(value: Tensor) -> Tensor:
+    """All numbers of a tensor, as matplotlib takes them."""
+    return value.detach().to("cpu", torch.float64).flatten()

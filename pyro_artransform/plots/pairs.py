@@ -56,7 +56,7 @@ def plot_pairs(
                 step = max(1, -(-len(x) // _MAX_POINTS))
                 dots = {"color": _COLORS[label], "s": 3, "alpha": 0.35, "linewidths": 0}
                 ax.scatter(x[::step].numpy(), y[::step].numpy(), **dots)
-        tidied(ax).set(xlabel=column, ylabel=row, xlim=ranges[column])
+        tidied(ax, column, row).set(xlim=ranges[column])
         ax.tick_params(labelsize=7)
         ax.locator_params(nbins=4)
         ax.label_outer()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.diagnostics.hamiltonian import (
+from pyro_artransform.diagnostics.chains import (
     Averages,
     PairedChains,
     PulledBack,

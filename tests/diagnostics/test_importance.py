@@ -22,7 +22,7 @@ from pyro.infer.autoguide import (
 
 from pyro_artransform import AutoIAF, AutoMAF
 from pyro_artransform.diagnostics import Importance, importance, psis_resample
-from pyro_artransform.diagnostics.psis import WORST_KHAT
+from pyro_artransform.diagnostics.importance import WORST_KHAT
 from tests.diagnostics import conjugate
 
 WIDE = {"init_loc_fn": pyro.infer.autoguide.init_to_value(values={"rate": torch.tensor(2.3)})}

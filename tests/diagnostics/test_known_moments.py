@@ -3,13 +3,13 @@
 
 import torch
 
-from pyro_artransform.diagnostics.known_moments import (
+from pyro_artransform.diagnostics.chains import Stretched
+from pyro_artransform.diagnostics.marginal_errors import (
     Expectation,
     moments_of_draws,
     moments_of_transform,
     sums_of_pairs,
 )
-from pyro_artransform.diagnostics.preconditioning import Stretched
 
 
 def test_noise_that_two_distributions_share_cancels():

@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_artransform.diagnostics.hamiltonian import Averages
-from pyro_artransform.diagnostics.known_moments import Expectation, PairedMoments
+from pyro_artransform.diagnostics.chains import Averages
 from pyro_artransform.diagnostics.marginal_errors import (
+    Expectation,
+    PairedMoments,
     critical_value,
     errors_by_weights,
     marginal_errors,

@@ -12,8 +12,8 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics.hamiltonian import PulledBack
-from pyro_artransform.diagnostics.preconditioning import (
+from pyro_artransform.diagnostics.chains import (
+    PulledBack,
     Stretched,
     guide_transform,
     location_scale,

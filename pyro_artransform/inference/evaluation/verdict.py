@@ -12,9 +12,8 @@ import torch
 
 from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import GOOD_KHAT, WORST_KHAT, round_off_of
 from ...diagnostics.importance_weights import has_point
-from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
 from ..objectives.minibatch_elbo import PassEstimate

@@ -1,0 +1,226 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Single pictures of results, and the picture of a fit that puts them side by side."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import inf, isfinite
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
+from torch import Tensor
+
+from ..diagnostics import SBC, Importance, Marginals, ParetoTail, fit_tail, simultaneous_bands
+from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
+from ..diagnostics.marginals import bounds_in_words
+from ..inference import FitResult
+from .axes import BLUE, GRAY, ORANGE, doubles, new_axes, tidied
+
+_PANEL = (4.4, 3.4)  # width and height in inches
+_LETTERS = 16  # of the verdict in an inch
+_MAX_NAMED = 8  # sites in the legend
+_MAX_BARS = 100  # coordinates: more error bars than that hide each other
+
+
+@runtime_checkable
+class HasHistory(Protocol):
+    """A result with the ELBO of each step, such as that of a fit."""
+
+    history: Sequence[float]
+
+
+def plot_fit(result: FitResult) -> Any:
+    """A fit in one picture, under its verdict: the ELBO by step, and what is known of the posterior.
+
+    The panels are those of :func:`plot_elbo`, with the ELBO and the log evidence at the end;
+    of :func:`plot_khat`, where there are weights of all data; and of :func:`plot_marginals`, where the
+    fit has checked single latents.
+
+    :param result: what :func:`~pyro_artransform.fit` has returned.
+    :return: an array of Axes, one for each panel.
+    :raises TypeError: if it is not the result of a fit.
+    """
+    if not isinstance(result, FitResult):
+        raise TypeError(f"result: expected what fit returns, got {type(result).__name__}")
+    panels: list[Callable[[Axes], Axes]] = [partial(_draw_elbo, result)]
+    if result.importance is not None:
+        panels.append(partial(plot_khat, result.importance))
+    if result.marginals is not None:
+        panels.append(partial(plot_marginals, result.marginals))
+    width, height = len(panels) * _PANEL[0], _PANEL[1]
+    words = textwrap.wrap(result.verdict, int(_LETTERS * width))
+    size = width, height + 0.15 * len(words)
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=size, layout="constrained")
+    figure.suptitle("\n".join(words), fontsize=8)
+    for ax, draw in zip(axes[0], panels):
+        draw(ax)
+    return axes[0]
+
+
+def _draw_elbo(result: FitResult, ax: Axes) -> Axes:
+    """The ELBO of each step, if there were any, over the one at the end and the log evidence."""
+    low, high = inf, -inf
+    if result.history:
+        low, high = plot_elbo(result.history, ax).get_ylim()
+    else:
+        tidied(ax, "step", "ELBO (nats)").set(xticks=[])
+    ends = {"ELBO at the end": (result.elbo, ORANGE), "log evidence": (result.log_evidence, GRAY)}
+    for name, (value, color) in ends.items():
+        if isfinite(value):
+            ax.axhline(value, color=color, linewidth=1.2, linestyle="--", label=name)
+            low, high = min(low, value), max(high, value)
+    if isfinite(high - low):
+        margin = 0.05 * (high - low) or 1.0
+        ax.set_ylim(low - margin, high + margin)
+        ax.legend(frameon=False, loc="lower right", fontsize=8)
+    ax.set_title(f"ELBO = {result.elbo:.3f} ± {result.elbo_se:.3f}")
+    return ax
+
+
+def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = None) -> Axes:
+    """The ELBO by step, and its running median.
+
+    The axis shows the last nine tenths of the steps in full; the first ones, often hundreds of nats
+    below, may leave it.
+
+    :param history: the ELBO of each step, or a result with such a ``history``.
+    :param ax: where to draw; by default new Axes.
+    :raises ValueError: if there are no steps.
+    """
+    values = history.history if isinstance(history, HasHistory) else history
+    steps = doubles(torch.as_tensor(values, device="cpu"))
+    if not len(steps):
+        raise ValueError("history: expected the ELBO of at least one step, got none")
+    ax, x = new_axes(ax), range(1, len(steps) + 1)
+    ax.plot(x, steps.numpy(), color=BLUE, alpha=0.3, linewidth=0.8, label="step")
+    half = max(1, len(steps) // 50)
+    padded = torch.cat([steps[:1].expand(half), steps, steps[-1:].expand(half)])
+    median = padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
+    ax.plot(x, median.numpy(), color=BLUE, linewidth=1.8, label="running median")
+    late = steps[len(steps) // 10 :]
+    shown = late[late.isfinite()]
+    if len(shown) and shown.max() > shown.min():
+        margin = 0.05 * (shown.max() - shown.min())
+        ax.set_ylim(float(shown.min() - margin), float(shown.max() + margin))
+    ax.legend(frameon=False, loc="lower right")
+    return tidied(ax, "step", "ELBO (nats)")
+
+
+def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
+    """The largest importance weights against their rank, with the Pareto tail fitted to them.
+
+    Both axes are logarithmic: the line of a tail of index k has the slope -1 / k far out, and the
+    steeper it falls the better. Dashed is the tail of index 0.7, the largest that can be relied on.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.importance` found.
+    :param ax: where to draw; by default new Axes.
+    """
+    ax, tail = new_axes(ax), fit_tail(result.log_weights)
+    ordered = doubles(result.log_weights).sort(descending=True).values
+    ordered = ordered[ordered.isfinite()]
+    if len(ordered):
+        _draw_tail(ax, ordered - result.log_evidence, tail, result)
+    ax.set_title(f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}")
+    return tidied(ax, "weight / mean weight", "share of draws with a larger weight")
+
+
+def _draw_tail(ax: Axes, ordered: Tensor, tail: ParetoTail, result: Importance) -> None:
+    ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
+    shares, shown = ranks / result.num_samples, max(3 * tail.size, 10)
+    style: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0}
+    ax.loglog(ordered[:shown].exp(), shares[:shown], ".", color=BLUE, label="weights", **style)
+    if isfinite(tail.scale):
+        levels, shares = ranks[: tail.size] / tail.size, shares[: tail.size]
+        lines = (
+            (tail.khat, ORANGE, "Pareto tail", "-"),
+            (GOOD_KHAT, GRAY, f"of index {GOOD_KHAT}", "--"),
+        )
+        for khat, color, label, linestyle in lines:
+            # the weights of a tail of this index that are exceeded at these levels
+            quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
+            x = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()
+            ax.loglog(x, shares, color=color, label=label, linestyle=linestyle)
+    ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
+    ax.legend(frameon=False)
+
+
+def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
+    """How far each latent's standard deviation is off, over how far its mean is.
+
+    Each dot is a coordinate on the unconstrained space, with standard errors where there are up to 100
+    of them. Those of the posterior itself would be in the middle. The gray box holds errors that are
+    small enough to be trusted.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.marginals` found.
+    :param ax: where to draw; by default new Axes.
+    """
+    ax = new_axes(ax)
+    width, height = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
+    box = Rectangle((-width, -height), 2 * width, 2 * height, color=GRAY, alpha=0.2, linewidth=0)
+    ax.add_patch(box)
+    ax.axhline(0, color=GRAY, linewidth=0.8)
+    ax.axvline(0, color=GRAY, linewidth=0.8)
+    limits = torch.tensor([2 * width, 2 * height], dtype=torch.float64, device="cpu")
+    has_bars = sum(shift.numel() for shift in result.mean_shift.values()) <= _MAX_BARS
+    for k, (name, shift) in enumerate(result.mean_shift.items()):
+        x, y = doubles(shift), 100 * doubles(result.sd_ratio[name] - 1)
+        style: dict[str, Any] = {"fmt": ".", "elinewidth": 0.6, "alpha": 0.7, "color": f"C{k % 10}"}
+        if has_bars:
+            style["xerr"] = doubles(result.mean_shift_se[name])
+            style["yerr"] = 100 * doubles(result.sd_ratio_se[name])
+        ax.errorbar(x, y, label=name if k < _MAX_NAMED else None, **style)
+        largest = torch.stack([x, y]).abs().nan_to_num(0, 0).amax(1)
+        limits = limits.maximum(largest)
+    width, height = (1.1 * limits).tolist()
+    ax.set(xlim=(-width, width), ylim=(-height, height))
+    ax.set_title(bounds_in_words(result.mean_bound, result.sd_bound), fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
+    return tidied(ax, "mean too large by (sd)", "sd too large by (%)")
+
+
+def plot_ranks(
+    result: SBC, names: Sequence[str] | None = None, ax: Axes | None = None, level: float = 0.95
+) -> Axes:
+    """The distribution functions of ranks minus the uniform one, with simultaneous bands.
+
+    Each line is a coordinate. The line of a correct posterior stays in the bands with probability
+    ``level``. A line that rises above and then falls below, an S, shows a posterior that is too narrow;
+    its mirror image one that is too wide; a hill or a valley a posterior that is biased.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.sbc` found.
+    :param names: the sites to show; by default all.
+    :param ax: where to draw; by default new Axes.
+    :param level: the level of the bands, for each coordinate on its own.
+    :raises ValueError: if a site is unknown.
+
+    **References**
+
+    1. Graphical Test for Discrete Uniformity and Its Applications in Goodness of Fit Evaluation and
+       Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022),
+       https://arxiv.org/abs/2103.10522
+    """
+    names = list(result.ranks) if names is None else list(names)
+    unknown = [name for name in names if name not in result.ranks]
+    if unknown:
+        raise ValueError(f"names: expected some of {list(result.ranks)}, got {unknown}")
+    points, lower, upper = simultaneous_bands(result.num_simulations, result.num_draws, level)
+    ax = new_axes(ax)
+    band: dict[str, Any] = {"step": "mid", "color": GRAY, "alpha": 0.25, "linewidth": 0}
+    label = f"{100 * level:g} % of right posteriors"
+    ax.fill_between(points, lower - points, upper - points, label=label, **band)
+    ax.axhline(0, color=GRAY, linewidth=0.8)
+    for k, name in enumerate(names):
+        ranks = result.ranks[name].reshape(result.num_simulations, -1).to("cpu")
+        below = (ranks[..., None] < points * (result.num_draws + 1) - 1e-6).double().mean(0)
+        lines = ax.step(points, (below - points).T, where="mid", color=f"C{k}", linewidth=1.1)
+        lines[0].set_label(name)
+    ax.set(xlim=(0, 1))
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    ax.legend(frameon=False, fontsize=8, ncols=min(4, len(names) + 1), **place)
+    return tidied(ax, "rank / number of draws", "ECDF of ranks − uniform")
