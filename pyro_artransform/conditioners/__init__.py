@@ -4,21 +4,22 @@
 """Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
-from .base import Blocks, Conditioner, Evaluation
+from .activations import TiltedSiLU, default_activation
+from .base import Blocks, Conditioner, Linearization
 from .masked_input import MaskedInput
 from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
 from .parents_mlp import ParentsMLP
-from .tilted_silu import TiltedSiLU
 
 __all__ = [
     "Blocks",
     "Conditioner",
-    "Evaluation",
+    "Linearization",
     "MaskedInput",
     "MaskedLinear",
     "MaskedMLP",
     "ParentsMLP",
     "TiltedSiLU",
     "Unconditional",
+    "default_activation",
     "masks",
 ]

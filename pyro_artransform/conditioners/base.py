@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Evaluation(Protocol):
+class Linearization(Protocol):
     """A conditioner at B known points, with what its gradients need."""
 
     @property
@@ -64,7 +64,7 @@ class Blocks(Protocol):
     def close(self, x: Tensor, levels: int) -> None:
         """Makes known what is before level ``levels``: coordinates of the block with the values ``x``."""
 
-    def evaluation(self) -> Evaluation | None:
+    def linearization(self) -> Linearization | None:
         """The conditioner at the points that all blocks led to, or None where that is not offered."""
 
 
@@ -118,7 +118,7 @@ class Conditioner(torch.nn.Module, ABC):
         """
         return None
 
-    def evaluate(self, x: Tensor, context: Tensor | None = None) -> Evaluation | None:
+    def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
         """The evaluation at known points, with what gradients need; or None.
 
         With it a path gradient takes one substitution; else vector-Jacobian products until nothing moves.

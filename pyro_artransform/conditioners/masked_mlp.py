@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
+from .activations import ELEMENTWISE, slope_of
+from .adjoint import MLPLinearization
 from .base import Conditioner
-from .block_evaluation import BlockLayout, MLPBlocks, Weights, block_layout
+from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
-from .mlp_evaluation import MLPEvaluation, slope
-from .tilted_silu import TiltedSiLU
 
 MaskLike = Tensor | Sequence[Sequence[int]]
 Layer = Callable[[Tensor], Tensor]
@@ -60,34 +60,6 @@ class MaskedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer: from shape ``(*, in_features)`` to ``(*, out_features)``."""
         return F.linear(input, self.weight * self.mask, self.bias)
-
-
-#: activations that act on each element alone, without randomness
-ELEMENTWISE = (
-    *(
-        nn.CELU,
-        nn.ELU,
-        nn.GELU,
-        nn.Hardtanh,
-        nn.Identity,
-        nn.LeakyReLU,
-        nn.LogSigmoid,
-        nn.Mish,
-        nn.PReLU,
-    ),
-    *(
-        nn.ReLU,
-        nn.ReLU6,
-        nn.SELU,
-        nn.Sigmoid,
-        nn.SiLU,
-        nn.Softplus,
-        nn.Softsign,
-        nn.Tanh,
-        nn.Tanhshrink,
-        TiltedSiLU,
-    ),
-)
 
 
 class MaskedMLP(Conditioner):
@@ -220,7 +192,7 @@ class MaskedMLP(Conditioner):
         rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
         return [*outputs[:-1], rows.transpose(-1, -2)]
 
-    def evaluate(self, x: Tensor, context: Tensor | None = None) -> MLPEvaluation | None:
+    def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
         """None if blocks are: products of weights do not go through another ``forward`` or hooks."""
         if not self._is_of_its_layers():
             return None
@@ -232,11 +204,11 @@ class MaskedMLP(Conditioner):
             layers.append(partial(F.linear, weight=weight, bias=layer.bias))
         through_skip = None if skip is None else partial(F.linear, weight=skip)
         *hidden, params = self._outputs(layers, through_skip, x, context)
-        slopes = [slope(self.nonlinearity, layer) for layer in hidden]
+        slopes = [slope_of(self.nonlinearity, layer) for layer in hidden]
         layout, order = self._sorted_layout()
         with torch.no_grad():
             weights = self._weights(masked, skip, None)
-        return MLPEvaluation(params, layout, order, weights, slopes)
+        return MLPLinearization(params, layout, order, weights, slopes)
 
     def _sorted_layout(self) -> tuple[BlockLayout, Tensor | None]:
         """Where each level begins, and the order of the coordinates if it is not their own."""

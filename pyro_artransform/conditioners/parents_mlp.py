@@ -13,9 +13,9 @@ from torch.nn.functional import embedding
 from ..arguments import check_callable, check_integer
 from ..graphs.elimination import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
-from .base import Conditioner
-from .masked_mlp import ELEMENTWISE
-from .parents_evaluation import ParentsBlocks, with_padding
+from .activations import ELEMENTWISE
+from .adjoint import Activations, ParentsLinearization, with_padding
+from .base import Blocks, Conditioner
 
 
 class ParentsMLP(Conditioner):
@@ -152,7 +152,7 @@ class ParentsMLP(Conditioner):
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
-    ) -> ParentsBlocks | None:
+    ) -> Blocks | None:
         """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *self.groups))
         if type(self).forward is not ParentsMLP.forward or hooked:
@@ -244,3 +244,73 @@ class ParentsGroup(nn.Module):
         x = embedding(index[rows], known)
         hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
         return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
+
+
+class ParentsBlocks:
+    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch.
+
+    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
+    :param in_place: whether to write into tensors.
+    """
+
+    max_levels: int | None = 1
+
+    def __init__(self, network: "ParentsMLP", like: Tensor, in_place: bool) -> None:
+        self.order: Tensor | None = network.order
+        self.levels = network.levels
+        self._network, self._act = network, network.nonlinearity
+        width = len(network.graph) - network.input_dim
+        self.work = width * (network.hidden_dim + network.num_params)
+        self._parts: list[Activations] | None = None
+        if in_place:
+            groups = network.all_groups()
+            self._parts = [Activations.empty(group, self._act, like) for group in groups]
+        # the first row is what padding reads
+        self._known = like.new_zeros(like.shape[1] + 1 if in_place else 1, like.shape[0])
+
+    def open(self, start: int, stop: int) -> None:
+        """See :class:`~.base.Blocks`."""
+        self._start, self._stop = start, stop
+
+    def params(self, x: Tensor | None) -> Tensor:
+        """See :class:`~.base.Blocks`."""
+        known = self._known
+        if x is not None:
+            known = torch.cat([known[: self.levels[self._start] + 1], x.T])
+        parts = [part for k in range(self._start, self._stop) for part in self._of_level(known, k)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self._network.bias is not None:
+            own = slice(self.levels[self._start], self.levels[self._stop])
+            rows = rows + self._network.bias[self._network.order[own], :, None]
+        return rows.permute(2, 0, 1)
+
+    def _of_level(self, known: Tensor, level: int) -> list[Tensor]:
+        network = self._network
+        if level == 0:
+            shape = self.levels[1], network.num_params, known.shape[1]
+            return [known.new_zeros(shape)]
+        found = []
+        for g, group in enumerate(network.all_groups()):
+            if (rows := group.layout.slices.get(level)) is None:
+                continue
+            if self._parts is None:
+                found.append(group.evaluate(known, group.ranks, rows, self._act))
+            else:
+                self._parts[g].fill(known, group.ranks, rows)
+                found.append(self._parts[g].outputs(rows))
+        return found
+
+    def close(self, x: Tensor, levels: int) -> None:
+        """See :class:`~.base.Blocks`."""
+        start, stop = self.levels[self._start], self.levels[levels]
+        x = x[:, : stop - start]
+        if self._parts is not None:
+            self._known[start + 1 : stop + 1] = x.T
+        else:
+            self._known = torch.cat([self._known, x.T])
+
+    def linearization(self) -> ParentsLinearization | None:
+        """See :class:`~.base.Blocks`."""
+        if self._parts is None:
+            return None
+        return ParentsLinearization(self._network, self._parts, self._known)

@@ -12,11 +12,11 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
+from ..conditioners import default_activation
 from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
-from .networks import default_activation
 from .spec import Arguments, GuideSpec
 
 Nonlinearity = Callable[[Tensor], Tensor]

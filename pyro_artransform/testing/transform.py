@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import TransformModule
 from torch import Tensor
 
-from .redraw import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
+from .conditioner import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
 
 STEP = 1e-6  # of differences
 

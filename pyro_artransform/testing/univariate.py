@@ -15,7 +15,7 @@ from torch.distributions import Transform
 
 from pyro_artransform.univariate import Univariate
 
-from .redraw import BATCH_SHAPES, DTYPES, default_dtype
+from .conditioner import BATCH_SHAPES, DTYPES, default_dtype
 
 COUNT = 6  # parameters that are tried at once
 WAYS = ("map", "inverse")

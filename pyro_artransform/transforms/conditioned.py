@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..conditioners import Blocks, Conditioner, Evaluation, MaskedMLP
+from ..conditioners import Blocks, Conditioner, Linearization, MaskedMLP
 from ..univariate import Univariate
 from .meta_protocol import StructuredMeta
 
@@ -75,11 +75,11 @@ class ConditionedUnivariate(StructuredMeta):
             return None
         return self.conditioner.blocks(*_as_rows(y, context), in_place=in_place)
 
-    def evaluate(self, x: Tensor, context: Tensor | None = None) -> Evaluation | None:
+    def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
         """The conditioner at x ``(*, D)`` and a context ``(*, C)``, by rows."""
         if not self._is_of_its_parts():
             return None
-        return self.conditioner.evaluate(*_as_rows(x, context))
+        return self.conditioner.linearize(*_as_rows(x, context))
 
     def _is_of_its_parts(self) -> bool:
         """Whether the conditioner and the family are all that it does."""
@@ -136,10 +136,10 @@ class ContextMeta(StructuredMeta):
             return None
         return self.meta.blocks(y, self._context_for(y.dim()), in_place=in_place)
 
-    def evaluate(self, x: Tensor) -> Evaluation | None:
+    def linearize(self, x: Tensor) -> Linearization | None:
         if not isinstance(self.meta, ConditionedUnivariate):
             return None
-        return self.meta.evaluate(x, self._context_for(x.dim()))
+        return self.meta.linearize(x, self._context_for(x.dim()))
 
     def forward(self, x: Tensor) -> Transform:
         return self.meta(x, self._context_for(x.dim()))

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import values_can_be_read
-from ..conditioners import Evaluation
+from ..conditioners import Linearization
 from ..univariate import Univariate
 from .block_inversion import by_blocks, largest
 from .meta_protocol import Meta, StructuredMeta, check_returned
@@ -63,9 +63,9 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
             point = x
     if not torch.is_grad_enabled():
         return x, ladj
-    evaluation = None if blocks is None else blocks.evaluation()
-    if evaluation is not None:
-        return _with_known_gradient(structured.family, evaluation, y, (x, ladj))
+    linearization = None if blocks is None else blocks.linearization()
+    if linearization is not None:
+        return _with_known_gradient(structured.family, linearization, y, (x, ladj))
     return _with_gradient(meta, point, y, (x, ladj))
 
 
@@ -82,19 +82,19 @@ def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Ten
         if blocks is None:
             return None
         values = by_blocks(meta.family, blocks, y.detach())
-        evaluation = blocks.evaluation()
-    if evaluation is None:
+        linearization = blocks.linearization()
+    if linearization is None:
         return None
     with torch.enable_grad():
         point = values[0].detach().requires_grad_()
-        params = evaluation.params.detach().reshape(*y.shape, -1).requires_grad_()
+        params = linearization.params.detach().reshape(*y.shape, -1).requires_grad_()
         back, back_ladj = call_and_ladj(meta.family(params), point)
         log_prob = (back * score.detach()).sum() + back_ladj.sum()
         own, weights = torch.autograd.grad(log_prob, [point, params])
     rows = weights.reshape(-1, *weights.shape[-2:])
-    new_score = own + evaluation.pull_back(rows).reshape(own.shape)
+    new_score = own + linearization.pull_back(rows).reshape(own.shape)
     if torch.is_grad_enabled():
-        values = _with_known_gradient(meta.family, evaluation, y, values)
+        values = _with_known_gradient(meta.family, linearization, y, values)
     return *values, new_score
 
 
@@ -192,17 +192,17 @@ def _with_gradient(
 
 
 def _with_known_gradient(
-    family: Univariate, evaluation: Evaluation, y: Tensor, values: tuple[Tensor, Tensor]
+    family: Univariate, linearization: Linearization, y: Tensor, values: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The values of an inverse with a graph, of which the conditioner knows its part."""
-    params = evaluation.params.reshape(*y.shape, -1)
+    params = linearization.params.reshape(*y.shape, -1)
     if not params.requires_grad:
         if not y.requires_grad:
             return values
         params = params.detach().requires_grad_()
     out, ladj = inverse_and_ladj(family(params), y)
     ladj = ladj.sum(-1)
-    solve = partial(_solve_by_evaluation, evaluation, params, out, ladj)
+    solve = partial(_solve_by_linearization, linearization, params, out, ladj)
     return _Implicit.apply(out, ladj, *values, solve)
 
 
@@ -245,8 +245,8 @@ class _Implicit(torch.autograd.Function):
         return ctx.solve(g_out, g_ladj), g_ladj, None, None, None
 
 
-def _solve_by_evaluation(
-    evaluation: Evaluation,
+def _solve_by_linearization(
+    linearization: Linearization,
     params: Tensor,
     out: Tensor,
     ladj: Tensor,
@@ -259,10 +259,10 @@ def _solve_by_evaluation(
     if ladj.requires_grad and bool(g_ladj.any()):
         (weights,) = torch.autograd.grad(ladj, params, g_ladj, retain_graph=True, allow_unused=True)
         if weights is not None:
-            right = right + evaluation.pull_back(weights.reshape(shape))
+            right = right + linearization.pull_back(weights.reshape(shape))
     ones = torch.ones_like(out)
     (slopes,) = torch.autograd.grad(out, params, ones, retain_graph=True)
-    return evaluation.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
+    return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
 
 
 def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor) -> Tensor:

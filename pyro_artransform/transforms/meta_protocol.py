@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..conditioners import Blocks, Evaluation
+from ..conditioners import Blocks, Linearization
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
 
@@ -52,7 +52,7 @@ class StructuredMeta(torch.nn.Module):
         """
         return None
 
-    def evaluate(self, x: Tensor) -> Evaluation | None:
+    def linearize(self, x: Tensor) -> Linearization | None:
         """The conditioner at x, shape ``(*, D)``, by rows; None if it is not known."""
         return None
 

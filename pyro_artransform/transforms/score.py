@@ -28,20 +28,20 @@ def by_substitution(
     :param x: shape ``(*, D)``.
     :param score: of x, shape ``(*, D)``.
     """
-    evaluation = meta.evaluate(x)
-    if evaluation is None:
+    linearization = meta.linearize(x)
+    if linearization is None:
         return None
     rows = x.reshape(-1, x.shape[-1])
-    at = meta.family.derivatives(evaluation.params, rows)
+    at = meta.family.derivatives(linearization.params, rows)
     if at is None:
-        at = _derivatives(meta.family, evaluation.params, rows)
+        at = _derivatives(meta.family, linearization.params, rows)
     rest = score.reshape(rows.shape)
     if at.ladj_by_x is not None:
         rest = rest - at.ladj_by_x
     if at.ladj_by_params is not None:
-        rest = rest - evaluation.pull_back(at.ladj_by_params)
+        rest = rest - linearization.pull_back(at.ladj_by_params)
     # J is diag(slope) (1 - N), where N has these slopes
-    u = evaluation.solve_adjoint(at.inverse_by_params, rest) * (-at.ladj.detach()).exp()
+    u = linearization.solve_adjoint(at.inverse_by_params, rest) * (-at.ladj.detach()).exp()
     return at.y.reshape(x.shape), at.ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
 
 

@@ -19,7 +19,7 @@ from pyro_artransform import (
     spline_autoregressive,
 )
 from pyro_artransform.conditioners import MaskedMLP
-from pyro_artransform.conditioners.block_evaluation import MLPBlocks
+from pyro_artransform.conditioners.blocks import MLPBlocks
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...conditioners import ParentsMLP
+from ...conditioners import ParentsMLP, default_activation
 from ...flows import hinged_marginals, iaf, spline_marginals
 from ...graphs.elimination import Elimination
 from ...transforms import (
@@ -21,7 +21,6 @@ from ...transforms import (
 )
 from ...univariate import Standardizing
 from ..distributions import LocationScale
-from ..networks import default_activation
 
 # the networks of the root block: as AutoIAF's of many latents, whose width ends here
 _ROOT_LAYERS, _MOST_WIDTH = 3, 800

@@ -165,7 +165,7 @@ class MLPBlocks:
         for hidden, moved, units in zip(layers, self._moved, self._units):
             hidden.append(moved, units[levels - 1] - hidden.count)
 
-    def evaluation(self) -> None:
+    def linearization(self) -> None:
         """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
 
     def _complete(self, start: int) -> None:

@@ -1,0 +1,75 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Activations: SiLU with a linear part of any size, the default of guides, and derivatives."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from ..arguments import check_share
+
+
+class TiltedSiLU(nn.Module):
+    r"""Twice SiLU, tilted to another slope at zero.
+
+    .. math:: x \, (\mathrm{slope} + \tanh(x / 2)) = 2 \, \mathrm{SiLU}(x) + (\mathrm{slope} - 1) \, x
+
+    The sum of many units has a linear part that training has to take away again where only the even part
+    is wanted, as in a quadratic function. With slope 1 it is twice SiLU; with slope 0 it is even, and
+    what is linear is left to ``skip_connections``.
+
+    :param slope: the derivative at zero, from 0 to 1.
+    :raises ValueError: if it is anything else.
+
+    Example::
+
+        >>> import torch
+        >>> TiltedSiLU()(torch.tensor([-2.0, 0.0, 2.0]))
+        tensor([0.5232, 0.0000, 2.5232])
+    """
+
+    __constants__ = ("slope",)
+
+    def __init__(self, slope: float = 0.5) -> None:
+        super().__init__()
+        self.slope = check_share("slope", slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value of each element."""
+        return ((self.slope - 1.0) * x).add(silu(x), alpha=2.0)
+
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
+
+#: Activations that act on each element alone, without randomness.
+ELEMENTWISE = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish),
+    *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign),
+    *(nn.Tanh, nn.Tanhshrink, TiltedSiLU),
+)
+
+# beyond it narrower networks end as near with a smaller linear part (benchmarks/flows.md)
+_MOST_OF_SILU = 64
+
+
+def default_activation(dim: int) -> nn.Module:
+    """The activation of a guide's networks: SiLU, or beyond 64 coordinates :class:`TiltedSiLU`."""
+    return nn.SiLU() if dim <= _MOST_OF_SILU else TiltedSiLU()
+
+
+def slope_of(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an elementwise function at x, of the shape of x, without a graph."""
+    x = x.detach()
+    if type(nonlinearity) in (nn.SiLU, TiltedSiLU):  # those of the presets, in a few operations
+        found = torch.ops.aten.silu_backward(torch.ones_like(x), x)
+        if isinstance(nonlinearity, TiltedSiLU):
+            found = found.mul_(2.0).add_(nonlinearity.slope - 1.0)
+        return found
+    with torch.enable_grad():
+        point = x.requires_grad_()
+        value = nonlinearity(point)
+        return torch.autograd.grad(value, point, torch.ones_like(value))[0]

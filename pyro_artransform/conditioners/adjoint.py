@@ -1,0 +1,279 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Networks linearized at known points: pull-backs of their derivative, and adjoint solves with it.
+
+The derivative of a :class:`MaskedMLP` by its input is a product of masked weights and slopes of
+activations, so that a triangular system in the Jacobian of a flow is solved by substitution, from the
+last level of the graph to the first. Sorted as for an inverse by blocks, all blocks together touch each
+weight about once, and only the small squares of the blocks are formed. A :class:`ParentsMLP` keeps what
+its networks computed on the way through the levels: the rest are products with it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from .activations import slope_of
+from .blocks import BlockLayout, Weights
+
+if TYPE_CHECKING:
+    from .parents_mlp import ParentsGroup, ParentsMLP
+
+# coordinates in a block: forming its square costs as many products as it has coordinates, opening it
+# a dozen calls. As fast as 10, 12 and 20 from 10 to 200 dimensions, 8 is slower (benchmarks/steps.md)
+_SIZE = 16
+
+
+class MLPLinearization:
+    """The :class:`~.base.Linearization` of one network at one batch.
+
+    :param params: the parameters, with their graph, shape ``(B, D, P)``.
+    :param layout: where each level begins.
+    :param order: the coordinates sorted by level, or None if they are in that order already.
+    :param weights: masked, in the coordinates' own order.
+    :param slopes: the derivatives of the activations of each hidden layer, of shape ``(B, H)``.
+    """
+
+    def __init__(
+        self,
+        params: Tensor,
+        layout: BlockLayout,
+        order: Tensor | None,
+        weights: Weights,
+        slopes: list[Tensor],
+    ) -> None:
+        self.params = params
+        self._layout, self._order = layout, order
+        self._weights, self._slopes = weights, slopes
+        self._sorted_weights = weights.sorted_by(order)
+
+    def pull_back(self, weights: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`."""
+        network, rows = self._weights, weights.mT.flatten(1)
+        pulled = self._through_layers(network, rows @ network.last.flatten(0, 1), slice(None), 0)
+        if network.skip is not None:
+            pulled = pulled + rows @ network.skip.flatten(0, 1)
+        return pulled
+
+    def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`."""
+        slopes, rest = self._sorted(slopes.mT), self._sorted(gradient)
+        weights, done = self._sorted_weights, list[Tensor]()
+        carried: Tensor | None = None  # what later blocks are by the last hidden units
+        for start, stop in self._blocks():
+            own = slice(self._layout.levels[start], self._layout.levels[stop])
+            known = rest[:, own]
+            if carried is not None:
+                known = known + self._through_layers(weights, carried, own, start)
+            v = self._substitute(slopes[..., own], known, start, stop)
+            done.append(v)
+            if start == 0:
+                break
+            weighted = (slopes[..., own] * v[:, None]).flatten(1)
+            added = weighted @ weights.last[:, own].flatten(0, 1)
+            carried = added if carried is None else carried + added
+            if weights.skip is not None:
+                rest = rest + weighted @ weights.skip[:, own].flatten(0, 1)
+        return self._unsorted(torch.cat(done[::-1], -1))
+
+    def _substitute(self, slopes: Tensor, gradient: Tensor, start: int, stop: int) -> Tensor:
+        """The solution within the levels from ``start`` to ``stop - 1``, shape ``(B, n)``."""
+        if stop == start + 1:
+            return gradient
+        square, options = self._square(-slopes, start, stop), {"left": False, "unitriangular": True}
+        # the routine takes the diagonal as ones, whatever is there
+        return solve_triangular(square, gradient[:, None], upper=False, **options)[:, 0]
+
+    def _square(self, slopes: Tensor, start: int, stop: int) -> Tensor:
+        """The derivative of some levels by themselves, shape ``(B, n, n)``, strictly lower triangular."""
+        weights, layout = self._sorted_weights, self._layout
+        own = slice(layout.levels[start], layout.levels[stop])
+        # the units that read the block and are read by it
+        units = [slice(places[start], places[stop - 1]) for places in layout.units]
+        last = weights.last[:, own, units[-1]]
+        skip = None if weights.skip is None else weights.skip[:, own, own]
+        if len(weights.inner) == 1:
+            # the products of weights first: they have no rows, and are few
+            first, slope = weights.inner[0][units[0], own], self._slopes[0][:, units[0]]
+            products = last[:, :, None] * first.T
+            flat = products.flatten(0, 2).T
+            rows = slope @ flat if skip is None else torch.addmm(skip.flatten(), slope, flat)
+            return (slopes[..., None] * rows.view(-1, *products.shape[:3])).sum(1)
+        rows = slopes.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
+        readers = [own, *units[:-1]]
+        for weight, slope, unit, reader in [*zip(weights.inner, self._slopes, units, readers)][
+            ::-1
+        ]:
+            rows = (rows * slope[:, unit]) @ weight[unit, reader]
+        if skip is not None:
+            rows = rows + slopes.permute(2, 0, 1) @ skip.transpose(0, 1)
+        return rows.transpose(0, 1).contiguous()
+
+    def _through_layers(self, network: Weights, by_units: Tensor, own: slice, start: int) -> Tensor:
+        """What derivatives by the last hidden units, ``(B, H)``, are by inputs from a level on."""
+        # the units that read them, if only through others
+        readers = [slice(places[start], None) for places in self._layout.units]
+        pulled = by_units[:, readers[-1]]
+        layers = zip(network.inner, self._slopes, readers, [own, *readers[:-1]])
+        for weight, slope, units, inputs in [*layers][::-1]:
+            pulled = (pulled * slope[:, units]) @ weight[units, inputs]
+        return pulled
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of levels of about so many coordinates, from the last to the first."""
+        levels = self._layout.levels
+        stop = len(levels) - 1
+        while stop > 0:
+            start = stop - 1
+            while start > 0 and levels[stop] - levels[start - 1] <= _SIZE:
+                start -= 1
+            yield start, stop
+            stop = start
+
+    def _sorted(self, rows: Tensor) -> Tensor:
+        return rows if self._order is None else rows[..., self._order]
+
+    def _unsorted(self, rows: Tensor) -> Tensor:
+        if self._order is None:
+            return rows
+        return torch.empty_like(rows).index_copy_(-1, self._order, rows)
+
+
+Nonlinearity = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Activations:
+    """What a group of m networks computes for B points.
+
+    :param group: the networks.
+    :param nonlinearity: their activation.
+    :param x: the values of the parents, shape ``(m, k, B)``.
+    :param before: the hidden units before the activation, shape ``(m, h, B)``.
+    :param hidden: those after it, of the same shape.
+    """
+
+    group: "ParentsGroup"
+    nonlinearity: Nonlinearity
+    x: Tensor
+    before: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def empty(
+        cls, group: "ParentsGroup", nonlinearity: Nonlinearity, like: Tensor
+    ) -> "Activations":
+        """Those of ``(B, D)`` points that are not known yet."""
+        m, h, k = group.inner.shape
+        shapes = [(m, width, len(like)) for width in (k, h, h)]
+        return cls(group, nonlinearity, *(like.new_empty(shape) for shape in shapes))
+
+    def fill(self, known: Tensor, index: Tensor, rows: slice) -> None:
+        """Computes some rows from coordinates at an index of shape ``(m, k)``, in place."""
+        group, x, before = self.group, self.x[rows], self.before[rows]
+        torch.index_select(known, 0, index[rows].reshape(-1), out=x.view(-1, x.shape[-1]))
+        torch.baddbmm(group.inner_bias[rows], group.inner[rows], x, out=before)
+        self.hidden[rows] = self.nonlinearity(before)
+
+    def outputs(self, rows: slice) -> Tensor:
+        """The parameters of some rows, shape ``(m, P, B)``."""
+        linear = self.group.linear[rows] @ self.x[rows]
+        return torch.baddbmm(linear, self.group.outer[rows], self.hidden[rows])
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """The derivative of the activation, shape ``(m, h, B)``."""
+        return slope_of(self.nonlinearity, self.before)
+
+    def pull_back(self, weights: Tensor) -> Tensor:
+        """The gradient of a weighted sum of the parameters in each parent, shape ``(m, k, B)``.
+
+        :param weights: shape ``(m, P, B)``.
+        """
+        moved = (self.group.outer.mT @ weights).mul_(self.slope)
+        return torch.baddbmm(self.group.linear.mT @ weights, self.group.inner.mT, moved)
+
+    def parameter_gradients(self, weights: Tensor) -> list[Tensor]:
+        """The gradients of a weighted sum in ``inner``, ``inner_bias``, ``outer`` and ``linear``."""
+        moved = (self.group.outer.mT @ weights).mul_(self.slope)
+        bias = moved.sum(-1, keepdim=True)
+        return [moved @ self.x.mT, bias, weights @ self.hidden.mT, weights @ self.x.mT]
+
+
+class ParentsLinearization:
+    """The :class:`~.base.Linearization` of a :class:`ParentsMLP`."""
+
+    def __init__(self, network: "ParentsMLP", parts: list[Activations], known: Tensor) -> None:
+        self._network, self._parts, self._known = network, parts, known
+
+    @property
+    def params(self) -> Tensor:
+        """See :class:`~.base.Linearization`; not kept, since its graph keeps the evaluation."""
+        parameters = []
+        for group in self._network.all_groups():
+            parameters += [group.inner, group.inner_bias, group.outer, group.linear]
+        found: Tensor = _Params.apply(self, *parameters)
+        bias = self._network.bias
+        return found if bias is None else found + bias
+
+    def pull_back(self, weights: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`."""
+        total = torch.zeros_like(weights[..., 0].T)
+        total = torch.cat([total, total.new_zeros(1, total.shape[1])])
+        for part, own in zip(self._parts, self._by_group(weights)):
+            total.index_add_(0, part.group.parents.reshape(-1), part.pull_back(own).flatten(0, 1))
+        return total[:-1].T
+
+    def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`: one sweep from the last level to the first."""
+        edges = [part.pull_back(own) for part, own in zip(self._parts, self._by_group(slopes))]
+        v = with_padding(gradient.T)
+        for level in range(self._network.depth - 1, 0, -1):
+            for part, edge in zip(self._parts, edges):
+                group = part.group
+                if (rows := group.layout.slices.get(level)) is not None:
+                    moved = edge[rows] * v[group.coordinates[rows], None]
+                    v.index_add_(0, group.parents[rows].reshape(-1), moved.flatten(0, 1))
+        return v[:-1].T
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """The parameters without the bias and without a graph, shape ``(B, D, P)``."""
+        rows = [part.outputs(slice(None)) for part in self._parts]
+        return self._network.assembled(rows, self._known)
+
+    def gradients(self, weights: Tensor) -> list[Tensor]:
+        """The gradients of a weighted sum of the parameters in those of the networks."""
+        found = []
+        for part, own in zip(self._parts, self._by_group(weights)):
+            found += part.parameter_gradients(own)
+        return found
+
+    def _by_group(self, weights: Tensor) -> list[Tensor]:
+        """Weights of shape ``(B, D, P)`` for each group, shape ``(m, P, B)``."""
+        rows = weights.permute(1, 2, 0).contiguous()
+        return [rows[part.group.coordinates] for part in self._parts]
+
+
+class _Params(torch.autograd.Function):
+    """The parameters of an evaluation, with their gradients in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, evaluation: ParentsLinearization, *_: Tensor) -> Tensor:
+        ctx.evaluation = evaluation
+        return evaluation.outputs.view_as(evaluation.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.evaluation.gradients(weights)
+
+
+def with_padding(rows: Tensor) -> Tensor:
+    """Coordinates of shape ``(D, B)`` and a row of zeros, which padding reads."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
