@@ -87,7 +87,7 @@ def fit_step(package: ModuleType, dim: int, num_particles: int) -> Step:
     inner = {}
     for name in (
         "config",
-        "objectives.path_gradient",
+        "optimization.objective",
         "optimization.schedule",
         "optimization.training",
     ):
@@ -97,7 +97,7 @@ def fit_step(package: ModuleType, dim: int, num_particles: int) -> Step:
     guide()
     config = inner["config"].FitConfig().optimization
     density = FreeDensity(dim)
-    objective = inner["objectives.path_gradient"].PathObjective(density, guide, config)
+    objective = inner["optimization.objective"].PathObjective(density, guide, config)
     schedule = inner["optimization.schedule"].new_schedule(config, True, None, False)
     schedule = schedule.of_length(1_000_000)
     trainer = inner["optimization.training"].Trainer(

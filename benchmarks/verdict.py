@@ -35,8 +35,8 @@ from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import Importance
 from pyro_artransform.diagnostics.importance_weights import weighted_draws
 from pyro_artransform.inference import FitConfig, FitError
-from pyro_artransform.inference.evaluation.verdict import FitStatus, evaluate
-from pyro_artransform.inference.evaluation.weighted_draws import ModelAndGuide
+from pyro_artransform.inference.evaluation.evaluate import ModelAndGuide, evaluate
+from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.joint import LogJoint
 
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ from .config import DrawsConfig, FitConfig
 from .fit import fit
 from .forward_kl.fit_draws import fit_draws
 from .forward_kl.result import DrawsResult
-from .optimization.nonfinite import FitError
+from .optimization.training import FitError
 from .result import FitResult
 
 __all__ = [

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..joint.protocols import ScaledSteps
-from .objectives.objective import Objective
+from .optimization.objective import Objective
 
 T = TypeVar("T")
 Gradients = Sequence[Tensor | None]

@@ -22,20 +22,28 @@ from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuide, StructuredGuide
 from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
-from .evaluation.single_latents import look_at_marginals
-from .evaluation.verdict import FitStatus, evaluate, evaluate_minibatches
-from .evaluation.weighted_draws import Drawn, ModelAndGuide, draw
+from .evaluation.evaluate import (
+    Drawn,
+    ModelAndGuide,
+    draw,
+    evaluate,
+    evaluate_minibatches,
+    look_at_marginals,
+)
+from .evaluation.verdict import FitStatus
 from .guide_argument import choose
 from .initialization.gaussians import Gaussians, Modes
-from .initialization.minibatch_start import find_initial_minibatch_guide
-from .initialization.search import UNCHANGED, InitialGuide, find_initial_guide
+from .initialization.initial_guide import (
+    UNCHANGED,
+    InitialGuide,
+    find_initial_guide,
+    find_initial_minibatch_guide,
+)
 from .initialization.sparse_start import find_sparse_start
 from .loader import Batch, BatchStream
 from .loader_checks import check_use, refuse_missing
-from .objectives.minibatch_elbo import MinibatchObjective, PassEstimate, validation_batches
-from .objectives.objective import BatchObjective
-from .objectives.path_gradient import PathObjective
-from .objectives.pyro_elbo import PyroObjective
+from .optimization.minibatch_elbo import MinibatchObjective, PassEstimate, validation_batches
+from .optimization.objective import BatchObjective, PathObjective, PyroObjective
 from .optimization.schedule import new_schedule
 from .optimization.selection import begin, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training

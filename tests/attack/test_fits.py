@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_artransform import AutoMAF
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.inference.optimization.nonfinite import FitError
+from pyro_artransform.inference.optimization.training import FitError
 from tests.attack.effort import attack, note
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK, quick_fit

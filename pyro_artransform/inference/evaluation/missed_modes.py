@@ -32,9 +32,8 @@ from ..initialization.gaussians import (
     concatenate,
     evaluate_density,
 )
-from ..initialization.search import GaussianSearch
-from .gradient_search import GradientSearch
-from .guide_draws import GuideDraws, distances_to, fold, radius
+from ..initialization.initial_guide import GaussianSearch
+from .mode_search import GradientSearch, GuideDraws, distances_to, fold, radius
 
 
 class MissedModes(NamedTuple):

@@ -1,29 +1,23 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The evaluation of a posterior: numbers from all data or from mini-batches, and a verdict in words."""
+"""The verdict on a posterior in words, by the bounds of trust."""
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT, WORST_KHAT, round_off_of
-from ...diagnostics.importance_weights import has_point
-from ..config import EvaluationConfig, FitConfig
-from ..initialization.gaussians import Modes
-from ..objectives.minibatch_elbo import PassEstimate
-from .missed_modes import MissedModes, MissedModeSearch
-from .weighted_draws import Drawn, ModelAndGuide, draw
+from ..config import EvaluationConfig
+from ..optimization.minibatch_elbo import PassEstimate
+from .missed_modes import MissedModes
 
 # the rows of a last batch that a loader drops are fewer
 _MOST_LEFT_OUT = 0.2
-# enough to see that all draws of a site are the same
-_NUM_POINT_DRAWS = 8
 _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
@@ -77,93 +71,6 @@ class Verdict(NamedTuple):
 
     trusted: bool
     words: str
-
-
-class Evaluation(NamedTuple):
-    """What is known of a posterior after a fit.
-
-    :param elbo: the ELBO, in nats.
-    :param elbo_se: its standard error.
-    :param num_samples: the number of draws behind both.
-    :param weights: the importance weights; ``None`` where mini-batches make them unknown.
-    :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
-    :param verdict: whether it can be trusted.
-    :param lost_mass: the share of the posterior in modes that the guide has missed.
-    :param is_of_minibatches: whether it is by a pass over a loader.
-    :param drawn: the draws behind it; ``None`` where they were of mini-batches.
-    """
-
-    elbo: float
-    elbo_se: float
-    num_samples: int
-    weights: Importance | None
-    is_noisy: bool
-    verdict: Verdict
-    lost_mass: float = 0.0
-    is_of_minibatches: bool = False
-    drawn: Drawn | None = None
-
-    def result_fields(self) -> dict[str, Any]:
-        """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
-        fields = {"elbo": self.elbo, "elbo_se": self.elbo_se, "num_samples": self.num_samples}
-        known = {} if self.weights is None else vars(self.weights)
-        for name in ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess"):
-            fields[name] = known.get(name, math.nan)
-        importance = None if self.is_noisy else self.weights
-        trusted, words = self.verdict
-        return {**fields, "trusted": trusted, "verdict": words, "importance": importance}
-
-
-def evaluate(
-    subject: ModelAndGuide,
-    modes: Modes | None,
-    status: FitStatus,
-    config: FitConfig,
-    drawn: Drawn | None = None,
-) -> Evaluation:
-    """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
-
-    :param modes: the modes that the search for an initial guide has found.
-    :param drawn: what :func:`draw` has drawn; by default it draws now.
-    """
-    is_noisy, settings = subject.log_joint.is_random, config.evaluation
-    drawn = drawn or draw(subject, settings)
-    strategy = subject.log_joint.strategy
-    found, missed = Importance.from_log_weights(drawn.log_weights), None
-    is_point, coarse = False, list[str]()
-    if drawn.latents is not None:
-        draws = drawn.latents
-        is_point = bool((draws == draws[:1]).all(0).any())
-        coarse = [] if is_point else subject.log_joint.latents.coarse_sites(draws)
-        if not (is_point or is_noisy):
-            model = partial(subject.model, *subject.args, **subject.kwargs)
-            search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
-            weights = found.log_weights[: len(draws)]
-            missed = search.find(draws, found.log_evidence, modes, weights, found.elbo)
-    mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
-    status = status._replace(
-        is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
-    )
-    verdict = judge(found, missed, status, settings)
-    lost_mass = 0.0 if missed is None else missed.lost_mass
-    numbers = found.elbo, found.elbo_se, found.num_samples
-    return Evaluation(*numbers, found, is_noisy, verdict, lost_mass, drawn=drawn)
-
-
-def evaluate_minibatches(
-    subject: ModelAndGuide, found: PassEstimate, status: FitStatus, config: EvaluationConfig
-) -> Evaluation:
-    """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
-    weights = None
-    if found.log_weights is not None:
-        weights = Importance.from_log_weights(found.log_weights)
-    values = next(subject.weighted_draws(_NUM_POINT_DRAWS)).values
-    is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
-    is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
-    about = _about_minibatches(found, weights, is_of_all)
-    verdict = judge(weights, None, status._replace(is_point=is_point), config, about)
-    numbers = found.elbo, found.elbo_se, found.num_draws
-    return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True)
 
 
 def judge(
@@ -283,7 +190,8 @@ def _about_missed_modes(
         )
 
 
-def _about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all: bool) -> str:
+def about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all: bool) -> str:
+    """What a pass over a loader leaves unknown: the objection to every fit by mini-batches."""
     of = "of all data" if is_of_all else "of a batch, on the average,"
     elbo = f"{found.elbo:.3f} ± {found.elbo_se:.3f}"
     known = f"it was trained on mini-batches: the ELBO {of} is {elbo}"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...joint.protocols import ScaledSteps
 from ..config import DrawsConfig
-from ..optimization.nonfinite import FitError
 from ..optimization.optimizers import Adam
+from ..optimization.training import FitError
 from .densities import Density, Rows, log_probs
 
 

@@ -37,7 +37,7 @@ from ...joint.dependency_graph import gradients
 from ...joint.protocols import StructuredGuide
 from ..config import InitializationConfig
 from .gaussians import antithetic_noise, evaluate_density, fit_independent
-from .search import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, judge_guide
+from .initial_guide import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, judge_guide
 
 _SPARSE = "a Gaussian with the graph of the latents"
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import OptimizationConfig
-from .looks import Score, is_good, look, score_of
-from .nonfinite import FitError
-from .training import Trainer, Training
+from .schedule import Score, is_good, look, score_of
+from .training import FitError, Trainer, Training
 
 
 def is_at_posterior(trainer: Trainer) -> bool:

@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,15 +16,45 @@ from torch import Tensor
 
 from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
+from ..config import OptimizationConfig
 from ..loader import BatchStream
-from ..objectives.objective import Objective
 from ..parallel import ALONE, Gradients, Processes
-from .looks import gap_of, look
-from .nonfinite import FitError, SkippedSteps
+from .objective import Objective
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
-from .schedule import Schedule
+from .schedule import Schedule, gap_of, look
 
 _COPIED = ("norms", "average", "best", "best_loss", "kept")
+
+
+class FitError(RuntimeError):
+    """A fit that cannot go on."""
+
+
+@dataclass
+class SkippedSteps:
+    """How many steps were skipped, how many of them in a row, and the sites that made them so."""
+
+    count: int = 0
+    in_a_row: int = 0
+    sites: Counter[str] = field(default_factory=Counter)
+
+    def note(self, objective: Objective, config: OptimizationConfig) -> None:
+        """Counts one more, and names its sites.
+
+        :raises FitError: if there are too many in a row.
+        """
+        self.count += 1
+        self.in_a_row += 1
+        if self.count <= config.max_named:  # naming a site runs the model again
+            self.sites.update(objective.nonfinite_sites() or ["the gradient"])
+        if self.in_a_row >= config.max_skips:
+            raise FitError(
+                f"the fit stopped: the loss or its gradient was not finite in {self.in_a_row} steps "
+                f"in a row, because of {', '.join(self.sites)}. The parameters are finite, as the "
+                "last good step left them. Check the data, and that the model and its gradient are finite "
+                "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
+                "stays in its gradient"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference.evaluation import gradient_search
-from pyro_artransform.inference.initialization.search import GaussianSearch
+from pyro_artransform.inference.initialization.initial_guide import GaussianSearch
 from tests.inference import models
 from tests.inference.evaluation.searches import DEFAULTS, STARTS, half_lost, missed, one_mode
 
@@ -99,7 +98,7 @@ def test_settings_of_starts_reach_the_search(monkeypatch):
         seen.append(config)
         return points, torch.ones_like(points)
 
-    monkeypatch.setattr(gradient_search, "fit_independent", fit_independent)
+    monkeypatch.setattr(mode_search, "fit_independent", fit_independent)
     monkeypatch.setattr(
         GaussianSearch, "points", lambda self, at: seen.append(self.config) or at[None]
     )

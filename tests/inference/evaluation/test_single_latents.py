@@ -11,9 +11,12 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform import fit
 from pyro_artransform.inference.config import EvaluationConfig, FitConfig
-from pyro_artransform.inference.evaluation.single_latents import look_at_marginals
-from pyro_artransform.inference.evaluation.verdict import FitStatus, evaluate
-from pyro_artransform.inference.evaluation.weighted_draws import ModelAndGuide
+from pyro_artransform.inference.evaluation.evaluate import (
+    ModelAndGuide,
+    evaluate,
+    look_at_marginals,
+)
+from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
 from tests.diagnostics.autoregression import PathGuide, model_of

@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from pyro_artransform.diagnostics import Importance, fit_tail
 from pyro_artransform.diagnostics.importance_weights import Weighted
 from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.evaluation.evaluate import ModelAndGuide, draw
 from pyro_artransform.inference.evaluation.missed_modes import MissedModes
 from pyro_artransform.inference.evaluation.verdict import (
     FitStatus,
@@ -22,9 +23,8 @@ from pyro_artransform.inference.evaluation.verdict import (
     evaluate_minibatches,
     judge,
 )
-from pyro_artransform.inference.evaluation.weighted_draws import ModelAndGuide, draw
-from pyro_artransform.inference.initialization.search import GaussianSearch
-from pyro_artransform.inference.objectives.minibatch_elbo import PassEstimate
+from pyro_artransform.inference.initialization.initial_guide import GaussianSearch
+from pyro_artransform.inference.optimization.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders, models

@@ -13,12 +13,12 @@ from torch import nn
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import InitializationConfig
-from pyro_artransform.inference.initialization.minibatch_start import (
+from pyro_artransform.inference.initialization.initial_guide import (
     SharedPrior,
     find_initial_minibatch_guide,
 )
 from pyro_artransform.inference.loader import Batch
-from pyro_artransform.inference.objectives.pyro_elbo import PyroObjective
+from pyro_artransform.inference.optimization.objective import PyroObjective
 from pyro_artransform.joint import LogJoint
 
 SIZE, BATCH = 400, 40

@@ -12,7 +12,7 @@ from pyro_artransform import AutoStructuredFlow
 from pyro_artransform.graphs.markov_graph import MarkovGraph
 from pyro_artransform.graphs.sparse_gaussian import SparseGaussian
 from pyro_artransform.inference.config import InitializationConfig
-from pyro_artransform.inference.initialization.search import UNCHANGED
+from pyro_artransform.inference.initialization.initial_guide import UNCHANGED
 from pyro_artransform.inference.initialization.sparse_start import (
     SparseGaussianSearch,
     find_sparse_start,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
-from pyro_artransform.inference.optimization.looks import Score, is_good, look, score_of
+from pyro_artransform.inference.optimization.schedule import Score, is_good, look, score_of
 
 CONFIG = OptimizationConfig()
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
-from pyro_artransform.inference.optimization.looks import Score
 from pyro_artransform.inference.optimization.schedule import (
     LIMIT,
     LITTLE_TO_WIN,
     NOTHING_TO_WIN,
     PLATEAU,
     Schedule,
+    Score,
     new_schedule,
 )
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
-from pyro_artransform.inference.optimization.nonfinite import FitError
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import Trainer
+from pyro_artransform.inference.optimization.training import FitError, Trainer
 
 
 class Bowl:

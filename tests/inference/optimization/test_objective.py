@@ -12,8 +12,7 @@ from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoMultivariateNorma
 from pyro_artransform import AutoAutoregressive, AutoIAF, AutoMAF, spline_autoregressive
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.loader import Batch
-from pyro_artransform.inference.objectives.path_gradient import PathObjective
-from pyro_artransform.inference.objectives.pyro_elbo import PyroObjective
+from pyro_artransform.inference.optimization.objective import PathObjective, PyroObjective
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.protocols import FlowGuide
 from tests.inference import models

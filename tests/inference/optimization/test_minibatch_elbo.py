@@ -9,13 +9,12 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform.inference.config import MinibatchConfig, OptimizationConfig
 from pyro_artransform.inference.loader import Batch, BatchStream
-from pyro_artransform.inference.objectives import minibatch_elbo
-from pyro_artransform.inference.objectives.minibatch_elbo import (
+from pyro_artransform.inference.optimization import minibatch_elbo
+from pyro_artransform.inference.optimization.minibatch_elbo import (
     MinibatchObjective,
     validation_batches,
 )
-from pyro_artransform.inference.objectives.path_gradient import PathObjective
-from pyro_artransform.inference.objectives.pyro_elbo import PyroObjective
+from pyro_artransform.inference.optimization.objective import PathObjective, PyroObjective
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import listed, rows, shuffled, small

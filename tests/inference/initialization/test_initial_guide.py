@@ -12,7 +12,7 @@ from pyro.infer.autoguide import init_to_value
 from pyro_artransform import AutoIAF
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussians import Gaussians
-from pyro_artransform.inference.initialization.search import (
+from pyro_artransform.inference.initialization.initial_guide import (
     UNCHANGED,
     GaussianSearch,
     find_initial_guide,
@@ -189,7 +189,7 @@ def test_many_dimensions(quick, monkeypatch):
     def no_hessian(*args):
         raise AssertionError("a Hessian in many dimensions")
 
-    monkeypatch.setattr("pyro_artransform.inference.initialization.search.climb", no_hessian)
+    monkeypatch.setattr("pyro_artransform.inference.initialization.initial_guide.climb", no_hessian)
     guide = AutoIAF(model, num_transforms=1, hidden_dims=4)
     guide.set_up()
     before = elbo(model, guide, 100)

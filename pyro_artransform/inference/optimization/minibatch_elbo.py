@@ -16,8 +16,7 @@ from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..config import MinibatchConfig
 from ..loader import Batch, BatchStream
 from ..parallel import ALONE, Processes
-from .objective import BatchObjective, Objective
-from .path_gradient import PathObjective
+from .objective import BatchObjective, Objective, PathObjective
 
 _ROUND_OFF = 1e-6
 

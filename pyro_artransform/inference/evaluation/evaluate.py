@@ -1,0 +1,305 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The evaluation of a posterior: weighted draws of the guide, mass it misses, and single latents."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...diagnostics import Importance, Marginals
+from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
+from ...diagnostics.marginals import marginals_by_weights, marginals_of
+from ...joint import LogJoint
+from ..config import EvaluationConfig, FitConfig
+from ..initialization.gaussians import Modes
+from ..optimization.minibatch_elbo import PassEstimate
+from ..parallel import ALONE, Processes
+from .missed_modes import MissedModeSearch
+from .verdict import FitStatus, Verdict, about_minibatches, judge
+
+# enough to see that all draws of a site are the same
+_NUM_POINT_DRAWS = 8
+
+
+class ModelAndGuide(NamedTuple):
+    """What is evaluated: a model, a guide, and the arguments of both."""
+
+    model: Callable[..., object]
+    guide: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    log_joint: LogJoint
+
+    def weighted_draws(self, count: int) -> Iterator[Weighted]:
+        """Draws of the guide with their weights, by chunks."""
+        return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
+
+
+class Drawn(NamedTuple):
+    """Weighted draws of a guide.
+
+    :param log_weights: shape ``(n,)``.
+    :param latents: on the unconstrained space, of the first ones at least, shape ``(m, latent_dim)``;
+        ``None`` where draws have none.
+    :param mixes_draws: whether the model turned out to mix draws at once.
+    """
+
+    log_weights: Tensor
+    latents: Tensor | None
+    mixes_draws: bool
+
+
+def draw(
+    subject: ModelAndGuide,
+    config: EvaluationConfig,
+    processes: Processes = ALONE,
+    max_more_draws: int = 0,
+) -> Drawn:
+    """The draws that a verdict rests on, of which each process takes its share.
+
+    There are more of them where k-hat alone decides, and is above its limit or too near to tell.
+
+    :param max_more_draws: how many more, at most.
+    """
+    # the weights of mini-batches are noise, and draws for them come one at a time
+    is_noisy = subject.log_joint.is_random
+    count = config.num_noisy_samples if is_noisy else config.num_samples
+    max_kept = config.max_kept // subject.log_joint.latents.latent_dim
+    drawn = _draw(subject, count, max(processes.share(max_kept), 2), processes)
+    more = min(config.num_more_samples, max_more_draws)
+    if is_noisy or more < count or not _is_unclear(drawn.log_weights, config):
+        return drawn
+    others = _draw(subject, more, 0, processes)
+    log_weights = torch.cat([drawn.log_weights, others.log_weights])
+    return Drawn(log_weights, drawn.latents, drawn.mixes_draws or others.mixes_draws)
+
+
+def _is_unclear(log_weights: Tensor, config: EvaluationConfig) -> bool:
+    found = Importance.from_log_weights(log_weights)
+    may_be_large = found.khat + config.unclear_khat_in_se * found.khat_se >= GOOD_KHAT
+    is_close = found.log_evidence - found.elbo <= config.max_gap
+    return may_be_large and is_close and found.elbo_se <= config.max_se
+
+
+def _draw(subject: ModelAndGuide, count: int, max_kept: int, processes: Processes) -> Drawn:
+    """So many draws of all processes, of which each keeps the latents of the first ones."""
+    latents, parts, strategy = [], [], subject.log_joint.strategy
+    for chunk in subject.weighted_draws(processes.share(count)):
+        parts.append(chunk.log_weights)
+        if chunk.latent is not None and max_kept > 0:
+            max_kept -= len(kept := chunk.latent[:max_kept])
+            latents.append(kept.clone())
+    (mixes_draws,) = processes.any(subject.log_joint.strategy != strategy)
+    log_weights = torch.cat(parts)
+    if not latents:
+        return Drawn(processes.gather(log_weights), None, mixes_draws)
+    own = torch.cat(latents)
+    # those that are kept first, of all processes
+    weights = log_weights[: len(own)], log_weights[len(own) :]
+    gathered = torch.cat([*map(processes.gather, weights)])
+    return Drawn(gathered, processes.gather(own), mixes_draws)
+
+
+class Evaluation(NamedTuple):
+    """What is known of a posterior after a fit.
+
+    :param elbo: the ELBO, in nats.
+    :param elbo_se: its standard error.
+    :param num_samples: the number of draws behind both.
+    :param weights: the importance weights; ``None`` where mini-batches make them unknown.
+    :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
+    :param verdict: whether it can be trusted.
+    :param lost_mass: the share of the posterior in modes that the guide has missed.
+    :param is_of_minibatches: whether it is by a pass over a loader.
+    :param drawn: the draws behind it; ``None`` where they were of mini-batches.
+    """
+
+    elbo: float
+    elbo_se: float
+    num_samples: int
+    weights: Importance | None
+    is_noisy: bool
+    verdict: Verdict
+    lost_mass: float = 0.0
+    is_of_minibatches: bool = False
+    drawn: Drawn | None = None
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
+        fields = {"elbo": self.elbo, "elbo_se": self.elbo_se, "num_samples": self.num_samples}
+        known = {} if self.weights is None else vars(self.weights)
+        for name in ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess"):
+            fields[name] = known.get(name, math.nan)
+        importance = None if self.is_noisy else self.weights
+        trusted, words = self.verdict
+        return {**fields, "trusted": trusted, "verdict": words, "importance": importance}
+
+
+def evaluate(
+    subject: ModelAndGuide,
+    modes: Modes | None,
+    status: FitStatus,
+    config: FitConfig,
+    drawn: Drawn | None = None,
+) -> Evaluation:
+    """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
+
+    :param modes: the modes that the search for an initial guide has found.
+    :param drawn: what :func:`draw` has drawn; by default it draws now.
+    """
+    is_noisy, settings = subject.log_joint.is_random, config.evaluation
+    drawn = drawn or draw(subject, settings)
+    strategy = subject.log_joint.strategy
+    found, missed = Importance.from_log_weights(drawn.log_weights), None
+    is_point, coarse = False, list[str]()
+    if drawn.latents is not None:
+        draws = drawn.latents
+        is_point = bool((draws == draws[:1]).all(0).any())
+        coarse = [] if is_point else subject.log_joint.latents.coarse_sites(draws)
+        if not (is_point or is_noisy):
+            model = partial(subject.model, *subject.args, **subject.kwargs)
+            search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
+            weights = found.log_weights[: len(draws)]
+            missed = search.find(draws, found.log_evidence, modes, weights, found.elbo)
+    mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
+    status = status._replace(
+        is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
+    )
+    verdict = judge(found, missed, status, settings)
+    lost_mass = 0.0 if missed is None else missed.lost_mass
+    numbers = found.elbo, found.elbo_se, found.num_samples
+    return Evaluation(*numbers, found, is_noisy, verdict, lost_mass, drawn=drawn)
+
+
+def evaluate_minibatches(
+    subject: ModelAndGuide, found: PassEstimate, status: FitStatus, config: EvaluationConfig
+) -> Evaluation:
+    """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
+    weights = None
+    if found.log_weights is not None:
+        weights = Importance.from_log_weights(found.log_weights)
+    values = next(subject.weighted_draws(_NUM_POINT_DRAWS)).values
+    is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
+    is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
+    about = about_minibatches(found, weights, is_of_all)
+    verdict = judge(weights, None, status._replace(is_point=is_point), config, about)
+    numbers = found.elbo, found.elbo_se, found.num_draws
+    return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True)
+
+
+class MarginalLook(NamedTuple):
+    """What is known of single latents after a fit.
+
+    :param found: the errors of their means and sds; ``None`` where nobody has looked.
+    :param trusted: whether they are all small; ``None`` where nobody has looked.
+    :param words: what the verdict says of it, with a space before; empty where it says nothing.
+    """
+
+    found: Marginals | None = None
+    trusted: bool | None = None
+    words: str = ""
+
+    def result_fields(self, evaluation: Evaluation) -> dict[str, Any]:
+        """The fields of a ``FitResult`` that are about the posterior, with this in the verdict."""
+        fields = evaluation.result_fields()
+        fields["verdict"] += self.words
+        return {**fields, "marginals": self.found, "marginals_trusted": self.trusted}
+
+
+def look_at_marginals(
+    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
+) -> MarginalLook:
+    """Looks at single latents by weights that are trusted; where these leave it open, by chains.
+
+    Chains cost as much as some 300 steps of a fit with 64 draws, and are for many latents.
+    """
+    is_trusted, look = evaluation.verdict.trusted, MarginalLook()
+    if is_trusted:
+        look = _look_by_weights(subject, evaluation.drawn, config)
+    if look.trusted or subject.log_joint.latents.latent_dim < config.min_for_chains:
+        return look
+    by_chains = _look_by_chains(subject, evaluation, config)
+    # where the joint is trusted, chains that cannot be run are no news
+    return look if is_trusted and by_chains.found is None else by_chains
+
+
+def _look_by_chains(
+    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
+) -> MarginalLook:
+    for reason in _reasons_against(subject, evaluation):
+        return MarginalLook(words=f" Single latents were not looked at: {reason}.")
+    is_trusted = evaluation.verdict.trusted
+    if not (is_trusted or _is_off(evaluation, config)):
+        return MarginalLook()
+    model, guide, args, kwargs, log_joint = subject
+    chains = config.num_chains, config.num_chain_steps
+    try:
+        found = marginals_of(model, guide, args, kwargs, log_joint, *chains)
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # a model without a gradient, a guide that is a point
+        return MarginalLook(words=f" Single latents could not be looked at: {error}.")
+    if is_trusted:
+        words = f" Of single latents, by short chains: {found.words}."
+        return MarginalLook(found, found.trusted, words)
+    if not found.trusted:
+        return MarginalLook(found, False, f" Nor can single latents be trusted: {found.words}.")
+    if evaluation.lost_mass > config.max_lost:
+        words = " Single latents are right as long as one stays in the modes that the guide has"
+        return MarginalLook(found, False, f"{words}: {found.words}.")
+    words = f" Single latents can be trusted: {found.words}"
+    words += ". The guide is no proposal for importance sampling: leave its weights and its evidence alone"
+    return MarginalLook(found, True, f"{words}.")
+
+
+def _look_by_weights(
+    subject: ModelAndGuide, drawn: Drawn | None, config: EvaluationConfig
+) -> MarginalLook:
+    """What weights that are trusted say of single latents; nothing where draws are replayed.
+
+    Where they do not say that errors of a few latents are small, those of more draws may.
+    """
+    if drawn is None or drawn.latents is None:
+        return MarginalLook()
+    latents, latent = subject.log_joint.latents, drawn.latents
+    log_weights = drawn.log_weights[: len(latent)]
+    found = marginals_by_weights(latent, log_weights, latents)
+    more = config.num_for_few - len(latent)
+    is_fast = latents.latent_dim < config.min_for_chains and subject.log_joint.strategy != "loop"
+    if not found.trusted and more > 0 and is_fast:
+        parts = [*subject.weighted_draws(more)]
+        latent = torch.cat([latent, *(part.latent for part in parts if part.latent is not None)])
+        log_weights = torch.cat([log_weights, *(part.log_weights for part in parts)])
+        found = marginals_by_weights(latent, log_weights, latents)
+    words = f" Of single latents, as far as the guide draws: {found.words}."
+    return MarginalLook(found, found.trusted, words)
+
+
+def _reasons_against(subject: ModelAndGuide, evaluation: Evaluation) -> Iterator[str]:
+    """Why chains cannot be run, or would take too long."""
+    if evaluation.is_noisy or subject.log_joint.is_random:
+        yield "the model sub-samples its data, or is random otherwise"
+    if evaluation.is_of_minibatches:
+        yield "it was trained on mini-batches, and chains need a model of all data"
+    if subject.log_joint.strategy == "loop":
+        yield (
+            "the model runs for one draw after the other, so that it takes long; diagnostics.marginals "
+            "does"
+        )
+
+
+def _is_off(evaluation: Evaluation, config: EvaluationConfig) -> bool:
+    """Whether weights are known, and say that the joint posterior is not the guide."""
+    weights = evaluation.weights
+    if weights is None or weights.num_nonfinite == weights.num_samples:
+        return False
+    gap = weights.log_evidence - weights.elbo
+    is_uncertain = weights.elbo_se > config.max_se
+    return weights.khat > GOOD_KHAT or gap > config.max_gap or is_uncertain

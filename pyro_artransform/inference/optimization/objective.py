@@ -1,0 +1,263 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a fit minimizes: the negative ELBO, with the path gradient or by Pyro's estimators."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from torch import Tensor, nn
+
+from ...joint import LogJoint
+from ...joint.handlers import UnmaskedLatents, hidden_sites, plate_nesting, traced_parameters
+from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
+from ...joint.vectorization import GuideDraws
+from ..config import OptimizationConfig
+from ..loader import Batch
+
+_CHUNK = 1024
+# of draws that are held at once: 64 MB in double precision
+_MOST_VALUES = 2**23
+# the same with a graph, which holds some hundred times as many numbers
+_MOST_TRAINED = 2**20
+# runs of the model in which a site that is not finite is searched for
+_NUM_TRACED = 16
+
+
+class Objective(Protocol):
+    """The negative ELBO of a guide as a function of all parameters, the model's included."""
+
+    #: whether :meth:`elbo_draws` are log weights of single draws
+    has_weights: bool = False
+
+    def loss(self, num_particles: int) -> Tensor:
+        """A differentiable estimate of the negative ELBO in nats, a scalar."""
+
+    def tail_loss(self, num_particles: int) -> Tensor:
+        """As :meth:`loss`, with a gradient that covers the tails better where there is one."""
+        return self.loss(num_particles)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The unconstrained parameters by name."""
+
+    def is_guide_alone(self) -> bool:
+        """Whether all parameters are the guide's, as far as that is known."""
+        return False
+
+    def elbo_draws(self, count: int) -> Tensor:
+        """Independent unbiased estimates of the ELBO in nats, shape ``(n,)``, from ``count`` draws.
+
+        Where single draws have no log weights, n is smaller than ``count``.
+        """
+
+    def nonfinite_sites(self) -> list[str]:
+        """The sites that made the last loss other than finite, as far as that can be found."""
+
+
+class BatchObjective(Objective, Protocol):
+    """An objective that can be had for the arguments of another mini-batch."""
+
+    def with_arguments(self, batch: Batch) -> "BatchObjective":
+        """The same objective, of the same parameters, for other arguments of model and guide."""
+
+
+@dataclass
+class PathObjective(BatchObjective):
+    """The ELBO with the path gradient, which vanishes where the guide is the posterior.
+
+    :param log_joint: the log joint density of the model.
+    :param guide: the guide.
+    :param config: the weights of :meth:`tail_loss`.
+
+    **References**
+
+    1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference
+       (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
+    """
+
+    log_joint: LogJoint
+    guide: ReparametrizedGuide
+    config: OptimizationConfig
+    has_weights = True
+
+    def __post_init__(self) -> None:
+        self._last = self.log_joint.start[None]
+
+    def with_arguments(self, batch: Batch) -> "PathObjective":
+        return replace(self, log_joint=self.log_joint.with_arguments(*batch))
+
+    def loss(self, num_particles: int) -> Tensor:
+        return self._terms(num_particles).mean()
+
+    def tail_loss(self, num_particles: int) -> Tensor:
+        r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
+
+        Near the posterior the ELBO hardly notices a tail that is too light, since few draws are
+        there; k-hat does. With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path
+        gradient of the ELBO with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they
+        are :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in
+        units of its spread. The minimum is the posterior all the same.
+
+        **References**
+
+        1. Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker, Lawson, Gu,
+           Maddison, 2019), https://arxiv.org/abs/1810.04152
+        2. Variational Inference via chi Upper Bound Minimization (Dieng, Tran, Ranganath, Paisley,
+           Blei, 2017), https://arxiv.org/abs/1611.00328
+        """
+        most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
+        terms = self._terms(min(self.config.tail_particles * num_particles, most))
+        value = terms.detach()
+        deviation = (value - value.median()).abs()
+        spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
+        squared = (deviation / spread).square().clamp(max=self.config.tail_max_deviation)
+        weighted = ((1 + self.config.tail_weight * squared) * terms).mean()
+        return value.mean() + (weighted - weighted.detach())
+
+    def _terms(self, num_particles: int) -> Tensor:
+        z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
+        self._last = z.detach()
+        return log_q - self.log_joint(z)
+
+    def parameters(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if isinstance(self.guide, nn.Module):
+            found.update(self.guide.named_parameters(prefix="guide"))
+        known = set(found.values())
+        with torch.no_grad():
+            traced = traced_parameters(partial(self.loss, 1))
+        for name, parameter in traced.items():
+            if parameter not in known:
+                found[name] = parameter
+        return found
+
+    def is_guide_alone(self) -> bool:
+        return all(name.startswith("guide.") for name in self.parameters())
+
+    @torch.no_grad()
+    def elbo_draws(self, count: int) -> Tensor:
+        found, most = [], max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        for start in range(0, count, most):
+            z, log_q = self.guide.rsample_and_log_prob(min(most, count - start))
+            found.append(self.log_density(z) - log_q)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def log_density(self, z: Tensor) -> Tensor:
+        """The log joint density of draws ``(n, latent_dim)``, without gradients, shape ``(n,)``."""
+        return torch.cat([*map(self.log_joint, z.split(_CHUNK))])
+
+    def nonfinite_sites(self) -> list[str]:
+        if not bool(self._last.isfinite().all()):
+            return ["the guide's own draws"]
+        return self.log_joint.nonfinite_sites(self._last)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Pyro's validation and its warnings of NaN: a fit counts and names what is not finite.
+
+    The sites are hidden from handlers around the fit, the parameters not.
+    """
+    with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered ")
+        yield
+
+
+@dataclass
+class PyroObjective(BatchObjective):
+    """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one.
+
+    :param model: a Pyro model.
+    :param guide: a guide of it.
+    :param arguments: the arguments of both.
+    :param log_joint: the log joint density of the model.
+    :param num_estimates: how many estimates of the ELBO :meth:`elbo_draws` returns, at most.
+    """
+
+    model: Callable[..., object]
+    guide: Callable[..., object]
+    arguments: Batch
+    log_joint: LogJoint
+    num_estimates: int = 32
+
+    def __post_init__(self) -> None:
+        self.model = UnmaskedLatents(self.log_joint.improper)(self.model)
+        self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
+        self._num_plates = plate_nesting(*self._traces())
+        run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)
+        in_plate = self.log_joint.strategy == "plate"
+        with torch.no_grad(), _quietly(), torch.random.fork_rng(devices=[]):
+            #: whether many particles are evaluated at once, in a plate
+            self.is_vectorized = in_plate and GuideDraws(run, self._num_plates).is_vectorized
+
+    def with_arguments(self, batch: Batch) -> "PyroObjective":
+        other = copy.copy(self)
+        other.arguments = batch
+        return other
+
+    def loss(self, num_particles: int) -> Tensor:
+        guide: object = self.guide
+        gradient = guide.path_gradient if isinstance(guide, MinibatchGuide) else nullcontext
+        args, kwargs = self.arguments
+        with _quietly(), gradient():
+            elbo = self._elbo(num_particles)
+            loss: Tensor = elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        return loss
+
+    def parameters(self) -> dict[str, Tensor]:
+        return traced_parameters(partial(self._value, 1))
+
+    def is_guide_alone(self) -> bool:
+        return not self._traces()[1].param_nodes
+
+    def elbo_draws(self, count: int) -> Tensor:
+        batch = max(count // self.num_estimates, 1)
+        losses = [self._value(batch) for _ in range(max(count // batch, 1))]
+        like = next(iter(self.parameters().values()))
+        return -like.new_tensor(losses, dtype=torch.float64)
+
+    @torch.no_grad()
+    @_quietly()
+    def nonfinite_sites(self) -> list[str]:
+        found: list[str] = []
+        for _ in range(_NUM_TRACED):
+            for trace in self._traces():
+                trace.compute_log_prob()
+                for name, node in trace.nodes.items():
+                    if "log_prob" in node and not bool(node["log_prob"].isfinite().all()):
+                        found.append(name)
+            if found:
+                break
+        return found
+
+    @torch.no_grad()
+    @_quietly()
+    def _value(self, num_particles: int) -> float:
+        args, kwargs = self.arguments
+        return float(self._elbo(num_particles).loss(self.model, self.guide, *args, **kwargs))
+
+    def _elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
+        return self._kind(
+            num_particles=num_particles,
+            vectorize_particles=self.is_vectorized and num_particles > 1,
+            max_plate_nesting=self._num_plates,
+        )
+
+    @torch.no_grad()
+    @_quietly()
+    def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
+        """One run of the guide, and of the model at its draws."""
+        args, kwargs = self.arguments
+        guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(self.model, trace=guide_trace)
+        return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
