@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
+from pyro_artransform.inference.evaluation import mode_search
 from pyro_artransform.inference.initialization.initial_guide import GaussianSearch
 from tests.inference import models
 from tests.inference.evaluation.searches import DEFAULTS, STARTS, half_lost, missed, one_mode

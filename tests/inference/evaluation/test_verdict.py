@@ -15,14 +15,14 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 from pyro_artransform.diagnostics import Importance, fit_tail
 from pyro_artransform.diagnostics.importance_weights import Weighted
 from pyro_artransform.inference.config import EvaluationConfig
-from pyro_artransform.inference.evaluation.evaluate import ModelAndGuide, draw
-from pyro_artransform.inference.evaluation.missed_modes import MissedModes
-from pyro_artransform.inference.evaluation.verdict import (
-    FitStatus,
+from pyro_artransform.inference.evaluation.evaluate import (
+    ModelAndGuide,
+    draw,
     evaluate,
     evaluate_minibatches,
-    judge,
 )
+from pyro_artransform.inference.evaluation.missed_modes import MissedModes
+from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 from pyro_artransform.inference.initialization.initial_guide import GaussianSearch
 from pyro_artransform.inference.optimization.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult
