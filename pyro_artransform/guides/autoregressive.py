@@ -25,7 +25,7 @@ from . import prototype
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
-from .spec import Arguments, GuideSpec
+from .persistence.spec import Arguments, GuideSpec
 
 _FULL_RANK_LIMIT = 200
 _CHUNK = 4096

@@ -17,7 +17,7 @@ from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
-from .spec import Arguments, GuideSpec
+from .persistence.spec import Arguments, GuideSpec
 
 Nonlinearity = Callable[[Tensor], Tensor]
 

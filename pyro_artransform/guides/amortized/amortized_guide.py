@@ -19,8 +19,8 @@ from ...joint.handlers import argument_signature
 from ...joint.sites import Latents
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
+from ..persistence.spec import GuideSpec
 from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
-from ..spec import GuideSpec
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import MakeFlow, MakeFlows, MakeLocalFlow, default_flow, default_local_flow
 from .layout import LatentLayout, PlateSizes, Vectors, mean_start, one_element, plate_sizes

@@ -14,8 +14,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ...joint.sites import Site
+from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, latents_of
-from ..spec import GuideSpec
 from .layout import Group, PlateSizes, plate_sizes
 
 # the model's arguments

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
-from ..spec import GuideSpec
+from ..persistence.spec import GuideSpec
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, has_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlows, default_flow
 from .layout import GLOBAL, Group, LatentLayout, PlateSizes, Vectors

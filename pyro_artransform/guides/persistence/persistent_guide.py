@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer
 from ...joint.quantiles import check_levels, quantiles_of
-from .. import plain_data
 from ..prototype import StartMessenger, prototype_trace
-from ..spec import Arguments, GuideSpec
 from . import serialization
 from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
+from .spec import Arguments, GuideSpec, plain_to_tensor, tensor_to_plain
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
@@ -32,7 +31,7 @@ State = Mapping[str, Tensor]
 
 
 class PersistentGuide(AutoGuide):
-    """An autoguide that is built from a :class:`~pyro_artransform.guides.spec.GuideSpec`.
+    """An autoguide that is built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
 
     Its parameters are in the attribute ``transform``, which :meth:`_build` makes. A subclass calls
     :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses its parameters.
@@ -259,13 +258,13 @@ class PersistentGuide(AutoGuide):
     def get_extra_state(self) -> Tensor:
         """The spec as bytes; null where there is none yet, or a support cannot be written."""
         if self._spec is None:
-            return plain_data.plain_to_tensor(None)
+            return plain_to_tensor(None)
         # functions are arguments that a guide has before it loads a state dict
         known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
         try:
-            return plain_data.plain_to_tensor(replace(self._spec, arguments=known).to_plain())
+            return plain_to_tensor(replace(self._spec, arguments=known).to_plain())
         except ValueError:
-            return plain_data.plain_to_tensor(None)
+            return plain_to_tensor(None)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the spec is read before the parameters."""
@@ -279,7 +278,7 @@ class PersistentGuide(AutoGuide):
     def _prepare_for(self, state: State, prefix: str) -> None:
         """Builds a guide that was never called, and refuses the state dict of another guide."""
         text = state.get(f"{prefix}_extra_state")
-        plain = None if text is None else plain_data.tensor_to_plain(text)
+        plain = None if text is None else tensor_to_plain(text)
         parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
         device = parameters[0].device if parameters else torch.device("cpu")
         # that of older versions is a list, which says too little

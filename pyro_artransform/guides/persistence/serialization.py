@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import files
 from ...files import FilePath
-from ..plain_data import Plain
+from .spec import Plain
 
 FORMAT = 8
 _KEYS = {"format", "class", "spec", "state", "checksum"}

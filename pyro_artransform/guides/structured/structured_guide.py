@@ -20,7 +20,7 @@ from ...joint.dependency_graph import find_dependencies, missing_dependencies
 from ..autoregressive import AutoAutoregressive
 from ..distributions import LocationScale
 from ..persistence.persistent_guide import State
-from ..spec import Arguments, GuideSpec
+from ..persistence.spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 

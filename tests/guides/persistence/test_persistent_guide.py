@@ -17,7 +17,8 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_artransform import iaf, spline_autoregressive
-from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF, plain_data
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform.guides.persistence import spec as plain_data
 from tests.guides import models
 from tests.guides.training import parameters, train, trains, unmoved
 

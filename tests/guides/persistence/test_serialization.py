@@ -15,10 +15,11 @@ from torch import nn
 from torch.distributions import biject_to
 
 from pyro_artransform.conditioners import TiltedSiLU
-from pyro_artransform.guides import AutoAmortized, AutoIAF, plain_data
+from pyro_artransform.guides import AutoAmortized, AutoIAF
 from pyro_artransform.guides.persistence import serialization as saving
+from pyro_artransform.guides.persistence import spec as plain_data
+from pyro_artransform.guides.persistence.spec import GuideSpec
 from pyro_artransform.guides.prototype import prototype_trace
-from pyro_artransform.guides.spec import GuideSpec
 from pyro_artransform.joint.sites import same_support
 from tests.guides import models
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pyro_artransform.guides import AutoIAF
+from pyro_artransform.guides.persistence.spec import GuideSpec
 from pyro_artransform.guides.prototype import prototype_trace
-from pyro_artransform.guides.spec import GuideSpec
 from tests.guides import models
 
 
