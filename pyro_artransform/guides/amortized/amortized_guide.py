@@ -23,15 +23,19 @@ from ..persistence.spec import GuideSpec
 from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import MakeFlow, MakeFlows, MakeLocalFlow, default_flow, default_local_flow
-from .layout import LatentLayout, PlateSizes, Vectors, mean_start, one_element, plate_sizes
 from .plates import (
     Args,
     CreatePlates,
     GivenIndices,
     Kwargs,
+    LatentLayout,
     Plates,
+    PlateSizes,
+    Vectors,
     complete_plates,
-    have_other_sizes,
+    mean_start,
+    one_element,
+    plate_sizes,
     plates_of_user,
     plates_were_dropped,
     refuse_no_local_latents,
@@ -39,11 +43,11 @@ from .plates import (
 )
 from .variational_posterior import AmortizedPosterior, least_size, sample_sites
 
-#: latent vectors in memory at a time
+# latent vectors that are drawn at a time
 _CHUNK = 2**16
-#: of remembered shapes of the model's arguments
+# shapes of the model's arguments whose plate sizes are remembered
 _MAX_SHAPES = 64
-#: of the location's steps over the noise of mini-batches, which averages out
+# multiplies the steps of the global location, over which the noise of mini-batches averages out
 _LOCATION_STEP = 2.0
 
 
@@ -54,37 +58,38 @@ class AutoAmortized(PersistentGuide):
 
         q(g) \prod_i q(z_i \mid g, h_i)
 
-    g are the latents in no plate, z_i those of element i of a plate, and h_i are its features, which
-    an encoder computes from its data. Without an encoder h_i is an embedding: the guide then has a
-    row of parameters for each element, and is not amortized. Several latents in one plate share one
-    flow, which learns how they depend on each other; those in nested plates depend on those in the
-    outer plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
+    g are the latents in no plate, z_i those of element i of a plate, and h_i its features, which an
+    encoder computes from its data. Without an encoder h_i is an embedding: the guide then has a row
+    of parameters for each element, and is not amortized. Several latents in one plate share one flow,
+    which learns how they depend on each other; those in nested plates depend on those in the outer
+    plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
 
     A new guide is ``Normal(init_loc, init_scale)`` on the unconstrained space for the global latents,
     and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of all.
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
     the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
-    need ``create_plates``. It is no ``AutoContinuous``: each element has a latent vector of its own.
+    need ``create_plates``. Each element has a latent vector of its own, so the guide is not an
+    ``AutoContinuous``.
 
     :param model: a Pyro model.
     :param encoder: a module or function of the model's arguments that returns the features of each
         element, shape ``(subsample size, features)``, or ``(second, first, features)`` for nested
         plates in the dimensions -2 and -1; or a dict of such by the name of the (innermost) plate.
-        In it ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data, as in the
-        plates of the model; a row for each of all elements will do too. Elements of plates
+        ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data in it, as in the
+        plates of the model; it may also return a row for each of all elements. Elements of plates
         that the dict leaves out have embeddings.
-    :param flow: a callable that takes the number of global latents and returns a flow; None for
-        Gaussian global latents. By default an IAF.
-    :param local_flow: a callable that takes the number of an element's latents and the size of the
-        context, and returns a conditional flow such as ``pyro_artransform.conditional_iaf``; None
-        for elements that are Gaussians with independent coordinates, given the global latents.
+    :param flow: takes the number of global latents and returns a flow, by default an IAF; None for
+        Gaussian global latents.
+    :param local_flow: takes the number of an element's latents and the size of the context, and
+        returns a conditional flow such as ``pyro_artransform.conditional_iaf``; None for elements that
+        are Gaussians with independent coordinates, given the global latents.
     :param embedding_dim: the number of features of an embedding.
     :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
         default the median of the prior.
     :param init_scale: the initial standard deviation on the unconstrained space.
-    :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns
-        a plate or several, with the indices of the mini-batch (``subsample=``). A model that gives
+    :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns a
+        plate or several, with the indices of the mini-batch (``subsample=``). A model that gives the
         indices itself needs it.
     :raises TypeError: if an argument is of the wrong kind.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
@@ -115,10 +120,10 @@ class AutoAmortized(PersistentGuide):
        https://arxiv.org/abs/2111.03144
     """
 
-    #: Whether the density of the guide's draws has the path gradient, by the draws only. Its variance
-    #: is lower, and zero at the exact posterior of an element. With several particles their mean
-    #: gradient goes to the location of the global latents alone, which leaves an ELBO its optima. It
-    #: costs an evaluation of each network. Objectives such as ``RenyiELBO`` need it to be false.
+    #: Whether the density of the guide's draws has the path gradient, through the draws only. Its
+    #: variance is lower, and zero at the exact posterior of an element. With several particles their
+    #: mean gradient goes to the location of the global latents alone, which leaves an ELBO its optima.
+    #: It costs one evaluation of each network. Objectives such as ``RenyiELBO`` need it to be false.
     path = False
 
     _num_quantile_draws = 2_000
@@ -161,7 +166,7 @@ class AutoAmortized(PersistentGuide):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether elements are looked up by their plates' indices, and nobody says what these are.
+        """Whether elements are looked up by their plates' indices, without ``create_plates``.
 
         Batches of data as the model's arguments would then meet embeddings of other elements.
         """
@@ -175,24 +180,22 @@ class AutoAmortized(PersistentGuide):
     def _posterior(self) -> AmortizedPosterior:
         """The posterior, without the param statements that reading ``transform`` makes."""
         self._checked_spec()
-        # `_modules` may hold None, but `transform` is there once the spec is
         posterior: AmortizedPosterior = self._modules["transform"]  # type: ignore[assignment]
         return posterior
-
-    # Set-up
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
-        trace, sites = self.prototype_trace, [*sites_by_name(self.prototype_trace).values()]
+        trace = self.prototype_trace
+        sites = list(sites_by_name(trace).values())
         refuse_no_local_latents(sites, type(self).__name__)
         run = partial(given(self.model), *args, **kwargs)
         observed = refuse_moving_structure(trace, run, rng_state)
         sizes = plate_sizes(sites)
-        given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
+        given.refuse(sizes, self, args, kwargs)
         start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
-        latents = Latents(map(one_element, sites))
-        (encoder,), feature_dims = self._encoder, {}
+        latents, feature_dims = Latents(map(one_element, sites)), {}
+        (encoder,) = self._encoder
         if encoder is not None:
             plates = partial(complete_plates, {}, sizes, start.device)
             groups = LatentLayout(latents).local_groups
@@ -238,21 +241,20 @@ class AutoAmortized(PersistentGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws all latents, the local ones of a mini-batch, as a Pyro guide does.
 
-        :param args: the model's arguments.
-        :param kwargs: its keyword arguments.
+        :param args: the model's arguments, as ``kwargs``.
         :return: the value of each site.
         :raises ValueError: if for these arguments the model has other latents than at the first call,
             or a plate has a size for which the guide has no embeddings or features.
         """
         self.set_up(*args, **kwargs)
-        self._sizes_for(args, kwargs)
+        self._update_sizes(args, kwargs)
         self._register()
         # read as an attribute, which tells Pyro of the parameters
         posterior: AmortizedPosterior = self.transform
         make = cache(lambda: self._plates_for(args, kwargs))
         features = posterior.encode(lambda: make()[0], args, kwargs)
         if not (make.cache_info().currsize or posterior.fits(features, self._sizes)):
-            self._sizes_for(args, kwargs, again=True)  # they may follow from values
+            self._update_sizes(args, kwargs, again=True)  # they may follow from values
         plates, indices = make()
         rows = posterior.minibatch_rows(features, plates, indices)
         vectors, values = Vectors(), {}
@@ -267,34 +269,35 @@ class AutoAmortized(PersistentGuide):
             vectors[group.name] = z
         return values
 
-    def _sizes_for(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> PlateSizes:
-        """The sizes of the plates for these arguments: the model is run where their shapes are new."""
+    def _update_sizes(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> None:
+        """Updates the plates' sizes for these arguments: runs the model where their shapes are new."""
         if self._model is None or torch._C._get_tracing_state():
-            return self._sizes
+            return
         shapes = argument_signature((args, kwargs))
         if again or shapes not in self._sizes_by_shapes:
             given = GivenIndices()
             run = partial(given(self.model), *args, **kwargs)
             sizes = sizes_of_run(self._checked_spec(), run, self._model_is_checked)
             self._model_is_checked = True
-            given.refuse(sizes, partial(plates_of_user, self, args, kwargs))
+            given.refuse(sizes, self, args, kwargs)
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
             self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]
-        return self._sizes
 
     def _plates_for(self, args: Args, kwargs: Kwargs) -> tuple[Plates, dict[str, Tensor]]:
         """The plates, and the indices of those whose elements are not all, in their order."""
-        sizes = self._sizes
         if self.master is not None:
-            plates = {name: self.master().plates[name] for name in sizes}
+            plates = {name: self.master().plates[name] for name in self._sizes}
             return plates, {name: plate.indices for name, plate in plates.items()}
-        of_user = plates_of_user(self, args, kwargs)
-        if have_other_sizes(of_user, sizes):
-            sizes = self._sizes_for(args, kwargs, again=True)
-        self.plates = complete_plates(of_user, sizes, self._posterior.like.device)
-        moved = [n for n, plate in sizes.items() if n in of_user or plate.size != plate.full_size]
+        made = plates_of_user(self, args, kwargs)
+        for name in made.keys() & self._sizes.keys():
+            if (made[name].subsample_size, made[name].size) != self._sizes[name][1:]:
+                self._update_sizes(args, kwargs, again=True)
+                break
+        sizes = self._sizes
+        self.plates = complete_plates(made, sizes, self._posterior.like.device)
+        moved = [n for n, plate in sizes.items() if n in made or plate.size != plate.full_size]
         return self.plates, {name: self.plates[name].indices for name in moved}
 
     # What a fit uses beyond Pyro's interface
@@ -329,17 +332,15 @@ class AutoAmortized(PersistentGuide):
         """The units of an optimizer's steps, a factor for some parameters.
 
         That of the location of the global latents is their scale times the square root of the number
-        of mini-batches: by so much the optimum for one mini-batch differs from that for all data.
-        The steps of their flow are divided by that root.
+        of mini-batches, the distance between the optima for one mini-batch and for all data. The steps
+        of their flow are divided by that root.
         """
         globals_ = self._posterior.globals
         if globals_ is None:
             return {}
         ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
         scale = globals_.affine.log_scale.detach().exp()
-        scales: dict[nn.Parameter, Tensor] = {
-            globals_.affine.loc: _LOCATION_STEP * ratio**0.5 * scale
-        }
+        scales = {globals_.affine.loc: _LOCATION_STEP * ratio**0.5 * scale}
         if ratio != 1:
             for parameter in globals_.transform.transforms[:-1].parameters():
                 scales[parameter] = scale.new_full((), ratio**-0.5)
@@ -355,10 +356,10 @@ class AutoAmortized(PersistentGuide):
         of all data, or of a mini-batch that is the model's arguments.
 
         :param n: how many.
-        :param args: the model's arguments, for an encoder and where the guide was never called.
-        :param kwargs: its keyword arguments, likewise.
+        :param args: the model's arguments, as ``kwargs`` for an encoder and where the guide was never
+            called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if ``n`` is no positive integer, or the features do not fit.
+        :raises ValueError: if ``n`` is not a positive integer, or the features do not fit.
         """
         self.set_up(*args, **kwargs)
         rows, posterior = self._all_rows(args, kwargs), self._posterior
@@ -375,8 +376,7 @@ class AutoAmortized(PersistentGuide):
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``, as
             :meth:`sample_posterior` returns them.
-        :param args: the model's arguments, for an encoder and where the guide was never called.
-        :param kwargs: its keyword arguments, likewise.
+        :param args: as for :meth:`sample_posterior`, as ``kwargs``.
         :return: shape ``(n,)``.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
@@ -389,12 +389,12 @@ class AutoAmortized(PersistentGuide):
     def _all_rows(self, args: Args, kwargs: Kwargs) -> Vectors:
         """The features or embeddings of all elements that there are, by group."""
         self._register()
-        posterior, sizes, features = self._posterior, self._sizes, {}
-        if posterior.encoded_groups:
-            if args or kwargs:
-                sizes = self._sizes_for(args, kwargs)
-            whole = {name: plate._replace(size=plate.full_size) for name, plate in sizes.items()}
-            plates = partial(complete_plates, {}, whole, posterior.like.device)
-            with poutine.block():
-                features = posterior.encode(plates, args, kwargs)
-        return posterior.all_rows(features)
+        posterior = self._posterior
+        if not posterior.encoded_groups:
+            return posterior.all_rows({})
+        if args or kwargs:
+            self._update_sizes(args, kwargs)
+        whole = {name: plate._replace(size=plate.full_size) for name, plate in self._sizes.items()}
+        plates = partial(complete_plates, {}, whole, posterior.like.device)
+        with poutine.block():
+            return posterior.all_rows(posterior.encode(plates, args, kwargs))

@@ -13,8 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ...arguments import check_callable
-from .layout import Group, PlateSizes
-from .plates import Args, Kwargs, Plates
+from .plates import Args, Group, Kwargs, Plates
 
 Features = dict[str, Tensor]
 Encoder = Callable[..., Tensor | Features]
@@ -132,12 +131,6 @@ def minibatch_rows(
         f"around the sites {sorted(group.latents.sites)}, got {got}"
         + (f"; or {of_all}, one for each of all elements" if of_all != of_batch else "")
     )
-
-
-def has_rows(group: Group, features: Tensor, sizes: PlateSizes) -> bool:
-    """Whether there is a row for each element of the mini-batch of plates of these sizes, or of all."""
-    of_batch_and_all = zip(*((sizes[name].size, sizes[name].full_size) for name in group.plates))
-    return tuple(features.shape[:-1]) in of_batch_and_all
 
 
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:

@@ -25,6 +25,20 @@ MakeLocalFlow = Callable[[int, int], nn.Module]
 MakeFlows = tuple[MakeFlow | None, MakeLocalFlow | None]
 
 
+def default_flow(latent_dim: int) -> nn.Module:
+    """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
+    if latent_dim > 1:
+        return iaf(latent_dim, 3)
+    return chain([spline_marginals(1) for _ in range(3)])
+
+
+def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
+    """A conditional IAF of two layers; in one dimension a conditional spline."""
+    if latent_dim > 1:
+        return conditional_iaf(latent_dim, context_dim, 2)
+    return conditional_spline_autoregressive(1, context_dim)
+
+
 class GlobalFactor(nn.Module):
     """The posterior of the global latents: a flow, then location and scale.
 
@@ -201,20 +215,6 @@ class LocalFactor(nn.Module):
         self.affine.linear.weight[:, self.feature_dim :][:, : context.shape[1]] = slopes.T
         self.affine.loc.copy_(loc.mean(0))
         self.affine.log_scale.copy_(rest.square().mean((0, 1)).sqrt().log())
-
-
-def default_flow(latent_dim: int) -> nn.Module:
-    """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
-    if latent_dim > 1:
-        return iaf(latent_dim, 3)
-    return chain([spline_marginals(1) for _ in range(3)])
-
-
-def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
-    """A conditional IAF of two layers; in one dimension a conditional spline."""
-    if latent_dim > 1:
-        return conditional_iaf(latent_dim, context_dim, 2)
-    return conditional_spline_autoregressive(1, context_dim)
 
 
 def _linear(like: Tensor, inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:

@@ -1,22 +1,26 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The plates of a model: how many elements each has for given arguments, and which are drawn."""
+"""The plates of a model: which latents lie in which, how many elements each has, and which are drawn."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
-from ...joint.sites import Site
+from ...joint.sites import Latents, Site, describe_support, map_bounds
 from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, latents_of
-from .layout import Group, PlateSizes, plate_sizes
 
 # the model's arguments
 Args = Sequence[object]
@@ -24,6 +28,208 @@ Kwargs = Mapping[str, object]
 
 Plates = dict[str, pyro.plate]
 CreatePlates = Callable[..., pyro.plate | Iterable[pyro.plate]]
+
+# by the name of a group, the vectors of its elements, shape ``batch + (latent_dim,)``
+Vectors = dict[str, Tensor]
+
+#: the name of the group of the global latents, which are in no plate
+GLOBAL = ""
+
+
+class PlateSize(NamedTuple):
+    """The dimension of a plate, and its sizes: of the mini-batch and of all elements."""
+
+    dim: int
+    size: int
+    full_size: int
+
+
+PlateSizes = dict[str, PlateSize]
+
+
+def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
+    """The sizes of the plates around some sites by name, of each site the outermost first."""
+    return {
+        frame.name: PlateSize(frame.dim or -1, frame.size, frame.full_size or frame.size)
+        for site in sites
+        for frame in site.plates
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The latent sites in the same plates: each element of these has one vector of them.
+
+    :param name: that of the innermost plate, or of all plates joined by "/" where another group has
+        that name already; :data:`GLOBAL` for the global latents, a group with one element.
+    :param dims: the dimension of each plate by its name, the outermost plate first.
+    :param full_sizes: the size of each plate by its name, the mini-batch being a part of it.
+    :param latents: the latents of one element, without the dimensions of the plates.
+    :param parents: the names of the groups in a part of these plates, whose elements these
+        elements belong to; the global latents are a parent of all other groups.
+    """
+
+    name: str
+    dims: dict[str, int]
+    full_sizes: dict[str, int]
+    latents: Latents
+    parents: tuple[str, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """How many elements there are, those outside the mini-batch included."""
+        return prod(self.full_sizes.values())
+
+    @property
+    def batch_dims(self) -> int:
+        """The number of batch dimensions, with those of size 1."""
+        return -min(self.dims.values(), default=0)
+
+    @property
+    def plates(self) -> list[str]:
+        """The names of the plates in the order of their dimensions, from the left."""
+        return sorted(self.dims, key=self.dims.__getitem__)
+
+    def batch_shape(self, sizes: Mapping[str, int]) -> torch.Size:
+        """The batch shape of the elements, given the size of each plate by its name."""
+        by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
+        return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
+
+    def sizes_of(self, rows: Tensor) -> dict[str, int]:
+        """The size of each plate by its name, in rows of shape ``batch + (width,)``."""
+        return {name: rows.shape[dim - 1] for name, dim in self.dims.items()}
+
+    def select(self, rows: Tensor, indices: Mapping[str, Tensor]) -> Tensor:
+        """The rows of the elements with these indices in plates."""
+        for name, dim in self.dims.items():
+            if name in indices:
+                rows = rows.index_select(dim - 1, indices[name])
+        return rows
+
+    def batch_shape_of(self, values: Mapping[str, Tensor]) -> torch.Size:
+        """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
+        name, site = next(iter(self.latents.sites.items()))
+        shape = values[name].shape if self.dims and name in values else ()
+        return torch.Size(shape[1 : len(shape) - site.event_dim])
+
+
+class LatentLayout:
+    """The latents of a model in groups, each after its parents: the global latents come first.
+
+    :param latents: the latents of one element of each plate.
+    """
+
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
+        members: dict[frozenset[str], list[Site]] = {}
+        for site in latents.sites.values():
+            members.setdefault(frozenset(plate_sizes([site])), []).append(site)
+        innermost = Counter(sites[0].plates[-1].name for key, sites in members.items() if key)
+        names: dict[frozenset[str], str] = {}
+        groups = []
+        for key in sorted(members, key=len):
+            sizes = plate_sizes(members[key][:1])
+            stack, start = list(sizes), -min((plate.dim for plate in sizes.values()), default=0)
+            is_unique = len(stack) < 2 or innermost[stack[-1]] == 1
+            names[key] = "/".join(stack[-1:] if is_unique else stack)
+            group = Group(
+                name=names[key],
+                dims={name: plate.dim for name, plate in sizes.items()},
+                full_sizes={name: plate.full_size for name, plate in sizes.items()},
+                latents=Latents(replace(s, shape=s.shape[start:], plates=()) for s in members[key]),
+                parents=tuple(names[other] for other in names if other < key),
+            )
+            groups.append(group)
+        self.groups = tuple(groups)
+        self.local_groups = tuple(group for group in groups if group.name != GLOBAL)
+        self.batch_dims = max(group.batch_dims for group in groups)
+
+    def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
+        """The values of all sites, each of shape ``(n,) + site shape``.
+
+        :param vectors: draws of each group, shape ``(n, 1, ...) + batch shape + (latent_dim,)``.
+        """
+        values = {}
+        for group in self.groups:
+            z = vectors[group.name]
+            batch = z.shape[:1] + z.shape[-1 - group.batch_dims : -1]
+            values.update(group.latents.constrain(z.reshape(batch + z.shape[-1:])))
+        return {name: values[name] for name in self.latents.sites}
+
+    def unconstrain_with_ladj(
+        self, values: Mapping[str, object], batch_shapes: Mapping[str, torch.Size], like: Tensor
+    ) -> tuple[Vectors, Tensor]:
+        """The vectors of the values of all sites, and the log-determinant of :meth:`constrain` there.
+
+        :param values: for each site a tensor, array or list of shape ``(n,) + site shape``.
+        :param batch_shapes: the batch shape of the elements of each group.
+        :param like: a tensor of the dtype and device of the vectors.
+        :return: vectors as :meth:`constrain` takes them, and a tensor of shape ``(n,)``.
+        """
+        whole = Latents(
+            replace(site, shape=batch_shapes[group.name] + site.shape)
+            for group in self.groups
+            for site in group.latents.sites.values()
+        )
+        flat, ladj = whole.unconstrain_with_ladj(values, like.device)
+        if flat.dim() != 2:
+            name, site = next(iter(whole.sites.items()))
+            raise ValueError(
+                f"values: expected '{name}' of shape (n,) + site shape {tuple(site.shape)}, got "
+                f"{tuple(flat.shape[:-1] + site.shape)}"
+            )
+        parts, vectors = whole.split(flat), {}
+        for group in self.groups:
+            ones = (1,) * (self.batch_dims - group.batch_dims)
+            lead = (len(flat), *ones, *batch_shapes[group.name])
+            sites = group.latents.sites.values()
+            z = torch.cat([parts[site.name].reshape((*lead, site.size)) for site in sites], -1)
+            vectors[group.name] = z.to(like.dtype)
+        return vectors, ladj
+
+
+def one_element(site: Site) -> Site:
+    """The site with its plates reduced to a single element, and bounds that share no memory.
+
+    :raises ValueError: if it has batch dimensions that are no plates, or its support is not the same
+        for every element.
+    """
+    if not site.plates:
+        return site.to(Tensor.clone)
+    plates = plate_sizes([site])
+    sizes = {plate.dim: plate.size for plate in plates.values()}
+    expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
+    if tuple(site.batch_shape) != expected:
+        raise ValueError(
+            f"site '{site.name}': expected the batch shape {expected} of its plates "
+            f"{sorted(plates)}, got {tuple(site.batch_shape)}. Put the other dimensions into plates, or "
+            "make them event dimensions by .to_event"
+        )
+    shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
+    return replace(site, shape=shape, support=_common_support(site))
+
+
+def mean_start(site: Site, value: Tensor) -> Tensor:
+    """The mean over all elements of the unconstrained starting value of a site, flattened."""
+    z = site.bijection.inv(value.detach())
+    return z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
+
+
+def _common_support(site: Site) -> constraints.Constraint:
+    """The support without batch dimensions of its bounds, along which these may not change."""
+
+    def first_row(bound: Tensor) -> Tensor:
+        event_shape = bound.shape[max(bound.dim() - site.event_dim, 0) :]
+        rows = bound.reshape((-1, *event_shape))
+        if (rows != rows[:1]).any():
+            raise ValueError(
+                f"the support of site '{site.name}' differs between the elements of its plates "
+                f"{sorted(plate_sizes([site]))}: expected the same for all, got "
+                f"{describe_support(site.support)}. Draw it on a fixed scale and transform it"
+            )
+        return rows[0].clone()
+
+    return map_bounds(site.support, first_row)
 
 
 class GivenIndices(Messenger):
@@ -37,12 +243,13 @@ class GivenIndices(Messenger):
         if site_is_subsample(message) and message["value"] is not None and not message["done"]:
             self.names.add(message["name"])
 
-    def refuse(self, sizes: PlateSizes, of_user: Callable[[], Plates]) -> None:
-        """Refuses such a plate, unless the user's ``create_plates`` makes it too."""
+    def refuse(self, sizes: PlateSizes, guide: AutoGuide, args: Args, kwargs: Kwargs) -> None:
+        """Refuses such a plate, unless ``create_plates`` of the guide makes it too."""
         names = self.names & sizes.keys()
-        with poutine.block():
-            unknown = names - of_user().keys() if names else names
-        for name in sorted(unknown):
+        if names:
+            with poutine.block():
+                names -= plates_of_user(guide, args, kwargs).keys()
+        for name in sorted(names):
             dim, size, full_size = sizes[name]
             raise ValueError(
                 f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
@@ -85,18 +292,19 @@ def sizes_of_run(spec: GuideSpec, run: Callable[[], object], model_is_checked: b
 
 def _compare_elements(expected: Site, got: Site) -> None:
     """Refuses a site in other plates than at the set-up, or an element of another shape."""
-    both = expected, got
-    plates = [sorted(plate_sizes([site])) for site in both]
-    shapes = [tuple(site.shape) for site in both]
-    if not any(plates) and shapes[0] != shapes[1]:
+    if not (expected.plates or got.plates) and expected.shape != got.shape:
         raise ValueError(
             f"site '{got.name}' is in no plate, and its shape changes with the data: expected "
-            f"{shapes[0]}, as at the guide's set-up, got {shapes[1]}. Draw it in a pyro.plate over "
-            "the data: then it is local to the elements of that plate"
+            f"{tuple(expected.shape)}, as at the guide's set-up, got {tuple(got.shape)}. Draw it in a "
+            "pyro.plate over the data: then it is local to the elements of that plate"
         )
-    events = [tuple(site.shape[len(site.batch_shape) :]) for site in both]
-    of_element = "each element of its plates to have the shape"
-    pairs: dict[str, Sequence[object]] = {"it in the plates": plates, of_element: events}
+    both = expected, got
+    pairs: dict[str, list[Any]] = {
+        "it in the plates": [sorted(plate_sizes([site])) for site in both],
+        "each element of its plates to have the shape": [
+            tuple(site.shape[len(site.batch_shape) :]) for site in both
+        ],
+    }
     for wanted, (before, now) in pairs.items():
         if before != now:
             raise ValueError(
@@ -136,15 +344,6 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
                 f"create_plates: expected it to return a pyro.plate or several, got {kind}"
             )
     return {plate.name: plate for plate in plates}
-
-
-def have_other_sizes(plates: Plates, sizes: PlateSizes) -> bool:
-    """Whether some plates do not have the sizes that they should have."""
-    return any(
-        (plate.subsample_size, plate.size) != (sizes[name].size, sizes[name].full_size)
-        for name, plate in plates.items()
-        if name in sizes
-    )
 
 
 def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:

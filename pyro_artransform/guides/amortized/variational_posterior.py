@@ -4,6 +4,7 @@
 """An amortized posterior on the unconstrained space: global latents, then each local group."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,10 +17,19 @@ from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..persistence.spec import GuideSpec
-from .encoder import Encoder, Features, MakePlates, encode, given_rows, has_rows, minibatch_rows
+from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlows, default_flow
-from .layout import GLOBAL, Group, LatentLayout, PlateSizes, Vectors
-from .plates import Args, Kwargs, Plates, check_sizes
+from .plates import (
+    GLOBAL,
+    Args,
+    Group,
+    Kwargs,
+    LatentLayout,
+    Plates,
+    PlateSizes,
+    Vectors,
+    check_sizes,
+)
 
 _OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
 _OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
@@ -46,8 +56,7 @@ class AmortizedPosterior(nn.Module):
         self.layout = LatentLayout(spec.latents)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
-        self.local_factors: list[tuple[Group, LocalFactor]] = []
-        self._factors: dict[str, GlobalFactor | LocalFactor] = {}
+        self._factors: dict[str, Any] = {}
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
         parts = spec.latents.split(start)
         for group in self.layout.groups:
@@ -58,18 +67,23 @@ class AmortizedPosterior(nn.Module):
                 continue
             rest_dim = sum(self._factors[name].context_dim for name in group.parents)
             dim = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-            all_elements = group.batch_shape(group.full_sizes)
-            table_shape = None if group.name in feature_dims else all_elements
+            has_table = group.name not in feature_dims
+            table_shape = group.batch_shape(group.full_sizes) if has_table else None
             factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
-            self.local_factors.append((group, factor))
             self._factors[group.name] = factor
             self.locals.append(factor)
         self.encoder = encoder
 
     @property
+    def local_factors(self) -> list[tuple[Group, LocalFactor]]:
+        """The groups of local latents, each with its factor."""
+        return [(group, self._factors[group.name]) for group in self.layout.local_groups]
+
+    @property
     def like(self) -> Tensor:
         """A tensor of the dtype and the device of the latents: the location of the first factor."""
-        return next(iter(self._factors.values())).affine.loc
+        loc: Tensor = next(iter(self._factors.values())).affine.loc
+        return loc
 
     @property
     def encoded_groups(self) -> list[str]:
@@ -77,23 +91,24 @@ class AmortizedPosterior(nn.Module):
         return [group.name for group, factor in self.local_factors if factor.table is None]
 
     def encode(self, plates: MakePlates, args: Args, kwargs: Kwargs) -> Features:
-        """What the encoder returns, nothing where there is none."""
-        expected, groups = self.encoded_groups, self.layout.local_groups
+        """The features of the groups that have some, by the encoder."""
+        expected = self.encoded_groups
         if self.encoder is None or not expected:
             return {}
-        features = encode(self.encoder, plates, groups, args, kwargs)
+        features = encode(self.encoder, plates, self.layout.local_groups, args, kwargs)
         if features.keys() != set(expected):
             wanted = f"{expected}, as at the guide's set-up"
             raise ValueError(f"encoder: expected features of {wanted}, got {list(features)}")
         return features
 
     def fits(self, features: Features, sizes: PlateSizes) -> bool:
-        """Whether features are those of elements of plates of these sizes."""
-        return all(
-            has_rows(group, features[group.name], sizes)
-            for group, factor in self.local_factors
-            if factor.table is None
-        )
+        """Whether features have a row for each element of the mini-batch, or for each of all."""
+        for group, factor in self.local_factors:
+            if factor.table is None:
+                both = zip(*(sizes[name][1:] for name in group.plates))
+                if tuple(features[group.name].shape[:-1]) not in both:
+                    return False
+        return True
 
     def minibatch_rows(
         self, features: Features, plates: Plates, indices: Mapping[str, Tensor]
@@ -108,10 +123,10 @@ class AmortizedPosterior(nn.Module):
             if factor.table is None:
                 given, dim = features[group.name], factor.feature_dim
                 rows[group.name] = minibatch_rows(group, given, dim, plates, indices).to(like.dtype)
-                continue
-            sizes = {name: plates[name].size for name in group.dims}
-            check_sizes(group, group.sizes_of(factor.table), sizes, _OTHER_TABLE)
-            rows[group.name] = group.select(factor.table, indices)
+            else:
+                sizes = {name: plates[name].size for name in group.dims}
+                check_sizes(group, group.sizes_of(factor.table), sizes, _OTHER_TABLE)
+                rows[group.name] = group.select(factor.table, indices)
         return rows
 
     def all_rows(self, features: Features) -> Vectors:
@@ -137,7 +152,8 @@ class AmortizedPosterior(nn.Module):
         rest = []
         for name in group.parents:
             rest.append(self._factors[name].as_context(vectors[name], group.num_elements))
-        return self._factors[group.name].condition(features, rest)
+        transform: ComposedTransform = self._factors[group.name].condition(features, rest)
+        return transform
 
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool

@@ -3,8 +3,7 @@
 
 import torch
 
-from pyro_artransform.guides.amortized.layout import PlateSize
-from pyro_artransform.guides.amortized.plates import complete_plates
+from pyro_artransform.guides.amortized.plates import PlateSize, complete_plates
 
 
 def indices(size, full_size):
