@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "joint": {"arguments", "differentiation", "graphs"},
     "guides": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
-        *("joint", "files"),
+        *("joint", "posterior", "files"),
     },
     "diagnostics": {"arguments", "joint"},
     "posterior": {"arguments", "joint"},

@@ -17,8 +17,9 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from ..arguments import check_integer
-from ..joint.handlers import SimulatedData, is_deterministic
+from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
+from ..joint.traces import is_deterministic
 
 Values = dict[str, Tensor]
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.protocols import TransformedGuide, call_and_ladj
+from ..joint.protocols import TransformedGuide, evaluate_with_ladj
 
 #: the value and the log-determinant of a transform of draws, of shapes ``(n, D)`` and ``(n,)``
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -305,7 +305,7 @@ def guide_transform(
             transform = guide.get_transform(*args, **kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
         return None
-    return partial(call_and_ladj, transform)
+    return partial(evaluate_with_ladj, transform)
 
 
 def location_scale(loc: Tensor, scale: Tensor) -> ToLatent:

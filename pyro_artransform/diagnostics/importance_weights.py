@@ -14,11 +14,9 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.checks import check_data
-from ..joint.handlers import runs_model, subsampled_plates
 from ..joint.protocols import ReparametrizedGuide, SetUpGuide
-from ..joint.sites import latent_nodes
-from ..joint.vectorization import GuideDraws, stack
+from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
+from ..joint.vectorization import GuideSampler, stack
 
 Model = Callable[..., object]
 Run = Callable[[], object]
@@ -138,7 +136,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
         values = {name: value for name, value in values.items() if not is_discrete[name]}
     else:
         log_joint = log_joint or LogJoint(model)
-        guide_draws = GuideDraws(guide, log_joint.num_plates)
+        guide_draws = GuideSampler(guide, log_joint.num_plates)
         _check_latents(log_joint.latents.sites, guide_draws.shapes)
         _check_auxiliary(trace, log_joint.latents.sites)
         draw = partial(_draw_constrained, guide_draws, log_joint)
@@ -154,7 +152,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
     return without_weight if is_point else draw
 
 
-def _draw_constrained(draw: GuideDraws, log_joint: LogJoint, n: int) -> Weighted:
+def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:
     """Draws of a guide of continuous sites, by its density on the constrained space."""
     drawn, log_q = draw(n)
     values = {name: drawn[name] for name in log_joint.latents.sites}

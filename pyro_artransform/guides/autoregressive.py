@@ -18,8 +18,8 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, to_tensor
-from ..joint.handlers import argument_signature
 from ..joint.sites import Latents
+from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform
 from . import prototype
 from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow

@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 
-from ..joint.handlers import subsampled_plates
 from ..joint.sites import Latents, initial_value
+from ..joint.traces import subsampled_plates
 from .amortized.amortized_guide import AutoAmortized
 from .persistence.persistent_guide import PersistentGuide
 from .presets import AutoIAF

@@ -23,10 +23,10 @@ from ..joint.sites import (
     Site,
     check_continuous,
     describe_support,
-    is_enumerated,
     same_support,
     value_or_origin,
 )
+from ..joint.traces import is_enumerated
 
 _DEPENDS_ON_LATENTS = {
     "names": "site '{name}' is there for some values of the other latents only: expected the same "

@@ -3,9 +3,8 @@
 
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
-from .density import LogDensity, LogJoint
-from .handlers import ModelStructure
-from .mean_density import MeanLogJoint
+from .density import LogDensity, LogJoint, MeanLogJoint
 from .sites import Latents, Site
+from .traces import ModelStructure
 
 __all__ = ["Latents", "LogDensity", "LogJoint", "MeanLogJoint", "ModelStructure", "Site"]

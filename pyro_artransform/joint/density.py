@@ -6,7 +6,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -20,19 +20,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from .checks import check_data
-from .handlers import (
+from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .sites import Latents, initial_value
+from .traces import (
     ModelStructure,
-    SiteLogProbs,
-    UnmaskedLatents,
     argument_signature,
-    count_values,
-    hidden_sites,
-    improper_sites,
+    check_data,
+    is_enumerated,
+    latent_nodes,
     plate_nesting,
     subsampled_plates,
 )
-from .sites import Latents, initial_value, is_enumerated, latent_nodes
 from .vectorization import (
     STRATEGIES,
     DrawPlate,
@@ -47,30 +45,26 @@ from .vectorization import (
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
-#: the most values of a tensor, the number of draws included: some five of them take 170 MB in float32
+# the most values of a tensor, draws included: five of them take 170 MB in float32
 _MAX_VALUES = 2**23
-#: the part of them that a processor keeps in its cache: 4096 draws of a regression of 1,200 rows take a
-#: sixth of the time in such parts, of a mixture of 1,000 rows two thirds
+# the share of them that fits into a processor's cache: 4096 draws of a regression of 1,200 rows take a
+# sixth of the time in such parts, of a mixture of 1,000 rows two thirds
 _CACHED_SHARE = 1 / 64
-#: the same with gradients: 64 draws of 10,000 or more rows take half of the time, those of 24,000 answers
-#: too, and a part of less than a few milliseconds is not worth another run of the model
+# the same with gradients: 64 draws of 10,000 or more rows take half of the time; a part of less than a few
+# milliseconds is not worth another run of the model
 _SHARE_WITH_GRADIENT = 1 / 32
-_NUM_COMPARED = 5
+# strategies are compared near the start, at draws of the prior, and as many far away
+_NUM_COMPARED, _COMPARED_SCALE = 5, 0.1
+_NUM_FAR, _FAR_SCALE = 8, 3.0
 # units in the last place by which sums in another order may differ
 _ROUND_OFF = 1e3
-_COMPARED_SCALE = 0.1
-# strategies are compared at so many draws of the prior, too, and at as many that are far away
-_NUM_FAR = 8
-_FAR_SCALE = 3.0
-# of draws with weights, those of the largest and the smallest, so many each, and as many others
-_NUM_EXTREME = 2
+# of draws with weights: the largest, the smallest, twice as many others, and the extreme ones of a few
+# coordinates, which take turns
+_NUM_EXTREME, _NUM_COORDINATES = 2, 8
 # In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum. Where single runs differ by
 # more, the worst draws are evaluated many times over.
-_TIGHT = 0.01
-_NUM_REPEATED = 2
-# and of the draws that are the largest or the smallest in some coordinate, other ones at each call
-_NUM_COORDINATES = 8
-# arguments of other shapes come and go by batches: so many are remembered
+_TIGHT, _NUM_REPEATED = 0.01, 2
+# the most structures that are remembered, as arguments of other shapes come and go by batches
 _MOST_SIGNATURES = 64
 
 
@@ -101,12 +95,11 @@ class LogJoint(LogDensity):
         \log p(x, c(z)) + \log |\det c'(z)|
 
     where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    where that agrees with single runs (see ``joint.vectorization``), near the
-    start, at draws of the prior and far away; :meth:`checked` compares at any draws. Discrete
-    latents that are marked for enumeration are summed out, and masked elements of latents have
-    their prior density where nothing else depends on them. Pyro's validation is off while the model
-    runs, so that an impossible draw gives NaN and no error; where the user has it on, it sees the first
-    run.
+    where that agrees with single runs (see ``joint.vectorization``), near the start, at draws of the
+    prior and far away; :meth:`checked` compares at any draws. Discrete latents that are marked for
+    enumeration are summed out, and masked elements of latents have their prior density where nothing
+    else depends on them. Pyro's validation is off while the model runs, so that an impossible draw
+    gives NaN and no error; where the user has it on, the first run is validated.
 
     :param model: a Pyro model.
     :param args: its arguments.
@@ -136,36 +129,31 @@ class LogJoint(LogDensity):
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
         self._model, self._init_loc_fn = model, init_loc_fn
-        run = partial(model, *args, **(kwargs or {}))
-        trace: Any = self._trace(args, kwargs or {})
+        kwargs = kwargs or {}
+        trace = self._trace(args, kwargs)
         check_data(trace)
+        run = partial(model, *args, **kwargs)
         #: the sites whose masks are left alone
         self.improper = improper_sites(run, trace)
         self._run = UnmaskedLatents(self.improper)(run)
-        self._first_run = args, kwargs or {}, trace
-        self._structures: dict[Any, ModelStructure] = {}
-        self._checked = {argument_signature((args, kwargs or {}))}
         self._turn = 0
         self.num_plates = plate_nesting(trace)
         #: whether draws are weighed by mini-batches of their own, or by other random numbers of the model
         self.is_random = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents = Latents.from_trace(trace)
+        structure = ModelStructure.from_trace(trace)
+        self._structures = {argument_signature((args, kwargs), with_values=True): structure}
+        self._checked = {argument_signature((args, kwargs))}
         #: how many draws are evaluated at once without gradients, which bounds the memory
-        self.chunk_size = _chunk_size(count_values(trace), args, kwargs or {})
-        self._event_dims: dict[str, int] = {}
-        values = {}
-        for name, site in self.latents.sites.items():
-            self._event_dims[name] = site.event_dim
-            values[name] = trace.nodes[name]["value"].detach()
-        self.start = self.latents.unconstrain(values)
+        self.chunk_size = _chunk_size(structure.num_values, args, kwargs)
+        self.start = self._latent_vector(trace)
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             noise = torch.randn_like(self.start.expand(_NUM_COMPARED, -1))
             near = self.start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
-                chosen = choose_strategy(self._evaluate, {"z": near}, _nan)
-                self.strategy, self.reason = chosen
+                self.strategy, self.reason = choose_strategy(self._evaluate, {"z": near}, _nan)
                 self.is_random = self.is_random or self._changes_by_itself(near)
             if self.strategy != "loop":
                 noise = torch.randn_like(self.start.expand(_NUM_FAR, -1))
@@ -174,6 +162,12 @@ class LogJoint(LogDensity):
                     warnings.simplefilter("ignore")
                     far = [near, self.start + _FAR_SCALE * noise, *self._prior_draws()]
                     self.checked(torch.cat(far))
+
+    def _latent_vector(self, trace: Any) -> Tensor:
+        values = {}
+        for name in self.latents.sites:
+            values[name] = trace.nodes[name]["value"].detach()
+        return self.latents.unconstrain(values)
 
     def _changes_by_itself(self, z: Tensor) -> bool:
         """Whether a second evaluation at the same draws gives other values, as with ``torch.randint``."""
@@ -190,32 +184,27 @@ class LogJoint(LogDensity):
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
         structure = self.structure(args, kwargs)
-        shapes = structure.shapes
         expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
-        if shapes != expected:
+        if structure.shapes != expected:
             raise ValueError(
                 "the model has other latents with these arguments: expected the sites and shapes "
-                f"{expected}, got {shapes}. Latents of the elements of a mini-batch need a guide that "
-                "is told of the mini-batch, such as AutoAmortized"
+                f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a "
+                "guide that is told of the mini-batch, such as AutoAmortized"
             )
-        other = copy.copy(self)
-        run = partial(self._model, *args, **(kwargs or {}))
-        other._run = UnmaskedLatents(self.improper)(run)
-        other.chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
+        other, kwargs = copy.copy(self), kwargs or {}
+        other._run = UnmaskedLatents(self.improper)(partial(self._model, *args, **kwargs))
+        other.chunk_size = _chunk_size(structure.num_values, args, kwargs)
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
         """The sites of a run with other arguments; those with a known signature need no run."""
-        if not self._structures:
-            *arguments, trace = self._first_run
-            key = argument_signature(arguments, with_values=True)
-            self._structures[key] = ModelStructure.from_trace(trace)
-        key = argument_signature((args, kwargs or {}), with_values=True)
+        arguments = args, kwargs or {}
+        key = argument_signature(arguments, with_values=True)
         if key not in self._structures:
             # whether there was a run before must not show in the draws that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                trace = self._trace(args, kwargs or {})
-            if (shapes := argument_signature((args, kwargs or {}))) not in self._checked:
+                trace = self._trace(*arguments)
+            if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
             if len(self._structures) >= _MOST_SIGNATURES:
@@ -258,14 +247,12 @@ class LogJoint(LogDensity):
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:
         """The log density of draws, without gradients, by a strategy that agrees with single runs.
 
-        A branch such as ``if (z > 2).any()`` mixes draws at once only where one of them takes it. So
-        strategies are compared wherever much rests on the density, and the first that agrees is used
-        from then on.
+        A branch such as ``if (z > 2).any()`` mixes draws only where one of them takes it. So strategies
+        are compared wherever much rests on the density, and the first that agrees is used from then on.
 
         :param z: draws, shape ``(n, latent_dim)``.
-        :param log_q: the log density of their distribution, shape ``(n,)``: the draws of the largest
-            and the smallest weights are compared, those that are extreme in some coordinates, and a
-            few others; by default all draws.
+        :param log_q: the log density of their distribution, shape ``(n,)``: only the draws of extreme
+            weights, those that are extreme in some coordinates, and a few others are compared.
         """
         state = torch.get_rng_state()
         for strategy in STRATEGIES[STRATEGIES.index(self.strategy) :]:
@@ -311,22 +298,20 @@ class LogJoint(LogDensity):
         return agrees
 
     def _extreme(self, z: Tensor) -> set[int]:
-        """The rows of draws that are extreme in some coordinates, where few may take a branch, or not."""
+        """The rows of draws that are extreme in some coordinates: only they may take a branch."""
         dim = z.shape[-1]
-        turn = [(self._turn + k) % dim for k in range(min(_NUM_COORDINATES, dim))]
-        self._turn += len(turn)
-        part = z[:, turn]
+        few = min(_NUM_COORDINATES, dim)
+        part = z[:, torch.arange(self._turn, self._turn + few, device=z.device) % dim]
+        self._turn += few
         return {*part.argmin(0).tolist(), *part.argmax(0).tolist()}
 
     def _prior_draws(self) -> list[Tensor]:
-        """Draws of the prior, each of shape ``(1, latent_dim)``; none of a prior without draws."""
+        """Draws of the prior, each of shape ``(1, latent_dim)``; an empty list where it has none."""
         found = []
         for _ in range(_NUM_FAR):
             try:
                 with pyro.validation_enabled(False), torch.no_grad(), hidden_sites():
-                    trace: Any = poutine.trace(self._run).get_trace()
-                values = {name: trace.nodes[name]["value"] for name in self.latents.sites}
-                z = self.latents.unconstrain(values)[None]
+                    z = self._latent_vector(poutine.trace(self._run).get_trace())[None]
             except Exception:  # improper, or a draw that the model itself cannot take
                 continue
             if bool(z.isfinite().all()):
@@ -344,8 +329,7 @@ class LogJoint(LogDensity):
             except ModelFailures as error:
                 found.append(f"the model itself ({error})")
             else:
-                log_probs = scored.log_probs.items()
-                found += [name for name, value in log_probs if not value.sum().isfinite()]
+                found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
         return list(dict.fromkeys(found))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
@@ -355,31 +339,62 @@ class LogJoint(LogDensity):
             return {"total": self._evaluate({"z": z[0]}, None)["total"][None]}
         values, total = self.latents.constrain_with_ladj(z)
         plate = DrawPlate(size, self.num_plates)
-        placed = plate.place(values, self._event_dims)
+        placed = plate.place(values, self.latents.event_dims)
         if self.is_enumerated:
-            run = poutine.condition(self._run, dict(placed))
             with hidden_sites():
+                run = poutine.condition(self._run, dict(placed))
                 return {"total": total + plate.sum_out_discrete(run)}
         with hidden_sites(), SiteLogProbs(placed) as scored:
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}
 
-    def _trace(self, args: Args, kwargs: Kwargs) -> poutine.Trace:
-        quiet = pyro.validation_enabled(False)
+    def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
-        with quiet, torch.no_grad(), hidden_sites(), init:
-            trace: poutine.Trace = poutine.trace(self._model).get_trace(*args, **kwargs)
-        return trace
+        with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
+            return poutine.trace(self._model).get_trace(*args, **kwargs)
+
+
+class MeanLogJoint(LogDensity):
+    """The log joint density of a model as the weighted mean of that for several arguments.
+
+    The density of one mini-batch is scaled up to all data, and its mode is many standard deviations
+    of the posterior away from that of all data. The more mini-batches, the closer their mean is.
+
+    :param log_joint: the log joint density for any arguments.
+    :param arguments: the positional and the keyword arguments of each mini-batch.
+    :param weights: the weight of each, positive.
+    """
+
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        arguments: Sequence[tuple[Args, Kwargs]],
+        weights: Sequence[float],
+    ) -> None:
+        self.latents, self.start, self.strategy = (
+            log_joint.latents,
+            log_joint.start,
+            log_joint.strategy,
+        )
+        self._parts = [log_joint.with_arguments(args, kwargs) for args, kwargs in arguments]
+        self._shares = [weight / sum(weights) for weight in weights]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        values = [share * part(z) for share, part in zip(self._shares, self._parts)]
+        return sum(values[1:], values[0])
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        found = [name for part in self._parts for name in part.nonfinite_sites(z)]
+        return list(dict.fromkeys(found))
 
 
 def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:
     """How many draws are evaluated at once, by the values of a run and the entries of its arguments."""
     for argument in (*args, *kwargs.values()):
-        if isinstance(argument, Tensor):
-            num_values = max(num_values, argument.numel())
-    return max(_MAX_VALUES // max(num_values, 1), 1)
+        num_values = max(num_values, argument.numel() if isinstance(argument, Tensor) else 1)
+    return max(_MAX_VALUES // num_values, 1)
 
 
 def _nan(draws: Draws) -> Terms:
-    """The log joint density of a draw where the model fails, with a gradient."""
+    """The log joint density of a draw at which the model fails, with a gradient."""
     return {"total": draws["z"].sum() * torch.nan}

@@ -1,32 +1,31 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pyro handlers that run a model for its log-density, and what a run says of its plates."""
+"""Pyro handlers that run a model for its log-density, discrete latents summed out where there are any."""
 
 import math
-from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, validation_enabled
+from pyro.distributions import validation_enabled
 from pyro.distributions.util import scale_and_mask
+from pyro.ops import packed
+from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
 
-from .sites import is_enumerated, latent_nodes, unwrapped
+from .traces import has_data, is_enumerated, latent_nodes
 
-_LONGEST_SEQUENCE = 16
-# of entries that are counted for a signature: of more, a run of a model says as much in the same time
-_MOST_COUNTED = 2**18
+Factors = OrderedDict[frozenset[str], list[Tensor]]  #: log-densities by the plates that they are in
 
 
 def hidden_sites() -> BlockMessenger:
@@ -162,157 +161,65 @@ def _log_prob(site: Any) -> Tensor:
     return log_prob
 
 
-def runs_model(trace: poutine.Trace) -> bool:
-    """Whether a guide with this trace runs its model, as Pyro's messenger guides do.
+class ScaleError(ValueError):
+    """A model whose discrete latents cannot be summed out, whatever the draw."""
 
-    Its trace has the data, which are no part of its density, and with each latent the model's prior.
+
+def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) -> Tensor:
+    """The log-density of a trace with its discrete latents summed out.
+
+    As in Pyro's ``TraceEnum_ELBO``, masks are inside of the sums and the scale is outside: that of a
+    mini-batch multiplies the log of the sum over the states of an element, not the terms of that sum.
+
+    :param trace: of a model, under ``poutine.enum``.
+    :param kept_plates: the plates whose dimensions the result has.
+    :raises ScaleError: if sites that share a sum have different scales.
     """
-    return any("prior" in node["infer"] for node in latent_nodes(trace))
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    symbols = trace.plate_to_symbol
+    kept = frozenset(symbols[name] for name in kept_plates)
+    summed = set(trace.symbol_to_dim) - set(symbols.values())
+    inside: Factors = OrderedDict()
+    outside: Factors = OrderedDict()
+    scales = []
+    for site, plates in _sample_sites(trace):
+        if summed.isdisjoint(site["packed"]["log_prob"]._pyro_dims):
+            outside.setdefault(plates, []).append(site["packed"]["log_prob"])
+        else:
+            inside.setdefault(plates, []).append(_without_scale(site))
+            scales.append(site["scale"])
+    total: Tensor = contract_to_tensor(inside, summed, target_ordinal=kept)
+    total = _common(scales) * total
+    if outside:
+        total = total + contract_to_tensor(outside, set(), target_ordinal=kept)
+    return total
 
 
-def has_data(site: Any) -> bool:
-    """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample."""
-    if site["type"] != "sample" or not site["is_observed"]:
-        return False
-    return not (site_is_subsample(site) or site_is_factor(site) or is_deterministic(site))
+def _sample_sites(trace: poutine.Trace) -> Iterator[tuple[Any, frozenset[str]]]:
+    """The sample sites of a trace, each with the symbols of its plates."""
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
+            yield site, frozenset(trace.plate_to_symbol[frame.name] for frame in frames)
 
 
-def observed_nodes(trace: poutine.Trace) -> list[Any]:
-    """The nodes of a trace that are given, without the indices of plates, which a model may be given too."""
-    nodes = [trace.nodes[name] for name in trace.observation_nodes]
-    return [node for node in nodes if not site_is_subsample(node)]
+def _without_scale(site: Any) -> Tensor:
+    # a masked discrete latent is still one of its values
+    mask = None if is_enumerated(site) else site["packed"]["mask"]
+    log_prob: Tensor = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=mask)
+    return log_prob
 
 
-def is_deterministic(site: Any) -> bool:
-    """Whether a site's value is computed: one of ``pyro.deterministic``, or what a reparametrizer leaves.
-
-    A reparametrizer observes a value at a ``Delta`` of the same tensor, which plates expand. Data come
-    in a tensor of their own, also where their distribution is a ``Delta``.
-    """
-    if site["infer"].get("_deterministic"):
-        return True
-    fn, value = unwrapped(site["fn"]), site["value"]
-    is_point = site["is_observed"] and isinstance(fn, Delta) and isinstance(value, Tensor)
-    return is_point and _address(fn.v) == _address(value)
-
-
-def _address(tensor: Tensor) -> int:
-    while is_functorch_wrapped_tensor(tensor):  # as under torch.vmap
-        tensor = get_unwrapped(tensor)
-    return tensor.data_ptr()
-
-
-class ModelStructure(NamedTuple):
-    """The sites of a run of a model, without their values.
-
-    :param shapes: the shape of each continuous latent.
-    :param global_latents: the names of those that are in no plate.
-    :param subsampled_latents: the names of those in a plate that holds a part of its elements only.
-    :param scale: the largest factor of the log-density of data, relative to that of the global
-        latents: in a plate of 100 elements, 20 of them present, it is 5.
-    :param num_values: how many values or log-densities all sites have, data included.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    global_latents: list[str]
-    subsampled_latents: list[str]
-    scale: float
-    num_values: int
-
-    @classmethod
-    def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
-        """The structure of a traced run."""
-        nodes = latent_nodes(trace)
-        latents = [node for node in nodes if not is_enumerated(node)]
-        in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
-        data = [node for node in observed_nodes(trace) if not is_deterministic(node)] or nodes
-        parts = set(subsampled_plates(trace))
-        return cls(
-            shapes={node["name"]: tuple(node["value"].shape) for node in latents},
-            global_latents=[node["name"] for node in in_no_plate],
-            subsampled_latents=[
-                node["name"] for node in latents if parts.intersection(node["cond_indep_stack"])
-            ],
-            scale=_largest_scale(data) / _largest_scale(in_no_plate),
-            num_values=count_values(trace),
+def _common(scales: Sequence[float | Tensor]) -> float | Tensor:
+    """The scale of all sites that share a sum, which is the scale of its logarithm."""
+    different = set()
+    for scale in scales:
+        different.add(float(scale) if torch.as_tensor(scale).dim() == 0 else math.nan)
+    if len(different) > 1 or math.nan in different:
+        raise ScaleError(
+            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
+            f"got {sorted(different)}: sites of different scales, such as a discrete latent outside of a "
+            "sub-sampled plate, cannot be summed out"
         )
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether the data are scaled, up or down."""
-        return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
-
-
-def count_values(trace: poutine.Trace) -> int:
-    """How many values or log-densities the sites of a trace have, data included."""
-    count = 0
-    for node in (*latent_nodes(trace), *observed_nodes(trace)):
-        count += max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
-    return count
-
-
-def _largest_scale(nodes: list[Any]) -> float:
-    return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
-
-
-def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
-    """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
-
-    That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
-    length and the first element.
-
-    :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
-    :param with_values: whether what the scale of data may follow from counts, too: floats, all elements
-        of sequences, the value of a tensor of one element, the values of one of booleans or integers,
-        as masks and lengths are, and how many floats of one are zero or NaN, as where they pad. A large
-        tensor, and what is neither a tensor nor plain data nor callable, has another key each time.
-    """
-    if isinstance(arguments, Mapping):
-        arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
-    if isinstance(arguments, (tuple, list)):
-        is_short = with_values or len(arguments) <= _LONGEST_SEQUENCE
-        few = arguments if is_short else arguments[:1]
-        return len(arguments), *(argument_signature(x, with_values=with_values) for x in few)
-    plain = (int, str, float) if with_values else (int, str)
-    if arguments is None or isinstance(arguments, plain):
-        return arguments
-    # arrays of any library
-    shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
-    if isinstance(shape, tuple):
-        return (tuple(shape), dtype, _content(arguments)) if with_values else (tuple(shape), dtype)
-    if with_values:
-        return arguments if callable(arguments) else object()
-    return type(arguments)
-
-
-def _content(array: Any) -> Any:
-    """What a scale may follow from in a tensor or an array: see :func:`argument_signature`."""
-    size = math.prod(array.shape)
-    with suppress(Exception):  # of a sparse tensor nothing can be counted so
-        if size == 1:
-            return array.item()
-        if size <= _MOST_COUNTED and any(kind in str(array.dtype) for kind in ("bool", "int")):
-            return hash(torch.as_tensor(array, device="cpu").numpy().tobytes())
-        if size <= _MOST_COUNTED:
-            return (array == 0).sum().item(), (array != array).sum().item()
-    return object()
-
-
-def plate_nesting(*traces: poutine.Trace) -> int:
-    """How many dimensions the plates of traces take, counted from the right."""
-    nesting = 0
-    for trace in traces:
-        for node in trace.nodes.values():
-            for frame in node.get("cond_indep_stack", ()):
-                nesting = max(nesting, -(frame.dim or 0))
-    return nesting
-
-
-def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
-    """The frames of the plates of a trace that hold a part of their elements only, once a site."""
-    found = []
-    for node in trace.nodes.values():
-        for frame in node.get("cond_indep_stack", ()):
-            if frame.full_size not in (None, frame.size):
-                found.append(frame)
-    return found
+    return scales[0] if scales else 1.0

@@ -51,7 +51,9 @@ class TransformWithLadj(Protocol):
         """``y`` of shape ``(*, D)``, and the log-determinant of shape ``(*,)``."""
 
 
-def call_and_ladj(transform: Transform | TransformWithLadj, x: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate_with_ladj(
+    transform: Transform | TransformWithLadj, x: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same of any torch transform, elementwise ones included; one evaluation where it offers that."""
     if isinstance(transform, TransformWithLadj):
         return transform.call_and_ladj(x)

@@ -11,20 +11,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import (
-    Delta,
-    ExpandedDistribution,
-    Independent,
-    MaskedDistribution,
-    is_validation_enabled,
-)
+from pyro.distributions import Delta, is_validation_enabled
 from pyro.distributions.constraints import Constraint
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..arguments import to_tensor, values_can_be_read
+from .traces import is_enumerated, latent_nodes, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,10 +103,11 @@ class Latents:
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self.sites: dict[str, Site] = {}
+        self.event_dims: dict[str, int] = {}
         self._sizes: list[int] = []
         for site in sites:
-            self.sites[site.name] = site
-            self._sizes.append(site.unconstrained_shape.numel())
+            self.sites[site.name], self.event_dims[site.name] = site, site.event_dim
+            self._sizes.append(site.size)
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
         self.latent_dim = sum(self._sizes)
@@ -265,22 +260,6 @@ class Latents:
         return given, batch
 
 
-def latent_nodes(trace: poutine.Trace) -> list[Any]:
-    """The nodes of a trace that are latent sample sites, without the indices of sub-sampled plates."""
-    nodes = []
-    for _, node in trace.iter_stochastic_nodes():
-        if not site_is_subsample(node):
-            nodes.append(node)
-    return nodes
-
-
-def unwrapped(fn: Any) -> Any:
-    """A distribution without what expands, masks or reinterprets it."""
-    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
 def check_continuous(site: Any) -> None:
     """Refuses a latent that has no density on the reals: a point, or a support without a bijection."""
     if isinstance(unwrapped(site["fn"]), Delta):
@@ -325,11 +304,6 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
     if is_enumerated(site) or site["fn"].support.is_discrete:
         return torch.as_tensor(site["fn"].sample())
     return value_or_origin(init_loc_fn, site)
-
-
-def is_enumerated(node: Any) -> bool:
-    """Whether a site of a trace is discrete and marked for enumeration."""
-    return node["infer"].get("enumerate") is not None
 
 
 def _check_enumeration(node: Any) -> None:

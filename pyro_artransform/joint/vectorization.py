@@ -34,9 +34,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from .enumeration import ScaleError, sum_out_discrete
-from .handlers import SiteLogProbs, plate_nesting, runs_model
-from .sites import latent_nodes
+from .handlers import ScaleError, SiteLogProbs, sum_out_discrete
+from .traces import latent_nodes, plate_nesting, runs_model
 
 Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
@@ -248,7 +247,7 @@ class DrawPlate(NamedTuple):
         return sum_out_discrete(trace, () if self.size is None else (_DRAWS,))
 
 
-class GuideDraws:
+class GuideSampler:
     """Draws of a guide and their log-density, in a plate where that agrees with single runs.
 
     :param run: runs a guide.

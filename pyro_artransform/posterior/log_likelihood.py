@@ -12,14 +12,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..joint.checks import check_data
-from ..joint.handlers import (
-    SiteLogProbs,
-    has_data,
-    is_deterministic,
-    plate_nesting,
-    subsampled_plates,
-)
+from ..joint.handlers import SiteLogProbs
+from ..joint.traces import check_data, has_data, is_deterministic, plate_nesting, subsampled_plates
 from ..joint.vectorization import (
     STRATEGIES,
     DrawPlate,

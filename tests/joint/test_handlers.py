@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.reparam import ConjugateReparam, LocScaleReparam, TransformReparam
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.handlers import argument_signature, has_data, is_deterministic
+from pyro_artransform.joint.traces import argument_signature, has_data, is_deterministic
 from tests.joint.batches import Y, model
 
 

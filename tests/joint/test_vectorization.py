@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro_artransform.joint.vectorization import (
     STRATEGIES,
     DrawPlate,
-    GuideDraws,
+    GuideSampler,
     agree,
     choose_strategy,
     evaluate_many,
@@ -164,7 +164,7 @@ def subsampled():
     [(local_guide, True), (subsampled, True), (sums_over_draws, False), (branches, False)],
 )
 def test_guide_draws(guide, is_vectorized):
-    draws = GuideDraws(guide, num_plates=2)
+    draws = GuideSampler(guide, num_plates=2)
     assert draws.is_vectorized is is_vectorized
     values, log_q = draws(6)
     assert log_q.shape == (6,)

@@ -5,8 +5,8 @@
 import pytest
 import torch
 
-from pyro_artransform.joint import quantiles
 from pyro_artransform.posterior import summary
+from pyro_artransform.posterior.summary import check_levels, quantiles_of
 
 
 def test_summary():
@@ -24,8 +24,8 @@ def test_summary():
 def test_summary_in_chunks(monkeypatch):
     draws = {"b": torch.randn(101, 3, 4)}
     expected = summary(draws)
-    assert quantiles._QUANTILE_NUMBERS < 2**24  # which torch.quantile takes
-    monkeypatch.setattr(quantiles, "_QUANTILE_NUMBERS", 250)
+    assert quantiles_of.__globals__["_QUANTILE_NUMBERS"] < 2**24  # which torch.quantile takes
+    monkeypatch.setitem(quantiles_of.__globals__, "_QUANTILE_NUMBERS", 250)
     found = summary(draws)
     for name, value in expected["b"].items():
         assert torch.equal(found["b"][name], value)
@@ -69,3 +69,29 @@ def test_bad_summary():
             summary({"z": bad})
     with pytest.raises(ValueError, match="draws: expected those of one site at least, got none"):
         summary({})
+
+
+def test_quantiles_by_columns(monkeypatch):
+    draws = torch.randn(1001, 3, 4)
+    levels = torch.tensor([0.0, 0.3, 1.0])
+    expected = torch.quantile(draws, levels, dim=0)
+    for numbers in (2**23, 2500, 10):
+        monkeypatch.setitem(quantiles_of.__globals__, "_QUANTILE_NUMBERS", numbers)
+        assert torch.equal(quantiles_of(draws, levels), expected)
+    assert quantiles_of(draws[:, 0, 0], levels).shape == (3,)
+
+
+@pytest.mark.parametrize("levels", [[-0.1], [0.5, 1.1], [float("nan")], []])
+def test_bad_levels(levels):
+    with pytest.raises(ValueError, match="expected numbers between 0 and 1, got"):
+        check_levels("quantiles", levels, torch.zeros(()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_quantiles_in_half_precision(dtype):
+    draws = torch.randn(1001, 3).to(dtype)
+    levels = check_levels("quantiles", [0.05, 0.95], draws)
+    assert torch.equal(levels, torch.tensor([0.05, 0.95], dtype=torch.float32))
+    found = quantiles_of(draws, levels)
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.quantile(draws.float(), levels, dim=0).to(dtype))

@@ -15,8 +15,8 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
-from ...joint.handlers import argument_signature
 from ...joint.sites import Latents
+from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec

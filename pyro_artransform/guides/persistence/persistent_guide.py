@@ -18,7 +18,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ...arguments import check_integer
-from ...joint.quantiles import check_levels, quantiles_of
+from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, prototype_trace
 from . import serialization
 from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts

@@ -16,7 +16,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Distribution, TransformedDistribution
 
-from ...joint.protocols import StructuredGuide, UnconstrainingGuide, call_and_ladj
+from ...joint.protocols import StructuredGuide, UnconstrainingGuide, evaluate_with_ladj
 from ...moments import check_rows, location_and_scale
 
 _WANTED = (
@@ -81,7 +81,7 @@ class GuideDensity:
         return _trained(self.guide.parameters())
 
     def log_prob(self, rows: Rows) -> Tensor:
-        x, ladj = call_and_ladj(self.guide.get_transform().inv, rows.values)
+        x, ladj = evaluate_with_ladj(self.guide.get_transform().inv, rows.values)
         return dist.Normal(torch.zeros_like(x), 1.0, validate_args=False).log_prob(x).sum(-1) + ladj
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class DistributionDensity:
         # torch evaluates each transform twice
         x, total = rows.values, rows.values.new_zeros(len(rows.values))
         for transform in reversed(transforms):
-            x, ladj = call_and_ladj(transform.inv, x)
+            x, ladj = evaluate_with_ladj(transform.inv, x)
             total = total + ladj
         if not x.isfinite().all():
             # a step that is skipped, where the base would raise an error

@@ -18,9 +18,10 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from ...joint import LogJoint
-from ...joint.handlers import UnmaskedLatents, hidden_sites, plate_nesting, traced_parameters
+from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
-from ...joint.vectorization import GuideDraws
+from ...joint.traces import plate_nesting
+from ...joint.vectorization import GuideSampler
 from ..config import OptimizationConfig
 from ..loader import Batch
 
@@ -198,7 +199,7 @@ class PyroObjective(BatchObjective):
         in_plate = self.log_joint.strategy == "plate"
         with torch.no_grad(), _quietly(), torch.random.fork_rng(devices=[]):
             #: whether many particles are evaluated at once, in a plate
-            self.is_vectorized = in_plate and GuideDraws(run, self._num_plates).is_vectorized
+            self.is_vectorized = in_plate and GuideSampler(run, self._num_plates).is_vectorized
 
     def with_arguments(self, batch: Batch) -> "PyroObjective":
         other = copy.copy(self)

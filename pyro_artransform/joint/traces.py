@@ -1,0 +1,283 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a traced run of a model says of its sites, plates and data, and what is wrong with these."""
+
+import math
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+
+_LONGEST_SEQUENCE = 16
+# of entries that are counted for a signature: of more, a run of a model says as much in the same time
+_MOST_COUNTED = 2**18
+
+
+def latent_nodes(trace: poutine.Trace) -> list[Any]:
+    """The nodes of a trace that are latent sample sites, without the indices of sub-sampled plates."""
+    nodes = []
+    for _, node in trace.iter_stochastic_nodes():
+        if not site_is_subsample(node):
+            nodes.append(node)
+    return nodes
+
+
+def observed_nodes(trace: poutine.Trace) -> list[Any]:
+    """The nodes of a trace that are given, without the indices of plates, which a model may be given too."""
+    nodes = [trace.nodes[name] for name in trace.observation_nodes]
+    return [node for node in nodes if not site_is_subsample(node)]
+
+
+def unwrapped(fn: Any) -> Any:
+    """A distribution without what expands, masks or reinterprets it."""
+    while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_enumerated(node: Any) -> bool:
+    """Whether a site of a trace is discrete and marked for enumeration."""
+    return node["infer"].get("enumerate") is not None
+
+
+def has_data(site: Any) -> bool:
+    """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample."""
+    if site["type"] != "sample" or not site["is_observed"]:
+        return False
+    return not (site_is_subsample(site) or site_is_factor(site) or is_deterministic(site))
+
+
+def is_deterministic(site: Any) -> bool:
+    """Whether a site's value is computed: one of ``pyro.deterministic``, or what a reparametrizer leaves.
+
+    A reparametrizer observes a value at a ``Delta`` of the same tensor, which plates expand. Data come
+    in a tensor of their own, also where their distribution is a ``Delta``.
+    """
+    if site["infer"].get("_deterministic"):
+        return True
+    fn, value = unwrapped(site["fn"]), site["value"]
+    is_point = site["is_observed"] and isinstance(fn, Delta) and isinstance(value, Tensor)
+    return is_point and _address(fn.v) == _address(value)
+
+
+def _address(tensor: Tensor) -> int:
+    while is_functorch_wrapped_tensor(tensor):  # as under torch.vmap
+        tensor = get_unwrapped(tensor)
+    return tensor.data_ptr()
+
+
+def runs_model(trace: poutine.Trace) -> bool:
+    """Whether a guide with this trace runs its model, as Pyro's messenger guides do.
+
+    Its trace has the data, which are no part of its density, and with each latent the model's prior.
+    """
+    return any("prior" in node["infer"] for node in latent_nodes(trace))
+
+
+class ModelStructure(NamedTuple):
+    """The sites of a run of a model, without their values.
+
+    :param shapes: the shape of each continuous latent.
+    :param global_latents: the names of those that are in no plate.
+    :param subsampled_latents: the names of those in a plate that holds a part of its elements only.
+    :param scale: the largest factor of the log-density of data, relative to that of the global
+        latents: in a plate of 100 elements, 20 of them present, it is 5.
+    :param num_values: how many values or log-densities all sites have, data included.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    global_latents: list[str]
+    subsampled_latents: list[str]
+    scale: float
+    num_values: int
+
+    @classmethod
+    def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
+        """The structure of a traced run."""
+        nodes = latent_nodes(trace)
+        latents = [node for node in nodes if not is_enumerated(node)]
+        in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
+        data = [node for node in observed_nodes(trace) if not is_deterministic(node)] or nodes
+        parts = set(subsampled_plates(trace))
+        return cls(
+            shapes={node["name"]: tuple(node["value"].shape) for node in latents},
+            global_latents=[node["name"] for node in in_no_plate],
+            subsampled_latents=[
+                node["name"] for node in latents if parts.intersection(node["cond_indep_stack"])
+            ],
+            scale=_largest_scale(data) / _largest_scale(in_no_plate),
+            num_values=count_values(trace),
+        )
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the data are scaled, up or down."""
+        return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
+
+
+def count_values(trace: poutine.Trace) -> int:
+    """How many values or log-densities the sites of a trace have, data included."""
+    count = 0
+    for node in (*latent_nodes(trace), *observed_nodes(trace)):
+        count += max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
+    return count
+
+
+def _largest_scale(nodes: list[Any]) -> float:
+    return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
+
+
+def plate_nesting(*traces: poutine.Trace) -> int:
+    """How many dimensions the plates of traces take, counted from the right."""
+    nesting = 0
+    for trace in traces:
+        for node in trace.nodes.values():
+            for frame in node.get("cond_indep_stack", ()):
+                nesting = max(nesting, -(frame.dim or 0))
+    return nesting
+
+
+def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
+    """The frames of the plates of a trace that hold a part of their elements only, once a site."""
+    found = []
+    for node in trace.nodes.values():
+        for frame in node.get("cond_indep_stack", ()):
+            if frame.full_size not in (None, frame.size):
+                found.append(frame)
+    return found
+
+
+def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
+    """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
+
+    That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
+    length and the first element.
+
+    :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
+    :param with_values: whether what the scale of data may follow from counts, too: floats, all elements
+        of sequences, the value of a tensor of one element, the values of one of booleans or integers,
+        as masks and lengths are, and how many floats of one are zero or NaN, as where they pad. A large
+        tensor, and what is neither a tensor nor plain data nor callable, has another key each time.
+    """
+    if isinstance(arguments, Mapping):
+        arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
+    if isinstance(arguments, (tuple, list)):
+        is_short = with_values or len(arguments) <= _LONGEST_SEQUENCE
+        few = arguments if is_short else arguments[:1]
+        return len(arguments), *(argument_signature(x, with_values=with_values) for x in few)
+    plain = (int, str, float) if with_values else (int, str)
+    if arguments is None or isinstance(arguments, plain):
+        return arguments
+    # arrays of any library
+    shape, dtype = getattr(arguments, "shape", None), getattr(arguments, "dtype", None)
+    if isinstance(shape, tuple):
+        return (tuple(shape), dtype, _content(arguments)) if with_values else (tuple(shape), dtype)
+    if with_values:
+        is_key = callable(arguments) and isinstance(arguments, Hashable)
+        return arguments if is_key else object()
+    return type(arguments)
+
+
+def _content(array: Any) -> Any:
+    """What a scale may follow from in a tensor or an array: see :func:`argument_signature`."""
+    size = math.prod(array.shape)
+    with suppress(Exception):  # of a sparse tensor nothing can be counted so
+        if size == 1:
+            return array.item()
+        if size <= _MOST_COUNTED and any(kind in str(array.dtype) for kind in ("bool", "int")):
+            return hash(torch.as_tensor(array, device="cpu").numpy().tobytes())
+        if size <= _MOST_COUNTED:
+            return (array == 0).sum().item(), (array != array).sum().item()
+    return object()
+
+
+@torch.no_grad()
+def check_data(trace: poutine.Trace) -> None:
+    """Checks the data of a run and the shapes of its sites, where Pyro's validation is on.
+
+    Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
+    and are not checked; nor are masked elements.
+
+    :raises ValueError: if data are no tensor or outside of their support, if they and their distribution
+        broadcast against each other, as of shapes ``(n,)`` and ``(n, 1)``, if one datum would count for
+        all elements of a sub-sampled plate, or the log-density of a site has other dimensions than
+        its plates.
+    """
+    if not is_validation_enabled():
+        return
+    node: Any
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or site_is_subsample(node):
+            continue
+        if has_data(node):
+            _check_support(node)
+        if node["cond_indep_stack"]:  # outside of plates a sum over all dimensions is right
+            _check_plates(node)
+        if has_data(node):
+            _check_shape(node)
+
+
+def _check_plates(node: Any) -> None:
+    """Refuses a log-density with other dimensions than the plates."""
+    no_limit: Any = math.inf  # dimensions to the left of the plates count
+    try:
+        log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+    except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
+        return
+    site: Any = {**node, "log_prob": log_prob}
+    check_site_shape(site, no_limit)
+
+
+def _check_shape(node: Any) -> None:
+    """Refuses data and a distribution that broadcast against each other, and a datum that a batch repeats."""
+    value, event_dim = node["value"], node["fn"].event_dim
+    sizes = dict(zip(range(-1, -value.dim() - 1, -1), reversed(value.shape)))
+    for frame in node["cond_indep_stack"]:
+        is_part = frame.dim is not None and frame.full_size not in (None, frame.size)
+        # a scalar is meant for all elements, a row of a batch is not
+        if is_part and frame.size > 1 and sizes.get(frame.dim - event_dim) == 1:
+            raise ValueError(
+                f"site '{node['name']}': expected data of {frame.size} elements of the sub-sampled plate "
+                f"'{frame.name}', got one, which would count {frame.size} times. Make the subsample_size "
+                "the length of the data, as in subsample_size=len(y)"
+            )
+    shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
+    with suppress(RuntimeError):  # shapes that do not broadcast have an error of their own
+        both = torch.broadcast_shapes(shape, value.shape)
+        if both.numel() > max(shape.numel(), value.numel()):
+            raise ValueError(
+                f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
+                f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}, which broadcast to "
+                f"{both.numel()} terms. Give both the same shape, as with x.squeeze(-1)"
+            )
+
+
+def _check_support(node: Any) -> None:
+    if not isinstance(node["value"], Tensor):
+        raise ValueError(
+            f"site '{node['name']}': expected data as a tensor, got {type(node['value']).__name__}: "
+            "torch.as_tensor makes one"
+        )
+    fn = unwrapped(node["fn"])
+    # a property depends on parameters: those of discrete distributions are rarely latents
+    if isinstance(getattr(type(fn), "support", None), property) and not fn.support.is_discrete:
+        return
+    mask = True if node["mask"] is None else node["mask"]
+    inside = node["fn"].support.check(node["value"]) | ~torch.as_tensor(mask)
+    if not bool(inside.all()):
+        raise ValueError(
+            f"site '{node['name']}': expected data within the support of {type(fn).__name__} "
+            f"({fn.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
+            "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
+            "that are no whole numbers"
+        )
