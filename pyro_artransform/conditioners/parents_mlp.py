@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from ..arguments import check_callable, check_integer
-from ..graphs.elimination import graph_levels
+from ..graphs.markov_graph import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
 from .activations import ELEMENTWISE
 from .adjoint import Activations, ParentsLinearization, with_padding

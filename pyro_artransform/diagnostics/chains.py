@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.protocols import TransformedGuide, evaluate_with_ladj
+from ..joint.protocols import TransformedGuide
+from ..transforms.flow_module import call_and_ladj_over_vectors
 
 #: the value and the log-determinant of a transform of draws, of shapes ``(n, D)`` and ``(n,)``
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -305,12 +306,7 @@ def guide_transform(
             transform = guide.get_transform(*args, **kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
         return None
-    return partial(evaluate_with_ladj, transform)
-
-
-def location_scale(loc: Tensor, scale: Tensor) -> ToLatent:
-    """The transform of a standard normal by means and standard deviations, shape ``(D,)``."""
-    return lambda base: (loc + scale * base, scale.log().sum().expand(len(base)))
+    return partial(call_and_ladj_over_vectors, transform)
 
 
 def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:

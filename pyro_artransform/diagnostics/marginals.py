@@ -15,7 +15,8 @@ from torch import Tensor
 from ..arguments import check_integer
 from ..joint import Latents, LogJoint
 from ..joint.handlers import hidden_sites
-from .chains import PairedChains, PulledBack, guide_transform, location_scale, misjudged_directions
+from ..transforms import Standardize
+from .chains import PairedChains, PulledBack, guide_transform, misjudged_directions
 from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
 from .importance_weights import Values, check_same_latents, log_weights
 from .marginal_errors import (
@@ -338,10 +339,8 @@ def marginals_of(
             "guide: expected draws that differ, got one value of a latent in all of them"
         )
     companions = torch.randn_like(draws[:num_chains])
-    if transform is None:
-        to_latent, points = location_scale(loc, scale), (draws[:num_chains] - loc) / scale
-    else:
-        to_latent, points = transform, companions
+    to_latent = transform or Standardize(loc, scale).call_and_ladj
+    points = companions if transform else (draws[:num_chains] - loc) / scale
     target = PulledBack(log_joint, to_latent)
     stretched = misjudged_directions(target, points)
     target.to_latent = stretched.before(to_latent)

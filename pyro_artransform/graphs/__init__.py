@@ -3,9 +3,14 @@
 
 """Markov graphs: orders of elimination, colourings, and Gaussians with sparse precisions."""
 
-from .coloring import Coloring, color_columns
-from .elimination import Elimination, eliminate, graph_levels
-from .markov_graph import MarkovGraph
+from .markov_graph import (
+    Coloring,
+    Elimination,
+    MarkovGraph,
+    color_columns,
+    eliminate,
+    graph_levels,
+)
 from .padding import PaddedGroup, padded_groups
 from .sparse_gaussian import PrecisionPattern, SparseGaussian
 

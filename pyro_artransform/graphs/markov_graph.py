@@ -1,14 +1,221 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A Markov graph with its elimination."""
+r"""An order in which the coordinates of a density with a Markov graph are drawn, each given few others.
 
+A density whose Markov graph is G factorizes, for any order of elimination, as
+
+.. math::
+
+    p(z) = p(z_R) \prod_{i \notin R} p(z_i \mid z_{\mathrm{pa}(i)})
+
+where pa(i) are the neighbours of i when it is eliminated; its neighbours are then joined, as in the sparse
+Cholesky factorization of a matrix with the pattern of G. What is eliminated last, R, is the root block.
+
+**References**
+
+1. Modification of the Minimum-Degree Algorithm by Multiple Elimination (Liu, 1985)
+2. Inference via Low-Dimensional Couplings (Spantini, Bigoni, Marzouk, 2018),
+   https://arxiv.org/abs/1703.06131
+3. Faithful Inversion of Generative Models for Effective Amortized Inference (Webb, Golinski, Zinkov,
+   Siddharth, Rainforth, Teh, Wood, 2018), https://arxiv.org/abs/1712.00287
+"""
+
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .coloring import Coloring, color_columns
-from .elimination import Elimination, eliminate
+# With strictly the least degree a chain is peeled from its ends: 501 levels in place of 10 for 1,000.
+_SLACK = 2
+# pairs of neighbours of a common coordinate that a colouring may look at: a second of time
+_MOST_PAIRS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Who is drawn given whom.
+
+    :param parents: for each coordinate its parents, sorted; none for the root block.
+    :param root: the coordinates of the root block, sorted, which are drawn first and jointly.
+    """
+
+    parents: tuple[tuple[int, ...], ...]
+    root: tuple[int, ...]
+
+    @property
+    def input_dim(self) -> int:
+        """The number of coordinates."""
+        return len(self.parents)
+
+    @property
+    def num_edges(self) -> int:
+        """The number of pairs of a coordinate and a parent."""
+        return sum(map(len, self.parents))
+
+    @cached_property
+    def level(self) -> tuple[int, ...]:
+        """The level of each coordinate: 0 in the root block, else one more than its last parent's."""
+        return tuple(graph_levels(self.parents, self.root))
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """The coordinates of each level, in the order in which levels are drawn; the root is the first."""
+        found: list[list[int]] = [[] for _ in range(max(self.level) + 1)]
+        for i, k in enumerate(self.level):
+            found[k].append(i)
+        return tuple(map(tuple, found))
+
+
+def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> list[int]:
+    """The number of coordinates on the longest path to each coordinate of an acyclic graph.
+
+    :param parents: for each coordinate those that it depends on.
+    :param root: coordinates of level 0; all others are of level 1 at least if there is one.
+    :raises ValueError: if the graph has a cycle, or names a coordinate that there is not.
+    """
+    dim, first = len(parents), list(root)
+    children: list[list[int]] = [[] for _ in range(dim)]
+    missing = [len(own) for own in parents]
+    for i, own in enumerate(parents):
+        for j in own:
+            if not 0 <= j < dim:
+                raise ValueError(f"parents: expected coordinates from 0 to {dim - 1}, got {j}")
+            children[j].append(i)
+    level = [1 if first else 0] * dim
+    for i in first:
+        level[i] = 0
+    ready, count = [i for i in range(dim) if not missing[i]], 0
+    while ready:
+        j = ready.pop()
+        count += 1
+        for i in children[j]:
+            level[i] = max(level[i], level[j] + 1)
+            missing[i] -= 1
+            if not missing[i]:
+                ready.append(i)
+    if count < dim:
+        raise ValueError("parents: expected a graph without a cycle, got one with a cycle")
+    return level
+
+
+def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
+    """Eliminates independent sets of coordinates of nearly the least degree until a clique is left.
+
+    :param neighbours: the Markov graph: for each coordinate those that are adjacent to it, in both
+        directions.
+    :return: who is drawn given whom. What would come one coordinate after the other at the end of the
+        elimination is the root block.
+
+    Example::
+
+        >>> chain = [[1], [0, 2], [1, 3], [2]]
+        >>> eliminate(chain)
+        Elimination(parents=((1,), (), (), (2,)), root=(1, 2))
+    """
+    around = [set(own) - {i} for i, own in enumerate(neighbours)]
+    parents: list[tuple[int, ...]] = [()] * len(around)
+    left, rounds = set(range(len(around))), list[list[int]]()
+    while left:
+        least = min(len(around[i]) for i in left)
+        if least == len(left) - 1:
+            break
+        chosen = _independent_set(around, left, least + _SLACK)
+        for i in chosen:
+            parents[i] = tuple(sorted(around[i]))
+            _remove(around, i)
+        left.difference_update(chosen)
+        rounds.append(chosen)
+    root = sorted(left)
+    while rounds and len(rounds[-1]) == 1:
+        root += rounds.pop()
+    if not root:  # what was last has no parents
+        root = rounds[-1][:1]
+    for i in root:
+        parents[i] = ()
+    return Elimination(tuple(parents), tuple(sorted(root)))
+
+
+def _independent_set(around: list[set[int]], left: set[int], most: int) -> list[int]:
+    """Coordinates of a degree of at most so many, none next to another, those of low degree first."""
+    candidates = sorted((len(around[i]), i) for i in left if len(around[i]) <= most)
+    chosen, blocked = [], set[int]()
+    for _, i in candidates:
+        if i not in blocked:
+            chosen.append(i)
+            blocked |= around[i]
+    return chosen
+
+
+def _remove(around: list[set[int]], i: int) -> None:
+    """Eliminates a coordinate: its neighbours are neighbours of each other from now on."""
+    own = around[i]
+    for j in own:
+        around[j] |= own
+        around[j] -= {i, j}
+
+
+@dataclass(frozen=True)
+class Coloring:
+    """Groups of columns.
+
+    :param color: for each column its group, hubs last, each by itself.
+    :param num_colors: the number of groups.
+    :param num_hubs: how many of them are hubs.
+    """
+
+    color: tuple[int, ...]
+    num_colors: int
+    num_hubs: int
+
+    def is_hub(self, column: int) -> bool:
+        """Whether a column is in a group by itself since it has entries nearly everywhere."""
+        return self.color[column] >= self.num_colors - self.num_hubs
+
+    def groups(self) -> list[list[int]]:
+        """The columns of each group."""
+        found: list[list[int]] = [[] for _ in range(self.num_colors)]
+        for column, k in enumerate(self.color):
+            found[k].append(column)
+        return found
+
+
+def color_columns(neighbours: Sequence[set[int]], seed: int = 0) -> Coloring:
+    """Few groups of columns that share no rows but those of hubs.
+
+    :param neighbours: for each column the rows of its entries off the diagonal.
+    :param seed: of the order in which columns are considered; another one gives other groups.
+    """
+    degrees = sorted({len(own) for own in neighbours}, reverse=True)
+    best = _with_hubs(neighbours, -1, seed)
+    # the degrees above which a column is a hub; each halving is tried
+    for most in {degrees[0] >> k for k in range(degrees[0].bit_length() + 1)} | {degrees[-1]}:
+        found = _with_hubs(neighbours, most, seed)
+        if found.num_colors < best.num_colors:
+            best = found
+    return best
+
+
+def _with_hubs(neighbours: Sequence[set[int]], most: int, seed: int) -> Coloring:
+    """The greedy groups where columns with more than so many entries are hubs."""
+    hubs = {i for i, own in enumerate(neighbours) if len(own) > most}
+    others = [i for i in range(len(neighbours)) if i not in hubs]
+    near = {i: neighbours[i] - hubs for i in others}
+    if sum(len(own) ** 2 for own in near.values()) > _MOST_PAIRS:
+        return _with_hubs(neighbours, -1, seed)
+    random.Random(seed).shuffle(others)
+    color = [0] * len(neighbours)
+    count, done = 0, set[int]()
+    for i in others:
+        taken = {color[j] for j in near[i] if j in done}
+        for j in near[i]:
+            taken.update(color[k] for k in near[j] if k in done)
+        color[i] = next(k for k in range(count + 1) if k not in taken)
+        count = max(count, color[i] + 1)
+        done.add(i)
+    for k, i in enumerate(sorted(hubs)):
+        color[i] = count + k
+    return Coloring(tuple(color), count + len(hubs), len(hubs))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .elimination import Elimination
+from .markov_graph import Elimination
 from .padding import PaddedGroup, padded_groups
 
 # Of a precision with a diagonal of ones: pivots below the one are round-off, or say that the matrix is

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..arguments import check_integer, check_positive, to_tensor
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
-from ..transforms import ComposedTransform
+from ..transforms import ComposedTransform, LocationScale
 from . import prototype
-from .distributions import FlowDistribution, LocationScale, check_flow_argument, make_flow
+from .distributions import FlowDistribution, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec

@@ -3,7 +3,6 @@
 
 """The distribution of a guide: its flow, the location and scale after it, and their draws."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Transform
-from torch.linalg import solve_triangular
 
 from ..transforms import FlowModule, check_structure
 
@@ -82,105 +80,6 @@ def make_flow(
         else:
             check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
     return flow
-
-
-class LocationScale(FlowModule):
-    r"""A location and a lower-triangular scale.
-
-    .. math::
-
-        y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
-
-    A is strictly lower triangular and zero at first, or there is none. The diagonal is free on the
-    log scale, so that an optimizer crosses orders of magnitude at one pace.
-
-    :param loc: the location, shape ``(D,)``; gives the dtype and the device.
-    :param scale: the standard deviation to start with.
-    :param full_rank: whether there is an A.
-    """
-
-    lower: Tensor | None
-
-    def __init__(self, loc: Tensor, scale: float, *, full_rank: bool) -> None:
-        super().__init__(cache_size=0)
-        loc = loc.detach().clone()
-        self.loc = nn.Parameter(loc)
-        self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
-        # at D = 1 there is nothing off the diagonal, and a parameter that cannot act is none
-        full_rank = full_rank and len(loc) > 1
-        lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank else None
-        self.register_parameter("lower", lower)
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` of shape ``(*, D)`` and the log-determinant, shape ``(*,)``."""
-        mixed = x if self.lower is None else x + x @ self.lower.tril(-1).T
-        ladj = self.log_scale.sum().expand(x.shape[:-1])
-        return self.loc + self.log_scale.exp() * mixed, ladj
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` of shape ``(*, D)`` and the log-determinant of the inverse, shape ``(*,)``."""
-        x = (y - self.loc) * (-self.log_scale).exp()
-        if self.lower is not None:
-            # the routine takes the diagonal as ones, whatever is there
-            rows, options = x.reshape(-1, x.shape[-1]), {"left": False, "unitriangular": True}
-            x = solve_triangular(self.lower.T, rows, upper=True, **options).reshape(x.shape)
-        return x, -self.log_scale.sum().expand(y.shape[:-1])
-
-    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``y``, the log-determinant and the score of y, of shapes ``(*, D)``, ``(*,)``, ``(*, D)``."""
-        y, ladj = self.call_and_ladj(x)
-        with torch.no_grad():
-            if self.lower is not None:
-                rows, options = (
-                    score.reshape(-1, x.shape[-1]),
-                    {"left": False, "unitriangular": True},
-                )
-                score = solve_triangular(self.lower, rows, upper=False, **options).reshape(x.shape)
-            return y, ladj, score * (-self.log_scale).exp()
-
-    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Sets the location and the scale in place.
-
-        :param loc: shape ``(D,)``.
-        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
-            alone, shape ``(D,)``; diagonal where this layer is.
-        :raises ValueError: if one of them is not so.
-        """
-        self.check(loc, scale_tril)
-        is_matrix = scale_tril.dim() == 2
-        diagonal = scale_tril.diagonal() if is_matrix else scale_tril
-        if self.lower is None and is_matrix and scale_tril.tril(-1).any():
-            raise ValueError(
-                "scale_tril: expected a diagonal matrix, since the scale of this guide is diagonal "
-                "(full_rank=True makes it triangular), got entries off the diagonal"
-            )
-        with torch.no_grad():
-            self.loc.copy_(loc)
-            self.log_scale.copy_(diagonal.log())
-            if self.lower is not None and is_matrix:
-                self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
-            elif self.lower is not None:
-                self.lower.zero_()
-
-    def check(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Refuses what is no location and no scale, see :meth:`set_`."""
-        dim, is_vector = len(self.loc), scale_tril.dim() == 1
-        wanted = (dim,) if is_vector else (dim, dim)
-        for name, value, shape in (("loc", loc, (dim,)), ("scale_tril", scale_tril, wanted)):
-            if value.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-            if not value.isfinite().all():
-                raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
-        diagonal = scale_tril if is_vector else scale_tril.diagonal()
-        if not (diagonal > 0).all() or (not is_vector and scale_tril.triu(1).any()):
-            raise ValueError(
-                "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
-                f"got {scale_tril.tolist()}"
-            )
-
-    def extra_repr(self) -> str:
-        """The size and the kind of the scale."""
-        return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
 
 
 class FlowDistribution(dist.TransformedDistribution):

@@ -44,28 +44,6 @@ class TransformedGuide(Protocol):
 
 
 @runtime_checkable
-class TransformWithLadj(Protocol):
-    """A transform that gives its value and its log-determinant from one evaluation."""
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` of shape ``(*, D)``, and the log-determinant of shape ``(*,)``."""
-
-
-def evaluate_with_ladj(
-    transform: Transform | TransformWithLadj, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same of any torch transform, elementwise ones included; one evaluation where it offers that."""
-    if isinstance(transform, TransformWithLadj):
-        return transform.call_and_ladj(x)
-    y = transform(x)
-    ladj = transform.log_abs_det_jacobian(x, y)
-    # a constant log-determinant may come without the shape of the draws
-    if transform.codomain.event_dim == 0:
-        return y, ladj.expand_as(y).sum(-1)
-    return y, ladj.expand(y.shape[:-1])
-
-
-@runtime_checkable
 class FlowGuide(ReparametrizedGuide, Protocol):
     """A guide that a fit initializes and trains by the path gradient: those of this package."""
 

@@ -9,14 +9,23 @@ from .autoregressive import (
     ConditionalAutoregressiveTransform,
     check_structure,
 )
-from .chain import ComposedTransform, ConditionalComposedTransform, chain
-from .compressed_tails import CompressedTails
-from .conditioned import ConditionedUnivariate
+from .chain import (
+    ComposedTransform,
+    ConditionalComposedTransform,
+    PartitionTransform,
+    PermutationTransform,
+    chain,
+)
+from .conditioned import ConditionedUnivariate, StructuredMeta
 from .flow_module import FlowModule, InverseTransformModule, inverse
-from .meta_protocol import StructuredMeta
-from .partition import PartitionTransform
-from .permute import PermutationTransform
-from .standardize import Standardize, StandardizedContext, standardize, standardize_context
+from .location_scale import (
+    CompressedTails,
+    LocationScale,
+    Standardize,
+    StandardizedContext,
+    standardize,
+    standardize_context,
+)
 
 __all__ = [
     "AutoregressiveTransform",
@@ -27,6 +36,7 @@ __all__ = [
     "ConditionedUnivariate",
     "FlowModule",
     "InverseTransformModule",
+    "LocationScale",
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
     "PartitionTransform",

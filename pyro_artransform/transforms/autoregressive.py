@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
-from .autoregressive_check import StructureCheck
-from .conditioned import SELF_DESCRIBING, ContextMeta
-from .flow_module import ConditionalFlowModule, FlowModule
+from .conditioned import (
+    SELF_DESCRIBING,
+    ContextMeta,
+    ElementwiseTransform,
+    Meta,
+    StructuredMeta,
+    check_returned,
+)
+from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj, warn_user
 from .inversion import at_solution, invert, invert_with_score
-from .meta_protocol import ElementwiseTransform, Meta, StructuredMeta, check_returned
 from .score import by_products as score_by_products
 from .score import by_substitution as score_by_substitution
-from .value_and_ladj import call_and_ladj
-from .warn import warn_user
+from .structure_check import StructureCheck
 
 
 class AutoregressiveTransform(FlowModule):

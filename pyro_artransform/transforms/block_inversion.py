@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..conditioners import Blocks
 from ..univariate import Univariate
-from .value_and_ladj import inverse_and_ladj
+from .flow_module import inverse_and_ladj
 
 _MIN_PASSES = 3  # it takes at least one more to see that nothing moves
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper

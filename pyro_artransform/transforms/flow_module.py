@@ -4,6 +4,8 @@
 """What every transform of this package does alike: values, inverses, scores, copies."""
 
 import copy
+import sys
+import warnings
 import weakref
 from typing import Any
 
@@ -12,6 +14,10 @@ from pyro.distributions import ConditionalTransformModule, constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import Transform
+
+from ..univariate.base import ElementwiseTransform
+
+_PASSED_THROUGH = (__name__.split(".")[0], "torch", "pyro")
 
 
 class FlowModule(TransformModule):
@@ -240,3 +246,47 @@ def inverse(transform: FlowModule) -> FlowModule:
             "makes one of any torch transform; if it is conditional, condition it first"
         )
     return transform.inv
+
+
+def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``y`` and ``log |dy/dx|`` over the event dimensions of any torch transform."""
+    if isinstance(transform, (ElementwiseTransform, FlowModule)):
+        y, ladj = transform.call_and_ladj(x)
+    else:
+        # torch's cache compares identities only: after an optimizer step it would answer with old values
+        transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
+        y = transform(x)
+        ladj = transform.log_abs_det_jacobian(x, y)
+    return y, expand_ladj(ladj, y, transform.codomain.event_dim)
+
+
+def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`call_and_ladj`, with the sum of the log-determinants of an elementwise transform."""
+    y, ladj = call_and_ladj(transform, x)
+    return y, ladj if transform.codomain.event_dim else ladj.sum(-1)
+
+
+def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` and ``log |dx/dy|`` over the event dimensions of any bijective torch transform."""
+    if isinstance(transform, (ElementwiseTransform, FlowModule)):
+        x, ladj = transform.inverse_and_ladj(y)
+    else:
+        transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
+        x = transform.inv(y)
+        ladj = -transform.log_abs_det_jacobian(x, y)
+    return x, expand_ladj(ladj, x, transform.domain.event_dim)
+
+
+def expand_ladj(ladj: Tensor, value: Tensor, event_dim: int) -> Tensor:
+    """A log-determinant over ``event_dim`` dimensions with the batch shape of a value."""
+    shape = value.shape[: value.dim() - event_dim]
+    # while torch.jit traces, sizes are tensors and cannot be compared
+    return ladj.expand(shape) if torch.jit.is_tracing() or ladj.shape != shape else ladj
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warns at the innermost line outside this package, torch and Pyro."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _PASSED_THROUGH:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -34,9 +34,8 @@ from ..arguments import values_can_be_read
 from ..conditioners import Linearization
 from ..univariate import Univariate
 from .block_inversion import by_blocks, largest
-from .meta_protocol import Meta, StructuredMeta, check_returned
-from .value_and_ladj import call_and_ladj, expand_ladj, inverse_and_ladj
-from .warn import warn_user
+from .conditioned import Meta, StructuredMeta, check_returned
+from .flow_module import call_and_ladj, expand_ladj, inverse_and_ladj, warn_user
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..univariate import Univariate
 from ..univariate.base import Derivatives
-from .meta_protocol import StructuredMeta
-from .value_and_ladj import call_and_ladj
+from .conditioned import StructuredMeta
+from .flow_module import call_and_ladj
 
 # of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}

@@ -11,12 +11,12 @@ from torch.distributions import AffineTransform
 
 from pyro_artransform import hinged_marginals, iaf, maf
 from pyro_artransform.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
-from pyro_artransform.guides.distributions import LocationScale
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import (
     AutoregressiveTransform,
     ConditionalAutoregressiveTransform,
     ConditionedUnivariate,
+    LocationScale,
     PermutationTransform,
     chain,
 )

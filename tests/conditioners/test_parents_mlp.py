@@ -11,7 +11,7 @@ from torch import nn
 from pyro_artransform.conditioners import ParentsMLP
 from pyro_artransform.conditioners.adjoint import Activations
 from pyro_artransform.conditioners.parents_mlp import ParentsBlocks
-from pyro_artransform.graphs.elimination import eliminate
+from pyro_artransform.graphs.markov_graph import eliminate
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
 from pyro_artransform.univariate import Affine, RationalQuadraticSpline, Standardizing

@@ -8,6 +8,8 @@ import pyro
 import torch
 from pyro import distributions as dist
 
+from pyro_artransform.transforms import FlowModule
+
 SLOPE = 0.95
 
 
@@ -44,7 +46,7 @@ class PathGuide:
         return self.shift + self.factor * z, ladj
 
     def get_transform(self, *args, **kwargs):
-        return self
+        return PathTransform(self)
 
     def rsample_and_log_prob(self, n, path=False):
         x = torch.randn(n, self.dim)
@@ -54,6 +56,14 @@ class PathGuide:
     def __call__(self, *args, **kwargs):
         z, _ = self.rsample_and_log_prob(1)
         return {"z": pyro.sample("z", dist.Delta(z[0], event_dim=1))}
+
+
+class PathTransform(FlowModule):
+    """The transform of a :class:`PathGuide`."""
+
+    def __init__(self, guide):
+        super().__init__()
+        self.call_and_ladj = guide.call_and_ladj
 
 
 def model_of(dim):

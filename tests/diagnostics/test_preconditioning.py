@@ -16,7 +16,6 @@ from pyro_artransform.diagnostics.chains import (
     PulledBack,
     Stretched,
     guide_transform,
-    location_scale,
     misjudged_directions,
 )
 from pyro_artransform.joint import LogJoint
@@ -100,10 +99,3 @@ def test_guides_without_a_transform():
         guide()
         assert guide_transform(guide, (), {}) is None
     assert guide_transform(_model, (), {}) is None
-
-
-def test_location_and_scale():
-    loc, scale = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    latent, ladj = location_scale(loc, scale)(torch.ones(3, 2))
-    assert latent.tolist() == [[1.5, 6.0]] * 3
-    assert torch.allclose(ladj, torch.tensor(2.0).log().expand(3))

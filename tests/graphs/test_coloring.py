@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from pyro_artransform.graphs.coloring import color_columns
+from pyro_artransform.graphs.markov_graph import color_columns
 from tests.graphs.markov_graphs import GRAPHS, chain, complete, crossed, grid, plate
 
 

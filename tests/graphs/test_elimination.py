@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pyro_artransform.graphs.elimination import eliminate, graph_levels
+from pyro_artransform.graphs.markov_graph import eliminate, graph_levels
 from tests.graphs.markov_graphs import GRAPHS, chain, complete, crossed, grid, plate
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)

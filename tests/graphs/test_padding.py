@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from pyro_artransform.graphs.elimination import eliminate
+from pyro_artransform.graphs.markov_graph import eliminate
 from pyro_artransform.graphs.padding import padded_groups
 from tests.graphs.markov_graphs import GRAPHS
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_artransform.graphs.elimination import eliminate
-from pyro_artransform.graphs.markov_graph import MarkovGraph
+from pyro_artransform.graphs.markov_graph import MarkovGraph, eliminate
 from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from tests.graphs.markov_graphs import GRAPHS, chain, dominant_precision
 

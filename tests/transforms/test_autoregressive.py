@@ -140,7 +140,7 @@ def test_own_conditioners_skip_the_check(make, monkeypatch):
     def fail(*_):
         raise RuntimeError("checked")
 
-    monkeypatch.setattr("pyro_artransform.transforms.autoregressive_check.dependencies", fail)
+    monkeypatch.setattr("pyro_artransform.transforms.structure_check.dependencies", fail)
     AutoregressiveTransform(ConditionedUnivariate(make(3, 2), Affine()))(torch.zeros(3))
     with pytest.raises(RuntimeError, match="checked"):
         AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))

@@ -25,7 +25,7 @@ from pyro_artransform.transforms import (
     ConditionedUnivariate,
     chain,
 )
-from pyro_artransform.transforms.value_and_ladj import inverse_and_ladj
+from pyro_artransform.transforms.flow_module import inverse_and_ladj
 from pyro_artransform.univariate import Affine
 from tests.conditioners.test_masks import random_dag
 from tests.transforms.metas import CONDITIONERS, FAMILIES

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_marginals
-from ...transforms import ComposedTransform, chain
+from ...transforms import ComposedTransform, LocationScale, chain
 from ...univariate.base import ElementwiseTransform, soft_bound
-from ..distributions import LocationScale, make_flow
+from ..distributions import make_flow
 
 # local latents depend on a linear summary, of this size, of more global latents than this
 _MAX_GLOBALS = 64

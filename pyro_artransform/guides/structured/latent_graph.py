@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...graphs.elimination import Elimination
-from ...graphs.markov_graph import MarkovGraph
+from ...graphs.markov_graph import Elimination, MarkovGraph
+from ...graphs.probe import DependencyGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from ...joint.dependency_graph import DependencyGraph
 from ...joint.sites import Site
 
 #: a site, and the index of a coordinate in its unconstrained value, where that has any

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ...conditioners import ParentsMLP, default_activation
 from ...flows import hinged_marginals, iaf, spline_marginals
-from ...graphs.elimination import Elimination
+from ...graphs.markov_graph import Elimination
 from ...transforms import (
     AutoregressiveTransform,
     ComposedTransform,
     ConditionedUnivariate,
     FlowModule,
+    LocationScale,
     PartitionTransform,
 )
 from ...univariate import Standardizing
-from ..distributions import LocationScale
 
 # the networks of the root block: as AutoIAF's of many latents, whose width ends here
 _ROOT_LAYERS, _MOST_WIDTH = 3, 800

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer, first_of, to_tensor
 from ...graphs.markov_graph import MarkovGraph
+from ...graphs.probe import find_dependencies, missing_dependencies
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogJoint
-from ...joint.dependency_graph import find_dependencies, missing_dependencies
+from ...transforms.location_scale import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
-from ..distributions import LocationScale
 from ..persistence.persistent_guide import State
 from ..persistence.spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
@@ -253,7 +253,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         loc = to_tensor("loc", loc, affine.loc)
         if scale_tril.dim() == 2:
-            affine.check(loc, scale_tril)
+            check_location_and_scale(loc, scale_tril, len(affine.loc))
             covariance = scale_tril @ scale_tril.T
             coefficients, scale = regressions(self.graph.elimination.parents, covariance)
             root = list(self.graph.elimination.root)

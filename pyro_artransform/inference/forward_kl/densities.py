@@ -16,8 +16,9 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 from torch.distributions import Distribution, TransformedDistribution
 
-from ...joint.protocols import StructuredGuide, UnconstrainingGuide, evaluate_with_ladj
-from ...moments import check_rows, location_and_scale
+from ...joint.protocols import StructuredGuide, UnconstrainingGuide
+from ...transforms.flow_module import call_and_ladj_over_vectors
+from ...transforms.location_scale import check_rows, location_and_scale
 
 _WANTED = (
     "density: expected a guide of this package that has one vector of all latents, such as AutoMAF, or a "
@@ -81,7 +82,7 @@ class GuideDensity:
         return _trained(self.guide.parameters())
 
     def log_prob(self, rows: Rows) -> Tensor:
-        x, ladj = evaluate_with_ladj(self.guide.get_transform().inv, rows.values)
+        x, ladj = call_and_ladj_over_vectors(self.guide.get_transform().inv, rows.values)
         return dist.Normal(torch.zeros_like(x), 1.0, validate_args=False).log_prob(x).sum(-1) + ladj
 
     @torch.no_grad()
@@ -126,7 +127,7 @@ class DistributionDensity:
         # torch evaluates each transform twice
         x, total = rows.values, rows.values.new_zeros(len(rows.values))
         for transform in reversed(transforms):
-            x, ladj = evaluate_with_ladj(transform.inv, x)
+            x, ladj = call_and_ladj_over_vectors(transform.inv, x)
             total = total + ladj
         if not x.isfinite().all():
             # a step that is skipped, where the base would raise an error

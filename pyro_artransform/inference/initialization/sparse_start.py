@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from ...graphs.markov_graph import MarkovGraph
+from ...graphs.probe import gradients
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogDensity
-from ...joint.dependency_graph import gradients
 from ...joint.protocols import StructuredGuide
 from ..config import InitializationConfig
 from .gaussians import antithetic_noise, evaluate_density, fit_independent

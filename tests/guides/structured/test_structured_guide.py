@@ -14,8 +14,8 @@ from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.conditioners import ParentsMLP
 from pyro_artransform.guides.structured.latent_graph import LatentGraph
 from pyro_artransform.testing import check_guide, redraw
+from tests.graphs.test_probe import mixture, one_at_a_time, switched
 from tests.guides import models
-from tests.joint.test_dependency_graph import mixture, one_at_a_time, switched
 
 
 def hierarchy(y):

@@ -14,15 +14,14 @@ be known of plates, sites or how the model is written. At further points, where 
 for what was switched off so far, coordinates that share no neighbour are moved together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..graphs.coloring import color_columns
-from .density import LogDensity
+from .markov_graph import color_columns
 
 # entries of a batch of points: about 16 MB in double precision, and some ten of such in a model
 _MOST_ENTRIES = 2_000_000
@@ -34,6 +33,25 @@ _MAX_HALVINGS = 12
 # groupings of coordinates, at draws and at a wider point: what one hides another one shows
 _NUM_COLORINGS, _NUM_GROUPINGS = 4, 4
 _SEED = 20260101
+
+
+class LogDensityOfRows(Protocol):
+    """The log density whose graph is wanted.
+
+    :cvar Tensor start: a point where it is finite, shape ``(D,)``.
+    """
+
+    start: Tensor
+
+    @property
+    def eps(self) -> float:
+        """The relative round-off of its coordinates."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The log density at points ``(n, D)``, shape ``(n,)``."""
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The names of the parts that are not finite at one of the points ``(n, D)``."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ class DependencyGraph:
     curvature: Tensor
 
 
-def gradients(log_density: LogDensity, points: Tensor) -> Tensor:
+def gradients(log_density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     """The gradients of a log density at points ``(n, D)``, in batches of bounded memory.
 
     All points have the random numbers of a model in common, such as those that draw a mini-batch.
@@ -73,7 +91,7 @@ def gradients(log_density: LogDensity, points: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def find_dependencies(log_density: LogDensity) -> DependencyGraph:
+def find_dependencies(log_density: LogDensityOfRows) -> DependencyGraph:
     """The Markov graph of a log density, by its gradients at D points and a few more.
 
     :raises ValueError: if the density or its gradient is not finite near the starting values, or differs
@@ -94,7 +112,7 @@ def find_dependencies(log_density: LogDensity) -> DependencyGraph:
 
 
 def missing_dependencies(
-    log_density: LogDensity, neighbours: Sequence[set[int] | frozenset[int]], draws: Tensor
+    log_density: LogDensityOfRows, neighbours: Sequence[set[int] | frozenset[int]], draws: Tensor
 ) -> list[tuple[int, int]]:
     """Pairs of coordinates that depend on each other at some draws and are not neighbours in a graph.
 
@@ -121,17 +139,16 @@ class _Search:
 
     def __init__(
         self,
-        log_density: LogDensity,
+        log_density: LogDensityOfRows,
         generator: torch.Generator,
         neighbours: list[set[int]] | None = None,
     ) -> None:
         self.log_density, self._generator = log_density, generator
-        dim = log_density.latents.latent_dim
+        dim = len(log_density.start)
         self.neighbours = neighbours or [set[int]() for _ in range(dim)]
         self._second: dict[tuple[int, int], float] = {}
         # the latents of one dtype may be a part of a vector of another
-        sites = log_density.latents.sites.values()
-        self._eps = max(torch.finfo(site.dtype).eps for site in sites)
+        self._eps = log_density.eps
 
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
         """Moves coordinates of a point to another one, each by itself, and sees which gradients change.
@@ -253,7 +270,9 @@ def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
     return (sign * (0.5 + size)).to(like)
 
 
-def _finite_point(log_density: LogDensity, spread: float, generator: torch.Generator) -> Tensor:
+def _finite_point(
+    log_density: LogDensityOfRows, spread: float, generator: torch.Generator
+) -> Tensor:
     """A point around the start with a finite gradient."""
     start = log_density.start
     options: dict[str, Any] = {"generator": generator, "device": "cpu"}
@@ -269,7 +288,7 @@ def _finite_point(log_density: LogDensity, spread: float, generator: torch.Gener
     )
 
 
-def _refuse_randomness(log_density: LogDensity, point: Tensor) -> None:
+def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
     """Refuses a density that is another one at the second evaluation."""
     one, other = (gradients(log_density, point[None])[0] for _ in range(2))
     slack = _ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..arguments import values_can_be_read
-from .meta_protocol import Meta, StructuredMeta, check_returned
+from .conditioned import Meta, StructuredMeta, check_returned
 
 _REDRAWS = 2
 

@@ -6,8 +6,8 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
 
+from pyro_artransform.graphs.probe import find_dependencies, missing_dependencies
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.dependency_graph import find_dependencies, missing_dependencies
 
 
 def chain(length=30):

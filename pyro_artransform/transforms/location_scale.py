@@ -1,0 +1,369 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The affine ends of a flow: locations and scales, learnable or taken from data, and compressed tails."""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions import ConditionalTransformModule
+from torch import Tensor, nn
+from torch.linalg import solve_triangular
+
+from ..arguments import check_positive, to_tensor
+from .flow_module import ConditionalFlowModule, FlowModule
+
+# correlations are estimated up to this many coordinates, given this many rows for each
+_MOST_CORRELATED, _ROWS_PER_DIM = 200, 10
+
+
+class LocationScale(FlowModule):
+    r"""A learnable location and lower-triangular scale.
+
+    .. math::
+
+        y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
+
+    A is strictly lower triangular and starts at zero. The diagonal is free on the log scale, so that an
+    optimizer crosses orders of magnitude at one pace.
+
+    :param loc: the location, shape ``(D,)``; gives the dtype and the device.
+    :param scale: the standard deviation to start with.
+    :param full_rank: whether there is an A.
+    """
+
+    lower: Tensor | None
+
+    def __init__(self, loc: Tensor, scale: float, *, full_rank: bool) -> None:
+        super().__init__(cache_size=0)
+        loc = loc.detach().clone()
+        self.loc = nn.Parameter(loc)
+        self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
+        # at D = 1 nothing is off the diagonal, and a parameter without effect is left out
+        full_rank = full_rank and len(loc) > 1
+        lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank else None
+        self.register_parameter("lower", lower)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = x if self.lower is None else x + x @ self.lower.tril(-1).T
+        ladj = self.log_scale.sum().expand(x.shape[:-1])
+        return self.loc + self.log_scale.exp() * mixed, ladj
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = (y - self.loc) * (-self.log_scale).exp()
+        if self.lower is not None:
+            # the routine takes the diagonal as ones, whatever is there
+            rows = x.reshape(-1, x.shape[-1])
+            solved = solve_triangular(
+                self.lower.T, rows, upper=True, left=False, unitriangular=True
+            )
+            x = solved.reshape(x.shape)
+        return x, -self.log_scale.sum().expand(y.shape[:-1])
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self.call_and_ladj(x)
+        with torch.no_grad():
+            if self.lower is not None:
+                rows = score.reshape(-1, x.shape[-1])
+                solved = solve_triangular(
+                    self.lower, rows, upper=False, left=False, unitriangular=True
+                )
+                score = solved.reshape(x.shape)
+            return y, ladj, score * (-self.log_scale).exp()
+
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Sets the location and the scale in place.
+
+        :param loc: shape ``(D,)``.
+        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
+            alone, shape ``(D,)``; diagonal where this layer is.
+        :raises ValueError: if one of them is not so.
+        """
+        check_location_and_scale(loc, scale_tril, len(self.loc))
+        is_matrix = scale_tril.dim() == 2
+        diagonal = scale_tril.diagonal() if is_matrix else scale_tril
+        if self.lower is None and is_matrix and scale_tril.tril(-1).any():
+            raise ValueError(
+                "scale_tril: expected a diagonal matrix, since the scale of this guide is diagonal "
+                "(full_rank=True makes it triangular), got entries off the diagonal"
+            )
+        with torch.no_grad():
+            self.loc.copy_(loc)
+            self.log_scale.copy_(diagonal.log())
+            if self.lower is not None and is_matrix:
+                self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
+            elif self.lower is not None:
+                self.lower.zero_()
+
+    def extra_repr(self) -> str:
+        return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
+
+
+class Standardize(FlowModule):
+    r"""The way from standardized values to data, as the last layer of a flow.
+
+    .. math::
+
+        y = \mathrm{loc} + L x
+
+    It has no parameters to train: ``loc`` and ``scale_tril`` are buffers, saved with the state.
+    :func:`standardize` takes them from data.
+
+    :param loc: shape ``(D,)``.
+    :param scale_tril: L, lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
+        alone, shape ``(D,)``.
+    :param cache_size: as for :class:`FlowModule`.
+    :raises ValueError: if one of them has another shape or is not so.
+
+    Example::
+
+        >>> import torch
+        >>> Standardize(torch.tensor([10.0]), torch.tensor([2.0]))(torch.tensor([[0.0], [1.0]]))
+        tensor([[10.],
+                [12.]])
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        check_location_and_scale(loc, scale_tril)
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer("scale_tril", scale_tril.detach().clone())
+
+    def extra_repr(self) -> str:
+        return f"dim={len(self.loc)}, full_rank={self.scale_tril.dim() == 2}"
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.scale_tril
+        moved = x * scale if scale.dim() == 1 else x @ scale.T
+        return self.loc + moved, self._log_volume().expand(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        away, ladj = y - self.loc, -self._log_volume().expand(y.shape[:-1])
+        if self.scale_tril.dim() == 1:
+            return away / self.scale_tril, ladj
+        rows = away.reshape(-1, away.shape[-1]).T
+        return solve_triangular(self.scale_tril, rows, upper=False).T.reshape(y.shape), ladj
+
+    def _log_volume(self) -> Tensor:
+        scale = self.scale_tril
+        return (scale if scale.dim() == 1 else scale.diagonal()).log().sum()
+
+
+class StandardizedContext(ConditionalFlowModule):
+    """A conditional transform whose context is standardized first, see :func:`standardize_context`.
+
+    :param transform: a conditional transform that is a module.
+    :param loc: what is subtracted from a context, shape ``(C,)``.
+    :param scale: what it is then divided by, shape ``(C,)``, positive.
+    :raises TypeError: if the transform is not conditional.
+    :raises ValueError: if a shape is wrong, or a scale not positive.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, transform: ConditionalTransformModule, loc: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        offered: object = transform
+        if not isinstance(offered, ConditionalTransformModule):
+            got = type(transform).__name__
+            raise TypeError(f"transform: expected a conditional transform, got {got}")
+        check_location_and_scale(loc, scale)
+        self.transform = transform
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer("scale", scale.detach().clone())
+
+    def condition(self, context: Tensor) -> FlowModule:
+        """The transform for a context in the units of the data, of shape ``(*, C)``."""
+        conditioned: FlowModule = self.transform.condition((context - self.loc) / self.scale)
+        return conditioned
+
+
+def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
+    """A last layer that gives a flow the location, the scale and the correlations of data.
+
+    :param data: shape ``(n, D)``.
+    :param full_rank: whether it has the correlations too, see :func:`location_and_scale`.
+    :raises ValueError: if the shape is another, there are fewer than two rows, a value is not finite,
+        a coordinate is constant, or a linear function of others where there are correlations.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_artransform import maf
+        >>> from pyro_artransform.transforms import chain, standardize
+        >>> flow = chain([maf(3), standardize(1000 + torch.randn(50, 3))])
+        >>> flow(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
+    """
+    return Standardize(*location_and_scale("data", check_rows("data", data), full_rank))
+
+
+def standardize_context(
+    transform: ConditionalTransformModule, contexts: Tensor
+) -> StandardizedContext:
+    """A conditional transform that takes contexts in their own units: its networks see standardized ones.
+
+    :param transform: a conditional transform, such as :func:`~pyro_artransform.conditional_maf` makes.
+    :param contexts: those of the training data, shape ``(n, C)``; a constant coordinate is shifted and
+        not scaled.
+    :raises TypeError: if the transform is not conditional.
+    :raises ValueError: if the shape is another, there are fewer than two rows, or a value is not finite.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_artransform import conditional_maf
+        >>> from pyro_artransform.transforms import standardize_context
+        >>> contexts = 1000 + torch.randn(50, 2)
+        >>> flow = standardize_context(conditional_maf(3, context_dim=2), contexts)
+        >>> flow.condition(contexts)(torch.zeros(50, 3)).shape
+        torch.Size([50, 3])
+    """
+    contexts = check_rows("contexts", contexts)
+    scale = contexts.std(0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return StandardizedContext(transform, contexts.mean(0), scale)
+
+
+def check_location_and_scale(loc: Tensor, scale_tril: Tensor, dim: int | None = None) -> None:
+    """Refuses what is not a location and a triangular or diagonal scale.
+
+    :param loc: shape ``(D,)``.
+    :param scale_tril: shape ``(D, D)`` or ``(D,)``.
+    :param dim: D, by default that of ``loc``.
+    :raises ValueError: if a shape is wrong, a number not finite, or the scale not lower triangular with a
+        positive diagonal.
+    """
+    dim = loc.numel() if dim is None else dim
+    is_vector = scale_tril.dim() == 1
+    wanted = (dim,) if is_vector else (dim, dim)
+    for name, value, shape in (("loc", loc, (dim,)), ("scale_tril", scale_tril, wanted)):
+        if value.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
+    diagonal = scale_tril if is_vector else scale_tril.diagonal()
+    if not (diagonal > 0).all() or (not is_vector and scale_tril.triu(1).any()):
+        raise ValueError(
+            "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
+            f"got {scale_tril.tolist()}"
+        )
+
+
+def check_rows(name: str, rows: Any) -> Tensor:
+    """Rows of finite numbers, shape ``(n, D)``, two at least; without a graph.
+
+    :param name: the name of the argument.
+    :param rows: a tensor, array or list.
+    :raises ValueError: for anything else.
+    """
+    rows = to_tensor(name, rows, torch.empty(0, device="cpu", dtype=torch.get_default_dtype()))
+    if rows.dim() != 2 or len(rows) < 2 or not rows.shape[-1]:
+        got = tuple(rows.shape)
+        raise ValueError(f"{name}: expected shape (n, D) with two rows or more, got {got}")
+    if not rows.isfinite().all():
+        count = int((~rows.isfinite()).any(-1).sum())
+        raise ValueError(
+            f"{name}: expected finite numbers, got others in {count} of {len(rows)} rows"
+        )
+    return rows.detach()
+
+
+def location_and_scale(
+    name: str, rows: Tensor, full_rank: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """The means of rows and the Cholesky factor of their covariance, or their standard deviations.
+
+    Correlations are computed in units of each coordinate, in double precision.
+
+    :param name: the name of the rows in an error.
+    :param rows: shape ``(n, D)``, as :func:`check_rows` returns them.
+    :param full_rank: whether there are correlations; by default up to 200 coordinates, where there are
+        ten rows or more for each.
+    :return: shapes ``(D,)`` and ``(D, D)``, or ``(D,)`` and ``(D,)``.
+    :raises ValueError: if a coordinate is constant, or a linear function of others where there are
+        correlations.
+    """
+    loc, scale = rows.mean(0), rows.std(0)
+    constant = (~(scale > 0)).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(f"{name}: expected coordinates that vary, got constant ones: {constant}")
+    if full_rank is None:
+        num_rows, dim = rows.shape
+        full_rank = dim <= _MOST_CORRELATED and num_rows >= _ROWS_PER_DIM * dim
+    if not full_rank:
+        return loc, scale
+    correlations = ((rows - loc) / scale).double().T.cov().reshape(2 * scale.shape)
+    factor, failed = torch.linalg.cholesky_ex(correlations)
+    if failed:
+        raise ValueError(
+            f"{name}: expected coordinates none of which is a linear function of others, got such "
+            "ones, which have no density: leave one out"
+        )
+    return loc, scale[:, None] * factor.to(scale.dtype)
+
+
+class CompressedTails(FlowModule):
+    r"""The identity up to a knot, and beyond it a distance that grows like a logarithm.
+
+    .. math::
+
+        y = \pm \left(c + w \operatorname{arsinh} \frac{|x| - c}{w}\right) \qquad |x| > c
+
+    It acts on each coordinate, has two continuous derivatives, and no parameters. By default 100
+    goes to 48 and 1,000 to 54; what is within 40 scales stays what it is.
+
+    :param knot: c, where it begins.
+    :param width: w, the distance over which the slope falls from 1 to :math:`1/\sqrt2`.
+    :param cache_size: as for :class:`FlowModule`.
+    :raises ValueError: if one of the two is not positive and finite.
+
+    Example::
+
+        >>> import torch
+        >>> CompressedTails()(torch.tensor([-3.0, 0.0, 10.0]))
+        tensor([-3.,  0., 10.])
+    """
+
+    def __init__(self, knot: float = 40.0, width: float = 2.0, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        self.knot = check_positive("knot", knot)
+        self.width = check_positive("width", width)
+
+    def extra_repr(self) -> str:
+        return f"knot={self.knot}, width={self.width}"
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        inner, excess = self._split(x)
+        return torch.add(inner, excess.asinh(), alpha=self.width), -_log_root(excess)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        inner, excess = self._split(y)
+        # so that the square of what comes out does not overflow
+        large = 0.4 * math.log(torch.finfo(y.dtype).max)
+        excess = excess.clamp(-large, large).sinh()
+        return torch.add(inner, excess, alpha=self.width), _log_root(excess)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        large = torch.finfo(x.dtype).max ** 0.4
+        excess = self._split(x.detach())[1].clamp(-large, large)
+        square = 1 + excess * excess
+        score = (score.detach() + excess / (self.width * square)) * square.sqrt()
+        return *self.call_and_ladj(x), score
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The part up to the knot, and the excess beyond it in units of the width."""
+        inner = x.clamp(-self.knot, self.knot)
+        return inner, (x - inner) / self.width
+
+
+def _log_root(x: Tensor) -> Tensor:
+    """The sum over coordinates of ``log(sqrt(1 + x * x))``, where the square must not overflow."""
+    large = torch.finfo(x.dtype).max ** 0.4
+    x = x.clamp(-large, large)
+    return (0.5 * torch.log1p(x * x)).sum(-1)
