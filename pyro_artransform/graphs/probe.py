@@ -43,10 +43,6 @@ class LogDensityOfRows(Protocol):
 
     start: Tensor
 
-    @property
-    def eps(self) -> float:
-        """The relative round-off of its coordinates."""
-
     def __call__(self, z: Tensor) -> Tensor:
         """The log density at points ``(n, D)``, shape ``(n,)``."""
 
@@ -91,14 +87,15 @@ def gradients(log_density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor
     return torch.cat(parts)
 
 
-def find_dependencies(log_density: LogDensityOfRows) -> DependencyGraph:
+def find_dependencies(log_density: LogDensityOfRows, eps: float) -> DependencyGraph:
     """The Markov graph of a log density, by its gradients at D points and a few more.
 
+    :param eps: the relative round-off of the coordinates.
     :raises ValueError: if the density or its gradient is not finite near the starting values, or differs
         between two evaluations at the same point.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density, generator)
+    search = _Search(log_density, eps, generator)
     for k, spread in enumerate(_SPREADS):
         point = _finite_point(log_density, spread, generator)
         if k == 0:
@@ -112,17 +109,21 @@ def find_dependencies(log_density: LogDensityOfRows) -> DependencyGraph:
 
 
 def missing_dependencies(
-    log_density: LogDensityOfRows, neighbours: Sequence[set[int] | frozenset[int]], draws: Tensor
+    log_density: LogDensityOfRows,
+    eps: float,
+    neighbours: Sequence[set[int] | frozenset[int]],
+    draws: Tensor,
 ) -> list[tuple[int, int]]:
     """Pairs of coordinates that depend on each other at some draws and are not neighbours in a graph.
 
     Coordinates of a draw are moved to where they are in the next draw.
 
+    :param eps: the relative round-off of the coordinates.
     :param neighbours: the graph: for each coordinate the others that are adjacent.
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density, generator, [set(own) for own in neighbours])
+    search = _Search(log_density, eps, generator, [set(own) for own in neighbours])
     known = [set(own) for own in search.neighbours]
     others = draws.roll(-1, 0)
     for k in range(min(_NUM_COLORINGS, len(draws))):
@@ -140,6 +141,7 @@ class _Search:
     def __init__(
         self,
         log_density: LogDensityOfRows,
+        eps: float,
         generator: torch.Generator,
         neighbours: list[set[int]] | None = None,
     ) -> None:
@@ -148,7 +150,7 @@ class _Search:
         self.neighbours = neighbours or [set[int]() for _ in range(dim)]
         self._second: dict[tuple[int, int], float] = {}
         # the latents of one dtype may be a part of a vector of another
-        self._eps = log_density.eps
+        self._eps = eps
 
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
         """Moves coordinates of a point to another one, each by itself, and sees which gradients change.

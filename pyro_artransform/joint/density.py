@@ -318,11 +318,6 @@ class LogJoint(LogDensity):
                 found.append(z)
         return found
 
-    @property
-    def eps(self) -> float:
-        """The relative round-off of the coarsest dtype among the latents."""
-        return max(torch.finfo(site.dtype).eps for site in self.latents.sites.values())
-
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found: list[str] = []

@@ -111,6 +111,8 @@ class Latents:
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
         self.latent_dim = sum(self._sizes)
+        #: the relative round-off of the coarsest dtype
+        self.eps = max(torch.finfo(site.dtype).eps for site in self.sites.values())
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "Latents":

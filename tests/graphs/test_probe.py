@@ -9,6 +9,12 @@ from pyro.infer.autoguide import init_to_value
 from pyro_artransform.graphs.probe import find_dependencies, missing_dependencies
 from pyro_artransform.joint import LogJoint
 
+EPS = torch.finfo(torch.float64).eps
+
+
+def found(log_joint):
+    return find_dependencies(log_joint, log_joint.latents.eps)
+
 
 def chain(length=30):
     z = pyro.sample("z0", dist.Normal(0.0, 1.0))
@@ -61,12 +67,7 @@ def one_at_a_time():
 
 def edges(model, *args):
     log_joint = LogJoint(model, args)
-    return {
-        (i, j)
-        for i, own in enumerate(find_dependencies(log_joint).neighbours)
-        for j in own
-        if i < j
-    }
+    return {(i, j) for i, own in enumerate(found(log_joint).neighbours) for j in own if i < j}
 
 
 STEPS = {(i, i + 1) for i in range(29)}
@@ -109,15 +110,15 @@ def test_edges_in_single_precision(dtype):
 
 
 def test_second_derivatives_of_a_gaussian():
-    found = find_dependencies(LogJoint(vector_chain))
-    assert torch.allclose(found.second, torch.full((29,), 100.0))
-    assert torch.allclose(found.curvature[1:-1], torch.full((28,), -200.01))
+    graph = found(LogJoint(vector_chain))
+    assert torch.allclose(graph.second, torch.full((29,), 100.0))
+    assert torch.allclose(graph.curvature[1:-1], torch.full((28,), -200.01))
 
 
 def test_the_search_takes_no_random_numbers():
     log_joint = LogJoint(hierarchy, (torch.randn(4),))
     state = torch.get_rng_state()
-    find_dependencies(log_joint)
+    found(log_joint)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -134,23 +135,23 @@ def test_a_dependency_that_is_switched_off_is_found_at_other_draws():
     log_joint = LogJoint(switched, (torch.full((3,), 9.0),))
     graph = [set() for _ in range(4)]
     near = 0.1 * torch.randn(8, 4)
-    assert missing_dependencies(log_joint, graph, near) == []
+    assert missing_dependencies(log_joint, EPS, graph, near) == []
     far = near + torch.tensor([2.0, 0.0, 0.0, 0.0])
-    assert missing_dependencies(log_joint, graph, far) == [(0, 1), (0, 2), (0, 3)]
+    assert missing_dependencies(log_joint, EPS, graph, far) == [(0, 1), (0, 2), (0, 3)]
 
 
 def test_nothing_is_missing_of_a_full_graph():
     log_joint = LogJoint(hierarchy, (torch.randn(5),))
-    graph = find_dependencies(log_joint).neighbours
-    assert missing_dependencies(log_joint, graph, torch.randn(6, 7)) == []
+    graph = found(log_joint).neighbours
+    assert missing_dependencies(log_joint, EPS, graph, torch.randn(6, 7)) == []
 
 
 def test_a_missing_edge_of_a_chain_is_found():
     log_joint = LogJoint(vector_chain)
-    graph = [set(own) for own in find_dependencies(log_joint).neighbours]
+    graph = [set(own) for own in found(log_joint).neighbours]
     graph[3].remove(4)
     graph[4].remove(3)
-    assert missing_dependencies(log_joint, graph, torch.randn(8, 30)) == [(3, 4)]
+    assert missing_dependencies(log_joint, EPS, graph, torch.randn(8, 30)) == [(3, 4)]
 
 
 def test_missing_edges_of_a_model_that_draws_its_mini_batches():
@@ -164,8 +165,8 @@ def test_missing_edges_of_a_model_that_draws_its_mini_batches():
     log_joint, draws = LogJoint(model), torch.randn(8, 7)
     edges = {(i, i + 1) for i in range(6)}
     chain = [{j for pair in edges if i in pair for j in pair} - {i} for i in range(7)]
-    assert missing_dependencies(log_joint, chain, draws) == []
-    found = missing_dependencies(log_joint, [set() for _ in range(7)], draws)
+    assert missing_dependencies(log_joint, EPS, chain, draws) == []
+    found = missing_dependencies(log_joint, EPS, [set() for _ in range(7)], draws)
     assert len(found) == 2
     assert edges.issuperset(found)
 
@@ -177,7 +178,7 @@ def test_a_random_density_is_refused():
 
     log_joint = LogJoint(model)
     with pytest.raises(ValueError, match="the same in each run, got one that is random"):
-        find_dependencies(log_joint)
+        found(log_joint)
 
 
 def test_a_gradient_that_is_not_finite_is_refused():
@@ -187,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
         pyro.factor("root", (0 * x).abs().sqrt().sum(-1))
 
     with pytest.raises(ValueError, match="finite near the starting values, and its gradient"):
-        find_dependencies(LogJoint(model))
+        found(LogJoint(model))
 
 
 def bounded():
@@ -198,7 +199,7 @@ def bounded():
 
 def test_where_the_density_is_not_finite_steps_are_shorter():
     log_joint = LogJoint(bounded, init_loc_fn=init_to_value(values={"x": torch.zeros(3)}))
-    assert find_dependencies(log_joint).neighbours == ({1}, {0}, set())
+    assert found(log_joint).neighbours == ({1}, {0}, set())
     with pytest.raises(ValueError, match="that is not: edge"):
         start = init_to_value(values={"x": torch.ones(3)})
-        find_dependencies(LogJoint(bounded, init_loc_fn=start))
+        found(LogJoint(bounded, init_loc_fn=start))

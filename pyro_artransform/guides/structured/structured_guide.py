@@ -166,7 +166,7 @@ class AutoStructuredFlow(AutoAutoregressive):
                 f"with {sorted(log_joint.latents.sites)}"
             )
         with torch.random.fork_rng(devices=[]), poutine.block():
-            found = find_dependencies(log_joint)
+            found = find_dependencies(log_joint, log_joint.latents.eps)
         markov = MarkovGraph.from_neighbours(found.neighbours)
         most = spec.arguments["max_parents"]
         dropped = weakest_parents(found, markov.elimination, most)
@@ -214,7 +214,8 @@ class AutoStructuredFlow(AutoAutoregressive):
             z, _ = self.rsample_and_log_prob(count * len(batches))
             for batch, draws in zip(batches, z.split(count)):
                 density = log_joint.with_arguments(*batch)
-                pairs.update(missing_dependencies(density, graph.markov.neighbours, draws))
+                eps, neighbours = density.latents.eps, graph.markov.neighbours
+                pairs.update(missing_dependencies(density, eps, neighbours, draws))
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
 
     def _chunk_size(self) -> int:
