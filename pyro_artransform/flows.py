@@ -5,8 +5,7 @@
 
 Forwards, what a builder returns costs one evaluation of each network, backwards a few. As the transform of
 a :class:`~pyro_artransform.FlowDistribution`, drawing and scoring the draw are cheap, and the density of
-other points is expensive; :func:`maf` and ``.inv`` exchange the two. Every flow is the identity at first,
-but with :class:`~pyro_artransform.univariate.GatedAffine`.
+other points is expensive; :func:`maf` and ``.inv`` exchange the two. Every flow is the identity at first.
 """
 
 from collections.abc import Callable, Sequence

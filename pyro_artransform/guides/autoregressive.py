@@ -39,9 +39,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         x \sim \mathrm{Normal}(0, I), \quad z = \mathrm{loc} + L \, T(x), \quad \mathrm{site} = c(z)
 
     T is the flow, L a lower-triangular scale, c Pyro's bijection onto the support of each site. T
-    starts as the identity (as flows of this package do, but for ``GatedAffine``) and L as
-    ``init_scale`` times the identity, so a new guide is exactly ``Normal(init_loc, init_scale)`` on
-    the unconstrained space.
+    starts as the identity (as flows of this package do) and L as ``init_scale`` times the
+    identity, so a new guide is exactly ``Normal(init_loc, init_scale)`` on the unconstrained space.
 
     It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``,
     ``NeuTraReparam``, ``AutoGuideList``. Discrete latents that are marked for enumeration are left

@@ -3,27 +3,14 @@
 
 """Univariate families: from parameters to increasing bijections of the real line."""
 
-from .affine import (
-    Additive,
-    AdditiveTransform,
-    Affine,
-    GatedAffine,
-    GatedAffineTransform,
-    MonotonicAffineTransform,
-    Standardizing,
-)
+from .affine import Affine, Hinged, HingedTransform, MonotonicAffineTransform, Standardizing
 from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
-from .hinged import Hinged, HingedTransform
 from .monotone import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
 
 __all__ = [
-    "Additive",
-    "AdditiveTransform",
     "Affine",
     "ElementwiseTransform",
-    "GatedAffine",
-    "GatedAffineTransform",
     "Hinged",
     "HingedTransform",
     "MonotoneNeural",

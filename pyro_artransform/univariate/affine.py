@@ -1,26 +1,31 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Affine families: with a bounded log-scale, without a scale, and with a gate."""
+"""Affine families with a bounded log-scale, and hinges: affine on each side of a knot."""
 
 import math
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from ..arguments import check_broadcast, check_positive, values_can_be_read
+from ..arguments import check_broadcast, check_positive
 from ..differentiation import gradients_with_graph
 from .base import (
     Derivatives,
     ElementwiseTransform,
     Univariate,
+    eager_autograd,
     shrink_of,
     soft_bound,
     unbind_params,
 )
+
+# Adam moves every parameter at one pace, and a log-slope of a hinge moves a whole tail: at the pace of a
+# network's weights the log-density would be noisy. Chosen by hand.
+_PACE = 0.1
 
 
 class MonotonicAffineTransform(ElementwiseTransform):
@@ -59,10 +64,8 @@ class MonotonicAffineTransform(ElementwiseTransform):
         return soft_bound(self.scale, self.bound)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if values_can_be_read(x):
-            y, log_scale = _BoundedAffine.apply(x, self.shift, self.scale, self.bound)
-        else:
-            y, log_scale = _bounded_affine(x, self.shift, self.scale, self.bound)
+        evaluate = _BoundedAffine.apply if eager_autograd() else _bounded_affine
+        y, log_scale = evaluate(x, self.shift, self.scale, self.bound)
         return y, log_scale.expand_as(y)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +80,7 @@ def _bounded_affine(x: Tensor, shift: Tensor, scale: Tensor, bound: float) -> tu
 
 
 class _BoundedAffine(torch.autograd.Function):
-    """The value and the log-scale with their derivatives by hand, which saves half of the operations."""
+    """The same with its derivative by hand, which saves half of the operations."""
 
     @staticmethod
     def forward(
@@ -97,7 +100,11 @@ class _BoundedAffine(torch.autograd.Function):
             function = partial(_bounded_affine, bound=ctx.bound)
             return *gradients_with_graph(function, (x, shift, scale), (g_y, g_log_scale)), None
         g_x = g_y * factor
-        g_scale = torch.addcmul(g_log_scale, g_x, x).sum_to_size(scale.shape) * shrink.pow(3)
+        if g_x.shape == scale.shape:
+            g_scale = torch.addcmul(g_log_scale, g_x, x)
+        else:  # the log-scale was not broadcast, so its own gradient must not be summed
+            g_scale = g_log_scale + (g_x * x).sum_to_size(scale.shape)
+        g_scale = g_scale * shrink.pow(3)
         return g_x.sum_to_size(x.shape), g_y.sum_to_size(shift.shape), g_scale, None
 
 
@@ -105,8 +112,8 @@ class Affine(Univariate):
     r"""The affine family: a shift and a log-scale, in this order.
 
     :param bound: the bound of the log-scale.
-    :param multiplier: what the parameters are multiplied by. Adam moves each weight at one pace, so that
-        an output of a wide network moves at the pace of their sum: with less than 1 it moves slower
+    :param multiplier: a factor of the parameters. Adam moves each weight at one pace, so that an output
+        of a wide network moves at the pace of their sum: with less than 1 it moves slower
         (Tensor Programs V, Yang et al., 2022, https://arxiv.org/abs/2203.03466).
     :raises ValueError: if one of them is not positive and finite.
 
@@ -148,7 +155,7 @@ class Affine(Univariate):
 
 
 class Standardizing(Univariate):
-    r"""The affine family read the other way: what takes a location and a log-scale away.
+    r"""The inverse affine family: it subtracts a location and divides by a scale.
 
     .. math:: y = (x - \text{location}) \exp(-b(\text{scale}))
 
@@ -178,106 +185,162 @@ class Standardizing(Univariate):
         return MonotonicAffineTransform(location, scale, bound=self.bound).inv
 
 
-class AdditiveTransform(ElementwiseTransform):
-    r"""A shift: :math:`y = x + \text{shift}`.
+class HingedTransform(ElementwiseTransform):
+    r"""Smooth hinges, one after the other, each of which changes the slope beyond its knot.
 
-    :param shift: the shift, shape ``(*, D)``; broadcasts with ``x``.
+    .. math::
 
-    **References**
+        x \mapsto x \pm (e^a - 1) h(\pm x - c), \qquad h(u) = \tfrac12 (u + \sqrt{u^2 + w^2})
 
-    1. NICE: Non-linear Independent Components Estimation (Dinh, Krueger, Bengio, 2014),
-       https://arxiv.org/abs/1410.8516
-    """
+    A hinge has slope 1 on one side of its knot and :math:`e^a` on the other. There are two for each knot
+    c, to the right at c and to the left at -c. The inverse of each is in closed form.
 
-    def __init__(self, shift: Tensor) -> None:
-        super().__init__()
-        self.shift = shift
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = x + self.shift
-        return y, torch.zeros_like(y)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = y - self.shift
-        return x, torch.zeros_like(x)
-
-
-class Additive(Univariate):
-    """The additive family: a shift, which preserves volume.
+    :param right: the log-slopes to the right, one tensor of shape ``(*, D)`` for each knot.
+    :param left: those to the left, likewise.
+    :param knots: the knots c, in the order in which they are applied.
+    :param width: the width w of a hinge.
+    :raises ValueError: if there is no knot.
 
     Example::
 
-        >>> Additive()(torch.zeros(32, 5, 1))(torch.randn(32, 5)).shape
+        >>> transform = HingedTransform(torch.zeros(2, 5), torch.zeros(2, 5), [0.0, 1.0])
+        >>> transform(torch.randn(32, 5)).shape
         torch.Size([32, 5])
     """
 
-    num_params = 1
-
-    def forward(self, params: Tensor) -> AdditiveTransform:
-        self.check_params(params)
-        return AdditiveTransform(params[..., 0])
-
-
-class GatedAffineTransform(ElementwiseTransform):
-    r"""A gate that mixes the input with a mean, as the memory cell of an LSTM does.
-
-    .. math:: y = s x + (1 - s) \text{mean} \qquad s = \sigma(\text{gate})
-
-    :param mean: the mean, shape ``(*, D)``.
-    :param gate: the logit of ``s``, shape ``(*, D)``; it is not bounded here.
-    :raises ValueError: if the shapes do not broadcast.
-    """
-
-    def __init__(self, mean: Tensor, gate: Tensor) -> None:
+    def __init__(
+        self,
+        right: Sequence[Tensor] | Tensor,
+        left: Sequence[Tensor] | Tensor,
+        knots: Sequence[float],
+        width: float = 0.7,
+    ) -> None:
         super().__init__()
-        check_broadcast("mean and gate", mean.shape, gate.shape)
-        self.mean = mean
-        self.gate = gate
+        if len(knots) == 0:
+            raise ValueError("knots: expected at least one, got none")
+        self._log_slopes: list[Tensor] = []
+        self._hinges: list[tuple[float, float]] = []  # the side and the knot of each
+        for k, knot in enumerate(knots):
+            self._log_slopes += [right[k], left[k]]
+            self._hinges += [(1.0, knot), (-1.0, knot)]
+        self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.gate.sigmoid() * x + (-self.gate).sigmoid() * self.mean
-        return y, logsigmoid(self.gate).expand_as(y)
+        factors = 0.5 * torch.expm1(torch.stack(self._log_slopes))
+        while factors.dim() <= x.dim():
+            factors = factors.unsqueeze(1)
+        evaluate = _Bend.apply if eager_autograd() else _bend
+        y, ladj, *_ = evaluate(x, factors, self._hinges, self.width)
+        return y, ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = (y - self.mean) / self.gate.sigmoid() + self.mean
-        return x, -logsigmoid(self.gate).expand_as(x)
+        large = torch.finfo(y.dtype).max ** 0.4  # v * v must not overflow
+        width, slopes = y.new_full((), self.width), []
+        for log_slope, (side, knot) in zip(self._log_slopes[::-1], self._hinges[::-1]):
+            k, slope = 0.5 * torch.expm1(log_slope), log_slope.exp()
+            v = (side * y - knot).clamp(-large, large)
+            change = -k / slope * (v + torch.hypot(v, slope.sqrt() * width))
+            y = y + side * change
+            u = v + change
+            slopes.append(torch.addcmul(1 + k, k, u / torch.hypot(u, width)))
+        return y, -reduce(torch.mul, slopes).log()
 
 
-class GatedAffine(Univariate):
-    r"""The gated family of the paper on inverse autoregressive flows: a mean and a gate.
+def _bend(
+    x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All hinges one after the other.
 
-    Since :math:`s < 1`, zero parameters are *not* the identity, unlike in every other family. They are a
-    gate that is nearly open: :math:`y = \sigma(\text{gate\_bias}) x`. The gate is bounded such that
-    :math:`\log s` stays above -3.05.
+    :param factors: half of :math:`e^a - 1` of each, shape ``(n, *, D)``.
+    :return: the value, the log-slope, and for all hinges the slope, the root and the derivative of
+        2h, of shape ``(n, *, D)``.
+    """
+    x, _ = torch.broadcast_tensors(x, factors[0])
+    large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
+    arguments, roots = [], []
+    for factor, (side, knot) in zip(factors.unbind(), hinges):
+        # clamped, so that infinity stays itself
+        u = (x - knot if side > 0 else -knot - x).clamp(-large, large)
+        # several times as fast as the root of a sum of squares
+        roots.append(torch.hypot(u, width_of_all))
+        arguments.append(u)
+        x = torch.addcmul(x, factor, u + roots[-1], value=side)
+    root = torch.stack(roots)
+    derivative = 1 + torch.stack(arguments) / root
+    slope = 1 + factors * derivative
+    # one logarithm: it costs more than all else of a hinge
+    return x, reduce(torch.mul, slope.unbind()).log(), slope, root, derivative
 
-    :param gate_bias: the logit of the gate at zero parameters.
-    :raises ValueError: if ``gate_bias`` is negative or not finite.
+
+class _Bend(torch.autograd.Function):
+    """The same with its derivative by hand: a third of the operations that its graph would have."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
+    ) -> tuple[Tensor, Tensor]:
+        y, ladj, *rest = _bend(x, factors, hinges, width)
+        ctx.save_for_backward(x, factors, *rest)
+        ctx.hinges, ctx.width = hinges, width
+        return y, ladj
+
+    @staticmethod
+    def backward(ctx: Any, g_y: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        x, factors, slope, root, derivative = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+
+            def function(x: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
+                return _bend(x, factors, ctx.hinges, ctx.width)[:2]
+
+            return *gradients_with_graph(function, (x, factors), (g_y, g_ladj)), None, None
+        sides = slope.new_tensor([1.0, -1.0] * (len(slope) // 2))
+        sides = sides.reshape(-1, *(1,) * (slope.dim() - 1))
+        by_slope = g_ladj / slope
+        # the derivative of the log-slope: that of 2h' is w^2 / root^3
+        bends = sides * ctx.width**2 * by_slope * factors / root.pow(3)
+        after = []
+        for bend, factor in zip(bends.unbind()[::-1], slope.unbind()[::-1]):
+            after.append(g_y)
+            g_y = torch.addcmul(bend, g_y, factor)
+        by_value = sides * torch.stack(after[::-1])
+        g_factors = derivative * torch.addcmul(by_slope, by_value, root)
+        return g_y.sum_to_size(x.shape), g_factors.sum_to_size(factors.shape), None, None
+
+
+class Hinged(Univariate):
+    """The family of smooth hinges to the left and to the right: skewed, with light or heavy tails.
+
+    There are two log-slopes for each knot; their bounds sum to 3. It gives Gaussian noise the shape of a
+    marginal, such as the exponential tail of the logarithm of a scale.
+
+    :param knots: where the slopes change, positive or zero, mirrored to the left.
+    :param width: how smoothly.
+    :raises ValueError: if there is no knot, a knot is negative, or ``width`` is not positive.
 
     Example::
 
-        >>> GatedAffine()(torch.zeros(32, 5, 2))(torch.randn(32, 5)).shape
+        >>> Hinged(knots=[0.0])(torch.zeros(32, 5, 2))(torch.randn(32, 5)).shape
         torch.Size([32, 5])
 
     **References**
 
-    1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
-       Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
+    1. Marginal Tail-Adaptive Normalizing Flows (Laszkiewicz, Lederer, Fischer, 2022),
+       https://arxiv.org/abs/2206.10311
     """
 
-    num_params = 2
-
-    def __init__(self, *, gate_bias: float = 2.0) -> None:
+    def __init__(self, *, knots: Sequence[float] = (0.0, 1.0, 2.0), width: float = 0.7) -> None:
         super().__init__()
-        if not 0 <= gate_bias < math.inf:
-            raise ValueError(
-                f"gate_bias: expected a finite number of at least 0, got {gate_bias!r}"
-            )
-        self.gate_bias = float(gate_bias)
+        self.knots = tuple(map(float, knots))
+        if not self.knots or min(self.knots) < 0 or not math.isfinite(sum(self.knots)):
+            raise ValueError(f"knots: expected numbers of at least 0, got {knots!r}")
+        self.width = check_positive("width", width)
+        self.bound = 3.0 / len(self.knots)
+        self.num_params = 2 * len(self.knots)
+        self.broadcasts = True
 
     def extra_repr(self) -> str:
-        return f"gate_bias={self.gate_bias}"
+        return f"knots={self.knots}, width={self.width}"
 
-    def forward(self, params: Tensor) -> GatedAffineTransform:
-        mean, raw = unbind_params(params, 2)
-        gate = self.gate_bias + soft_bound(raw, 3.0 + self.gate_bias)
-        return GatedAffineTransform(mean, gate)
+    def forward(self, params: Tensor) -> HingedTransform:
+        log_slopes = unbind_params(soft_bound(_PACE * params, self.bound), self.num_params)
+        return HingedTransform(log_slopes[0::2], log_slopes[1::2], self.knots, self.width)

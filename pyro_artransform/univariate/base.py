@@ -26,6 +26,15 @@ class Derivatives(NamedTuple):
     ladj_by_params: Tensor | None  #: shape ``(B, D, P)``, None for zeros
 
 
+def eager_autograd() -> bool:
+    """Whether derivatives by hand can be used: not in ``torch.jit, torch.compile`` or ``torch.func``."""
+    return not (
+        torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def soft_bound(x: Tensor, bound: float) -> Tensor:
     r"""Squashes the real line smoothly into ``(-bound, bound)``, with slope 1 at zero.
 
@@ -38,14 +47,10 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     :param bound: the largest absolute value, positive.
     :return: a tensor of the shape of ``x``; 0 at 0 exactly.
     """
-    if (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        # the same function, in a form whose automatic derivatives are right to any order
-        return torch.sin(torch.atan(x / bound)) * bound
-    return _SoftBound.apply(x, bound)
+    if eager_autograd():
+        return _SoftBound.apply(x, bound)
+    # the same function, in a form whose automatic derivatives are right to any order
+    return torch.sin(torch.atan(x / bound)) * bound
 
 
 class _SoftBound(torch.autograd.Function):
@@ -77,19 +82,28 @@ def shrink_of(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return torch.addcmul(x.new_ones(()), x, x, value=bound**-2).rsqrt(), x
 
 
-def split_params(params: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Splits the parameters of a family of shape ``(*, D, P)`` into views of shapes ``(*, D, size)``."""
-    if torch.jit.is_tracing() or params.dim() < 2:
-        # TorchScript cannot differentiate a split
+def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Splits the parameters of a family of shape ``(*, D, P)`` into views of shapes ``(*, D, size)``.
+
+    :raises ValueError: if the last dimension is not the sum of the sizes.
+    """
+    if torch.jit.is_tracing():  # TorchScript cannot differentiate a split
         ends = accumulate(sizes)
         return [params[..., end - size : end] for size, end in zip(sizes, ends)]
+    if params.shape[-1:] != (sum(sizes),):
+        raise _wrong_shape(params, sum(sizes))
+    if params.dim() < 2:
+        return params.split(list(sizes), -1)
     # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
     # as params. Along the next-to-last dimension it gets the layout that conditioners produce.
     return [part.mT for part in params.mT.split(list(sizes), -2)]
 
 
 def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
-    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``."""
+    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``.
+
+    :raises ValueError: if there are not ``count`` of them.
+    """
     if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
         return [params[..., k] for k in range(count)]
     if params.shape[-1:] != (count,):
@@ -199,9 +213,3 @@ class Univariate(nn.Module):
         :param x: shape ``(B, D)``.
         """
         return None
-
-    def check_params(self, params: Tensor) -> None:
-        """Raises a ValueError if the last dimension of the parameters is not P."""
-        # while torch.jit traces, sizes are tensors and cannot be compared
-        if not torch.jit.is_tracing() and params.shape[-1:] != (self.num_params,):
-            raise _wrong_shape(params, self.num_params)

@@ -188,7 +188,6 @@ class MonotoneNeural(Univariate):
         return f"count_units={self.count_units}"
 
     def forward(self, params: Tensor) -> MonotoneNeuralTransform:
-        self.check_params(params)
         count = self.count_units
         shift, slopes, knots, softness = split_params(params, (1, count + 1, count, 1))
         return MonotoneNeuralTransform(shift[..., 0], slopes, knots, softness[..., 0])

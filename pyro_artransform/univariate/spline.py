@@ -186,7 +186,6 @@ class RationalQuadraticSpline(Univariate):
         return f"count_bins={self.count_bins}, bound={self.bound}"
 
     def forward(self, params: Tensor) -> MonotonicRQSTransform:
-        self.check_params(params)
         sizes = (self.count_bins, self.count_bins, self.count_bins - 1)
         widths, heights, derivatives = split_params(params, sizes)
         return MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound)

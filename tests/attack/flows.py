@@ -21,9 +21,7 @@ from pyro_artransform.transforms import (
     chain,
 )
 from pyro_artransform.univariate import (
-    Additive,
     Affine,
-    GatedAffine,
     Hinged,
     MonotoneNeural,
     RationalQuadraticSpline,
@@ -53,9 +51,6 @@ def families(draw):
         st.sampled_from(
             [
                 lambda: Affine(bound=bound),
-                Additive,
-                GatedAffine,
-                lambda: GatedAffine(gate_bias=0.0),
                 Hinged,
                 lambda: Hinged(knots=[0.5], width=0.1),
                 lambda: MonotoneNeural(count_units=int(2 * bound)),

@@ -13,8 +13,8 @@ from torch import nn
 from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, fit, iaf
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
 from pyro_artransform.transforms import AutoregressiveTransform, MonotonicAffineTransform
-from pyro_artransform.univariate import Additive
 from tests.guides import models
+from tests.transforms.metas import Shift
 
 
 @pytest.mark.parametrize("guide", [AutoIAF, AutoMAF])
@@ -122,7 +122,7 @@ def test_flow_follows_the_models_device_not_the_default():
 
 
 def test_a_flow_that_preserves_volume():
-    flow = partial(iaf, num_transforms=2, hidden_dims=8, univariate=Additive)
+    flow = partial(iaf, num_transforms=2, hidden_dims=8, univariate=Shift)
     guide = AutoAutoregressive(models.gaussian, flow=flow)
     assert math.isfinite(
         fit(models.gaussian, guide, models.data(), num_steps=5, progress=False).elbo

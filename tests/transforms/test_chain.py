@@ -24,7 +24,7 @@ from pyro_artransform.transforms import (
     chain,
     inverse,
 )
-from pyro_artransform.univariate import Additive
+from tests.transforms.metas import Shift
 
 PARTS = {
     "two layers": lambda: [affine_autoregressive(3), affine_autoregressive(3, order=[2, 1, 0])],
@@ -197,7 +197,7 @@ def before(x):
 
 SCORED = {
     "layers": lambda: iaf(3),
-    "shifts": lambda: iaf(3, univariate=Additive),
+    "shifts": lambda: iaf(3, univariate=Shift),
     "splines": lambda: chain([spline_autoregressive(3), PermutationTransform([2, 0, 1])]),
     "inverse": lambda: chain([affine_autoregressive(3).inv, affine_autoregressive(3)]),
     "parts of Pyro": lambda: chain([dist.transforms.affine_autoregressive(3, [8]), iaf(3)]),

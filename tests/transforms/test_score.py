@@ -8,10 +8,11 @@ from torch import nn
 from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
 from pyro_artransform.transforms.score import _derivatives
-from pyro_artransform.univariate import Additive, Affine, Hinged, RationalQuadraticSpline
+from pyro_artransform.univariate import Affine, Hinged, RationalQuadraticSpline
+from tests.transforms.metas import Shift
 
 FAMILIES = {
-    "additive": Additive(),
+    "shift": Shift(),
     "affine": Affine(),
     "hinged": Hinged(),
     "spline": RationalQuadraticSpline(),
@@ -65,7 +66,7 @@ LAYERS = {
     "sparse graph": lambda: layer(50, [300, 300], adjacency=sparse(50)),
     "spline": lambda: layer(6, [64, 64], "spline"),
     "hinged": lambda: layer(6, 64, "hinged"),
-    "additive": lambda: layer(20, 64, "additive"),
+    "shift": lambda: layer(20, 64, "shift"),
 }
 
 

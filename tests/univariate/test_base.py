@@ -7,7 +7,7 @@ import torch
 from pyro_artransform.univariate import (
     Affine,
     ElementwiseTransform,
-    GatedAffine,
+    Hinged,
     Univariate,
     soft_bound,
     split_params,
@@ -22,7 +22,7 @@ def test_soft_bound_is_the_quotient_of_its_formula():
     assert torch.allclose(slope, (1 + (x / 3) ** 2) ** -1.5)
 
 
-@pytest.mark.parametrize("value", [1.0, 1e2, 1e4, -1e4, 1e5])
+@pytest.mark.parametrize("value", [1.0, -1e4, 1e5])
 def test_gradient_of_soft_bound_never_dies(value):
     """F7. The automatic derivative of the quotient is 8 % off at 1e4 and zero at 1e5."""
     x = torch.tensor(value, dtype=torch.float32, requires_grad=True)
@@ -57,7 +57,8 @@ def test_gradient_of_split_params():
 
 def test_repr_tells_the_arguments():
     assert repr(Affine()) == "Affine(bound=3.0)"
-    assert repr(GatedAffine()) == "GatedAffine(gate_bias=2.0)"
+    assert repr(Affine(multiplier=0.1)) == "Affine(bound=3.0, multiplier=0.1)"
+    assert repr(Hinged(knots=[1.0])) == "Hinged(knots=(1.0,), width=0.7)"
 
 
 def test_the_contract_is_abstract():

@@ -10,30 +10,37 @@ import torch
 
 from pyro_artransform.testing import check_univariate
 from pyro_artransform.univariate import MonotoneTransform
-from tests.univariate.families import FAMILIES, STARTS_AT_IDENTITY
+from tests.univariate.families import FAMILIES
 
 every_family = pytest.mark.parametrize("new", FAMILIES.values(), ids=FAMILIES.keys())
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# one of each class, without the others' sizes
+KINDS = {name: new for name, new in FAMILIES.items() if "," not in name}
+KINDS["monotone"] = FAMILIES["monotone, one unit"]
+every_kind = pytest.mark.parametrize("new", KINDS.values(), ids=KINDS.keys())
 
 
-@both_dtypes
-@pytest.mark.parametrize("name", FAMILIES)
-def test_contracts(name, dtype):
-    check_univariate(FAMILIES[name](), dtype=dtype, identity_at_zero=name in STARTS_AT_IDENTITY)
+@pytest.mark.parametrize(
+    ("new", "dtype"),
+    [*((new, torch.float64) for new in FAMILIES.values())]
+    + [*((new, torch.float32) for new in KINDS.values())],
+    ids=[*(f"{name}-float64" for name in FAMILIES), *(f"{name}-float32" for name in KINDS)],
+)
+def test_contracts(new, dtype):
+    check_univariate(new(), dtype=dtype)
 
 
-@both_dtypes
-@pytest.mark.parametrize("name", STARTS_AT_IDENTITY)
-def test_zero_params_are_the_identity_bit_by_bit(name, dtype):
-    """F10: nflows' identity initialization is none."""
-    family = FAMILIES[name]()
+@every_family
+def test_zero_params_are_the_identity_bit_by_bit(new):
+    """F10: a start that is said to be the identity has to be."""
+    family = new()
     points = [0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 8.0, 1e2, 1e4, 1e30]
-    x = torch.tensor(points + [-point for point in points], dtype=dtype).unsqueeze(-1)
-    transform = family(torch.zeros(1, family.num_params, dtype=dtype))
-    for function in (transform, transform.inv):
-        y, ladj = function.call_and_ladj(x)
-        assert torch.equal(y, x)
-        assert torch.equal(ladj, torch.zeros_like(x))
+    for dtype in (torch.float32, torch.float64):
+        x = torch.tensor(points + [-point for point in points], dtype=dtype).unsqueeze(-1)
+        transform = family(torch.zeros(1, family.num_params, dtype=dtype))
+        for function in (transform, transform.inv):
+            y, ladj = function.call_and_ladj(x)
+            assert torch.equal(y, x)
+            assert torch.equal(ladj, torch.zeros_like(x))
 
 
 @every_family
@@ -49,20 +56,20 @@ def test_params_move_the_map_from_the_first_step(new):
 def test_log_derivative_is_bounded_to_about_three(new):
     """F7: a scale that explodes; also what keeps plain SVI finite."""
     family = new()
-    params = 1e3 * torch.randn(2000, family.num_params)
+    params = 1e3 * torch.randn(500, family.num_params)
     x = torch.cat([torch.linspace(-8, 8, 33), torch.tensor([-1e4, 1e4])]).unsqueeze(-1)
     ladj = family(params).call_and_ladj(x)[1]
     assert ladj.abs().max() < 3.5
 
 
-@pytest.mark.parametrize("gain", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("gain", [1.0, 4.0])
 @every_family
 def test_round_trip_in_float32(new, gain):
     """F5: where float32 cannot give x back, the residual stays at round-off."""
     family = new()
     params = gain * torch.randn(32, family.num_params, dtype=torch.float32)
     transform = family(params)
-    x = torch.linspace(-30, 30, 1201, dtype=torch.float32).unsqueeze(-1)
+    x = torch.linspace(-30, 30, 601, dtype=torch.float32).unsqueeze(-1)
     y = transform(x)
     back = transform.inv(y)
     slope = transform.log_abs_det_jacobian(x, y).exp()
@@ -71,47 +78,31 @@ def test_round_trip_in_float32(new, gain):
 
 
 @every_family
-def test_strictly_increasing_and_onto(new):
-    """F4: a flow that does not reach all of the real line."""
-    transform = new()(2 * torch.randn(16, new().num_params))
-    x = torch.linspace(-1e3, 1e3, 2001).unsqueeze(-1)
-    assert (transform(x).diff(dim=0) > 0).all()
-    assert torch.allclose(transform(transform.inv(x)), x, rtol=1e-10)
-
-
-@every_family
-def test_infinities_pass_and_raise_nothing(new):
-    transform = new()(torch.randn(3, new().num_params))
+def test_infinity_and_nan_pass_and_raise_nothing(new):
+    family = new()
+    transform = family(torch.randn(3, family.num_params))
     x = torch.tensor([-torch.inf, torch.inf, torch.nan])
     for function in (transform, transform.inv):
         y = function(x)
         assert torch.equal(y[:2], x[:2])
         assert y[2].isnan()
+    undefined = family(torch.full((3, family.num_params), torch.nan))
+    assert undefined(torch.ones(3)).isnan().all()
+    assert undefined.inv(torch.ones(3)).isnan().all()
 
 
 @every_family
-def test_nan_params_do_not_raise(new):
-    transform = new()(torch.full((3, new().num_params), torch.nan))
-    assert transform(torch.ones(3)).isnan().all()
-    assert transform.inv(torch.ones(3)).isnan().all()
-
-
-@every_family
-def test_no_elements(new):
-    transform = new()(torch.zeros(0, 3, new().num_params))
+def test_sizes_of_params(new):
+    family = new()
+    transform = family(torch.zeros(0, 3, family.num_params))
     for function in (transform, transform.inv):
         y, ladj = function.call_and_ladj(torch.zeros(0, 3))
         assert y.shape == ladj.shape == (0, 3)
-
-
-@every_family
-def test_wrong_number_of_params(new):
-    family = new()
     with pytest.raises(ValueError, match=rf"expected .*{family.num_params}.*got \(4, 99\)"):
         family(torch.zeros(4, 99))
 
 
-@every_family
+@every_kind
 def test_copies(new):
     family = new()
     params, x = torch.randn(3, family.num_params), torch.randn(3)
@@ -131,7 +122,7 @@ def _both_directions(family):
     return function
 
 
-@every_family
+@every_kind
 def test_trace(new, monkeypatch):
     """F23: TorchScript differentiates slices, and not the output of a split."""
     # A trace unrolls the search for a root, and TorchScript is slow on long graphs.
@@ -150,9 +141,11 @@ def test_trace(new, monkeypatch):
         assert torch.allclose(grad, expected_grad)
 
 
-@pytest.mark.parametrize("name", ["affine", "gated", "spline", "monotone"])
+@pytest.mark.parametrize(
+    "name", ["affine", "hinged", "spline", pytest.param("monotone", marks=pytest.mark.slow)]
+)
 def test_compile(name):
-    family = FAMILIES[name]()
+    family = KINDS[name]()
     function = _both_directions(family)
     params, x = torch.randn(4, 3, family.num_params), torch.randn(4, 3)
     compiled = torch.compile(function, backend="eager", fullgraph=True)
@@ -160,7 +153,7 @@ def test_compile(name):
         assert torch.allclose(got, expected)
 
 
-@every_family
+@every_kind
 def test_function_transforms(new):
     family = new()
     params, x = torch.randn(4, family.num_params), torch.randn(4)
@@ -174,7 +167,7 @@ def test_function_transforms(new):
         assert torch.allclose(got, expected)
 
 
-@every_family
+@every_kind
 def test_inverse_is_a_transform_with_the_same_interface(new):
     transform = new()(torch.randn(3, new().num_params))
     y = torch.randn(3)
