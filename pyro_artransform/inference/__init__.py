@@ -4,15 +4,13 @@
 """Fits of guides, and what draws of a posterior say."""
 
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
-from .config import DrawsConfig, FitConfig
+from .config import FitConfig
 from .fit import fit
-from .forward_kl.fit_draws import fit_draws
-from .forward_kl.result import DrawsResult
+from .fit_draws import fit_draws
 from .optimization.training import FitError
-from .result import FitResult
+from .result import DrawsResult, FitResult
 
 __all__ = [
-    "DrawsConfig",
     "DrawsResult",
     "FitConfig",
     "FitError",

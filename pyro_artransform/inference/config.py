@@ -231,37 +231,3 @@ class FitConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     minibatch: MinibatchConfig = field(default_factory=MinibatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-@dataclass(frozen=True)
-class DrawsConfig:
-    """The steps of :func:`~pyro_artransform.inference.fit_draws`, and when they end.
-
-    All were found by hand, on the skewed density of its tests and on two moons.
-    """
-
-    held_out_share: float = 0.1  #: of the draws, for the result; as many say when to stop
-    max_held_out: int = 10_000  #: the most draws of each of the two
-    #: the fewest draws that say when to stop, where that is no more than a quarter of all
-    stopping_draws: int = 200
-    batch_size: int = 512  #: draws for each step
-    step_size: float = 1e-2  #: of Adam, at first
-    betas: tuple[float, float] = (0.9, 0.99)  #: of Adam
-    look_every: int = 50  #: steps between two looks at held-out draws
-    patience: int = 6  #: looks without a gain, after which the step size goes down
-    min_gain: float = 0.001  #: nats a coordinate by which a look has to be better to be a gain
-    #: standard errors by which held-out draws have to gain on the start: with none a fit to 100 draws is
-    #: at times worse than a Gaussian, with two a fit to 500 is often no better
-    min_gain_in_se: float = 1.0
-    step_factors: tuple[float, ...] = (
-        1.0,
-        0.3,
-        0.1,
-        0.03,
-    )  #: of the step size, one after the other
-    max_steps: int = 20_000  #: steps at most
-    clip_factor: float = 3.0  #: gradients are clipped to so many times the median norm
-    clip_window: int = 100  #: of the last so many
-    max_skips: int = 100  #: steps in a row that are not finite before a fit gives up
-    #: nats a coordinate below a Gaussian from which a start is far from draws
-    max_distance: float = 3.0

@@ -3,6 +3,7 @@
 
 import math
 import signal
+import sys
 
 import pyro
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import (
+    AutoAmortized,
     AutoIAF,
     AutoMAF,
     AutoStructuredFlow,
@@ -18,16 +20,22 @@ from pyro_artransform import (
     maf,
 )
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.inference import DrawsConfig, DrawsResult, fit_draws
+from pyro_artransform.inference import FitError, fit_draws
 from pyro_artransform.transforms import chain, standardize, standardize_context
-from tests.inference.forward_kl import skewed
+from tests.inference import skewed
 
-#: Fewer steps, for tests of what a fit does and not of how well it does it.
-SHORT = DrawsConfig(max_steps=40, look_every=10)
+
+@pytest.fixture(autouse=True)
+def frequent_checks(monkeypatch):
+    # the name of the module in its package is that of the function
+    module = sys.modules["pyro_artransform.inference.fit_draws"]
+    monkeypatch.setattr(module, "_CHECK_EVERY", 10)
+    return module
 
 
 def fitted(*args, **kwargs):
-    return fit_draws(*args, **{"progress": False, "seed": 0, "config": SHORT, **kwargs})
+    """A fit of few steps, for tests of what it does and not of how well it does it."""
+    return fit_draws(*args, **{"progress": False, "seed": 0, "max_steps": 40, **kwargs})
 
 
 def base(dim=skewed.DIM):
@@ -74,7 +82,7 @@ def test_guide_by_draws_of_its_posterior():
     """As above; with such a guide importance sampling has the evidence, which is 0 in log."""
     draws = skewed.sites(skewed.sample(2000))
     guide = AutoMAF(skewed.model, num_transforms=2, hidden_dims=32)
-    result = fit_draws(guide, draws, seed=0, progress=False)
+    result = fitted(guide, draws, max_steps=300)
 
     def log_prob(y):
         return guide.log_prob(skewed.sites(y)) + y[:, 2]
@@ -83,10 +91,14 @@ def test_guide_by_draws_of_its_posterior():
     assert -3 * se < kl < 0.1
     truth = (skewed.log_prob(y := skewed.sample(50_000)) - y[:, 2]).mean().item()
     assert abs(result.log_likelihood - (truth - kl)) < 4 * result.log_likelihood_se
-    assert result.start == "the Gaussian of the draws' moments"
     found = importance(skewed.model, guide, 4000)
     # k-hat is around 0.5: the smoothed tail biases by as much as a hundredth
     assert abs(found.log_evidence) < 4 * found.log_evidence_se + 0.02
+    # it goes on from where it is
+    again = fitted(guide, draws, max_steps=1)
+    assert result.start == "the Gaussian of the draws' moments"
+    assert again.start == "the guide as it was"
+    assert gap(log_prob)[0] < kl + 0.02
 
 
 def test_conditional_density_of_a_known_posterior():
@@ -108,22 +120,16 @@ def test_conditional_density_of_a_known_posterior():
 # What it does
 
 
-def test_it_is_repeatable_and_leaves_the_generators():
-    data, found = skewed.sample(300), []
-    state = torch.get_rng_state()
+def test_the_result_is_repeatable_and_leaves_the_generators():
+    data, state, found = skewed.sample(300), torch.get_rng_state(), []
     for _ in range(2):
         torch.manual_seed(3)
         q = flow(data)
         torch.set_rng_state(state)
-        found.append(fitted(q, data).history)
-    assert found[0] == found[1]
+        found.append(fitted(q, data))
+    result = found[0]
+    assert result.history == found[1].history
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_the_result():
-    data = skewed.sample(300)
-    result = fitted(flow(data), data)
-    assert isinstance(result, DrawsResult)
     assert (result.num_steps, result.num_held_out, result.num_skipped) == (40, 30, 0)
     assert len(result.history) == 1 + 4
     assert result.stopped_because.startswith("all 40 steps that it may take were taken")
@@ -146,42 +152,29 @@ def test_a_gain_that_could_be_chance_is_none():
     torch.testing.assert_close(q.log_prob(data).detach(), before)
 
 
-def test_it_ends_with_the_best_parameters():
-    """With steps that are too large each look is worse than the start, which is what remains."""
+def test_it_ends_with_the_best_parameters(monkeypatch, frequent_checks):
+    """With steps that are too large each check is worse than the start, which is what remains."""
+    monkeypatch.setattr(frequent_checks, "_STEP_SIZE", 10.0)
     data = skewed.sample(300)
     q = flow(data)
     before = q.log_prob(data).detach()
-    config = DrawsConfig(step_size=10.0, step_factors=(1.0,), max_steps=40, look_every=10)
-    result = fitted(q, data, config=config)
+    result = fitted(q, data)
     assert max(result.history) == result.history[0]
     torch.testing.assert_close(q.log_prob(data).detach(), before)
 
 
-@pytest.mark.parametrize("kind", [AutoIAF, AutoMAF, AutoStructuredFlow])
+@pytest.mark.parametrize("kind", ["IAF", "full", "independent", "structured"])
 def test_guides(kind):
-    options = {} if kind is AutoStructuredFlow else {"num_transforms": 1, "hidden_dims": 8}
-    guide = kind(skewed.model, **options)
-    result = fitted(guide, skewed.sites(skewed.sample(300)))
+    options = {"num_transforms": 1, "hidden_dims": 8}
+    guide = {
+        "IAF": lambda: AutoIAF(skewed.model, **options),
+        "full": lambda: AutoMAF(skewed.model, **options),
+        "independent": lambda: AutoMAF(skewed.model, full_rank=False, **options),
+        "structured": lambda: AutoStructuredFlow(skewed.model),
+    }[kind]()
+    result = fitted(guide, skewed.sites(skewed.sample(300)), max_steps=20)
     assert result.history[-1] > result.history[0] - 0.5
     assert all(value.isfinite().all() for value in guide.sample_posterior(5).values())
-
-
-def test_guide_without_correlations():
-    guide = AutoMAF(skewed.model, num_transforms=1, hidden_dims=8, full_rank=False)
-    assert math.isfinite(fitted(guide, skewed.sites(skewed.sample(300))).log_likelihood)
-
-
-def test_a_guide_that_is_good_already_goes_on():
-    draws = skewed.sites(skewed.sample(2000))
-    guide = AutoMAF(skewed.model)
-    first = fitted(guide, draws, max_steps=300, config=None)
-    before = guide.log_prob(draws).mean()
-    second = fitted(guide, draws, max_steps=1)
-    assert (first.start, second.start) == (
-        "the Gaussian of the draws' moments",
-        "the guide as it was",
-    )
-    assert guide.log_prob(draws).mean() > before - 0.02
 
 
 @pytest.mark.parametrize("is_called", [False, True])
@@ -199,10 +192,8 @@ def test_the_next_call_puts_what_was_learned_into_the_store(is_called):
 
 
 def test_draws_by_chain():
-    draws = {
-        k: v.reshape(3, 100, *v.shape[1:]) for k, v in skewed.sites(skewed.sample(300)).items()
-    }
-    assert fitted(small(skewed.model), draws).num_held_out == 30
+    draws = skewed.sites(skewed.sample(300).reshape(3, 100, 3))
+    assert fitted(small(skewed.model), draws, max_steps=1).num_held_out == 30
 
 
 def test_guide_of_a_model_with_arguments():
@@ -210,7 +201,7 @@ def test_guide_of_a_model_with_arguments():
         pyro.sample("z", dist.Normal(torch.zeros(count), scale).to_event(1))
 
     guide = small(model)
-    fitted(guide, {"z": torch.randn(100, 3)}, 3, scale=2.0)
+    fitted(guide, {"z": torch.randn(100, 3)}, 3, scale=2.0, max_steps=1)
     assert guide.sample_posterior(2)["z"].shape == (2, 3)
 
 
@@ -219,7 +210,7 @@ def test_guide_without_its_model(tmp_path):
     guide()
     guide.save(tmp_path / "guide.pt")
     loaded = AutoMAF.load(tmp_path / "guide.pt")
-    assert fitted(loaded, skewed.sites(skewed.sample(100))).num_steps == 40
+    assert fitted(loaded, skewed.sites(skewed.sample(100)), max_steps=1).num_steps == 1
 
 
 def test_transformed_distributions_of_pyro():
@@ -251,7 +242,7 @@ def test_float32():
     q = flow(data)
     q.transforms[0].float()
     q.base_dist = dist.Normal(torch.zeros(3).float(), torch.ones(3).float()).to_event(1)
-    assert math.isfinite(fitted(q, data).log_likelihood)
+    assert math.isfinite(fitted(q, data, max_steps=1).log_likelihood)
 
 
 def test_under_no_grad():
@@ -288,3 +279,99 @@ def test_bar(capsys):
     shown = capsys.readouterr().err
     assert "40step" in shown
     assert "log-likelihood -" in shown
+
+
+# Steps that are not finite
+
+
+def test_skipped_steps_are_counted(monkeypatch):
+    data = skewed.sample(300)
+    q, calls = flow(data), []
+
+    def failing(self, value):
+        calls.append(value)
+        return log_prob(self, value) * (torch.nan if len(calls) in (5, 6) else 1.0)
+
+    log_prob = dist.Independent.log_prob
+    monkeypatch.setattr(dist.Independent, "log_prob", failing)
+    result = fitted(q, data)
+    assert (result.num_steps, result.num_skipped) == (40, 2)
+    assert "skipped  2 steps" in repr(result)
+
+
+def test_many_steps_in_a_row_that_are_not_finite_end_it(monkeypatch, frequent_checks):
+    monkeypatch.setattr(frequent_checks, "_MAX_SKIPS", 10)
+    data = skewed.sample(100)
+    q = flow(data)
+    with torch.no_grad():
+        next(iter(q.transforms[0].parameters())).fill_(torch.nan)
+    with (
+        pytest.warns(UserWarning, match="the density begins nan nats"),
+        pytest.raises(FitError, match="not finite in 10 steps in a row"),
+    ):
+        fitted(q, data)
+
+
+# Bad input
+
+
+def test_far_start_is_warned_of():
+    data = 1000 + skewed.sample(100)
+    q = FlowDistribution(base(), maf(3, hidden_dims=8))
+    with pytest.warns(
+        UserWarning, match=r"end the flow with transforms.standardize\(draws\)"
+    ) as found:
+        fitted(q, data)
+    assert found[0].filename == __file__
+
+
+def bad_calls():
+    data = skewed.sample(100)
+    q, guide = flow(data), small(skewed.model)
+    conditional = dist.ConditionalTransformedDistribution(base(), [conditional_maf(3, 2)])
+    draws, context = skewed.sites(data), torch.randn(100, 2)
+    at_edge = {**draws, "size": torch.zeros(100)}
+    amortized = AutoAmortized(skewed.model)
+    fixed = dist.TransformedDistribution(base(), [standardize(data)])
+    frozen = small(skewed.model)
+    frozen()
+    frozen.requires_grad_(False)
+    batch = dist.TransformedDistribution(base().expand((5,)), [maf(3, hidden_dims=8)])
+    given = {"context": context}
+    return {
+        "no density": (maf(3), data, {}, TypeError, "density: expected a guide .* got Inverse"),
+        "amortized": (amortized, draws, {}, TypeError, "one vector of all latents.* AutoAmortized"),
+        "nothing to train": (fixed, data, {}, TypeError, "density: expected parameters to train"),
+        "frozen": (frozen, draws, {}, TypeError, "density: expected parameters to train"),
+        "few": (q, data[:19], {}, ValueError, "draws: expected 20 or more, got 19"),
+        "shape": (q, data[:, :2], {}, ValueError, r"expected shape \(n, \*event_shape\)"),
+        "batch shape": (batch, data, {}, ValueError, r"distribution of batch shape \(5,\)"),
+        "dimensions": (q, data[0], {}, ValueError, r"draws: expected shape \(n, D\)"),
+        "nan": (q, data / 0 * 0, {}, ValueError, "draws: expected finite .* in 100"),
+        "constant": (q, data * 0, {}, ValueError, r"got constant ones: \[0, 1, 2\]"),
+        "a tensor": (guide, data, {}, TypeError, "draws: expected a dict of the values of each"),
+        "a site": (guide, {"pair": data}, {}, ValueError, "values: expected the sites"),
+        "at an edge": (guide, at_edge, {}, ValueError, "size|got 100 of 100 at an edge"),
+        "context of a guide": (guide, draws, given, ValueError, "none, for a density without one"),
+        "context": (q, data, given, ValueError, "none, for a density without one"),
+        "no context": (conditional, data, {}, ValueError, "expected one for each draw, got none"),
+        "rows": (conditional, data, {"context": context[:5]}, ValueError, "100 draws, got 5"),
+        "arguments": (q, data, {"y": 3}, ValueError, "arguments of a model for a guide only"),
+        "steps": (q, data, {"max_steps": 0}, ValueError, "max_steps: expected a positive integer"),
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_calls()))
+def test_bad_input(name):
+    density, draws, options, error, words = bad_calls()[name]
+    with pytest.raises(error, match=words):
+        fitted(density, draws, **options)
+
+
+def test_inference_mode():
+    data = skewed.sample(100)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"),
+    ):
+        fitted(flow(data), data)
