@@ -15,7 +15,6 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive
-from ...joint.sites import Latents
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
@@ -33,8 +32,7 @@ from .plates import (
     PlateSizes,
     Vectors,
     complete_plates,
-    mean_start,
-    one_element,
+    latents_of_one_element,
     plate_sizes,
     plates_of_user,
     plates_were_dropped,
@@ -186,16 +184,14 @@ class AutoAmortized(PersistentGuide):
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
-        trace = self.prototype_trace
-        sites = list(sites_by_name(trace).values())
+        sites = sites_by_name(self.prototype_trace).values()
         refuse_no_local_latents(sites, type(self).__name__)
         run = partial(given(self.model), *args, **kwargs)
-        observed = refuse_moving_structure(trace, run, rng_state)
+        observed = refuse_moving_structure(self.prototype_trace, run, rng_state)
         sizes = plate_sizes(sites)
         given.refuse(sizes, self, args, kwargs)
-        start = torch.cat([mean_start(site, trace.nodes[site.name]["value"]) for site in sites])
-        latents, feature_dims = Latents(map(one_element, sites)), {}
-        (encoder,) = self._encoder
+        latents, start = latents_of_one_element(self.prototype_trace)
+        (encoder,), feature_dims = self._encoder, {}
         if encoder is not None:
             plates = partial(complete_plates, {}, sizes, start.device)
             groups = LatentLayout(latents).local_groups

@@ -62,11 +62,7 @@ class MiniBatch(Messenger):
 def encode(
     encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> Features:
-    """What an encoder returns by group; in it ``pyro.subsample`` works as in the model.
-
-    :param plates: returns plates by name, each with its dimension; called by ``pyro.subsample`` only.
-    :param groups: the groups of local latents.
-    """
+    """What an encoder returns, by group of local latents; ``pyro.subsample`` in it makes the plates."""
     with MiniBatch(plates, groups):
         found: object = encoder(*args, **kwargs)
     names = [group.name for group in groups]
@@ -113,9 +109,7 @@ def minibatch_rows(
 ) -> Tensor:
     """The features of the elements of a mini-batch, shape ``batch shape + (feature_dim,)``.
 
-    :param features: a row for each element of the mini-batch, or for each element of the plates, of
-        which the mini-batch's are taken.
-    :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
+    :param features: a row for each element of the mini-batch, or for each element of the plates.
     """
     sizes = {name: plates[name].subsample_size for name in group.plates}
     full_sizes = {name: plates[name].size for name in group.plates}

@@ -14,7 +14,7 @@ from ...transforms import ComposedTransform, LocationScale, chain
 from ...univariate.base import ElementwiseTransform, soft_bound
 from ..distributions import make_flow
 
-# local latents depend on a linear summary, of this size, of more global latents than this
+# of more global latents than this the local ones depend on a linear summary of this size
 _MAX_GLOBALS = 64
 _FULL_RANK_LIMIT = 200
 # the largest change of a log-scale by the context
@@ -40,9 +40,9 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
 
 
 class GlobalFactor(nn.Module):
-    """The posterior of the global latents: a flow, then location and scale.
+    """The posterior of the global latents: a flow, if any, then location and scale.
 
-    :param make: takes the latent dimension and returns a flow; None for no flow.
+    :param make: takes the latent dimension and returns a flow.
     :param loc: the initial location, shape ``(D,)``.
     :param scale: the initial standard deviation.
     """
@@ -52,10 +52,9 @@ class GlobalFactor(nn.Module):
         affine = LocationScale(loc, scale, full_rank=len(loc) <= _FULL_RANK_LIMIT)
         flows = [] if make is None else [make_flow("flow", make, loc)]
         self.transform = ComposedTransform(*flows, affine)
-        self.summary: nn.Linear | None = None
         self.context_dim = min(len(loc), _MAX_GLOBALS)
-        if len(loc) > _MAX_GLOBALS:
-            self.summary = _linear(loc, len(loc), _MAX_GLOBALS, bias=False)
+        has_summary = len(loc) > _MAX_GLOBALS
+        self.summary = _linear(loc, len(loc), _MAX_GLOBALS, bias=False) if has_summary else None
 
     @property
     def affine(self) -> LocationScale:
@@ -64,16 +63,15 @@ class GlobalFactor(nn.Module):
         return affine
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
-        """From the base to the unconstrained space; global latents depend on nothing."""
+        """From the base to the unconstrained space; global latents have no context."""
         return self.transform
 
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
         """The context, shape ``(*, context_dim)``, of the elements that depend on global latents z.
 
-        All elements together know the global latents better than one of them does, by the square
-        root of their number. In units of what one element knows they are of order one, and an
-        initial, random dependence on them costs little. In larger units it costs as much as all
-        elements together, and the posterior of the global latents collapses to avoid it.
+        Its units are the sd that one element alone would leave: all elements together know the global
+        latents better by the square root of their number. In larger units an initial, random
+        dependence costs much, and the posterior of the global latents collapses to avoid it.
         """
         deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
         context = deviation if self.summary is None else self.summary(deviation)
@@ -83,8 +81,7 @@ class GlobalFactor(nn.Module):
     def start_near(self, z: Tensor, share: float) -> None:
         """Becomes a Gaussian with the mean of draws ``(n, D)``, and a share of their covariance."""
         tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
-        is_diagonal = self.affine.lower is None
-        self.affine.set_(z.mean(0), tril.diagonal().diag() if is_diagonal else tril)
+        self.affine.set_(z.mean(0), tril.diagonal() if self.affine.lower is None else tril)
 
 
 class GivenLocationScale(ElementwiseTransform):
@@ -114,10 +111,6 @@ class AmortizedLocationScale(nn.Module):
     a and b are a network whose last layer starts at zero, as W does. W carries what is linear, such as
     a global mean that every element shares; b is in units of s, so that its error counts the same
     for a narrow posterior as for a wide one.
-
-    :param loc: the initial location, shape ``(D,)``.
-    :param scale: the initial standard deviation.
-    :param context_dim: the size C of the context.
     """
 
     def __init__(self, loc: Tensor, scale: float, context_dim: int) -> None:
@@ -134,10 +127,7 @@ class AmortizedLocationScale(nn.Module):
             nn.init.zeros_(parameter)
 
     def condition(self, context: Tensor, offsets: Sequence[Tensor]) -> GivenLocationScale:
-        """The transform for one context, shape ``(*, C)``.
-
-        :param offsets: added to the location and to the log-scale, shape ``(*, D)``; or none.
-        """
+        """The transform for contexts ``(*, C)``; offsets ``(*, D)`` add to location and log-scale."""
         shift, bend = self.network(context).tensor_split(2, dim=-1)
         loc = self.loc + self.linear(context)
         log_scale = self.log_scale + soft_bound(bend, _LOG_SCALE_BOUND)
@@ -149,18 +139,13 @@ class AmortizedLocationScale(nn.Module):
 class LocalFactor(nn.Module):
     """The posterior of one group of local latents, of each element given its features and the rest.
 
-    :param make: takes the latent dimension and the size of the context and returns a
-        conditional flow; None for no flow.
-    :param loc: the initial location, shape ``(D,)``.
-    :param scale: the initial standard deviation.
-    :param feature_dim: the number of features of an element.
-    :param rest_dim: the size of the rest of the context.
-    :param table_shape: where each element has an embedding, the full batch shape of its plates; None
-        where its features are given. An embedding is features, and offsets of the location and of
-        the log-scale, so that each element can have any location and scale by itself.
-    """
+    An embedding is features, and offsets of the location and of the log-scale, so that each element
+    can have any location and scale by itself.
 
-    table: nn.Parameter | None
+    :param make: takes the latent dimension and the size of the context and returns a conditional flow.
+    :param rest_dim: the size of the context without the features.
+    :param table_shape: the full batch shape of the plates whose elements have embeddings.
+    """
 
     def __init__(
         self,
@@ -176,7 +161,7 @@ class LocalFactor(nn.Module):
         self.context_dim, self.feature_dim = len(loc), feature_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, scale, context_dim)
-        self.table = None
+        self.table: nn.Parameter | None = None
         if table_shape is not None:
             self.table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
 
@@ -184,7 +169,7 @@ class LocalFactor(nn.Module):
         """From the base to the unconstrained space, for some elements.
 
         :param features: the features of each element, or its embedding, shape ``(*, F)``.
-        :param rest: the rest of the context, each of shape ``(*, C)``; batch shapes broadcast.
+        :param rest: the rest of the context, each shape ``(*, C)``; batch shapes broadcast.
         """
         offsets: list[Tensor] = []
         if self.table is not None:
@@ -203,10 +188,9 @@ class LocalFactor(nn.Module):
 
     @torch.no_grad()
     def start_near(self, context: Tensor, elements: Tensor) -> None:
-        """Sets the location, the scale and the linear part so that they suit draws of elements.
+        """Fits location, scale and linear part to draws of elements, shape ``(n, elements, D)``.
 
         :param context: the context of an element from the global latents, shape ``(n, C)``.
-        :param elements: the draws, shape ``(n, elements, D)``.
         """
         loc, centered = elements.mean(0), context - context.mean(0)
         # the mean over elements first: their slopes are linear in it

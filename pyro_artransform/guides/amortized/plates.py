@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...joint.sites import Latents, Site, describe_support, map_bounds
 from ..persistence.spec import GuideSpec
-from ..prototype import compare_names, latents_of
+from ..prototype import compare_names, latents_of, sites_by_name
 
 # the model's arguments
 Args = Sequence[object]
@@ -163,7 +163,6 @@ class LatentLayout:
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``.
         :param batch_shapes: the batch shape of the elements of each group.
-        :param like: a tensor of the dtype and device of the vectors.
         :return: vectors as :meth:`constrain` takes them, and a tensor of shape ``(n,)``.
         """
         whole = Latents(
@@ -188,12 +187,20 @@ class LatentLayout:
         return vectors, ladj
 
 
-def one_element(site: Site) -> Site:
-    """The site with its plates reduced to a single element, and bounds that share no memory.
+def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
+    """The latents with each plate reduced to one element, and the mean of the starting values of all."""
+    sites, starts = [], []
+    for name, site in sites_by_name(trace).items():
+        z = site.bijection.inv(trace.nodes[name]["value"].detach())
+        starts.append(
+            z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
+        )
+        sites.append(_one_element(site))
+    return Latents(sites), torch.cat(starts)
 
-    :raises ValueError: if it has batch dimensions that are no plates, or its support is not the same
-        for every element.
-    """
+
+def _one_element(site: Site) -> Site:
+    """The site with its plates reduced to a single element, and bounds that share no memory."""
     if not site.plates:
         return site.to(Tensor.clone)
     plates = plate_sizes([site])
@@ -207,12 +214,6 @@ def one_element(site: Site) -> Site:
         )
     shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
     return replace(site, shape=shape, support=_common_support(site))
-
-
-def mean_start(site: Site, value: Tensor) -> Tensor:
-    """The mean over all elements of the unconstrained starting value of a site, flattened."""
-    z = site.bijection.inv(value.detach())
-    return z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
 
 
 def _common_support(site: Site) -> constraints.Constraint:
@@ -276,10 +277,7 @@ def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
 
 
 def sizes_of_run(spec: GuideSpec, run: Callable[[], object], model_is_checked: bool) -> PlateSizes:
-    """The sizes of the plates around the guide's sites in one more run of the model.
-
-    :param model_is_checked: whether it is known that the guide's sites are those of the model.
-    """
+    """The sizes of the plates around the guide's sites in one more run of the model."""
     known, now = spec.latents.sites, latents_of(run)
     if not model_is_checked:
         # what had data at the set-up may be predicted now
@@ -347,11 +345,7 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
 
 
 def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:
-    """The user's plates, each with its dimension, and new ones of all or some random elements.
-
-    :param sizes: the sizes of the model's plates.
-    :param device: the device of the indices of new plates.
-    """
+    """The user's plates, each with its dimension, and new ones, with indices on the device."""
     plates = dict(of_user)
     for name, (dim, size, full_size) in sorted(sizes.items()):
         if name not in plates:

@@ -42,11 +42,9 @@ class AmortizedPosterior(nn.Module):
 
         q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
 
-    :param spec: the spec of the guide: the sites, and ``init_scale``, ``embedding_dim`` and
-        ``feature_dims``, the number of features of each group that has an encoder.
+    :param spec: its arguments are ``init_scale``, ``embedding_dim`` and ``feature_dims``, the number of
+        features of each group that has an encoder.
     :param start: the initial location, that of one element of each group, in the order of the sites.
-    :param make_flows: makes the flow of the global latents, and the conditional ones of the local.
-    :param encoder: the encoder, if there is one.
     """
 
     def __init__(
@@ -113,10 +111,7 @@ class AmortizedPosterior(nn.Module):
     def minibatch_rows(
         self, features: Features, plates: Plates, indices: Mapping[str, Tensor]
     ) -> Vectors:
-        """The features or embeddings of the elements of a mini-batch, by group.
-
-        :param indices: the elements in the mini-batch, of each plate that is sub-sampled.
-        """
+        """The features or embeddings of the elements of a mini-batch, by group."""
         like = self.like
         rows = {GLOBAL: like.new_empty(0)}
         for group, factor in self.local_factors:
@@ -144,11 +139,7 @@ class AmortizedPosterior(nn.Module):
         return rows
 
     def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
-        """From the base to the unconstrained space, for the elements of a group.
-
-        :param features: the features or embeddings of its elements, shape ``(*, F)``.
-        :param vectors: the latents of its parents.
-        """
+        """From the base to the unconstrained space, given features and the latents of the parents."""
         rest = []
         for name in group.parents:
             rest.append(self._factors[name].as_context(vectors[name], group.num_elements))
@@ -158,10 +149,7 @@ class AmortizedPosterior(nn.Module):
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
     ) -> FlowDistribution:
-        """The distribution of the latents of the elements for which :meth:`condition` is.
-
-        :param path: whether the density of its draws has the path gradient.
-        """
+        """The distribution after :meth:`condition`; ``path``: its density has the path gradient."""
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
         base = base_of(self.like, (*batch, group.latents.latent_dim))
@@ -184,19 +172,14 @@ class AmortizedPosterior(nn.Module):
     def forward(
         self, group: Group, features: Tensor, vectors: Vectors, x: Tensor, z: Tensor
     ) -> Tensor:
-        """The log-density of one factor, shape ``(*,)``, where both sides of its transform are known.
-
-        :param x: the argument of the transform, shape ``(*, D)``.
-        :param z: its value.
-        """
+        """The log-density of one factor, shape ``(*,)``, at argument x and value z of its transform."""
         x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
         return base_of(x, x.shape).log_prob(x) + ladj
 
     def draw(self, features: Vectors, n: int) -> Vectors:
-        """Draws of all latents, given the features or embeddings of the elements of each group.
+        """Draws of the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``.
 
-        :return: the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``: the dimension
-            of the draws is to the left of those of all plates.
+        The dimension of the draws is to the left of those of all plates.
         """
         lead = (n,) + (1,) * self.layout.batch_dims
         vectors = Vectors()
@@ -217,10 +200,7 @@ class AmortizedPosterior(nn.Module):
         return torch.stack(parts).sum(0)
 
     def start_near(self, vectors: Vectors, share: float) -> None:
-        """Sets locations and scales, and the linear dependence on the global latents, by draws.
-
-        :param share: multiplies the covariance of the global latents.
-        """
+        """Fits locations, scales and the linear dependence on the global latents to draws."""
         if self.globals is None:
             return
         z = vectors[GLOBAL].flatten(0, -2)

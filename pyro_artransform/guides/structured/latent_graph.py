@@ -3,7 +3,7 @@
 
 """The graph of a guide's latents, with their names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -41,12 +41,13 @@ class LatentGraph:
     @cached_property
     def elimination(self) -> Elimination:
         """Who is drawn given whom by the guide, without the parents that were cut."""
-        full = self.markov.elimination
-        kept: list[tuple[int, ...]] = list(full.parents)
-        for i in {i for i, _ in self.dropped}:
-            cut = {j for k, j in self.dropped if k == i}
-            kept[i] = tuple(j for j in kept[i] if j not in cut)
-        return replace(full, parents=tuple(kept))
+        full, dropped = self.markov.elimination, set(self.dropped)
+        if not dropped:
+            return full
+        parents = (
+            tuple(j for j in own if (i, j) not in dropped) for i, own in enumerate(full.parents)
+        )
+        return replace(full, parents=tuple(parents))
 
     @property
     def levels(self) -> tuple[tuple[Name, ...], ...]:
@@ -71,21 +72,20 @@ class LatentGraph:
         """The coordinates that a coordinate depends on given all others."""
         return self._named(sorted(self.markov.neighbours[self._index(name)]))
 
-    def _named(self, coordinates: Sequence[int]) -> tuple[Name, ...]:
+    def _named(self, coordinates: Iterable[int]) -> tuple[Name, ...]:
         return tuple(self.names[i] for i in coordinates)
 
+    @cached_property
+    def _indices(self) -> dict[Name, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
     def _index(self, name: Name) -> int:
-        try:
-            return self._index_of_name[name]
-        except KeyError:
+        if name not in self._indices:
             raise ValueError(
                 f"expected a site and an index in its unconstrained value, such as "
                 f"{self.names[-1]}, got {name}"
-            ) from None
-
-    @cached_property
-    def _index_of_name(self) -> dict[Name, int]:
-        return {name: i for i, name in enumerate(self.names)}
+            )
+        return self._indices[name]
 
     def __repr__(self) -> str:
         counts = [count for count in self.num_parents if count] or [0]
@@ -101,7 +101,7 @@ class LatentGraph:
         return "LatentGraph(\n  " + "\n  ".join(lines) + "\n)"
 
     def to_plain(self) -> dict[str, Any]:
-        """The graph as plain data, without the names, which the sites give."""
+        """The graph as plain data, without the names, which follow from the sites."""
         return {
             "edges": [list(edge) for edge in self.markov.edges],
             "parents": [list(own) for own in self.markov.elimination.parents],
@@ -140,11 +140,10 @@ def describe(name: Name) -> str:
 
 
 def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> list[tuple[int, int]]:
-    """The parents beyond the strongest so many of each coordinate, by partial correlation.
+    """Pairs of a coordinate and a parent, beyond the ``most`` strongest parents of each coordinate.
 
-    The correlations are those of the Gaussian of the curvature that was seen when the graph was found.
-
-    :return: pairs of a coordinate and a parent.
+    The strength is the partial correlation in the Gaussian of the curvature with which the graph was
+    found.
     """
     if max(map(len, full.parents), default=0) <= most:
         return []
@@ -174,12 +173,9 @@ def regressions(
     :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.
     """
     coefficients, variance = [], covariance.diagonal().clone()
-    for i, own in enumerate(parents):
-        others = list(own)
-        across = covariance[i, others]
-        found = across
-        if others:
-            found = torch.linalg.solve(covariance[others][:, others], across)
+    for i, own in enumerate(map(list, parents)):
+        across = covariance[i, own]
+        found = torch.linalg.solve(covariance[own][:, own], across) if own else across
         coefficients.append(found)
         variance[i] = variance[i] - found @ across
     return coefficients, variance.sqrt()

@@ -50,18 +50,16 @@ class StructuredFlow(ComposedTransform):
     """
 
     def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
-        dim, root = elimination.input_dim, elimination.root
+        dim, root = elimination.input_dim, list(elimination.root)
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
         like = nn.Linear(1, 1).weight.detach()  # PyTorch knows where new parameters go
-        root_scale = LocationScale(like.new_zeros(len(root)), 1.0, full_rank=True)
         parts: list[tuple[Sequence[int], FlowModule]] = []
         if root:
+            root_scale = LocationScale(like.new_zeros(len(root)), 1.0, full_rank=True)
             parts.append((root, ComposedTransform(_root_flow(len(root), not rest), root_scale)))
-        scale = None
         if rest:
-            scale = LocationScale(like.new_zeros(len(rest)), 1.0, full_rank=False)
-            parts.append((rest, scale))
+            parts.append((rest, LocationScale(like.new_zeros(len(rest)), 1.0, full_rank=False)))
         layers = []
         if any(elimination.parents):
             for _ in range(num_transforms):
@@ -69,8 +67,7 @@ class StructuredFlow(ComposedTransform):
                 meta = ConditionedUnivariate(network, Standardizing())
                 layers.append(AutoregressiveTransform(meta).inv)
         super().__init__(hinged_marginals(dim), PartitionTransform(parts), *layers)
-        self._rest = rest
-        self._root = list(root)
+        self._rest, self._root = rest, root
 
     @property
     def networks(self) -> list[ParentsMLP]:
@@ -78,26 +75,17 @@ class StructuredFlow(ComposedTransform):
         return [part for part in self.modules() if isinstance(part, ParentsMLP)]
 
     @property
-    def root_scale(self) -> LocationScale | None:
-        """The location and scale of the root block."""
-        found: LocationScale | None = self._partition()[0].transforms[-1] if self._root else None
-        return found
+    def root_scale(self) -> Any:
+        """The location and scale of the root block, if there is one."""
+        return self.transforms[1].transforms[0].transforms[-1] if self._root else None
 
     @property
-    def scale(self) -> LocationScale | None:
-        """The locations and scales of all other coordinates, given their parents."""
-        found: LocationScale | None = self._partition()[-1] if self._rest else None
-        return found
-
-    def _partition(self) -> Any:
-        return self.transforms[1].transforms
+    def scale(self) -> Any:
+        """The locations and scales of all other coordinates, given their parents, if there are any."""
+        return self.transforms[1].transforms[-1] if self._rest else None
 
     def start_at(
-        self,
-        sd: Tensor,
-        coefficients: Sequence[Tensor],
-        scale: Tensor,
-        root_tril: Tensor,
+        self, sd: Tensor, coefficients: Sequence[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
         """Becomes a Gaussian with mean zero, in units of sds; the networks are those of a new flow.
 
@@ -114,7 +102,10 @@ class StructuredFlow(ComposedTransform):
                 self.scale.loc.zero_()
                 self.scale.log_scale.copy_((scale / sd)[self._rest].log())
             for network in self.networks[-1:]:
-                network.set_linear(0, _in_units(coefficients, sd, network.parents))
+                relative = []
+                for i, own in enumerate(network.parents):
+                    relative.append(coefficients[i] * sd[list(own)] / sd[i])
+                network.set_linear(0, relative)
 
     def conditional_scale(self) -> Tensor:
         """The sd of each coordinate given its parents, in the units of the flow, shape ``(D,)``.
@@ -147,9 +138,3 @@ def _root_flow(dim: int, is_whole: bool) -> FlowModule:
         return iaf(dim, _ROOT_LAYERS, width, nonlinearity=default_activation(dim))
     # affine layers of one coordinate are a Gaussian together
     return ComposedTransform(*[spline_marginals(1) for _ in range(_ROOT_LAYERS if is_whole else 1)])
-
-
-def _in_units(
-    coefficients: Sequence[Tensor], sd: Tensor, parents: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    return [a * sd[list(own)] / sd[i] for i, (a, own) in enumerate(zip(coefficients, parents))]

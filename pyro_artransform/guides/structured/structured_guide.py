@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from ...arguments import check_integer, first_of, to_tensor
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.probe import find_dependencies, missing_dependencies
-from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...transforms.location_scale import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
-from ..persistence.persistent_guide import State
 from ..persistence.spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
-# gradients that a look at the graph takes at most, and draws
+# the most gradients, and the most draws, of a check of the graph
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
-# that networks compute at once: tensors above 32 MB go back to the system after each use, which took a
-# third of a step of 10,000 latents (benchmarks/growth.md)
+# the most numbers that networks compute at once: tensors above 32 MB go back to the system after each
+# use, which took a third of a step of 10,000 latents (benchmarks/growth.md)
 _MOST_NUMBERS = 5_000_000
 
 
@@ -50,10 +49,10 @@ class AutoStructuredFlow(AutoAutoregressive):
     number of parameters is proportional to the number of parents, so that there is nothing of the size
     of the square of the number of latents, unless all of them depend on each other.
 
-    ``guide.graph`` says which latents depend on which, and ``print(guide.graph)`` sums it up.
-    A dependency that is switched off wherever the first call looks, as by ``torch.where``, is not in the
-    graph: :meth:`check_graph` looks again where the posterior is. A mini-batch has a part of the
-    dependencies, so before it is trained on mini-batches the guide has to see all data once,
+    ``guide.graph`` says which latents depend on which, and ``print(guide.graph)`` sums it up. A
+    dependency that is switched off at all points of the first call, as by ``torch.where``, is not in
+    the graph: :meth:`check_graph` searches again where the posterior is. A mini-batch has a part of
+    the dependencies, so before it is trained on mini-batches the guide has to see all data once,
     ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
@@ -91,6 +90,9 @@ class AutoStructuredFlow(AutoAutoregressive):
        Zinkov, Siddharth, Rainforth, Teh, Wood, 2018), https://arxiv.org/abs/1712.00287
     """
 
+    _graph: LatentGraph
+    _parts: tuple[StructuredFlow, LocationScale]
+
     def __init__(
         self,
         model: Callable[..., object],
@@ -108,20 +110,17 @@ class AutoStructuredFlow(AutoAutoregressive):
         }
         super().__init__(
             model,
-            flow=partial(_no_flow),
+            flow=_no_flow,
             full_rank=False,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
         self._arguments.update(arguments)
-        self._graph: LatentGraph | None = None
 
     @property
     def graph(self) -> LatentGraph:
         """Which latents depend on which, and how they are drawn, from the first call on."""
-        spec = self._checked_spec()
-        if self._graph is None:
-            self._graph = LatentGraph.from_plain(spec.arguments["graph"], spec.sites)
+        self._checked_spec()
         return self._graph
 
     def markov_graph(self) -> MarkovGraph:
@@ -137,23 +136,21 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
         """The log density of the model, whose runs leave no trace and take no random numbers."""
-        if self._model is None:
-            self.model  # noqa: B018 (which says that there is none)
+        self.model  # noqa: B018 (raises where there is none)
         _, model, init_loc_fn = self._model
         with torch.random.fork_rng(devices=[]), poutine.block():
             return LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        if "graph" in spec.arguments:
-            self._graph = LatentGraph.from_plain(spec.arguments["graph"], spec.sites)
-        else:
-            self._graph = self._find_graph(spec)
-            spec.arguments["graph"] = self._graph.to_plain()
         arguments = spec.arguments
-        elimination = self._graph.elimination
-        self._make_flow = partial(
-            _new_flow, elimination, arguments["hidden_dim"], arguments["num_transforms"]
-        )
+        if "graph" in arguments:
+            graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
+        else:
+            graph = self._find_graph(spec)
+            arguments["graph"] = graph.to_plain()
+        sizes = arguments["hidden_dim"], arguments["num_transforms"]
+        self._make_flow = lambda _: StructuredFlow(graph.elimination, *sizes)
+        self._graph = graph
         super()._build(spec, start)
 
     def _find_graph(self, spec: GuideSpec) -> LatentGraph:
@@ -168,40 +165,34 @@ class AutoStructuredFlow(AutoAutoregressive):
         with torch.random.fork_rng(devices=[]), poutine.block():
             found = find_dependencies(log_joint, log_joint.latents.eps)
         markov = MarkovGraph.from_neighbours(found.neighbours)
-        most = spec.arguments["max_parents"]
-        dropped = weakest_parents(found, markov.elimination, most)
+        dropped = weakest_parents(found, markov.elimination, spec.arguments["max_parents"])
         return LatentGraph(names, markov, tuple(dropped))
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
-        """Looks for dependencies of the posterior that the graph has not, at draws of the guide.
+        """Searches for dependencies of the posterior that the graph lacks, at draws of the guide.
 
-        A dependency may be switched off wherever the first call of the guide looked, as by a branch of
-        the model on the value of a latent. There are as many draws as take some 4,000 gradients, at most
-        256. :func:`~pyro_artransform.fit` does this at its end.
+        A dependency may be switched off at all points of the first call, as by a branch of the model on
+        the value of a latent. The number of draws is such that about 4,000 gradients are computed, and
+        at most 256. :func:`~pyro_artransform.fit` does this at its end.
 
         :param args: the model's arguments, as ``kwargs``.
         :raises ValueError: if there is one; the message names the latents.
         """
-        missing = self.missing_dependencies(*args, **kwargs)
-        if not missing:
-            return
-        raise ValueError(
-            "the model has dependencies that were switched off where the guide looked for them: "
-            f"{first_of(missing)}. Expected a graph with all of them: make the "
-            "guide anew with an init_loc_fn of values where they are on, such as "
-            "init_to_value(values=guide.median()), or use AutoIAF"
-        )
-
-    def missing_dependencies(self, *args: object, **kwargs: object) -> list[str]:
-        """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``."""
         self.set_up(*args, **kwargs)
-        return self.missing_over_batches([(args, kwargs)])
+        missing = self.missing_over_batches([(args, kwargs)])
+        if missing:
+            raise ValueError(
+                "the model has dependencies that were switched off at the first call of the guide: "
+                f"{first_of(missing)}. Expected a graph with all of them: make the guide anew with an "
+                "init_loc_fn of values where they are on, such as "
+                "init_to_value(values=guide.median()), or use AutoIAF"
+            )
 
     @torch.no_grad()
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """As :meth:`missing_dependencies`, of the densities of mini-batches, which share the draws.
+        """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``.
 
         :param batches: the positional and the keyword arguments of the model, of each mini-batch.
         """
@@ -219,11 +210,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
 
     def _chunk_size(self) -> int:
-        elimination, hidden_dim = (
-            self.graph.elimination,
-            self._checked_spec().arguments["hidden_dim"],
-        )
-        numbers = elimination.num_edges + (hidden_dim + 2) * elimination.input_dim
+        elimination, arguments = self.graph.elimination, self._checked_spec().arguments
+        numbers = elimination.num_edges + (arguments["hidden_dim"] + 2) * elimination.input_dim
         return max(_MOST_NUMBERS // numbers, 1)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
@@ -239,16 +227,15 @@ class AutoStructuredFlow(AutoAutoregressive):
     def start_at(self, loc: object, scale_tril: object = None) -> None:
         """Becomes a Gaussian on the unconstrained space: the networks are again those of a new guide.
 
-        Where the Gaussian has dependencies that the graph has not, it is the product of its conditionals
-        along the graph, the nearest Gaussian with the graph in KL(p|q).
+        Where the Gaussian has dependencies that the graph lacks, the guide becomes the product of its
+        conditionals along the graph, the nearest Gaussian with the graph in KL(p|q).
 
         :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
         :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``, or standard
             deviations, shape ``(latent_dim,)``; by default ``init_scale``.
-        :raises ValueError: if a shape is wrong, a number not finite, or the scale no such matrix.
+        :raises ValueError: if a shape is wrong, a number not finite, or the scale not such a matrix.
         """
-        spec = self._checked_spec()
-        affine = self._parts[1]
+        spec, elimination, (_, affine) = self._checked_spec(), self.graph.elimination, self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"])
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
@@ -256,58 +243,28 @@ class AutoStructuredFlow(AutoAutoregressive):
         if scale_tril.dim() == 2:
             check_location_and_scale(loc, scale_tril, len(affine.loc))
             covariance = scale_tril @ scale_tril.T
-            coefficients, scale = regressions(self.graph.elimination.parents, covariance)
-            root = list(self.graph.elimination.root)
+            coefficients, scale = regressions(elimination.parents, covariance)
+            root = list(elimination.root)
             root_tril = torch.linalg.cholesky(covariance[root][:, root])
             sd = covariance.diagonal().sqrt()
         else:
             sd = scale = scale_tril
-            coefficients = [scale.new_zeros(len(own)) for own in self.graph.elimination.parents]
-            root_tril = scale[list(self.graph.elimination.root)].diag()
+            coefficients = [scale.new_zeros(len(own)) for own in elimination.parents]
+            root_tril = scale[list(elimination.root)].diag()
         self._become(loc, sd, coefficients, scale, root_tril)
 
-    def start_at_precision(self, loc: object, precision: Tensor) -> None:
-        """Becomes the Gaussian of a precision with the pattern of the graph.
-
-        Where ``max_parents`` has cut parents, the others are what is regressed on.
-
-        :param loc: its location, shape ``(latent_dim,)``.
-        :param precision: symmetric, shape ``(latent_dim, latent_dim)``, a sparse COO tensor or a dense
-            one; pivots that are not positive are raised.
-        :raises ValueError: if a shape is wrong, a number not finite, or an entry outside of the graph.
-        """
-        dim = self._checked_spec().latents.latent_dim
-        loc = to_tensor("loc", loc, self._parts[1].loc)
-        if precision.shape != (dim, dim):
-            raise ValueError(
-                f"precision: expected shape {(dim, dim)}, got {tuple(precision.shape)}"
-            )
-        if loc.shape != (dim,):
-            raise ValueError(f"loc: expected shape {(dim,)}, got {tuple(loc.shape)}")
-        sparse = precision.detach().to_sparse().coalesce()
-        (rows, columns), values = sparse.indices(), sparse.values()
-        if not bool(values.isfinite().all()):
-            count = int((~values.isfinite()).sum())
-            raise ValueError(f"precision: expected finite numbers, got {count} that are not")
-        pattern = PrecisionPattern(self.markov_graph().elimination, loc.device)
-        one = rows <= columns
-        entries = pattern.from_pairs(rows[one], columns[one], values[one].to(loc.dtype))
-        self.start_at_gaussian(SparseGaussian.from_precision(pattern, loc, entries))
-
     def start_at_gaussian(self, gaussian: SparseGaussian) -> None:
-        """:meth:`start_at_precision` for a Gaussian along the elimination of :meth:`markov_graph`."""
+        """Becomes a Gaussian along the elimination of :meth:`markov_graph`.
+
+        Where ``max_parents`` has cut parents, the regressions are on the others.
+        """
         coefficients, scale = gaussian.given(self.graph.elimination.parents)
         self._become(gaussian.loc, gaussian.sd, coefficients, scale, gaussian.root_tril)
 
     def _become(
-        self,
-        loc: Tensor,
-        sd: Tensor,
-        coefficients: list[Tensor],
-        scale: Tensor,
-        root_tril: Tensor,
+        self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
-        flow, affine = self._structured_parts()
+        flow, affine = self._parts
         # entries of the store that count more are adopted first
         self.get_transform()
         affine.set_(loc, sd)
@@ -317,20 +274,10 @@ class AutoStructuredFlow(AutoAutoregressive):
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         """The size of an optimizer's step, by parameter: a share of conditional sds."""
         self._checked_spec()
-        flow, affine = self._structured_parts()
+        flow, affine = self._parts
         relative = flow.conditional_scale()
         sizes = {affine.loc: affine.log_scale.detach().exp() * relative, affine.log_scale: relative}
         return {**sizes, **flow.step_scales()}
-
-    def _structured_parts(self) -> tuple[StructuredFlow, LocationScale]:
-        parts: Any = self._parts
-        return parts
-
-    # Files
-
-    def _restore(self, spec: GuideSpec, state: State) -> None:
-        self._graph = None
-        super()._restore(spec, state)
 
     def _least_size(self, spec: GuideSpec) -> int:
         edges = sum(map(len, spec.arguments["graph"]["parents"]))
@@ -339,18 +286,9 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     @classmethod
     def _constructor_arguments(cls, spec: GuideSpec) -> Arguments:
-        known = dict(spec.arguments)
-        for name in ("graph", "full_rank"):
-            known.pop(name, None)
-        return known
+        return {k: v for k, v in spec.arguments.items() if k not in ("graph", "full_rank")}
 
 
 def _no_flow(latent_dim: int) -> nn.Module:
     """Stands for the flow until the graph is known."""
     raise RuntimeError("the flow of this guide is made when its graph is known")
-
-
-def _new_flow(
-    elimination: Any, hidden_dim: int, num_transforms: int, latent_dim: int
-) -> StructuredFlow:
-    return StructuredFlow(elimination, hidden_dim, num_transforms)
