@@ -11,7 +11,6 @@ its networks computed on the way through the levels: the rest are products with 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +62,11 @@ class MLPLinearization:
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
         """See :class:`~.base.Linearization`."""
-        slopes, rest = self._sorted(slopes.mT), self._sorted(gradient)
+        slopes, rest, order = slopes.mT, gradient, self._order
+        if order is not None:
+            slopes, rest = slopes[..., order], rest[..., order]
         weights, done = self._sorted_weights, list[Tensor]()
-        carried: Tensor | None = None  # what later blocks are by the last hidden units
+        carried: Tensor | None = None  # the derivatives of later blocks by the last hidden units
         for start, stop in self._blocks():
             own = slice(self._layout.levels[start], self._layout.levels[stop])
             known = rest[:, own]
@@ -80,7 +81,8 @@ class MLPLinearization:
             carried = added if carried is None else carried + added
             if weights.skip is not None:
                 rest = rest + weighted @ weights.skip[:, own].flatten(0, 1)
-        return self._unsorted(torch.cat(done[::-1], -1))
+        v = torch.cat(done[::-1], -1)
+        return v if order is None else torch.empty_like(v).index_copy_(-1, order, v)
 
     def _substitute(self, slopes: Tensor, gradient: Tensor, start: int, stop: int) -> Tensor:
         """The solution within the levels from ``start`` to ``stop - 1``, shape ``(B, n)``."""
@@ -106,18 +108,16 @@ class MLPLinearization:
             rows = slope @ flat if skip is None else torch.addmm(skip.flatten(), slope, flat)
             return (slopes[..., None] * rows.view(-1, *products.shape[:3])).sum(1)
         rows = slopes.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
-        readers = [own, *units[:-1]]
-        for weight, slope, unit, reader in [*zip(weights.inner, self._slopes, units, readers)][
-            ::-1
-        ]:
+        layers = zip(weights.inner, self._slopes, units, [own, *units[:-1]])
+        for weight, slope, unit, reader in [*layers][::-1]:
             rows = (rows * slope[:, unit]) @ weight[unit, reader]
         if skip is not None:
             rows = rows + slopes.permute(2, 0, 1) @ skip.transpose(0, 1)
         return rows.transpose(0, 1).contiguous()
 
     def _through_layers(self, network: Weights, by_units: Tensor, own: slice, start: int) -> Tensor:
-        """What derivatives by the last hidden units, ``(B, H)``, are by inputs from a level on."""
-        # the units that read them, if only through others
+        """The derivatives by inputs from a level on, from those by the last hidden units, ``(B, H)``."""
+        # the units that read these inputs, if only through others
         readers = [slice(places[start], None) for places in self._layout.units]
         pulled = by_units[:, readers[-1]]
         layers = zip(network.inner, self._slopes, readers, [own, *readers[:-1]])
@@ -126,7 +126,7 @@ class MLPLinearization:
         return pulled
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of levels of about so many coordinates, from the last to the first."""
+        """Ranges of levels of about ``_SIZE`` coordinates, from the last to the first."""
         levels = self._layout.levels
         stop = len(levels) - 1
         while stop > 0:
@@ -136,43 +136,22 @@ class MLPLinearization:
             yield start, stop
             stop = start
 
-    def _sorted(self, rows: Tensor) -> Tensor:
-        return rows if self._order is None else rows[..., self._order]
 
-    def _unsorted(self, rows: Tensor) -> Tensor:
-        if self._order is None:
-            return rows
-        return torch.empty_like(rows).index_copy_(-1, self._order, rows)
-
-
-Nonlinearity = Callable[[Tensor], Tensor]
-
-
-@dataclass
 class Activations:
-    """What a group of m networks computes for B points.
+    """The inputs and hidden units of a group of m networks at B points, filled level by level.
 
-    :param group: the networks.
-    :param nonlinearity: their activation.
-    :param x: the values of the parents, shape ``(m, k, B)``.
-    :param before: the hidden units before the activation, shape ``(m, h, B)``.
-    :param hidden: those after it, of the same shape.
+    :param nonlinearity: the activation of the networks.
+    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
     """
 
-    group: "ParentsGroup"
-    nonlinearity: Nonlinearity
-    x: Tensor
-    before: Tensor
-    hidden: Tensor
-
-    @classmethod
-    def empty(
-        cls, group: "ParentsGroup", nonlinearity: Nonlinearity, like: Tensor
-    ) -> "Activations":
-        """Those of ``(B, D)`` points that are not known yet."""
+    def __init__(
+        self, group: "ParentsGroup", nonlinearity: Callable[[Tensor], Tensor], like: Tensor
+    ) -> None:
+        self.group, self.nonlinearity = group, nonlinearity
         m, h, k = group.inner.shape
-        shapes = [(m, width, len(like)) for width in (k, h, h)]
-        return cls(group, nonlinearity, *(like.new_empty(shape) for shape in shapes))
+        self.x = like.new_empty(m, k, len(like))  # the values of the parents
+        self.before = like.new_empty(m, h, len(like))  # the hidden units before the activation
+        self.hidden = torch.empty_like(self.before)
 
     def fill(self, known: Tensor, index: Tensor, rows: slice) -> None:
         """Computes some rows from coordinates at an index of shape ``(m, k)``, in place."""
@@ -214,9 +193,9 @@ class ParentsLinearization:
 
     @property
     def params(self) -> Tensor:
-        """See :class:`~.base.Linearization`; not kept, since its graph keeps the evaluation."""
+        """See :class:`~.base.Linearization`; not kept, since its graph keeps this object."""
         parameters = []
-        for group in self._network.all_groups():
+        for group in self._network.groups:
             parameters += [group.inner, group.inner_bias, group.outer, group.linear]
         found: Tensor = _Params.apply(self, *parameters)
         bias = self._network.bias
@@ -262,16 +241,16 @@ class ParentsLinearization:
 
 
 class _Params(torch.autograd.Function):
-    """The parameters of an evaluation, with their gradients in closed form."""
+    """The parameters at known points, with their gradients in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, evaluation: ParentsLinearization, *_: Tensor) -> Tensor:
-        ctx.evaluation = evaluation
-        return evaluation.outputs.view_as(evaluation.outputs)
+    def forward(ctx: Any, linearization: ParentsLinearization, *_: Tensor) -> Tensor:
+        ctx.linearization = linearization
+        return linearization.outputs.view_as(linearization.outputs)
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.evaluation.gradients(weights)
+        return None, *ctx.linearization.gradients(weights)
 
 
 def with_padding(rows: Tensor) -> Tensor:

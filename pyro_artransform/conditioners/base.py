@@ -10,8 +10,29 @@ import torch
 from torch import Tensor
 
 
+def check_input(
+    x: Tensor,
+    context: Tensor | None,
+    input_dim: int,
+    context_dim: int = 0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises a ValueError for an x or a context of another shape, or an x of another dtype."""
+    if torch.jit.is_tracing():
+        return  # sizes are tensors then and cannot be compared
+    if x.shape[-1:] != (input_dim,):
+        raise ValueError(f"x: expected shape (*, {input_dim}), got {tuple(x.shape)}")
+    if x.dtype != (dtype or x.dtype) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x: expected {dtype}, the network's own, got {x.dtype}")
+    size = None if context is None else tuple(context.shape[-1:])
+    if size != ((context_dim,) if context_dim else None):
+        wanted = f"shape (*, {context_dim})" if context_dim else "none"
+        got = "none" if context is None else tuple(context.shape)
+        raise ValueError(f"context: expected {wanted}, got {got}")
+
+
 class Linearization(Protocol):
-    """A conditioner at B known points, with what its gradients need."""
+    """A conditioner at B known points, with the products of its Jacobian that gradients need."""
 
     @property
     def params(self) -> Tensor:
@@ -40,16 +61,16 @@ class Linearization(Protocol):
 class Blocks(Protocol):
     """A conditioner at one batch, evaluated on blocks of levels of its graph, in their order.
 
-    Coordinates are sorted by level; all before the open block are known.
+    Coordinates are sorted by level; those before the open block are known.
     """
 
     #: The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already.
     order: Tensor | None
     #: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
     levels: list[int]
-    #: The multiplications that one evaluation of one row takes.
+    #: The number of multiplications in one evaluation of one row.
     work: int
-    #: The most levels of a block, None where the costs decide.
+    #: The largest number of levels in a block, None where the costs decide.
     max_levels: int | None
 
     def open(self, start: int, stop: int) -> None:
@@ -62,10 +83,10 @@ class Blocks(Protocol):
         """
 
     def close(self, x: Tensor, levels: int) -> None:
-        """Makes known what is before level ``levels``: coordinates of the block with the values ``x``."""
+        """Sets the coordinates of the block before level ``levels`` to ``x``: they are known then."""
 
     def linearization(self) -> Linearization | None:
-        """The conditioner at the points that all blocks led to, or None where that is not offered."""
+        """The conditioner at the points that all blocks led to, or None if that is not offered."""
 
 
 class Conditioner(torch.nn.Module, ABC):
@@ -81,17 +102,17 @@ class Conditioner(torch.nn.Module, ABC):
     attributes may stay as they are here.
     """
 
-    #: Whether the dependence on earlier coordinates alone holds by construction, whatever the values of
-    #: the parameters. Where it does not, transforms check it when Pyro's validation is on.
+    #: Whether it reads earlier coordinates alone by construction, whatever the values of its parameters.
+    #: If not, transforms check it when Pyro's validation is on.
     autoregressive: bool = False
-    #: The number P of parameters of each coordinate, None if it is not known.
+    #: The number P of parameters of each coordinate, None if unknown.
     num_params: int | None = None
-    #: The number of coordinates on the longest path of the graph, None if it is not known: as many
-    #: fixed-point passes invert exactly.
+    #: The number of coordinates on the longest path of the graph, None if unknown: as many fixed-point
+    #: passes invert exactly.
     depth: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # a class with another forward may break what its base promised, and has to promise again
+        # a class with another forward may break the promise of its base, and has to promise again
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
             if "autoregressive" in vars(base):
@@ -107,10 +128,9 @@ class Conditioner(torch.nn.Module, ABC):
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """The evaluation from the first level of the graph to the last, or None.
+        """The evaluation from the first level of the graph to the last, or None if that is not offered.
 
-        A conditioner that offers it can be inverted for about the price of one evaluation; any other is
-        inverted by fixed-point passes.
+        With it the inverse costs about one evaluation; without it, fixed-point passes.
 
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
@@ -119,9 +139,10 @@ class Conditioner(torch.nn.Module, ABC):
         return None
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
-        """The evaluation at known points, with what gradients need; or None.
+        """The linearization at known points, or None if that is not offered.
 
-        With it a path gradient takes one substitution; else vector-Jacobian products until nothing moves.
+        With it a path gradient costs one substitution; without it, vector-Jacobian products until nothing
+        moves.
 
         :param x: shape ``(B, D)``.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The masked multilayer perceptron, its layer, and the same without inputs."""
+"""The masked multilayer perceptron and its layer, and parameters that depend on no input."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .activations import ELEMENTWISE, slope_of
 from .adjoint import MLPLinearization
-from .base import Conditioner
+from .base import Conditioner, check_input
 from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
-MaskLike = Tensor | Sequence[Sequence[int]]
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -47,7 +46,11 @@ class MaskedLinear(nn.Linear):
     mask: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, mask: MaskLike, bias: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Tensor | Sequence[Sequence[int]],
+        bias: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         mask = torch.as_tensor(mask, device=self.weight.device)
@@ -66,7 +69,7 @@ class MaskedMLP(Conditioner):
     r"""A multilayer perceptron that is autoregressive by its masks.
 
     The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, there are
-    skip connections whether asked for or not, which keep each dependence of the graph.
+    skip connections in any case, which keep each dependence of the graph.
 
     :param input_dim: the number D of coordinates.
     :param num_params: the number P of parameters of each coordinate.
@@ -74,16 +77,16 @@ class MaskedMLP(Conditioner):
         ``max(64, 2 * input_dim)``.
     :param context_dim: the size C of the context, 0 for none; it is cast to the network's dtype.
     :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``, an elementwise
-        deterministic function. One that is none of the usual modules of ``torch.nn`` is checked, as a
-        network from elsewhere is, when Pyro's validation is on.
+        deterministic function. Unless it is one of the usual modules of ``torch.nn``, transforms check
+        that the network is autoregressive when Pyro's validation is on.
     :param skip_connections: whether a masked linear layer leads from the inputs to the outputs too.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
         ``[i, j]`` says that coordinate i depends on coordinate j.
-    :raises TypeError: if the nonlinearity is no function.
+    :raises TypeError: if the nonlinearity is not a function.
     :raises ValueError: for a size that is not positive, ``skip_connections`` other than a bool, an order
-        that is no permutation, a graph with a cycle, or both an order and a graph.
+        that is not a permutation, a graph with a cycle, or both an order and a graph.
 
     Example::
 
@@ -102,9 +105,10 @@ class MaskedMLP(Conditioner):
     depth: int
     adjacency: Tensor
     order: Tensor  # the coordinates sorted by level
+    layers: Any  # a ModuleList of MaskedLinear
     context_layer: nn.Linear | None
     skip: MaskedLinear | None
-    _layout: BlockLayout | None
+    _layout: BlockLayout
 
     def __init__(
         self,
@@ -140,17 +144,15 @@ class MaskedMLP(Conditioner):
         self._read_levels()
 
     def _read_levels(self) -> None:
-        """Numbers that follow from the graph: what the inverse needs while no tensor may be read."""
+        """Reads from the graph what the inverse needs where the values of tensors cannot be read."""
         if self.adjacency.is_meta:
-            return  # there is nothing to read; what was known stays
+            return  # it has no values; the layout stays
         adjacency = self.adjacency.to("cpu")
         level, sets = levels(adjacency), hidden_sets(adjacency, self.context_dim > 0)
-        self._levels: list[list[int]] = [level.tolist()]  # of the coordinates, of each hidden layer
-        for width in self.hidden_dims:
-            self._levels.append(set_levels(spread(sets, width), level).tolist())
-        self._layout = None
+        unit_levels = [set_levels(spread(sets, width), level) for width in self.hidden_dims]
+        self._layout = block_layout(level.tolist(), *(units.tolist() for units in unit_levels))
         self._is_narrow = min(self.hidden_dims) < len(sets)
-        self.depth = max(self._levels[0]) + 1
+        self.depth = int(level.max()) + 1
 
     def _build_layers(self, skip_connections: bool) -> None:
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
@@ -177,7 +179,7 @@ class MaskedMLP(Conditioner):
         self, layers: Iterable[Layer], skip: Layer | None, x: Tensor, context: Tensor | None
     ) -> list[Tensor]:
         """What each layer returns, before the activation; the parameters are the last."""
-        self._check_input(x, context)
+        check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
         first, *others = layers
         outputs = [first(x)]
         if self.context_layer is not None and context is not None:
@@ -193,42 +195,36 @@ class MaskedMLP(Conditioner):
         return [*outputs[:-1], rows.transpose(-1, -2)]
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
-        """None if blocks are: products of weights do not go through another ``forward`` or hooks."""
+        """None where :meth:`blocks` is."""
         if not self._is_of_its_layers():
             return None
         # masked once, for the values and for their derivatives
         masked, skip = self._masked()
-        layers: list[Layer] = []
-        layer: Any
-        for layer, weight in zip(self.layers, masked):
-            layers.append(partial(F.linear, weight=weight, bias=layer.bias))
+        layers = [
+            partial(F.linear, weight=weight, bias=layer.bias)
+            for layer, weight in zip(self.layers, masked)
+        ]
         through_skip = None if skip is None else partial(F.linear, weight=skip)
         *hidden, params = self._outputs(layers, through_skip, x, context)
         slopes = [slope_of(self.nonlinearity, layer) for layer in hidden]
-        layout, order = self._sorted_layout()
         with torch.no_grad():
             weights = self._weights(masked, skip, None)
-        return MLPLinearization(params, layout, order, weights, slopes)
-
-    def _sorted_layout(self) -> tuple[BlockLayout, Tensor | None]:
-        """Where each level begins, and the order of the coordinates if it is not their own."""
-        if self._layout is None:
-            self._layout = block_layout(*self._levels)
-        return self._layout, None if self._layout.natural else self.order
+        order = None if self._layout.natural else self.order
+        return MLPLinearization(params, self._layout, order, weights, slopes)
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> MLPBlocks | None:
-        """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
+        """None for a subclass with another ``forward``, or with hooks, which blocks do not go through."""
         if not self._is_of_its_layers():
             return None
-        self._check_input(x, context)
-        layout, order = self._sorted_layout()
+        check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
+        order = None if self._layout.natural else self.order
         weights = self._weights(*self._masked(), context).sorted_by(order)
-        return MLPBlocks(layout, order, weights, self.nonlinearity, x, in_place)
+        return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
 
     def _is_of_its_layers(self) -> bool:
-        """Whether masked layers and activations are all that it does."""
+        """Whether masked layers and activations alone make its parameters."""
         layers = [*self.layers] if self.skip is None else [*self.layers, self.skip]
         changed = any(type(layer).forward is not MaskedLinear.forward for layer in layers)
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
@@ -236,35 +232,19 @@ class MaskedMLP(Conditioner):
 
     def _masked(self) -> tuple[list[Tensor], Tensor | None]:
         """The masked weights of the layers, and of the skip."""
-        layers: Any = self.layers
-        masked = [layer.weight * layer.mask for layer in layers]
+        masked = [layer.weight * layer.mask for layer in self.layers]
         return masked, None if self.skip is None else self.skip.weight * self.skip.mask
 
     def _weights(
         self, masked: list[Tensor], skip: Tensor | None, context: Tensor | None
     ) -> Weights:
         rows: tuple[int, ...] = self.num_params, self.input_dim
-        layers: Any = list(self.layers)  # torch.compile does not follow list[Any](...)
-        *biases, last_bias = [layer.bias for layer in layers]
+        *biases, last_bias = [layer.bias for layer in self.layers]
         if self.context_layer is not None and context is not None:
             biases[0] = biases[0] + self.context_layer(context.to(biases[0].dtype))
         *inner, last = masked
         skip = None if skip is None else skip.view(*rows, -1)
         return Weights(inner, last.view(*rows, -1), skip, biases, last_bias.view(rows))
-
-    def _check_input(self, x: Tensor, context: Tensor | None) -> None:
-        if torch.jit.is_tracing():
-            return  # sizes are tensors then and cannot be compared
-        if x.shape[-1:] != (self.input_dim,):
-            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
-        dtype = self.layers[0].mask.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"x: expected {dtype}, the network's own, got {x.dtype}")
-        size = None if context is None else tuple(context.shape[-1:])
-        if size != ((self.context_dim,) if self.context_dim else None):
-            wanted = f"shape (*, {self.context_dim})" if self.context_dim else "none"
-            got = "none" if context is None else tuple(context.shape)
-            raise ValueError(f"context: expected {wanted}, got {got}")
 
     def extra_repr(self) -> str:
         sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
@@ -272,7 +252,7 @@ class MaskedMLP(Conditioner):
 
 
 class Unconditional(Conditioner):
-    """Parameters of each coordinate that are the same for every x: a univariate flow of each marginal.
+    """Parameters that are the same for every x: a univariate flow of each marginal.
 
     :param input_dim: the number D of coordinates.
     :param num_params: the number P of parameters of each coordinate.
@@ -298,8 +278,7 @@ class Unconditional(Conditioner):
         nn.init.zeros_(self.params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if not torch.jit.is_tracing() and x.shape[-1:] != (self.input_dim,):
-            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
+        check_input(x, None, self.input_dim)
         return self.params.expand(x.shape + (self.num_params,))
 
     def constant(self) -> Tensor | None:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A small network for each coordinate, which reads the parents of the coordinate alone."""
+"""A small network for each coordinate, of its parents alone, and its evaluation level by level."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from ..graphs.markov_graph import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
 from .activations import ELEMENTWISE
 from .adjoint import Activations, ParentsLinearization, with_padding
-from .base import Blocks, Conditioner
+from .base import Blocks, Conditioner, check_input
 
 
 class ParentsMLP(Conditioner):
@@ -25,9 +25,9 @@ class ParentsMLP(Conditioner):
 
         \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
-    The number of parameters is proportional to the number of edges of the graph. All coordinates with
-    similar numbers of parents are evaluated by one batched product, and the inverse of a transform goes
-    through the graph level by level. L and V start at zero.
+    The number of parameters is proportional to the number of edges of the graph. Coordinates with similar
+    numbers of parents are evaluated by one batched product, and the inverse of a transform goes through
+    the graph level by level. L and V start at zero.
 
     :param parents: for each of the D coordinates those that it depends on, without a cycle.
     :param num_params: the number P of parameters of each coordinate.
@@ -35,8 +35,8 @@ class ParentsMLP(Conditioner):
     :param nonlinearity: the activation, by default ``torch.nn.SiLU()``, an elementwise deterministic
         function, checked as for :class:`~pyro_artransform.conditioners.MaskedMLP`.
     :param bias: whether there is a b.
-    :raises TypeError: if the nonlinearity is no function.
-    :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are no
+    :raises TypeError: if the nonlinearity is not a function.
+    :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are not
         coordinates.
 
     Example::
@@ -57,6 +57,7 @@ class ParentsMLP(Conditioner):
     graph: Tensor  # the number of parents of each coordinate, then all parents
     order: Tensor  # the coordinates by level
     place: Tensor  # where the outputs of each coordinate are among those of all groups
+    groups: Any  # a ModuleList of ParentsGroup
     bias: nn.Parameter | None
 
     def __init__(
@@ -80,10 +81,7 @@ class ParentsMLP(Conditioner):
         level = graph_levels(parents)
         self.depth = max(level) + 1
         counts = [len(own) for own in parents]
-        flat = [j for own in parents for j in own]
-        self.register_buffer(
-            "graph", torch.tensor([*counts, *flat], dtype=torch.long, device="cpu")
-        )
+        self.register_buffer("graph", _indices([*counts, *(j for own in parents for j in own)]))
         self.groups = nn.ModuleList()
         for group in padded_groups(parents, level):
             self.groups.append(ParentsGroup(group, self.num_params, self.hidden_dim))
@@ -94,37 +92,25 @@ class ParentsMLP(Conditioner):
         self.to(like.device)
 
     def _arrange(self, level: list[int]) -> None:
-        """The order of coordinates by level, in it by group, and where the outputs of groups are."""
+        """Sorts the coordinates by level, within a level by group, and finds the outputs of groups."""
         of_group = dict[int, int]()
-        for g, group in enumerate(self.all_groups()):
+        for g, group in enumerate(self.groups):
             of_group.update(dict.fromkeys(group.layout.coordinates, g))
         order = sorted(range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i))
         self.levels = [0]
         for k in range(self.depth):
             self.levels.append(self.levels[-1] + level.count(k))
-        # the outputs of all groups, one after the other, and a row of zeros
-        place, start = [0] * self.input_dim, 0
-        rows = [i for group in self.all_groups() for i in group.layout.coordinates]
-        for start, i in enumerate(rows):
-            place[i] = start
-        for i in set(range(self.input_dim)) - set(rows):
-            place[i] = len(rows)
+        # the outputs of all groups, one after the other, then a row of zeros
+        place = [len(of_group)] * self.input_dim
+        for row, i in enumerate(of_group):
+            place[i] = row
         rank = [0] * (self.input_dim + 1)
         for position, i in enumerate(order):
-            rank[i] = position + 1  # the first row is what padding reads
-        self.register_buffer(
-            "order", torch.tensor(order, dtype=torch.long, device="cpu"), persistent=False
-        )
-        self.register_buffer(
-            "place", torch.tensor(place, dtype=torch.long, device="cpu"), persistent=False
-        )
-        ranks = torch.tensor(rank, dtype=torch.long, device="cpu")
-        for group in self.all_groups():
-            group.register_buffer("ranks", ranks[group.parents], persistent=False)
-
-    def all_groups(self) -> list["ParentsGroup"]:
-        found: Any = list(self.groups)
-        return found
+            rank[i] = position + 1  # padding reads the first row
+        self.register_buffer("order", _indices(order), persistent=False)
+        self.register_buffer("place", _indices(place), persistent=False)
+        for group in self.groups:
+            group.register_buffer("ranks", _indices(rank)[group.parents], persistent=False)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         graph = state_dict.get(f"{prefix}graph")
@@ -133,9 +119,11 @@ class ParentsMLP(Conditioner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        self.check_input(x, context)
+        check_input(x, context, self.input_dim, dtype=next(self.parameters(), x).dtype)
         known = with_padding(x.reshape(-1, self.input_dim).T)
-        outputs = [group(known, self.nonlinearity) for group in self.all_groups()]
+        outputs = [
+            group(known, group.parents, slice(None), self.nonlinearity) for group in self.groups
+        ]
         params = self.assembled(outputs, known)
         params = params if self.bias is None else params + self.bias
         return params.reshape(x.shape + (self.num_params,))
@@ -153,11 +141,11 @@ class ParentsMLP(Conditioner):
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """None if a subclass has another ``forward`` or there are hooks: blocks do not go through them."""
+        """None for a subclass with another ``forward``, or with hooks, which blocks do not go through."""
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *self.groups))
         if type(self).forward is not ParentsMLP.forward or hooked:
             return None
-        self.check_input(x, context)
+        check_input(x, context, self.input_dim, dtype=next(self.parameters(), x).dtype)
         return ParentsBlocks(self, x, in_place)
 
     @torch.no_grad()
@@ -166,7 +154,7 @@ class ParentsMLP(Conditioner):
 
         :param coefficients: for each coordinate those of its parents.
         """
-        for group in self.all_groups():
+        for group in self.groups:
             rows = [coefficients[i] for i in group.layout.coordinates]
             is_parent = group.layout.is_parent.to(group.linear.device)
             values = torch.zeros_like(group.linear[:, k])
@@ -174,28 +162,15 @@ class ParentsMLP(Conditioner):
             group.linear[:, k] = values
 
     def step_scales(self, sizes: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The sizes of steps by parameter, where those of a coordinate's parameters are of these sizes.
+        """The sizes of steps by parameter of the network.
 
-        :param sizes: shape ``(D, P)``.
+        :param sizes: those of the P parameters of each coordinate, shape ``(D, P)``.
         """
         found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
-        for group in self.all_groups():
+        for group in self.groups:
             own = sizes[group.coordinates, :, None]
             found.update({group.outer: own, group.linear: own})
         return found
-
-    def check_input(self, x: Tensor, context: Tensor | None) -> None:
-        """Raises a ValueError for an x of another shape or dtype, and for a context."""
-        if torch.jit.is_tracing():
-            return  # sizes are tensors then and cannot be compared
-        if x.shape[-1:] != (self.input_dim,):
-            raise ValueError(f"x: expected shape (*, {self.input_dim}), got {tuple(x.shape)}")
-        if context is not None:
-            raise ValueError(f"context: expected none, got one of shape {tuple(context.shape)}")
-        for parameter in self.parameters():
-            if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(f"x: expected {parameter.dtype}, the network's own, got {x.dtype}")
-            break
 
     def extra_repr(self) -> str:
         sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
@@ -217,30 +192,26 @@ class ParentsGroup(nn.Module):
         super().__init__()
         self.layout = layout
         m, k = layout.parents.shape
-        self.register_buffer(
-            "coordinates",
-            torch.tensor(layout.coordinates, dtype=torch.long, device="cpu"),
-            persistent=False,
-        )
+        self.register_buffer("coordinates", _indices(layout.coordinates), persistent=False)
         self.register_buffer("parents", layout.parents, persistent=False)
         like = nn.Linear(k, hidden_dim)
         options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
-        # as PyTorch's linear layers, by the number of parents without padding
+        # as in PyTorch's linear layers, by the number of parents without padding
         bound = layout.is_parent.sum(-1).to(**options).rsqrt()[:, None, None]
-        inner = (2 * torch.rand(m, hidden_dim, k, **options) - 1) * bound
-        self.inner = nn.Parameter(inner)
+        self.inner = nn.Parameter((2 * torch.rand(m, hidden_dim, k, **options) - 1) * bound)
         self.inner_bias = nn.Parameter((2 * torch.rand(m, hidden_dim, 1, **options) - 1) * bound)
         self.outer = nn.Parameter(torch.zeros(m, num_params, hidden_dim, **options))
         self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
 
-    def forward(self, known: Tensor, nonlinearity: Callable[[Tensor], Tensor]) -> Tensor:
-        """The parameters, shape ``(m, P, B)``, from all coordinates and padding, ``(D + 1, B)``."""
-        return self.evaluate(known, self.parents, slice(None), nonlinearity)
-
-    def evaluate(
+    def forward(
         self, known: Tensor, index: Tensor, rows: slice, nonlinearity: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The same of some rows, from the coordinates at an index of shape ``(m, k)``."""
+        """The parameters of n of the coordinates, shape ``(n, P, B)``.
+
+        :param known: coordinates and padding, shape ``(*, B)``.
+        :param index: the parents among them, shape ``(m, k)``.
+        :param rows: which of the m coordinates.
+        """
         x = embedding(index[rows], known)
         hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
         return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
@@ -263,9 +234,8 @@ class ParentsBlocks:
         self.work = width * (network.hidden_dim + network.num_params)
         self._parts: list[Activations] | None = None
         if in_place:
-            groups = network.all_groups()
-            self._parts = [Activations.empty(group, self._act, like) for group in groups]
-        # the first row is what padding reads
+            self._parts = [Activations(group, self._act, like) for group in network.groups]
+        # padding reads the first row
         self._known = like.new_zeros(like.shape[1] + 1 if in_place else 1, like.shape[0])
 
     def open(self, start: int, stop: int) -> None:
@@ -290,11 +260,11 @@ class ParentsBlocks:
             shape = self.levels[1], network.num_params, known.shape[1]
             return [known.new_zeros(shape)]
         found = []
-        for g, group in enumerate(network.all_groups()):
+        for g, group in enumerate(network.groups):
             if (rows := group.layout.slices.get(level)) is None:
                 continue
             if self._parts is None:
-                found.append(group.evaluate(known, group.ranks, rows, self._act))
+                found.append(group(known, group.ranks, rows, self._act))
             else:
                 self._parts[g].fill(known, group.ranks, rows)
                 found.append(self._parts[g].outputs(rows))
@@ -314,3 +284,8 @@ class ParentsBlocks:
         if self._parts is None:
             return None
         return ParentsLinearization(self._network, self._parts, self._known)
+
+
+def _indices(values: Sequence[int]) -> Tensor:
+    """Integers on the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=torch.long, device="cpu")

@@ -183,10 +183,9 @@ def test_nothing_is_evaluated_on_the_meta_device():
     assert conditioner.depth == 3
 
 
-def test_the_layout_of_blocks_waits_for_the_first_inverse_and_follows_the_buffers():
+def test_the_layout_of_blocks_follows_the_buffers():
     conditioner, x = MaskedMLP(5, 2), torch.zeros(3, 5)
     conditioner(x)
-    assert conditioner._layout is None
     assert conditioner.blocks(x).levels == [0, 1, 2, 3, 4, 5]
     conditioner.load_state_dict(MaskedMLP(5, 2, adjacency=CHAIN[[0] * 5]).state_dict())
     assert conditioner.blocks(x).levels == [0, 5]
