@@ -23,8 +23,8 @@ from ..joint.sites import (
     Site,
     check_continuous,
     describe_support,
+    initial_value,
     same_support,
-    value_or_origin,
 )
 from ..joint.traces import is_enumerated
 
@@ -78,7 +78,7 @@ def starting_value(
                 f"vectorized ones, with pyro.plate('{frame.name}', {frame.size}). Where each has a site "
                 f"of its own, range({frame.size}) does in place of it"
             )
-    return value_or_origin(init_loc_fn, site)
+    return initial_value(init_loc_fn, site)
 
 
 class StartMessenger(InitMessenger):

@@ -26,6 +26,7 @@ from .traces import (
     ModelStructure,
     argument_signature,
     check_data,
+    count_values,
     is_enumerated,
     latent_nodes,
     plate_nesting,
@@ -142,11 +143,10 @@ class LogJoint(LogDensity):
         self.is_random = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents = Latents.from_trace(trace)
-        structure = ModelStructure.from_trace(trace)
-        self._structures = {argument_signature((args, kwargs), with_values=True): structure}
+        self._structures: dict[Any, ModelStructure] = {}
         self._checked = {argument_signature((args, kwargs))}
         #: how many draws are evaluated at once without gradients, which bounds the memory
-        self.chunk_size = _chunk_size(structure.num_values, args, kwargs)
+        self.chunk_size = _chunk_size(count_values(trace), args, kwargs)
         self.start = self._latent_vector(trace)
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -5,7 +5,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.distributions import biject_to
 
 from .traces import has_data, is_enumerated, latent_nodes
 
-Factors = OrderedDict[frozenset[str], list[Tensor]]  #: log-densities by the plates that they are in
+Factors = OrderedDict[frozenset[str], list[Tensor]]
 
 
 def hidden_sites() -> BlockMessenger:
@@ -52,10 +52,10 @@ class UnmaskedLatents(Messenger):
 
     A mask, such as that of ``obs_mask``, leaves elements of latents without a density, so that a
     guide of them would widen without bound, and its ELBO grow. With the prior their posterior is
-    the prior, and that of the other elements stays the same. The number ``False`` as a mask is
-    left alone: it is how an improper prior is written.
+    the prior, and that of the other elements stays the same. The number ``False`` as a mask stays: it is
+    how an improper prior is written.
 
-    :param improper: sites whose masks are left alone as well, as :func:`improper_sites` finds them.
+    :param improper: sites whose masks stay as well, as :func:`improper_sites` finds them.
     """
 
     def __init__(self, improper: Container[str] = ()) -> None:
@@ -77,12 +77,14 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
 
     :param trace: a run of the model, for the values of its latents and their masks.
     """
-    latents = latent_nodes(trace)
-    values = {node["name"]: node["value"] for node in latents}
-    masked = [n for n in latents if isinstance(n["mask"], Tensor) and not is_enumerated(n)]
+    values, masked, found = {}, [], set[str]()
+    for node in latent_nodes(trace):
+        values[node["name"]] = node["value"]
+        if isinstance(node["mask"], Tensor) and not is_enumerated(node):
+            masked.append(node)
     if not masked:
-        return set()
-    state, found = torch.get_rng_state(), set()
+        return found
+    state = torch.get_rng_state()
 
     def total(given: Mapping[str, Any]) -> Tensor:
         torch.set_rng_state(state)  # the same random numbers of a model for all
@@ -166,7 +168,7 @@ class ScaleError(ValueError):
 
 
 def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) -> Tensor:
-    """The log-density of a trace with its discrete latents summed out.
+    """The log-density of a trace with its discrete latents summed out, by Pyro's variable elimination.
 
     As in Pyro's ``TraceEnum_ELBO``, masks are inside of the sums and the scale is outside: that of a
     mini-batch multiplies the log of the sum over the states of an element, not the terms of that sum.
@@ -180,35 +182,29 @@ def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) ->
     symbols = trace.plate_to_symbol
     kept = frozenset(symbols[name] for name in kept_plates)
     summed = set(trace.symbol_to_dim) - set(symbols.values())
+    # log-densities by the plates that they are in
     inside: Factors = OrderedDict()
     outside: Factors = OrderedDict()
     scales = []
-    for site, plates in _sample_sites(trace):
-        if summed.isdisjoint(site["packed"]["log_prob"]._pyro_dims):
-            outside.setdefault(plates, []).append(site["packed"]["log_prob"])
-        else:
-            inside.setdefault(plates, []).append(_without_scale(site))
-            scales.append(site["scale"])
+    site: Any
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        plates = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+        terms = site["packed"]
+        if summed.isdisjoint(terms["log_prob"]._pyro_dims):
+            outside.setdefault(plates, []).append(terms["log_prob"])
+            continue
+        # a masked discrete latent is still one of its values
+        mask = None if is_enumerated(site) else terms["mask"]
+        log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
+        inside.setdefault(plates, []).append(log_prob)
+        scales.append(site["scale"])
     total: Tensor = contract_to_tensor(inside, summed, target_ordinal=kept)
     total = _common(scales) * total
     if outside:
         total = total + contract_to_tensor(outside, set(), target_ordinal=kept)
     return total
-
-
-def _sample_sites(trace: poutine.Trace) -> Iterator[tuple[Any, frozenset[str]]]:
-    """The sample sites of a trace, each with the symbols of its plates."""
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not site_is_subsample(site):
-            frames = (frame for frame in site["cond_indep_stack"] if frame.vectorized)
-            yield site, frozenset(trace.plate_to_symbol[frame.name] for frame in frames)
-
-
-def _without_scale(site: Any) -> Tensor:
-    # a masked discrete latent is still one of its values
-    mask = None if is_enumerated(site) else site["packed"]["mask"]
-    log_prob: Tensor = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=mask)
-    return log_prob
 
 
 def _common(scales: Sequence[float | Tensor]) -> float | Tensor:

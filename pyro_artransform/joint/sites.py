@@ -98,7 +98,7 @@ class Latents:
     Pyro's ``biject_to`` and flattened, as Pyro's ``AutoContinuous`` packs them.
 
     :param sites: the sites.
-    :raises ValueError: if there is none.
+    :raises ValueError: if there is not one.
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
@@ -161,8 +161,8 @@ class Latents:
     def coarse_sites(self, z: Tensor) -> list[str]:
         """The sites of draws with an sd below two spacings of their dtype, as near an edge of a support.
 
-        Sites with more or fewer numbers than coordinates are left out, such as simplices: there a
-        number may stand still while the others move.
+        Sites with more or fewer numbers than coordinates, such as simplices, are left out: one of
+        their numbers may stand still while others move.
 
         :param z: shape ``(n, latent_dim)``.
         """
@@ -175,10 +175,7 @@ class Latents:
         return found
 
     def constrain_with_ladj(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The value of each site as :meth:`constrain` gives it, and the log-determinant.
-
-        :return: for each site, shape ``batch + site shape``; and shape ``batch``.
-        """
+        """The value of each site as :meth:`constrain` gives it, and the log-determinant, shape ``batch``."""
         batch = z.shape[:-1]
         values, total = {}, z.new_zeros(batch)
         for name, part in self.split(z).items():
@@ -289,8 +286,13 @@ def bijection_onto(support: Any, name: str) -> Transform:
     return bijection
 
 
-def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
-    """The starting value of a site; the origin of the unconstrained space where its prior has no draws."""
+def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
+    """The starting value of a latent; a draw of a discrete one.
+
+    It is the origin of the unconstrained space where the prior has no draws.
+    """
+    if is_enumerated(site) or site["fn"].support.is_discrete:
+        return torch.as_tensor(site["fn"].sample())
     try:
         return init_loc_fn(site)
     except NotImplementedError:  # an improper prior has no median either
@@ -301,15 +303,8 @@ def value_or_origin(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))
 
 
-def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
-    """The same; a draw of a discrete site."""
-    if is_enumerated(site) or site["fn"].support.is_discrete:
-        return torch.as_tensor(site["fn"].sample())
-    return value_or_origin(init_loc_fn, site)
-
-
 def _check_enumeration(node: Any) -> None:
-    """Refuses what is not summed out, but drawn: its density would be another one at each call."""
+    """Refuses a discrete latent that is drawn, not summed out: its density would differ in each call."""
     how, count = node["infer"]["enumerate"], node["infer"].get("num_samples")
     if how != "parallel" or count is not None:
         got = f"'{how}'" if count is None else f"num_samples={count}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 _LONGEST_SEQUENCE = 16
-# of entries that are counted for a signature: of more, a run of a model says as much in the same time
+# the most entries that are counted for a signature: of more, a run of a model takes no longer
 _MOST_COUNTED = 2**18
 
 
@@ -33,9 +33,12 @@ def latent_nodes(trace: poutine.Trace) -> list[Any]:
 
 
 def observed_nodes(trace: poutine.Trace) -> list[Any]:
-    """The nodes of a trace that are given, without the indices of plates, which a model may be given too."""
-    nodes = [trace.nodes[name] for name in trace.observation_nodes]
-    return [node for node in nodes if not site_is_subsample(node)]
+    """The nodes of a trace that are given, without the indices of plates, which may be given too."""
+    nodes = []
+    for name in trace.observation_nodes:
+        if not site_is_subsample(trace.nodes[name]):
+            nodes.append(trace.nodes[name])
+    return nodes
 
 
 def unwrapped(fn: Any) -> Any:
@@ -45,9 +48,9 @@ def unwrapped(fn: Any) -> Any:
     return fn
 
 
-def is_enumerated(node: Any) -> bool:
-    """Whether a site of a trace is discrete and marked for enumeration."""
-    return node["infer"].get("enumerate") is not None
+def is_enumerated(site: Any) -> bool:
+    """Whether a site is discrete and marked for enumeration."""
+    return site["infer"].get("enumerate") is not None
 
 
 def has_data(site: Any) -> bool:
@@ -79,7 +82,7 @@ def _address(tensor: Tensor) -> int:
 def runs_model(trace: poutine.Trace) -> bool:
     """Whether a guide with this trace runs its model, as Pyro's messenger guides do.
 
-    Its trace has the data, which are no part of its density, and with each latent the model's prior.
+    Its trace then has the data, which do not belong to its density, and with each latent the model's prior.
     """
     return any("prior" in node["infer"] for node in latent_nodes(trace))
 
@@ -104,17 +107,15 @@ class ModelStructure(NamedTuple):
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
         """The structure of a traced run."""
-        nodes = latent_nodes(trace)
+        nodes, parts = latent_nodes(trace), set(subsampled_plates(trace))
         latents = [node for node in nodes if not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
+        in_part = [node for node in latents if parts.intersection(node["cond_indep_stack"])]
         data = [node for node in observed_nodes(trace) if not is_deterministic(node)] or nodes
-        parts = set(subsampled_plates(trace))
         return cls(
             shapes={node["name"]: tuple(node["value"].shape) for node in latents},
             global_latents=[node["name"] for node in in_no_plate],
-            subsampled_latents=[
-                node["name"] for node in latents if parts.intersection(node["cond_indep_stack"])
-            ],
+            subsampled_latents=[node["name"] for node in in_part],
             scale=_largest_scale(data) / _largest_scale(in_no_plate),
             num_values=count_values(trace),
         )
@@ -208,10 +209,10 @@ def check_data(trace: poutine.Trace) -> None:
     Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
     and are not checked; nor are masked elements.
 
-    :raises ValueError: if data are no tensor or outside of their support, if they and their distribution
-        broadcast against each other, as of shapes ``(n,)`` and ``(n, 1)``, if one datum would count for
-        all elements of a sub-sampled plate, or the log-density of a site has other dimensions than
-        its plates.
+    :raises ValueError: if data are not a tensor or outside of their support, if they and their
+        distribution broadcast against each other, as of shapes ``(n,)`` and ``(n, 1)``, if one datum
+        would count for all elements of a sub-sampled plate, or if the log-density of a site has other
+        dimensions than its plates.
     """
     if not is_validation_enabled():
         return
@@ -229,13 +230,12 @@ def check_data(trace: poutine.Trace) -> None:
 
 def _check_plates(node: Any) -> None:
     """Refuses a log-density with other dimensions than the plates."""
-    no_limit: Any = math.inf  # dimensions to the left of the plates count
+    site, no_limit = node.copy(), math.inf  # dimensions to the left of the plates count
     try:
-        log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        site["log_prob"] = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
     except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
         return
-    site: Any = {**node, "log_prob": log_prob}
-    check_site_shape(site, no_limit)
+    check_site_shape(site, no_limit)  # type: ignore[arg-type]
 
 
 def _check_shape(node: Any) -> None:
@@ -279,5 +279,5 @@ def _check_support(node: Any) -> None:
             f"site '{node['name']}': expected data within the support of {type(fn).__name__} "
             f"({fn.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
             "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
-            "that are no whole numbers"
+            "that are not whole numbers"
         )

@@ -7,24 +7,22 @@ There are four strategies, the fastest first:
 
 - ``"plate"``: one run with all draws in one more :class:`pyro.plate`, to the left of the model's own;
 - ``"vmap"``: one run under ``torch.vmap``;
-- ``"copies"``: the same, where each draw has its own copy of whatever tensor the model makes;
+- ``"copies"``: the same, where each draw has its own copy of each tensor that the model makes;
 - ``"loop"``: a run for each draw.
 
-Only the loop suits every model. A product of a matrix and a vector, or an index of groups, takes no draws
-on the left. Under vmap nothing that depends on a draw can be written into a tensor of zeros, as Pyro's
-``OrderedLogistic`` does it, unless each draw has its own. A branch on a value suits none of them, and a sum
-over everything mixes draws without an error. So each strategy is compared with the loop at a few draws
-(:func:`choose_strategy`), and the first that gives the same is used from then on (:func:`evaluate_many`).
-A branch on whether any draw is large mixes draws only where one is, so that a log joint density is
-compared at draws of the prior and of the guide, too (``LogJoint.checked``).
+Only the loop suits every model. A matrix-vector product and an index of groups take no draws on the left;
+under vmap nothing that depends on a draw can be written into a tensor of zeros, as Pyro's
+``OrderedLogistic`` does it; a sum over everything mixes draws without an error. So each strategy is
+compared with the loop at a few draws (:func:`choose_strategy`), and the first that gives the same is used
+from then on (:func:`evaluate_many`). A branch on whether any draw is large mixes draws only where one is:
+a log joint density is compared at draws of the prior and of the guide, too (``LogJoint.checked``).
 
-What is evaluated is a function of draws, by name, and of their number, ``None`` for a single draw. It
-returns terms by name: log-densities by datum, or their sum.
+A function of draws by name and of their number, ``None`` for a single draw, is evaluated. It returns terms
+by name: log-densities by datum, or their sum.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import pyro
@@ -41,16 +39,14 @@ Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 Evaluate = Callable[[Draws, int | None], Terms]
 
-#: the fastest first
 STRATEGIES = ("plate", "vmap", "copies", "loop")
-
-_DRAWS = "_draws"
 #: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
-# a draw that fails is looked for among so many, one at a time
+
+_DRAWS, _LOG_PROB = "_draws", "_log_prob"
+# how many draws are evaluated one at a time where one of them fails
 _FEW = 32
 _NUM_COMPARED = 3
-_LOG_PROB = "_log_prob"
 
 
 def evaluate_many(
@@ -60,15 +56,14 @@ def evaluate_many(
     at_failure: Callable[[Draws], Terms] | None = None,
     chunk_size: int | None = None,
 ) -> Terms:
-    """The terms of many draws.
+    """The terms of many draws, each of shape ``(n, ...)``.
 
     :param evaluate: gives the terms of draws in a plate, or of a single draw.
     :param draws: tensors of shape ``(n, ...)``.
-    :param strategy: "plate", "vmap", "copies" or "loop".
+    :param strategy: one of the strategies.
     :param at_failure: gives the terms of a single draw that the model cannot take; by default its
         error is raised.
     :param chunk_size: how many draws are evaluated at a time; by default all.
-    :return: tensors of shape ``(n, ...)``.
     """
     num_draws = len(next(iter(draws.values())))
     if chunk_size is not None and num_draws > chunk_size:
@@ -109,21 +104,16 @@ class OwnCopies(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.__setitem__ and _is_masked_fill(*args):
-            func = Tensor.masked_fill_  # the same, and vmap knows it
+        if func is Tensor.__setitem__:
+            tensor, index, value = args
+            is_mask = isinstance(index, Tensor) and index.dtype is torch.bool
+            if is_mask and index.dim() == tensor.dim() and isinstance(value, (int, float)):
+                func = Tensor.masked_fill_  # the same, and vmap knows it
         found = func(*args, **(kwargs or {}))
         if not isinstance(found, Tensor) or is_batchedtensor(found):
             return found
         is_copied = found.is_floating_point() and found.device == self._zero.device
         return found + self._zero.to(found.dtype) if is_copied else found
-
-
-def _is_masked_fill(tensor: Tensor, index: object, value: object) -> bool:
-    """Whether a number is written at a mask of all dimensions."""
-    is_mask = (
-        isinstance(index, Tensor) and index.dtype is torch.bool and index.dim() == tensor.dim()
-    )
-    return is_mask and isinstance(value, (int, float))
 
 
 def _with_copies(evaluate: Evaluate, draws: Draws, size: int | None) -> Terms:
@@ -155,7 +145,7 @@ def stack(rows: list[Terms]) -> Terms:
     """The terms of single draws as those of many."""
     stacked = {}
     for name in rows[0]:
-        stacked[name] = torch.stack(list(map(itemgetter(name), rows)))
+        stacked[name] = torch.stack([row[name] for row in rows])
     return stacked
 
 
@@ -236,11 +226,9 @@ class DrawPlate(NamedTuple):
         return initial
 
     def sum_out_discrete(self, model: Callable[[], object]) -> Tensor:
-        """The log-density of a model with its discrete latents summed out.
+        """The log-density ``(n,)`` of a model with its discrete latents summed out.
 
         :param model: runs the model with its continuous latents at placed values.
-        :return: shape ``(n,)``, or a scalar for a single draw.
-        :raises ScaleError: if sites that share a sum have different scales.
         """
         with poutine.enum(first_available_dim=-1 - self.num_plates - (self.size is not None)):
             trace = poutine.trace(lambda: self.run(model)).get_trace()
@@ -280,7 +268,7 @@ class GuideSampler:
         return drawn, drawn.pop(_LOG_PROB)
 
     def _evaluate(self, given: Draws, size: int | None) -> Terms:
-        """The values of all sites and their log-density; sites are drawn where none are given."""
+        """The values of all sites and their log-density; sites that are not given are drawn."""
         scored = SiteLogProbs({**self._indices, **given} if given else {})
         plate = DrawPlate(size, self._num_plates)
         with poutine.block(), scored:
