@@ -4,7 +4,8 @@
 """What diagnostics and fits ask of a guide beyond Pyro's own interface.
 
 Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
-``isinstance``, so a guide of a third party needs no base class.
+``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
+arguments.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,10 +37,9 @@ class TransformedGuide(Protocol):
     """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """The way from a standard normal of shape ``(latent_dim,)`` to the unconstrained space.
+        """The transform from a standard normal of shape ``(latent_dim,)`` to the unconstrained space.
 
-        :param args: the model's arguments.
-        :raises NotImplementedError: if this guide is no such transform, as in Pyro's base class.
+        :raises NotImplementedError: if this guide does not have one, as in Pyro's base class.
         """
 
 
@@ -51,8 +51,7 @@ class FlowGuide(ReparametrizedGuide, Protocol):
         """Becomes a Gaussian on the unconstrained space, the flow the identity.
 
         :param loc: shape ``(latent_dim,)``.
-        :param scale_tril: lower triangular, shape ``(latent_dim, latent_dim)``; by default that of a
-            new guide.
+        :param scale_tril: shape ``(latent_dim, latent_dim)``; by default that of a new guide.
         :raises ValueError: if the guide cannot have this scale.
         """
 
@@ -67,7 +66,6 @@ class UnconstrainingGuide(FlowGuide, TransformedGuide, Protocol):
         """Values of all sites on the unconstrained space, and the log-determinant of the way back.
 
         :param values: for each site, shape ``batch + site shape``.
-        :param args: the model's arguments, as ``kwargs`` for a guide that was never called.
         :return: shapes ``batch + (latent_dim,)`` and ``batch``.
         """
 
@@ -83,10 +81,7 @@ class StructuredGuide(FlowGuide, Protocol):
         """Which coordinates depend on each other given all others, and the order they are drawn in."""
 
     def start_at_gaussian(self, gaussian: SparseGaussian) -> None:
-        """Becomes a Gaussian with the pattern of the graph, or the nearest that it can be.
-
-        :param gaussian: a Gaussian along the elimination of :meth:`markov_graph`.
-        """
+        """Becomes a Gaussian along the elimination of :meth:`markov_graph`, or the nearest it can be."""
 
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
@@ -149,7 +144,4 @@ class PosteriorGuide(Protocol):
     """A guide with draws of all sites."""
 
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws of all sites, each of shape ``(n,) + site shape``.
-
-        :param args: the model's arguments, only where the guide is amortized.
-        """
+        """Draws of all sites, each ``(n,) + site shape``; arguments only where the guide is amortized."""

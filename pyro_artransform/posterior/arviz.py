@@ -56,42 +56,30 @@ def to_inference_data(
     else:
         drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
     draws = _of_shapes(drawn, likelihood.latents, num_samples)
+    # what is computed from data may not take many draws of them
+    parallel = not likelihood.has_deterministic and likelihood.strategy(draws) == "plate"
+    groups = {"posterior": {**draws, **({} if parallel else likelihood.deterministic(draws))}}
+    if likelihood.observed:
+        predictive = Predictive(
+            SimulatedData()(likelihood.run),
+            posterior_samples=likelihood.in_plate(draws) if parallel else draws,
+            return_sites=list(likelihood.observed),
+            parallel=parallel,
+        )
+        predicted = _of_shapes(predictive(), likelihood.observed, num_samples)
+        groups["posterior_predictive"] = predicted
+        if not likelihood.undrawn(draws):
+            groups["log_likelihood"] = likelihood(draws)
     data = {}
-    for name, group in _groups(likelihood, draws).items():
-        if group:
-            data[name] = {site: value.detach().to("cpu").numpy() for site, value in group.items()}
+    for name, group in groups.items():
+        data[name] = {site: value.detach().cpu().numpy()[None] for site, value in group.items()}
+    if likelihood.observed:
+        observed = likelihood.observed.items()
+        data["observed_data"] = {site: value.detach().cpu().numpy() for site, value in observed}
     from_dict: Any = arviz.from_dict
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
     return from_dict(data)
-
-
-def _groups(likelihood: Likelihood, draws: Values) -> dict[str, Values]:
-    """The values of each group by site, all but the observed data of one chain."""
-    # what is computed from data may not take many draws of them
-    parallel = not likelihood.has_deterministic and likelihood.strategy(draws) == "plate"
-    computed = {} if parallel else likelihood.deterministic(draws)
-    groups = {
-        "posterior": {**draws, **computed},
-        "posterior_predictive": _predictions(likelihood, draws, parallel),
-    }
-    if not likelihood.undrawn(draws):
-        groups["log_likelihood"] = likelihood(draws)
-    chain = {k: {s: v[None] for s, v in group.items()} for k, group in groups.items()}
-    return {**chain, "observed_data": likelihood.observed}
-
-
-def _predictions(likelihood: Likelihood, draws: Values, parallel: bool) -> Values:
-    """New values of data at each draw."""
-    if not likelihood.observed:
-        return {}
-    predictive = Predictive(
-        SimulatedData()(likelihood.run),
-        posterior_samples=likelihood.in_plate(draws) if parallel else draws,
-        return_sites=list(likelihood.observed),
-        parallel=parallel,
-    )
-    return _of_shapes(predictive(), likelihood.observed, len(next(iter(draws.values()))))
 
 
 def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int) -> Values:

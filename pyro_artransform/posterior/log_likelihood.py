@@ -5,18 +5,25 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..joint.handlers import SiteLogProbs
-from ..joint.traces import check_data, has_data, is_deterministic, plate_nesting, subsampled_plates
+from ..joint.traces import (
+    check_data,
+    has_data,
+    is_deterministic,
+    latent_nodes,
+    observed_nodes,
+    plate_nesting,
+    subsampled_plates,
+)
 from ..joint.vectorization import (
     STRATEGIES,
     DrawPlate,
+    Draws,
     Terms,
     agree,
     choose_strategy,
@@ -25,9 +32,8 @@ from ..joint.vectorization import (
 )
 
 _CHUNK = 1000
-# strategies are compared at so many draws, and at those that are extreme in so many coordinates
-_NUM_COMPARED = 8
-_NUM_COORDINATES = 32
+# strategies are compared at some draws, and at those that are extreme in one of some coordinates
+_NUM_COMPARED, _NUM_COORDINATES = 8, 32
 
 
 @torch.no_grad()
@@ -66,10 +72,7 @@ def log_likelihood(
 
 
 class Likelihood:
-    """The log-likelihood of each datum as a function of draws of all latents, and the sites behind it.
-
-    Many draws are evaluated at once where that agrees with single runs.
-    """
+    """The log-likelihood of each datum as a function of draws of all latents, and the sites behind it."""
 
     def __init__(
         self, model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -84,66 +87,69 @@ class Likelihood:
             )
         check_data(trace)
         self._num_plates = plate_nesting(trace)
-        nodes: Any = trace.nodes.items()
-        sites = {k: s for k, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}
-        self._event_dims = {k: site["fn"].event_dim for k, site in sites.items()}
+        latents, observed = latent_nodes(trace), observed_nodes(trace)
+        self._event_dims = {site["name"]: site["fn"].event_dim for site in (*latents, *observed)}
         #: a value of each latent site, and of each that has data
-        self.latents: Terms = {k: s["value"] for k, s in sites.items() if not s["is_observed"]}
-        self.observed: Terms = {k: s["value"] for k, s in sites.items() if has_data(s)}
-        #: whether there is a deterministic site
-        self.has_deterministic = any(map(is_deterministic, sites.values()))
+        self.latents: Terms = {site["name"]: site["value"] for site in latents}
+        self.observed: Terms = {s["name"]: s["value"] for s in observed if has_data(s)}
+        self.has_deterministic = any(map(is_deterministic, observed))
 
-    def __call__(self, draws: Mapping[str, Tensor]) -> Terms:
+    def __call__(self, draws: Draws) -> Terms:
         """The log-likelihoods, of shape ``(n,) + batch shape`` for each site with data."""
-        undrawn = self.undrawn(draws)
-        if undrawn:
+        if undrawn := self.undrawn(draws):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
-        chosen = {name: draws[name] for name in self.latents}
-        first = STRATEGIES.index(self.strategy(draws))
-        rows = _compared_rows(chosen)
-        few = {name: value[rows] for name, value in chosen.items()}
-        expected = evaluate_many(self._evaluate, few, "loop")
-        for strategy in STRATEGIES[first:]:
+        chosen, rows = self._compared(draws)
+        expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
+        for strategy in STRATEGIES[STRATEGIES.index(self.strategy(draws)) :]:
             found = evaluate_many(self._evaluate, chosen, strategy, chunk_size=_CHUNK)
             # a draw that is not among the few may take a branch, and with it all others
-            if agree({name: term[rows] for name, term in found.items()}, expected, slack=10):
+            if agree(_part(found, rows), expected, slack=10):
                 break
         return found
 
-    def undrawn(self, draws: Mapping[str, Tensor]) -> list[str]:
+    def undrawn(self, draws: Draws) -> list[str]:
         """The names of latents that have no draws."""
         return sorted(self.latents.keys() - draws.keys())
 
-    def strategy(self, draws: Mapping[str, Tensor]) -> str:
+    def strategy(self, draws: Draws) -> str:
         """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
+        return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
+
+    def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
+        """The draws of latents, and the rows at which strategies are compared.
+
+        These are some, and those where branches are likely to differ.
+        """
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():
             expected, got = (n, *self.latents[name].shape), tuple(value.shape)
             if got != expected:
                 raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
-        rows = _compared_rows(chosen)
-        few = {name: value[rows] for name, value in chosen.items()}
-        return choose_strategy(self._evaluate, few)[0]
+        if not (chosen and n):
+            return chosen, []
+        rows = set(range(0, n, -(-n // _NUM_COMPARED)))
+        coordinates = torch.cat([value.reshape(n, -1).double() for value in chosen.values()], -1)
+        part = coordinates[:, :: -(-coordinates.shape[-1] // _NUM_COORDINATES)]
+        return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
 
-    def in_plate(self, draws: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def in_plate(self, draws: Draws) -> Draws:
         """Draws with their dimension to the left of all plates of the model."""
         num_draws = len(next(iter(draws.values())))
         return DrawPlate(num_draws, self._num_plates).place(draws, self._event_dims)
 
-    def deterministic(self, draws: Mapping[str, Tensor]) -> Terms:
+    def deterministic(self, draws: Draws) -> Terms:
         """The values of deterministic sites at each draw and the data, of shape ``(n,) + site shape``."""
         rows = []
         for values in zip(*draws.values()):
-            run = poutine.condition(self.run, dict(zip(draws, values)))
             with poutine.block():
-                nodes: Any = poutine.trace(run).get_trace().nodes.items()
-            sites = {k: site for k, site in nodes if site["type"] == "sample"}
-            rows.append({k: site["value"] for k, site in sites.items() if is_deterministic(site)})
+                run = poutine.condition(self.run, dict(zip(draws, values)))
+                sites = observed_nodes(poutine.trace(run).get_trace())
+            rows.append({site["name"]: site["value"] for site in sites if is_deterministic(site)})
             _check_same(rows[0], rows[-1])
         return stack(rows)
 
-    def _evaluate(self, draws: Mapping[str, Tensor], size: int | None) -> Terms:
+    def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         plate = DrawPlate(size, self._num_plates)
         scored = SiteLogProbs(plate.place(draws, self._event_dims), data_only=True)
         with poutine.block(), scored:
@@ -167,13 +173,5 @@ def _check_same(expected: Terms, found: Terms) -> None:
         )
 
 
-def _compared_rows(draws: Mapping[str, Tensor]) -> list[int]:
-    """Draws at which strategies are compared: some, and those where branches are likely to differ."""
-    n = len(next(iter(draws.values()))) if draws else 0
-    if not n:
-        return []
-    rows = set(range(0, n, -(-n // _NUM_COMPARED)))
-    coordinates = torch.cat([value.reshape(n, -1).double() for value in draws.values()], -1)
-    step = -(-coordinates.shape[-1] // _NUM_COORDINATES)
-    part = coordinates[:, ::step]
-    return sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
+def _part(terms: Draws, rows: list[int]) -> Terms:
+    return {name: term[rows] for name, term in terms.items()}

@@ -52,8 +52,8 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
                     mean          sd         10%         90%
         z          0.500       0.293       0.100       0.900
     """
-    if not all(0 <= prob <= 1 for prob in probs):
-        raise ValueError(f"probs: expected numbers between 0 and 1, got {list(probs)}")
+    if probs:
+        check_levels("probs", probs)
     if not draws:
         raise ValueError("draws: expected those of one site at least, got none")
     for name, value in draws.items():
@@ -67,28 +67,22 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
 def _summary_of(draws: Tensor, probs: Sequence[float]) -> Values:
     if not draws.is_floating_point():
         draws = draws.to(torch.get_default_dtype())
-    # torch has no quantiles in half precision
     draws = draws.detach().to(torch.promote_types(draws.dtype, torch.float32))
     sd = draws.std(0) if len(draws) > 1 else torch.full_like(draws[0], torch.nan)
     found = {"mean": draws.mean(0), "sd": sd}
-    if not probs:
-        return found
-    levels = torch.as_tensor(list(probs), dtype=draws.dtype, device=draws.device)
-    for prob, quantile in zip(probs, quantiles_of(draws, levels)):
+    for prob, quantile in zip(probs, quantiles_of(draws, draws.new_tensor(probs))):
         found[f"{100 * prob:g}%"] = quantile
     return found
 
 
-def check_levels(name: str, levels: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
     """Quantile levels as a vector.
 
     :param name: the name of the argument.
     :param levels: numbers between 0 and 1.
-    :param like: a tensor of the dtype (float32 in place of a shorter one) and device wanted.
-    :raises ValueError: if one of them is not between 0 and 1, or there is none.
+    :raises ValueError: if one of them is not between 0 and 1, or there are none.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    vector = torch.as_tensor(levels, dtype=dtype, device=like.device).reshape(-1)
+    vector = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
     if not len(vector) or not ((vector >= 0) & (vector <= 1)).all():
         raise ValueError(f"{name}: expected numbers between 0 and 1, got {vector.tolist()}")
     return vector
@@ -99,7 +93,7 @@ def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     columns = draws.reshape(len(draws), -1).split(max(1, _QUANTILE_NUMBERS // len(draws)), dim=1)
     # torch has no quantiles of half precision
     dtype = torch.promote_types(draws.dtype, torch.float32)
-    levels = levels.to(dtype)
+    levels = levels.to(draws.device, dtype)
     found = torch.cat([torch.quantile(part.to(dtype), levels, dim=0) for part in columns], dim=1)
     return found.reshape(levels.shape + draws.shape[1:]).to(draws.dtype)
 

@@ -84,14 +84,13 @@ def test_quantiles_by_columns(monkeypatch):
 @pytest.mark.parametrize("levels", [[-0.1], [0.5, 1.1], [float("nan")], []])
 def test_bad_levels(levels):
     with pytest.raises(ValueError, match="expected numbers between 0 and 1, got"):
-        check_levels("quantiles", levels, torch.zeros(()))
+        check_levels("quantiles", levels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_quantiles_in_half_precision(dtype):
     draws = torch.randn(1001, 3).to(dtype)
-    levels = check_levels("quantiles", [0.05, 0.95], draws)
-    assert torch.equal(levels, torch.tensor([0.05, 0.95], dtype=torch.float32))
+    levels = check_levels("quantiles", [0.05, 0.95])
     found = quantiles_of(draws, levels)
     assert found.dtype == dtype
-    assert torch.equal(found, torch.quantile(draws.float(), levels, dim=0).to(dtype))
+    assert torch.equal(found, torch.quantile(draws.float(), levels.float(), dim=0).to(dtype))

@@ -148,7 +148,7 @@ class PersistentGuide(AutoGuide):
         :raises ValueError: if a level is not between 0 and 1.
         """
         self.set_up(*args, **kwargs)
-        levels = check_levels("quantiles", quantiles, self._checked_spec().zeros())
+        levels = check_levels("quantiles", quantiles)
         n = self._num_quantile_draws if num_samples is None else num_samples
         draws = self.sample_posterior(check_integer("num_samples", n), *args, **kwargs)
         return {name: quantiles_of(value, levels) for name, value in draws.items()}
