@@ -251,8 +251,8 @@ class LogJoint(LogDensity):
         are compared wherever much rests on the density, and the first that agrees is used from then on.
 
         :param z: draws, shape ``(n, latent_dim)``.
-        :param log_q: the log density of their distribution, shape ``(n,)``: only the draws of extreme
-            weights, those that are extreme in some coordinates, and a few others are compared.
+        :param log_q: the log density of their distribution, shape ``(n,)``: draws of extreme weights
+            or extreme coordinates are compared, and a few others; by default all draws.
         """
         state = torch.get_rng_state()
         for strategy in STRATEGIES[STRATEGIES.index(self.strategy) :]:
@@ -274,8 +274,13 @@ class LogJoint(LogDensity):
         """Whether the values of draws at once are those of single runs from a random state."""
         rows = list(range(len(z)))
         if log_q is not None:
-            order, few = (values - log_q).argsort().tolist(), _NUM_EXTREME
-            rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few], *self._extreme(z)})
+            order, few, dim = (values - log_q).argsort().tolist(), _NUM_EXTREME, z.shape[-1]
+            # few draws may take a branch, or not take it: those that are extreme in some coordinate
+            turn = torch.arange(self._turn, self._turn + min(_NUM_COORDINATES, dim)) % dim
+            self._turn += len(turn)
+            part = z[:, turn.to(z.device)]
+            extreme = {*part.argmin(0).tolist(), *part.argmax(0).tolist()}
+            rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few], *extreme})
         after = torch.get_rng_state()
         excess = {}
         for i in rows:
@@ -296,14 +301,6 @@ class LogJoint(LogDensity):
             agrees = agrees and agree({"total": values[i]}, {"total": alike}, _TIGHT)
         torch.set_rng_state(after)
         return agrees
-
-    def _extreme(self, z: Tensor) -> set[int]:
-        """The rows of draws that are extreme in some coordinates: only they may take a branch."""
-        dim = z.shape[-1]
-        few = min(_NUM_COORDINATES, dim)
-        part = z[:, torch.arange(self._turn, self._turn + few, device=z.device) % dim]
-        self._turn += few
-        return {*part.argmin(0).tolist(), *part.argmax(0).tolist()}
 
     def _prior_draws(self) -> list[Tensor]:
         """Draws of the prior, each of shape ``(1, latent_dim)``; an empty list where it has none."""

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -171,11 +172,12 @@ def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
         tensor, and what is neither a tensor nor plain data nor callable, has another key each time.
     """
     if isinstance(arguments, Mapping):
-        arguments = tuple((name, arguments[name]) for name in sorted(arguments, key=str))
+        names = sorted(arguments, key=str)
+        arguments = tuple(zip(names, map(arguments.__getitem__, names)))
     if isinstance(arguments, (tuple, list)):
         is_short = with_values or len(arguments) <= _LONGEST_SEQUENCE
         few = arguments if is_short else arguments[:1]
-        return len(arguments), *(argument_signature(x, with_values=with_values) for x in few)
+        return len(arguments), *map(partial(argument_signature, with_values=with_values), few)
     plain = (int, str, float) if with_values else (int, str)
     if arguments is None or isinstance(arguments, plain):
         return arguments

@@ -23,6 +23,7 @@ by name: log-densities by datum, or their sum.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import pyro
@@ -83,7 +84,20 @@ def evaluate_many(
             raise
         if num_draws > _FEW:
             return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
-    return _by_loop(evaluate, draws, at_failure)
+    # each run starts from the same random state: a model draws one mini-batch for all draws
+    state, rows = torch.get_rng_state(), list[Terms]()
+    for values in zip(*draws.values()):
+        row = dict(zip(draws, values))
+        torch.set_rng_state(state)
+        try:
+            rows.append(evaluate(row, None))
+        except ScaleError:
+            raise
+        except ModelFailures:
+            if at_failure is None:
+                raise
+            rows.append(at_failure(row))
+    return stack(rows)
 
 
 class OwnCopies(TorchFunctionMode):
@@ -121,31 +135,11 @@ def _with_copies(evaluate: Evaluate, draws: Draws, size: int | None) -> Terms:
         return evaluate(draws, size)
 
 
-def _by_loop(
-    evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None
-) -> Terms:
-    # each run starts from the same random state: a model draws one mini-batch for all draws
-    state = torch.get_rng_state()
-    rows = []
-    for values in zip(*draws.values()):
-        row = dict(zip(draws, values))
-        torch.set_rng_state(state)
-        try:
-            rows.append(evaluate(row, None))
-        except ScaleError:
-            raise
-        except ModelFailures:
-            if at_failure is None:
-                raise
-            rows.append(at_failure(row))
-    return stack(rows)
-
-
 def stack(rows: list[Terms]) -> Terms:
     """The terms of single draws as those of many."""
     stacked = {}
     for name in rows[0]:
-        stacked[name] = torch.stack([row[name] for row in rows])
+        stacked[name] = torch.stack([*map(itemgetter(name), rows)])
     return stacked
 
 
@@ -157,7 +151,7 @@ def choose_strategy(
     The arguments are those of :func:`evaluate_many`.
     """
     state = torch.get_rng_state()
-    expected = _by_loop(evaluate, draws, at_failure)
+    expected = evaluate_many(evaluate, draws, "loop", at_failure)
     reason = ""
     for strategy in STRATEGIES[:-1]:
         torch.set_rng_state(state)
