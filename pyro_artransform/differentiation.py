@@ -36,7 +36,7 @@ def evaluate_with_gradient(
     values = function(inputs)
     if not values.requires_grad:
         return values, True
-    if _has_other_leaves(values, inputs):
+    if has_other_leaves([values], inputs):
         return values, False
     try:
         (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
@@ -46,18 +46,18 @@ def evaluate_with_gradient(
     return found, True
 
 
-def _has_other_leaves(values: Tensor, inputs: Tensor) -> bool:
+def has_other_leaves(values: Sequence[Tensor], inputs: Tensor) -> bool:
     """Whether values depend on a leaf that requires a gradient, other than through the inputs."""
     # nodes are compared by identity, for which they have to be held
-    seen, waiting = {inputs.grad_fn}, [values.grad_fn]
+    seen: set[Any] = {None, inputs.grad_fn}
+    waiting: list[Any] = [value.grad_fn for value in values]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            return True
-        waiting += [child for child, _ in node.next_functions]
+        if node not in seen:
+            seen.add(node)
+            if getattr(node, "variable", inputs) is not inputs:
+                return True
+            waiting += [child for child, _ in node.next_functions]
     return False
 
 

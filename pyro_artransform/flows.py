@@ -9,6 +9,7 @@ other points is expensive; :func:`maf` and ``.inv`` exchange the two. Every flow
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor
@@ -21,7 +22,7 @@ from .transforms import (
     ConditionalAutoregressiveTransform,
     ConditionalComposedTransform,
     ConditionedUnivariate,
-    InverseTransformModule,
+    FlowModule,
 )
 from .univariate import Affine, Hinged, RationalQuadraticSpline, Univariate
 
@@ -45,7 +46,7 @@ def affine_autoregressive(
     :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
     :param order: ``order[k]`` is the coordinate that comes k-th, by default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph: ``[i, j]`` says that i depends on j.
-    :raises TypeError: if the nonlinearity is no function.
+    :raises TypeError: if the nonlinearity is not a function.
     :raises ValueError: for a wrong size, order or graph.
 
     Example::
@@ -101,15 +102,15 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
         >>> hinged_marginals(3)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    return _marginals(Hinged(), input_dim)
+    family = Hinged()
+    conditioner = Unconditional(input_dim, family.num_params)
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
 
 
 def spline_marginals(
     input_dim: int, *, count_bins: int = 8, bound: float = 5.0
 ) -> AutoregressiveTransform:
     """A rational-quadratic spline for each coordinate, independent of the others.
-
-    In one dimension it is all of :func:`spline_autoregressive` that counts, without a network.
 
     :param input_dim: the number D of coordinates.
     :param count_bins: the number of bins of each spline.
@@ -122,7 +123,9 @@ def spline_marginals(
         >>> spline_marginals(3, count_bins=4)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    return _marginals(RationalQuadraticSpline(count_bins=count_bins, bound=bound), input_dim)
+    family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
+    conditioner = Unconditional(input_dim, family.num_params)
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
 
 
 def conditional_affine_autoregressive(
@@ -189,7 +192,7 @@ def iaf(
         :class:`~pyro_artransform.univariate.Affine` or ``lambda: RationalQuadraticSpline(count_bins=8)``.
     :param nonlinearity: shared by all layers, with its parameters if it has some.
     :param skip_connections: whether each network has a linear layer from its inputs to its outputs too.
-    :raises TypeError: if ``univariate`` makes no families.
+    :raises TypeError: if ``univariate`` does not make families.
 
     Example::
 
@@ -202,8 +205,8 @@ def iaf(
     1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
        Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
-    network = hidden_dims, nonlinearity, skip_connections
-    metas = _metas(input_dim, num_transforms, univariate, *network)
+    network = univariate, hidden_dims, nonlinearity, skip_connections
+    metas = _metas(input_dim, num_transforms, *network)
     return ComposedTransform(*map(AutoregressiveTransform, metas))
 
 
@@ -215,7 +218,7 @@ def maf(
     univariate: Callable[[], Univariate] = Affine,
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
-) -> InverseTransformModule:
+) -> FlowModule:
     """A masked autoregressive flow: the inverse of :func:`iaf`, see its parameters.
 
     Example::
@@ -229,9 +232,8 @@ def maf(
     1. Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
        https://arxiv.org/abs/1705.07057
     """
-    network = hidden_dims, nonlinearity, skip_connections
-    metas = _metas(input_dim, num_transforms, univariate, *network)
-    return InverseTransformModule(ComposedTransform(*map(AutoregressiveTransform, metas)))
+    network: Any = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
+    return iaf(input_dim, num_transforms, hidden_dims, univariate=univariate, **network).inv
 
 
 def conditional_iaf(
@@ -256,8 +258,8 @@ def conditional_iaf(
         torch.Size([5, 3])
     """
     context_dim = check_integer("context_dim", context_dim)
-    network = hidden_dims, nonlinearity, skip_connections
-    metas = _metas(input_dim, num_transforms, univariate, *network, context_dim)
+    network = univariate, hidden_dims, nonlinearity, skip_connections
+    metas = _metas(input_dim, num_transforms, *network, context_dim)
     return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas))
 
 
@@ -272,10 +274,9 @@ def conditional_maf(
     skip_connections: bool = False,
 ) -> ConditionalTransformModule:
     """The inverse of :func:`conditional_iaf`, see its parameters and its example."""
-    context_dim = check_integer("context_dim", context_dim)
-    network = hidden_dims, nonlinearity, skip_connections
-    metas = _metas(input_dim, num_transforms, univariate, *network, context_dim)
-    return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas)).inv
+    sizes = input_dim, context_dim, num_transforms, hidden_dims
+    network: Any = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
+    return conditional_iaf(*sizes, univariate=univariate, **network).inv
 
 
 def _metas(
@@ -289,31 +290,20 @@ def _metas(
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
     input_dim = check_integer("input_dim", input_dim)
-    metas = []
-    for k in range(check_integer("num_transforms", num_transforms)):
-        order = range(input_dim - 1, -1, -1) if k % 2 else None
-        network = hidden_dims, nonlinearity, order, None, context_dim, skip_connections
-        metas.append(_meta(_family(univariate), input_dim, *network))
-    return metas
-
-
-def _family(univariate: Callable[[], Univariate]) -> Univariate:
-    """A new family for a layer."""
     if isinstance(univariate, Univariate) or not callable(univariate):
         raise TypeError(
             "univariate: expected a function that makes a new family for each layer, such as Affine, got "
             f"{univariate!r}"
         )
-    family = univariate()
-    if not isinstance(family, Univariate):
-        raise TypeError(f"univariate: expected it to make a Univariate, got {family!r}")
-    return family
-
-
-def _marginals(family: Univariate, input_dim: int) -> AutoregressiveTransform:
-    """A member of a family for each coordinate, whatever the others are."""
-    conditioner = Unconditional(input_dim, family.num_params)
-    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
+    metas = []
+    for k in range(check_integer("num_transforms", num_transforms)):
+        family = univariate()
+        if not isinstance(family, Univariate):
+            raise TypeError(f"univariate: expected it to make a Univariate, got {family!r}")
+        order = range(input_dim - 1, -1, -1) if k % 2 else None
+        network = hidden_dims, nonlinearity, order, None, context_dim, skip_connections
+        metas.append(_meta(family, input_dim, *network))
+    return metas
 
 
 def _meta(

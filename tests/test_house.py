@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "files": set(),
     "univariate": {"arguments", "differentiation"},
     "conditioners": {"arguments", "differentiation", "graphs"},
-    "transforms": {"arguments", "univariate", "conditioners"},
+    "transforms": {"arguments", "differentiation", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
     "graphs": {"arguments"},
     "joint": {"arguments", "differentiation", "graphs"},

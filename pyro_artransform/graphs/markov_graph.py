@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""An order in which the coordinates of a density with a Markov graph are drawn, each given few others.
+r"""Markov graphs, their elimination, and their colouring.
 
 A density whose Markov graph is G factorizes, for any order of elimination, as
 
@@ -10,7 +10,12 @@ A density whose Markov graph is G factorizes, for any order of elimination, as
     p(z) = p(z_R) \prod_{i \notin R} p(z_i \mid z_{\mathrm{pa}(i)})
 
 where pa(i) are the neighbours of i when it is eliminated; its neighbours are then joined, as in the sparse
-Cholesky factorization of a matrix with the pattern of G. What is eliminated last, R, is the root block.
+Cholesky factorization of a matrix with the pattern of G. The coordinates that are eliminated last, R, are
+the root block.
+
+Columns of a symmetric matrix that share no row can be found from one product with their sum: the groups of
+such columns are the colours. A row or column with entries everywhere would forbid every sum: such columns,
+the hubs, are taken one by one, and the entries of others in the rows of hubs are known by symmetry.
 
 **References**
 
@@ -19,6 +24,9 @@ Cholesky factorization of a matrix with the pattern of G. What is eliminated las
    https://arxiv.org/abs/1703.06131
 3. Faithful Inversion of Generative Models for Effective Amortized Inference (Webb, Golinski, Zinkov,
    Siddharth, Rainforth, Teh, Wood, 2018), https://arxiv.org/abs/1712.00287
+4. On the Estimation of Sparse Jacobian Matrices (Curtis, Powell, Reid, 1974)
+5. What Color Is Your Jacobian? Graph Coloring for Computing Derivatives (Gebremedhin, Manne, Pothen,
+   2005)
 """
 
 import random
@@ -28,13 +36,13 @@ from functools import cached_property
 
 # With strictly the least degree a chain is peeled from its ends: 501 levels in place of 10 for 1,000.
 _SLACK = 2
-# pairs of neighbours of a common coordinate that a colouring may look at: a second of time
+# the most pairs of neighbours of a common coordinate in a colouring with hubs: a second of time
 _MOST_PAIRS = 10_000_000
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """Who is drawn given whom.
+    """The factorization of a density: who is drawn given whom.
 
     :param parents: for each coordinate its parents, sorted; none for the root block.
     :param root: the coordinates of the root block, sorted, which are drawn first and jointly.
@@ -72,7 +80,7 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
 
     :param parents: for each coordinate those that it depends on.
     :param root: coordinates of level 0; all others are of level 1 at least if there is one.
-    :raises ValueError: if the graph has a cycle, or names a coordinate that there is not.
+    :raises ValueError: if the graph has a cycle, or a parent is out of range.
     """
     dim, first = len(parents), list(root)
     children: list[list[int]] = [[] for _ in range(dim)]
@@ -104,8 +112,7 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
 
     :param neighbours: the Markov graph: for each coordinate those that are adjacent to it, in both
         directions.
-    :return: who is drawn given whom. What would come one coordinate after the other at the end of the
-        elimination is the root block.
+    :return: the elimination. Coordinates that would come one after the other at its end are the root block.
 
     Example::
 
@@ -122,8 +129,11 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
             break
         chosen = _independent_set(around, left, least + _SLACK)
         for i in chosen:
-            parents[i] = tuple(sorted(around[i]))
-            _remove(around, i)
+            own = around[i]
+            parents[i] = tuple(sorted(own))
+            for j in own:  # its neighbours become neighbours of each other
+                around[j] |= own
+                around[j] -= {i, j}
         left.difference_update(chosen)
         rounds.append(chosen)
     root = sorted(left)
@@ -137,7 +147,7 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
 
 
 def _independent_set(around: list[set[int]], left: set[int], most: int) -> list[int]:
-    """Coordinates of a degree of at most so many, none next to another, those of low degree first."""
+    """Coordinates with at most ``most`` neighbours, none next to another, those with few first."""
     candidates = sorted((len(around[i]), i) for i in left if len(around[i]) <= most)
     chosen, blocked = [], set[int]()
     for _, i in candidates:
@@ -147,37 +157,18 @@ def _independent_set(around: list[set[int]], left: set[int], most: int) -> list[
     return chosen
 
 
-def _remove(around: list[set[int]], i: int) -> None:
-    """Eliminates a coordinate: its neighbours are neighbours of each other from now on."""
-    own = around[i]
-    for j in own:
-        around[j] |= own
-        around[j] -= {i, j}
-
-
 @dataclass(frozen=True)
 class Coloring:
     """Groups of columns.
 
     :param color: for each column its group, hubs last, each by itself.
     :param num_colors: the number of groups.
-    :param num_hubs: how many of them are hubs.
+    :param num_hubs: the number of hubs.
     """
 
     color: tuple[int, ...]
     num_colors: int
     num_hubs: int
-
-    def is_hub(self, column: int) -> bool:
-        """Whether a column is in a group by itself since it has entries nearly everywhere."""
-        return self.color[column] >= self.num_colors - self.num_hubs
-
-    def groups(self) -> list[list[int]]:
-        """The columns of each group."""
-        found: list[list[int]] = [[] for _ in range(self.num_colors)]
-        for column, k in enumerate(self.color):
-            found[k].append(column)
-        return found
 
 
 def color_columns(neighbours: Sequence[set[int]], seed: int = 0) -> Coloring:
@@ -197,7 +188,7 @@ def color_columns(neighbours: Sequence[set[int]], seed: int = 0) -> Coloring:
 
 
 def _with_hubs(neighbours: Sequence[set[int]], most: int, seed: int) -> Coloring:
-    """The greedy groups where columns with more than so many entries are hubs."""
+    """The greedy groups where columns with more than ``most`` entries are hubs."""
     hubs = {i for i, own in enumerate(neighbours) if len(own) > most}
     others = [i for i in range(len(neighbours)) if i not in hubs]
     near = {i: neighbours[i] - hubs for i in others}

@@ -10,9 +10,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# a level is one rectangle as long as it has at most so many times the entries that are not padding
+# a level is one rectangle if it has at most this many times the entries that are not padding
 _MOST_PADDING = 2
-# ... or so many entries in all: they cost less than a rectangle more
+# ... or this many entries in all, which cost less than another rectangle
 _FEW_ENTRIES = 256
 
 
@@ -24,7 +24,7 @@ class PaddedGroup:
     :param coordinates: the m coordinates, sorted by level.
     :param slices: the rows of each level that is in the group, by level.
     :param parents: shape ``(m, k)``, padded with the number of all coordinates.
-    :param is_parent: shape ``(m, k)``, what is no padding.
+    :param is_parent: shape ``(m, k)``, false for padding.
     """
 
     width: int
@@ -46,24 +46,12 @@ def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> lis
             by_level.setdefault(level[i], []).append(i)
     members: dict[int, list[tuple[int, int]]] = {}
     for k, coordinates in by_level.items():
-        for width, some in _similar(coordinates, parents):
-            members.setdefault(width, []).extend((k, i) for i in some)
+        counts = [len(parents[i]) for i in coordinates]
+        widest = max(counts)
+        as_one = len(counts) * widest <= max(_MOST_PADDING * sum(counts), _FEW_ENTRIES)
+        for i, count in zip(coordinates, counts):
+            members.setdefault(_rounded(widest if as_one else count), []).append((k, i))
     return [_group(width, sorted(members[width]), parents) for width in sorted(members)]
-
-
-def _similar(
-    coordinates: list[int], parents: Sequence[Sequence[int]]
-) -> list[tuple[int, list[int]]]:
-    """The coordinates of a level by the width of the rectangle that they go into."""
-    counts = [len(parents[i]) for i in coordinates]
-    padded = len(counts) * max(counts)
-    if padded <= max(_MOST_PADDING * sum(counts), _FEW_ENTRIES):
-        return [(_rounded(max(counts)), coordinates)]
-
-    def width(i: int) -> int:
-        return _rounded(len(parents[i]))
-
-    return [(w, list(some)) for w, some in groupby(sorted(coordinates, key=width), width)]
 
 
 def _rounded(count: int) -> int:

@@ -9,9 +9,9 @@ Two coordinates are conditionally independent given all others exactly where
 
     \frac{\partial^2}{\partial z_i \, \partial z_j} \log p(z) = 0 \quad \text{for all } z.
 
-Coordinates are moved one at a time, and all gradients that change belong to neighbours. Nothing has to
-be known of plates, sites or how the model is written. At further points, where the graph is known but
-for what was switched off so far, coordinates that share no neighbour are moved together.
+Coordinates are moved one at a time, and the gradients that change are those of neighbours, however the
+density is written. At further points, where only dependencies that were switched off so far are unknown,
+coordinates that share no neighbour are moved together.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,16 +23,18 @@ from torch import Tensor
 
 from .markov_graph import color_columns
 
-# entries of a batch of points: about 16 MB in double precision, and some ten of such in a model
+# entries of a batch of points: about 16 MB in double precision, and some ten of these in a model
 _MOST_ENTRIES = 2_000_000
-# Round-off of a gradient, in units of the largest value that it has: of a thousand terms or so.
+# round-off of a gradient of about a thousand terms, in units of its largest value
 _ROUND_OFF = 1e3
-# the spreads of the points around the start: within what a model can take, and as wide as priors are
+# the spreads of the points around the start: safe for most models, and as wide as priors
 _SPREADS = (0.1, 1.0, 2.0)
 _MAX_HALVINGS = 12
-# groupings of coordinates, at draws and at a wider point: what one hides another one shows
+# groupings of coordinates, at draws and at a wider point: one shows what another hides
 _NUM_COLORINGS, _NUM_GROUPINGS = 4, 4
 _SEED = 20260101
+# a generator of the CPU works for every device
+_ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class LogDensityOfRows(Protocol):
@@ -57,8 +59,7 @@ class DependencyGraph:
     :param neighbours: for each coordinate the others that it depends on, given all the rest.
     :param rows: the smaller coordinate of each pair of neighbours.
     :param columns: the larger one.
-    :param second: the second derivative of each pair, the one that is largest in absolute value among
-        those that were seen.
+    :param second: the second derivative of each pair, the largest in absolute value that was seen.
     :param curvature: the same of each coordinate with itself, shape ``(D,)``.
     """
 
@@ -72,7 +73,7 @@ class DependencyGraph:
 def gradients(log_density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     """The gradients of a log density at points ``(n, D)``, in batches of bounded memory.
 
-    All points have the random numbers of a model in common, such as those that draw a mini-batch.
+    All batches have the random numbers of the density in common, such as those that draw a mini-batch.
 
     :return: shape ``(n, D)``, NaN where the density itself is not finite.
     """
@@ -136,7 +137,7 @@ def missing_dependencies(
 
 
 class _Search:
-    """Collects pairs of coordinates that depend on each other."""
+    """A search for pairs of coordinates that depend on each other."""
 
     def __init__(
         self,
@@ -145,17 +146,14 @@ class _Search:
         generator: torch.Generator,
         neighbours: list[set[int]] | None = None,
     ) -> None:
-        self.log_density, self._generator = log_density, generator
-        dim = len(log_density.start)
-        self.neighbours = neighbours or [set[int]() for _ in range(dim)]
+        self.log_density, self._eps, self._generator = log_density, eps, generator
+        self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self._second: dict[tuple[int, int], float] = {}
-        # the latents of one dtype may be a part of a vector of another
-        self._eps = eps
 
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
-        """Moves coordinates of a point to another one, each by itself, and sees which gradients change.
+        """Moves coordinates of a point to another one, each by itself, and notes which gradients change.
 
-        Where the density there is not finite, the way is halved.
+        Where the density there is not finite, the step is halved.
         """
         dim, step = len(point), other - point
         base = self._gradients(point[None])
@@ -166,20 +164,18 @@ class _Search:
                 shifts = point.new_zeros(len(part), dim)
                 shifts[torch.arange(len(part), device=point.device), part] = step[part]
                 changed, change = self._changes(point[None], shifts[None], base[:, None])
-                is_good = change[0].isfinite().all(-1)
-                self._note(
-                    part[is_good], changed[0, is_good], (change[0] / step[part, None])[is_good]
-                )
+                is_good, second = change[0].isfinite().all(-1), change[0] / step[part, None]
+                self._note(part[is_good], changed[0, is_good], second[is_good])
                 failed.append(part[~is_good])
             left, step = torch.cat(failed), 0.5 * step
             if not len(left):
                 return
-        # nothing is known of these: they may depend on everything
+        # of the rest nothing is known: they may depend on everything
         everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
         self._note(left, everything, torch.zeros_like(everything, dtype=point.dtype))
 
     def _gradients(self, points: Tensor) -> Tensor:
-        """Gradients with the same random numbers each time: those of one mini-batch are compared."""
+        """Gradients with the same random numbers each time, so that they are of one mini-batch."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(_SEED)
             return gradients(self.log_density, points)
@@ -209,10 +205,10 @@ class _Search:
         return change.abs() > _ROUND_OFF * self._eps * size, change
 
     def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:
-        """Moves coordinates without common neighbours at once; where that tells of others, one by one.
+        """Moves coordinates without common neighbours at once; where other gradients change, one by one.
 
-        Of each group a random half is moved: a gradient that changes with one of its coordinates, and
-        should not, may be that of another one of the group, or of a neighbour of one.
+        Of each group a random half is moved: an unknown neighbour of a coordinate may be another one of
+        its group, or a neighbour of one.
 
         :param points: shape ``(n, D)``.
         :param others: where the coordinates are moved to, shape ``(n, D)``.
@@ -226,12 +222,8 @@ class _Search:
         rows, columns = torch.tensor(pairs, dtype=torch.long, device=points.device).T
         most = max(_MOST_ENTRIES // (dim * count), 1)
         for point, other in zip(points.split(most), others.split(most)):
-            options: dict[str, Any] = {
-                "generator": self._generator,
-                "dtype": torch.float64,
-                "device": "cpu",
-            }
-            half = torch.rand(len(point), dim, **options).to(point.device) < 0.5
+            coin = torch.rand(len(point), dim, generator=self._generator, **_ON_CPU)
+            half = coin.to(point.device) < 0.5
             half |= color >= count - coloring.num_hubs
             moved = groups & half[:, None]
             expected = torch.zeros_like(moved)
@@ -243,12 +235,9 @@ class _Search:
             # rows of hubs are seen through the columns of hubs
             for i, k in (changed & ~expected).any(-1).nonzero().tolist():
                 own = moved[i, k].nonzero()[:, 0].tolist()
-                if not self._explains(own, changed[i, k].nonzero()[:, 0].tolist()):
+                known = set(own).union(*(self.neighbours[j] for j in own))
+                if not known.issuperset(changed[i, k].nonzero()[:, 0].tolist()):
                     self.move_one_by_one(point[i], other[i], own)
-
-    def _explains(self, moved: Sequence[int], changed: Sequence[int]) -> bool:
-        """Whether what is known by now says that these gradients change with these coordinates."""
-        return set(changed) <= set(moved).union(*(self.neighbours[j] for j in moved))
 
     def graph(self) -> DependencyGraph:
         """What was found."""
@@ -265,10 +254,9 @@ class _Search:
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Steps of either sign from 0.5 to 1.5, none of them near zero, in the shape of a tensor."""
-    options: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    size = torch.rand(like.shape, dtype=torch.float64, **options)
-    sign = torch.randint(2, size.shape, **options) * 2 - 1
+    """Steps of either sign from 0.5 to 1.5, in the shape of a tensor."""
+    size = torch.rand(like.shape, generator=generator, **_ON_CPU)
+    sign = torch.randint(2, size.shape, generator=generator, device="cpu") * 2 - 1
     return (sign * (0.5 + size)).to(like)
 
 
@@ -277,8 +265,7 @@ def _finite_point(
 ) -> Tensor:
     """A point around the start with a finite gradient."""
     start = log_density.start
-    options: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    noise = torch.randn(len(start), dtype=torch.float64, **options).to(start)
+    noise = torch.randn(len(start), generator=generator, **_ON_CPU).to(start)
     for k in range(_MAX_HALVINGS):
         point = start + spread * 0.5**k * noise
         if bool(gradients(log_density, point[None]).isfinite().all()):
@@ -291,13 +278,13 @@ def _finite_point(
 
 
 def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
-    """Refuses a density that is another one at the second evaluation."""
+    """Refuses a density whose second evaluation differs from the first."""
     one, other = (gradients(log_density, point[None])[0] for _ in range(2))
     slack = _ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
     differ = ((one - other).abs() > slack).nonzero()[:, 0]
     if len(differ):
         raise ValueError(
             "expected a model whose density is the same in each run, got one that is random: "
-            f"{len(differ)} of {len(point)} gradients differ between two runs at the same latents. Sites "
-            "that are hidden or drawn anew, and plates that sub-sample, are of this kind"
+            f"{len(differ)} of {len(point)} gradients differ between two runs at the same latents, as with "
+            "sites that are hidden or drawn anew, and plates that sub-sample"
         )

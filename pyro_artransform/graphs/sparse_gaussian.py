@@ -25,20 +25,20 @@ import torch
 from torch import Tensor
 
 from .markov_graph import Elimination
-from .padding import PaddedGroup, padded_groups
+from .padding import padded_groups
 
-# Of a precision with a diagonal of ones: pivots below the one are round-off, or say that the matrix is
-# not positive definite; the other takes their place, a sd three times the conditional one. By hand.
+# Of a precision with a diagonal of ones: pivots below the first are round-off, or the matrix is not positive
+# definite; the second takes their place, a sd three times the conditional one. By hand.
 _FLAT, _RAISED = {torch.float64: 1e-9, torch.float32: 1e-5}, 0.1
 
 
 class PrecisionPattern:
-    """Where the entries of a symmetric matrix with the pattern of an eliminated graph are stored.
+    """The entries of a symmetric matrix with the pattern of an eliminated graph.
 
-    The entries are a vector ``(num_entries,)``: one for each unordered pair of neighbours in the graph
-    with its fill-in, the diagonal included.
+    They are a vector ``(num_entries,)``: one for each unordered pair of neighbours in the graph with its
+    fill-in, the diagonal included.
 
-    :param elimination: who is eliminated when.
+    :param elimination: the order of elimination.
     """
 
     def __init__(self, elimination: Elimination, device: torch.device | None = None) -> None:
@@ -56,11 +56,19 @@ class PrecisionPattern:
         alone = {i for i, own in enumerate(elimination.parents) if not own} - set(root)
         #: coordinates without parents that are not in the root block
         self.alone = torch.tensor(sorted(alone), dtype=torch.long, device=self.device)
-        #: groups of coordinates, with their parents, on the device
-        self.groups: list[tuple[PaddedGroup, Tensor, Tensor]] = []
-        for group in padded_groups(elimination.parents, elimination.level):
+        self.groups = padded_groups(elimination.parents, elimination.level)
+        #: for each level below the root block: a group, its rows of the level, these coordinates, and
+        #: their parents, shapes ``(m,)`` and ``(m, k)``
+        self.levels: list[list[tuple[int, slice, Tensor, Tensor]]] = []
+        self.levels += [[] for _ in elimination.levels[1:]]
+        for g, group in enumerate(self.groups):
             coordinates = torch.tensor(group.coordinates, dtype=torch.long, device=self.device)
-            self.groups.append((group, coordinates, group.parents.to(self.device)))
+            parents = group.parents.to(self.device)
+            for level, part in group.slices.items():
+                self.levels[level - 1].append((g, part, coordinates[part], parents[part]))
+        every = torch.arange(dim, device=self.device)
+        #: where the diagonal is, shape ``(D,)``
+        self.diagonal = self.index(every, every)
 
     def _key(self, pairs: Tensor) -> Tensor:
         return pairs.amin(0) * self._base + pairs.amax(0)
@@ -68,7 +76,7 @@ class PrecisionPattern:
     def index(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Where the entries of pairs are; ``num_entries`` for padding.
 
-        :raises ValueError: if there is a pair that the pattern has not.
+        :raises ValueError: if a pair is not in the pattern.
         """
         key = self._key(torch.stack(torch.broadcast_tensors(rows, columns)))
         found = torch.searchsorted(self._keys, key).clamp_max(self.num_entries - 1)
@@ -80,12 +88,6 @@ class PrecisionPattern:
             )
         return torch.where(is_padding, self.num_entries, found)
 
-    @cached_property
-    def diagonal(self) -> Tensor:
-        """Where the diagonal is, shape ``(D,)``."""
-        every = torch.arange(self._base - 1, device=self.device)
-        return self.index(every, every)
-
     def from_pairs(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
         """A matrix by its entries at unordered pairs, each given once, all others zero."""
         entries = values.new_zeros(self.num_entries)
@@ -94,19 +96,6 @@ class PrecisionPattern:
     def pairs(self) -> Tensor:
         """The pairs of all entries, shape ``(2, num_entries)``."""
         return torch.stack([self._keys // self._base, self._keys % self._base])
-
-    def slices(self, level: int) -> list[tuple[int, slice]]:
-        """The groups with coordinates of a level, and their rows in them."""
-        return [
-            (g, group.slices[level])
-            for g, (group, _, _) in enumerate(self.groups)
-            if level in group.slices
-        ]
-
-    @property
-    def num_levels(self) -> int:
-        """The number of levels, the root block included."""
-        return len(self.elimination.levels)
 
 
 @dataclass(frozen=True)
@@ -142,18 +131,20 @@ class SparseGaussian:
         rows, columns = pattern.pairs()
         entries = torch.cat([precision * unit[rows] * unit[columns], precision.new_zeros(1)])
         scale = torch.ones_like(loc)
-        coefficients = [
-            torch.zeros_like(parents, dtype=loc.dtype) for _, _, parents in pattern.groups
-        ]
+        coefficients = [loc.new_zeros(group.parents.shape) for group in pattern.groups]
         units = torch.cat([unit, unit.new_ones(1)])
-        for level in range(pattern.num_levels - 1, 0, -1):
-            for g, part in pattern.slices(level):
-                _, coordinates, parents = pattern.groups[g]
-                own, above = coordinates[part], parents[part]
+        for parts in reversed(pattern.levels):
+            for g, part, own, above in parts:
                 pivot = _raised(entries[pattern.diagonal[own]])
                 row = entries[pattern.index(own[:, None], above)]
                 coefficient = -row / pivot[:, None]
-                _subtract(pattern, entries, above, row, pivot)
+                # the Schur complement
+                count = above.shape[1]
+                one, other = torch.triu_indices(count, count, device=above.device)
+                index = pattern.index(above[:, one], above[:, other])
+                update = row[:, one] * row[:, other] / pivot[:, None]
+                entries.index_add_(0, index.reshape(-1), -update.reshape(-1))
+                entries[-1] = 0.0
                 coefficients[g][part] = coefficient * unit[own, None] / units[above]
                 scale[own] = unit[own] * pivot.rsqrt()
         alone = pattern.alone
@@ -172,11 +163,10 @@ class SparseGaussian:
     def solve(self, right: Tensor) -> Tensor:
         """The solution x of ``precision @ x = right``, both of shape ``(D,)``."""
         w = torch.cat([right, right.new_zeros(1)])
-        for level in range(self.pattern.num_levels - 1, 0, -1):
-            for g, part in self.pattern.slices(level):
-                _, coordinates, parents = self.pattern.groups[g]
-                moved = self.coefficients[g][part] * w[coordinates[part], None]
-                w.index_add_(0, parents[part].reshape(-1), moved.reshape(-1))
+        for parts in reversed(self.pattern.levels):
+            for g, part, own, above in parts:
+                moved = self.coefficients[g][part] * w[own, None]
+                w.index_add_(0, above.reshape(-1), moved.reshape(-1))
                 w[-1] = 0.0
         root = self.pattern.root
         noise = w[:-1] * self.scale
@@ -185,16 +175,14 @@ class SparseGaussian:
 
     def _downwards(self, noise: Tensor) -> Tensor:
         """Deviations from the mean, level by level, shape ``(n, D)``."""
-        pattern, root = self.pattern, self.pattern.root
-        # the last row is what padding reads
+        root = self.pattern.root
+        # padding reads the last row
         z = noise.new_zeros(noise.shape[1] + 1, len(noise))
         z[:-1] = (noise * self.scale).T
         z[root] = self.root_tril @ noise.T[root]
-        for level in range(1, pattern.num_levels):
-            for g, part in pattern.slices(level):
-                _, coordinates, parents = pattern.groups[g]
-                mean = (self.coefficients[g][part][:, None] @ z[parents[part]])[:, 0]
-                z[coordinates[part]] += mean
+        for parts in self.pattern.levels:
+            for g, part, own, above in parts:
+                z[own] += (self.coefficients[g][part][:, None] @ z[above])[:, 0]
         return z[:-1].T
 
     def entropy(self) -> Tensor:
@@ -221,10 +209,9 @@ class SparseGaussian:
         root, dense = pattern.root, self.root_tril @ self.root_tril.T
         covariance[pattern.index(root[:, None], root)] = dense
         covariance[pattern.diagonal[pattern.alone]] = self.scale[pattern.alone] ** 2
-        for level in range(1, pattern.num_levels):
-            for g, part in pattern.slices(level):
-                _, coordinates, parents = pattern.groups[g]
-                own, above, a = coordinates[part], parents[part], self.coefficients[g][part]
+        for parts in pattern.levels:
+            for g, part, own, above in parts:
+                a = self.coefficients[g][part]
                 among = covariance[pattern.index(above[:, :, None], above[:, None])]
                 across = (a[:, None] @ among)[:, 0]
                 covariance[pattern.index(own[:, None], above)] = across
@@ -240,7 +227,7 @@ class SparseGaussian:
         """
         found = [self.loc.new_zeros(0)] * len(parents)
         scale, pattern = self.scale.clone(), self.pattern
-        for g, (group, _, _) in enumerate(pattern.groups):
+        for g, group in enumerate(pattern.groups):
             for row, i in enumerate(group.coordinates):
                 full = pattern.elimination.parents[i]
                 found[i] = self.coefficients[g][row, : len(full)]
@@ -263,17 +250,6 @@ class SparseGaussian:
 def _raised(pivots: Tensor) -> Tensor:
     """Pivots of a matrix with a diagonal of ones, those that are not positive raised."""
     return torch.where(pivots > _FLAT.get(pivots.dtype, 1e-5), pivots, _RAISED)
-
-
-def _subtract(
-    pattern: PrecisionPattern, entries: Tensor, above: Tensor, row: Tensor, pivot: Tensor
-) -> None:
-    """The Schur complement after some coordinates of a level are eliminated, in place."""
-    one, other = torch.triu_indices(above.shape[1], above.shape[1], device=above.device)
-    index = pattern.index(above[:, one], above[:, other])
-    update = row[:, one] * row[:, other] / pivot[:, None]
-    entries.index_add_(0, index.reshape(-1), -update.reshape(-1))
-    entries[-1] = 0.0
 
 
 def _dense_tril(pattern: PrecisionPattern, entries: Tensor, unit: Tensor) -> Tensor:

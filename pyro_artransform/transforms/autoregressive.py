@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
-from .conditioned import (
-    SELF_DESCRIBING,
-    ContextMeta,
-    ElementwiseTransform,
-    Meta,
-    StructuredMeta,
-    check_returned,
+from .conditioned import ContextMeta, ElementwiseTransform, Meta, StructuredMeta, check_returned
+from .flow_module import (
+    ConditionalFlowModule,
+    FlowModule,
+    call_and_ladj,
+    call_and_ladj_over_vectors,
+    warn_user,
 )
-from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj, warn_user
 from .inversion import at_solution, invert, invert_with_score
 from .score import by_products as score_by_products
 from .score import by_substitution as score_by_substitution
@@ -36,13 +35,12 @@ class AutoregressiveTransform(FlowModule):
     The Jacobian is triangular, so its log-determinant is a sum. This direction costs one evaluation
     of the network; the inverse costs a few, since each coordinate needs those before it. As the transform
     of a base distribution it is an inverse autoregressive flow (cheap to sample, expensive to
-    evaluate at given points), see :func:`~pyro_artransform.iaf`; its inverse, ``t.inv``, is a masked
-    autoregressive flow, see :func:`~pyro_artransform.maf`.
+    evaluate at given points), and its inverse, ``t.inv``, a masked autoregressive flow.
 
     :param meta: a function that returns, given x of shape ``(*, D)``, a bijective torch transform
         for that x, elementwise (event_dim 0) or of vectors (event_dim 1). A module is registered.
-    :param passes: the largest number of fixed-point passes of the inverse, which is exact after as
-        many as the dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
+    :param passes: the most fixed-point passes of the inverse, which is exact after as many as the
+        dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.transforms.FlowModule`.
     :raises TypeError: if ``meta`` is not callable.
     :raises ValueError: if ``passes`` is not a positive integer.
@@ -75,8 +73,7 @@ class AutoregressiveTransform(FlowModule):
         if isinstance(transform, ElementwiseTransform):
             y, ladj = transform.call_and_ladj(x)
             return y, ladj.sum(-1)
-        y, ladj = call_and_ladj(check_returned(transform), x)
-        return y, ladj if transform.event_dim else ladj.sum(-1)
+        return call_and_ladj_over_vectors(check_returned(transform), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)
@@ -100,11 +97,8 @@ class AutoregressiveTransform(FlowModule):
                 return found
         with torch.enable_grad():
             point = x if x.requires_grad else x.detach().requires_grad_()
-            transform = meta(point)
-            if isinstance(transform, ElementwiseTransform):
-                y, ladj = transform.call_and_ladj(point)
-            else:
-                y, ladj = call_and_ladj(check_returned(transform), point)
+            transform = check_returned(meta(point))
+            y, ladj = call_and_ladj(transform, point)
         if transform.event_dim > 0 or x.shape != y.shape:
             return super().call_and_score(x, score)
         depth = meta.depth if isinstance(meta, StructuredMeta) else None
@@ -120,11 +114,8 @@ class AutoregressiveTransform(FlowModule):
         meta = self.meta
         if isinstance(meta, StructuredMeta) and meta.batch_shape:
             check_broadcast("batches of the context and of x", meta.batch_shape, x.shape[:-1])
-        if self.structure.done or not is_validation_enabled():
-            return
-        if isinstance(meta, SELF_DESCRIBING) and meta.autoregressive:
-            self.structure.done = True
-        elif fault := self.structure.fault_if_due(meta, x):
+        check = self.structure
+        if is_validation_enabled() and not check.done and (fault := check.fault_if_due(meta, x)):
             warn_user(f"AutoregressiveTransform: {fault}", UserWarning)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -183,13 +174,10 @@ def check_structure(module: torch.nn.Module, x: Tensor) -> None:
 
     :param module: a transform or what contains some.
     :param x: an argument of theirs, shape ``(*, D)``.
-    :raises ValueError: if one is not autoregressive, where the message names the coordinates, if it is
-        random, or if it mixes the rows of a batch.
+    :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
+        mixes the rows of a batch.
     """
     for part in module.modules():
-        if not isinstance(part, AutoregressiveTransform):
-            continue
-        if isinstance(part.meta, SELF_DESCRIBING) and part.meta.autoregressive:
-            part.structure.done = True
-        elif fault := part.structure.fault(part.meta, x):
+        fault = isinstance(part, AutoregressiveTransform) and part.structure.fault(part.meta, x)
+        if fault:
             raise ValueError(fault)

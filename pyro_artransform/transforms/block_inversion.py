@@ -5,7 +5,7 @@
 
 Within a block the inverse takes a few fixed-point passes, each over the square of the block; across blocks
 each weight is used once. Large blocks are best where calls dominate (small batches, accelerators), small
-ones where arithmetic does; blocks of one level need no passes.
+ones where arithmetic does.
 """
 
 import functools
@@ -20,19 +20,15 @@ from .flow_module import inverse_and_ladj
 
 _MIN_PASSES = 3  # it takes at least one more to see that nothing moves
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
-_USUAL_PASSES = (
-    5  # 5 to 7 were seen for networks at PyTorch's default scale, in 8 to 512 dimensions
-)
+# 5 to 7 for networks at PyTorch's default scale, in 8 to 512 dimensions
+_USUAL_PASSES = 5
 
 
 class Costs(NamedTuple):
-    """What things cost, in nanoseconds, measured with affine transforms and splines on one core, in float32.
-
-    benchmarks/inverse.py measures the inverses that they lead to.
-    """
+    """Costs in nanoseconds, measured with affine transforms and splines on one core, in float32."""
 
     block: float = 70e3  # opening and closing a block
-    row: float = 120.0  # the same for each row of the batch: its known numbers are read again
+    row: float = 120.0  # the same for each row of the batch, whose known numbers are read again
     call: float = 15e3  # one pass apart from its arithmetic, for each parameter of a coordinate
     multiply: float = 0.032  # one multiplication and addition of a matrix product
     element: float = 4.0  # the transform of one coordinate, for each of its parameters
@@ -42,7 +38,7 @@ CPU = Costs()
 
 
 class Problem(NamedTuple):
-    """What is to be inverted."""
+    """The size of an inversion."""
 
     depth: int  # levels
     batch: int  # rows
@@ -58,11 +54,11 @@ def block_size(problem: Problem, device_type: str) -> int:
     if device_type != "cpu":
         return depth  # a call costs far more than arithmetic
     sizes = {-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}
-    return min(sizes, key=lambda size: expected_cost(problem, CPU, size))
+    return min(sizes, key=lambda size: expected_cost(problem, size))
 
 
-def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
-    """The expected time of an inverse by blocks of so many levels, in nanoseconds."""
+def expected_cost(problem: Problem, size: int, costs: Costs = CPU) -> float:
+    """The expected time of an inverse by blocks of ``size`` levels, in nanoseconds."""
     blocks = -(-problem.depth // size)
     passes = min(size, _USUAL_PASSES)
     calls = costs.block + problem.batch * costs.row + passes * costs.call * problem.num_params
@@ -74,10 +70,10 @@ def expected_cost(problem: Problem, costs: Costs, size: int) -> float:
 def by_blocks(
     family: Univariate, blocks: Blocks, y: Tensor, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The inverse by blocks of levels, of the best size if none is given.
+    """The inverse by blocks of levels, by default of the best size.
 
-    With a size of 1 no value is read, and autograd can differentiate; otherwise passes are taken within
-    each block until nothing moves, where no graph may be wanted.
+    With a size of 1 no value is read, and autograd can differentiate. Otherwise passes are taken within
+    each block until nothing moves, without a graph.
     """
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
@@ -94,7 +90,7 @@ def by_blocks(
         block = rows[:, levels[start] : levels[stop]]
         x, ladj, exact = _settle(family, blocks, block, stop - start)
         if exact < stop - start:
-            # the passes converge slowly here: what is exact is kept, and smaller blocks follow
+            # the passes converge slowly here: exact levels are kept, and smaller blocks follow
             stop, size = start + exact, max(size // 4, 1)
             count = levels[stop] - levels[start]
             x, ladj = x[:, :count], ladj[:, :count]
@@ -125,7 +121,7 @@ def _settle(
 
 
 def largest(y: Tensor) -> float:
-    """So large that nothing sensible is larger, so small that sums of products stay finite."""
+    """A bound beyond all sensible numbers, with which sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
 
 
@@ -135,16 +131,12 @@ def _assembled(
     """The coordinates in their own order, and the sum of the log-determinants."""
     x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
     rows = y.reshape(x.shape)
-    after = _after_nan(rows if blocks.order is None else rows[:, blocks.order])
+    undefined = (rows if blocks.order is None else rows[:, blocks.order]).isnan()
+    # what may depend on NaN was found with a number in its place
+    after = undefined.cumsum(-1) > undefined
     x, ladj = x.masked_fill(after, torch.nan), ladj.masked_fill(after, torch.nan)
     x = x if blocks.order is None else x[:, blocks.order.argsort()]
     return x.reshape(y.shape), ladj.sum(-1).reshape(y.shape[:-1])
-
-
-def _after_nan(y: Tensor) -> Tensor:
-    """Where an earlier coordinate is NaN: what may depend on it was found with a number in its place."""
-    undefined = y.isnan()
-    return undefined.cumsum(-1) > undefined
 
 
 def _settled(new: Tensor, old: Tensor) -> bool:

@@ -44,14 +44,6 @@ class ForeignTransform(FlowModule):
         return self.transform.inverse_shape(shape)
 
 
-class HeldConditional(nn.Module):
-    """Holds a conditional transform that is no module in a list of modules."""
-
-    def __init__(self, transform: ConditionalTransform) -> None:
-        super().__init__()
-        self.transform = transform
-
-
 def _as_modules(parts: Sequence[Any], *kinds: type) -> nn.ModuleList:
     """Transforms of these kinds as modules that own whatever parameters there are."""
     if not parts:
@@ -65,19 +57,20 @@ def _as_modules(parts: Sequence[Any], *kinds: type) -> nn.ModuleList:
 
 
 def _as_module(transform: Any) -> nn.Module:
-    """A module of what is none: torch's inverses and compositions lose what they are made of."""
+    """A module made of another transform: torch's inverses and compositions lose their parameters."""
+    kind = type(transform).__name__
     if isinstance(transform, _InverseTransform):
         return ComposedTransform(transform.inv).inv
     if isinstance(transform, ComposeTransform) and transform.parts:
         return ComposedTransform(*transform.parts)
+    if isinstance(transform, ConditionalTransform):
+        raise TypeError(f"expected a conditional transform that is a module, got {kind}")
     for value in vars(transform).values():
         if isinstance(value, nn.Module):
             raise TypeError(
-                f"{type(transform).__name__} holds the module {type(value).__name__}, whose parameters "
-                "would be lost: expected a transform that is a module itself, or holds none"
+                f"{kind} holds the module {type(value).__name__}, whose parameters would be lost: "
+                "expected a transform that is a module itself, or holds none"
             )
-    if isinstance(transform, ConditionalTransform):
-        return HeldConditional(transform)
     return ForeignTransform(transform)
 
 
@@ -92,8 +85,8 @@ class ComposedTransform(FlowModule):
 
     :param transforms: torch transforms, in the order in which they are applied.
     :param cache_size: as for :class:`FlowModule`.
-    :raises TypeError: if a part is no transform.
-    :raises ValueError: if there is none.
+    :raises TypeError: if a part is not a transform.
+    :raises ValueError: if there are no parts.
 
     Example::
 
@@ -116,11 +109,12 @@ class ComposedTransform(FlowModule):
         self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
         self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
-        # the dimensions of a part's log-determinant that are events of the composition alone
-        self._extra_dims = []
+        #: the parts as flows, with the dimensions of their log-determinants that are events here
+        self._steps: list[tuple[FlowModule, tuple[int, ...]]] = []
         event_dim = self.domain.event_dim
         for part in self.transforms:
-            self._extra_dims.append(tuple(range(part.domain.event_dim - event_dim, 0)))
+            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+            self._steps.append((flow, tuple(range(part.domain.event_dim - event_dim, 0))))
             event_dim += part.codomain.event_dim - part.domain.event_dim
 
     @property
@@ -130,8 +124,7 @@ class ComposedTransform(FlowModule):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total: Any = None
-        for part, dims in zip(self.transforms, self._extra_dims):
-            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+        for flow, dims in self._steps:
             x, ladj = flow.call_and_ladj(x)
             ladj = ladj.sum(dims) if dims else ladj
             total = ladj if total is None else total + ladj
@@ -139,8 +132,7 @@ class ComposedTransform(FlowModule):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total: Any = None
-        for part, dims in zip(self.transforms, self._extra_dims):
-            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+        for flow, dims in self._steps:
             x, ladj, score = flow.call_and_score(x, score)
             ladj = ladj.sum(dims) if dims else ladj
             total = ladj if total is None else total + ladj
@@ -149,8 +141,8 @@ class ComposedTransform(FlowModule):
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known = [x.detach()]
         with torch.no_grad():
-            for part in self.parts[:-1]:
-                known.append(call_and_ladj(part, known[-1])[0])
+            for flow, _ in self._steps[:-1]:
+                known.append(flow.call_and_ladj(known[-1])[0])
         return self.inverse_and_ladj(y, known)
 
     def inverse_and_ladj(
@@ -158,8 +150,7 @@ class ComposedTransform(FlowModule):
     ) -> tuple[Tensor, Tensor]:
         # known: the argument of each part
         total: Any = None
-        for part, dims in zip(reversed(self.transforms), reversed(self._extra_dims)):
-            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
+        for flow, dims in reversed(self._steps):
             y, ladj = flow.inverse_and_ladj(y) if known is None else flow.inverse_at(known.pop(), y)
             ladj = ladj.sum(dims) if dims else ladj
             total = ladj if total is None else total + ladj
@@ -179,9 +170,10 @@ class ComposedTransform(FlowModule):
 class ConditionalComposedTransform(ConditionalFlowModule):
     """A :class:`ComposedTransform` some of whose parts depend on a context.
 
-    :param transforms: conditional transforms and torch transforms, in the order in which they are applied.
+    :param transforms: conditional transforms that are modules, and torch transforms, in the order in
+        which they are applied.
     :raises TypeError: if a part is neither.
-    :raises ValueError: if there is none.
+    :raises ValueError: if there are no parts.
     """
 
     def __init__(self, *transforms: AnyTransform) -> None:
@@ -191,11 +183,10 @@ class ConditionalComposedTransform(ConditionalFlowModule):
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
         parts: list[Any] = []
-        for module in self.transforms:
-            part: Any = module.transform if isinstance(module, HeldConditional) else module
-            if isinstance(part, ConditionalTransform):
-                part = part.condition(context)
-            parts.append(part)
+        modules: Any = self.transforms
+        for part in modules:
+            is_conditional = isinstance(part, ConditionalTransform)
+            parts.append(part.condition(context) if is_conditional else part)
         return ComposedTransform(*parts)
 
 
@@ -205,8 +196,8 @@ def chain(
     """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
 
     :param transforms: transforms; if one is conditional, so is the result.
-    :raises TypeError: if a part is no transform.
-    :raises ValueError: if there is none.
+    :raises TypeError: if a part is not a transform, or would lose parameters.
+    :raises ValueError: if there are no parts.
 
     Example::
 
@@ -219,10 +210,8 @@ def chain(
     if isinstance(transforms, (Transform, ConditionalTransform)):
         raise TypeError(f"expected a sequence of transforms, got one {type(transforms).__name__}")
     parts: list[Any] = list(transforms)
-    for part in parts:
-        if isinstance(part, ConditionalTransform):
-            return ConditionalComposedTransform(*parts)
-    return ComposedTransform(*parts)
+    is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
+    return (ConditionalComposedTransform if is_conditional else ComposedTransform)(*parts)
 
 
 class PermutationTransform(FlowModule):
@@ -234,7 +223,7 @@ class PermutationTransform(FlowModule):
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
     :param cache_size: as for :class:`FlowModule`.
-    :raises ValueError: if it is no permutation.
+    :raises ValueError: if it is not a permutation.
 
     Example::
 
@@ -276,7 +265,7 @@ class PartitionTransform(FlowModule):
 
     :param parts: for each set its coordinates and the transform of vectors of their number.
     :param cache_size: as for :class:`FlowModule`.
-    :raises TypeError: if a transform is none of this package.
+    :raises TypeError: if a transform is not one of this package.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.
 
     Example::

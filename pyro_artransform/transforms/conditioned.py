@@ -8,7 +8,6 @@ takes fixed-point passes, and its structure is checked by differentiation. A :cl
 more of itself, and is inverted for about the price of one evaluation.
 """
 
-import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..conditioners import Blocks, Conditioner, Linearization, MaskedMLP
+from ..conditioners import Blocks, Conditioner, Linearization
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
 
@@ -44,23 +43,23 @@ class StructuredMeta(torch.nn.Module):
 
     @property
     def family(self) -> Univariate:
-        """The univariate family, which makes transforms of the parameters that :meth:`blocks` gives."""
+        """The univariate family, which makes transforms of the parameters of :meth:`blocks`."""
         raise NotImplementedError
 
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
-        """The parameters for a batch of the shape of y, ``(*, D)``, level by level; None if they cannot be.
+        """The parameters for a batch shaped as y ``(*, D)``, level by level, or None.
 
         :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
         """
         return None
 
     def linearize(self, x: Tensor) -> Linearization | None:
-        """The conditioner at x, shape ``(*, D)``, by rows; None if it is not known."""
+        """The conditioner at x ``(*, D)``, by rows, or None."""
         return None
 
 
 def check_returned(value: object) -> Transform:
-    """What a meta returned, if it is a bijection of real numbers or vectors."""
+    """The value that a meta returned, which has to be a bijection of real numbers or vectors."""
     if isinstance(value, ElementwiseTransform):
         return value
     if not isinstance(value, Transform):
@@ -134,13 +133,11 @@ class ConditionedUnivariate(StructuredMeta):
     def blocks(
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """The conditioner at a batch shaped as y ``(*, D)`` and a context ``(*, C)``, block by block."""
         if not self._is_of_its_parts():
             return None
         return self.conditioner.blocks(*_as_rows(y, context), in_place=in_place)
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
-        """The conditioner at x ``(*, D)`` and a context ``(*, C)``, by rows."""
         if not self._is_of_its_parts():
             return None
         return self.conditioner.linearize(*_as_rows(x, context))
@@ -157,11 +154,6 @@ class ConditionedUnivariate(StructuredMeta):
         if params is None or x.shape[-1:] != params.shape[:1]:
             params = self.conditioner(x) if context is None else self.conditioner(x, context)
         return self.univariate(params)
-
-    def extra_repr(self) -> str:
-        if not isinstance(self.conditioner, MaskedMLP):
-            return ""
-        return f"order={reprlib.repr(self.conditioner.order.tolist())}"
 
 
 def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -209,7 +201,7 @@ class ContextMeta(StructuredMeta):
         return self.meta(x, self._context_for(x.dim()))
 
     def _context_for(self, dim: int) -> Tensor:
-        """The context for an x of so many dimensions."""
+        """The context for an x with this number of dimensions."""
         context = self.context
         # while torch.jit traces, sizes are tensors and cannot be compared
         while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every transform of this package does alike: values, inverses, scores, copies."""
+"""What all transforms of this package have in common: values, inverses, scores, copies."""
 
 import copy
 import sys
@@ -27,8 +27,8 @@ class FlowModule(TransformModule):
     :class:`torch.distributions.transforms.Transform` follows.
 
     Nothing is remembered between calls, so nothing can be out of date, and threads may share a
-    transform. To score a draw without inverting, let :class:`~pyro_artransform.FlowDistribution`
-    draw it, or keep what :meth:`call_and_ladj` returns.
+    transform. To score a draw without inverting, draw it from a
+    :class:`~pyro_artransform.FlowDistribution`, or keep what :meth:`call_and_ladj` returns.
 
     :param cache_size: 0 or 1, for torch's interface; values are recomputed whichever it is.
     """
@@ -212,7 +212,7 @@ class InverseTransformModule(FlowModule):
 
 
 class ConditionalFlowModule(ConditionalTransformModule):
-    """What the conditional transforms of this package do alike: a subclass implements ``condition``."""
+    """What conditional transforms have in common; a subclass implements ``condition``."""
 
     domain = FlowModule.domain
     codomain = FlowModule.codomain
@@ -249,7 +249,7 @@ def inverse(transform: FlowModule) -> FlowModule:
 
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``y`` and ``log |dy/dx|`` over the event dimensions of any torch transform."""
+    """``y`` and ``log |dy/dx|`` of any torch transform, over its event dimensions."""
     if isinstance(transform, (ElementwiseTransform, FlowModule)):
         y, ladj = transform.call_and_ladj(x)
     else:
@@ -267,7 +267,7 @@ def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor,
 
 
 def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` and ``log |dx/dy|`` over the event dimensions of any bijective torch transform."""
+    """``x`` and ``log |dx/dy|`` of any bijective torch transform, over its event dimensions."""
     if isinstance(transform, (ElementwiseTransform, FlowModule)):
         x, ladj = transform.inverse_and_ladj(y)
     else:
@@ -277,11 +277,15 @@ def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, expand_ladj(ladj, x, transform.domain.event_dim)
 
 
+def inverse_and_ladj_over_vectors(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`inverse_and_ladj`, with the sum of the log-determinants of an elementwise transform."""
+    x, ladj = inverse_and_ladj(transform, y)
+    return x, ladj if transform.domain.event_dim else ladj.sum(-1)
+
+
 def expand_ladj(ladj: Tensor, value: Tensor, event_dim: int) -> Tensor:
     """A log-determinant over ``event_dim`` dimensions with the batch shape of a value."""
-    shape = value.shape[: value.dim() - event_dim]
-    # while torch.jit traces, sizes are tensors and cannot be compared
-    return ladj.expand(shape) if torch.jit.is_tracing() or ladj.shape != shape else ladj
+    return ladj.expand(value.shape[: value.dim() - event_dim])
 
 
 def warn_user(message: str, category: type[Warning]) -> None:

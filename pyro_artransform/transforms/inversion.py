@@ -28,14 +28,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
 
 from ..arguments import values_can_be_read
 from ..conditioners import Linearization
+from ..differentiation import has_other_leaves
 from ..univariate import Univariate
 from .block_inversion import by_blocks, largest
 from .conditioned import Meta, StructuredMeta, check_returned
-from .flow_module import call_and_ladj, expand_ladj, inverse_and_ladj, warn_user
+from .flow_module import (
+    call_and_ladj,
+    expand_ladj,
+    inverse_and_ladj,
+    inverse_and_ladj_over_vectors,
+    warn_user,
+)
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 
@@ -43,7 +49,7 @@ _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
 
-    With ``passes``, by at most so many fixed-point passes; without, exactly and by the cheapest way.
+    With ``passes``, by at most this many fixed-point passes; without, exactly and by the cheapest way.
     """
     structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
     if structured.batch_shape:
@@ -72,7 +78,7 @@ def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Ten
     """The exact inverse, its log-determinant and the score of x, where those of y are known.
 
     :param score: the score of the density of y, shape ``(*, D)``; that of x is without a graph.
-    :return: None if the meta does not keep what its gradients need.
+    :return: None if the meta has no linearization.
     """
     if not (isinstance(meta, StructuredMeta) and values_can_be_read(y)) or meta.batch_shape:
         return None
@@ -102,13 +108,7 @@ def _unrolled(meta: Meta, y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
     x = torch.zeros_like(y)
     for _ in range(min(passes, y.shape[-1]) - 1):
         x = meta(x).inv(y)
-    return _inverse_over_vectors(meta(x), y)
-
-
-def _inverse_over_vectors(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of a transform of numbers or vectors, and its log-determinant over vectors."""
-    x, ladj = inverse_and_ladj(transform, y)
-    return x, ladj if transform.event_dim else ladj.sum(-1)
+    return inverse_and_ladj_over_vectors(meta(x), y)
 
 
 def _by_passes(
@@ -116,10 +116,10 @@ def _by_passes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Passes until nothing moves: x, the log-determinant, and the argument of the last pass.
 
-    What moved by round-off alone stays where it is: the map may amplify the jitter of an early
-    coordinate from pass to pass.
+    A change within round-off is undone: the map may amplify the jitter of an early coordinate from pass to
+    pass.
     """
-    # one pass more than D shows, where the depth is not known, that nothing moves any more
+    # where the depth is not known, one pass more than D shows that nothing moves any more
     most = passes or depth or y.shape[-1] + 1
     x = torch.zeros_like(y)
     for _ in range(most):
@@ -148,7 +148,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _moved(new: Tensor, old: Tensor) -> Tensor:
-    """What changed by more than round-off; what became infinite or undefined in the same way did not."""
+    """Where values changed by more than round-off; equal infinities and NaN did not."""
     change = (new - old).abs_()
     still = change <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
     return ~(still | (new == old) | (new.isnan() & old.isnan()))
@@ -181,11 +181,11 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _with_gradient(
     meta: Meta, x: Tensor, y: Tensor, values: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Evaluates at x with a graph; the values are those given, so that they are the same without one."""
+    """Evaluates at x with a graph; the values are those given, the same as without a graph."""
     point = _finite(x.detach()).requires_grad_()
-    out, ladj = _inverse_over_vectors(meta(point), y)
+    out, ladj = inverse_and_ladj_over_vectors(meta(point), y)
     values = (out.detach(), ladj.detach()) if values is None else values
-    if not (y.requires_grad or _reaches_other_leaves(out, ladj, point)):
+    if not (y.requires_grad or has_other_leaves([out, ladj], point)):
         return values
     return _Implicit.apply(out, ladj, *values, partial(_solve, out, ladj, point))
 
@@ -193,7 +193,7 @@ def _with_gradient(
 def _with_known_gradient(
     family: Univariate, linearization: Linearization, y: Tensor, values: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The values of an inverse with a graph, of which the conditioner knows its part."""
+    """The values of an inverse with a graph, by the conditioner's linearization."""
     params = linearization.params.reshape(*y.shape, -1)
     if not params.requires_grad:
         if not y.requires_grad:
@@ -203,20 +203,6 @@ def _with_known_gradient(
     ladj = ladj.sum(-1)
     solve = partial(_solve_by_linearization, linearization, params, out, ladj)
     return _Implicit.apply(out, ladj, *values, solve)
-
-
-def _reaches_other_leaves(out: Tensor, ladj: Tensor, point: Tensor) -> bool:
-    """Whether a parameter, registered or not, is in the graph: ``point`` alone needs no gradient."""
-    todo: list[Any] = [out.grad_fn, ladj.grad_fn]
-    seen: set[Any] = {None}
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            if getattr(node, "variable", point) is not point:
-                return True
-            todo.extend(parent for parent, _ in node.next_functions)
-    return False
 
 
 class _Implicit(torch.autograd.Function):
@@ -252,7 +238,7 @@ def _solve_by_linearization(
     g_out: Tensor,
     g_ladj: Tensor,
 ) -> Tensor:
-    """The adjoint of the fixed point by the structure of the graph."""
+    """The adjoint of the fixed point, by substitution along the graph."""
     shape = (-1, *params.shape[-2:])
     right = g_out.reshape(-1, g_out.shape[-1])
     if ladj.requires_grad and bool(g_ladj.any()):

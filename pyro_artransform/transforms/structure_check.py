@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a meta is autoregressive, found by differentiation, and a function of each row alone.
+"""The check that a meta is autoregressive, by differentiation, and a function of each row alone.
 
 A network without masks, or with dropout, gives a wrong log-determinant and a wrong inverse, and no other
 sign of it.
@@ -10,14 +10,13 @@ sign of it.
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..arguments import values_can_be_read
-from .conditioned import Meta, StructuredMeta, check_returned
+from .conditioned import SELF_DESCRIBING, Meta, StructuredMeta, check_returned
 
 _REDRAWS = 2
 
@@ -33,70 +32,18 @@ _MIXES_ROWS = (
 )
 
 
-def dependencies(meta: Meta, x: Tensor) -> Tensor:
-    r"""Which coordinates the univariate transform of each coordinate depends on.
-
-    The map :math:`u \mapsto \mathrm{meta}(u)^{-1}(y)` at fixed y is the one that the inverse iterates; the
-    transform is autoregressive, up to an order of the coordinates, if its Jacobian has no cycle. It
-    is differentiated at random points, with the parameters as they are and with re-drawn ones, since
-    a last layer of zeros hides every dependence.
-
-    :param x: shape ``(*, D)``; its shape, dtype and device are used.
-    :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the transform of coordinate i depends on x_j.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = torch.Size((1,) * (x.dim() - 1) + x.shape[-1:])
-    depends = torch.zeros(x.shape[-1:] * 2, dtype=torch.bool, device=x.device)
-    with _random_numbers_kept(x):
-        # a copy, since layers such as batch normalization change when they are used in training
-        still = copy.deepcopy(meta).eval() if isinstance(meta, nn.Module) else meta
-        for candidate in _candidates(still, generator):
-            depends |= _dependencies(candidate, _normal(shape, x, generator))
-    return depends
-
-
-def fault_of_rows(meta: Meta, x: Tensor) -> str:
-    """In words, whether the transform of a row is random or depends on other rows; nothing if neither.
-
-    :param meta: evaluated as it is, in training or not, and with re-drawn parameters.
-    :param x: shape ``(*, D)``; its shape, dtype and device are used.
-    """
-    generator = torch.Generator().manual_seed(0)
-    batch = meta.batch_shape if isinstance(meta, StructuredMeta) else ()
-    rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
-    shape = torch.Size((*rows, x.shape[-1]))
-    with _random_numbers_kept(x), torch.no_grad():
-        as_it_is = copy.deepcopy(meta) if isinstance(meta, nn.Module) else meta
-        for candidate in _candidates(as_it_is, generator):
-            point, other = _normal(shape, x, generator), _normal(shape, x, generator)
-            other.view(-1, shape[-1])[:1] = point.view(-1, shape[-1])[:1]
-            first, again, mixed = (_image(candidate, u) for u in (point, point, other))
-            if not torch.equal(first.nan_to_num(), again.nan_to_num()):
-                return _RANDOM
-            near = 1e2 * torch.finfo(x.dtype).eps
-            if not torch.allclose(first[:1], mixed[:1], rtol=near, atol=near, equal_nan=True):
-                return _MIXES_ROWS
-    return ""
-
-
-def _image(meta: Meta, x: Tensor) -> Tensor:
-    """The transform of x, shape ``(rows, D)``."""
-    out = check_returned(meta(x))(x)
-    return out.reshape(-1, out.shape[-1])
-
-
 class StructureCheck:
-    """Looks once whether a meta is autoregressive, and a function of each row alone.
+    """Checks once whether a meta is autoregressive, and a function of each row alone.
 
-    Conditioned copies of a transform share one.
-    If nothing depends on x yet (zeros that cannot be re-drawn), again at the 2nd, 4th, 8th, ... call.
+    Conditioned copies of a transform share one check. If nothing depends on x yet (zeros that cannot be
+    re-drawn), it is repeated at the 2nd, 4th, 8th, ... call.
     """
 
     done = False
     _calls = 0
 
     def fault_if_due(self, meta: Meta, x: Tensor) -> str:
-        """:meth:`fault`, where it is time to look and values can be read; else nothing."""
+        """:meth:`fault`, where it is due and values can be read; else empty."""
         self._calls += 1
         due = self._calls & (self._calls - 1) == 0
         if not due or not values_can_be_read(x) or torch.is_inference_mode_enabled():
@@ -104,7 +51,10 @@ class StructureCheck:
         return self.fault(meta, x)
 
     def fault(self, meta: Meta, x: Tensor) -> str:
-        """What is wrong and what to do, in words; nothing if the meta is right."""
+        """What is wrong and what to do, in words; empty if the meta is right."""
+        if isinstance(meta, SELF_DESCRIBING) and meta.autoregressive:
+            self.done = True
+            return ""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
         nodes = _on_a_cycle(depends)
@@ -118,42 +68,78 @@ class StructureCheck:
         )
 
 
+def dependencies(meta: Meta, x: Tensor) -> Tensor:
+    r"""The coordinates that the univariate transform of each coordinate depends on.
+
+    The inverse iterates :math:`u \mapsto \mathrm{meta}(u)^{-1}(y)` at fixed y; the transform is
+    autoregressive, up to an order of the coordinates, if the Jacobian of this map has no cycle. It is
+    differentiated at random points, with the parameters as they are and with re-drawn ones, since a last
+    layer of zeros hides every dependence.
+
+    :param x: shape ``(*, D)``; its shape, dtype and device are used.
+    :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the transform of coordinate i depends on x_j.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.Size((1,) * (x.dim() - 1) + x.shape[-1:])
+    depends = torch.zeros(x.shape[-1:] * 2, dtype=torch.bool, device=x.device)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        # a copy, since layers such as batch normalization change when they are used in training
+        still = copy.deepcopy(meta).eval() if isinstance(meta, nn.Module) else meta
+        for candidate in _candidates(still, generator):
+            point = _normal(shape, x, generator)
+
+            def image(u: Tensor, meta: Meta = candidate, point: Tensor = point) -> Tensor:
+                transform = check_returned(meta(u))
+                out = transform.inv(meta(point)(point)) if transform.event_dim else transform(point)
+                return out.reshape(-1, out.shape[-1]).sum(0)
+
+            size = torch.autograd.functional.jacobian(image, point).reshape(depends.shape).abs()
+            depends |= size > 1e3 * torch.finfo(size.dtype).eps * size.nan_to_num().max()
+    return depends
+
+
+def fault_of_rows(meta: Meta, x: Tensor) -> str:
+    """In words, whether the transform of a row is random or depends on other rows; empty if neither.
+
+    :param meta: evaluated as it is, in training or not, and with re-drawn parameters.
+    :param x: shape ``(*, D)``; its shape, dtype and device are used.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch = meta.batch_shape if isinstance(meta, StructuredMeta) else ()
+    rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
+    shape = torch.Size((*rows, x.shape[-1]))
+    near = 1e2 * torch.finfo(x.dtype).eps
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+        as_it_is = copy.deepcopy(meta) if isinstance(meta, nn.Module) else meta
+        for candidate in _candidates(as_it_is, generator):
+            point, other = _normal(shape, x, generator), _normal(shape, x, generator)
+            other.view(-1, shape[-1])[:1] = point.view(-1, shape[-1])[:1]
+            values = [check_returned(candidate(u))(u) for u in (point, point, other)]
+            first, again, mixed = (value.reshape(-1, value.shape[-1]) for value in values)
+            if not torch.equal(first.nan_to_num(), again.nan_to_num()):
+                return _RANDOM
+            if not torch.allclose(first[:1], mixed[:1], rtol=near, atol=near, equal_nan=True):
+                return _MIXES_ROWS
+    return ""
+
+
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
     """The meta as it is, and with re-drawn parameters where they can be seen."""
-    if not isinstance(meta, nn.Module):
-        yield meta
-        return
     yield meta
-    for _ in range(_REDRAWS):
-        drawn = {}
-        for name, p in meta.named_parameters():
-            if p.is_floating_point():
-                fan_in = max(p[0].numel(), 1) if p.dim() > 1 else 4
-                drawn[name] = _normal(p.shape, p, generator) / fan_in**0.5
-        yield functools.partial(functional_call, meta, drawn)
-
-
-def _random_numbers_kept(x: Tensor) -> AbstractContextManager[None]:
-    """Leaves the state of the global generators as it was."""
-    return torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
+    if isinstance(meta, nn.Module):
+        for _ in range(_REDRAWS):
+            drawn = {}
+            for name, p in meta.named_parameters():
+                if p.is_floating_point():
+                    fan_in = max(p[0].numel(), 1) if p.dim() > 1 else 4
+                    drawn[name] = _normal(p.shape, p, generator) / fan_in**0.5
+            yield functools.partial(functional_call, meta, drawn)
 
 
 def _normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
     # drawn on the CPU, where a generator works for every device
     draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return draw.to(dtype=like.dtype, device=like.device)
-
-
-def _dependencies(meta: Meta, point: Tensor) -> Tensor:
-    """The matrix of :func:`dependencies`, seen at one point."""
-
-    def image(u: Tensor) -> Tensor:
-        transform = check_returned(meta(u))
-        out = transform.inv(meta(point)(point)) if transform.event_dim else transform(point)
-        return out.reshape(-1, out.shape[-1]).sum(0)
-
-    size = torch.autograd.functional.jacobian(image, point).reshape(2 * point.shape[-1:]).abs()
-    return size > 1e3 * torch.finfo(size.dtype).eps * size.nan_to_num().max()
 
 
 def _on_a_cycle(depends: Tensor) -> list[int]:
