@@ -3,6 +3,7 @@
 
 """Simulation-based calibration: whether posteriors of simulated data are right on average."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,11 @@ from ..joint.protocols import PosteriorGuide
 from ..joint.traces import is_deterministic
 
 Values = dict[str, Tensor]
+
+# points at which the distribution functions of ranks are compared
+_MAX_POINTS = 100
+# ties count as being as far out as the worst point, despite round-off
+_ABOVE_TIES = 1 + 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +82,15 @@ class SBC:
         return covered
 
     def __repr__(self) -> str:
-        pvalues, coverage = self.pvalues(), self.coverage((0.5, 0.9))
-        width = max(map(len, ["site", *self.ranks]))
+        coverage, width = self.coverage((0.5, 0.9)), max(map(len, ["site", *self.ranks]))
         result = "passed" if self.passed() else "failed"
         lines = [
             f"SBC of {self.num_simulations} simulations, {self.num_draws} draws each: {result}",
             f"{'site':{width}}  smallest p-value  coverage of 50 %, of 90 %",
         ]
-        for name, pvalue in pvalues.items():
+        for name, pvalue in self.pvalues().items():
             half, most = (100 * coverage[name].reshape(2, -1).mean(1)).tolist()
-            lines.append(
-                f"{name:{width}}  {pvalue.min().item():16.4f}  {half:14.1f} %, {most:.1f} %"
-            )
+            lines.append(f"{name:{width}}  {pvalue.min():16.4f}  {half:14.1f} %, {most:.1f} %")
         return "\n".join(lines)
 
 
@@ -172,19 +175,19 @@ def _sites(run: Callable[[], object]) -> dict[str, Any]:
     """The sample sites of a run, without indices of plates."""
     with poutine.block():
         nodes = poutine.trace(run).get_trace().nodes
-    sampled = [k for k in nodes if nodes[k]["type"] == "sample"]
-    return {name: nodes[name] for name in sampled if not site_is_subsample(nodes[name])}
+    sampled = {name: node for name, node in nodes.items() if node["type"] == "sample"}
+    return {name: node for name, node in sampled.items() if not site_is_subsample(node)}
 
 
 def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> set[str]:
     """The names of the sites that have data, and of those in ``observed``."""
-    sites = {k: site for k, site in _sites(run).items() if not is_deterministic(site)}
+    sites = {name: site for name, site in _sites(run).items() if not is_deterministic(site)}
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
         raise ValueError(
             f"model: expected one to simulate from, got one with the factors {factors}"
         )
-    names = {k for k, site in sites.items() if site["is_observed"]} | set(observed or ())
+    names = {name for name, site in sites.items() if site["is_observed"]} | set(observed or ())
     if not names <= sites.keys():
         unknown = sorted(names - sites.keys())
         raise ValueError(f"observed: expected sites of {sorted(sites)}, got {unknown}")
@@ -224,11 +227,8 @@ def _draws_of(
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:
     """For each coordinate the number of draws below the truth."""
-    names = [name for name in truth if name in draws]
-    if not names:
-        raise ValueError(f"fit_one: expected draws of {sorted(truth)}, got {sorted(draws)}")
-    found = {}
-    for name in names:
+    ranks = {}
+    for name in [name for name in truth if name in draws]:
         expected, got = (num_draws, *truth[name].shape), tuple(draws[name].shape)
         if got != expected:
             raise ValueError(f"fit_one: expected draws of '{name}' of shape {expected}, got {got}")
@@ -236,14 +236,10 @@ def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values
         num_ties = (draws[name] == truth[name]).sum(0)
         by_chance = torch.rand_like(num_ties, dtype=torch.float64) * (num_ties + 1)
         num_below = (draws[name] < truth[name]).sum(0)
-        found[name] = num_below + by_chance.long().minimum(num_ties)
-    return found
-
-
-_MAX_POINTS = 100
-_AT_A_TIME = 64
-# ties count as being as far out as the worst point, despite round-off
-_ABOVE_TIES = 1 + 1e-9
+        ranks[name] = num_below + by_chance.long().minimum(num_ties)
+    if not ranks:
+        raise ValueError(f"fit_one: expected draws of {sorted(truth)}, got {sorted(draws)}")
+    return ranks
 
 
 def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
@@ -265,11 +261,10 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
        https://arxiv.org/abs/2103.10522
     """
     ranks = ranks.to("cpu")
-    points = _points(num_draws)
-    counts = torch.stack([(ranks <= point).sum(0) for point in points])
-    levels = (points + 1) / (num_draws + 1)
+    levels = _levels(num_draws)
+    counts = torch.stack([(ranks < level * (num_draws + 1) - 0.5).sum(0) for level in levels])
     tails = _two_sided_tails(levels, len(ranks))
-    worst = tails.gather(1, counts.long()).amin(0)
+    worst = tails.gather(1, counts).amin(0)
     return _probability_of_reaching(worst * _ABOVE_TIES, tails, levels)
 
 
@@ -284,69 +279,49 @@ def simultaneous_bands(
     :return: points between 0 and 1, and the lower and the upper proportion of ranks there, each of
         shape ``(P,)``.
     """
-    levels = (_points(num_draws) + 1) / (num_draws + 1)
+    levels = _levels(num_draws)
     tails = _two_sided_tails(levels, num_ranks)
-    inside = (tails > _largest_rare(tails, levels, 1 - level)).long()
-    lower = inside.argmax(1)
-    upper = inside.shape[1] - 1 - inside.flip(1).argmax(1)
+    candidates = tails[tails <= 1 - level].unique() * _ABOVE_TIES
+
+    def probability(worst: Tensor) -> float:
+        return float(_probability_of_reaching(worst[None], tails, levels))
+
+    num_rare = bisect_right(candidates, 1 - level, key=probability)
+    inside = (tails > candidates[num_rare - 1] if num_rare else tails >= 0).long()
+    lower, upper = inside.argmax(1), num_ranks - inside.flip(1).argmax(1)
     return levels, lower.to(levels) / num_ranks, upper.to(levels) / num_ranks
 
 
-def _largest_rare(tails: Tensor, levels: Tensor, alpha: float) -> Tensor:
-    """The largest tail probability that is the worst one at most this often; -1 if there is none."""
-    candidates = tails.flatten().unique()
-    candidates = candidates[candidates <= alpha] * _ABOVE_TIES
-    found = candidates.new_tensor(-1.0)
-    while len(candidates):
-        spread = torch.linspace(0, 1, _AT_A_TIME, dtype=torch.float64, device="cpu")
-        chosen = (spread * (len(candidates) - 1)).long().unique()
-        rare = _probability_of_reaching(candidates[chosen], tails, levels) <= alpha
-        num_rare = int(rare.sum())
-        if not num_rare:
-            break
-        found = candidates[chosen[num_rare - 1]]
-        # what is left is between this one and the next
-        end = chosen[num_rare] if num_rare < len(chosen) else 0
-        candidates = candidates[chosen[num_rare - 1] + 1 : end]
-    return found
-
-
-def _points(num_draws: int) -> Tensor:
-    """Ranks, all of them or evenly spaced ones, at which distribution functions are compared."""
+def _levels(num_draws: int) -> Tensor:
+    """The distribution function of uniform ranks, at all of them or at evenly spaced ones."""
     num_points = min(num_draws, _MAX_POINTS)
     steps = torch.arange(1, num_points + 1, device="cpu")
-    return (num_draws * steps // num_points - 1).double()
-
-
-def _log_choices(num: Tensor, hits: Tensor) -> Tensor:
-    """Log binomial coefficients, ``-inf`` where there are none."""
-    left = (num - hits).clamp(min=0)
-    choices = (num + 1).lgamma() - (hits.clamp(min=0) + 1).lgamma() - (left + 1).lgamma()
-    return torch.where((hits >= 0) & (hits <= num), choices, -torch.inf)
+    return (num_draws * steps // num_points).double() / (num_draws + 1)
 
 
 def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
     """Tail probabilities of each number of ranks up to each point, shape ``(P, S + 1)``."""
     hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
-    probability = levels[:, None]
-    log_mass = hits * probability.log() + (num_ranks - hits) * (-probability).log1p()
-    mass = (_log_choices(levels.new_tensor(num_ranks), hits) + log_mass).exp()
+    left, probability = num_ranks - hits, levels[:, None]
+    log_choices = (left[:1] + 1).lgamma() - (hits + 1).lgamma() - (left + 1).lgamma()
+    mass = (log_choices + hits * probability.log() + left * (-probability).log1p()).exp()
     below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
     return (2 * below.minimum(above)).clamp(max=1)
 
 
 def _probability_of_reaching(worst: Tensor, tails: Tensor, levels: Tensor) -> Tensor:
-    """The probability that the worst tail probability of uniform ranks is so small, shape ``(K,)``."""
-    num_ranks = tails.shape[1] - 1
-    hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
+    """The probability that the worst tail probability of uniform ranks is this small, shape ``(K,)``."""
+    hits = levels.new_ones(tails.shape[1]).cumsum(0) - 1
+    left = len(hits) - 1 - hits
     # from as many hits as a row says to as many as a column says
-    log_choices = _log_choices(num_ranks - hits[:, None], hits - hits[:, None])
-    stayed = levels.new_zeros(len(worst), num_ranks + 1)
-    stayed[:, 0] = 1
+    more = hits - hits[:, None]
+    log_choices = (left[:, None] + 1).lgamma() - (more.clamp(min=0) + 1).lgamma()
+    log_choices = torch.where(more >= 0, log_choices - (left + 1).lgamma(), -torch.inf)
+    stayed = (hits == 0).to(levels).expand(len(worst), -1)
     before = levels.new_zeros(())
     for level, tail in zip(levels, tails):
         chance = (level - before) / (1 - before)
-        log_step = (hits - hits[:, None]) * chance.log() + (num_ranks - hits) * (-chance).log1p()
+        log_step = more * chance.log() + left * (-chance).log1p()
         stayed = stayed @ (log_choices + log_step).exp() * (tail > worst[:, None])
         before = level
     return (1 - stayed.sum(1)).clamp(min=0, max=1)

@@ -4,10 +4,14 @@
 """Short Hamiltonian chains in the base space of a guide, each paired with one of a known distribution.
 
 Pulled back through the transform of a good guide a posterior is nearly a standard normal, so that
-unit masses do, and a quarter of an oscillation forgets the start. Each chain has a companion with the
-same momenta and the same random numbers, whose distribution is exactly the standard normal. What the
-companion is off by from its known mean, the chain is off by as well, nearly: the better the guide, the
-less noise is left in the difference of the two.
+unit masses do, and a quarter of an oscillation forgets the start. Directions in which it is much
+wider or narrower than the guide are found by a few products with the mean Hessian, and stretched:
+chains with unit masses would hardly move along a wide one, and nothing in a single latent would show
+it, as with the common level of a thousand groups of which a guide knows nothing.
+
+Each chain has a companion with the same momenta and the same random numbers, whose distribution is
+exactly the standard normal. What the companion is off by from its known mean, the chain is off by as
+well, nearly: the better the guide, the less noise is left in the difference of the two.
 
 **References**
 
@@ -16,6 +20,8 @@ less noise is left in the difference of the two.
    (Mangoubi, Smith, 2019), https://arxiv.org/abs/1708.07114, for chains of common momenta
 3. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
    Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
+4. Iterative Methods for the Solution of Eigenvalue Problems (Lanczos, 1950),
+   https://doi.org/10.6028/jres.045.026
 """
 
 import math
@@ -42,10 +48,21 @@ _FIRST_STEP_SIZE = 1.4
 # an oscillator of unit frequency is stable up to 2
 _MAX_STEP_SIZE = 1.2
 _MAX_LEAPFROGS = 25
-# lengths of trajectories in quarters of an oscillation: they vary, so that none is a whole period of
-# some direction in all steps
+# lengths of trajectories in quarters of an oscillation: they vary, so that they are not a whole period
+# of some direction in all steps
 _SHORTEST, _LENGTHS = 0.7, 0.5
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+# as many directions as a few trajectories cost: 24 products with a Hessian, of two gradients each
+_NUM_DIRECTIONS = 24
+_NUM_POINTS = 32
+# the mean over points is that of a smooth function: a wide difference costs no more than a narrow one
+_DIFFERENCE = 0.1
+# a direction whose sd is right within a factor of 1.4 is forgotten in a few steps as it is
+_FLATTEST, _STEEPEST = 0.5, 2.0
+# the mean Hessian away from the posterior may be anything: the sd of a direction grows 100 times at most
+_LEAST_CURVATURE, _MOST_CURVATURE = 1e-4, 1e4
+_NO_NEW_DIRECTION = 1e-3
 
 
 class State(NamedTuple):
@@ -59,12 +76,7 @@ class State(NamedTuple):
     def where(self, is_chosen: Tensor, other: "State") -> "State":
         """These chains where they are chosen, the others elsewhere."""
         rows = is_chosen[:, None]
-        return State(
-            torch.where(rows, self.base, other.base),
-            torch.where(rows, self.latent, other.latent),
-            torch.where(is_chosen, self.log_density, other.log_density),
-            torch.where(rows, self.gradient, other.gradient),
-        )
+        return State(*map(torch.where, (rows, rows, is_chosen, rows), self, other))
 
     @property
     def is_finite(self) -> Tensor:
@@ -155,13 +167,7 @@ class PairedChains:
         self._state, self._companion = target(start), _standard_normal(companions)
         self.values = Averages(self._standardized(self._state.latent))
         self.companion_values = Averages(self._latents_of(companions))
-        self.step_size = _FIRST_STEP_SIZE * start.shape[-1] ** -0.25
-        self.step_size = min(self.step_size, _MAX_STEP_SIZE)
-
-    @property
-    def averages(self) -> tuple[Averages, Averages]:
-        """Those of the chains and of their companions."""
-        return self.values, self.companion_values
+        self.step_size = min(_FIRST_STEP_SIZE * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
 
     def run(self, num_warm_up: int, num_steps: int) -> float:
         """Adapts the step size, then takes the steps that count; the acceptance rate of these.
@@ -191,12 +197,10 @@ class PairedChains:
         proposal, gain = leapfrog(self._target, self._state, *path)
         other, other_gain = leapfrog(_standard_normal, self._companion, *path)
         accepted, probability = threshold < gain, gain.clamp(max=0).exp()
-        proposed = self._standardized(proposal.latent)
-        self.values.move(proposed, probability, accepted, counts)
+        self.values.move(self._standardized(proposal.latent), probability, accepted, counts)
         self._state = proposal.where(accepted, self._state)
-        accepted = threshold < other_gain
-        values, chances = self._latents_of(other.base), other_gain.clamp(max=0).exp()
-        self.companion_values.move(values, chances, accepted, counts)
+        accepted, chances = threshold < other_gain, other_gain.clamp(max=0).exp()
+        self.companion_values.move(self._latents_of(other.base), chances, accepted, counts)
         self._companion = other.where(accepted, self._companion)
         return float(probability.mean())
 
@@ -248,26 +252,11 @@ def _adapted(step_size: float, acceptance: float) -> float:
     The energy that trajectories lose is nearly normal, with a sd s that grows with the square of the
     step size and a mean of half the variance, so that the rate is 2 Phi(-s / 2) (Neal 2011, 5.4.4).
     """
-    spread = _spread_of_energy(min(max(acceptance, 0.02), 0.999))
-    factor = math.sqrt(_spread_of_energy(_TARGET_ACCEPTANCE) / spread)
+    rates = [_TARGET_ACCEPTANCE, min(max(acceptance, 0.02), 0.999)]
+    tails = torch.tensor(rates, dtype=torch.float64, device="cpu") / 2
+    wanted, found = (-2 * torch.special.ndtri(tails)).tolist()
+    factor = math.sqrt(wanted / found)
     return min(step_size * min(max(factor, 1 / 3), 1.5), _MAX_STEP_SIZE)
-
-
-def _spread_of_energy(acceptance: float) -> float:
-    quantile = torch.special.ndtri(torch.tensor(acceptance / 2, dtype=torch.float64, device="cpu"))
-    return -2 * float(quantile)
-
-
-# as many directions as a few trajectories cost: 24 products with a Hessian, of two gradients each
-_NUM_DIRECTIONS = 24
-_NUM_POINTS = 32
-# the mean over points is that of a smooth function: a wide difference costs no more than a narrow one
-_DIFFERENCE = 0.1
-# a direction whose sd is right within a factor of 1.4 is forgotten in a few steps as it is
-_FLATTEST, _STEEPEST = 0.5, 2.0
-# the mean Hessian away from the posterior may be anything: the sd of a direction grows 100 times at most
-_LEAST_CURVATURE, _MOST_CURVATURE = 1e-4, 1e4
-_NO_NEW_DIRECTION = 1e-3
 
 
 class Stretched(NamedTuple):
@@ -296,7 +285,7 @@ class Stretched(NamedTuple):
 def guide_transform(
     guide: object, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> ToLatent | None:
-    """The transform of a standard normal that a guide is; ``None`` if it offers none."""
+    """The transform of a standard normal that a guide is; ``None`` if it does not offer one."""
     if not isinstance(guide, TransformedGuide):
         return None
     try:

@@ -4,22 +4,19 @@
 """Models of the same data compared by their evidence."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from .importance import GOOD_KHAT, KHAT_OF_VARIANCE
 
 # differences of fewer standard errors are noise
 _CLEAR = 2.0
-_COLUMNS = ("model", "log evidence", "se", "difference", "se", "probability", "trusted")
-_WIDTHS = (0, 14, 8, 12, 8, 13, 9)
 
 
 @runtime_checkable
 class Evidence(Protocol):
-    """The log evidence of a model, as the results of fits and of ``importance`` have it."""
+    """A log evidence and whether to trust it, as the results of fits and of ``importance`` have it."""
 
     @property
     def log_evidence(self) -> float: ...
@@ -29,11 +26,6 @@ class Evidence(Protocol):
 
     @property
     def khat(self) -> float: ...
-
-
-@runtime_checkable
-class Judged(Protocol):
-    """A result that says whether its posterior can be trusted, as that of a fit does."""
 
     @property
     def trusted(self) -> bool: ...
@@ -57,13 +49,6 @@ class ComparedModel(NamedTuple):
     probability: float
     trusted: bool
 
-    def cells(self) -> tuple[str, ...]:
-        """All of it in words."""
-        first, second = f"{self.log_evidence:.3f}", f"{self.difference:.3f}"
-        errors = f"{self.log_evidence_se:.3f}", f"{self.difference_se:.3f}"
-        trusted = "yes" if self.trusted else "no"
-        return first, errors[0], second, errors[1], f"{self.probability:.3f}", trusted
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
@@ -78,40 +63,31 @@ class Comparison:
     trusted: bool
     words: str
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        for name, model in self.models.items():
-            yield name, *model.cells()
-
     def __repr__(self) -> str:
-        width = max(map(len, [_COLUMNS[0], *self.models]))
-        lines = [f"Comparison: {self.words}"]
-        for first, *rest in (_COLUMNS, *self._rows()):
-            cells = [cell.rjust(size) for cell, size in zip(rest, _WIDTHS[1:])]
-            lines.append(f"  {first:{width}}{''.join(cells)}")
+        width = max(map(len, ["model", *self.models]))
+        head = f"{'log evidence':>14}{'se':>8}{'difference':>12}{'se':>8}{'probability':>13}"
+        lines = [f"Comparison: {self.words}", f"  {'model':{width}}{head}{'trusted':>9}"]
+        for name, model in self.models.items():
+            cells = f"{model.log_evidence:14.3f}{model.log_evidence_se:8.3f}"
+            cells += f"{model.difference:12.3f}{model.difference_se:8.3f}{model.probability:13.3f}"
+            lines.append(f"  {name:{width}}{cells}{'yes' if model.trusted else 'no':>9}")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
-        body = ""
-        for row in self._rows():
-            body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        return f"<p>{escape(self.words)}</p><table><tr>{head}</tr>{body}</table>"
 
 
 def compare(results: Mapping[str, Evidence]) -> Comparison:
     """Compares models of the same data by their evidence, the probability of the data.
 
     The evidence is that of importance sampling with each model's guide. Where the guide has missed a
-    part of the posterior, it is too small, by as much as nobody knows: a comparison with a result
-    that is not trusted says so. It depends on the priors, however much data there are, so that
-    these have to be meant; an improper prior has no evidence, nor has a ``pyro.factor`` that leaves
-    a constant out. To compare predictions instead, give what ``inference.to_inference_data`` returns
-    to ``arviz.compare``.
+    part of the posterior the evidence is too small, by an unknown amount: a comparison with a result
+    that is not trusted says so. The evidence depends on the priors, however much data there are, so
+    that these have to be meant; an improper prior does not have one, nor does a ``pyro.factor`` that
+    leaves a constant out. To compare predictions instead, give what ``inference.to_inference_data``
+    returns to ``arviz.compare``.
 
     :param results: for each model by its name what :func:`~pyro_artransform.fit` or
         :func:`~pyro_artransform.diagnostics.importance` has returned, for the same data. That of
         ``importance`` is trusted up to a k-hat of 0.7.
-    :raises TypeError: if it is no dict of such results.
+    :raises TypeError: if it is not a dict of such results.
     :raises ValueError: if there are fewer than two, or a log evidence is not finite, as that of a fit
         by mini-batches.
 
@@ -138,27 +114,33 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
     1. Bayes Factors (Kass, Raftery, 1995), https://doi.org/10.1080/01621459.1995.10476572
     """
     _check(results)
-    ordered = sorted(results, key=lambda name: -results[name].log_evidence)
-    best = results[ordered[0]]
+    best = max(results.values(), key=lambda found: found.log_evidence)
     total = sum(math.exp(found.log_evidence - best.log_evidence) for found in results.values())
-    models = {}
-    for name in ordered:
-        found = results[name]
-        difference = found.log_evidence - best.log_evidence
-        errors = (0.0, 0.0) if found is best else (found.log_evidence_se, best.log_evidence_se)
-        models[name] = ComparedModel(
-            log_evidence=found.log_evidence,
-            log_evidence_se=found.log_evidence_se,
-            difference=difference,
-            difference_se=math.hypot(*errors),
-            probability=math.exp(difference) / total,
-            trusted=_is_trusted(found),
-        )
-    sentences = [_conclusion(models)]
-    for name in ordered:
-        sentences += _objections(name, results[name])
+    models, objections = {}, []
+    for name, found in sorted(results.items(), key=lambda item: -item[1].log_evidence):
+        evidence, se = found.log_evidence, found.log_evidence_se
+        difference = evidence - best.log_evidence
+        difference_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
+        probability = math.exp(difference) / total
+        row = ComparedModel(evidence, se, difference, difference_se, probability, found.trusted)
+        models[name] = row
+        if found.khat > GOOD_KHAT:
+            objections.append(
+                f"k-hat of '{name}' is {found.khat:.2f}, above {GOOD_KHAT}: its evidence rests on a few "
+                "draws and is most often too small, by more than its standard error says."
+            )
+        elif not found.trusted:
+            objections.append(
+                f"'{name}' is not trusted: see its verdict. What its guide has missed of the posterior "
+                "is not in its evidence."
+            )
+        elif found.khat > KHAT_OF_VARIANCE:
+            objections.append(
+                f"k-hat of '{name}' is {found.khat:.2f}, above {KHAT_OF_VARIANCE}: its standard error is "
+                "too small."
+            )
     trusted = all(model.trusted for model in models.values())
-    return Comparison(models, trusted, " ".join(sentences))
+    return Comparison(models, trusted, " ".join([_conclusion(models), *objections]))
 
 
 def _check(results: Mapping[str, Evidence]) -> None:
@@ -178,16 +160,12 @@ def _check(results: Mapping[str, Evidence]) -> None:
             raise ValueError(
                 f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. It is not "
                 "known after a fit by mini-batches (diagnostics.importance with all data has it), nor "
-                "where no draw of the guide has a density"
+                "where all draws of the guide have a density of zero"
             )
 
 
-def _is_trusted(found: Evidence) -> bool:
-    return found.trusted if isinstance(found, Judged) else found.khat <= GOOD_KHAT
-
-
 def _conclusion(models: Mapping[str, ComparedModel]) -> str:
-    """What the evidences of the first two say."""
+    """What the two largest evidences say."""
     (first, one), (second, other) = list(models.items())[:2]
     gain = f"{-other.difference:.3f} ± {other.difference_se:.3f}"
     if not (one.trusted and other.trusted):
@@ -201,22 +179,3 @@ def _conclusion(models: Mapping[str, ComparedModel]) -> str:
     # beyond the largest float there is no factor to name
     factor = f", a Bayes factor of {math.exp(-other.difference):.3g}" if other.probability else ""
     return f"'{first}' has the largest evidence, {gain} nats more than '{second}'{factor}."
-
-
-def _objections(name: str, found: Evidence) -> Iterator[str]:
-    """What speaks against the evidence of a model."""
-    if found.khat > GOOD_KHAT:
-        yield (
-            f"k-hat of '{name}' is {found.khat:.2f}, above {GOOD_KHAT}: its evidence is that of a few "
-            "draws, most often too small, and by how much its standard error does not say."
-        )
-    elif not _is_trusted(found):
-        yield (
-            f"'{name}' is not trusted: see its verdict. What its guide has missed of the posterior is not "
-            "in its evidence."
-        )
-    elif found.khat > KHAT_OF_VARIANCE:
-        yield (
-            f"k-hat of '{name}' is {found.khat:.2f}, above {KHAT_OF_VARIANCE}: its standard error is too "
-            "small."
-        )

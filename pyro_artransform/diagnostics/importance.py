@@ -1,7 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Importance sampling with a guide: what it says of the guide, and draws that it improves."""
+"""Importance sampling with a guide: the tail of its weights, what they say, and better draws.
+
+The bounds of trust of the whole package stand here as well.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -15,8 +18,6 @@ from torch import Tensor
 
 from ..arguments import check_integer
 from .importance_weights import Values, weighted_draws
-
-# The bounds of trust, of this package as a whole.
 
 #: the largest k-hat at which estimates with the weights are reliable
 GOOD_KHAT = 0.7
@@ -36,6 +37,127 @@ GOOD_SD_ERROR = 0.15
 CONFIDENCE = 0.975
 
 
+#: the largest k-hat, also where a fit of the tail is meaningless
+WORST_KHAT = 10.0
+
+# how many draws Pyro's prior on k, with its mean of 0.5, counts as
+_PRIOR_SIZE = 10
+# smaller weights, relative to the largest, are negligible
+_LOG_RANGE = 15 * log(10)
+# a tail that is cut there needs this many weights
+_LEAST_CUT = 10
+# a tail of fewer weights says nothing, even if they are the same
+_LEAST_TAIL = 5
+# weights that round-off blurs by more nats than this are not known to be constant
+_MOST_ROUND_OFF = 0.5
+_NAN_SHARE = 0.01
+
+
+class ParetoTail(NamedTuple):
+    """The generalized Pareto distribution of the largest weights.
+
+    It is the distribution of ``weight / cutoff - 1`` for the ``size`` weights above the cutoff, with
+    index ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
+    """
+
+    khat: float
+    khat_se: float
+    scale: float
+    log_cutoff: float
+    size: int
+
+
+def fit_tail(log_weights: Tensor) -> ParetoTail:
+    r"""The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
+
+    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
+
+    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0 (tied are
+      three quarters of those above the cutoff), and one of 10, since nothing is known, where that
+      round-off is half a nat or more (in float32, for log weights beyond 260,000);
+    - of 20 weights or fewer nothing is known either, and k-hat is 10;
+    - weights of zero (``-inf``) count like others;
+    - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
+      where all are zero, and with fewer than ten tail weights within a factor of 1e15 of the largest,
+      k-hat is 10, which is its maximum.
+
+    The standard error is that of a generalized Pareto index from M draws, :math:`(1 + k) /
+    \sqrt{M}`, where the prior that shrinks k-hat towards 0.5 counts as ten more draws.
+
+    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
+
+    **References**
+
+    1. Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry, 2024),
+       https://arxiv.org/abs/1507.02646
+    2. A New and Efficient Estimation Method for the Generalized Pareto Distribution (Zhang, Stephens,
+       2009), https://doi.org/10.1198/tech.2009.08017
+    """
+    if log_weights.dim() != 1 or not len(log_weights):
+        raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
+    khat, scale, log_cutoff, size = _fit(log_weights.detach())
+    # the asymptotic variance holds for k > -1/2
+    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
+    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
+
+
+def _fit(log_weights: Tensor) -> tuple[float, float, float, int]:
+    """The fields of a tail but for its standard error."""
+    weights = log_weights.to("cpu", torch.float64)
+    size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
+    ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
+    largest = ordered[-1].item()
+    is_failed = weights.isnan().double().mean().item() > _NAN_SHARE
+    if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
+        return WORST_KHAT, nan, nan, size
+    log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
+    round_off = round_off_of(log_weights)
+    if size < _LEAST_TAIL or largest - log_cutoff <= round_off:
+        is_known = size >= _LEAST_TAIL and round_off < _MOST_ROUND_OFF
+        return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
+    is_cut = log_cutoff < largest - _LOG_RANGE
+    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
+    above = ordered[ordered > log_cutoff]
+    if is_cut and len(above) < min(size, _LEAST_CUT):
+        return WORST_KHAT, nan, log_cutoff, size
+    # where even the quartile is the maximum the routine may divide by zero
+    if len(above) >= _LEAST_CUT and largest - above[len(above) // 4].item() <= round_off:
+        return 0.0, nan, log_cutoff, size
+    # the routine makes its grid on the default device
+    with torch.device("cpu"):
+        khat, scale = fit_generalized_pareto((above - log_cutoff).expm1())
+    if not isfinite(khat):
+        return WORST_KHAT, nan, log_cutoff, len(above)
+    return min(khat, WORST_KHAT), scale, log_cutoff, len(above)
+
+
+def round_off_of(log_weights: Tensor) -> float:
+    """By how many nats round-off may blur the largest of some log weights, in their own dtype."""
+    largest = log_weights[log_weights.isfinite()].double().max().item()
+    return 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
+
+
+def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
+    """Log weights, the largest replaced by quantiles of their Pareto tail.
+
+    None is larger than the largest weight was. Weights that are not finite become zero.
+
+    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
+    :param tail: the result of :func:`fit_tail`, where that is known.
+    :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
+    """
+    tail = fit_tail(log_weights) if tail is None else tail
+    weights = log_weights.detach().to("cpu", torch.float64)
+    weights = torch.where(weights.isfinite(), weights, -torch.inf)
+    if isfinite(tail.scale):
+        khat = tail.khat or 1e-9  # an index of zero is a limit
+        levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
+        quantiles = tail.scale * torch.expm1(-khat * torch.log1p(-levels)) / khat
+        smoothed = tail.log_cutoff + quantiles.log1p()
+        weights[weights.argsort()[-tail.size :]] = smoothed.clamp(max=weights.max().item())
+    return weights
+
+
 @dataclass(frozen=True, eq=False)
 class Importance:
     """What importance weights say of the guide that made them.
@@ -47,8 +169,8 @@ class Importance:
     :param elbo: the evidence lower bound, in nats.
     :param elbo_se: its standard error.
     :param log_evidence: the log of the mean weight.
-    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5, and nothing
-        to go by where it exceeds 0.7: the evidence then is that of a few draws, most often too small.
+    :param log_evidence_se: its standard error, too small where ``khat`` exceeds 0.5. Where that exceeds 0.7
+        the evidence rests on a few draws and is most often too small, by more than this says.
     :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
         estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
     :param khat_se: its standard error.
@@ -92,13 +214,18 @@ class Importance:
             log_evidence = (smoothed.max() + weights.mean().log()).item()
             ess = (weights.sum() ** 2 / weights.square().sum()).item()
             log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
-        counts = len(log_weights), len(log_weights) - len(finite)
         estimates = elbo, elbo_se, log_evidence, log_evidence_se, tail.khat, tail.khat_se, ess
-        return cls(*estimates, *counts, log_weights.detach())
+        num_samples, num_nonfinite = len(log_weights), len(log_weights) - len(finite)
+        return cls(*estimates, num_samples, num_nonfinite, log_weights.detach())
+
+    @property
+    def trusted(self) -> bool:
+        """Whether k-hat is at most 0.7, so that estimates with the weights are reliable."""
+        return self.khat <= GOOD_KHAT
 
     def __repr__(self) -> str:
-        bounds = (KHAT_OF_VARIANCE, "good"), (GOOD_KHAT, "acceptable")
-        word = next((word for bound, word in bounds if self.khat <= bound), "bad")
+        word = "acceptable" if self.trusted else "bad"
+        word = "good" if self.khat <= KHAT_OF_VARIANCE else word
         lines = [
             f"{'ELBO':14}{self.elbo:10.3f} ± {self.elbo_se:.3f}",
             f"{'log evidence':14}{self.log_evidence:10.3f} ± {self.log_evidence_se:.3f}",
@@ -122,7 +249,7 @@ def importance(
     Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
     out; others need a guide that draws them. If the model sub-samples its data, each draw sees another
     mini-batch, whose noise is in the weights: the ELBO is right, k-hat and the evidence mean nothing.
-    So it is if the density is random otherwise, as where a model takes rows by ``torch.randint``.
+    The same holds if the density is random otherwise, as where a model takes rows by ``torch.randint``.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -130,7 +257,7 @@ def importance(
     :param args: the arguments of both.
     :param kwargs: their keyword arguments.
     :raises ValueError: if the guide lacks a latent of the model or was made for another model, or
-        ``num_samples`` is no positive integer.
+        ``num_samples`` is not a positive integer.
 
     Example::
 
@@ -174,7 +301,7 @@ def psis_resample(
     :param kwargs: the keyword arguments of both.
     :return: for each site a tensor of shape ``(n,) + site shape``.
     :raises ValueError: if the guide lacks a latent of the model or was made for another model, a
-        number is no positive integer, or no draw has a finite weight.
+        number is not a positive integer, or all weights are zero or not finite.
 
     **References**
 
@@ -208,123 +335,5 @@ def psis_resample(
     # the sum of the weights is one to round-off only
     chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
     chosen = chosen[torch.randperm(n, device=chosen.device)]
-    found = {}
-    for name in chunks[0].values:
-        value = torch.cat([chunk.values[name] for chunk in chunks])
-        found[name] = value[chosen.to(value.device)]
-    return found
-
-
-#: the largest k-hat, also where a fit of the tail is meaningless
-WORST_KHAT = 10.0
-
-# how many draws Pyro's prior on k, with its mean of 0.5, counts as
-_PRIOR_SIZE = 10
-# smaller weights, relative to the largest, are negligible
-_LOG_RANGE = 15 * log(10)
-_FEW = 10
-# of fewer weights in the tail nothing is known, even if they are the same
-_FEWEST = 5
-# weights that round-off blurs by more nats than this are not known to be constant
-_MOST_ROUND_OFF = 0.5
-_NAN_SHARE = 0.01
-
-
-class ParetoTail(NamedTuple):
-    """The generalized Pareto distribution of the largest weights.
-
-    It is the distribution of ``weight / cutoff - 1`` for the ``size`` weights above the cutoff, with
-    index ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
-    """
-
-    khat: float
-    khat_se: float
-    scale: float
-    log_cutoff: float
-    size: int
-
-
-def fit_tail(log_weights: Tensor) -> ParetoTail:
-    r"""The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
-
-    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
-
-    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0 (tied are
-      three quarters of those above the cutoff), and one of 10, since nothing is known, where that
-      round-off is half a nat or more (in float32, for log weights beyond 260,000);
-    - of 20 weights or fewer nothing is known either, and k-hat is 10;
-    - weights of zero (``-inf``) count like others;
-    - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
-      with none that is finite and with fewer than ten tail weights within a factor of 1e15 of the
-      largest, k-hat is 10, which is its maximum.
-
-    The standard error is that of a generalized Pareto index from M draws, :math:`(1 + k) /
-    \sqrt{M}`, where the prior that shrinks k-hat towards 0.5 counts as ten more draws.
-
-    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
-    """
-    if log_weights.dim() != 1 or not len(log_weights):
-        raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
-    eps = torch.finfo(log_weights.dtype).eps
-    khat, scale, log_cutoff, size = _fit(log_weights.detach().to("cpu", torch.float64), eps)
-    # the asymptotic variance holds for k > -1/2
-    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
-    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
-
-
-def round_off_of(log_weights: Tensor) -> float:
-    """By how many nats round-off may blur the largest of some log weights, in their own dtype."""
-    largest = log_weights[log_weights.isfinite()].double().max().item()
-    return 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
-
-
-def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
-    """Log weights, the largest replaced by quantiles of their Pareto tail.
-
-    None is larger than the largest weight was. Weights that are not finite become zero.
-
-    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
-    :param tail: the result of :func:`fit_tail`, where that is known.
-    :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
-    """
-    tail = fit_tail(log_weights) if tail is None else tail
-    weights = log_weights.detach().to("cpu", torch.float64)
-    weights = torch.where(weights.isfinite(), weights, -torch.inf)
-    if isfinite(tail.scale):
-        levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
-        quantiles = -tail.scale * torch.log1p(-levels)
-        if abs(tail.khat) >= 1e-8:
-            quantiles = tail.scale * torch.expm1(-tail.khat * torch.log1p(-levels)) / tail.khat
-        smoothed = tail.log_cutoff + quantiles.log1p()
-        weights[weights.argsort()[-tail.size :]] = smoothed.clamp(max=weights.max().item())
-    return weights
-
-
-def _fit(weights: Tensor, eps: float) -> tuple[float, float, float, int]:
-    """The fields of a tail but for its standard error; ``eps`` is the weights' own precision."""
-    size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
-    ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
-    largest = ordered[-1].item()
-    is_failed = weights.isnan().double().mean().item() > _NAN_SHARE
-    if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
-        return WORST_KHAT, nan, nan, size
-    log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
-    round_off = 16 * eps * max(1.0, abs(largest))
-    if size < _FEWEST or largest - log_cutoff <= round_off:
-        is_known = size >= _FEWEST and round_off < _MOST_ROUND_OFF
-        return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
-    is_cut = log_cutoff < largest - _LOG_RANGE
-    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
-    above = ordered[ordered > log_cutoff]
-    if is_cut and len(above) < min(size, _FEW):
-        return WORST_KHAT, nan, log_cutoff, size
-    # where even the quartile is the maximum the routine may divide by zero
-    if len(above) >= _FEW and largest - above[len(above) // 4].item() <= round_off:
-        return 0.0, nan, log_cutoff, size
-    exceedances = (above - log_cutoff).expm1()
-    # the routine makes its grid on the default device
-    with torch.device("cpu"):
-        khat, scale = fit_generalized_pareto(exceedances)
-    if not isfinite(khat):
-        return WORST_KHAT, nan, log_cutoff, len(exceedances)
-    return min(khat, WORST_KHAT), scale, log_cutoff, len(exceedances)
+    values = {name: torch.cat([c.values[name] for c in chunks]) for name in chunks[0].values}
+    return {name: value[chosen.to(value.device)] for name, value in values.items()}

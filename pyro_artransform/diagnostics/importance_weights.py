@@ -6,7 +6,7 @@
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -119,9 +119,8 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
             f"guide: expected latents of shape {expected} and densities of shape {(n,)}, got "
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
-    return Weighted(
-        latent, log_joint.latents.constrain(latent), _log_ratio(log_joint, latent, log_q)
-    )
+    weights = _log_ratio(log_joint, latent, log_q)
+    return Weighted(latent, log_joint.latents.constrain(latent), weights)
 
 
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
@@ -136,20 +135,20 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
         values = {name: value for name, value in values.items() if not is_discrete[name]}
     else:
         log_joint = log_joint or LogJoint(model)
-        guide_draws = GuideSampler(guide, log_joint.num_plates)
-        _check_latents(log_joint.latents.sites, guide_draws.shapes)
-        _check_auxiliary(trace, log_joint.latents.sites)
+        guide_draws, sites = GuideSampler(guide, log_joint.num_plates), log_joint.latents.sites
+        _check_latents(sites, guide_draws.shapes)
+        _check_auxiliary(trace, sites)
         draw = partial(_draw_constrained, guide_draws, log_joint)
-        values, sites = guide_draws(_NUM_COMPARED)[0], log_joint.latents.sites
-        # the only entry of a simplex is no point
+        values = guide_draws(_NUM_COMPARED)[0]
+        # the only entry of a simplex is not a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
-    is_point = has_point(values)
+    weight = -torch.inf if has_point(values) else 0.0
 
-    def without_weight(n: int) -> Weighted:
-        found = draw(n)
-        return found._replace(log_weights=found.log_weights - torch.inf)
+    def weighted(n: int) -> Weighted:
+        drawn = draw(n)
+        return drawn._replace(log_weights=drawn.log_weights + weight)
 
-    return without_weight if is_point else draw
+    return weighted if weight else draw
 
 
 def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:
@@ -163,9 +162,9 @@ def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weight
 
 def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     """The log weights of draws, with a warning if a model turns out to mix draws at once."""
-    strategy = log_joint.strategy
     if log_joint.is_random:  # each draw sees a mini-batch of its own
         return torch.cat([*map(log_joint, latent.split(1))]) - log_q
+    strategy = log_joint.strategy
     log_p = log_joint.checked(latent, log_q)
     if log_joint.strategy != strategy:
         warnings.warn(
@@ -180,23 +179,22 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
     """Draws whose density needs the run of the model that follows each draw of the guide.
 
-    That is so for discrete sites, and for latents of a mini-batch, whose indices the model takes over.
+    Discrete sites need it, and latents of a mini-batch, whose indices the model takes over.
     """
-    rows, log_weights = [], []
-    for _ in range(n):
-        drawn = _trace(guide)
-        replayed = _trace(poutine.replay(model, trace=drawn))
-        values = {node["name"]: node["value"] for node in latent_nodes(replayed)}
-        _check_latents(values, drawn.nodes)
-        rows.append(values)
-        counts = partial(_counts_in_guide, runs_model(drawn))
-        log_weights.append(torch.as_tensor(replayed.log_prob_sum() - drawn.log_prob_sum(counts)))
-    return Weighted(None, stack(rows), torch.stack(log_weights))
+    rows, log_weights = zip(*(_replayed(model, guide) for _ in range(n)))
+    return Weighted(None, stack(list(rows)), torch.stack(log_weights))
 
 
-def _counts_in_guide(runs_model: bool, name: str, node: Any) -> bool:
-    """Whether a site is part of the density of a guide."""
-    return not (runs_model and node["is_observed"])
+def _replayed(model: Run, guide: Run) -> tuple[Values, Tensor]:
+    """A draw with its log weight."""
+    drawn = _trace(guide)
+    replayed = _trace(poutine.replay(model, trace=drawn))
+    values = {node["name"]: node["value"] for node in latent_nodes(replayed)}
+    _check_latents(values, drawn.nodes)
+    # where a guide runs the model, the data are not part of its density
+    with_data = not runs_model(drawn)
+    log_q = drawn.log_prob_sum(lambda _, node: with_data or not node["is_observed"])
+    return values, torch.as_tensor(replayed.log_prob_sum() - log_q)
 
 
 def _trace(run: Run) -> poutine.Trace:
@@ -208,16 +206,14 @@ def _trace(run: Run) -> poutine.Trace:
 def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
     """Checks that a vector of a guide's latents is one of the model's.
 
-    That they have as many dimensions says nothing: a reparametrized model has other latents.
+    Equal dimensions do not suffice: a reparametrized model has other latents.
 
     :param guide: runs the guide.
     :raises ValueError: if it is of other latents.
     """
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
-    got = {}
-    for node in latent_nodes(_trace(guide)):
-        if not node["infer"].get("is_auxiliary"):
-            got[node["name"]] = tuple(node["value"].shape)
+    nodes = [node for node in latent_nodes(_trace(guide)) if not node["infer"].get("is_auxiliary")]
+    got = {node["name"]: tuple(node["value"].shape) for node in nodes}
     # a guide that has the vector only does not say what is in it; the order is that of the vector
     if got and list(got.items()) != list(expected.items()):
         raise ValueError(
@@ -231,14 +227,18 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
 
     :raises ValueError: if there are more numbers in them than such latents have.
     """
-    others = {node["name"]: node["value"].numel() for node in latent_nodes(trace)}
-    num_determined = 0
-    for name in [name for name in others if name in wanted]:
-        fn, size = trace.nodes[name]["fn"], others.pop(name)
+    num_others = num_determined = 0
+    others = []
+    for node in latent_nodes(trace):
+        fn, size = node["fn"], node["value"].numel()
+        if node["name"] not in wanted:
+            others.append(node["name"])
+            num_others += size
+            continue
         while hasattr(fn, "base_dist"):
             fn = fn.base_dist
         num_determined += size if isinstance(fn, Delta) else 0
-    if sum(others.values()) > num_determined:
+    if num_others > num_determined:
         raise ValueError(
             f"guide: expected sites of the model only, or others that determine them by a Delta, as those "
             f"of Pyro's autoguides do, got {sorted(others)}. The guide's density of the model's latents "

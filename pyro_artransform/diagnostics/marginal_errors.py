@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Errors of a guide's means and standard deviations, from pairs of chains, with standard errors.
+"""Errors of a guide's means and standard deviations, with standard errors, from chains or weights.
 
 All values are in units of their own, near those of the guide, so that round-off does not matter.
 """
@@ -13,6 +13,13 @@ from torch import Tensor
 
 from .chains import Averages, Stretched, ToLatent
 
+#: chains that remember more than this of their start have moved less than half of the way
+MOST_MEMORY = 0.5
+
+# standard errors of a memory that are its noise: each of a thousand latents would be extrapolated by it
+_NOISE_OF_MEMORY = 2.0
+# coordinates that are weighed at once: each array of 4,000 draws of them takes 8 MB
+_COORDINATES = 256
 # pairs of opposite draws: an sd is known to 1 %, a mean of a transform that is nearly linear much better
 _NUM_PAIRS = 4000
 _AT_A_TIME = 500
@@ -35,18 +42,9 @@ class Expectation(NamedTuple):
     def of_sums(cls, sums: Tensor, count: int) -> "Expectation":
         """That of values at paired draws, from the sums that :func:`sums_of_pairs` gives of them."""
         guide, known, squares, known_squares, products = sums / count
-        moments = (
-            squares - guide.square(),
-            known_squares - known.square(),
-            products - guide * known,
-        )
+        variance, known_variance = squares - guide.square(), known_squares - known.square()
+        moments = variance, known_variance, products - guide * known
         return cls(guide, known, *(moment / (count - 1) for moment in moments))
-
-    @classmethod
-    def of_known(cls, guide: Tensor, known: Tensor) -> "Expectation":
-        """That of values at draws of the guide, ``(n, D)``, where the other is exact, ``(D,)``."""
-        zeros = torch.zeros_like(known)
-        return cls(guide.mean(0), known, guide.var(0) / len(guide), zeros, zeros)
 
     def error_variance(self, guide_share: Tensor, known_share: Tensor) -> Tensor:
         """The variance of a share of the one less a share of the other."""
@@ -66,8 +64,12 @@ class PairedMoments(NamedTuple):
 def moments_of_draws(draws: Tensor, stretched: Stretched) -> PairedMoments:
     """The moments of standardized draws, and those of a standard normal that was stretched."""
     widened = stretched.directions.square() @ (stretched.factors.square() - 1)
-    mean = Expectation.of_known(draws, torch.zeros_like(widened))
-    return PairedMoments(mean, Expectation.of_known(draws.square(), 1 + widened))
+    zeros = torch.zeros_like(widened)
+    first, second = draws, draws.square()
+    return PairedMoments(
+        Expectation(first.mean(0), zeros, first.var(0) / len(draws), zeros, zeros),
+        Expectation(second.mean(0), 1 + widened, second.var(0) / len(draws), zeros, zeros),
+    )
 
 
 def moments_of_transform(
@@ -82,9 +84,7 @@ def moments_of_transform(
             known = _mean_of_pairs(stretched.before(transform), base, loc, scale)
         means = means + sums_of_pairs(of_guide[0], known[0])
         squares = squares + sums_of_pairs(of_guide[1], known[1])
-    return PairedMoments(
-        Expectation.of_sums(means, _NUM_PAIRS), Expectation.of_sums(squares, _NUM_PAIRS)
-    )
+    return PairedMoments(*(Expectation.of_sums(sums, _NUM_PAIRS) for sums in (means, squares)))
 
 
 def sums_of_pairs(one: Tensor, other: Tensor) -> Tensor:
@@ -100,23 +100,11 @@ def _mean_of_pairs(
     return (one + other) / 2, (one.square() + other.square()) / 2
 
 
-#: chains that remember more than this of their start have moved less than half of the way
-MOST_MEMORY = 0.5
-# coordinates that are weighed at once: each array of 4,000 draws of them takes 8 MB
-_COORDINATES = 256
-# standard errors of a memory that are its noise: each of a thousand latents would be extrapolated by it
-_NOISE_OF_MEMORY = 2.0
-
-
 class MarginalErrors(NamedTuple):
     """Errors of each mean and standard deviation of a guide, shape ``(D,)`` each.
 
-    :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
-    :param mean_shift_se: its standard error.
-    :param sd_ratio: the guide's sd over the posterior's.
-    :param sd_ratio_se: its standard error.
-    :param memory: the slope of a chain's mean in its start: 0 where it is forgotten.
-    :param memory_se: its standard error, which is large where a guide is narrow.
+    The fields are those of :class:`~pyro_artransform.diagnostics.Marginals`; the standard error of a
+    memory is large where a guide is narrow.
     """
 
     mean_shift: Tensor
@@ -137,10 +125,10 @@ def marginal_errors(
 ) -> MarginalErrors:
     """Errors of a guide from chains that started at its draws.
 
-    What chains remember of the start, beyond noise, is extrapolated: where a share m of a difference
-    of means is left, a share m^2 of one of variances is, as for a Gaussian. Beyond a memory of
-    :data:`MOST_MEMORY` errors are extrapolated as if from there, so that they are those of the
-    posterior or smaller.
+    The memory is the slope of a chain's mean in its start. What chains remember beyond noise is
+    extrapolated: where a share m of a difference of means is left, a share m^2 of one of variances is,
+    as for a Gaussian. Beyond a memory of :data:`MOST_MEMORY` errors are extrapolated as if from there,
+    so that they are those of the posterior or smaller.
 
     :param chains: the averages of chains of the posterior.
     :param companions: those of the chains that they are paired with.
@@ -180,7 +168,6 @@ def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
 
 
 def _errors_by_weights(draws: Tensor, weights: Tensor) -> MarginalErrors:
-    count = len(draws)
     mean, other = (weights * draws).mean(0), draws.mean(0)
     squares, others = (draws - mean).square(), (draws - other).square()
     variance, own = (weights * squares).mean(0), others.mean(0)
@@ -189,11 +176,9 @@ def _errors_by_weights(draws: Tensor, weights: Tensor) -> MarginalErrors:
     of_log_sd = 0.5 * weights * (squares / variance - 1)
     of_shift = ((draws - other) - weights * (draws - mean)) / sd - (other - mean) / sd * of_log_sd
     of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
-    shift_se, log_se = (part.std(0) / count**0.5 for part in (of_shift, of_log_ratio))
-    forgotten = torch.zeros_like(mean)
-    return MarginalErrors(
-        (other - mean) / sd, shift_se, ratio, ratio * log_se, forgotten, forgotten
-    )
+    shift_se, log_se = (part.std(0) / len(draws) ** 0.5 for part in (of_shift, of_log_ratio))
+    shift, memory = (other - mean) / sd, torch.zeros_like(mean)
+    return MarginalErrors(shift, shift_se, ratio, ratio * log_se, memory, memory)
 
 
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:
@@ -211,8 +196,7 @@ def critical_value(num_statements: int, num_chains: int, confidence: float) -> f
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    degrees = num_chains - 2
-    return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
+    return z + sum(term / (num_chains - 2) ** power for power, term in enumerate(terms, 1))
 
 
 def _controlled(values: Tensor, controls: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@
 """How far means and standard deviations of a guide are off, one latent at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -44,141 +44,14 @@ _NUM_DRAWS = 10_000
 _NUM_CHECKED = 1000
 
 
-class Bounded(NamedTuple):
-    """Errors of all latents with simultaneous bounds.
-
-    :param errors: shape ``(D,)``.
-    :param widths: half of the widths of their intervals.
-    :param most: the largest error that is trusted.
-    """
-
-    errors: Tensor
-    widths: Tensor
-    most: float
-
-    @property
-    def are_off(self) -> Tensor:
-        """Which errors are larger than what is trusted, beyond doubt."""
-        return self.errors.abs() - self.widths > self.most
-
-    @property
-    def bound(self) -> float:
-        """No error is larger than this, beyond doubt; infinite where one is not known."""
-        return float((self.errors.abs() + self.widths).nan_to_num(torch.inf, torch.inf).max())
-
-
-class Judgement(NamedTuple):
-    """Which errors of means and of sds are too large, and which latents chains hardly moved."""
-
-    errors: MarginalErrors
-    shifts: Bounded
-    ratios: Bounded
-    are_slow: Tensor
-
-    @property
-    def is_off(self) -> bool:
-        """Whether an error is too large beyond doubt, or chains could not tell."""
-        found = self.shifts.are_off | self.ratios.are_off | self.are_slow
-        return bool(found.any())
-
-    @property
-    def is_open(self) -> bool:
-        """Whether none is too large beyond doubt, and one may be twice as large as what is trusted."""
-        is_known = all(part.bound <= 2 * part.most for part in (self.shifts, self.ratios))
-        return not (self.is_off or is_known)
-
-    @property
-    def is_good(self) -> bool:
-        """Whether the errors are known to be small."""
-        return not (self.is_off or self.is_open)
-
-    def words(self, latents: Latents) -> str:
-        """The same in words."""
-        bounds = self.shifts.bound, self.ratios.bound
-        if self.is_off:
-            return "; ".join(self._objections(latents))
-        if self.is_open:
-            return (
-                f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with "
-                "more num_chains knows more"
-            )
-        dim = latents.latent_dim
-        of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
-        return bounds_in_words(*bounds, of)
-
-    def _objections(self, latents: Latents) -> Iterator[str]:
-        shifts, ratios = self.shifts, self.ratios
-        if shifts.are_off.any():
-            worst = _worst(shifts.errors.abs(), shifts.are_off)
-            yield (
-                f"{_count(shifts.are_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of "
-                f"{_name(latents, worst)} by {shifts.errors[worst]:.2f} ± {shifts.widths[worst]:.2f})"
-            )
-        if ratios.are_off.any():
-            ratio = self.errors.sd_ratio
-            worst = _worst(ratio.log().abs(), ratios.are_off)
-            yield (
-                f"{_count(ratios.are_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of "
-                f"{_name(latents, worst)} is {ratio[worst]:.2f} ± {ratios.widths[worst]:.2f} of the "
-                "posterior's)"
-            )
-        if self.are_slow.any():
-            worst = _worst(self.errors.memory, self.are_slow)
-            yield (
-                f"{_count(self.are_slow, 'latents')} hardly moved by the chains, as "
-                f"{_name(latents, worst)} is, and errors may be larger: take more num_steps, or fit the "
-                "guide for longer"
-            )
-
-
-def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
-    """Bounds of the errors of means, in sds, and of the relative ones of sds, both rounded up."""
-    hundredths = [math.ceil(round(100 * b, 3)) if math.isfinite(b) else b for b in (mean, sd)]
-    return f"means{of} within {hundredths[0] / 100:.2f} sd, sds within {hundredths[1]:.0f} %"
-
-
-def judged(errors: MarginalErrors, num_samples: int) -> Judgement:
-    """What errors amount to.
-
-    :param num_samples: how many independent chains or draws are behind their standard errors.
-    """
-    width = critical_value(2 * len(errors.mean_shift), num_samples, CONFIDENCE)
-    shifts = Bounded(errors.mean_shift, width * errors.mean_shift_se, GOOD_MEAN_SHIFT)
-    ratios = Bounded(errors.sd_ratio - 1, width * errors.sd_ratio_se, GOOD_SD_ERROR)
-    return Judgement(errors, shifts, ratios, ~(errors.sure_memory <= MOST_MEMORY))
-
-
-def _count(chosen: Tensor, what: str) -> str:
-    count = int(chosen.sum())
-    return f"{count:,} of {len(chosen):,} {what} {'is' if count == 1 else 'are'}"
-
-
-def _worst(values: Tensor, chosen: Tensor) -> int:
-    return int(torch.where(chosen, values.nan_to_num(torch.inf), -torch.inf).argmax())
-
-
-def _name(latents: Latents, index: int) -> str:
-    """The site and the place of a coordinate, as in ``z[3, 1]``."""
-    for site in latents.sites.values():
-        if index < site.size:
-            place: list[int] = []
-            for size in reversed(site.unconstrained_shape):
-                index, last = divmod(index, size)
-                place.insert(0, last)
-            return f"{site.name}{place or ''}"
-        index -= site.size
-    raise IndexError(f"index: expected less than {latents.latent_dim} coordinates")
-
-
 @dataclass(frozen=True, eq=False)
 class Marginals:
     """How far the means and standard deviations of a guide are from those of the posterior.
 
     Everything is of single coordinates on the unconstrained space, and by site of the shape that the
-    site has there. Errors are those of the guide: a positive shift is a mean that is too large, a
-    ratio below one a standard deviation that is too small. Standard errors are of the noise of chains.
-    Of a guide that is off by several sds chains are still on their way, and errors are larger than they
-    say: that it is off is sure, by how much is not.
+    site has there. A positive shift is a mean that is too large, a ratio below one a standard
+    deviation that is too small. Standard errors are those of the noise of chains. Where a guide is off
+    by several sds chains are still on their way: its errors are then larger than given here.
 
     :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
     :param mean_shift_se: its standard error.
@@ -215,19 +88,15 @@ class Marginals:
     words: str = field(repr=False)
 
     def __repr__(self) -> str:
-        source = (
-            f"{self.num_chains} chains, {self.num_gradients:,} gradients, acceptance "
-            f"{self.acceptance:.2f}"
-        )
-        lines = [f"Marginals: {self.words}", f"  {source if self.num_chains else 'by weights'}"]
+        source = f"{self.num_chains} chains, {self.num_gradients:,} gradients, acceptance "
+        source = f"{source}{self.acceptance:.2f}" if self.num_chains else "by weights"
         width = max(map(len, ["site", *self.mean_shift]))
-        lines.append(f"  {'site':{width}}  largest shift of a mean  sds of the guide's  memory")
+        head = f"  {'site':{width}}  largest shift of a mean  sds of the guide's  memory"
+        lines = [f"Marginals: {self.words}", f"  {source}", head]
         for name, shift in self.mean_shift.items():
-            ratio = self.sd_ratio[name]
-            lines.append(
-                f"  {name:{width}}  {shift.abs().max():20.3f} sd  {ratio.min():8.3f} to "
-                f"{ratio.max():5.3f}  {self.memory[name].max():6.2f}"
-            )
+            ratio, memory = self.sd_ratio[name], self.memory[name].max()
+            ratios = f"{ratio.min():8.3f} to {ratio.max():5.3f}"
+            lines.append(f"  {name:{width}}  {shift.abs().max():20.3f} sd  {ratios}  {memory:6.2f}")
         return "\n".join(lines)
 
 
@@ -241,12 +110,12 @@ def marginals(
 ) -> Marginals:
     """How far the mean and the standard deviation of each latent are off, by short chains of HMC.
 
-    k-hat judges all latents at once, and of a thousand latents that are all right to a few percent
-    the weights are useless all the same. Here many chains start at draws of the guide and move
-    towards the posterior; how far means and standard deviations move says how far the guide's are off.
-    Chains run in the base space of the guide's transform, where a good posterior is a standard normal,
-    with directions stretched in which it is none. Each is paired with a chain of a known distribution
-    that has the same random numbers, so that a good guide leaves little noise.
+    k-hat judges all latents at once: of a thousand latents that are each right to a few percent the
+    weights are useless all the same. Here many chains start at draws of the guide and move towards the
+    posterior; how far means and standard deviations move says how far the guide's are off. Chains run
+    in the base space of the guide's transform, where a good posterior is a standard normal, with
+    directions stretched in which it is not. Each is paired with a chain of a known distribution that
+    has the same random numbers, so that a good guide leaves little noise.
 
     Any guide of continuous latents will do. One with Pyro's ``get_transform`` gives the base space, of
     any other it is that of the means and sds of its draws. Chains do not find modes that are far from
@@ -262,11 +131,11 @@ def marginals(
     :param num_chains: how many chains, 16 at least; by default 128, and 32 for a model that runs for
         one draw after the other. Standard errors fall with the square root.
     :param num_steps: how many trajectories of each chain count, after 12 that do not, of which each
-        turns a standard normal by about a quarter; as many again where they leave the verdict open.
+        turns a standard normal by about a quarter; twice that where they leave the verdict open.
     :param kwargs: the keyword arguments of both.
     :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
         lacks a latent, was made for another model, is a point at some site, has discrete sites, or has
-        no draw of finite density.
+        too few draws of finite density.
     :raises RuntimeError: if it is called in ``torch.inference_mode``.
 
     Example::
@@ -285,12 +154,10 @@ def marginals(
 
     1. A Targeted Accuracy Diagnostic for Variational Approximations (Wang, Kasprzak, Huggins, 2023),
        https://arxiv.org/abs/2302.12419
-    2. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
-       Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            "marginals: expected to be called outside of torch.inference_mode, without gradients"
+            "marginals: expected gradients, got torch.inference_mode: leave it first"
         )
     if num_chains is not None:
         check_integer("num_chains", num_chains, _LEAST_CHAINS)
@@ -319,9 +186,8 @@ def marginals_of(
         )
     if num_chains is None:
         num_chains = _NUM_CHAINS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CHAINS
-    log_weights(
-        model, guide, 1, args, kwargs, log_joint
-    )  # an error if it is no guide of this model
+    # an error if it is not a guide of this model
+    log_weights(model, guide, 1, args, kwargs, log_joint)
     transform = guide_transform(guide, args, kwargs)
     if transform is not None:
         check_same_latents(log_joint, partial(guide, *args, **kwargs))
@@ -351,47 +217,110 @@ def marginals_of(
         moments = moments_of_draws((draws - loc) / scale, stretched)
     else:
         moments = moments_of_transform(transform, stretched, loc, scale)
-    judgement = judged(marginal_errors(*chains.averages, moments, start), num_chains)
-    if judgement.is_open:
+    latents, paired = log_joint.latents, (chains.values, chains.companion_values, moments, start)
+    errors = marginal_errors(*paired)
+    judgement = _judged(errors, num_chains, latents)
+    if judgement.trusted is None:
         rate = (rate + chains.run(0, num_steps)) / 2
-        judgement = judged(marginal_errors(*chains.averages, moments, start), num_chains)
-    latents, count = log_joint.latents, target.num_gradients
-    return _marginals(judgement, latents, count, acceptance=rate, num_chains=num_chains)
+        errors = marginal_errors(*paired)
+        judgement = _judged(errors, num_chains, latents)
+    return _marginals(errors, judgement, latents, rate, num_chains, target.num_gradients)
 
 
 def marginals_by_weights(draws: Tensor, log_weights: Tensor, latents: Latents) -> Marginals:
     """How far the moments of a guide's draws are from those of the weighted draws, without chains.
 
-    For weights that can be trusted: what is off where no draw is they do not tell.
+    For weights that can be trusted: they do not see errors where the guide does not draw.
 
     :param draws: of the guide, on the unconstrained space, shape ``(n, latent_dim)``.
     :param log_weights: their log weights, finite, shape ``(n,)``.
     :param latents: of the model.
     """
-    judgement = judged(errors_by_weights(draws, log_weights), len(draws))
-    return _marginals(judgement, latents, 0, acceptance=math.nan, num_chains=0)
+    errors = errors_by_weights(draws, log_weights)
+    return _marginals(errors, _judged(errors, len(draws), latents), latents)
+
+
+def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
+    """Bounds of the errors of means, in sds, and of the relative ones of sds, both rounded up."""
+    hundredths = [math.ceil(round(100 * b, 3)) if math.isfinite(b) else b for b in (mean, sd)]
+    return f"means{of} within {hundredths[0] / 100:.2f} sd, sds within {hundredths[1]:.0f} %"
+
+
+class _Judgement(NamedTuple):
+    """Whether errors can be trusted, ``None`` where they are known too little; bounds of them; in words."""
+
+    trusted: bool | None
+    bounds: tuple[float, float]
+    words: str
+
+
+def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> _Judgement:
+    """What errors amount to, with as many independent chains or draws behind their standard errors."""
+    width = critical_value(2 * latents.latent_dim, num_samples, CONFIDENCE)
+    shift, shift_width = errors.mean_shift, width * errors.mean_shift_se
+    ratio, ratio_width = errors.sd_ratio, width * errors.sd_ratio_se
+    bounds = _bound(shift, shift_width), _bound(ratio - 1, ratio_width)
+    objections = []
+    is_off = shift.abs() - shift_width > GOOD_MEAN_SHIFT
+    if is_off.any():
+        worst, name = _worst(shift.abs(), is_off, latents)
+        objections.append(
+            f"{_count(is_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of {name} by "
+            f"{shift[worst]:.2f} ± {shift_width[worst]:.2f})"
+        )
+    is_off = (ratio - 1).abs() - ratio_width > GOOD_SD_ERROR
+    if is_off.any():
+        worst, name = _worst(ratio.log().abs(), is_off, latents)
+        objections.append(
+            f"{_count(is_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of {name} is "
+            f"{ratio[worst]:.2f} ± {ratio_width[worst]:.2f} of the posterior's)"
+        )
+    is_slow = ~(errors.sure_memory <= MOST_MEMORY)
+    if is_slow.any():
+        _, name = _worst(errors.memory, is_slow, latents)
+        objections.append(
+            f"{_count(is_slow, 'latents')} hardly moved by the chains, as {name} is, and errors may be "
+            "larger: take more num_steps, or fit the guide for longer"
+        )
+    if objections:
+        return _Judgement(False, bounds, "; ".join(objections))
+    if bounds[0] > 2 * GOOD_MEAN_SHIFT or bounds[1] > 2 * GOOD_SD_ERROR:
+        words = (
+            f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with "
+        )
+        return _Judgement(None, bounds, f"{words}more num_chains knows more")
+    dim = latents.latent_dim
+    of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
+    return _Judgement(True, bounds, bounds_in_words(*bounds, of))
+
+
+def _bound(errors: Tensor, widths: Tensor) -> float:
+    """All errors are within this, beyond doubt; infinite where one is not known."""
+    return float((errors.abs() + widths).nan_to_num(torch.inf, torch.inf).max())
+
+
+def _count(chosen: Tensor, what: str) -> str:
+    count = int(chosen.sum())
+    return f"{count:,} of {len(chosen):,} {what} {'is' if count == 1 else 'are'}"
+
+
+def _worst(values: Tensor, chosen: Tensor, latents: Latents) -> tuple[int, str]:
+    """The place of the largest value of those chosen, also by site as in ``z[3, 1]``."""
+    worst = int(torch.where(chosen, values.nan_to_num(torch.inf), -torch.inf).argmax())
+    is_worst = latents.split(torch.arange(latents.latent_dim, device="cpu") == worst)
+    name = next(name for name, place in is_worst.items() if place.any())
+    return worst, f"{name}{is_worst[name].nonzero()[0].tolist() or ''}"
 
 
 def _marginals(
-    judgement: Judgement,
+    errors: MarginalErrors,
+    judgement: _Judgement,
     latents: Latents,
-    num_gradients: int,
-    *,
-    acceptance: float,
-    num_chains: int,
+    acceptance: float = math.nan,
+    num_chains: int = 0,
+    num_gradients: int = 0,
 ) -> Marginals:
-    errors = judgement.errors
-    return Marginals(
-        mean_shift=latents.split(errors.mean_shift),
-        mean_shift_se=latents.split(errors.mean_shift_se),
-        sd_ratio=latents.split(errors.sd_ratio),
-        sd_ratio_se=latents.split(errors.sd_ratio_se),
-        memory=latents.split(errors.memory),
-        mean_bound=judgement.shifts.bound,
-        sd_bound=judgement.ratios.bound,
-        acceptance=acceptance,
-        num_chains=num_chains,
-        num_gradients=num_gradients,
-        trusted=judgement.is_good,
-        words=judgement.words(latents),
-    )
+    shift, shift_se, ratio, ratio_se, memory, _ = map(latents.split, errors)
+    by_site = shift, shift_se, ratio, ratio_se, memory
+    trusted, counts = judgement.trusted is True, (num_chains, num_gradients)
+    return Marginals(*by_site, *judgement.bounds, acceptance, *counts, trusted, judgement.words)

@@ -5,15 +5,17 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from math import nan
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .axes import GRAY, new_axes
+
+Name = tuple[Any, ...]
 
 _MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
 _MIN_NAMED = 0.04  # the least part of an axis that is named
@@ -23,14 +25,14 @@ class LatentGraph(Protocol):
     """Which latents depend on each other and how they are drawn, by names such as ``("h", 3)``."""
 
     @property
-    def names(self) -> Sequence[tuple[Any, ...]]: ...
+    def names(self) -> Sequence[Name]: ...
 
     @property
-    def levels(self) -> Sequence[Sequence[tuple[Any, ...]]]: ...
+    def levels(self) -> Sequence[Sequence[Name]]: ...
 
-    def neighbours(self, *name: Any) -> Sequence[tuple[Any, ...]]: ...
+    def neighbours(self, *name: Any) -> Sequence[Name]: ...
 
-    def parents(self, *name: Any) -> Sequence[tuple[Any, ...]]: ...
+    def parents(self, *name: Any) -> Sequence[Name]: ...
 
 
 @runtime_checkable
@@ -59,23 +61,23 @@ def plot_graph(graph: HasGraph | LatentGraph, ax: Axes | None = None) -> Axes:
     pairs = [(one, two) for one in names for two in (one, *found.neighbours(*one))]
     known = set(pairs)
     filled = [(one, two) for one in names for two in found.parents(*one) if (one, two) not in known]
-    ax = new_axes(ax, (8.4, 4.2))
+    filled += [(two, one) for one, two in filled]
+    ax, right, margin = new_axes(ax, (8.4, 4.2)), 1.14 * dim, 0.02 * dim
+    of_guide = "order of the guide (gray: fill-in)" if filled else "order of the guide"
+    gray: dict[str, Any] = {"cmap": "gray", "vmin": -3, "vmax": 1}
+    _draw_pattern(ax, by_level, dict.fromkeys(filled, 0.0), right, gray)
     colors = plt.get_cmap("viridis", len(found.levels))
     style: dict[str, Any] = {"cmap": colors, "vmin": -0.5, "vmax": len(found.levels) - 0.5}
-    right, margin = 1.14 * dim, 0.02 * dim
-    gray: dict[str, Any] = {"cmap": "gray", "vmin": -3, "vmax": 1}
-    _draw_pattern(ax, by_level, filled + [pair[::-1] for pair in filled], {}, right, gray)
-    for left, order in ((0.0, names), (right, by_level)):
-        image = _draw_pattern(ax, order, pairs, level, left, style)
+    levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
+    for left, order, title in ((0.0, names, "order of the model"), (right, by_level, of_guide)):
+        image = _draw_pattern(ax, order, levels, left, style)
+        ax.text(left + dim / 2, -2 * margin, title, ha="center", va="bottom")
     ax.set(xlim=(-margin, right + dim + margin), ylim=(dim + margin, -margin), aspect="equal")
     sites = _named_runs([str(name[0]) for name in names])
-    levels = _named_runs([f"level {level[name]}" for name in by_level])
-    ticks = {**sites, **{place + right: label for place, label in levels.items()}}
+    runs = _named_runs([f"level {level[name]}" for name in by_level])
+    ticks = {**sites, **{right + place: label for place, label in runs.items()}}
     ax.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(list(sites), sites.values())
-    of_guide = "order of the guide" + (" (gray: fill-in)" if filled else "")
-    for left, title in ((0.0, "order of the model"), (right, of_guide)):
-        ax.text(left + dim / 2, -2 * margin, title, ha="center", va="bottom")
     ax.spines[:].set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, label="level")
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -84,29 +86,24 @@ def plot_graph(graph: HasGraph | LatentGraph, ax: Axes | None = None) -> Axes:
 
 def _draw_pattern(
     ax: Axes,
-    order: Sequence[tuple[Any, ...]],
-    pairs: Sequence[tuple[Any, Any]],
-    level: Mapping[Any, int],
+    order: Sequence[Name],
+    values: Mapping[tuple[Name, Name], float],
     left: float,
     style: Mapping[str, Any],
 ) -> Any:
-    """A square of cells; each has the last level of its pairs, and no colour if there are none."""
-    dim = len(order)
-    size = min(dim, _MAX_CELLS)
+    """A square of cells, each of the largest value of its pairs, or empty."""
+    dim, size = len(order), min(len(order), _MAX_CELLS)
     cell = {name: place * size // dim for place, name in enumerate(order)}
-    cells = torch.full((size * size,), -1.0, dtype=torch.float64, device="cpu")
-    where = torch.tensor(
-        [cell[one] * size + cell[two] for one, two in pairs], dtype=torch.long, device="cpu"
-    )
-    last = [float(max(level.get(one, 0), level.get(two, 0))) for one, two in pairs]
-    values = torch.tensor(last, dtype=torch.float64, device="cpu")
-    cells = cells.scatter_reduce(0, where, values, "amax")
-    shown = cells.masked_fill(cells < 0, torch.nan).reshape(size, size)
-    extent = (left, left + dim, dim, 0)
-    frame: dict[str, Any] = {"fill": False, "edgecolor": GRAY, "linewidth": 0.8}
+    cells = [[nan] * size for _ in range(size)]
+    for (one, two), value in values.items():
+        row, column = cells[cell[one]], cell[two]
+        row[column] = max(value, row[column])  # the value where there was none
     margin = 0.01 * dim  # so that the frame hides no row
-    ax.add_patch(Rectangle((left - margin, -margin), dim + 2 * margin, dim + 2 * margin, **frame))
-    return ax.imshow(shown.numpy(), extent=extent, interpolation="nearest", **style)
+    side = dim + 2 * margin
+    line: dict[str, Any] = {"fill": False, "edgecolor": GRAY, "linewidth": 0.8}
+    ax.add_patch(Rectangle((left - margin, -margin), side, side, **line))
+    extent = (left, left + dim, dim, 0)
+    return ax.imshow(cells, extent=extent, interpolation="nearest", **style)
 
 
 def _named_runs(labels: Sequence[str]) -> dict[float, str]:

@@ -8,12 +8,15 @@ from itertools import product
 from typing import Any
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from .axes import BLUE, GRAY, tidied
 
 _COLORS = {"guide": BLUE, "reference": GRAY}
+_HISTOGRAMS: dict[str, dict[str, Any]] = {
+    "guide": {"histtype": "step", "linewidth": 1.4},
+    "reference": {"histtype": "stepfilled", "alpha": 0.45},
+}
 _MAX_COORDINATES = 8
 _MAX_POINTS = 2000
 
@@ -47,16 +50,17 @@ def plot_pairs(
     layout: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(size, size, figsize=(1.8 * size + 1,) * 2, **layout)
     for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
-        ax = axes[i, j]
+        ax = tidied(axes[i, j], column, row)
         for label in series if i >= j else reversed(series):
-            x, y = series[label][column], series[label][row]
+            x, y, color = series[label][column], series[label][row], _COLORS[label]
             if i == j:
-                _draw_histogram(ax, x, ranges[column], label)
+                bins = max(10, min(40, int(len(x) ** 0.5)))
+                style: dict[str, Any] = {"range": ranges[column], "color": color, "label": label}
+                ax.hist(x.numpy(), bins, density=True, **style, **_HISTOGRAMS[label])
             else:
                 step = max(1, -(-len(x) // _MAX_POINTS))
-                dots = {"color": _COLORS[label], "s": 3, "alpha": 0.35, "linewidths": 0}
-                ax.scatter(x[::step].numpy(), y[::step].numpy(), **dots)
-        tidied(ax, column, row).set(xlim=ranges[column])
+                ax.scatter(x[::step], y[::step], color=color, s=3, alpha=0.35, linewidths=0)
+        ax.set_xlim(ranges[column])
         ax.tick_params(labelsize=7)
         ax.locator_params(nbins=4)
         ax.label_outer()
@@ -71,14 +75,6 @@ def plot_pairs(
     return axes
 
 
-def _draw_histogram(ax: Axes, x: Tensor, limits: tuple[float, float], label: str) -> None:
-    style: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
-    if label == "reference":
-        style = {"histtype": "stepfilled", "alpha": 0.45}
-    style.update(density=True, color=_COLORS[label], label=label)
-    ax.hist(x.numpy(), bins=max(10, min(40, int(len(x) ** 0.5))), range=limits, **style)
-
-
 def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Draws of each coordinate by name, of shape ``(n,)``."""
     columns = {}
@@ -86,21 +82,20 @@ def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         indices = list(product(*map(range, value.shape[1:])))
         flat = value.detach().to("cpu").reshape(len(value), len(indices))
         for index, column in zip(indices, flat.unbind(1)):
-            position = f"[{', '.join(map(str, index))}]" if index else ""
-            columns[name + position] = column
+            columns[f"{name}{list(index) or ''}"] = column
     return columns
 
 
 def _chosen(columns: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
     if names is None:
         return list(columns)[:_MAX_COORDINATES]
-    found: list[str] = []
+    chosen: list[str] = []
     for name in names:
-        those = [column for column in columns if name in (column, column.partition("[")[0])]
-        if not those:
+        found = [column for column in columns if name in (column, column.partition("[")[0])]
+        if not found:
             raise ValueError(f"names: expected some of {list(columns)}, got '{name}'")
-        found += those
-    return found
+        chosen += found
+    return chosen
 
 
 def _range(name: str, columns: Sequence[Tensor]) -> tuple[float, float]:

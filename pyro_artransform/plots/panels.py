@@ -4,8 +4,7 @@
 """Single pictures of results, and the picture of a fit that puts them side by side."""
 
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,7 +29,7 @@ _MAX_BARS = 100  # coordinates: more error bars than that hide each other
 
 @runtime_checkable
 class HasHistory(Protocol):
-    """A result with the ELBO of each step, such as that of a fit."""
+    """A result with the ELBO of each step."""
 
     history: Sequence[float]
 
@@ -48,22 +47,20 @@ def plot_fit(result: FitResult) -> Any:
     """
     if not isinstance(result, FitResult):
         raise TypeError(f"result: expected what fit returns, got {type(result).__name__}")
-    panels: list[Callable[[Axes], Axes]] = [partial(_draw_elbo, result)]
-    if result.importance is not None:
-        panels.append(partial(plot_khat, result.importance))
-    if result.marginals is not None:
-        panels.append(partial(plot_marginals, result.marginals))
-    width, height = len(panels) * _PANEL[0], _PANEL[1]
-    words = textwrap.wrap(result.verdict, int(_LETTERS * width))
-    size = width, height + 0.15 * len(words)
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, figsize=size, layout="constrained")
+    count = 1 + (result.importance is not None) + (result.marginals is not None)
+    words = textwrap.wrap(result.verdict, int(_LETTERS * count * _PANEL[0]))
+    size = count * _PANEL[0], _PANEL[1] + 0.15 * len(words)
+    figure, axes = plt.subplots(1, count, squeeze=False, figsize=size, layout="constrained")
     figure.suptitle("\n".join(words), fontsize=8)
-    for ax, draw in zip(axes[0], panels):
-        draw(ax)
+    _draw_elbo(result, axes[0, 0])
+    if result.importance is not None:
+        plot_khat(result.importance, axes[0, 1])
+    if result.marginals is not None:
+        plot_marginals(result.marginals, axes[0, -1])
     return axes[0]
 
 
-def _draw_elbo(result: FitResult, ax: Axes) -> Axes:
+def _draw_elbo(result: FitResult, ax: Axes) -> None:
     """The ELBO of each step, if there were any, over the one at the end and the log evidence."""
     low, high = inf, -inf
     if result.history:
@@ -80,7 +77,6 @@ def _draw_elbo(result: FitResult, ax: Axes) -> Axes:
         ax.set_ylim(low - margin, high + margin)
         ax.legend(frameon=False, loc="lower right", fontsize=8)
     ax.set_title(f"ELBO = {result.elbo:.3f} ± {result.elbo_se:.3f}")
-    return ax
 
 
 def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = None) -> Axes:
@@ -175,8 +171,7 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
             style["xerr"] = doubles(result.mean_shift_se[name])
             style["yerr"] = 100 * doubles(result.sd_ratio_se[name])
         ax.errorbar(x, y, label=name if k < _MAX_NAMED else None, **style)
-        largest = torch.stack([x, y]).abs().nan_to_num(0, 0).amax(1)
-        limits = limits.maximum(largest)
+        limits = limits.maximum(torch.stack([x, y]).abs().nan_to_num(0, 0).amax(1))
     width, height = (1.1 * limits).tolist()
     ax.set(xlim=(-width, width), ylim=(-height, height))
     ax.set_title(bounds_in_words(result.mean_bound, result.sd_bound), fontsize=10)

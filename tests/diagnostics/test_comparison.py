@@ -100,7 +100,7 @@ def test_a_third_one_that_is_not_trusted_leaves_the_first_two_alone():
 @pytest.mark.parametrize(
     ("khat", "words"),
     [
-        (0.8, "k-hat of 'b' is 0.80, above 0.7: its evidence is that of a few draws"),
+        (0.8, "k-hat of 'b' is 0.80, above 0.7: its evidence rests on a few draws"),
         (0.6, "k-hat of 'b' is 0.60, above 0.5: its standard error is too small"),
     ],
 )
@@ -139,10 +139,6 @@ def test_shown():
         ["<b>", "-12.500", "0.010", "-2.500", "0.014", "0.076", "no"],
     ]
     assert len({len(row) for row in (head, *rows)}) == 1
-    page = found._repr_html_()
-    assert "<b>" not in page
-    assert page.count("<tr>") == 3
-    assert "<td>&lt;b&gt;</td>" in page
 
 
 @pytest.mark.parametrize(
