@@ -281,10 +281,10 @@ def simultaneous_bands(
     """
     levels = _levels(num_draws)
     tails = _two_sided_tails(levels, num_ranks)
-    candidates = tails[tails <= 1 - level].unique() * _ABOVE_TIES
+    candidates = (tails[tails <= 1 - level].unique() * _ABOVE_TIES).tolist()
 
-    def probability(worst: Tensor) -> float:
-        return float(_probability_of_reaching(worst[None], tails, levels))
+    def probability(worst: float) -> float:
+        return float(_probability_of_reaching(levels.new_tensor([worst]), tails, levels))
 
     num_rare = bisect_right(candidates, 1 - level, key=probability)
     inside = (tails > candidates[num_rare - 1] if num_rare else tails >= 0).long()

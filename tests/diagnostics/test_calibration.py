@@ -1,15 +1,17 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
+
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import SBC, sbc
+from pyro_artransform.diagnostics import SBC, sbc, simultaneous_bands, uniformity_pvalue
 
 NUM_DATA = 3
 
@@ -25,26 +27,27 @@ def posterior(data, shift=0.0, width=1.0):
     return dist.Normal(data["y"].sum() * variance + shift, width * variance**0.5)
 
 
-def run(fit_one, num_simulations=300, **options):
+def exact(data):
+    return {"mean": posterior(data).sample((99,))}
+
+
+def run(fit_one, num_simulations=300, model=normal, **options):
     options = {"observed": ["y"], "progress": False, **options}
-    return sbc(normal, fit_one, num_simulations=num_simulations, **options)
+    return sbc(model, fit_one, num_simulations=num_simulations, **options)
 
 
 def test_right_posteriors_pass():
-    result = run(lambda data: {"mean": posterior(data).sample((99,))})
+    result = run(exact)
     assert result.passed()
     assert result.ranks["mean"].shape == (300,)
-    assert result.ranks["mean"].min() >= 0
-    assert result.ranks["mean"].max() <= 99
+    assert 0 <= result.ranks["mean"].min() <= result.ranks["mean"].max() <= 99
     # two and a half standard errors of 300 draws of a coin
     coverage = result.coverage((0.5, 0.9))["mean"]
     assert torch.allclose(coverage, torch.tensor([0.5, 0.9]), atol=0.07)
     assert "passed" in repr(result)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"width": 0.7}, {"width": 1.4}, {"shift": 0.2}, {"shift": -0.2}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"width": 0.7}, {"width": 1.4}, {"shift": -0.2}], ids=str)
 def test_wrong_posteriors_fail(wrong):
     """30 % too narrow, 40 % too wide, or off by 0.4 sd."""
     result = run(lambda data: {"mean": posterior(data, **wrong).sample((99,))})
@@ -58,35 +61,25 @@ def two_sites(data=None):
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
     with pyro.plate("data", NUM_DATA):
         z = pyro.sample("z", dist.Normal(0.0, scale))
-        square = pyro.deterministic("square", z**2)
-        return pyro.sample("y", dist.Normal(square, 1.0), obs=data)
+        return pyro.sample("y", dist.Normal(z**2, 1.0), obs=data)
 
 
 def test_shapes_and_bonferroni():
     """One coordinate that is wrong fails the whole."""
 
-    def draws(data, wrong):
-        # the truth is a draw of the prior: so are these, but for one
-        scale = dist.LogNormal(0.0, 0.5).sample((50,))
-        z = dist.Normal(0.0, scale[:, None].expand(50, 3)).sample()
-        z[:, 1] += wrong
-        return {"scale": scale, "z": z}
-
     def calibrate(wrong):
-        return sbc(
-            two_sites,
-            lambda data: draws(data, wrong),
-            observed=["y"],
-            num_draws=50,
-            progress=False,
-        )
+        def draws(data):
+            # the truth is a draw of the prior: so are these, but for one
+            scale = dist.LogNormal(0.0, 0.5).sample((50,))
+            z = dist.Normal(0.0, scale[:, None].expand(50, 3)).sample()
+            z[:, 1] += wrong
+            return {"scale": scale, "z": z}
+
+        return run(draws, 100, two_sites, num_draws=50)
 
     right, wrong = calibrate(0.0), calibrate(1.0)
-    assert {name: tuple(r.shape) for name, r in right.ranks.items()} == {
-        "scale": (100,),
-        "z": (100, 3),
-    }
-    assert {name: tuple(p.shape) for name, p in wrong.pvalues().items()} == {"scale": (), "z": (3,)}
+    assert {k: tuple(r.shape) for k, r in right.ranks.items()} == {"scale": (100,), "z": (100, 3)}
+    assert {k: tuple(p.shape) for k, p in wrong.pvalues().items()} == {"scale": (), "z": (3,)}
     assert right.coverage((0.1, 0.5, 0.9))["z"].shape == (3, 3)
     assert right.passed()
     assert not wrong.passed()
@@ -98,7 +91,7 @@ def test_data_sites_are_those_that_have_data():
 
     def fit_one(data):
         seen.append(data["y"])
-        return {"mean": posterior(data).sample((99,))}
+        return exact(data)
 
     real = torch.full((NUM_DATA,), 50.0)
     result = sbc(normal, fit_one, real, num_simulations=20, progress=False)
@@ -110,7 +103,6 @@ def test_data_sites_are_those_that_have_data():
 
 def test_deterministic_sites_are_no_data():
     """What a reparametrizer computes is ranked, as what is deterministic by name."""
-    seen = []
 
     @pyro.poutine.reparam(config={"mean": LocScaleReparam(0.0)})
     def reparametrized(data=None):
@@ -118,15 +110,14 @@ def test_deterministic_sites_are_no_data():
         pyro.deterministic("total", square.sum())
 
     def fit_one(data):
-        seen.append(list(data))
-        return {"mean": posterior(data).sample((99,)), "square": data["y"].expand(99, 3) ** 2}
+        assert list(data) == ["y"]
+        return {**exact(data), "square": data["y"].expand(99, 3) ** 2}
 
-    result = sbc(reparametrized, fit_one, observed=["y"], progress=False)
-    assert seen[0] == ["y"]
+    result = run(fit_one, 100, reparametrized)
     assert list(result.ranks) == ["mean", "square"]
     assert result.passed()
     with pytest.raises(ValueError, match=r"expected sites of \['mean_decentered', 'y'\], got"):
-        sbc(reparametrized, fit_one, observed=["mean"], progress=False)
+        run(fit_one, 2, reparametrized, observed=["mean"])
 
 
 def test_ties_are_broken_by_chance():
@@ -136,13 +127,7 @@ def test_ties_are_broken_by_chance():
         pyro.sample("kind", dist.Bernoulli(0.3))
         pyro.sample("y", dist.Normal(0.0, 1.0), obs=data)
 
-    result = sbc(
-        coin,
-        lambda data: {"kind": dist.Bernoulli(0.3).sample((99,))},
-        observed=["y"],
-        num_simulations=300,
-        progress=False,
-    )
+    result = run(lambda data: {"kind": dist.Bernoulli(0.3).sample((99,))}, 300, coin)
     assert result.passed()
     assert result.ranks["kind"].unique().numel() > 50
 
@@ -153,7 +138,7 @@ def test_fit_one_returns_a_guide(guide):
     firsts = []
 
     def fit_one(data):
-        made = guide(normal, init_loc_fn=pyro.infer.autoguide.init_to_sample, init_scale=0.5)
+        made = guide(normal, init_loc_fn=init_to_sample, init_scale=0.5)
         made(data["y"])
         firsts.append(made.median()["mean"].item())
         svi = pyro.infer.SVI(normal, made, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
@@ -161,65 +146,45 @@ def test_fit_one_returns_a_guide(guide):
         return made
 
     before = pyro.param("kept", torch.tensor(1.0))
-    result = run(fit_one, num_simulations=5, num_draws=20)
-    assert result.ranks["mean"].shape == (5,)
-    assert len(set(firsts)) == 5
+    result = run(fit_one, 3, num_draws=20)
+    assert result.ranks["mean"].shape == (3,)
+    assert len(set(firsts)) == 3
     assert list(pyro.get_param_store().keys()) == ["kept"]
-    assert pyro.param("kept") is before or torch.equal(pyro.param("kept"), before)
+    assert torch.equal(pyro.param("kept"), before)
 
 
-def test_fit_one_returns_a_function():
-    result = run(
-        lambda data: lambda n: {"mean": posterior(data).sample((n,))},
-        num_simulations=10,
-        num_draws=30,
-    )
-    assert result.num_draws == 30
-    assert result.num_simulations == 10
-
-
-def test_seed():
+def test_functions_seeds_and_progress(capsys):
     def fit_one(data):
-        return {"mean": posterior(data).sample((99,))}
+        return lambda n: {"mean": posterior(data).sample((n,))}
 
-    first, second = (run(fit_one, num_simulations=5, seed=3).ranks["mean"] for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def test_progress_bar(capsys):
-    run(lambda data: {"mean": posterior(data).sample((99,))}, num_simulations=3, progress=True)
+    first, second = (run(fit_one, 3, num_draws=30, seed=3, progress=True) for _ in range(2))
+    assert (first.num_draws, first.num_simulations) == (30, 3)
+    assert torch.equal(first.ranks["mean"], second.ranks["mean"])
     captured = capsys.readouterr()
     assert "3/3" in captured.err
     assert not captured.out
 
 
-def test_bad_input():
-    def nothing(data):
-        return {"mean": torch.zeros(99)}
+def with_factor(data=None):
+    pyro.factor("extra", -(normal(data).sum() ** 2))
 
-    def with_factor(data=None):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.factor("extra", -(z**2))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=data)
 
-    quiet = {"progress": False, "num_simulations": 2}
-    with pytest.raises(ValueError, match="expected the names of the data sites"):
-        sbc(normal, nothing, **quiet)
-    with pytest.raises(
-        ValueError, match=r"observed: expected sites of \['mean', 'y'\], got \['x'\]"
-    ):
-        sbc(normal, nothing, observed=["x"], **quiet)
-    with pytest.raises(ValueError, match=r"factors \['extra'\]"):
-        sbc(with_factor, nothing, observed=["y"], **quiet)
-    with pytest.raises(ValueError, match=r"draws of 'mean' of shape \(99,\), got \(98,\)"):
-        run(lambda data: {"mean": torch.zeros(98)}, **quiet)
-    with pytest.raises(ValueError, match=r"expected draws of \['mean'\], got \['mu'\]"):
-        run(lambda data: {"mu": torch.zeros(99)}, **quiet)
-    with pytest.raises(TypeError, match="expected a guide, a dict of draws, or a function"):
-        run(lambda data: None, **quiet)
-    for name in ("num_simulations", "num_draws"):
-        with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
-            run(nothing, **{name: 0})
+@pytest.mark.parametrize(
+    ("error", "words", "found", "options"),
+    [
+        (ValueError, "expected the names of the data sites", {}, {"observed": None}),
+        (ValueError, r"expected sites of \['mean', 'y'\], got \['x'\]", {}, {"observed": ["x"]}),
+        (ValueError, r"factors \['extra'\]", {}, {"model": with_factor}),
+        (ValueError, r"of shape \(99,\), got \(98,\)", {"mean": torch.zeros(98)}, {}),
+        (ValueError, r"draws of \['mean'\], got \['mu'\]", {"mu": torch.zeros(99)}, {}),
+        (TypeError, "expected a guide, a dict of draws, or a function", None, {}),
+        (ValueError, "num_draws: expected a positive integer, got 0", {}, {"num_draws": 0}),
+        (ValueError, "num_simulations: expected a positive", {}, {"num_simulations": 0}),
+    ],
+)
+def test_bad_input(error, words, found, options):
+    with pytest.raises(error, match=words):
+        run(lambda data: found, **{"num_simulations": 2, **options})
 
 
 def test_repr_has_a_line_for_each_site():
@@ -227,3 +192,56 @@ def test_repr_has_a_line_for_each_site():
     assert lines[0] == "SBC of 100 simulations, 99 draws each: failed"
     assert lines[2].startswith("a ")
     assert lines[3].startswith("bb")
+
+
+# Uniformity
+
+
+@pytest.mark.parametrize(("num_ranks", "num_draws"), [(4, 3), (5, 1)])
+def test_pvalue_by_enumeration(num_ranks, num_draws):
+    """Of all outcomes of a few ranks: the share of those that are as far out."""
+    outcomes = torch.tensor(list(itertools.product(range(num_draws + 1), repeat=num_ranks))).T
+    worst = torch.stack([_worst_tail(ranks, num_draws) for ranks in outcomes.T])
+    expected = torch.stack([(worst <= w * (1 + 1e-6)).double().mean() for w in worst])
+    assert torch.allclose(uniformity_pvalue(outcomes, num_draws), expected)
+
+
+def _worst_tail(ranks, num_draws):
+    """The smallest two-sided binomial tail probability, by adding up probabilities."""
+    size, tails = len(ranks), []
+    for r in range(num_draws):
+        distribution = torch.distributions.Binomial(size, torch.tensor((r + 1) / (num_draws + 1)))
+        mass = distribution.log_prob(torch.arange(size + 1.0)).exp()
+        count = int((ranks <= r).sum())
+        tails.append(min(1.0, 2 * min(mass[: count + 1].sum(), mass[count:].sum())))
+    return torch.tensor(tails).min()
+
+
+def test_level_of_the_test():
+    """Of 2,000 sets of uniform ranks; four standard errors."""
+    pvalues = uniformity_pvalue(torch.randint(0, 100, (100, 2000)), 99)
+    for alpha in (0.01, 0.1, 0.5):
+        share = (pvalues <= alpha).double().mean()
+        assert abs(share - alpha) < 4 * (alpha * (1 - alpha) / 2000) ** 0.5
+    # no simulation is behind them, so that many coordinates can be tested together
+    assert uniformity_pvalue(torch.zeros(50, 1, dtype=torch.long), 99).item() < 1e-12
+
+
+@pytest.mark.parametrize("num_draws", [1, 9, 99, 1000])
+def test_bands_hold_the_whole_function(num_draws):
+    ranks = torch.randint(0, num_draws + 1, (60, 2000))
+    points, lower, upper = simultaneous_bands(60, num_draws, 0.9)
+    assert points.shape == lower.shape == upper.shape == (min(num_draws, 100),)
+    below = torch.stack([(ranks < p * (num_draws + 1) - 1e-6).double().mean(0) for p in points])
+    inside = ((below >= lower[:, None] - 1e-9) & (below <= upper[:, None] + 1e-9)).all(0)
+    assert torch.equal(inside, uniformity_pvalue(ranks, num_draws) > 0.1)
+    # 0.9 at least; where the function has few values, by a step more
+    assert inside.double().mean() > 0.9 - 4 * (0.09 / 2000) ** 0.5
+    if num_draws >= 99:
+        assert inside.double().mean() < 0.95
+
+
+def test_bands_of_hardly_any_level():
+    _, lower, upper = simultaneous_bands(3, 4, 1 - 1e-9)
+    assert lower.tolist() == [0, 0, 0, 0]
+    assert upper.tolist() == [1, 1, 1, 1]

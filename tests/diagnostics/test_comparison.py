@@ -10,7 +10,6 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform import FitResult
 from pyro_artransform.diagnostics import Importance, compare, importance
 from tests.inference import models
 from tests.inference.conftest import quick_fit as fit
@@ -41,11 +40,6 @@ def test_sorted_by_evidence_with_differences_and_probabilities():
     )
 
 
-def evidence_of(scale):
-    """Of y = 0.5 with unit noise around a Normal(0, scale)."""
-    return dist.Normal(0.0, math.hypot(1.0, scale)).log_prob(torch.tensor(0.5)).item()
-
-
 def test_against_known_evidences():
     """Three Gaussians by a guide that is too wide, against their closed form: within 4 errors."""
 
@@ -58,11 +52,11 @@ def test_against_known_evidences():
         pyro.sample("z", dist.Normal(0.5 / precision, 1.3 * precision**-0.5))
 
     scales = (0.5, 2.0, 10.0)
-    found = compare({f"scale {scale}": importance(model, guide, 4000, scale) for scale in scales})
-    exact = {f"scale {scale}": evidence_of(scale) for scale in scales}
+    found = compare({str(scale): importance(model, guide, 4000, scale) for scale in scales})
+    noises = {str(scale): dist.Normal(0.0, math.hypot(1.0, scale)) for scale in scales}
+    exact = {name: noise.log_prob(torch.tensor(0.5)).item() for name, noise in noises.items()}
     assert list(found.models) == sorted(exact, key=exact.get, reverse=True)
-    total = sum(map(math.exp, exact.values()))
-    best = max(exact.values())
+    total, best = sum(map(math.exp, exact.values())), max(exact.values())
     for name, row in found.models.items():
         assert abs(row.log_evidence - exact[name]) < 4 * row.log_evidence_se
         assert abs(row.difference - (exact[name] - best)) <= 4 * row.difference_se
@@ -71,23 +65,34 @@ def test_against_known_evidences():
 
 def test_results_of_fits():
     model = models.regression
-    results = {}
-    for name in ("one", "other"):
-        results[name] = fit(model, models.small(model), num_steps=5, progress=False)
-        assert isinstance(results[name], FitResult)
-    found = compare(results)
-    for name, result in results.items():
-        row = found.models[name]
-        assert (row.log_evidence, row.trusted) == (result.log_evidence, result.trusted)
+    results = {name: fit(model, models.small(model), num_steps=5) for name in ("one", "other")}
+    for name, row in compare(results).models.items():
+        assert (row.log_evidence, row.trusted) == (
+            results[name].log_evidence,
+            results[name].trusted,
+        )
 
 
-def test_untrusted_results_are_named():
-    found = compare({"good": Result(-10.0), "bad": Result(-9.0, trusted=False)})
-    assert not found.trusted
-    assert "No conclusion" in found.words
-    assert "seems to be 1.000 ± 0.014 nats above that of 'good'" in found.words
-    assert "'bad' is not trusted: see its verdict" in found.words
-    assert "'good' is not" not in found.words
+@pytest.mark.parametrize(
+    ("worse", "trusted", "words"),
+    [
+        (Result(9.0, trusted=False), False, "No conclusion: of the two largest evidences not both"),
+        (Result(-9.0, trusted=False), False, "'b' is not trusted: see its verdict"),
+        (Result(-3.0, khat=0.8), True, "k-hat of 'b' is 0.80, above 0.7: its evidence rests on a"),
+        (Result(-3.0, khat=0.6), True, "k-hat of 'b' is 0.60, above 0.5: its standard error is"),
+        (Result(-0.2, 0.3), True, "have the same evidence as far as is known (0.200 ± 0.300 nats)"),
+        (
+            Result(-1e6),
+            True,
+            "'a' has the largest evidence, 1000000.000 ± 0.014 nats more than 'b'.",
+        ),
+    ],
+)
+def test_what_speaks_against_a_conclusion_is_said(worse, trusted, words):
+    found = compare({"a": Result(0.0), "b": worse})
+    assert found.trusted == trusted
+    assert words in found.words
+    assert "'a' is not" not in found.words
 
 
 def test_a_third_one_that_is_not_trusted_leaves_the_first_two_alone():
@@ -97,18 +102,6 @@ def test_a_third_one_that_is_not_trusted_leaves_the_first_two_alone():
     assert "'c' is not trusted" in found.words
 
 
-@pytest.mark.parametrize(
-    ("khat", "words"),
-    [
-        (0.8, "k-hat of 'b' is 0.80, above 0.7: its evidence rests on a few draws"),
-        (0.6, "k-hat of 'b' is 0.60, above 0.5: its standard error is too small"),
-    ],
-)
-def test_large_khat(khat, words):
-    found = compare({"a": Result(0.0), "b": Result(-3.0, khat=khat)})
-    assert words in found.words
-
-
 def test_weights_without_a_verdict_are_judged_by_khat():
     light = Importance.from_log_weights(0.1 * torch.randn(1000))
     heavy = Importance.from_log_weights(2 * torch.empty(1000).exponential_())
@@ -116,27 +109,14 @@ def test_weights_without_a_verdict_are_judged_by_khat():
     assert [found.models[name].trusted for name in ("light", "heavy")] == [True, False]
 
 
-def test_the_same_evidence_as_far_as_is_known():
-    words = compare({"a": Result(0.0, 0.1), "b": Result(-0.2, 0.1)}).words
-    assert "'a' and 'b' have the same evidence as far as is known (0.200 ± 0.141 nats)" in words
-
-
-def test_evidences_that_are_far_apart():
-    found = compare({"a": Result(0.0), "b": Result(-1e6)})
-    assert found.models["b"].probability == 0.0
-    assert found.words == "'a' has the largest evidence, 1000000.000 ± 0.014 nats more than 'b'."
-
-
 def test_shown():
-    found = compare({"linear": Result(-10.0), "<b>": Result(-12.5, trusted=False)})
+    found = compare({"linear": Result(-10.0), "square": Result(-12.5, trusted=False)})
     first, head, *rows = repr(found).splitlines()
     assert first == f"Comparison: {found.words}"
-    assert head.split() == [
-        *("model", "log", "evidence", "se", "difference", "se", "probability", "trusted")
-    ]
+    assert " ".join(head.split()) == "model log evidence se difference se probability trusted"
     assert [row.split() for row in rows] == [
         ["linear", "-10.000", "0.010", "0.000", "0.000", "0.924", "yes"],
-        ["<b>", "-12.500", "0.010", "-2.500", "0.014", "0.076", "no"],
+        ["square", "-12.500", "0.010", "-2.500", "0.014", "0.076", "no"],
     ]
     assert len({len(row) for row in (head, *rows)}) == 1
 
@@ -145,7 +125,6 @@ def test_shown():
     ("results", "error", "words"),
     [
         ([Result(0.0), Result(1.0)], TypeError, "results: expected a dict by name, got list"),
-        ({}, ValueError, "expected two models or more, got 0"),
         ({"a": Result(0.0)}, ValueError, "expected two models or more, got 1"),
         ({1: Result(0.0), 2: Result(0.0)}, TypeError, "expected names that are strings, got 1"),
         (
@@ -158,7 +137,6 @@ def test_shown():
             ValueError,
             r"results\['a'\]: expected a finite log evidence, got nan. It is not known after",
         ),
-        ({"a": Result(-math.inf), "b": Result(0.0)}, ValueError, "got -inf"),
     ],
 )
 def test_bad_results(results, error, words):

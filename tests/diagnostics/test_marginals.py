@@ -1,8 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-from functools import partial
-
 import pyro
 import pytest
 import torch
@@ -15,10 +13,11 @@ from pyro.infer.autoguide import (
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    init_to_mean,
     init_to_value,
 )
 
-from pyro_artransform import AutoIAF, AutoMAF
+from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance, marginals
 from tests.diagnostics import conjugate
 from tests.diagnostics.autoregression import PathGuide, conditional_sd, model_of
@@ -51,26 +50,20 @@ def test_of_a_correlated_path(name):
     assert found.trusted == is_good, found
     assert found.acceptance > 0.6
     assert found.mean_shift["z"].shape == found.sd_ratio_se["z"].shape == (200,)
+    if name == "exact":
+        # its chains do what those do that they are paired with: differences are round-off
+        assert max(found.mean_bound, found.sd_bound) < 1e-6
+        assert found.words == "means of all 200 latents within 0.00 sd, sds within 0 %"
 
 
-_slow = [pytest.param(name, marks=pytest.mark.slow) for name in PATHS if name != "exact"]
-
-
-@pytest.mark.parametrize("name", ["exact", *_slow])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATHS)
 def test_of_a_thousand_latents(name):
     make, is_good = PATHS[name]
     found = marginals(model_of(1000), make(1000), num_steps=6)
     assert found.trusted == is_good, found
     # 18 trajectories of about seven gradients, and 48 of 32 chains for directions
     assert found.num_gradients < 20_000
-
-
-def test_an_exact_guide_has_no_noise():
-    """Its chains do what those do that they are paired with: differences are round-off."""
-    found = marginals(model_of(50), PathGuide(50))
-    assert found.mean_bound < 1e-6
-    assert found.sd_bound < 1e-6
-    assert found.words == "means of all 50 latents within 0.00 sd, sds within 0 %"
 
 
 def _alternating(x):
@@ -86,8 +79,11 @@ def test_weights_are_useless_and_marginals_right():
     assert importance(model, guide, 2000).khat > 0.7
     found = marginals(model, guide)
     assert found.trusted
-    assert found.mean_bound < 0.1
-    assert found.sd_bound < 0.1
+    assert max(found.mean_bound, found.sd_bound) < 0.1
+    # of few chains the same is not known
+    found = marginals(model, guide, num_chains=16, num_steps=1)
+    assert not found.trusted
+    assert "with more num_chains" in found.words
 
 
 def test_errors_are_the_true_ones():
@@ -103,29 +99,32 @@ def test_errors_are_the_true_ones():
     assert found.mean_shift_se["z"].max() < 0.03
 
 
+def _at_zero(model, dim, init_scale):
+    located = init_to_value(values={"z": torch.zeros(dim)})
+    return AutoNormal(model, init_loc_fn=located, init_scale=init_scale)
+
+
 def test_mean_field_of_a_correlated_path():
     """The best mean-field fit has 0.23 of the sd of an element of the path."""
-    model = model_of(200)
-    located = init_to_value(values={"z": torch.zeros(200)})
-    guide = AutoNormal(model, init_loc_fn=located, init_scale=conditional_sd())
-    found = marginals(model, guide)
+    found = marginals(model_of(200), _at_zero(model_of(200), 200, conditional_sd()))
     assert not found.trusted
     assert "200 of 200 sds are off by more than 15 %" in found.words
 
 
-def _common_level(dim):
-    """Unit sds around a common level of unit sd, of which no pair of latents says much."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1).mask(False))
-    level = z.mean(-1)
-    rest = (z - level[..., None]).square().sum(-1)
-    pyro.factor("level", -(rest + level.square()) / 2)
+@pytest.mark.parametrize("dim", [250, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_direction_that_chains_hardly_move_along(dim):
+    """Unit sds around a common level of unit sd, of which no pair of latents says much.
 
+    Chains without stretched directions move the level by 0.05 sd a step, and see no error.
+    """
 
-def test_a_direction_that_chains_hardly_move_along():
-    """Chains without stretched directions move the level by 0.05 sd a step, and see no error."""
-    model = partial(_common_level, 1000)
-    located = init_to_value(values={"z": torch.zeros(1000)})
-    found = marginals(model, AutoNormal(model, init_loc_fn=located, init_scale=1.0), num_chains=64)
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1).mask(False))
+        level = z.mean(-1)
+        rest = (z - level[..., None]).square().sum(-1)
+        pyro.factor("level", -(rest + level.square()) / 2)
+
+    found = marginals(model, _at_zero(model, dim, 1.0), num_chains=64)
     assert not found.trusted
     assert (found.sd_ratio["z"] - 0.5**0.5).abs().max() < 0.05
 
@@ -135,9 +134,7 @@ def test_a_direction_that_chains_hardly_move_along():
 
 GUIDES = {
     "AutoIAF": AutoIAF,
-    "AutoMAF": AutoMAF,
     "AutoNormal": AutoNormal,
-    "AutoDiagonalNormal": AutoDiagonalNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoLowRank": AutoLowRankMultivariateNormal,
     "AutoIAFNormal": lambda model, **options: AutoIAFNormal(model, hidden_dim=[8]),
@@ -166,20 +163,15 @@ def test_of_any_guide(name):
 def test_of_constrained_sites():
     """On the unconstrained space, where the guide is judged: the log of a gamma, and a simplex."""
 
-    def model():
-        pyro.sample("rate", dist.Gamma(20.0, 1.0))
+    def model(shape=20.0):
+        pyro.sample("rate", dist.Gamma(shape, shape / 20.0))
         pyro.sample("share", dist.Dirichlet(torch.tensor([8.0, 9.0, 10.0])))
 
     found = marginals(model, model)
     assert found.trusted, found
     assert found.mean_shift["rate"].shape == ()
     assert found.mean_shift["share"].shape == (2,)
-
-    def wrong():
-        pyro.sample("rate", dist.Gamma(5.0, 0.25))
-        pyro.sample("share", dist.Dirichlet(torch.tensor([8.0, 9.0, 10.0])))
-
-    found = marginals(model, wrong)
+    found = marginals(model, lambda: model(5.0))
     # the variance of the log of a gamma is the trigamma function of its shape
     ratio = (torch.polygamma(1, torch.tensor(5.0)) / torch.polygamma(1, torch.tensor(20.0))).sqrt()
     assert abs(found.sd_ratio["rate"] - ratio) < 0.2
@@ -195,23 +187,21 @@ def test_single_precision():
 
 
 def test_enumerated_latents():
-    data = torch.tensor(conjugate.REALS)
     continuous = pyro.poutine.block(conjugate.mixture, hide=["kind"])
     located = init_to_value(values={"loc": torch.tensor(-2.0)})
     guide = AutoDiagonalNormal(continuous, init_loc_fn=located, init_scale=0.5)
-    assert "mean is off" not in marginals(conjugate.mixture, guide, data).words
-    assert not marginals(conjugate.mixture, guide, data).trusted
-
-
-def _by_loop():
-    """A branch on a value: one draw at a time."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    if z[0] > 0:
-        pyro.factor("none", torch.tensor(0.0))
+    found = marginals(conjugate.mixture, guide, torch.tensor(conjugate.REALS))
+    assert "mean is off" not in found.words
+    assert not found.trusted
 
 
 def test_of_a_model_by_loop():
-    found = marginals(_by_loop, AutoDiagonalNormal(_by_loop, init_scale=0.5), num_steps=2)
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        if z[0] > 0:
+            pyro.factor("none", torch.tensor(0.0))
+
+    found = marginals(model, AutoDiagonalNormal(model, init_scale=0.5), num_steps=1)
     assert found.num_chains == 32
     assert not found.trusted
 
@@ -220,37 +210,27 @@ def test_one_latent():
     def model():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    located = init_to_value(values={"z": torch.tensor(0.0)})
-    found = marginals(model, AutoDiagonalNormal(model, init_loc_fn=located, init_scale=1.0))
+    found = marginals(model, AutoDiagonalNormal(model, init_loc_fn=init_to_mean, init_scale=1.0))
     assert found.trusted
     assert found.words.startswith("means of the only latent within")
     assert found.mean_shift["z"].shape == ()
-
-
-# Chains that say nothing
 
 
 def test_chains_that_do_not_move_are_not_trusted():
     """A density without a gradient where the guide is: nothing is accepted, and nothing claimed."""
 
     def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         # outside of a grid of points there is no density
         pyro.factor(
             "points", torch.where(z.abs().sum(-1) > 0, -1e6 * torch.sin(1e6 * z).sum(-1), 0.0)
         )
 
-    found = marginals(model, AutoDiagonalNormal(model, init_scale=1.0), num_steps=3)
+    guide = AutoDiagonalNormal(model, init_scale=1.0)
+    found = marginals(model, guide, num_chains=32, num_steps=3)
     assert not found.trusted
     assert "hardly moved by the chains" in found.words
     assert min(value.min() for value in found.memory.values()) > 0.5
-
-
-def test_few_chains_say_that_they_are_few():
-    guide = PathGuide(200, distort=_alternating)
-    found = marginals(model_of(200), guide, num_chains=16, num_steps=1)
-    assert not found.trusted
-    assert "with more num_chains" in found.words
 
 
 # Errors
@@ -295,16 +275,12 @@ def test_a_guide_of_another_model_is_refused():
     assert marginals(model, reordered).trusted
 
 
-@pytest.mark.parametrize("value", [0, 15, 2.5, True, "many"])
-def test_bad_numbers_of_chains(value):
-    with pytest.raises(ValueError, match="num_chains: expected an integer of at least 16"):
-        marginals(_normals, AutoNormal(_normals), num_chains=value)
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.5, True])
-def test_bad_numbers_of_steps(value):
+def test_bad_numbers_of_chains_and_steps():
+    for value in (15, 2.5, "many"):
+        with pytest.raises(ValueError, match="num_chains: expected an integer of at least 16"):
+            marginals(_normals, AutoNormal(_normals), num_chains=value)
     with pytest.raises(ValueError, match="num_steps: expected a positive integer"):
-        marginals(_normals, AutoNormal(_normals), num_steps=value)
+        marginals(_normals, AutoNormal(_normals), num_steps=0)
 
 
 def test_inference_mode_is_refused():
@@ -321,24 +297,19 @@ def test_nothing_is_trained_or_left_in_the_guide():
     assert all(parameter.grad is None for parameter in guide.parameters())
 
 
-def test_repr():
-    found = marginals(model_of(50), PathGuide(50, 0.7))
-    text = repr(found)
-    assert text.startswith(f"Marginals: {found.words}")
-    assert "z[" in found.words
-    assert f"{found.num_gradients:,} gradients" in text
-    assert "128 chains" in text
-
-
-def test_the_worst_latent_is_named_by_its_place():
-    def model():
+def test_the_worst_latent_is_named_by_its_place_and_shown():
+    def model(loc=0.0):
         pyro.sample("a", dist.Normal(0.0, 1.0))
-        pyro.sample("b", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        pyro.sample("b", dist.Normal(loc * torch.eye(3)[1:], 1.0).to_event(2))
 
     def guide():
-        pyro.sample("a", dist.Normal(0.0, 1.0))
         loc = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+        pyro.sample("a", dist.Normal(0.0, 1.0))
         pyro.sample("b", dist.Normal(loc, 1.0).to_event(2))
 
-    words = marginals(model, guide).words
-    assert words.startswith("1 of 7 means is off by more than 0.15 sd (that of b[1, 1] by 2.0")
+    found = marginals(model, guide)
+    words = "1 of 7 means is off by more than 0.15 sd (that of b[1, 1] by 2.0"
+    assert found.words.startswith(words)
+    text = repr(found)
+    assert text.startswith(f"Marginals: {words}")
+    assert f"128 chains, {found.num_gradients:,} gradients" in text

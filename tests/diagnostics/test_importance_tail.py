@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
+"""The Pareto tail of importance weights: k-hat, and smoothed weights."""
 
 import importlib
 import math
 import warnings
 
-import pyro
 import pytest
 import torch
 from pyro.infer.importance import psis_diagnostic
@@ -32,9 +32,7 @@ CONSTANT = {
 }
 HOPELESS = {
     "one_draw": torch.tensor([3.0]),
-    "two_draws": torch.tensor([3.0, 3.0]),
     "few_draws": torch.randn(7),
-    "two_different_draws": torch.tensor([0.0, 1.0]),
     "four_draws_in_the_tail": torch.zeros(20),
     "float32_of_ten_million_nats": -1e7 + torch.linspace(0, 16, 1000).float(),
     "float64_of_1e300_nats": torch.full((1000,), 1e300, dtype=torch.float64),
@@ -60,8 +58,7 @@ FINITE = {
 @pytest.mark.parametrize("name", CONSTANT)
 def test_constant_weights_have_a_khat_of_zero(name):
     assert fit_tail(CONSTANT[name]).khat == 0
-    smoothed, raw = smooth_tail(CONSTANT[name]), CONSTANT[name].double()
-    assert torch.equal(smoothed, raw)
+    assert torch.equal(smooth_tail(CONSTANT[name]), CONSTANT[name].double())
 
 
 @pytest.mark.parametrize("name", HOPELESS)
@@ -81,35 +78,31 @@ def test_khat_is_finite(name):
     assert smoothed.max() <= FINITE[name][FINITE[name].isfinite()].max()
 
 
-@pytest.mark.parametrize("k", [0.0, 0.3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("k", [0.0, 0.5, 1.0])
 def test_standard_error_by_simulation(k):
     """60 fits of 300 tail weights: their sd is known to 9 %, their mean to an eighth of it.
 
-    The prior of Pyro's routine counts as ten more weights, at 0.5.
+    The prior of Pyro's routine counts as ten more weights, at 0.5. An exponential tail has an index of 0.
     """
-    tails = [fit_tail(pareto_log_weights(k) if k else bounded_weights()) for _ in range(60)]
+    bounded = torch.empty(60, 10_000).exponential_().log()
+    tails = [fit_tail(pareto_log_weights(k) if k else weights) for weights in bounded]
     khats = torch.tensor([tail.khat for tail in tails])
     se = torch.tensor([tail.khat_se for tail in tails]).mean()
     assert abs(khats.mean() - (300 * k + 10 * 0.5) / 310) < 0.5 * se
     assert 0.75 * se < khats.std() < 1.3 * se
 
 
-def bounded_weights():
-    """Weights of an exponential tail: its index is 0."""
-    return torch.empty(10_000).exponential_().log()
-
-
-@pytest.mark.parametrize("k", [0.2, 0.6, 2.0, 5.0])
+@pytest.mark.parametrize("k", [0.2, 0.6, 5.0])
 def test_khat_is_pyros(monkeypatch, k):
     weights = pareto_log_weights(k, 3000)
     monkeypatch.setattr(
-        pyro.infer.importance, "vectorized_importance_weights", lambda *_, **__: (weights.clone(),)
+        "pyro.infer.importance.vectorized_importance_weights", lambda *_, **__: (weights.clone(),)
     )
     expected = psis_diagnostic(None, None, num_particles=3000)
     assert fit_tail(weights).khat == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("k", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize("k", [0.2, 0.9])
 def test_smoothed_weights_are_arvizs(k):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,14 +115,16 @@ def test_smoothed_weights_are_arvizs(k):
     assert torch.allclose(found, torch.as_tensor(expected).flatten(), atol=1e-5)
 
 
-def test_smoothing_keeps_order_and_mass_below():
-    weights = pareto_log_weights(0.6)
-    smoothed = smooth_tail(weights)
-    tail = fit_tail(weights)
+def test_smoothing_keeps_order_and_mass_below_and_takes_no_gradient():
+    weights = pareto_log_weights(0.6).requires_grad_()
+    before = weights.detach().clone()
+    smoothed, tail = smooth_tail(weights), fit_tail(weights)
     below = weights <= tail.log_cutoff
     assert (~below).sum() == tail.size == 300
     assert torch.equal(smoothed[below], weights[below])
     assert torch.equal(smoothed.argsort(), weights.argsort())
+    assert not smoothed.requires_grad
+    assert torch.equal(weights.detach(), before)
 
 
 def test_tail_of_index_zero_is_exponential():
@@ -153,13 +148,6 @@ def test_shift_changes_nothing():
     weights = pareto_log_weights(0.6)
     assert fit_tail(weights + 700).khat == pytest.approx(fit_tail(weights).khat, abs=1e-9)
     assert torch.allclose(smooth_tail(weights + 700), smooth_tail(weights) + 700)
-
-
-def test_fit_takes_no_gradient_and_changes_nothing():
-    weights = pareto_log_weights(0.6).requires_grad_()
-    before = weights.detach().clone()
-    assert not smooth_tail(weights).requires_grad
-    assert torch.equal(weights.detach(), before)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])

@@ -1,0 +1,217 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib.axes import Axes
+
+from pyro_artransform import FitResult, plots
+from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
+
+
+def limits(ax):
+    return (*ax.get_xlim(), *ax.get_ylim())
+
+
+# The ELBO
+
+
+def history(n=500):
+    return (-30 - 500 * torch.exp(-torch.arange(n) / 20.0) - torch.rand(n)).tolist()
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, lambda h: SimpleNamespace(history=h)])
+def test_elbo(ax, kind):
+    steps = history()
+    assert plots.plot_elbo(kind(steps), ax=ax) is ax
+    curve, median = ax.get_lines()
+    assert curve.get_ydata().tolist() == pytest.approx(steps)
+    assert curve.get_xdata()[0] == 1
+    low, high = ax.get_ylim()
+    # the last nine tenths are all there, the first steps are not
+    assert min(steps) < low < min(steps[50:])
+    assert high > max(steps)
+    assert median.get_ydata()[300] == pytest.approx(sorted(steps[290:311])[10])
+    assert ax.get_ylabel() == "ELBO (nats)"
+
+
+@pytest.mark.parametrize("steps", [[1.0], [2.0] * 30, [math.nan, 1.0, 2.0], [math.nan] * 3])
+def test_elbo_of_odd_histories(steps):
+    assert isinstance(plots.plot_elbo(steps), Axes)
+
+
+def test_elbo_of_nothing():
+    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
+        plots.plot_elbo([])
+
+
+# The tail of weights
+
+
+def test_khat(ax):
+    weights = 0.6 * torch.empty(10_000).exponential_()
+    result = Importance.from_log_weights(weights)
+    assert plots.plot_khat(result, ax=ax) is ax
+    assert ax.get_title() == f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}"
+    dots, line, limit = ax.get_lines()
+    x, y = (torch.as_tensor(axis) for axis in dots.get_data())
+    assert x[0] == pytest.approx((weights.max() - result.log_evidence).exp().item())
+    assert torch.allclose(y[:3] * 10_000, torch.tensor([0.5, 1.5, 2.5]))
+    # at the same shares the fitted weights are near the weights
+    fitted = torch.as_tensor(line.get_xdata())
+    assert len(fitted) == fit_tail(weights).size
+    assert (fitted[20:] / x[20 : len(fitted)]).log().abs().max() < 0.3
+    # the tail that is the limit begins there too, and has larger weights
+    bound = torch.as_tensor(limit.get_xdata())
+    assert bound[-1].item() == pytest.approx(fitted[-1].item(), rel=1e-2)
+    assert bound[0] > fitted[0]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        torch.zeros(100),
+        torch.full((100,), -math.inf),
+        torch.cat([torch.randn(99), torch.tensor([math.nan])]),
+        torch.tensor([0.0] * 99 + [60.0]),
+        torch.randn(3),
+    ],
+)
+def test_khat_of_odd_weights(weights):
+    ax = plots.plot_khat(Importance.from_log_weights(weights))
+    ax.figure.canvas.draw()
+    assert ax.get_title().startswith("k-hat = ")
+
+
+# Means and sds
+
+
+def known_marginals(size=40):
+    """Errors of a scalar ``m`` and of ``z``, whose last coordinates are off by most."""
+    shift = {"m": torch.tensor(0.02), "z": torch.linspace(-0.1, 0.5, size)}
+    ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
+    small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
+    bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
+    counts = {"acceptance": 0.8, "num_chains": 128, "num_gradients": 20_000}
+    return Marginals(shift, small, ratio, small, small, **bounds, **counts, trusted=False, words="")
+
+
+def test_marginals(ax):
+    found = known_marginals()
+    assert plots.plot_marginals(found, ax=ax) is ax
+    assert ax.get_title() == "means within 0.55 sd, sds within 45 %"
+    m, z = ax.containers
+    assert (m.get_label(), z.get_label()) == ("m", "z")
+    x, y = (torch.as_tensor(list(values)) for values in z.lines[0].get_data())
+    torch.testing.assert_close(x, found.mean_shift["z"])
+    torch.testing.assert_close(y, 100 * (found.sd_ratio["z"] - 1))
+    segment = z.lines[2][0].get_segments()[0]
+    assert segment[1, 0] - segment[0, 0] == pytest.approx(2 * 0.02)
+    # all dots are there, and the box of errors that are small enough
+    assert limits(ax) == pytest.approx((-0.55, 0.55, -44.0, 44.0))
+    (box,) = ax.patches
+    assert (box.get_xy(), box.get_width(), box.get_height()) == ((-0.15, -15.0), 0.3, 30.0)
+
+
+def test_many_marginals_have_no_error_bars(ax):
+    plots.plot_marginals(known_marginals(100), ax=ax)
+    assert len(ax.containers) == 2
+    assert not any(container.has_xerr or container.has_yerr for container in ax.containers)
+
+
+def test_errors_that_are_not_known(ax):
+    ratio = {"m": torch.tensor(math.nan), "z": torch.full((40,), math.inf)}
+    plots.plot_marginals(dataclasses.replace(known_marginals(), sd_ratio=ratio), ax=ax)
+    assert limits(ax) == pytest.approx((-0.55, 0.55, -33.0, 33.0))
+    ax.figure.canvas.draw()
+
+
+# Ranks
+
+
+def test_ranks(ax):
+    """The lines are the empirical distribution functions; those of right posteriors in the bands."""
+    ranks = torch.arange(200) // 2
+    result = SBC({"a": ranks, "b": torch.stack([ranks, ranks * 0], 1)}, 99)
+    assert plots.plot_ranks(result, ax=ax) is ax
+    _, *lines = ax.get_lines()
+    assert len(lines) == 3
+    assert torch.as_tensor(lines[0].get_ydata()).abs().max() < 1e-12
+    wrong, points = (torch.as_tensor(of) for of in (lines[2].get_ydata(), lines[2].get_xdata()))
+    assert torch.allclose(wrong, 1 - points)
+    band = ax.collections[0].get_paths()[0].vertices
+    assert 0.05 < band[:, 1].max() < 0.2
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["95 % of right posteriors", "a", "b"]
+
+
+def test_ranks_of_some_sites():
+    result = SBC({"a": torch.arange(50), "b": torch.arange(50)}, 49)
+    assert len(plots.plot_ranks(result, names=["b"], level=0.5).get_lines()) == 2
+    with pytest.raises(ValueError, match=r"names: expected some of \['a', 'b'\], got \['c'\]"):
+        plots.plot_ranks(result, names=["c"])
+
+
+# A fit
+
+
+def result(weights=None, marginals=None, steps=500):
+    """What a fit returns, of given log weights; without them it is that of mini-batches."""
+    found = None if weights is None else Importance.from_log_weights(weights)
+    fields = dict.fromkeys([field.name for field in dataclasses.fields(FitResult)])
+    numbers = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
+    fields.update(dict.fromkeys(numbers, math.nan), elbo=-30.9, elbo_se=0.1)
+    fields.update({} if found is None else {name: vars(found)[name] for name in numbers})
+    if found is not None:
+        fields.update(elbo=found.elbo, elbo_se=found.elbo_se)
+    verdict = "Not trusted: " + "a long sentence that says why, and " * 12
+    fields.update(verdict=verdict, history=history(steps), importance=found, marginals=marginals)
+    return FitResult(**fields)
+
+
+def weights(n=2000):
+    return 0.3 * torch.empty(n).exponential_() - 31
+
+
+def test_fit_of_many_latents():
+    found = result(weights(), known_marginals())
+    elbo, tail, marginals = plots.plot_fit(found)
+    assert elbo.get_title() == f"ELBO = {found.elbo:.3f} ± {found.elbo_se:.3f}"
+    ends = {line.get_label(): line.get_ydata()[0] for line in elbo.get_lines()[2:]}
+    assert ends == {"ELBO at the end": found.elbo, "log evidence": found.log_evidence}
+    low, high = elbo.get_ylim()
+    assert low < min(ends.values()) < max(ends.values()) < high
+    assert tail.get_title().startswith("k-hat = ")
+    assert marginals.get_ylabel() == "sd too large by (%)"
+    words = elbo.figure.get_suptitle()
+    assert words.replace("\n", " ") == found.verdict.strip()
+    elbo.figure.canvas.draw()
+
+
+def test_panels_are_of_what_is_known():
+    assert len(plots.plot_fit(result(weights()))) == 2
+    (elbo,) = plots.plot_fit(result())
+    labels = [line.get_label() for line in elbo.get_lines()]
+    assert labels == ["step", "running median", "ELBO at the end"]
+
+
+def test_fit_without_steps():
+    found = result(1.5 * weights(), steps=0)
+    assert found.log_evidence > found.elbo + 0.05
+    elbo, _ = plots.plot_fit(found)
+    assert [line.get_label() for line in elbo.get_lines()] == ["ELBO at the end", "log evidence"]
+    low, high = elbo.get_ylim()
+    assert all(low < line.get_ydata()[0] < high for line in elbo.get_lines())
+    # without a finite density
+    elbo, _ = plots.plot_fit(result(torch.full((100,), -math.inf), steps=0))
+    assert elbo.get_title() == "ELBO = -inf ± inf"
+    elbo.figure.canvas.draw()
+
+
+def test_what_is_no_fit():
+    with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
+        plots.plot_fit(Importance.from_log_weights(weights()))
