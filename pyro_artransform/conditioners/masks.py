@@ -109,15 +109,6 @@ def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:
     )
 
 
-def depth(adjacency: Tensor) -> int:
-    """The number of coordinates on the longest path of an acyclic graph of shape ``(D, D)``.
-
-    As many fixed-point passes invert the transform exactly: D for a full graph, 2 for a coupling,
-    1 for an elementwise transform.
-    """
-    return int(levels(adjacency).max()) + 1
-
-
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
     """The distinct sets of inputs that hidden units need to carry: the parents of the coordinates.
 

@@ -15,17 +15,14 @@ DIM = 9
 BATCH = 4
 NETWORKS = {
     "full": {"hidden_dims": [32, 24]},
-    "one layer": {"hidden_dims": 40},
+    "one layer": {"hidden_dims": 40, "nonlinearity": torch.tanh},
     "three layers": {"hidden_dims": [16, 32, 16]},
-    "narrow": {"hidden_dims": [3, 20]},
-    "context": {"hidden_dims": [32, 24], "context_dim": 2},
     "narrow with a context": {"hidden_dims": (2, 2), "context_dim": 2},
     "order": {"hidden_dims": [32, 24], "order": [4, 0, 8, 2, 6, 1, 3, 5, 7]},
     "sparse": {"adjacency": random_dag(DIM, 0.3)},
     "dense": {"adjacency": random_dag(DIM, 0.8, 1), "hidden_dims": [5, 5], "context_dim": 2},
     "coupling": {"adjacency": (torch.arange(DIM)[:, None] > 4) & (torch.arange(DIM) <= 4)},
     "elementwise": {"adjacency": torch.zeros(DIM, DIM).bool()},
-    "no module": {"nonlinearity": torch.tanh},
 }
 every_network = pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS.keys())
 
@@ -44,9 +41,8 @@ def partitions(depth):
     """Single levels, one block, and random ones."""
     yield list(range(depth + 1))
     yield [0, depth]
-    generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        cuts = torch.rand(depth - 1, generator=generator) < 0.4
+        cuts = torch.rand(depth - 1) < 0.4
         yield [0, *(1 + cuts.nonzero().flatten()).tolist(), depth]
 
 
@@ -66,13 +62,12 @@ def test_any_partition(case, in_place):
 
 
 @every_network
-@pytest.mark.parametrize("in_place", [False, True])
-def test_garbage_spoils_only_what_comes_after_it_and_part_of_a_block_can_be_closed(case, in_place):
+def test_garbage_spoils_only_what_comes_after_it_and_part_of_a_block_can_be_closed(case):
     network, x, context, rows, expected = case
     for size in range(2, network.depth + 1):
         for keep in range(1, size):
             with torch.no_grad():
-                blocks = network.blocks(x, context, in_place=in_place)
+                blocks = network.blocks(x, context, in_place=keep % 2 == 0)
                 start = 0
                 while start < network.depth:
                     stop = min(start + size, network.depth)
@@ -101,22 +96,17 @@ def test_gradients_agree_with_those_of_the_network(case):
         parts.append(blocks.params(None if stop == start + 1 else rows[:, own]))
         blocks.close(rows[:, own], stop)
     value = (torch.cat(parts, 1) * weight[:, network.order]).sum()
-    parameters = list(network.parameters())
-    given = torch.autograd.grad(value, parameters, allow_unused=True)
-    expected = torch.autograd.grad(
-        (network(x, context) * weight).sum(), parameters, allow_unused=True
-    )
-    for p, a, b in zip(parameters, given, expected):
-        a, b = (torch.zeros_like(p) if g is None else g for g in (a, b))
-        assert (a - b).abs().max() <= 1e-10
+    values = value, (network(x, context) * weight).sum()
+    options = {"allow_unused": True, "materialize_grads": True}
+    pairs = zip(*(torch.autograd.grad(v, list(network.parameters()), **options) for v in values))
+    assert all((a - b).abs().max() <= 1e-10 for a, b in pairs)
 
 
 @every_network
-def test_what_blocks_say_of_themselves(case):
+def test_levels_follow_the_graph(case):
     network, x, context, rows, _ = case
     blocks = network.blocks(x, context)
-    assert blocks.levels[0] == 0
-    assert blocks.levels[-1] == DIM
+    assert (blocks.levels[0], blocks.levels[-1]) == (0, DIM)
     assert len(blocks.levels) == network.depth + 1
     assert torch.equal(rows, x if blocks.order is None else x[:, blocks.order])
     # a coordinate reads coordinates of earlier levels alone
@@ -124,5 +114,4 @@ def test_what_blocks_say_of_themselves(case):
     level = torch.arange(network.depth).repeat_interleave(sizes)[network.order.argsort()]
     child, parent = network.adjacency.nonzero(as_tuple=True)
     assert (level[child] > level[parent]).all()
-    layers = [layer.weight.numel() for layer in network.layers]
-    assert blocks.work == sum(layers)
+    assert blocks.work == sum(layer.weight.numel() for layer in network.layers)

@@ -10,8 +10,7 @@ from tests.conditioners.test_masks import random_dag
 from tests.transforms.metas import Dense, DenseTransform
 
 
-@pytest.mark.parametrize("context_dim", [0, 2])
-@pytest.mark.parametrize("input_dim", [1, 2, 5])
+@pytest.mark.parametrize(("input_dim", "context_dim"), [(1, 2), (2, 0), (5, 2)])
 def test_contract(input_dim, context_dim):
     check_conditioner(
         lambda: MaskedInput(Dense(input_dim, 2, context_dim)), input_dim, context_dim=context_dim

@@ -1,5 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
@@ -15,40 +17,37 @@ from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.conditioners.test_masks import random_dag
 
 CHAIN = torch.diag(torch.ones(4), -1).bool()
-COUPLING = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 0]]).bool()
 OPTIONS = {
     "default": {},
     "one narrow layer": {"hidden_dims": 3},
     "three layers": {"hidden_dims": [8, 16, 8]},
     "context": {"context_dim": 2},
     "context and a narrow layer": {"context_dim": 1, "hidden_dims": (2, 2)},
-    "tanh": {"nonlinearity": torch.tanh},
     "even, with skip connections": {"nonlinearity": TiltedSiLU(0.0), "skip_connections": True},
 }
+GRAPHS = {
+    "one coordinate": torch.zeros(1, 1).bool(),
+    "two": torch.tensor([[0, 0], [1, 0]]).bool(),
+    "five": torch.ones(5, 5).tril(-1).bool(),
+    "many": torch.ones(48, 48).tril(-1).bool(),
+    "chain": CHAIN,
+    "coupling": torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 0]]).bool(),
+    "sparse": random_dag(9, 0.3),
+    "dense": random_dag(9, 0.8, 1),
+    "elementwise": torch.zeros(3, 3).bool(),
+}
+# each graph with two of the options, each of which meets several graphs
+CASES = [(g, o) for g, o in zip([*GRAPHS] * 2, cycle([*OPTIONS]))]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("input_dim", [1, 2, 5, 64])
-def test_contract(input_dim, options):
-    check_conditioner(
-        lambda: MaskedMLP(input_dim, 3, **options),
-        input_dim,
-        context_dim=options.get("context_dim", 0),
-    )
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize(
-    "adjacency",
-    [CHAIN, COUPLING, random_dag(9, 0.3), random_dag(9, 0.8, 1), torch.zeros(3, 3).bool()],
-    ids=["chain", "coupling", "sparse", "dense", "elementwise"],
-)
-def test_contract_with_a_graph(adjacency, options):
-    dim = len(adjacency)
+@pytest.mark.parametrize(("graph", "option"), CASES)
+def test_contract(graph, option):
+    adjacency, options = GRAPHS[graph], OPTIONS[option]
+    dim, context_dim = len(adjacency), options.get("context_dim", 0)
     check_conditioner(
         lambda: MaskedMLP(dim, 2, adjacency=adjacency, **options),
         dim,
-        context_dim=options.get("context_dim", 0),
+        context_dim=context_dim,
         adjacency=adjacency,
     )
 
@@ -57,6 +56,7 @@ def test_contract_with_an_order():
     order = [2, 0, 3, 1]
     conditioner = MaskedMLP(4, 2, order=order)
     check_conditioner(lambda: MaskedMLP(4, 2, order=order), 4, adjacency=conditioner.adjacency)
+    check_conditioner(lambda: MaskedMLP(4, 2), 4)
     jacobian = torch.autograd.functional.jacobian(redraw(conditioner), torch.randn(4))
     assert (jacobian != 0).any(1).sum(-1).tolist() == [1, 3, 0, 2]
 
@@ -68,15 +68,18 @@ def test_masks_and_order_are_in_the_state_dict_and_deterministic():
     assert all(torch.equal(first[name], second[name]) for name in fixed)
 
 
-def test_depth_follows_the_buffers():
-    conditioner = MaskedMLP(5, 2)
+def test_depth_and_blocks_follow_the_buffers():
+    conditioner, x = MaskedMLP(5, 2), torch.zeros(3, 5)
     assert conditioner.depth == 5
+    assert conditioner.blocks(x).levels == [0, 1, 2, 3, 4, 5]
     conditioner.load_state_dict(MaskedMLP(5, 2, adjacency=CHAIN[[0] * 5]).state_dict())
     assert conditioner.depth == 1
+    assert conditioner.blocks(x).levels == [0, 5]
+    moved = conditioner.to("meta")
+    assert moved.blocks(x.to("meta")).levels == [0, 5]
 
 
 def test_skip_connections_add_a_linear_function_that_starts_at_zero():
-    torch.manual_seed(0)
     plain = redraw(MaskedMLP(4, 2, 8))
     conditioner = MaskedMLP(4, 2, 8, skip_connections=True)
     assert not conditioner.skip.weight.any()
@@ -88,28 +91,16 @@ def test_skip_connections_add_a_linear_function_that_starts_at_zero():
     assert torch.allclose(added, x @ masked.T)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.3, np.float64(0.6), 1])
-def test_tilted_silu(slope):
-    x, activation = torch.linspace(-30, 30, 101), TiltedSiLU(slope)
-    assert torch.allclose(activation(x), x * (slope + torch.tanh(x / 2)), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(activation, torch.randn(5, requires_grad=True))
-    assert repr(activation) == f"TiltedSiLU(slope={float(slope)})"
-
-
-@pytest.mark.parametrize("slope", [-0.1, 1.5, float("nan"), "0.5", True])
-def test_slope_that_is_none(slope):
-    with pytest.raises(ValueError, match="slope: expected a number from 0 to 1, got"):
-        TiltedSiLU(slope)
-
-
 def test_all_parameters_move_within_two_steps():
     conditioner = MaskedMLP(4, 2, hidden_dims=[16, 16], context_dim=3)
     before = {name: p.detach().clone() for name, p in conditioner.named_parameters()}
-    optim = torch.optim.Adam(conditioner.parameters(), lr=1e-2)
     for _ in range(2):
-        optim.zero_grad()
+        conditioner.zero_grad()
         (conditioner(torch.randn(8, 4), torch.randn(8, 3)) - 1).square().sum().backward()
-        optim.step()
+        with torch.no_grad():
+            torch._foreach_sub_(
+                [*conditioner.parameters()], [p.grad for p in conditioner.parameters()]
+            )
     for name, p in conditioner.named_parameters():
         assert not torch.equal(p, before[name]), name
 
@@ -118,16 +109,11 @@ def test_all_parameters_move_within_two_steps():
     ("options", "message"),
     [
         ({"input_dim": 0}, "input_dim: expected a positive integer, got 0"),
-        ({"input_dim": 2.0}, "input_dim"),
-        ({"num_params": True}, "num_params"),
         ({"num_params": torch.tensor(True)}, "num_params: expected a positive integer"),
-        ({"context_dim": -1}, "context_dim"),
         ({"context_dim": "2"}, "context_dim: expected an integer of at least 0, got '2'"),
         ({"hidden_dims": ()}, "hidden_dims: expected at least one width, got an empty sequence"),
-        ({"hidden_dims": [8, 0]}, "hidden_dims: expected a positive integer, got 0"),
         ({"hidden_dims": [8, 2.0]}, r"hidden_dims: expected a positive integer, got 2\.0"),
         ({"hidden_dims": 0}, "hidden_dims: expected a positive integer, got 0"),
-        ({"hidden_dims": 64.0}, r"a positive integer or a sequence of them, got 64\.0"),
         ({"hidden_dims": "64"}, "a positive integer or a sequence of them, got '64'"),
         ({"hidden_dims": True}, "or a sequence of them, got True"),
         ({"skip_connections": "no"}, "skip_connections: expected True or False, got 'no'"),
@@ -148,49 +134,32 @@ def test_integers_of_other_libraries():
     conditioner = MaskedMLP(np.int64(3), np.int32(2), np.int64(8), context_dim=torch.tensor(2))
     sizes = (conditioner.input_dim, conditioner.num_params, conditioner.context_dim)
     assert [type(size) for size in (*sizes, *conditioner.hidden_dims)] == [int] * 4
-    assert MaskedMLP(3, 2, np.array([8, 4])).hidden_dims == (8, 4)
-    assert MaskedMLP(3, 2, torch.tensor([8, 4])).hidden_dims == (8, 4)
+    for widths in (np.array([8, 4]), torch.tensor([8, 4])):
+        assert MaskedMLP(3, 2, widths).hidden_dims == (8, 4)
 
 
-@pytest.mark.parametrize("nonlinearity", [nn.ELU, "tanh", 3, torch.zeros(8)])
-def test_what_is_no_function(nonlinearity):
+@pytest.mark.parametrize("nonlinearity", [nn.ELU, "tanh", torch.zeros(8)])
+def test_a_nonlinearity_that_is_not_a_function(nonlinearity):
     with pytest.raises(TypeError, match=r"a function or a module such as torch\.nn\.ELU\(\), got"):
         MaskedMLP(3, 2, 8, nonlinearity=nonlinearity)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "nonlinearity", [nn.PReLU(), nn.SiLU(), torch.log], ids=["PReLU", "SiLU", "log"]
-)
-def test_a_nonlinearity_is_taken_as_it_is(nonlinearity, dtype):
-    """It is not evaluated, and the weights are those that any other would come with."""
-    torch.set_default_dtype(dtype)
-    state = torch.get_rng_state()
-    default = MaskedMLP(3, 2, 8)
-    torch.set_rng_state(state)
-    given = MaskedMLP(3, 2, 8, nonlinearity=nonlinearity)
-    assert given.nonlinearity is nonlinearity
-    assert torch.equal(given.layers[0].weight, default.layers[0].weight)
+def test_a_nonlinearity_is_not_evaluated_before_its_time():
+    """It is taken as it is, and the weights are those that any other would come with."""
 
-
-def test_nothing_is_evaluated_on_the_meta_device():
     def refuse(h):
         raise AssertionError("evaluated")
 
+    state = torch.get_rng_state()
+    default = MaskedMLP(3, 2, 8)
+    torch.set_rng_state(state)
+    given = MaskedMLP(3, 2, 8, nonlinearity=refuse)
+    assert given.nonlinearity is refuse
+    assert torch.equal(given.layers[0].weight, default.layers[0].weight)
     with torch.device("meta"):
         conditioner = MaskedMLP(3, 2, 8, nonlinearity=refuse)
     assert conditioner.adjacency.is_meta
     assert conditioner.depth == 3
-
-
-def test_the_layout_of_blocks_follows_the_buffers():
-    conditioner, x = MaskedMLP(5, 2), torch.zeros(3, 5)
-    conditioner(x)
-    assert conditioner.blocks(x).levels == [0, 1, 2, 3, 4, 5]
-    conditioner.load_state_dict(MaskedMLP(5, 2, adjacency=CHAIN[[0] * 5]).state_dict())
-    assert conditioner.blocks(x).levels == [0, 5]
-    moved = conditioner.to("meta")
-    assert moved.blocks(x.to("meta")).levels == [0, 5]
 
 
 def test_bad_input():
@@ -200,12 +169,15 @@ def test_bad_input():
         plain(torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"x: expected shape \(\*, 3\), got \(\)"):
         plain(torch.zeros(()))
+    with pytest.raises(ValueError, match=r"x: expected torch\.float64, the network's own"):
+        plain(x.float())
     with pytest.raises(ValueError, match=r"context: expected none, got \(5, 2\)"):
         plain(x, torch.zeros(5, 2))
-    with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got none"):
-        conditional(x)
-    with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got \(5, 3\)"):
-        conditional(x, torch.zeros(5, 3))
+    for network in (conditional, conditional.blocks, conditional.linearize):
+        with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got none"):
+            network(x)
+        with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got \(5, 3\)"):
+            network(x, torch.zeros(5, 3))
 
 
 def test_representation_gives_the_sizes():
@@ -213,39 +185,7 @@ def test_representation_gives_the_sizes():
     assert isinstance(MaskedMLP(3, 2).nonlinearity, nn.ELU)
 
 
-# MaskedLinear
-
-MASK = torch.tensor([[True, False, False], [True, True, False]])
-
-
-def test_masked_connections_stay_cut_whatever_the_weight():
-    layer = MaskedLinear(3, 2, MASK)
-    layer.weight.data.fill_(7.0)
-    layer.bias.data.zero_()
-    assert torch.equal(layer(torch.ones(3)), torch.tensor([7.0, 14.0]))
-    layer(torch.ones(3)).sum().backward()
-    assert torch.equal(layer.weight.grad, MASK.double())
-
-
-def test_mask_is_saved_and_follows_the_dtype():
-    layer = MaskedLinear(3, 2, MASK)
-    assert "mask" in layer.state_dict()
-    assert layer.float().mask.dtype == torch.float32
-
-
-def test_mask_as_a_list():
-    layer = MaskedLinear(2, 2, [[1, 0], [1, 1]])
-    assert torch.equal(layer.mask, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-
-
-def test_mask_of_a_wrong_shape():
-    with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(3, 2\)"):
-        MaskedLinear(3, 2, MASK.T)
-    with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(2,\)"):
-        MaskedLinear(3, 2, [1, 0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool], ids=str)
 def test_a_context_of_another_dtype(dtype):
     """The network's own dtype counts, in both directions."""
     t = redraw(conditional_affine_autoregressive(3, 2)).to(torch.float32)
@@ -255,30 +195,36 @@ def test_a_context_of_another_dtype(dtype):
     assert torch.equal(given.inv(x), expected.inv(x))
 
 
-# Unconditional
+def test_masked_connections_stay_cut_whatever_the_weight():
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    layer = MaskedLinear(3, 2, mask)
+    layer.weight.data.fill_(7.0)
+    layer.bias.data.zero_()
+    assert torch.equal(layer(torch.ones(3)), torch.tensor([7.0, 14.0]))
+    layer(torch.ones(3)).sum().backward()
+    assert torch.equal(layer.weight.grad, mask.double())
+    assert "mask" in layer.state_dict()
+    assert layer.float().mask.dtype == torch.float32
 
 
-def test_the_same_parameters_for_every_x():
+def test_mask_of_a_linear_layer():
+    layer = MaskedLinear(2, 2, [[1, 0], [1, 1]])
+    assert torch.equal(layer.mask, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(3, 2\)"):
+        MaskedLinear(3, 2, torch.ones(3, 2))
+
+
+def test_unconditional_parameters_are_the_same_for_every_x():
     conditioner = redraw(Unconditional(3, 2))
     params = conditioner(torch.randn(4, 5, 3))
     assert params.shape == (4, 5, 3, 2)
     assert torch.equal(params, conditioner.params.expand_as(params))
-
-
-def test_the_jacobian_is_diagonal():
-    t = redraw(hinged_marginals(4))
-    jacobian = torch.autograd.functional.jacobian(t, torch.randn(4))
-    assert (jacobian.diagonal() > 0).all()
-    assert not (jacobian - jacobian.diagonal().diag()).any()
-
-
-def test_unconditional_makes_a_transform():
     check_transform(lambda: hinged_marginals(3), 3)
     check_transform(lambda: spline_marginals(3), 3)
-
-
-def test_sizes_of_unconditional_are_checked():
+    jacobian = torch.autograd.functional.jacobian(redraw(hinged_marginals(4)), torch.randn(4))
+    assert (jacobian.diagonal() > 0).all()
+    assert not (jacobian - jacobian.diagonal().diag()).any()
     with pytest.raises(ValueError, match="num_params"):
         Unconditional(3, 0)
     with pytest.raises(ValueError, match=r"expected shape \(\*, 3\), got \(2,\)"):
-        Unconditional(3, 1)(torch.zeros(2))
+        conditioner(torch.zeros(2))

@@ -35,7 +35,7 @@ def unrolled(t, y):
 def test_passes_as_deep_as_the_graph_are_exact_and_one_fewer_is_not(seed):
     adjacency = random_dag(8, 0.5, seed)
     meta = redraw(ConditionedUnivariate(MaskedMLP(8, 2, adjacency=adjacency), Affine()), 4.0)
-    depth = masks.depth(adjacency)
+    depth = int(masks.levels(adjacency).max()) + 1
     x = torch.randn(20, 8)
     y = AutoregressiveTransform(meta)(x).detach()
     exact = AutoregressiveTransform(meta, passes=depth).inv(y)

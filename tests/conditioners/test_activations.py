@@ -1,0 +1,30 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pyro_artransform.conditioners import TiltedSiLU
+from pyro_artransform.conditioners.activations import slope_of
+
+
+@pytest.mark.parametrize("slope", [0.0, np.float64(0.6), 1])
+def test_tilted_silu(slope):
+    x, activation = torch.linspace(-30, 30, 101), TiltedSiLU(slope)
+    assert torch.allclose(activation(x), x * (slope + torch.tanh(x / 2)), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(activation, torch.randn(5, requires_grad=True))
+    assert repr(activation) == f"TiltedSiLU(slope={float(slope)})"
+
+
+@pytest.mark.parametrize("slope", [-0.1, 1.5, float("nan"), "0.5", True])
+def test_a_slope_outside_of_its_range(slope):
+    with pytest.raises(ValueError, match="slope: expected a number from 0 to 1, got"):
+        TiltedSiLU(slope)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), TiltedSiLU(0.3), torch.tanh])
+def test_slopes_are_those_of_autograd(activation):
+    x = torch.randn(20, requires_grad=True)
+    expected = torch.autograd.grad(activation(x).sum(), x)[0]
+    assert torch.equal(slope_of(activation, x), expected)
