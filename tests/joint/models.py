@@ -11,11 +11,9 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
 
-DATA = (1.3, 0.2, 2.9, -0.4, 1.7)
-
 
 def data():
-    return torch.tensor(DATA)
+    return torch.tensor([1.3, 0.2, 2.9, -0.4, 1.7])
 
 
 class Ordered(dist.TorchDistribution):
@@ -71,30 +69,13 @@ def supports():
 
 def scaled_and_masked():
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("one", -(pyro.deterministic("square", z**2) ** 2))
     with poutine.scale(scale=2.5), pyro.plate("scaled", 5):
         pyro.sample("y", dist.Normal(z, 1.0), obs=data())
+        pyro.factor("many", -((data() - z) ** 2))
     with pyro.plate("masked", 5), poutine.mask(mask=data() > 1):
         local = pyro.sample("local", dist.Normal(z, 1.0))
         pyro.sample("x", dist.Normal(local, 1.0), obs=data())
-
-
-def partly_observed():
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(z, 1.0), obs=data(), obs_mask=data() > 0)
-
-
-def factors():
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.factor("one", -(z**4))
-    with pyro.plate("data", 5):
-        pyro.factor("many", -((data() - z) ** 2))
-
-
-def deterministic():
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    square = pyro.deterministic("square", z**2)
-    pyro.sample("y", dist.Normal(square, 1.0), obs=torch.tensor(0.4))
 
 
 def sequential_plate():
@@ -165,20 +146,6 @@ def python_branch():
     pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.3))
 
 
-def python_number():
-    z = pyro.sample("z", dist.HalfNormal(1.0))
-    pyro.sample("y", dist.Normal(torch.full((), z.item()), 1.0), obs=torch.tensor(0.3))
-
-
-@config_enumerate
-def mixture():
-    locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 2.0]), 1.0).to_event(1))
-    probs = pyro.sample("probs", dist.Dirichlet(torch.ones(2)))
-    with pyro.plate("data", 5):
-        kind = pyro.sample("kind", dist.Categorical(probs))
-        pyro.sample("y", dist.Normal(Vindex(locs)[..., kind], 1.0), obs=data())
-
-
 @config_enumerate
 def chain():
     """A hidden Markov chain of two states from the first one, and two sequences of data."""
@@ -211,27 +178,12 @@ def marginal_mixture():
         pyro.sample("y", dist.MixtureSameFamily(kinds, parts), obs=data())
 
 
-def gaussian_process():
-    """Its covariance has no Cholesky factor for a large length scale."""
-    length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
-    x = torch.linspace(0.0, 1.0, 20)
-    kernel = torch.exp(-0.5 * ((x[:, None] - x) / length[..., None, None]) ** 2)
-    scale_tril = torch.linalg.cholesky(
-        kernel + 1e-10 * torch.eye(20) - 1e-9 * length[..., None, None]
-    )
-    pyro.sample("y", dist.MultivariateNormal(torch.zeros(20), scale_tril=scale_tril), obs=x)
+SIZE, Y = 7, torch.linspace(-1.0, 2.0, 7)
 
 
-def refuses_negative():
-    """Its density is not finite for negative draws."""
-    z = pyro.sample("z", dist.Normal(1.0, 1.0))
-    pyro.sample("root", dist.Normal(z.sqrt(), 1.0), obs=torch.tensor(1.0))
-    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
-
-
-def one_observation(dtype):
-    def model():
-        scale = pyro.sample("scale", dist.HalfNormal(torch.ones((), dtype=dtype)))
-        pyro.sample("y", dist.Normal(0.0, scale), obs=torch.ones((), dtype=dtype))
-
-    return model
+def of_batch(y, scale=1.0):
+    """A model of whole data or of a mini-batch of :data:`Y`."""
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 3.0))
+    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", SIZE, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(loc, width * scale), obs=y)

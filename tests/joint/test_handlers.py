@@ -1,147 +1,216 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The structure of a run."""
+"""Masks of data, which have no part in the density and in its gradient, and of latents; sums over states."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.reparam import ConjugateReparam, LocScaleReparam, TransformReparam
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.ops.indexing import Vindex
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.traces import argument_signature, has_data, is_deterministic
-from tests.joint.batches import Y, model
-
-
-def test_model_structure():
-    def both(y):
-        model(y)
-        with pyro.plate("groups", 10, subsample_size=5):
-            pyro.sample("part", dist.Normal(0.0, 1.0))
-        with pyro.plate("items", 4):
-            pyro.sample("all", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-
-    structure = LogJoint(both, (Y[:3],)).structure((Y[:2],))
-    assert {name: tuple(shape) for name, shape in structure.shapes.items()} == {
-        **{"loc": (), "width": (), "part": (5,), "all": (4, 2)}
-    }
-    assert structure.global_latents == ["loc", "width"]
-    assert structure.subsampled_latents == ["part"]
-    assert structure.scale == 3.5
-    assert structure.is_scaled
-    assert LogJoint(whole_data, ()).structure(()).scale == 1.0
-    whole = LogJoint(model, (Y,)).structure((Y,))
-    assert (whole.scale, whole.is_scaled, whole.subsampled_latents) == (1.0, False, [])
-
-
-def whole_data():
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(z, 1.0), obs=Y[0])
-    with pyro.plate("predicted", 10, subsample_size=5):
-        pyro.deterministic("doubled", 2 * z)
-
-
-REPARAMETRIZERS = {
-    "loc_scale": (dist.Normal(1.0, 2.0), LocScaleReparam(0.0)),
-    "transform": (dist.LogNormal(1.0, 2.0), TransformReparam()),
-    "vector": (dist.Normal(torch.zeros(2), 1.0).to_event(1), LocScaleReparam()),
-    "with_density": (dist.Beta(2.0, 2.0), ConjugateReparam(dist.Beta(3.0, 1.0))),
-}
-
-
-@pytest.mark.parametrize("plate_is_outside", [True, False])
-@pytest.mark.parametrize("name", REPARAMETRIZERS)
-def test_what_a_reparametrizer_leaves_is_no_data(name, plate_is_outside):
-    """A distribution of data may be a point all the same."""
-    fn, reparam = REPARAMETRIZERS[name]
-
-    def run():
-        with poutine.reparam(config={"theta": reparam}):
-            theta = pyro.sample("theta", fn)
-        pyro.sample("y", dist.Delta(theta, event_dim=fn.event_dim), obs=theta.detach().clone())
-
-    def in_plate():
-        with pyro.plate("plate", 3):
-            run()
-
-    nodes = poutine.trace(in_plate if plate_is_outside else run).get_trace().nodes
-    assert is_deterministic(nodes["theta"])
-    assert [k for k, node in nodes.items() if node["type"] == "sample" and has_data(node)] == ["y"]
-
-
-def test_model_structures_go_by_numbers_too():
-    """As where the number of all rows is an argument."""
-
-    def sized(y, size):
-        with pyro.plate("data", size, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    log_joint = LogJoint(sized, (Y, 7))
-    assert [log_joint.structure((Y, size)).scale for size in (7, 14, 28)] == [1.0, 2.0, 4.0]
+from pyro_artransform.posterior import log_likelihood
+from tests.joint.models import data
 
 
 @pytest.mark.parametrize(
-    ("a", "b"),
+    ("distribution", "hidden"),
     [
-        (torch.zeros(3), torch.zeros(4)),
-        (torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float32)),
-        (np.zeros(3), np.zeros((3, 1))),
-        ({"n": 1}, {"n": 2}),
-        ({"n": 1}, {"m": 1}),
-        (["a", torch.zeros(2)], ["b", torch.zeros(2)]),
-        (list(range(20)), list(range(21))),
-        (None, torch.zeros(())),
-        (dist.Normal, "Normal"),
+        (lambda z: dist.Normal(z, 1.0), torch.nan),
+        (lambda z: dist.LogNormal(z, 1.0), 0.0),
+        (lambda z: dist.LogNormal(z, 1.0), -1.0),
+        (lambda z: dist.Beta(z.exp(), 2.0), torch.inf),
+        (lambda z: dist.Weibull(1.0, z.exp()), 0.0),
+        (lambda z: dist.Normal(z[..., None], torch.ones(2)).to_event(1), torch.inf),
+        (lambda z: dist.Dirichlet(z.exp()[..., None] * torch.ones(2)), torch.nan),
+        (lambda z: dist.Dirichlet(z.exp()[..., None] * torch.ones(2)), 0.0),
     ],
 )
-def test_signatures_that_differ(a, b):
-    found = [argument_signature(((value,), {})) for value in (a, a, b)]
-    assert found[0] == found[1] != found[2]
-    assert len(set(found)) == 2
+def test_what_a_mask_hides_is_not_in_the_gradient(distribution, hidden):
+    event = distribution(torch.zeros(())).event_shape
+    y = torch.tensor([0.3, 0.7, 0.4])
+    y = torch.stack([y, 1 - y], -1) if event else y
+    mask = torch.tensor([False, True, True])
+
+    def model(y, mask):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)), poutine.mask(mask=mask):
+            pyro.sample("y", distribution(z), obs=y)
+
+    z = torch.randn(5, 1, requires_grad=True)
+    expected = LogJoint(model, (y[1:], True))(z)
+    (slope,) = torch.autograd.grad(expected.sum(), z)
+    spoilt = y.clone()
+    spoilt[0] = hidden
+    for draws in (z, z[:1]):
+        given = LogJoint(model, (spoilt, mask))(draws)
+        assert torch.allclose(given, expected[: len(draws)])
+        (found,) = torch.autograd.grad(given.sum(), z)
+        assert torch.allclose(found[: len(draws)], slope[: len(draws)])
 
 
-def test_signatures_that_are_equal():
-    """Values of tensors and of floats do not matter, nor does the end of a long sequence."""
-    a = (torch.zeros(3), 0.5, list(range(20)), {"x": 1, "y": 2})
-    b = (torch.ones(3), 0.7, [0] * 20, {"y": 2, "x": 1})
-    assert argument_signature(a) == argument_signature(b)
-    assert argument_signature(a, with_values=True) != argument_signature(b, with_values=True)
+@pytest.mark.parametrize("mask", [torch.zeros(3).bool(), torch.tensor(False)], ids=["each", "all"])
+@pytest.mark.parametrize("strategy", ["plate", "vmap", "loop"])
+def test_data_that_are_hidden_as_a_whole(mask, strategy):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), poutine.mask(mask=mask):
+            pyro.sample("y", dist.LogNormal(z, 1.0), obs=torch.full((3,), torch.nan))
+
+    z = torch.randn(5, 1, requires_grad=True)
+    log_joint = LogJoint(model)
+    log_joint.strategy = strategy
+    found = log_joint(z)
+    assert torch.allclose(found, dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+    (slope,) = torch.autograd.grad(found.sum(), z)
+    assert torch.allclose(slope, -z)
+    terms = log_likelihood(model, {"z": torch.randn(4)})["y"]
+    assert torch.equal(terms, torch.zeros(4, 3))
 
 
-MASK = torch.tensor([True, True, False])
+def test_no_data():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=torch.zeros(0).bool()):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(0))
+
+    z = torch.randn(5, 1)
+    assert torch.allclose(LogJoint(model)(z), dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+
+
+def test_masked_latents_have_their_prior():
+    y, is_there = torch.randn(2), torch.tensor([True, False])
+
+    def model():
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y, obs_mask=is_there)
+
+    z, standard = torch.randn(4, 2), dist.Normal(0.0, 1.0)
+    log_joint = LogJoint(model)
+    assert log_joint.strategy == "plate"
+    assert torch.allclose(log_joint(z), standard.log_prob(y[0]) + standard.log_prob(z).sum(-1))
+
+
+@pytest.mark.parametrize("mask", [torch.tensor(False), torch.tensor([True, False])], ids=str)
+def test_masked_latents_that_data_depend_on_have_none(mask):
+    """As in Pyro: their prior would change the posterior."""
+    y = torch.tensor([1.0, 2.0])
+
+    def model():
+        with pyro.plate("data", 2):
+            with poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("other", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    log_joint, z = LogJoint(model), torch.randn(4, 8)
+    prior = dist.Normal(0.0, 1.0).log_prob(z)
+    expected = dist.Normal(z[:, :2], 1.0).log_prob(y).sum(-1) + prior[:, 2:].sum(-1)
+    expected = expected + (prior[:, :2] * mask).sum(-1)
+    assert log_joint.improper == {"z"}
+    assert log_joint.strategy == "plate"
+    assert torch.allclose(log_joint(z), expected)
+    assert torch.allclose(log_joint.with_arguments(())(z), expected)
+
+
+# Sums over the states of discrete latents
+
+WEIGHTS = torch.tensor([0.4, 0.6], dtype=torch.float64)
+
+
+def locations():
+    return pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 2.0]), 1.0).to_event(1))
+
+
+def elements(locs):
+    kind = pyro.sample("kind", dist.Categorical(WEIGHTS))
+    pyro.sample("y", dist.Normal(Vindex(locs)[..., kind], 1.0), obs=data())
+
+
+def plain(size=5):
+    locs = locations()
+    with pyro.plate("data", size, subsample_size=5):
+        elements(locs)
+
+
+def minibatch():
+    plain(50)
+
+
+def scaled():
+    locs = locations()
+    pyro.sample("x", dist.Normal(locs[..., 0], 1.0), obs=torch.tensor(0.4))
+    with poutine.scale(scale=0.1), pyro.plate("data", 5):
+        elements(locs)
+
+
+def masked():
+    locs = locations()
+    with pyro.plate("data", 5), poutine.mask(mask=data() > 0):
+        elements(locs)
+
+
+def all_scaled():
+    with poutine.scale(scale=2.5):
+        plain()
+
+
+def by_hand(model, locs):
+    """The sums over states written out."""
+    prior = dist.Normal(torch.tensor([-1.0, 2.0]), 1.0).log_prob(locs).sum()
+    terms = WEIGHTS.log() + dist.Normal(locs, 1.0).log_prob(data()[:, None])
+    sums = terms.logsumexp(-1)
+    other = dist.Normal(locs[0], 1.0).log_prob(torch.tensor(0.4))
+    return {
+        plain: prior + sums.sum(),
+        minibatch: prior + 10 * sums.sum(),
+        scaled: prior + other + 0.1 * sums.sum(),
+        masked: prior + sums[data() > 0].sum(),
+        all_scaled: 2.5 * (prior + sums.sum()),
+    }[model]
+
+
+@pytest.mark.parametrize("model", [plain, minibatch, scaled, masked, all_scaled])
+def test_scales_are_outside_and_masks_inside_of_the_sums(model):
+    log_joint = LogJoint(config_enumerate(model))
+    assert log_joint.strategy == "plate"
+    draws = torch.randn(7, 2)
+    found = log_joint(draws)
+    expected = torch.stack([by_hand(model, locs) for locs in draws])
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert torch.allclose(torch.cat([log_joint(row[None]) for row in draws]), expected)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    for locs, value in zip(draws[:3], found):
+        point = lambda locs=locs: pyro.sample("locs", dist.Delta(locs, event_dim=1))  # noqa: E731
+        assert abs(elbo.loss(config_enumerate(model), point) + value) < 1e-9
+
+
+def two_scales():
+    locs, kind = locations(), pyro.sample("kind", dist.Categorical(WEIGHTS))
+    with pyro.plate("data", 50, subsample_size=5):
+        pyro.sample("y", dist.Normal(Vindex(locs)[..., kind], 1.0), obs=data())
+
+
+def scale_of_each_element():
+    locs = locations()
+    with pyro.plate("data", 5), poutine.scale(scale=torch.rand(5)):
+        elements(locs)
 
 
 @pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (MASK, ~MASK),
-        (MASK.numpy(), ~MASK.numpy()),
-        (MASK.float(), 1 - MASK.float()),
-        (torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2])),
-        (torch.tensor(0.5), torch.tensor([0.7])),
-        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan])),
-        ([MASK] * 20, [MASK] * 19 + [~MASK]),
-        (torch.nn.Identity(), torch.nn.Identity()),
-    ],
+    ("model", "got"), [(two_scales, r"\[1.0, 10.0\]"), (scale_of_each_element, r"\[nan\]")]
 )
-def test_what_a_scale_may_follow_from(a, b):
-    found = [argument_signature(((value,), {}), with_values=True) for value in (a, a, b)]
-    assert found[0] == found[1] != found[2]
-    assert hash(found[0]) == hash(found[1])
+def test_two_scales_of_one_sum(model, got):
+    with pytest.raises(ValueError, match=f"expected one scale .* got {got}"):
+        LogJoint(config_enumerate(model))
 
 
-def test_what_nobody_looks_into_has_another_signature_each_time():
-    for value in (SimpleNamespace(mask=MASK), torch.zeros(2**19), torch.eye(3).to_sparse()):
-        first, second = (argument_signature(value, with_values=True) for _ in range(2))
-        assert first != second
-
-
-def test_values_of_real_data_do_not_matter():
-    a, b = (argument_signature(torch.randn(3, 2), with_values=True) for _ in range(2))
-    assert a == b
+@pytest.mark.parametrize(
+    ("options", "got"), [({"default": "sequential"}, "'sequential'"), ({"num_samples": 3}, "=3")]
+)
+def test_what_is_drawn_and_not_summed(options, got):
+    with pytest.raises(ValueError, match=f"expected enumeration in parallel over all .*{got}"):
+        LogJoint(config_enumerate(plain, **options))

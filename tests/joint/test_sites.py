@@ -8,36 +8,38 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
+from torch.distributions import biject_to
 
 from pyro_artransform.joint import Latents, LogJoint
 from pyro_artransform.joint.sites import same_support
 from tests.joint import models
 
-SHAPES = {
-    "probs": (3,),
-    "corr": (3, 3),
-    "unit": (),
-    "rates": (2, 3),
-    "simplex": (2, 4),
-}
+SHAPES = {"probs": (3,), "corr": (3, 3), "unit": (), "rates": (2, 3), "simplex": (2, 4)}
+
+
+def latents_of(model):
+    return Latents.from_trace(poutine.trace(model).get_trace())
 
 
 @pytest.fixture
 def latents():
-    return Latents.from_trace(poutine.trace(models.supports).get_trace())
+    return latents_of(models.supports)
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
 def test_there_and_back(latents, batch):
     z = torch.randn(*batch, latents.latent_dim)
     values, ladj = latents.constrain_with_ladj(z)
-    assert {name: tuple(v.shape) for name, v in values.items()} == {
+    assert {name: tuple(value.shape) for name, value in values.items()} == {
         name: batch + shape for name, shape in SHAPES.items()
     }
     for name, value in latents.constrain(z).items():
         assert torch.equal(value, values[name])
-        assert latents.sites[name].bijection.codomain.check(value).all()
+        assert latents.sites[name].support.check(value).all()
     assert torch.allclose(latents.unconstrain(values), z)
+    back, again = latents.unconstrain_with_ladj(values)
+    assert torch.allclose(back, z)
+    assert torch.allclose(again, ladj)
     assert ladj.shape == batch
 
 
@@ -46,13 +48,13 @@ def test_log_determinant(latents):
     z = torch.randn(latents.latent_dim)
     total = 0.0
     for name, part in latents.split(z).items():
-        bijection = latents.sites[name].bijection
+        bijection = biject_to(latents.sites[name].support)
         total = total + bijection.log_abs_det_jacobian(part, bijection(part)).sum()
     assert torch.allclose(latents.constrain_with_ladj(z)[1], total)
 
 
 def test_log_determinant_of_scalars_by_differentiation():
-    latents = Latents.from_trace(poutine.trace(models.one_plate).get_trace())
+    latents = latents_of(models.one_plate)
     z = torch.randn(latents.latent_dim)
 
     def all_values(z):
@@ -67,10 +69,9 @@ def test_packs_as_pyro_does(model):
     guide = AutoDiagonalNormal(model)
     guide()
     latents = Latents.from_trace(guide.prototype_trace)
-    z = torch.randn(guide.latent_dim)
+    z, medians = torch.randn(guide.latent_dim), guide.median()
     for name, value in latents.constrain(z).items():
-        theirs = guide.median()[name]
-        assert value.shape == theirs.shape
+        assert value.shape == medians[name].shape
     values = {site["name"]: part for site, part in guide._unpack_latent(z)}
     assert list(values) == list(latents.sites)
     for name, part in latents.split(z).items():
@@ -78,19 +79,54 @@ def test_packs_as_pyro_does(model):
 
 
 def test_dtypes_of_sites():
-    latents = Latents.from_trace(poutine.trace(models.mixed_dtypes).get_trace())
+    latents = latents_of(models.mixed_dtypes)
     values = latents.constrain(torch.zeros(4, 3))
     assert values["single"].dtype == torch.float32
     assert values["double"].dtype == torch.float64
     assert latents.unconstrain(values).dtype == torch.float64
 
 
-def test_bad_values(latents):
+@pytest.mark.parametrize("method", ["unconstrain", "unconstrain_with_ladj"])
+def test_bad_values(latents, method):
+    unconstrain = getattr(latents, method)
     values = latents.constrain(torch.zeros(5, latents.latent_dim))
     with pytest.raises(ValueError, match=r"expected the sites .*'unit'.* got"):
-        latents.unconstrain({k: v for k, v in values.items() if k != "unit"})
+        unconstrain({k: v for k, v in values.items() if k != "unit"})
     with pytest.raises(ValueError, match=r"'probs' of shape \(5, 3\), got \(5, 2\)"):
-        latents.unconstrain({**values, "probs": values["probs"][:, :2]})
+        unconstrain({**values, "probs": values["probs"][:, :2]})
+    with pytest.raises(ValueError, match=r"'rates' of shape \(5, 2, 3\), got \(3, 2, 3\)"):
+        unconstrain({**values, "rates": values["rates"][:3]})
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist])
+def test_arrays_and_lists(latents, convert):
+    values = latents.constrain(torch.randn(5, latents.latent_dim))
+    expected = latents.unconstrain_with_ladj(values)
+    got = latents.unconstrain_with_ladj({k: convert(v) for k, v in values.items()})
+    assert all(map(torch.equal, got, expected))
+    for bad in ("high", [[1.0], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match=r"values\['unit'\]: expected an array of numbers"):
+            latents.unconstrain_with_ladj({**values, "unit": bad})
+
+
+@pytest.mark.parametrize("batch", [(0,), (3, 0), (0, 2)])
+def test_no_draws(latents, batch):
+    values = latents.constrain(torch.zeros(*batch, latents.latent_dim))
+    z, ladj = latents.unconstrain_with_ladj(values)
+    assert z.shape == (*batch, latents.latent_dim)
+    assert ladj.shape == batch
+
+
+def test_values_outside_the_support(latents):
+    values = latents.constrain(torch.zeros(5, latents.latent_dim))
+    outside = {**values, "unit": values["unit"].clone()}
+    outside["unit"][3] = 2.5
+    with pytest.raises(
+        ValueError, match=r"expected 'unit' inside its support Interval\(.*\), got 2.5"
+    ):
+        latents.unconstrain_with_ladj(outside)
+    pyro.enable_validation(False)
+    assert latents.unconstrain_with_ladj(outside)[1].shape == (5,)
 
 
 def test_same_support():
@@ -98,12 +134,12 @@ def test_same_support():
     assert same(interval(0.0, torch.ones(2)), interval(0.0, torch.ones(2)))
     assert not same(interval(0.0, torch.ones(2)), interval(0.0, torch.tensor([1.0, 2.0])))
     assert not same(interval(0.0, 1.0), constraints.half_open_interval(0.0, 1.0))
-    nested = [constraints.independent(interval(0.0, upper), 1) for upper in (1.0, 1.0, 2.0)]
-    assert same(nested[0], nested[1])
-    assert not same(nested[0], nested[2])
-    cat = [constraints.cat([interval(0.0, upper), constraints.real]) for upper in (1.0, 1.0, 2.0)]
-    assert same(cat[0], cat[1])
-    assert not same(cat[0], cat[2])
+    for nested in (
+        lambda upper: constraints.independent(interval(0.0, upper), 1),
+        lambda upper: constraints.cat([interval(0.0, upper), constraints.real]),
+    ):
+        assert same(nested(1.0), nested(1.0))
+        assert not same(nested(1.0), nested(2.0))
 
 
 def test_a_support_without_a_bijection():
@@ -112,9 +148,8 @@ def test_a_support_without_a_bijection():
     def model():
         pyro.sample("S", dist.ImproperUniform(dist.constraints.positive_definite, (), (2, 2)))
 
-    with pytest.raises(
-        ValueError, match=r"site 'S': expected a support with a bijection.*got Positive"
-    ):
+    message = r"site 'S': expected a support with a bijection.*got Positive"
+    with pytest.raises(ValueError, match=message):
         LogJoint(model)
 
 
