@@ -26,6 +26,7 @@ from .distributions import FlowDistribution, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
+from .persistence.state_check import LeastState, State
 
 _FULL_RANK_LIMIT = 200
 _CHUNK = 4096
@@ -114,7 +115,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             for name, site in prototype.sites_by_name(first).items():
                 sites.append(site.to(Tensor.clone))
                 values[name] = first.nodes[name]["value"].detach().clone()
-            prototype.refuse_subsampling(sites)
             arguments = self._resolved_arguments(len(start))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
@@ -132,10 +132,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             full_rank = latent_dim <= _FULL_RANK_LIMIT
         return {**self._arguments, "full_rank": full_rank}
 
-    def _least_size(self, spec: GuideSpec) -> int:
-        dim = spec.latents.latent_dim
-        return dim * dim if spec.arguments["full_rank"] else dim
-
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """The flow, and the location and scale after it."""
         if self._make_flow is None:
@@ -143,6 +139,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
                 "this guide was pickled before its first call, without its flow: call it once before it "
                 "is pickled, or make it anew"
             )
+        prototype.refuse_subsampling(spec.sites)
         flow = make_flow("flow", self._make_flow, start)
         init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
         affine = LocationScale(start, init_scale, full_rank=full_rank)
@@ -158,9 +155,23 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             for frame in site.plates:
                 self._prototype_frames[frame.name] = frame
         if self.master is None:
-            # NeuTraReparam looks at the plates, and may come before the first call
+            # NeuTraReparam reads the plates, and may come before the first call
             with poutine.block():
                 self._create_plates()
+
+    def _least_state(self, spec: GuideSpec) -> LeastState:
+        dim = spec.latents.latent_dim
+        return LeastState([dim], dim * dim if spec.arguments["full_rank"] else dim)
+
+    def _restore(self, spec: GuideSpec, state: State) -> None:
+        for site in spec.sites:
+            for frame in site.plates:
+                if site.batch_shape[frame.dim :][:1] != (frame.size,):
+                    raise ValueError(
+                        f"site '{site.name}' of shape {tuple(site.shape)}: expected the size of plate "
+                        f"'{frame.name}' at {frame.dim}, got {frame.size}"
+                    )
+        super()._restore(spec, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
         super()._apply(fn, recurse)

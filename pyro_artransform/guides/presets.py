@@ -18,6 +18,7 @@ from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
+from .persistence.state_check import LeastState
 
 Nonlinearity = Callable[[Tensor], Tensor]
 
@@ -68,11 +69,15 @@ class PresetGuide(AutoAutoregressive):
         # with the defaults, so that a version that has others reads the same flow from a file
         return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
 
-    def _least_size(self, spec: GuideSpec) -> int:
-        dim, arguments = spec.latents.latent_dim, spec.arguments
-        widths = [dim, *arguments["hidden_dims"], dim]
-        weights = sum(one * other for one, other in pairwise(widths))
-        return super()._least_size(spec) + arguments["num_transforms"] * weights
+    def _least_state(self, spec: GuideSpec) -> LeastState:
+        dim, count = spec.latents.latent_dim, spec.arguments["num_transforms"]
+        least = super()._least_state(spec)
+        if dim == 1:  # there are no networks
+            return least._replace(tensors=count)
+        widths = [dim, *spec.arguments["hidden_dims"], dim]
+        # of each network the graph and the weights
+        size = dim * dim + sum(one * other for one, other in pairwise(widths))
+        return least._replace(numbers=count * size, tensors=count * len(widths))
 
     @classmethod
     def _network(cls, latent_dim: int) -> Arguments:

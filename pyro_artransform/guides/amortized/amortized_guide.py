@@ -19,6 +19,7 @@ from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec
+from ..persistence.state_check import LeastState
 from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import MakeFlow, MakeFlows, MakeLocalFlow, default_flow, default_local_flow
@@ -39,7 +40,7 @@ from .plates import (
     refuse_no_local_latents,
     sizes_of_run,
 )
-from .variational_posterior import AmortizedPosterior, least_size, sample_sites
+from .variational_posterior import AmortizedPosterior, least_state, sample_sites
 
 # latent vectors that are drawn at a time
 _CHUNK = 2**16
@@ -201,8 +202,8 @@ class AutoAmortized(PersistentGuide):
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
-    def _least_size(self, spec: GuideSpec) -> int:
-        return least_size(spec, self._make_flows)
+    def _least_state(self, spec: GuideSpec) -> LeastState:
+        return least_state(spec, self._make_flows)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         if self._make_flows is None:

@@ -17,6 +17,7 @@ from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..persistence.spec import GuideSpec
+from ..persistence.state_check import LeastState
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlows, default_flow
 from .plates import (
@@ -244,11 +245,12 @@ def base_of(like: Tensor, shape: Sequence[int]) -> dist.TorchDistribution:
     return base
 
 
-def least_size(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
-    """How many numbers a posterior has at least, without building it; a user's flows are not counted."""
-    feature_dims, size = spec.arguments["feature_dims"], 0
+def least_state(spec: GuideSpec, make_flows: MakeFlows | None) -> LeastState:
+    """What the state dict of a guide has at least; a user's flows are not counted."""
+    feature_dims, dims, size = spec.arguments["feature_dims"], [], 0
     for group in LatentLayout(spec.latents).groups:
         dim = group.latents.latent_dim
+        dims.append(dim)
         if group.name == GLOBAL:
             is_default = make_flows is not None and make_flows[0] is default_flow
             size += dim * dim if is_default else dim
@@ -256,4 +258,4 @@ def least_size(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
         features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
         rows = 0 if group.name in feature_dims else group.num_elements
         size += (dim + features) * dim + rows * (features + 2 * dim)
-    return size
+    return LeastState(dims, max(size, spec.latents.latent_dim))

@@ -4,7 +4,6 @@
 """Guides whose parameters survive: in the param store, in copies, in state dicts and in files."""
 
 import copy
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,17 +16,20 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
+from ... import files
 from ...arguments import check_integer
+from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, prototype_trace
-from . import serialization
 from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
 from .spec import Arguments, GuideSpec, plain_to_tensor, tensor_to_plain
+from .state_check import LeastState, State, check_finite, check_sizes
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
 Values = Callable[..., Any]
-State = Mapping[str, Tensor]
+
+_FORMAT = 8
 
 
 class PersistentGuide(AutoGuide):
@@ -105,15 +107,15 @@ class PersistentGuide(AutoGuide):
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
-    def _least_size(self, spec: GuideSpec) -> int:
-        """How many numbers a guide of a spec has at least, without building it."""
-        return spec.latents.latent_dim
+    def _least_state(self, spec: GuideSpec) -> LeastState:
+        """What the state dict of a guide of a spec has at least: it bounds what is built."""
+        raise NotImplementedError
 
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
         own = self._resolved_arguments(spec.latents.latent_dim)
         spec = replace(spec, arguments={**spec.arguments, **own})
-        serialization.check_size(state, self._least_size(spec))
+        check_sizes(state, self._least_state(spec))
         self._set_up_from(spec, spec.zeros())
         self._ownership = Ownership.CARRIED
         self._model_is_checked = False
@@ -259,7 +261,7 @@ class PersistentGuide(AutoGuide):
         """The spec as bytes; null where there is none yet, or a support cannot be written."""
         if self._spec is None:
             return plain_to_tensor(None)
-        # functions are arguments that a guide has before it loads a state dict
+        # a guide has its functions before it loads a state dict
         known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
         try:
             return plain_to_tensor(replace(self._spec, arguments=known).to_plain())
@@ -270,16 +272,16 @@ class PersistentGuide(AutoGuide):
         """Does nothing: the spec is read before the parameters."""
 
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
-        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        serialization.check_finite(own)
-        self._prepare_for(own, prefix)
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        check_finite(own)
+        self._prepare_for(own)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _prepare_for(self, state: State, prefix: str) -> None:
+    def _prepare_for(self, state: State) -> None:
         """Builds a guide that was never called, and refuses the state dict of another guide."""
-        text = state.get(f"{prefix}_extra_state")
+        text = state.get("_extra_state")
         plain = None if text is None else tensor_to_plain(text)
-        parameters = [v for key, v in state.items() if key.startswith(f"{prefix}transform.")]
+        parameters = [value for key, value in state.items() if key.startswith("transform.")]
         device = parameters[0].device if parameters else torch.device("cpu")
         # that of older versions is a list, which says too little
         spec = GuideSpec.from_plain(plain, device) if isinstance(plain, dict) else None
@@ -299,7 +301,7 @@ class PersistentGuide(AutoGuide):
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: FilePath) -> None:
         """Writes the guide to a file of tensors and plain data: where that fails, an old file stays.
 
         :param path: where to.
@@ -307,14 +309,18 @@ class PersistentGuide(AutoGuide):
         :raises ValueError: if a support or an argument cannot be written as plain data, or a
             parameter is not finite.
         """
-        spec = self._checked_spec().to_plain()
+        content = {"format": _FORMAT, "class": type(self).__name__}
+        content["spec"] = self._checked_spec().to_plain()
         self._register()
-        serialization.write(path, type(self).__name__, spec, self.state_dict())
+        check_finite(self.state_dict())
+        # an expanded tensor would declare more numbers than the file holds
+        content["state"] = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
+        files.write(path, content)
 
     @classmethod
     def load(
         cls: type[Guide],
-        path: str | os.PathLike[str],
+        path: FilePath,
         model: Model | None = None,
         *,
         map_location: Any = None,
@@ -330,24 +336,33 @@ class PersistentGuide(AutoGuide):
             ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
         :return: a guide that draws without the model; one with an encoder needs the model's arguments
             to draw.
-        :raises ValueError: if the file is none that :meth:`save` wrote, is damaged, is of another
+        :raises ValueError: if the file was not written by :meth:`save`, is damaged, is of another
             class of guide, holds NaN, or is of another flow.
         """
-        saved = serialization.read(path, cls.__name__, map_location)
-        state = saved["state"]
+        saved = files.read(path, map_location)
+        written = saved.get("format") if isinstance(saved, dict) else None
+        if type(written) is not int or written != _FORMAT:
+            got = "another file, or a damaged one"
+            if isinstance(written, int):
+                got = f"one of format {written}, which another version of the package reads"
+            wanted = f"a guide's file of format {_FORMAT}, as the guide's save writes it"
+            raise ValueError(f"{path}: expected {wanted}, got {got}")
         try:
+            name, state = saved["class"], saved["state"]
             device = next(v.device for key, v in state.items() if key != "_extra_state")
             spec = GuideSpec.from_plain(saved["spec"], device)
         except Exception as error:
             raise ValueError(
                 f"{path}: expected what the guide's save writes, got: {error!r}"
             ) from None
+        if name != cls.__name__:
+            raise ValueError(f"{path}: expected a guide of class {cls.__name__}, got {name}")
         known = cls._constructor_arguments(spec)
         guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
         try:
             guide._restore(spec, state)
             guide.load_state_dict(state)
-        except RuntimeError as error:
+        except Exception as error:
             raise ValueError(f"{path}: expected a guide with this flow, got: {error}") from error
         if model is None:
             guide._model = None

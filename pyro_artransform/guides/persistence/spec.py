@@ -6,13 +6,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from pyro.distributions import constraints
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
+from torch.nn.modules import activation
 
 from ...conditioners import TiltedSiLU
 from ...joint.sites import Latents, Site
@@ -70,7 +71,7 @@ class GuideSpec:
     def to(self, fn: Callable[[Tensor], Tensor]) -> "GuideSpec":
         """The spec as a conversion of tensors leaves it, such as ``Tensor.double``."""
         latents = Latents(site.to(fn) for site in self.sites)
-        return replace(self, latents=latents, device=fn(self.zeros()).device)
+        return replace(self, latents=latents, device=fn(torch.empty(0, device=self.device)).device)
 
     def to_plain(self) -> Plain:
         """The spec as plain data; the error for what cannot be written names it."""
@@ -99,6 +100,13 @@ class GuideSpec:
             shape, dtype = torch.Size(site["shape"]), getattr(torch, site["dtype"])
             plates = tuple(CondIndepStackFrame(*frame) for frame in site["plates"])
             sites.append(Site(site["name"], shape, site["event_dim"], support, dtype, plates))
+            # on the meta device: what the bounds of a support broadcast to may be huge
+            on_meta = sites[-1].to(partial(Tensor.to, device="meta"))
+            value = on_meta.bijection(torch.empty(on_meta.unconstrained_shape, device="meta"))
+            if value.shape != shape:
+                raise ValueError(
+                    f"site '{site['name']}': expected values of shape {shape}, got {value.shape}"
+                )
         for name, value in plain["arguments"].items():
             arguments[name] = argument_from_plain(value)
         observed = None if observed is None else tuple(observed)
@@ -154,14 +162,14 @@ def argument_to_plain(name: str, value: Any) -> Any:
     for owner, functions in _FUNCTIONS.items():
         if value is getattr(functions, kind, None):
             return {"function": kind, "owner": owner}
-    if type(value) in (TiltedSiLU, getattr(nn, kind, None)):
+    if type(value) in (TiltedSiLU, getattr(activation, kind, None)):
         names = getattr(value, "__constants__", ())
         plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
         # a container of modules is more than a name and constants
         if repr(argument_from_plain(plain)) == repr(value):
             return plain
     raise ValueError(
-        f"{name}: expected a module of torch.nn or a function of torch, which can be written "
+        f"{name}: expected an activation of torch.nn or a function of torch, which can be written "
         f"to a file by its name, got {value!r}; save the guide's state_dict() instead"
     )
 
@@ -172,7 +180,7 @@ def argument_from_plain(plain: Any) -> Any:
         return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
     if isinstance(plain, dict) and "module" in plain:
         kind, constants = plain["module"], plain["constants"]
-        make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(nn, kind)
+        make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(activation, kind)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in make(**constants).parameters())
         if size > _MAX_ACTIVATION_SIZE:

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -112,15 +112,20 @@ class LatentGraph:
     @classmethod
     def from_plain(cls, plain: dict[str, Any], sites: Sequence[Site]) -> "LatentGraph":
         """The graph from what :meth:`to_plain` made of it."""
-        parents = tuple(tuple(own) for own in plain["parents"])
+        parents, edges = tuple(map(tuple, plain["parents"])), plain["edges"]
+        root, dropped = tuple(plain["root"]), tuple((i, j) for i, j in plain["dropped"])
+        dim = sum(site.size for site in sites)
+        unknown = set(chain(root, *parents, *edges, *dropped)).difference(range(len(parents)))
+        if unknown or len(parents) != dim:
+            raise ValueError(
+                f"graph: expected the parents and edges of {dim} coordinates, got parents of "
+                f"{len(parents)}, and coordinates {sorted(unknown)[:_MOST_NAMES]}"
+            )
         neighbours: list[set[int]] = [set() for _ in parents]
-        for i, j in plain["edges"]:
+        for i, j in edges:
             neighbours[i].add(j)
             neighbours[j].add(i)
-        markov = MarkovGraph(
-            tuple(map(frozenset, neighbours)), Elimination(parents, tuple(plain["root"]))
-        )
-        dropped = tuple((i, j) for i, j in plain["dropped"])
+        markov = MarkovGraph(tuple(map(frozenset, neighbours)), Elimination(parents, root))
         return cls(coordinate_names(sites), markov, dropped)
 
 

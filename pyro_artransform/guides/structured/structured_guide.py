@@ -20,6 +20,7 @@ from ...joint import LogJoint
 from ...transforms.location_scale import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import Arguments, GuideSpec
+from ..persistence.state_check import LeastState
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
@@ -279,10 +280,11 @@ class AutoStructuredFlow(AutoAutoregressive):
         sizes = {affine.loc: affine.log_scale.detach().exp() * relative, affine.log_scale: relative}
         return {**sizes, **flow.step_scales()}
 
-    def _least_size(self, spec: GuideSpec) -> int:
-        edges = sum(map(len, spec.arguments["graph"]["parents"]))
-        edges -= len(spec.arguments["graph"]["dropped"])
-        return spec.latents.latent_dim + edges * spec.arguments["hidden_dim"]
+    def _least_state(self, spec: GuideSpec) -> LeastState:
+        arguments = spec.arguments
+        graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
+        weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
+        return LeastState([graph.input_dim], len(graph.root) ** 2 + weights)
 
     @classmethod
     def _constructor_arguments(cls, spec: GuideSpec) -> Arguments:
