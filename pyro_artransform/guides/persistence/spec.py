@@ -104,8 +104,9 @@ class GuideSpec:
             on_meta = sites[-1].to(partial(Tensor.to, device="meta"))
             value = on_meta.bijection(torch.empty(on_meta.unconstrained_shape, device="meta"))
             if value.shape != shape:
+                expected, got = tuple(shape), tuple(value.shape)
                 raise ValueError(
-                    f"site '{site['name']}': expected values of shape {shape}, got {value.shape}"
+                    f"site '{site['name']}': expected values of shape {expected}, got {got}"
                 )
         for name, value in plain["arguments"].items():
             arguments[name] = argument_from_plain(value)

@@ -4,8 +4,10 @@
 import copy
 import os
 import pickle
+import random
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pyro
@@ -18,7 +20,7 @@ from torch import nn
 
 from pyro_artransform import iaf, spline_autoregressive
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
-from pyro_artransform.guides.persistence import spec as plain_data
+from pyro_artransform.guides.persistence.spec import plain_to_tensor
 from tests.guides import models
 from tests.guides.training import parameters, train, trains, unmoved
 
@@ -161,7 +163,7 @@ def test_state_dict_of_an_older_version():
     guide = AutoIAF(models.regression, hidden_dims=8)
     guide(models.data())
     state = guide.state_dict()
-    state["_extra_state"] = plain_data.plain_to_tensor([{"name": "loc"}])
+    state["_extra_state"] = plain_to_tensor([{"name": "loc"}])
     twin = AutoIAF(models.regression, hidden_dims=8)
     with pytest.raises(RuntimeError, match="call the guide with the model's arguments first"):
         twin.load_state_dict(state)
@@ -334,3 +336,53 @@ def test_parameters_that_are_not_finite(tmp_path, value):
     with pytest.raises(ValueError, match=message):
         guide.save(tmp_path / "guide")
     assert not (tmp_path / "guide").exists()
+
+
+def test_damaged_files(tmp_path):
+    """Truncated anywhere, or with a byte changed anywhere: the same error, or nothing has changed."""
+    path = tmp_path / "guide"
+    guide = AutoIAF(models.regression, num_transforms=1, hidden_dims=2)
+    guide(models.data())
+    guide.save(path)
+    whole, expected = path.read_bytes(), guide.state_dict()
+    generator, num_found = random.Random(0), 0
+    for at in range(0, len(whole), 97):
+        place = generator.randrange(len(whole))
+        byte = bytes([whole[place] ^ generator.randrange(1, 256)])
+        for damaged in (whole[:at], whole[:place] + byte + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                state = AutoIAF.load(path).state_dict()
+            except ValueError as error:
+                assert "got another file, or a damaged one" in str(error)  # noqa: PT017
+                num_found += 1
+            else:
+                assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert num_found > len(whole) // 97
+
+
+FOREIGN = {
+    "text": lambda path: path.write_text("sites: loc, scale"),
+    "empty": lambda path: path.write_bytes(b""),
+    "dict": lambda path: torch.save({"state": {}}, path),
+    "module": lambda path: torch.save(nn.Linear(2, 2), path),
+    "param store": lambda path: pyro.get_param_store().save(str(path)),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_save_did_not_write(name, tmp_path):
+    new_guide()(models.data())
+    FOREIGN[name](tmp_path / "guide")
+    wanted = "expected a guide's file of format 8, as the guide's save writes it, got another file"
+    with pytest.raises(ValueError, match=wanted) as error:
+        AutoIAF.load(tmp_path / "guide")
+    assert "weights_only" not in "".join(traceback.format_exception(error.value))
+
+
+def test_errors_of_map_location_are_its_own(tmp_path):
+    guide = new_guide()
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    with pytest.raises(RuntimeError, match="nowhere"):
+        AutoIAF.load(tmp_path / "guide", map_location="nowhere")
