@@ -13,10 +13,11 @@ shared is done by the first process, and broadcast.
    others, 2020), https://arxiv.org/abs/2006.15704
 """
 
+import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -336,3 +337,14 @@ def _unpacked(content: bytes) -> Any:
     own_gpu = {f"cuda:{k}": "cuda" for k in range(torch.cuda.device_count())}
     # from another process of this very fit
     return torch.load(BytesIO(content), map_location=own_gpu, weights_only=False)
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """A short checksum of tensors, their dtypes and their shapes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((tensor.dtype, tensor.shape)).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:8]

@@ -3,7 +3,6 @@
 
 """The stages of a fit: set up, initialize or resume, optimize, evaluate."""
 
-import hashlib
 import math
 import os
 import time
@@ -47,7 +46,7 @@ from .optimization.objective import BatchObjective, PathObjective, PyroObjective
 from .optimization.schedule import new_schedule
 from .optimization.selection import begin, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training
-from .parallel import Processes
+from .parallel import Processes, checksum
 from .progress import ProgressBar
 from .result import FitResult
 
@@ -371,13 +370,7 @@ def _checksum(batch: Batch, stream: BatchStream | None) -> str:
     """Of the tensors of a batch, if all processes have to have the same one."""
     if stream is not None and not stream.whole.is_common:
         return ""
-    digest = hashlib.sha256()
-    for tensor in batch.tensors():
-        digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:8]
+    return checksum(batch.tensors())
 
 
 def _num_particles(subject: ModelAndGuide, config: OptimizationConfig) -> int:
