@@ -18,9 +18,11 @@ def data(size=SIZE):
     return torch.linspace(-1.0, 2.0, size) + torch.linspace(0.0, 7.0, size).sin()
 
 
-def groups(y):
-    """One global and one local, the whole data at once."""
+def groups(y, force=0.0):
+    """One global, with a constant force on it, and one local, the whole data at once."""
     mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+    if force:
+        pyro.factor("force", force * mean)
     with pyro.plate("groups", len(y)):
         z = pyro.sample("z", dist.Normal(mean, 1.0))
         pyro.sample("y", dist.Normal(z, 0.5), obs=y)

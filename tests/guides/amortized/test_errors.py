@@ -6,10 +6,12 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro.infer.autoguide import AutoGuideList
 from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_artransform import AutoAmortized, affine_autoregressive, conditional_iaf
+from pyro_artransform.transforms import ConditionalAutoregressiveTransform, chain
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data
 
@@ -20,134 +22,123 @@ def refuses(message, model, *args, kind=ValueError, encoder=None, **options):
         # the second call must not find half a guide
         with pytest.raises(kind, match=message):
             guide(*args)
-    return guide
+
+
+def in_groups(name, distribution):
+    """A model with one site in a plate of as many elements as there are data."""
+
+    def model(y):
+        with pyro.plate("groups", len(y)):
+            pyro.sample(name, distribution(y))
+
+    return model
 
 
 # Models
 
 
-def test_no_local_latents():
-    def model(y):
-        pyro.sample("mean", dist.Normal(0.0, 1.0))
-
-    refuses(r"no latents in a plate.*\['mean'\]\. AutoIAF is the guide", model, data())
+def no_locals(y):
+    pyro.sample("mean", dist.Normal(0.0, 1.0))
 
 
-def test_discrete_locals():
-    def model(y):
-        with pyro.plate("groups", len(y)):
-            pyro.sample("kind", dist.Bernoulli(0.5))
-
-    refuses("site 'kind' is discrete", model, data())
+def depends_on_a_global(y):
+    a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("items", 3):
+        pyro.sample("z", dist.Uniform(0.0, a))
 
 
-def test_data_sized_latent_outside_any_plate():
-    def model(y):
-        pyro.sample("free", dist.Normal(torch.zeros(len(y)), 1.0).to_event(1))
-        hierarchies.groups(y)
-
-    guide = AutoAmortized(model, Encoder())
-    guide(data())
-    with pytest.raises(
-        ValueError, match=r"'free' is in no plate, and its shape changes.*\(12,\).*\(5,\)"
-    ):
-        guide(data(5))
-    guide(data())
+def without_a_size(y):
+    with pyro.plate("open"):
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
 
 
-def test_element_of_another_shape():
-    def model(y):
-        with pyro.plate("groups", len(y)):
-            pyro.sample("z", dist.Normal(torch.zeros(y.shape[1]), 1.0).to_event(1))
-
-    guide = AutoAmortized(model, lambda y: y[:, :1])
-    guide(torch.zeros(4, 3))
-    with pytest.raises(ValueError, match=r"site 'z': expected each element .*\(3,\).*got \(2,\)"):
-        guide(torch.zeros(4, 2))
-
-
-def test_latent_that_changes_its_plates():
-    def model(y, inside=True):
-        outer, inner = pyro.plate("outer", 3, dim=-1), pyro.plate("inner", 2, dim=-2)
-        with outer:
-            pyro.sample("a", dist.Normal(0.0, 1.0))
-        with inner if inside else outer:
-            pyro.sample("b", dist.Normal(0.0, 1.0))
-
-    guide = AutoAmortized(model)
-    guide(data())
-    with pytest.raises(ValueError, match=r"site 'b': expected it in the plates \['inner'\].*outer"):
-        guide(data(), False)
-
-
-def test_plate_of_another_size_without_an_encoder():
-    guide = AutoAmortized(hierarchies.groups)
-    guide(data())
-    with pytest.raises(
-        ValueError, match=r"plate 'groups' around the sites \['z'\] has another size.* 12 .*got 5"
-    ):
-        guide(data(5))
-    guide(data())
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (no_locals, r"no latents in a plate.*\['mean'\]\. AutoIAF is the guide"),
+        (in_groups("kind", lambda y: dist.Bernoulli(0.5)), "site 'kind' is discrete"),
+        (
+            in_groups("z", lambda y: dist.Uniform(y - 1, y + 1)),
+            r"support of site 'z' differs between the elements of its plates \['groups'\]",
+        ),
+        (depends_on_a_global, "support of site 'z' depends on other latents"),
+        (without_a_size, "site 'z' is in plate 'open', which has no size"),
+    ],
+)
+def test_models_that_are_refused(model, message):
+    refuses(message, model, data())
 
 
 def test_batch_dimension_that_is_no_plate():
-    def model():
-        with pyro.plate("items", 3):
-            pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0))
-
     pyro.enable_validation(False)
-    refuses(r"site 'z': expected the batch shape \(3,\) of its plates.*got \(2, 3\)", model)
-
-
-def test_support_that_differs_between_elements():
-    def model(y):
-        with pyro.plate("groups", len(y)):
-            pyro.sample("z", dist.Uniform(y - 1, y + 1))
-
+    model = in_groups("z", lambda y: dist.Normal(torch.zeros(2, len(y)), 1.0))
     refuses(
-        r"support of site 'z' differs between the elements of its plates \['groups'\]",
-        model,
-        data(),
+        r"site 'z': expected the batch shape \(12,\) of its plates.*got \(2, 12\)", model, data()
     )
-
-    def same(y):
-        with pyro.plate("groups", len(y)):
-            pyro.sample("z", dist.Uniform(torch.zeros(2), torch.ones(2)).to_event(1))
-
-    assert AutoAmortized(same)(data())["z"].shape == (12, 2)
-
-
-def test_support_that_depends_on_a_global():
-    def model():
-        a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
-        with pyro.plate("items", 3):
-            pyro.sample("z", dist.Uniform(0.0, a))
-
-    refuses("support of site 'z' depends on other latents", model)
 
 
 def test_starting_value_outside_the_support():
-    def locals_(y):
-        with pyro.plate("groups", len(y)):
-            pyro.sample("s", dist.HalfNormal(1.0))
-
-    def globals_(y):
+    def with_a_global(y):
         pyro.sample("s", dist.HalfNormal(1.0))
         hierarchies.groups(y)
 
     def start(site):
         return torch.zeros(site["fn"].shape())
 
+    locals_ = in_groups("s", lambda y: dist.HalfNormal(1.0))
     refuses("site 's': expected starting values inside", locals_, data(), init_loc_fn=start)
-    refuses("site 's': expected a starting value inside", globals_, data(), init_loc_fn=start)
+    refuses("site 's': expected a starting value inside", with_a_global, data(), init_loc_fn=start)
 
 
-def test_plate_without_a_size():
-    def model():
-        with pyro.plate("open"):
-            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+def sized_global(y):
+    pyro.sample("free", dist.Normal(torch.zeros(len(y)), 1.0).to_event(1))
+    hierarchies.groups(y)
 
-    refuses("site 'z' is in plate 'open', which has no size", model)
+
+def other_plates(y, inside=True):
+    outer, inner = pyro.plate("outer", 3, dim=-1), pyro.plate("inner", 2, dim=-2)
+    with outer:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+    with inner if inside else outer:
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "encoder", "args", "message"),
+    [
+        (
+            sized_global,
+            lambda y: y[:, None],
+            [(data(),), (data(5),)],
+            r"'free' is in no plate, and its shape changes.*\(12,\).*\(5,\)",
+        ),
+        (
+            in_groups("z", lambda y: dist.Normal(torch.zeros(y.shape[1]), 1.0).to_event(1)),
+            lambda y: y[:, :1],
+            [(torch.zeros(4, 3),), (torch.zeros(4, 2),)],
+            r"site 'z': expected each element .*\(3,\).*got \(2,\)",
+        ),
+        (
+            other_plates,
+            None,
+            [(data(),), (data(), False)],
+            r"site 'b': expected it in the plates \['inner'\].*outer",
+        ),
+        (
+            hierarchies.groups,
+            None,
+            [(data(),), (data(5),)],
+            r"plate 'groups' around the sites \['z'\] has another size.* 12 .*got 5",
+        ),
+    ],
+)
+def test_arguments_that_change_the_latents(model, encoder, args, message):
+    first, second = args
+    guide = AutoAmortized(model, encoder)
+    guide(*first)
+    with pytest.raises(ValueError, match=message):
+        guide(*second)
+    guide(*first)
 
 
 # Indices that the model gives
@@ -160,34 +151,43 @@ def given(y, index):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
 
 
+def plates(y, index):
+    return pyro.plate("groups", 12, subsample=index)
+
+
+INDEX = torch.tensor([3, 1, 7])
+
+
 def test_indices_that_the_model_gives():
     """Stock guides put their own in place of them, in silence."""
-    y, index = data(), torch.tensor([3, 1, 7])
-    refuses(r"gives the indices of plate 'groups' itself.*3 of 12.*create_plates", given, y, index)
-
-    def plates(y, index):
-        return pyro.plate("groups", 12, subsample=index)
-
+    y = data()
+    refuses(r"gives the indices of plate 'groups' itself.*3 of 12.*create_plates", given, y, INDEX)
     guide = AutoAmortized(given, create_plates=plates)
-    for now in (index, torch.tensor([0, 11])):
+    for now in (INDEX, torch.tensor([0, 11])):
         trace = pyro.poutine.trace(guide).get_trace(y, now)
         assert torch.equal(trace.nodes["groups"]["value"], now)
         assert trace.nodes["z"]["value"].shape == now.shape
     assert not guide.needs_indices
     assert guide.sample_posterior(2)["z"].shape == (2, 12)
+    for create_plates in (None, plates):
+        guides = AutoGuideList(given, create_plates=create_plates)
+        guides.append(AutoAmortized(given))
+        if create_plates is None:
+            with pytest.raises(ValueError, match="gives the indices of plate 'groups' itself"):
+                guides(y, INDEX)
+        else:
+            assert guides(y, INDEX)["z"].shape == (3,)
 
 
 def test_indices_choose_the_embeddings():
     y = data()
-    guide = AutoAmortized(
-        given, create_plates=lambda y, index: [pyro.plate("groups", 12, subsample=index)]
-    )
+    guide = AutoAmortized(given, create_plates=lambda *args: [plates(*args)])
     guide(y, torch.arange(12))
     with torch.no_grad():
         guide.transform.locals[0].table[:, -2] = torch.arange(12.0)
         guide.transform.locals[0].affine.log_scale.fill_(-20.0)
     start = guide(y, torch.tensor([0]))["z"]
-    for index in (torch.tensor([3, 1, 7]), torch.arange(12).flip(0)):
+    for index in (INDEX, torch.arange(12).flip(0)):
         assert torch.allclose(guide(y, index)["z"] - start, index.to(start.dtype), atol=1e-6)
 
 
@@ -202,9 +202,7 @@ def test_indices_choose_the_embeddings():
     ],
 )
 def test_plates_that_do_not_fit(plates, kind, message):
-    guide = AutoAmortized(given, create_plates=plates)
-    with pytest.raises(kind, match=message):
-        guide(data(), torch.tensor([3, 1, 7]))
+    refuses(message, given, data(), INDEX, kind=kind, create_plates=plates)
 
 
 # Encoders
@@ -223,43 +221,40 @@ def test_plates_that_do_not_fit(plates, kind, message):
         (lambda y: [y], TypeError, "expected it to return a tensor or a dict of tensors.*list"),
         (lambda y: {"groups": 1.0}, TypeError, "features of 'groups' that are floats, got float"),
         (lambda y: y[:, None].long(), TypeError, "features of 'groups' that are floats, got torch"),
+        # it would never train
+        (lambda y: Encoder()(y), ValueError, "no parameters of it are known"),
     ],
 )
 def test_features_that_do_not_fit(encoder, kind, message):
-    guide = AutoAmortized(hierarchies.groups, encoder)
-    with pytest.raises(kind, match=message):
-        guide(data())
+    refuses(message, hierarchies.groups, data(), kind=kind, encoder=encoder)
 
 
-def test_features_that_do_not_fit_a_mini_batch():
-    refuse = r"expected features of shape \(4, 1\).*'groups' \(4\).*got \(5, 1\); or \(12, 1\)"
-    guide = AutoAmortized(hierarchies.minibatch, lambda y: y[:5, None])
-    with pytest.raises(ValueError, match=refuse):
-        guide(data())
+def test_features_that_do_not_fit_plates():
+    message = r"expected features of shape \(4, 1\).*'groups' \(4\).*got \(5, 1\); or \(12, 1\)"
+    refuses(message, hierarchies.minibatch, data(), encoder=lambda y: y[:5, None])
+    message = r"in several plates, \['outer', 'column', 'inner'\]: expected a dict"
+    refuses(message, hierarchies.nested, encoder=lambda: torch.zeros(3, 1))
 
+    def model(y):
+        for name in ("a", "b"):
+            with pyro.plate(name, 12, subsample_size=3, dim=-1):
+                pyro.sample(f"{name}_z", dist.Normal(0.0, 1.0))
 
-def test_one_tensor_for_several_plates():
-    refuses(
-        r"in several plates, \['outer', 'column', 'inner'\]: expected a dict",
-        hierarchies.nested,
-        encoder=lambda: torch.zeros(3, 1),
-    )
+    def encoder(y):
+        return {name: pyro.subsample(y, event_dim=0)[:, None] for name in ("a", "b")}
+
+    refuses(r"fits the plates \['a', 'b'\]: expected one", model, data(), encoder=encoder)
 
 
 def test_features_that_come_and_go():
     keys = ["groups"]
-    guide = AutoAmortized(hierarchies.groups, lambda y: dict.fromkeys(keys, y[:, None]))
-    guide(data())
-    keys.clear()
-    with pytest.raises(ValueError, match=r"expected features of \['groups'\].*got \[\]"):
-        guide(data())
-
-
-def test_features_of_draws_that_do_not_fit():
-    guide = AutoAmortized(hierarchies.groups, lambda y: y.reshape(len(y), -1))
+    guide = AutoAmortized(hierarchies.groups, lambda y: dict.fromkeys(keys, y.reshape(len(y), -1)))
     guide(data())
     with pytest.raises(ValueError, match=r"of shape \(elements of 'groups', 1\), got \(12, 2\)"):
         guide.sample_posterior(2, torch.zeros(12, 2))
+    keys.clear()
+    with pytest.raises(ValueError, match=r"expected features of \['groups'\].*got \[\]"):
+        guide(data())
 
 
 def test_embeddings_of_all_and_features_of_a_mini_batch():
@@ -278,23 +273,6 @@ def test_embeddings_of_all_and_features_of_a_mini_batch():
         guide.sample_posterior(2, data(4))
 
 
-def test_parameters_that_nobody_would_train():
-    net = Encoder()
-    refuses("no parameters of it are known", hierarchies.groups, data(), encoder=lambda y: net(y))
-
-
-def test_subsample_that_fits_two_plates():
-    def model(y):
-        for name in ("a", "b"):
-            with pyro.plate(name, 12, subsample_size=3, dim=-1):
-                pyro.sample(f"{name}_z", dist.Normal(0.0, 1.0))
-
-    def encoder(y):
-        return {name: pyro.subsample(y, event_dim=0)[:, None] for name in ("a", "b")}
-
-    refuses(r"fits the plates \['a', 'b'\]: expected one", model, data(), encoder=encoder)
-
-
 # Arguments
 
 
@@ -311,7 +289,6 @@ class PyroEncoder(PyroModule):
         ({"encoder": PyroEncoder()}, TypeError, "got one with a PyroModule inside"),
         ({"flow": affine_autoregressive(2)}, TypeError, "flow: expected a callable that takes"),
         ({"local_flow": conditional_iaf(2, 2)}, TypeError, "local_flow: expected a callable that"),
-        ({"local_flow": 3}, TypeError, "local_flow: expected a callable"),
         ({"init_loc_fn": 3}, TypeError, "init_loc_fn: expected a callable"),
         ({"create_plates": 3}, TypeError, "create_plates: expected a callable, got 3"),
         ({"init_scale": 0.0}, ValueError, "init_scale: expected a positive finite number"),
@@ -336,22 +313,30 @@ class Unmasked(nn.Module):
         return dist.transforms.AffineTransform(shift, 1.0)
 
 
-def test_local_flows():
-    from pyro_artransform.transforms import ConditionalAutoregressiveTransform, chain
+def without_parameters(x, context):
+    return dist.transforms.AffineTransform(0.0, 1.0)
 
-    flows = {
-        "conditional transform that is a module.*got Linear": lambda d, c: nn.Linear(d, c),
-        "conditional transform that is a module.*got ComposedT": lambda d, c: chain(
-            [affine_autoregressive(d)]
+
+@pytest.mark.parametrize(
+    ("flow", "kind", "message"),
+    [
+        (nn.Linear, TypeError, "conditional transform that is a module.*got Linear"),
+        (
+            lambda d, c: chain([affine_autoregressive(d)]),
+            TypeError,
+            "conditional transform that is a module.*got ComposedT",
         ),
-        "a module with parameters to train": lambda d, c: ConditionalAutoregressiveTransform(
-            lambda x, context: dist.transforms.AffineTransform(0.0, 1.0)
+        (
+            lambda d, c: ConditionalAutoregressiveTransform(without_parameters),
+            TypeError,
+            "a module with parameters to train",
         ),
-    }
-    for message, flow in flows.items():
-        refuses(message, hierarchies.groups, data(), kind=TypeError, local_flow=flow)
-
-    def unmasked(d, c):
-        return ConditionalAutoregressiveTransform(Unmasked(d, c))
-
-    refuses("meta is not autoregressive", hierarchies.standard, local_flow=unmasked)
+        (
+            lambda d, c: ConditionalAutoregressiveTransform(Unmasked(d, c)),
+            ValueError,
+            "meta is not autoregressive",
+        ),
+    ],
+)
+def test_local_flows(flow, kind, message):
+    refuses(message, hierarchies.standard, kind=kind, local_flow=lambda d, c: flow(d, c))

@@ -51,22 +51,30 @@ def test_the_model_is_run_for_new_shapes_only():
     assert runs == [3, 1, 4]
 
 
-def test_predictive_on_new_rows():
-    decoder, x = nn.Linear(3, 5), (torch.rand(8, 5) > 0.5).double()
+def test_autoencoder():
+    """No globals; each conditional layer has the encoder's features, and decoder and encoder train."""
+    decoder, encoder = nn.Linear(3, 5), Encoder(5, 4)
+    x = (torch.rand(8, 5) > 0.5).double()
 
     def model(x):
         return hierarchies.autoencoder(x, decoder)
 
-    guide = AutoAmortized(model, Encoder(5, 4))
+    guide = AutoAmortized(model, encoder, local_flow=lambda d, c: conditional_iaf(d, c, 2, 8))
     train(model, guide, x)
+    assert sum("context_layer" in name for name, _ in guide.named_parameters()) == 2
+    stored = {id(p) for _, p in pyro.get_param_store().named_parameters()}
+    networks = [*decoder.parameters(), *encoder.parameters()]
+    assert {id(parameter) for parameter in networks} <= stored
+    first = [parameter.detach().clone() for parameter in networks]
+    train(model, guide, x)
+    assert not any(map(torch.equal, first, networks))
     new, missing = x[:3], torch.full((3, 5), torch.nan)
-    assert guide.sample_posterior(7, new)["z"].shape == (7, 3, 3)
     for parallel in (False, True):
         predictive = Predictive(model, guide=guide, num_samples=7, parallel=parallel)
         assert predictive(new)["z"].shape == (7, 3, 3)
     draws = guide.sample_posterior(7, new)
-    predicted = Predictive(model, draws, parallel=True)(missing)["x"]
-    assert predicted.shape == (7, 3, 5)
+    assert draws["z"].shape == (7, 3, 3)
+    assert Predictive(model, draws, parallel=True)(missing)["x"].shape == (7, 3, 5)
 
 
 def test_what_is_predicted_may_be_discrete():
@@ -84,42 +92,13 @@ def test_what_is_predicted_may_be_discrete():
     assert set(guide(torch.zeros(6))) == {"z"}
 
 
-# What an autoencoder is
-
-
-def test_autoencoder_reads_the_features_in_every_layer():
-    """No globals; each conditional layer, and location and scale, have the encoder's vector h."""
-    decoder, x = nn.Linear(3, 5), (torch.rand(8, 5) > 0.5).double()
-
-    def model(x):
-        return hierarchies.autoencoder(x, decoder)
-
-    encoder = Encoder(5, 4)
-    guide = AutoAmortized(model, encoder, local_flow=lambda d, c: conditional_iaf(d, c, 2, 8))
-    before = train(model, guide, x, steps=3)
-    assert len(before) == 3
-    names = {name for name, _ in guide.named_parameters() if "context_layer" in name}
-    assert len(names) == 2
-    stored = {id(p) for _, p in pyro.get_param_store().named_parameters()}
-    for module in (decoder, encoder):
-        assert all(id(parameter) in stored for parameter in module.parameters())
-    first = [p.detach().clone() for p in [*decoder.parameters(), *encoder.parameters()]]
-    train(model, guide, x, steps=3)
-    moved = zip(first, [*decoder.parameters(), *encoder.parameters()])
-    assert not any(torch.equal(a, b) for a, b in moved)
-
-
 def test_encoder_that_registers_itself():
     net = Encoder()
-
-    def encoder(y):
-        return pyro.module("mine", net)(y)
-
-    guide = AutoAmortized(hierarchies.groups, encoder)
+    guide = AutoAmortized(hierarchies.groups, lambda y: pyro.module("mine", net)(y))
     guide(data())
     before = [p.detach().clone() for p in net.parameters()]
     train(hierarchies.groups, guide, data())
-    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+    assert not any(map(torch.equal, before, net.parameters()))
 
 
 def test_rows_of_all_elements_are_indexed_as_the_mini_batch_is():
