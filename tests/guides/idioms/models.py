@@ -12,12 +12,11 @@ from pyro.distributions.transforms import OrderedTransform
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
+from pyro_artransform import AutoIAF, AutoStructuredFlow
+
 
 class Example(NamedTuple):
-    """A model, its arguments without the data, and the data.
-
-    :param rows: how many rows to predict anew; 0 where each row has a latent of its own.
-    """
+    """A model, its arguments, the data, and how many rows to predict anew (0: each row has a latent)."""
 
     model: Callable[..., Any]
     args: tuple[Any, ...]
@@ -62,18 +61,6 @@ def radon(county, floor, log_radon=None):
     sigma = pyro.sample("sigma", dist.HalfCauchy(1.0))
     with pyro.plate("houses", len(county)):
         return pyro.sample("log_radon", dist.Normal(a[county] + b * floor, sigma), obs=log_radon)
-
-
-def counts(group, x, exposure, y=None):
-    """Counts with an exposure: a Poisson regression with an effect of each group."""
-    intercept = pyro.sample("intercept", dist.Normal(0.0, 1.0))
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    sd = pyro.sample("sd", dist.HalfNormal(1.0))
-    with pyro.plate("groups", int(group.max()) + 1):
-        effect = pyro.sample("effect", dist.Normal(0.0, sd))
-    with pyro.plate("rows", len(x)):
-        log_rate = intercept + slope * x + effect[group] + exposure.log()
-        return pyro.sample("y", dist.Poisson(log_rate.exp()), obs=y)
 
 
 def process(x, y=None):
@@ -145,52 +132,25 @@ def integers(high, count):
     return torch.randint(high, (count,), generator=torch.Generator().manual_seed(1))
 
 
-def example_of_baseball():
+def examples():
+    """All examples, by name."""
     hits = torch.tensor([18.0, 17.0, 15.0, 12.0, 11.0, 7.0])
-    return Example(baseball, (torch.full((6,), 45.0),), hits)
-
-
-def example_of_correlation():
-    return Example(correlation, (), draw(20, 3) @ torch.eye(3).add(0.4).tril())
-
-
-def example_of_radon():
-    county, floor = torch.arange(5).repeat(6), (draw(30) > 0).double()
-    log_radon = draw(5)[county] - 0.7 * floor + 0.7 * draw(30).flip(0)
-    return Example(radon, (county, floor), log_radon, rows=7)
-
-
-def example_of_counts():
-    group, x, exposure = torch.arange(6).repeat(5), draw(30), draw(30).flip(0).exp()
-    return Example(counts, (group, x, exposure), integers(8, 30).double(), rows=9)
-
-
-def example_of_process():
-    return Example(process, (torch.linspace(0.0, 1.0, 10),), integers(6, 10).double())
-
-
-def example_of_items():
-    person, item = torch.arange(6).repeat(4), torch.arange(4).repeat_interleave(6)
-    return Example(items, (person, item), integers(2, 24).double(), rows=19)
-
-
-def example_of_network():
-    x = torch.linspace(-1.0, 1.0, 20)[:, None]
-    return Example(Network(), (x,), x[:, 0].sin() + 0.1 * draw(20), rows=7)
-
-
-def example_of_ordinal():
+    times, inputs = torch.linspace(0.0, 1.0, 10), torch.linspace(-1.0, 1.0, 20)[:, None]
     group, x = torch.arange(5).repeat(6), draw(30)
-    return Example(ordinal, (group, x, 4), integers(4, 30), rows=7)
+    log_radon = draw(5)[group] - 0.7 * (x > 0) + 0.7 * x.flip(0)
+    person, item = torch.arange(6).repeat(4), torch.arange(4).repeat_interleave(6)
+    return {
+        "baseball": Example(baseball, (torch.full((6,), 45.0),), hits),
+        "correlation": Example(correlation, (), draw(20, 3) @ torch.eye(3).add(0.4).tril()),
+        "process": Example(process, (times,), integers(6, 10).double()),
+        "network": Example(Network(), (inputs,), inputs[:, 0].sin() + 0.1 * draw(20), rows=7),
+        "radon": Example(radon, (group, (x > 0).double()), log_radon, rows=7),
+        "items": Example(items, (person, item), integers(2, 24).double(), rows=19),
+        "ordinal": Example(ordinal, (group, x, 4), integers(4, 30), rows=7),
+    }
 
 
-EXAMPLES = {
-    "baseball": example_of_baseball,
-    "correlation": example_of_correlation,
-    "radon": example_of_radon,
-    "counts": example_of_counts,
-    "process": example_of_process,
-    "items": example_of_items,
-    "network": example_of_network,
-    "ordinal": example_of_ordinal,
+GUIDES = {
+    "AutoIAF": lambda model: AutoIAF(model, num_transforms=2, hidden_dims=8),
+    "AutoStructuredFlow": lambda model: AutoStructuredFlow(model, hidden_dim=4),
 }
