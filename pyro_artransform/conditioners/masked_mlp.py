@@ -14,11 +14,32 @@ from torch import Tensor, nn
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .activations import ELEMENTWISE, slope_of
 from .adjoint import MLPLinearization
-from .base import Conditioner, check_input
+from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
 Layer = Callable[[Tensor], Tensor]
+
+
+def check_input(
+    x: Tensor,
+    context: Tensor | None,
+    input_dim: int,
+    context_dim: int = 0,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises a ValueError for an x or a context of another shape, or an x of another dtype."""
+    if torch.jit.is_tracing():
+        return  # sizes are tensors then and cannot be compared
+    if x.shape[-1:] != (input_dim,):
+        raise ValueError(f"x: expected shape (*, {input_dim}), got {tuple(x.shape)}")
+    if x.dtype != (dtype or x.dtype) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x: expected {dtype}, the network's own, got {x.dtype}")
+    size = None if context is None else tuple(context.shape[-1:])
+    if size != ((context_dim,) if context_dim else None):
+        wanted = f"shape (*, {context_dim})" if context_dim else "none"
+        got = "none" if context is None else tuple(context.shape)
+        raise ValueError(f"context: expected {wanted}, got {got}")
 
 
 class MaskedLinear(nn.Linear):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributions import AffineTransform
 
 from pyro_artransform.conditioners import Conditioner, MaskedInput, MaskedMLP, Unconditional
+from pyro_artransform.transforms import ConditionedUnivariate
 from pyro_artransform.univariate import (
     Affine,
     Hinged,
@@ -91,3 +92,9 @@ CONDITIONERS = {
     "unconditional": lambda d, p, c: Unconditional(d, p),
     "foreign": CumulativeConditioner,
 }
+
+
+def make_meta(family, conditioner, dim, context_dim=0):
+    univariate = FAMILIES[family]()
+    network = CONDITIONERS[conditioner](dim, univariate.num_params, context_dim)
+    return ConditionedUnivariate(network, univariate)

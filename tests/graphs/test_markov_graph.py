@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pyro_artransform.graphs.markov_graph import eliminate, graph_levels
+from pyro_artransform.graphs.markov_graph import MarkovGraph, color_columns, eliminate, graph_levels
 from tests.graphs.markov_graphs import GRAPHS, chain, complete, crossed, grid, plate
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
@@ -37,29 +37,32 @@ def test_levels_come_after_those_of_parents(neighbours):
     assert found.levels[0] == found.root
     for i, own in enumerate(found.parents):
         assert all(found.level[j] < found.level[i] for j in own)
-    # a level is drawn at once: none of it depends on another
+    # a level is drawn at once: its coordinates do not depend on each other
     for level in found.levels[1:]:
         assert not any(set(neighbours[i]) & set(level) for i in level)
 
 
+SIZES = {
+    # levels, root block, most parents and colors
+    "chain": (chain(1000), 10, 1, 2, 5),
+    "chain with globals": (chain(1000, 3), 13, 5, 5, 8),
+    "plate": (plate(1000), 3, 2, 2, 3),
+    "crossed plates": (crossed(200, 50), 2, 50, 50, 51),
+    "complete": (complete(50), 1, 50, 0, 50),
+    # one node after the other would be 184 levels
+    "grid": (grid(32, 32), 60, 110, 60, 12),
+}
+
+
 @pytest.mark.parametrize(
-    ("neighbours", "levels", "root", "parents"),
-    [
-        (chain(1000), 10, 1, 2),
-        (chain(1000, 3), 13, 5, 5),
-        (plate(1000), 3, 2, 2),
-        (crossed(200, 50), 2, 50, 50),
-        (complete(50), 1, 50, 0),
-        # one node after the other would be 184
-        (grid(32, 32), 60, 110, 60),
-    ],
-    ids=["chain", "chain with globals", "plate", "crossed plates", "complete", "grid"],
+    ("neighbours", "levels", "root", "parents", "colors"), SIZES.values(), ids=SIZES
 )
-def test_depth(neighbours, levels, root, parents):
+def test_few_levels_and_few_colors(neighbours, levels, root, parents, colors):
     found = eliminate(neighbours)
     assert len(found.levels) <= levels
     assert len(found.root) <= root
     assert max(map(len, found.parents)) <= parents
+    assert color_columns(neighbours).num_colors <= colors
 
 
 def test_ten_thousand_coordinates_take_seconds():
@@ -79,7 +82,7 @@ def test_coordinates_that_depend_on_nothing():
     ("parents", "message"),
     [([[1], [0]], "without a cycle"), ([[2], []], "from 0 to 1, got 2"), ([[-1]], "got -1")],
 )
-def test_levels_of_what_is_no_acyclic_graph(parents, message):
+def test_levels_of_a_graph_with_a_cycle(parents, message):
     with pytest.raises(ValueError, match=message):
         graph_levels(parents)
 
@@ -87,3 +90,28 @@ def test_levels_of_what_is_no_acyclic_graph(parents, message):
 def test_levels_are_longest_paths():
     assert graph_levels([[], [0], [0, 1], [], [3]]) == [0, 1, 2, 0, 1]
     assert graph_levels([[], [0], [], []], root=[0]) == [0, 1, 1, 1]
+
+
+@every_graph
+def test_columns_of_a_color_share_no_row_but_those_of_hubs(neighbours):
+    for found in (color_columns(neighbours, 0), color_columns(neighbours, 1)):
+        groups = [[] for _ in range(found.num_colors)]
+        for i, color in enumerate(found.color):
+            groups[color].append(i)
+        hubs = {i for group in groups[found.num_colors - found.num_hubs :] for i in group}
+        assert len(hubs) == found.num_hubs
+        for group in groups:
+            rows = [(neighbours[i] | {i}) - hubs for i in group]
+            assert sum(map(len, rows)) == len(set().union(*rows))
+            assert len(group) == 1 or not hubs & set(group)
+
+
+def test_another_seed_gives_other_groups():
+    assert color_columns(chain(50), 0).color != color_columns(chain(50), 1).color
+
+
+def test_a_markov_graph_knows_its_edges_and_colors():
+    graph = MarkovGraph.from_neighbours(chain(4))
+    assert graph.edges == ((0, 1), (1, 2), (2, 3))
+    assert graph.input_dim == 4
+    assert graph.coloring.num_colors == 3
