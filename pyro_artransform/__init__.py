@@ -29,12 +29,11 @@ from .guides import (
 )
 from .guides.choice import choose_guide
 from .inference import FitResult, fit
-from .inference.guide_argument import choose_by
+from .inference.fit import choose_guides_by
 
 __version__ = "0.1.0"
 
-# fits know no guides: they are told here how to choose one where none is given
-choose_by(choose_guide)
+choose_guides_by(choose_guide)
 
 __all__ = [
     "AutoAmortized",

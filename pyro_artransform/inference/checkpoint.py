@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files from which a fit goes on as if it had not been interrupted."""
+"""Files that a fit goes on from."""
 
 from typing import Any
 
@@ -28,22 +28,6 @@ def read(path: FilePath) -> State:
         state: State = saved["state"]
         return state
     raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")
-
-
-def state_of_process(state: State, rank: int, size: int) -> State:
-    """What one of the processes needs by itself: its place in the data, and its generators.
-
-    :param rank: which process, from 0.
-    :param size: how many there are.
-    :raises ValueError: if there were more or fewer.
-    """
-    by_process: list[State] = state["processes"]
-    if len(by_process) != size:
-        raise ValueError(
-            f"resume: expected {len(by_process)} process(es), as before, got {size}: draws and "
-            "batches are those of a process"
-        )
-    return by_process[rank]
 
 
 def random_state() -> State:

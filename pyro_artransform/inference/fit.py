@@ -5,28 +5,37 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..arguments import check_callable, check_integer
 from .config import FitConfig
-from .guide_argument import check_call, parameter_names, split_arguments
 from .loader import Batch, BatchStream
-from .process_group import open_processes
+from .parallel import open_parallel
 from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
-from .run import FitRun
+from .run import Chooser, FitRun, Function
+
+_default_choice: Chooser | None = None
+
+
+def choose_guides_by(choice: Chooser) -> None:
+    """Sets the default of ``choose_guide``: fits know no guides, the front door of the package does."""
+    global _default_choice
+    _default_choice = choice
 
 
 def fit(
     model: Callable[..., Any],
     *args: Any,
     guide: Callable[..., Any] | None = None,
+    choose_guide: Callable[..., tuple[Callable[..., Any], str]] | None = None,
     num_steps: int | None = None,
     num_particles: int | None = None,
     seed: int | None = None,
@@ -49,7 +58,7 @@ def fit(
     give that by its name, or the guide as ``guide=``.
 
     A guide of this package is initialized with the best of many candidates by their ELBO: itself,
-    Gaussians on the way to modes, mean-field fits. It is trained by the path gradient, any other Pyro
+    Gaussians on the way to modes, mean-field fits. It is trained by the path gradient; any other Pyro
     guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
     and the guide ends with the best of the last, the averaged and the best parameters. Parameters of
     the model are trained as well.
@@ -60,7 +69,7 @@ def fit(
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
     to all data; only where all latents belong to a batch's own rows, as in a variational autoencoder,
-    need nothing be scaled. Latents of the rows themselves need a guide that reads the batch, such as
+    nothing has to be scaled. Latents of the rows themselves need a guide that reads the batch, such as
     ``AutoAmortized``, and ``AutoStructuredFlow`` has to be set up with all data before, as by
     ``guide.set_up(*all_data)``. A short last batch is given the weight of its rows. The verdict never trusts
     mini-batches; a loader of one batch with all data is as good as arguments.
@@ -68,19 +77,19 @@ def fit(
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
     Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit:
-    each takes its part of the particles, or its own batches of the loader, with as many particles each;
-    gradients are averaged. Model, guide, data and options are the same in all of them, and so are the
-    parameters and the result at the end. A ``DataLoader`` in order or in any order gets a
-    ``DistributedSampler``: where their number is no multiple of that of processes, a few rows are seen
-    twice in an epoch, or left out with ``drop_last``. Of any other loader each process takes every so
-    many-th batch. Only the first process shows progress, warns and writes the checkpoint.
+    each takes its part of the particles, or its own batches of the loader, with as many particles each,
+    and gradients are averaged. Model, guide, data and options have to be the same in all of them, and
+    the result is. The first process finds the start, shows progress, warns, judges and writes the
+    checkpoint.
 
     :param model: a Pyro model.
-    :param args: the guide, if one is given, and the arguments of model and guide; none of these with a
-        loader.
+    :param args: the guide, if one is given, and the arguments of model and guide; with a loader the
+        guide alone.
     :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in the protocols
         ``FlowGuide``, ``MinibatchGuide`` and ``ScaledSteps`` of :mod:`pyro_artransform.joint.protocols`:
         an initial value, the path gradient, and the scale of its parameters' steps.
+    :param choose_guide: another way to choose the guide where none is given: a function of the model, its
+        ``args``, its ``kwargs`` and ``is_minibatch=``, that returns a new guide, and why in words.
     :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
         finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows; by default 64,
@@ -88,40 +97,38 @@ def fit(
         parts.
     :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, whatever
         was fitted before by guides that are gone, and leaves the generators as they were. A loader's own
-        generator is not seeded. Of many processes it is that of the first.
+        generator is not seeded.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
-        not finite where the step was skipped; the fit ends where it returns ``True``, also one of NumPy
-        or PyTorch, and goes on at any other value. It hears of the steps of the search for a step
-        size, where the fit goes on from them, when that is over. There are two examples below.
+        not finite where the step was skipped. The fit ends where it returns ``True``, also one of NumPy
+        or PyTorch, and goes on at any other value. Where the fit goes on from the steps that searched for
+        a step size, it is called for these once the search is over. There are two examples below.
     :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
         goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
-        same steps as if it had not been interrupted, with as many processes.
+        same steps as if it had not been interrupted; with a loader from the next epoch, and with a warning
+        where it was stopped in the middle of one.
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``; its step size is then its own. By default Adam.
     :param loader: a ``torch.utils.data.DataLoader``, or another iterable of mini-batches that begins
         anew each time, as a list does. A tuple or list of it is the arguments of model and guide, a
-        mapping their keyword arguments, a tensor their only argument. A fit is resumed in the
-        middle of an epoch where the order is that of a list, or of a sampler of PyTorch; elsewhere
-        from the next epoch, with a warning.
+        mapping their keyword arguments, a tensor their only argument.
     :param epochs: how often to go through the loader, instead of ``num_steps``.
     :param config: all numbers that a fit is tuned by; the defaults are meant for every model.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :return: the verdict, and the numbers that it rests on; the posterior is the guide.
     :raises TypeError: if the arguments are not those of the model, the guide is a class, ``config`` is
-        none, the loader can be gone through once only, or its batches cannot be arguments.
+        not a ``FitConfig``, the loader can be gone through only once, or its batches cannot be arguments.
     :raises ValueError: if the model has no continuous latent, or a parameter of the name of one of
         these options, if the guide was made for a model with other latents, if there is no initial
         guide with a finite density, if an option is out of its range, if ``optim`` trains none of the
         parameters, if a checkpoint is of another fit, if a loader is empty or never ends, if latents
         that all batches share would see one batch as if it were all data, if the guide would look
         up other elements than those of a batch, if the graph of a structured guide lacks dependencies
-        that batches have, or if processes that share a fit have other options,
-        data or parameters.
-    :raises RuntimeError: if it is called in ``torch.inference_mode``.
+        that batches have, or if processes that share a fit have other options, data or parameters.
+    :raises RuntimeError: if it is called in ``torch.inference_mode``, or if another process of the fit
+        has ended, does not come or does not answer.
     :raises FitError: if the loss is not finite for many steps in a row.
-    :raises torch.distributed.DistError: if another process of the fit has ended, or does not answer.
 
     Example::
 
@@ -154,7 +161,7 @@ def fit(
         >>> result.num_steps
         40
 
-    A callback logs to TensorBoard, which is no dependency of this package::
+    A callback logs to TensorBoard, which this package does not depend on::
 
         from torch.utils.tensorboard import SummaryWriter
         with SummaryWriter() as writer:
@@ -189,8 +196,6 @@ def fit(
         raise RuntimeError(
             "fit: expected to be called outside of torch.inference_mode, in which there are no gradients"
         )
-    if seed is not None:
-        check_integer("seed", seed, least=0)
     if config is not None and not isinstance(config, FitConfig):
         raise TypeError(f"config: expected a FitConfig, got {config!r}")
     guide, args = split_arguments(guide, args)
@@ -198,45 +203,94 @@ def fit(
     _check_options(loader, epochs, num_steps, args)
     if loader is None:
         check_call(model, args, kwargs)
+    if seed is not None:
+        check_integer("seed", seed, least=0)
     if num_particles is not None:
         check_integer("num_particles", num_particles)
     if callback is not None:
         check_callable("callback", callback, "a function")
+    choose_guide = choose_guide or _default_choice
     with (
-        open_processes() as processes,
-        processes.quiet(),
-        seeded(processes.seed(seed)),
-        progress_bar(progress and processes.rank == 0) as bar,
+        open_parallel() as parallel,
+        seeded(seed if parallel is None else parallel.seed(seed)),
+        progress_bar(progress and (parallel is None or parallel.rank == 0)) as bar,
         noted_interrupts() as interrupted,
         ExitStack() as stack,
     ):
-        checkpoint, resume = processes.first(partial(_checked_files, checkpoint, resume))
+        path = None if checkpoint is None else Path(checkpoint)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")
         stream = None
         if loader is not None:
-            whole = stack.enter_context(closing(BatchStream(loader, kwargs)))
-            stream = whole.share(processes.rank, processes.size)
-            stack.enter_context(closing(stream))
+            stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
+            if parallel is not None:
+                stream = stream.share(parallel.rank, parallel.size, parallel.seed())
+                stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         batch, config = Batch(args, kwargs), config or FitConfig()
-        options = num_steps, num_particles, optim
-        run = FitRun(model, guide, batch, stream, config, *options, processes)
+        options = num_steps, num_particles, optim, parallel
+        run = FitRun(model, guide, choose_guide, batch, stream, config, *options)
         if resume is None:
-            run.initialize(bar)
+            run.start(bar)
         else:
             run.resume(resume)
-        stopped_because = run.optimize(checkpoint, callback, bar, interrupted)
+        stopped_because = run.train(path, callback, bar, interrupted)
         bar.say("verdict")
-        return run.conclude(stopped_because)
+        return run.judge(stopped_because)
 
 
 _PARAMETERS = inspect.signature(fit).parameters.values()
 _OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}
 
 
-def _check_names(model: Callable[..., object]) -> None:
+def split_arguments(
+    guide: Function | None, args: tuple[object, ...]
+) -> tuple[Function | None, tuple[object, ...]]:
+    """The guide, if one is given, and the arguments of the model: what is callable is not data.
+
+    :raises TypeError: if the guide is a class, or cannot be called.
+    """
+    if guide is None and args and callable(args[0]):
+        guide, args = args[0], args[1:]
+    if guide is not None:
+        check_callable("guide", guide, "a guide of the model, such as AutoIAF(model)")
+    return guide, args
+
+
+def check_call(model: Function, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """Checks that these can be the arguments of the model, as far as it says what it takes.
+
+    :raises TypeError: if they cannot be.
+    """
+    # a decorated model takes what its decorator takes
+    signature = _signature(model, follow_wrapped=False)
+    if signature is None:
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"fit: expected the arguments that the model takes, {signature}, after the model or its "
+            f"guide, got others ({error}). What is callable in second place is the guide: give a "
+            "callable of the model's own by its name, or the guide as guide=..."
+        ) from None
+
+
+def _signature(model: Function, follow_wrapped: bool) -> inspect.Signature | None:
+    """What a model takes; ``None`` where it does not say."""
+    called = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return inspect.signature(called, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return None
+
+
+def _check_names(model: Function) -> None:
     """Checks that a model has no parameter of the name of an option, unless it is bound."""
+    signature = _signature(model, follow_wrapped=True)
+    names = set() if signature is None else set(signature.parameters)
     bound = model.keywords if isinstance(model, partial) else {}
-    taken = sorted((parameter_names(model) - bound.keys()) & _OPTIONS)
+    taken = sorted((names - bound.keys()) & _OPTIONS)
     if taken:
         raise ValueError(
             f"the model has a parameter '{taken[0]}', which is an option of fit: expected another "
@@ -260,13 +314,3 @@ def _check_options(
     for name, count in (("num_steps", num_steps), ("epochs", epochs)):
         if count is not None:
             check_integer(name, count)
-
-
-def _checked_files(
-    checkpoint: str | os.PathLike[str] | None, resume: str | os.PathLike[str] | None
-) -> tuple[Path | None, Path | None]:
-    """The files to write and to read; checks that there is a folder, before steps are taken."""
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")
-    return path, None if resume is None else Path(resume)

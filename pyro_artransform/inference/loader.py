@@ -1,8 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The stream of mini-batches that a loader gives, epoch after epoch, from any place in it."""
+"""The mini-batches that a loader gives, epoch after epoch, and the share of one of many processes."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -20,15 +22,15 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from .sharding import StridedLoader, shard
-
 _END = object()
 _MAX_COUNTED = 100_000  # batches of an iterable without a length
-_FIXED = (list, tuple, range, SequentialSampler, DistributedSampler)
-_BY_EPOCH = (DistributedSampler, StridedLoader)
-_SEEDS = 2**31
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_STATE = ("num_batches", "epoch", "position", "origin", "epoch_start", "seed")
+# what is iterated over in a fixed order, or in one that follows torch's generators
+_KNOWN = (list, tuple, range, SequentialSampler, DistributedSampler, *_SHUFFLED)
+_OPTIONS = (
+    *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator"),
+    *("multiprocessing_context", "prefetch_factor", "persistent_workers"),
+)
 
 
 class Batch(NamedTuple):
@@ -37,9 +39,43 @@ class Batch(NamedTuple):
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, also those in lists, tuples and mappings."""
-        return list(_tensors_in((self.args, self.kwargs)))
+
+class EveryNth:
+    """The batches of a loader, or of its sampler, that one of many processes takes: every n-th one.
+
+    The order is drawn from a seed, the same for all processes. Where n does not divide the number of
+    batches, some processes are an epoch ahead in the last step: each batch counts once an epoch.
+
+    :param batches: what all processes go through.
+    :param num_batches: their number.
+    :param rank: which of the processes this is, from 0.
+    :param size: the number of processes, n.
+    :param seed: the seed of the first epoch.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], num_batches: int, rank: int, size: int, seed: int
+    ) -> None:
+        self.batches, self.seed, self.epoch = batches, seed, 0
+        self._num_batches, self._rank, self._size = num_batches, rank, size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, from 0, whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self._num_batches / self._size)
+
+    def __iter__(self) -> Iterator[Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + self.epoch)
+            iterator = iter(self.batches)
+            # samplers draw their order, or its seed, with the first one
+            batch, k = next(iterator, _END), self.epoch * self._num_batches
+        while batch is not _END:
+            if k % self._size == self._rank:
+                yield batch
+            batch, k = next(iterator, _END), k + 1
 
 
 class BatchStream:
@@ -55,18 +91,28 @@ class BatchStream:
         self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
     ) -> None:
         self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
-        self._batches, self._rows = _samplers(loader)
-        #: what has an order for each epoch, which it is told of
-        self._by_epoch = loader if isinstance(loader, StridedLoader) else self._rows
+        #: what draws the batches, and what draws the rows in them, as far as they are known
+        self._batches: object = None
+        self._rows: object = loader
+        owners: list[object] = [loader]
+        if isinstance(loader, DataLoader):
+            self._batches = batches = loader.batch_sampler
+            self._rows = batches or loader.sampler
+            if isinstance(batches, BatchSampler):
+                self._rows = batches.sampler
+            owners += batches, self._rows, loader.sampler
+        # of the names that PyTorch's loaders and samplers give them
+        found = [getattr(owner, "generator", None) for owner in owners]
+        self._generators = list({g for g in found if isinstance(g, torch.Generator)})
+        #: what is told of each epoch, since its order depends on it
+        self._by_epoch: DistributedSampler[Any] | EveryNth | None = None
+        if isinstance(self._rows, DistributedSampler):
+            self._by_epoch = self._rows
         #: the stream of all processes that this one is a share of
         self.whole = self
         self._iterator: Iterator[object] | None = None
-        #: the state of the generators at the beginning, and at that of the present epoch
-        self.origin = self.epoch_start = self._random_state()
-        #: whether the order is fixed, or follows torch's generators: then any place in it is known
-        self.can_go_on = isinstance(self._rows, _FIXED + _SHUFFLED)
-        #: whether other processes with this loader are known to see the same batches
-        self.is_common = self.can_go_on and not isinstance(self._rows, DistributedSampler)
+        #: the state of torch's generator, and of the loader's own ones, at the beginning
+        self._origin = torch.get_rng_state(), self._own_states()
         #: whether an epoch is known to have each of its rows once
         self.is_partition = self._is_partition()
         self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
@@ -94,30 +140,54 @@ class BatchStream:
         """Whether each epoch is one batch, with each row once: it is as good as arguments."""
         return self.num_batches == 1 and self.is_partition
 
-    def share(self, rank: int, size: int) -> "BatchStream":
-        """The stream of the batches of one of many processes; itself for one process, and for one batch.
+    def share(self, rank: int, size: int, seed: int) -> "BatchStream":
+        """The batches of one of many processes, as :class:`EveryNth` has them; all, if there is one batch.
 
-        :param rank: which of the processes this is, from 0.
-        :param size: the number of processes, whose generators are in the same state.
+        A ``DistributedSampler`` of the user's is taken as it is.
+
+        :raises ValueError: if there are fewer batches than processes.
         """
-        if size == 1 or self.num_batches == 1:
+        if self.num_batches == 1 or isinstance(self._by_epoch, DistributedSampler):
             return self
-        seed = int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu"))
-        loader = shard(self._loader, self.num_batches, rank, size, seed)
-        stream = BatchStream(loader, self._kwargs)
-        stream.origin, stream.whole = self.origin, self
+        if self.num_batches < size:
+            raise ValueError(
+                f"loader: expected at least one batch for each of {size} processes, got {self.num_batches}"
+            )
+        stream, loader = copy.copy(self), self._loader
+        order: Any = loader
+        if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset):
+            order = loader.batch_sampler or loader  # a process loads its own rows only
+        part = EveryNth(order, self.num_batches, rank, size, seed)
+        stream._loader = stream._by_epoch = part
+        if isinstance(loader, DataLoader) and order is not loader:
+            options = {name: getattr(loader, name) for name in _OPTIONS}
+            stream._loader = DataLoader(loader.dataset, batch_sampler=part, **options)
+        stream.num_batches, stream.whole = len(part), self
         return stream
-
-    @property
-    def seed(self) -> int | None:
-        """The seed of an order that epochs are told of; ``None`` of any other."""
-        return self._by_epoch.seed if isinstance(self._by_epoch, _BY_EPOCH) else None
 
     def restart(self) -> None:
         """Goes back to the beginning; what is left to torch's own generator is drawn from there."""
         self.close()
-        self._set_own(self.origin["own"])
+        self._set_own_states(self._origin[1])
         self.epoch, self.position = 0, 0
+
+    def state(self) -> dict[str, int]:
+        """Where the stream is, for :meth:`go_on`."""
+        return {"num_batches": self.num_batches, "epoch": self.epoch, "position": self.position}
+
+    def go_on(self, num_batches: int, epoch: int, position: int) -> bool:
+        """Goes on from where another stream of the same loader was, or else from the next epoch.
+
+        :return: whether the other was at the end of an epoch.
+        :raises ValueError: if it has another number of batches.
+        """
+        if num_batches != self.num_batches:
+            raise ValueError(
+                f"resume: expected a loader of {num_batches} batches, as before, got {self.num_batches}"
+            )
+        self.restart()
+        self.epoch = epoch + (position > 0)
+        return position in (0, num_batches)
 
     def close(self) -> None:
         """Lets go of the present epoch, and of the processes that load it."""
@@ -133,8 +203,8 @@ class BatchStream:
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
         if isinstance(self._rows, _SHUFFLED):
             wanted = set(range(count))
-        own, state, iterator = self._random_state()["own"], self.origin["torch"], None
-        self._set_own(self.origin["own"])
+        own, (state, first), iterator = self._own_states(), self._origin, None
+        self._set_own_states(first)
         self._set_epoch(0)
         try:
             for k in range(max(wanted) + 1):
@@ -148,7 +218,7 @@ class BatchStream:
                 if k in wanted:
                     yield self._arguments(batch)
         finally:
-            self._set_own(own)
+            self._set_own_states(own)
             self._set_epoch(self.epoch)
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
@@ -157,40 +227,8 @@ class BatchStream:
         epochs = "" if num_steps is None else f"/{math.ceil(num_steps / total)}"
         return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
 
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, in tensors and plain data."""
-        return {name: getattr(self, name) for name in _STATE}
-
-    def restore(self, state: dict[str, Any]) -> bool:
-        """Goes to where another stream of the same loader was, which leaves torch's generator anywhere.
-
-        :return: whether that was possible; if the order is not known, the next epoch begins.
-        """
-        expected, position, start = state["num_batches"], state["position"], state["epoch_start"]
-        if expected != self.num_batches:
-            raise ValueError(
-                f"resume: expected a loader of {expected} batches, as before, got {self.num_batches}"
-            )
-        if len(state["origin"]["own"]) != len(self._generators()):
-            raise ValueError("resume: expected a loader with its own generator where it had one")
-        self.origin = self.whole.origin = state["origin"]
-        seed = state["seed"]
-        if isinstance(self._by_epoch, _BY_EPOCH) and seed is not None:
-            self._by_epoch.seed = seed
-        self.restart()
-        self.epoch = state["epoch"]
-        if position and not self.can_go_on:
-            self.epoch += 1
-            return bool(position >= self.num_batches)
-        if position:
-            self._set_own(start["own"])
-            torch.set_rng_state(start["torch"])
-            self.position = sum(1 for _ in islice(self._begin_epoch(), position))
-        return True
-
     def _begin_epoch(self) -> Iterator[object]:
         self.close()
-        self.epoch_start = self._random_state()
         self._set_epoch(self.epoch)
         self._iterator, self.position = iter(self._loader), 0
         return self._iterator
@@ -215,10 +253,10 @@ class BatchStream:
         try:
             return len(self._loader)  # type: ignore[arg-type]  # any iterable may lack a length
         except TypeError:
-            own = self._random_state()["own"]
+            own = self._own_states()
             with torch.random.fork_rng(devices=[]):
                 count = sum(1 for _ in islice(self._loader, _MAX_COUNTED + 1))
-            self._set_own(own)
+            self._set_own_states(own)
             if count > _MAX_COUNTED:
                 raise ValueError(
                     f"loader: expected an epoch that ends, got {_MAX_COUNTED} batches and no end: give "
@@ -230,7 +268,7 @@ class BatchStream:
         """Whether an epoch is known to have each row once; a subset that the user chose is all rows."""
         loader, batches, rows = self._loader, self._batches, self._rows
         is_random = isinstance(rows, RandomSampler) and rows.replacement
-        if not self.can_go_on or is_random or isinstance(rows, WeightedRandomSampler):
+        if not isinstance(rows, _KNOWN) or is_random or isinstance(rows, WeightedRandomSampler):
             return False
         if not isinstance(loader, DataLoader) or batches is None or not isinstance(rows, Sized):
             return True
@@ -242,51 +280,16 @@ class BatchStream:
             return True
         return not batches.drop_last or len(rows) % batches.batch_size == 0
 
-    def _generators(self) -> list[torch.Generator]:
-        """The loader's own ones, by the name that PyTorch's loaders and samplers give them."""
-        loader = _whole(self._loader)
-        owners = [loader, self._batches, self._rows]
-        if isinstance(loader, DataLoader):
-            owners.append(loader.sampler)
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    def _own_states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators]
 
-    def _random_state(self) -> dict[str, Any]:
-        own = [generator.get_state() for generator in self._generators()]
-        return {"torch": torch.get_rng_state(), "own": own}
-
-    def _set_epoch(self, epoch: int) -> None:
-        if isinstance(self._by_epoch, _BY_EPOCH):
-            self._by_epoch.set_epoch(epoch)
-
-    def _set_own(self, states: Sequence[Tensor]) -> None:
-        for generator, state in zip(self._generators(), states):
+    def _set_own_states(self, states: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._generators, states):
             generator.set_state(state)
 
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors_in(part)
-    elif isinstance(value, Mapping):
-        yield from _tensors_in(list(value.values()))
-
-
-def _samplers(loader: object) -> tuple[object, object]:
-    """What draws the batches, and what draws the rows in them, as far as they are known."""
-    loader = _whole(loader)
-    if not isinstance(loader, DataLoader):
-        return None, loader
-    batches: object = loader.batch_sampler
-    rows = batches.sampler if isinstance(batches, BatchSampler) else batches or loader.sampler
-    return batches, rows
-
-
-def _whole(loader: object) -> object:
-    """The loader that all processes have a share in."""
-    return loader.loader if isinstance(loader, StridedLoader) else loader
+    def _set_epoch(self, epoch: int) -> None:
+        if self._by_epoch is not None:
+            self._by_epoch.set_epoch(epoch)
 
 
 def _checked(loader: object) -> Iterable[object]:

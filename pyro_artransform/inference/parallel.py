@@ -1,11 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The processes that share a fit: one alone, or those of ``torch.distributed``.
+"""One fit by many processes: those of ``torchrun``, or of a group of ``torch.distributed``.
 
-Each process takes its own draws and mini-batches. Gradients are averaged, so that parameters are
-equal to the bit in all of them; decisions rest on averaged or gathered numbers. What cannot be
-shared is done by the first process, and broadcast.
+Each process takes its own draws and mini-batches, and gradients are averaged. The first one finds the
+start, judges the end and writes the files. All of them call the same methods in the same order.
 
 **References**
 
@@ -13,15 +12,18 @@ shared is done by the first process, and broadcast.
    others, 2020), https://arxiv.org/abs/2006.15704
 """
 
-import hashlib
+import logging
 import math
-import re
+import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from io import BytesIO
+from datetime import timedelta
+from functools import cache, reduce
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import pyro
@@ -34,229 +36,193 @@ from .optimization.objective import Objective
 T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
 
-_SEEDS = 2**31
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = 5.0  # seconds of waiting after which a process says so
+_TIMEOUT = timedelta(minutes=30)  # PyTorch's for gloo
+_FIRST_MEETING = timedelta(minutes=1)  # of processes that nothing but the environment speaks of
+_groups = count()  # made so far, as many in all processes
 
 
-class Processes:
-    """One process alone: it has nothing to share, and nothing of it costs anything."""
+@contextmanager
+def open_parallel() -> "Iterator[Parallel | None]":
+    """The processes that share the fit, of which this is one; ``None`` if it is alone.
 
-    rank, size = 0, 1  #: which process this is, from 0, and of how many
-
-    def seed(self, seed: int | None) -> int | None:
-        """The seed that all processes have."""
-        return seed
-
-    def draw_apart(self) -> None:
-        """From now on the draws of each process are others."""
-
-    def quiet(self) -> AbstractContextManager[None]:
-        """A context in which only the first process warns."""
-        return nullcontext()
-
-    def shared(self, objective: Objective) -> Objective:
-        """An objective of which each process takes a part of the draws."""
-        return objective
-
-    def scales(self, guide: ScaledSteps | None) -> ScaledSteps | None:
-        """The scales of steps that a guide gives, the same in all processes."""
-        return guide
-
-    def share(self, num_draws: int) -> int:
-        """The part of a number of draws that is each process's, rounded up."""
-        return num_draws
-
-    def first(self, function: Callable[[], T]) -> T:
-        """What a function returns in the first process, which alone calls it; its error is all's."""
-        return function()
-
-    def check_same(self, content: Callable[[], Mapping[str, object]]) -> None:
-        """Checks that something is the same in all processes.
-
-        :param content: returns it by name.
-        :raises ValueError: if it is not.
-        """
-
-    def align(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Gives tensors the values of the first process.
-
-        :param tensors: returns them by name.
-        :raises ValueError: if those of another process have other names or shapes.
-        """
-
-    def mean(
-        self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
-    ) -> tuple[float, Gradients | None]:
-        """The mean loss, and the mean gradient.
-
-        :param gradients: one for each parameter, ``None`` where the loss does not depend on it;
-            ``None`` for all of them if the loss is not finite.
-        :return: the same for all processes: one loss that is not finite makes the mean so.
-        """
-        return loss, gradients
-
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether each flag is set somewhere."""
-        return flags
-
-    def gather(self, values: Tensor) -> Tensor:
-        """The tensors of all processes, of one shape, along the first dimension, by rank."""
-        return values
-
-    def gather_objects(self, own: T) -> list[T]:
-        """The objects of all processes, by rank."""
-        return [own]
-
-    def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Tensors with the values that they have in the first process; they change in place."""
-        return tensors
-
-
-ALONE = Processes()
-
-
-class ManyProcesses(Processes):
-    """The processes of the default group of ``torch.distributed``.
-
-    Each method is called by all of them, in the same order. One that has ended, or does not answer
-    within the timeout of the group, is a ``torch.distributed.DistError`` in the others.
+    They are those of ``torch.distributed`` if it is initialized. In the environment of ``torchrun`` a
+    process group is made, and destroyed at the end.
     """
+    is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, _LAUNCHED))
+    if not distributed.is_available() or not (is_launched or distributed.is_initialized()):
+        yield None
+        return
+    is_made = not distributed.is_initialized()
+    if is_made:
+        _make_group()
+    try:
+        parallel = Parallel() if distributed.get_world_size() > 1 else None
+        with warnings.catch_warnings():
+            if parallel is not None and parallel.rank > 0:
+                warnings.simplefilter("ignore")  # the first process warns
+            yield parallel
+        if parallel is not None:
+            parallel.any(False)  # what was sent has to arrive before the group ends
+    finally:
+        if is_made:
+            distributed.destroy_process_group()
+
+
+def _make_group() -> None:
+    """A group in which NCCL carries what is on GPUs, where there are any, and gloo all else."""
+    # torch.func imports it anyway, in the first steps. The group that is open then becomes the default of
+    # its functions, lives until Python ends, and its threads, which may ask for Python then, abort
+    import torch.distributed.nn.functional
+
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    told = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
+    hint = f"The environment has {told}. Unset WORLD_SIZE if this process is to fit alone"
+    with _waiting("the other processes of this fit", hint):
+        store, rank, size = _rendezvous()
+        # torchrun's store outlives the processes that it starts again: each group needs keys of its own
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
+            store=distributed.PrefixStore(f"pyro_artransform {attempt}.{next(_groups)}", store),
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+        )
+
+
+@cache
+def _rendezvous() -> "tuple[distributed.Store, int, int]":
+    """The store by which all processes find each other, the rank and their number."""
+    timeout = _TIMEOUT if distributed.is_torchelastic_launched() else _FIRST_MEETING
+    return cast(Any, next(distributed.rendezvous("env://", timeout=timeout)))
+
+
+@contextmanager
+def _waiting(
+    what: str, hint: str = "Another process is late, hangs or has ended"
+) -> Iterator[None]:
+    """Says what is waited for: after some seconds, and each time that twice as many have passed.
+
+    :raises RuntimeError: with the same words, if other processes end or do not answer.
+    """
+    began, is_over = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        seconds = _PATIENCE
+        while not is_over.wait(began + seconds - time.monotonic()):
+            words = "fit has waited %.0f s for %s. %s"
+            logging.getLogger(__name__).warning(words, seconds, what, hint)
+            seconds *= 2
+
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"fit: expected {what}, and waited in vain. {hint} (PyTorch: {error})"
+        ) from error
+    finally:
+        is_over.set()
+
+
+class Parallel:
+    """One of the processes of the default group of ``torch.distributed``."""
 
     def __init__(self) -> None:
+        #: which process this is, from 0, and of how many
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        #: the types of devices whose tensors can be sent: "cuda" alone where there is NCCL alone
-        self._types = re.findall(r"(\w+):", distributed.get_backend_config())
-
-    def seed(self, seed: int | None) -> int:
-        return self.first(lambda: _new_seed() if seed is None else seed)
-
-    def draw_apart(self) -> None:
-        pyro.set_rng_seed(self.first(_new_seed) + self.rank)
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        if self.rank == 0:
-            yield
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-
-    def shared(self, objective: Objective) -> Objective:
-        return SharedObjective(objective, self)
-
-    def scales(self, guide: ScaledSteps | None) -> ScaledSteps | None:
-        return None if guide is None else ScalesOfFirst(guide, self)
+        self._device = "cpu" if "cpu" in distributed.get_backend_config() else "cuda"
 
     def share(self, num_draws: int) -> int:
+        """The part of a number of draws that each process takes, rounded up."""
         return math.ceil(num_draws / self.size)
 
-    def first(self, function: Callable[[], T]) -> T:
-        value, error, content = None, None, [b""]
+    def first(self, what: str, function: Callable[[], T]) -> T:
+        """What a function returns in the first process, which alone calls it; its error is all's."""
+        content, error = list[Any]([None, None]), None
         if self.rank == 0:
             try:
-                value = function()
-                content = [_packed((value, None))]
+                content[0] = function()
             except Exception as raised:
-                error, content = raised, [_packed((None, _sendable(raised)))]
-        with self._named_failures():
+                error, content[1] = raised, f"{type(raised).__name__}: {raised}"
+        with _waiting(f"{what} by the first process"):
             distributed.broadcast_object_list(content, src=0)
-        if self.rank > 0:
-            value, error = _unpacked(content[0])
         if error is not None:
             raise error
-        return cast(T, value)
+        if content[1] is not None:
+            raise RuntimeError(f"fit: the first process has failed: {content[1]}")
+        return cast(T, content[0])
 
-    def check_same(self, content: Callable[[], Mapping[str, object]]) -> None:
-        found = self.gather_objects(content())
-        for name in found[0]:
-            values = [part.get(name) for part in found]
-            if values.count(values[0]) < len(values):
+    def seed(self, seed: int | None = None) -> int:
+        """The seed of the first process, or a new one."""
+        return self.first("a seed", lambda: int(torch.randint(2**31, ())) if seed is None else seed)
+
+    def draw_apart(self) -> None:
+        """Gives each process a seed of its own."""
+        pyro.set_rng_seed(self.seed() + self.rank)
+
+    def gather_objects(self, what: str, own: T) -> list[T]:
+        """The objects of all processes, by rank."""
+        found: list[Any] = [None] * self.size
+        with _waiting(f"{what} of all processes"):
+            distributed.all_gather_object(found, own)
+        return found
+
+    def check_same(self, content: Mapping[str, object]) -> None:
+        """Checks that each of these, by name, is the same in all processes.
+
+        :raises ValueError: if one is not.
+        """
+        found = self.gather_objects("the options", content)
+        for name, value in found[0].items():
+            values = [part[name] for part in found]
+            if values.count(value) < self.size:
                 raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
 
-    def align(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        found = tensors()
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        self.check_same(lambda: {"parameters": list(shapes), **shapes})
-        self.broadcast(*found.values())
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives tensors the values that they have in the first process."""
+        for tensor in tensors:
+            sent = tensor.detach().clone(memory_format=torch.contiguous_format)
+            with _waiting("parameters of the first process"):
+                distributed.broadcast(sent, src=0)
+            tensor.copy_(sent)
 
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
     ) -> tuple[float, Gradients | None]:
+        """The mean loss and gradients, the same for all processes.
+
+        :param gradients: one for each parameter, ``None`` where the loss does not depend on it;
+            ``None`` for all of them if the loss is not finite, and so is the mean then.
+        """
         gradients = [None] * len(parameters) if gradients is None else gradients
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-        head = [loss, *(float(g is not None) for g in gradients)]
-        place: dict[str, Any] = {"dtype": dtype, "device": self._place_of(parameters[0].device)}
-        parts = [torch.tensor(head, **place)]
+        head = [loss, *(float(gradient is not None) for gradient in gradients)]
+        parts = [torch.tensor(head, dtype=dtype, device=parameters[0].device)]
         for parameter, gradient in zip(parameters, gradients):
             part = torch.zeros_like(parameter) if gradient is None else gradient
-            parts.append(part.reshape(-1).to(**place))
-        bucket = torch.cat(parts)
-        with self._named_failures():
-            distributed.all_reduce(bucket)
-        bucket /= self.size
-        loss, *present = bucket[: len(head)].tolist()
+            parts.append(part.reshape(-1).to(parts[0]))
+        sums = torch.cat(parts)
+        with _waiting("the gradients of all processes"):
+            distributed.all_reduce(sums)
+        means = (sums / self.size).split([len(head), *map(Tensor.numel, parameters)])
+        loss, *present = means[0].tolist()
         if not math.isfinite(loss):
             return loss, None
         averaged = list[Tensor | None]()
-        sizes = [*map(Tensor.numel, parameters)]
-        for parameter, part, share in zip(parameters, bucket[len(head) :].split(sizes), present):
+        for parameter, part, share in zip(parameters, means[1:], present):
             averaged.append(part.view_as(parameter).to(parameter) if share else None)
         return loss, averaged
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        found = torch.tensor(flags, dtype=torch.uint8, device=self._place_of("cpu"))
-        with self._named_failures():
+        """Whether each flag is set in some process."""
+        found = torch.tensor(flags, dtype=torch.uint8, device=self._device)
+        with _waiting("the end of a step in all processes"):
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return tuple(map(bool, found.tolist()))
-
-    def gather(self, values: Tensor) -> Tensor:
-        if not values.numel():
-            return values
-        own = self._carried(values)
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        with self._named_failures():
-            distributed.all_gather(parts, own)
-        return torch.cat(parts).to(values.device)
-
-    def gather_objects(self, own: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        with self._named_failures():
-            distributed.all_gather_object(found, _packed(own))
-        return [*map(_unpacked, found)]
-
-    @torch.no_grad()
-    def broadcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kinds: dict[object, list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for alike in kinds.values():
-            bucket = self._carried(torch.cat([tensor.reshape(-1) for tensor in alike]))
-            with self._named_failures():
-                distributed.broadcast(bucket, src=0)
-            for tensor, part in zip(alike, bucket.split([*map(Tensor.numel, alike)])):
-                tensor.copy_(part.view_as(tensor))
-        return tensors
-
-    def _place_of(self, device: torch.device | str) -> torch.device:
-        """From where to send what is on a device."""
-        device = torch.device(device)
-        if device.type in self._types:
-            return device
-        return torch.device("cpu" if "cpu" in self._types else self._types[0])
-
-    def _carried(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self._place_of(tensor.device)).contiguous()
-
-    @contextmanager
-    def _named_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise distributed.DistError(
-                f"fit, in process {self.rank} of {self.size} (from 0): another process has ended, or "
-                "has not answered in time; what it printed says why. Begin all of them again: a "
-                f"checkpoint, if the fit has one, is good to resume from ({error})"
-            ) from error
 
 
 @dataclass
@@ -264,23 +230,20 @@ class SharedObjective(Objective):
     """An objective of which each process takes its share of the draws.
 
     A loss is that of the own draws: its gradient is averaged afterwards. Draws of the ELBO are those of
-    all processes, the same for each, so that what is decided by them is decided alike.
-
-    :param objective: the objective for any number of draws.
-    :param processes: those that share it.
+    all processes, so that what is decided by them is decided alike.
     """
 
     objective: Objective
-    processes: Processes
+    parallel: Parallel
 
     def __post_init__(self) -> None:
         self.has_weights = self.objective.has_weights
 
     def loss(self, num_particles: int) -> Tensor:
-        return self.objective.loss(self.processes.share(num_particles))
+        return self.objective.loss(self.parallel.share(num_particles))
 
     def tail_loss(self, num_particles: int) -> Tensor:
-        return self.objective.tail_loss(self.processes.share(num_particles))
+        return self.objective.tail_loss(self.parallel.share(num_particles))
 
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
@@ -289,62 +252,25 @@ class SharedObjective(Objective):
         return self.objective.is_guide_alone()
 
     def elbo_draws(self, count: int) -> Tensor:
-        return self.processes.gather(self.objective.elbo_draws(self.processes.share(count)))
+        own = self.objective.elbo_draws(self.parallel.share(count)).detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.parallel.size)]
+        with _waiting("the draws of all processes"):
+            distributed.all_gather(parts, own)
+        return torch.cat(parts)
 
     def nonfinite_sites(self) -> list[str]:
-        found = self.processes.gather_objects(self.objective.nonfinite_sites())
+        found = self.parallel.gather_objects("the sites", self.objective.nonfinite_sites())
         return list(dict.fromkeys(name for names in found for name in names))
 
 
 @dataclass
 class ScalesOfFirst(ScaledSteps):
-    """The scales of steps that a guide gives in the first process: its mini-batch may be a short one.
-
-    :param guide: the guide.
-    :param processes: those that train it.
-    """
+    """The scales of steps that a guide gives in the first process: its mini-batch may be a short one."""
 
     guide: ScaledSteps
-    processes: Processes
+    parallel: Parallel
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        own = self.guide.step_scales()
-        return dict(zip(own, self.processes.broadcast(*map(torch.clone, own.values()))))
-
-
-def _new_seed() -> int:
-    return int(torch.randint(_SEEDS, (), dtype=torch.int64, device="cpu"))
-
-
-def _sendable(error: Exception) -> Exception:
-    """An error, or one of the same words where it cannot be sent."""
-    try:
-        _unpacked(_packed(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def _packed(value: object) -> bytes:
-    """Tensors and other objects as bytes."""
-    file = BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def _unpacked(content: bytes) -> Any:
-    """What :func:`_packed` packed; tensors of a GPU are then on the one of this process."""
-    own_gpu = {f"cuda:{k}": "cuda" for k in range(torch.cuda.device_count())}
-    # from another process of this very fit
-    return torch.load(BytesIO(content), map_location=own_gpu, weights_only=False)
-
-
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """A short checksum of tensors, their dtypes and their shapes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()[:8]
+        scales = {parameter: scale.clone() for parameter, scale in self.guide.step_scales().items()}
+        self.parallel.copy_first(scales.values())
+        return scales

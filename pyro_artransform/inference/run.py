@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The stages of a fit: set up, initialize or resume, optimize, evaluate."""
+"""The stages of a fit: set up, start or resume, train, judge."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from threading import Event
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuid
 from . import checkpoint as files
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import (
-    Drawn,
     ModelAndGuide,
     draw,
     evaluate,
@@ -30,7 +29,6 @@ from .evaluation.evaluate import (
     look_at_marginals,
 )
 from .evaluation.verdict import FitStatus
-from .guide_argument import choose
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.initial_guide import (
     UNCHANGED,
@@ -41,23 +39,27 @@ from .initialization.initial_guide import (
 from .initialization.sparse_start import find_sparse_start
 from .loader import Batch, BatchStream
 from .loader_checks import check_use, refuse_missing
-from .optimization.minibatch_elbo import MinibatchObjective, PassEstimate, validation_batches
-from .optimization.objective import BatchObjective, PathObjective, PyroObjective
+from .optimization.minibatch_elbo import MinibatchObjective, validation_batches
+from .optimization.objective import BatchObjective, Objective, PathObjective, PyroObjective
 from .optimization.schedule import new_schedule
 from .optimization.selection import begin, is_at_posterior, select_parameters
 from .optimization.training import Trainer, Training
-from .parallel import Processes, checksum
+from .parallel import Parallel, ScalesOfFirst, SharedObjective
 from .progress import ProgressBar
 from .result import FitResult
 
 Path = str | os.PathLike[str]
 Function = Callable[..., object]
+#: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
+Chooser = Callable[..., tuple[Function, str]]
+
+T = TypeVar("T")
 
 _INTERRUPTED = "it was interrupted"
 
 
 class FitRun:
-    """A fit: set up by its constructor, then initialized or resumed, optimized, and concluded."""
+    """A fit: set up by its constructor, then started or resumed, trained, and judged."""
 
     _training: Training
 
@@ -65,20 +67,23 @@ class FitRun:
         self,
         model: Function,
         guide: Function | None,
+        choose_guide: Chooser | None,
         arguments: Batch,
         stream: BatchStream | None,
         config: FitConfig,
         num_steps: int | None,
         num_particles: int | None,
         optim: object,
-        processes: Processes,
+        parallel: Parallel | None,
     ) -> None:
-        self._began, self._config, self._processes = time.perf_counter(), config, processes
+        self._began, self._config, self._parallel = time.perf_counter(), config, parallel
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
         self._guide_reason = ""
         is_minibatch = stream is not None and not stream.whole.is_all_data
         if guide is None:
-            guide, self._guide_reason = choose(model, *batches[0], is_minibatch=is_minibatch)
+            if choose_guide is None:
+                raise ValueError("guide: expected a guide of the model, or choose_guide=")
+            guide, self._guide_reason = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
         self._subject = subject = _run_once(model, guide, batches[0], stream)
         log_joint, is_random = subject.log_joint, subject.log_joint.is_random
         if not (is_minibatch or is_random):
@@ -88,51 +93,59 @@ class FitRun:
         if stream is not None:
             num_batches = stream.num_batches
             self._minibatches = MinibatchObjective(
-                of_batch, stream, log_joint, batches, config.minibatch, processes
+                of_batch, stream, log_joint, batches, config.minibatch
             )
         self._by_path = isinstance(of_batch, PathObjective)
         settings = config.optimization.for_latents(log_joint.latents.latent_dim)
         schedule = new_schedule(settings, self._by_path, num_batches, is_random)
         schedule = schedule.of_length(num_steps)
-        self._objective = self._minibatches or of_batch
-        scales = guide if isinstance(guide, ScaledSteps) else None
+        self._objective: Objective = self._minibatches or of_batch
+        shared: Objective = self._objective
+        scales: ScaledSteps | None = guide if isinstance(guide, ScaledSteps) else None
         if num_particles is None:
             num_particles = _num_particles(subject, config.optimization)
-        # those of a batch are not shared: each process has another batch
-        own = processes.share(num_particles) if stream is None else num_particles
-        objective = processes.shared(self._objective)
-        if stream is not None:  # batches of other sizes may have other scales
-            scales = processes.scales(scales)
-        self._trainer = Trainer(
-            objective, schedule, own * processes.size, optim, scales, stream, processes
-        )
-        given = {"num_steps": num_steps, "num_particles": num_particles}
-        processes.check_same(
-            lambda: {**given, "arguments (by checksum)": _checksum(batches[0], stream)}
-        )
-        processes.align(self._tensors)
+        if parallel is not None:
+            parallel.check_same(
+                {
+                    "num_steps": num_steps,
+                    "num_particles": num_particles,
+                    "parameters": [tuple(tensor.shape) for tensor in self._tensors()],
+                    "sums of the data": _sums(batches[0]) if stream is None else "",
+                }
+            )
+            parallel.copy_first(self._tensors())
+            # a batch is not shared: each process has another one
+            own = num_particles if stream is not None else parallel.share(num_particles)
+            num_particles = own * parallel.size
+            shared = SharedObjective(shared, parallel)
+            if scales is not None and stream is not None:
+                scales = ScalesOfFirst(scales, parallel)
+        self._trainer = Trainer(shared, schedule, num_particles, optim, scales, stream, parallel)
         self._looped_because = _why_looped(of_batch, log_joint)
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
         self._search_steps = 0
         self._is_resumed = False
         self._is_saved = False
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All parameters and buffers, by name."""
-        found = dict(self._objective.parameters())
-        offered: dict[str, object] = {"guide": self._subject.guide, "model": self._subject.model}
-        for name, module in offered.items():
+    def _by_first(self, what: str, function: Callable[[], T]) -> T:
+        """What a function returns, which the first process alone calls."""
+        return function() if self._parallel is None else self._parallel.first(what, function)
+
+    def _tensors(self) -> list[Tensor]:
+        """All parameters and buffers, in an order that all processes have."""
+        found = list(self._objective.parameters().values())
+        for module in (self._subject.guide, self._subject.model):
             if isinstance(module, nn.Module):
-                found |= dict(module.named_parameters(prefix=name))
-                found |= dict(module.named_buffers(prefix=name))
+                found += [*module.parameters(), *module.buffers()]
         return found
 
-    def initialize(self, bar: ProgressBar) -> None:
+    def start(self, bar: ProgressBar) -> None:
         """Puts the guide at the best initial one, and chooses a step size."""
         bar.say("start")
-        self._initial = self._processes.first(self._start)
-        self._processes.align(self._tensors)
-        self._processes.draw_apart()
+        self._initial = self._by_first("the initial guide", self._find_start)
+        if self._parallel is not None:
+            self._parallel.copy_first(self._tensors())
+            self._parallel.draw_apart()
         trainer = self._trainer
         if is_at_posterior(trainer):
             step_size = trainer.schedule.config.step_sizes[0]
@@ -143,7 +156,7 @@ class FitRun:
         else:
             self._training = trainer.new(None)
 
-    def _start(self) -> InitialGuide:
+    def _find_start(self) -> InitialGuide:
         """Puts the guide at the best initial one, if it can be put anywhere."""
         if self._minibatches is not None:
             refuse_missing(self._missing())
@@ -162,10 +175,10 @@ class FitRun:
         return self._initial
 
     def resume(self, path: Path) -> None:
-        """Goes on from where a checkpoint has left another fit."""
+        """Goes on from where a checkpoint has left another fit, or from the next epoch of its loader."""
         self._is_resumed = True
-        state, trainer = self._processes.first(partial(files.read, path)), self._trainer
-        own = files.state_of_process(state, self._processes.rank, self._processes.size)
+        state = self._by_first("the checkpoint", partial(files.read, path))
+        trainer, stream, batches = self._trainer, self._stream, state["batches"]
         options = {"num_steps": trainer.schedule.num_steps, "num_particles": trainer.num_particles}
         for name, got in options.items():
             if got not in (state[name], None):
@@ -175,60 +188,47 @@ class FitRun:
                 "with optim=, got none" if state["step_size"] is None else "without optim=, got one"
             )
             raise ValueError(f"resume: the checkpoint was made {was}")
+        if (batches is None) != (stream is None):
+            was = "without a loader, got one" if batches is None else "with a loader, got none"
+            raise ValueError(f"resume: the checkpoint was made {was}")
         if state["guide"] is not None:
             files.load_guide(self._subject.guide, state["guide"])
         packed, modes = state["modes"], None
         if packed is not None:
             modes = Modes(Gaussians(*packed[:2]), *packed[2:])
         self._initial = InitialGuide(state["start"], state["start_elbo"], modes)
-        self._search_steps = state["num_pilot_steps"]
+        self._search_steps = state["num_search_steps"]
         self._began -= state["seconds"]
         schedule = trainer.schedule.of_length(state["num_steps"])
         self._training = replace(trainer, schedule=schedule).new(state["step_size"])
         self._training.restore(state["training"])
-        self._restore_stream(own["batches"])
-        files.set_random_state(own["random"])
-
-    def _restore_stream(self, state: files.State | None) -> None:
-        stream, minibatches = self._stream, self._minibatches
-        if (state is None) != (stream is None):
-            was = "without a loader, got one" if state is None else "with a loader, got none"
-            raise ValueError(f"resume: the checkpoint was made {was}")
-        if state is None or stream is None or minibatches is None:
-            return
-        is_in_place = stream.restore(state)
-        minibatches.compare_on(validation_batches(stream, self._config.minibatch))
-        if not is_in_place:
+        files.set_random_state(state["random"])
+        if self._parallel is not None:
+            self._parallel.draw_apart()
+        if stream is not None and not stream.go_on(**batches):
             warnings.warn(
-                "resume: the order of the loader's batches is not known, so the fit goes on from the "
-                "next epoch. From the middle goes a list, or a DataLoader with a sampler of PyTorch",
-                stacklevel=4,
+                f"resume: the fit was stopped in the middle of epoch {stream.epoch} of its loader, and goes "
+                "on from the next epoch",
+                stacklevel=3,
             )
 
     def save(self, path: Path) -> None:
         """Saves everything that the fit needs to go on; where the disk refuses, it warns."""
-        stream = self._stream
-        own = {
-            "batches": None if stream is None else stream.state(),
-            "random": files.random_state(),
-        }
-        by_process = self._processes.gather_objects(own)
-        if self._processes.rank > 0:
-            return
-        guide, training = self._subject.guide, self._training
+        guide, training, stream = self._subject.guide, self._training, self._stream
         initial, modes = self._initial, self._initial.modes
         state = {
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
             "num_steps": training.schedule.num_steps,
             "num_particles": training.num_particles,
             "step_size": training.step_size,
-            "num_pilot_steps": self._search_steps,
+            "num_search_steps": self._search_steps,
             "seconds": time.perf_counter() - self._began,
             "start": initial.name,
             "start_elbo": initial.elbo,
             "modes": modes and [*modes.gaussians, modes.value, modes.converged],
             "training": training.state(),
-            "processes": by_process,
+            "batches": None if stream is None else stream.state(),
+            "random": files.random_state(),
         }
         try:
             files.write(path, state)
@@ -241,7 +241,7 @@ class FitRun:
         else:
             self._is_saved = True
 
-    def optimize(
+    def train(
         self,
         checkpoint: Path | None,
         callback: Callable[[int, float], object] | None,
@@ -250,70 +250,68 @@ class FitRun:
     ) -> str:
         """Takes steps until there are enough, or the callback or Ctrl-C ends them; says which."""
         bar.say("fit")
-        training, processes = self._training, self._processes
+        training, parallel = self._training, self._parallel
+        if parallel is not None and parallel.rank > 0:
+            checkpoint = None
 
-        def told(step: int, loss: float) -> tuple[bool, ...]:
-            answer: Any = None if callback is None else callback(step, -loss)
+        def tell(step: int, loss: float) -> tuple[bool, ...]:
+            """Whether the callback, which is told of the step, and Ctrl-C end the fit."""
+            answer: Any = callback(step, -loss) if callback is not None and step else None
             # True, or one of NumPy or PyTorch
             is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
-            return processes.any(is_asked, interrupted.is_set())
+            flags = is_asked, interrupted.is_set()
+            return flags if parallel is None else parallel.any(*flags)
 
-        ends = processes.any(False, interrupted.is_set())
+        ends = tell(0, math.nan)
         of_search = [] if self._is_resumed else training.losses
         for step, loss in enumerate(of_search, 1):
             if not any(ends):
-                ends = told(step, loss)
+                ends = tell(step, loss)
         while not (training.is_over() or any(ends)):
             loss, plan = training.step(), training.schedule
             place = () if self._stream is None else self._stream.place(plan.end)
             bar.update(training.losses, plan.expected_end(training.num_steps), *place)
             if checkpoint and training.num_steps % self._config.optimization.checkpoint_every == 0:
                 self.save(checkpoint)
-            ends = told(training.num_steps, loss)
+            ends = tell(training.num_steps, loss)
         if checkpoint is not None:
             self.save(checkpoint)
         if ends[0]:
             return "the callback asked to stop"
         return training.schedule.reason if training.is_over() else _INTERRUPTED
 
+    def judge(self, stopped_because: str) -> FitResult:
+        """The result of the fit, with the guide at the best parameters."""
+        if self._stream is not None:
+            self._stream.close()
+        end = select_parameters(self._training)
+        if self._parallel is not None:
+            self._parallel.copy_first(self._tensors())
+        result = self._by_first("the verdict", partial(self._judge, end, stopped_because))
+        return replace(result, guide=self._subject.guide)
+
     def _missing(self) -> tuple[str, ...]:
         """Dependencies that a guide with a graph has missed, in words."""
-        _, guide, args, kwargs, _ = self._subject
-        offered: object = guide
+        offered: object = self._subject.guide
         if not isinstance(offered, StructuredGuide):
             return ()
-        batches = [Batch(args, kwargs)]
+        batches = [Batch(self._subject.args, self._subject.kwargs)]
         if self._minibatches is not None:
             batches = self._minibatches.validation
         return tuple(offered.missing_over_batches(batches))
 
-    def conclude(self, stopped_because: str) -> FitResult:
-        """The result of the fit, with the guide at the best parameters."""
-        if self._stream is not None:
-            self._stream.close()
-        end, missing = select_parameters(self._training), self._processes.first(self._missing)
-        self._processes.align(self._tensors)  # buffers, which steps may have changed
-        seen: Drawn | PassEstimate
-        if self._minibatches is not None:
-            seen = self._minibatches.over_a_pass()
-        else:
-            most = self._training.num_gradients
-            seen = draw(self._subject, self._config.evaluation, self._processes, most)
-        result = self._processes.first(partial(self._judge, seen, end, missing, stopped_because))
-        return replace(result, guide=self._subject.guide)
-
-    def _judge(
-        self, seen: Drawn | PassEstimate, end: str, missing: tuple[str, ...], stopped_because: str
-    ) -> FitResult:
-        """The result of the fit but for its guide, by what all processes have seen."""
+    def _judge(self, end: str, stopped_because: str) -> FitResult:
+        """The result of the fit but for its guide."""
         training, config = self._training, self._config
-        skipped = training.skipped.count
+        skipped, missing = training.skipped.count, self._missing()
         share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
         status = FitStatus(share, is_complete, self._is_saved, missing=missing)
-        if isinstance(seen, PassEstimate):
-            found = evaluate_minibatches(self._subject, seen, status, config.evaluation)
+        if self._minibatches is not None:
+            passed = self._minibatches.over_a_pass()
+            found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
         else:
-            found = evaluate(self._subject, self._initial.modes, status, config, seen)
+            drawn = draw(self._subject, config.evaluation, training.num_gradients)
+            found = evaluate(self._subject, self._initial.modes, status, config, drawn)
         look = look_at_marginals(self._subject, found, config.evaluation)
         return FitResult(
             **look.result_fields(found),
@@ -366,11 +364,10 @@ def _objective_of_batch(
     return PyroObjective(model, subject.guide, batch, log_joint, settings.num_estimates)
 
 
-def _checksum(batch: Batch, stream: BatchStream | None) -> str:
-    """Of the tensors of a batch, if all processes have to have the same one."""
-    if stream is not None and not stream.whole.is_common:
-        return ""
-    return checksum(batch.tensors())
+def _sums(batch: Batch) -> str:
+    """The sums of the tensors among the arguments, by which they are compared."""
+    values = *batch.args, *batch.kwargs.values()
+    return str([float(value.double().sum()) for value in values if isinstance(value, Tensor)])
 
 
 def _num_particles(subject: ModelAndGuide, config: OptimizationConfig) -> int:

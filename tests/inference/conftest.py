@@ -6,7 +6,6 @@ import signal
 from functools import partial
 
 import pytest
-from torch import distributed
 
 from pyro_artransform import fit
 from pyro_artransform.inference.config import (
@@ -16,7 +15,6 @@ from pyro_artransform.inference.config import (
     MinibatchConfig,
     OptimizationConfig,
 )
-from pyro_artransform.inference.parallel import ManyProcesses
 
 #: Fewer draws, points and steps of searches, so that a fit takes a fraction of a second.
 QUICK = FitConfig(
@@ -57,14 +55,3 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def group(tmp_path):
-    """The only process of a group."""
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        pytest.skip("needs gloo")
-    place = {"rank": 0, "world_size": 1}
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", **place)
-    yield ManyProcesses()
-    distributed.destroy_process_group()

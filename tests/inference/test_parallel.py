@@ -1,36 +1,139 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What processes offer to a fit: one alone, and a group of one; ``test_fit_processes`` has two."""
+"""What processes do for each other, in a group of one; ``test_fit_parallel`` has two processes."""
 
 import math
-import warnings
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 from torch import distributed
 
-from pyro_artransform.inference.parallel import ALONE, SharedObjective
+from pyro_artransform.inference import parallel as module
+from pyro_artransform.inference.parallel import Parallel, SharedObjective, open_parallel
+from tests.inference import models
+from tests.inference.conftest import quick_fit
+from tests.inference.test_fit_parallel import free_port
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.fixture(params=["alone", "group"])
-def processes(request):
-    """What does nothing, and what sends everything to itself: they are the same."""
-    return ALONE if request.param == "alone" else request.getfixturevalue("group")
+@pytest.fixture
+def parallel(tmp_path):
+    """The only process of a group."""
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("needs gloo")
+    place = {"rank": 0, "world_size": 1}
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", **place)
+    yield Parallel()
+    distributed.destroy_process_group()
+
+
+# One process alone
+
+
+@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "2"}, dict.fromkeys(VARIABLES, "1")])
+def test_one_process_alone(monkeypatch, given):
+    """Without the variables of torchrun, and with those of a single process, no group is made."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with open_parallel() as found:
+        assert found is None
+        assert not distributed.is_initialized()
+
+
+def test_a_group_of_one_is_one_process(parallel):
+    with open_parallel() as found:
+        assert found is None
+    assert distributed.is_initialized()
+
+
+def test_pytorch_without_distributed(monkeypatch):
+    monkeypatch.setattr(distributed, "is_available", lambda: False)
+    with open_parallel() as found:
+        assert found is None
+
+
+# No hang in silence
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_stale_environment_is_named(monkeypatch, caplog, rank):
+    """Nobody else is there: a fit says so soon, and ends."""
+    place = {"RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"WORLD_SIZE": "2", **place}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "_PATIENCE", 0.2)
+    monkeypatch.setattr(module, "_FIRST_MEETING", timedelta(seconds=1))
+    words = rf"RANK={rank}, WORLD_SIZE=2, .*Unset WORLD_SIZE if this process is to fit alone"
+    with pytest.raises(RuntimeError, match=f"other processes of this fit.*in vain.*{words}"):
+        quick_fit(models.location, models.small(models.location), progress=False)
+    assert "fit has waited 0 s for the other processes of this fit" in caplog.text
+    assert "Unset WORLD_SIZE" in caplog.text
+    assert module._PATIENCE < 5
+
+
+def test_a_process_that_waits_says_for_what(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    with module._waiting("the other"):
+        time.sleep(0.5)
+    said = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(said) <= 4  # after 0.05, 0.1, 0.2 and 0.4 s
+    assert all("waited 0 s for the other. Another process is late" in words for words in said)
+    with pytest.raises(RuntimeError, match=r"expected the other, and waited in vain.*peer"):
+        with module._waiting("the other"):
+            raise RuntimeError("Connection closed by peer")
+
+
+# What is averaged and gathered
+
+
+def test_mean(parallel):
+    """Gradients of other shapes and dtypes, and one that is missing."""
+    parameters = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.float32), torch.zeros(())]
+    gradients = [torch.randn(3, 2).T, None, torch.tensor(2.0)]
+    loss, found = parallel.mean(1.5, gradients, parameters)
+    assert loss == 1.5
+    assert found[1] is None
+    for expected, got in zip(gradients[::2], found[::2]):
+        assert torch.equal(expected, got)
+        assert got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_mean_of_a_loss_that_is_not_finite(parallel, value):
+    loss, found = parallel.mean(value, None, [torch.zeros(2)])
+    assert not math.isfinite(loss)
+    assert found is None
+
+
+def test_what_the_first_process_has(parallel):
+    x = torch.randn(2, 3).T
+    before = x.clone()
+    parallel.copy_first([x])
+    assert torch.equal(x, before)
+    content = {"a": [torch.ones(2), "b", None]}
+    assert parallel.first("it", lambda: content)["a"][1:] == ["b", None]
+    with pytest.raises(ZeroDivisionError):
+        parallel.first("it", lambda: 1 / 0)
+    assert parallel.seed(3) == 3
+    assert parallel.seed() != parallel.seed()
+    assert parallel.any(True, False) == (True, False)
 
 
 class Halves:
-    """The first of two processes, of which the other always does the same."""
+    """The first of two processes, of which the other has a site of its own."""
 
-    rank, size = 0, 2
+    size = 2
 
     def share(self, num_draws):
         return -(-num_draws // 2)
 
-    def gather(self, values):
-        return torch.cat([values, values])
-
-    def gather_objects(self, own):
+    def gather_objects(self, what, own):
         return [own, [*own, "other"]]
 
 
@@ -45,12 +148,6 @@ class Counted:
     def tail_loss(self, num_particles):
         return torch.tensor(10.0 * num_particles)
 
-    def parameters(self):
-        return {"x": torch.zeros(2)}
-
-    def is_guide_alone(self):
-        return True
-
     def elbo_draws(self, count):
         return torch.full((count,), float(count))
 
@@ -58,122 +155,10 @@ class Counted:
         return ["y"]
 
 
-# What is averaged and gathered
-
-
-def test_mean(processes):
-    """Gradients of other shapes and dtypes, and one that is missing."""
-    parameters = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.float32), torch.zeros(())]
-    gradients = [torch.randn(3, 2).T, None, torch.tensor(2.0)]
-    loss, found = processes.mean(1.5, gradients, parameters)
-    assert loss == 1.5
-    assert found[1] is None
-    for expected, got in zip(gradients[::2], found[::2]):
-        assert torch.equal(expected, got)
-        assert got.dtype == expected.dtype
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_mean_of_a_loss_that_is_not_finite(processes, value):
-    loss, found = processes.mean(value, None, [torch.zeros(2)])
-    assert not math.isfinite(loss)
-    assert found is None
-
-
-def test_mean_of_a_gradient_that_is_not_finite(processes):
-    _, (found,) = processes.mean(1.0, [torch.tensor([1.0, math.nan])], [torch.zeros(2)])
-    assert found[0] == 1
-    assert found[1].isnan()
-
-
-def test_flags(processes):
-    assert processes.any(True, False) == (True, False)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 0), (2, 3)])
-def test_gathered_tensors(processes, shape):
-    values = torch.randn(shape)
-    assert torch.equal(processes.gather(values), values)
-
-
-def test_gathered_objects_and_what_the_first_returns(processes):
-    content = {"a": [torch.ones(2), "b", None]}
-    for found in (processes.gather_objects(content)[0], processes.first(lambda: content)):
-        assert torch.equal(found["a"][0], torch.ones(2))
-        assert found["a"][1:] == ["b", None]
-
-
-def test_errors_of_the_first(processes):
-    class Unsendable(ValueError):
-        """It cannot be pickled, as no class inside of a function can."""
-
-    for error in (ValueError("expected this"), Unsendable("expected that")):
-        with pytest.raises(ValueError, match="expected") as caught:
-            processes.first(lambda error=error: (_ for _ in ()).throw(error))
-        assert caught.value is error
-
-
-def test_values_of_the_first(processes):
-    x = torch.randn(2, 3).T
-    before = x.clone()
-    (found,) = processes.broadcast(x)
-    assert found is x
-    assert torch.equal(x, before)
-    processes.align(lambda: {"x": x})
-    assert torch.equal(x, before)
-    processes.check_same(lambda: {"num_steps": 3})
-
-
-def test_draws(processes):
-    assert processes.share(7) == 7
-    assert processes.seed(3) == 3
-    processes.draw_apart()
-    with warnings.catch_warnings(record=True) as caught, processes.quiet():
-        warnings.simplefilter("always")
-        warnings.warn("it is the first", stacklevel=1)
-    assert caught
-
-
-def test_a_new_seed_is_drawn_in_a_group(group):
-    torch.manual_seed(0)
-    first, second = group.seed(None), group.seed(None)
-    assert isinstance(first, int)
-    assert first != second
-
-
-def test_a_shared_objective():
+def test_a_shared_objective(parallel):
     objective = SharedObjective(Counted(), Halves())
     assert objective.has_weights
     assert objective.loss(10) == 5
     assert objective.tail_loss(9) == 50
-    assert objective.elbo_draws(5).tolist() == [3.0] * 6
     assert objective.nonfinite_sites() == ["y", "other"]
-    assert objective.parameters().keys() == {"x"}
-    assert objective.is_guide_alone()
-    counted = Counted()
-    assert ALONE.shared(counted) is counted
-
-
-def test_scales_of_steps(processes):
-    class Scaled:
-        def step_scales(self):
-            return {parameter: scale}
-
-    parameter, scale = torch.zeros(3), torch.rand(1).expand(3)
-    found = processes.scales(Scaled()).step_scales()
-    assert torch.equal(found[parameter], scale)
-    assert processes.scales(None) is None
-
-
-def test_an_objective_is_shared_in_a_group(group):
-    objective = group.shared(Counted())
-    assert objective.elbo_draws(3).tolist() == [3.0] * 3
-
-
-def test_a_failure_says_what_to_do(group, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("Connection closed by peer")
-
-    monkeypatch.setattr(distributed, "all_reduce", fail)
-    with pytest.raises(distributed.DistError, match=r"another process has ended.*checkpoint.*peer"):
-        group.any(True)
+    assert SharedObjective(Counted(), parallel).elbo_draws(3).tolist() == [3.0] * 3

@@ -19,7 +19,6 @@ from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
 from ..optimization.minibatch_elbo import PassEstimate
-from ..parallel import ALONE, Processes
 from .missed_modes import MissedModeSearch
 from .verdict import FitStatus, Verdict, about_minibatches, judge
 
@@ -55,13 +54,8 @@ class Drawn(NamedTuple):
     mixes_draws: bool
 
 
-def draw(
-    subject: ModelAndGuide,
-    config: EvaluationConfig,
-    processes: Processes = ALONE,
-    max_more_draws: int = 0,
-) -> Drawn:
-    """The draws that a verdict rests on, of which each process takes its share.
+def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0) -> Drawn:
+    """The draws that a verdict rests on.
 
     There are more of them where k-hat alone decides, and is above its limit or too near to tell.
 
@@ -71,11 +65,11 @@ def draw(
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     max_kept = config.max_kept // subject.log_joint.latents.latent_dim
-    drawn = _draw(subject, count, max(processes.share(max_kept), 2), processes)
+    drawn = _draw(subject, count, max(max_kept, 2))
     more = min(config.num_more_samples, max_more_draws)
     if is_noisy or more < count or not _is_unclear(drawn.log_weights, config):
         return drawn
-    others = _draw(subject, more, 0, processes)
+    others = _draw(subject, more, 0)
     log_weights = torch.cat([drawn.log_weights, others.log_weights])
     return Drawn(log_weights, drawn.latents, drawn.mixes_draws or others.mixes_draws)
 
@@ -87,23 +81,16 @@ def _is_unclear(log_weights: Tensor, config: EvaluationConfig) -> bool:
     return may_be_large and is_close and found.elbo_se <= config.max_se
 
 
-def _draw(subject: ModelAndGuide, count: int, max_kept: int, processes: Processes) -> Drawn:
-    """So many draws of all processes, of which each keeps the latents of the first ones."""
+def _draw(subject: ModelAndGuide, count: int, max_kept: int) -> Drawn:
+    """A number of draws, with the latents of the first ones."""
     latents, parts, strategy = [], [], subject.log_joint.strategy
-    for chunk in subject.weighted_draws(processes.share(count)):
+    for chunk in subject.weighted_draws(count):
         parts.append(chunk.log_weights)
         if chunk.latent is not None and max_kept > 0:
             max_kept -= len(kept := chunk.latent[:max_kept])
             latents.append(kept.clone())
-    (mixes_draws,) = processes.any(subject.log_joint.strategy != strategy)
-    log_weights = torch.cat(parts)
-    if not latents:
-        return Drawn(processes.gather(log_weights), None, mixes_draws)
-    own = torch.cat(latents)
-    # those that are kept first, of all processes
-    weights = log_weights[: len(own)], log_weights[len(own) :]
-    gathered = torch.cat([*map(processes.gather, weights)])
-    return Drawn(gathered, processes.gather(own), mixes_draws)
+    mixes_draws = subject.log_joint.strategy != strategy
+    return Drawn(torch.cat(parts), torch.cat(latents) if latents else None, mixes_draws)
 
 
 class Evaluation(NamedTuple):

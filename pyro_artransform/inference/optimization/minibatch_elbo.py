@@ -6,7 +6,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ..config import MinibatchConfig
 from ..loader import Batch, BatchStream
-from ..parallel import ALONE, Processes
 from .objective import BatchObjective, Objective, PathObjective
 
 _ROUND_OFF = 1e-6
@@ -69,7 +67,6 @@ class MinibatchObjective(Objective):
     :param log_joint: the log joint density of the model.
     :param validation: the batches on which parameters are compared.
     :param config: how many draws and batches there are.
-    :param processes: those that share the pass at the end.
     """
 
     objective: BatchObjective
@@ -77,16 +74,10 @@ class MinibatchObjective(Objective):
     log_joint: LogJoint
     validation: list[Batch]
     config: MinibatchConfig
-    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         self._last = self.objective
-        self.compare_on(self.validation)
-
-    def compare_on(self, validation: list[Batch]) -> None:
-        """Compares parameters on these batches from now on."""
-        self.validation = validation
-        self._least_scale = min(map(self._scale, validation))
+        self._least_scale = min(map(self._scale, self.validation))
 
     def _scale(self, batch: Batch) -> float:
         """How much the model scales a batch up."""
@@ -119,10 +110,8 @@ class MinibatchObjective(Objective):
         draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
         return torch.stack(draws).sum(0)
 
-    def _estimator(self, count: int, processes: Processes = ALONE) -> Callable[[Batch], Tensor]:
-        """So many draws of the ELBO of a batch; the same draws for all, where all have the same latents.
-
-        They are those of the first of some processes.
+    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
+        """Draws of the ELBO of a batch; the same draws for all, where all have the same latents.
 
         The log weights of much data vary less than those of little, and their mean over all batches
         is that of all data.
@@ -130,7 +119,7 @@ class MinibatchObjective(Objective):
         objective = self.objective
         if not isinstance(objective, PathObjective):
             return lambda batch: objective.with_arguments(batch).elbo_draws(count)
-        z, log_q = processes.broadcast(*objective.guide.rsample_and_log_prob(count))
+        z, log_q = objective.guide.rsample_and_log_prob(count)
         return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
 
     def nonfinite_sites(self) -> list[str]:
@@ -143,23 +132,17 @@ class MinibatchObjective(Objective):
 
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
-        """The ELBO from one pass over the loader, or from batches that are spread over it.
-
-        Each process takes every so many-th batch.
-        """
+        """The ELBO from one pass over the loader, or from batches that are spread over it."""
         config, are_common = self.config, isinstance(self.objective, PathObjective)
         count = config.num_draws // min(self.stream.whole.num_batches, config.max_batches)
         count = min(max(count, config.min_draws), config.max_draws)
-        estimate = self._estimator(config.num_common_draws if are_common else count, self.processes)
-        own = list[tuple[_Term, Tensor]]()
-        batches = self.stream.whole.one_pass(config.max_batches)
-        for batch in islice(batches, self.processes.rank, None, self.processes.size):
+        estimate = self._estimator(config.num_common_draws if are_common else count)
+        terms, weighted = list[_Term](), list[Tensor]()
+        for batch in self.stream.whole.one_pass(config.max_batches):
             draws, weight = estimate(batch), self._weight(batch)
             variance = 0.0 if are_common else (draws.var() / len(draws)).item()
-            term = _Term(draws.mean().item(), variance, weight, self._scale(batch))
-            own.append((term, weight * draws))
-        seen = [pair for part in self.processes.gather_objects(own) for pair in part]
-        terms, weighted = [term for term, _ in seen], [draws for _, draws in seen]
+            terms.append(_Term(draws.mean().item(), variance, weight, self._scale(batch)))
+            weighted.append(weight * draws)
         share = self._share_seen(terms)
         elbo, elbo_se = _mean_and_error(terms, share)
         loader_share = self._loader_share(terms)

@@ -18,7 +18,7 @@ from ...diagnostics import fit_tail
 from ...joint.protocols import ScaledSteps
 from ..config import OptimizationConfig
 from ..loader import BatchStream
-from ..parallel import ALONE, Gradients, Processes
+from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
 from .schedule import Schedule, gap_of, look
@@ -67,7 +67,7 @@ class Trainer:
     :param optim: the user's optimizer, as :func:`wrap_optimizer` takes it; ``None`` for Adam.
     :param scales: the guide, if it scales steps.
     :param stream: the mini-batches, if there are any.
-    :param processes: those that average the gradients of the objective.
+    :param parallel: averages the gradients of many processes.
     """
 
     objective: Objective
@@ -76,7 +76,7 @@ class Trainer:
     optim: object = None
     scales: ScaledSteps | None = None
     stream: BatchStream | None = None
-    processes: Processes = ALONE
+    parallel: Parallel | None = None
 
     def new(self, step_size: float | None, schedule: Schedule | None = None) -> "Training":
         """A training that begins at the present parameters, and at the first mini-batch.
@@ -97,7 +97,7 @@ class Training:
         self.objective, self.num_particles = trainer.objective, trainer.num_particles
         self.step_size = step_size
         self.schedule, self._config = schedule, schedule.config
-        self._processes = trainer.processes
+        self._parallel = trainer.parallel
         self.parameters = self.objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
@@ -145,7 +145,8 @@ class Training:
         gradients: Gradients | None = None
         if math.isfinite(value):
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        value, gradients = self._processes.mean(value, gradients, trained)
+        if self._parallel is not None:
+            value, gradients = self._parallel.mean(value, gradients, trained)
         norm = math.inf if gradients is None else _norm(gradients)
         if gradients is not None and math.isfinite(norm):
             self._take(gradients, norm)
@@ -243,7 +244,7 @@ class Training:
         return {
             **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
             "parameters": dict(zip(self.parameters, self._values())),
-            "optimiser": self.optimizer.state(),
+            "optimizer": self.optimizer.state(),
             "schedule": self.schedule.state(),
             "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
             "counts": [self.skipped.count, self.skipped.in_a_row, self.num_gradients],
@@ -260,7 +261,7 @@ class Training:
         if expected != got:
             raise ValueError(f"checkpoint: expected the parameters {expected}, got {got}")
         self.set_parameters(state["parameters"].values())
-        self.optimizer.restore(state["optimiser"])
+        self.optimizer.restore(state["optimizer"])
         self.schedule = replace(self.schedule, **state["schedule"])
         self.losses = state["losses"].tolist()
         count, in_a_row, self.num_gradients = state["counts"]

@@ -1,0 +1,161 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fits that are shared by two processes; what they do is in ``parallel_cases``."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pyro import distributions as dist
+from torch import distributed
+
+from tests.inference import loaders, parallel_cases
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(folder, *names):
+    """Runs cases in two new processes, as torchrun does; their exit codes, and what they wrote."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    path = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "tests.inference.parallel_cases", str(folder), *names]
+    running = []
+    for rank in range(2):
+        env = {**os.environ, **place, "RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=env, **kinds))
+    try:
+        wrote = [process.communicate(timeout=300)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], wrote
+
+
+def outcomes(folder, codes, wrote):
+    assert codes == [0, 0], wrote
+    return [torch.load(folder / f"process {rank}.pt") for rank in range(2)]
+
+
+def same(a, b):
+    """Whether two outcomes are equal to the bit; NaN is itself."""
+    return repr(a) == repr(b)
+
+
+def test_two_processes_share_a_fit_and_say_what_they_wait_for(tmp_path):
+    codes, wrote = launch(tmp_path, "smoke")
+    first, second = (found["smoke"] for found in outcomes(tmp_path, codes, wrote))
+    assert same(first, second)
+    assert first["told"] == [1, 2, 3, 4, 5]
+    assert first["stopped_because"] == "the callback asked to stop"
+    assert first["num_gradients"] % 32 == 0  # 31 draws are 16 for each
+    assert first["is_closed"]
+    # the first process waited for the late step of the second, the second for the start
+    waited = "fit has waited 0 s for {}. Another process is late, hangs or has ended"
+    assert waited.format("the end of a step in all processes") in wrote[0]
+    assert waited.format("the initial guide by the first process") in wrote[1]
+    if "tqdm" in sys.modules:  # only the first process shows its progress
+        assert "5/8" in wrote[0]
+    assert "5/8" not in wrote[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What two processes returned, by case."""
+    folder = tmp_path_factory.mktemp("processes")
+    return outcomes(folder, *launch(folder, *parallel_cases.MORE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in parallel_cases.MORE if name != "errors"])
+def test_all_processes_end_alike(run, name):
+    first, second = run
+    assert first[name]
+    assert same(first[name], second[name])
+
+
+@pytest.mark.slow
+def test_a_hierarchy_by_a_loader(run):
+    found, (_, y) = run[0]["hierarchy"], loaders.rows()
+    assert found["num_steps"] == 40 * 5
+    assert found["num_gradients"] == 200 * 2 * 8
+    covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
+    evidence = dist.MultivariateNormal(torch.zeros(43), covariance).log_prob(y)
+    # a linear encoder can be exact; what is left is the noise of the batches
+    assert evidence - 1 < found["elbo"] < evidence + 4 * found["elbo_se"]
+    assert "of all data" in found["verdict"]
+
+
+@pytest.mark.slow
+def test_batches_of_a_list(run):
+    """The weights of all data are those of one process."""
+    found = run[0]["list"]
+    _, _, evidence = loaders.exact(*loaders.rows())
+    assert found["num_steps"] == 80 * 3
+    assert abs(found["elbo"] - evidence) < 0.1 + 4 * found["elbo_se"]
+    assert abs(found["log_evidence"] - evidence) < 0.1
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_in_one_process_is_skipped_by_all(run):
+    found = run[0]["skipped"]
+    assert found["num_skipped"] == 2
+    assert found["culprits"] == {"odd": 2}
+    assert [k for k, elbo in enumerate(found["history"], 1) if elbo != elbo] == [4, 6]
+
+
+@pytest.mark.slow
+def test_a_fit_goes_on_from_its_checkpoint(run):
+    part, rest = run[0]["resumed"]["part"], run[0]["resumed"]["rest"]
+    assert (part["num_steps"], rest["num_steps"]) == (6, 12)
+    assert rest["history"][:6] == part["history"]
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_all_processes(run):
+    first, second = (found["errors"] for found in run)
+    expected = "ValueError: fit: expected the same num_steps in all processes, got [5, 6]"
+    assert first["options"] == second["options"] == expected
+    assert "expected the same sums of the data in all processes" in first["data"]
+    assert first["checkpoint"].startswith("FileNotFoundError")
+    assert second["checkpoint"].startswith("RuntimeError: fit: the first process has failed: File")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_does_not_leave_the_other_waiting(tmp_path):
+    codes, wrote = launch(tmp_path, "fails")
+    assert codes == [1, 1]
+    assert "ZeroDivisionError: of the second process" in wrote[1]
+    assert "and waited in vain. Another process is late, hangs or has ended" in wrote[0]
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_by_torchrun(tmp_path):
+    """And again, from its checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(ROOT / "tutorials" / "many_processes.py")
+    command = [*torchrun, script, "--checkpoint", str(tmp_path / "fit.pt")]
+    env = {**os.environ, "CI": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"^processes +(\d+)$", done.stdout, re.MULTILINE) == ["2"]
+        assert re.findall(r"^steps +(\d+) in", done.stdout, re.MULTILINE) == ["40"]
+        numbers = r"ELBO +(-[\d.]+) ± ([\d.]+) \(log evidence (-[\d.]+)\)"
+        elbo, error, log_evidence = map(float, re.search(numbers, done.stdout).groups())
+        assert log_evidence - 40 < elbo < log_evidence + 4 * error
