@@ -65,10 +65,8 @@ def test_two_processes_share_a_fit_and_say_what_they_wait_for(tmp_path):
     assert first["stopped_because"] == "the callback asked to stop"
     assert first["num_gradients"] % 32 == 0  # 31 draws are 16 for each
     assert first["is_closed"]
-    # the first process waited for the late step of the second, the second for the start
-    waited = "fit has waited 0 s for {}. Another process is late, hangs or has ended"
-    assert waited.format("the end of a step in all processes") in wrote[0]
-    assert waited.format("the initial guide by the first process") in wrote[1]
+    waited = "fit has waited 0 s for the end of a step in all processes. Another process is late"
+    assert waited in wrote[0]
     if "tqdm" in sys.modules:  # only the first process shows its progress
         assert "5/8" in wrote[0]
     assert "5/8" not in wrote[1]
@@ -122,8 +120,8 @@ def test_a_step_that_fails_in_one_process_is_skipped_by_all(run):
 @pytest.mark.slow
 def test_a_fit_goes_on_from_its_checkpoint(run):
     part, rest = run[0]["resumed"]["part"], run[0]["resumed"]["rest"]
-    assert (part["num_steps"], rest["num_steps"]) == (6, 12)
-    assert rest["history"][:6] == part["history"]
+    assert (part["num_steps"], rest["num_steps"]) == (3, 12)
+    assert rest["history"][:3] == part["history"]
 
 
 @pytest.mark.slow

@@ -84,9 +84,9 @@ def test_a_process_that_waits_says_for_what(monkeypatch, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert 2 <= len(said) <= 4  # after 0.05, 0.1, 0.2 and 0.4 s
     assert all("waited 0 s for the other. Another process is late" in words for words in said)
-    with pytest.raises(RuntimeError, match=r"expected the other, and waited in vain.*peer"):
-        with module._waiting("the other"):
-            raise RuntimeError("Connection closed by peer")
+    vain = pytest.raises(RuntimeError, match=r"expected the other, and waited in vain.*by peer")
+    with vain, module._waiting("the other"):
+        raise RuntimeError("Connection closed by peer")
 
 
 # What is averaged and gathered
