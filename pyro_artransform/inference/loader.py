@@ -97,9 +97,10 @@ class BatchStream:
         owners: list[object] = [loader]
         if isinstance(loader, DataLoader):
             self._batches = batches = loader.batch_sampler
-            self._rows = batches or loader.sampler
             if isinstance(batches, BatchSampler):
                 self._rows = batches.sampler
+            else:
+                self._rows = loader.sampler if batches is None else batches
             owners += batches, self._rows, loader.sampler
         # of the names that PyTorch's loaders and samplers give them
         found = [getattr(owner, "generator", None) for owner in owners]
@@ -154,12 +155,12 @@ class BatchStream:
                 f"loader: expected at least one batch for each of {size} processes, got {self.num_batches}"
             )
         stream, loader = copy.copy(self), self._loader
-        order: Any = loader
+        order: Any = None
         if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset):
-            order = loader.batch_sampler or loader  # a process loads its own rows only
-        part = EveryNth(order, self.num_batches, rank, size, seed)
+            order = loader.batch_sampler
+        part = EveryNth(loader if order is None else order, self.num_batches, rank, size, seed)
         stream._loader = stream._by_epoch = part
-        if isinstance(loader, DataLoader) and order is not loader:
+        if isinstance(loader, DataLoader) and order is not None:  # it loads its own rows only
             options = {name: getattr(loader, name) for name in _OPTIONS}
             stream._loader = DataLoader(loader.dataset, batch_sampler=part, **options)
         stream.num_batches, stream.whole = len(part), self

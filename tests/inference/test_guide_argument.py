@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoAmortized, AutoIAF
-from pyro_artransform.inference.guide_argument import check_call, split_arguments
+from pyro_artransform.inference.fit import check_call, split_arguments
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from pyro_artransform.inference.loader import BatchStream
 from tests.inference import loaders
@@ -216,53 +217,28 @@ def test_iterators_are_let_go():
     assert iterator() is None
 
 
-# Going on in the middle
+# Going on
 
 
-@known
-@pytest.mark.parametrize("count", [0, 1, 3, 5, 7, 10])
-def test_goes_on_from_a_state(kind, count):
-    torch.manual_seed(1)
-    batches = BatchStream(kind(numbers()))
-    for _ in range(count):
-        batches.next()
-        torch.rand(3)  # steps draw too
-    state, random = batches.state(), torch.get_rng_state()
-    expected = taken(batches, 12)
-    passed = [batch.args[0].tolist() for batch in batches.one_pass(3)]
-
-    torch.manual_seed(99)
-    fresh = BatchStream(kind(numbers()))
+@pytest.mark.parametrize(("count", "epoch"), [(0, 0), (3, 1), (5, 1), (7, 2)])
+def test_goes_on_from_the_next_epoch(count, epoch):
+    batches, fresh = (BatchStream(shuffled(numbers())) for _ in range(2))
+    taken(batches, count)
     taken(fresh, 2)
-    assert fresh.restore(state)
-    torch.set_rng_state(random)
-    assert (fresh.epoch, fresh.position) == (state["epoch"], state["position"])
-    assert taken(fresh, 12) == expected
-    assert [batch.args[0].tolist() for batch in fresh.one_pass(3)] == passed
-
-
-def test_an_unknown_order_goes_on_from_the_next_epoch():
-    for count, is_whole in ((3, False), (5, True), (7, False)):
-        batches = BatchStream(loaders.Unknown(numbers()))
-        taken(batches, count)
-        fresh = BatchStream(loaders.Unknown(numbers()))
-        assert fresh.restore(batches.state()) is is_whole
-        assert len(taken(fresh, 5)) == 5
-        assert (fresh.epoch, fresh.position) == (batches.epoch + 1, 5)
-
-
-def test_of_another_loader():
-    state = BatchStream(shuffled(numbers())).state()
+    assert fresh.go_on(**batches.state()) is (count in (0, 5))
+    assert (fresh.epoch, fresh.position) == (epoch, 0)
+    rows = [row for batch in taken(fresh, 5) for row in batch]
+    assert sorted(rows) == numbers().tolist()
     with pytest.raises(ValueError, match="expected a loader of 5 batches, as before, got 3"):
-        BatchStream(shuffled(numbers(30))).restore(state)
-    with pytest.raises(ValueError, match="its own generator"):
-        BatchStream(loaders.with_generator(numbers())).restore(state)
+        BatchStream(shuffled(numbers(30))).go_on(**batches.state())
 
 
-def test_what_is_known_of_the_order():
+# What is known of the rows
+
+
+def test_rows_that_come_once():
     x = numbers()
-    assert all(BatchStream(kind(x)).can_go_on for kind in KNOWN.values())
-    assert not BatchStream(loaders.Unknown(x)).can_go_on
+    assert not BatchStream(loaders.Unknown(x)).is_partition
     parts = {name for name, kind in KNOWN.items() if BatchStream(kind(x)).is_partition}
     assert set(KNOWN) - parts == {"sampler with a generator", "weighted"}
 
@@ -273,7 +249,7 @@ def test_what_is_known_of_the_order():
         def __len__(self):
             return 43
 
-    assert not BatchStream(DataLoader(TensorDataset(x), sampler=Odd())).can_go_on
+    assert not BatchStream(DataLoader(TensorDataset(x), sampler=Odd())).is_partition
 
 
 def test_rows_that_are_left_out():
@@ -291,3 +267,62 @@ def test_rows_that_are_left_out():
     assert not is_partition(batch_size=20, sampler=some)
     chosen = torch.utils.data.SubsetRandomSampler(range(20))
     assert is_partition(batch_size=10, sampler=chosen)
+
+
+# The share of one of many processes
+
+
+def seen(batches):
+    return [x for batch in batches for x in batch]
+
+
+@known
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_batch_is_one_processs_in_each_epoch(kind, size):
+    """The order is that of all processes, wherever their generators are."""
+    whole = BatchStream(kind(numbers())).share(0, 1, 7)
+    expected = [taken(whole, 5) for _ in range(size)]
+    shares = []
+    for rank in range(size):
+        torch.manual_seed(rank)
+        shares.append(BatchStream(kind(numbers())).share(rank, size, 7))
+        assert shares[-1].num_batches == 2 + (size == 2)
+    found = [taken(share, 5) for share in shares]
+    # the k-th batch of all epochs is that of process k modulo their number
+    together = [found[k % size][k // size] for k in range(5 * size)]
+    assert together == [batch for epoch in expected for batch in epoch]
+    shares[0].restart()
+    assert taken(shares[0], 5) == found[0]
+
+
+def test_a_process_loads_its_own_rows_only():
+    class Watched(TensorDataset):
+        def __getitem__(self, index):
+            loaded.append(index)
+            return super().__getitem__(index)
+
+    loaded = []
+    loader = DataLoader(Watched(numbers()), batch_size=10, shuffle=True, collate_fn=list)
+    rows = seen(seen(taken_raw(BatchStream(loader).share(1, 2, 7), 2)))
+    assert len(loaded) == len(rows) == 20
+
+
+def taken_raw(batches, count):
+    return [[[float(row[0]) for row in batches.next().args]] for _ in range(count)]
+
+
+def test_a_distributed_sampler_of_the_user():
+    data = TensorDataset(numbers())
+    loader = DataLoader(data, batch_size=10, sampler=DistributedSampler(data, 2, 1))
+    stream = BatchStream(loader)
+    assert stream.share(1, 2, 7) is stream
+    orders = [taken(stream, 3) for _ in range(2)]
+    assert orders[0] != orders[1]  # it is told of the epochs
+    assert [batch.args[0].tolist() for batch in stream.one_pass(3)] == orders[0]
+
+
+def test_a_loader_of_few_batches():
+    whole = BatchStream([(numbers(),)])
+    assert whole.share(1, 2, 7) is whole
+    with pytest.raises(ValueError, match="at least one batch for each of 6 processes, got 5"):
+        BatchStream(loaders.listed(numbers())).share(0, 6, 7)
