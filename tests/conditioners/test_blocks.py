@@ -37,51 +37,28 @@ def case(options):
     return network, x, context, x[:, order], network(x, context)[:, order].detach()
 
 
-def partitions(depth):
-    """Single levels, one block, and random ones."""
-    yield list(range(depth + 1))
-    yield [0, depth]
-    for _ in range(4):
-        cuts = torch.rand(depth - 1) < 0.4
-        yield [0, *(1 + cuts.nonzero().flatten()).tolist(), depth]
-
-
 @every_network
-@pytest.mark.parametrize("in_place", [False, True])
-def test_any_partition(case, in_place):
+def test_values_of_blocks_of_any_size_and_garbage_spoils_only_what_comes_after_it(case):
+    """With parts of a block closed, and whole ones; single levels, and all in one block."""
     network, x, context, rows, expected = case
-    for cuts in partitions(network.depth):
+    sizes = [(size, keep) for size in range(1, network.depth + 1) for keep in range(1, size + 1)]
+    for size, keep in sizes:
         with torch.no_grad():
-            blocks = network.blocks(x, context, in_place=in_place)
-            for start, stop in pairwise(cuts):
-                own = slice(blocks.levels[start], blocks.levels[stop])
+            blocks = network.blocks(x, context, in_place=(size + keep) % 2 == 0)
+            start = 0
+            while start < network.depth:
+                stop = min(start + size, network.depth)
+                exact = min(start + keep, stop)
+                first, known, last = (blocks.levels[k] for k in (start, exact, stop))
+                guess = torch.cat([rows[:, first:known], torch.randn(BATCH, last - known)], -1)
                 blocks.open(start, stop)
-                given = blocks.params(None if stop == start + 1 else rows[:, own])
-                assert (given - expected[:, own]).abs().max() <= 1e-12
-                blocks.close(rows[:, own], stop)
-
-
-@every_network
-def test_garbage_spoils_only_what_comes_after_it_and_part_of_a_block_can_be_closed(case):
-    network, x, context, rows, expected = case
-    for size in range(2, network.depth + 1):
-        for keep in range(1, size):
-            with torch.no_grad():
-                blocks = network.blocks(x, context, in_place=keep % 2 == 0)
-                start = 0
-                while start < network.depth:
-                    stop = min(start + size, network.depth)
-                    exact = min(start + keep, stop)
-                    first, known, last = (blocks.levels[k] for k in (start, exact, stop))
-                    guess = torch.cat([rows[:, first:known], torch.randn(BATCH, last - known)], -1)
-                    blocks.open(start, stop)
-                    given = blocks.params(guess if stop > start + 1 else None)
-                    # the level after the exact ones reads only exact ones
-                    right = blocks.levels[min(exact + 1, stop)]
-                    error = given[:, : right - first] - expected[:, first:right]
-                    assert error.abs().max() <= 1e-12
-                    blocks.close(rows[:, first:known], exact)
-                    start = exact
+                given = blocks.params(guess if stop > start + 1 else None)
+                # the level after the exact ones reads only exact ones
+                right = blocks.levels[min(exact + 1, stop)]
+                error = given[:, : right - first] - expected[:, first:right]
+                assert error.abs().max() <= 1e-12
+                blocks.close(rows[:, first:known], exact)
+                start = exact
 
 
 @every_network

