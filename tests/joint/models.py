@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of all kinds, each without arguments."""
 
-from typing import ClassVar
-
 import pyro
 import torch
 from pyro import distributions as dist
@@ -14,26 +12,6 @@ from pyro.ops.indexing import Vindex
 
 def data():
     return torch.tensor([1.3, 0.2, 2.9, -0.4, 1.7])
-
-
-class Ordered(dist.TorchDistribution):
-    """Positive numbers in order: the sums of exponential ones."""
-
-    arg_constraints: ClassVar = {}
-    support = dist.constraints.positive_ordered_vector
-
-    def __init__(self, rate):
-        self.steps = dist.Exponential(rate)
-        super().__init__(rate.shape[:-1], rate.shape[-1:], validate_args=False)
-
-    def expand(self, batch_shape, _instance=None):
-        return Ordered(self.steps.rate.expand(torch.Size(batch_shape) + self.event_shape))
-
-    def sample(self, sample_shape=torch.Size()):  # noqa: B008
-        return self.steps.sample(sample_shape).cumsum(-1)
-
-    def log_prob(self, value):
-        return -(self.steps.rate * value.diff(prepend=torch.zeros_like(value[..., :1]))).sum(-1)
 
 
 def one_plate():
@@ -61,7 +39,7 @@ def supports():
     pyro.sample("corr", dist.LKJCholesky(3, torch.tensor(2.0)))
     pyro.sample("unit", dist.Uniform(-1.0, 2.0))
     with pyro.plate("rows", 2):
-        rates = pyro.sample("rates", Ordered(torch.ones(3)))
+        rates = pyro.sample("rates", dist.LogNormal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("y", dist.Poisson(rates).to_event(1), obs=torch.ones(2, 3))
     with pyro.plate("simplices", 2):
         pyro.sample("simplex", dist.Dirichlet(torch.ones(4)))

@@ -157,17 +157,17 @@ def test_start_of_an_improper_prior_is_the_origin():
     assert log_joint.strategy == "plate"
 
 
+def branch_above(bound):
+    """A model that is legal in Pyro, one draw at a time; in a plate one draw decides for all."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    if (z > bound).any():
+        pyro.factor("tail", torch.tensor(-20.0))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_branch_far_from_the_start_is_seen(seed):
-    """A model that is legal in Pyro, one draw at a time; in a plate one draw decides for all."""
-
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        if (z.abs() > 2).any():
-            pyro.factor("tail", torch.tensor(-20.0))
-
     pyro.set_rng_seed(seed)
-    log_joint = LogJoint(model)
+    log_joint = LogJoint(branch_above, (2.0,))
     assert log_joint.strategy == "loop"
     z = torch.tensor([[0.5], [3.0], [-1.0]])
     expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) - torch.tensor([0.0, 20.0, 0.0])
@@ -176,13 +176,7 @@ def test_a_branch_far_from_the_start_is_seen(seed):
 
 def test_checked_compares_draws_at_once_with_single_runs():
     """A branch that only the draws at hand take, their smallest weights or their largest."""
-
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        if (z > 50).any():
-            pyro.factor("tail", torch.tensor(-20.0))
-
-    log_joint = LogJoint(model)
+    log_joint = LogJoint(branch_above, (50.0,))
     z = torch.randn(200, 1)
     assert torch.equal(log_joint.checked(z, z[:, 0]), log_joint(z))
     assert log_joint.strategy == "plate"

@@ -34,7 +34,6 @@ OUTSIDE = {
     "labels": (lambda z: dist.Bernoulli(logits=z), LABELS),
     "masked distribution": (lambda z: dist.Bernoulli(logits=z).mask(True), LABELS),
     "count": (lambda z: dist.Poisson(z.exp()), torch.tensor([1.0, 1.5])),
-    "of three": (lambda z: dist.Binomial(3, logits=z), torch.tensor([1.0, 4.0])),
     "negative": (lambda z: dist.Exponential(z.exp()), torch.tensor([1.0, -1.0])),
     "NaN": (lambda z: dist.Normal(z, 1.0), torch.tensor([0.5, torch.nan])),
     "events": (lambda z: dist.Normal(z + torch.zeros(2), 1.0).to_event(1), X * torch.nan),
@@ -119,15 +118,6 @@ def test_sites_that_broadcast_against_their_plates():
         LogJoint(latent)
 
 
-def test_sites_in_no_plate_are_summed():
-    def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
-
-    expected = 2 * dist.Normal(0.0, 1.0).log_prob(torch.zeros(3)).sum()
-    assert LogJoint(model)(torch.zeros(1, 3)).item() == pytest.approx(expected.item())
-
-
 @pytest.mark.parametrize("event", [(), (2,)])
 def test_a_last_batch_of_one_row(event):
     """It would count for all elements that a mini-batch has."""
@@ -186,7 +176,6 @@ def test_model_structures_go_by_numbers_too():
 
 
 REPARAMETRIZERS = {
-    "loc_scale": (dist.Normal(1.0, 2.0), LocScaleReparam(0.0)),
     "transform": (dist.LogNormal(1.0, 2.0), TransformReparam()),
     "vector": (dist.Normal(torch.zeros(2), 1.0).to_event(1), LocScaleReparam()),
     "with_density": (dist.Beta(2.0, 2.0), ConjugateReparam(dist.Beta(3.0, 1.0))),

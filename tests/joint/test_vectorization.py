@@ -10,7 +10,6 @@ from pyro import distributions as dist
 
 from pyro_artransform.joint.vectorization import (
     STRATEGIES,
-    DrawPlate,
     GuideSampler,
     agree,
     choose_strategy,
@@ -28,16 +27,6 @@ def single_only(draws, size):
     return {"square": draws["x"] ** 2, "sum": draws["x"].sum()}
 
 
-def no_draws_on_the_left(draws, size):
-    return {"product": torch.ones(2, 3) @ draws["x"]}
-
-
-def writes_into_zeros(draws, size):
-    row = torch.zeros(4, dtype=torch.float64)
-    row[:3] = draws["x"]
-    return {"row": row}
-
-
 def writes_at_a_mask(draws, size):
     square = draws["x"] ** 2
     square[draws["x"] < 0] = 7.0
@@ -51,8 +40,6 @@ def writes_at_a_mask(draws, size):
     ("evaluate", "strategy", "reason"),
     [
         (everywhere, "plate", ""),
-        (no_draws_on_the_left, "vmap", ""),
-        (writes_into_zeros, "copies", ""),
         (writes_at_a_mask, "copies", ""),
         (single_only, "loop", "RuntimeError: vmap"),
     ],
@@ -117,16 +104,6 @@ def test_agree():
     assert agree({"x": x.float()}, {"x": x.float() + 1e-5})
     assert not agree({"x": x}, {"x": x[:1]})
     assert not agree({"x": x}, {"y": x})
-
-
-def test_plate_of_draws():
-    plate = DrawPlate(5, 2)
-    placed = plate.place({"z": torch.zeros(5, 3, 4)}, {"z": 1})
-    assert placed["z"].shape == (5, 1, 3, 4)
-    total = plate.total({"a": torch.ones(5, 1, 3), "b": torch.ones(5, 2, 1)}, torch.zeros(5))
-    assert total.tolist() == [5.0] * 5
-    with pytest.raises(ValueError, match="expected 3 batch dimensions, got 2"):
-        plate.total({"a": torch.ones(5, 3)}, torch.zeros(5))
 
 
 def local_guide():

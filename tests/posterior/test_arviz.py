@@ -33,7 +33,7 @@ def data():
     return torch.tensor(DATA)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arviz():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -12,58 +12,47 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro_artransform.inference import log_likelihood
 from pyro_artransform.posterior.log_likelihood import Likelihood
 
-DATA = (1.3, 0.2, 2.9, -0.4, 1.7)
-MASK = (True, True, False, True, False)
-
-
-def data():
-    return torch.tensor(DATA)
-
-
-def plate(values):
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(z, 2.0), obs=values)
-
-
+MASK = torch.tensor([True, True, False, True, False])
 X = torch.linspace(-1.0, 1.0, 10, dtype=torch.float64).reshape(5, 2)
-
-
-def product(values):
-    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(X @ z, 2.0), obs=values)
-
-
-def branch(values):
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(z if z > 0 else -2 * z, 2.0), obs=values)
-
-
-def sums_over_draws(values):
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(z.sum(), 2.0), obs=values)
-
-
-MEANS = {
-    plate: ("plate", lambda z: z[:, None]),
-    product: ("vmap", lambda z: z @ X.T),
-    branch: ("loop", lambda z: torch.where(z > 0, z, -2 * z)[:, None]),
-    sums_over_draws: ("vmap", lambda z: z[:, None]),
+#: the strategy of a model, its means given a draw, those given many, and the shape of a draw
+CASES = {
+    "one plate": ("plate", lambda z: z, lambda z: z[:, None], ()),
+    "product": ("vmap", lambda z: X @ z, lambda z: z @ X.T, (2,)),
+    "sum over draws": ("vmap", lambda z: z.sum(), lambda z: z[:, None], ()),
+    "branch": (
+        *("loop", lambda z: z if z > 0 else -2 * z),
+        *(lambda z: torch.where(z > 0, z, -2 * z)[:, None], ()),
+    ),
 }
 
 
-@pytest.mark.parametrize("model", MEANS)
-@pytest.mark.parametrize("n", [1, 7, 1001])
-def test_pointwise(model, n):
-    z = torch.randn(n, 2) if model is product else torch.randn(n)
+def data():
+    return torch.tensor([1.3, 0.2, 2.9, -0.4, 1.7])
+
+
+def model_of(name):
+    _, mean_of, _, shape = CASES[name]
+
+    def model(values):
+        z = pyro.sample("z", dist.Normal(torch.zeros(shape), 1.0).to_event(len(shape)))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(mean_of(z), 2.0), obs=values)
+
+    return model
+
+
+plate = model_of("one plate")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("n", [1, 1001])
+def test_pointwise(name, n):
+    model, (strategy, _, means_of, shape) = model_of(name), CASES[name]
+    z = torch.randn(n, *shape)
     draws = {"z": z, "y": torch.zeros(n, 5), "unknown": torch.zeros(n)}
     found = log_likelihood(model, draws, data())
-    strategy, mean_of = MEANS[model]
     assert list(found) == ["y"]
-    assert torch.allclose(found["y"], dist.Normal(mean_of(z), 2.0).log_prob(data()))
+    assert torch.allclose(found["y"], dist.Normal(means_of(z), 2.0).log_prob(data()))
     assert not found["y"].requires_grad
     if n > 1:
         assert Likelihood(model, (data(),), {}).strategy(draws) == strategy
@@ -74,33 +63,28 @@ def test_scales_are_left_out_and_masked_data_are_zero():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("scaled", 5), poutine.scale(scale=3.0):
             pyro.sample("y", dist.Normal(z, 2.0), obs=values)
-        with pyro.plate("masked", 5), poutine.mask(mask=torch.tensor(MASK)):
+        with pyro.plate("masked", 5), poutine.mask(mask=MASK):
             pyro.sample("x", dist.Normal(z, 2.0), obs=values)
         with pyro.plate("part", 5):
-            pyro.sample("w", dist.Normal(z, 2.0), obs=values, obs_mask=torch.tensor(MASK))
+            pyro.sample("w", dist.Normal(z, 2.0), obs=values, obs_mask=MASK)
 
     z = torch.randn(6)
     found = log_likelihood(model, {"z": z, "w_unobserved": torch.randn(6, 5)}, data())
     expected = dist.Normal(z[:, None], 2.0).log_prob(data())
-    masked = torch.where(torch.tensor(MASK), expected, 0.0)
+    masked = torch.where(MASK, expected, 0.0)
     for name, terms in {"y": expected, "x": masked, "w_observed": masked}.items():
         assert torch.allclose(found.pop(name), terms)
     assert not found
 
 
-@pytest.mark.parametrize("strategy", ["plate", "vmap", "loop"])
-def test_what_a_reparametrizer_leaves_is_no_data(strategy):
+@pytest.mark.parametrize(("strategy", "rows"), [("plate", ...), ("vmap", torch.tensor([0, 1, 1]))])
+def test_what_a_reparametrizer_leaves_is_no_data(strategy, rows):
     """However many draws are evaluated at once."""
-    groups = torch.tensor([0, 1, 1])
 
     def model(values):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 3), poutine.reparam(config={"local": LocScaleReparam(0.0)}):
-            local = pyro.sample("local", dist.Normal(z, 2.0))
-            if strategy == "vmap":
-                local = local[groups]
-            elif strategy == "loop" and z > 0:
-                local = -local
+            local = pyro.sample("local", dist.Normal(z, 2.0))[rows]
             pyro.sample("y", dist.Normal(local, 1.0), obs=values)
 
     draws = {"z": torch.randn(20), "local_decentered": torch.randn(20, 3)}
@@ -108,11 +92,7 @@ def test_what_a_reparametrizer_leaves_is_no_data(strategy):
     assert likelihood.strategy(draws) == strategy
     found = likelihood(draws)
     assert list(found) == ["y"]
-    local = draws["z"][:, None] + 2 * draws["local_decentered"]
-    if strategy == "vmap":
-        local = local[:, groups]
-    elif strategy == "loop":
-        local = torch.where(draws["z"][:, None] > 0, -local, local)
+    local = (draws["z"][:, None] + 2 * draws["local_decentered"]).mT[rows].mT
     assert torch.allclose(found["y"], dist.Normal(local, 1.0).log_prob(data()[:3]))
 
 
@@ -164,18 +144,15 @@ def test_bad_input():
             pyro.sample("y", dist.Normal(z, 1.0), obs=values[indices])
 
     z = torch.randn(6)
-    with pytest.raises(ValueError, match=r"expected those of all latents, got none of \['z'\]"):
-        log_likelihood(plate, {}, data())
-    with pytest.raises(ValueError, match=r"expected those of all latents, got none of \['kind'\]"):
-        log_likelihood(mixture, {"z": z}, data())
-    with pytest.raises(
-        ValueError, match=r"expected all data, got the sub-sampled plate 'data' \(2"
+    for model, draws, message in (
+        (plate, {}, r"expected those of all latents, got none of \['z'\]"),
+        (mixture, {"z": z}, r"expected those of all latents, got none of \['kind'\]"),
+        (minibatch, {"z": z}, r"expected all data, got the sub-sampled plate 'data' \(2"),
+        (plate, {"z": torch.randn(6, 2)}, r"expected 'z' of shape \(6,\), got \(6, 2\)"),
+        (plate, {"z": torch.tensor(0.0)}, r"expected 'z' of shape \(1,\), got \(\)"),
     ):
-        log_likelihood(minibatch, {"z": z}, data())
-    with pytest.raises(ValueError, match=r"expected 'z' of shape \(6,\), got \(6, 2\)"):
-        log_likelihood(plate, {"z": torch.randn(6, 2)}, data())
-    with pytest.raises(ValueError, match=r"expected 'z' of shape \(1,\), got \(\)"):
-        log_likelihood(plate, {"z": torch.tensor(0.0)}, data())
+        with pytest.raises(ValueError, match=message):
+            log_likelihood(model, draws, data())
     kinds = {"z": z, "kind": torch.ones(6, 5)}
     found = log_likelihood(mixture, kinds, data())["y"]
     assert torch.allclose(found, dist.Normal(z[:, None] + 1, 1.0).log_prob(data()))
