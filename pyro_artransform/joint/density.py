@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites, sum_out_discrete
 from .sites import Latents, initial_value
 from .traces import (
     ModelStructure,
@@ -33,6 +33,7 @@ from .traces import (
     subsampled_plates,
 )
 from .vectorization import (
+    DRAWS,
     STRATEGIES,
     DrawPlate,
     Draws,
@@ -70,15 +71,12 @@ _MOST_SIGNATURES = 64
 
 
 class LogDensity(Protocol):
-    """A log density of the latents of a model on the unconstrained space.
-
-    :cvar Latents latents: the latents.
-    :cvar Tensor start: a starting point, shape ``(latent_dim,)``.
-    :cvar str strategy: how many draws are evaluated: "plate", "vmap", "copies" or "loop".
-    """
+    """A log density of the latents of a model on the unconstrained space."""
 
     latents: Latents
+    #: a starting point, shape ``(latent_dim,)``
     start: Tensor
+    #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
     strategy: str
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -102,11 +100,8 @@ class LogJoint(LogDensity):
     else depends on them. Pyro's validation is off while the model runs, so that an impossible draw
     gives NaN and no error; where the user has it on, the first run is validated.
 
-    :param model: a Pyro model.
-    :param args: its arguments.
-    :param kwargs: its keyword arguments.
-    :param init_loc_fn: gives the values of the latents in the first run, one of Pyro's initialization
-        functions.
+    :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
+    :param init_loc_fn: one of Pyro's initialization functions, for the first run.
     :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or
         Pyro's validation is on and finds fault with the data or with shapes.
 
@@ -338,9 +333,11 @@ class LogJoint(LogDensity):
         plate = DrawPlate(size, self.num_plates)
         placed = plate.place(values, self.latents.event_dims)
         if self.is_enumerated:
-            with hidden_sites():
-                run = poutine.condition(self._run, dict(placed))
-                return {"total": total + plate.sum_out_discrete(run)}
+            run = partial(plate.run, poutine.condition(self._run, dict(placed)))
+            first_dim = -1 - self.num_plates - (size is not None)
+            with hidden_sites(), poutine.enum(first_available_dim=first_dim):
+                trace = poutine.trace(run).get_trace()
+            return {"total": total + sum_out_discrete(trace, () if size is None else (DRAWS,))}
         with hidden_sites(), SiteLogProbs(placed) as scored:
             plate.run(self._run)
         return {"total": plate.total(scored.log_probs, total)}

@@ -73,20 +73,13 @@ class Site:
         return self.shape[: len(self.shape) - self.event_dim]
 
     def constrain_with_ladj(self, part: Tensor, batch: torch.Size) -> tuple[Tensor, Tensor]:
-        """The value of an unconstrained part, and the log-determinant of the way there.
-
-        :param part: shape ``batch + unconstrained_shape``.
-        :param batch: the shape of the log-determinant.
-        """
+        """The value of a part ``batch + unconstrained_shape``, and the log-determinant, shape ``batch``."""
         value = self.bijection(part)
         ladj = self.bijection.log_abs_det_jacobian(part, value)
         return value, ladj.reshape((*batch, -1)).sum(-1)
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "Site":
-        """The site as a conversion of tensors leaves it, such as ``Tensor.double``.
-
-        :param fn: converts the bounds of the support; its dtype is that of the values from then on.
-        """
+        """The site after a conversion of its dtype and of the bounds of its support: ``Tensor.double``."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return replace(self, support=map_bounds(self.support, fn), dtype=dtype)
 
@@ -97,8 +90,7 @@ class Latents:
     The sites stand in the order of the model's trace, each taken to the unconstrained space by
     Pyro's ``biject_to`` and flattened, as Pyro's ``AutoContinuous`` packs them.
 
-    :param sites: the sites.
-    :raises ValueError: if there is not one.
+    :param sites: the sites, at least one.
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
@@ -116,11 +108,7 @@ class Latents:
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "Latents":
-        """The latents of a trace of the model.
-
-        :raises ValueError: if a latent is discrete and not enumerated in parallel, or there is no
-            latent.
-        """
+        """The latents of a trace, discrete ones only where they are enumerated in parallel."""
         sites = []
         for node in latent_nodes(trace):
             if is_enumerated(node):
@@ -136,10 +124,9 @@ class Latents:
         return cls(sites)
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
-        """The unconstrained value of each site, in the site's dtype.
+        """The unconstrained value of each site, ``batch + unconstrained shape``, in the site's dtype.
 
         :param z: shape ``batch + (latent_dim,)``.
-        :return: for each site, shape ``batch + unconstrained shape``.
         """
         parts = {}
         for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
@@ -148,11 +135,7 @@ class Latents:
         return parts
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """The value of each site.
-
-        :param z: shape ``batch + (latent_dim,)``.
-        :return: for each site, shape ``batch + site shape``.
-        """
+        """The value of each site, ``batch + site shape``, at z of shape ``batch + (latent_dim,)``."""
         values = {}
         for name, part in self.split(z).items():
             values[name] = self.sites[name].bijection(part)
@@ -162,9 +145,7 @@ class Latents:
         """The sites of draws with an sd below two spacings of their dtype, as near an edge of a support.
 
         Sites with more or fewer numbers than coordinates, such as simplices, are left out: one of
-        their numbers may stand still while others move.
-
-        :param z: shape ``(n, latent_dim)``.
+        their numbers may stand still while others move. The draws are of shape ``(n, latent_dim)``.
         """
         found = []
         for name, value in self.constrain(z).items():
@@ -187,11 +168,9 @@ class Latents:
         return values, total
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The latent vector of values that may touch the bounds of their supports.
+        """The latent vector ``batch + (latent_dim,)`` of values ``batch + site shape`` of all sites.
 
-        :param values: for each site, shape ``batch + site shape``.
-        :return: shape ``batch + (latent_dim,)``.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape.
+        They may touch the bounds of their supports.
         """
         given, batch = self._check_values(values, None)
         parts = []
@@ -204,15 +183,13 @@ class Latents:
     ) -> tuple[Tensor, Tensor]:
         """The latent vector of a user's values, and the log-determinant of :meth:`constrain` there.
 
-        At an edge of a support, where a draw underflows to and a density of the latents becomes zero,
-        they are 0 and infinity.
+        At an edge of a support, where the density of the latents is zero, they are 0 and infinity.
 
-        :param values: the values of all sites, each of shape ``batch + site shape``; arrays and lists
-            become tensors of the site's dtype.
+        :param values: for each site, shape ``batch + site shape``; arrays and lists become tensors of
+            the site's dtype.
         :param device: the device of these tensors.
-        :return: shapes ``batch + (latent_dim,)`` and ``batch``.
-        :raises ValueError: as :meth:`unconstrain`, or if a value is outside its support (where
-            Pyro's validation is on).
+        :raises ValueError: if a site is missing or unknown, or a value has another shape or is
+            outside its support (where Pyro's validation is on).
         """
         given, batch = self._check_values(values, device)
         if not batch.numel():
@@ -270,10 +247,7 @@ def check_continuous(site: Any) -> None:
 
 
 def bijection_onto(support: Any, name: str) -> Transform:
-    """Pyro's bijection from the unconstrained space onto the support of a site of that name.
-
-    :raises ValueError: if there is none.
-    """
+    """Pyro's bijection from the unconstrained space onto the support of a site of that name."""
     try:
         bijection: Transform = biject_to(support)
     except NotImplementedError as error:
@@ -287,10 +261,7 @@ def bijection_onto(support: Any, name: str) -> Transform:
 
 
 def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
-    """The starting value of a latent; a draw of a discrete one.
-
-    It is the origin of the unconstrained space where the prior has no draws.
-    """
+    """The starting value of a latent: a draw of a discrete one; the origin where a prior has no draws."""
     if is_enumerated(site) or site["fn"].support.is_discrete:
         return torch.as_tensor(site["fn"].sample())
     try:

@@ -81,28 +81,23 @@ def _address(tensor: Tensor) -> int:
 
 
 def runs_model(trace: poutine.Trace) -> bool:
-    """Whether a guide with this trace runs its model, as Pyro's messenger guides do.
-
-    Its trace then has the data, which do not belong to its density, and with each latent the model's prior.
-    """
+    """Whether a guide with this trace runs its model, data included, as Pyro's messenger guides do."""
     return any("prior" in node["infer"] for node in latent_nodes(trace))
 
 
 class ModelStructure(NamedTuple):
-    """The sites of a run of a model, without their values.
+    """The sites of a run of a model, without their values."""
 
-    :param shapes: the shape of each continuous latent.
-    :param global_latents: the names of those that are in no plate.
-    :param subsampled_latents: the names of those in a plate that holds a part of its elements only.
-    :param scale: the largest factor of the log-density of data, relative to that of the global
-        latents: in a plate of 100 elements, 20 of them present, it is 5.
-    :param num_values: how many values or log-densities all sites have, data included.
-    """
-
+    #: the shape of each continuous latent
     shapes: dict[str, tuple[int, ...]]
+    #: the names of those that are in no plate
     global_latents: list[str]
+    #: the names of those in a plate that holds a part of its elements only
     subsampled_latents: list[str]
+    #: the largest factor of the log-density of data, relative to that of the global latents: in a plate
+    #: of 100 elements, 20 of them present, it is 5
     scale: float
+    #: how many values or log-densities all sites have, data included
     num_values: int
 
     @classmethod
@@ -166,10 +161,10 @@ def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
     length and the first element.
 
     :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
-    :param with_values: whether what the scale of data may follow from counts, too: floats, all elements
-        of sequences, the value of a tensor of one element, the values of one of booleans or integers,
-        as masks and lengths are, and how many floats of one are zero or NaN, as where they pad. A large
-        tensor, and what is neither a tensor nor plain data nor callable, has another key each time.
+    :param with_values: whether that counts, too, which the scale of data may follow from: floats, all
+        elements of sequences, the value of a tensor of one element, those of booleans and integers, as of
+        masks and lengths, and how many floats are zero or NaN, as in padding. A large tensor, and what
+        is neither a tensor nor plain data nor callable, has another key each time.
     """
     if isinstance(arguments, Mapping):
         names = sorted(arguments, key=str)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from .handlers import ScaleError, SiteLogProbs, sum_out_discrete
+from .handlers import ScaleError, SiteLogProbs
 from .traces import latent_nodes, plate_nesting, runs_model
 
 Draws = Mapping[str, Tensor]
@@ -44,7 +44,8 @@ STRATEGIES = ("plate", "vmap", "copies", "loop")
 #: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
 
-_DRAWS, _LOG_PROB = "_draws", "_log_prob"
+DRAWS = "_draws"  #: the name of their plate
+_LOG_PROB = "_log_prob"
 # how many draws are evaluated one at a time where one of them fails
 _FEW = 32
 _NUM_COMPARED = 3
@@ -103,11 +104,8 @@ def evaluate_many(
 class OwnCopies(TorchFunctionMode):
     """Under ``torch.vmap``, gives each draw its own copy of the tensors that do not depend on draws.
 
-    That is of each tensor of real numbers that a function of torch makes or returns. A model may then
-    write what does depend on a draw into it, at places that depend on draws as well, as Pyro's
-    ``Multinomial`` does. Tensors that were there before are not copied.
-
-    :param like: a tensor of one draw.
+    These are tensors of real numbers that a function of torch makes or returns, not those that were
+    there before. A model may then write what depends on a draw into them, as Pyro's ``Multinomial`` does.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -146,10 +144,7 @@ def stack(rows: list[Terms]) -> Terms:
 def choose_strategy(
     evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None = None
 ) -> tuple[str, str]:
-    """The fastest strategy that agrees with a loop at some draws, and for a loop the reason.
-
-    The arguments are those of :func:`evaluate_many`.
-    """
+    """The fastest strategy that agrees with a loop at some draws, and for a loop the reason."""
     state = torch.get_rng_state()
     expected = evaluate_many(evaluate, draws, "loop", at_failure)
     reason = ""
@@ -203,7 +198,7 @@ class DrawPlate(NamedTuple):
         if self.size is None:
             model()
             return
-        with pyro.plate(_DRAWS, self.size, dim=-1 - self.num_plates):
+        with pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates):
             model()
 
     def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:
@@ -218,15 +213,6 @@ class DrawPlate(NamedTuple):
                     f"expected {1 + self.num_plates} batch dimensions, got {log_prob.dim()}"
                 )
         return initial
-
-    def sum_out_discrete(self, model: Callable[[], object]) -> Tensor:
-        """The log-density ``(n,)`` of a model with its discrete latents summed out.
-
-        :param model: runs the model with its continuous latents at placed values.
-        """
-        with poutine.enum(first_available_dim=-1 - self.num_plates - (self.size is not None)):
-            trace = poutine.trace(lambda: self.run(model)).get_trace()
-        return sum_out_discrete(trace, () if self.size is None else (_DRAWS,))
 
 
 class GuideSampler:

@@ -125,14 +125,11 @@ def test_leaves_no_trace():
 
 
 def test_refuses():
-    def no_latent():
-        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
-
     def discrete():
         pyro.sample("kind", dist.Categorical(torch.ones(3)))
 
     with pytest.raises(ValueError, match="no continuous latent"):
-        LogJoint(no_latent)
+        LogJoint(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)))
     with pytest.raises(ValueError, match=r"'kind' is discrete: expected continuous latents"):
         LogJoint(discrete)
 
@@ -197,8 +194,7 @@ def test_ill_conditioned_is_not_mixed():
         pyro.factor("noise", torch.where(z.abs() > 40, noise, 0.0))
 
     log_joint = LogJoint(model)
-    z = torch.tensor([[50.0], [60.0], [1.0]])
-    log_joint.checked(z)
+    log_joint.checked(torch.tensor([[50.0], [60.0], [1.0]]))
     assert log_joint.strategy == "plate"
 
 
@@ -304,8 +300,7 @@ def test_a_part_that_does_not_count_may_have_an_infinite_gradient():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("steep", torch.where(z > 1, (z * 1e200) * 1e200, z))
 
-    log_joint = LogJoint(model)
-    z = torch.tensor([[0.5], [2.0], [0.0]], requires_grad=True)
+    log_joint, z = LogJoint(model), torch.tensor([[0.5], [2.0], [0.0]], requires_grad=True)
     log_joint.chunk_size = 32
     value = log_joint(z)
     (found,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), z)
