@@ -85,15 +85,7 @@ class State(NamedTuple):
 
 
 class PulledBack:
-    r"""The density of a posterior in the base space of a transform T of standard normals.
-
-    .. math::
-
-        \log p(T(x)) + \log |\det T'(x)|
-
-    :param log_joint: the log density p of the posterior, up to a constant.
-    :param to_latent: T, with its log-determinant.
-    """
+    """The log density log p(T(x)) + log |det T'(x)| of a posterior p in the base space of a transform T."""
 
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
         self.to_latent = to_latent
@@ -102,10 +94,7 @@ class PulledBack:
         self.num_gradients = 0
 
     def __call__(self, base: Tensor) -> State:
-        """Points with their latents, log densities and gradients, a chunk at a time.
-
-        :param base: shape ``(C, D)``.
-        """
+        """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
         self.num_gradients += len(base)
         parts = [self._evaluate(part) for part in base.split(self._log_joint.chunk_size)]
         return State(*(torch.cat(tensors) for tensors in zip(*parts)))
@@ -122,8 +111,8 @@ class PulledBack:
 class Averages:
     """Sums of a chain's values and of their squares, in units of the guide, shape ``(C, D)``.
 
-    A step counts its proposal by the probability that it is accepted, and the point before by the
-    rest, which has the same expectation and less noise.
+    A step counts its proposal by the probability of acceptance, and the point before by the rest,
+    which has the same expectation and less noise.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -170,11 +159,7 @@ class PairedChains:
         self.step_size = min(_FIRST_STEP_SIZE * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
 
     def run(self, num_warm_up: int, num_steps: int) -> float:
-        """Adapts the step size, then takes the steps that count; the acceptance rate of these.
-
-        :param num_warm_up: steps that do not count.
-        :param num_steps: steps that count.
-        """
+        """Adapts the step size, then takes the steps that count; the acceptance rate of these."""
         rates, sizes = [], []
         for i in range(num_warm_up + num_steps):
             quarters = _SHORTEST + _LENGTHS * (i * _GOLDEN_RATIO % 1)
@@ -219,14 +204,10 @@ def leapfrog(
     step_size: float,
     num_steps: int,
 ) -> tuple[State, Tensor]:
-    """The end of trajectories by the leapfrog integrator, and the energy that they have lost.
+    """The end of trajectories by the leapfrog integrator, and the energy that they have lost, ``(C,)``.
 
     A trajectory whose density or gradient is not finite on the way ends where it began, and has lost
     minus infinity: it is never accepted.
-
-    :param evaluate: gives the state at points of the base space.
-    :param momentum: shape ``(C, D)``.
-    :return: the state, and shape ``(C,)``.
     """
     energy = start.log_density - momentum.square().sum(-1) / 2
     is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
@@ -260,11 +241,7 @@ def _adapted(step_size: float, acceptance: float) -> float:
 
 
 class Stretched(NamedTuple):
-    """A linear map that stretches a few orthogonal directions.
-
-    :param directions: orthonormal, shape ``(D, k)``.
-    :param factors: shape ``(k,)``.
-    """
+    """A linear map that stretches orthonormal directions, shape ``(D, k)``, by factors, ``(k,)``."""
 
     directions: Tensor
     factors: Tensor
@@ -299,12 +276,9 @@ def guide_transform(
 
 
 def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:
-    """The directions of the base space in which a posterior is far from a standard normal.
+    """The directions in which a posterior is far from a standard normal, stretched to unit curvature.
 
-    These are Ritz vectors of the mean Hessian of minus the log density, and they are stretched to
-    unit curvature.
-
-    :param points: points of the base space, shape ``(n, D)``.
+    These are Ritz vectors of the mean Hessian of minus the log density at some points, ``(n, D)``.
     """
     directions, images = _krylov(target, points[:_NUM_POINTS])
     projected = directions.T @ images
@@ -323,8 +297,8 @@ def _krylov(target: PulledBack, points: Tensor) -> tuple[Tensor, Tensor]:
         if direction.norm() < _NO_NEW_DIRECTION * candidate.norm():
             direction = _orthogonal(torch.randn_like(candidate), directions)
         direction = direction / direction.norm()
-        candidate = _times_hessian(target, points, direction)
         directions = torch.cat([directions, direction[:, None]], 1)
+        candidate = _times_hessian(target, points, direction)
         images.append(candidate)
     return directions, torch.stack(images, 1)
 

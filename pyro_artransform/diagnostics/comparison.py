@@ -10,8 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from .importance import GOOD_KHAT, KHAT_OF_VARIANCE
 
-# differences of fewer standard errors are noise
-_CLEAR = 2.0
+_CLEAR = 2.0  # differences of fewer standard errors are noise
 
 
 @runtime_checkable
@@ -77,12 +76,11 @@ class Comparison:
 def compare(results: Mapping[str, Evidence]) -> Comparison:
     """Compares models of the same data by their evidence, the probability of the data.
 
-    The evidence is that of importance sampling with each model's guide. Where the guide has missed a
-    part of the posterior the evidence is too small, by an unknown amount: a comparison with a result
-    that is not trusted says so. The evidence depends on the priors, however much data there are, so
-    that these have to be meant; an improper prior does not have one, nor does a ``pyro.factor`` that
-    leaves a constant out. To compare predictions instead, give what ``inference.to_inference_data``
-    returns to ``arviz.compare``.
+    The evidence is that of importance sampling with each model's guide. It is too small, by an unknown
+    amount, where the guide has missed a part of the posterior: a comparison with a result that is not
+    trusted says so. It depends on the priors, which have to be meant; with an improper prior, or a
+    ``pyro.factor`` that leaves a constant out, it does not exist. To compare predictions instead, give
+    what ``inference.to_inference_data`` returns to ``arviz.compare``.
 
     :param results: for each model by its name what :func:`~pyro_artransform.fit` or
         :func:`~pyro_artransform.diagnostics.importance` has returned, for the same data. That of
@@ -116,31 +114,32 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
     _check(results)
     best = max(results.values(), key=lambda found: found.log_evidence)
     total = sum(math.exp(found.log_evidence - best.log_evidence) for found in results.values())
-    models, objections = {}, []
+    models = {}
     for name, found in sorted(results.items(), key=lambda item: -item[1].log_evidence):
         evidence, se = found.log_evidence, found.log_evidence_se
         difference = evidence - best.log_evidence
         difference_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
-        probability = math.exp(difference) / total
-        row = ComparedModel(evidence, se, difference, difference_se, probability, found.trusted)
-        models[name] = row
-        if found.khat > GOOD_KHAT:
-            objections.append(
-                f"k-hat of '{name}' is {found.khat:.2f}, above {GOOD_KHAT}: its evidence rests on a few "
-                "draws and is most often too small, by more than its standard error says."
-            )
-        elif not found.trusted:
-            objections.append(
-                f"'{name}' is not trusted: see its verdict. What its guide has missed of the posterior "
-                "is not in its evidence."
-            )
-        elif found.khat > KHAT_OF_VARIANCE:
-            objections.append(
-                f"k-hat of '{name}' is {found.khat:.2f}, above {KHAT_OF_VARIANCE}: its standard error is "
-                "too small."
-            )
+        ratio = math.exp(difference) / total
+        models[name] = ComparedModel(evidence, se, difference, difference_se, ratio, found.trusted)
+    objections = (_objection(name, results[name]) for name in models)
     trusted = all(model.trusted for model in models.values())
-    return Comparison(models, trusted, " ".join([_conclusion(models), *objections]))
+    return Comparison(models, trusted, "".join([_conclusion(models), *objections]))
+
+
+def _objection(name: str, found: Evidence) -> str:
+    """What speaks against an evidence, after a space; empty where nothing does."""
+    khat = f" k-hat of '{name}' is {found.khat:.2f}, above"
+    if found.khat > GOOD_KHAT:
+        return (
+            f"{khat} {GOOD_KHAT}: its evidence rests on a few draws, and is most often too small."
+        )
+    if not found.trusted:
+        return (
+            f" '{name}' is not trusted: see its verdict. Its evidence lacks what its guide missed."
+        )
+    if found.khat > KHAT_OF_VARIANCE:
+        return f"{khat} {KHAT_OF_VARIANCE}: its standard error is too small."
+    return ""
 
 
 def _check(results: Mapping[str, Evidence]) -> None:
@@ -172,10 +171,8 @@ def _conclusion(models: Mapping[str, ComparedModel]) -> str:
         begin = "No conclusion: of the two largest evidences not both can be relied on."
         return f"{begin} That of '{first}' seems to be {gain} nats above that of '{second}'."
     if -other.difference < _CLEAR * other.difference_se:
-        return (
-            f"'{first}' and '{second}' have the same evidence as far as is known ({gain} nats): more draws "
-            "of diagnostics.importance may tell."
-        )
+        same = f"'{first}' and '{second}' have the same evidence as far as is known ({gain} nats)"
+        return f"{same}: more draws of diagnostics.importance may tell."
     # beyond the largest float there is no factor to name
     factor = f", a Bayes factor of {math.exp(-other.difference):.3g}" if other.probability else ""
     return f"'{first}' has the largest evidence, {gain} nats more than '{second}'{factor}."

@@ -233,7 +233,7 @@ class Importance:
             f"{'ESS':14}{self.ess:10.0f} of {self.num_samples}",
         ]
         if self.num_nonfinite:
-            lines.append(f"{'left out':14}{self.num_nonfinite:10} draws of no finite weight")
+            lines.append(f"{'left out':14}{self.num_nonfinite:10} draws without a finite weight")
         return "\n".join(lines)
 
 
@@ -305,11 +305,8 @@ def psis_resample(
 
     **References**
 
-    1. Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry, 2024),
-       https://arxiv.org/abs/1507.02646
-    2. Non-Uniform Random Variate Generation in Genetic Algorithms: Reducing Bias and Inefficiency
-       in the Selection Algorithm (Baker, 1987); Monte Carlo Filter and Smoother for Non-Gaussian
-       Nonlinear State Space Models (Kitagawa, 1996), https://doi.org/10.2307/1390750
+    1. Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space Models (Kitagawa,
+       1996), https://doi.org/10.2307/1390750
     """
     check_integer("n", n)
     num_proposals = max(10_000, 5 * n) if num_proposals is None else num_proposals

@@ -26,10 +26,9 @@ _AT_A_TIME = 500
 
 
 class Expectation(NamedTuple):
-    """The expectation of a function under the guide and under the companions' distribution, shape ``(D,)``.
+    """The expectation of a function under the guide and under the companions' distribution, ``(D,)``.
 
-    Both are from draws, with variances and a covariance: a draw of one may belong to a draw of the
-    other, and then much of the noise of a difference cancels.
+    Where a draw of one belongs to a draw of the other, much of the noise of a difference cancels.
     """
 
     guide: Tensor
@@ -48,9 +47,8 @@ class Expectation(NamedTuple):
 
     def error_variance(self, guide_share: Tensor, known_share: Tensor) -> Tensor:
         """The variance of a share of the one less a share of the other."""
-        own = (
-            guide_share.square() * self.guide_variance + known_share.square() * self.known_variance
-        )
+        own = guide_share.square() * self.guide_variance
+        own = own + known_share.square() * self.known_variance
         return (own - 2 * guide_share * known_share * self.covariance).clamp_min(0)
 
 
@@ -101,11 +99,7 @@ def _mean_of_pairs(
 
 
 class MarginalErrors(NamedTuple):
-    """Errors of each mean and standard deviation of a guide, shape ``(D,)`` each.
-
-    The fields are those of :class:`~pyro_artransform.diagnostics.Marginals`; the standard error of a
-    memory is large where a guide is narrow.
-    """
+    """The errors in :class:`~pyro_artransform.diagnostics.Marginals`, shape ``(D,)`` each."""
 
     mean_shift: Tensor
     mean_shift_se: Tensor
@@ -130,8 +124,6 @@ def marginal_errors(
     as for a Gaussian. Beyond a memory of :data:`MOST_MEMORY` errors are extrapolated as if from there,
     so that they are those of the posterior or smaller.
 
-    :param chains: the averages of chains of the posterior.
-    :param companions: those of the chains that they are paired with.
     :param start: the first values of the chains, shape ``(C, D)``.
     """
     ones = torch.ones_like(moments.mean.guide)
@@ -156,11 +148,7 @@ def marginal_errors(
 
 
 def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
-    """Errors of the guide that draws are of, from their importance weights, by the delta method.
-
-    :param draws: shape ``(n, D)``.
-    :param log_weights: shape ``(n,)``.
-    """
+    """Errors of the guide that draws, ``(n, D)``, are of, by their weights and the delta method."""
     weights = (len(draws) * log_weights.softmax(0))[:, None]
     # a few coordinates at a time, which bounds the memory
     parts = [_errors_by_weights(part, weights) for part in draws.split(_COORDINATES, 1)]
@@ -182,12 +170,10 @@ def _errors_by_weights(draws: Tensor, weights: Tensor) -> MarginalErrors:
 
 
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:
-    """How many standard errors all of many two-sided intervals have to be wide (Bonferroni's bound).
+    """How many standard errors many two-sided intervals have to be wide, to be right at once.
 
-    By the expansion of Student's quantile in the normal one (Abramowitz and Stegun, 26.7.5).
-
-    :param num_chains: independent chains behind a standard error; two are lost to a mean and a slope.
-    :param confidence: the least probability that all are right.
+    By Bonferroni's bound and the expansion of Student's quantile in the normal one (Abramowitz and
+    Stegun, 26.7.5). Of the independent chains behind a standard error a mean and a slope take two.
     """
     tail = (1 - confidence) / (2 * num_statements)
     z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))
@@ -200,10 +186,7 @@ def critical_value(num_statements: int, num_chains: int, confidence: float) -> f
 
 
 def _controlled(values: Tensor, controls: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of values by control variates of known mean, their variances, and the slopes, ``(D,)``.
-
-    :param values: shape ``(C, D)``, a row for each independent chain; controls as well.
-    """
+    """Means of values, ``(C, D)``, by control variates of known mean, their variances, and the slopes."""
     slope, _ = _slope(values, controls)
     mean = values.mean(0) - slope * (controls.mean(0) - known)
     residuals = values - values.mean(0) - slope * (controls - controls.mean(0))

@@ -234,7 +234,6 @@ def marginals_by_weights(draws: Tensor, log_weights: Tensor, latents: Latents) -
 
     :param draws: of the guide, on the unconstrained space, shape ``(n, latent_dim)``.
     :param log_weights: their log weights, finite, shape ``(n,)``.
-    :param latents: of the model.
     """
     errors = errors_by_weights(draws, log_weights)
     return _marginals(errors, _judged(errors, len(draws), latents), latents)

@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import SBC, sbc, simultaneous_bands, uniformity_pvalue
+from pyro_artransform.diagnostics import sbc, simultaneous_bands, uniformity_pvalue
 
 NUM_DATA = 3
 
@@ -44,7 +44,9 @@ def test_right_posteriors_pass():
     # two and a half standard errors of 300 draws of a coin
     coverage = result.coverage((0.5, 0.9))["mean"]
     assert torch.allclose(coverage, torch.tensor([0.5, 0.9]), atol=0.07)
-    assert "passed" in repr(result)
+    first, _, line = repr(result).splitlines()
+    assert first == "SBC of 300 simulations, 99 draws each: passed"
+    assert line.startswith("mean ")
 
 
 @pytest.mark.parametrize("wrong", [{"width": 0.7}, {"width": 1.4}, {"shift": -0.2}], ids=str)
@@ -187,13 +189,6 @@ def test_bad_input(error, words, found, options):
         run(lambda data: found, **{"num_simulations": 2, **options})
 
 
-def test_repr_has_a_line_for_each_site():
-    lines = repr(SBC({"a": torch.arange(100), "bb": torch.zeros(100, 2).long()}, 99)).splitlines()
-    assert lines[0] == "SBC of 100 simulations, 99 draws each: failed"
-    assert lines[2].startswith("a ")
-    assert lines[3].startswith("bb")
-
-
 # Uniformity
 
 
@@ -239,9 +234,3 @@ def test_bands_hold_the_whole_function(num_draws):
     assert inside.double().mean() > 0.9 - 4 * (0.09 / 2000) ** 0.5
     if num_draws >= 99:
         assert inside.double().mean() < 0.95
-
-
-def test_bands_of_hardly_any_level():
-    _, lower, upper = simultaneous_bands(3, 4, 1 - 1e-9)
-    assert lower.tolist() == [0, 0, 0, 0]
-    assert upper.tolist() == [1, 1, 1, 1]

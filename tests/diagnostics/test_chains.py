@@ -57,13 +57,6 @@ def test_density_in_the_base_space():
     assert not state.latent.requires_grad
 
 
-def test_chunks_bound_the_memory_and_change_nothing():
-    target, x = normal(3, 2.0), torch.randn(10, 3)
-    expected = target(x)
-    target._log_joint.chunk_size = 4
-    assert all(map(torch.equal, target(x), expected))
-
-
 def test_leapfrog_keeps_the_energy_and_turns():
     """After a quarter period positions and momenta of an oscillator have changed places."""
     target, x, p = normal(2), torch.randn(6, 2), torch.randn(6, 2)
@@ -108,12 +101,6 @@ def test_chains_reach_the_posterior_and_their_companions_stay(scale):
         first = values.first
         assert ((first.mean(0) - loc).abs() < 5 * first.std(0) / 128**0.5).all()
         assert abs(values.about(torch.full((20,), loc)).mean() / sd**2 - 1) < 0.15
-
-
-def test_a_perfect_guide_has_chains_like_their_companions():
-    chains = chains_of(normal(30), 30)
-    chains.run(5, 5)
-    assert torch.allclose(chains.values.first, chains.companion_values.first)
 
 
 def test_acceptance_is_the_one_wanted_in_many_dimensions():

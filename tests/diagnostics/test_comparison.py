@@ -5,12 +5,10 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import pyro
 import pytest
 import torch
-from pyro import distributions as dist
 
-from pyro_artransform.diagnostics import Importance, compare, importance
+from pyro_artransform.diagnostics import Importance, compare
 from tests.inference import models
 from tests.inference.conftest import quick_fit as fit
 
@@ -26,7 +24,9 @@ class Result:
 
 
 def test_sorted_by_evidence_with_differences_and_probabilities():
-    found = compare({"b": Result(-12.0, 0.03), "a": Result(-10.0, 0.04), "c": Result(-13.0)})
+    found = compare(
+        {"b": Result(-12.0, 0.03), "a": Result(-10.0, 0.04), "c": Result(-13.0, trusted=False)}
+    )
     assert list(found.models) == ["a", "b", "c"]
     a, b, c = found.models.values()
     assert (a.difference, a.difference_se) == (0.0, 0.0)
@@ -34,33 +34,11 @@ def test_sorted_by_evidence_with_differences_and_probabilities():
     assert b.log_evidence_se == 0.03
     weights = [1.0, math.exp(-2), math.exp(-3)]
     assert [m.probability for m in (a, b, c)] == pytest.approx([w / sum(weights) for w in weights])
-    assert found.trusted
+    assert [m.trusted for m in (found, a, b, c)] == [False, True, True, False]
     assert found.words == (
-        "'a' has the largest evidence, 2.000 ± 0.050 nats more than 'b', a Bayes factor of 7.39."
+        "'a' has the largest evidence, 2.000 ± 0.050 nats more than 'b', a Bayes factor of 7.39. 'c' is "
+        "not trusted: see its verdict. Its evidence lacks what its guide missed."
     )
-
-
-def test_against_known_evidences():
-    """Three Gaussians by a guide that is too wide, against their closed form: within 4 errors."""
-
-    def model(scale):
-        z = pyro.sample("z", dist.Normal(0.0, scale))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
-
-    def guide(scale):
-        precision = 1 + 1 / scale**2
-        pyro.sample("z", dist.Normal(0.5 / precision, 1.3 * precision**-0.5))
-
-    scales = (0.5, 2.0, 10.0)
-    found = compare({str(scale): importance(model, guide, 4000, scale) for scale in scales})
-    noises = {str(scale): dist.Normal(0.0, math.hypot(1.0, scale)) for scale in scales}
-    exact = {name: noise.log_prob(torch.tensor(0.5)).item() for name, noise in noises.items()}
-    assert list(found.models) == sorted(exact, key=exact.get, reverse=True)
-    total, best = sum(map(math.exp, exact.values())), max(exact.values())
-    for name, row in found.models.items():
-        assert abs(row.log_evidence - exact[name]) < 4 * row.log_evidence_se
-        assert abs(row.difference - (exact[name] - best)) <= 4 * row.difference_se
-        assert row.probability == pytest.approx(math.exp(exact[name]) / total, abs=0.02)
 
 
 def test_results_of_fits():
@@ -93,13 +71,6 @@ def test_what_speaks_against_a_conclusion_is_said(worse, trusted, words):
     assert found.trusted == trusted
     assert words in found.words
     assert "'a' is not" not in found.words
-
-
-def test_a_third_one_that_is_not_trusted_leaves_the_first_two_alone():
-    found = compare({"a": Result(1.0), "b": Result(0.0), "c": Result(-9.0, trusted=False)})
-    assert not found.trusted
-    assert found.words.startswith("'a' has the largest evidence")
-    assert "'c' is not trusted" in found.words
 
 
 def test_weights_without_a_verdict_are_judged_by_khat():

@@ -13,7 +13,6 @@ from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoGuideList,
-    AutoIAFNormal,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -74,54 +73,37 @@ def test_evidence_of_any_guide(name):
     assert (result.num_samples, result.num_nonfinite) == (4000, 0)
 
 
-def _item_guide(data=None):
-    """It needs a number of a draw, which many draws at once do not have."""
-    mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
-    with pyro.plate("data", len(conjugate.REALS)):
-        locs = 0.8 * torch.tensor(conjugate.REALS) + 0.2 * mean.item()
-        pyro.sample("z", dist.Normal(locs, 0.55))
+@pytest.mark.parametrize("number", [lambda mean: mean, torch.Tensor.item, torch.Tensor.sum])
+def test_guides_in_a_plate_or_one_at_a_time(number):
+    """Many draws at once have no single number; the sum over draws is wrong, and no shape tells."""
 
+    def guide():
+        mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
+        with pyro.plate("data", len(conjugate.REALS)):
+            locs = 0.8 * torch.tensor(conjugate.REALS) + 0.2 * number(mean)
+            pyro.sample("z", dist.Normal(locs, 0.55))
 
-def _wrong_in_a_plate(data=None):
-    """Its sum is over draws too, in a plate, and no shape tells."""
-    mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
-    with pyro.plate("data", len(conjugate.REALS)):
-        locs = 0.8 * torch.tensor(conjugate.REALS) + 0.2 * mean.sum()
-        pyro.sample("z", dist.Normal(locs, 0.55))
-
-
-@pytest.mark.parametrize("guide", [conjugate.local_guide, _item_guide, _wrong_in_a_plate])
-def test_guides_in_a_plate_or_one_at_a_time(guide):
     result = importance(conjugate.local_normals, guide, 1000)
     assert_evidence(result, conjugate.local_normals_evidence(), 0.1)
 
 
-def test_pyros_flow_guide():
-    """A new one is near the standard normal: most of its draws weigh little."""
-    guide = AutoIAFNormal(conjugate.local_normals, hidden_dim=[4])
-    result = importance(conjugate.local_normals, guide, 4000)
-    assert_evidence(result, conjugate.local_normals_evidence(), 0.3)
-
-
-def _local_subsampled_guide():
-    mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
-    reals = torch.tensor(conjugate.REALS)
-    with pyro.plate("data", 3, subsample_size=2, dim=-1) as indices:
-        pyro.sample("z", dist.Normal(0.8 * reals[indices] + 0.2 * mean, 0.55))
-
-
-def _local_subsampled_model():
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-    reals = torch.tensor(conjugate.REALS)
-    with pyro.plate("data", 3, subsample_size=2, dim=-1) as indices:
-        z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("y", dist.Normal(z, 0.5), obs=reals[indices])
-
-
 def test_minibatch_of_the_guide_is_the_models():
     """The ELBO is unbiased; other indices in the model than in the guide would cost 2 nats."""
+    reals = torch.tensor(conjugate.REALS)
+
+    def guide():
+        mean = pyro.sample("mean", dist.Normal(1.0, 0.9))
+        with pyro.plate("data", 3, subsample_size=2) as indices:
+            pyro.sample("z", dist.Normal(0.8 * reals[indices] + 0.2 * mean, 0.55))
+
+    def model():
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", 3, subsample_size=2) as indices:
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=reals[indices])
+
     whole = importance(conjugate.local_normals, conjugate.local_guide, 1000)
-    parts = importance(_local_subsampled_model, _local_subsampled_guide, 1000)
+    parts = importance(model, guide, 1000)
     assert abs(parts.elbo - whole.elbo) < 4 * math.hypot(parts.elbo_se, whole.elbo_se)
     assert parts.elbo_se < 0.1
 
@@ -151,6 +133,10 @@ def test_the_posterior_itself():
     assert result.log_evidence_se < 1e-6
     assert result.khat == 0
     assert result.ess == pytest.approx(2000)
+    assert "k-hat               0.00" in repr(result)
+    assert "(good)" in repr(result)
+    assert "2000 of 2000" in repr(result)
+    assert "left out" not in repr(result)
 
 
 @pytest.mark.parametrize("make", [AutoDelta, "partly"])
@@ -217,7 +203,7 @@ def test_draws_of_no_weight_are_rejected(value):
     assert result.elbo == pytest.approx(weights[:995].mean().item() + math.log(0.995))
     assert result.elbo <= result.log_evidence
     assert result.khat < 0.7
-    assert "5 draws of no finite weight" in repr(result)
+    assert "5 draws without a finite weight" in repr(result)
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.3, 0.9, 3.0])
@@ -230,15 +216,6 @@ def test_a_gaussian_guide_of_a_gaussian(scale):
     assert result.trusted == (scale > 0.5)
     if scale < 1:
         assert abs(result.khat - (1 - scale**2)) < 4 * result.khat_se
-
-
-def test_repr():
-    text = repr(Importance.from_log_weights(torch.zeros(100)))
-    assert "k-hat               0.00" in text
-    assert "(good)" in text
-    assert "100 of 100" in text
-    assert "left out" not in text
-    assert "(bad)" in repr(Importance.from_log_weights(2.0 * torch.randn(1000) ** 2))
 
 
 # Resampling
@@ -283,13 +260,6 @@ def test_more_draws_than_proposals():
     assert len(draws["mean"].unique()) <= 50
     # copies of a draw do not stand side by side
     assert (draws["mean"].diff() == 0).double().mean() < 0.5
-
-
-def test_resampling_a_discrete_guide():
-    model = poutine.infer_config(conjugate.mixture, lambda site: {})
-    data = torch.tensor(conjugate.REALS)
-    draws = psis_resample(model, conjugate.mixture_guide, 50, data, num_proposals=100)
-    assert draws["kind"].shape == (50, 3)
 
 
 def test_resampling_without_weights():

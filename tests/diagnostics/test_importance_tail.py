@@ -144,12 +144,6 @@ def test_a_fit_that_fails_is_the_worst(monkeypatch):
     assert torch.equal(smooth_tail(weights), weights)
 
 
-def test_shift_changes_nothing():
-    weights = pareto_log_weights(0.6)
-    assert fit_tail(weights + 700).khat == pytest.approx(fit_tail(weights).khat, abs=1e-9)
-    assert torch.allclose(smooth_tail(weights + 700), smooth_tail(weights) + 700)
-
-
 @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
 def test_bad_shape(shape):
     with pytest.raises(ValueError, match=r"log_weights: expected shape \(S,\), got"):

@@ -61,20 +61,6 @@ def test_chunks(count):
     assert max(sizes) <= 1000
 
 
-def test_log_joint_of_the_caller_is_used():
-    class Shifted(LogJoint):
-        def __call__(self, z):
-            return super().__call__(z) + 100
-
-    model, weights = conjugate.local_normals, []
-    guide = AutoIAF(model)
-    guide()
-    for log_joint in (LogJoint(model), Shifted(model)):
-        pyro.set_rng_seed(0)
-        weights.append(log_weights(model, guide, 10, log_joint=log_joint)[1])
-    assert torch.allclose(weights[1], weights[0] + 100)
-
-
 def test_arguments_of_both():
     def model(data, scale=1.0):
         z = pyro.sample("z", dist.Normal(0.0, scale))
@@ -87,19 +73,6 @@ def test_arguments_of_both():
     _, weights = log_weights(model, guide, 10, (data,), {"scale": 2.0})
     evidence = dist.Normal(0.0, 5.0**0.5).log_prob(data)
     assert torch.allclose(weights, evidence.expand(10))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_dtype_is_the_models(dtype):
-    data = conjugate.counts().to(dtype)
-
-    def model(data):
-        rate = pyro.sample("rate", dist.Gamma(data.new_tensor(2.0), 1.0))
-        with pyro.plate("data", len(data)):
-            pyro.sample("y", dist.Poisson(rate), obs=data)
-
-    for guide in (AutoIAF(model), AutoNormal(model)):
-        assert log_weights(model, guide, 100, (data,))[1].dtype == dtype
 
 
 def test_handlers_around_it_see_nothing():
@@ -156,12 +129,6 @@ def test_guides_of_other_latents(guide, words):
     model = conjugate.mixture if args else conjugate.local_normals
     with pytest.raises(ValueError, match=words):
         importance(model, guide, 10, *args)
-
-
-def test_no_latent_vector_of_a_discrete_guide():
-    model = poutine.infer_config(conjugate.mixture, lambda site: {})
-    with pytest.raises(ValueError, match="expected neither discrete sites nor"):
-        log_weights(model, conjugate.mixture_guide, 10, (torch.tensor(conjugate.REALS),))
 
 
 def funnel():
@@ -284,14 +251,3 @@ def test_messenger_guides(guide_of):
         result = importance(model, of, 1000, data)
         error = result.log_evidence - conjugate.gamma_poisson_evidence()
         assert abs(error) < 4 * result.log_evidence_se + 0.02
-
-
-def test_messenger_guide_of_minibatches():
-    def subsampled(data):
-        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-        with pyro.plate("data", len(data), subsample_size=len(data) - 1) as indices:
-            pyro.sample("y", dist.Poisson(rate), obs=data[indices])
-
-    guide = AutoNormalMessenger(subsampled, init_scale=0.3)
-    result = importance(subsampled, guide, 300, conjugate.counts())
-    assert abs(result.log_evidence - conjugate.gamma_poisson_evidence()) < 3.0

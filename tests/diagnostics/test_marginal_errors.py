@@ -12,7 +12,6 @@ from pyro_artransform.diagnostics.marginal_errors import (
     critical_value,
     errors_by_weights,
     marginal_errors,
-    moments_of_draws,
     moments_of_transform,
     sums_of_pairs,
 )
@@ -51,14 +50,6 @@ def test_moments_of_a_transform():
     assert (square.guide - 1).abs().max() < 5 * square.guide_variance.sqrt().max()
     assert ((square.known - WIDENED).abs() < 5 * square.known_variance.sqrt()).all()
     assert square.guide_variance.sqrt().max() < 0.03
-
-
-def test_moments_of_draws():
-    draws = torch.randn(10_000, 2)
-    moments = moments_of_draws(draws, Stretched(AXIS, torch.tensor([3.0])))
-    assert torch.allclose(moments.square.known, WIDENED)
-    assert torch.equal(moments.mean.guide, draws.mean(0))
-    assert torch.allclose(moments.mean.guide_variance, torch.tensor(1e-4), rtol=0.1)
 
 
 # Errors

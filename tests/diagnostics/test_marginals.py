@@ -233,7 +233,7 @@ def test_chains_that_do_not_move_are_not_trusted():
     assert min(value.min() for value in found.memory.values()) > 0.5
 
 
-# Errors
+# What is refused
 
 
 def _subsampled():
@@ -242,21 +242,26 @@ def _subsampled():
         pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
 
 
-def test_models_of_mini_batches_are_refused():
-    with pytest.raises(ValueError, match="one that sees all its data"):
-        marginals(_subsampled, AutoNormal(_subsampled))
-
-
-@pytest.mark.parametrize("guide", [AutoDelta, AutoLaplaceApproximation])
-def test_points_are_refused(guide):
-    with pytest.raises(ValueError, match="one value of a latent in all of them"):
-        marginals(conjugate.local_normals, guide(conjugate.local_normals))
-
-
-def test_discrete_guides_are_refused():
-    model = pyro.poutine.infer_config(conjugate.mixture, lambda site: {})
-    with pytest.raises(ValueError, match="discrete"):
-        marginals(model, conjugate.mixture_guide, torch.tensor(conjugate.REALS))
+@pytest.mark.parametrize(
+    ("model", "guide", "options", "words"),
+    [
+        (_subsampled, AutoNormal, {}, "one that sees all its data"),
+        (conjugate.local_normals, AutoDelta, {}, "one value of a latent in all of them"),
+        (conjugate.local_normals, AutoLaplaceApproximation, {}, "one value of a latent in all"),
+        (
+            _normals,
+            AutoNormal,
+            {"num_chains": 15},
+            "num_chains: expected an integer of at least 16",
+        ),
+        (_normals, AutoNormal, {"num_steps": 0}, "num_steps: expected a positive integer"),
+    ],
+)
+def test_models_guides_and_numbers_that_are_refused(model, guide, options, words):
+    with pytest.raises(ValueError, match=words):
+        marginals(model, guide(model), **options)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        marginals(_normals, AutoNormal(_normals))
 
 
 def test_a_guide_of_another_model_is_refused():
@@ -273,19 +278,6 @@ def test_a_guide_of_another_model_is_refused():
             marginals(model, guide(reordered))
     # by name, an order does not matter
     assert marginals(model, reordered).trusted
-
-
-def test_bad_numbers_of_chains_and_steps():
-    for value in (15, 2.5, "many"):
-        with pytest.raises(ValueError, match="num_chains: expected an integer of at least 16"):
-            marginals(_normals, AutoNormal(_normals), num_chains=value)
-    with pytest.raises(ValueError, match="num_steps: expected a positive integer"):
-        marginals(_normals, AutoNormal(_normals), num_steps=0)
-
-
-def test_inference_mode_is_refused():
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
-        marginals(_normals, AutoNormal(_normals))
 
 
 def test_nothing_is_trained_or_left_in_the_guide():

@@ -75,15 +75,6 @@ def test_graph_of_many_latents_shows_all_dependencies(ax):
     assert of_model[~near].isnan().all()
 
 
-def test_graph_of_one_latent():
-    guide = AutoStructuredFlow(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
-    guide()
-    ax = plots.plot_graph(guide)
-    ax.figure.canvas.draw()
-    assert [tuple(square.shape) for square in cells(ax)] == [(1, 1)] * 3
-    assert "gray" not in " ".join(text.get_text() for text in ax.texts)
-
-
 def test_graph_of_a_guide_before_its_first_call():
     with pytest.raises(RuntimeError, match="call"):
         plots.plot_graph(AutoStructuredFlow(chain))

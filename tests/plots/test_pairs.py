@@ -27,13 +27,9 @@ def test_pairs_of_all_coordinates():
     ]
     assert [ax.get_ylabel() for ax in axes[:, 0]] == bottom
     # dots off the diagonal, a histogram on it
-    assert all(bool(ax.collections) == (i != j) for (i, j), ax in _places(axes))
+    assert all(bool(axes[i, j].collections) == (i != j) for i in range(6) for j in range(6))
     x = axes[2, 0].collections[0].get_offsets()
     assert torch.allclose(torch.tensor(x.data)[:, 0], given["tau"])
-
-
-def _places(axes):
-    return [((i, j), axes[i, j]) for i in range(len(axes)) for j in range(len(axes))]
 
 
 def test_pairs_over_a_reference():
@@ -50,19 +46,9 @@ def test_pairs_over_a_reference():
     assert high > reference["tau"].sort().values[-6]
 
 
-def test_pairs_by_site():
-    axes = plots.plot_pairs(draws(), names=["theta"])
-    assert axes.shape == (4, 4)
-    assert plots.plot_pairs({"z": torch.randn(50, 30)}).shape == (8, 8)
-
-
 def test_pairs_of_many_draws_are_thinned():
-    axes = plots.plot_pairs({"z": torch.randn(50_001, 2)})
+    axes = plots.plot_pairs({"z": torch.randn(50_001, 30)}, names=["z[0]", "z[1]"])
     assert 1000 < len(axes[1, 0].collections[0].get_offsets()) <= 2000
-
-
-def test_pairs_of_a_constant():
-    assert plots.plot_pairs({"z": torch.ones(20, 2)}).shape == (2, 2)
 
 
 def test_bad_names():

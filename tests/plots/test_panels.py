@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import importlib
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -215,3 +217,10 @@ def test_fit_without_steps():
 def test_what_is_no_fit():
     with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
         plots.plot_fit(Importance.from_log_weights(weights()))
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pyro_artransform.plots")
+    with pytest.raises(ImportError, match="plots need matplotlib: pip install matplotlib"):
+        importlib.import_module("pyro_artransform.plots")
