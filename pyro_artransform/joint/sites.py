@@ -97,14 +97,15 @@ class Latents:
         self.sites: dict[str, Site] = {}
         self.event_dims: dict[str, int] = {}
         self._sizes: list[int] = []
+        #: the relative round-off of the coarsest dtype
+        self.eps = 0.0
         for site in sites:
             self.sites[site.name], self.event_dims[site.name] = site, site.event_dim
             self._sizes.append(site.size)
+            self.eps = max(self.eps, torch.finfo(site.dtype).eps)
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
         self.latent_dim = sum(self._sizes)
-        #: the relative round-off of the coarsest dtype
-        self.eps = max(torch.finfo(site.dtype).eps for site in self.sites.values())
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "Latents":

@@ -35,13 +35,11 @@ def to_inference_data(
     ``observed_data``.
 
     :param model: a Pyro model.
-    :param guide: a guide of it.
+    :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
     :param num_samples: how many draws.
-    :param args: the arguments of both.
-    :param kwargs: their keyword arguments.
     :return: an ``arviz.InferenceData``, from version 1 of ArviZ on an ``xarray.DataTree``.
     :raises ImportError: if ArviZ is missing.
-    :raises ValueError: if ``num_samples`` is no positive integer, or a site with data or a
+    :raises ValueError: if ``num_samples`` is not a positive integer, or a site with data or a
         deterministic one exists at some draws only.
     """
     check_integer("num_samples", num_samples)

