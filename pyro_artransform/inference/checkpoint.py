@@ -6,7 +6,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import files
 from ..files import FilePath
@@ -24,10 +23,12 @@ def write(path: FilePath, state: State) -> None:
 def read(path: FilePath) -> State:
     """Reads what :func:`write` wrote; a ``ValueError`` if the file is something else, or damaged."""
     saved = files.read(path)
-    if isinstance(saved, dict) and saved.get("format") == _FORMAT:
-        state: State = saved["state"]
-        return state
-    raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")
+    if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path}: expected a checkpoint of fit, got another file, or a damaged one"
+        )
+    state: State = saved["state"]
+    return state
 
 
 def random_state() -> State:
@@ -40,16 +41,3 @@ def set_random_state(state: State) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def load_guide(guide: object, state: State) -> None:
-    """Loads the state dict of a guide; a ``ValueError`` if it is of another one."""
-    if not isinstance(guide, nn.Module):
-        raise ValueError(
-            "resume: expected the guide that the checkpoint was made with, a module, got "
-            f"{type(guide).__name__}"
-        )
-    try:
-        guide.load_state_dict(state)
-    except (AttributeError, RuntimeError) as error:
-        raise ValueError(f"resume: expected a checkpoint of this guide, got: {error}") from error

@@ -3,9 +3,9 @@
 
 """Every number that was tuned for :func:`~pyro_artransform.fit`.
 
-A number from a paper, or from a benchmark of the repository, names it. All others were found by
-hand: they worked on the posteriors of ``benchmarks/flows.md``, and nobody has measured others. "By
-loop" is for models that are run for one draw after the other.
+A number from a paper or from a benchmark of the repository names its source. All others were found by
+hand on the posteriors of ``benchmarks/flows.md``, and alternatives were not measured. "By loop" is for
+models that are run for one draw after the other.
 """
 
 from dataclasses import dataclass, field, replace
@@ -51,7 +51,7 @@ class InitializationConfig:
     num_minibatch_compared: int = 512  #: draws that the started guide is compared on
 
     def for_loop(self) -> "InitializationConfig":
-        """Fewer points and draws, where the model is run for one draw after the other."""
+        """The same with fewer points and draws."""
         return replace(
             self,
             num_points=self.num_points_by_loop,
@@ -65,16 +65,16 @@ class OptimizationConfig:
     """Step sizes, their schedule, the gradient, and the choice among parameters at the end."""
 
     num_particles: int = 64  #: draws for each step
-    many_latents: int = 200  #: from so many on draws are expensive
-    #: draws for each step of a guide with a graph of so many: fits of a hierarchy and of a volatility
+    many_latents: int = 200  #: the number of latents from which on draws are expensive
+    #: draws for each step of a guide with a graph of as many: fits of a hierarchy and of a volatility
     #: path of 1,000 latents end at the same ELBO, in half the time
     num_particles_of_many: int = 16
-    #: up to so many latents the nats below are as they stand; for more they are in proportion, since
-    #: gaps add up over latents that are each as good
+    #: the nats below are for this number of latents or fewer; they grow in proportion to a larger number,
+    #: since gaps add up over latents
     latents_of_gaps: int = 100
-    #: step sizes of Adam, the first one unless the search finds a better one; the second where parameters
-    #: of the model are trained as well: with 2e-2 an autoencoder of four layers ended 14 nats an image
-    #: lower, one seed of three (tutorials/vae_iaf.ipynb)
+    #: step sizes of Adam: the search begins with the first one, or with the second where the model has
+    #: parameters too: with 2e-2 an autoencoder of four layers ended 14 nats an image lower, for one seed of
+    #: three (tutorials/vae_iaf.ipynb)
     step_sizes: tuple[float, ...] = (2e-2, 5e-3, 2e-3, 5e-4)
     betas: tuple[float, float] = (0.9, 0.99)  #: of Adam; the second is short since steps are few
     search_steps: int = 60  #: steps for each step size in the search
@@ -82,21 +82,21 @@ class OptimizationConfig:
     search_min_gain: float = 1.0  #: nats by which a smaller step size has to win
     warm_up: int = 20  #: steps in which the step size rises at first
     constant_share: float = 0.4  #: the constant part of a given number of steps
-    window: int = 300  #: steps whose mean ELBO is compared with that of as many before
-    min_improvement: float = 0.004  #: less between windows is too little to go on for, in nats
-    look_every: int = 50  #: steps between two looks at what is left to win
-    look_draws: int = 200  #: draws of a look; near the posterior it takes selection_draws
-    #: a gap that leaves nothing to win, in nats: as much as one mean that is 0.03 sd off costs
+    window: int = 300  #: steps whose mean ELBO is compared with that of the same number before
+    min_improvement: float = 0.004  #: nats between windows below which a fit does not go on
+    look_every: int = 50  #: steps between two estimates of the remaining gap
+    look_draws: int = 200  #: draws of an estimate; near the posterior it takes selection_draws
+    #: a gap at which a fit ends, in nats: what one mean that is 0.03 sd off costs
     good_gap: float = 0.0005
     max_constant_path: int = 2000  #: the longest constant phase, with the path gradient
     max_constant_pyro: int = 4000  #: the same without the path gradient
     max_constant_epochs: int = 20  #: the same in epochs
     decay_share: float = 0.6  #: the decay as a share of the constant phase
     min_decay: int = 400  #: the shortest decay in steps
-    min_good_decay: int = 100  #: the shortest decay where less than min_improvement is left to win
+    min_good_decay: int = 100  #: the shortest decay where the gap is below min_improvement
     max_decay: int = 1500  #: the longest one
     min_noisy_decay: int = 1000  #: the shortest decay where steps are noisy by mini-batches
-    long_decay_gap: float = 0.2  #: nats that are left from which on the decay is the longest one
+    long_decay_gap: float = 0.2  #: the gap in nats from which on the decay is the longest one
     min_epochs: int = 3  #: epochs in a window and in a decay
     tail_steps: int = 100  #: steps for the tails at the end (benchmarks/tails.md)
     tail_particles: int = 8  #: their draws, as a multiple
@@ -109,10 +109,10 @@ class OptimizationConfig:
     averaged_epochs: int = 2  #: the same in epochs
     #: the same as a share of the noisy steps so far (Shamir and Zhang 2013, by hand)
     averaged_share: float = 1 / 3
-    clip_factor: float = 3.0  #: gradients are clipped to so many times the median norm
-    clip_window: int = 100  #: of the last so many
+    clip_factor: float = 3.0  #: gradients are clipped to this multiple of the median norm
+    clip_window: int = 100  #: steps that the median is taken over
     best_block: int = 50  #: steps whose mean loss says which parameters were the best
-    #: what the step size is multiplied by where the loss of half a block is above that of all first steps: a
+    #: the factor of the step size where the median loss of the last block exceeds all of the first one's: a
     #: Gaussian autoencoder (tutorials/vae_iaf.ipynb) went from -1.7e4 to -1.1e8 nats a batch at 2e-2
     retreat: float = 0.25
     max_skips: int = 100  #: steps in a row that are not finite before a fit gives up
@@ -161,26 +161,26 @@ class EvaluationConfig:
     """The draws behind a verdict, the search for missed modes, and the bounds of trust."""
 
     num_samples: int = 10_000  #: draws that the verdict rests on (as in Yao et al. 2018)
-    #: more draws, though no more than a fit has taken gradients, where k-hat is above its limit, or less
-    #: than so many standard errors below: these go from 0.09 to 0.05 (benchmarks/khat.md)
+    #: more draws, though no more than a fit has taken gradients, where k-hat is above its limit, or fewer
+    #: than unclear_khat_in_se standard errors below: these go from 0.09 to 0.05 (benchmarks/khat.md)
     num_more_samples: int = 90_000
     unclear_khat_in_se: float = 2.0
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches
     num_heavy: int = 4000  #: heavy-tailed draws around the guide and the modes
-    #: how often they are drawn again where they are too few to say on which side of max_gap an ELBO is
+    #: how often more are drawn where there are too few to say on which side of max_gap an ELBO is
     num_heavy_again: int = 9
     heavy_degrees: float = 3.0  #: their degrees of freedom
     heavy_inflation: float = 1.2  #: the widening of the Gaussian around the guide
-    #: the further widening of it and of modes, where the weights of the draws so far say nothing: around a
+    #: the further widening of it and of modes where the weights of these draws are unreliable, as around a
     #: spike in the middle of a wide mode
     heavy_widenings: tuple[float, ...] = (3.0, 10.0)
     heavy_guide_share: float = 0.5  #: its part of the mixture
     heavy_min_ess: float = 0.02  #: the effective share of draws from which their evidence is used
     max_modes: int = 8  #: in the mixture
-    #: the mean squared distance a coordinate of two modes that differ, in standard deviations
+    #: the mean squared distance per coordinate of two modes that differ, in standard deviations
     min_mode_distance: float = 1.0
     max_squared_distance: float = 16.0  #: the sum of squares from which they always differ
-    #: how far outside modes are looked for, in standard deviations of the guide
+    #: how far outside modes are searched for, in standard deviations of the guide
     far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
     num_screened: int = 500  #: points screened there
     num_climbs: int = 16  #: climbs from the best of them
@@ -190,9 +190,7 @@ class EvaluationConfig:
     max_newton_steps: int = 40  #: of a climb, as for initial guides
     max_hessian_dim: int = 200  #: more coordinates are too many; gradients do without
     max_kept: int = 20_000_000  #: numbers of the draws that are kept for that search: 160 MB
-    max_dense_dim: int = (
-        1500  #: more coordinates are too many for a covariance of the guide's draws
-    )
+    max_dense_dim: int = 1500  #: coordinates at most for a covariance of the guide's draws
     max_mirrored: int = 8  #: sites that are mirrored one at a time, for starts of gradients
     num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
     num_far: int = 4  #: the most such ends
@@ -200,27 +198,27 @@ class EvaluationConfig:
     num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
     num_for_region: int = 1024  #: the same for a mode that seems lost
     max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
-    #: of the evidence that modes promise, what draws have to find, or else they are not there
+    #: the share of the evidence that modes promise that draws have to find, or else there are no modes
     min_confirmed: float = 0.5
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
-    max_lost: float = (
-        GOOD_LOST_MASS  #: missed modes with less of the mass are no loss; with more, no trust
-    )
-    #: from this on, missed modes that are no loss yet are a reason to look for more of them
+    max_lost: float = GOOD_LOST_MASS  #: the mass of missed modes above which a guide is not trusted
+    #: missed modes with more of the mass than this are a reason to search for more of them
     min_lost: float = 0.002
     max_more_looks: int = 4
     min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
     max_gap: float = GOOD_GAP  #: the distance of the ELBO from the evidence, in nats
     max_se: float = GOOD_ELBO_SE  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
-    #: from so many latents on chains look at single ones, where weights do not say that they are right: if
-    #: 30 sds are 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
+    #: the number of latents from which on chains check single ones that weights leave open: if 30 sds are
+    #: 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
     min_for_chains: int = 30
     #: draws whose weights are asked instead where there are fewer latents
     num_for_few: int = 32_000
-    num_chains: int = 128  #: the chains of that look, which cost about 20,000 gradients
+    num_chains: int = 128  #: the chains of that check, which cost about 20,000 gradients
     num_chain_steps: int = 12  #: the steps of theirs that count
-    small_tail: float = 0.001  #: a smaller excess of the tail, as a share of all weights, is none
+    small_tail: float = (
+        0.001  #: a smaller excess of the tail, as a share of all weights, is ignored
+    )
 
 
 @dataclass(frozen=True)

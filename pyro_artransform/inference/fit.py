@@ -22,7 +22,7 @@ from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
 from .run import Chooser, FitRun, Function
 
-_default_choice: Chooser | None = None
+_default_choice: Chooser
 
 
 def choose_guides_by(choice: Chooser) -> None:
@@ -102,7 +102,7 @@ def fit(
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
         not finite where the step was skipped. The fit ends where it returns ``True``, also one of NumPy
         or PyTorch, and goes on at any other value. Where the fit goes on from the steps that searched for
-        a step size, it is called for these once the search is over. There are two examples below.
+        a step size, it is called for these once the search is over.
     :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
         goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
@@ -167,22 +167,6 @@ def fit(
         with SummaryWriter() as writer:
             fit(model, guide, y, callback=lambda step, elbo: writer.add_scalar("ELBO", elbo, step))
 
-    It also ends a fit early, with a verdict on what was learned until then: here once the mean ELBO of 50
-    steps is less than 0.5 nats above that of the 50 before::
-
-        >>> def model(y):
-        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("data", len(y)):
-        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        >>> elbos = []
-        >>> def gains_little(step, elbo):
-        ...     elbos.append(elbo)
-        ...     return step >= 100 and (sum(elbos[-50:]) - sum(elbos[-100:-50])) / 50 < 0.5
-        >>> options = {"callback": gains_little, "num_steps": 1000, "progress": False}
-        >>> result = fit(model, AutoIAF(model), torch.ones(3), **options)
-        >>> result.num_steps, result.stopped_because
-        (100, 'the callback asked to stop')
-
     **References**
 
     1. Automatic Variational Inference in Stan (Kucukelbir, Ranganath, Gelman, Blei, 2015),
@@ -209,7 +193,6 @@ def fit(
         check_integer("num_particles", num_particles)
     if callback is not None:
         check_callable("callback", callback, "a function")
-    choose_guide = choose_guide or _default_choice
     with (
         open_parallel() as parallel,
         seeded(seed if parallel is None else parallel.seed(seed)),
@@ -229,7 +212,8 @@ def fit(
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         batch, config = Batch(args, kwargs), config or FitConfig()
         options = num_steps, num_particles, optim, parallel
-        run = FitRun(model, guide, choose_guide, batch, stream, config, *options)
+        chooser = choose_guide or _default_choice
+        run = FitRun(model, guide, chooser, batch, stream, config, *options)
         if resume is None:
             run.start(bar)
         else:

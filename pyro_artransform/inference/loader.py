@@ -6,6 +6,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -40,40 +41,40 @@ class Batch(NamedTuple):
     kwargs: Mapping[str, object]
 
 
+@dataclass
 class EveryNth:
     """The batches of a loader, or of its sampler, that one of many processes takes: every n-th one.
 
     The order is drawn from a seed, the same for all processes. Where n does not divide the number of
     batches, some processes are an epoch ahead in the last step: each batch counts once an epoch.
 
-    :param batches: what all processes go through.
-    :param num_batches: their number.
-    :param rank: which of the processes this is, from 0.
-    :param size: the number of processes, n.
+    :param num_batches: the number of batches of all processes.
+    :param rank: which of the processes this is, from 0, of ``size``.
     :param seed: the seed of the first epoch.
     """
 
-    def __init__(
-        self, batches: Iterable[Any], num_batches: int, rank: int, size: int, seed: int
-    ) -> None:
-        self.batches, self.seed, self.epoch = batches, seed, 0
-        self._num_batches, self._rank, self._size = num_batches, rank, size
+    batches: Iterable[Any]
+    num_batches: int
+    rank: int
+    size: int
+    seed: int
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, from 0, whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(self._num_batches / self._size)
+        return math.ceil(self.num_batches / self.size)
 
     def __iter__(self) -> Iterator[Any]:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + self.epoch)
             iterator = iter(self.batches)
             # samplers draw their order, or its seed, with the first one
-            batch, k = next(iterator, _END), self.epoch * self._num_batches
+            batch, k = next(iterator, _END), self.epoch * self.num_batches
         while batch is not _END:
-            if k % self._size == self._rank:
+            if k % self.size == self.rank:
                 yield batch
             batch, k = next(iterator, _END), k + 1
 
@@ -195,7 +196,7 @@ class BatchStream:
         self._iterator = None
 
     def one_pass(self, count: int) -> Iterator[Batch]:
-        """At most so many batches of one epoch, spread over it; the same ones each time.
+        """``count`` batches of one epoch at most, spread over it; the same ones each time.
 
         It leaves the stream and the generators as they were. The order is that of the first epoch,
         as far as it follows torch's generators.
@@ -206,12 +207,11 @@ class BatchStream:
             wanted = set(range(count))
         own, (state, first), iterator = self._own_states(), self._origin, None
         self._set_own_states(first)
-        self._set_epoch(0)
         try:
             for k in range(max(wanted) + 1):
                 with torch.random.fork_rng(devices=[]):
                     torch.set_rng_state(state)
-                    iterator = iter(self._loader) if iterator is None else iterator
+                    iterator = self._iterate(0) if iterator is None else iterator
                     batch = next(iterator, _END)
                     state = torch.get_rng_state()
                 if batch is _END:
@@ -220,19 +220,25 @@ class BatchStream:
                     yield self._arguments(batch)
         finally:
             self._set_own_states(own)
-            self._set_epoch(self.epoch)
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
-        """The epoch of so many steps in all, if their number is known, and the batch, in words."""
+        """The epoch and the batch, in words.
+
+        :param num_steps: the number of steps in all, if it is known.
+        """
         total = self.num_batches
         epochs = "" if num_steps is None else f"/{math.ceil(num_steps / total)}"
         return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
 
     def _begin_epoch(self) -> Iterator[object]:
         self.close()
-        self._set_epoch(self.epoch)
-        self._iterator, self.position = iter(self._loader), 0
+        self._iterator, self.position = self._iterate(self.epoch), 0
         return self._iterator
+
+    def _iterate(self, epoch: int) -> Iterator[object]:
+        if self._by_epoch is not None:
+            self._by_epoch.set_epoch(epoch)
+        return iter(self._loader)
 
     def _arguments(self, batch: object) -> Batch:
         if isinstance(batch, Tensor):
@@ -287,10 +293,6 @@ class BatchStream:
     def _set_own_states(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self._generators, states):
             generator.set_state(state)
-
-    def _set_epoch(self, epoch: int) -> None:
-        if self._by_epoch is not None:
-            self._by_epoch.set_epoch(epoch)
 
 
 def _checked(loader: object) -> Iterable[object]:

@@ -141,17 +141,17 @@ class Parallel:
 
     def first(self, what: str, function: Callable[[], T]) -> T:
         """What a function returns in the first process, which alone calls it; its error is all's."""
-        content, error = list[Any]([None, None]), None
-        if self.rank == 0:
-            try:
+        content = list[Any]([None, ""])
+        try:
+            if self.rank == 0:
                 content[0] = function()
-            except Exception as raised:
-                error, content[1] = raised, f"{type(raised).__name__}: {raised}"
-        with _waiting(f"{what} by the first process"):
-            distributed.broadcast_object_list(content, src=0)
-        if error is not None:
-            raise error
-        if content[1] is not None:
+        except BaseException as error:
+            content[1] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            with _waiting(f"{what} by the first process"):
+                distributed.broadcast_object_list(content, src=0)
+        if content[1]:
             raise RuntimeError(f"fit: the first process has failed: {content[1]}")
         return cast(T, content[0])
 

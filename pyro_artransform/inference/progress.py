@@ -59,14 +59,12 @@ def noted_interrupts() -> Iterator[threading.Event]:
 class ProgressBar:
     """A bar of ``tqdm`` with the mean objective of the last steps; ``None`` shows nothing.
 
-    It is live on a terminal and in a notebook, there as text where ``ipywidgets`` is missing; elsewhere,
-    as in a log file, it is one line at the end.
+    It is live on a terminal and in a notebook; elsewhere, as in a log file, it is one line at the end.
     """
 
     bar: Any
     is_live: bool = True
-    #: the name of what losses are the negative of
-    objective: str = "ELBO"
+    objective: str = "ELBO"  #: losses are the negative of it
 
     def say(self, what: str) -> None:
         """Shows what is being done."""
@@ -76,7 +74,7 @@ class ProgressBar:
     def update(
         self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
     ) -> None:
-        """Goes on to the number of losses, of so many in all as far as is known."""
+        """Goes on to the number of losses; in all there are ``total``, if that is known."""
         if self.bar is None:
             return
         self.bar.total = total
@@ -99,15 +97,12 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
             from tqdm.auto import tqdm
 
             is_widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-            is_live = is_widget or sys.stderr.isatty() or _is_in_notebook()
+            # a notebook shows what is written to stderr, though it is not a terminal
+            is_text = type(sys.stderr).__module__ == "ipykernel.iostream"
+            is_live = is_widget or is_text or sys.stderr.isatty()
             wait = {} if is_live else {"mininterval": math.inf, "delay": 1e-9}
             bar = tqdm(unit="step", dynamic_ncols=True, **wait)
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live, objective)
         if bar is not None:
             bar.delay = 0.0  # or else a bar that was never shown is not shown at its end
-
-
-def _is_in_notebook() -> bool:
-    """Whether a notebook shows what is written to ``stderr``, though it is no terminal."""
-    return type(sys.stderr).__module__ == "ipykernel.iostream"

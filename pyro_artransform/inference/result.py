@@ -5,7 +5,6 @@
 
 import math
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 from ..diagnostics import Importance, Marginals
@@ -52,10 +51,10 @@ class FitResult:
     :param importance: the importance weights and what they say; ``None`` for a model that
         sub-samples its data.
     :param marginals_trusted: whether the mean and the sd of each single latent can be trusted;
-        ``None`` where nobody has looked. A fit to all data looks by the weights where the joint is
+        ``None`` where this was not checked. A fit to all data checks it by the weights where the joint is
         trusted; where these leave it open, from 30 latents on, by chains, if the model takes many draws
         at once.
-    :param marginals: how far each of them is off; ``None`` where nobody has looked.
+    :param marginals: how far each of them is off; ``None`` where this was not checked.
     :param guide: the guide, that of the user or the one that the fit has chosen.
     :param guide_reason: why it has chosen this one; empty where the guide is the user's.
     """
@@ -102,9 +101,8 @@ class FitResult:
                 "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
                 "ESS": f"{self.ess:.0f} of {self.num_samples}",
             }
-        if self.marginals is not None:
-            bounds = self.marginals.mean_bound, self.marginals.sd_bound
-            rows["marginals"] = bounds_in_words(*bounds)
+        if (found := self.marginals) is not None:
+            rows["marginals"] = bounds_in_words(found.mean_bound, found.sd_bound)
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start
         if self.num_skipped:
@@ -117,15 +115,6 @@ class FitResult:
     def __repr__(self) -> str:
         lines = [f"  {name:13} {value}" for name, value in self.rows().items()]
         return "\n".join([f"FitResult: {self.verdict}", *lines])
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th>"
-            f"<td style='text-align:left'>{escape(value)}</td></tr>"
-            for name, value in self.rows().items()
-        )
-        color = "#2e7d32" if self.trusted else "#c62828"
-        return f"<p style='color:{color}'>{escape(self.verdict)}</p><table>{rows}</table>"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

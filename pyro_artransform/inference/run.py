@@ -4,7 +4,6 @@
 """The stages of a fit: set up, start or resume, train, judge."""
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuide, StructuredGuide
 from . import checkpoint as files
-from .config import FitConfig, OptimizationConfig
+from .config import FitConfig
 from .evaluation.evaluate import (
     ModelAndGuide,
     draw,
@@ -48,7 +47,6 @@ from .parallel import Parallel, ScalesOfFirst, SharedObjective
 from .progress import ProgressBar
 from .result import FitResult
 
-Path = str | os.PathLike[str]
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
 Chooser = Callable[..., tuple[Function, str]]
@@ -67,7 +65,7 @@ class FitRun:
         self,
         model: Function,
         guide: Function | None,
-        choose_guide: Chooser | None,
+        choose_guide: Chooser,
         arguments: Batch,
         stream: BatchStream | None,
         config: FitConfig,
@@ -81,8 +79,6 @@ class FitRun:
         self._guide_reason = ""
         is_minibatch = stream is not None and not stream.whole.is_all_data
         if guide is None:
-            if choose_guide is None:
-                raise ValueError("guide: expected a guide of the model, or choose_guide=")
             guide, self._guide_reason = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
         self._subject = subject = _run_once(model, guide, batches[0], stream)
         log_joint, is_random = subject.log_joint, subject.log_joint.is_random
@@ -96,24 +92,27 @@ class FitRun:
                 of_batch, stream, log_joint, batches, config.minibatch
             )
         self._by_path = isinstance(of_batch, PathObjective)
-        settings = config.optimization.for_latents(log_joint.latents.latent_dim)
+        settings, latent_dim = config.optimization, log_joint.latents.latent_dim
+        settings = settings.for_latents(latent_dim)
         schedule = new_schedule(settings, self._by_path, num_batches, is_random)
         schedule = schedule.of_length(num_steps)
         self._objective: Objective = self._minibatches or of_batch
         shared: Objective = self._objective
-        scales: ScaledSteps | None = guide if isinstance(guide, ScaledSteps) else None
+        offered: object = guide
+        scales: ScaledSteps | None = offered if isinstance(offered, ScaledSteps) else None
         if num_particles is None:
-            num_particles = _num_particles(subject, config.optimization)
+            num_particles = settings.num_particles
+            if latent_dim >= settings.many_latents and isinstance(offered, StructuredGuide):
+                num_particles = settings.num_particles_of_many
         if parallel is not None:
-            parallel.check_same(
-                {
-                    "num_steps": num_steps,
-                    "num_particles": num_particles,
-                    "parameters": [tuple(tensor.shape) for tensor in self._tensors()],
-                    "sums of the data": _sums(batches[0]) if stream is None else "",
-                }
-            )
-            parallel.copy_first(self._tensors())
+            tensors = self._tensors()
+            same: dict[str, object] = {"num_steps": num_steps, "num_particles": num_particles}
+            same["parameters"] = [tuple(tensor.shape) for tensor in tensors]
+            if stream is None:
+                data = filter(torch.is_tensor, (*batches[0].args, *batches[0].kwargs.values()))
+                same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
+            parallel.check_same(same)
+            parallel.copy_first(tensors)
             # a batch is not shared: each process has another one
             own = num_particles if stream is not None else parallel.share(num_particles)
             num_particles = own * parallel.size
@@ -128,7 +127,7 @@ class FitRun:
         self._is_saved = False
 
     def _by_first(self, what: str, function: Callable[[], T]) -> T:
-        """What a function returns, which the first process alone calls."""
+        """What a function returns in the first process, which alone calls it."""
         return function() if self._parallel is None else self._parallel.first(what, function)
 
     def _tensors(self) -> list[Tensor]:
@@ -174,7 +173,7 @@ class FitRun:
             return find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, config)
         return self._initial
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: files.FilePath) -> None:
         """Goes on from where a checkpoint has left another fit, or from the next epoch of its loader."""
         self._is_resumed = True
         state = self._by_first("the checkpoint", partial(files.read, path))
@@ -183,16 +182,19 @@ class FitRun:
         for name, got in options.items():
             if got not in (state[name], None):
                 raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {got!r}")
-        if (state["step_size"] is None) != (trainer.optim is not None):
-            was = (
-                "with optim=, got none" if state["step_size"] is None else "without optim=, got one"
-            )
-            raise ValueError(f"resume: the checkpoint was made {was}")
-        if (batches is None) != (stream is None):
-            was = "without a loader, got one" if batches is None else "with a loader, got none"
-            raise ValueError(f"resume: the checkpoint was made {was}")
+        for name, had, has in (
+            ("optim", state["step_size"] is None, trainer.optim is not None),
+            ("loader", batches is not None, stream is not None),
+        ):
+            if had != has:
+                was = f"with {name}=, got none" if had else f"without {name}=, got one"
+                raise ValueError(f"resume: the checkpoint was made {was}")
         if state["guide"] is not None:
-            files.load_guide(self._subject.guide, state["guide"])
+            guide: Any = self._subject.guide
+            try:
+                guide.load_state_dict(state["guide"])
+            except (AttributeError, RuntimeError) as error:
+                raise ValueError(f"resume: expected a checkpoint of this guide: {error}") from error
         packed, modes = state["modes"], None
         if packed is not None:
             modes = Modes(Gaussians(*packed[:2]), *packed[2:])
@@ -212,7 +214,7 @@ class FitRun:
                 stacklevel=3,
             )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: files.FilePath) -> None:
         """Saves everything that the fit needs to go on; where the disk refuses, it warns."""
         guide, training, stream = self._subject.guide, self._training, self._stream
         initial, modes = self._initial, self._initial.modes
@@ -243,7 +245,7 @@ class FitRun:
 
     def train(
         self,
-        checkpoint: Path | None,
+        checkpoint: files.FilePath | None,
         callback: Callable[[int, float], object] | None,
         bar: ProgressBar,
         interrupted: Event,
@@ -364,28 +366,12 @@ def _objective_of_batch(
     return PyroObjective(model, subject.guide, batch, log_joint, settings.num_estimates)
 
 
-def _sums(batch: Batch) -> str:
-    """The sums of the tensors among the arguments, by which they are compared."""
-    values = *batch.args, *batch.kwargs.values()
-    return str([float(value.double().sum()) for value in values if isinstance(value, Tensor)])
-
-
-def _num_particles(subject: ModelAndGuide, config: OptimizationConfig) -> int:
-    """Draws for each step, where their number is not given."""
-    offered: object = subject.guide
-    is_many = subject.log_joint.latents.latent_dim >= config.many_latents
-    if is_many and isinstance(offered, StructuredGuide):
-        return config.num_particles_of_many
-    return config.num_particles
-
-
 def _why_looped(objective: BatchObjective, log_joint: LogJoint) -> str:
     """Why draws are evaluated one after the other, with a warning; empty where they are not."""
-    if isinstance(objective, PyroObjective) and objective.is_vectorized:
-        return ""
     reason = log_joint.reason
     if isinstance(objective, PyroObjective):
         reason = reason or "model and guide do not run in a plate of particles"
+        reason = "" if objective.is_vectorized else reason
     if reason:
         warnings.warn(
             "the model cannot be evaluated at many draws at once, so that it is run for one draw "
