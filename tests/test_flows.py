@@ -11,8 +11,8 @@ from pyro_artransform.testing import check_transform, redraw
 from pyro_artransform.univariate import Affine, RationalQuadraticSpline
 
 BUILDERS = {
-    "affine_autoregressive": pa.affine_autoregressive,
-    "spline_autoregressive": pa.spline_autoregressive,
+    "affine": pa.affine_autoregressive,
+    "spline": pa.spline_autoregressive,
     "iaf": pa.iaf,
     "maf": pa.maf,
 }
@@ -22,15 +22,17 @@ CONDITIONAL = {
     "iaf": pa.conditional_iaf,
     "maf": pa.conditional_maf,
 }
+every_builder = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 
 
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
-@pytest.mark.parametrize("dim", [1, 2, 5])
-def test_contract(build, dim):
-    check_transform(lambda: build(dim), dim)
+@pytest.mark.parametrize(
+    ("name", "dim"), [("affine", 1), ("spline", 5), ("iaf", 5), ("maf", 1), ("maf", 2)]
+)
+def test_contract(name, dim):
+    check_transform(lambda: BUILDERS[name](dim), dim)
 
 
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+@every_builder
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_starts_as_the_identity(build, dtype):
     t = build(4).to(dtype)
@@ -38,10 +40,10 @@ def test_starts_as_the_identity(build, dtype):
         x = torch.full((3, 4), size, dtype=dtype)
         y, ladj = t.call_and_ladj(x)
         assert (y - x).abs().max() <= 20 * torch.finfo(dtype).eps * max(1.0, size)
-        assert ladj.abs().max() <= 1e-5 if dtype == torch.float32 else 1e-13
+        assert ladj.abs().max() <= (1e-5 if dtype == torch.float32 else 1e-13)
 
 
-@pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL.keys())
+@pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL)
 def test_conditional(build):
     t = build(3, 2)
     x = torch.randn(5, 3)
@@ -55,10 +57,6 @@ def test_conditional(build):
     loss = -given.log_prob(value.detach().clone()).sum()
     loss.backward()
     assert all(p.grad is not None for p in t.parameters())
-
-
-@pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL.keys())
-def test_conditional_needs_a_context_of_positive_size(build):
     for bad in (0, 2.0, "2", None):
         message = f"context_dim: expected a positive integer, got {bad!r}"
         with pytest.raises(ValueError, match=message):
@@ -70,9 +68,8 @@ def test_order_alternates():
     assert orders == [[0, 1, 2], [2, 1, 0], [0, 1, 2], [2, 1, 0]]
 
 
-@pytest.mark.parametrize("build", [pa.affine_autoregressive, pa.spline_autoregressive])
-def test_iterated(build):
-    t = redraw(iterated(3, build, 4))
+def test_iterated():
+    t = redraw(iterated(3, pa.spline_autoregressive, 4))
     q = dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), [t])
     value = q.rsample((5,))
     assert torch.allclose(q.log_prob(value), q.log_prob(value.detach().clone()), atol=1e-9)
@@ -86,21 +83,23 @@ def test_arguments_reach_the_network():
     assert t.meta.conditioner.nonlinearity is torch.tanh
     assert t.meta.conditioner.order.tolist() == [2, 1, 0]
     assert t.meta.univariate.num_params == 14
-    flow = pa.iaf(3, 2, univariate=lambda: RationalQuadraticSpline(count_bins=4))
-    assert flow.parts[1].meta.univariate.num_params == 11
-    assert flow.parts[1].meta.conditioner.skip is None
-    flow = pa.conditional_iaf(3, 2, 2, skip_connections=True)
-    assert all(t.meta.conditioner.skip is not None for t in flow.transforms)
+    options = {"univariate": lambda: RationalQuadraticSpline(count_bins=4), "nonlinearity": None}
+    for flow in (
+        pa.iaf(3, 2, 7, **options).parts,
+        pa.maf(3, 2, 7, **options).inv.parts,
+        pa.conditional_iaf(3, 2, 2, 7, **options).transforms,
+        pa.conditional_maf(3, 2, 2, 7, **options).inv.transforms,
+    ):
+        assert flow[1].meta.univariate.num_params == 11
+        assert flow[1].meta.conditioner.hidden_dims == (7,)
+        assert flow[1].meta.conditioner.skip is None
+    flow = pa.conditional_maf(3, 2, 2, skip_connections=True)
+    assert all(t.meta.conditioner.skip is not None for t in flow.inv.transforms)
+    flow = pa.maf(3, 3, nonlinearity=torch.nn.PReLU())
+    assert len({id(part.meta.conditioner.nonlinearity) for part in flow.inv.parts}) == 1
 
 
-@pytest.mark.parametrize("build", [pa.iaf, pa.maf])
-@pytest.mark.parametrize("number", [0, 1.5, True, "3", None])
-def test_bad_number_of_layers(build, number):
-    with pytest.raises(ValueError, match="num_transforms: expected a positive integer"):
-        build(3, number)
-
-
-@pytest.mark.parametrize("build", [*BUILDERS.values()])
+@every_builder
 def test_bad_sizes(build):
     for bad in (0, 3.0, "3", True, None):
         message = f"input_dim: expected a positive integer, got {bad!r}"
@@ -114,39 +113,31 @@ def test_integers_of_numpy():
     assert len(pa.iaf(np.int64(3), np.int64(2), np.int32(8)).parts) == 2
     flow = pa.conditional_iaf(np.int64(3), np.int64(2))
     assert flow.condition(torch.zeros(2))(torch.zeros(5, 3)).shape == (5, 3)
-    assert pa.spline_autoregressive(np.int64(3)).meta.conditioner.input_dim == 3
 
 
 @pytest.mark.parametrize("build", [pa.iaf, pa.maf])
-def test_one_family_for_all_layers_is_refused(build):
+def test_bad_layers(build):
+    for number in (0, 1.5, True, "3", None):
+        with pytest.raises(ValueError, match="num_transforms: expected a positive integer"):
+            build(3, number)
     with pytest.raises(TypeError, match=r"new family for each layer, such as Affine, got Affine\("):
         build(3, univariate=Affine())
-    with pytest.raises(TypeError, match="got RationalQuadraticSpline"):
-        build(3, univariate=RationalQuadraticSpline())
     with pytest.raises(TypeError, match=r"univariate: expected a function .*, got 3$"):
         build(3, univariate=3)
+    for univariate in (torch.nn.ELU, lambda: 3, lambda: Affine):
+        with pytest.raises(TypeError, match="univariate: expected it to make a Univariate, got"):
+            build(3, univariate=univariate)
 
 
-@pytest.mark.parametrize("univariate", [torch.nn.ELU, lambda: 3, lambda: Affine])
-def test_function_that_makes_no_family(univariate):
-    with pytest.raises(TypeError, match="univariate: expected it to make a Univariate, got"):
-        pa.iaf(3, univariate=univariate)
-
-
-def test_one_nonlinearity_is_shared_by_all_layers():
-    flow = pa.iaf(3, 3, nonlinearity=torch.nn.PReLU())
-    assert len({id(part.meta.conditioner.nonlinearity) for part in flow.parts}) == 1
-
-
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+@every_builder
 def test_trains(build):
     """Density fitting of a shifted, correlated Gaussian lowers the loss, in both directions."""
-    t = build(2)
+    t = build(2, hidden_dims=16)
     q = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [t])
     data = torch.randn(256, 2) @ torch.tensor([[0.5, 0.4], [0.0, 0.3]]) + 0.5
-    optim = torch.optim.Adam(t.parameters(), lr=1e-2)
+    optim = torch.optim.Adam(t.parameters(), lr=2e-2)
     losses = []
-    for _ in range(100):
+    for _ in range(50):
         optim.zero_grad()
         loss = -q.log_prob(data).mean()
         loss.backward()
