@@ -16,13 +16,7 @@ T = TypeVar("T")
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
-    """An integer, NumPy's too, that is large enough; a bool is none.
-
-    :param name: the name of the argument.
-    :param value: its value.
-    :param least: the smallest value allowed.
-    :raises ValueError: if it is none.
-    """
+    """An integer of at least ``least``, NumPy's too; a bool is not an integer."""
     size = _as_index(value)
     if size is None or size < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
@@ -31,7 +25,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """A positive finite number as a float; NumPy's numbers are real too, a bool is none."""
+    """A positive finite number as a float, NumPy's too; a bool is not a number."""
     # comparisons only: torch.compile may make this number a symbol
     if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
@@ -53,7 +47,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
-    """Something that can be called and is no class."""
+    """Something that can be called and is not a class."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{name}: expected {wanted}, got {value!r}")
     return value
@@ -67,9 +61,7 @@ def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
         raise ValueError(
             f"hidden_dims: expected a positive integer or a sequence of them, got {hidden_dims!r}"
         )
-    widths = []
-    for width in hidden_dims:
-        widths.append(check_integer("hidden_dims", width))
+    widths = [check_integer("hidden_dims", width) for width in hidden_dims]
     if not widths:
         raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
     return widths
@@ -106,7 +98,7 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
 
 
 def values_can_be_read(*tensors: Tensor) -> bool:
-    """Whether the values of tensors may be looked at now.
+    """Whether the values of tensors may be read now.
 
     They may not while ``torch.jit`` or ``torch.compile`` records, in a ``torch.func`` transform, and
     on the meta device.
@@ -124,7 +116,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_index(value: Any) -> int | None:
-    """The integer that a value stands for, None if it stands for none."""
+    """The integer that a value stands for, or None."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
         return None
     try:

@@ -27,9 +27,8 @@ def evaluate_with_gradient(
     """A function of rows, with its gradient found at once, so that no graph has to be held.
 
     :param function: maps a tensor ``(n, d)`` to one of shape ``(n,)``, row by row.
-    :param inputs: the tensor.
-    :return: the values, and whether the gradient was found: not where the values depend on some other
-        tensor that requires a gradient. Then they have their graph.
+    :return: the values, and whether the gradient was found. Where the values depend on another tensor that
+        requires a gradient it is not, and they have their graph.
     """
     inputs = inputs.view_as(inputs)  # whose node is its own
     state = torch.get_rng_state()

@@ -113,15 +113,8 @@ def spline_marginals(
     """A rational-quadratic spline for each coordinate, independent of the others.
 
     :param input_dim: the number D of coordinates.
-    :param count_bins: the number of bins of each spline.
-    :param bound: half the width of the interval that is bent; the identity outside.
+    :param count_bins: as for :func:`spline_autoregressive`, like ``bound``.
     :raises ValueError: for a wrong size or bound.
-
-    Example::
-
-        >>> import torch
-        >>> spline_marginals(3, count_bins=4)(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
     conditioner = Unconditional(input_dim, family.num_params)
@@ -219,13 +212,7 @@ def maf(
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
 ) -> FlowModule:
-    """A masked autoregressive flow: the inverse of :func:`iaf`, see its parameters.
-
-    Example::
-
-        >>> import torch
-        >>> maf(3, num_transforms=2)(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
+    """A masked autoregressive flow: the inverse of :func:`iaf`, see its parameters and its example.
 
     **References**
 

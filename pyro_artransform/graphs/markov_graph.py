@@ -239,7 +239,4 @@ class MarkovGraph:
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:
         """All pairs of neighbours, the smaller coordinate first."""
-        found = []
-        for i, own in enumerate(self.neighbours):
-            found += [(i, j) for j in sorted(own) if i < j]
-        return tuple(found)
+        return tuple((i, j) for i, own in enumerate(self.neighbours) for j in sorted(own) if i < j)

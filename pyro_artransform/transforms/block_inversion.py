@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..conditioners import Blocks
 from ..univariate import Univariate
-from .flow_module import inverse_and_ladj
+from .flow_module import call_and_ladj
 
 _MIN_PASSES = 3  # it takes at least one more to see that nothing moves
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
@@ -107,11 +107,11 @@ def _settle(
 ) -> tuple[Tensor, Tensor, int]:
     """x and its log-determinant by coordinate in the open block, and how many of its levels are exact."""
     if depth == 1:
-        return *inverse_and_ladj(family.forward(blocks.params(None)), y), 1
+        return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
     large = largest(y)
     x = y  # a better guess than zeros: a trained layer is not far from the identity
     for k in range(1, min(depth, _MAX_PASSES) + 1):
-        new, ladj = inverse_and_ladj(family.forward(blocks.params(x)), y)
+        new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
         # early passes may overflow, and infinity times a masked zero would spoil what is exact
         new = new.clamp(-large, large)
         if _MIN_PASSES < k < depth and _settled(new, x):

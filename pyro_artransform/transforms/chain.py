@@ -4,7 +4,6 @@
 """Composition, partition and permutation, which keep every parameter, in both directions."""
 
 from collections.abc import Callable, Sequence
-from itertools import chain as concatenated
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj, inverse_and_ladj
+from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj
 
 AnyTransform = Transform | ConditionalTransform
 
@@ -32,7 +31,7 @@ class ForeignTransform(FlowModule):
         return call_and_ladj(self.transform, x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return inverse_and_ladj(self.transform, y)
+        return call_and_ladj(self.transform.inv, y)
 
     def clear_cache(self) -> None:
         self.transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
@@ -85,17 +84,8 @@ class ComposedTransform(FlowModule):
 
     :param transforms: torch transforms, in the order in which they are applied.
     :param cache_size: as for :class:`FlowModule`.
-    :raises TypeError: if a part is not a transform.
+    :raises TypeError: if a part is not a transform, or would lose parameters.
     :raises ValueError: if there are no parts.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_artransform import affine_autoregressive
-        >>> from pyro_artransform.transforms import PermutationTransform
-        >>> t = ComposedTransform(affine_autoregressive(3), PermutationTransform([2, 1, 0]))
-        >>> t(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
 
     transforms: Any  # a list of modules, each a transform
@@ -181,7 +171,7 @@ class ConditionalComposedTransform(ConditionalFlowModule):
         self.transforms = _as_modules(transforms, Transform, ConditionalTransform)
 
     def condition(self, context: Tensor) -> ComposedTransform:
-        """The composition for a context of shape ``(*, C)``; its batch shape broadcasts with that of x."""
+        """The composition for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         parts: list[Any] = []
         modules: Any = self.transforms
         for part in modules:
@@ -195,9 +185,8 @@ def chain(
 ) -> ComposedTransform | ConditionalComposedTransform:
     """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
 
-    :param transforms: transforms; if one is conditional, so is the result.
-    :raises TypeError: if a part is not a transform, or would lose parameters.
-    :raises ValueError: if there are no parts.
+    :param transforms: transforms; if one is conditional, so is the result. Errors are those of
+        :class:`ComposedTransform`.
 
     Example::
 
@@ -285,7 +274,7 @@ class PartitionTransform(FlowModule):
     ) -> None:
         super().__init__(cache_size=cache_size)
         sets = [list(coordinates) for coordinates, _ in parts]
-        order = list(concatenated.from_iterable(sets))
+        order = [i for coordinates in sets for i in coordinates]
         if not order or sorted(order) != list(range(len(order))):
             raise ValueError(f"parts: expected a partition of 0 .. D-1, got {sets}")
         self.transforms = nn.ModuleList()

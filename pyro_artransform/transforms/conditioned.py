@@ -23,7 +23,7 @@ Meta = Callable[[Tensor], Transform]
 
 
 class StructuredMeta(torch.nn.Module):
-    """A meta that describes its dependency graph; each answer has a default that promises nothing.
+    """A meta that describes its dependency graph; the defaults promise nothing.
 
     A subclass implements ``forward(x)``, which returns the transform for x of shape ``(*, D)``.
     """

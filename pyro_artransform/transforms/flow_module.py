@@ -14,6 +14,7 @@ from pyro.distributions import ConditionalTransformModule, constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
 
 from ..univariate.base import ElementwiseTransform
 
@@ -59,8 +60,7 @@ class FlowModule(TransformModule):
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`inverse_and_ladj` where x is known: nothing is inverted, and the gradients are the same.
 
-        :param x: the inverse of y, shape ``(*, D)``; its own graph is not followed.
-        :param y: the value at x, shape ``(*, D)``.
+        :param x: the inverse of y, shape ``(*, D)``, whose own graph is not followed.
         """
         return self.inverse_and_ladj(y)
 
@@ -93,12 +93,7 @@ class FlowModule(TransformModule):
             return y, ladj, torch.autograd.grad(log_prob, point)[0]
 
     def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`call_and_score` of the inverse.
-
-        :param y: shape ``(*, D)``.
-        :param score: the score of the density of y, shape ``(*, D)``.
-        :return: x and the log-determinant of the inverse, with their graph; and the score of x.
-        """
+        """:meth:`call_and_score` of the inverse: x, its log-determinant, and the score of x."""
         x, ladj = self.inverse_and_ladj(y)
         with torch.enable_grad():
             point = x.detach().requires_grad_()
@@ -152,7 +147,7 @@ class FlowModule(TransformModule):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # as Pyro's modules do: its store leaves a weak reference on each parameter, which cannot be pickled
+        # as Pyro's modules do: its store leaves weak references on parameters, which cannot be pickled
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return {**vars(self), "_inv": None}
@@ -162,10 +157,7 @@ class FlowModule(TransformModule):
 
 
 class InverseTransformModule(FlowModule):
-    """The inverse of a transform, as a module that owns the transform's parameters, see :func:`inverse`.
-
-    :param transform: the transform to invert; it becomes the submodule ``transform``.
-    """
+    """The inverse of a transform, which becomes its submodule ``transform``, see :func:`inverse`."""
 
     transform: FlowModule
 
@@ -177,7 +169,6 @@ class InverseTransformModule(FlowModule):
 
     @property
     def inv(self) -> FlowModule:
-        """The transform itself: ``t.inv.inv is t`` holds for an inverse too."""
         reference = self.transform._inv
         if reference is None or reference() is None:
             self.transform._inv = weakref.ref(self)
@@ -196,11 +187,10 @@ class InverseTransformModule(FlowModule):
         return self.transform.call_and_score(x, score)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The log-determinant at x, whose value y saves inverting, shape ``(*,)``."""
+        # both ends are known, so nothing is inverted
         return -self.transform.log_abs_det_jacobian(y, x)
 
     def with_cache(self, cache_size: int = 1) -> FlowModule:
-        """The inverse of the transform that has this ``cache_size``."""
         transform = self.transform.with_cache(cache_size)
         return self if transform is self.transform else InverseTransformModule(transform)
 
@@ -220,11 +210,10 @@ class ConditionalFlowModule(ConditionalTransformModule):
     event_dim = 1
 
     def forward(self, *_: object) -> None:
-        """Says what to call."""
         raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
     def clear_cache(self) -> None:
-        """Does nothing: nothing is remembered."""
+        """Nothing is remembered."""
 
 
 def inverse(transform: FlowModule) -> FlowModule:
@@ -254,38 +243,17 @@ def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = transform.call_and_ladj(x)
     else:
         # torch's cache compares identities only: after an optimizer step it would answer with old values
-        transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
+        cached: Any = transform.inv if isinstance(transform, _InverseTransform) else transform
+        cached.clear_cache()  # which Pyro adds
         y = transform(x)
         ladj = transform.log_abs_det_jacobian(x, y)
-    return y, expand_ladj(ladj, y, transform.codomain.event_dim)
+    return y, ladj.expand(y.shape[: y.dim() - transform.codomain.event_dim])
 
 
 def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`call_and_ladj`, with the sum of the log-determinants of an elementwise transform."""
     y, ladj = call_and_ladj(transform, x)
     return y, ladj if transform.codomain.event_dim else ladj.sum(-1)
-
-
-def inverse_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` and ``log |dx/dy|`` of any bijective torch transform, over its event dimensions."""
-    if isinstance(transform, (ElementwiseTransform, FlowModule)):
-        x, ladj = transform.inverse_and_ladj(y)
-    else:
-        transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
-        x = transform.inv(y)
-        ladj = -transform.log_abs_det_jacobian(x, y)
-    return x, expand_ladj(ladj, x, transform.domain.event_dim)
-
-
-def inverse_and_ladj_over_vectors(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`inverse_and_ladj`, with the sum of the log-determinants of an elementwise transform."""
-    x, ladj = inverse_and_ladj(transform, y)
-    return x, ladj if transform.domain.event_dim else ladj.sum(-1)
-
-
-def expand_ladj(ladj: Tensor, value: Tensor, event_dim: int) -> Tensor:
-    """A log-determinant over ``event_dim`` dimensions with the batch shape of a value."""
-    return ladj.expand(value.shape[: value.dim() - event_dim])
 
 
 def warn_user(message: str, category: type[Warning]) -> None:

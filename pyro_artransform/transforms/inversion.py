@@ -37,9 +37,7 @@ from .block_inversion import by_blocks, largest
 from .conditioned import Meta, StructuredMeta, check_returned
 from .flow_module import (
     call_and_ladj,
-    expand_ladj,
-    inverse_and_ladj,
-    inverse_and_ladj_over_vectors,
+    call_and_ladj_over_vectors,
     warn_user,
 )
 
@@ -108,7 +106,7 @@ def _unrolled(meta: Meta, y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
     x = torch.zeros_like(y)
     for _ in range(min(passes, y.shape[-1]) - 1):
         x = meta(x).inv(y)
-    return inverse_and_ladj_over_vectors(meta(x), y)
+    return call_and_ladj_over_vectors(meta(x).inv, y)
 
 
 def _by_passes(
@@ -133,8 +131,8 @@ def _by_passes(
     else:
         if depth is None or most < depth:
             _warn_of_residual(meta, x, y, most)
-    ladj = expand_ladj(transform.log_abs_det_jacobian(x, y), x, transform.event_dim)
-    ladj = ladj if transform.event_dim else ladj.sum(-1)
+    ladj = transform.log_abs_det_jacobian(x, y)
+    ladj = ladj.expand(x.shape[:-1]) if transform.event_dim else ladj.expand(x.shape).sum(-1)
     if depth != 1:  # what depends on NaN was found with a number in its place
         undefined = y.isnan().any(-1)
         x, ladj = x.masked_fill(undefined[..., None], nan), ladj.masked_fill(undefined, nan)
@@ -183,7 +181,7 @@ def _with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Evaluates at x with a graph; the values are those given, the same as without a graph."""
     point = _finite(x.detach()).requires_grad_()
-    out, ladj = inverse_and_ladj_over_vectors(meta(point), y)
+    out, ladj = call_and_ladj_over_vectors(meta(point).inv, y)
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or has_other_leaves([out, ladj], point)):
         return values
@@ -199,7 +197,7 @@ def _with_known_gradient(
         if not y.requires_grad:
             return values
         params = params.detach().requires_grad_()
-    out, ladj = inverse_and_ladj(family(params), y)
+    out, ladj = call_and_ladj(family(params).inv, y)
     ladj = ladj.sum(-1)
     solve = partial(_solve_by_linearization, linearization, params, out, ladj)
     return _Implicit.apply(out, ladj, *values, solve)

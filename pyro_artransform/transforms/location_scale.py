@@ -53,23 +53,14 @@ class LocationScale(FlowModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x = (y - self.loc) * (-self.log_scale).exp()
         if self.lower is not None:
-            # the routine takes the diagonal as ones, whatever is there
-            rows = x.reshape(-1, x.shape[-1])
-            solved = solve_triangular(
-                self.lower.T, rows, upper=True, left=False, unitriangular=True
-            )
-            x = solved.reshape(x.shape)
+            x = _solve_unitriangular(self.lower.T, x, upper=True)
         return x, -self.log_scale.sum().expand(y.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self.call_and_ladj(x)
         with torch.no_grad():
             if self.lower is not None:
-                rows = score.reshape(-1, x.shape[-1])
-                solved = solve_triangular(
-                    self.lower, rows, upper=False, left=False, unitriangular=True
-                )
-                score = solved.reshape(x.shape)
+                score = _solve_unitriangular(self.lower, score, upper=False)
             return y, ladj, score * (-self.log_scale).exp()
 
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -78,7 +69,7 @@ class LocationScale(FlowModule):
         :param loc: shape ``(D,)``.
         :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
             alone, shape ``(D,)``; diagonal where this layer is.
-        :raises ValueError: if one of them is not so.
+        :raises ValueError: for anything else.
         """
         check_location_and_scale(loc, scale_tril, len(self.loc))
         is_matrix = scale_tril.dim() == 2
@@ -100,6 +91,12 @@ class LocationScale(FlowModule):
         return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
 
 
+def _solve_unitriangular(matrix: Tensor, x: Tensor, *, upper: bool) -> Tensor:
+    # the routine takes the diagonal as ones, whatever is there
+    options = {"upper": upper, "left": False, "unitriangular": True}
+    return solve_triangular(matrix, x.reshape(-1, x.shape[-1]), **options).reshape(x.shape)
+
+
 class Standardize(FlowModule):
     r"""The way from standardized values to data, as the last layer of a flow.
 
@@ -114,7 +111,7 @@ class Standardize(FlowModule):
     :param scale_tril: L, lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
         alone, shape ``(D,)``.
     :param cache_size: as for :class:`FlowModule`.
-    :raises ValueError: if one of them has another shape or is not so.
+    :raises ValueError: for anything else.
 
     Example::
 
@@ -231,14 +228,7 @@ def standardize_context(
 
 
 def check_location_and_scale(loc: Tensor, scale_tril: Tensor, dim: int | None = None) -> None:
-    """Refuses what is not a location and a triangular or diagonal scale.
-
-    :param loc: shape ``(D,)``.
-    :param scale_tril: shape ``(D, D)`` or ``(D,)``.
-    :param dim: D, by default that of ``loc``.
-    :raises ValueError: if a shape is wrong, a number not finite, or the scale not lower triangular with a
-        positive diagonal.
-    """
+    """Refuses what is not a location ``(D,)`` and a triangular scale ``(D, D)`` or its diagonal ``(D,)``."""
     dim = loc.numel() if dim is None else dim
     is_vector = scale_tril.dim() == 1
     wanted = (dim,) if is_vector else (dim, dim)
@@ -256,12 +246,7 @@ def check_location_and_scale(loc: Tensor, scale_tril: Tensor, dim: int | None = 
 
 
 def check_rows(name: str, rows: Any) -> Tensor:
-    """Rows of finite numbers, shape ``(n, D)``, two at least; without a graph.
-
-    :param name: the name of the argument.
-    :param rows: a tensor, array or list.
-    :raises ValueError: for anything else.
-    """
+    """Two or more rows of finite numbers, shape ``(n, D)``, from a tensor, array or list; without a graph."""
     rows = to_tensor(name, rows, torch.empty(0, device="cpu", dtype=torch.get_default_dtype()))
     if rows.dim() != 2 or len(rows) < 2 or not rows.shape[-1]:
         got = tuple(rows.shape)

@@ -16,17 +16,16 @@ from ..univariate.base import Derivatives
 from .conditioned import StructuredMeta
 from .flow_module import call_and_ladj
 
-# of a score, relative to the largest number of its row: a gradient estimate has far more noise than this
+# of a score, relative to its largest number: far below the noise of gradient estimates
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 
 
 def by_substitution(
     meta: StructuredMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The value, the log-determinant and the score of the value; None if the meta does not offer it.
+    """The value, the log-determinant and the score of the value, given x and its score, ``(*, D)``.
 
-    :param x: shape ``(*, D)``.
-    :param score: of x, shape ``(*, D)``.
+    :return: None if the meta has no linearization.
     """
     linearization = meta.linearize(x)
     if linearization is None:
@@ -46,7 +45,7 @@ def by_substitution(
 
 
 def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
-    """The derivatives of any family, by differentiation; the shapes are those of its method."""
+    """The derivatives of any family, by differentiation."""
     with torch.enable_grad():
         # a view of x for the family alone: derivatives by it do not go through the network
         point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()

@@ -27,7 +27,7 @@ from pyro_artransform.transforms import (
     ConditionedUnivariate,
     chain,
 )
-from pyro_artransform.transforms.flow_module import inverse_and_ladj
+from pyro_artransform.transforms.flow_module import call_and_ladj
 from pyro_artransform.univariate import Affine
 from tests.conditioners.test_masks import random_dag
 from tests.transforms.metas import CONDITIONERS, FAMILIES, make_meta
@@ -39,8 +39,8 @@ def unrolled(flow, y):
     for part in reversed(list(getattr(flow, "parts", [flow]))):
         x = torch.zeros_like(y)
         for _ in range(y.shape[-1] - 1):
-            x = inverse_and_ladj(part.meta(x), y)[0]
-        y, ladj = inverse_and_ladj(part.meta(x), y)
+            x = call_and_ladj(part.meta(x).inv, y)[0]
+        y, ladj = call_and_ladj(part.meta(x).inv, y)
         total = total + ladj.sum(-1)
     return y, total
 
