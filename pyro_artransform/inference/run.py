@@ -25,7 +25,7 @@ from .evaluation.evaluate import (
     draw,
     evaluate,
     evaluate_minibatches,
-    look_at_marginals,
+    judge_marginals,
 )
 from .evaluation.verdict import FitStatus
 from .initialization.gaussians import Gaussians, Modes
@@ -314,9 +314,9 @@ class FitRun:
         else:
             drawn = draw(self._subject, config.evaluation, training.num_gradients)
             found = evaluate(self._subject, self._initial.modes, status, config, drawn)
-        look = look_at_marginals(self._subject, found, config.evaluation)
+        marginals = judge_marginals(self._subject, found, config.evaluation)
         return FitResult(
-            **look.result_fields(found),
+            **found.result_fields(marginals),
             history=[-loss for loss in training.losses],
             num_steps=training.num_steps,
             num_skipped=skipped,

@@ -44,8 +44,8 @@ class Drawn(NamedTuple):
     """Weighted draws of a guide.
 
     :param log_weights: shape ``(n,)``.
-    :param latents: on the unconstrained space, of the first ones at least, shape ``(m, latent_dim)``;
-        ``None`` where draws have none.
+    :param latents: on the unconstrained space, of the first m draws, shape ``(m, latent_dim)``;
+        ``None`` where draws do not come with them.
     :param mixes_draws: whether the model turned out to mix draws at once.
     """
 
@@ -67,18 +67,16 @@ def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int =
     max_kept = config.max_kept // subject.log_joint.latents.latent_dim
     drawn = _draw(subject, count, max(max_kept, 2))
     more = min(config.num_more_samples, max_more_draws)
-    if is_noisy or more < count or not _is_unclear(drawn.log_weights, config):
+    if is_noisy or more < count:
+        return drawn
+    found = Importance.from_log_weights(drawn.log_weights)
+    may_be_large = found.khat + config.unclear_khat_in_se * found.khat_se >= GOOD_KHAT
+    is_close = found.log_evidence - found.elbo <= config.max_gap
+    if not (may_be_large and is_close and found.elbo_se <= config.max_se):
         return drawn
     others = _draw(subject, more, 0)
     log_weights = torch.cat([drawn.log_weights, others.log_weights])
     return Drawn(log_weights, drawn.latents, drawn.mixes_draws or others.mixes_draws)
-
-
-def _is_unclear(log_weights: Tensor, config: EvaluationConfig) -> bool:
-    found = Importance.from_log_weights(log_weights)
-    may_be_large = found.khat + config.unclear_khat_in_se * found.khat_se >= GOOD_KHAT
-    is_close = found.log_evidence - found.elbo <= config.max_gap
-    return may_be_large and is_close and found.elbo_se <= config.max_se
 
 
 def _draw(subject: ModelAndGuide, count: int, max_kept: int) -> Drawn:
@@ -91,6 +89,19 @@ def _draw(subject: ModelAndGuide, count: int, max_kept: int) -> Drawn:
             latents.append(kept.clone())
     mixes_draws = subject.log_joint.strategy != strategy
     return Drawn(torch.cat(parts), torch.cat(latents) if latents else None, mixes_draws)
+
+
+class MarginalVerdict(NamedTuple):
+    """What is known of single latents after a fit.
+
+    :param found: the errors of their means and sds; ``None`` where they were not checked.
+    :param trusted: whether they are all small; ``None`` where they were not checked.
+    :param words: what the verdict says of it, with a space before; empty where it says nothing.
+    """
+
+    found: Marginals | None = None
+    trusted: bool | None = None
+    words: str = ""
 
 
 class Evaluation(NamedTuple):
@@ -117,15 +128,21 @@ class Evaluation(NamedTuple):
     is_of_minibatches: bool = False
     drawn: Drawn | None = None
 
-    def result_fields(self) -> dict[str, Any]:
+    def result_fields(self, marginals: MarginalVerdict) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
-        fields = {"elbo": self.elbo, "elbo_se": self.elbo_se, "num_samples": self.num_samples}
         known = {} if self.weights is None else vars(self.weights)
-        for name in ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess"):
-            fields[name] = known.get(name, math.nan)
-        importance = None if self.is_noisy else self.weights
-        trusted, words = self.verdict
-        return {**fields, "trusted": trusted, "verdict": words, "importance": importance}
+        names = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
+        return {
+            "elbo": self.elbo,
+            "elbo_se": self.elbo_se,
+            "num_samples": self.num_samples,
+            **{name: known.get(name, math.nan) for name in names},
+            "trusted": self.verdict.trusted,
+            "verdict": self.verdict.words + marginals.words,
+            "importance": None if self.is_noisy else self.weights,
+            "marginals": marginals.found,
+            "marginals_trusted": marginals.trusted,
+        }
 
 
 def evaluate(
@@ -180,81 +197,71 @@ def evaluate_minibatches(
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True)
 
 
-class MarginalLook(NamedTuple):
-    """What is known of single latents after a fit.
-
-    :param found: the errors of their means and sds; ``None`` where nobody has looked.
-    :param trusted: whether they are all small; ``None`` where nobody has looked.
-    :param words: what the verdict says of it, with a space before; empty where it says nothing.
-    """
-
-    found: Marginals | None = None
-    trusted: bool | None = None
-    words: str = ""
-
-    def result_fields(self, evaluation: Evaluation) -> dict[str, Any]:
-        """The fields of a ``FitResult`` that are about the posterior, with this in the verdict."""
-        fields = evaluation.result_fields()
-        fields["verdict"] += self.words
-        return {**fields, "marginals": self.found, "marginals_trusted": self.trusted}
-
-
-def look_at_marginals(
+def judge_marginals(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
-) -> MarginalLook:
-    """Looks at single latents by weights that are trusted; where these leave it open, by chains.
+) -> MarginalVerdict:
+    """Checks single latents by weights that are trusted; where these leave it open, by chains.
 
     Chains cost as much as some 300 steps of a fit with 64 draws, and are for many latents.
     """
-    is_trusted, look = evaluation.verdict.trusted, MarginalLook()
+    is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     if is_trusted:
-        look = _look_by_weights(subject, evaluation.drawn, config)
-    if look.trusted or subject.log_joint.latents.latent_dim < config.min_for_chains:
-        return look
-    by_chains = _look_by_chains(subject, evaluation, config)
-    # where the joint is trusted, chains that cannot be run are no news
-    return look if is_trusted and by_chains.found is None else by_chains
+        found = _judge_by_weights(subject, evaluation.drawn, config)
+    if found.trusted or subject.log_joint.latents.latent_dim < config.min_for_chains:
+        return found
+    by_chains = _judge_by_chains(subject, evaluation, config)
+    # where the joint posterior is trusted, it does not matter that chains cannot be run
+    return found if is_trusted and by_chains.found is None else by_chains
 
 
-def _look_by_chains(
+def _judge_by_chains(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
-) -> MarginalLook:
-    for reason in _reasons_against(subject, evaluation):
-        return MarginalLook(words=f" Single latents were not looked at: {reason}.")
-    is_trusted = evaluation.verdict.trusted
-    if not (is_trusted or _is_off(evaluation, config)):
-        return MarginalLook()
+) -> MarginalVerdict:
     model, guide, args, kwargs, log_joint = subject
+    reason, is_trusted = "", evaluation.verdict.trusted
+    if evaluation.is_noisy or log_joint.is_random:
+        reason = "the model sub-samples its data, or is random otherwise"
+    elif evaluation.is_of_minibatches:
+        reason = "it was trained on mini-batches, and chains need a model of all data"
+    elif log_joint.strategy == "loop":
+        reason = (
+            "the model runs for one draw after the other, so that it takes long; diagnostics.marginals "
+            "does"
+        )
+    if reason:
+        return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
+    if not is_trusted and not _is_off(evaluation.weights, config):
+        return MarginalVerdict()
     chains = config.num_chains, config.num_chain_steps
     try:
         found = marginals_of(model, guide, args, kwargs, log_joint, *chains)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # a model without a gradient, a guide that is a point
-        return MarginalLook(words=f" Single latents could not be looked at: {error}.")
+    # a model without a gradient, or a guide that is a point
+    except (RuntimeError, ValueError) as error:
+        return MarginalVerdict(words=f" Single latents could not be checked: {error}.")
     if is_trusted:
-        words = f" Of single latents, by short chains: {found.words}."
-        return MarginalLook(found, found.trusted, words)
-    if not found.trusted:
-        return MarginalLook(found, False, f" Nor can single latents be trusted: {found.words}.")
-    if evaluation.lost_mass > config.max_lost:
-        words = " Single latents are right as long as one stays in the modes that the guide has"
-        return MarginalLook(found, False, f"{words}: {found.words}.")
-    words = f" Single latents can be trusted: {found.words}"
-    words += ". The guide is no proposal for importance sampling: leave its weights and its evidence alone"
-    return MarginalLook(found, True, f"{words}.")
+        words = f"Of single latents, by short chains: {found.words}"
+    elif not found.trusted:
+        words = f"Nor can single latents be trusted: {found.words}"
+    elif evaluation.lost_mass > config.max_lost:
+        words = "Single latents are right as long as one stays in the modes that the guide has"
+        return MarginalVerdict(found, False, f" {words}: {found.words}.")
+    else:
+        words = (
+            f"Single latents can be trusted: {found.words}. The guide is no proposal for importance "
+            "sampling: do not use its weights and its evidence"
+        )
+    return MarginalVerdict(found, found.trusted, f" {words}.")
 
 
-def _look_by_weights(
+def _judge_by_weights(
     subject: ModelAndGuide, drawn: Drawn | None, config: EvaluationConfig
-) -> MarginalLook:
+) -> MarginalVerdict:
     """What weights that are trusted say of single latents; nothing where draws are replayed.
 
     Where they do not say that errors of a few latents are small, those of more draws may.
     """
     if drawn is None or drawn.latents is None:
-        return MarginalLook()
+        return MarginalVerdict()
     latents, latent = subject.log_joint.latents, drawn.latents
     log_weights = drawn.log_weights[: len(latent)]
     found = marginals_by_weights(latent, log_weights, latents)
@@ -266,25 +273,11 @@ def _look_by_weights(
         log_weights = torch.cat([log_weights, *(part.log_weights for part in parts)])
         found = marginals_by_weights(latent, log_weights, latents)
     words = f" Of single latents, as far as the guide draws: {found.words}."
-    return MarginalLook(found, found.trusted, words)
+    return MarginalVerdict(found, found.trusted, words)
 
 
-def _reasons_against(subject: ModelAndGuide, evaluation: Evaluation) -> Iterator[str]:
-    """Why chains cannot be run, or would take too long."""
-    if evaluation.is_noisy or subject.log_joint.is_random:
-        yield "the model sub-samples its data, or is random otherwise"
-    if evaluation.is_of_minibatches:
-        yield "it was trained on mini-batches, and chains need a model of all data"
-    if subject.log_joint.strategy == "loop":
-        yield (
-            "the model runs for one draw after the other, so that it takes long; diagnostics.marginals "
-            "does"
-        )
-
-
-def _is_off(evaluation: Evaluation, config: EvaluationConfig) -> bool:
+def _is_off(weights: Importance | None, config: EvaluationConfig) -> bool:
     """Whether weights are known, and say that the joint posterior is not the guide."""
-    weights = evaluation.weights
     if weights is None or weights.num_nonfinite == weights.num_samples:
         return False
     gap = weights.log_evidence - weights.elbo

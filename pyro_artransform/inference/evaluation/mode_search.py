@@ -1,15 +1,16 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Modes far from a guide: its draws beside modes, and climbs by gradients alone.
+"""Searches for modes far from a guide, and what its draws say of the region around each.
 
-Climbs by gradients start at draws of the prior, in shells around the guide, at its mirror images, and
-afar, for any number of latents. Where an end is far from the guide, draws of the guide moved there and a
-mean-field fit bound the mass from below, so that a high density without mass, as in the neck of a funnel,
-raises no alarm.
+Climbs start afar, in shells around the guide, at draws of the prior and at mirror images. With Hessians
+each end has the mass of its curvature. For many latents, or without Hessians, draws of the guide that are
+moved to an end and a mean-field fit there bound the mass from below, so that a high density without mass,
+as in the neck of a funnel, raises no alarm.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,15 +23,17 @@ from ..initialization.gaussians import (
     Gaussians,
     Modes,
     antithetic_noise,
+    climb,
     climb_by_gradients,
     concatenate,
     elbos,
     evaluate_density,
     fit_independent,
 )
+from ..initialization.initial_guide import GaussianSearch
 
-# so many turns leave the density of an angle as it is, and that of any proper prior not, if they are
-# beyond so many standard deviations of the draws as well
+# the density of an angle is the same after these turns, that of a proper prior is not where they lead
+# beyond some standard deviations of the draws
 _TURNS, _BEYOND = (1.0, -32.0), 4.0
 # numbers of points that are evaluated at once: 64 MB in double precision
 _MOST_VALUES = 2**23
@@ -43,7 +46,7 @@ class GuideDraws(NamedTuple):
 
     :param gaussian: their mean and covariance.
     :param log_evidence: the log evidence by their weights, of one turn of each angle.
-    :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` if there is no angle.
+    :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` without angles.
     :param excess_by_turns: the nats by which the weights count several turns of an angle.
     """
 
@@ -61,13 +64,12 @@ class GuideDraws(NamedTuple):
 
         :param max_dense_dim: the most coordinates that a covariance is made of.
         """
-        is_circular = find_circular(log_density, draws)
+        is_circular = _find_circular(log_density, draws)
         folded, excess = fold(draws, is_circular), 0.0
         if is_circular is not None:
             excess = _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
-        return cls(
-            folded, fit_gaussian(folded, max_dense_dim), log_evidence - excess, is_circular, excess
-        )
+        gaussian = _fit_gaussian(folded, max_dense_dim)
+        return cls(folded, gaussian, log_evidence - excess, is_circular, excess)
 
     def widened(self, factor: float) -> Gaussians:
         """The Gaussian of the draws with its scale times a factor."""
@@ -104,7 +106,31 @@ def radius(dim: int) -> float:
     return 1 + 3 * math.sqrt(2 / dim)
 
 
-def fit_gaussian(draws: Tensor, max_dense_dim: int) -> Gaussians:
+def distances_to(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
+    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
+    away = points - gaussians.loc[:, None]
+    if is_circular is not None:
+        away = torch.where(is_circular, _wrapped(away), away)
+    return (gaussians.units(away) ** 2).mean(-1)
+
+
+def fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
+    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
+
+    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
+    """
+    if is_circular is None:
+        return points
+    if center is None:
+        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
+    return torch.where(is_circular, center + _wrapped(points - center), points)
+
+
+def _wrapped(angles: Tensor) -> Tensor:
+    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
+
+
+def _fit_gaussian(draws: Tensor, max_dense_dim: int) -> Gaussians:
     """The Gaussian of the mean and covariance of draws; of many coordinates, of their sds alone."""
     centered = draws - draws.mean(0)
     sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
@@ -117,17 +143,10 @@ def fit_gaussian(draws: Tensor, max_dense_dim: int) -> Gaussians:
     return Gaussians(draws.mean(0)[None], (sd[:, None] * lower)[None])
 
 
-def distances_to(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
-    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = _shortest(points - gaussians.loc[:, None], is_circular)
-    return (gaussians.units(away) ** 2).mean(-1)
-
-
-def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
+def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
     """Which coordinates are angles: after whole turns the density is the same.
 
-    :param draws: draws of a guide, shape ``(n, D)``.
-    :return: shape ``(D,)``, of booleans; ``None`` if there is no angle.
+    :return: shape ``(D,)``, of booleans; ``None`` without angles.
     """
     points, spread = draws[:1], draws.std(0) / (2 * math.pi)
     value = evaluate_density(log_density, points)
@@ -155,96 +174,139 @@ def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
 def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
     """The entropy of the turn that a draw is in, given its angle, of n draws of several angles.
 
-    As the density is the same in all turns, a guide's ELBO is larger by that.
+    As the density is the same in all turns, a guide's ELBO is larger by that. Entropies are corrected
+    for the number of draws (Miller, 1955).
     """
     total = 0.0
     size = math.isqrt(len(draws))  # of pieces in which the angle counts as the same
     for angles, within in zip(draws.double().mT, folded.double().mT):
         turns = ((angles - within) / (2 * math.pi)).round()
-        pieces = turns[within.argsort()].split(size)
-        total += sum(_entropy(piece) * len(piece) for piece in pieces) / len(turns)
+        nats = 0.0
+        for piece in turns[within.argsort()].split(size):
+            counts = piece.unique(return_counts=True)[1]
+            shares = counts / len(piece)
+            entropy = -(shares * shares.log()).sum() + (len(counts) - 1) / (2 * len(piece))
+            nats += entropy.item() * len(piece)
+        total += nats / len(turns)
     return total
 
 
-def _entropy(values: Tensor) -> float:
-    """The entropy of discrete draws, corrected for their number (Miller, 1955)."""
-    counts = values.unique(return_counts=True)[1]
-    shares = counts / len(values)
-    return (-(shares * shares.log()).sum() + (len(counts) - 1) / (2 * len(values))).item()
-
-
-def _shortest(differences: Tensor, is_circular: Tensor | None) -> Tensor:
-    """Differences of points of shape ``(*, D)``, those of angles the shorter way around."""
-    if is_circular is None:
-        return differences
-    wrapped = torch.remainder(differences + math.pi, 2 * math.pi) - math.pi
-    return torch.where(is_circular, wrapped, differences)
-
-
-def fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
-    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
-
-    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
-    """
-    if is_circular is None:
-        return points
-    if center is None:
-        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
-    folded = center + _shortest(points - center, is_circular)
-    return torch.where(is_circular, folded, points)
-
-
 @dataclass(frozen=True)
-class GradientSearch:
+class ModeSearch:
     """A search for modes far from a guide.
 
-    :param initialization: how mean-field fits are made.
+    :param model: the model, with its arguments.
+    :param initialization: how draws of the prior and mean-field fits are made.
     """
 
     log_density: LogDensity
+    model: Callable[[], object]
     config: EvaluationConfig
     initialization: InitializationConfig
+    guide: GuideDraws
 
-    def find(
-        self, points: Tensor, draws: Tensor, around: Gaussians, log_evidence: float
-    ) -> Modes | None:
-        """Gaussians far from a guide, with a lower bound of the mass of each.
+    def search(self, starts: Tensor, known: Modes | None) -> tuple[Modes | None, str]:
+        """Known modes, and those above some starts and points afar.
 
-        :param points: where to start, besides mirror images.
-        :param draws: draws of the guide, shape ``(n, D)``.
-        :param around: their Gaussian.
-        :param log_evidence: the log evidence according to them.
-        :return: ``None`` if none has a mass that matters.
+        :return: also how these were found: by "curvature", by "gradients" alone, or "none".
         """
+        points, searched_by = torch.cat([starts, self._points_afar()]), "curvature"
+        if known is None:  # no start has climbed from there
+            config = self.initialization
+            if self.log_density.strategy == "loop":
+                config = config.for_loop()
+            prior = GaussianSearch(self.log_density, self.model, config)
+            points = torch.cat([points, prior.points(self.guide.gaussian.loc[0])])
+        found = self._climb(points)
+        if found is None:
+            searched_by = "gradients"
+            try:
+                found = self._climb_by_gradients(points)
+            except RuntimeError:  # a model without a gradient
+                searched_by = "none"
+        known = None if known is None else self._weighed(known)
+        return self._distinct(known, found), searched_by
+
+    def search_more(self, modes: Modes | None) -> Modes | None:
+        """The modes, and those above other points afar."""
+        return self._distinct(modes, self._climb(self._points_afar()))
+
+    def _points_afar(self) -> Tensor:
+        """Points of finite density far outside of the guide.
+
+        Half of the points are any, half are those of each shell whose density exceeds its Gaussian's
+        the most; and the images of the Gaussian in the origin and in the starting point.
+        """
+        config, density = self.config, self.log_density
+        around = self.guide.widened(config.heavy_inflation)
+        screened, count = config.num_screened, config.num_climbs
+        if density.strategy == "loop":
+            screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
+        noise = torch.randn_like(around.loc.expand(screened, -1))
+        shells = torch.arange(screened, device=noise.device) % len(config.far)
+        far = noise.new_tensor(config.far)[shells, None]
+        points = around.loc + around.deviations(far * noise)[0]
+        images = torch.cat([-around.loc, 2 * density.start - around.loc])
+        values = evaluate_density(density, points)
+        is_finite = values.isfinite()
+        points, values, shells = points[is_finite], values[is_finite], shells[is_finite]
+        half = count // 2
+        excess = values + 0.5 * points.shape[-1] * distances_to(around, points)[0]
+        best = _best_of_each(shells[half:], excess[half:])[: count - half]
+        images = images[evaluate_density(density, images).isfinite()]
+        return torch.cat([points[:half], points[half:][best], images])
+
+    def _climb(self, points: Tensor) -> Modes | None:
+        """The modes above points, if Hessians can be had."""
         density, config = self.log_density, self.config
-        draws = draws[: config.num_moved]
+        if density.latents.latent_dim > config.max_hessian_dim or not len(points):
+            return None
+        try:
+            no_noise = torch.zeros_like(points[:1])
+            modes, _ = climb(density, points, no_noise, config.max_newton_steps)
+            return self._weighed(modes)
+        except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
+            return None
+
+    def _climb_by_gradients(self, points: Tensor) -> Modes | None:
+        """Gaussians far from the guide, above points and mirror images, with bounds of their masses.
+
+        :return: ``None`` without a mass that matters.
+        """
+        density, config, around = self.log_density, self.config, self.guide.gaussian
+        draws = self.guide.draws[: config.num_moved]
         base = evaluate_density(density, draws)
-        starts, signs = self._starts(points, around.loc[0])
+        starts, signs = self._with_mirror_images(points)
         starts = torch.cat([draws[base.argmax()][None], starts])
-        ends, values = climb_by_gradients(
-            density, starts, around.scale_tril[0], config.max_newton_steps
-        )
-        kept = self._far(ends, values, around)
+        scale = around.scale_tril[0]
+        ends, values = climb_by_gradients(density, starts, scale, config.max_newton_steps)
+        kept = self._far(ends, values)
         if not kept:
             return None
         own, far, signs = ends[0], ends[kept], signs[[k - 1 for k in kept]]
         moved = far[:, None] + signs[:, None] * (draws - own)
         gain = (evaluate_density(density, moved) - base)[:, base.isfinite()].mean(-1)
-        mirrored = around.mirrored(signs)
-        gaussians = Gaussians(far - signs * own + mirrored.loc, mirrored.scale_tril)
-        fitted = self._fit(far, draws.std(0), around.is_independent)
+        scales = scale.expand(len(far), *scale.shape)
+        if not around.is_independent:
+            scales = signs[:, :, None] * scales * signs[:, None]
+        mirrored = Gaussians(far - signs * own + signs * around.loc, scales)
+        # mean-field fits in the units of the draws
+        sd, count = draws.std(0), 1 if density.strategy == "loop" else len(far)
+        fitted = fit_independent(lambda z: density(z * sd), far[:count] / sd, self.initialization)
+        fitted = Gaussians(fitted.loc * sd, sd * fitted.scale_tril)
+        fitted = fitted if around.is_independent else fitted.dense()
         noise = antithetic_noise(far, self.initialization.num_rough)
-        log_masses = torch.cat([log_evidence + gain, elbos(density, fitted, noise)])
-        least = log_evidence + math.log(config.max_lost * config.min_counted)
-        matters = log_masses > least
-        modes = Modes(concatenate([gaussians, fitted]), torch.zeros_like(log_masses), matters)
+        bounds = torch.cat([self.guide.log_evidence + gain, elbos(density, fitted, noise)])
+        matters = bounds > self.guide.log_evidence + math.log(config.max_lost * config.min_counted)
+        modes = Modes(concatenate([mirrored, fitted]), torch.zeros_like(bounds), matters)
         # as modes of these masses by Laplace's approximation
-        modes = modes._replace(value=log_masses - modes.log_masses())
+        modes = modes._replace(value=bounds - modes.log_masses())
         return modes.take(matters.nonzero()[:, 0].tolist()) if bool(matters.any()) else None
 
-    def _starts(self, points: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """Points of finite density, and which coordinates are mirrored there: 1 or -1."""
+    def _with_mirror_images(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Points and images of the guide's mean, of finite density; and signs, -1 where mirrored."""
         density, flips, start = self.log_density, list[Tensor](), 0
+        center = self.guide.gaussian.loc[0]
         if density.strategy != "loop":
             for site in density.latents.sites.values():
                 flips.append(torch.ones_like(center))
@@ -257,9 +319,9 @@ class GradientSearch:
         is_finite = evaluate_density(density, points).isfinite()
         return points[is_finite], signs[is_finite]
 
-    def _far(self, ends: Tensor, values: Tensor, around: Gaussians) -> list[int]:
+    def _far(self, ends: Tensor, values: Tensor) -> list[int]:
         """The highest of the ends that are far from the first one, and from each other."""
-        units = around.units(ends[None])[0]
+        units = self.guide.gaussian.units(ends[None])[0]
         kept = [0]
         for i in values.argsort(descending=True).tolist():
             distances = (units[kept] - units[i]).square().sum(-1)
@@ -267,13 +329,54 @@ class GradientSearch:
                 kept.append(i)
         return kept[1 : self.config.num_far + 1]
 
-    def _fit(self, points: Tensor, sd: Tensor, is_independent: bool) -> Gaussians:
-        """Mean-field fits from points, in the units of the guide's draws."""
+    def _weighed(self, modes: Modes) -> Modes:
+        """Modes whose mass is that of their curvature, if draws of their Gaussians find as much.
 
-        def log_density(units: Tensor) -> Tensor:
-            return self.log_density(units * sd)
+        In the neck of a funnel, or on a ridge, the curvature promises mass where next to none is. An
+        end of a climb that is not a maximum, as on a ring, stands for what is around it.
+        """
+        config, converged = self.config, modes.converged[:, None, None]
+        scale_tril = self.guide.capped(modes.gaussians).scale_tril
+        scale_tril = torch.where(converged, modes.gaussians.scale_tril, scale_tril)
+        gaussians = Gaussians(modes.gaussians.loc, scale_tril)
+        noise = antithetic_noise(gaussians.loc, config.num_for_mode)
+        log_p = evaluate_density(self.log_density, gaussians.loc[:, None] + noise @ scale_tril.mT)
+        log_ratio = log_p + 0.5 * noise.square().sum(-1)  # but for the constant of the Gaussian
+        found = log_ratio.logsumexp(-1) - math.log(config.num_for_mode)
+        excess = modes.value - found - noise.shape[-1] * config.max_curvature_error
+        value = modes.value - excess.clamp_min(0)
+        return Modes(gaussians, value, value.isfinite())
 
-        count = 1 if self.log_density.strategy == "loop" else len(points)
-        loc, scale = fit_independent(log_density, points[:count] / sd, self.initialization)
-        scale = sd * scale
-        return Gaussians(loc * sd, scale if is_independent else torch.diag_embed(scale))
+    def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
+        """The maxima that are not the same, those with the most mass first, angles near the guide's."""
+        parts = list(filter(None, (known, found)))
+        if not parts:
+            return None
+        gaussians, values, converged = zip(*parts)
+        loc, scale_tril = concatenate(gaussians)
+        is_circular = self.guide.is_circular
+        loc = fold(loc, is_circular, self.guide.gaussian.loc[0])
+        modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
+        config, kept = self.config, list[int]()
+        least = min(loc.shape[-1] * config.min_mode_distance, config.max_squared_distance)
+        for i in modes.log_masses().argsort(descending=True).tolist():
+            if not bool(modes.converged[i]):
+                continue
+            # a spike inside of a wide mode is far from its top in units of its own
+            others, this = modes.gaussians.take(kept), modes.gaussians.take([i])
+            distances = len(loc[i]) * torch.maximum(
+                distances_to(others, this.loc, is_circular)[:, 0],
+                distances_to(this, others.loc, is_circular)[0],
+            )
+            if bool((distances > least).all()):
+                kept.append(i)
+        return modes.take(kept) if kept else None
+
+
+def _best_of_each(groups: Tensor, values: Tensor) -> Tensor:
+    """The indices of values: the largest of each group first, then the second of each, and so on."""
+    order = values.argsort(descending=True)
+    same, members = groups[order].sort(stable=True)
+    rank = torch.empty_like(members)
+    rank[members] = torch.arange(len(same), device=same.device) - torch.searchsorted(same, same)
+    return order[rank.argsort(stable=True)]

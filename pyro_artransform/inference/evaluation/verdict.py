@@ -22,14 +22,14 @@ _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
 )
-#: what a success says of mass elsewhere, by how it was looked for
+#: what a success says of mass elsewhere, by how it was searched for
 _ELSEWHERE = {
     "curvature": ", and no start found mass elsewhere.",
     "gradients": (
         ", and no climb by gradients alone found mass elsewhere (curvatures, which see more, are too "
-        "expensive for so many latents, or the model has none)."
+        "expensive for this many latents, or the model has none)."
     ),
-    "none": ", but mass elsewhere was not looked for.",
+    "none": ", but mass elsewhere was not searched for.",
 }
 _SUBSAMPLED = (
     "the model sub-samples its data, or is random otherwise, so that the numbers below rest on the "
@@ -121,7 +121,7 @@ def judge(
 def _about_missing(missing: Sequence[str]) -> str:
     return (
         "the guide's graph lacks dependencies that the model has where the posterior is: "
-        f"{first_of(missing)}. They were switched off where the guide looked: "
+        f"{first_of(missing)}. They were switched off where the graph was found: "
         "make it anew with an init_loc_fn of values where they are on, such as "
         "init_to_value(values=guide.median()), or use AutoIAF"
     )
@@ -203,7 +203,7 @@ def about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all
     if weights is not None:
         return (
             f"{known}, and k-hat is {weights.khat:.2f} ± {weights.khat_se:.2f} by a pass over all of "
-            "them, but nobody has looked for mass elsewhere. On data that fit into memory fit "
+            "them, but mass elsewhere was not searched for. On data that fit into memory fit "
             "without a loader, which does"
         )
     return (
@@ -228,7 +228,7 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
             "other mode(s) that the guide leaves out."
         )
-    return words + _ELSEWHERE["none" if missed is None else missed.look]
+    return words + _ELSEWHERE["none" if missed is None else missed.searched_by]
 
 
 def _tail_share(found: Importance) -> float:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Gaussian candidates on the unconstrained space: by Newton's method, and by mean-field fits.
+"""Gaussians on the unconstrained space: by Newton's method, and by mean-field fits.
 
 A regression with raw scales has a posterior whose axes differ by orders of magnitude, which defeats
 first-order methods; Newton steps do not depend on scales. All points move together: their values,
@@ -65,10 +65,9 @@ class Gaussians(NamedTuple):
         scale = self.scale_tril
         return (scale if scale.dim() == 2 else scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
 
-    def diagonal(self) -> "Gaussians":
-        """The independent Gaussians nearest in KL(q|p): of the same conditional deviations."""
-        precision = torch.cholesky_inverse(self.scale_tril).diagonal(dim1=-2, dim2=-1)
-        return Gaussians(self.loc, torch.diag_embed(precision.rsqrt()))
+    def dense(self) -> "Gaussians":
+        """Independent Gaussians with matrices for scales."""
+        return Gaussians(self.loc, torch.diag_embed(self.scale_tril))
 
     def deviations(self, noise: Tensor) -> Tensor:
         """The deviations from the means that standard normal noise of shape ``(*, n, D)`` makes.
@@ -84,13 +83,6 @@ class Gaussians(NamedTuple):
         if self.is_independent:
             return away / self.scale_tril[:, None]
         return torch.linalg.solve_triangular(self.scale_tril, away.mT, upper=False).mT
-
-    def mirrored(self, signs: Tensor) -> "Gaussians":
-        """One Gaussian with the signs of some coordinates changed, for S rows of signs ``(S, D)``."""
-        scale = self.scale_tril
-        if self.is_independent:
-            return Gaussians(signs * self.loc, scale.expand_as(signs))
-        return Gaussians(signs * self.loc, signs[:, :, None] * scale * signs[:, None])
 
 
 class Modes(NamedTuple):
@@ -140,17 +132,23 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-def fit_mean_field(log_density: Density, points: Tensor, config: InitializationConfig) -> Gaussians:
-    """Independent Gaussians fitted by a few steps of Adam from each point of shape ``(S, D)``."""
-    loc, sd = fit_independent(log_density, points, config)
-    return Gaussians(loc, torch.diag_embed(sd))
+def fit_mean_fields(
+    log_density: Density, points: Tensor, noise: Tensor, config: InitializationConfig
+) -> Gaussians:
+    """Independent Gaussians fitted from the most promising of some points of shape ``(S, D)``.
+
+    :param noise: standard normal draws for the ELBOs of narrow Gaussians there, shape ``(K, D)``.
+    """
+    narrow = Gaussians(points, torch.full_like(points, config.narrow_scale))
+    order = elbos(log_density, narrow, noise).argsort(descending=True)
+    return fit_independent(log_density, points[order[: config.num_mean_fields]], config)
 
 
 @torch.enable_grad()
 def fit_independent(
     log_density: Density, points: Tensor, config: InitializationConfig
-) -> tuple[Tensor, Tensor]:
-    """:func:`fit_mean_field` as means and standard deviations, both of shape ``(S, D)``."""
+) -> Gaussians:
+    """Independent Gaussians fitted by a few steps of Adam from each point of shape ``(S, D)``."""
     loc = points.detach().clone().requires_grad_()
     log_scale = torch.full_like(loc, config.narrow_scale).log().detach().requires_grad_()
     adam = Adam([loc, log_scale], config.mean_field_step_size, config.mean_field_betas)
@@ -165,7 +163,7 @@ def fit_independent(
         loc.grad = torch.where(usable, by_loc, 0.0)
         log_scale.grad = torch.where(usable, by_scale, 0.0)
         adam.step(config.mean_field_decay**step)
-    return loc.detach(), log_scale.detach().exp()
+    return Gaussians(loc.detach(), log_scale.detach().exp())
 
 
 def climb(

@@ -30,7 +30,7 @@ from .gaussians import (
     concatenate,
     elbos,
     evaluate_density,
-    fit_mean_field,
+    fit_mean_fields,
 )
 
 #: the name of the candidate that is the guide itself, which then does not change
@@ -61,11 +61,10 @@ def find_initial_guide(
         config = config.for_loop()
     own_elbo, needed, center = judge_guide(log_density, guide, config)
     _check_gradient(log_density, center)
-    search = GaussianSearch(log_density, model, config)
-    best = search.best(center)
+    best = GaussianSearch(log_density, model, config).best(center)
     if best is not None:
         chosen, gaussian = best
-        if chosen.elbo > needed and search.start_at(gaussian, guide, own_elbo):
+        if chosen.elbo > needed and _start_at(guide, gaussian, log_density, own_elbo, config):
             return chosen
         if own_elbo > -torch.inf:
             return InitialGuide(UNCHANGED, own_elbo, chosen.modes)
@@ -88,6 +87,30 @@ def _check_gradient(log_density: LogDensity, z: Tensor) -> None:
         )
 
 
+def _start_at(
+    guide: FlowGuide,
+    gaussian: Gaussians,
+    log_density: LogDensity,
+    own_elbo: float,
+    config: InitializationConfig,
+) -> bool:
+    """Starts a guide at a Gaussian, without its correlations if the guide cannot have any.
+
+    :return: whether it did, which it does not where that is worse than the guide itself.
+    """
+    try:
+        guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
+    except ValueError:
+        # the nearest independent one in KL(q|p), of the same conditional deviations
+        precision = torch.cholesky_inverse(gaussian.scale_tril).diagonal(dim1=-2, dim2=-1)
+        independent = Gaussians(gaussian.loc, precision.rsqrt())
+        noise = antithetic_noise(independent.loc, config.num_fine)
+        if elbos(log_density, independent, noise).item() <= own_elbo:
+            return False
+        guide.start_at(independent.loc[0], independent.scale_tril[0].diag())
+    return True
+
+
 def judge_guide(
     log_density: LogDensity, guide: FlowGuide, config: InitializationConfig
 ) -> tuple[float, float, Tensor]:
@@ -101,7 +124,7 @@ def judge_guide(
 
 
 def _upper_bound(ratios: Tensor, num_se: float) -> float:
-    """The mean and so many of its standard errors; the median if it is between: tails are one-sided."""
+    """The mean and a multiple of its standard error; the median if it is between: tails are one-sided."""
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
     bound = mean + num_se * error
@@ -117,21 +140,6 @@ class GaussianSearch:
     model: Callable[[], object]
     config: InitializationConfig
 
-    def start_at(self, gaussian: Gaussians, guide: FlowGuide, own_elbo: float) -> bool:
-        """Starts a guide at a Gaussian, without its correlations if the guide cannot have any.
-
-        :return: whether it did, which it does not where that is worse than the guide itself.
-        """
-        try:
-            guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
-        except ValueError:
-            independent = gaussian.diagonal()
-            noise = antithetic_noise(independent.loc, self.config.num_fine)
-            if elbos(self.log_density, independent, noise).item() <= own_elbo:
-                return False
-            guide.start_at(independent.loc[0], independent.scale_tril[0])
-        return True
-
     def best(self, center: Tensor) -> tuple[InitialGuide, Gaussians] | None:
         """The best candidate around a point, and itself as S = 1 Gaussians.
 
@@ -140,16 +148,16 @@ class GaussianSearch:
         points = self.points(center)
         if not len(points):
             return None
+        config, density = self.config, self.log_density
         candidates, modes = self._candidates(points)
         names = []
         for name, part in candidates.items():
             names += [name] * len(part.loc)
         gaussians = concatenate(candidates.values())
-        noise = antithetic_noise(points, self.config.num_rough)
-        rough = elbos(self.log_density, gaussians, noise)
-        finalists = rough.argsort(descending=True)[: self.config.num_finalists]
-        noise = antithetic_noise(points, self.config.num_fine)
-        fine = elbos(self.log_density, gaussians.take(finalists), noise)
+        rough = elbos(density, gaussians, antithetic_noise(points, config.num_rough))
+        finalists = rough.argsort(descending=True)[: config.num_finalists]
+        noise = antithetic_noise(points, config.num_fine)
+        fine = elbos(density, gaussians.take(finalists), noise)
         k = fine.argmax(keepdim=True)
         chosen = InitialGuide(names[int(finalists[k])], fine[k].item(), modes)
         return chosen, gaussians.take(finalists[k])
@@ -157,12 +165,9 @@ class GaussianSearch:
     def _candidates(self, points: Tensor) -> tuple[dict[str, Gaussians], Modes | None]:
         """Candidates by their kind, and the modes."""
         density, config = self.log_density, self.config
-        unit = torch.diag_embed(torch.ones_like(points))
-        narrow = config.narrow_scale * unit
         noise = antithetic_noise(points, config.num_rough)
-        rough = elbos(density, Gaussians(points, narrow), noise)
-        promising = points[rough.argsort(descending=True)[: config.num_mean_fields]]
-        candidates = {"a mean-field fit": fit_mean_field(density, promising, config)}
+        fitted = fit_mean_fields(density, points, noise, config).dense()
+        candidates = {"a mean-field fit": fitted}
         if density.latents.latent_dim > config.max_hessian_dim:
             return candidates, None
         noise = antithetic_noise(points, config.num_rough)
@@ -172,8 +177,10 @@ class GaussianSearch:
             return candidates, None
         candidates["a Gaussian on the way to a mode"] = best
         candidates["the curvature at a mode"] = modes.gaussians
-        candidates["a mode, with unit scale"] = Gaussians(modes.gaussians.loc, unit)
-        candidates["a mode, with a small scale"] = Gaussians(modes.gaussians.loc, narrow)
+        ends, unit = modes.gaussians.loc, torch.ones_like(points)
+        candidates["a mode, with unit scale"] = Gaussians(ends, unit).dense()
+        small = Gaussians(ends, config.narrow_scale * unit).dense()
+        candidates["a mode, with a small scale"] = small
         return candidates, modes
 
     def points(self, center: Tensor) -> Tensor:

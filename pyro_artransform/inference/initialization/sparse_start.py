@@ -36,7 +36,7 @@ from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogDensity
 from ...joint.protocols import StructuredGuide
 from ..config import InitializationConfig
-from .gaussians import antithetic_noise, evaluate_density, fit_independent
+from .gaussians import antithetic_noise, elbos, evaluate_density, fit_mean_fields
 from .initial_guide import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, judge_guide
 
 _SPARSE = "a Gaussian with the graph of the latents"
@@ -65,7 +65,7 @@ def find_sparse_start(
     if len(points):
         search = SparseGaussianSearch(log_density, guide.markov_graph(), config)
         gaussian = search.best(points)
-        elbo = search.elbo(gaussian, config.num_fine)
+        elbo = search.elbo(gaussian, antithetic_noise(gaussian.loc[None], config.num_fine))
         if elbo > needed:
             guide.start_at_gaussian(gaussian)
             return InitialGuide(_SPARSE, elbo, initial.modes)
@@ -89,63 +89,44 @@ class SparseGaussianSearch:
 
     def best(self, points: Tensor) -> SparseGaussian:
         """The best Gaussian from points of shape ``(S, D)``, by natural gradients from mean-field fits."""
-        config = self.config
-        noise = antithetic_noise(points, config.num_rough)
-        rough = self._independent_elbos(points, torch.full_like(points, config.narrow_scale), noise)
-        promising = points[rough.argsort(descending=True)[: config.num_mean_fields]]
-        loc, sd = fit_independent(self.log_density, promising, config)
-        k = int(self._independent_elbos(loc, sd, noise).argmax())
+        noise = antithetic_noise(points, self.config.num_rough)
+        fitted = fit_mean_fields(self.log_density, points, noise, self.config)
+        k = elbos(self.log_density, fitted, noise).argmax()
+        loc, sd = fitted.loc[k], fitted.scale_tril[k]
         precision = loc.new_zeros(self.pattern.num_entries)
-        precision[self.pattern.diagonal] = sd[k] ** -2
-        return self.climb(SparseGaussian.from_precision(self.pattern, loc[k], precision), precision)
+        precision[self.pattern.diagonal] = sd**-2
+        return self.climb(SparseGaussian.from_precision(self.pattern, loc, precision), precision)
 
     def climb(self, gaussian: SparseGaussian, precision: Tensor) -> SparseGaussian:
         """Natural-gradient steps from a Gaussian of some precision, as long as the ELBO rises."""
-        noise = antithetic_noise(gaussian.loc[None], self.config.num_rough)
-        elbo = self._elbo(gaussian, noise)
-        for _ in range(self.config.max_natural_steps):
-            curvature, gradient = self._expectations(gaussian)
-            found = self._step(gaussian, precision, curvature, gradient, noise, elbo)
-            if found is None:
-                break
-            gain = found[2] - elbo
-            gaussian, precision, elbo = found
-            if not gain > self.config.min_natural_gain:
+        config = self.config
+        noise = antithetic_noise(gaussian.loc[None], config.num_rough)
+        elbo = self.elbo(gaussian, noise)
+        for _ in range(config.max_natural_steps):
+            before, (curvature, gradient) = elbo, self._expectations(gaussian)
+            for share in config.natural_shares:  # the longest part of a step that raises the ELBO
+                mixed = torch.lerp(precision, curvature, share)
+                moved = SparseGaussian.from_precision(self.pattern, gaussian.loc, mixed)
+                moved = moved.at(gaussian.loc + share * moved.solve(gradient))
+                value = self.elbo(moved, noise)
+                if value > elbo:
+                    gaussian, precision, elbo = moved, mixed, value
+                    break
+            if not elbo - before > config.min_natural_gain:
                 break
         return gaussian
 
-    def _step(
-        self,
-        gaussian: SparseGaussian,
-        precision: Tensor,
-        curvature: Tensor,
-        gradient: Tensor,
-        noise: Tensor,
-        elbo: float,
-    ) -> tuple[SparseGaussian, Tensor, float] | None:
-        """The longest part of a step that raises the ELBO: Gaussian, precision, and ELBO."""
-        for share in self.config.natural_shares:
-            mixed = torch.lerp(precision, curvature, share)
-            moved = SparseGaussian.from_precision(self.pattern, gaussian.loc, mixed)
-            moved = moved.at(gaussian.loc + share * moved.solve(gradient))
-            value = self._elbo(moved, noise)
-            if value > elbo:
-                return moved, mixed, value
-        return None
-
     def _expectations(self, gaussian: SparseGaussian) -> tuple[Tensor, Tensor]:
         """The expectations of the curvature, by its entries, and of the gradient, shape ``(D,)``."""
-        coloring, dim = self.graph.coloring, len(gaussian.loc)
-        config, count = self.config, self.graph.coloring.num_colors
+        config, count, dim = self.config, self.graph.coloring.num_colors, len(gaussian.loc)
         num_draws = config.max_natural_gradients // (2 * (count + 1)) * 2
         num_draws = min(max(num_draws, config.min_natural), config.num_natural)
         draws = gaussian.transform(antithetic_noise(gaussian.loc[None], num_draws))
-        color = torch.tensor(coloring.color, dtype=torch.long, device=draws.device)
         step = config.natural_difference * gaussian.sd
         if draws.dtype != torch.float64:  # the differences of rounded numbers
             step = 10 * step
         shifts = torch.zeros(count, dim, dtype=draws.dtype, device=draws.device)
-        shifts[color, torch.arange(dim, device=draws.device)] = step
+        shifts[self._pairs[2], torch.arange(dim, device=draws.device)] = step
         base = gradients(self.log_density, draws)
         total, used = torch.zeros_like(shifts), 0
         for draw, at_draw in zip(draws, base):
@@ -167,25 +148,17 @@ class SparseGaussianSearch:
 
     @cached_property
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rows and columns of all pairs of the graph, colors, and who is a hub."""
+        """The rows and columns of all pairs of the graph; colors of coordinates, and which are hubs."""
         coloring, device = self.graph.coloring, self.log_density.start.device
         pairs = [*self.graph.edges, *((i, i) for i in range(self.graph.input_dim))]
         rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
         color = torch.tensor(coloring.color, dtype=torch.long, device=device)
         return rows, columns, color, color >= coloring.num_colors - coloring.num_hubs
 
-    def elbo(self, gaussian: SparseGaussian, num_draws: int) -> float:
-        """The ELBO of a Gaussian on new draws; ``-inf`` where it is not finite."""
-        return self._elbo(gaussian, antithetic_noise(gaussian.loc[None], num_draws))
-
-    def _elbo(self, gaussian: SparseGaussian, noise: Tensor) -> float:
+    def elbo(self, gaussian: SparseGaussian, noise: Tensor) -> float:
+        """The ELBO of a Gaussian on noise of shape ``(K, D)``; ``-inf`` where it is not finite."""
         values = evaluate_density(self.log_density, gaussian.transform(noise))
         # of the same draws as the density, so that the constant of a Gaussian cancels
         dim = noise.shape[-1]
         entropy = gaussian.entropy() - 0.5 * dim + 0.5 * noise.square().sum(-1).mean()
         return float((values.mean() + entropy).nan_to_num(-math.inf, -math.inf, -math.inf))
-
-    def _independent_elbos(self, loc: Tensor, sd: Tensor, noise: Tensor) -> Tensor:
-        """The ELBOs of independent Gaussians, shapes ``(S, D)``, but for a constant."""
-        draws = loc[:, None] + noise * sd[:, None]
-        return evaluate_density(self.log_density, draws).mean(-1) + sd.log().sum(-1)

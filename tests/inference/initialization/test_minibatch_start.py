@@ -3,6 +3,7 @@
 """The initial guide of elements of mini-batches: near the posterior of all data from one of them."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pyro
@@ -12,16 +13,18 @@ from pyro import distributions as dist
 from torch import nn
 
 from pyro_artransform import AutoAmortized
-from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.initial_guide import (
+    UNCHANGED,
     SharedPrior,
     find_initial_minibatch_guide,
 )
 from pyro_artransform.inference.loader import Batch
 from pyro_artransform.inference.optimization.objective import PyroObjective
 from pyro_artransform.joint import LogJoint
+from tests.inference.conftest import QUICK
 
 SIZE, BATCH = 400, 40
+CONFIG = replace(QUICK.initialization, max_newton_steps=40)
 
 
 def hierarchy(y, unit=1.0, total=SIZE):
@@ -50,25 +53,25 @@ class Encoder(nn.Module):
         return pyro.subsample(y, event_dim=0)[:, None]
 
 
-def find(*args):
-    return find_initial_minibatch_guide(*args, InitializationConfig())
-
-
-def started(model, y, **options):
-    guide = AutoAmortized(model, Encoder(), **options)
+def started(model, y, guide=None):
+    guide = guide or AutoAmortized(model, Encoder())
     guide(y)
-    log_joint = LogJoint(model, (y,))
-    objective = PyroObjective(model, guide, Batch((y,), {}), log_joint)
-    return guide, find(log_joint, model, guide, ((y,), {}), objective.elbo_draws)
+    batch, log_joint = Batch((y,), {}), LogJoint(model, (y,))
+    elbo_draws = PyroObjective(model, guide, batch, log_joint).elbo_draws
+    start = find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, CONFIG)
+    return guide, start
 
 
-@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e4])
+def values(guide):
+    return {name: p.detach().clone() for name, p in guide.named_parameters()}
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e4])
 def test_globals_are_near_the_posterior_of_all_data(unit):
     y = unit * (70.0 + torch.randn(BATCH) * 1.25**0.5)
-    model = partial(hierarchy, unit=unit)
-    guide, start = started(model, y)
-    assert start.name != "initial guide"
-    draws = guide.sample_posterior(4000, y)
+    guide, start = started(partial(hierarchy, unit=unit), y)
+    assert start.name != UNCHANGED
+    draws = guide.sample_posterior(2000, y)
     scale = unit * (1.25 / SIZE) ** 0.5
     # a mini-batch knows as much as this
     assert (draws["mean"].mean() - y.mean()).abs() < 0.2 * scale
@@ -77,15 +80,42 @@ def test_globals_are_near_the_posterior_of_all_data(unit):
     # 1 / 5 is what the prior's mean weighs, beside an element's data
     slope = (guide.transform.locals[0].affine.linear.weight[0, -1] / math.sqrt(SIZE)).item()
     assert abs(slope / (0.2 * scale) - 1) < 0.1
+    if unit == 1.0:
+        steps_follow_the_noise_of_mini_batches(guide)
+
+
+def steps_follow_the_noise_of_mini_batches(guide):
+    ratio = SIZE / BATCH
+    units = {id(parameter): unit for parameter, unit in guide.step_scales().items()}
+    *flow, affine = guide.transform.globals.transform.transforms
+    scale = affine.log_scale.detach().exp()
+    assert torch.allclose(units.pop(id(affine.loc)), 2 * math.sqrt(ratio) * scale)
+    bent = [parameter for part in flow for parameter in part.parameters()]
+    assert units.keys() == {id(parameter) for parameter in bent}
+    assert all(unit == ratio**-0.5 for unit in units.values())
+
+
+def test_a_guide_that_is_better_already_stays():
+    y = torch.randn(BATCH)
+    guide = AutoAmortized(hierarchy, Encoder(), flow=None, local_flow=None)
+    _, first = started(hierarchy, y, guide)
+    with torch.no_grad():
+        guide.transform.locals[0].affine.loc.zero_()
+        guide.transform.locals[0].affine.linear.weight[0, 0] = 0.8
+    before = values(guide)
+    _, start = started(hierarchy, y, guide)
+    assert start.name == UNCHANGED
+    assert start.elbo > first.elbo
+    assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
 
 
 def test_of_a_plate_that_draws_its_mini_batch():
-    y = 70.0 + torch.randn(SIZE) * 1.25**0.5
-    guide, start = started(drawing, y)
-    assert start.name != "initial guide"
-    mean = guide.sample_posterior(4000, y)["mean"]
-    assert (mean.mean() - y.mean()).abs() < 5 * (1.25 / BATCH) ** 0.5
-    assert (mean.std() / (1.25 / SIZE) ** 0.5 - 1).abs() < 0.1
+    y = 70.0 + torch.randn(10 * 20) * 1.25**0.5
+    guide, start = started(partial(drawing, size=20), y)
+    assert start.name != UNCHANGED
+    mean = guide.sample_posterior(1000, y)["mean"]
+    assert (mean.mean() - y.mean()).abs() < 5 * (1.25 / 20) ** 0.5
+    assert (mean.std() / (1.25 / len(y)) ** 0.5 - 1).abs() < 0.1
 
 
 def test_shared_prior():
@@ -116,8 +146,8 @@ def test_a_start_without_a_covariance_is_no_error(monkeypatch):
         raise torch.linalg.LinAlgError("not positive definite")
 
     monkeypatch.setattr(AutoAmortized, "start_near", fail)
-    _, start = started(hierarchy, torch.randn(BATCH))
-    assert start.name == "initial guide"
+    _, start = started(partial(hierarchy, total=40), torch.randn(10))
+    assert start.name == UNCHANGED
 
 
 def test_shared_prior_of_a_plate_that_draws_is_a_function():
@@ -133,44 +163,13 @@ def test_without_globals_nothing_moves():
     y = torch.randn(BATCH)
     guide = AutoAmortized(autoencoder, Encoder())
     guide(y)
-    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    log_joint = LogJoint(autoencoder, (y,))
-    objective = PyroObjective(autoencoder, guide, Batch((y,), {}), log_joint)
-    start = find(log_joint, autoencoder, guide, ((y,), {}), objective.elbo_draws)
-    assert start.name == "initial guide"
+    before = values(guide)
+    _, start = started(autoencoder, y, guide)
+    assert start.name == UNCHANGED
     assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
 
 
-def test_a_guide_that_is_better_already_stays():
-    y = torch.randn(BATCH)
-    guide, first = started(hierarchy, y, flow=None, local_flow=None)
-    with torch.no_grad():
-        guide.transform.locals[0].affine.loc.zero_()
-        guide.transform.locals[0].affine.linear.weight[0, 0] = 0.8
-    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
-    log_joint = LogJoint(hierarchy, (y,))
-    objective = PyroObjective(hierarchy, guide, Batch((y,), {}), log_joint)
-    start = find(log_joint, hierarchy, guide, ((y,), {}), objective.elbo_draws)
-    assert start.name == "initial guide"
-    assert start.elbo > first.elbo
-    assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
-
-
-def test_step_scales_of_globals_follow_the_noise_of_mini_batches():
-    y = torch.randn(BATCH)
-    guide, _ = started(hierarchy, y)
-    ratio = SIZE / BATCH
-    units = {id(parameter): unit for parameter, unit in guide.step_scales().items()}
-    *flow, affine = guide.transform.globals.transform.transforms
-    scale = affine.log_scale.detach().exp()
-    assert torch.allclose(units.pop(id(affine.loc)), 2 * math.sqrt(ratio) * scale)
-    bent = [parameter for part in flow for parameter in part.parameters()]
-    assert units.keys() == {id(parameter) for parameter in bent}
-    assert all(unit == ratio**-0.5 for unit in units.values())
-
-
-def test_step_scales_of_globals_that_see_all_data():
-    y = torch.randn(SIZE)
-    guide, _ = started(hierarchy, y)
+def test_steps_of_globals_that_see_all_data():
+    guide, _ = started(partial(hierarchy, total=20), torch.randn(20))
     (parameter,) = guide.step_scales()
     assert parameter is guide.transform.globals.affine.loc

@@ -1,0 +1,382 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+
+from pyro_artransform import fit
+from pyro_artransform.diagnostics import fit_tail
+from pyro_artransform.diagnostics.importance_weights import Weighted
+from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.evaluation.evaluate import (
+    MarginalVerdict,
+    ModelAndGuide,
+    draw,
+    evaluate,
+    evaluate_minibatches,
+    judge_marginals,
+)
+from pyro_artransform.inference.evaluation.verdict import FitStatus
+from pyro_artransform.inference.initialization.initial_guide import GaussianSearch
+from pyro_artransform.inference.optimization.minibatch_elbo import PassEstimate
+from pyro_artransform.inference.result import FitResult
+from pyro_artransform.joint import LogJoint
+from tests.diagnostics.autoregression import PathGuide, model_of
+from tests.inference import loaders, models
+from tests.inference.conftest import QUICK
+
+ZERO = torch.zeros(())
+OFF = torch.cat([torch.zeros(39), torch.full((1,), 0.35)])
+CONFIG = replace(QUICK.evaluation, num_chains=64, num_chain_steps=6)
+
+
+def subject_of(model, guide, *args):
+    guide(*args)
+    return ModelAndGuide(model, guide, args, {}, LogJoint(model, args))
+
+
+def evaluated(model, guide, config=CONFIG):
+    subject = subject_of(model, guide)
+    return subject, evaluate(subject, None, FitStatus(), replace(QUICK, evaluation=config))
+
+
+def guide_at(model, loc, scale_tril, start=None):
+    """A guide that is a Gaussian."""
+    guide = models.small(model, init_loc_fn=init_to_value(values=start or {"z": loc}))
+    guide.set_up()
+    guide.start_at(loc, scale_tril)
+    return guide
+
+
+def good_guide():
+    return guide_at(models.gaussian, torch.ones(3), torch.tensor(models.SCALE_TRIL))
+
+
+def test_a_good_guide():
+    _, found = evaluated(models.gaussian, good_guide())
+    assert found.verdict.trusted
+    fields = found.result_fields(MarginalVerdict())
+    assert fields.keys() < set(FitResult.__dataclass_fields__)
+    assert fields["num_samples"] == CONFIG.num_samples
+    assert fields["importance"] is found.weights
+    assert fields["khat"] == found.weights.khat
+    assert abs(fields["elbo"]) < 1e-6
+    assert abs(fields["log_evidence"]) < 1e-6
+
+
+class TooNarrow:
+    """A posterior with tails so heavy for its guide that the index of the weights is ``khat``.
+
+    They are the tails of a Normal seen by a narrower one, and of so little weight that the gap is small.
+    """
+
+    def __init__(self, khat, share=0.05):
+        self.khat, self.share = khat, share
+        latents = SimpleNamespace(latent_dim=1)
+        self.log_joint = SimpleNamespace(is_random=False, strategy="", latents=latents)
+
+    def weighted_draws(self, count):
+        z = torch.randn(count, 1)
+        tail = 0.5 * self.khat * z.square().sum(-1) + 0.5 * math.log(1 - self.khat)
+        rest = torch.full_like(tail, math.log1p(-self.share))
+        yield Weighted(z, {}, torch.logaddexp(tail + math.log(self.share), rest))
+
+
+@pytest.mark.parametrize(
+    ("khat", "most", "more"),
+    [(0.7, 10**6, 9000), (0.9, 10**6, 9000), (0.7, 4000, 4000), (0.7, 999, 0), (0.1, 10**6, 0)],
+)
+def test_more_draws_near_the_limit_of_khat(khat, most, more):
+    torch.manual_seed(0)
+    config = EvaluationConfig(num_samples=1000, num_more_samples=9000, max_kept=500)
+    drawn = draw(TooNarrow(khat), config, max_more_draws=most)
+    assert drawn.log_weights.shape == (1000 + more,)
+    assert drawn.latents.shape == (500, 1)
+    found = fit_tail(drawn.log_weights)
+    assert abs(found.khat - khat) < 3 * found.khat_se
+
+
+def test_more_draws_decide_better():
+    """0.65 is below the limit of 0.7; the standard errors are 0.09 and, by all draws, 0.05."""
+    wrong = Counter()
+    for seed in range(60):
+        for most in (0, 90_000):
+            torch.manual_seed(seed)
+            found = draw(TooNarrow(0.65), EvaluationConfig(), max_more_draws=most)
+            wrong[most] += fit_tail(found.log_weights).khat > 0.7
+    assert wrong[0] >= 3
+    assert 2 * wrong[90_000] <= wrong[0]
+
+
+def test_a_missed_mode():
+    model = models.two_modes(3, 20.0, 0.5)
+    _, found = evaluated(model, guide_at(model, torch.zeros(3), torch.eye(3)))
+    assert not found.verdict.trusted
+    assert "starts disagree" in found.verdict.words
+
+
+def test_settings_of_starts_reach_the_search(monkeypatch):
+    seen = []
+
+    def points(self, center):
+        seen.append(self.config)
+        return center[None]
+
+    monkeypatch.setattr(GaussianSearch, "points", points)
+    evaluated(models.gaussian, good_guide())
+    assert seen == [QUICK.initialization]
+
+
+def test_a_guide_that_is_a_point():
+    _, found = evaluated(models.location, AutoDelta(models.location))
+    assert "AutoDelta" in found.verdict.words
+
+
+def test_a_model_that_draws_mini_batches():
+    _, found = evaluated(models.subsampled, AutoNormal(models.subsampled))
+    assert "sub-samples" in found.verdict.words
+    fields = found.result_fields(MarginalVerdict())
+    assert fields["importance"] is None
+    assert not math.isnan(fields["khat"])
+    assert fields["num_samples"] == CONFIG.num_noisy_samples
+
+
+def passed(log_weights):
+    """What a pass over a loader gives."""
+    return PassEstimate(-3.0, 0.1, 500, 5, 1.0, log_weights)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_pass_over_a_loader(known):
+    x, y = loaders.rows(10)
+    guide = AutoNormal(loaders.regression)
+    subject = subject_of(loaders.regression, guide, x, y)
+    seen = passed(0.01 * torch.randn(500) - 3.0 if known else None)
+    found = evaluate_minibatches(subject, seen, FitStatus(), CONFIG)
+    assert not found.verdict.trusted
+    assert "the ELBO of all data is -3.000 ± 0.100" in found.verdict.words
+    assert ("mass elsewhere" in found.verdict.words) == known
+    assert ("diagnostics.sbc" in found.verdict.words) != known
+    assert "size of the plate" not in found.verdict.words
+    part = seen._replace(loader_share=0.103)
+    of_a_part = evaluate_minibatches(subject, part, FitStatus(), CONFIG)
+    assert "a pass over the loader is 10 % of the data" in of_a_part.verdict.words
+    fields = found.result_fields(MarginalVerdict())
+    assert (fields["elbo"], fields["num_samples"]) == (-3.0, 500)
+    assert math.isnan(fields["khat"]) != known
+    assert fields["importance"] is found.weights
+
+
+def test_a_pass_with_a_point():
+    x, y = loaders.rows(loaders.SIZE)
+    subject = subject_of(loaders.regression, AutoDelta(loaders.regression), x, y)
+    found = evaluate_minibatches(subject, passed(None), FitStatus(), CONFIG)
+    assert "AutoDelta" in found.verdict.words
+    assert "of a batch, on the average," in found.verdict.words
+
+
+def test_a_model_that_mixes_draws():
+    """One draw of the guide takes a branch that no draw of the prior took: all would weigh less."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if (z.abs() > 2.5).any():
+            pyro.factor("tail", torch.tensor(-20.0))
+
+    guide = guide_at(model, torch.zeros(1), torch.eye(1), {"z": torch.tensor(0.0)})
+    log_joint = LogJoint(model)
+    log_joint.strategy, log_joint.reason = "plate", ""
+    subject = ModelAndGuide(model, guide, (), {}, log_joint)
+    config = replace(QUICK, evaluation=replace(CONFIG, num_samples=2000))
+    with pytest.warns(UserWarning, match="many draws at once"):
+        found = evaluate(subject, None, FitStatus(), config)
+    # 25 ± 5 draws take the branch; one by one, else all of them would
+    assert abs(found.weights.log_evidence - math.log(0.98758)) < 0.02
+    assert "one at a time" in found.verdict.words
+    assert log_joint.strategy == "loop"
+
+
+@pytest.mark.parametrize(("dtype", "is_coarse"), [(torch.float32, True), (torch.float64, False)])
+def test_draws_that_their_dtype_hardly_tells_apart(dtype, is_coarse):
+    """1 - z is about 4e-8, and the numbers of float32 there are 6e-8 apart."""
+    loc = torch.tensor(17.0, dtype=dtype)
+
+    def model():
+        z = pyro.sample("z", dist.Uniform(torch.zeros_like(loc), 1.0))
+        pyro.sample("x", dist.Exponential(torch.ones_like(loc) * 1e7), obs=1 - z)
+
+    guide = guide_at(model, loc[None], torch.eye(1, dtype=dtype), {"z": loc.sigmoid()})
+    words = evaluated(model, guide)[1].verdict.words
+    assert ("the posterior of site z is about as narrow as the spacing" in words) == is_coarse
+
+
+# Single latents
+
+
+def checked(model, guide, config=CONFIG):
+    subject, evaluation = evaluated(model, guide, config)
+    return evaluation, judge_marginals(subject, evaluation, config)
+
+
+def alternating(x):
+    """Useless weights, and marginals that are right: errors that cancel along a path."""
+    scale = 1 + 0.15 * (1 - 2 * (torch.arange(x.shape[-1]) % 2))
+    scale = torch.cat([torch.ones(1), scale[1:]])
+    return scale * x, scale.log().sum().expand(len(x))
+
+
+def test_single_latents_are_right_where_the_joint_is_not():
+    subject, evaluation = evaluated(model_of(100), PathGuide(100, distort=alternating))
+    found = judge_marginals(subject, evaluation, CONFIG)
+    assert not evaluation.verdict.trusted
+    assert found.trusted is True
+    assert found.found.num_chains == 64
+    fields = evaluation.result_fields(found)
+    assert fields.keys() < set(FitResult.__dataclass_fields__)
+    assert fields["verdict"].startswith("Not trusted: ")
+    assert "Single latents can be trusted: means of all 100 latents within" in fields["verdict"]
+    assert fields["trusted"] is False
+    assert fields["marginals_trusted"] is True
+    # within the modes that the guide has
+    found = judge_marginals(subject, evaluation._replace(lost_mass=0.5), CONFIG)
+    assert found.trusted is False
+    assert "as long as one stays in the modes" in found.words
+
+
+def test_single_latents_are_wrong_as_well():
+    _, found = checked(model_of(100), PathGuide(100, 0.7))
+    assert found.trusted is False
+    assert "Nor can single latents be trusted: " in found.words
+    assert "sds are off by more than 15 %" in found.words
+
+
+def test_weights_that_are_trusted_tell_of_single_latents():
+    evaluation, found = checked(model_of(100), PathGuide(100))
+    assert evaluation.verdict.trusted
+    assert found.trusted is True
+    assert (found.found.num_chains, found.found.num_gradients) == (0, 0)
+    assert found.found.mean_bound < 0.01
+    assert "by weights" in repr(found.found)
+    words = evaluation.result_fields(found)["verdict"]
+    assert words.startswith("Trusted: ")
+    assert "Of single latents, as far as the guide draws: means of all 100 latents within" in words
+
+
+def test_one_latent_may_be_off_where_the_joint_is_trusted():
+    """One mean is 0.35 sd off, which costs 0.06 nats."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(40), 1.0).to_event(1))
+
+    guide = AutoNormal(model, init_scale=1.0, init_loc_fn=init_to_value(values={"z": OFF}))
+    evaluation, found = checked(model, guide)
+    assert evaluation.verdict.trusted
+    assert found.trusted is False
+    assert "1 of 40 means is off by more than 0.15 sd (that of z[39] by 0.3" in found.words
+
+
+def test_chains_tell_where_weights_leave_it_open():
+    few = replace(CONFIG, max_kept=100 * 20)
+    evaluation, found = checked(model_of(100), PathGuide(100, 0.98), few)
+    assert evaluation.verdict.trusted
+    assert len(evaluation.drawn.latents) == 20
+    assert found.trusted is True
+    assert found.found.num_chains == 64
+    assert "Of single latents, by short chains: means of all 100 latents within" in found.words
+
+
+def test_more_draws_tell_where_weights_of_few_latents_leave_it_open():
+    few = replace(CONFIG, max_kept=10 * 10, num_for_few=10)
+    subject, evaluation = evaluated(model_of(10), PathGuide(10, 0.92), config=few)
+    assert len(evaluation.drawn.latents) == 10
+    assert "errors are known too little" in judge_marginals(subject, evaluation, few).words
+    more = replace(few, num_for_few=4000)
+    assert judge_marginals(subject, evaluation, more).trusted is True
+
+
+def test_no_chains_for_few_latents():
+    evaluation, found = checked(model_of(29), PathGuide(29, 0.5))
+    assert not evaluation.verdict.trusted
+    assert found == (None, None, "")
+    assert EvaluationConfig().min_for_chains == 30
+
+
+def test_the_only_sd_of_a_trusted_guide_may_be_off():
+    """0.75 of the posterior's, which costs 0.07 nats."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(model, init_scale=0.75, init_loc_fn=init_to_value(values={"z": ZERO}))
+    evaluation, found = checked(model, guide, replace(CONFIG, num_samples=10_000))
+    assert evaluation.verdict.trusted
+    assert found.trusted is False
+    assert "1 of 1 sds is off by more than 15 % (that of z is 0.7" in found.words
+
+
+def _by_loop():
+    z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+    if z[0] > 0:
+        pyro.factor("none", torch.tensor(0.0))
+
+
+def _subsampled():
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+    with pyro.plate("data", 10, subsample_size=5) as indices:
+        pyro.sample("y", dist.Normal(loc[..., :1], 1.0), obs=torch.ones(10)[indices])
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [(_by_loop, "one draw after the other"), (_subsampled, "sub-samples")]
+)
+def test_where_chains_are_not_run_it_is_said(model, words):
+    _, found = checked(model, AutoNormal(model, init_scale=0.2))
+    assert found.found is None
+    assert found.trusted is None
+    assert "Single latents were not checked" in found.words
+    assert words in found.words
+
+
+def _stepwise():
+    """A density without a gradient anywhere."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1).mask(False))
+    pyro.factor("steps", -(z.detach() ** 2).sum(-1))
+
+
+def test_a_density_without_a_gradient_is_said():
+    _, found = checked(_stepwise, AutoNormal(_stepwise, init_scale=0.2))
+    assert found.trusted is None
+    assert "Single latents could not be checked" in found.words
+
+
+def test_a_point_is_not_checked():
+    _, found = checked(model_of(30), AutoDelta(model_of(30)))
+    assert found == (None, None, "")
+
+
+def test_in_a_fit():
+    """A mean-field fit of a correlated path: the verdict and the table say what is wrong."""
+    model = model_of(40)
+    config = replace(QUICK, evaluation=CONFIG)
+    guide = AutoNormal(model, init_scale=0.3)
+    result = fit(model, guide, num_steps=30, num_particles=8, progress=False, config=config)
+    assert result.marginals_trusted is False
+    assert result.marginals.mean_shift["z"].shape == (40,)
+    assert result.verdict.endswith(f"{result.marginals.words}.")
+    assert "marginals" in result.rows()
+
+
+def test_few_latents_in_a_fit():
+    guide = models.small(models.regression)
+    result = fit(
+        models.regression, guide, num_steps=20, num_particles=8, progress=False, config=QUICK
+    )
+    assert result.trusted == (result.marginals is not None)
