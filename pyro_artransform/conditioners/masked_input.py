@@ -28,8 +28,7 @@ class MaskedInput(Conditioner):
     conditioner. If it returns an elementwise :class:`~torch.distributions.transforms.Transform` on
     ``(*, D)``, this is a ``meta`` for :class:`~pyro_artransform.transforms.AutoregressiveTransform`.
 
-    :param net: a callable of x, shape ``(*, D)``, and of a context where one is passed. A network is
-        registered.
+    :param net: a function or a module of x, shape ``(*, D)``, and of a context where one is passed.
     :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
         default 0 .. D-1.
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``.

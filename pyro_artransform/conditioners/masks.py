@@ -6,10 +6,10 @@ r"""Masks of autoregressive networks, as pure functions.
 An *adjacency* is a boolean ``(D, D)`` matrix of a directed acyclic graph: entry ``[i, j]`` says that
 the parameters of coordinate ``i`` may depend on ``x_j``. The *parents* of ``i`` are the ones of row ``i``.
 
-A hidden unit carries the set of inputs that it may see. A unit may feed another one if its own set
-is a subset of the other's, and an output ``i`` if it is a subset of the parents of ``i``; then output ``i``
-sees its parents and nothing else, at any depth. For the full graph of an order the sets are nested and
-the rule is the one of MADE, with degrees in place of sets.
+A hidden unit carries the set of inputs that it may see, a boolean row of length D. A unit may feed another
+one if its own set is a subset of the other's, and an output ``i`` if it is a subset of the parents of
+``i``; then output ``i`` sees its parents and nothing else, at any depth. For the full graph of an order
+the sets are nested and the rule is the one of MADE, with degrees in place of sets.
 
 **References**
 
@@ -50,10 +50,8 @@ def check_graph(
 
 
 def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
-    """Returns ``adjacency`` as a boolean tensor on the CPU, after a check that it is an acyclic graph.
+    """An acyclic graph of D coordinates, of booleans or zeros and ones, as booleans on the CPU.
 
-    :param adjacency: shape ``(D, D)``, boolean (or zeros and ones).
-    :param input_dim: the number D of coordinates.
     :raises ValueError: if the shape or an entry is wrong or the graph has a cycle (a coordinate that
         depends on itself is one); the message names the cycle.
     """
@@ -69,11 +67,7 @@ def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
 
 
 def order_to_adjacency(order: Tensor) -> Tensor:
-    """The full graph of an order: each coordinate depends on all that come before it.
-
-    :param order: a permutation, shape ``(D,)``.
-    :return: boolean, shape ``(D, D)``.
-    """
+    """The full graph of an order of shape ``(D,)``: each coordinate depends on all before it."""
     rank = order.argsort()
     return rank[:, None] > rank[None, :]
 
@@ -81,7 +75,8 @@ def order_to_adjacency(order: Tensor) -> Tensor:
 def levels(adjacency: Tensor) -> Tensor:
     """The level of each coordinate: 0 without parents, else one more than its highest parent's.
 
-    :param adjacency: boolean, shape ``(D, D)``.
+    The largest level plus 1 is the depth of the graph: as many fixed-point passes invert exactly.
+
     :return: long, shape ``(D,)``.
     :raises ValueError: if the graph has a cycle; the message names it.
     """
@@ -112,10 +107,9 @@ def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
     """The distinct sets of inputs that hidden units need to carry: the parents of the coordinates.
 
-    :param adjacency: boolean, shape ``(D, D)``.
     :param with_context: whether units without inputs are of use; otherwise the empty set is left out,
-        unless there is no other.
-    :return: boolean, shape ``(number of sets, D)``, sorted by :func:`set_levels`.
+        unless it is the only one.
+    :return: shape ``(number of sets, D)``, sorted by :func:`set_levels`.
     """
     sets = adjacency.unique(dim=0)
     if not with_context and sets.any():
@@ -126,7 +120,7 @@ def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
 def set_levels(sets: Tensor, level: Tensor) -> Tensor:
     """The step of an inversion at which all members of a set are known, 0 for the empty set.
 
-    :param sets: boolean, shape ``(N, D)``.
+    :param sets: shape ``(N, D)``.
     :param level: levels of the coordinates, shape ``(D,)``.
     :return: long, shape ``(N,)``.
     """
@@ -134,32 +128,21 @@ def set_levels(sets: Tensor, level: Tensor) -> Tensor:
 
 
 def spread(sets: Tensor, hidden_dim: int) -> Tensor:
-    """Gives each of ``hidden_dim`` units a set, evenly and in order; the last set always has one.
-
-    :param sets: boolean, shape ``(N, D)``.
-    :return: boolean, shape ``(hidden_dim, D)``.
-    """
+    """The sets of ``hidden_dim`` units, evenly and in order; the last set always has a unit."""
     unit = torch.arange(1, hidden_dim + 1, device=sets.device)
     return sets[(unit * len(sets) + hidden_dim - 1) // hidden_dim - 1]
 
 
 def subset_mask(inner: Tensor, outer: Tensor) -> Tensor:
-    """The mask ``[b, a]`` that says whether set ``a`` of ``inner`` is a subset of set ``b`` of ``outer``.
-
-    :param inner: boolean, shape ``(M, D)``.
-    :param outer: boolean, shape ``(N, D)``.
-    :return: boolean, shape ``(N, M)``.
-    """
+    """The mask ``[b, a]`` that says whether set ``a`` of ``inner`` is a subset of set ``b`` of ``outer``."""
     return (~outer).float() @ inner.float().T == 0
 
 
 def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool) -> list[Tensor]:
-    """The masks of a multilayer perceptron, from the inputs to the D outputs.
+    """The masks of a multilayer perceptron, one of shape ``(out, in)`` for each layer.
 
-    :param adjacency: boolean, shape ``(D, D)``.
     :param hidden_dims: the widths of the hidden layers.
     :param with_context: whether the first layer sees a context too.
-    :return: one boolean mask for each layer, shape ``(out, in)``.
     """
     sets = hidden_sets(adjacency, with_context)
     units = spread(sets, hidden_dims[0])

@@ -98,7 +98,13 @@ def check_conditioner(
     _check_rows(redraw(conditioner), inputs((3, 4)))
     for gain in (1.0, 10.0):
         _check_graph(redraw(conditioner, gain), adjacency, inputs(()), f"re-drawn at gain {gain}")
-    _check_depth(conditioner, adjacency)
+    # the inverse stops after as many passes as the stated depth
+    depth = conditioner.depth if isinstance(conditioner, Conditioner) else None
+    needed = int(levels(adjacency).max()) + 1
+    assert depth is None or depth >= needed, (
+        f"depth: it states {depth}, but {needed} coordinates are on the longest path of its graph, so "
+        "that inverses would be wrong"
+    )
     _check_restored(conditioner, redraw(make().double(), seed=1), inputs((3,)))
 
 
@@ -142,16 +148,6 @@ def _moved(module: nn.Module, x: Tensor, contexts: Inputs) -> Tensor:
             after = module(rows.masked_fill(is_moved, value), *contexts)
             moved |= ~torch.isclose(after, before, rtol=1e-9, atol=1e-10).all(-1)
     return moved.mT
-
-
-def _check_depth(conditioner: nn.Module, adjacency: Tensor) -> None:
-    """The inverse stops after so many passes; the graph is the one that was measured."""
-    depth = conditioner.depth if isinstance(conditioner, Conditioner) else None
-    needed = int(levels(adjacency).max()) + 1
-    assert depth is None or depth >= needed, (
-        f"depth: it states {depth}, but {needed} coordinates are on the longest path of its graph, so "
-        "that inverses would be wrong"
-    )
 
 
 def _check_rows(conditioner: nn.Module, inputs: Inputs) -> None:

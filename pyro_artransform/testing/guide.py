@@ -85,18 +85,14 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
 
 def _check_draws(guide: AutoAutoregressive) -> None:
     draws = guide.sample_posterior(5)
-    _check_shapes("sample_posterior(5)", guide, draws, 5)
-    _check_shapes("quantiles", guide, guide.quantiles([0.1, 0.9], num_samples=20), 2)
+    quantiles = guide.quantiles([0.1, 0.9], num_samples=20)
     for name, site in guide.prototype_trace.nodes.items():
+        for what, values, count in (("sample_posterior(5)", draws, 5), ("quantiles", quantiles, 2)):
+            expected, shape = (count, *site["value"].shape), tuple(values[name].shape)
+            assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
         value = draws[name]
         assert value.dtype == site["value"].dtype, f"sample_posterior: '{name}' is {value.dtype}"
         assert site["fn"].support.check(value).all(), f"'{name}' left its support: {value}"
-
-
-def _check_shapes(what: str, guide: AutoAutoregressive, values: Draws, count: int) -> None:
-    for name, site in guide.prototype_trace.nodes.items():
-        expected, shape = (count, *site["value"].shape), tuple(values[name].shape)
-        assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
 
 
 def _check_densities(guide: AutoAutoregressive, args: Args, atol: float) -> None:

@@ -165,19 +165,18 @@ def test_a_nonlinearity_is_not_evaluated_before_its_time():
 def test_bad_input():
     plain, conditional = MaskedMLP(3, 2), MaskedMLP(3, 2, context_dim=2)
     x = torch.zeros(5, 3)
-    with pytest.raises(ValueError, match=r"x: expected shape \(\*, 3\), got \(5, 4\)"):
-        plain(torch.zeros(5, 4))
-    with pytest.raises(ValueError, match=r"x: expected shape \(\*, 3\), got \(\)"):
-        plain(torch.zeros(()))
-    with pytest.raises(ValueError, match=r"x: expected torch\.float64, the network's own"):
-        plain(x.float())
-    with pytest.raises(ValueError, match=r"context: expected none, got \(5, 2\)"):
-        plain(x, torch.zeros(5, 2))
-    for network in (conditional, conditional.blocks, conditional.linearize):
-        with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got none"):
-            network(x)
-        with pytest.raises(ValueError, match=r"context: expected shape \(\*, 2\), got \(5, 3\)"):
-            network(x, torch.zeros(5, 3))
+    cases = [
+        (r"x: expected shape \(\*, 3\), got \(5, 4\)", plain, torch.zeros(5, 4)),
+        (r"x: expected shape \(\*, 3\), got \(\)", plain, torch.zeros(())),
+        (r"x: expected torch\.float64, the network's own", plain, x.float()),
+        (r"context: expected none, got \(5, 2\)", plain, x, torch.zeros(5, 2)),
+        (r"context: expected shape \(\*, 2\), got none", conditional, x),
+        (r"context: expected shape \(\*, 2\), got \(5, 3\)", conditional, x, torch.zeros(5, 3)),
+    ]
+    for message, network, *inputs in cases:
+        for function in (network, network.blocks, network.linearize):
+            with pytest.raises(ValueError, match=message):
+                function(*inputs)
 
 
 def test_representation_gives_the_sizes():

@@ -44,43 +44,38 @@ with_a_family = pytest.mark.parametrize(
 )
 
 
-def adjacency_of(parents):
-    adjacency = torch.zeros(len(parents), len(parents), dtype=torch.bool)
-    for i, own in enumerate(parents):
-        adjacency[i, list(own)] = True
-    return adjacency
+def layer(parents, family=Affine, **options):
+    """The inverse of a layer, whose values go through the graph level by level."""
+    network = redraw(ParentsMLP(parents, family().num_params, 4, **options).double())
+    return AutoregressiveTransform(ConditionedUnivariate(network, family())).inv
 
 
 @every_graph
 def test_contract(parents):
-    check_conditioner(
-        lambda: ParentsMLP(parents, 3, 4), len(parents), adjacency=adjacency_of(parents)
-    )
+    adjacency = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for i, own in enumerate(parents):
+        adjacency[i, list(own)] = True
+    check_conditioner(lambda: ParentsMLP(parents, 3, 4), len(parents), adjacency=adjacency)
 
 
 @with_a_family
 def test_transforms_in_both_directions(parents, family):
-    def make():
-        network = ParentsMLP(parents, family().num_params, 4)
-        return AutoregressiveTransform(ConditionedUnivariate(network, family()))
-
     # in many dimensions larger weights amplify round-off beyond the tolerance
     gain = 2.0 if len(parents) < 40 else 1.0
-    check_transform(make, len(parents), gain=gain)
-    check_transform(lambda: make().inv, len(parents), gain=gain)
+    check_transform(lambda: layer(parents, family).inv, len(parents), gain=gain)
+    check_transform(lambda: layer(parents, family), len(parents), gain=gain)
 
 
 @every_graph
 def test_adjoint_by_one_sweep_is_that_by_iteration(parents, monkeypatch):
-    network = redraw(ParentsMLP(parents, 2, 4, bias=len(parents) % 2 == 0).double())
-    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    transform = layer(parents, bias=len(parents) % 2 == 0)
     x = torch.randn(2, 3, len(parents)).requires_grad_()
     weight = torch.randn(2, 3, len(parents))
 
     def gradients():
         y, ladj = transform.call_and_ladj(x)
         loss = (weight * y).sum() + ladj.square().sum()
-        return torch.autograd.grad(loss, [x, *network.parameters()])
+        return torch.autograd.grad(loss, [x, *transform.parameters()])
 
     found = gradients()
     monkeypatch.setattr(ParentsBlocks, "linearization", lambda _: None)
@@ -90,8 +85,7 @@ def test_adjoint_by_one_sweep_is_that_by_iteration(parents, monkeypatch):
 
 @with_a_family
 def test_score_is_that_of_the_density(parents, family):
-    network = redraw(ParentsMLP(parents, family().num_params, 4).double())
-    transform = AutoregressiveTransform(ConditionedUnivariate(network, family())).inv
+    transform = layer(parents, family)
     x = torch.randn(2, 3, len(parents)).requires_grad_()
     y, ladj, score = transform.call_and_score(x, -x)
     point = y.detach().requires_grad_()
@@ -105,8 +99,7 @@ def test_score_is_that_of_the_density(parents, family):
 
 
 def test_gradients_with_frozen_networks():
-    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double()).requires_grad_(False)
-    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    transform = layer(PARENTS["sparse"]).requires_grad_(False)
     assert not transform(torch.randn(5, 9)).requires_grad
     x = torch.randn(9).requires_grad_()
     jacobian = torch.autograd.functional.jacobian(transform._call, x)
@@ -133,9 +126,7 @@ def test_sizes_may_be_numpys_and_the_dtype_is_that_of_new_parameters():
 
 
 def test_vmap_and_tracing_go_level_by_level():
-    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double())
-    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
-    x = torch.randn(5, 9)
+    transform, x = layer(PARENTS["sparse"]), torch.randn(5, 9)
     expected = transform(x)
     assert torch.allclose(torch.vmap(transform._call)(x), expected, atol=1e-12)
     jacobian = torch.func.jacrev(transform._call)(x[0])
@@ -149,18 +140,16 @@ def test_another_graph_of_the_same_size_is_refused():
         other.load_state_dict(network.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([[1], [0]], 2), "without a cycle"),
-        (([[], [5]], 2), "coordinates from 0 to 1, got 5"),
-        (([], 2), "positive integer"),
-        (([[]], 2, 0), "hidden_dim: expected a positive integer"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ParentsMLP(*arguments)
+def test_bad_arguments():
+    cases = {
+        "without a cycle": ([[1], [0]], 2),
+        "coordinates from 0 to 1, got 5": ([[], [5]], 2),
+        "positive integer": ([], 2),
+        "hidden_dim: expected a positive integer": ([[]], 2, 0),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(ValueError, match=message):
+            ParentsMLP(*arguments)
 
 
 def test_bad_inputs():
@@ -187,8 +176,7 @@ def test_a_step_leaves_nothing_for_the_garbage_collector(monkeypatch):
         found.append(weakref.ref(self))
 
     monkeypatch.setattr(Activations, "__init__", counted)
-    network = redraw(ParentsMLP(PARENTS["sparse"], 2, 4).double())
-    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine())).inv
+    transform = layer(PARENTS["sparse"])
     gc.collect()
     gc.disable()
     try:
