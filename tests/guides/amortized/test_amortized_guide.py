@@ -15,14 +15,7 @@ from pyro.infer import (
     TraceGraph_ELBO,
     config_enumerate,
 )
-from pyro.infer.autoguide import (
-    AutoContinuous,
-    AutoGuide,
-    AutoGuideList,
-    AutoNormal,
-    init_to_mean,
-    init_to_value,
-)
+from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_mean, init_to_value
 
 from pyro_artransform import (
     AutoAmortized,
@@ -31,13 +24,6 @@ from pyro_artransform import (
     conditional_spline_autoregressive,
     fit,
     maf,
-)
-from pyro_artransform.joint.protocols import (
-    MinibatchGuide,
-    PosteriorGuide,
-    ReparametrizedGuide,
-    ScaledSteps,
-    SetUpGuide,
 )
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import (
@@ -77,32 +63,6 @@ def test_start_of_constrained_locals():
     median = guide.median(num_samples=5_000)["s"]
     assert median.shape == (4, 1)
     assert torch.allclose(median, torch.full_like(median, 5.0), rtol=0.03)
-
-
-def test_protocols():
-    """Without a single latent vector it is not an AutoContinuous; what a fit asks for, it has."""
-    guide = AutoAmortized(hierarchies.groups)
-    for protocol in (AutoGuide, MinibatchGuide, ScaledSteps, SetUpGuide, PosteriorGuide):
-        assert isinstance(guide, protocol)
-    assert not isinstance(guide, (AutoContinuous, ReparametrizedGuide))
-    assert guide.needs_indices
-    assert not AutoAmortized(hierarchies.groups, Encoder()).needs_indices
-
-
-def test_step_scales():
-    """The location in units of the scale; with mini-batches it goes faster, and the flow slower."""
-    guide = AutoAmortized(hierarchies.groups)
-    guide(data())
-    ((parameter, scale),) = guide.step_scales().items()
-    assert parameter is guide.transform.globals.affine.loc
-    assert torch.allclose(scale, torch.full((1,), 0.2))
-    guide = AutoAmortized(hierarchies.minibatch)
-    guide(data(16))
-    loc = guide.transform.globals.affine.loc
-    scales = dict(guide.step_scales())
-    assert torch.allclose(scales.pop(loc), torch.full((1,), 0.4))
-    assert set(scales) == set(guide.transform.globals.transform.transforms[:-1].parameters())
-    assert all(torch.allclose(scale, torch.tensor(0.5)) for scale in scales.values())
 
 
 def test_start_near_draws():

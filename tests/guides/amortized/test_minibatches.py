@@ -10,7 +10,6 @@ from pyro.infer import Predictive, Trace_ELBO
 from torch import nn
 
 from pyro_artransform import AutoAmortized, conditional_iaf
-from pyro_artransform.guides.amortized.plates import PlateSize, complete_plates
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import (
     Encoder,
@@ -156,7 +155,6 @@ def test_plate_sizes_that_follow_from_values():
     six, four = torch.arange(6), torch.tensor([0, 1, 2, 3, 3, 3])
     for options in (
         {"encoder": encoder},
-        {"encoder": encoder, "create_plates": create_plates},
         {"encoder": subsampling_encoder, "create_plates": create_plates},
         {"create_plates": create_plates},
     ):
@@ -172,21 +170,3 @@ def test_plate_sizes_that_follow_from_values():
         ValueError, match=r"encoder: expected features of shape \(6, 2\).*got \(4, 2\)"
     ):
         wrong(torch.tensor([5, 0, 1, 2, 3, 3]), y)
-
-
-def indices(size, full_size):
-    sizes = {"items": PlateSize(-1, size, full_size)}
-    plate = complete_plates({}, sizes, torch.device("cpu"))["items"]
-    assert (plate.size, plate.subsample_size, plate.dim) == (full_size, size, -1)
-    return plate.indices
-
-
-def test_indices_are_distinct_and_equally_likely():
-    for size, full_size in ((3, 48), (20, 48), (1, 16)):
-        drawn = torch.stack([indices(size, full_size) for _ in range(2_000)])
-        assert all(len(row.unique()) == size for row in drawn[:50])
-        for place in (0, size - 1):
-            share = drawn[:, place].bincount(minlength=full_size) / 2_000
-            # six standard errors of a share
-            assert (share - 1 / full_size).abs().max() < 6 * (1 / full_size / 2_000) ** 0.5
-    assert torch.equal(indices(5, 5), torch.arange(5))

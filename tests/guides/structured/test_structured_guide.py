@@ -13,7 +13,7 @@ from pyro.infer.autoguide import init_to_value
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.conditioners import ParentsMLP
 from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from pyro_artransform.testing import check_guide, redraw
+from pyro_artransform.testing import redraw
 from tests.graphs.test_probe import mixture, switched
 from tests.guides import models
 from tests.inference.conftest import quick_fit
@@ -40,21 +40,6 @@ def new(model=hierarchy, *args, **options):
     guide = AutoStructuredFlow(model, **{"hidden_dim": 4, **options})
     guide.set_up(*(args or (Y,)))
     return guide
-
-
-@pytest.mark.parametrize(("model", "num_transforms"), [(hierarchy, 1), (path, 2)])
-def test_contract(model, num_transforms):
-    check_guide(
-        lambda m: AutoStructuredFlow(m, hidden_dim=4, num_transforms=num_transforms), model, Y
-    )
-
-
-def test_a_new_guide_is_the_normal_that_was_asked_for():
-    values = {"mu": torch.tensor(1.5), "tau": torch.tensor(0.7), "theta": torch.linspace(0, 1, 8)}
-    guide = new(init_loc_fn=init_to_value(values=values), init_scale=0.3)
-    z, log_q = guide.rsample_and_log_prob(1000)
-    loc = torch.cat([torch.stack([values["mu"], values["tau"].log()]), values["theta"]])
-    assert torch.allclose(log_q, dist.Normal(loc, 0.3).to_event(1).log_prob(z), atol=1e-10)
 
 
 def test_path_gradient_is_that_of_the_density_at_fixed_parameters():
@@ -169,13 +154,10 @@ def test_start_at_a_precision():
     assert torch.allclose(log_q, expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["hidden_dim", "max_parents", "num_transforms"])
-def test_sizes_are_positive(name):
-    with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
-        AutoStructuredFlow(hierarchy, **{name: 0})
-
-
-def test_models_that_are_refused():
+def test_what_is_refused():
+    for name in ("hidden_dim", "max_parents", "num_transforms"):
+        with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
+            AutoStructuredFlow(hierarchy, **{name: 0})
     with pytest.raises(RuntimeError, match="does not know the model's latents yet"):
         _ = AutoStructuredFlow(hierarchy).graph
     with pytest.raises(RuntimeError, match="no latent variables"):
@@ -205,21 +187,18 @@ def test_the_set_up_takes_no_random_numbers_for_the_graph():
 
 
 def test_file_loads_without_the_model(tmp_path):
-    guide = redraw(new(max_parents=1), 0.3)
-    path_of_file = tmp_path / "guide.pt"
-    guide.save(path_of_file)
-    loaded = AutoStructuredFlow.load(path_of_file)
+    guide, file = redraw(new(max_parents=1), 0.3), tmp_path / "guide.pt"
+    guide.save(file)
+    loaded = AutoStructuredFlow.load(file)
     assert repr(loaded.graph) == repr(guide.graph)
     assert loaded.graph.dropped == guide.graph.dropped
     draws = guide.sample_posterior(5)
     assert torch.equal(loaded.log_prob(draws), guide.log_prob(draws))
     with pytest.raises(RuntimeError, match="has no model"):
         loaded.check_graph(Y)
-    trained = AutoStructuredFlow.load(path_of_file, hierarchy)
+    trained = AutoStructuredFlow.load(file, hierarchy)
     svi = SVI(hierarchy, trained, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert svi.step(Y) < 1e6
-    with pytest.raises(ValueError, match="expected a guide of class AutoIAF"):
-        AutoIAF.load(path_of_file)
 
 
 def test_state_dicts_and_copies_have_the_graph():
@@ -230,20 +209,6 @@ def test_state_dicts_and_copies_have_the_graph():
     for twin in (other, copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
         assert twin.graph == guide.graph
         assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
-
-
-def test_dtype_is_the_models():
-    guide = new().float()
-    z, log_q = guide.rsample_and_log_prob(3)
-    assert z.dtype == log_q.dtype == torch.float32
-    torch.set_default_dtype(torch.float32)
-    y = Y.float()
-    guide = new(hierarchy, y)
-    result = quick_fit(hierarchy, guide, y, num_steps=20, progress=False)
-    assert {p.dtype for p in guide.parameters()} == {torch.float32}
-    assert guide.sample_posterior(3)["theta"].dtype == torch.float32
-    # the evidence is -15.2; twenty steps from the start are within a nat
-    assert result.elbo > -17
 
 
 def test_discrete_sites_are_summed_out():
