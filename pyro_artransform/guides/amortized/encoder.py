@@ -99,7 +99,7 @@ def first_feature_dims(
     if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
         raise ValueError(
             "encoder: expected a torch module, or a function that registers its modules by "
-            "pyro.module, got a function whose result has gradients, and no parameters of it are known"
+            "pyro.module, got a function with parameters that are not registered: they would not train"
         )
     return {name: features.shape[-1] for name, features in found.items()}
 

@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -96,8 +95,10 @@ class AmortizedPosterior(nn.Module):
             return {}
         features = encode(self.encoder, plates, self.layout.local_groups, args, kwargs)
         if features.keys() != set(expected):
-            wanted = f"{expected}, as at the guide's set-up"
-            raise ValueError(f"encoder: expected features of {wanted}, got {list(features)}")
+            raise ValueError(
+                f"encoder: expected features of {expected}, as at the guide's set-up, got "
+                f"{list(features)}"
+            )
         return features
 
     def fits(self, features: Features, sizes: PlateSizes) -> bool:
@@ -223,16 +224,12 @@ def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
     values = {}
     for name, part in latents.split(z).items():
         site = latents.sites[name]
-        # dimensions of a site in no plate that are no event dimensions lie where plates lie
+        # batch dimensions of a site outside all plates lie where those of plates lie
         event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
         ones = z.shape[:-1] + (1,) * event_dim
         part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
-        batch = part.shape[: part.dim() - event_dim]
-        if poutine.get_mask() is False:
-            distribution = dist.Delta(site.bijection(part), event_dim=site.event_dim)
-        else:
-            value, ladj = site.constrain_with_ladj(part, batch)
-            distribution = dist.Delta(value, log_density=-ladj, event_dim=site.event_dim)
+        value, ladj = site.constrain_with_ladj(part, part.shape[: part.dim() - event_dim])
+        distribution = dist.Delta(value, log_density=-ladj, event_dim=site.event_dim)
         values[name] = pyro.sample(name, distribution)
     return values
 

@@ -215,7 +215,7 @@ def test_plates_that_do_not_fit(plates, kind, message):
         (lambda y: {"groups": 1.0}, TypeError, "features of 'groups' that are floats, got float"),
         (lambda y: y[:, None].long(), TypeError, "features of 'groups' that are floats, got torch"),
         # it would never train
-        (lambda y: Encoder()(y), ValueError, "no parameters of it are known"),
+        (lambda y: Encoder()(y), ValueError, "parameters that are not registered"),
     ],
 )
 def test_features_that_do_not_fit(encoder, kind, message):
