@@ -13,6 +13,8 @@ import torch
 
 FilePath = str | os.PathLike[str]
 
+_FOLDER = 0x10  # the bit of a record's attributes in an archive
+
 
 def write(path: FilePath, content: object) -> None:
     """Writes a file beside the target and renames it: where that fails, the old file stays."""
@@ -55,9 +57,12 @@ def _is_whole(file: BinaryIO) -> bool:
     size = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            is_plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-            fits = sum(record.file_size for record in records) <= size
-            return is_plain and fits and archive.testzip() is None
+            for record in archive.infolist():
+                size -= record.file_size
+                # torch would leave the memory for a folder as it finds it
+                is_folder = record.external_attr & _FOLDER
+                if record.compress_type != zipfile.ZIP_STORED or is_folder or size < 0:
+                    return False
+            return archive.testzip() is None
     except Exception:  # a damaged archive raises errors of any kind
         return False
