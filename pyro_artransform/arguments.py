@@ -5,14 +5,17 @@
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
@@ -109,6 +112,22 @@ def values_can_be_read(*tensors: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or any(tensor.device.type == "meta" for tensor in tensors)
     )
+
+
+def names_the_class(init: Init) -> Init:
+    """A constructor whose errors about its arguments name the class that was called, and them all."""
+    expected = signature(init)
+
+    @wraps(init)
+    def checked(self: object, *args: object, **kwargs: object) -> None:
+        try:
+            expected.bind(self, *args, **kwargs)
+        except TypeError as error:
+            names = ", ".join([*expected.parameters][1:])
+            raise TypeError(f"{type(self).__name__}: {error}; its arguments are {names}") from None
+        init(self, *args, **kwargs)
+
+    return cast(Init, checked)
 
 
 def _is_number(value: Any) -> bool:

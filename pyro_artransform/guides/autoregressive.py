@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_positive, to_tensor
+from ..arguments import check_integer, check_positive, names_the_class, to_tensor
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
@@ -76,6 +76,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     # the same type, but Pyro names the argument msg
     _prototype_hide_fn = staticmethod(prototype.is_hidden)  # type: ignore[assignment]
 
+    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],

@@ -15,20 +15,23 @@ from torch.distributions import Transform
 
 from ..transforms import FlowModule, check_structure
 
-_State = tuple[bool, int]
-
-
 # what a flow has to be, without a context and with one, and what makes such a flow
-_TRANSFORM: tuple[type, str, str] = (
-    Transform,
-    "a TransformModule",
-    "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their parameters, in "
-    "its .inv too",
+_KINDS: tuple[tuple[type, str, str], ...] = (
+    (
+        Transform,
+        "a TransformModule",
+        "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their parameters, "
+        "in its .inv too",
+    ),
+    (
+        ConditionalTransform,
+        "a conditional transform that is a module",
+        "pyro_artransform.conditional_iaf makes one",
+    ),
 )
-_CONDITIONAL: tuple[type, str, str] = (
-    ConditionalTransform,
-    "a conditional transform that is a module",
-    "pyro_artransform.conditional_iaf makes one",
+_OTHER_TRANSFORMS = (
+    "transforms: expected one transform of this package, got {}; chain([...]) makes one of any torch "
+    "transforms"
 )
 
 
@@ -47,9 +50,7 @@ def check_flow_argument(name: str, make: Any, wanted: str) -> None:
         )
 
 
-def make_flow(
-    name: str, make: Callable[..., Any], like: Tensor, context_dim: int | None = None
-) -> Any:
+def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: int) -> Any:
     """Makes a flow with the dtype and the device of the guide, and checks it.
 
     :param name: the name of the guide's argument that makes it.
@@ -58,27 +59,24 @@ def make_flow(
     """
     # not on the default device
     with like.device:
-        flow = make(len(like)) if context_dim is None else make(len(like), context_dim)
-    kind, wanted, advice = _TRANSFORM if context_dim is None else _CONDITIONAL
-    got = type(flow).__name__
-    is_flow = isinstance(flow, nn.Module) and isinstance(flow, kind)
+        flow = make(len(like), *context_dim)
+    kind, wanted, advice = _KINDS[len(context_dim)]
+    got, is_flow = type(flow).__name__, isinstance(flow, nn.Module) and isinstance(flow, kind)
     if not is_flow:
         raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
     flow.to(dtype=like.dtype, device=like.device)
-    is_trained = False
     for parameter in flow.parameters():
         # of a parameter that is not contiguous the param store would train a copy
         parameter.data = parameter.data.contiguous()
-        is_trained = is_trained or parameter.requires_grad
-    if not is_trained:
+    if not any(parameter.requires_grad for parameter in flow.parameters()):
         raise TypeError(
             f"{name}: expected a module with parameters to train, got one without: {got}"
         )
     if dist.is_validation_enabled():
-        if context_dim is None:
-            check_structure(flow, like)
+        if context_dim:
+            check_structure(flow.condition(like.new_zeros((1, *context_dim))), like.reshape(1, -1))
         else:
-            check_structure(flow.condition(like.new_zeros((1, context_dim))), like.reshape(1, -1))
+            check_structure(flow, like)
     return flow
 
 
@@ -111,42 +109,38 @@ class FlowDistribution(dist.TransformedDistribution):
     """
 
     # no __init__ of its own, which expand, as plates call it, would refuse
-    #: the last draw, the log-density there, and the state of both
-    _draw: tuple[Tensor, Tensor, _State] | None = None
+    #: the last draw and the log-density there, whether that has a graph, and the draw's version
+    _draw: tuple[Tensor, Tensor, bool, int] | None = None
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
-        flow = self._flow()
+        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
+            raise TypeError(_OTHER_TRANSFORMS.format(self.transforms))
+        flow = self.transforms[0]
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
-        self._keep(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
+        log_prob = self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims)
+        # edits of a tensor of inference mode leave no sign
+        is_sure = not value.is_inference()
+        self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape ``sample_shape + batch_shape``."""
         if self._draw is not None:
-            draw, log_prob, state = self._draw
-            if draw is value and state == _state(value):
+            draw, log_prob, has_graph, version = self._draw
+            is_new = draw is not value or version != value._version
+            if not is_new and has_graph == torch.is_grad_enabled():
                 return log_prob
         if self._validate_args:
             self._validate_sample(value)
-        flow = self._flow()
+        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
+            raise TypeError(_OTHER_TRANSFORMS.format(self.transforms))
+        flow = self.transforms[0]
         x, ladj = flow.inverse_and_ladj(value)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
-
-    def _keep(self, value: Tensor, log_prob: Tensor) -> None:
-        # edits of a tensor of inference mode leave no sign
-        self._draw = None if value.is_inference() else (value, log_prob, _state(value))
-
-    def _flow(self) -> FlowModule:
-        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
-            raise TypeError(
-                f"transforms: expected one transform of this package, got {self.transforms}; "
-                "chain([...]) makes one of any torch transforms"
-            )
-        return self.transforms[0]
 
 
 class PathDistribution(FlowDistribution):
@@ -185,7 +179,8 @@ class PathDistribution(FlowDistribution):
                 value = _moved_by(self.location, value)
             through = self.through(x.detach(), value)
             log_prob = log_prob.detach() + (through - through.detach())
-        self._keep(value, log_prob)
+        is_sure = not value.is_inference()
+        self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
         return value
 
 
@@ -222,8 +217,3 @@ def _without_mean(grad: Tensor) -> Tensor:
     odd, even, pairs = (one - other) / 2, (one + other) / 2, len(one)
     even = (even - even.mean(0)) * (pairs / (pairs - 1))
     return torch.cat([even + odd, even - odd])
-
-
-def _state(value: Tensor) -> _State:
-    """Whether gradients are recorded, and the version of a tensor."""
-    return torch.is_grad_enabled(), value._version

@@ -11,7 +11,13 @@ from typing import Any, ClassVar
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
+from ..arguments import (
+    check_callable,
+    check_flag,
+    check_hidden_dims,
+    check_integer,
+    names_the_class,
+)
 from ..conditioners import default_activation
 from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
@@ -35,6 +41,7 @@ class PresetGuide(AutoAutoregressive):
     #: whether each coordinate has hinges before them
     _has_hinges: ClassVar[bool]
 
+    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],
@@ -65,20 +72,6 @@ class PresetGuide(AutoAutoregressive):
         )
         self._arguments.update(arguments)
 
-    def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        # with the defaults, so that a version that has others reads the same flow from a file
-        return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
-
-    def _least_state(self, spec: GuideSpec) -> LeastState:
-        dim, count = spec.latents.latent_dim, spec.arguments["num_transforms"]
-        least = super()._least_state(spec)
-        if dim == 1:  # there are no networks
-            return least._replace(tensors=count)
-        widths = [dim, *spec.arguments["hidden_dims"], dim]
-        # of each network the graph and the weights
-        size = dim * dim + sum(one * other for one, other in pairwise(widths))
-        return least._replace(numbers=count * size, tensors=count * len(widths))
-
     @classmethod
     def _network(cls, latent_dim: int) -> Arguments:
         """The networks of these layers, by default: their widths and activation."""
@@ -89,6 +82,10 @@ class PresetGuide(AutoAutoregressive):
         """Arguments with the networks that suit a latent dimension, where none are given."""
         given = {name: value for name, value in arguments.items() if value is not None}
         return {**cls._network(latent_dim), **given}
+
+    def _resolved_arguments(self, latent_dim: int) -> Arguments:
+        # with the defaults, so that a version that has others reads the same flow from a file
+        return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
 
     @classmethod
     def _preset_flow(cls, arguments: Arguments, latent_dim: int) -> nn.Module:
@@ -104,6 +101,16 @@ class PresetGuide(AutoAutoregressive):
         # benchmarks/float32.md: three layers multiply their scales, and without a bound single draws go
         # so far that models overflow
         return chain([*hinges, layers, CompressedTails()])
+
+    def _least_state(self, spec: GuideSpec) -> LeastState:
+        least, count = super()._least_state(spec), spec.arguments["num_transforms"]
+        dim = spec.latents.latent_dim
+        if dim == 1:  # there are no networks
+            return least._replace(tensors=count)
+        widths = [dim, *spec.arguments["hidden_dims"], dim]
+        # of each network the graph and the weights
+        size = dim * dim + sum(one * other for one, other in pairwise(widths))
+        return least._replace(numbers=count * size, tensors=count * len(widths))
 
 
 class AutoIAF(PresetGuide):

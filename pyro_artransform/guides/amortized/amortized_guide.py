@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ...arguments import check_callable, check_integer, check_positive
+from ...arguments import check_callable, check_integer, check_positive, names_the_class
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
@@ -130,6 +130,7 @@ class AutoAmortized(PersistentGuide):
     _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
     _functions = ("_model", "_make_flows", "create_plates")
 
+    @names_the_class
     def __init__(
         self,
         model: Model,

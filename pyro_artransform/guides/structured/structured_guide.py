@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ...arguments import check_integer, first_of, to_tensor
+from ...arguments import check_integer, first_of, names_the_class, to_tensor
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.probe import find_dependencies, missing_dependencies
 from ...graphs.sparse_gaussian import SparseGaussian
@@ -94,6 +94,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     _graph: LatentGraph
     _parts: tuple[StructuredFlow, LocationScale]
 
+    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],
