@@ -17,7 +17,13 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..arguments import (
+    check_callable,
+    check_integer,
+    check_positive,
+    names_the_class,
+    to_tensor,
+)
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
@@ -88,15 +94,13 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     ) -> None:
         prototype.check_model(model)
         check_flow_argument("flow", flow, "the latent dimension")
-        if not callable(init_loc_fn):
-            raise TypeError(f"init_loc_fn: expected a callable, got {type(init_loc_fn).__name__}")
+        check_callable("init_loc_fn", init_loc_fn)
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
         super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
         self._argument_shapes: Hashable = None
         self._make_flow: Callable[[int], nn.Module] | None = flow
-        self._flow_start: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # as the base class does: here too since Pyro sets the plates in each call
@@ -145,7 +149,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
         affine = LocationScale(start, init_scale, full_rank=full_rank)
         self._parts: tuple[TransformModule, LocationScale] = flow, affine
-        self._flow_start = copy.deepcopy(flow.state_dict())
+        self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
         self.transform = ComposedTransform(flow, affine)
         # what Pyro's autoguides remember of a run of the model
         self.latent_dim = spec.latents.latent_dim
@@ -173,11 +177,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
                         f"'{frame.name}' at {frame.dim}, got {frame.size}"
                     )
         super()._restore(spec, state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
-        super()._apply(fn, recurse)
-        self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
-        return self
 
     # The posterior, as Pyro's autoguides have it
 
@@ -267,7 +266,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return self._checked_spec().latents.constrain(z)
 
     def _chunk_size(self) -> int:
-        """How many draws are made at once where no graph of gradients is wanted."""
+        """The number of draws that are made at once where no graph of gradients is wanted."""
         return _CHUNK
 
     def log_prob(self, values: Mapping[str, Any], *args: object, **kwargs: object) -> Tensor:

@@ -49,7 +49,7 @@ _OF_ANOTHER_MODEL = {
 
 
 def _is_predicted(sites: Collection[str] | None, site: Any) -> bool:
-    """Whether a latent is none of a guide's, once the guide's sites are known."""
+    """Whether a latent is not one of the guide's, once its sites are known."""
     return sites is not None and site["name"] not in sites
 
 

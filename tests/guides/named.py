@@ -48,13 +48,20 @@ MODELS = {
     "mixed": models.mixed_dtypes,
     "gaussian": models.gaussian,
 }
-every_guide = pytest.mark.parametrize(
-    "new", [*GUIDES.values(), *FOREIGN.values()], ids=[*GUIDES, *FOREIGN]
-)
 own_guides = pytest.mark.parametrize("new", GUIDES.values(), ids=GUIDES)
-every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
-def skip_pyros_warning(new, model):
-    if new is FOREIGN["Pyro's"] and model is models.one_dimensional:
-        pytest.skip("Pyro warns of its own flow in one dimension")
+def _pairs():
+    """Each guide with one model, AutoIAF and a structured guide with each."""
+    found = {}
+    for name, new in {**GUIDES, **FOREIGN}.items():
+        of_all = name in ("iaf", "structured")
+        for model in MODELS if of_all else ["shapes" if name in GUIDES else "gaussian"]:
+            found[f"{name}-{model}"] = new, MODELS[model]
+    return found
+
+
+PAIRS = _pairs()
+OWN_PAIRS = {name: pair for name, pair in PAIRS.items() if pair[0] in GUIDES.values()}
+pairs = pytest.mark.parametrize(("new", "model"), PAIRS.values(), ids=PAIRS)
+own_pairs = pytest.mark.parametrize(("new", "model"), OWN_PAIRS.values(), ids=OWN_PAIRS)

@@ -15,21 +15,13 @@ from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform.guides import AutoIAF
 from tests.guides import models
-from tests.guides.named import (
-    FOREIGN,
-    GUIDES,
-    every_guide,
-    every_model,
-    own_guides,
-    skip_pyros_warning,
-)
-from tests.guides.training import parameters, redraw, redraw_after_call, train, unmoved
+from tests.guides.named import FOREIGN, GUIDES, own_guides, own_pairs, pairs
+from tests.guides.training import parameters, redraw_after_call, train
 
 # The start
 
 
-@own_guides
-@every_model
+@own_pairs
 def test_a_new_guide_is_the_normal(new, model):
     """F9, exactly: the density at any point, and the map of each base draw."""
     guide = new(model, init_scale=0.3)
@@ -50,14 +42,6 @@ def test_init_loc_is_honoured():
     assert torch.allclose(draws["scale"].log(), values["scale"].log(), atol=0.01)
 
 
-def test_starts_in_the_middle_of_the_prior():
-    def model():
-        pyro.sample("z", dist.Normal(torch.tensor([-300.0, 40.0]), 1.0).to_event(1))
-
-    median = AutoIAF(model).median()["z"]
-    assert torch.allclose(median, torch.tensor([-300.0, 40.0]), atol=1.0)
-
-
 def test_the_parameters_do_not_depend_on_who_draws_first():
     values = []
     for first in (lambda g: g(models.data()), lambda g: g.sample_posterior(3, models.data())):
@@ -72,10 +56,8 @@ def test_the_parameters_do_not_depend_on_who_draws_first():
 # Draws and densities
 
 
-@every_guide
-@every_model
+@pairs
 def test_draws_and_their_densities(new, model):
-    skip_pyros_warning(new, model)
     guide = redraw_after_call(new(model))
     draws = guide.sample_posterior(6)
     trace = poutine.trace(guide).get_trace(models.data())
@@ -95,19 +77,6 @@ def test_draws_and_their_densities(new, model):
     assert torch.allclose(guide.log_prob(batch).flatten(), guide.log_prob(draws))
 
 
-def test_many_draws_come_in_chunks(monkeypatch):
-    guide = redraw_after_call(AutoIAF(models.gaussian, hidden_dims=8))
-    monkeypatch.setattr("pyro_artransform.guides.autoregressive._CHUNK", 100)
-    sizes = []
-    guide.transform.transforms[1].register_forward_pre_hook(lambda *_: None)
-    original = guide.transform.call_and_ladj
-    monkeypatch.setattr(
-        guide.transform, "call_and_ladj", lambda x: sizes.append(len(x)) or original(x)
-    )
-    assert guide.sample_posterior(250)["z"].shape == (250, 3)
-    assert sizes == [100, 100, 50]
-
-
 def test_density_integrates_to_one():
     guide = redraw_after_call(AutoIAF(models.one_dimensional, num_transforms=2, hidden_dims=8))
     rate = torch.linspace(-12, 8, 20_001).exp()
@@ -116,23 +85,16 @@ def test_density_integrates_to_one():
     assert abs(torch.trapezoid(density, rate) - 1) < 1e-4
 
 
-def test_log_prob_has_gradients():
-    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
-    draws = {k: v.requires_grad_() for k, v in guide.sample_posterior(3).items()}
-    guide.log_prob(draws).sum().backward()
-    assert all((value.grad != 0).all() for value in draws.values())
-    assert all(parameter.grad is not None for parameter in guide.parameters())
-
-
-@pytest.mark.parametrize("name", GUIDES)
-def test_log_prob_of_no_draws_and_of_arrays(name):
-    guide = redraw_after_call(GUIDES[name](models.regression))
+def test_log_prob_of_no_draws_and_of_arrays():
+    guide = redraw_after_call(GUIDES["iaf"](models.regression))
     draws = guide.sample_posterior(4)
     assert guide.log_prob({k: v[:0] for k, v in draws.items()}).shape == (0,)
     expected = guide.log_prob(draws)
     for convert in (torch.Tensor.numpy, torch.Tensor.tolist):
         got = guide.log_prob({k: convert(v) for k, v in draws.items()})
         assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match=r"expected 'scale' inside its support .*, got -"):
+        guide.log_prob({"loc": draws["loc"], "scale": -draws["scale"]})
 
 
 def test_unconstrained_values_are_the_latents():
@@ -144,27 +106,6 @@ def test_unconstrained_values_are_the_latents():
     torch.testing.assert_close(ladj, scale.log())  # the log of the slope of exp
     values = {"loc": latent[:, 0], "scale": scale}
     torch.testing.assert_close(guide.log_prob(values), log_q - ladj)
-
-
-def test_log_prob_outside_the_support():
-    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
-    values = {"loc": torch.zeros(2), "scale": torch.tensor([-1.0, 1.0])}
-    with pytest.raises(ValueError, match=r"expected 'scale' inside its support .*, got -1\.0"):
-        guide.log_prob(values)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_quantiles_of_a_model_in_half_precision(dtype):
-    def model():
-        pyro.sample("z", dist.Normal(torch.zeros(3, dtype=dtype), 1.0).to_event(1))
-
-    guide = AutoIAF(model, num_transforms=1, hidden_dims=8, init_scale=0.5)
-    guide.set_up()
-    guide.start_at([0.0, 1.0, -1.0])
-    found = guide.quantiles([0.025, 0.5, 0.975], num_samples=4000)["z"]
-    assert found.dtype == guide.median(num_samples=10)["z"].dtype == dtype
-    expected = torch.tensor([[-1.96], [0.0], [1.96]]) * 0.5 + torch.tensor([0.0, 1.0, -1.0])
-    assert torch.allclose(found.double(), expected, atol=0.1)
 
 
 def test_arguments_set_the_guide_up():
@@ -182,7 +123,7 @@ def test_arguments_set_the_guide_up():
         assert guide.latent_dim == 2
 
 
-@pytest.mark.parametrize("n", [0, -1, 2.0, True, "3"])
+@pytest.mark.parametrize("n", [0, True])
 def test_bad_counts(n):
     guide = AutoIAF(models.regression, hidden_dims=8)
     guide(models.data())
@@ -195,30 +136,21 @@ def test_bad_counts(n):
             use()
 
 
-@every_model
+@pytest.mark.parametrize("model", [models.regression, models.shapes])
 def test_quantiles(model):
     guide = redraw_after_call(AutoIAF(model, hidden_dims=8))
-    levels = [0.05, 0.5, 0.95]
+    levels = torch.tensor([0.05, 0.5, 0.95])
     found = guide.quantiles(levels, num_samples=4000)
-    pyro.set_rng_seed(1)
-    draws = guide.sample_posterior(4000)
+    draws, medians = guide.sample_posterior(4000), guide.median(num_samples=10)
     for name, value in found.items():
         assert value.shape == (3, *draws[name].shape[1:])
-        assert (value[0] <= value[1]).all()
-        assert (value[1] <= value[2]).all()
+        assert medians[name].shape == draws[name].shape[1:]
         below = (draws[name] <= value[:, None]).double().mean(1)
         # a strictly monotone coordinate is below its quantile as often as the level says; those of
         # a matrix that are fixed are always there. Four standard errors, of both samples
-        expected = torch.tensor(levels).reshape((3,) + (1,) * (value.dim() - 1))
         fixed = draws[name].std(0) < 1e-9
-        off = (below - expected).abs()[:, ~fixed]
+        off = (below - levels.reshape((3,) + (1,) * (value.dim() - 1))).abs()[:, ~fixed]
         assert (off < 4 * math.sqrt(2 * 0.25 / 4000)).all(), name
-        one = guide.quantiles(torch.tensor(0.5), num_samples=10)[name]
-        assert one.shape == (1, *value.shape[1:])
-    medians = guide.median(num_samples=10)
-    assert {name: v.shape for name, v in medians.items()} == {
-        name: v.shape[1:] for name, v in draws.items()
-    }
     with pytest.raises(ValueError, match="quantiles: expected numbers between 0 and 1, got"):
         guide.quantiles([0.5, 1.5])
 
@@ -226,12 +158,11 @@ def test_quantiles(model):
 # dtypes and devices
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @own_guides
-def test_dtype_is_the_models(new, dtype, default):
-    """F21."""
-    torch.set_default_dtype(default)
+def test_dtype_is_the_models(new, dtype):
+    """F21: and not the default."""
+    torch.set_default_dtype(torch.float32 if dtype == torch.float64 else torch.float64)
     data = models.data(dtype)
     guide = new(models.regression)
     svi = SVI(models.regression, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
@@ -243,14 +174,6 @@ def test_dtype_is_the_models(new, dtype, default):
     results = [*guide(data).values(), *draws.values(), *guide.quantiles([0.5]).values(), z, log_q]
     results.append(guide.log_prob(draws))
     assert {value.dtype for value in results} == {dtype}
-
-
-def test_mixed_dtypes_are_cast_back():
-    guide = AutoIAF(models.mixed_dtypes, hidden_dims=8)
-    values = guide(models.data())
-    assert {p.dtype for p in guide.parameters()} == {torch.float64}
-    assert values["single"].dtype == torch.float32
-    assert values["double"].dtype == torch.float64
 
 
 def test_moving_a_guide():
@@ -290,20 +213,6 @@ def test_start_at(name):
     assert torch.allclose(log_q, dist.Normal(loc, 0.1).to_event(1).log_prob(z))
 
 
-def test_start_at_refuses():
-    guide = AutoIAF(models.gaussian, hidden_dims=8, full_rank=False)
-    guide(models.data())
-    redraw(guide)
-    before = parameters(guide)
-    for loc, scale_tril, message in (
-        (torch.zeros(2), torch.eye(3), "loc: expected shape"),
-        (torch.zeros(3), models.gaussian_tril(torch.zeros(())), "full_rank=True"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            guide.start_at(loc, scale_tril)
-    assert len(unmoved(guide, before)) == len(before)
-
-
 def test_start_at_takes_lists():
     guide = AutoIAF(models.regression, hidden_dims=8)
     guide(models.data(torch.float32))
@@ -313,11 +222,16 @@ def test_start_at_takes_lists():
     expected = dist.MultivariateNormal(latent.new_tensor([1.0, 2.0]), scale_tril=scale_tril)
     assert torch.allclose(expected.log_prob(latent), log_q, atol=1e-5)
     guide.start_at(torch.tensor([1, 2]).numpy())
-    with pytest.raises(ValueError, match=r"loc: expected shape \(2,\), got \(4,\)"):
-        guide.start_at([0.0] * 4)
-    for bad in ("origin", [[1.0], []], None):
-        with pytest.raises(ValueError, match=r"loc: expected an array of numbers, got"):
+    for bad, message in (
+        ([0.0] * 4, r"loc: expected shape \(2,\), got \(4,\)"),
+        ("origin", "loc: expected an array of numbers, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
             guide.start_at(bad)
+    diagonal = AutoIAF(models.gaussian, hidden_dims=8, full_rank=False)
+    diagonal(models.data())
+    with pytest.raises(ValueError, match="full_rank=True"):
+        diagonal.start_at(torch.zeros(3), models.gaussian_tril(torch.zeros(())))
 
 
 def path_gradient(guide, log_p):
@@ -327,7 +241,7 @@ def path_gradient(guide, log_p):
     return {name: p.grad for name, p in guide.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", [*GUIDES, "Pyro's"])
+@pytest.mark.parametrize("name", ["iaf", "maf", "chain", "structured", "Pyro's"])
 def test_path_gradient_is_zero_at_the_optimum(name):
     """The gradient of every draw, not its mean: the score term is what has noise there."""
     guide = redraw_after_call({**GUIDES, **FOREIGN}[name](models.gaussian))
@@ -346,7 +260,7 @@ def test_path_gradient_is_zero_at_the_optimum(name):
     assert any(p.grad.abs().max() > 1e-3 for p in guide.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", ["iaf", "maf", "chain", "structured"])
 def test_path_gradient_has_the_right_mean(name):
     """Off from the optimum: the full gradient less that of the score, whose mean is zero."""
     guide = redraw_after_call(GUIDES[name](models.gaussian))
@@ -366,16 +280,6 @@ def test_path_gradient_has_the_right_mean(name):
     for key, p in guide.named_parameters():
         if p.grad is not None:
             assert torch.allclose(path[key], full[key] + p.grad, atol=1e-7), key
-
-
-def test_path_changes_no_value():
-    guide = redraw_after_call(AutoIAF(models.gaussian, hidden_dims=8))
-    results = []
-    for path in (False, True):
-        pyro.set_rng_seed(1)
-        results.append(guide.rsample_and_log_prob(5, path=path))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_density_of_a_draw_that_underflowed():

@@ -54,10 +54,6 @@ def test_choice(model, args, kind, reason):
     assert guide(*args).keys() >= {"z"}
 
 
-def test_keyword_arguments():
-    assert choose_guide(path, kwargs={"size": 3})[1] == "for 3 latents"
-
-
 def test_a_mini_batch_may_lack_dependencies():
     """Also where nothing in the model says that it is one, as where it is scaled by hand."""
     guide, why = choose_guide(path, (MANY,), is_minibatch=True)

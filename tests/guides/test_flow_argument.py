@@ -34,7 +34,7 @@ def test_any_positive_number_is_a_scale(scale):
 def test_bad_kinds():
     with pytest.raises(TypeError, match="model: expected a callable, got str"):
         AutoIAF("model")
-    with pytest.raises(TypeError, match="init_loc_fn: expected a callable, got dict"):
+    with pytest.raises(TypeError, match=r"init_loc_fn: expected a callable, got \{"):
         AutoIAF(models.regression, init_loc_fn={"loc": 0.0})
     with pytest.raises(TypeError, match="flow: expected a callable, got int"):
         AutoAutoregressive(models.regression, flow=3)

@@ -52,50 +52,33 @@ def test_full_rank_by_default_where_it_is_cheap(kind):
     ("options", "error", "message"),
     [
         ({"num_transforms": 0}, ValueError, "num_transforms: expected a positive integer, got 0"),
-        ({"num_transforms": 1.5}, ValueError, "num_transforms: expected"),
-        ({"num_transforms": True}, ValueError, "num_transforms: expected"),
-        ({"hidden_dims": ()}, ValueError, r"hidden_dims: expected at least one width"),
         ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims: expected"),
-        ({"hidden_dims": 0}, ValueError, "hidden_dims: expected"),
         ({"nonlinearity": "tanh"}, TypeError, "nonlinearity: expected a function or a module"),
         ({"skip_connections": "no"}, ValueError, "skip_connections: expected True or False, got"),
-        ({"nonlinearity": nn.Tanh}, TypeError, r"such as torch\.nn\.ELU\(\), got <class"),
+        ({"hidden_dim": 8}, TypeError, "^{}: got an unexpected .*'hidden_dim'; .*hidden_dims, "),
     ],
 )
 @both
 def test_bad_arguments_at_construction(kind, options, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message.format(kind.__name__)):
         kind(models.regression, **options)
-
-
-@pytest.mark.parametrize(
-    ("kind", "dims", "nonlinearity"), [(AutoIAF, (128,), nn.SiLU), (AutoMAF, (64, 64), nn.ELU)]
-)
-def test_networks_by_default(kind, dims, nonlinearity):
-    guide = kind(models.regression)
-    guide(models.data())
-    networks = [module for module in guide.modules() if isinstance(module, MaskedMLP)]
-    assert [network.hidden_dims for network in networks] == [dims] * 3
-    assert all(type(network.nonlinearity) is nonlinearity for network in networks)
 
 
 @pytest.mark.parametrize(
     ("kind", "dim", "width", "nonlinearity"),
     [
-        (AutoIAF, 16, 128, nn.SiLU),
-        (AutoIAF, 20, 160, nn.SiLU),
-        (AutoIAF, 64, 256, nn.SiLU),
-        (AutoIAF, 65, 256, TiltedSiLU),
-        (AutoIAF, 120, 360, TiltedSiLU),
-        (AutoMAF, 40, 80, nn.ELU),
+        (AutoIAF, 16, (128,), nn.SiLU),
+        (AutoIAF, 64, (256,), nn.SiLU),
+        (AutoIAF, 120, (360,), TiltedSiLU),
+        (AutoMAF, 40, (80, 80), nn.ELU),
     ],
 )
 def test_networks_grow_with_the_latents(kind, dim, width, nonlinearity):
     guide = kind(lambda: pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1)))
     guide()
-    network = next(m for m in guide.modules() if isinstance(m, MaskedMLP))
-    assert network.hidden_dims[0] == width
-    assert type(network.nonlinearity) is nonlinearity
+    networks = [module for module in guide.modules() if isinstance(module, MaskedMLP)]
+    assert [network.hidden_dims for network in networks] == [width] * 3
+    assert all(type(network.nonlinearity) is nonlinearity for network in networks)
 
 
 @both
@@ -162,7 +145,7 @@ def test_fits_a_correlated_gaussian(kind):
     assert abs((target.log_prob(z) - log_q).mean()) < 0.03
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_plain_svi_stays_finite_in_float32(seed):
     """One particle and Adam at 1e-2, on a simplex, a scale and a location; shortened."""
     torch.set_default_dtype(torch.float32)
@@ -182,7 +165,8 @@ def test_plain_svi_stays_finite_in_float32(seed):
     assert {value.dtype for value in guide().values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])
+@pytest.mark.slow
+@both
 def test_plain_svi_in_float32_stays_where_the_model_is_finite(kind):
     """Seed 7 ended in NaN within 1,000 steps while networks moved at the pace of a sum of their weights."""
 

@@ -9,12 +9,12 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, config_enumerate, reparam
-from pyro.infer.autoguide import init_to_feasible, init_to_median
+from pyro.infer.autoguide import init_to_feasible
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.optim import Adam
 
-from pyro_artransform.guides import AutoAmortized, AutoIAF, AutoStructuredFlow, prototype
-from pyro_artransform.guides.prototype import SiteShape, starting_value
+from pyro_artransform.guides import AutoAmortized, AutoIAF, AutoStructuredFlow
+from pyro_artransform.guides.prototype import SiteShape
 from pyro_artransform.joint import LogJoint
 from tests.guides import models
 
@@ -29,13 +29,7 @@ def refuses(model, message, *args):
 
 @pytest.mark.parametrize(
     "fn",
-    [
-        dist.Bernoulli(0.5),
-        dist.Categorical(torch.ones(3)),
-        dist.OneHotCategorical(torch.ones(3)),
-        dist.Poisson(3.0),
-        dist.Bernoulli(torch.full((2,), 0.5)).to_event(1),
-    ],
+    [dist.Categorical(torch.ones(3)), dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)],
     ids=lambda fn: type(fn).__name__,
 )
 def test_discrete_latent(fn):
@@ -60,9 +54,7 @@ def test_enumerated_and_hidden_latents_are_left_alone():
     ("fn", "support"),
     [
         (lambda a: dist.Uniform(0.0, a), "interval"),
-        (lambda a: dist.Uniform(torch.zeros(3), a * torch.ones(3)).to_event(1), "independent"),
-        (lambda a: dist.Pareto(a, 2.0), "greater"),
-        (lambda a: dist.Uniform(-a, 1.0), "interval"),
+        (lambda a: dist.Pareto(a * torch.ones(3), 2.0).to_event(1), "independent"),
     ],
 )
 def test_support_that_depends_on_a_latent(fn, support):
@@ -85,23 +77,6 @@ def test_supports_that_depend_on_data_or_chance_are_fine():
         pyro.sample("b", dist.Uniform(lowest - 1.0, 10.0))
 
     assert set(AutoIAF(model, hidden_dims=8)(models.data())) == {"a", "b"}
-
-
-def test_the_second_look_leaves_the_random_state():
-    def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1e-6).to_event(1))
-        if z[0] > 1e-3:
-            torch.rand(3)
-
-    pyro.set_rng_seed(3)
-    poutine.trace(poutine.block(AutoIAF(model).model, prototype.is_hidden)).get_trace()
-    after_one_run = torch.get_rng_state()
-    pyro.set_rng_seed(3)
-    rng_state = torch.get_rng_state()
-    wrapped = AutoIAF(model).model
-    trace = poutine.trace(wrapped).get_trace()
-    prototype.refuse_moving_structure(trace, wrapped, rng_state)
-    assert torch.equal(torch.get_rng_state(), after_one_run)
 
 
 def test_sites_that_come_and_go():
@@ -132,15 +107,6 @@ def test_subsampled_plate():
     refuses(
         model, r"site 'z' is in the sub-sampled plate 'items' \(5 of 20\).*AutoAmortized\(model, "
     )
-
-
-def test_subsampled_plate_without_latents_is_fine():
-    def model(values):
-        loc = pyro.sample("loc", dist.Normal(0, 1))
-        with pyro.plate("data", len(values), subsample_size=3) as index:
-            pyro.sample("obs", dist.Normal(loc, 1), obs=values[index])
-
-    assert set(AutoIAF(model)(models.data())) == {"loc"}
 
 
 def test_starting_value_outside_the_support():
@@ -183,17 +149,6 @@ def test_other_shapes_of_the_latents():
     guide(models.data()[:1])
 
 
-def test_what_is_predicted_is_no_latent_of_the_guide():
-    def model(values, obs=None):
-        loc = pyro.sample("loc", dist.Normal(0, 1))
-        with pyro.plate("data", len(values), subsample_size=2):
-            pyro.sample("obs", dist.Normal(loc, 1), obs=obs)
-
-    guide = AutoIAF(model, hidden_dims=8)
-    guide(torch.zeros(4), torch.zeros(2))
-    assert set(guide(torch.zeros(5))) == {"loc"}
-
-
 def test_other_shapes_run_the_model_once():
     runs = []
 
@@ -228,34 +183,6 @@ def test_the_prototype_holds_neither_data_nor_graph():
     assert support.upper_bound.item() == pytest.approx(3.1)
 
 
-def test_what_is_predicted_may_be_discrete():
-    def model(values, obs=None):
-        loc = pyro.sample("loc", dist.Normal(0, 1))
-        with pyro.plate("data", len(values)):
-            pyro.sample("obs", dist.Bernoulli(logits=loc), obs=obs)
-
-    guide = AutoIAF(model, hidden_dims=8)
-    guide(torch.zeros(4), torch.zeros(4))
-    assert set(guide(torch.zeros(5))) == {"loc"}
-
-
-def site(fn, **infer):
-    return {"name": "x", "fn": fn, "infer": infer, "cond_indep_stack": ()}
-
-
-def test_discrete_sites():
-    marked = site(dist.OneHotCategorical(torch.ones(3)), enumerate="parallel")
-    assert starting_value(init_to_median, None, marked).sum() == 1
-    with pytest.raises(ValueError, match="site 'x' is discrete"):
-        starting_value(init_to_median, None, site(dist.OneHotCategorical(torch.ones(3))))
-
-
-def test_other_sites_are_left_to_the_starting_function():
-    narrow = site(dist.Normal(torch.tensor([-300.0, 40.0]), 1e-3).to_event(1))
-    value = starting_value(init_to_median, None, narrow)
-    assert torch.allclose(value, torch.tensor([-300.0, 40.0]), atol=0.01)
-
-
 @pytest.mark.parametrize("kind", [AutoIAF, AutoAmortized])
 def test_improper_priors_start_at_the_origin(kind):
     def model(values):
@@ -283,28 +210,28 @@ def test_a_support_that_cannot_be_mapped():
         AutoIAF(model).sample_posterior(3)
 
 
-FOUR = dist.Normal(torch.zeros(4), 1.0).to_event(1)
 REPARAMETERIZED = {
     "a direction": (
         dist.ProjectedNormal(torch.tensor([2.0, 0.0])),
         reparam.ProjectedNormalReparam(),
     ),
     "stable": (dist.Stable(1.5, 0.5), reparam.LatentStableReparam()),
-    "Student's t": (dist.StudentT(3.0), reparam.StudentTReparam()),
     "a simplex": (
         dist.RelaxedOneHotCategorical(torch.tensor(0.5), logits=torch.zeros(3)),
         reparam.GumbelSoftmaxReparam(),
     ),
-    "transformed": (dist.LogNormal(0.0, 1.0), reparam.TransformReparam()),
-    "wavelets": (FOUR, reparam.HaarReparam(dim=-1)),
-    "cosines": (FOUR, reparam.DiscreteCosineReparam(dim=-1)),
-    "two parts": (FOUR, reparam.SplitReparam([1, 3], -1)),
+    "two parts": (
+        dist.Normal(torch.zeros(4), 1.0).to_event(1),
+        reparam.SplitReparam([1, 3], -1),
+    ),
     "by itself": (dist.Gamma(2.0, 1.0), reparam.AutoReparam()),
 }
 
 
-@pytest.mark.parametrize("kind", [AutoIAF, AutoStructuredFlow])
-@pytest.mark.parametrize("name", REPARAMETERIZED)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, AutoIAF) for name in REPARAMETERIZED), ("a direction", AutoStructuredFlow)],
+)
 def test_a_site_that_a_reparameterization_replaces(name, kind):
     """Its own support does not matter, as that of a direction, onto which there is no bijection."""
     fn, handler = REPARAMETERIZED[name]

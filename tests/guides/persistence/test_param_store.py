@@ -91,13 +91,6 @@ def test_a_guide_in_a_cycle_is_dead():
     assert second._pyro_name == "AutoIAF"
 
 
-def test_a_dead_guide_of_another_size_is_no_hindrance():
-    train(new_guide())
-    second = AutoIAF(models.regression, hidden_dims=16)
-    trains(second)
-    assert second._pyro_name == "AutoIAF_1"
-
-
 def test_store_cleared_while_a_guide_lives():
     first = new_guide()
     train(first)
@@ -115,31 +108,6 @@ def test_store_cleared_while_a_guide_lives():
     pyro.clear_param_store()
     trains(first)
     assert first._pyro_name == "AutoIAF_1"
-
-
-def test_store_cleared_and_filled_by_a_guide_that_died():
-    first = new_guide()
-    train(first)
-    before = parameters(first)
-    pyro.clear_param_store()
-    train(new_guide())
-    first(models.data())
-    assert len(unmoved(first, before)) == len(before)
-    assert first._pyro_name == "AutoIAF_1"
-
-
-def test_a_suffix_that_is_taken_in_its_turn():
-    first, second = new_guide(), new_guide()
-    train(first)
-    train(second)
-    pyro.clear_param_store()
-    twin = copy.deepcopy(second)
-    train(twin)
-    assert twin._pyro_name == "AutoIAF_1"
-    trains(second, [first, twin])
-    assert second._pyro_name == "AutoIAF"
-    trains(first, [second, twin])
-    assert first._pyro_name == "AutoIAF_2"
 
 
 def test_drawing_registers_nothing():
@@ -257,19 +225,6 @@ def test_a_copy_keeps_its_values_when_the_original_dies():
         trains(twin)
 
 
-def test_unpickled_into_an_empty_store():
-    guide = new_guide()
-    train(guide)
-    pickled, before = pickle.dumps(guide), parameters(guide)
-    del guide
-    pyro.clear_param_store()
-    twin = pickle.loads(pickled)
-    twin(models.data())
-    assert twin._pyro_name == "AutoIAF"
-    assert len(unmoved(twin, before)) == len(before)
-    trains(twin)
-
-
 def test_an_unpickled_guide_counts_more_than_a_loaded_store(tmp_path):
     guide = new_guide()
     train(guide)
@@ -283,20 +238,6 @@ def test_an_unpickled_guide_counts_more_than_a_loaded_store(tmp_path):
     twin(models.data())
     assert len(unmoved(twin, before)) == len(before)
     trains(twin)
-
-
-def test_a_guide_and_its_store_pickled_together():
-    guide = new_guide()
-    train(guide)
-    both = pickle.dumps(
-        (guide.__getstate__()["_pyro_name"], guide, pyro.get_param_store().get_state())
-    )
-    del guide
-    pyro.clear_param_store()
-    name, twin, state = pickle.loads(both)
-    pyro.get_param_store().set_state(state)
-    trains(twin)
-    assert twin._pyro_name == name == "AutoIAF"
 
 
 def test_parameters_that_are_not_contiguous():
