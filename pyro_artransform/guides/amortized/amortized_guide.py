@@ -316,9 +316,8 @@ class AutoAmortized(PersistentGuide):
         The global latents become a Gaussian with the mean of their draws and with their covariance
         times ``share``, each element one that depends on them as the mean element does.
 
-        :param values: for each site a tensor of shape ``(n,) + site shape``, the local latents of
-            any number of elements.
-        :param share: what part of all elements these are: the posterior given all is narrower.
+        :param values: for each site a tensor of shape ``(n,) + site shape``, of any number of elements.
+        :param share: their share of all elements, given which the posterior is narrower.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
         posterior, layout = self._posterior, self._posterior.layout

@@ -58,15 +58,14 @@ def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The latent sites in the same plates: each element of these has one vector of them.
+    """The latent sites in the same plates: each element of the plates has one vector of them.
 
     :param name: that of the innermost plate, or of all plates joined by "/" where another group has
-        that name already; :data:`GLOBAL` for the global latents, a group with one element.
+        that name; :data:`GLOBAL` for the global latents, a group with one element.
     :param dims: the dimension of each plate by its name, the outermost plate first.
-    :param full_sizes: the size of each plate by its name, the mini-batch being a part of it.
+    :param full_sizes: the number of all elements of each plate by its name.
     :param latents: the latents of one element, without the dimensions of the plates.
-    :param parents: the names of the groups in a part of these plates, whose elements these
-        elements belong to; the global latents are a parent of all other groups.
+    :param parents: the names of the groups in some of these plates, the global latents among them.
     """
 
     name: str
@@ -77,7 +76,7 @@ class Group:
 
     @property
     def num_elements(self) -> int:
-        """How many elements there are, those outside the mini-batch included."""
+        """The number of elements, those outside the mini-batch included."""
         return prod(self.full_sizes.values())
 
     @property

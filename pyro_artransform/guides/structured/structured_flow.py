@@ -89,9 +89,8 @@ class StructuredFlow(ComposedTransform):
     ) -> None:
         """Becomes a Gaussian with mean zero, in units of sds; the networks are those of a new flow.
 
-        :param sd: the units, shape ``(D,)``.
+        :param sd: the units, shape ``(D,)``; ``scale`` has the conditional sds.
         :param coefficients: for each coordinate those of its parents.
-        :param scale: the conditional sds, shape ``(D,)``.
         :param root_tril: the lower-triangular scale of the root block, shape ``(R, R)``.
         """
         with torch.no_grad():
@@ -108,10 +107,7 @@ class StructuredFlow(ComposedTransform):
                 network.set_linear(0, relative)
 
     def conditional_scale(self) -> Tensor:
-        """The sd of each coordinate given its parents, in the units of the flow, shape ``(D,)``.
-
-        In the root block that given the coordinates before it.
-        """
+        """The sd of each coordinate given its parents (or those before it in the root block), in units."""
         dim = len(self._root) + len(self._rest)
         log_scale = self.transforms[0].meta.conditioner.params.new_zeros(dim)
         for rows, part in ((self._root, self.root_scale), (self._rest, self.scale)):

@@ -194,10 +194,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``.
-
-        :param batches: the positional and the keyword arguments of the model, of each mini-batch.
-        """
+        """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``, over mini-batches."""
         graph, names = self.graph, self.graph.names
         most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
         count = max(2, min(_MOST_DRAWS, most))
