@@ -235,13 +235,6 @@ def test_what_is_not_a_permutation_is_refused(order):
         PermutationTransform([1, 0])(torch.zeros(5, 3))
 
 
-def test_each_part_sees_its_own_coordinates():
-    jacobian = torch.autograd.functional.jacobian(redraw(partition().double()), torch.randn(5))
-    found = (jacobian != 0).nonzero().tolist()
-    parts = [{0, 3}, {1}, {2, 4}]
-    assert all(any({i, j} <= part for part in parts) for i, j in found)
-
-
 @pytest.mark.parametrize("sets", [[[0, 0]], [[1, 2]], [[0], [2]], [[]], []])
 def test_what_is_not_a_partition_is_refused(sets):
     with pytest.raises(ValueError, match="partition"):

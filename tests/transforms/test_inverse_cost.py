@@ -21,7 +21,6 @@ from pyro_artransform import (
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.conditioners.blocks import MLPBlocks
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import AutoregressiveTransform
 
 
 @pytest.fixture
@@ -62,17 +61,6 @@ def test_evaluations_of_an_inverse(build, grad, evaluations):
         assert alone["networks"] == (layers if grad else 0)
         assert evaluations(lambda: t.inv.call_and_ladj(y)) == alone
         assert evaluations(lambda: t.inverse_and_ladj(y)) == alone
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_evaluations_of_an_inverse_by_passes(grad, evaluations):
-    bounded = AutoregressiveTransform(redraw(affine_autoregressive(7)).meta, passes=7)
-    y = torch.randn(5, 7)
-    with torch.set_grad_enabled(grad):
-        alone = evaluations(lambda: bounded.inv._call(y))
-        assert alone["blocks"] == 0
-        assert alone["networks"] <= 7 + grad
-        assert evaluations(lambda: bounded.inv.call_and_ladj(y)) == alone
 
 
 def test_evaluations_of_distributions(evaluations):

@@ -84,12 +84,6 @@ def test_values_and_gradients_are_those_of_unrolled_autograd(family, conditioner
     assert disagreement(t, torch.randn(5, 6)) <= 1e-9
 
 
-@pytest.mark.parametrize("family", ["affine", "spline"])
-def test_and_of_a_chain(family):
-    t = redraw(iaf(5, univariate=FAMILIES[family]), 2.0)
-    assert disagreement(t, torch.randn(5, 5)) <= 1e-9
-
-
 @pytest.mark.parametrize(
     ("family", "conditioner", "context_shape"),
     [
@@ -335,9 +329,8 @@ def test_second_derivative_under_torch_func():
     assert torch.allclose(given, expected)
 
 
-@pytest.mark.parametrize("build", [affine_autoregressive, spline_autoregressive])
-def test_tracing(build):
-    t = redraw(build(4))
+def test_tracing():
+    t = redraw(chain([affine_autoregressive(4), spline_autoregressive(4)]))
     for p in t.parameters():
         p.requires_grad_(False)
     y = torch.randn(5, 4)
@@ -348,9 +341,8 @@ def test_tracing(build):
             assert torch.allclose(given, expected)
 
 
-@pytest.mark.parametrize("build", [spline_autoregressive, maf])
-def test_gradient_at_a_known_pair_needs_no_inverse(build, monkeypatch):
-    t = redraw(build(5), 2.0)
+def test_gradient_at_a_known_pair_needs_no_inverse(monkeypatch):
+    t = redraw(maf(5), 2.0)
     x = torch.randn(7, 5)
     y = t(x).detach().requires_grad_()
     weight = torch.randn(7, 5)

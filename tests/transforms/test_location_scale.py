@@ -19,7 +19,7 @@ from pyro_artransform.transforms import (
     standardize,
     standardize_context,
 )
-from pyro_artransform.transforms.location_scale import check_rows, location_and_scale
+from pyro_artransform.transforms.location_scale import check_rows
 
 TRIL = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-3.0, 0.2, 10.0]], dtype=torch.float64)
 MADE = {
@@ -152,12 +152,6 @@ def test_data_in_their_own_units():
     assert standardize([[1.0], [2.0], [3.0]], full_rank=False).loc.item() == 2.0
 
 
-def test_one_coordinate():
-    loc, scale = location_and_scale("rows", torch.tensor([[1.0], [3.0]]), full_rank=True)
-    assert loc.item() == 2.0
-    assert scale.tolist() == [[pytest.approx(2**0.5)]]
-
-
 @pytest.mark.parametrize(("shape", "dim"), [((29, 3), 1), ((30, 3), 2), ((2010, 201), 1)])
 def test_correlations_where_there_are_enough_rows(shape, dim):
     assert standardize(torch.randn(shape)).scale_tril.dim() == dim
@@ -220,14 +214,11 @@ def test_context_of_what_is_not_conditional():
 # Tails
 
 
-def test_tails_are_exactly_the_identity_up_to_the_knot():
+def test_tails_are_exactly_the_identity_up_to_the_knot_and_compressed_beyond():
     x = torch.linspace(-40.0, 40.0, 101)[:, None]
     y, ladj = CompressedTails().call_and_ladj(x)
     assert torch.equal(y, x)
     assert torch.equal(ladj, torch.zeros(101))
-
-
-def test_values_beyond_the_knot():
     y = CompressedTails(10.0, 10.0)(torch.tensor([20.0, -1000.0]))
     expected = torch.tensor([10 + 10 * math.asinh(1.0), -10 - 10 * math.asinh(99.0)])
     torch.testing.assert_close(y, expected)

@@ -91,14 +91,6 @@ def test_gradients_of_value_and_log_determinant_are_those_without_a_score():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3), (0,)])
-def test_batch_shapes(batch):
-    t = layer(5, [64])
-    x = torch.randn(*batch, 5)
-    y, ladj, score = t.call_and_score(x, -x)
-    assert (y.shape, ladj.shape, score.shape) == (x.shape, x.shape[:-1], x.shape)
-
-
 def test_second_derivatives_of_a_layer_are_those_of_torch_func():
     """Its parameters depend on its input, and its first derivative is written by hand."""
     t = layer(3, 8)
