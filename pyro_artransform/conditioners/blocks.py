@@ -122,7 +122,7 @@ class MLPBlocks:
         self._base: list[Tensor] = []
         self._square: list[Tensor] = []
         self._moved: list[Tensor] = []
-        if stop > start + 1:  # else there are no such units
+        if stop > start + 1:  # the units of a single level are known later
             for i, weight in enumerate(self._weights.inner):
                 self._base.append(self._affine(i, own[i + 1]))
                 self._square.append(weight[own[i + 1], own[i]].T)
@@ -130,7 +130,7 @@ class MLPBlocks:
         self._open_outputs(own[0], own[-1])
 
     def _open_outputs(self, own: slice, units: slice) -> None:
-        """What is known contributes to the block's parameters, and the weights of what is not."""
+        """The part of the block's parameters that is known, and the weights of the rest."""
         weights, inputs, hidden = self._weights, self._known[0], self._known[-1]
         rows = weights.last[:, own]
         known = rows[..., : hidden.count].flatten(0, 1).T
@@ -169,7 +169,7 @@ class MLPBlocks:
         """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
 
     def _complete(self, start: int) -> None:
-        """Computes the units that can be known now and are not yet."""
+        """Computes the units whose inputs are known by now."""
         for i, (hidden, units) in enumerate(zip(self._known[1:], self._units)):
             count = units[start] - hidden.count
             if count:
@@ -177,7 +177,7 @@ class MLPBlocks:
                 hidden.append(new.expand(self._batch, count), count)
 
     def _affine(self, i: int, rows: slice) -> Tensor:
-        """What is known contributes to some units of a layer, shape ``(B, number of units)``."""
+        """The known part of some units of a layer, shape ``(B, number of units)``."""
         known = self._known[i]
         weight = self._weights.inner[i][rows, : known.count]
         return known.add_product(self._weights.biases[i][..., rows], weight.T)

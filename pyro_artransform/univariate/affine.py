@@ -135,7 +135,7 @@ class Affine(Univariate):
         multiplier = "" if self.multiplier == 1.0 else f", multiplier={self.multiplier}"
         return f"bound={self.bound}{multiplier}"
 
-    def forward(self, params: Tensor) -> MonotonicAffineTransform:
+    def forward(self, params: Tensor) -> ElementwiseTransform:
         if self.multiplier != 1.0:
             params = self.multiplier * params
         shift, scale = unbind_params(params, 2)
@@ -144,7 +144,7 @@ class Affine(Univariate):
     def derivatives(self, params: Tensor, x: Tensor) -> Derivatives | None:
         if type(self).forward is not Affine.forward:
             return None
-        transform = self(params)
+        transform: Any = self(params)
         y, ladj = transform.call_and_ladj(x)
         with torch.no_grad():
             by_scale = shrink_of(transform.scale, self.bound)[0].pow(3).mul_(self.multiplier)
@@ -154,15 +154,12 @@ class Affine(Univariate):
         return Derivatives(y, ladj, inverse, None, volume)
 
 
-class Standardizing(Univariate):
+class Standardizing(Affine):
     r"""The inverse affine family: it subtracts a location and divides by a scale.
 
     .. math:: y = (x - \text{location}) \exp(-b(\text{scale}))
 
     Its inverse has the location and the scale of a conditional distribution.
-
-    :param bound: the bound of the log-scale.
-    :raises ValueError: if ``bound`` is not positive and finite.
 
     Example::
 
@@ -171,18 +168,8 @@ class Standardizing(Univariate):
         torch.Size([32, 5])
     """
 
-    num_params = 2
-
-    def __init__(self, *, bound: float = 3.0) -> None:
-        super().__init__()
-        self.bound = check_positive("bound", bound)
-
-    def extra_repr(self) -> str:
-        return f"bound={self.bound}"
-
     def forward(self, params: Tensor) -> ElementwiseTransform:
-        location, scale = unbind_params(params, 2)
-        return MonotonicAffineTransform(location, scale, bound=self.bound).inv
+        return super().forward(params).inv
 
 
 class HingedTransform(ElementwiseTransform):
@@ -199,13 +186,7 @@ class HingedTransform(ElementwiseTransform):
     :param left: those to the left, likewise.
     :param knots: the knots c, in the order in which they are applied.
     :param width: the width w of a hinge.
-    :raises ValueError: if there is no knot.
-
-    Example::
-
-        >>> transform = HingedTransform(torch.zeros(2, 5), torch.zeros(2, 5), [0.0, 1.0])
-        >>> transform(torch.randn(32, 5)).shape
-        torch.Size([32, 5])
+    :raises ValueError: without a knot.
     """
 
     def __init__(
@@ -315,7 +296,7 @@ class Hinged(Univariate):
 
     :param knots: where the slopes change, positive or zero, mirrored to the left.
     :param width: how smoothly.
-    :raises ValueError: if there is no knot, a knot is negative, or ``width`` is not positive.
+    :raises ValueError: without a knot, for a negative one, or if ``width`` is not positive.
 
     Example::
 
