@@ -248,16 +248,10 @@ def test_resampling_takes_rows_and_warns_of_heavy_weights():
             pyro.sample("z", dist.Normal(mean + 0.1, 0.001))
 
     with pytest.warns(UserWarning, match=r"k-hat is \d.*Fit the guide for longer"):
-        draws = psis_resample(conjugate.local_normals, coupled, 500, num_proposals=1000)
+        draws = psis_resample(conjugate.local_normals, coupled, 500, num_proposals=100)
     assert draws["mean"].shape == (500,)
     assert draws["z"].shape == (500, 3)
     assert torch.allclose(draws["z"].mean(1), draws["mean"] + 0.1, atol=0.02)
-
-
-def test_more_draws_than_proposals():
-    draws = psis_resample(conjugate.local_normals, conjugate.local_guide, 300, num_proposals=50)
-    assert draws["mean"].shape == (300,)
-    assert len(draws["mean"].unique()) <= 50
     # copies of a draw do not stand side by side
     assert (draws["mean"].diff() == 0).double().mean() < 0.5
 

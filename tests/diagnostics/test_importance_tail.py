@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from pyro.infer.importance import psis_diagnostic
 
 from pyro_artransform.diagnostics import fit_tail, smooth_tail
 from pyro_artransform.diagnostics.importance import WORST_KHAT
@@ -32,24 +31,18 @@ CONSTANT = {
 }
 HOPELESS = {
     "one_draw": torch.tensor([3.0]),
-    "few_draws": torch.randn(7),
     "four_draws_in_the_tail": torch.zeros(20),
     "float32_of_ten_million_nats": -1e7 + torch.linspace(0, 16, 1000).float(),
-    "float64_of_1e300_nats": torch.full((1000,), 1e300, dtype=torch.float64),
     "all_zero": torch.full((100,), -INF),
-    "all_nan": torch.full((100,), NAN),
     "one_infinite": torch.tensor([0.0] * 999 + [INF]),
     "two_percent_nan": torch.tensor([0.0] * 98 + [NAN] * 2),
     "one_draw_outweighs_all": torch.tensor([0.0] * 999 + [50.0]),
-    "spread_over_10_000_nats": torch.linspace(-10_000, 0, 1000),
 }
 FINITE = {
     "half_zero": torch.cat([torch.randn(500), torch.full((500,), -INF)]),
     "one_percent_nan": torch.cat([torch.randn(990), torch.full((10,), NAN)]),
     "ties": torch.randn(2000).round(),
-    "two_values": torch.arange(1000.0) % 2,
     "three_above_ties": torch.tensor([0.0] * 997 + [1.0, 2.0, 3.0]),
-    "tail_in_one_step": torch.tensor([0.0] * 900 + [5.0] * 95),
     "tiny_spread": 1e-9 * torch.randn(1000, dtype=torch.float64),
     "half_precision": torch.randn(1000).half(),
 }
@@ -90,16 +83,6 @@ def test_standard_error_by_simulation(k):
     se = torch.tensor([tail.khat_se for tail in tails]).mean()
     assert abs(khats.mean() - (300 * k + 10 * 0.5) / 310) < 0.5 * se
     assert 0.75 * se < khats.std() < 1.3 * se
-
-
-@pytest.mark.parametrize("k", [0.2, 0.6, 5.0])
-def test_khat_is_pyros(monkeypatch, k):
-    weights = pareto_log_weights(k, 3000)
-    monkeypatch.setattr(
-        "pyro.infer.importance.vectorized_importance_weights", lambda *_, **__: (weights.clone(),)
-    )
-    expected = psis_diagnostic(None, None, num_particles=3000)
-    assert fit_tail(weights).khat == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("k", [0.2, 0.9])
