@@ -114,7 +114,7 @@ def sbc(
 
     The data sites are those that have data when the model runs with the arguments given here (the
     real data, which are not used otherwise), or those in ``observed``, for a model that draws its
-    data where it is given none.
+    data unless it is given them.
 
     :param model: a Pyro model without factors, which cannot be simulated from.
     :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a

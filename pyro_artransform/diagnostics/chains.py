@@ -267,7 +267,7 @@ def guide_transform(
         return None
     try:
         # with its graph: torch's product of a matrix and many vectors, as in AutoMultivariateNormal,
-        # is ten times slower where the vectors have a gradient and the matrix has none
+        # is ten times slower where the vectors take a gradient and the matrix does not
         with torch.enable_grad():
             transform = guide.get_transform(*args, **kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method

@@ -173,6 +173,6 @@ def _conclusion(models: Mapping[str, ComparedModel]) -> str:
     if -other.difference < _CLEAR * other.difference_se:
         same = f"'{first}' and '{second}' have the same evidence as far as is known ({gain} nats)"
         return f"{same}: more draws of diagnostics.importance may tell."
-    # beyond the largest float there is no factor to name
+    # a factor beyond the largest float is left out
     factor = f", a Bayes factor of {math.exp(-other.difference):.3g}" if other.probability else ""
     return f"'{first}' has the largest evidence, {gain} nats more than '{second}'{factor}."

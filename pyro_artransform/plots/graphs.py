@@ -97,7 +97,7 @@ def _draw_pattern(
     cells = [[nan] * size for _ in range(size)]
     for (one, two), value in values.items():
         row, column = cells[cell[one]], cell[two]
-        row[column] = max(value, row[column])  # the value where there was none
+        row[column] = max(value, row[column])  # the value, where that of the cell is NaN
     margin = 0.01 * dim  # so that the frame hides no row
     side = dim + 2 * margin
     line: dict[str, Any] = {"fill": False, "edgecolor": GRAY, "linewidth": 0.8}

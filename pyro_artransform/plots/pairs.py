@@ -36,7 +36,7 @@ def plot_pairs(
     :param names: the coordinates to show, such as ``["tau", "theta[0]", "theta[3]"]``, or sites,
         which stand for all of theirs; by default the first eight.
     :return: an array of Axes, one for each pair.
-    :raises ValueError: if a name is none of a coordinate or site, or draws that are shown are not finite.
+    :raises ValueError: if a name is not that of a coordinate or site, or shown draws are not finite.
     """
     series = {"guide": _columns(draws)}
     chosen = _chosen(series["guide"], names)

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from ..diagnostics import SBC, Importance, Marginals, ParetoTail, fit_tail, simultaneous_bands
+from ..diagnostics import SBC, Importance, Marginals, fit_tail, simultaneous_bands
 from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
 from ..diagnostics.marginals import bounds_in_words
 from ..inference import FitResult
@@ -118,15 +118,12 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     :param ax: where to draw; by default new Axes.
     """
     ax, tail = new_axes(ax), fit_tail(result.log_weights)
-    ordered = doubles(result.log_weights).sort(descending=True).values
-    ordered = ordered[ordered.isfinite()]
-    if len(ordered):
-        _draw_tail(ax, ordered - result.log_evidence, tail, result)
     ax.set_title(f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}")
-    return tidied(ax, "weight / mean weight", "share of draws with a larger weight")
-
-
-def _draw_tail(ax: Axes, ordered: Tensor, tail: ParetoTail, result: Importance) -> None:
+    ax = tidied(ax, "weight / mean weight", "share of draws with a larger weight")
+    ordered = doubles(result.log_weights).sort(descending=True).values
+    ordered = ordered[ordered.isfinite()] - result.log_evidence
+    if not len(ordered):
+        return ax
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
     shares, shown = ranks / result.num_samples, max(3 * tail.size, 10)
     style: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0}
@@ -144,6 +141,7 @@ def _draw_tail(ax: Axes, ordered: Tensor, tail: ParetoTail, result: Importance) 
             ax.loglog(x, shares, color=color, label=label, linestyle=linestyle)
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
     ax.legend(frameon=False)
+    return ax
 
 
 def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
