@@ -4,7 +4,7 @@
 """The ELBO of a guide whose data come in mini-batches: for steps, for comparisons, and at the end."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +20,14 @@ _ROUND_OFF = 1e-6
 
 
 class PassEstimate(NamedTuple):
-    """The ELBO in nats as the mean over batches.
+    """The ELBO as the mean over the batches of a pass.
 
-    Its standard error is that of draws, and of batches as far as not all of them were seen; the
-    share of all data that were is 0 where it is not known. ``log_weights`` are those of all data.
-    ``loader_share`` is how much of the data that batches are scaled up to a loader has that passes over
-    each row once, 1 where it is not known.
+    :param elbo: in nats.
+    :param elbo_se: its standard error, that of draws, and of batches as far as not all of them were seen.
+    :param share: of all data that were seen; 0 where it is not known.
+    :param log_weights: of all data; ``None`` where they are not known.
+    :param loader_share: how much of the data that batches are scaled up to the whole loader has; 1 where
+        it is not known.
     """
 
     elbo: float
@@ -35,15 +37,6 @@ class PassEstimate(NamedTuple):
     share: float
     log_weights: Tensor | None = None
     loader_share: float = 1.0
-
-
-class _Term(NamedTuple):
-    """The mean of one batch, the variance of it by its draws, and the batch's weight and scale."""
-
-    mean: float
-    variance: float
-    weight: float
-    scale: float
 
 
 def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
@@ -133,59 +126,45 @@ class MinibatchObjective(Objective):
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
         """The ELBO from one pass over the loader, or from batches that are spread over it."""
-        config, are_common = self.config, isinstance(self.objective, PathObjective)
-        count = config.num_draws // min(self.stream.whole.num_batches, config.max_batches)
+        config, whole = self.config, self.stream.whole
+        are_common = isinstance(self.objective, PathObjective)
+        count = config.num_draws // min(whole.num_batches, config.max_batches)
         count = min(max(count, config.min_draws), config.max_draws)
         estimate = self._estimator(config.num_common_draws if are_common else count)
-        terms, weighted = list[_Term](), list[Tensor]()
-        for batch in self.stream.whole.one_pass(config.max_batches):
-            draws, weight = estimate(batch), self._weight(batch)
-            variance = 0.0 if are_common else (draws.var() / len(draws)).item()
-            terms.append(_Term(draws.mean().item(), variance, weight, self._scale(batch)))
-            weighted.append(weight * draws)
-        share = self._share_seen(terms)
-        elbo, elbo_se = _mean_and_error(terms, share)
-        loader_share = self._loader_share(terms)
+        means, variances, weights, scales = [], [], [], []
+        weighted = list[Tensor]()
+        for batch in whole.one_pass(config.max_batches):
+            draws = estimate(batch)
+            means.append(draws.mean().item())
+            variances.append(0.0 if are_common else (draws.var() / len(draws)).item())
+            weights.append(self._weight(batch))
+            scales.append(self._scale(batch))
+            weighted.append(weights[-1] * draws)
+        num_batches = len(means)
+        seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
+        is_scaled = any(scale != 1 for scale in scales)
+        share = num_batches / whole.num_batches if whole.is_partition else 0.0
+        loader_share = seen if is_scaled and share == 1 else 1.0
+        share = min(share, seen) if is_scaled else share
+        elbo, elbo_se = _mean_and_error(means, variances, weights, share)
         if not are_common:
-            numbers = elbo, elbo_se, count * len(terms), len(terms), share
+            numbers = elbo, elbo_se, count * num_batches, num_batches, share
             return PassEstimate(*numbers, loader_share=loader_share)
-        log_weights = sum(weighted[1:], weighted[0]) / sum(term.weight for term in terms)
-        error = math.hypot((log_weights.double().var() / len(weighted[0])).sqrt().item(), elbo_se)
-        is_exact = abs(_seen(terms) - 1) < _ROUND_OFF and share > 0
-        weights = log_weights if is_exact else None
-        numbers = elbo, error, len(weighted[0]), len(terms), share
-        return PassEstimate(*numbers, weights, loader_share)
-
-    def _share_seen(self, terms: list[_Term]) -> float:
-        """How much of all data these batches are, from 0 to 1; 0 where it is not known."""
-        whole = self.stream.whole
-        if not whole.is_partition:
-            return 0.0
-        share = len(terms) / whole.num_batches
-        return min(share, _seen(terms)) if _are_scaled(terms) else share
-
-    def _loader_share(self, terms: list[_Term]) -> float:
-        """How much of what batches are scaled up to a whole pass is; 1 where it is not known."""
-        whole = self.stream.whole
-        is_whole = whole.is_partition and len(terms) == whole.num_batches
-        return _seen(terms) if is_whole and _are_scaled(terms) else 1.0
+        log_weights = sum(weighted[1:], weighted[0]) / sum(weights)
+        error = math.hypot((log_weights.double().var() / len(log_weights)).sqrt().item(), elbo_se)
+        is_exact = abs(seen - 1) < _ROUND_OFF and share > 0
+        numbers = elbo, error, len(log_weights), num_batches, share
+        return PassEstimate(*numbers, log_weights if is_exact else None, loader_share)
 
 
-def _are_scaled(terms: list[_Term]) -> bool:
-    return any(term.scale != 1 for term in terms)
-
-
-def _seen(terms: list[_Term]) -> float:
-    """How much of all data these batches are by their scales."""
-    return sum(1 / term.scale for term in terms)
-
-
-def _mean_and_error(terms: list[_Term], share: float) -> tuple[float, float]:
+def _mean_and_error(
+    means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
+) -> tuple[float, float]:
     """The weighted mean of independent means, a share of all that there are, and its error."""
-    total = sum(term.weight for term in terms)
-    shares = [term.weight / total for term in terms]
-    mean = math.fsum(s * term.mean for s, term in zip(shares, terms))
-    by_draws = math.fsum(s**2 * term.variance for s, term in zip(shares, terms))
-    deviations = math.fsum(s**2 * (term.mean - mean) ** 2 for s, term in zip(shares, terms))
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    mean = math.fsum(s * own for s, own in zip(shares, means))
+    by_draws = math.fsum(s**2 * variance for s, variance in zip(shares, variances))
+    deviations = math.fsum(s**2 * (own - mean) ** 2 for s, own in zip(shares, means))
     by_batches = deviations * len(shares) / max(len(shares) - 1, 1)
     return mean, math.sqrt(by_draws + max(1 - share, 0.0) * by_batches)

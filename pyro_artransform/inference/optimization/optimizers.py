@@ -44,7 +44,7 @@ class TorchOptimizer:
 class Adam:
     """Adam whose step size follows the schedule of the fit.
 
-    It is PyTorch's function and none of its optimizers: the first of these in a process imports the
+    It is the function of PyTorch and not an optimizer of it: the first of these in a process imports the
     compiler, which takes as long as a hundred steps of a small fit.
 
     :param parameters: what to train.
@@ -65,6 +65,7 @@ class Adam:
         betas: tuple[float, float],
         scales: ScaledSteps | None = None,
     ) -> None:
+        self._step_size, self._betas, self._scales = step_size, betas, scales
         self._is_fused, self._has_complex = True, False
         for parameter in parameters:
             is_fast = parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
@@ -77,10 +78,9 @@ class Adam:
             device = parameter.device if self._is_fused else "cpu"
             steps = torch.zeros((), dtype=torch.float32, device=device)
             self._moments[parameter] = zeros, zeros.clone(), steps
-        self._step_size, self._betas, self._scales = step_size, betas, scales
 
     def restart(self, factor: float) -> float:
-        """Forgets the gradients so far; returns the step size, from now on so many times as large."""
+        """Forgets the gradients so far; returns the step size, which is multiplied by a factor."""
         for part in chain.from_iterable(self._moments.values()):
             part.zero_()
         self._step_size *= factor
@@ -89,20 +89,27 @@ class Adam:
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """See :meth:`TorchOptimizer.step`; a parameter without a gradient stays where it is."""
-        scales = {} if self._scales is None else self._scales.step_scales()
         scaled = []
-        for parameter, scale in scales.items():
-            if parameter in self._moments:
-                scaled.append((parameter, scale, parameter.detach().clone()))
-        moved = [parameter for parameter in self._moments if parameter.grad is not None]
-        moments = [self._moments[parameter] for parameter in moved]
+        if self._scales is not None:
+            for trained, scale in self._scales.step_scales().items():
+                if trained in self._moments:
+                    scaled.append((trained, scale, trained.detach().clone()))
+        moved, gradients = list[Tensor](), list[Tensor]()
+        means, squares, counts = list[Tensor](), list[Tensor](), list[Tensor]()
+        for parameter, (mean, square, count) in self._moments.items():
+            if parameter.grad is not None:
+                moved.append(parameter)
+                gradients.append(parameter.grad)
+                means.append(mean)
+                squares.append(square)
+                counts.append(count)
         adam(
             moved,
-            [parameter.grad for parameter in moved if parameter.grad is not None],
-            [mean for mean, _, _ in moments],
-            [square for _, square, _ in moments],
+            gradients,
+            means,
+            squares,
             [],
-            [steps for _, _, steps in moments],
+            counts,
             fused=self._is_fused,
             has_complex=self._has_complex,
             amsgrad=False,
@@ -146,7 +153,7 @@ class PyroOptimizer:
         return [[part.state_dict() for part in self._parts(p)] for p in self._parameters]
 
     def _parts(self, parameter: Tensor) -> list[Any]:
-        """The optimizer of a parameter, after its scheduler if it has one; none before a step."""
+        """The optimizer of a parameter, after its scheduler if it has one; empty before a step."""
         made = self._optimizer.optim_objs.get(parameter)
         if made is None:
             return []

@@ -32,7 +32,7 @@ class Score(NamedTuple):
 
 
 def score_of(objective: Objective, num_draws: int) -> Score:
-    """The score of the present parameters, by so many draws."""
+    """The score of the present parameters by fresh draws."""
     draws = objective.elbo_draws(num_draws)
     elbo = draws.mean().item()
     if not math.isfinite(elbo):
@@ -44,10 +44,10 @@ def score_of(objective: Objective, num_draws: int) -> Score:
     return Score(elbo, khat, gap_of(draws) if khat < GOOD_KHAT else math.inf)
 
 
-def look(objective: Objective, config: OptimizationConfig) -> Score:
-    """The score of parameters that little may be left to win at; nothing is known of others.
+def quick_score(objective: Objective, config: OptimizationConfig) -> Score:
+    """The score where little may be left to win; elsewhere an unknown one, by few draws.
 
-    Few draws tell that a guide is far off: for small gaps half the variance of the log weights is one.
+    These tell that a guide is far off: for small gaps half the variance of the log weights is one.
     """
     few = objective.elbo_draws(config.look_draws)
     if not 0.5 * few.var() <= 2 * config.min_improvement:  # NaN is far off as well
@@ -61,10 +61,7 @@ def is_good(score: Score, config: OptimizationConfig) -> bool:
 
 
 def gap_of(log_weights: Tensor) -> float:
-    """How far the ELBO is from the log evidence, in nats, by importance sampling.
-
-    :param log_weights: of draws of the guide, shape ``(n,)``.
-    """
+    """How far the ELBO is from the log evidence, in nats, by the log weights of draws of the guide."""
     log_evidence = log_weights.logsumexp(0) - math.log(len(log_weights))
     return float(log_evidence - log_weights.mean())
 
@@ -106,11 +103,15 @@ class Schedule:
         """The schedule of a given number of steps; itself without one."""
         if num_steps is None:
             return self
-        reason = f"all {num_steps} steps that were asked for were taken"
         tail_start = num_steps - min(self.tail_steps, num_steps // 10)
-        start = math.ceil(self.config.constant_share * tail_start)
-        plan = replace(self, num_steps=num_steps, end=num_steps, reason=reason)
-        return replace(plan, decay_start=start, tail_start=tail_start)
+        return replace(
+            self,
+            num_steps=num_steps,
+            end=num_steps,
+            decay_start=math.ceil(self.config.constant_share * tail_start),
+            tail_start=tail_start,
+            reason=f"all {num_steps} steps that were asked for were taken",
+        )
 
     def without_steps(self) -> "Schedule":
         """The schedule of a fit that has nothing to do."""
@@ -157,13 +158,13 @@ class Schedule:
         end = tail_start + self.tail_steps
         return replace(self, decay_start=step, tail_start=tail_start, end=end, reason=reason)
 
-    def is_for_a_look(self, step: int) -> bool:
-        """Whether to look, after so many steps, at what is left to win."""
+    def is_for_check(self, step: int) -> bool:
+        """Whether to check, after a number of steps, what is left to win."""
         every = self.config.look_every
         return self.num_steps is None and step >= 2 * every and step % every == 0
 
-    def after_look(self, step: int, score: Score) -> "Schedule":
-        """The schedule after a look: it ends where nothing is left to win, or soon with little left."""
+    def after_check(self, step: int, score: Score) -> "Schedule":
+        """The schedule after a check: it ends where nothing is left to win, or soon with little left."""
         config = self.config
         if is_good(score, config):
             tail_start = min(self.tail_start, step)
@@ -174,7 +175,7 @@ class Schedule:
         return self
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
-        """At least so many steps that make whole epochs, and at least so many of them."""
+        """A number of steps rounded up to whole epochs, and to a number of these."""
         if self.epoch == 1:
             return steps
         return self.epoch * max(math.ceil(steps / self.epoch), min_epochs)
@@ -189,15 +190,15 @@ class Schedule:
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
     def is_for_tails(self, step: int) -> bool:
-        """Whether the step after so many steps is for the tails."""
+        """Whether the next step, after a number of steps, is for the tails."""
         return self.end is not None and step >= self.tail_start
 
     def is_over(self, step: int) -> bool:
-        """Whether so many steps are enough."""
+        """Whether a number of steps is enough."""
         return self.end is not None and step >= self.end
 
     def factor(self, step: int) -> float:
-        """What to multiply the step size by, after so many steps."""
+        """What to multiply the step size by, after a number of steps."""
         begin, decay_start, end, size = 0, self.decay_start, self.tail_start, 1.0
         if self.is_for_tails(step):
             begin = decay_start = self.tail_start
@@ -209,7 +210,7 @@ class Schedule:
         return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
-        """The weight of the newest parameters in their running average, after so many steps.
+        """The weight of the newest parameters in their running average, after a number of steps.
 
         A young average forgets its start faster. With a share it is that of polynomial decay.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import OptimizationConfig
-from .schedule import Score, is_good, look, score_of
+from .schedule import Score, is_good, quick_score, score_of
 from .training import FitError, Trainer, Training
 
 
@@ -24,7 +24,7 @@ def is_at_posterior(trainer: Trainer) -> bool:
     is_asked = schedule.num_steps is not None or trainer.optim is not None
     if is_asked or not objective.has_weights or not objective.is_guide_alone():
         return False
-    return is_good(look(objective, schedule.config), schedule.config)
+    return is_good(quick_score(objective, schedule.config), schedule.config)
 
 
 def begin(trainer: Trainer) -> tuple[Training, int]:
@@ -35,7 +35,6 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
     no room for that. A fit that finds its end itself goes on from the steps of the search with this
     step size; one of a given number of steps begins anew.
 
-    :param trainer: makes a training for each step size.
     :return: the training, and the number of steps that the search took without it.
     """
     config = trainer.schedule.config
@@ -70,12 +69,9 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
 
 
 def select_parameters(training: Training) -> str:
-    """Leaves the parameters at the candidate with the largest ELBO on common noise.
+    """Leaves the parameters at the candidate with the largest ELBO on common noise; returns its name.
 
     Another one with a clearly smaller k-hat is taken if its ELBO is next to equal.
-
-    :param training: a training that is over.
-    :return: the name of the candidate.
     """
     config, candidates = training.schedule.config, training.candidates()
     if len(candidates) == 1:  # no step was taken
@@ -92,11 +88,7 @@ def select_parameters(training: Training) -> str:
 
 
 def best_of(scores: dict[str, Score], config: OptimizationConfig) -> str:
-    """The name of the best score: of the largest ELBO, less a price for k-hat among those next to it.
-
-    :param scores: the scores by name.
-    :param config: what k-hat costs, in nats.
-    """
+    """The name of the best score: of the largest ELBO, less a price for k-hat among those next to it."""
     best, best_value = "", -math.inf
     least = max(scores.values()).elbo - config.selection_as_good
     for name, score in scores.items():

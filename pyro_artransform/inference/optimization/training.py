@@ -21,7 +21,7 @@ from ..loader import BatchStream
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
-from .schedule import Schedule, gap_of, look
+from .schedule import Schedule, gap_of, quick_score
 
 _COPIED = ("norms", "average", "best", "best_loss", "kept")
 
@@ -115,7 +115,7 @@ class Training:
         self._norms: list[float] = []
         self._average, self._best, self._best_loss = self._values(), self._values(), math.inf
         # the weights say nothing of the parameters of a model
-        self._looks = self.objective.has_weights and self.objective.is_guide_alone()
+        self._has_checks = self.objective.has_weights and self.objective.is_guide_alone()
         #: the parameters at some steps on the way, by name
         self._kept: dict[str, list[Tensor]] = {}
 
@@ -147,7 +147,11 @@ class Training:
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         if self._parallel is not None:
             value, gradients = self._parallel.mean(value, gradients, trained)
-        norm = math.inf if gradients is None else _norm(gradients)
+        norm, present = math.inf, list[Tensor]()
+        if gradients is not None:
+            present = [gradient for gradient in gradients if gradient is not None]
+            norms = torch._foreach_norm(present)
+            norm = torch.stack([*map(Tensor.double, norms)]).norm().item()
         if gradients is not None and math.isfinite(norm):
             self._take(gradients, norm)
         else:
@@ -155,8 +159,8 @@ class Training:
         self.losses.append(value if math.isfinite(norm) else math.nan)
         self._remember()
         self.schedule = self.schedule.observe(self.losses, self._gap)
-        if self._looks and self.schedule.is_for_a_look(self.num_steps):
-            self._look()
+        if self._has_checks and self.schedule.is_for_check(self.num_steps):
+            self._check()
         return value
 
     def _take(self, gradients: Gradients, norm: float) -> None:
@@ -210,13 +214,13 @@ class Training:
         )
         return bool(first and last) and statistics.median(last) > max(first)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         """Ends the fit, or its constant phase, where the averaged parameters leave little to win."""
         present = self._values()
         self.set_parameters(self._average)
-        score = look(self.objective, self._config)
+        score = quick_score(self.objective, self._config)
         self.set_parameters(present)
-        self.schedule = self.schedule.after_look(self.num_steps, score)
+        self.schedule = self.schedule.after_check(self.num_steps, score)
 
     def _gap(self) -> float:
         """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
@@ -268,10 +272,3 @@ class Training:
         self.skipped = SkippedSteps(count, in_a_row, Counter(state["culprits"]))
         for name in _COPIED:
             setattr(self, f"_{name}", state[name])
-
-
-def _norm(gradients: Gradients) -> float:
-    """The norm of all gradients together, in double precision."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    norms = torch._foreach_norm(present)
-    return float(torch.stack([*map(Tensor.double, norms)]).norm().item())
