@@ -84,15 +84,20 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
 
 
 def _check_draws(guide: AutoAutoregressive) -> None:
-    draws = guide.sample_posterior(5)
-    quantiles = guide.quantiles([0.1, 0.9], num_samples=20)
-    for name, site in guide.prototype_trace.nodes.items():
-        for what, values, count in (("sample_posterior(5)", draws, 5), ("quantiles", quantiles, 2)):
-            expected, shape = (count, *site["value"].shape), tuple(values[name].shape)
+    sites = guide.prototype_trace.nodes
+    for what, count in (("sample_posterior(5)", 5), ("quantiles", 2)):
+        # in turn: quantiles are those of draws, whose shape is checked first
+        is_draw = what != "quantiles"
+        found = (
+            guide.sample_posterior(5) if is_draw else guide.quantiles([0.1, 0.9], num_samples=20)
+        )
+        for name, site in sites.items():
+            expected, shape = (count, *site["value"].shape), tuple(found[name].shape)
             assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
-        value = draws[name]
-        assert value.dtype == site["value"].dtype, f"sample_posterior: '{name}' is {value.dtype}"
-        assert site["fn"].support.check(value).all(), f"'{name}' left its support: {value}"
+    for name, value in guide.sample_posterior(5).items():
+        dtype, support = sites[name]["value"].dtype, sites[name]["fn"].support
+        assert value.dtype == dtype, f"sample_posterior: '{name}' is {value.dtype}"
+        assert support.check(value).all(), f"'{name}' left its support: {value}"
 
 
 def _check_densities(guide: AutoAutoregressive, args: Args, atol: float) -> None:

@@ -11,7 +11,6 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import (
-    SVI,
     JitTrace_ELBO,
     Predictive,
     Trace_ELBO,
@@ -61,34 +60,6 @@ def test_elbos(kind, options):
     before = parameters(guide)
     assert all(math.isfinite(loss) for loss in train(guide, 3, models.shapes, elbo))
     assert not unmoved(guide, before)
-
-
-def test_one_optimizer_of_pytorch_takes_the_steps_of_pyros():
-    found = []
-    for by_pyro in (True, False):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        guide = AutoIAF(models.regression, hidden_dims=8)
-        guide(models.data())
-        pyro.set_rng_seed(1)
-        if by_pyro:
-            optimizer = pyro.optim.Adam({"lr": 1e-2})
-            svi = SVI(models.regression, guide, optimizer, Trace_ELBO())
-            losses = [svi.step(models.data()) for _ in range(5)]
-        else:
-            losses, loss_of = [], Trace_ELBO()(models.regression, guide)
-            optimizer = torch.optim.Adam(loss_of.parameters(), lr=1e-2, fused=True)
-            for _ in range(5):
-                optimizer.zero_grad()
-                loss = loss_of(models.data())
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-        found.append((losses, parameters(guide)))
-    (pyros, expected), (losses, given) = found
-    assert losses == pytest.approx(pyros, rel=1e-10)
-    for key, value in expected.items():
-        assert torch.allclose(given[key], value, rtol=1e-8, atol=1e-10), key
 
 
 def test_jit_is_the_same():

@@ -73,11 +73,8 @@ def test_it_leaves_no_trace():
     assert not tracer.trace.nodes
 
 
-def test_a_model_without_latents():
+def test_models_that_no_guide_covers():
     with pytest.raises(ValueError, match="no continuous latent: expected at least one"):
         choose_guide(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(())))
-
-
-def test_a_discrete_latent():
     with pytest.raises(ValueError, match="site 'k' is discrete: expected continuous latents"):
         choose_guide(lambda: pyro.sample("k", dist.Bernoulli(0.5)))

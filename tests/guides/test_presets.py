@@ -127,7 +127,7 @@ def test_bends_in_one_dimension():
     other.load_state_dict(guide.state_dict())
 
 
-@both
+@pytest.mark.parametrize("kind", [AutoIAF, pytest.param(AutoMAF, marks=pytest.mark.slow)])
 def test_fits_a_correlated_gaussian(kind):
     loc, scale_tril = torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.0], [0.8, 0.3]])
     target = dist.MultivariateNormal(loc, scale_tril=scale_tril)

@@ -283,8 +283,7 @@ class PersistentGuide(AutoGuide):
         plain = None if text is None else tensor_to_plain(text)
         parameters = [value for key, value in state.items() if key.startswith("transform.")]
         device = parameters[0].device if parameters else torch.device("cpu")
-        # that of older versions is a list, which says too little
-        spec = GuideSpec.from_plain(plain, device) if isinstance(plain, dict) else None
+        spec = None if plain is None else GuideSpec.from_plain(plain, device)
         if self._spec is None and spec is not None:
             self._restore(spec, state)
         elif self._spec is None and parameters:
