@@ -165,6 +165,7 @@ class BatchStream:
             options = {name: getattr(loader, name) for name in _OPTIONS}
             stream._loader = DataLoader(loader.dataset, batch_sampler=part, **options)
         stream.num_batches, stream.whole = len(part), self
+        stream.restart()
         return stream
 
     def restart(self) -> None:

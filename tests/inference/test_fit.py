@@ -17,11 +17,10 @@ from pyro.infer.autoguide import (
     AutoGuideList,
     AutoIAFNormal,
     AutoLaplaceApproximation,
-    AutoMultivariateNormal,
     AutoNormal,
 )
 
-from pyro_artransform import AutoAutoregressive, AutoMAF, spline_autoregressive
+from pyro_artransform import AutoMAF
 from tests.inference import models
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
@@ -40,14 +39,8 @@ def guide_list(model):
 
 
 GUIDES = {
-    "AutoIAF": small,
     "diagonal": partial(small, full_rank=False),
     "AutoMAF": lambda model: AutoMAF(model, num_transforms=1, hidden_dims=8),
-    "splines": lambda model: AutoAutoregressive(
-        model, flow=lambda dim: spline_autoregressive(dim, 8)
-    ),
-    "AutoNormal": AutoNormal,
-    "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoIAFNormal": AutoIAFNormal,
     "a function": lambda model: models.hand_written,
     "a list with one of ours": guide_list,
@@ -68,7 +61,7 @@ def moved(parameters, before):
     return all(not torch.equal(value, before[name]) for name, value in parameters.items())
 
 
-def parameters(guide, *args):
+def parameters():
     """Copies of all there are, the guide's and the model's."""
     store = pyro.get_param_store()
     found = {name: store[name] for name in store.keys()}  # noqa: SIM118, its items are constrained
@@ -80,9 +73,9 @@ def test_guides(name):
     guide = GUIDES[name](models.regression)
     with poutine.block():
         guide()
-    before = parameters(guide)
-    result = check(fitted(models.regression, guide, num_steps=40))
-    after = parameters(guide)
+    before = parameters()
+    result = check(fitted(models.regression, guide))
+    after = parameters()
     assert any(not torch.equal(after[k], before[k]) for k in before)
     assert all(value.isfinite().all() for value in after.values())
     assert -60 < result.elbo < -11.9
@@ -91,7 +84,7 @@ def test_guides(name):
 @pytest.mark.parametrize("kind", [AutoDelta, AutoLaplaceApproximation])
 def test_a_point_is_no_posterior(kind):
     guide = kind(models.regression)
-    result = fitted(models.regression, guide, num_steps=200)
+    result = fitted(models.regression, guide, num_steps=40)
     assert not result.trusted
     assert "AutoDelta" in result.verdict
     assert math.isfinite(result.khat)
@@ -104,8 +97,9 @@ def test_adam_goes_where_it_should():
     assert result.history[-1] > result.history[0] + 1
 
 
-@pytest.mark.parametrize("kind", [small, AutoNormal])
-@pytest.mark.parametrize("name", ["scaled", "masked", "partly_observed"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("scaled", AutoNormal), ("masked", small), ("partly_observed", AutoNormal)]
+)
 def test_scales_and_masks(name, kind):
     model = getattr(models, name)
     result = check(fitted(model, kind(model), num_steps=30))
@@ -120,19 +114,14 @@ def test_scales_and_masks(name, kind):
 @pytest.mark.parametrize("make", [small, lambda m: AutoNormal(poutine.block(m, hide=["kind"]))])
 def test_enumerated(make):
     guide = make(models.mixture)
-    result = check(fitted(models.mixture, guide, num_steps=100))
+    result = check(fitted(models.mixture, guide, num_steps=40))
     assert -20 < result.history[-1] < -9
     assert result.elbo < result.log_evidence + 4 * result.log_evidence_se
 
 
-def test_one_dimension():
-    for model in (models.location, models.with_param):
-        check(fitted(model, small(model)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_dtypes(dtype, kind):
+def test_single_precision(kind):
+    dtype = torch.float32
     torch.set_default_dtype(torch.float64 if kind is small else dtype)
     values = models.data().to(dtype)
     guide = kind(models.regression)
@@ -149,7 +138,7 @@ def test_arguments():
     x = torch.linspace(0, 1, 8)
     for kind in (small, AutoNormal):
         guide = kind(model)
-        check(fitted(model, guide, x, y=2 * x, scale=0.1, num_steps=300))
+        check(fitted(model, guide, x, y=2 * x, scale=0.1, num_steps=50))
         if kind is small:
             assert abs(guide.sample_posterior(100)["slope"].mean() - 2) < 0.1
 
@@ -160,26 +149,19 @@ def test_arguments():
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_parameters_of_the_model_are_trained(kind):
     """The noise goes from 4 to about the deviation of the data."""
-    fitted(models.with_param, kind(models.with_param), num_steps=400)
+    optim = partial(torch.optim.Adam, lr=0.05)
+    fitted(models.with_param, kind(models.with_param), num_steps=100, optim=optim)
     assert 0.5 < pyro.param("noise").item() < 3.0
 
 
-@pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_module_in_the_model_is_trained(kind):
-    decoder = models.Decoder()
-    before = {name: value.detach().clone() for name, value in decoder.named_parameters()}
-    result = check(fitted(decoder, kind(decoder), num_steps=100))
-    assert moved(dict(decoder.named_parameters()), before)
-    assert result.history[-1] > result.history[0]
-
-
-def test_module_in_the_model_with_local_parameters():
-    with pyro.settings.context(module_local_params=True):
+@pytest.mark.parametrize("is_local", [False, True])
+def test_module_in_the_model_is_trained(is_local):
+    with pyro.settings.context(module_local_params=is_local):
         decoder = models.Decoder()
         before = {name: value.detach().clone() for name, value in decoder.named_parameters()}
-        guide = small(decoder)
-        check(fitted(decoder, guide, num_steps=20))
+        result = check(fitted(decoder, small(decoder), num_steps=40))
         assert moved(dict(decoder.named_parameters()), before)
+        assert sum(result.history[-10:]) > sum(result.history[:10])
 
 
 # Models that need to be told about
@@ -189,20 +171,16 @@ def test_module_in_the_model_with_local_parameters():
 def test_model_that_is_looped_over(kind):
     guide = kind(models.branching)
     with pytest.warns(UserWarning, match="one draw after the other, which is slow") as caught:
-        result = check(fitted(models.branching, guide, num_steps=5, num_particles=4))
+        result = check(fitted(models.branching, guide, num_steps=2, num_particles=2))
     assert len(caught) == 1
     assert caught[0].filename.endswith("test_fit.py")
     assert "one draw after the other" in repr(result)
 
 
-def test_model_that_is_not_looped_over_says_nothing():
-    assert "after the other" not in repr(fitted(models.regression, small(models.regression)))
-
-
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_minibatches_are_never_trusted(kind):
     guide = kind(models.subsampled)
-    result = fitted(models.subsampled, guide, num_steps=200)
+    result = fitted(models.subsampled, guide, num_steps=30)
     assert not result.trusted
     assert "sub-samples" in result.verdict
     assert result.importance is None
@@ -229,14 +207,6 @@ def test_discrete_sites_of_the_guide():
 
 
 def test_nothing_to_train():
-    def guide():
-        pyro.sample("loc", dist.Normal(1.0, 1.0))
-
-    with pytest.raises(ValueError, match="nothing to train"):
-        fitted(models.location, guide)
-
-
-def test_laplace_approximation_has_nothing_to_train():
     guide = AutoLaplaceApproximation(models.location)
     fitted(models.location, guide, num_steps=3)
     with pytest.raises(ValueError, match="nothing to train"):
@@ -279,24 +249,11 @@ def test_seed():
     assert run(2)[0].history != a.history
 
 
-def test_generators_are_put_back_after_an_error():
-    torch.manual_seed(99)
-    expected = torch.rand(3)
-    torch.manual_seed(99)
-
-    def stop(step, elbo):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fitted(models.location, AutoNormal(models.location), seed=1, callback=stop)
-    assert torch.equal(torch.rand(3), expected)
-
-
 @pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_parameters_are_in_the_store(kind, tmp_path):
+def test_parameters_are_in_the_store(kind):
     """As after SVI: whoever saves the store saves the guide."""
     guide = kind(models.regression)
-    fitted(models.regression, guide)
+    fitted(models.regression, guide, num_steps=3)
     store = pyro.get_param_store()
     held = {id(value) for _, value in store.named_parameters()}
     assert {id(value) for value in guide.parameters()} <= held
@@ -313,15 +270,10 @@ def test_settings_stay():
     assert "sample" not in {node["type"] for node in traced.trace.nodes.values()}
 
 
-def test_under_no_grad():
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_under_no_grad_and_prints_nothing(kind, capfd, caplog):
     with torch.no_grad():
-        check(fitted(models.regression, small(models.regression)))
-        check(fitted(models.regression, AutoNormal(models.regression)))
-
-
-def test_prints_nothing(capfd, caplog):
-    fitted(models.regression, small(models.regression), num_steps=3)
-    fitted(models.regression, AutoNormal(models.regression), num_steps=3)
+        check(fitted(models.regression, kind(models.regression), num_steps=3))
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
@@ -330,14 +282,13 @@ def test_progress_bar(capsys):
     pytest.importorskip("tqdm")
     fitted(models.regression, small(models.regression), num_steps=7, progress=True)
     shown = capsys.readouterr().err
-    assert "7/7" in shown
-    assert "ELBO -" in shown
-    assert "verdict" in shown
+    for words in ("7/7", "ELBO -", "verdict"):
+        assert words in shown
 
 
 def test_a_fit_goes_on_from_the_one_before():
     guide = small(models.regression)
-    first = fitted(models.regression, guide, num_steps=200, num_particles=32)
+    first = fitted(models.regression, guide, num_steps=60, num_particles=32)
     second = fitted(models.regression, guide, num_steps=5)
     assert second.start == "initial guide"
     assert second.elbo > first.elbo - 0.3

@@ -48,9 +48,8 @@ def tells_the_truth(result, gap):
         assert result.verdict.startswith("Not trusted: ")
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_correlated_gaussian_is_trusted(seed):
-    result, gap = fitted(models.gaussian, small, seed)
+def test_a_correlated_gaussian_is_trusted():
+    result, gap = fitted(models.gaussian, small)
     assert result.trusted, result
     assert gap < 0.01
 
@@ -61,9 +60,15 @@ def test_a_correlated_gaussian_under_independent_ones_is_not():
     tells_the_truth(result, gap)
 
 
-@pytest.mark.parametrize("kind", [small, AutoNormal])
-@pytest.mark.parametrize("dim", [1, 2])
-@pytest.mark.parametrize(("apart", "weight"), [(4.0, 0.5), (20.0, 0.7)])
+@pytest.mark.parametrize(
+    ("apart", "weight", "dim", "kind"),
+    [
+        (4.0, 0.5, 1, small),
+        (4.0, 0.5, 2, AutoNormal),
+        (20.0, 0.7, 2, small),
+        (20.0, 0.7, 1, AutoNormal),
+    ],
+)
 def test_two_modes(apart, weight, dim, kind):
     result, gap = fitted(models.two_modes(dim, apart, weight), kind)
     if kind is AutoNormal or apart == 20:
@@ -71,9 +76,11 @@ def test_two_modes(apart, weight, dim, kind):
     tells_the_truth(result, gap)
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AutoNormal, marks=pytest.mark.slow), AutoMultivariateNormal]
+)
 def test_funnel(kind):
-    result, gap = fitted(models.funnel, kind)
+    result, gap = fitted(models.funnel, kind, num_steps=100)
     assert gap > WRONG
     tells_the_truth(result, gap)
 
