@@ -199,8 +199,10 @@ def chain(
     if isinstance(transforms, (Transform, ConditionalTransform)):
         raise TypeError(f"expected a sequence of transforms, got one {type(transforms).__name__}")
     parts: list[Any] = list(transforms)
-    is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
-    return (ConditionalComposedTransform if is_conditional else ComposedTransform)(*parts)
+    for part in parts:
+        if isinstance(part, ConditionalTransform):
+            return ConditionalComposedTransform(*parts)
+    return ComposedTransform(*parts)
 
 
 class PermutationTransform(FlowModule):
@@ -253,7 +255,6 @@ class PartitionTransform(FlowModule):
         y_{S_k} = T_k(x_{S_k})
 
     :param parts: for each set its coordinates and the transform of vectors of their number.
-    :param cache_size: as for :class:`FlowModule`.
     :raises TypeError: if a transform is not one of this package.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.
 
@@ -269,10 +270,8 @@ class PartitionTransform(FlowModule):
     order: Tensor  # the coordinates of all parts, one after the other
     inverse_order: Tensor
 
-    def __init__(
-        self, parts: Sequence[tuple[Sequence[int], FlowModule]], *, cache_size: int = 1
-    ) -> None:
-        super().__init__(cache_size=cache_size)
+    def __init__(self, parts: Sequence[tuple[Sequence[int], FlowModule]]) -> None:
+        super().__init__(cache_size=1)
         sets = [list(coordinates) for coordinates, _ in parts]
         order = [i for coordinates in sets for i in coordinates]
         if not order or sorted(order) != list(range(len(order))):

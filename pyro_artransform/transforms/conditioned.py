@@ -144,8 +144,9 @@ class ConditionedUnivariate(StructuredMeta):
 
     def _is_of_its_parts(self) -> bool:
         """Whether the conditioner and the family are all that it does."""
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.univariate))
-        return not hooked and type(self).forward is ConditionedUnivariate.forward
+        hooks = [self._forward_hooks, self._forward_pre_hooks]
+        hooks += [self.univariate._forward_hooks, self.univariate._forward_pre_hooks]
+        return not any(hooks) and type(self).forward is ConditionedUnivariate.forward
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""

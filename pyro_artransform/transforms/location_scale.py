@@ -110,7 +110,6 @@ class Standardize(FlowModule):
     :param loc: shape ``(D,)``.
     :param scale_tril: L, lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
         alone, shape ``(D,)``.
-    :param cache_size: as for :class:`FlowModule`.
     :raises ValueError: for anything else.
 
     Example::
@@ -124,8 +123,8 @@ class Standardize(FlowModule):
     loc: Tensor
     scale_tril: Tensor
 
-    def __init__(self, loc: Tensor, scale_tril: Tensor, *, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        super().__init__(cache_size=1)
         check_location_and_scale(loc, scale_tril)
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone())
@@ -305,7 +304,6 @@ class CompressedTails(FlowModule):
 
     :param knot: c, where it begins.
     :param width: w, the distance over which the slope falls from 1 to :math:`1/\sqrt2`.
-    :param cache_size: as for :class:`FlowModule`.
     :raises ValueError: if one of the two is not positive and finite.
 
     Example::
@@ -315,8 +313,8 @@ class CompressedTails(FlowModule):
         tensor([-3.,  0., 10.])
     """
 
-    def __init__(self, knot: float = 40.0, width: float = 2.0, *, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
+    def __init__(self, knot: float = 40.0, width: float = 2.0) -> None:
+        super().__init__(cache_size=1)
         self.knot = check_positive("knot", knot)
         self.width = check_positive("width", width)
 
