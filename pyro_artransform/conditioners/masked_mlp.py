@@ -170,8 +170,10 @@ class MaskedMLP(Conditioner):
             return  # it has no values; the layout stays
         adjacency = self.adjacency.to("cpu")
         level, sets = levels(adjacency), hidden_sets(adjacency, self.context_dim > 0)
-        unit_levels = [set_levels(spread(sets, width), level) for width in self.hidden_dims]
-        self._layout = block_layout(level.tolist(), *(units.tolist() for units in unit_levels))
+        found = [level.tolist()]  # of the coordinates, then of the units of each hidden layer
+        for width in self.hidden_dims:
+            found.append(set_levels(spread(sets, width), level).tolist())
+        self._layout = block_layout(*found)
         self._is_narrow = min(self.hidden_dims) < len(sets)
         self.depth = int(level.max()) + 1
 
@@ -221,10 +223,9 @@ class MaskedMLP(Conditioner):
             return None
         # masked once, for the values and for their derivatives
         masked, skip = self._masked()
-        layers = [
-            partial(F.linear, weight=weight, bias=layer.bias)
-            for layer, weight in zip(self.layers, masked)
-        ]
+        layers = []
+        for layer, weight in zip(self.layers, masked):
+            layers.append(partial(F.linear, weight=weight, bias=layer.bias))
         through_skip = None if skip is None else partial(F.linear, weight=skip)
         *hidden, params = self._outputs(layers, through_skip, x, context)
         slopes = [slope_of(self.nonlinearity, layer) for layer in hidden]
@@ -246,10 +247,13 @@ class MaskedMLP(Conditioner):
 
     def _is_of_its_layers(self) -> bool:
         """Whether masked layers and activations alone make its parameters."""
-        layers = [*self.layers] if self.skip is None else [*self.layers, self.skip]
-        changed = any(type(layer).forward is not MaskedLinear.forward for layer in layers)
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *layers))
-        return type(self).forward is MaskedMLP.forward and not (changed or hooked)
+        for module in (self, *self.layers, self.skip or self):
+            known = MaskedMLP if module is self else MaskedLinear
+            if type(module).forward is not known.forward:
+                return False
+            if module._forward_hooks or module._forward_pre_hooks:
+                return False
+        return True
 
     def _masked(self) -> tuple[list[Tensor], Tensor | None]:
         """The masked weights of the layers, and of the skip."""

@@ -210,8 +210,8 @@ class HingedTransform(ElementwiseTransform):
         factors = 0.5 * torch.expm1(torch.stack(self._log_slopes))
         while factors.dim() <= x.dim():
             factors = factors.unsqueeze(1)
-        evaluate = _Bend.apply if eager_autograd() else _bend
-        y, ladj, *_ = evaluate(x, factors, self._hinges, self.width)
+        evaluate = _Bend.apply if eager_autograd() else partial(_Bend.forward, None)
+        y, ladj = evaluate(x, factors, self._hinges, self.width)
         return y, ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,52 +227,44 @@ class HingedTransform(ElementwiseTransform):
         return y, -reduce(torch.mul, slopes).log()
 
 
-def _bend(
-    x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All hinges one after the other.
-
-    :param factors: half of :math:`e^a - 1` of each, shape ``(n, *, D)``.
-    :return: the value, the log-slope, and for all hinges the slope, the root and the derivative of
-        2h, of shape ``(n, *, D)``.
-    """
-    x, _ = torch.broadcast_tensors(x, factors[0])
-    large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
-    arguments, roots = [], []
-    for factor, (side, knot) in zip(factors.unbind(), hinges):
-        # clamped, so that infinity stays itself
-        u = (x - knot if side > 0 else -knot - x).clamp(-large, large)
-        # several times as fast as the root of a sum of squares
-        roots.append(torch.hypot(u, width_of_all))
-        arguments.append(u)
-        x = torch.addcmul(x, factor, u + roots[-1], value=side)
-    root = torch.stack(roots)
-    derivative = 1 + torch.stack(arguments) / root
-    slope = 1 + factors * derivative
-    # one logarithm: it costs more than all else of a hinge
-    return x, reduce(torch.mul, slope.unbind()).log(), slope, root, derivative
-
-
 class _Bend(torch.autograd.Function):
-    """The same with its derivative by hand: a third of the operations that its graph would have."""
+    """All hinges one after the other: the value and the log-slope.
+
+    The derivative by hand takes a third of the operations that the graph would have.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
     ) -> tuple[Tensor, Tensor]:
-        y, ladj, *rest = _bend(x, factors, hinges, width)
-        ctx.save_for_backward(x, factors, *rest)
-        ctx.hinges, ctx.width = hinges, width
-        return y, ladj
+        """
+        :param ctx: None where autograd itself differentiates.
+        :param factors: half of :math:`e^a - 1` of each hinge, shape ``(n, *, D)``.
+        """
+        y, _ = torch.broadcast_tensors(x, factors[0])
+        large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
+        arguments, roots = [], []
+        for factor, (side, knot) in zip(factors.unbind(), hinges):
+            # clamped, so that infinity stays itself
+            u = (y - knot if side > 0 else -knot - y).clamp(-large, large)
+            # several times as fast as the root of a sum of squares
+            roots.append(torch.hypot(u, width_of_all))
+            arguments.append(u)
+            y = torch.addcmul(y, factor, u + roots[-1], value=side)
+        root = torch.stack(roots)
+        derivative = 1 + torch.stack(arguments) / root  # that of 2h
+        slope = 1 + factors * derivative
+        if ctx is not None:
+            ctx.save_for_backward(x, factors, slope, root, derivative)
+            ctx.hinges, ctx.width = hinges, width
+        # one logarithm: it costs more than all else of a hinge
+        return y, reduce(torch.mul, slope.unbind()).log()
 
     @staticmethod
     def backward(ctx: Any, g_y: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
         x, factors, slope, root, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated
-
-            def function(x: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
-                return _bend(x, factors, ctx.hinges, ctx.width)[:2]
-
+            function = partial(_Bend.forward, None, hinges=ctx.hinges, width=ctx.width)
             return *gradients_with_graph(function, (x, factors), (g_y, g_ladj)), None, None
         sides = slope.new_tensor([1.0, -1.0] * (len(slope) // 2))
         sides = sides.reshape(-1, *(1,) * (slope.dim() - 1))
