@@ -32,7 +32,7 @@ from .distributions import FlowDistribution, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
-from .persistence.state_check import LeastState, State
+from .persistence.state_check import LeastState
 
 _FULL_RANK_LIMIT = 200
 _CHUNK = 4096
@@ -62,7 +62,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         by default the median of the prior.
     :param init_scale: the standard deviation to start with, on the unconstrained space.
     :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
-        is no module or has no parameters.
+        is not a module, or has no parameters.
     :raises ValueError: if ``init_scale`` is not positive; at the first call, if the model has
         discrete latents that are not enumerated, latents in a sub-sampled plate, or a latent whose
         support depends on another latent, or if the flow is not autoregressive.
@@ -166,17 +166,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def _least_state(self, spec: GuideSpec) -> LeastState:
         dim = spec.latents.latent_dim
-        return LeastState([dim], dim * dim if spec.arguments["full_rank"] else dim)
-
-    def _restore(self, spec: GuideSpec, state: State) -> None:
-        for site in spec.sites:
-            for frame in site.plates:
-                if site.batch_shape[frame.dim :][:1] != (frame.size,):
-                    raise ValueError(
-                        f"site '{site.name}' of shape {tuple(site.shape)}: expected the size of plate "
-                        f"'{frame.name}' at {frame.dim}, got {frame.size}"
-                    )
-        super()._restore(spec, state)
+        # a plate has a latent for each of its elements
+        sizes = [frame.size for site in spec.sites for frame in site.plates]
+        return LeastState([dim], max(dim * dim if spec.arguments["full_rank"] else dim, 0, *sizes))
 
     # The posterior, as Pyro's autoguides have it
 
@@ -217,7 +209,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """The flow, then location and scale: from the base to the unconstrained space."""
         if self._spec is None:
             self._checked_spec()
-        # here and not in a function of its own: it is done in each step
+        # not in a function of its own, since it is done in each step
         stored = dict(pyro.get_param_store().named_parameters())
         owner, is_settled = f"{self._pyro_name}.transform", self._ownership is Ownership.SETTLED
         for name, parameter in self.__dict__["_modules"]["transform"].named_parameters():
@@ -255,7 +247,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :param n: how many.
         :param args: the model's arguments, as ``kwargs`` needed only if the guide was never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if ``n`` is no positive integer.
+        :raises ValueError: if ``n`` is not a positive integer.
         """
         self.set_up(*args, **kwargs)
         base, transform = self.get_base_dist(), self.get_transform()
@@ -312,7 +304,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
         :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``; by
             default ``init_scale`` times the identity.
-        :raises ValueError: if a shape is wrong, a number not finite, or the scale no such matrix;
+        :raises ValueError: if a shape is wrong, a number not finite, or the scale another matrix;
             also if the guide's scale is diagonal and this one is not.
         """
         spec = self._checked_spec()

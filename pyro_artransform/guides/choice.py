@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The guide of a model for which none is given."""
+"""The choice of a guide for a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -41,7 +41,7 @@ def choose_guide(
     :param is_minibatch: whether these are one of many mini-batches.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
-    # values that guides start from: those of the prior may be extreme, and an improper one has none
+    # from the values that guides start at: draws of the prior may be extreme, or impossible
     start = InitMessenger(partial(initial_value, init_to_median))
     with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad(), start:
         trace = poutine.trace(model).get_trace(*args, **(kwargs or {}))

@@ -29,7 +29,7 @@ from .persistence.state_check import LeastState
 Nonlinearity = Callable[[Tensor], Tensor]
 
 # of the outputs of networks: at 1, plain SVI in float32 (Adam, 1e-2, one particle) sends draws so far
-# out in some runs that models overflow, at 0.3 and 0.1 in none (benchmarks/float32.md)
+# out in some runs that models overflow, never at 0.3 and 0.1 (benchmarks/float32.md)
 _MULTIPLIER = 0.1
 
 
@@ -79,7 +79,7 @@ class PresetGuide(AutoAutoregressive):
 
     @classmethod
     def _with_defaults(cls, arguments: Arguments, latent_dim: int) -> Arguments:
-        """Arguments with the networks that suit a latent dimension, where none are given."""
+        """Arguments, with the networks for a latent dimension where they are not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
         return {**cls._network(latent_dim), **given}
 
@@ -110,7 +110,8 @@ class PresetGuide(AutoAutoregressive):
         widths = [dim, *spec.arguments["hidden_dims"], dim]
         # of each network the graph and the weights
         size = dim * dim + sum(one * other for one, other in pairwise(widths))
-        return least._replace(numbers=count * size, tensors=count * len(widths))
+        numbers = max(least.numbers, count * size)
+        return least._replace(numbers=numbers, tensors=count * len(widths))
 
 
 class AutoIAF(PresetGuide):

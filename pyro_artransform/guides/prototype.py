@@ -84,8 +84,8 @@ def starting_value(
 class StartMessenger(InitMessenger):
     """Gives latents their starting values, and refuses those that have no density on the reals.
 
-    It refuses once the model's own handlers are done: ``poutine.reparam`` asks for the starting value
-    of a site that it then replaces.
+    It does so after the model's own handlers: ``poutine.reparam`` asks for the starting value of a site
+    that it then replaces.
     """
 
     def __init__(self, init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None) -> None:
@@ -186,8 +186,7 @@ def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) ->
     """Refuses arguments of the model for which the latents of a guide have other shapes.
 
     Where broadcasting hides it, as for a batch of one, the loss would be wrong with no other sign. A
-    model that does not run by itself with these arguments says nothing, as one of ``pyro.contrib.forecast``
-    for a forecast: it needs the guide's draws.
+    model that needs the guide's draws to run is left alone, as that of a forecast.
     """
     try:
         now = latents_of(run)
@@ -203,8 +202,7 @@ def refuse_other_model(
 ) -> None:
     """Refuses a model whose latents are not those of the guide, or are in a sub-sampled plate.
 
-    Sites that had data when the guide was set up may be latent now: they are predicted. It is not
-    always known which they are.
+    Sites that had data when the guide was set up, where these are known, may be predicted now.
     """
     now = latents_of(run)
     for name in now.keys() - sites.keys():
@@ -231,7 +229,7 @@ def compare_names(
 def _compare(
     expected: Mapping[str, Site], got: Mapping[str, Site], messages: Mapping[str, str]
 ) -> None:
-    """Refuses common sites that differ, in the words of a situation; what has no words may differ."""
+    """Refuses common sites that differ in something that there is a message for."""
     for name, site in expected.items():
         if name not in got:
             continue

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which guide a model gets where none is given."""
+"""Which guide a model gets where the user gives it no guide."""
 
 import pyro
 import pytest

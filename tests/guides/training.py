@@ -25,7 +25,7 @@ def unmoved(guide, before):
 
 
 def trains(guide, others=()):
-    """Every parameter moves, and none of the others'."""
+    """Every parameter moves, and those of the others do not."""
     guide(models.data())
     before, theirs = parameters(guide), [parameters(other) for other in others]
     train(guide)
@@ -36,7 +36,7 @@ def trains(guide, others=()):
 
 
 def redraw(guide):
-    """A guide that is no Gaussian any more."""
+    """The guide, which is not a Gaussian any more."""
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
             if "transforms.0" in name:

@@ -59,7 +59,7 @@ class PersistentGuide(AutoGuide):
 
     @property
     def model(self) -> Model:
-        """The model; there is none in a guide that was unpickled, or loaded without one."""
+        """The model; a guide that was unpickled, or loaded without a model, does not have one."""
         if self._model is None:
             name = type(self).__name__
             raise RuntimeError(
@@ -258,7 +258,7 @@ class PersistentGuide(AutoGuide):
     # State dicts
 
     def get_extra_state(self) -> Tensor:
-        """The spec as bytes; null where there is none yet, or a support cannot be written."""
+        """The spec as bytes; null before the first call, or where a support cannot be written."""
         if self._spec is None:
             return plain_to_tensor(None)
         # a guide has its functions before it loads a state dict
@@ -328,7 +328,7 @@ class PersistentGuide(AutoGuide):
         """Reads a guide from a file that :meth:`save` wrote.
 
         :param path: where from.
-        :param model: the model, to train on. To draw and to score, none is needed. The first call
+        :param model: the model, to train on. Draws and densities need no model. The first call
             of the guide checks that its latents are those of the file.
         :param map_location: as for ``torch.load``.
         :param arguments: arguments of the constructor that no file holds, such as ``flow`` of

@@ -282,7 +282,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         arguments = spec.arguments
         graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
         weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
-        return LeastState([graph.input_dim], len(graph.root) ** 2 + weights)
+        least = super()._least_state(spec)
+        return least._replace(numbers=max(least.numbers, len(graph.root) ** 2 + weights))
 
     @classmethod
     def _constructor_arguments(cls, spec: GuideSpec) -> Arguments:

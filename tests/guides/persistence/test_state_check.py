@@ -114,10 +114,10 @@ CHANGES = {
     "plate": (
         "structured",
         site(plates=[["groups", -1, 2**40, 0, None]]),
-        "size of plate 'groups'",
+        SIZES,
     ),
     "sub-sampled plate": ("structured", site(plates=[["groups", -1, 8, 0, 2**40]]), "sub-sampled"),
-    "plate without a dimension": ("iaf", site(plates=[["p", -1, 2**40, 0, None]]), "plate 'p'"),
+    "plate without a dimension": ("iaf", site(plates=[["p", -1, 2**40, 0, None]]), SIZES),
     "bounds": (
         "iaf",
         site(support=BOUNDS),
