@@ -204,16 +204,15 @@ def _trace(run: Run) -> poutine.Trace:
 
 
 def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
-    """Checks that a vector of a guide's latents is one of the model's.
+    """Raises a ``ValueError`` if a vector of the latents of a guide's run is not one of the model's.
 
     Equal dimensions do not suffice: a reparametrized model has other latents.
-
-    :param guide: runs the guide.
-    :raises ValueError: if it is of other latents.
     """
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
-    nodes = [node for node in latent_nodes(_trace(guide)) if not node["infer"].get("is_auxiliary")]
-    got = {node["name"]: tuple(node["value"].shape) for node in nodes}
+    got = {}
+    for node in latent_nodes(_trace(guide)):
+        if not node["infer"].get("is_auxiliary"):
+            got[node["name"]] = tuple(node["value"].shape)
     # a guide that has the vector only does not say what is in it; the order is that of the vector
     if got and list(got.items()) != list(expected.items()):
         raise ValueError(
@@ -223,12 +222,11 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
 
 
 def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
-    """Checks that the sites of a guide that its model lacks determine latents, by a ``Delta``.
+    """Raises a ``ValueError`` if sites of a guide that its model lacks do not determine latents.
 
-    :raises ValueError: if there are more numbers in them than such latents have.
+    They do by a ``Delta``, where they have as many numbers as such latents, or fewer.
     """
-    num_others = num_determined = 0
-    others = []
+    num_others, num_determined, others = 0, 0, []
     for node in latent_nodes(trace):
         fn, size = node["fn"], node["value"].numel()
         if node["name"] not in wanted:
