@@ -10,12 +10,11 @@ The model is a hierarchy of many groups, on mini-batches::
     mean ~ Normal(0, 3),  z_i ~ Normal(mean, 1),  y_i ~ Normal(z_i, 0.5)
 
 Nothing in the script is about processes but what is printed: ``fit`` finds the others by the
-variables that torchrun sets. Each process takes its own rows; the gradients are averaged, so that all
+variables that torchrun sets. Each process takes its own batches; the gradients are averaged, so that all
 of them end with the same guide and the same result. Run by ``python`` it is a fit of one process.
 
-The posterior is known in closed form, so that the fit can be checked. Where a process dies, the others
-end too. Run again, the script goes on from the checkpoint; ``torchrun --max-restarts 3`` does that by
-itself.
+The posterior is known in closed form, so that the fit can be checked. Run again, the script goes on
+from the checkpoint.
 """
 
 import argparse

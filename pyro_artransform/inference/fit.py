@@ -76,15 +76,12 @@ def fit(
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
 
-    Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit:
-    each takes its part of the particles, or its own batches of the loader, with as many particles each,
-    and gradients are averaged. Model, guide, data and options have to be the same in all of them, and
-    the result is. The first process finds the start, shows progress, warns, judges and writes the
-    checkpoint.
+    Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit
+    (``docs/many_processes.md``). Model, guide, data and options have to be the same in all of them, and
+    the result is.
 
     :param model: a Pyro model.
-    :param args: the guide, if one is given, and the arguments of model and guide; with a loader the
-        guide alone.
+    :param args: the guide, if one is given, and, without a loader, the arguments of model and guide.
     :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in the protocols
         ``FlowGuide``, ``MinibatchGuide`` and ``ScaledSteps`` of :mod:`pyro_artransform.joint.protocols`:
         an initial value, the path gradient, and the scale of its parameters' steps.
@@ -93,8 +90,7 @@ def fit(
     :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
         finds its end itself.
     :param num_particles: draws for each step, evaluated at once where the model allows; by default 64,
-        and 16 for ``AutoStructuredFlow`` from 200 latents on. Processes share them, rounded up to equal
-        parts.
+        and 16 for ``AutoStructuredFlow`` from 200 latents on.
     :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, whatever
         was fitted before by guides that are gone, and leaves the generators as they were. A loader's own
         generator is not seeded.
@@ -120,12 +116,9 @@ def fit(
     :raises TypeError: if the arguments are not those of the model, the guide is a class, ``config`` is
         not a ``FitConfig``, the loader can be gone through only once, or its batches cannot be arguments.
     :raises ValueError: if the model has no continuous latent, or a parameter of the name of one of
-        these options, if the guide was made for a model with other latents, if there is no initial
-        guide with a finite density, if an option is out of its range, if ``optim`` trains none of the
-        parameters, if a checkpoint is of another fit, if a loader is empty or never ends, if latents
-        that all batches share would see one batch as if it were all data, if the guide would look
-        up other elements than those of a batch, if the graph of a structured guide lacks dependencies
-        that batches have, or if processes that share a fit have other options, data or parameters.
+        these options, if model, guide, loader and ``optim`` do not go together, if no initial guide has a
+        finite density, if an option is out of its range, if a checkpoint is of another fit, or if
+        processes that share a fit have other options, data or parameters.
     :raises RuntimeError: if it is called in ``torch.inference_mode``, or if another process of the fit
         has ended, does not come or does not answer.
     :raises FitError: if the loss is not finite for many steps in a row.
@@ -177,9 +170,7 @@ def fit(
        https://arxiv.org/abs/1802.02538
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "fit: expected to be called outside of torch.inference_mode, in which there are no gradients"
-        )
+        raise RuntimeError("fit: expected to be called outside of torch.inference_mode")
     if config is not None and not isinstance(config, FitConfig):
         raise TypeError(f"config: expected a FitConfig, got {config!r}")
     guide, args = split_arguments(guide, args)
@@ -295,6 +286,7 @@ def _check_options(
             "expected no positional arguments of the model beside a loader, whose batches are its "
             f"arguments, got {len(args)}. Keyword arguments are added to each batch"
         )
-    for name, count in (("num_steps", num_steps), ("epochs", epochs)):
-        if count is not None:
-            check_integer(name, count)
+    if num_steps is not None:
+        check_integer("num_steps", num_steps)
+    if epochs is not None:
+        check_integer("epochs", epochs)

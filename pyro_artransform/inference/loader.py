@@ -174,15 +174,11 @@ class BatchStream:
         self._set_own_states(self._origin[1])
         self.epoch, self.position = 0, 0
 
-    def state(self) -> dict[str, int]:
-        """Where the stream is, for :meth:`go_on`."""
-        return {"num_batches": self.num_batches, "epoch": self.epoch, "position": self.position}
-
     def go_on(self, num_batches: int, epoch: int, position: int) -> bool:
-        """Goes on from where another stream of the same loader was, or else from the next epoch.
+        """Goes on from where another stream was, if that is the end of an epoch, or from the next epoch.
 
-        :return: whether the other was at the end of an epoch.
-        :raises ValueError: if it has another number of batches.
+        :return: whether it was the end of an epoch.
+        :raises ValueError: if the other loader had another number of batches.
         """
         if num_batches != self.num_batches:
             raise ValueError(
@@ -245,10 +241,9 @@ class BatchStream:
         if isinstance(batch, Tensor):
             return Batch((batch,), self._kwargs)
         if isinstance(batch, Mapping):
-            clash = sorted(map(str, batch.keys() & self._kwargs.keys()))
-            if clash:
+            for name in batch.keys() & self._kwargs.keys():
                 got = "which is a keyword argument of fit already"
-                raise ValueError(f"loader: expected batches without '{clash[0]}', {got}")
+                raise ValueError(f"loader: expected batches without '{name}', {got}")
             return Batch((), {**self._kwargs, **batch})
         if isinstance(batch, (tuple, list)):
             return Batch(tuple(batch), self._kwargs)
@@ -275,18 +270,18 @@ class BatchStream:
     def _is_partition(self) -> bool:
         """Whether an epoch is known to have each row once; a subset that the user chose is all rows."""
         loader, batches, rows = self._loader, self._batches, self._rows
-        is_random = isinstance(rows, RandomSampler) and rows.replacement
-        if not isinstance(rows, _KNOWN) or is_random or isinstance(rows, WeightedRandomSampler):
+        if not isinstance(rows, _KNOWN) or isinstance(rows, WeightedRandomSampler):
+            return False
+        if isinstance(rows, RandomSampler) and rows.replacement:
             return False
         if not isinstance(loader, DataLoader) or batches is None or not isinstance(rows, Sized):
             return True
-        data = loader.dataset
-        is_subset = isinstance(rows, SubsetRandomSampler)
+        data, is_subset = loader.dataset, isinstance(rows, SubsetRandomSampler)
         if not is_subset and isinstance(data, Sized) and len(rows) < len(data):
             return False
-        if not isinstance(batches, BatchSampler):
-            return True
-        return not batches.drop_last or len(rows) % batches.batch_size == 0
+        if isinstance(batches, BatchSampler) and batches.drop_last:
+            return len(rows) % batches.batch_size == 0
+        return True
 
     def _own_states(self) -> list[Tensor]:
         return [generator.get_state() for generator in self._generators]

@@ -207,7 +207,7 @@ class FitRun:
         files.set_random_state(state["random"])
         if self._parallel is not None:
             self._parallel.draw_apart()
-        if stream is not None and not stream.go_on(**batches):
+        if stream is not None and not stream.go_on(*batches):
             warnings.warn(
                 f"resume: the fit was stopped in the middle of epoch {stream.epoch} of its loader, and goes "
                 "on from the next epoch",
@@ -229,7 +229,7 @@ class FitRun:
             "start_elbo": initial.elbo,
             "modes": modes and [*modes.gaussians, modes.value, modes.converged],
             "training": training.state(),
-            "batches": None if stream is None else stream.state(),
+            "batches": stream and [stream.num_batches, stream.epoch, stream.position],
             "random": files.random_state(),
         }
         try:
