@@ -1,7 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-import math
 import signal
 import sys
 
@@ -237,22 +236,6 @@ def test_flow_of_pyro():
     assert q.log_prob(data).mean() > before + 0.1
 
 
-def test_float32():
-    data = skewed.sample(300)
-    q = flow(data)
-    q.transforms[0].float()
-    q.base_dist = dist.Normal(torch.zeros(3).float(), torch.ones(3).float()).to_event(1)
-    assert math.isfinite(fitted(q, data, max_steps=1).log_likelihood)
-
-
-def test_under_no_grad():
-    with torch.no_grad():
-        data = skewed.sample(300)
-        q = flow(data)
-        result = fitted(q, data)
-    assert result.history[-1] != result.history[0]
-
-
 def test_interrupt_keeps_what_was_learned(monkeypatch):
     data = skewed.sample(300)
     q = flow(data)
@@ -270,15 +253,6 @@ def test_interrupt_keeps_what_was_learned(monkeypatch):
     assert result.num_steps < 40
     assert result.stopped_because.startswith("it was interrupted")
     assert len(result.history) > 1
-
-
-def test_bar(capsys):
-    pytest.importorskip("tqdm")
-    data = skewed.sample(100)
-    fitted(flow(data), data, progress=True)
-    shown = capsys.readouterr().err
-    assert "40step" in shown
-    assert "log-likelihood -" in shown
 
 
 # Steps that are not finite

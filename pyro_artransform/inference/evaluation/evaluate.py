@@ -131,12 +131,15 @@ class Evaluation(NamedTuple):
     def result_fields(self, marginals: MarginalVerdict) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
         known = {} if self.weights is None else vars(self.weights)
-        names = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
         return {
             "elbo": self.elbo,
             "elbo_se": self.elbo_se,
             "num_samples": self.num_samples,
-            **{name: known.get(name, math.nan) for name in names},
+            "log_evidence": known.get("log_evidence", math.nan),
+            "log_evidence_se": known.get("log_evidence_se", math.nan),
+            "khat": known.get("khat", math.nan),
+            "khat_se": known.get("khat_se", math.nan),
+            "ess": known.get("ess", math.nan),
             "trusted": self.verdict.trusted,
             "verdict": self.verdict.words + marginals.words,
             "importance": None if self.is_noisy else self.weights,

@@ -124,7 +124,7 @@ class MissedModeSearch:
         of a thin part: what they find beyond the guide is there.
         """
         config, more = self.config, None
-        around = guide.widened(config.heavy_inflation)
+        around = guide.gaussian.widened(config.heavy_inflation)
         if around.is_independent:
             return None, False
         # wider ones only where these are unreliable: around most guides and modes they are draws in vain
@@ -216,7 +216,7 @@ class MissedModeSearch:
         others = (1 - config.heavy_guide_share) / max(count - 1, 1)
         of_each = [guide_share] + [others] * (count - 1)
         shares = mixture.loc.new_tensor(len(widenings) * of_each) / len(widenings)
-        mixture = concatenate([Gaussians(mixture.loc, k * mixture.scale_tril) for k in widenings])
+        mixture = concatenate(map(mixture.widened, widenings))
         count, dim = mixture.loc.shape
         which = torch.multinomial(shares, config.num_heavy, replacement=True)
         draws = mixture.loc[which]

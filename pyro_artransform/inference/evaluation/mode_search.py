@@ -68,12 +68,9 @@ class GuideDraws(NamedTuple):
         folded, excess = fold(draws, is_circular), 0.0
         if is_circular is not None:
             excess = _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
-        gaussian = _fit_gaussian(folded, max_dense_dim)
-        return cls(folded, gaussian, log_evidence - excess, is_circular, excess)
-
-    def widened(self, factor: float) -> Gaussians:
-        """The Gaussian of the draws with its scale times a factor."""
-        return Gaussians(self.gaussian.loc, factor * self.gaussian.scale_tril)
+        return cls(
+            folded, _fit_gaussian(folded, max_dense_dim), log_evidence - excess, is_circular, excess
+        )
 
     def regions(self, modes: Modes, points: Tensor) -> Tensor:
         """Which of n points are of which of S modes, shape ``(S, n)``: each of one at most.
@@ -89,16 +86,6 @@ class GuideDraws(NamedTuple):
         by_guide = top - 0.5 * dim * distances_to(self.gaussian, points, self.is_circular)[0]
         best = torch.cat([by_mode, by_guide[None]]).max(0).values
         return (distances < radius(dim)) & (by_mode >= best)
-
-    def capped(self, gaussians: Gaussians) -> Gaussians:
-        """Gaussians no wider in any direction than that of the draws."""
-        lower = self.gaussian.scale_tril[0]
-        units = torch.linalg.solve_triangular(lower, gaussians.scale_tril, upper=False)
-        axes, scales, _ = torch.linalg.svd(units)
-        root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
-        triangular = torch.linalg.qr(root.mT).R.mT
-        signs = triangular.diagonal(dim1=-2, dim2=-1).sign()
-        return Gaussians(gaussians.loc, triangular * signs[:, None])
 
 
 def radius(dim: int) -> float:
@@ -238,7 +225,7 @@ class ModeSearch:
         the most; and the images of the Gaussian in the origin and in the starting point.
         """
         config, density = self.config, self.log_density
-        around = self.guide.widened(config.heavy_inflation)
+        around = self.guide.gaussian.widened(config.heavy_inflation)
         screened, count = config.num_screened, config.num_climbs
         if density.strategy == "loop":
             screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
@@ -336,8 +323,14 @@ class ModeSearch:
         end of a climb that is not a maximum, as on a ring, stands for what is around it.
         """
         config, converged = self.config, modes.converged[:, None, None]
-        scale_tril = self.guide.capped(modes.gaussians).scale_tril
-        scale_tril = torch.where(converged, modes.gaussians.scale_tril, scale_tril)
+        # elsewhere no wider in any direction than the guide
+        lower = self.guide.gaussian.scale_tril[0]
+        units = torch.linalg.solve_triangular(lower, modes.gaussians.scale_tril, upper=False)
+        axes, scales, _ = torch.linalg.svd(units)
+        root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
+        capped = torch.linalg.qr(root.mT).R.mT
+        capped = capped * capped.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+        scale_tril = torch.where(converged, modes.gaussians.scale_tril, capped)
         gaussians = Gaussians(modes.gaussians.loc, scale_tril)
         noise = antithetic_noise(gaussians.loc, config.num_for_mode)
         log_p = evaluate_density(self.log_density, gaussians.loc[:, None] + noise @ scale_tril.mT)

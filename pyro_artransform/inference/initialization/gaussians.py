@@ -65,6 +65,10 @@ class Gaussians(NamedTuple):
         scale = self.scale_tril
         return (scale if scale.dim() == 2 else scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
 
+    def widened(self, factor: float) -> "Gaussians":
+        """Those with their scales times a factor."""
+        return Gaussians(self.loc, factor * self.scale_tril)
+
     def dense(self) -> "Gaussians":
         """Independent Gaussians with matrices for scales."""
         return Gaussians(self.loc, torch.diag_embed(self.scale_tril))

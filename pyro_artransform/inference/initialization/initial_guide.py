@@ -118,18 +118,13 @@ def judge_guide(
     with torch.no_grad():
         z, log_q = guide.rsample_and_log_prob(config.num_fine)
     ratios = evaluate_density(log_density, z) - log_q
-    elbo = ratios.mean().nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
-    needed = _upper_bound(ratios, config.min_gain_in_se) + config.min_gain
-    return elbo, needed, z.median(0).values
-
-
-def _upper_bound(ratios: Tensor, num_se: float) -> float:
-    """The mean and a multiple of its standard error; the median if it is between: tails are one-sided."""
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
-    bound = mean + num_se * error
+    bound = mean + config.min_gain_in_se * error
+    # tails are one-sided: the median if it is between
     bound = torch.where((mean <= median) & (median < bound), median, bound)
-    return bound.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+    elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()
+    return elbo, bound + config.min_gain, z.median(0).values
 
 
 @dataclass(frozen=True)
@@ -229,9 +224,7 @@ class GaussianSearch:
                 trace = poutine.trace(self.model).get_trace()
         except (torch.linalg.LinAlgError, ValueError):
             return start
-        values: dict[str, Any] = {}
-        for name in latents.sites:
-            values[name] = trace.nodes[name]["value"]
+        values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in latents.sites}
         return latents.unconstrain(values)
 
 
@@ -276,50 +269,44 @@ def find_initial_minibatch_guide(
 ) -> InitialGuide:
     """Starts a guide near the best Gaussian of the latents of one mini-batch, if that is better.
 
+    A guide of too many latents, or without any that all mini-batches share, stays as it is.
+
     :param batch: the arguments of model and guide.
-    :param elbo_draws: estimates of the guide's ELBO, from so many draws.
+    :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
     """
     unchanged = InitialGuide(UNCHANGED, math.nan, None)
-    best = _best_gaussian(log_joint, model, batch, config)
-    if best is None or best[0].elbo == -torch.inf:
-        return unchanged
-    chosen, gaussian = best
-    scale = log_joint.structure(*batch).scale
-    before = _compare(elbo_draws, config)
-    saved = [parameter.detach().clone() for parameter in guide.parameters()]
-    noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
-    draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
-    try:
-        guide.start_near(log_joint.latents.constrain(draws), 1 / scale)
-        after = _compare(elbo_draws, config)
-    except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
-        after = -torch.inf
-    if after > before:
-        return InitialGuide(chosen.name, after, chosen.modes if scale == 1 else None)
-    with torch.no_grad():
-        for parameter, value in zip(guide.parameters(), saved):
-            parameter.copy_(value)
-    return unchanged._replace(elbo=before)
-
-
-def _best_gaussian(
-    log_joint: LogJoint, model: Callable[..., object], batch: Batch, config: InitializationConfig
-) -> tuple[InitialGuide, Gaussians] | None:
-    """The best Gaussian of the latents of a mini-batch; ``None`` if there is none, or it is too expensive."""
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > config.max_minibatch_latents
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
-        return None
+        return unchanged
     elements = log_joint.latents.sites.keys() - set(structure.global_latents)
     density = SharedPrior(log_joint, 1 / structure.scale, elements)
     few_points = replace(config, num_points=config.num_points_by_loop)
     search = GaussianSearch(density, partial(model, *batch[0], **batch[1]), few_points)
-    return search.best(log_joint.start)
+    best = search.best(log_joint.start)
+    if best is None or best[0].elbo == -torch.inf:
+        return unchanged
+    chosen, gaussian = best
 
+    def compare() -> float:
+        """The ELBO on the same noise each time; minus infinity where it is not finite."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            elbo = elbo_draws(config.num_minibatch_compared).mean()
+        return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
 
-def _compare(elbo_draws: Callable[[int], Tensor], config: InitializationConfig) -> float:
-    """The ELBO on the same noise each time; minus infinity where it is not finite."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        elbo = elbo_draws(config.num_minibatch_compared).mean()
-    return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+    before = compare()
+    saved = [parameter.detach().clone() for parameter in guide.parameters()]
+    noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
+    draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
+    try:
+        guide.start_near(log_joint.latents.constrain(draws), 1 / structure.scale)
+        after = compare()
+    except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
+        after = -torch.inf
+    if after > before:
+        return InitialGuide(chosen.name, after, chosen.modes if structure.scale == 1 else None)
+    with torch.no_grad():
+        for parameter, value in zip(guide.parameters(), saved):
+            parameter.copy_(value)
+    return unchanged._replace(elbo=before)

@@ -153,7 +153,7 @@ class Training:
             norms = torch._foreach_norm(present)
             norm = torch.stack([*map(Tensor.double, norms)]).norm().item()
         if gradients is not None and math.isfinite(norm):
-            self._take(gradients, norm)
+            self._take(gradients, present, norm)
         else:
             self.skipped.note(objective, self._config)
         self.losses.append(value if math.isfinite(norm) else math.nan)
@@ -163,13 +163,13 @@ class Training:
             self._check()
         return value
 
-    def _take(self, gradients: Gradients, norm: float) -> None:
+    def _take(self, gradients: Gradients, present: list[Tensor], norm: float) -> None:
         self.skipped.in_a_row = 0
         self._norms = [*self._norms[1 - self._config.clip_window :], norm]
         limit = self._config.clip_factor * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         if shrink < 1.0:
-            torch._foreach_mul_([g for g in gradients if g is not None], shrink)
+            torch._foreach_mul_(present, shrink)
         for parameter, gradient in zip(self.parameters.values(), gradients):
             if gradient is not None and gradient.stride() != parameter.stride():
                 # PyTorch's fused Adam reads both in the order of memory

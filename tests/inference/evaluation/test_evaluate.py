@@ -372,11 +372,3 @@ def test_in_a_fit():
     assert result.marginals.mean_shift["z"].shape == (40,)
     assert result.verdict.endswith(f"{result.marginals.words}.")
     assert "marginals" in result.rows()
-
-
-def test_few_latents_in_a_fit():
-    guide = models.small(models.regression)
-    result = fit(
-        models.regression, guide, num_steps=20, num_particles=8, progress=False, config=QUICK
-    )
-    assert result.trusted == (result.marginals is not None)

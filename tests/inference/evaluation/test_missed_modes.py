@@ -11,10 +11,8 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.diagnostics import Importance
-from pyro_artransform.inference.evaluation import mode_search
 from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
-from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
-from pyro_artransform.inference.initialization.initial_guide import GaussianSearch
+from pyro_artransform.inference.initialization.gaussians import climb
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
 from tests.inference.evaluation.targets import (
@@ -206,17 +204,6 @@ def test_a_funnel_of_many_dimensions():
     assert (found.num_lost, found.searched_by) == (0, "gradients")
 
 
-def test_a_correlated_gaussian_of_many_dimensions():
-    scale_tril = torch.eye(DIM) + 0.9 * torch.ones(DIM, DIM).tril(-1) / DIM**0.5
-    scale_tril = torch.logspace(-3, 3, DIM)[:, None] * scale_tril
-
-    def model():
-        pyro.sample("z", dist.MultivariateNormal(torch.ones(DIM), scale_tril=scale_tril))
-
-    found = missed(model, 1 + torch.randn(2000, DIM) @ scale_tril.T)
-    assert (found.num_lost, found.searched_by) == (0, "gradients")
-
-
 def test_a_ring():
     """Half of it is lost, which is found piece by piece; and of all of it nothing is."""
     found = missed(ring(20.0, 0.2), ring_draws(20.0, 0.2, math.pi / 2), -math.log(2))
@@ -337,21 +324,3 @@ def test_models_without_a_part_of_what_a_search_needs(model, sd, log_evidence, s
     draws = sd * torch.randn(2000, 1)
     found = missed(model, draws, log_evidence, config=quick.evaluation)
     assert (found.num_lost, found.searched_by) == (0, searched_by)
-
-
-def test_settings_of_starts_reach_the_search(monkeypatch):
-    seen = []
-
-    def fit_independent(density, points, config):
-        seen.append(config)
-        return Gaussians(points, torch.ones_like(points))
-
-    def points(self, center):
-        seen.append(self.config)
-        return center[None]
-
-    monkeypatch.setattr(mode_search, "fit_independent", fit_independent)
-    monkeypatch.setattr(GaussianSearch, "points", points)
-    config, starts = replace(DEFAULTS, max_hessian_dim=0), replace(STARTS, mean_field_steps=7)
-    along([0.0, 20.0], [0.7, 0.3], 2).missed(config=config, starts=starts)
-    assert seen == [starts, starts]

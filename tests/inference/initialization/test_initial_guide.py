@@ -187,34 +187,6 @@ def test_many_dimensions(quick, monkeypatch):
     assert elbo(model, guide, 100) >= before - 1
 
 
-def test_gradient_that_cannot_be_differentiated_twice(quick):
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 10.0))
-        pyro.factor("target", -models.Once.apply(z - 3))
-
-    guide = small(model)
-    found = start_of(model, guide, quick.initialization)
-    assert found.elbo > -5
-    assert abs(guide.sample_posterior(200)["z"].mean() - 3) < 1.0
-
-
-def test_model_that_is_looped_over(quick):
-    found = start_of(models.branching, small(models.branching), quick.initialization)
-    assert torch.tensor(found.elbo).isfinite()
-
-
-def test_float32(quick):
-    def model():
-        loc = torch.full((2,), 50.0, dtype=torch.float32)
-        pyro.sample("z", dist.Normal(loc, 1e-2).to_event(1))
-
-    guide = small(model, init_loc_fn=init_to_value(values={"z": torch.zeros(2).float()}))
-    start_of(model, guide, quick.initialization)
-    draws = guide.sample_posterior(100)["z"]
-    assert draws.dtype == torch.float32
-    assert (draws - 50).abs().max() < 0.1
-
-
 def test_points_start_with_the_center_and_the_median():
     center = torch.tensor([5.0, 2.0])
     points, log_joint = points_of(models.regression, center, 12)
@@ -223,11 +195,6 @@ def test_points_start_with_the_center_and_the_median():
     assert torch.equal(points[1], log_joint.start)
     assert len({tuple(point) for point in points.tolist()}) == 12
     assert (points - center).norm(dim=-1).max() > 4
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_few_points(count):
-    assert len(points_of(models.regression, torch.zeros(2), count)[0]) == count
 
 
 def test_draws_of_the_prior():
@@ -246,19 +213,6 @@ def test_points_without_a_density_are_moved_to_the_center():
     points, log_joint = points_of(model, torch.full((1,), 0.5), 12)
     assert len(points) == 12
     assert log_joint(points).isfinite().all()
-
-
-def test_no_points_without_a_density_anywhere():
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.factor("nowhere", z * torch.nan)
-
-    assert points_of(model, torch.zeros(1), 5)[0].shape == (0, 1)
-
-
-@pytest.mark.parametrize("model", [models.two_modes(2, 4.0, 0.5), models.mixture])
-def test_points_of_an_improper_prior_and_discrete_sites(model):
-    assert points_of(model, torch.zeros(2), 6)[0].shape == (6, 2)
 
 
 def test_points_where_the_model_refuses_draws_of_its_prior():

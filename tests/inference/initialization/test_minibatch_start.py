@@ -167,9 +167,3 @@ def test_without_globals_nothing_moves():
     _, start = started(autoencoder, y, guide)
     assert start.name == UNCHANGED
     assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
-
-
-def test_steps_of_globals_that_see_all_data():
-    guide, _ = started(partial(hierarchy, total=20), torch.randn(20))
-    (parameter,) = guide.step_scales()
-    assert parameter is guide.transform.globals.affine.loc

@@ -134,11 +134,6 @@ def test_a_guide_that_is_better_stays_as_it_is():
     assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())
 
 
-def test_few_latents_have_the_candidates_of_other_guides_too():
-    _, _, initial = started(volatility, torch.randn(5))
-    assert initial.modes is not None
-
-
 def test_a_density_that_is_finite_nowhere_is_an_error():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))

@@ -111,12 +111,6 @@ def test_limit():
     assert 1000 <= plan.decay_start <= 1000 + CONFIG.window
 
 
-def test_skipped_steps_are_left_out():
-    holes = [math.nan if step % 7 == 0 else x for step, x in enumerate(noise(20_000))]
-    plan, _ = steps(schedule(), holes)
-    assert plan.reason == PLATEAU
-
-
 def test_nothing_but_skipped_steps():
     plan, _ = steps(schedule(max_constant=3000), [math.nan] * 5000)
     assert plan.end is not None
@@ -137,14 +131,6 @@ def test_tails_that_need_nothing_are_skipped_unless_steps_were_asked_for():
     assert by_itself.tail_start < by_itself.end
     assert by_itself.without_tails().is_over(by_itself.tail_start)
     assert schedule(100, tail_steps=100).without_tails().end == 100
-
-
-def test_without_tail_steps_there_is_no_phase_for_them():
-    config = replace(CONFIG, tail_steps=0)
-    plan = new_schedule(config, by_path=True, num_batches=None, is_random=False)
-    for ended in (plan.of_length(50), steps(plan, noise(20_000))[0]):
-        assert ended.tail_start == ended.end
-        assert not any(ended.is_for_tails(step) for step in range(ended.end))
 
 
 @pytest.mark.parametrize("epoch", [7, 250])
@@ -179,13 +165,6 @@ def average(plan, values):
 
 def of(by_path=True, num_batches=None, is_random=False):
     return new_schedule(CONFIG, by_path, num_batches, is_random)
-
-
-def test_without_noise_the_average_forgets_what_is_long_ago():
-    values = torch.cat([torch.full((1000,), 100.0), torch.zeros(1000)])
-    # a hundred steps are the memory: of those before a thousand nothing is left
-    assert average(of(), values) < 0.01
-    assert average(of(), values[:1100]) > 10
 
 
 @pytest.mark.parametrize("plan", [of(num_batches=10), of(is_random=True)])

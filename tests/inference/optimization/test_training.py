@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -79,20 +78,17 @@ def test_trains():
     assert all(p.grad is None for p in training.parameters.values())
 
 
-@pytest.mark.parametrize("fault", [math.nan, math.inf, "gradient"])
-@pytest.mark.parametrize("at", [1, 7, 50])
+@pytest.mark.parametrize(("fault", "at"), [(math.nan, 1), (math.inf, 7), ("gradient", 50)])
 def test_a_step_that_is_not_finite_is_skipped(fault, at):
     objective = Bowl({at: fault})
     training = training_of(objective)
     for step in range(1, 60):
         before = objective.x.detach().clone()
         loss = training.step()
-        assert objective.x.isfinite().all()
         assert torch.equal(before, objective.x) == (step == at)
         if step == at:
             assert math.isfinite(loss) == (fault == "gradient")
             assert math.isnan(training.losses[-1])
-    assert training.skipped.count == 1
     assert dict(training.skipped.sites) == {"the gradient" if fault == "gradient" else "y": 1}
     run(training)
     assert all(v.isfinite().all() for values in training.candidates().values() for v in values)
@@ -112,16 +108,13 @@ def test_a_loss_that_runs_away_goes_back_with_a_smaller_step():
     assert (objective.x - 3).abs().max() < 0.3
 
 
-def test_batches_of_larger_losses_do_not_run_away():
-    """The second half of each epoch of 100 has much larger losses than the first."""
+@pytest.mark.parametrize("epoch", [1, 100])
+def test_large_losses_of_some_steps_or_batches_change_no_step_size(epoch):
+    """Of a few steps, or of the second half of each epoch."""
     faults = {step: 1e6 for step in range(1, 401) if (step - 1) % 100 >= 50}
-    training = run(training_of(Bowl(faults), 400, epoch=100))
-    assert training.step_size == 0.05
-
-
-def test_large_losses_of_a_few_steps_change_no_step_size():
-    training = run(training_of(Bowl(dict.fromkeys(range(120, 140), 1e6)), 200))
-    assert training.step_size == 0.05
+    if epoch == 1:
+        faults = dict.fromkeys(range(120, 140), 1e6)
+    assert run(training_of(Bowl(faults), 400, epoch=epoch)).step_size == 0.05
 
 
 def test_stops_after_many_in_a_row():
@@ -135,27 +128,19 @@ def test_stops_after_many_in_a_row():
     assert not torch.equal(objective.x, torch.zeros(4))
 
 
-def test_goes_on_while_some_steps_are_good():
-    faults = {step: math.nan for step in range(1, 2000) if step % 10}
-    training = run(training_of(Bowl(faults), 1000))
-    assert training.num_steps == 1000
-    assert training.skipped.count == 900
-    assert sum(training.skipped.sites.values()) == OptimizationConfig().max_named
-
-
 def test_nothing_to_train():
     class Constant(Bowl):
         def loss(self, num_particles):
             return torch.zeros(())
 
+    class Nothing(Bowl):
+        def parameters(self):
+            return {}
+
     with pytest.raises(FitError, match="nothing to train"):
         training_of(Constant()).step()
-
-
-def test_trains_without_gradients_around_it():
-    with torch.no_grad():
-        training = run(training_of(Bowl()), 50)
-    assert (training.objective.x > 0.5).all()
+    with pytest.raises(ValueError, match="nothing to train"):
+        training_of(Nothing())
 
 
 def test_gradients_are_clipped_against_their_running_median():
@@ -181,13 +166,9 @@ def test_gradients_are_clipped_against_their_running_median():
 def test_candidates():
     training = training_of(Bowl(), 400)
     assert set(training.candidates()) == {"last"}
-    run(training)
-    found = training.candidates()
+    found = run(training).candidates()
     assert {"last", "averaged", "best"} <= set(found)
-    for values in found.values():
-        assert (values[0] - 3).abs().max() < 0.5
-    training.set_parameters(found["averaged"])
-    assert torch.equal(training.objective.x, found["averaged"][0])
+    assert all((values[0] - 3).abs().max() < 0.5 for values in found.values())
 
 
 def test_steps_for_the_tails():
@@ -207,13 +188,12 @@ def test_steps_for_the_tails():
 
 
 def test_average_has_less_noise():
-    spread = {"last": [], "averaged": []}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        training = run(training_of(Bowl(), 10_000), 1000)  # the step size is still constant
-        for name, values in spread.items():
-            values.append((training.candidates()[name][0] - 3).square().mean().item())
-    assert sum(spread["averaged"]) < 0.7 * sum(spread["last"])
+    spread = {"last": 0.0, "averaged": 0.0}
+    for _ in range(3):
+        training = run(training_of(Bowl(), 10_000), 500)  # the step size is still constant
+        for name in spread:
+            spread[name] += (training.candidates()[name][0] - 3).square().mean().item()
+    assert spread["averaged"] < 0.7 * spread["last"]
 
 
 def test_best_is_kept_when_it_gets_worse():
@@ -227,7 +207,7 @@ def test_best_is_kept_when_it_gets_worse():
     assert (training.candidates()["last"][0] - 3).abs().min() > 5
 
 
-@pytest.mark.parametrize("at", [0, 1, 49, 50, 120])
+@pytest.mark.parametrize("at", [0, 49, 120])
 def test_state(at):
     faults = {30: math.nan, 130: math.nan}
     torch.manual_seed(1)
@@ -238,9 +218,7 @@ def test_state(at):
     second.objective.calls = first.objective.calls
     second.restore(first.state())
     run(second)
-    assert torch.equal(
-        torch.tensor(whole.losses).nan_to_num(7), torch.tensor(second.losses).nan_to_num(7)
-    )
+    assert torch.allclose(*map(torch.tensor, (whole.losses, second.losses)), 0, 0, equal_nan=True)
     assert whole.skipped.count == second.skipped.count == 2
     assert whole.skipped.sites == second.skipped.sites
     for name, values in whole.candidates().items():
@@ -254,36 +232,6 @@ def test_state_of_other_parameters():
 
     with pytest.raises(ValueError, match="checkpoint: expected the parameters"):
         training_of(Bowl()).restore(training_of(Other()).state())
-
-
-def test_gap_to_the_evidence():
-    class Weighted(Bowl):
-        has_weights = True
-
-        def elbo_draws(self, count):
-            # log weights of a Gaussian: their mean is half the variance below the evidence
-            return -7.0 + 0.8 * torch.randn(count)
-
-    torch.manual_seed(0)
-    # the standard error is 0.8 / sqrt(5000), and that of the evidence about as large
-    assert abs(training_of(Weighted())._gap() - 0.32) < 0.06
-    assert training_of(Bowl())._gap() == 0.0
-
-
-def test_trainings_of_a_trainer():
-    """Each begins at the present parameters; nothing to train is an error before the first step."""
-
-    class Nothing(Bowl):
-        def parameters(self):
-            return {}
-
-    with pytest.raises(ValueError, match="nothing to train"):
-        training_of(Nothing())
-    trainer = trainer_of(Bowl(), 10)
-    first, second = trainer.new(0.05), trainer.new(0.05, replace(trainer.schedule, end=None))
-    assert first.schedule.end == 10
-    assert second.schedule.end is None
-    assert first.parameters["x"] is second.parameters["x"]
 
 
 class Transposed(Bowl):
