@@ -84,7 +84,7 @@ class PresetGuide(AutoAutoregressive):
         return {**cls._network(latent_dim), **given}
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        # with the defaults, so that a version that has others reads the same flow from a file
+        # a version with other defaults reads the same flow from a file
         return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
 
     @classmethod
@@ -140,8 +140,8 @@ class AutoIAF(PresetGuide):
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()`` up to 64 latents, which is of
         second order near zero, as the skewness of a posterior is, and
-        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, a module of
-        ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
+        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, an activation
+        of ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
     :param skip_connections: whether each network has a linear layer from its inputs to its outputs
         too; by default it has none. A regression on many columns ends nearer with
         ``nonlinearity=TiltedSiLU(0.0), skip_connections=True``, a funnel further off.
@@ -192,14 +192,13 @@ class AutoMAF(PresetGuide):
     :param num_transforms: the number of autoregressive layers; their order alternates.
     :param hidden_dims: the width or widths of the hidden layers of each network, by default two of
         ``max(64, 2 * latent_dim)``.
-    :param nonlinearity: their activation, by default ``torch.nn.ELU()``. A guide with a module of
-        ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
+    :param nonlinearity: their activation, by default ``torch.nn.ELU()``.
     :param skip_connections: as for :class:`AutoIAF`.
     :param full_rank: as for :class:`AutoAutoregressive`.
     :param init_loc_fn: as for :class:`AutoAutoregressive`.
     :param init_scale: as for :class:`AutoAutoregressive`.
-    :raises TypeError: as for :class:`AutoAutoregressive`.
-    :raises ValueError: as for :class:`AutoAutoregressive`, and for a size that is not positive.
+    :raises TypeError: as for :class:`AutoIAF`.
+    :raises ValueError: as for :class:`AutoIAF`.
 
     Example::
 

@@ -4,6 +4,7 @@
 """Guides whose parameters survive: in the param store, in copies, in state dicts and in files."""
 
 import copy
+import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, prototype_trace
 from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
-from .spec import Arguments, GuideSpec, plain_to_tensor, tensor_to_plain
+from .spec import Arguments, GuideSpec, plain_to_tensor
 from .state_check import LeastState, State, check_finite, check_sizes
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
@@ -280,7 +281,7 @@ class PersistentGuide(AutoGuide):
     def _prepare_for(self, state: State) -> None:
         """Builds a guide that was never called, and refuses the state dict of another guide."""
         text = state.get("_extra_state")
-        plain = None if text is None else tensor_to_plain(text)
+        plain = None if text is None else json.loads(bytes(text.tolist()))
         parameters = [value for key, value in state.items() if key.startswith("transform.")]
         device = parameters[0].device if parameters else torch.device("cpu")
         spec = None if plain is None else GuideSpec.from_plain(plain, device)

@@ -75,88 +75,57 @@ class GuideSpec:
 
     def to_plain(self) -> Plain:
         """The spec as plain data; the error for what cannot be written names it."""
-        sites, arguments = [], {}
+        sites = []
         for site in self.sites:
             plain = {
                 "name": site.name,
                 "shape": list(site.shape),
                 "event_dim": site.event_dim,
-                "support": support_to_plain(site.name, site.support),
+                "support": to_plain(f"the support of site '{site.name}'", site.support),
                 "dtype": str(site.dtype).removeprefix("torch."),
                 "plates": [list(frame) for frame in site.plates],
             }
             sites.append(plain)
-        for name, value in self.arguments.items():
-            arguments[name] = argument_to_plain(name, value)
+        arguments = {name: to_plain(name, value) for name, value in self.arguments.items()}
         observed = None if self.observed is None else list(self.observed)
         return {"sites": sites, "arguments": arguments, "observed": observed}
 
     @classmethod
     def from_plain(cls, plain: Plain, device: torch.device) -> "GuideSpec":
-        """The spec from what :meth:`to_plain` made of it."""
-        sites, arguments, observed = [], {}, plain["observed"]
+        """The spec from what :meth:`to_plain` made of it, with bounds of supports on a device."""
+        sites, observed = [], plain["observed"]
         for site in plain["sites"]:
-            support = support_from_plain(site["support"], device)
+            support = from_plain(site["support"], device)
             shape, dtype = torch.Size(site["shape"]), getattr(torch, site["dtype"])
             plates = tuple(CondIndepStackFrame(*frame) for frame in site["plates"])
             sites.append(Site(site["name"], shape, site["event_dim"], support, dtype, plates))
             # on the meta device: what the bounds of a support broadcast to may be huge
             on_meta = sites[-1].to(partial(Tensor.to, device="meta"))
             value = on_meta.bijection(torch.empty(on_meta.unconstrained_shape, device="meta"))
-            if value.shape != shape:
-                expected, got = tuple(shape), tuple(value.shape)
-                raise ValueError(
-                    f"site '{site['name']}': expected values of shape {expected}, got {got}"
-                )
-        for name, value in plain["arguments"].items():
-            arguments[name] = argument_from_plain(value)
+            expected, got = tuple(shape), tuple(value.shape)
+            if got != expected:
+                name = site["name"]
+                raise ValueError(f"site '{name}': expected values of shape {expected}, got {got}")
+        arguments = {key: from_plain(value, device) for key, value in plain["arguments"].items()}
         observed = None if observed is None else tuple(observed)
         return cls(Latents(sites), arguments, observed, device)
 
 
-def support_to_plain(name: str, support: constraints.Constraint) -> Plain:
-    """The support of a site as plain data; the error for one that cannot be written names the site."""
-    kind = _CLASS_TO_NAME.get(type(support))
-    if kind is None:
+def to_plain(name: str, value: Any) -> Any:
+    """A support or an argument of a guide as plain data; an activation is its name and its constants.
+
+    :param name: what it is, for the error about one that cannot be written.
+    """
+    if type(value) in _CLASS_TO_NAME:
+        bounds = {key: to_plain(name, bound) for key, bound in vars(value).items()}
+        return {"support": _CLASS_TO_NAME[type(value)], "bounds": bounds}
+    if isinstance(value, constraints.Constraint):
         raise ValueError(
-            f"the support of site '{name}' cannot be written to a file: expected one of "
-            f"{', '.join(_NAME_TO_CLASS)}, got {type(support).__name__.lstrip('_')}"
+            f"{name} cannot be written to a file: expected one of {', '.join(_NAME_TO_CLASS)}, got "
+            f"{type(value).__name__.lstrip('_')}"
         )
-    bounds: Plain = {}
-    for key, value in vars(support).items():
-        if isinstance(value, constraints.Constraint):
-            bounds[key] = support_to_plain(name, value)
-        elif isinstance(value, Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            bounds[key] = {"tensor": value.tolist(), "dtype": dtype}
-        else:
-            bounds[key] = value
-    return {"support": kind, "bounds": bounds}
-
-
-def support_from_plain(plain: Any, device: torch.device) -> Any:
-    """The support from what :func:`support_to_plain` made of it, with bounds on a device."""
-    if not isinstance(plain, dict):
-        return plain
-    if "tensor" in plain:
-        dtype = getattr(torch, plain["dtype"])
-        return torch.tensor(plain["tensor"], dtype=dtype, device=device)
-    bounds = {key: support_from_plain(value, device) for key, value in plain["bounds"].items()}
-    return _NAME_TO_CLASS[plain["support"]](**bounds)
-
-
-def plain_to_tensor(plain: object) -> Tensor:
-    """Plain data as a tensor of bytes, for a state dict, whose values are tensors."""
-    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
-
-
-def tensor_to_plain(text: Tensor) -> Any:
-    """The plain data from what :func:`plain_to_tensor` made of it."""
-    return json.loads(bytes(text.tolist()))
-
-
-def argument_to_plain(name: str, value: Any) -> Any:
-    """An argument of a guide as plain data; an activation is its name and its constants."""
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if not callable(value):
         return value
     kind = getattr(value, "__name__", type(value).__name__)
@@ -166,8 +135,7 @@ def argument_to_plain(name: str, value: Any) -> Any:
     if type(value) in (TiltedSiLU, getattr(activation, kind, None)):
         names = getattr(value, "__constants__", ())
         plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
-        # a container of modules is more than a name and constants
-        if repr(argument_from_plain(plain)) == repr(value):
+        if repr(from_plain(plain)) == repr(value):
             return plain
     raise ValueError(
         f"{name}: expected an activation of torch.nn or a function of torch, which can be written "
@@ -175,16 +143,26 @@ def argument_to_plain(name: str, value: Any) -> Any:
     )
 
 
-def argument_from_plain(plain: Any) -> Any:
-    """The argument from what :func:`argument_to_plain` made of it."""
-    if isinstance(plain, dict) and "function" in plain:
-        return getattr(_FUNCTIONS[plain["owner"]], plain["function"])
-    if isinstance(plain, dict) and "module" in plain:
-        kind, constants = plain["module"], plain["constants"]
-        make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(activation, kind)
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in make(**constants).parameters())
-        if size > _MAX_ACTIVATION_SIZE:
-            raise ValueError(f"expected an activation, got {kind} of {size} parameters")
-        return make(**constants)
+def from_plain(plain: Any, device: torch.device | None = None) -> Any:
+    """What :func:`to_plain` made plain data of, with tensors on a device."""
+    match plain:
+        case {"support": str(kind), "bounds": dict(bounds)}:
+            given = {key: from_plain(value, device) for key, value in bounds.items()}
+            return _NAME_TO_CLASS[kind](**given)
+        case {"tensor": values, "dtype": str(dtype)}:
+            return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
+        case {"function": str(kind), "owner": str(owner)}:
+            return getattr(_FUNCTIONS[owner], kind)
+        case {"module": str(kind), "constants": dict(constants)}:
+            make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(activation, kind)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in make(**constants).parameters())
+            if size > _MAX_ACTIVATION_SIZE:
+                raise ValueError(f"expected an activation, got {kind} of {size} parameters")
+            return make(**constants)
     return plain
+
+
+def plain_to_tensor(plain: object) -> Tensor:
+    """Plain data as a tensor of bytes, for a state dict, whose values are tensors."""
+    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)

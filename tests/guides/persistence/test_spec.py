@@ -15,8 +15,8 @@ from pyro_artransform.conditioners import TiltedSiLU
 from pyro_artransform.guides import AutoIAF
 from pyro_artransform.guides.persistence.spec import (
     GuideSpec,
-    argument_from_plain,
-    argument_to_plain,
+    from_plain,
+    to_plain,
 )
 from pyro_artransform.guides.prototype import prototype_trace
 from pyro_artransform.joint.sites import same_support
@@ -124,8 +124,8 @@ def test_support_that_cannot_be_written(tmp_path):
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_nonlinearity(nonlinearity):
-    plain = json.loads(json.dumps(argument_to_plain("nonlinearity", nonlinearity)))
-    back = argument_from_plain(plain)
+    plain = json.loads(json.dumps(to_plain("nonlinearity", nonlinearity)))
+    back = from_plain(plain)
     x = torch.linspace(-3, 3, 50)
     assert torch.equal(back(x), nonlinearity(x))
     assert type(back) is type(nonlinearity)
@@ -134,4 +134,4 @@ def test_nonlinearity(nonlinearity):
 @pytest.mark.parametrize("nonlinearity", [lambda x: x, nn.Sequential(nn.Tanh(), nn.Tanh())])
 def test_nonlinearity_that_cannot_be_written(nonlinearity):
     with pytest.raises(ValueError, match=r"nonlinearity: expected an activation of torch\.nn or"):
-        argument_to_plain("nonlinearity", nonlinearity)
+        to_plain("nonlinearity", nonlinearity)
