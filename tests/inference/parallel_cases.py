@@ -20,7 +20,7 @@ from pyro_artransform import AutoAmortized, AutoStructuredFlow
 from pyro_artransform.inference import parallel
 from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit
-from tests.inference.loaders import listed, rows, shuffled, small
+from tests.inference.loaders import rows, shuffled, small
 
 RANK = int(os.environ.get("RANK", "0"))
 SOME = {"num_particles": 4, "progress": False}
@@ -51,11 +51,6 @@ def smoke(folder: Path) -> Outcome:
     return {**found, "told": told, "is_closed": not distributed.is_initialized()}
 
 
-def alone(folder: Path) -> None:
-    """What the variables promise does not come."""
-    quick_fit(models.location, small(models.location), **SOME)
-
-
 def fails(folder: Path) -> None:
     """The second process has an error of its own."""
 
@@ -66,27 +61,15 @@ def fails(folder: Path) -> None:
     quick_fit(models.location, small(models.location), num_steps=4, callback=callback, **SOME)
 
 
-def amortized(**options: Any) -> Outcome:
-    guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
-    return outcome(quick_fit(loaders.groups, guide, **{**SOME, **options}))
+def amortized(model: Any) -> AutoAmortized:
+    return AutoAmortized(model, loaders.Mean(), flow=None, local_flow=None)
 
 
 def hierarchy(folder: Path) -> Outcome:
-    """43 groups in 9 batches of 5: the two processes take turns at having five of them in an epoch."""
-    optim = partial(torch.optim.Adam, lr=0.04)
-    loader = shuffled(rows()[1], batch_size=5)
-    return amortized(loader=loader, num_particles=8, seed=2, optim=optim, epochs=40)
-
-
-def batches_of_a_list(folder: Path) -> Outcome:
-    options = {**SOME, "num_particles": 16, "epochs": 80, "seed": 0}
-    guide = small(loaders.regression)
-    return outcome(quick_fit(loaders.regression, guide, loader=listed(*rows()), **options))
-
-
-def short_batch(folder: Path) -> Outcome:
-    """One process has the short one, by which the guide would scale its steps otherwise."""
-    return amortized(loader=rows()[1].split(10), num_steps=9)
+    """43 groups in 9 batches, the last of them short: the processes take turns at having five of them."""
+    optim, loader = partial(torch.optim.Adam, lr=0.04), shuffled(rows()[1], batch_size=5)
+    options = {**SOME, "num_particles": 8, "seed": 2, "optim": optim, "epochs": 40}
+    return outcome(quick_fit(loaders.groups, amortized(loaders.groups), loader=loader, **options))
 
 
 def walk() -> None:
@@ -96,17 +79,18 @@ def walk() -> None:
 
 
 def other_guides(folder: Path) -> dict[str, Outcome]:
-    """One of Pyro's, one with a graph, one that is chosen, a decoder's."""
+    """One of Pyro's, one with a graph, one that scales its steps by the size of a batch, a decoder's."""
+    batches = {"loader": rows()[1].split(10)}
     cases = {
-        "stock": (models.regression, AutoNormal),
-        "structured": (walk, AutoStructuredFlow),
-        "chosen": (models.regression, lambda model: None),
-        "decoder": (models.Decoder(), small),
+        "stock": (models.regression, AutoNormal, {}),
+        "structured": (walk, AutoStructuredFlow, {}),
+        "amortized": (loaders.groups, amortized, batches),
+        "decoder": (models.Decoder(), small, {}),
     }
     found = {}
-    for name, (model, kind) in cases.items():
+    for name, (model, kind, options) in cases.items():
         pyro.clear_param_store()
-        found[name] = outcome(quick_fit(model, guide=kind(model), num_steps=6, **SOME))
+        found[name] = outcome(quick_fit(model, guide=kind(model), num_steps=6, **SOME, **options))
     return found
 
 
@@ -168,15 +152,13 @@ def group_of_the_user(folder: Path) -> Outcome:
 
 MORE = {
     "hierarchy": hierarchy,
-    "list": batches_of_a_list,
-    "short batch": short_batch,
     "other guides": other_guides,
     "skipped": skipped,
     "resumed": resumed,
     "errors": errors,
     "group of the user": group_of_the_user,
 }
-CASES = {"smoke": smoke, "alone": alone, "fails": fails, **MORE}
+CASES = {"smoke": smoke, "fails": fails, **MORE}
 
 
 def main() -> None:

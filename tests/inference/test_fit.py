@@ -56,11 +56,6 @@ def check(result):
     return result
 
 
-def moved(parameters, before):
-    assert before
-    return all(not torch.equal(value, before[name]) for name, value in parameters.items())
-
-
 def parameters():
     """Copies of all there are, the guide's and the model's."""
     store = pyro.get_param_store()
@@ -89,12 +84,6 @@ def test_a_point_is_no_posterior(kind):
     assert "AutoDelta" in result.verdict
     assert math.isfinite(result.khat)
     assert result.history[-1] > result.history[0]
-
-
-def test_adam_goes_where_it_should():
-    result = fitted(models.location, AutoNormal(models.location), num_steps=600)
-    assert result.trusted, result
-    assert result.history[-1] > result.history[0] + 1
 
 
 @pytest.mark.parametrize(
@@ -160,7 +149,8 @@ def test_module_in_the_model_is_trained(is_local):
         decoder = models.Decoder()
         before = {name: value.detach().clone() for name, value in decoder.named_parameters()}
         result = check(fitted(decoder, small(decoder), num_steps=40))
-        assert moved(dict(decoder.named_parameters()), before)
+        for name, value in decoder.named_parameters():
+            assert not torch.equal(value, before[name])
         assert sum(result.history[-10:]) > sum(result.history[:10])
 
 
@@ -194,16 +184,6 @@ def test_guide_that_lacks_a_latent():
     ours = small(poutine.block(models.regression, hide=["scale"]))
     with pytest.raises(ValueError, match="made for another model"):
         fitted(models.regression, ours)
-
-
-def test_discrete_sites_of_the_guide():
-    def model():
-        kind = pyro.sample("kind", dist.Bernoulli(0.5))
-        z = pyro.sample("z", dist.Normal(kind, 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
-
-    with pytest.raises(ValueError, match="'kind' is discrete"):
-        fitted(model, AutoNormal(poutine.block(model, hide=["kind"])))
 
 
 def test_nothing_to_train():
@@ -249,19 +229,12 @@ def test_seed():
     assert run(2)[0].history != a.history
 
 
-@pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_parameters_are_in_the_store(kind):
-    """As after SVI: whoever saves the store saves the guide."""
-    guide = kind(models.regression)
-    fitted(models.regression, guide, num_steps=3)
-    store = pyro.get_param_store()
-    held = {id(value) for _, value in store.named_parameters()}
-    assert {id(value) for value in guide.parameters()} <= held
-
-
 def test_settings_stay():
+    """And parameters are in the store, as after SVI: whoever saves it saves the guide."""
     guide = small(models.regression)
-    fitted(models.regression, guide)
+    fitted(models.regression, guide, num_steps=3)
+    held = {id(value) for _, value in pyro.get_param_store().named_parameters()}
+    assert {id(value) for value in guide.parameters()} <= held
     assert pyro.distributions.is_validation_enabled()
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in guide.parameters())
@@ -276,14 +249,6 @@ def test_under_no_grad_and_prints_nothing(kind, capfd, caplog):
         check(fitted(models.regression, kind(models.regression), num_steps=3))
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
-
-
-def test_progress_bar(capsys):
-    pytest.importorskip("tqdm")
-    fitted(models.regression, small(models.regression), num_steps=7, progress=True)
-    shown = capsys.readouterr().err
-    for words in ("7/7", "ELBO -", "verdict"):
-        assert words in shown
 
 
 def test_a_fit_goes_on_from_the_one_before():

@@ -100,16 +100,6 @@ def test_a_hierarchy_by_a_loader(run):
 
 
 @pytest.mark.slow
-def test_batches_of_a_list(run):
-    """The weights of all data are those of one process."""
-    found = run[0]["list"]
-    _, _, evidence = loaders.exact(*loaders.rows())
-    assert found["num_steps"] == 80 * 3
-    assert abs(found["elbo"] - evidence) < 0.1 + 4 * found["elbo_se"]
-    assert abs(found["log_evidence"] - evidence) < 0.1
-
-
-@pytest.mark.slow
 def test_a_step_that_fails_in_one_process_is_skipped_by_all(run):
     found = run[0]["skipped"]
     assert found["num_skipped"] == 2

@@ -20,7 +20,6 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive
 from pyro_artransform.inference.checkpoint import read
-from pyro_artransform.inference.config import FitConfig
 from tests.guides.amortized import hierarchies
 from tests.inference import models
 from tests.inference.conftest import QUICK
@@ -131,13 +130,10 @@ def test_a_fit_that_ends_by_itself(tmp_path):
 
 def test_skipped_steps_are_remembered(tmp_path):
     path = tmp_path / "fit.pt"
-    calls = [0]
 
     def model():
         models.location()
-        calls[0] += 1
-        bad = model.is_bad
-        pyro.factor("odd", torch.tensor(math.nan if bad else 0.0))
+        pyro.factor("odd", torch.tensor(math.nan if model.is_bad else 0.0))
 
     def callback(step, elbo):
         model.is_bad = step in (3, 5)
@@ -146,7 +142,6 @@ def test_skipped_steps_are_remembered(tmp_path):
     model.is_bad = False
     with pyro.validation_enabled(False):
         part = fitted(*fresh(model, small), seed=1, checkpoint=path, callback=callback)
-        model.is_bad = False
         rest = fitted(*fresh(model, small), resume=path)
     assert part.num_skipped == rest.num_skipped == 2
     assert part.culprits == rest.culprits == {"odd": 2}
@@ -159,9 +154,7 @@ def test_skipped_steps_are_remembered(tmp_path):
 def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     resource = pytest.importorskip("resource")
     path, limits = tmp_path / "fit.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    config = FitConfig(
-        QUICK.initialization, replace(QUICK.optimization, checkpoint_every=5), QUICK.minibatch
-    )
+    config = replace(QUICK, optimization=replace(QUICK.optimization, checkpoint_every=5))
 
     def callback(step, elbo):
         if step == 7:

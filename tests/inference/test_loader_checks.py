@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guides of several parts, and those that need no indices; the rest is in test_loader.py."""
+"""What a fit by mini-batches refuses, and what comes near it and is fine."""
 
 import pyro
 import pytest
@@ -10,15 +10,153 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 
-from pyro_artransform import AutoAmortized
+from pyro_artransform import AutoAmortized, AutoStructuredFlow, fit
 from pyro_artransform.inference.loader import BatchStream
 from pyro_artransform.inference.loader_checks import check_use
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
-from tests.inference.loaders import rows
+from tests.inference.loaders import listed, rows, shuffled, small
+from tests.inference.test_fit_loader import check, fitted
 
 
-def check(model, guide, size=10):
+def test_options_that_do_not_go_together():
+    x, y = rows()
+    model, loader = loaders.regression, shuffled(x, y)
+    with pytest.raises(ValueError, match="epochs: expected a loader"):
+        fit(model, small(model), x, y, epochs=3)
+    with pytest.raises(ValueError, match="epochs or num_steps, got both"):
+        fit(model, small(model), loader=loader, epochs=3, num_steps=5)
+    with pytest.raises(ValueError, match=r"no positional arguments.*got 2"):
+        fit(model, small(model), x, y, loader=loader)
+    for epochs in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="epochs"):
+            fit(model, small(model), loader=loader, epochs=epochs)
+
+    def taken(x, loader):
+        pass
+
+    with pytest.raises(ValueError, match="parameter 'loader', which is an option of fit"):
+        fit(taken, small(taken), x)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_latents_that_would_see_one_batch_only(kind):
+    def of_all(y):
+        loaders.groups(y, len(y))
+
+    def of_rows(
+        y,
+    ):  # a guide that is not told of the batch has one latent for the first row of each
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    for model, name in ((of_all, "mean"), (of_rows, "z")):
+        refused = rf"'{name}' is of all batches.*subsample_size=len\(batch\)"
+        with pytest.raises(ValueError, match=refused):
+            fitted(model, kind(model), shuffled(rows()[1][:40]))
+
+
+def test_scaled_by_hand():
+    def model(x, y):
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(3), 3.0).to_event(1))
+        with poutine.scale(scale=43 / len(x)), pyro.plate("data", len(x)):
+            mean = (x * weights).sum(-1)
+            pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
+
+    check(fitted(model, small(model), shuffled(*rows()), epochs=2), 10)
+
+
+def test_globals_that_are_parameters():
+    def model(y):
+        mean = pyro.param("mean", torch.tensor(0.0))
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    _, y = rows()
+    guide = AutoAmortized(model, lambda y: y[:, None], local_flow=None)
+    check(fitted(model, guide, shuffled(y), epochs=3), 15)
+    assert pyro.param("mean") != 0
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda m: AutoAmortized(m, flow=None, local_flow=None), AutoNormal]
+)
+def test_elements_that_are_looked_up_by_other_indices(kind):
+    with pytest.raises(ValueError, match=r"'z'.*AutoAmortized\(model, encoder\).*create_plates="):
+        fitted(loaders.groups, kind(loaders.groups), shuffled(rows()[1]))
+
+
+def test_indices_that_are_given():
+    def model(index, y):
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", 43, subsample=index):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def create_plates(index, y):
+        return pyro.plate("groups", 43, subsample=index)
+
+    _, y = rows()
+    options = {"flow": None, "local_flow": None, "create_plates": create_plates}
+    loader = shuffled(torch.arange(43), y)
+    check(fitted(model, AutoAmortized(model, **options), loader, epochs=2), 10)
+    check(fitted(model, AutoNormal(model, create_plates=create_plates), loader, epochs=2), 10)
+
+
+def pairs(i, y):
+    z = pyro.sample("z", dist.Normal(y.new_zeros(5), 1.0).to_event(1))
+    with pyro.plate("pairs", 4, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(z[..., i] - z[..., i + 1], 0.3), obs=y)
+
+
+def test_a_graph_of_the_first_batch_alone():
+    data = torch.arange(4), torch.randn(4)
+    loader = list(zip(*(tensor.split(1) for tensor in data)))
+    with pytest.raises(
+        ValueError, match=r"z\[1\] and z\[2\], z\[2\] and z\[3\], .*set_up\(\*all_data\)"
+    ):
+        fitted(pairs, AutoStructuredFlow(pairs), loader, epochs=1)
+    guide = AutoStructuredFlow(pairs, hidden_dim=2)
+    guide.set_up(*data)
+    result = check(fitted(pairs, guide, loader, epochs=2), 8)
+    assert "dependencies" not in result.verdict
+
+
+def test_dependencies_of_other_batches_that_are_off_at_the_start():
+    def switched(i, y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("all", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))[..., i]
+        with pyro.plate("data", 3, subsample_size=len(y)):
+            # on for x > 2 only, where the search does not look
+            loc = torch.where(x > 2, z, 0.0 * z)
+            pyro.sample("y", dist.Normal(loc + 3 * x, 0.1), obs=y)
+
+    loader = [(torch.tensor([k]), torch.tensor([9.0])) for k in range(3)]
+    result = fitted(switched, AutoStructuredFlow(switched, hidden_dim=2), loader, epochs=10)
+    assert not result.trusted
+    assert "x and z[0], x and z[1], x and z[2]" in result.verdict
+
+
+def test_latents_of_a_short_last_batch():
+    """Half of the model sees all rows, and the other has a latent for each of the batch."""
+
+    def model(y):
+        with pyro.plate("data", 43, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"other latents with these arguments.*\(3,\)"):
+        fitted(model, small(model), listed(rows()[1])[::-1], epochs=1)
+
+
+# Guides of several parts, and those that need no indices
+
+
+def check_alone(model, guide, size=10):
     _, y = rows()
     batches = BatchStream(y.split(size))
     with torch.no_grad():
@@ -43,23 +181,18 @@ def encoded(model):
 
 
 def test_a_list_that_has_an_encoder():
-    check(loaders.groups, in_parts(loaders.groups, encoded))
+    check_alone(loaders.groups, in_parts(loaders.groups, encoded))
     with pytest.raises(ValueError, match=r"'z'.*create_plates"):
-        check(loaders.groups, in_parts(loaders.groups, AutoNormal))
+        check_alone(loaders.groups, in_parts(loaders.groups, AutoNormal))
     with pytest.raises(ValueError, match="'mean' is of all batches"):
-        check(unscaled, in_parts(unscaled, encoded))
+        check_alone(unscaled, in_parts(unscaled, encoded))
 
 
 def test_locals_that_share_their_parameters():
     guide = AutoNormalMessenger(loaders.groups, amortized_plates=("groups",))
-    check(loaders.groups, guide)
+    check_alone(loaders.groups, guide)
     with pytest.raises(ValueError, match="create_plates"):
-        check(loaders.groups, AutoNormalMessenger(loaders.groups))
-
-
-def test_one_batch_can_be_anything():
-    check(unscaled, AutoNormal(unscaled), size=43)
-    check(loaders.groups, AutoAmortized(loaders.groups, local_flow=None), size=43)
+        check_alone(loaders.groups, AutoNormalMessenger(loaders.groups))
 
 
 def test_a_guide_that_is_a_function():
@@ -74,9 +207,9 @@ def test_a_guide_that_is_a_function():
         with pyro.plate("rows", len(y)):
             pyro.sample("z", dist.Normal(y / 2, 0.7))
 
-    check(model, guide)
+    check_alone(model, guide)
     with pytest.raises(ValueError, match="'z' is of all batches"):
-        check(model, AutoNormal(model))
+        check_alone(model, AutoNormal(model))
 
 
 def test_a_scale_of_everything_is_no_scaling_up():
@@ -90,8 +223,8 @@ def test_a_scale_of_everything_is_no_scaling_up():
             pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
     with pytest.raises(ValueError, match="'mean' is of all batches"):
-        check(normalised, encoded(normalised))
-    check(lifted, AutoNormal(lifted))
+        check_alone(normalised, encoded(normalised))
+    check_alone(lifted, AutoNormal(lifted))
 
 
 def test_a_function_in_a_list_is_the_users():
@@ -102,4 +235,4 @@ def test_a_function_in_a_list_is_the_users():
     guide = AutoGuideList(loaders.groups)
     guide.append(AutoNormal(poutine.block(loaders.groups, expose=["mean"])))
     guide.append(local)
-    check(loaders.groups, guide)
+    check_alone(loaders.groups, guide)

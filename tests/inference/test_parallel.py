@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from pyro_artransform.inference import parallel as module
-from pyro_artransform.inference.parallel import Parallel, SharedObjective, open_parallel
+from pyro_artransform.inference.parallel import Parallel, open_parallel
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 from tests.inference.test_fit_parallel import free_port
@@ -52,12 +52,6 @@ def test_a_group_of_one_is_one_process(parallel):
     assert distributed.is_initialized()
 
 
-def test_pytorch_without_distributed(monkeypatch):
-    monkeypatch.setattr(distributed, "is_available", lambda: False)
-    with open_parallel() as found:
-        assert found is None
-
-
 # No hang in silence
 
 
@@ -93,7 +87,7 @@ def test_a_process_that_waits_says_for_what(monkeypatch, caplog):
 
 
 def test_mean(parallel):
-    """Gradients of other shapes and dtypes, and one that is missing."""
+    """Gradients of other shapes and dtypes, one that is missing, and a loss that is not finite."""
     parameters = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.float32), torch.zeros(())]
     gradients = [torch.randn(3, 2).T, None, torch.tensor(2.0)]
     loss, found = parallel.mean(1.5, gradients, parameters)
@@ -102,11 +96,7 @@ def test_mean(parallel):
     for expected, got in zip(gradients[::2], found[::2]):
         assert torch.equal(expected, got)
         assert got.dtype == expected.dtype
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_mean_of_a_loss_that_is_not_finite(parallel, value):
-    loss, found = parallel.mean(value, None, [torch.zeros(2)])
+    loss, found = parallel.mean(math.nan, None, [torch.zeros(2)])
     assert not math.isfinite(loss)
     assert found is None
 
@@ -123,42 +113,3 @@ def test_what_the_first_process_has(parallel):
     assert parallel.seed(3) == 3
     assert parallel.seed() != parallel.seed()
     assert parallel.any(True, False) == (True, False)
-
-
-class Halves:
-    """The first of two processes, of which the other has a site of its own."""
-
-    size = 2
-
-    def share(self, num_draws):
-        return -(-num_draws // 2)
-
-    def gather_objects(self, what, own):
-        return [own, [*own, "other"]]
-
-
-class Counted:
-    """An objective that counts its draws."""
-
-    has_weights = True
-
-    def loss(self, num_particles):
-        return torch.tensor(float(num_particles))
-
-    def tail_loss(self, num_particles):
-        return torch.tensor(10.0 * num_particles)
-
-    def elbo_draws(self, count):
-        return torch.full((count,), float(count))
-
-    def nonfinite_sites(self):
-        return ["y"]
-
-
-def test_a_shared_objective(parallel):
-    objective = SharedObjective(Counted(), Halves())
-    assert objective.has_weights
-    assert objective.loss(10) == 5
-    assert objective.tail_loss(9) == 50
-    assert objective.nonfinite_sites() == ["y", "other"]
-    assert SharedObjective(Counted(), parallel).elbo_draws(3).tolist() == [3.0] * 3
