@@ -49,12 +49,9 @@ Kwargs = Mapping[str, object]
 
 # the most values of a tensor, draws included: five of them take 170 MB in float32
 _MAX_VALUES = 2**23
-# the share of them that fits into a processor's cache: 4096 draws of a regression of 1,200 rows take a
-# sixth of the time in such parts, of a mixture of 1,000 rows two thirds
-_CACHED_SHARE = 1 / 64
-# the same with gradients: 64 draws of 10,000 or more rows take half of the time; a part of less than a few
-# milliseconds is not worth another run of the model
-_SHARE_WITH_GRADIENT = 1 / 32
+# The share of them that fits into a processor's cache: 4096 draws of a regression of 1,200 rows take a
+# sixth of the time in such parts. With gradients a part of a few milliseconds is worth a run of the model.
+_CACHED_SHARE, _SHARE_WITH_GRADIENT = 1 / 64, 1 / 32
 # strategies are compared near the start, at draws of the prior, and as many far away
 _NUM_COMPARED, _COMPARED_SCALE = 5, 0.1
 _NUM_FAR, _FAR_SCALE = 8, 3.0
@@ -365,11 +362,8 @@ class MeanLogJoint(LogDensity):
         arguments: Sequence[tuple[Args, Kwargs]],
         weights: Sequence[float],
     ) -> None:
-        self.latents, self.start, self.strategy = (
-            log_joint.latents,
-            log_joint.start,
-            log_joint.strategy,
-        )
+        self.latents, self.start = log_joint.latents, log_joint.start
+        self.strategy = log_joint.strategy
         self._parts = [log_joint.with_arguments(args, kwargs) for args, kwargs in arguments]
         self._shares = [weight / sum(weights) for weight in weights]
 
@@ -378,8 +372,7 @@ class MeanLogJoint(LogDensity):
         return sum(values[1:], values[0])
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        found = [name for part in self._parts for name in part.nonfinite_sites(z)]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(k for part in self._parts for k in part.nonfinite_sites(z)))
 
 
 def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:

@@ -5,7 +5,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 import torch
@@ -50,12 +50,9 @@ def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
 class UnmaskedLatents(Messenger):
     """Gives the masked elements of continuous latents their prior density.
 
-    A mask, such as that of ``obs_mask``, leaves elements of latents without a density, so that a
-    guide of them would widen without bound, and its ELBO grow. With the prior their posterior is
-    the prior, and that of the other elements stays the same. The number ``False`` as a mask stays: it is
-    how an improper prior is written.
-
-    :param improper: sites whose masks stay as well, as :func:`improper_sites` finds them.
+    A mask, such as that of ``obs_mask``, leaves them without a density, so that a guide would widen without
+    bound. With the prior their posterior is the prior, and that of the others stays the same. The number
+    ``False`` as a mask, which is how an improper prior is written, stays; so do those of ``improper``.
     """
 
     def __init__(self, improper: Container[str] = ()) -> None:
@@ -74,8 +71,6 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
     """The latents with masked elements that the rest of the density depends on.
 
     These have no prior, as in Pyro: to give them one would change the posterior.
-
-    :param trace: a run of the model, for the values of its latents and their masks.
     """
     values, masked, found = {}, [], set[str]()
     for node in latent_nodes(trace):
@@ -114,10 +109,8 @@ class SimulatedData(UnconditionMessenger):
 class SiteLogProbs(Messenger):
     """Sets sites to given values, and collects the log-density of each sample site.
 
-    It gives what a trace of the conditioned model gives, for a fraction of the time.
-
-    :param given: the values of some sites.
-    :param data_only: whether only sites with data count, their scale left out.
+    It gives what a trace of the conditioned model gives, for a fraction of the time; with ``data_only``
+    that of sites with data, their scale left out.
     """
 
     def __init__(self, given: Mapping[str, Tensor], *, data_only: bool = False) -> None:
@@ -175,7 +168,6 @@ def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) ->
 
     :param trace: of a model, under ``poutine.enum``.
     :param kept_plates: the plates whose dimensions the result has.
-    :raises ScaleError: if sites that share a sum have different scales.
     """
     trace.compute_log_prob()
     trace.pack_tensors()
@@ -183,9 +175,8 @@ def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) ->
     kept = frozenset(symbols[name] for name in kept_plates)
     summed = set(trace.symbol_to_dim) - set(symbols.values())
     # log-densities by the plates that they are in
-    inside: Factors = OrderedDict()
-    outside: Factors = OrderedDict()
-    scales = []
+    inside, outside = Factors(), Factors()
+    scales: dict[float, float | Tensor] = {}
     site: Any
     for site in trace.nodes.values():
         if site["type"] != "sample" or site_is_subsample(site):
@@ -199,23 +190,16 @@ def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) ->
         mask = None if is_enumerated(site) else terms["mask"]
         log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
         inside.setdefault(plates, []).append(log_prob)
-        scales.append(site["scale"])
+        scale = site["scale"]
+        scales.setdefault(float(scale) if torch.as_tensor(scale).dim() == 0 else math.nan, scale)
+    if len(scales) > 1 or math.nan in scales:
+        raise ScaleError(
+            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
+            f"got {sorted(scales)}: sites of different scales, such as a discrete latent outside of a "
+            "sub-sampled plate, cannot be summed out"
+        )
     total: Tensor = contract_to_tensor(inside, summed, target_ordinal=kept)
-    total = _common(scales) * total
+    total = next(iter(scales.values()), 1.0) * total
     if outside:
         total = total + contract_to_tensor(outside, set(), target_ordinal=kept)
     return total
-
-
-def _common(scales: Sequence[float | Tensor]) -> float | Tensor:
-    """The scale of all sites that share a sum, which is the scale of its logarithm."""
-    different = set()
-    for scale in scales:
-        different.add(float(scale) if torch.as_tensor(scale).dim() == 0 else math.nan)
-    if len(different) > 1 or math.nan in different:
-        raise ScaleError(
-            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
-            f"got {sorted(different)}: sites of different scales, such as a discrete latent outside of a "
-            "sub-sampled plate, cannot be summed out"
-        )
-    return scales[0] if scales else 1.0

@@ -5,7 +5,8 @@
 
 Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
 ``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
-arguments.
+arguments; ``loc``, ``scale_tril`` and draws without names are on the unconstrained space, and values by
+site have the shape ``batch + site shape``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,9 @@ class ReparametrizedGuide(Protocol):
     """A guide that draws on the unconstrained space, with the density there."""
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Reparametrized draws on the unconstrained space, and their log-densities.
+        """Draws ``(n, latent_dim)`` and their log-densities ``(n,)``, with gradients.
 
-        :param n: how many.
         :param path: whether the gradient of the log-density flows through the draws only.
-        :return: shapes ``(n, latent_dim)`` and ``(n,)``, with gradients.
         """
 
 
@@ -37,7 +36,7 @@ class TransformedGuide(Protocol):
     """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """The transform from a standard normal of shape ``(latent_dim,)`` to the unconstrained space.
+        """The transform from a standard normal of shape ``(latent_dim,)``.
 
         :raises NotImplementedError: if this guide does not have one, as in Pyro's base class.
         """
@@ -48,10 +47,8 @@ class FlowGuide(ReparametrizedGuide, Protocol):
     """A guide that a fit initializes and trains by the path gradient: those of this package."""
 
     def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
-        """Becomes a Gaussian on the unconstrained space, the flow the identity.
+        """Becomes a Gaussian, the flow the identity; by default with the scale of a new guide.
 
-        :param loc: shape ``(latent_dim,)``.
-        :param scale_tril: shape ``(latent_dim, latent_dim)``; by default that of a new guide.
         :raises ValueError: if the guide cannot have this scale.
         """
 
@@ -63,14 +60,10 @@ class UnconstrainingGuide(FlowGuide, TransformedGuide, Protocol):
     def unconstrain(
         self, values: Mapping[str, Tensor], *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Values of all sites on the unconstrained space, and the log-determinant of the way back.
-
-        :param values: for each site, shape ``batch + site shape``.
-        :return: shapes ``batch + (latent_dim,)`` and ``batch``.
-        """
+        """Values of all sites as ``batch + (latent_dim,)``, and the log-determinant of the way back."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, as those of a module."""
+        """Those of a module."""
 
 
 @runtime_checkable
@@ -86,10 +79,9 @@ class StructuredGuide(FlowGuide, Protocol):
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """Dependencies of the posterior, in words, that are seen at draws of the guide and not in the graph.
+        """Dependencies of the posterior, in words, that draws of the guide show and the graph lacks.
 
-        :param batches: the positional and the keyword arguments of the model, of each of some
-            mini-batches, or those of all data alone.
+        :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
         """
 
 
@@ -105,14 +97,10 @@ class MinibatchGuide(Protocol):
         """A context in which the density of the guide's draws has a gradient by the draws only."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, as those of a module."""
+        """Those of a module."""
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
-        """Starts near draws of the latents of one mini-batch.
-
-        :param values: for each site, shape ``(n,) + site shape``.
-        :param share: what part of all elements the mini-batch is.
-        """
+        """Starts near draws ``(n,) + site shape`` of one mini-batch, which is a share of all elements."""
 
 
 @runtime_checkable

@@ -25,11 +25,8 @@ from .traces import is_enumerated, latent_nodes, unwrapped
 class Site:
     """A continuous latent site of a model, without its distribution.
 
-    :param name: its name.
-    :param shape: the shape of its value.
-    :param event_dim: the number of event dimensions, the last ones of the shape.
-    :param support: its support.
-    :param dtype: the dtype of its value.
+    :param shape: the shape of its value, the event dimensions last.
+    :param event_dim: the number of event dimensions.
     :param plates: the frames of the plates around it, as Pyro's traces hold them.
     """
 
@@ -112,9 +109,15 @@ class Latents:
         """The latents of a trace, discrete ones only where they are enumerated in parallel."""
         sites = []
         for node in latent_nodes(trace):
-            if is_enumerated(node):
-                _check_enumeration(node)
-                continue
+            if is_enumerated(node):  # one that is drawn would have another density in each call
+                how, count = node["infer"]["enumerate"], node["infer"].get("num_samples")
+                if how == "parallel" and count is None:
+                    continue
+                got = f"'{how}'" if count is None else f"num_samples={count}"
+                raise ValueError(
+                    f"site '{node['name']}': expected enumeration in parallel over all of its values, as "
+                    f"pyro.infer.config_enumerate(model) marks it, got {got}"
+                )
             if node["fn"].support.is_discrete:
                 raise ValueError(
                     f"site '{node['name']}' is discrete: expected continuous latents, and discrete "
@@ -208,9 +211,8 @@ class Latents:
                         f"{describe_support(site.support)}, got {value[~inside][0].tolist()}"
                     )
             z = site.bijection.inv(value)
-            ladj = site.bijection.log_abs_det_jacobian(z, value)
             latents.append(z.reshape((*batch, -1)))
-            ladjs.append(ladj.reshape((*batch, -1)))
+            ladjs.append(site.bijection.log_abs_det_jacobian(z, value).reshape((*batch, -1)))
         z, total = torch.cat(latents, -1), torch.cat(ladjs, -1).sum(-1)
         at_edge = z.isinf().any(-1)
         return z.masked_fill(at_edge[..., None], 0.0), total.masked_fill(at_edge, torch.inf)
@@ -273,17 +275,6 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         shape = bijection.inverse_shape(site["fn"].shape())
         # on the default device, which PyTorch 2.9 and older cannot name once it was set back
         return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))
-
-
-def _check_enumeration(node: Any) -> None:
-    """Refuses a discrete latent that is drawn, not summed out: its density would differ in each call."""
-    how, count = node["infer"]["enumerate"], node["infer"].get("num_samples")
-    if how != "parallel" or count is not None:
-        got = f"'{how}'" if count is None else f"num_samples={count}"
-        raise ValueError(
-            f"site '{node['name']}': expected enumeration in parallel over all of its values, as "
-            f"pyro.infer.config_enumerate(model) marks it, got {got}"
-        )
 
 
 def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:

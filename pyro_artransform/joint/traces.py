@@ -94,8 +94,7 @@ class ModelStructure(NamedTuple):
     global_latents: list[str]
     #: the names of those in a plate that holds a part of its elements only
     subsampled_latents: list[str]
-    #: the largest factor of the log-density of data, relative to that of the global latents: in a plate
-    #: of 100 elements, 20 of them present, it is 5
+    #: the largest scale of data, relative to the global latents': in a plate of 20 of 100 elements it is 5
     scale: float
     #: how many values or log-densities all sites have, data included
     num_values: int
@@ -157,14 +156,13 @@ def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
 def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
     """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
 
-    That is shapes, dtypes, integers, strings and types; of a sequence of more than 16 elements the
-    length and the first element.
+    That is shapes, dtypes, integers, strings and types, nested in tuples, lists and mappings; of a sequence
+    of more than 16 elements the length and the first element.
 
-    :param arguments: tensors, arrays and anything else, nested in tuples, lists and mappings.
     :param with_values: whether that counts, too, which the scale of data may follow from: floats, all
-        elements of sequences, the value of a tensor of one element, those of booleans and integers, as of
-        masks and lengths, and how many floats are zero or NaN, as in padding. A large tensor, and what
-        is neither a tensor nor plain data nor callable, has another key each time.
+        elements of sequences, the values of a tensor of one element, of booleans or of integers, and how
+        many floats are zero or NaN, as in padding. A large tensor, and what is neither a tensor nor plain
+        data nor callable, has another key each time.
     """
     if isinstance(arguments, Mapping):
         names = sorted(arguments, key=str)
@@ -203,13 +201,7 @@ def _content(array: Any) -> Any:
 def check_data(trace: poutine.Trace) -> None:
     """Checks the data of a run and the shapes of its sites, where Pyro's validation is on.
 
-    Supports that depend on latents, as that of ``Uniform(0, z)``, hold for some values of these only,
-    and are not checked; nor are masked elements.
-
-    :raises ValueError: if data are not a tensor or outside of their support, if they and their
-        distribution broadcast against each other, as of shapes ``(n,)`` and ``(n, 1)``, if one datum
-        would count for all elements of a sub-sampled plate, or if the log-density of a site has other
-        dimensions than its plates.
+    Supports that depend on latents, as that of ``Uniform(0, z)``, are not checked; nor are masked elements.
     """
     if not is_validation_enabled():
         return

@@ -12,10 +12,8 @@ There are four strategies, the fastest first:
 
 Only the loop suits every model. A matrix-vector product and an index of groups take no draws on the left;
 under vmap nothing that depends on a draw can be written into a tensor of zeros, as Pyro's
-``OrderedLogistic`` does it; a sum over everything mixes draws without an error. So each strategy is
-compared with the loop at a few draws (:func:`choose_strategy`), and the first that gives the same is used
-from then on (:func:`evaluate_many`). A branch on whether any draw is large mixes draws only where one is:
-a log joint density is compared at draws of the prior and of the guide, too (``LogJoint.checked``).
+``OrderedLogistic`` does it; a sum over everything mixes draws without an error. So each is compared with
+the loop (:func:`choose_strategy`, ``LogJoint.checked``).
 
 A function of draws by name and of their number, ``None`` for a single draw, is evaluated. It returns terms
 by name: log-densities by datum, or their sum.
@@ -43,7 +41,6 @@ Evaluate = Callable[[Draws, int | None], Terms]
 STRATEGIES = ("plate", "vmap", "copies", "loop")
 #: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
-
 DRAWS = "_draws"  #: the name of their plate
 _LOG_PROB = "_log_prob"
 # how many draws are evaluated one at a time where one of them fails
@@ -58,11 +55,8 @@ def evaluate_many(
     at_failure: Callable[[Draws], Terms] | None = None,
     chunk_size: int | None = None,
 ) -> Terms:
-    """The terms of many draws, each of shape ``(n, ...)``.
+    """The terms ``(n, ...)`` of many draws ``(n, ...)``.
 
-    :param evaluate: gives the terms of draws in a plate, or of a single draw.
-    :param draws: tensors of shape ``(n, ...)``.
-    :param strategy: one of the strategies.
     :param at_failure: gives the terms of a single draw that the model cannot take; by default its
         error is raised.
     :param chunk_size: how many draws are evaluated at a time; by default all.
@@ -104,14 +98,13 @@ def evaluate_many(
 class OwnCopies(TorchFunctionMode):
     """Under ``torch.vmap``, gives each draw its own copy of the tensors that do not depend on draws.
 
-    These are tensors of real numbers that a function of torch makes or returns, not those that were
-    there before. A model may then write what depends on a draw into them, as Pyro's ``Multinomial`` does.
+    A model may then write what depends on a draw into tensors of real numbers that it makes, as Pyro's
+    ``Multinomial`` does, not into those that were there before.
     """
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
-        # zeros, one for each draw
-        self._zero = torch.zeros_like(like.detach()).sum()
+        self._zero = torch.zeros_like(like.detach()).sum()  # for each draw
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -174,14 +167,10 @@ def agree(found: Terms, expected: Terms, slack: float = 1.0) -> bool:
 
 
 class DrawPlate(NamedTuple):
-    """The plate of the draws, to the left of all plates of a model.
+    """The plate of the draws, to the left of all plates of a model."""
 
-    :param size: the number of draws, or ``None`` for a single draw, without this plate.
-    :param num_plates: the number of dimensions that the plates of the model take.
-    """
-
-    size: int | None
-    num_plates: int
+    size: int | None  #: the number of draws, or ``None`` for a single draw, without this plate
+    num_plates: int  #: the number of dimensions that the plates of the model take
 
     def place(self, values: Draws, event_dims: Mapping[str, int]) -> Draws:
         """Values of shape ``(n,) + site shape`` with the draws to the left of all plates."""
@@ -218,7 +207,6 @@ class DrawPlate(NamedTuple):
 class GuideSampler:
     """Draws of a guide and their log-density, in a plate where that agrees with single runs.
 
-    :param run: runs a guide.
     :param num_plates: the number of dimensions that the plates of its model take.
     """
 

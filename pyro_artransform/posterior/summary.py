@@ -56,32 +56,24 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
         check_levels("probs", probs)
     if not draws:
         raise ValueError("draws: expected those of one site at least, got none")
+    found = Summary()
     for name, value in draws.items():
         if not value.dim() or not len(value):
             raise ValueError(
                 f"draws: expected '{name}' of shape (n, ...), got {tuple(value.shape)}"
             )
-    return Summary({name: _summary_of(value, probs) for name, value in draws.items()})
-
-
-def _summary_of(draws: Tensor, probs: Sequence[float]) -> Values:
-    if not draws.is_floating_point():
-        draws = draws.to(torch.get_default_dtype())
-    draws = draws.detach().to(torch.promote_types(draws.dtype, torch.float32))
-    sd = draws.std(0) if len(draws) > 1 else torch.full_like(draws[0], torch.nan)
-    found = {"mean": draws.mean(0), "sd": sd}
-    for prob, quantile in zip(probs, quantiles_of(draws, draws.new_tensor(probs))):
-        found[f"{100 * prob:g}%"] = quantile
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        sd = value.std(0) if len(value) > 1 else torch.full_like(value[0], torch.nan)
+        found[name] = {"mean": value.mean(0), "sd": sd}
+        for prob, quantile in zip(probs, quantiles_of(value, value.new_tensor(probs))):
+            found[name][f"{100 * prob:g}%"] = quantile
     return found
 
 
 def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
-    """Quantile levels as a vector.
-
-    :param name: the name of the argument.
-    :param levels: numbers between 0 and 1.
-    :raises ValueError: if one of them is not between 0 and 1, or there are none.
-    """
+    """Quantile levels, the argument of that name, as a vector of numbers between 0 and 1."""
     vector = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
     if not len(vector) or not ((vector >= 0) & (vector <= 1)).all():
         raise ValueError(f"{name}: expected numbers between 0 and 1, got {vector.tolist()}")
