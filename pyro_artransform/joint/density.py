@@ -57,8 +57,7 @@ _NUM_COMPARED, _COMPARED_SCALE = 5, 0.1
 _NUM_FAR, _FAR_SCALE = 8, 3.0
 # units in the last place by which sums in another order may differ
 _ROUND_OFF = 1e3
-# of draws with weights: the largest, the smallest, twice as many others, and the extreme ones of a few
-# coordinates, which take turns
+# of draws with weights: the largest, the smallest, twice as many others, the extremes of some coordinates
 _NUM_EXTREME, _NUM_COORDINATES = 2, 8
 # In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum. Where single runs differ by
 # more, the worst draws are evaluated many times over.
@@ -71,10 +70,8 @@ class LogDensity(Protocol):
     """A log density of the latents of a model on the unconstrained space."""
 
     latents: Latents
-    #: a starting point, shape ``(latent_dim,)``
-    start: Tensor
-    #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
-    strategy: str
+    start: Tensor  #: a starting point, shape ``(latent_dim,)``
+    strategy: str  #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
@@ -126,8 +123,7 @@ class LogJoint(LogDensity):
         trace = self._trace(args, kwargs)
         check_data(trace)
         run = partial(model, *args, **kwargs)
-        #: the sites whose masks are left alone
-        self.improper = improper_sites(run, trace)
+        self.improper = improper_sites(run, trace)  #: the sites whose masks are left alone
         self._run = UnmaskedLatents(self.improper)(run)
         self._turn = 0
         self.num_plates = plate_nesting(trace)
@@ -156,10 +152,8 @@ class LogJoint(LogDensity):
                     self.checked(torch.cat(far))
 
     def _latent_vector(self, trace: Any) -> Tensor:
-        values = {}
-        for name in self.latents.sites:
-            values[name] = trace.nodes[name]["value"].detach()
-        return self.latents.unconstrain(values)
+        sites = self.latents.sites
+        return self.latents.unconstrain({k: trace.nodes[k]["value"].detach() for k in sites})
 
     def _changes_by_itself(self, z: Tensor) -> bool:
         """Whether a second evaluation at the same draws gives other values, as with ``torch.randint``."""
@@ -298,13 +292,11 @@ class LogJoint(LogDensity):
         """Draws of the prior, each of shape ``(1, latent_dim)``; an empty list where it has none."""
         found = []
         for _ in range(_NUM_FAR):
-            try:
+            with suppress(Exception):  # improper, or a draw that the model itself cannot take
                 with pyro.validation_enabled(False), torch.no_grad(), hidden_sites():
                     z = self._latent_vector(poutine.trace(self._run).get_trace())[None]
-            except Exception:  # improper, or a draw that the model itself cannot take
-                continue
-            if bool(z.isfinite().all()):
-                found.append(z)
+                if bool(z.isfinite().all()):
+                    found.append(z)
         return found
 
     @torch.no_grad()
@@ -346,12 +338,10 @@ class LogJoint(LogDensity):
 
 
 class MeanLogJoint(LogDensity):
-    """The log joint density of a model as the weighted mean of that for several arguments.
+    """The log joint density of a model as the weighted mean of that for several mini-batches.
 
-    The density of one mini-batch is scaled up to all data, and its mode is many standard deviations
-    of the posterior away from that of all data. The more mini-batches, the closer their mean is.
+    The more there are, the closer its mode is to that of all data, from which one's is many sds away.
 
-    :param log_joint: the log joint density for any arguments.
     :param arguments: the positional and the keyword arguments of each mini-batch.
     :param weights: the weight of each, positive.
     """

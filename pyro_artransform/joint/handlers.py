@@ -40,19 +40,15 @@ def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
     found: dict[int, tuple[str, Tensor]] = {}
     for name in capture.trace.param_nodes:
         value: Any = capture.trace.nodes[name]["value"]
-        # Pyro attaches this function; a parameter without it is its own unconstrained value
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        # a module's parameter may come by several names
-        found.setdefault(id(leaf), (name, leaf))
+        found.setdefault(id(leaf), (name, leaf))  # a module's parameter may come by several names
     return dict(found.values())
 
 
 class UnmaskedLatents(Messenger):
-    """Gives the masked elements of continuous latents their prior density.
+    """Gives the masked elements of continuous latents their prior density, so that guides do not widen.
 
-    A mask, such as that of ``obs_mask``, leaves them without a density, so that a guide would widen without
-    bound. With the prior their posterior is the prior, and that of the others stays the same. The number
-    ``False`` as a mask, which is how an improper prior is written, stays; so do those of ``improper``.
+    The masks of ``improper`` sites stay, and the number ``False``: an improper prior is written so.
     """
 
     def __init__(self, improper: Container[str] = ()) -> None:
@@ -68,10 +64,7 @@ class UnmaskedLatents(Messenger):
 
 @torch.no_grad()
 def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
-    """The latents with masked elements that the rest of the density depends on.
-
-    These have no prior, as in Pyro: to give them one would change the posterior.
-    """
+    """The latents whose masked elements the rest of the density depends on: as in Pyro, without a prior."""
     values, masked, found = {}, [], set[str]()
     for node in latent_nodes(trace):
         values[node["name"]] = node["value"]
@@ -109,17 +102,14 @@ class SimulatedData(UnconditionMessenger):
 class SiteLogProbs(Messenger):
     """Sets sites to given values, and collects the log-density of each sample site.
 
-    It gives what a trace of the conditioned model gives, for a fraction of the time; with ``data_only``
-    that of sites with data, their scale left out.
+    They are those of a trace of the conditioned model; with ``data_only`` of data, without their scale.
     """
 
     def __init__(self, given: Mapping[str, Tensor], *, data_only: bool = False) -> None:
         super().__init__()
         self._given, self._data_only = given, data_only
-        #: the value of each site, indices of plates included
-        self.values: dict[str, Tensor] = {}
-        #: the log-density of each site, of its batch shape
-        self.log_probs: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}  #: of each site, indices of plates included
+        self.log_probs: dict[str, Tensor] = {}  #: of each site, of its batch shape
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] in self._given and not message["is_observed"]:
@@ -130,16 +120,14 @@ class SiteLogProbs(Messenger):
         self.values[name] = value
         if site_is_subsample(message) or (self._data_only and not has_data(message)):
             return
-        log_prob = _log_prob(message)
         scale = 1.0 if self._data_only else message["scale"]
-        self.log_probs[name] = scale_and_mask(log_prob, scale, message["mask"])
+        self.log_probs[name] = scale_and_mask(_log_prob(message), scale, message["mask"])
 
 
 def _log_prob(site: Any) -> Tensor:
     """The log-density of a site before its mask, with data that count in the place of those that it hides.
 
-    What is hidden may be NaN, or a zero that has no logarithm: a mask takes it out of the density, but not
-    out of the gradient, where it makes 0 times infinity.
+    NaN, or a zero without a logarithm, would go out of the density, but not out of the gradient.
     """
     fn, value, mask = site["fn"], site["value"], site["mask"]
     if isinstance(mask, Tensor) and has_data(site) and not is_functorch_wrapped_tensor(mask):
@@ -166,7 +154,6 @@ def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) ->
     As in Pyro's ``TraceEnum_ELBO``, masks are inside of the sums and the scale is outside: that of a
     mini-batch multiplies the log of the sum over the states of an element, not the terms of that sum.
 
-    :param trace: of a model, under ``poutine.enum``.
     :param kept_plates: the plates whose dimensions the result has.
     """
     trace.compute_log_prob()

@@ -5,8 +5,9 @@
 
 Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
 ``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
-arguments; ``loc``, ``scale_tril`` and draws without names are on the unconstrained space, and values by
-site have the shape ``batch + site shape``.
+arguments; ``loc``, ``scale_tril`` and draws without names are on the unconstrained space, of shapes
+``(latent_dim,)``, ``(latent_dim, latent_dim)`` and ``(n, latent_dim)``; values by site are of
+``batch + site shape``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +26,7 @@ class ReparametrizedGuide(Protocol):
     """A guide that draws on the unconstrained space, with the density there."""
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Draws ``(n, latent_dim)`` and their log-densities ``(n,)``, with gradients.
-
-        :param path: whether the gradient of the log-density flows through the draws only.
-        """
+        """Draws and log-densities ``(n,)`` with gradients; of ``path`` those by the draws only."""
 
 
 @runtime_checkable
@@ -36,10 +34,7 @@ class TransformedGuide(Protocol):
     """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """The transform from a standard normal of shape ``(latent_dim,)``.
-
-        :raises NotImplementedError: if this guide does not have one, as in Pyro's base class.
-        """
+        """The transform, or a ``NotImplementedError`` where there is none, as in Pyro's base class."""
 
 
 @runtime_checkable
@@ -47,10 +42,7 @@ class FlowGuide(ReparametrizedGuide, Protocol):
     """A guide that a fit initializes and trains by the path gradient: those of this package."""
 
     def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
-        """Becomes a Gaussian, the flow the identity; by default with the scale of a new guide.
-
-        :raises ValueError: if the guide cannot have this scale.
-        """
+        """Becomes a Gaussian, by default of a new guide's scale; a ``ValueError`` if it cannot have it."""
 
 
 @runtime_checkable
@@ -62,8 +54,7 @@ class UnconstrainingGuide(FlowGuide, TransformedGuide, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Values of all sites as ``batch + (latent_dim,)``, and the log-determinant of the way back."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of a module."""
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @runtime_checkable
@@ -79,10 +70,7 @@ class StructuredGuide(FlowGuide, Protocol):
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """Dependencies of the posterior, in words, that draws of the guide show and the graph lacks.
-
-        :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
-        """
+        """Dependencies, in words, that draws show and the graph lacks; of batches ``args, kwargs``."""
 
 
 @runtime_checkable
@@ -96,8 +84,7 @@ class MinibatchGuide(Protocol):
     def path_gradient(self) -> AbstractContextManager[None]:
         """A context in which the density of the guide's draws has a gradient by the draws only."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of a module."""
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
         """Starts near draws ``(n,) + site shape`` of one mini-batch, which is a share of all elements."""
@@ -105,31 +92,27 @@ class MinibatchGuide(Protocol):
 
 @runtime_checkable
 class ScaledSteps(Protocol):
-    """A guide that says in which units an optimizer should move some of its parameters."""
+    """A guide with a factor for each parameter whose steps are not in its units, which broadcasts to it."""
 
-    def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
-        """For each parameter whose steps are not in its own units, a factor that broadcasts to it."""
+    def step_scales(self) -> Mapping[nn.Parameter, Tensor]: ...
 
 
 @runtime_checkable
 class SetUpGuide(Protocol):
-    """A guide that learns the latents of its model without drawing."""
+    """A guide that runs its model, unless that is done already, to learn its latents without drawing."""
 
-    def set_up(self, *args: object, **kwargs: object) -> None:
-        """Runs the model with these arguments, unless that is done already."""
+    def set_up(self, *args: object, **kwargs: object) -> None: ...
 
 
 @runtime_checkable
 class StoredGuide(Protocol):
-    """A guide that would go on from what another one of its name has left in Pyro's param store."""
+    """A guide that, while new, deletes what another of its name, now gone, left in Pyro's param store."""
 
-    def drop_orphans(self) -> None:
-        """Deletes that where the other guide is gone and this one new."""
+    def drop_orphans(self) -> None: ...
 
 
 @runtime_checkable
 class PosteriorGuide(Protocol):
-    """A guide with draws of all sites."""
+    """A guide with draws of all sites, each ``(n,) + site shape``; arguments where it is amortized."""
 
-    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws of all sites, each ``(n,) + site shape``; arguments only where the guide is amortized."""
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]: ...

@@ -84,18 +84,15 @@ class Site:
 class Latents:
     """The continuous latents of a model in one vector.
 
-    The sites stand in the order of the model's trace, each taken to the unconstrained space by
-    Pyro's ``biject_to`` and flattened, as Pyro's ``AutoContinuous`` packs them.
-
-    :param sites: the sites, at least one.
+    The sites, at least one, stand in the order of the model's trace, each taken to the unconstrained space
+    by Pyro's ``biject_to`` and flattened, as Pyro's ``AutoContinuous`` packs them.
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self.sites: dict[str, Site] = {}
         self.event_dims: dict[str, int] = {}
         self._sizes: list[int] = []
-        #: the relative round-off of the coarsest dtype
-        self.eps = 0.0
+        self.eps = 0.0  #: the relative round-off of the coarsest dtype
         for site in sites:
             self.sites[site.name], self.event_dims[site.name] = site, site.event_dim
             self._sizes.append(site.size)
@@ -128,10 +125,7 @@ class Latents:
         return cls(sites)
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
-        """The unconstrained value of each site, ``batch + unconstrained shape``, in the site's dtype.
-
-        :param z: shape ``batch + (latent_dim,)``.
-        """
+        """The parts ``batch + unconstrained shape`` of z ``batch + (latent_dim,)``, in the sites' dtypes."""
         parts = {}
         for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
             shape = z.shape[:-1] + site.unconstrained_shape
@@ -140,16 +134,12 @@ class Latents:
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """The value of each site, ``batch + site shape``, at z of shape ``batch + (latent_dim,)``."""
-        values = {}
-        for name, part in self.split(z).items():
-            values[name] = self.sites[name].bijection(part)
-        return values
+        return {name: self.sites[name].bijection(part) for name, part in self.split(z).items()}
 
     def coarse_sites(self, z: Tensor) -> list[str]:
-        """The sites of draws with an sd below two spacings of their dtype, as near an edge of a support.
+        """The sites of draws ``(n, latent_dim)`` with sds below two spacings of the dtype, as near an edge.
 
-        Sites with more or fewer numbers than coordinates, such as simplices, are left out: one of
-        their numbers may stand still while others move. The draws are of shape ``(n, latent_dim)``.
+        Those of more or fewer numbers than coordinates, as simplices, are left out: one may stand still.
         """
         found = []
         for name, value in self.constrain(z).items():
@@ -172,14 +162,9 @@ class Latents:
         return values, total
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The latent vector ``batch + (latent_dim,)`` of values ``batch + site shape`` of all sites.
-
-        They may touch the bounds of their supports.
-        """
+        """The latent vector ``batch + (latent_dim,)`` of values ``batch + site shape``, bounds included."""
         given, batch = self._check_values(values, None)
-        parts = []
-        for name, site in self.sites.items():
-            parts.append(site.bijection.inv(given[name]).reshape((*batch, -1)))
+        parts = [self.sites[k].bijection.inv(v).reshape((*batch, -1)) for k, v in given.items()]
         return torch.cat(parts, -1)
 
     def unconstrain_with_ladj(
@@ -271,10 +256,10 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         return init_loc_fn(site)
     except NotImplementedError:  # an improper prior has no median either
         bijection = bijection_onto(site["fn"].support, site["name"])
-        dtype = torch.get_default_dtype()
         shape = bijection.inverse_shape(site["fn"].shape())
         # on the default device, which PyTorch 2.9 and older cannot name once it was set back
-        return torch.as_tensor(bijection(torch.zeros(shape, dtype=dtype, device=None)))
+        origin = torch.zeros(shape, dtype=torch.get_default_dtype(), device=None)
+        return torch.as_tensor(bijection(origin))
 
 
 def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import filterfalse
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +27,12 @@ _MOST_COUNTED = 2**18
 
 def latent_nodes(trace: poutine.Trace) -> list[Any]:
     """The nodes of a trace that are latent sample sites, without the indices of sub-sampled plates."""
-    nodes = []
-    for _, node in trace.iter_stochastic_nodes():
-        if not site_is_subsample(node):
-            nodes.append(node)
-    return nodes
+    return [*filterfalse(site_is_subsample, map(trace.nodes.__getitem__, trace.stochastic_nodes))]
 
 
 def observed_nodes(trace: poutine.Trace) -> list[Any]:
     """The nodes of a trace that are given, without the indices of plates, which may be given too."""
-    nodes = []
-    for name in trace.observation_nodes:
-        if not site_is_subsample(trace.nodes[name]):
-            nodes.append(trace.nodes[name])
-    return nodes
+    return [*filterfalse(site_is_subsample, map(trace.nodes.__getitem__, trace.observation_nodes))]
 
 
 def unwrapped(fn: Any) -> Any:
@@ -64,8 +57,7 @@ def has_data(site: Any) -> bool:
 def is_deterministic(site: Any) -> bool:
     """Whether a site's value is computed: one of ``pyro.deterministic``, or what a reparametrizer leaves.
 
-    A reparametrizer observes a value at a ``Delta`` of the same tensor, which plates expand. Data come
-    in a tensor of their own, also where their distribution is a ``Delta``.
+    That is observed at a ``Delta`` of the same tensor, which plates expand; data come in one of their own.
     """
     if site["infer"].get("_deterministic"):
         return True
@@ -88,16 +80,13 @@ def runs_model(trace: poutine.Trace) -> bool:
 class ModelStructure(NamedTuple):
     """The sites of a run of a model, without their values."""
 
-    #: the shape of each continuous latent
-    shapes: dict[str, tuple[int, ...]]
-    #: the names of those that are in no plate
+    shapes: dict[str, tuple[int, ...]]  #: of each continuous latent
+    #: those that are in no plate, and those in a plate that holds a part of its elements only
     global_latents: list[str]
-    #: the names of those in a plate that holds a part of its elements only
     subsampled_latents: list[str]
     #: the largest scale of data, relative to the global latents': in a plate of 20 of 100 elements it is 5
     scale: float
-    #: how many values or log-densities all sites have, data included
-    num_values: int
+    num_values: int  #: how many values or log-densities all sites have, data included
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
@@ -147,9 +136,8 @@ def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     """The frames of the plates of a trace that hold a part of their elements only, once a site."""
     found = []
     for node in trace.nodes.values():
-        for frame in node.get("cond_indep_stack", ()):
-            if frame.full_size not in (None, frame.size):
-                found.append(frame)
+        frames = node.get("cond_indep_stack", ())
+        found += [frame for frame in frames if frame.full_size not in (None, frame.size)]
     return found
 
 

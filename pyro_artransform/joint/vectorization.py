@@ -20,8 +20,8 @@ by name: log-densities by datum, or their sum.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import pyro
@@ -57,15 +57,13 @@ def evaluate_many(
 ) -> Terms:
     """The terms ``(n, ...)`` of many draws ``(n, ...)``.
 
-    :param at_failure: gives the terms of a single draw that the model cannot take; by default its
-        error is raised.
+    :param at_failure: gives the terms of a draw that the model cannot take; by default its error is raised.
     :param chunk_size: how many draws are evaluated at a time; by default all.
     """
     num_draws = len(next(iter(draws.values())))
     if chunk_size is not None and num_draws > chunk_size:
-        starts = range(0, num_draws, chunk_size)
-        parts = [{k: v[i : i + chunk_size] for k, v in draws.items()} for i in starts]
-        found = [evaluate_many(evaluate, part, strategy, at_failure) for part in parts]
+        parts = zip(*(value.split(chunk_size) for value in draws.values()))
+        found = [evaluate_many(evaluate, dict(zip(draws, v)), strategy, at_failure) for v in parts]
         return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
     try:
         if strategy == "plate":
@@ -86,10 +84,8 @@ def evaluate_many(
         torch.set_rng_state(state)
         try:
             rows.append(evaluate(row, None))
-        except ScaleError:
-            raise
-        except ModelFailures:
-            if at_failure is None:
+        except ModelFailures as error:
+            if at_failure is None or isinstance(error, ScaleError):
                 raise
             rows.append(at_failure(row))
     return stack(rows)
@@ -128,10 +124,7 @@ def _with_copies(evaluate: Evaluate, draws: Draws, size: int | None) -> Terms:
 
 def stack(rows: list[Terms]) -> Terms:
     """The terms of single draws as those of many."""
-    stacked = {}
-    for name in rows[0]:
-        stacked[name] = torch.stack([*map(itemgetter(name), rows)])
-    return stacked
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def choose_strategy(
@@ -205,27 +198,19 @@ class DrawPlate(NamedTuple):
 
 
 class GuideSampler:
-    """Draws of a guide and their log-density, in a plate where that agrees with single runs.
-
-    :param num_plates: the number of dimensions that the plates of its model take.
-    """
+    """Draws of a guide and their log-density, in a plate where that agrees with single runs."""
 
     def __init__(self, run: Callable[[], object], num_plates: int = 0) -> None:
-        self._run = run
         with poutine.block():
             trace = poutine.trace(run).get_trace()
-        self._num_plates = max(num_plates, plate_nesting(trace))
+        self._run, self._num_plates = run, max(num_plates, plate_nesting(trace))
         #: the shape of each latent, auxiliary ones included
         self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}
-        self._runs_model = runs_model(trace)
-        self._indices: Terms = {}
-        #: whether many draws are made at once
+        self._runs_model, self._indices = runs_model(trace), Terms()
         self.is_vectorized = False
-        try:
+        with suppress(Exception):  # any error means that the guide does not make many draws
             drawn = self._evaluate({}, _NUM_COMPARED)
             self.is_vectorized = agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
-        except Exception:  # any error means that the guide does not make many draws
-            return
 
     def __call__(self, n: int) -> tuple[Terms, Tensor]:
         """Draws by site, of shape ``(n,) + site shape``, and their log-densities, of shape ``(n,)``."""
@@ -246,7 +231,6 @@ class GuideSampler:
         # single runs at these draws see the same part of each sub-sampled plate
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
         zero = next(iter(found.values())).new_zeros(batch)
-        counted = scored.log_probs
-        if self._runs_model:  # without the data of its model
-            counted = {name: counted[name] for name in self.shapes}
+        names = self.shapes if self._runs_model else scored.log_probs  # without the data of a model
+        counted = {name: scored.log_probs[name] for name in names}
         return {**found, _LOG_PROB: plate.total(counted, zero)}

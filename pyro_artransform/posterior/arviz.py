@@ -4,19 +4,17 @@
 """Draws of a posterior, with predictions and likelihoods, as an ArviZ data set."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.infer import Predictive
-from torch import Tensor
 
 from ..arguments import check_integer
 from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
+from ..joint.vectorization import Draws, Terms
 from .log_likelihood import Likelihood
-
-Values = dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -64,22 +62,21 @@ def to_inference_data(
             return_sites=list(likelihood.observed),
             parallel=parallel,
         )
-        predicted = _of_shapes(predictive(), likelihood.observed, num_samples)
-        groups["posterior_predictive"] = predicted
+        groups["posterior_predictive"] = _of_shapes(predictive(), likelihood.observed, num_samples)
         if not likelihood.undrawn(draws):
             groups["log_likelihood"] = likelihood(draws)
-    data = {}
-    for name, group in groups.items():
-        data[name] = {site: value.detach().cpu().numpy()[None] for site, value in group.items()}
+    data = {
+        name: {k: v[None].numpy(force=True) for k, v in group.items()}
+        for name, group in groups.items()
+    }
     if likelihood.observed:
-        observed = likelihood.observed.items()
-        data["observed_data"] = {site: value.detach().cpu().numpy() for site, value in observed}
+        data["observed_data"] = {k: v.numpy(force=True) for k, v in likelihood.observed.items()}
     from_dict: Any = arviz.from_dict
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
     return from_dict(data)
 
 
-def _of_shapes(found: Mapping[str, Tensor], sites: Mapping[str, Tensor], n: int) -> Values:
+def _of_shapes(found: Draws, sites: Draws, n: int) -> Terms:
     # Predictive puts a dimension in place of each plate that a site is not in
     return {k: found[k].reshape((n, *v.shape)) for k, v in sites.items() if k in found}

@@ -130,8 +130,8 @@ class Likelihood:
 
     def in_plate(self, draws: Draws) -> Draws:
         """Draws with their dimension to the left of all plates of the model."""
-        num_draws = len(next(iter(draws.values())))
-        return DrawPlate(num_draws, self._num_plates).place(draws, self._event_dims)
+        size = len(next(iter(draws.values())))
+        return DrawPlate(size, self._num_plates).place(draws, self._event_dims)
 
     def deterministic(self, draws: Draws) -> Terms:
         """The values of deterministic sites at each draw and the data, of shape ``(n,) + site shape``."""

@@ -9,14 +9,12 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-Values = dict[str, Tensor]
-
 _MAX_ROWS = 50
 # torch.quantile takes no more than 2**24 numbers at a time
 _QUANTILE_NUMBERS = 2**23
 
 
-class Summary(dict[str, Values]):
+class Summary(dict[str, dict[str, Tensor]]):
     """Moments and quantiles of each site, such as ``summary["theta"]["mean"]``; printed as a table."""
 
     def __repr__(self) -> str:
