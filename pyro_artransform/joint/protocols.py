@@ -6,7 +6,7 @@
 Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
 ``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
 arguments; ``loc``, ``scale_tril`` and draws without names are on the unconstrained space, of shapes
-``(latent_dim,)``, ``(latent_dim, latent_dim)`` and ``(n, latent_dim)``; values by site are of
+``(latent_dim,)``, ``(latent_dim, latent_dim)`` and ``(n, latent_dim)``; values by site have the shape
 ``batch + site shape``.
 """
 
@@ -26,7 +26,10 @@ class ReparametrizedGuide(Protocol):
     """A guide that draws on the unconstrained space, with the density there."""
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Draws and log-densities ``(n,)`` with gradients; of ``path`` those by the draws only."""
+        """Reparametrized draws and their log-densities ``(n,)``, with gradients.
+
+        :param path: whether the gradient of the log-density flows through the draws only.
+        """
 
 
 @runtime_checkable
@@ -34,7 +37,7 @@ class TransformedGuide(Protocol):
     """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """The transform, or a ``NotImplementedError`` where there is none, as in Pyro's base class."""
+        """That from a standard normal; a ``NotImplementedError`` if there is none, as in Pyro's base class."""
 
 
 @runtime_checkable
@@ -70,7 +73,10 @@ class StructuredGuide(FlowGuide, Protocol):
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """Dependencies, in words, that draws show and the graph lacks; of batches ``args, kwargs``."""
+        """Dependencies of the posterior, in words, that draws of the guide show and the graph lacks.
+
+        :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
+        """
 
 
 @runtime_checkable
