@@ -37,7 +37,7 @@ class TransformedGuide(Protocol):
     """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """That from a standard normal; a ``NotImplementedError`` if there is none, as in Pyro's base class."""
+        """That from a standard normal; a ``NotImplementedError`` where there is none, as in Pyro."""
 
 
 @runtime_checkable
