@@ -22,7 +22,6 @@ from . import checkpoint as files
 from .config import FitConfig
 from .evaluation.evaluate import (
     ModelAndGuide,
-    draw,
     evaluate,
     evaluate_minibatches,
     judge_marginals,
@@ -312,8 +311,8 @@ class FitRun:
             passed = self._minibatches.over_a_pass()
             found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
         else:
-            drawn = draw(self._subject, config.evaluation, training.num_gradients)
-            found = evaluate(self._subject, self._initial.modes, status, config, drawn)
+            modes, most = self._initial.modes, training.num_gradients
+            found = evaluate(self._subject, modes, status, config, most)
         marginals = judge_marginals(self._subject, found, config.evaluation)
         return FitResult(
             **found.result_fields(marginals),

@@ -204,14 +204,6 @@ def test_guide_of_a_model_with_arguments():
     assert guide.sample_posterior(2)["z"].shape == (2, 3)
 
 
-def test_guide_without_its_model(tmp_path):
-    guide = small(skewed.model)
-    guide()
-    guide.save(tmp_path / "guide.pt")
-    loaded = AutoMAF.load(tmp_path / "guide.pt")
-    assert fitted(loaded, skewed.sites(skewed.sample(100)), max_steps=1).num_steps == 1
-
-
 def test_transformed_distributions_of_pyro():
     """Of transforms that act on vectors and on numbers, from here and from elsewhere."""
     data = skewed.sample(1000).exp()

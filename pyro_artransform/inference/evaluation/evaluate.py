@@ -153,15 +153,15 @@ def evaluate(
     modes: Modes | None,
     status: FitStatus,
     config: FitConfig,
-    drawn: Drawn | None = None,
+    max_more_draws: int = 0,
 ) -> Evaluation:
     """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
 
     :param modes: the modes that the search for an initial guide has found.
-    :param drawn: what :func:`draw` has drawn; by default it draws now.
+    :param max_more_draws: as :func:`draw` has it.
     """
     is_noisy, settings = subject.log_joint.is_random, config.evaluation
-    drawn = drawn or draw(subject, settings)
+    drawn = draw(subject, settings, max_more_draws)
     strategy = subject.log_joint.strategy
     found, missed = Importance.from_log_weights(drawn.log_weights), None
     is_point, coarse = False, list[str]()

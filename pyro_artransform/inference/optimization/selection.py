@@ -43,6 +43,7 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
     schedule = replace(trainer.schedule, end=None)
     state = torch.get_rng_state()
     trials, num_taken = list[tuple[float, Training, list[Tensor]]](), 0
+    best = -math.inf
     # networks of presets give a tenth, those of a model do not (tutorials/vae_iaf.ipynb)
     first = 0 if trainer.objective.is_guide_alone() else 1
     for step_size in config.step_sizes[first:] or config.step_sizes:
@@ -57,8 +58,8 @@ def begin(trainer: Trainer) -> tuple[Training, int]:
         trials.append((score.elbo, training, training.candidates()["last"]))
         training.set_parameters(before)
         # what cannot win any more is not held
-        enough = max(elbo for elbo, *_ in trials) - config.search_min_gain
-        trials = [trial for trial in trials if trial[0] >= enough]
+        best = max(best, score.elbo)
+        trials = [trial for trial in trials if trial[0] >= best - config.search_min_gain]
         if score.gap < config.search_min_gain:
             break
     elbo, chosen, values = trials[0]

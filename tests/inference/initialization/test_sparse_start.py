@@ -1,6 +1,5 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-import math
 from functools import partial
 
 import pyro
@@ -9,7 +8,6 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import AutoStructuredFlow
-from pyro_artransform.graphs.markov_graph import MarkovGraph
 from pyro_artransform.graphs.sparse_gaussian import SparseGaussian
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.initial_guide import UNCHANGED
@@ -18,7 +16,6 @@ from pyro_artransform.inference.initialization.sparse_start import (
     find_sparse_start,
 )
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.protocols import StructuredGuide
 from tests.graphs.markov_graphs import GRAPHS, chain, crossed, dominant_precision, grid, tree
 
 CONFIG = InitializationConfig()
@@ -146,37 +143,3 @@ def test_a_density_that_is_finite_nowhere_is_an_error():
     for config in (CONFIG, FEW):
         with pytest.raises(ValueError, match="finite log density"):
             find_sparse_start(LogJoint(model), model, guide, config)
-
-
-class Independent:
-    """A guide of a third party, with the protocol."""
-
-    def __init__(self, dim):
-        self.loc, self.sd = torch.zeros(dim), torch.ones(dim)
-
-    def rsample_and_log_prob(self, n, path=False):
-        z = self.loc + self.sd * torch.randn(n, len(self.loc))
-        return z, dist.Normal(self.loc, self.sd).to_event(1).log_prob(z)
-
-    def start_at(self, loc, scale_tril=None):
-        raise AssertionError("there are many latents")
-
-    def markov_graph(self):
-        return MarkovGraph.from_neighbours(chain(20))
-
-    def start_at_gaussian(self, gaussian):
-        self.loc, self.sd = gaussian.loc, gaussian.sd
-
-    def missing_over_batches(self, batches):
-        return []
-
-
-def test_a_guide_of_a_third_party():
-    guide = Independent(20)
-    assert isinstance(guide, StructuredGuide)
-    loc, precision = gaussian_of(chain(20))
-    model = partial(linear_model, loc, precision)
-    initial = find_sparse_start(LogJoint(model), model, guide, FEW)
-    assert torch.allclose(guide.loc, loc, atol=1e-6)
-    log_z = 0.5 * (20 * math.log(2 * math.pi) - torch.logdet(precision))
-    assert abs(initial.elbo - log_z) < 1e-6

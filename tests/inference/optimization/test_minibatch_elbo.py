@@ -55,18 +55,6 @@ def test_the_steps_of_an_epoch_add_up(kind, make_loader):
     assert torch.allclose(found, gradient(objective, parameters), rtol=1e-9, atol=1e-9)
 
 
-def test_the_loss_is_that_of_the_batch():
-    by_batch, objective = objectives()
-    x, y = rows()
-    for k in (*range(5), 0):
-        torch.manual_seed(k)
-        loss = by_batch.loss(4)
-        torch.manual_seed(k)
-        arguments = (x[10 * k : 10 * k + 10], y[10 * k : 10 * k + 10])
-        of_batch = objective.with_arguments(Batch(arguments, {}))
-        assert torch.allclose(loss, of_batch.loss(4))
-
-
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_comparisons_see_the_same_batches(kind):
     by_batch, _ = objectives(kind, shuffled)

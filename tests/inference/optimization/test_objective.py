@@ -7,7 +7,7 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoIAFNormal, AutoNormal
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoIAF, AutoMAF
 from pyro_artransform.inference.config import OptimizationConfig
@@ -112,16 +112,6 @@ def test_parameters_of_guide_and_model():
     # the same objects each time: an optimizer holds them
     assert all(p is found[name] for name, p in objective.parameters().items())
     assert gradients(objective, 4)[list(found).index("noise")].abs() > 0
-
-
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDelta, AutoIAFNormal])
-def test_parameters_of_stock_guides(kind):
-    guide = kind(models.regression)
-    objective = by_pyro(models.regression, guide)
-    found = objective.parameters()
-    assert len({id(p) for p in found.values()}) == len(found)
-    assert len(found) == len(list(guide.parameters()))
-    assert all(g is not None for g in gradients(objective, 4))
 
 
 def test_parameters_of_modules_and_functions():

@@ -175,15 +175,6 @@ def test_noise_is_averaged_over_more_steps(plan):
     assert noisy.std() < 0.3 * quiet.std()
 
 
-def test_noise_that_cancels_in_an_epoch_is_averaged_away():
-    noise = torch.randn(100)
-    noise -= noise.mean()
-    epochs = torch.cat([noise[torch.randperm(100)] for _ in range(20)])
-    found, before = average(of(num_batches=100), epochs), average(of(), epochs)
-    assert abs(found) < 0.05
-    assert abs(found) < abs(before)
-
-
 def test_what_a_schedule_has_by_the_noise_of_its_steps():
     assert of(num_batches=1000).max_constant >= 20_000
     assert of().max_constant < of(by_path=False).max_constant < 20_000

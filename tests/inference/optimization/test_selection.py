@@ -50,24 +50,6 @@ def test_common_noise():
         assert select_parameters(training) == "averaged"
 
 
-@pytest.mark.parametrize("has_weights", [True, False])
-def test_of_two_as_good_the_one_with_the_lighter_tail(has_weights):
-    class Tailed(Bowl):
-        def elbo_draws(self, count):
-            draws = 0.05 * torch.randn(count)
-            if self.x[0] > 2.5:  # a little better on the average, with a few heavy weights
-                draws += 0.05 * torch.rand(count) ** -0.5
-                draws -= draws.mean() - 0.005
-            return draws
-
-    Tailed.has_weights = has_weights
-    training = run(training_of(Tailed(), 100))
-    training._average = [torch.zeros(4), torch.ones(2)]
-    training._best = [torch.full((4,), 3.0), torch.ones(2)]
-    training.set_parameters([torch.full((4,), 3.0), torch.ones(2)])
-    assert select_parameters(training) == ("averaged" if has_weights else "last")
-
-
 @pytest.mark.parametrize(
     ("expected", "scores"),
     [

@@ -163,14 +163,6 @@ def test_gradients_are_clipped_against_their_running_median():
     assert 2 * usual < norms[29] < 10 * usual
 
 
-def test_candidates():
-    training = training_of(Bowl(), 400)
-    assert set(training.candidates()) == {"last"}
-    found = run(training).candidates()
-    assert {"last", "averaged", "best"} <= set(found)
-    assert all((values[0] - 3).abs().max() < 0.5 for values in found.values())
-
-
 def test_steps_for_the_tails():
     """The last steps are theirs, and the parameters before them stay a candidate."""
     objective = Bowl()
@@ -194,17 +186,6 @@ def test_average_has_less_noise():
         for name in spread:
             spread[name] += (training.candidates()[name][0] - 3).square().mean().item()
     assert spread["averaged"] < 0.7 * spread["last"]
-
-
-def test_best_is_kept_when_it_gets_worse():
-    """Once the loss explodes, the best block before is what is remembered."""
-    objective = Bowl()
-    training = run(training_of(objective, 2000, step_size=0.1), 200)
-    with torch.no_grad():
-        objective.x.fill_(50.0)
-    run(training, 40)  # within a block, after which the fit goes back
-    assert (training.candidates()["best"][0] - 3).abs().max() < 0.5
-    assert (training.candidates()["last"][0] - 3).abs().min() > 5
 
 
 @pytest.mark.parametrize("at", [0, 49, 120])
