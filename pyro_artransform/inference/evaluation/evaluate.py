@@ -233,8 +233,14 @@ def _judge_by_chains(
         )
     if reason:
         return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
-    if not is_trusted and not _is_off(evaluation.weights, config):
-        return MarginalVerdict()
+    weights = evaluation.weights
+    if not is_trusted:
+        # chains tell more only where weights are known, and say that the joint posterior is not the guide
+        if weights is None or weights.num_nonfinite == weights.num_samples:
+            return MarginalVerdict()
+        is_close = weights.log_evidence - weights.elbo <= config.max_gap
+        if weights.khat <= GOOD_KHAT and is_close and weights.elbo_se <= config.max_se:
+            return MarginalVerdict()
     chains = config.num_chains, config.num_chain_steps
     try:
         found = marginals_of(model, guide, args, kwargs, log_joint, *chains)
@@ -277,12 +283,3 @@ def _judge_by_weights(
         found = marginals_by_weights(latent, log_weights, latents)
     words = f" Of single latents, as far as the guide draws: {found.words}."
     return MarginalVerdict(found, found.trusted, words)
-
-
-def _is_off(weights: Importance | None, config: EvaluationConfig) -> bool:
-    """Whether weights are known, and say that the joint posterior is not the guide."""
-    if weights is None or weights.num_nonfinite == weights.num_samples:
-        return False
-    gap = weights.log_evidence - weights.elbo
-    is_uncertain = weights.elbo_se > config.max_se
-    return weights.khat > GOOD_KHAT or gap > config.max_gap or is_uncertain

@@ -62,15 +62,22 @@ class GuideDraws(NamedTuple):
     ) -> "GuideDraws":
         """The draws, folded where a coordinate of the density is an angle.
 
-        :param max_dense_dim: the most coordinates that a covariance is made of.
+        :param max_dense_dim: the most coordinates that have a covariance; more have their sds alone.
         """
         is_circular = _find_circular(log_density, draws)
         folded, excess = fold(draws, is_circular), 0.0
         if is_circular is not None:
             excess = _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
-        return cls(
-            folded, _fit_gaussian(folded, max_dense_dim), log_evidence - excess, is_circular, excess
-        )
+        loc = folded.mean(0)
+        centered = folded - loc
+        scale = sd = centered.std(0).clamp_min(torch.finfo(folded.dtype).tiny ** 0.5)
+        if len(sd) <= max_dense_dim:
+            scaled = centered / sd
+            covariance = scaled.T @ scaled / (len(folded) - 1)
+            jitter = 1e-6 * torch.eye(len(sd), dtype=sd.dtype, device=sd.device)
+            scale = sd[:, None] * torch.linalg.cholesky(covariance + jitter)
+        gaussian = Gaussians(loc[None], scale[None])
+        return cls(folded, gaussian, log_evidence - excess, is_circular, excess)
 
     def regions(self, modes: Modes, points: Tensor) -> Tensor:
         """Which of n points are of which of S modes, shape ``(S, n)``: each of one at most.
@@ -115,19 +122,6 @@ def fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = Non
 
 def _wrapped(angles: Tensor) -> Tensor:
     return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
-
-
-def _fit_gaussian(draws: Tensor, max_dense_dim: int) -> Gaussians:
-    """The Gaussian of the mean and covariance of draws; of many coordinates, of their sds alone."""
-    centered = draws - draws.mean(0)
-    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    if len(sd) > max_dense_dim:
-        return Gaussians(draws.mean(0)[None], sd[None])
-    scaled = centered / sd
-    covariance = scaled.T @ scaled / (len(draws) - 1)
-    jitter = 1e-6 * torch.eye(len(sd), dtype=draws.dtype, device=draws.device)
-    lower = torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(draws.mean(0)[None], (sd[:, None] * lower)[None])
 
 
 def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
