@@ -173,11 +173,12 @@ def fit(
         raise RuntimeError("fit: expected to be called outside of torch.inference_mode")
     if config is not None and not isinstance(config, FitConfig):
         raise TypeError(f"config: expected a FitConfig, got {config!r}")
-    guide, args = split_arguments(guide, args)
-    _check_names(model)
+    if guide is None and args and callable(args[0]):  # what is callable is not data
+        guide, args = args[0], args[1:]
+    if guide is not None:
+        check_callable("guide", guide, "a guide of the model, such as AutoIAF(model)")
     _check_options(loader, epochs, num_steps, args)
-    if loader is None:
-        check_call(model, args, kwargs)
+    check_model(model, args if loader is None else None, kwargs)
     if seed is not None:
         check_integer("seed", seed, least=0)
     if num_particles is not None:
@@ -218,28 +219,29 @@ _PARAMETERS = inspect.signature(fit).parameters.values()
 _OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}
 
 
-def split_arguments(
-    guide: Function | None, args: tuple[object, ...]
-) -> tuple[Function | None, tuple[object, ...]]:
-    """The guide, if one is given, and the arguments of the model: what is callable is not data.
+def check_model(
+    model: Function, args: tuple[object, ...] | None, kwargs: Mapping[str, object]
+) -> None:
+    """Checks the parameters of a model against the options and the arguments, as far as it names them.
 
-    :raises TypeError: if the guide is a class, or cannot be called.
+    :param args: its arguments; ``None`` where those are a loader's.
+    :raises TypeError: if these cannot be its arguments.
+    :raises ValueError: if a parameter has the name of an option, unless it is bound.
     """
-    if guide is None and args and callable(args[0]):
-        guide, args = args[0], args[1:]
-    if guide is not None:
-        check_callable("guide", guide, "a guide of the model, such as AutoIAF(model)")
-    return guide, args
-
-
-def check_call(model: Function, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    """Checks that these can be the arguments of the model, as far as it says what it takes.
-
-    :raises TypeError: if they cannot be.
-    """
-    # a decorated model takes what its decorator takes
-    signature = _signature(model, follow_wrapped=False)
-    if signature is None:
+    called = model.forward if isinstance(model, nn.Module) else model
+    try:
+        # a decorated model takes what its decorator takes
+        signature = inspect.signature(called, follow_wrapped=False)
+        names = inspect.signature(called).parameters.keys()
+    except (TypeError, ValueError):
+        return
+    bound = model.keywords.keys() if isinstance(model, partial) else set()
+    for name in sorted((names - bound) & _OPTIONS):
+        raise ValueError(
+            f"the model has a parameter '{name}', which is an option of fit: expected another "
+            f"name, or bind it first, as in functools.partial(model, {name}=...)"
+        )
+    if args is None:
         return
     try:
         signature.bind(*args, **kwargs)
@@ -249,28 +251,6 @@ def check_call(model: Function, args: tuple[object, ...], kwargs: Mapping[str, o
             f"guide, got others ({error}). What is callable in second place is the guide: give a "
             "callable of the model's own by its name, or the guide as guide=..."
         ) from None
-
-
-def _signature(model: Function, follow_wrapped: bool) -> inspect.Signature | None:
-    """What a model takes; ``None`` where it does not say."""
-    called = model.forward if isinstance(model, nn.Module) else model
-    try:
-        return inspect.signature(called, follow_wrapped=follow_wrapped)
-    except (TypeError, ValueError):
-        return None
-
-
-def _check_names(model: Function) -> None:
-    """Checks that a model has no parameter of the name of an option, unless it is bound."""
-    signature = _signature(model, follow_wrapped=True)
-    names = set() if signature is None else set(signature.parameters)
-    bound = model.keywords if isinstance(model, partial) else {}
-    taken = sorted((names - bound.keys()) & _OPTIONS)
-    if taken:
-        raise ValueError(
-            f"the model has a parameter '{taken[0]}', which is an option of fit: expected another "
-            f"name, or bind it first, as in functools.partial(model, {taken[0]}=...)"
-        )
 
 
 def _check_options(

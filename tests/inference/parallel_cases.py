@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import distributed
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow
 from pyro_artransform.inference import parallel
+from pyro_artransform.inference.config import MinibatchConfig
 from tests.inference import loaders, models
-from tests.inference.conftest import quick_fit
+from tests.inference.conftest import QUICK, quick_fit
 from tests.inference.loaders import rows, shuffled, small
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -68,7 +70,8 @@ def amortized(model: Any) -> AutoAmortized:
 def hierarchy(folder: Path) -> Outcome:
     """43 groups in 9 batches, the last of them short: the processes take turns at having five of them."""
     optim, loader = partial(torch.optim.Adam, lr=0.04), shuffled(rows()[1], batch_size=5)
-    options = {**SOME, "num_particles": 8, "seed": 2, "optim": optim, "epochs": 40}
+    config = replace(QUICK, minibatch=MinibatchConfig(num_draws=4000))
+    options = {**SOME, "num_particles": 8, "optim": optim, "epochs": 40, "config": config}
     return outcome(quick_fit(loaders.groups, amortized(loaders.groups), loader=loader, **options))
 
 

@@ -119,7 +119,7 @@ def test_errors_are_those_of_all_processes(run):
     first, second = (found["errors"] for found in run)
     expected = "ValueError: fit: expected the same num_steps in all processes, got [5, 6]"
     assert first["options"] == second["options"] == expected
-    assert "expected the same sums of the data in all processes" in first["data"]
+    assert "expected the same data (sums) in all processes" in first["data"]
     assert first["checkpoint"].startswith("FileNotFoundError")
     assert second["checkpoint"].startswith("RuntimeError: fit: the first process has failed: File")
 

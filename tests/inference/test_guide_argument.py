@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoAmortized, AutoIAF, inference
-from pyro_artransform.inference.fit import check_call, split_arguments
+from pyro_artransform.inference.fit import check_model
 from tests.inference.conftest import QUICK, quick_fit
 
 fit = partial(quick_fit, num_particles=4, progress=False)
@@ -77,8 +77,6 @@ def test_a_class_is_no_guide(wrong):
 def test_what_cannot_be_called_is_no_guide():
     with pytest.raises(TypeError, match="guide: expected a guide of the model"):
         fit(location, Y, guide=3)
-    for value in (Y, Y.numpy(), [1.0], {"a": 1}, None, "text"):
-        assert split_arguments(None, (value,)) == (None, (value,))
 
 
 @pytest.mark.parametrize("args", [(None, None, None), (Y, 1.0, 2.0), ("auto", Y, 1.0)])
@@ -92,9 +90,9 @@ def test_decorated_models_take_what_their_decorator_takes():
     def decorated():
         return location(Y)
 
-    check_call(decorated, (), {})
+    check_model(decorated, (), {})
     with pytest.raises(TypeError, match="too many positional arguments"):
-        check_call(decorated, (Y,), {})
+        check_model(decorated, (Y,), {})
 
 
 # Chosen
