@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Models of all kinds, each without arguments."""
+"""Models of all kinds, each without arguments, and the log joint density as Pyro has it."""
 
 import pyro
 import torch
@@ -8,6 +8,10 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to
+
+from pyro_artransform.joint.handlers import UnmaskedLatents
 
 
 def data():
@@ -56,11 +60,12 @@ def scaled_and_masked():
         pyro.sample("x", dist.Normal(local, 1.0), obs=data())
 
 
-def sequential_plate():
+@poutine.condition(data={"data": torch.tensor([0, 3])})
+def given_indices():
+    """They are observed, and are not data."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    for i in pyro.plate("steps", 3):
-        x = pyro.sample(f"x_{i}", dist.Normal(z, 1.0))
-        pyro.sample(f"y_{i}", dist.Normal(x, 1.0), obs=torch.tensor(0.1 * i))
+    with pyro.plate("data", 5, subsample_size=2) as indices:
+        pyro.sample("y", dist.Normal(z, 1.0), obs=data()[indices])
 
 
 def mixed_dtypes():
@@ -88,15 +93,6 @@ def ordinal():
     with pyro.plate("data", 5):
         distribution = dist.OrderedLogistic(predictor, cutpoints)
         pyro.sample("y", distribution, obs=torch.tensor([0, 2, 3, 1, 1]))
-
-
-def imputed():
-    """What is missing is written among the data."""
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    missing = pyro.sample("missing", dist.Normal(loc, 1.0).expand([2]).to_event(1))
-    filled = data().clone()
-    filled[torch.tensor([1, 3])] = missing
-    pyro.factor("y", dist.Normal(loc, 1.0).log_prob(filled).sum())
 
 
 def accumulated():
@@ -147,15 +143,6 @@ def marginal_chain():
         pyro.sample(name, distribution, obs=sign * data())
 
 
-def marginal_mixture():
-    locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 2.0]), 1.0).to_event(1))
-    probs = pyro.sample("probs", dist.Dirichlet(torch.ones(2)))
-    with pyro.plate("data", 5):
-        kinds = dist.Categorical(probs[..., None, :])
-        parts = dist.Normal(locs[..., None, :], 1.0)
-        pyro.sample("y", dist.MixtureSameFamily(kinds, parts), obs=data())
-
-
 SIZE, Y = 7, torch.linspace(-1.0, 2.0, 7)
 
 
@@ -165,3 +152,26 @@ def of_batch(y, scale=1.0):
     width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
     with pyro.plate("data", SIZE, subsample_size=len(y)):
         pyro.sample("y", dist.Normal(loc, width * scale), obs=y)
+
+
+def trace_of(model):
+    return poutine.trace(model).get_trace()
+
+
+def by_trace(model, z, trace_of=trace_of):
+    """The log joint density at one draw, from Pyro's trace of the conditioned model, and the Jacobian.
+
+    Masked elements of latents have their prior density, as the package documents.
+    """
+    values, total, start = {}, 0.0, 0
+    for name, site in trace_of(model).iter_stochastic_nodes():
+        if site_is_subsample(site):
+            continue
+        bijection = biject_to(site["fn"].support)
+        shape = bijection.inverse_shape(site["value"].shape)
+        part = z[start : start + shape.numel()].reshape(shape).to(site["value"].dtype)
+        values[name] = bijection(part)
+        total = total + bijection.log_abs_det_jacobian(part, values[name]).sum()
+        start += shape.numel()
+    assert start == len(z)
+    return total + trace_of(poutine.condition(UnmaskedLatents()(model), values)).log_prob_sum()

@@ -4,13 +4,11 @@
 import pyro
 import pytest
 import torch
-from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
-from torch.distributions import biject_to
 
-from pyro_artransform.joint import Latents, LogJoint
+from pyro_artransform.joint import Latents
 from pyro_artransform.joint.sites import same_support
 from tests.joint import models
 
@@ -43,27 +41,6 @@ def test_there_and_back(latents, batch):
     assert ladj.shape == batch
 
 
-def test_log_determinant(latents):
-    """Simplices and factors of correlation matrices by their free coordinates."""
-    z = torch.randn(latents.latent_dim)
-    total = 0.0
-    for name, part in latents.split(z).items():
-        bijection = biject_to(latents.sites[name].support)
-        total = total + bijection.log_abs_det_jacobian(part, bijection(part)).sum()
-    assert torch.allclose(latents.constrain_with_ladj(z)[1], total)
-
-
-def test_log_determinant_of_scalars_by_differentiation():
-    latents = latents_of(models.one_plate)
-    z = torch.randn(latents.latent_dim)
-
-    def all_values(z):
-        return torch.cat([value.flatten() for value in latents.constrain(z).values()])
-
-    jacobian = torch.autograd.functional.jacobian(all_values, z)
-    assert torch.allclose(latents.constrain_with_ladj(z)[1], jacobian.slogdet().logabsdet)
-
-
 @pytest.mark.parametrize("model", [models.supports, models.nested_plates, models.mixed_dtypes])
 def test_packs_as_pyro_does(model):
     guide = AutoDiagonalNormal(model)
@@ -76,14 +53,6 @@ def test_packs_as_pyro_does(model):
     assert list(values) == list(latents.sites)
     for name, part in latents.split(z).items():
         assert torch.allclose(part, values[name].reshape(part.shape).to(part.dtype))
-
-
-def test_dtypes_of_sites():
-    latents = latents_of(models.mixed_dtypes)
-    values = latents.constrain(torch.zeros(4, 3))
-    assert values["single"].dtype == torch.float32
-    assert values["double"].dtype == torch.float64
-    assert latents.unconstrain(values).dtype == torch.float64
 
 
 @pytest.mark.parametrize("method", ["unconstrain", "unconstrain_with_ladj"])
@@ -140,17 +109,6 @@ def test_same_support():
     ):
         assert same(nested(1.0), nested(1.0))
         assert not same(nested(1.0), nested(2.0))
-
-
-def test_a_support_without_a_bijection():
-    """PyTorch's own error names no site."""
-
-    def model():
-        pyro.sample("S", dist.ImproperUniform(dist.constraints.positive_definite, (), (2, 2)))
-
-    message = r"site 'S': expected a support with a bijection.*got Positive"
-    with pytest.raises(ValueError, match=message):
-        LogJoint(model)
 
 
 def test_sites_that_a_dtype_hardly_tells_apart(latents):

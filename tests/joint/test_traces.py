@@ -34,7 +34,6 @@ OUTSIDE = {
     "labels": (lambda z: dist.Bernoulli(logits=z), LABELS),
     "masked distribution": (lambda z: dist.Bernoulli(logits=z).mask(True), LABELS),
     "count": (lambda z: dist.Poisson(z.exp()), torch.tensor([1.0, 1.5])),
-    "negative": (lambda z: dist.Exponential(z.exp()), torch.tensor([1.0, -1.0])),
     "NaN": (lambda z: dist.Normal(z, 1.0), torch.tensor([0.5, torch.nan])),
     "events": (lambda z: dist.Normal(z + torch.zeros(2), 1.0).to_event(1), X * torch.nan),
 }
@@ -51,19 +50,14 @@ def test_data_outside_of_the_support(name):
         LogJoint(model)
 
 
-@pytest.mark.parametrize("in_plate", [False, True])
-def test_data_that_broadcast_against_their_distribution(in_plate):
+def test_data_that_broadcast_against_their_distribution():
     """(20,) beside (20, 1): 400 terms, whose posterior is another one."""
     x, y = torch.randn(20, 1), torch.randn(20)
 
     def model(x, y):
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
-        distribution = dist.Normal(b * x, 1.0)
-        if in_plate:
-            with pyro.plate("data", 20):
-                pyro.sample("y", distribution.to_event(1), obs=y)
-        else:
-            pyro.sample("y", distribution, obs=y)
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(b * x, 1.0).to_event(1), obs=y)
 
     message = r"'y'.* data of shape \(20,\) and a distribution of shape \(20, 1\).* 400 terms"
     with pytest.raises(ValueError, match=message):
@@ -71,15 +65,6 @@ def test_data_that_broadcast_against_their_distribution(in_plate):
     with pytest.raises(ValueError, match=message):
         log_likelihood(model, {"b": torch.zeros(5)}, x, y)
     LogJoint(model, (x, y[:, None]))
-
-
-def test_one_distribution_of_many_data_and_one_datum_of_many():
-    def model(y, size):
-        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
-    LogJoint(model, (torch.zeros(20), 1))
-    LogJoint(model, (torch.zeros(()), 20))
 
 
 @pytest.mark.parametrize("y", [np.zeros(5), [0.0] * 5, 0.0], ids=["array", "list", "number"])
@@ -146,10 +131,9 @@ def test_model_structure():
             pyro.sample("all", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     def whole_data():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=Y[0])
+        of_batch(Y)
         with pyro.plate("predicted", 10, subsample_size=5):
-            pyro.deterministic("doubled", 2 * z)
+            pyro.deterministic("doubled", 2 * Y[:5])
 
     structure = LogJoint(both, (Y[:3],)).structure((Y[:2],))
     assert structure.shapes == {"loc": (), "width": (), "part": (5,), "all": (4, 2)}
@@ -157,8 +141,7 @@ def test_model_structure():
     assert structure.subsampled_latents == ["part"]
     assert structure.scale == 3.5
     assert structure.is_scaled
-    assert LogJoint(whole_data, ()).structure(()).scale == 1.0
-    whole = LogJoint(of_batch, (Y,)).structure((Y,))
+    whole = LogJoint(whole_data).structure(())
     assert (whole.scale, whole.is_scaled, whole.subsampled_latents) == (1.0, False, [])
 
 
@@ -182,22 +165,18 @@ REPARAMETRIZERS = {
 }
 
 
-@pytest.mark.parametrize("plate_is_outside", [True, False])
 @pytest.mark.parametrize("name", REPARAMETRIZERS)
-def test_what_a_reparametrizer_leaves_is_no_data(name, plate_is_outside):
+def test_what_a_reparametrizer_leaves_is_no_data(name):
     """A distribution of data may be a point all the same."""
     fn, reparam = REPARAMETRIZERS[name]
 
+    @pyro.plate("plate", 3)
     def run():
         with poutine.reparam(config={"theta": reparam}):
             theta = pyro.sample("theta", fn)
         pyro.sample("y", dist.Delta(theta, event_dim=fn.event_dim), obs=theta.detach().clone())
 
-    def in_plate():
-        with pyro.plate("plate", 3):
-            run()
-
-    nodes = poutine.trace(in_plate if plate_is_outside else run).get_trace().nodes
+    nodes = poutine.trace(run).get_trace().nodes
     assert is_deterministic(nodes["theta"])
     assert [k for k, node in nodes.items() if node["type"] == "sample" and has_data(node)] == ["y"]
 
@@ -214,9 +193,6 @@ MASK = torch.tensor([True, True, False])
         ({"n": 1}, {"n": 2}, False),
         ({"n": 1}, {"m": 1}, False),
         (["a", torch.zeros(2)], ["b", torch.zeros(2)], False),
-        (list(range(20)), list(range(21)), False),
-        (None, torch.zeros(()), False),
-        (dist.Normal, "Normal", False),
         (MASK, ~MASK, True),
         (MASK.numpy(), ~MASK.numpy(), True),
         (MASK.float(), 1 - MASK.float(), True),
@@ -232,16 +208,6 @@ def test_signatures_that_differ(a, b, with_values):
     of_a, again, of_b = (argument_signature(((x,), {}), with_values=with_values) for x in (a, a, b))
     assert of_a == again != of_b
     assert hash(of_a) == hash(again)
-
-
-def test_signatures_that_are_equal():
-    """Values of tensors and of floats do not matter, nor does the end of a long sequence."""
-    a = (torch.zeros(3), 0.5, list(range(20)), {"x": 1, "y": 2})
-    b = (torch.ones(3), 0.7, [0] * 20, {"y": 2, "x": 1})
-    assert argument_signature(a) == argument_signature(b)
-    assert argument_signature(a, with_values=True) != argument_signature(b, with_values=True)
-    one, other = (argument_signature(torch.randn(3, 2), with_values=True) for _ in range(2))
-    assert one == other
 
 
 def test_what_cannot_be_compared_has_another_signature_each_time():

@@ -19,7 +19,7 @@ from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.joint import LogJoint
 from tests.guides.idioms.models import GUIDES, examples
 from tests.inference.conftest import QUICK
-from tests.joint.by_trace import by_trace
+from tests.joint.models import by_trace
 
 LEAN = replace(
     QUICK,

@@ -20,7 +20,7 @@ from pyro.nn import PyroSample
 from pyro_artransform import AutoIAF
 from pyro_artransform.joint import LogJoint
 from tests.inference.conftest import quick_fit
-from tests.joint.by_trace import by_trace
+from tests.joint.models import by_trace
 
 DURATION = 8
 
