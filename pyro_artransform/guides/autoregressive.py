@@ -17,13 +17,7 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
-from ..arguments import (
-    check_callable,
-    check_integer,
-    check_positive,
-    names_the_class,
-    to_tensor,
-)
+from ..arguments import check_integer, check_positive, names_the_class, to_tensor
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
@@ -79,9 +73,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         {'scale': (10,), 'z': (10, 3)}
     """
 
-    # the same type, but Pyro names the argument msg
-    _prototype_hide_fn = staticmethod(prototype.is_hidden)  # type: ignore[assignment]
-
     @names_the_class
     def __init__(
         self,
@@ -92,15 +83,13 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        prototype.check_model(model)
         check_flow_argument("flow", flow, "the latent dimension")
-        check_callable("init_loc_fn", init_loc_fn)
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
         super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
         self._argument_shapes: Hashable = None
-        self._make_flow: Callable[[int], nn.Module] | None = flow
+        self._make_flow = flow
 
     def __setattr__(self, name: str, value: Any) -> None:
         # as the base class does: here too since Pyro sets the plates in each call
@@ -139,13 +128,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """The flow, and the location and scale after it."""
-        if self._make_flow is None:
-            raise RuntimeError(
-                "this guide was pickled before its first call, without its flow: call it once before it "
-                "is pickled, or make it anew"
-            )
         prototype.refuse_subsampling(spec.sites)
-        flow = make_flow("flow", self._make_flow, start)
+        flow = make_flow("flow", self._flow_maker(), start)
         init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
         affine = LocationScale(start, init_scale, full_rank=full_rank)
         self._parts: tuple[TransformModule, LocationScale] = flow, affine

@@ -3,10 +3,10 @@
 
 """The flow guide of hierarchical models and of mini-batches."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -20,27 +20,26 @@ from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec
 from ..persistence.state_check import LeastState
-from ..prototype import check_model, is_hidden, refuse_moving_structure, sites_by_name
+from ..prototype import compare_names, latents_of, refuse_moving_structure
 from .encoder import Encoder, check_encoder, first_feature_dims
-from .factors import MakeFlow, MakeFlows, MakeLocalFlow, default_flow, default_local_flow
+from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
 from .plates import (
+    GLOBAL,
     Args,
-    CreatePlates,
     GivenIndices,
     Kwargs,
     LatentLayout,
     Plates,
     PlateSizes,
     Vectors,
+    compare_elements,
     complete_plates,
     latents_of_one_element,
     plate_sizes,
     plates_of_user,
     plates_were_dropped,
-    refuse_no_local_latents,
-    sizes_of_run,
 )
-from .variational_posterior import AmortizedPosterior, least_state, sample_sites
+from .variational_posterior import AmortizedPosterior, sample_sites
 
 # latent vectors that are drawn at a time
 _CHUNK = 2**16
@@ -58,38 +57,32 @@ class AutoAmortized(PersistentGuide):
         q(g) \prod_i q(z_i \mid g, h_i)
 
     g are the latents in no plate, z_i those of element i of a plate, and h_i its features, which an
-    encoder computes from its data. Without an encoder h_i is an embedding: the guide then has a row
-    of parameters for each element, and is not amortized. Several latents in one plate share one flow,
-    which learns how they depend on each other; those in nested plates depend on those in the outer
-    plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
+    encoder computes from its data. Without an encoder h_i is an embedding, a row of parameters for
+    each element. Several latents in one plate share one flow; those in nested plates depend on those
+    in the outer plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
 
     A new guide is ``Normal(init_loc, init_scale)`` on the unconstrained space for the global latents,
     and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of all.
 
     The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
-    the data of a mini-batch are the model's arguments, only embeddings depend on the indices: those
-    need ``create_plates``. Each element has a latent vector of its own, so the guide is not an
-    ``AutoContinuous``.
+    the data of a mini-batch are the model's arguments, embeddings need ``create_plates``.
 
     :param model: a Pyro model.
     :param encoder: a module or function of the model's arguments that returns the features of each
-        element, shape ``(subsample size, features)``, or ``(second, first, features)`` for nested
-        plates in the dimensions -2 and -1; or a dict of such by the name of the (innermost) plate.
-        ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data in it, as in the
-        plates of the model; it may also return a row for each of all elements. Elements of plates
-        that the dict leaves out have embeddings.
+        element, of the mini-batch or of all, shape ``(size, features)``, or ``(second, first,
+        features)`` for nested plates in the dimensions -2 and -1; or a dict of such by the name of the
+        (innermost) plate, where plates that it leaves out have embeddings. In it,
+        ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data.
     :param flow: takes the number of global latents and returns a flow, by default an IAF; None for
         Gaussian global latents.
     :param local_flow: takes the number of an element's latents and the size of the context, and
         returns a conditional flow such as ``pyro_artransform.conditional_iaf``; None for elements that
         are Gaussians with independent coordinates, given the global latents.
     :param embedding_dim: the number of features of an embedding.
-    :param init_loc_fn: the starting value of each site, one of Pyro's starting functions; by
-        default the median of the prior.
+    :param init_loc_fn: as for :class:`~pyro_artransform.AutoAutoregressive`.
     :param init_scale: the initial standard deviation on the unconstrained space.
     :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns a
-        plate or several, with the indices of the mini-batch (``subsample=``). A model that gives the
-        indices itself needs it.
+        plate or several with the indices of the mini-batch, where the model gives these itself.
     :raises TypeError: if an argument is of the wrong kind.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
         plates, discrete ones, or indices of its own, or if the encoder's result does not fit.
@@ -121,14 +114,13 @@ class AutoAmortized(PersistentGuide):
 
     #: Whether the density of the guide's draws has the path gradient, through the draws only. Its
     #: variance is lower, and zero at the exact posterior of an element. With several particles their
-    #: mean gradient goes to the location of the global latents alone, which leaves an ELBO its optima.
-    #: It costs one evaluation of each network. Objectives such as ``RenyiELBO`` need it to be false.
+    #: mean gradient goes to the location of the global latents alone. It costs one evaluation of each
+    #: network. Objectives such as ``RenyiELBO`` need it to be false.
     path = False
 
     _num_quantile_draws = 2_000
-    # the same type, but Pyro names the argument msg
-    _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
-    _functions = ("_model", "_make_flows", "create_plates")
+    _functions = ("_model", "_make_flow", "create_plates")
+    _found_arguments = ("feature_dims",)
 
     @names_the_class
     def __init__(
@@ -141,10 +133,8 @@ class AutoAmortized(PersistentGuide):
         embedding_dim: int = 8,
         init_loc_fn: Model = init_to_median,
         init_scale: float = 0.1,
-        create_plates: CreatePlates | None = None,
+        create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None = None,
     ) -> None:
-        check_model(model)
-        check_callable("init_loc_fn", init_loc_fn)
         if flow is not None:
             check_flow_argument("flow", flow, "the latent dimension")
         if local_flow is not None:
@@ -158,7 +148,7 @@ class AutoAmortized(PersistentGuide):
         super().__init__(model, init_loc_fn, arguments)
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
-        self._make_flows: MakeFlows | None = flow, local_flow
+        self._make_flow = flow, local_flow
         # in a tuple, as the model is: its parameters become the guide's at the set-up
         self._encoder = (encoder,)
         self._sizes: PlateSizes = {}
@@ -166,33 +156,27 @@ class AutoAmortized(PersistentGuide):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether elements are looked up by their plates' indices, without ``create_plates``.
-
-        Batches of data as the model's arguments would then meet embeddings of other elements.
-        """
+        """Whether batches of data need ``create_plates``, which says whose embeddings they meet."""
         if self.create_plates is not None:
             return False
         if self._spec is None:
             return self._encoder[0] is None
-        return len(self._posterior.encoded_groups) < len(self._posterior.locals)
+        return any(factor.table is not None for factor in self._posterior.locals)
 
     @property
     def _posterior(self) -> AmortizedPosterior:
         """The posterior, without the param statements that reading ``transform`` makes."""
         self._checked_spec()
-        posterior: AmortizedPosterior = self._modules["transform"]  # type: ignore[assignment]
-        return posterior
+        return cast(AmortizedPosterior, self._modules["transform"])
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
-        sites = sites_by_name(self.prototype_trace).values()
-        refuse_no_local_latents(sites, type(self).__name__)
+        latents, start = latents_of_one_element(self.prototype_trace)
         run = partial(given(self.model), *args, **kwargs)
         observed = refuse_moving_structure(self.prototype_trace, run, rng_state)
-        sizes = plate_sizes(sites)
+        sizes = plate_sizes(latents.sites.values())
         given.refuse(sizes, self, args, kwargs)
-        latents, start = latents_of_one_element(self.prototype_trace)
         (encoder,), feature_dims = self._encoder, {}
         if encoder is not None:
             plates = partial(complete_plates, {}, sizes, start.device)
@@ -204,31 +188,30 @@ class AutoAmortized(PersistentGuide):
         self._register()
 
     def _least_state(self, spec: GuideSpec) -> LeastState:
-        return least_state(spec, self._make_flows)
+        feature_dims, dims, size = spec.arguments["feature_dims"], [], 0
+        for group in LatentLayout(spec.latents).groups:
+            dim = group.latents.latent_dim
+            dims.append(dim)
+            if group.name == GLOBAL:
+                # flows of the user are not counted
+                is_default = self._make_flow is not None and self._make_flow[0] is default_flow
+                size += dim * dim if is_default else dim
+                continue
+            features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
+            rows = 0 if group.name in feature_dims else group.num_elements
+            size += (dim + features) * dim + rows * (features + 2 * dim)
+        return LeastState(dims, max(size, spec.latents.latent_dim))
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        if self._make_flows is None:
-            raise RuntimeError(
-                "this guide was pickled before its first call, without its flows: call it once before "
-                "it is pickled, or make it anew"
-            )
-        (encoder,) = self._encoder
+        (encoder,), make_flows = self._encoder, self._flow_maker()
         feature_dims = spec.arguments["feature_dims"]
         if feature_dims and encoder is None:
             raise ValueError(
                 f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as "
                 "encoder= of the guide or of load, since no file or state dict holds it, got none"
             )
-        self.transform = AmortizedPosterior(spec, start, self._make_flows, encoder)
+        self.transform = AmortizedPosterior(spec, start, make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
-
-    def _resolved_arguments(self, latent_dim: int) -> dict[str, Any]:
-        # what a restored guide is built with is what its spec says
-        return {}
-
-    @classmethod
-    def _constructor_arguments(cls, spec: GuideSpec) -> dict[str, Any]:
-        return {name: spec.arguments[name] for name in ("embedding_dim", "init_scale")}
 
     def __getstate__(self) -> dict[str, Any]:
         plates = None if self.create_plates is None else plates_were_dropped
@@ -239,7 +222,6 @@ class AutoAmortized(PersistentGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws all latents, the local ones of a mini-batch, as a Pyro guide does.
 
-        :param args: the model's arguments, as ``kwargs``.
         :return: the value of each site.
         :raises ValueError: if for these arguments the model has other latents than at the first call,
             or a plate has a size for which the guide has no embeddings or features.
@@ -273,10 +255,15 @@ class AutoAmortized(PersistentGuide):
             return
         shapes = argument_signature((args, kwargs))
         if again or shapes not in self._sizes_by_shapes:
-            given = GivenIndices()
-            run = partial(given(self.model), *args, **kwargs)
-            sizes = sizes_of_run(self._checked_spec(), run, self._model_is_checked)
-            self._model_is_checked = True
+            given, spec = GivenIndices(), self._checked_spec()
+            known, now = spec.latents.sites, latents_of(partial(given(self.model), *args, **kwargs))
+            if not self._model_is_checked:
+                # what had data at the set-up may be predicted now
+                compare_names(known, now.keys() - set(spec.observed or ()))
+            sites = [now[name] for name in known if name in now]
+            for site in sites:
+                compare_elements(known[site.name], site)
+            self._model_is_checked, sizes = True, plate_sizes(sites)
             given.refuse(sizes, self, args, kwargs)
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
@@ -316,21 +303,29 @@ class AutoAmortized(PersistentGuide):
         The global latents become a Gaussian with the mean of their draws and with their covariance
         times ``share``, each element one that depends on them as the mean element does.
 
-        :param values: for each site a tensor of shape ``(n,) + site shape``, of any number of elements.
+        :param values: for each site shape ``(n,) + site shape``, of any number of elements.
         :param share: their share of all elements, given which the posterior is narrower.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
         posterior, layout = self._posterior, self._posterior.layout
-        shapes = {group.name: group.batch_shape_of(values) for group in layout.groups}
+        shapes = {}
+        for group in layout.groups:
+            name, site = next(iter(group.latents.sites.items()))
+            shape = values[name].shape if group.dims and name in values else ()
+            shapes[group.name] = torch.Size(shape[1 : len(shape) - site.event_dim])
         vectors, _ = layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        posterior.start_near(vectors, share)
+        if posterior.globals is not None:
+            z = vectors[GLOBAL].flatten(0, -2)
+            posterior.globals.start_near(z, share)
+            for group, factor in posterior.local_factors:
+                elements = vectors[group.name].reshape(len(z), -1, group.latents.latent_dim)
+                factor.start_near(posterior.globals.as_context(z, group.num_elements), elements)
 
     def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
-        """The units of an optimizer's steps, a factor for some parameters.
+        """The units of an optimizer's steps, for some parameters.
 
-        That of the location of the global latents is their scale times the square root of the number
-        of mini-batches, the distance between the optima for one mini-batch and for all data. The steps
-        of their flow are divided by that root.
+        That of the global location is its scale times the square root of the number of mini-batches,
+        the distance between the optima for one and for all. Steps of the flow are divided by that root.
         """
         globals_ = self._posterior.globals
         if globals_ is None:
@@ -349,14 +344,12 @@ class AutoAmortized(PersistentGuide):
     def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of all sites, of all elements, without gradients.
 
-        The elements are those that have embeddings, or those that the encoder returns features for:
-        of all data, or of a mini-batch that is the model's arguments.
+        The elements are those that have embeddings, or those that the encoder returns features for.
 
         :param n: how many.
-        :param args: the model's arguments, as ``kwargs`` for an encoder and where the guide was never
-            called.
+        :param args: the model's arguments, as ``kwargs``, for an encoder or a guide never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if ``n`` is not a positive integer, or the features do not fit.
+        :raises ValueError: if ``n`` is not positive, or the features do not fit.
         """
         self.set_up(*args, **kwargs)
         rows, posterior = self._all_rows(args, kwargs), self._posterior
@@ -368,12 +361,10 @@ class AutoAmortized(PersistentGuide):
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The log-density at values of all sites and all elements, on the constrained space.
 
-        No plate is scaled: it is the density of the elements that there are values of. Going back to
-        the unconstrained space loses digits near the edges of a support.
+        No plate is scaled. Near the edges of a support, going back loses digits.
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``, as
-            :meth:`sample_posterior` returns them.
-        :param args: as for :meth:`sample_posterior`, as ``kwargs``.
+            :meth:`sample_posterior`, with the same ``args`` and ``kwargs``, returns them.
         :return: shape ``(n,)``.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
@@ -384,12 +375,9 @@ class AutoAmortized(PersistentGuide):
         return posterior.log_prob(rows, vectors) - ladj
 
     def _all_rows(self, args: Args, kwargs: Kwargs) -> Vectors:
-        """The features or embeddings of all elements that there are, by group."""
         self._register()
         posterior = self._posterior
-        if not posterior.encoded_groups:
-            return posterior.all_rows({})
-        if args or kwargs:
+        if (args or kwargs) and any(factor.table is None for factor in posterior.locals):
             self._update_sizes(args, kwargs)
         whole = {name: plate._replace(size=plate.full_size) for name, plate in self._sizes.items()}
         plates = partial(complete_plates, {}, whole, posterior.like.device)

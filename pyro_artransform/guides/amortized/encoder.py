@@ -21,7 +21,7 @@ MakePlates = Callable[[], Plates]
 
 
 def check_encoder(encoder: Encoder) -> None:
-    """Refuses what cannot be called, a class, and a module of Pyro's."""
+    """Refuses what cannot be called, and a module of Pyro's."""
     check_callable("encoder", encoder, "a module or a function that takes the model's arguments")
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
@@ -88,10 +88,7 @@ def encode(
 def first_feature_dims(
     encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> dict[str, int]:
-    """The number of features of each group, by a first :func:`encode` that leaves no trace.
-
-    Refuses a function with parameters that the param store does not have, which would never train.
-    """
+    """The number of features of each group, by a first :func:`encode` that leaves no trace."""
     tracer = poutine.trace(param_only=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
         found = encode(encoder, plates, groups, args, kwargs)
@@ -107,10 +104,7 @@ def first_feature_dims(
 def minibatch_rows(
     group: Group, features: Tensor, feature_dim: int, plates: Plates, indices: Mapping[str, Tensor]
 ) -> Tensor:
-    """The features of the elements of a mini-batch, shape ``batch shape + (feature_dim,)``.
-
-    :param features: a row for each element of the mini-batch, or for each element of the plates.
-    """
+    """Features of a mini-batch, shape ``batch shape + (feature_dim,)``, from its rows or all rows."""
     sizes = {name: plates[name].subsample_size for name in group.plates}
     full_sizes = {name: plates[name].size for name in group.plates}
     of_batch, of_all = ((*s.values(), feature_dim) for s in (sizes, full_sizes))

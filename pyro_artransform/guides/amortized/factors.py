@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,7 @@ MakeFlows = tuple[MakeFlow | None, MakeLocalFlow | None]
 
 def default_flow(latent_dim: int) -> nn.Module:
     """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
-    if latent_dim > 1:
-        return iaf(latent_dim, 3)
-    return chain([spline_marginals(1) for _ in range(3)])
+    return iaf(latent_dim, 3) if latent_dim > 1 else chain([spline_marginals(1) for _ in range(3)])
 
 
 def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
@@ -42,7 +41,6 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
 class GlobalFactor(nn.Module):
     """The posterior of the global latents: a flow, if any, then location and scale.
 
-    :param make: takes the latent dimension and returns a flow.
     :param loc: the initial location, shape ``(D,)``.
     :param scale: the initial standard deviation.
     """
@@ -57,10 +55,9 @@ class GlobalFactor(nn.Module):
         self.summary = _linear(loc, len(loc), _MAX_GLOBALS, bias=False) if has_summary else None
 
     @property
-    def affine(self) -> LocationScale:
+    def affine(self) -> Any:
         """The location and the scale."""
-        affine: LocationScale = self.transform.transforms[-1]
-        return affine
+        return self.transform.transforms[-1]
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
         """From the base to the unconstrained space; global latents have no context."""
@@ -69,9 +66,8 @@ class GlobalFactor(nn.Module):
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
         """The context, shape ``(*, context_dim)``, of the elements that depend on global latents z.
 
-        Its units are the sd that one element alone would leave: all elements together know the global
-        latents better by the square root of their number. In larger units an initial, random
-        dependence costs much, and the posterior of the global latents collapses to avoid it.
+        Its units are the sd that one element alone would leave, that of all times the root of their
+        number. In smaller ones a random initial dependence costs so much that the posterior collapses.
         """
         deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
         context = deviation if self.summary is None else self.summary(deviation)
@@ -108,9 +104,8 @@ class AmortizedLocationScale(nn.Module):
 
         y = \mathrm{loc} + W h + s \, (b(h) + x), \qquad \log s = \log s_0 + a(h)
 
-    a and b are a network whose last layer starts at zero, as W does. W carries what is linear, such as
-    a global mean that every element shares; b is in units of s, so that its error counts the same
-    for a narrow posterior as for a wide one.
+    a and b are a network whose last layer starts at zero, as W does. b is in units of s, so that its
+    error counts the same for a narrow posterior as for a wide one.
     """
 
     def __init__(self, loc: Tensor, scale: float, context_dim: int) -> None:
@@ -142,7 +137,6 @@ class LocalFactor(nn.Module):
     An embedding is features, and offsets of the location and of the log-scale, so that each element
     can have any location and scale by itself.
 
-    :param make: takes the latent dimension and the size of the context and returns a conditional flow.
     :param rest_dim: the size of the context without the features.
     :param table_shape: the full batch shape of the plates whose elements have embeddings.
     """
@@ -166,9 +160,8 @@ class LocalFactor(nn.Module):
             self.table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
-        """From the base to the unconstrained space, for some elements.
+        """From the base to the unconstrained space, for features or embeddings, shape ``(*, F)``.
 
-        :param features: the features of each element, or its embedding, shape ``(*, F)``.
         :param rest: the rest of the context, each shape ``(*, C)``; batch shapes broadcast.
         """
         offsets: list[Tensor] = []
@@ -188,10 +181,7 @@ class LocalFactor(nn.Module):
 
     @torch.no_grad()
     def start_near(self, context: Tensor, elements: Tensor) -> None:
-        """Fits location, scale and linear part to draws of elements, shape ``(n, elements, D)``.
-
-        :param context: the context of an element from the global latents, shape ``(n, C)``.
-        """
+        """Fits to draws of elements ``(n, elements, D)``, and of their global context ``(n, C)``."""
         loc, centered = elements.mean(0), context - context.mean(0)
         # the mean over elements first: their slopes are linear in it
         slopes = torch.linalg.lstsq(centered, (elements - loc).mean(1)).solution

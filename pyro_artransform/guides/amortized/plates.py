@@ -4,7 +4,7 @@
 """The plates of a model: which latents lie in which, how many elements each has, and which are drawn."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -12,26 +12,21 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...joint.sites import Latents, Site, describe_support, map_bounds
-from ..persistence.spec import GuideSpec
-from ..prototype import compare_names, latents_of, sites_by_name
+from ..prototype import sites_by_name
 
 # the model's arguments
 Args = Sequence[object]
 Kwargs = Mapping[str, object]
 
 Plates = dict[str, pyro.plate]
-CreatePlates = Callable[..., pyro.plate | Iterable[pyro.plate]]
-
 # by the name of a group, the vectors of its elements, shape ``batch + (latent_dim,)``
 Vectors = dict[str, Tensor]
-
 #: the name of the group of the global latents, which are in no plate
 GLOBAL = ""
 
@@ -62,10 +57,10 @@ class Group:
 
     :param name: that of the innermost plate, or of all plates joined by "/" where another group has
         that name; :data:`GLOBAL` for the global latents, a group with one element.
-    :param dims: the dimension of each plate by its name, the outermost plate first.
-    :param full_sizes: the number of all elements of each plate by its name.
+    :param dims: the dimension of each plate, the outermost plate first.
+    :param full_sizes: the number of all elements of each plate.
     :param latents: the latents of one element, without the dimensions of the plates.
-    :param parents: the names of the groups in some of these plates, the global latents among them.
+    :param parents: the groups in some of these plates, the global latents among them.
     """
 
     name: str
@@ -90,12 +85,12 @@ class Group:
         return sorted(self.dims, key=self.dims.__getitem__)
 
     def batch_shape(self, sizes: Mapping[str, int]) -> torch.Size:
-        """The batch shape of the elements, given the size of each plate by its name."""
+        """The batch shape of the elements, given the size of each plate."""
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
     def sizes_of(self, rows: Tensor) -> dict[str, int]:
-        """The size of each plate by its name, in rows of shape ``batch + (width,)``."""
+        """The size of each plate, in rows of shape ``batch + (width,)``."""
         return {name: rows.shape[dim - 1] for name, dim in self.dims.items()}
 
     def select(self, rows: Tensor, indices: Mapping[str, Tensor]) -> Tensor:
@@ -105,18 +100,18 @@ class Group:
                 rows = rows.index_select(dim - 1, indices[name])
         return rows
 
-    def batch_shape_of(self, values: Mapping[str, Tensor]) -> torch.Size:
-        """The batch shape of the elements of values, each of shape ``(n,) + site shape``."""
-        name, site = next(iter(self.latents.sites.items()))
-        shape = values[name].shape if self.dims and name in values else ()
-        return torch.Size(shape[1 : len(shape) - site.event_dim])
+    def check_sizes(self, expected: Mapping[str, int], got: Mapping[str, int], remedy: str) -> None:
+        """Refuses plates with other sizes than expected."""
+        for name in self.dims:
+            if name in expected and expected[name] != got[name]:
+                raise ValueError(
+                    f"plate '{name}' around the sites {sorted(self.latents.sites)} has another size: "
+                    f"expected {expected[name]} elements, got {got[name]}. {remedy}"
+                )
 
 
 class LatentLayout:
-    """The latents of a model in groups, each after its parents: the global latents come first.
-
-    :param latents: the latents of one element of each plate.
-    """
+    """The latents of one element of each plate in groups, each after its parents: global ones first."""
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
@@ -146,7 +141,7 @@ class LatentLayout:
     def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
         """The values of all sites, each of shape ``(n,) + site shape``.
 
-        :param vectors: draws of each group, shape ``(n, 1, ...) + batch shape + (latent_dim,)``.
+        :param vectors: of each group, shape ``(n, 1, ...) + batch shape + (latent_dim,)``.
         """
         values = {}
         for group in self.groups:
@@ -158,11 +153,9 @@ class LatentLayout:
     def unconstrain_with_ladj(
         self, values: Mapping[str, object], batch_shapes: Mapping[str, torch.Size], like: Tensor
     ) -> tuple[Vectors, Tensor]:
-        """The vectors of the values of all sites, and the log-determinant of :meth:`constrain` there.
+        """The vectors of the values that :meth:`constrain` returns, and its log-determinant ``(n,)``.
 
-        :param values: for each site a tensor, array or list of shape ``(n,) + site shape``.
         :param batch_shapes: the batch shape of the elements of each group.
-        :return: vectors as :meth:`constrain` takes them, and a tensor of shape ``(n,)``.
         """
         whole = Latents(
             replace(site, shape=batch_shapes[group.name] + site.shape)
@@ -172,10 +165,11 @@ class LatentLayout:
         flat, ladj = whole.unconstrain_with_ladj(values, like.device)
         if flat.dim() != 2:
             name, site = next(iter(whole.sites.items()))
-            raise ValueError(
-                f"values: expected '{name}' of shape (n,) + site shape {tuple(site.shape)}, got "
-                f"{tuple(flat.shape[:-1] + site.shape)}"
+            wanted, got = (
+                f"(n,) + site shape {tuple(site.shape)}",
+                tuple(flat.shape[:-1] + site.shape),
             )
+            raise ValueError(f"values: expected '{name}' of shape {wanted}, got {got}")
         parts, vectors = whole.split(flat), {}
         for group in self.groups:
             ones = (1,) * (self.batch_dims - group.batch_dims)
@@ -187,21 +181,33 @@ class LatentLayout:
 
 
 def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
-    """The latents with each plate reduced to one element, and the mean of the starting values of all."""
+    """The latents with each plate reduced to one element, and the mean of the starting values of all.
+
+    Refuses a model without latents in plates, and plates without a size.
+    """
     sites, starts = [], []
     for name, site in sites_by_name(trace).items():
+        for frame in site.plates:
+            if frame.full_size is None or frame.full_size < 1:
+                raise ValueError(
+                    f"site '{name}' is in plate '{frame.name}', which has no size: expected "
+                    "pyro.plate(name, size)"
+                )
         z = site.bijection.inv(trace.nodes[name]["value"].detach())
-        starts.append(
-            z.reshape(site.batch_shape.numel(), -1).mean(0) if site.plates else z.flatten()
+        if site.plates:
+            z = z.reshape(site.batch_shape.numel(), -1).mean(0)
+        starts.append(z.flatten())
+        sites.append(_one_element(site) if site.plates else site.to(Tensor.clone))
+    if not any(site.plates for site in sites):
+        raise ValueError(
+            "AutoAmortized: expected a model with latents in a plate, got one with no latents in a "
+            f"plate, only {sorted(site.name for site in sites)}. AutoIAF is the guide of such a model"
         )
-        sites.append(_one_element(site))
     return Latents(sites), torch.cat(starts)
 
 
 def _one_element(site: Site) -> Site:
     """The site with its plates reduced to a single element, and bounds that share no memory."""
-    if not site.plates:
-        return site.to(Tensor.clone)
     plates = plate_sizes([site])
     sizes = {plate.dim: plate.size for plate in plates.values()}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
@@ -211,12 +217,6 @@ def _one_element(site: Site) -> Site:
             f"{sorted(plates)}, got {tuple(site.batch_shape)}. Put the other dimensions into plates, or "
             "make them event dimensions by .to_event"
         )
-    shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
-    return replace(site, shape=shape, support=_common_support(site))
-
-
-def _common_support(site: Site) -> constraints.Constraint:
-    """The support without batch dimensions of its bounds, along which these may not change."""
 
     def first_row(bound: Tensor) -> Tensor:
         event_shape = bound.shape[max(bound.dim() - site.event_dim, 0) :]
@@ -224,12 +224,13 @@ def _common_support(site: Site) -> constraints.Constraint:
         if (rows != rows[:1]).any():
             raise ValueError(
                 f"the support of site '{site.name}' differs between the elements of its plates "
-                f"{sorted(plate_sizes([site]))}: expected the same for all, got "
+                f"{sorted(plates)}: expected the same for all, got "
                 f"{describe_support(site.support)}. Draw it on a fixed scale and transform it"
             )
         return rows[0].clone()
 
-    return map_bounds(site.support, first_row)
+    shape = torch.Size([1] * len(expected)) + site.shape[len(expected) :]
+    return replace(site, shape=shape, support=map_bounds(site.support, first_row))
 
 
 class GivenIndices(Messenger):
@@ -259,35 +260,7 @@ class GivenIndices(Messenger):
             )
 
 
-def refuse_no_local_latents(sites: Collection[Site], guide_name: str) -> None:
-    """Refuses a model without latents in plates, and plates without a size."""
-    for site in sites:
-        for frame in site.plates:
-            if frame.full_size is None or frame.full_size < 1:
-                raise ValueError(
-                    f"site '{site.name}' is in plate '{frame.name}', which has no size: expected "
-                    "pyro.plate(name, size)"
-                )
-    if not any(site.plates for site in sites):
-        raise ValueError(
-            f"{guide_name}: expected a model with latents in a plate, got one with no latents in a "
-            f"plate, only {sorted(site.name for site in sites)}. AutoIAF is the guide of such a model"
-        )
-
-
-def sizes_of_run(spec: GuideSpec, run: Callable[[], object], model_is_checked: bool) -> PlateSizes:
-    """The sizes of the plates around the guide's sites in one more run of the model."""
-    known, now = spec.latents.sites, latents_of(run)
-    if not model_is_checked:
-        # what had data at the set-up may be predicted now
-        compare_names(known, now.keys() - set(spec.observed or ()))
-    sites = [now[name] for name in known if name in now]
-    for site in sites:
-        _compare_elements(known[site.name], site)
-    return plate_sizes(sites)
-
-
-def _compare_elements(expected: Site, got: Site) -> None:
+def compare_elements(expected: Site, got: Site) -> None:
     """Refuses a site in other plates than at the set-up, or an element of another shape."""
     if not (expected.plates or got.plates) and expected.shape != got.shape:
         raise ValueError(
@@ -295,30 +268,13 @@ def _compare_elements(expected: Site, got: Site) -> None:
             f"{tuple(expected.shape)}, as at the guide's set-up, got {tuple(got.shape)}. Draw it in a "
             "pyro.plate over the data: then it is local to the elements of that plate"
         )
-    both = expected, got
-    pairs: dict[str, list[Any]] = {
-        "it in the plates": [sorted(plate_sizes([site])) for site in both],
-        "each element of its plates to have the shape": [
-            tuple(site.shape[len(site.batch_shape) :]) for site in both
-        ],
-    }
-    for wanted, (before, now) in pairs.items():
-        if before != now:
-            raise ValueError(
-                f"site '{got.name}': expected {wanted} {before}, as at the guide's set-up, got {now}"
-            )
-
-
-def check_sizes(
-    group: Group, expected: Mapping[str, int], got: Mapping[str, int], reason: str
-) -> None:
-    """Refuses plates of a group with other sizes than expected; the reason says what to do."""
-    for name in group.dims:
-        if name in expected and expected[name] != got[name]:
-            raise ValueError(
-                f"plate '{name}' around the sites {sorted(group.latents.sites)} has another size: "
-                f"expected {expected[name]} elements, got {got[name]}. {reason}"
-            )
+    plates = [sorted(plate_sizes([site])) for site in (expected, got)]
+    shapes = [tuple(site.shape[len(site.batch_shape) :]) for site in (expected, got)]
+    if plates[0] != plates[1] or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"site '{got.name}': expected elements of shape {shapes[0]} in the plates {plates[0]}, as at "
+            f"the guide's set-up, got {shapes[1]} in {plates[1]}"
+        )
 
 
 def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
@@ -336,10 +292,8 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
     plates = [made] if isinstance(made, pyro.plate) else list(made)
     for plate in plates:
         if not isinstance(plate, pyro.plate):
-            kind = type(plate).__name__
-            raise TypeError(
-                f"create_plates: expected it to return a pyro.plate or several, got {kind}"
-            )
+            wanted, got = "it to return a pyro.plate or several", type(plate).__name__
+            raise TypeError(f"create_plates: expected {wanted}, got {got}")
     return {plate.name: plate for plate in plates}
 
 
@@ -350,7 +304,8 @@ def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) ->
         if name not in plates:
             plates[name] = pyro.plate(name, full_size, size, dim=dim, device=str(device))
         plate = plates[name]
-        plate.dim = dim if plate.dim is None else plate.dim
+        if plate.dim is None:
+            plate.dim = dim
         got, expected = (plate.size, plate.subsample_size, plate.dim), (full_size, size, dim)
         if got != expected:
             raise ValueError(

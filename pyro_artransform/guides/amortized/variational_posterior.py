@@ -16,20 +16,9 @@ from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..persistence.spec import GuideSpec
-from ..persistence.state_check import LeastState
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
-from .factors import GlobalFactor, LocalFactor, MakeFlows, default_flow
-from .plates import (
-    GLOBAL,
-    Args,
-    Group,
-    Kwargs,
-    LatentLayout,
-    Plates,
-    PlateSizes,
-    Vectors,
-    check_sizes,
-)
+from .factors import GlobalFactor, LocalFactor, MakeFlows
+from .plates import GLOBAL, Args, Group, Kwargs, LatentLayout, Plates, PlateSizes, Vectors
 
 _OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
 _OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
@@ -42,8 +31,6 @@ class AmortizedPosterior(nn.Module):
 
         q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
 
-    :param spec: its arguments are ``init_scale``, ``embedding_dim`` and ``feature_dims``, the number of
-        features of each group that has an encoder.
     :param start: the initial location, that of one element of each group, in the order of the sites.
     """
 
@@ -54,7 +41,7 @@ class AmortizedPosterior(nn.Module):
         self.layout = LatentLayout(spec.latents)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
-        self._factors: dict[str, Any] = {}
+        self._factors: dict[str, GlobalFactor | LocalFactor] = {}
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
         parts = spec.latents.split(start)
         for group in self.layout.groups:
@@ -70,44 +57,35 @@ class AmortizedPosterior(nn.Module):
             factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
             self._factors[group.name] = factor
             self.locals.append(factor)
-        self.encoder = encoder
+        self.encoder: Any = encoder
 
     @property
-    def local_factors(self) -> list[tuple[Group, LocalFactor]]:
+    def local_factors(self) -> list[tuple[Group, Any]]:
         """The groups of local latents, each with its factor."""
         return [(group, self._factors[group.name]) for group in self.layout.local_groups]
 
     @property
-    def like(self) -> Tensor:
+    def like(self) -> Any:
         """A tensor of the dtype and the device of the latents: the location of the first factor."""
-        loc: Tensor = next(iter(self._factors.values())).affine.loc
-        return loc
-
-    @property
-    def encoded_groups(self) -> list[str]:
-        """The names of the groups whose elements have features by the encoder."""
-        return [group.name for group, factor in self.local_factors if factor.table is None]
+        return next(iter(self._factors.values())).affine.loc
 
     def encode(self, plates: MakePlates, args: Args, kwargs: Kwargs) -> Features:
-        """The features of the groups that have some, by the encoder."""
-        expected = self.encoded_groups
-        if self.encoder is None or not expected:
+        """The features of the groups that have no embeddings, by the encoder."""
+        expected = [group.name for group, factor in self.local_factors if factor.table is None]
+        if not expected:
             return {}
         features = encode(self.encoder, plates, self.layout.local_groups, args, kwargs)
         if features.keys() != set(expected):
-            raise ValueError(
-                f"encoder: expected features of {expected}, as at the guide's set-up, got "
-                f"{list(features)}"
-            )
+            wanted, got = f"features of {expected}, as at the guide's set-up", list(features)
+            raise ValueError(f"encoder: expected {wanted}, got {got}")
         return features
 
     def fits(self, features: Features, sizes: PlateSizes) -> bool:
         """Whether features have a row for each element of the mini-batch, or for each of all."""
         for group, factor in self.local_factors:
-            if factor.table is None:
-                both = zip(*(sizes[name][1:] for name in group.plates))
-                if tuple(features[group.name].shape[:-1]) not in both:
-                    return False
+            both = zip(*(sizes[name][1:] for name in group.plates))
+            if factor.table is None and tuple(features[group.name].shape[:-1]) not in both:
+                return False
         return True
 
     def minibatch_rows(
@@ -122,7 +100,7 @@ class AmortizedPosterior(nn.Module):
                 rows[group.name] = minibatch_rows(group, given, dim, plates, indices).to(like.dtype)
             else:
                 sizes = {name: plates[name].size for name in group.dims}
-                check_sizes(group, group.sizes_of(factor.table), sizes, _OTHER_TABLE)
+                group.check_sizes(group.sizes_of(factor.table), sizes, _OTHER_TABLE)
                 rows[group.name] = group.select(factor.table, indices)
         return rows
 
@@ -135,7 +113,7 @@ class AmortizedPosterior(nn.Module):
                 row, now = given_rows(group, features[group.name], factor.feature_dim)
             else:
                 row, now = factor.table, group.sizes_of(factor.table)
-            check_sizes(group, sizes, now, _OTHER_ELEMENTS)
+            group.check_sizes(sizes, now, _OTHER_ELEMENTS)
             sizes.update(now)
             rows[group.name] = row.to(like.dtype)
         return rows
@@ -145,13 +123,12 @@ class AmortizedPosterior(nn.Module):
         rest = []
         for name in group.parents:
             rest.append(self._factors[name].as_context(vectors[name], group.num_elements))
-        transform: ComposedTransform = self._factors[group.name].condition(features, rest)
-        return transform
+        return self._factors[group.name].condition(features, rest)
 
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
     ) -> FlowDistribution:
-        """The distribution after :meth:`condition`; ``path``: its density has the path gradient."""
+        """The distribution after :meth:`condition`; with ``path``, its density has the path gradient."""
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
         base = base_of(self.like, (*batch, group.latents.latent_dim))
@@ -161,10 +138,9 @@ class AmortizedPosterior(nn.Module):
         posterior = PathDistribution(base, transform, validate_args=False)
         given = group, features.detach(), vectors
 
-        def through(x: Tensor, z: Tensor) -> Tensor:
+        def through(x: Tensor, z: Tensor) -> Any:
             fixed = {name: parameter.detach() for name, parameter in self.named_parameters()}
-            log_density: Tensor = functional_call(self, fixed, (*given, x, z))
-            return log_density
+            return functional_call(self, fixed, (*given, x, z))
 
         posterior.through = through
         if group.name == GLOBAL:
@@ -179,10 +155,7 @@ class AmortizedPosterior(nn.Module):
         return base_of(x, x.shape).log_prob(x) + ladj
 
     def draw(self, features: Vectors, n: int) -> Vectors:
-        """Draws of the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``.
-
-        The dimension of the draws is to the left of those of all plates.
-        """
+        """Draws of the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``."""
         lead = (n,) + (1,) * self.layout.batch_dims
         vectors = Vectors()
         for group in self.layout.groups:
@@ -201,21 +174,10 @@ class AmortizedPosterior(nn.Module):
             parts.append((base_of(x, x.shape).log_prob(x) + ladj).flatten(1).sum(-1))
         return torch.stack(parts).sum(0)
 
-    def start_near(self, vectors: Vectors, share: float) -> None:
-        """Fits locations, scales and the linear dependence on the global latents to draws."""
-        if self.globals is None:
-            return
-        z = vectors[GLOBAL].flatten(0, -2)
-        self.globals.start_near(z, share)
-        for group, factor in self.local_factors:
-            elements = vectors[group.name].reshape(len(z), -1, group.latents.latent_dim)
-            factor.start_near(self.globals.as_context(z, group.num_elements), elements)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AmortizedPosterior":
         super()._apply(fn, recurse)
-        self.layout = LatentLayout(
-            Latents(site.to(fn) for site in self.layout.latents.sites.values())
-        )
+        latents = Latents(site.to(fn) for site in self.layout.latents.sites.values())
+        self.layout = LatentLayout(latents)
         return self
 
 
@@ -234,25 +196,7 @@ def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def base_of(like: Tensor, shape: Sequence[int]) -> dist.TorchDistribution:
+def base_of(like: Tensor, shape: Sequence[int]) -> Any:
     """Standard Normals, whose values are never checked: that would read them."""
     zeros = like.new_zeros(shape)
-    normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
-    base: dist.TorchDistribution = normal.to_event(1)
-    return base
-
-
-def least_state(spec: GuideSpec, make_flows: MakeFlows | None) -> LeastState:
-    """What the state dict of a guide has at least; a user's flows are not counted."""
-    feature_dims, dims, size = spec.arguments["feature_dims"], [], 0
-    for group in LatentLayout(spec.latents).groups:
-        dim = group.latents.latent_dim
-        dims.append(dim)
-        if group.name == GLOBAL:
-            is_default = make_flows is not None and make_flows[0] is default_flow
-            size += dim * dim if is_default else dim
-            continue
-        features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-        rows = 0 if group.name in feature_dims else group.num_elements
-        size += (dim + features) * dim + rows * (features + 2 * dim)
-    return LeastState(dims, max(size, spec.latents.latent_dim))
+    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)

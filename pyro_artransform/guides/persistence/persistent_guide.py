@@ -18,10 +18,10 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ... import files
-from ...arguments import check_integer
+from ...arguments import check_callable, check_integer
 from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
-from ..prototype import StartMessenger, prototype_trace
+from ..prototype import StartMessenger, check_model, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
 from .spec import Arguments, GuideSpec, plain_to_tensor
 from .state_check import LeastState, State, check_finite, check_sizes
@@ -43,11 +43,19 @@ class PersistentGuide(AutoGuide):
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
+    #: arguments in a spec that the constructor does not take
+    _found_arguments: ClassVar[tuple[str, ...]] = ()
+    # the same type, but Pyro names the argument msg
+    _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
     _num_quantile_draws = 10_000
     #: the name before any suffix
     first_name: str
+    #: the flow, or what makes the flows
+    _make_flow: Any
 
     def __init__(self, model: Model, init_loc_fn: Values, arguments: Arguments) -> None:
+        check_model(model)
+        check_callable("init_loc_fn", init_loc_fn)
         # not that of AutoContinuous, which would wrap the model once more
         AutoGuide.__init__(self, model)
         self.first_name = self._pyro_name
@@ -91,8 +99,17 @@ class PersistentGuide(AutoGuide):
         raise NotImplementedError
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        """The arguments of the constructor, with the defaults for a latent dimension."""
-        return dict(self._arguments)
+        """The arguments of the constructor that count before those of a file, with their defaults."""
+        return {}
+
+    def _flow_maker(self) -> Any:
+        """What makes the flows: pickle drops it."""
+        if self._make_flow is None:
+            raise RuntimeError(
+                "this guide was pickled before its first call, without its flow: call it once before it "
+                "is pickled, or make it anew"
+            )
+        return self._make_flow
 
     def _set_up_from(
         self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
@@ -357,7 +374,7 @@ class PersistentGuide(AutoGuide):
             ) from None
         if name != cls.__name__:
             raise ValueError(f"{path}: expected a guide of class {cls.__name__}, got {name}")
-        known = cls._constructor_arguments(spec)
+        known = {k: v for k, v in spec.arguments.items() if k not in cls._found_arguments}
         guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
         try:
             guide._restore(spec, state)
@@ -367,8 +384,3 @@ class PersistentGuide(AutoGuide):
         if model is None:
             guide._model = None
         return guide
-
-    @classmethod
-    def _constructor_arguments(cls, spec: GuideSpec) -> Arguments:
-        """The arguments in a spec that the constructor takes."""
-        return dict(spec.arguments)

@@ -41,13 +41,10 @@ class LatentGraph:
     @cached_property
     def elimination(self) -> Elimination:
         """Who is drawn given whom by the guide, without the parents that were cut."""
-        full, dropped = self.markov.elimination, set(self.dropped)
-        if not dropped:
-            return full
-        parents = (
-            tuple(j for j in own if (i, j) not in dropped) for i, own in enumerate(full.parents)
-        )
-        return replace(full, parents=tuple(parents))
+        full, dropped, parents = self.markov.elimination, set(self.dropped), []
+        for i, own in enumerate(full.parents):
+            parents.append(tuple(j for j in own if (i, j) not in dropped))
+        return replace(full, parents=tuple(parents)) if dropped else full
 
     @property
     def levels(self) -> tuple[tuple[Name, ...], ...]:
@@ -58,11 +55,6 @@ class LatentGraph:
     def root(self) -> tuple[Name, ...]:
         """The coordinates that are drawn first, jointly, by one masked network."""
         return self._named(self.elimination.root)
-
-    @property
-    def num_parents(self) -> tuple[int, ...]:
-        """The number of parents of each coordinate."""
-        return tuple(map(len, self.elimination.parents))
 
     def parents(self, *name: Any) -> tuple[Name, ...]:
         """The parents of a coordinate, such as ``graph.parents("h", 3)``; none in the root block."""
@@ -88,7 +80,7 @@ class LatentGraph:
         return self._indices[name]
 
     def __repr__(self) -> str:
-        counts = [count for count in self.num_parents if count] or [0]
+        counts = [len(own) for own in self.elimination.parents if own] or [0]
         root = [describe(name) for name in self.root[:_MOST_NAMES]]
         more = ", ..." if len(self.root) > _MOST_NAMES else ""
         lines = [
@@ -129,13 +121,13 @@ class LatentGraph:
         return cls(coordinate_names(sites), markov, dropped)
 
 
-def coordinate_names(sites: Sequence[Site]) -> tuple[Name, ...]:
+def coordinate_names(sites: Iterable[Site]) -> tuple[Name, ...]:
     """The name of each coordinate of the latent vector."""
-    names: list[Name] = []
-    for site in sites:
-        ranges = map(range, site.unconstrained_shape)
-        names += [(site.name, *index) for index in product(*ranges)]
-    return tuple(names)
+    return tuple(
+        (site.name, *index)
+        for site in sites
+        for index in product(*map(range, site.unconstrained_shape))
+    )
 
 
 def describe(name: Name) -> str:
@@ -147,18 +139,15 @@ def describe(name: Name) -> str:
 def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> list[tuple[int, int]]:
     """Pairs of a coordinate and a parent, beyond the ``most`` strongest parents of each coordinate.
 
-    The strength is the partial correlation in the Gaussian of the curvature with which the graph was
-    found.
+    The strength is the partial correlation in the Gaussian with the curvature that was found.
     """
     if max(map(len, full.parents), default=0) <= most:
         return []
     pattern = PrecisionPattern(full, found.curvature.device)
     every = torch.arange(len(found.curvature), device=found.curvature.device)
-    precision = pattern.from_pairs(
-        torch.cat([found.rows, every]),
-        torch.cat([found.columns, every]),
-        torch.cat([-found.second, found.curvature.abs()]),
-    )
+    rows, columns = torch.cat([found.rows, every]), torch.cat([found.columns, every])
+    entries = torch.cat([-found.second, found.curvature.abs()])
+    precision = pattern.from_pairs(rows, columns, entries)
     gaussian = SparseGaussian.from_precision(pattern, torch.zeros_like(found.curvature), precision)
     coefficients, _ = gaussian.given(full.parents)
     pairs = []
@@ -173,10 +162,7 @@ def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> lis
 def regressions(
     parents: Sequence[Sequence[int]], covariance: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """The regressions of coordinates on their parents, from a dense covariance.
-
-    :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.
-    """
+    """Each coordinate's coefficients of its parents, and all conditional sds, of a dense covariance."""
     coefficients, variance = [], covariance.diagonal().clone()
     for i, own in enumerate(map(list, parents)):
         across = covariance[i, own]

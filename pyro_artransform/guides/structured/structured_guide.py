@@ -19,7 +19,7 @@ from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...transforms.location_scale import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import Arguments, GuideSpec
+from ..persistence.spec import GuideSpec
 from ..persistence.state_check import LeastState
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
@@ -34,9 +34,8 @@ _MOST_NUMBERS = 5_000_000
 class AutoStructuredFlow(AutoAutoregressive):
     r"""A guide for hundreds and thousands of latents: a flow with the posterior's own graph.
 
-    At the first call the guide finds out which latents depend on each other given all others, by
-    differences of the gradient of the model's log density at as many points as there are latents. The
-    posterior then is, exactly,
+    At the first call the guide finds which latents depend on each other given all others, by
+    differences of the gradient of the model's log density. The posterior then is, exactly,
 
     .. math::
 
@@ -46,27 +45,23 @@ class AutoStructuredFlow(AutoAutoregressive):
     it is. Each factor is a location and a scale that depend on the parents by a linear function and a
     small network, with hinges for skewness and tails; the root block R, where everything depends on
     everything, has the flow of :class:`~pyro_artransform.AutoIAF`. Coordinates that do not depend on
-    each other are drawn at once: 10 levels for a chain of 1,000 latents, 2 for a plate. The
-    number of parameters is proportional to the number of parents, so that there is nothing of the size
-    of the square of the number of latents, unless all of them depend on each other.
+    each other are drawn at once: 10 levels for a chain of 1,000 latents, 2 for a plate. The number of
+    parameters is proportional to that of parents.
 
-    ``guide.graph`` says which latents depend on which, and ``print(guide.graph)`` sums it up. A
-    dependency that is switched off at all points of the first call, as by ``torch.where``, is not in
-    the graph: :meth:`check_graph` searches again where the posterior is. A mini-batch has a part of
-    the dependencies, so before it is trained on mini-batches the guide has to see all data once,
-    ``guide.set_up(*all_data)``.
+    ``print(guide.graph)`` sums up which latents depend on which. A dependency that is switched off at
+    the first call, as by ``torch.where``, is not in the graph: :meth:`check_graph` searches again.
+    A mini-batch has a part of the dependencies, so before it is trained on mini-batches the guide has
+    to see all data once, ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
     :param hidden_dim: the number of hidden units of the network of each latent coordinate.
     :param max_parents: the most parents of a coordinate; of more, those with the strongest partial
         correlations near the start are kept, and ``guide.graph.dropped`` has the others.
     :param num_transforms: the number of layers with networks of the parents.
-    :param init_loc_fn: as for :class:`~pyro_artransform.AutoAutoregressive`.
-    :param init_scale: as for :class:`~pyro_artransform.AutoAutoregressive`.
+    :param init_loc_fn: as for :class:`~pyro_artransform.AutoAutoregressive`, as ``init_scale`` is.
     :raises TypeError: as for :class:`~pyro_artransform.AutoAutoregressive`.
-    :raises ValueError: as for :class:`~pyro_artransform.AutoAutoregressive`, and for a size that is not
-        positive; at the first call, if the density of the model is random or its gradient is
-        not finite near the starting values.
+    :raises ValueError: as there, and for a size that is not positive; at the first call, if the density
+        of the model is random or its gradient not finite near the starting values.
 
     Example::
 
@@ -93,6 +88,7 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     _graph: LatentGraph
     _parts: tuple[StructuredFlow, LocationScale]
+    _found_arguments = ("graph", "full_rank")
 
     @names_the_class
     def __init__(
@@ -105,19 +101,20 @@ class AutoStructuredFlow(AutoAutoregressive):
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
     ) -> None:
-        arguments = {
-            "hidden_dim": check_integer("hidden_dim", hidden_dim),
-            "max_parents": check_integer("max_parents", max_parents),
-            "num_transforms": check_integer("num_transforms", num_transforms),
-        }
         super().__init__(
             model,
-            flow=_no_flow,
+            flow=nn.Module,  # until the graph is known
             full_rank=False,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._arguments.update(arguments)
+        sizes = {
+            "hidden_dim": hidden_dim,
+            "max_parents": max_parents,
+            "num_transforms": num_transforms,
+        }
+        for name, size in sizes.items():
+            self._arguments[name] = check_integer(name, size)
 
     @property
     def graph(self) -> LatentGraph:
@@ -150,16 +147,14 @@ class AutoStructuredFlow(AutoAutoregressive):
         else:
             graph = self._find_graph(spec)
             arguments["graph"] = graph.to_plain()
-        sizes = arguments["hidden_dim"], arguments["num_transforms"]
+        sizes, self._graph = (arguments["hidden_dim"], arguments["num_transforms"]), graph
         self._make_flow = lambda _: StructuredFlow(graph.elimination, *sizes)
-        self._graph = graph
         super()._build(spec, start)
 
     def _find_graph(self, spec: GuideSpec) -> LatentGraph:
         log_joint = self._log_joint_of()
         names = coordinate_names(spec.sites)
-        found_names = coordinate_names(tuple(log_joint.latents.sites.values()))
-        if names != found_names:
+        if names != coordinate_names(log_joint.latents.sites.values()):
             raise ValueError(
                 f"expected a model whose latents are the guide's, {sorted(spec.latents.sites)}, got one "
                 f"with {sorted(log_joint.latents.sites)}"
@@ -171,11 +166,9 @@ class AutoStructuredFlow(AutoAutoregressive):
         return LatentGraph(names, markov, tuple(dropped))
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
-        """Searches for dependencies of the posterior that the graph lacks, at draws of the guide.
+        """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.
 
-        A dependency may be switched off at all points of the first call, as by a branch of the model on
-        the value of a latent. The number of draws is such that about 4,000 gradients are computed, and
-        at most 256. :func:`~pyro_artransform.fit` does this at its end.
+        It computes about 4,000 gradients, at 256 draws of the guide at most.
 
         :param args: the model's arguments, as ``kwargs``.
         :raises ValueError: if there is one; the message names the latents.
@@ -194,7 +187,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """The dependencies that :meth:`check_graph` finds, such as ``"mu and h[3]"``, over mini-batches."""
+        """What :meth:`check_graph` finds over mini-batches, such as ``"mu and h[3]"``."""
         graph, names = self.graph, self.graph.names
         most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
         count = max(2, min(_MOST_DRAWS, most))
@@ -284,12 +277,3 @@ class AutoStructuredFlow(AutoAutoregressive):
         weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
         least = super()._least_state(spec)
         return least._replace(numbers=max(least.numbers, len(graph.root) ** 2 + weights))
-
-    @classmethod
-    def _constructor_arguments(cls, spec: GuideSpec) -> Arguments:
-        return {k: v for k, v in spec.arguments.items() if k not in ("graph", "full_rank")}
-
-
-def _no_flow(latent_dim: int) -> nn.Module:
-    """Stands for the flow until the graph is known."""
-    raise RuntimeError("the flow of this guide is made when its graph is known")

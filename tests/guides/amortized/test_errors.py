@@ -109,13 +109,13 @@ def other_plates(y, inside=True):
             in_groups("z", lambda y: dist.Normal(torch.zeros(y.shape[1]), 1.0).to_event(1)),
             lambda y: y[:, :1],
             [(torch.zeros(4, 3),), (torch.zeros(4, 2),)],
-            r"site 'z': expected each element .*\(3,\).*got \(2,\)",
+            r"site 'z': expected elements of shape \(3,\) in .*, got \(2,\) in",
         ),
         (
             other_plates,
             None,
             [(data(),), (data(), False)],
-            r"site 'b': expected it in the plates \['inner'\].*outer",
+            r"site 'b': expected elements of shape \(\) in the plates \['inner'\].*outer",
         ),
         (
             hierarchies.groups,

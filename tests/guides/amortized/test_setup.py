@@ -75,7 +75,7 @@ def test_copies_of_a_guide_that_was_never_called():
         unpickled(data())
     unpickled.model = hierarchies.groups
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="pickled before its first call, without its flows"):
+        with pytest.raises(RuntimeError, match="pickled before its first call, without its flow"):
             unpickled(data())
 
 
