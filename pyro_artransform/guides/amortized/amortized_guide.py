@@ -285,7 +285,7 @@ class AutoAmortized(PersistentGuide):
         moved = [n for n, plate in sizes.items() if n in made or plate.size != plate.full_size]
         return self.plates, {name: self.plates[name].indices for name in moved}
 
-    # What a fit uses beyond Pyro's interface
+    # Fits, draws and densities
 
     @contextmanager
     def path_gradient(self) -> Iterator[None]:
@@ -338,8 +338,6 @@ class AutoAmortized(PersistentGuide):
                 scales[parameter] = scale.new_full((), ratio**-0.5)
         return scales
 
-    # Draws and densities
-
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draws of all sites, of all elements, without gradients.
@@ -361,7 +359,7 @@ class AutoAmortized(PersistentGuide):
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The log-density at values of all sites and all elements, on the constrained space.
 
-        No plate is scaled. Near the edges of a support, going back loses digits.
+        No plate is scaled. Near the edges of a support, digits are lost on the way back.
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``, as
             :meth:`sample_posterior`, with the same ``args`` and ``kwargs``, returns them.

@@ -43,8 +43,7 @@ class MiniBatch(Messenger):
         value, event_dim = message["value"], message["kwargs"].get("event_dim")
         if event_dim is None:
             event_dim = message["args"][1]
-        found: dict[int, str] = {}
-        plates = self._plates()
+        plates, found = self._plates(), dict[int, str]()
         for name in plates.keys() & self._names:
             plate = plates[name]
             dim = plate.dim - event_dim

@@ -181,10 +181,7 @@ class LatentLayout:
 
 
 def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
-    """The latents with each plate reduced to one element, and the mean of the starting values of all.
-
-    Refuses a model without latents in plates, and plates without a size.
-    """
+    """The latents with each plate reduced to one element, and the mean of the starting values of all."""
     sites, starts = [], []
     for name, site in sites_by_name(trace).items():
         for frame in site.plates:

@@ -137,10 +137,7 @@ def describe(name: Name) -> str:
 
 
 def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> list[tuple[int, int]]:
-    """Pairs of a coordinate and a parent, beyond the ``most`` strongest parents of each coordinate.
-
-    The strength is the partial correlation in the Gaussian with the curvature that was found.
-    """
+    """Pairs of a coordinate and a parent beyond its ``most`` strongest, by partial correlations."""
     if max(map(len, full.parents), default=0) <= most:
         return []
     pattern = PrecisionPattern(full, found.curvature.device)

@@ -1,8 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Models with plates, at the top level of a module, so that a guide of one can be pickled; and what is
-done with guides of them.
-"""
+"""Models with plates, of which guides can be pickled, and what is done with guides of them."""
 
 import pyro
 import torch
@@ -99,7 +97,7 @@ class Encoder(nn.Module):
         return self.net(y[:, None] if y.dim() == 1 else y)
 
 
-class SubsamplingEncoder(Encoder):
+class BatchEncoder(Encoder):
     """The same of a mini-batch that the plates take."""
 
     def forward(self, y, *_):

@@ -72,15 +72,18 @@ def test_models_that_are_refused(model, message):
 def test_batch_dimension_that_is_no_plate():
     pyro.enable_validation(False)
     model = in_groups("z", lambda y: dist.Normal(torch.zeros(2, len(y)), 1.0))
-    refuses(
-        r"site 'z': expected the batch shape \(12,\) of its plates.*got \(2, 12\)", model, data()
-    )
+    refuses(r"'z': expected the batch shape \(12,\) of its plates.*got \(2, 12\)", model, data())
 
 
 def test_starting_value_outside_the_support():
     model = in_groups("s", lambda y: dist.HalfNormal(1.0))
     start = init_to_value(values={"s": torch.zeros(12)})
     refuses("site 's': expected starting values inside", model, data(), init_loc_fn=start)
+
+
+def row_vectors(y):
+    with pyro.plate("groups", len(y)):
+        pyro.sample("z", dist.Normal(torch.zeros(y.shape[1]), 1.0).to_event(1))
 
 
 def sized_global(y):
@@ -97,41 +100,22 @@ def other_plates(y, inside=True):
 
 
 @pytest.mark.parametrize(
-    ("model", "encoder", "args", "message"),
+    ("model", "other", "message"),
     [
-        (
-            sized_global,
-            lambda y: y[:, None],
-            [(data(),), (data(5),)],
-            r"'free' is in no plate, and its shape changes.*\(12,\).*\(5,\)",
-        ),
-        (
-            in_groups("z", lambda y: dist.Normal(torch.zeros(y.shape[1]), 1.0).to_event(1)),
-            lambda y: y[:, :1],
-            [(torch.zeros(4, 3),), (torch.zeros(4, 2),)],
-            r"site 'z': expected elements of shape \(3,\) in .*, got \(2,\) in",
-        ),
-        (
-            other_plates,
-            None,
-            [(data(),), (data(), False)],
-            r"site 'b': expected elements of shape \(\) in the plates \['inner'\].*outer",
-        ),
-        (
-            hierarchies.groups,
-            None,
-            [(data(),), (data(5),)],
-            r"plate 'groups' around the sites \['z'\] has another size.* 12 .*got 5",
-        ),
+        (sized_global, [data(5)], r"'free' is in no plate, and its.*\(12,\).*\(5,\)"),
+        (row_vectors, [torch.zeros(12, 2)], r"'z': expected elements of .*\(3,\).*got \(2,\)"),
+        (other_plates, [data(), False], r"'b': expected .* in the plates \['inner'\].*outer"),
+        (hierarchies.groups, [data(5)], r"'groups' around.*\['z'\] has another.* 12 .*got 5"),
     ],
 )
-def test_arguments_that_change_the_latents(model, encoder, args, message):
-    first, second = args
-    guide = AutoAmortized(model, encoder)
-    guide(*first)
+def test_arguments_that_change_the_latents(model, other, message):
+    first = torch.zeros(12, 3) if model is row_vectors else data()
+    has_encoder = model in (sized_global, row_vectors)
+    guide = AutoAmortized(model, (lambda y: y.reshape(len(y), -1)[:, :1]) if has_encoder else None)
+    guide(first)
     with pytest.raises(ValueError, match=message):
-        guide(*second)
-    guide(*first)
+        guide(*other)
+    guide(first)
 
 
 # Indices that the model gives
@@ -204,11 +188,7 @@ def test_plates_that_do_not_fit(plates, kind, message):
 @pytest.mark.parametrize(
     ("encoder", "kind", "message"),
     [
-        (
-            lambda y: y[:5, None],
-            ValueError,
-            r"\(12, 1\), a row for each.*'groups' \(12\).*\['z'\].*\(5, 1\)",
-        ),
+        (lambda y: y[:5, None], ValueError, r"\(12, 1\), a.*'groups' \(12\).*\['z'\].*\(5, 1\)"),
         (lambda y: y, ValueError, r"expected features of shape \(12, 12\).*got \(12,\)"),
         (lambda y: {"rows": y[:, None]}, ValueError, r"of \['groups'\], got the key 'rows'"),
         (lambda y: [y], TypeError, "expected it to return a tensor or a dict of tensors.*list"),
@@ -260,9 +240,7 @@ def test_embeddings_of_all_and_features_of_a_mini_batch():
 
     guide = AutoAmortized(model, lambda y, total=12: {"groups": y[:, None]})
     assert guide(data(4))["w"].shape == (2, 4)
-    with pytest.raises(
-        ValueError, match=r"plate 'groups' around .*'w'.* 4 elements, got 12.*the same for all"
-    ):
+    with pytest.raises(ValueError, match=r"'groups' around .*'w'.* 4 elements, got 12.*the same"):
         guide.sample_posterior(2, data(4))
 
 
@@ -291,26 +269,18 @@ def test_arguments(options, kind, message):
         AutoAmortized(hierarchies.groups, **options)
 
 
-class Unmasked(nn.Module):
+class Unmasked(nn.Linear):
     """A network that mixes the coordinates."""
 
-    def __init__(self, size, context):
-        super().__init__()
-        self.net = nn.Linear(size + context, size)
-
     def forward(self, x, context):
-        context = context.expand(x.shape[:-1] + context.shape[-1:])
-        shift = self.net(torch.cat([x, context], -1))
-        return dist.transforms.AffineTransform(shift, 1.0)
+        return dist.transforms.AffineTransform(super().forward(x), 1.0)
 
 
 def test_local_flows():
-    def linear(d, c):
-        return nn.Linear(d, c)
+    message = "conditional transform that is a module.*got Linear"
+    refuses(message, hierarchies.standard, kind=TypeError, local_flow=nn.Linear)
 
     def unmasked(d, c):
-        return ConditionalAutoregressiveTransform(Unmasked(d, c))
+        return ConditionalAutoregressiveTransform(Unmasked(d, d))
 
-    message = "conditional transform that is a module.*got Linear"
-    refuses(message, hierarchies.standard, kind=TypeError, local_flow=linear)
     refuses("meta is not autoregressive", hierarchies.standard, local_flow=unmasked)

@@ -45,14 +45,6 @@ def score(guide):
 both = pytest.mark.parametrize("new", [lambda: None, Encoder], ids=["embeddings", "encoder"])
 
 
-def test_two_guides_share_no_parameters():
-    """F15."""
-    first, second = trained(Encoder()), AutoAmortized(hierarchies.groups, Encoder())
-    second(data())
-    assert trains(second, first)
-    assert trains(first, second)
-
-
 @both
 def test_copies(new):
     guide = trained(new())
@@ -111,18 +103,6 @@ def test_state_dict(new):
         assert torch.equal(score(loaded), score(guide))
 
 
-def test_state_dict_of_another_batch_size():
-    guide, other = (AutoAmortized(hierarchies.batched, Encoder()) for _ in range(2))
-    guide(data(4))
-    other(data(7))
-    other.load_state_dict(guide.state_dict())
-    draws = []
-    for one in (guide, other):
-        pyro.set_rng_seed(0)
-        draws.append(one.sample_posterior(2, data(5))["z"])
-    assert torch.equal(*draws)
-
-
 @both
 def test_save_and_load(new, tmp_path):
     """F13, F17: without the model and, where there are embeddings, without data."""
@@ -157,23 +137,3 @@ def test_what_does_not_load(tmp_path):
         guide()
     with pytest.raises(RuntimeError, match="call it, or set_up"):
         AutoAmortized(hierarchies.groups).save(tmp_path / "never.pt")
-
-
-def test_param_store():
-    """F14: a store that was loaded trains on."""
-    guide = trained(Encoder())
-    guide(data())
-    state, values = copy.deepcopy(pyro.get_param_store().get_state()), parameters(guide)
-    del guide
-    pyro.clear_param_store()
-    pyro.get_param_store().set_state(state)
-    fresh = AutoAmortized(hierarchies.groups, Encoder())
-    fresh(data())
-    assert not moved(fresh, values)
-    assert trains(fresh)
-
-
-def test_to_another_dtype():
-    guide = trained().to(torch.float32)
-    assert {v.dtype for v in guide.parameters()} == {torch.float32}
-    assert guide.sample_posterior(2)["z"].dtype == torch.float32

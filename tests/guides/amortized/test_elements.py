@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Mini-batches and new data: sizes of plates, features and embeddings of their elements."""
+"""Elements of plates: sizes, features and embeddings, draws and densities, of mini-batches and of all."""
 
 import pyro
 import pytest
@@ -11,14 +11,7 @@ from torch import nn
 
 from pyro_artransform import AutoAmortized, conditional_iaf
 from tests.guides.amortized import hierarchies
-from tests.guides.amortized.hierarchies import (
-    Encoder,
-    SubsamplingEncoder,
-    data,
-    redraw,
-    traces,
-    train,
-)
+from tests.guides.amortized.hierarchies import BatchEncoder, Encoder, data, redraw, traces, train
 
 # Batches of other sizes
 
@@ -37,22 +30,20 @@ def test_last_short_batch_and_another_total():
 def test_the_model_is_run_for_new_shapes_only():
     runs = []
 
-    def model(y, total=12, scale=1.0):
+    def model(y):
         runs.append(len(y))
-        hierarchies.batched(y, total)
+        hierarchies.batched(y)
 
-    guide = AutoAmortized(model, lambda y, *_, **__: y[:, None])
+    guide = AutoAmortized(model, lambda y: y[:, None])
     guide(data(4))
     runs.clear()
     for y in (data(4), data(3), data(4), data(3) + 1, data(1)):
         guide(y)
     assert runs == [3, 1]
-    guide(data(4), 20)
-    assert runs == [3, 1, 4]
 
 
 def test_autoencoder():
-    """No globals; each conditional layer has the encoder's features, and decoder and encoder train."""
+    """No globals; decoder and encoder train."""
     decoder, encoder = nn.Linear(3, 5), Encoder(5, 4)
     x = (torch.rand(8, 5) > 0.5).double()
 
@@ -61,7 +52,6 @@ def test_autoencoder():
 
     guide = AutoAmortized(model, encoder, local_flow=lambda d, c: conditional_iaf(d, c, 2, 8))
     train(model, guide, x)
-    assert sum("context_layer" in name for name, _ in guide.named_parameters()) == 2
     stored = {id(p) for _, p in pyro.get_param_store().named_parameters()}
     networks = [*decoder.parameters(), *encoder.parameters()]
     assert {id(parameter) for parameter in networks} <= stored
@@ -103,7 +93,7 @@ def test_encoder_that_registers_itself():
 
 def test_rows_of_all_elements_are_indexed_as_the_mini_batch_is():
     """An encoder of the mini-batch, and one of all data, give the same."""
-    y, encoder = data(), SubsamplingEncoder()
+    y, encoder = data(), BatchEncoder()
     draws = []
     for function in (encoder, lambda y: encoder.net(y[:, None]).detach()):
         pyro.clear_param_store()
@@ -170,3 +160,107 @@ def test_plate_sizes_that_follow_from_values():
         ValueError, match=r"encoder: expected features of shape \(6, 2\).*got \(4, 2\)"
     ):
         wrong(torch.tensor([5, 0, 1, 2, 3, 3]), y)
+
+
+# Draws and densities
+
+
+def test_shapes_dtypes_and_supports(monkeypatch):
+    guide = AutoAmortized(hierarchies.nested)
+    guide()
+    redraw(guide)
+    # in chunks of two draws
+    monkeypatch.setattr("pyro_artransform.guides.amortized.amortized_guide._CHUNK", 50)
+    draws = guide.sample_posterior(7)
+    assert {name: tuple(value.shape[1:]) for name, value in draws.items()} == hierarchies.NESTED
+    assert list(draws) == list(guide.prototype_trace.nodes)
+    for name, site in guide.prototype_trace.nodes.items():
+        assert len(draws[name]) == 7
+        assert site["fn"].support.check(draws[name]).all()
+    assert len(draws["cell"][:, 0, 0].unique()) == 7
+    assert guide.log_prob(draws).shape == (7,)
+    for name, value in guide.quantiles([0.1, 0.9], num_samples=30).items():
+        assert value.shape == (2, *hierarchies.NESTED[name])
+
+
+def test_density_by_quadrature():
+    """The density of a global and an element integrates to one."""
+
+    def model():
+        pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("items", 1):
+            pyro.sample("unit", dist.Beta(2.0, 2.0))
+
+    guide = AutoAmortized(model, init_scale=1.0)
+    guide()
+    redraw(guide)
+    rate, unit = torch.linspace(-9, 9, 181).exp(), torch.linspace(-12, 12, 241).sigmoid()
+    grid = torch.cartesian_prod(rate, unit)
+    with torch.no_grad():
+        log_q = guide.log_prob({"rate": grid[:, 0], "unit": grid[:, 1:]})
+    jacobian = grid[:, 0] * grid[:, 1] * (1 - grid[:, 1])
+    assert abs((log_q.exp() * jacobian).sum() * 0.1 * 0.1 - 1) < 2e-3
+
+
+def test_elements_with_an_encoder_are_those_of_the_arguments():
+    guide = AutoAmortized(hierarchies.batched, Encoder())
+    guide(data(4))
+    redraw(guide)
+    for size in (4, 9):
+        draws = guide.sample_posterior(3, data(size))
+        assert draws["z"].shape == (3, size)
+        assert guide.log_prob(draws, data(size)).shape == (3,)
+    with pytest.raises(ValueError, match=r"values: expected 'z' of shape \(3, 4\), got \(3, 9\)"):
+        guide.log_prob(draws, data(4))
+
+
+def test_elements_with_an_encoder_of_the_mini_batch_are_all():
+    y = data()
+    guide = AutoAmortized(hierarchies.minibatch, BatchEncoder())
+    guide(y)
+    with torch.no_grad():
+        guide.transform.locals[0].affine.linear.weight[:, 0] = 2.0
+    medians = guide.median(y, num_samples=2_000)["z"]
+    assert medians.shape == (12,)
+    again = guide.median(y.flip(0), num_samples=2_000)["z"]
+    assert (medians - again.flip(0)).abs().max() < 0.02 < medians.std()
+
+
+def test_locals_depend_on_globals_and_on_their_parents():
+    guide = AutoAmortized(hierarchies.nested)
+    guide()
+    # the context of a cell is its embedding, three globals, and the three latents of its parent
+    weight = guide.transform.locals[2].affine.linear.weight
+    assert weight.shape == (1, 8 + 3 + 3)
+    for columns, sees_globals in ((slice(8, 11), True), (slice(11, 14), False)):
+        with torch.no_grad():
+            weight.zero_()
+            weight[:, columns] = 2.0
+        draws = guide.sample_posterior(4_000)
+        rates = draws["rate"].log()
+        cell = ((draws["cell"] + 1) / 3).logit()[:, 0, 0]
+        others = [draws["scale"].log(), rates[:, 0], rates[:, 1]]
+        found = torch.stack([cell, *others]).corrcoef()[0, 1:].abs()
+        assert (found > 0.3).tolist() == [sees_globals, not sees_globals, False]
+        assert (found < 0.1).tolist() == [not sees_globals, sees_globals, True]
+
+
+@pytest.mark.parametrize(
+    ("mean", "z", "message"),
+    [
+        ((3,), None, r"expected the sites \['mean', 'z'\], got \['mean'\]"),
+        ((3,), (3, 5), r"'z' of shape \(3, 12\), got \(3, 5\)"),
+        ((2,), (3, 12), r"'z' of shape \(2, 12\), got \(3, 12\)"),
+        ((), (12,), r"'mean' of shape \(n,\) \+ site shape"),
+    ],
+)
+def test_values_that_do_not_fit(mean, z, message):
+    guide = AutoAmortized(hierarchies.groups)
+    guide(data())
+    values = {"mean": torch.zeros(mean)}
+    if z is not None:
+        values["z"] = torch.zeros(z)
+    with pytest.raises(ValueError, match=message):
+        guide.log_prob(values)
+    with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
+        guide.sample_posterior(0)
