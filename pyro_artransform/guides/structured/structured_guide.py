@@ -272,8 +272,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         return {**sizes, **flow.step_scales()}
 
     def _least_state(self, spec: GuideSpec) -> LeastState:
-        arguments = spec.arguments
+        arguments, least = spec.arguments, super()._least_state(spec)
         graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
         weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
-        least = super()._least_state(spec)
         return least._replace(numbers=max(least.numbers, len(graph.root) ** 2 + weights))
