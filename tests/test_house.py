@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "inference": {
         *("arguments", "transforms", "graphs", "joint", "diagnostics", "posterior", "files"),
     },
-    "plots": {"inference", "diagnostics"},
+    "plots": {"guides", "inference", "diagnostics"},
     "testing": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "guides"),
         *("graphs", "joint", "diagnostics", "posterior", "inference"),

@@ -5,18 +5,10 @@
 
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .comparison import ComparedModel, Comparison, compare
-from .importance import (
-    Importance,
-    ParetoTail,
-    fit_tail,
-    importance,
-    psis_resample,
-    smooth_tail,
-)
+from .importance import Importance, ParetoTail, fit_tail, importance, psis_resample, smooth_tail
 from .importance_weights import log_weights
 from .marginals import Marginals, marginals
 
-# sorted without regard to case
 __all__ = [  # noqa: RUF022
     "ComparedModel",
     "Comparison",

@@ -24,10 +24,8 @@ from ..joint.traces import is_deterministic
 
 Values = dict[str, Tensor]
 
-# points at which the distribution functions of ranks are compared
-_MAX_POINTS = 100
-# ties count as being as far out as the worst point, despite round-off
-_ABOVE_TIES = 1 + 1e-9
+_MAX_POINTS = 100  # at which the distribution functions of ranks are compared
+_ABOVE_TIES = 1 + 1e-9  # so that ties are as far out as the worst point, despite round-off
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +46,8 @@ class SBC:
         return len(next(iter(self.ranks.values())))
 
     def pvalues(self) -> Values:
-        """The p-value of uniform ranks for each coordinate, by site, each of the site's shape.
-
-        It is that of :func:`~pyro_artransform.diagnostics.uniformity_pvalue`.
-        """
+        """For each coordinate that of :func:`~pyro_artransform.diagnostics.uniformity_pvalue`."""
         flat = [ranks.reshape(self.num_simulations, -1) for ranks in self.ranks.values()]
-        # of all at once, which share most of the work
         pvalues = uniformity_pvalue(torch.cat(flat, 1), self.num_draws)
         parts = pvalues.split([ranks.shape[1] for ranks in flat])
         return {k: part.reshape(self.ranks[k].shape[1:]) for k, part in zip(self.ranks, parts)}
@@ -61,8 +55,7 @@ class SBC:
     def passed(self, alpha: float = 0.01) -> bool:
         """Whether no coordinate's ranks depart from uniform ones.
 
-        :param alpha: the probability that right posteriors fail, over all coordinates together
-            (Bonferroni's bound).
+        :param alpha: the probability that right posteriors fail (Bonferroni's bound).
         """
         pvalues = torch.cat([value.flatten() for value in self.pvalues().values()])
         return bool((pvalues * len(pvalues)).min() >= alpha)
@@ -112,19 +105,16 @@ def sbc(
     right. This finds posteriors that are too narrow, too wide or biased on average over the prior; a
     posterior that ignores its data and equals the prior passes too.
 
-    The data sites are those that have data when the model runs with the arguments given here (the
-    real data, which are not used otherwise), or those in ``observed``, for a model that draws its
-    data unless it is given them.
-
     :param model: a Pyro model without factors, which cannot be simulated from.
     :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a
         dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
         function of the number of draws that returns such a dict. Deterministic sites that have draws
         are ranked, too. It runs with a param store of its own, empty at first.
-    :param args: the model's arguments.
+    :param args: the model's arguments. Sites that have data with them are the data sites; the data
+        are not used otherwise.
     :param num_simulations: the number of simulated data sets.
     :param num_draws: the number of draws of each posterior; ranks go from 0 to it.
-    :param observed: the names of the data sites.
+    :param observed: more data sites, of a model that draws its data unless it is given them.
     :param seed: the seed of Pyro's generators, which is set.
     :param progress: whether to show a progress bar.
     :param kwargs: the model's keyword arguments.
@@ -184,17 +174,13 @@ def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> se
     sites = {name: site for name, site in _sites(run).items() if not is_deterministic(site)}
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
-        raise ValueError(
-            f"model: expected one to simulate from, got one with the factors {factors}"
-        )
+        raise ValueError(f"model: expected one to simulate from, got the factors {factors}")
     names = {name for name, site in sites.items() if site["is_observed"]} | set(observed or ())
-    if not names <= sites.keys():
-        unknown = sorted(names - sites.keys())
+    if unknown := sorted(names - sites.keys()):
         raise ValueError(f"observed: expected sites of {sorted(sites)}, got {unknown}")
     if not names:
         raise ValueError(
-            "observed: expected the names of the data sites of a model that has no data here, or a "
-            "model that is given its data"
+            "observed: expected the names of the data sites, or a model with data here"
         )
     return names
 
@@ -207,7 +193,6 @@ def _draws_of(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
-    """Draws of what ``fit_one`` has returned."""
     if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)
     elif isinstance(posterior, AutoGuide):
@@ -219,10 +204,8 @@ def _draws_of(
         posterior = posterior(num_draws)
     if isinstance(posterior, Mapping):
         return posterior
-    raise TypeError(
-        "fit_one: expected a guide, a dict of draws, or a function that returns one, got "
-        f"{type(posterior).__name__}"
-    )
+    kind = type(posterior).__name__
+    raise TypeError(f"fit_one: expected a guide, a dict of draws, or a function, got {kind}")
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:
@@ -245,12 +228,10 @@ def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values
 def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
     r"""The p-value of uniform ranks, by the point where their distribution function fits worst.
 
-    The number of ranks up to r is binomial if ranks are uniform. The statistic is the smallest
-    two-sided binomial tail probability over r. Its p-value is the probability that these numbers are
-    as far out at any r, which a recursion over r gives exactly.
+    The number of ranks up to r is then binomial. The statistic is the smallest two-sided tail
+    probability over r; its p-value is exact, by a recursion over r.
 
-    :param ranks: integers from 0 to ``num_draws``, of shape ``(S, K)``: S ranks of each of K
-        quantities.
+    :param ranks: integers from 0 to ``num_draws``, of shape ``(S, K)``, of K quantities.
     :param num_draws: the largest rank.
     :return: shape ``(K,)``.
 
@@ -283,17 +264,17 @@ def simultaneous_bands(
     tails = _two_sided_tails(levels, num_ranks)
     candidates = (tails[tails <= 1 - level].unique() * _ABOVE_TIES).tolist()
 
-    def probability(worst: float) -> float:
-        return float(_probability_of_reaching(levels.new_tensor([worst]), tails, levels))
-
-    num_rare = bisect_right(candidates, 1 - level, key=probability)
+    reaching = partial(_probability_of_reaching, tails=tails, levels=levels)
+    num_rare = bisect_right(
+        candidates, 1 - level, key=lambda worst: float(reaching(levels.new_tensor([worst])))
+    )
     inside = (tails > candidates[num_rare - 1] if num_rare else tails >= 0).long()
     lower, upper = inside.argmax(1), num_ranks - inside.flip(1).argmax(1)
     return levels, lower.to(levels) / num_ranks, upper.to(levels) / num_ranks
 
 
 def _levels(num_draws: int) -> Tensor:
-    """The distribution function of uniform ranks, at all of them or at evenly spaced ones."""
+    """The distribution function of uniform ranks, at evenly spaced ones."""
     num_points = min(num_draws, _MAX_POINTS)
     steps = torch.arange(1, num_points + 1, device="cpu")
     return (num_draws * steps // num_points).double() / (num_draws + 1)

@@ -5,13 +5,9 @@
 
 Pulled back through the transform of a good guide a posterior is nearly a standard normal, so that
 unit masses do, and a quarter of an oscillation forgets the start. Directions in which it is much
-wider or narrower than the guide are found by a few products with the mean Hessian, and stretched:
-chains with unit masses would hardly move along a wide one, and nothing in a single latent would show
-it, as with the common level of a thousand groups of which a guide knows nothing.
-
-Each chain has a companion with the same momenta and the same random numbers, whose distribution is
-exactly the standard normal. What the companion is off by from its known mean, the chain is off by as
-well, nearly: the better the guide, the less noise is left in the difference of the two.
+wider or narrower are stretched: chains with unit masses would hardly move along a wide one, and
+nothing in a single latent would show it. Each chain has a companion of the same random numbers, from
+the standard normal itself: the better the guide, the less noise is left in their difference.
 
 **References**
 
@@ -37,31 +33,20 @@ from ..joint import LogJoint
 from ..joint.protocols import TransformedGuide
 from ..transforms.flow_module import call_and_ladj_over_vectors
 
-#: the value and the log-determinant of a transform of draws, of shapes ``(n, D)`` and ``(n,)``
-ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]
+ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
-# the acceptance rate of the least cost for long trajectories (Neal 2011, 5.4.4) is 0.65; for so few
-# steps more is better: at 0.8 a tenth of the pairs part in a step, at 0.65 a fifth
-_TARGET_ACCEPTANCE = 0.8
-# of D oscillators the error of the energy has a sd of about h^2 sqrt(D) / 4 after a quarter period
-_FIRST_STEP_SIZE = 1.4
-# an oscillator of unit frequency is stable up to 2
-_MAX_STEP_SIZE = 1.2
+_TARGET_ACCEPTANCE = 0.8  # above the usual 0.65 (Neal 2011, 5.4.4), since fewer pairs part
+_FIRST_STEP_SIZE = 1.4  # of one coordinate; the error of the energy grows as h^2 sqrt(D)
+_MAX_STEP_SIZE = 1.2  # an oscillator of unit frequency is stable up to 2
 _MAX_LEAPFROGS = 25
-# lengths of trajectories in quarters of an oscillation: they vary, so that they are not a whole period
-# of some direction in all steps
+# lengths in quarters of an oscillation, which vary: in all steps the same may be a whole period
 _SHORTEST, _LENGTHS = 0.7, 0.5
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
-# as many directions as a few trajectories cost: 24 products with a Hessian, of two gradients each
-_NUM_DIRECTIONS = 24
-_NUM_POINTS = 32
-# the mean over points is that of a smooth function: a wide difference costs no more than a narrow one
-_DIFFERENCE = 0.1
-# a direction whose sd is right within a factor of 1.4 is forgotten in a few steps as it is
-_FLATTEST, _STEEPEST = 0.5, 2.0
-# the mean Hessian away from the posterior may be anything: the sd of a direction grows 100 times at most
-_LEAST_CURVATURE, _MOST_CURVATURE = 1e-4, 1e4
+_NUM_DIRECTIONS, _NUM_POINTS = 24, 32  # each direction costs two gradients at each point
+_DIFFERENCE = 0.1  # of gradients whose mean over the points is a smooth function
+_FLATTEST, _STEEPEST = 0.5, 2.0  # curvatures that chains forget in a few steps as they are
+_LEAST_CURVATURE, _MOST_CURVATURE = 1e-4, 1e4  # an sd grows or shrinks 100 times at most
 _NO_NEW_DIRECTION = 1e-3
 
 
@@ -88,24 +73,20 @@ class PulledBack:
     """The log density log p(T(x)) + log |det T'(x)| of a posterior p in the base space of a transform T."""
 
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
-        self.to_latent = to_latent
-        self._log_joint = log_joint
-        #: how many gradients were taken
-        self.num_gradients = 0
+        self.to_latent, self._log_joint = to_latent, log_joint
+        self.num_gradients = 0  #: how many were taken
 
     def __call__(self, base: Tensor) -> State:
         """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
         self.num_gradients += len(base)
-        parts = [self._evaluate(part) for part in base.split(self._log_joint.chunk_size)]
-        return State(*(torch.cat(tensors) for tensors in zip(*parts)))
-
-    @torch.enable_grad()
-    def _evaluate(self, base: Tensor) -> State:
-        base = base.detach().requires_grad_()
-        latent, ladj = self.to_latent(base)
-        log_density = self._log_joint(latent) + ladj
-        (gradient,) = torch.autograd.grad(log_density.sum(), base)
-        return State(base.detach(), latent.detach(), log_density.detach(), gradient)
+        parts = []
+        for part in base.detach().split(self._log_joint.chunk_size):
+            with torch.enable_grad():
+                latent, ladj = self.to_latent(part.requires_grad_())
+                log_density = self._log_joint(latent) + ladj
+                (gradient,) = torch.autograd.grad(log_density.sum(), part)
+            parts.append((part.detach(), latent.detach(), log_density.detach(), gradient))
+        return State(*map(torch.cat, zip(*parts)))
 
 
 class Averages:
@@ -116,12 +97,10 @@ class Averages:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self._count = 0
+        self.values, self._count = values, 0
         self._first, self._second = torch.zeros_like(values), torch.zeros_like(values)
 
     def move(self, proposed: Tensor, probability: Tensor, accepted: Tensor, counts: bool) -> None:
-        """Takes a step, and counts it if it counts."""
         if counts:
             share = probability[:, None].to(proposed)
             for power, total in ((1, self._first), (2, self._second)):
@@ -140,13 +119,9 @@ class Averages:
 
 
 class PairedChains:
-    """Chains of a posterior in a guide's base space, paired with those of the standard normal.
+    """Chains of a target that start at points, ``(C, D)``, paired with those of the standard normal.
 
-    :param target: the posterior in the base space.
-    :param start: where its chains start, shape ``(C, D)``.
-    :param companions: where the paired ones start, standard normal draws, shape ``(C, D)``.
-    :param loc: the mean of the guide, shape ``(D,)``.
-    :param scale: its standard deviations.
+    Averages are in units of the guide, of location and scale ``(D,)``.
     """
 
     def __init__(
@@ -206,8 +181,7 @@ def leapfrog(
 ) -> tuple[State, Tensor]:
     """The end of trajectories by the leapfrog integrator, and the energy that they have lost, ``(C,)``.
 
-    A trajectory whose density or gradient is not finite on the way ends where it began, and has lost
-    minus infinity: it is never accepted.
+    One whose density or gradient is not finite on the way ends where it began, and is never accepted.
     """
     energy = start.log_density - momentum.square().sum(-1) / 2
     is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
@@ -228,10 +202,9 @@ def _standard_normal(base: Tensor) -> State:
 
 
 def _adapted(step_size: float, acceptance: float) -> float:
-    """The step size that would have the wanted acceptance rate, from the one that another has.
+    """The step size of the wanted acceptance rate, from that of another one.
 
-    The energy that trajectories lose is nearly normal, with a sd s that grows with the square of the
-    step size and a mean of half the variance, so that the rate is 2 Phi(-s / 2) (Neal 2011, 5.4.4).
+    The rate is 2 Phi(-s / 2), where s grows with the square of the step size (Neal 2011, 5.4.4).
     """
     rates = [_TARGET_ACCEPTANCE, min(max(acceptance, 0.02), 0.999)]
     tails = torch.tensor(rates, dtype=torch.float64, device="cpu") / 2
@@ -247,16 +220,10 @@ class Stretched(NamedTuple):
     factors: Tensor
 
     def __call__(self, base: Tensor) -> Tensor:
-        """The image of points, shape ``(n, D)``."""
         return base + (base @ self.directions * (self.factors - 1)) @ self.directions.T
 
     def inverse(self, image: Tensor) -> Tensor:
-        """The points of an image, shape ``(n, D)``."""
         return Stretched(self.directions, self.factors.reciprocal())(image)
-
-    def before(self, to_latent: ToLatent) -> ToLatent:
-        """This map, then another; the log-determinant lacks a constant."""
-        return lambda base: to_latent(self(base))
 
 
 def guide_transform(
@@ -266,8 +233,7 @@ def guide_transform(
     if not isinstance(guide, TransformedGuide):
         return None
     try:
-        # with its graph: torch's product of a matrix and many vectors, as in AutoMultivariateNormal,
-        # is ten times slower where the vectors take a gradient and the matrix does not
+        # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
         with torch.enable_grad():
             transform = guide.get_transform(*args, **kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
@@ -276,21 +242,8 @@ def guide_transform(
 
 
 def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:
-    """The directions in which a posterior is far from a standard normal, stretched to unit curvature.
-
-    These are Ritz vectors of the mean Hessian of minus the log density at some points, ``(n, D)``.
-    """
-    directions, images = _krylov(target, points[:_NUM_POINTS])
-    projected = directions.T @ images
-    curvatures, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-    is_far = (curvatures < _FLATTEST) | (curvatures > _STEEPEST)
-    factors = curvatures[is_far].clamp(_LEAST_CURVATURE, _MOST_CURVATURE).rsqrt()
-    return Stretched(directions @ rotation[:, is_far], factors)
-
-
-def _krylov(target: PulledBack, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions, each the image of the one before, and all images, ``(D, k)`` each."""
-    directions = points.new_zeros((points.shape[1], 0))
+    """Ritz vectors of the mean Hessian at points, ``(n, D)``, stretched to unit curvature."""
+    points, directions = points[:_NUM_POINTS], points.new_zeros((points.shape[1], 0))
     images, candidate = [], torch.randn_like(points[0])
     for _ in range(min(_NUM_DIRECTIONS, points.shape[1])):
         direction = _orthogonal(candidate, directions)
@@ -300,7 +253,11 @@ def _krylov(target: PulledBack, points: Tensor) -> tuple[Tensor, Tensor]:
         directions = torch.cat([directions, direction[:, None]], 1)
         candidate = _times_hessian(target, points, direction)
         images.append(candidate)
-    return directions, torch.stack(images, 1)
+    projected = directions.T @ torch.stack(images, 1)
+    curvatures, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+    is_far = (curvatures < _FLATTEST) | (curvatures > _STEEPEST)
+    factors = curvatures[is_far].clamp(_LEAST_CURVATURE, _MOST_CURVATURE).rsqrt()
+    return Stretched(directions @ rotation[:, is_far], factors)
 
 
 def _orthogonal(vector: Tensor, directions: Tensor) -> Tensor:
@@ -315,7 +272,5 @@ def _times_hessian(target: PulledBack, points: Tensor, direction: Tensor) -> Ten
     step = _DIFFERENCE * direction
     ahead, behind = target(points + step), target(points - step)
     is_finite = ahead.is_finite & behind.is_finite
-    if not is_finite.any():
-        return direction
     change = (behind.gradient - ahead.gradient)[is_finite]
-    return change.mean(0) / (2 * _DIFFERENCE)
+    return change.mean(0) / (2 * _DIFFERENCE) if len(change) else direction

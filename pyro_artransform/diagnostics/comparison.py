@@ -111,7 +111,12 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
 
     1. Bayes Factors (Kass, Raftery, 1995), https://doi.org/10.1080/01621459.1995.10476572
     """
-    _check(results)
+    if not isinstance(results, Mapping):
+        raise TypeError(f"results: expected a dict by name, got {type(results).__name__}")
+    if len(results) < 2:
+        raise ValueError(f"results: expected two models or more, got {len(results)}")
+    for name, found in results.items():
+        _check(name, found)
     best = max(results.values(), key=lambda found: found.log_evidence)
     total = sum(math.exp(found.log_evidence - best.log_evidence) for found in results.values())
     models = {}
@@ -130,37 +135,27 @@ def _objection(name: str, found: Evidence) -> str:
     """What speaks against an evidence, after a space; empty where nothing does."""
     khat = f" k-hat of '{name}' is {found.khat:.2f}, above"
     if found.khat > GOOD_KHAT:
-        return (
-            f"{khat} {GOOD_KHAT}: its evidence rests on a few draws, and is most often too small."
-        )
+        return f"{khat} {GOOD_KHAT}: its evidence rests on a few draws, and is often too small."
     if not found.trusted:
-        return (
-            f" '{name}' is not trusted: see its verdict. Its evidence lacks what its guide missed."
-        )
+        lacks = "Its evidence lacks what its guide missed"
+        return f" '{name}' is not trusted: see its verdict. {lacks}."
     if found.khat > KHAT_OF_VARIANCE:
         return f"{khat} {KHAT_OF_VARIANCE}: its standard error is too small."
     return ""
 
 
-def _check(results: Mapping[str, Evidence]) -> None:
-    if not isinstance(results, Mapping):
-        raise TypeError(f"results: expected a dict by name, got {type(results).__name__}")
-    if len(results) < 2:
-        raise ValueError(f"results: expected two models or more, got {len(results)}")
-    for name, found in results.items():
-        if not isinstance(name, str):
-            raise TypeError(f"results: expected names that are strings, got {name!r}")
-        if not isinstance(found, Evidence):
-            raise TypeError(
-                f"results['{name}']: expected what fit or diagnostics.importance returns, got "
-                f"{type(found).__name__}"
-            )
-        if not math.isfinite(found.log_evidence):
-            raise ValueError(
-                f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. It is not "
-                "known after a fit by mini-batches (diagnostics.importance with all data has it), nor "
-                "where all draws of the guide have a density of zero"
-            )
+def _check(name: str, found: Evidence) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"results: expected names that are strings, got {name!r}")
+    if not isinstance(found, Evidence):
+        raise TypeError(
+            f"results['{name}']: expected what fit or importance returns, got {type(found).__name__}"
+        )
+    if not math.isfinite(found.log_evidence):
+        raise ValueError(
+            f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. After a fit "
+            "by mini-batches it is not known: run diagnostics.importance with all data"
+        )
 
 
 def _conclusion(models: Mapping[str, ComparedModel]) -> str:

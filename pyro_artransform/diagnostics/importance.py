@@ -19,45 +19,28 @@ from torch import Tensor
 from ..arguments import check_integer
 from .importance_weights import Values, weighted_draws
 
-#: the largest k-hat at which estimates with the weights are reliable
-GOOD_KHAT = 0.7
-#: the largest k-hat of weights with a variance (Vehtari et al. 2024)
-KHAT_OF_VARIANCE = 0.5
-#: the largest distance of an ELBO from the evidence, in nats
-GOOD_GAP = 0.1
-#: the largest standard error of an ELBO, in nats
-GOOD_ELBO_SE = 0.05
-#: the largest share of a posterior in modes that the guide has missed
-GOOD_LOST_MASS = 0.05
-#: the largest error of a mean, in sds of the posterior
-GOOD_MEAN_SHIFT = 0.15
-#: the largest relative error of a standard deviation
-GOOD_SD_ERROR = 0.15
-#: the probability that the bounds of all errors of means and sds hold
-CONFIDENCE = 0.975
+GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
+KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with a variance (Vehtari et al. 2024)
+GOOD_GAP = 0.1  #: the largest distance of an ELBO from the evidence, in nats
+GOOD_ELBO_SE = 0.05  #: the largest standard error of an ELBO, in nats
+GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the guide has missed
+GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
+GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
+CONFIDENCE = 0.975  #: the probability that the bounds of all errors of means and sds hold
+WORST_KHAT = 10.0  #: the largest k-hat, also where a fit of the tail is meaningless
 
-
-#: the largest k-hat, also where a fit of the tail is meaningless
-WORST_KHAT = 10.0
-
-# how many draws Pyro's prior on k, with its mean of 0.5, counts as
-_PRIOR_SIZE = 10
-# smaller weights, relative to the largest, are negligible
-_LOG_RANGE = 15 * log(10)
-# a tail that is cut there needs this many weights
-_LEAST_CUT = 10
-# a tail of fewer weights says nothing, even if they are the same
-_LEAST_TAIL = 5
-# weights that round-off blurs by more nats than this are not known to be constant
-_MOST_ROUND_OFF = 0.5
+_PRIOR_SIZE = 10  # draws that Pyro's prior on k, with its mean of 0.5, counts as
+_LOG_RANGE = 15 * log(10)  # weights that are smaller than the largest by this are negligible
+_LEAST_CUT = 10  # a tail that is cut there needs this many weights
+_LEAST_TAIL = 5  # a tail of fewer weights says nothing, even if they are the same
+_MOST_ROUND_OFF = 0.5  # nats of round-off beyond which weights are not known to be constant
 _NAN_SHARE = 0.01
 
 
 class ParetoTail(NamedTuple):
-    """The generalized Pareto distribution of the largest weights.
+    """The generalized Pareto distribution of ``weight / cutoff - 1``, of the ``size`` largest weights.
 
-    It is the distribution of ``weight / cutoff - 1`` for the ``size`` weights above the cutoff, with
-    index ``khat`` and this ``scale``; the scale is NaN where nothing was fitted.
+    Its index is ``khat``; its ``scale`` is NaN where nothing was fitted.
     """
 
     khat: float
@@ -72,17 +55,14 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
 
     The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
 
-    - weights that are constant, or tied at the largest, to round-off have a k-hat of 0 (tied are
-      three quarters of those above the cutoff), and one of 10, since nothing is known, where that
-      round-off is half a nat or more (in float32, for log weights beyond 260,000);
-    - of 20 weights or fewer nothing is known either, and k-hat is 10;
-    - weights of zero (``-inf``) count like others;
-    - up to 1 % of NaN, where the model has failed, count as zero; with more, with one of ``+inf``,
-      where all are zero, and with fewer than ten tail weights within a factor of 1e15 of the largest,
-      k-hat is 10, which is its maximum.
+    - weights that are constant to round-off, or three quarters of the tail tied at the largest, have a
+      k-hat of 0, and one of 10 where that round-off is half a nat or more;
+    - weights of zero (``-inf``) count like others, as up to 1 % of NaN do, where the model has failed;
+    - with more, with one of ``+inf``, where all are zero, of 20 weights or fewer, and with fewer than
+      ten tail weights within a factor of 1e15 of the largest, k-hat is 10, which is its maximum.
 
-    The standard error is that of a generalized Pareto index from M draws, :math:`(1 + k) /
-    \sqrt{M}`, where the prior that shrinks k-hat towards 0.5 counts as ten more draws.
+    The standard error is that of an index from M draws, :math:`(1 + k) / \sqrt{M}`, where the prior
+    that shrinks k-hat towards 0.5 counts as ten more draws.
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
 
@@ -102,7 +82,6 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
 
 
 def _fit(log_weights: Tensor) -> tuple[float, float, float, int]:
-    """The fields of a tail but for its standard error."""
     weights = log_weights.to("cpu", torch.float64)
     size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
     ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
@@ -138,13 +117,11 @@ def round_off_of(log_weights: Tensor) -> float:
 
 
 def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
-    """Log weights, the largest replaced by quantiles of their Pareto tail.
-
-    None is larger than the largest weight was. Weights that are not finite become zero.
+    """Log weights, the largest replaced by quantiles of their Pareto tail, up to the largest.
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
     :param tail: the result of :func:`fit_tail`, where that is known.
-    :return: shape ``(S,)``, up to the same constant, in float64 on the CPU.
+    :return: shape ``(S,)``, in float64 on the CPU, ``-inf`` where weights are not finite.
     """
     tail = fit_tail(log_weights) if tail is None else tail
     weights = log_weights.detach().to("cpu", torch.float64)
@@ -162,15 +139,14 @@ def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
 class Importance:
     """What importance weights say of the guide that made them.
 
-    Draws whose weight is zero or not finite, where the model has no density or fails, are counted
-    in ``num_nonfinite`` and left out: the ELBO is that of the guide without them, which is a lower
-    bound of the log evidence too. The evidence and ``ess`` are those of Pareto-smoothed weights.
+    Draws whose weight is zero or not finite are counted in ``num_nonfinite`` and left out: the ELBO is
+    that of the guide without them. The evidence and ``ess`` are those of Pareto-smoothed weights.
 
     :param elbo: the evidence lower bound, in nats.
     :param elbo_se: its standard error.
     :param log_evidence: the log of the mean weight.
-    :param log_evidence_se: its standard error, too small where ``khat`` exceeds 0.5. Where that exceeds 0.7
-        the evidence rests on a few draws and is most often too small, by more than this says.
+    :param log_evidence_se: its standard error, too small where ``khat`` exceeds 0.5; beyond 0.7 the
+        evidence rests on a few draws and is most often too small, by more than this says.
     :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
         estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
     :param khat_se: its standard error.
@@ -193,12 +169,7 @@ class Importance:
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "Importance":
-        """The diagnosis of given weights.
-
-        :param log_weights: the log density of the model minus that of the guide, at draws of the
-            guide; shape ``(S,)``.
-        :raises ValueError: if the shape is another.
-        """
+        """The diagnosis of log weights, log p - log q at draws of the guide, shape ``(S,)``."""
         tail = fit_tail(log_weights)
         finite = log_weights.detach().to("cpu", torch.float64)
         finite = finite[finite.isfinite()]
@@ -247,9 +218,9 @@ def importance(
     """Weighs draws of a guide by the model: ELBO, evidence, k-hat and effective sample size.
 
     Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
-    out; others need a guide that draws them. If the model sub-samples its data, each draw sees another
-    mini-batch, whose noise is in the weights: the ELBO is right, k-hat and the evidence mean nothing.
-    The same holds if the density is random otherwise, as where a model takes rows by ``torch.randint``.
+    out; others need a guide that draws them. If the model sub-samples its data, or its density is
+    random otherwise, each draw sees another mini-batch, whose noise is in the weights: the ELBO is
+    right, k-hat and the evidence mean nothing.
 
     :param model: a Pyro model.
     :param guide: a guide of it.
@@ -290,18 +261,14 @@ def psis_resample(
     """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
 
     The resampling is systematic: a draw appears ``n`` times its weight, rounded up or down, so that
-    means over the result are weighted means with the least possible noise.
+    means over the result are weighted means with the least possible noise. The other arguments and
+    errors are those of :func:`importance`.
 
-    :param model: a Pyro model.
-    :param guide: a guide of it.
     :param n: how many draws to return; their order is random.
-    :param args: the arguments of both.
     :param num_proposals: how many draws of the guide to choose from; by default ``5 n``, and 10,000
         at least.
-    :param kwargs: the keyword arguments of both.
     :return: for each site a tensor of shape ``(n,) + site shape``.
-    :raises ValueError: if the guide lacks a latent of the model or was made for another model, a
-        number is not a positive integer, or all weights are zero or not finite.
+    :raises ValueError: if all weights are zero or not finite.
 
     **References**
 
@@ -321,9 +288,8 @@ def psis_resample(
         )
     if tail.khat > GOOD_KHAT:
         warnings.warn(
-            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} a few draws carry the weights, and "
-            "resampling is no better than the guide. Fit the guide for longer, or a more "
-            "expressive one",
+            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} resampling is no better than the guide. Fit "
+            "the guide for longer, or a more expressive one",
             stacklevel=2,
         )
     # a systematic sample, in random order

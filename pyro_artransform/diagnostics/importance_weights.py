@@ -6,7 +6,7 @@
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -22,16 +22,11 @@ Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-_CHUNK = 1000
-_NUM_COMPARED = 3
+_CHUNK, _NUM_COMPARED = 1000, 3
 
 
 class Weighted(NamedTuple):
-    """Draws with their log weights, of shape ``(n,)``.
-
-    ``latent`` is on the unconstrained space, of shape ``(n, latent_dim)``, or ``None`` where draws
-    are replayed (discrete sites, mini-batches); each of ``values`` has shape ``(n,) + site shape``.
-    """
+    """Draws on the unconstrained space, ``(n, D)`` or ``None`` where replayed; ``(n,)`` weights."""
 
     latent: Tensor | None
     values: Values
@@ -78,14 +73,11 @@ def weighted_draws(
     kwargs: Mapping[str, object] | None = None,
     log_joint: LogJoint | None = None,
 ) -> Iterator[Weighted]:
-    """Draws of a guide with their weights, a chunk at a time.
+    """Draws of a guide with their weights, a chunk at a time; discrete sites are allowed.
 
-    A guide with ``rsample_and_log_prob`` gives draws with their density on the unconstrained space.
-    Any other guide is traced, with its discrete and auxiliary sites, for its density on the
-    constrained space. A guide that is a point at some site, such as ``AutoDelta``, has an infinite
-    density there, despite its trace: its log weights are ``-inf``.
-
-    The arguments and errors are those of :func:`log_weights`, but discrete sites are allowed.
+    A guide with ``rsample_and_log_prob`` gives its density on the unconstrained space, any other one
+    is traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
+    there, despite its trace: its log weights are ``-inf``.
     """
     kwargs = dict(kwargs or {})
     offered: object = guide
@@ -111,7 +103,6 @@ def has_point(values: Values) -> bool:
 
 
 def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
-    """Draws with their density on the unconstrained space, which the guide gives itself."""
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)
     if latent.shape != expected or log_q.shape != (n,):
@@ -142,17 +133,17 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
         values = guide_draws(_NUM_COMPARED)[0]
         # the only entry of a simplex is not a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
-    weight = -torch.inf if has_point(values) else 0.0
+    if not has_point(values):
+        return draw
 
-    def weighted(n: int) -> Weighted:
+    def without_weight(n: int) -> Weighted:
         drawn = draw(n)
-        return drawn._replace(log_weights=drawn.log_weights + weight)
+        return drawn._replace(log_weights=drawn.log_weights - torch.inf)
 
-    return weighted if weight else draw
+    return without_weight
 
 
 def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:
-    """Draws of a guide of continuous sites, by its density on the constrained space."""
     drawn, log_q = draw(n)
     values = {name: drawn[name] for name in log_joint.latents.sites}
     latent = log_joint.latents.unconstrain(values)
@@ -168,33 +159,26 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     log_p = log_joint.checked(latent, log_q)
     if log_joint.strategy != strategy:
         warnings.warn(
-            "the model gives many draws at once another log-density than one at a time, as a branch "
-            f"on values of its latents does: from now on its draws are evaluated by "
-            f"{log_joint.strategy}. Write it without such branches (torch.where)",
+            "the model gives many draws at once another log-density than one at a time: from now on its "
+            f"draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
     return log_p - log_q
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
-    """Draws whose density needs the run of the model that follows each draw of the guide.
-
-    Discrete sites need it, and latents of a mini-batch, whose indices the model takes over.
-    """
-    rows, log_weights = zip(*(_replayed(model, guide) for _ in range(n)))
-    return Weighted(None, stack(list(rows)), torch.stack(log_weights))
-
-
-def _replayed(model: Run, guide: Run) -> tuple[Values, Tensor]:
-    """A draw with its log weight."""
-    drawn = _trace(guide)
-    replayed = _trace(poutine.replay(model, trace=drawn))
-    values = {node["name"]: node["value"] for node in latent_nodes(replayed)}
-    _check_latents(values, drawn.nodes)
-    # where a guide runs the model, the data are not part of its density
-    with_data = not runs_model(drawn)
-    log_q = drawn.log_prob_sum(lambda _, node: with_data or not node["is_observed"])
-    return values, torch.as_tensor(replayed.log_prob_sum() - log_q)
+    """Draws with discrete sites, or of a mini-batch: the model runs after each draw of the guide."""
+    rows, log_weights = [], []
+    for _ in range(n):
+        drawn = _trace(guide)
+        replayed = _trace(poutine.replay(model, trace=drawn))
+        rows.append({node["name"]: node["value"] for node in latent_nodes(replayed)})
+        _check_latents(rows[-1], drawn.nodes)
+        # where a guide runs the model, the data are not part of its density
+        hides_data: dict[str, Any] = {"site_filter": lambda _, node: not node["is_observed"]}
+        log_q = drawn.log_prob_sum(**(hides_data if runs_model(drawn) else {}))
+        log_weights.append(torch.as_tensor(replayed.log_prob_sum() - log_q))
+    return Weighted(None, stack(rows), torch.stack(log_weights))
 
 
 def _trace(run: Run) -> poutine.Trace:
@@ -204,10 +188,7 @@ def _trace(run: Run) -> poutine.Trace:
 
 
 def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
-    """Raises a ``ValueError`` if a vector of the latents of a guide's run is not one of the model's.
-
-    Equal dimensions do not suffice: a reparametrized model has other latents.
-    """
+    """Raises a ``ValueError`` if a guide's latents, or their order, are not the model's."""
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
     got = {}
     for node in latent_nodes(_trace(guide)):
@@ -222,10 +203,7 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
 
 
 def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
-    """Raises a ``ValueError`` if sites of a guide that its model lacks do not determine latents.
-
-    They do by a ``Delta``, where they have as many numbers as such latents, or fewer.
-    """
+    """Raises a ``ValueError`` if sites that only the guide has have more numbers than its Deltas."""
     num_others, num_determined, others = 0, 0, []
     for node in latent_nodes(trace):
         fn, size = node["fn"], node["value"].numel()
@@ -238,9 +216,9 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
         num_determined += size if isinstance(fn, Delta) else 0
     if num_others > num_determined:
         raise ValueError(
-            f"guide: expected sites of the model only, or others that determine them by a Delta, as those "
-            f"of Pyro's autoguides do, got {sorted(others)}. The guide's density of the model's latents "
-            "alone is not known then, nor are ELBO and weights: sum these sites out, or leave them away"
+            "guide: expected sites of the model only, or others that determine them by a Delta, got "
+            f"{sorted(others)}, so that the density of the model's latents alone is not known: sum these "
+            "sites out, or leave them away"
         )
 
 

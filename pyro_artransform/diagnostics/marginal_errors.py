@@ -13,23 +13,15 @@ from torch import Tensor
 
 from .chains import Averages, Stretched, ToLatent
 
-#: chains that remember more than this of their start have moved less than half of the way
-MOST_MEMORY = 0.5
+MOST_MEMORY = 0.5  #: chains that remember more of their start have moved less than half of the way
 
-# standard errors of a memory that are its noise: each of a thousand latents would be extrapolated by it
-_NOISE_OF_MEMORY = 2.0
-# coordinates that are weighed at once: each array of 4,000 draws of them takes 8 MB
-_COORDINATES = 256
-# pairs of opposite draws: an sd is known to 1 %, a mean of a transform that is nearly linear much better
-_NUM_PAIRS = 4000
-_AT_A_TIME = 500
+_NOISE_OF_MEMORY = 2.0  # standard errors of a memory that do not count: they may be noise
+_COORDINATES = 256  # weighed at once: each array of 4,000 draws of them takes 8 MB
+_NUM_PAIRS, _AT_A_TIME = 4000, 500  # of opposite draws: an sd is known to 1 %, most means better
 
 
 class Expectation(NamedTuple):
-    """The expectation of a function under the guide and under the companions' distribution, ``(D,)``.
-
-    Where a draw of one belongs to a draw of the other, much of the noise of a difference cancels.
-    """
+    """Estimates of an expectation under the guide and under the companions' distribution, ``(D,)``."""
 
     guide: Tensor
     known: Tensor
@@ -39,7 +31,7 @@ class Expectation(NamedTuple):
 
     @classmethod
     def of_sums(cls, sums: Tensor, count: int) -> "Expectation":
-        """That of values at paired draws, from the sums that :func:`sums_of_pairs` gives of them."""
+        """Of the result of :func:`sums_of_pairs`."""
         guide, known, squares, known_squares, products = sums / count
         variance, known_variance = squares - guide.square(), known_squares - known.square()
         moments = variance, known_variance, products - guide * known
@@ -53,7 +45,7 @@ class Expectation(NamedTuple):
 
 
 class PairedMoments(NamedTuple):
-    """What is known of the guide and of the companions' distribution: the means and the mean squares."""
+    """The means and the mean squares."""
 
     mean: Expectation
     square: Expectation
@@ -79,7 +71,7 @@ def moments_of_transform(
         base = torch.randn((_AT_A_TIME, len(loc)), dtype=loc.dtype, device=loc.device)
         of_guide = known = _mean_of_pairs(transform, base, loc, scale)
         if len(stretched.factors):
-            known = _mean_of_pairs(stretched.before(transform), base, loc, scale)
+            known = _mean_of_pairs(transform, stretched(base), loc, scale)
         means = means + sums_of_pairs(of_guide[0], known[0])
         squares = squares + sums_of_pairs(of_guide[1], known[1])
     return PairedMoments(*(Expectation.of_sums(sums, _NUM_PAIRS) for sums in (means, squares)))
@@ -117,14 +109,11 @@ class MarginalErrors(NamedTuple):
 def marginal_errors(
     chains: Averages, companions: Averages, moments: PairedMoments, start: Tensor
 ) -> MarginalErrors:
-    """Errors of a guide from chains that started at its draws.
+    """Errors of a guide from chains that started at its draws, of values ``start``, ``(C, D)``.
 
-    The memory is the slope of a chain's mean in its start. What chains remember beyond noise is
-    extrapolated: where a share m of a difference of means is left, a share m^2 of one of variances is,
-    as for a Gaussian. Beyond a memory of :data:`MOST_MEMORY` errors are extrapolated as if from there,
-    so that they are those of the posterior or smaller.
-
-    :param start: the first values of the chains, shape ``(C, D)``.
+    The memory is the slope of a chain's mean in its start. What chains remember beyond noise, and up
+    to :data:`MOST_MEMORY`, is extrapolated: where a share m of a difference of means is left, a share
+    m^2 of one of variances is, as for a Gaussian.
     """
     ones = torch.ones_like(moments.mean.guide)
     memory, memory_se = _slope(chains.first, start)
@@ -149,31 +138,28 @@ def marginal_errors(
 
 def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
     """Errors of the guide that draws, ``(n, D)``, are of, by their weights and the delta method."""
-    weights = (len(draws) * log_weights.softmax(0))[:, None]
+    weights, parts = (len(draws) * log_weights.softmax(0))[:, None], []
     # a few coordinates at a time, which bounds the memory
-    parts = [_errors_by_weights(part, weights) for part in draws.split(_COORDINATES, 1)]
+    for part in draws.split(_COORDINATES, 1):
+        mean, other = (weights * part).mean(0), part.mean(0)
+        squares, others = (part - mean).square(), (part - other).square()
+        variance, own = (weights * squares).mean(0), others.mean(0)
+        sd, ratio = variance.sqrt(), (own / variance).sqrt()
+        # what each draw adds to an error
+        of_log_sd = 0.5 * weights * (squares / variance - 1)
+        of_shift = ((part - other) - weights * (part - mean)) / sd - (other - mean) / sd * of_log_sd
+        of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
+        shift_se, log_se = (each.std(0) / len(draws) ** 0.5 for each in (of_shift, of_log_ratio))
+        shift, memory = (other - mean) / sd, torch.zeros_like(mean)
+        parts.append((shift, shift_se, ratio, ratio * log_se, memory, memory))
     return MarginalErrors(*map(torch.cat, zip(*parts)))
 
 
-def _errors_by_weights(draws: Tensor, weights: Tensor) -> MarginalErrors:
-    mean, other = (weights * draws).mean(0), draws.mean(0)
-    squares, others = (draws - mean).square(), (draws - other).square()
-    variance, own = (weights * squares).mean(0), others.mean(0)
-    sd, ratio = variance.sqrt(), (own / variance).sqrt()
-    # what each draw adds to an error
-    of_log_sd = 0.5 * weights * (squares / variance - 1)
-    of_shift = ((draws - other) - weights * (draws - mean)) / sd - (other - mean) / sd * of_log_sd
-    of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
-    shift_se, log_se = (part.std(0) / len(draws) ** 0.5 for part in (of_shift, of_log_ratio))
-    shift, memory = (other - mean) / sd, torch.zeros_like(mean)
-    return MarginalErrors(shift, shift_se, ratio, ratio * log_se, memory, memory)
-
-
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:
-    """How many standard errors many two-sided intervals have to be wide, to be right at once.
+    """The half width of two-sided intervals that are all right, in standard errors (Bonferroni).
 
-    By Bonferroni's bound and the expansion of Student's quantile in the normal one (Abramowitz and
-    Stegun, 26.7.5). Of the independent chains behind a standard error a mean and a slope take two.
+    By the expansion of Student's quantile (Abramowitz and Stegun, 26.7.5), whose degrees of freedom
+    are the chains less two, for a mean and a slope.
     """
     tail = (1 - confidence) / (2 * num_statements)
     z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))

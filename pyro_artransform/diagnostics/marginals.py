@@ -5,9 +5,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +28,11 @@ from .marginal_errors import (
     moments_of_transform,
 )
 
-#: steps of a chain that count
-NUM_STEPS = 12
-#: steps before that, which adapt the step size and forget the start
-NUM_WARM_UP = 12
-
-_NUM_CHAINS = 128
-_NUM_CHAINS_BY_LOOP = 32
-# with fewer, the expansion of Student's quantiles is off by more than a percent
-_LEAST_CHAINS = 16
-# a mean is known to 0.01 sd, an sd to 0.7 %
-_NUM_DRAWS = 10_000
-# draws of a guide that gives its transform: densities at once are compared with single ones there
-_NUM_CHECKED = 1000
+_NUM_WARM_UP, _NUM_STEPS = 12, 12  # of a chain: adapt the step size and forget the start; count
+_NUM_CHAINS, _NUM_CHAINS_BY_LOOP = 128, 32
+_LEAST_CHAINS = 16  # with fewer, Student's quantiles are expanded with an error of over a percent
+_NUM_DRAWS = 10_000  # a mean is known to 0.01 sd, an sd to 0.7 %
+_NUM_CHECKED = 1000  # draws of a guide that gives its transform, to compare its densities
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +40,8 @@ class Marginals:
     """How far the means and standard deviations of a guide are from those of the posterior.
 
     Everything is of single coordinates on the unconstrained space, and by site of the shape that the
-    site has there. A positive shift is a mean that is too large, a ratio below one a standard
-    deviation that is too small. Standard errors are those of the noise of chains. Where a guide is off
-    by several sds chains are still on their way: its errors are then larger than given here.
+    site has there. Standard errors are those of the noise of chains. Where a guide is off by several
+    sds chains are still on their way: its errors are then larger than given here.
 
     :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
     :param mean_shift_se: its standard error.
@@ -63,14 +53,11 @@ class Marginals:
         of 97.5 % for all means and sds together (Bonferroni's bound).
     :param sd_bound: the same for the relative errors of standard deviations.
     :param acceptance: the acceptance rate of the chains; NaN without.
-    :param num_chains: the number of independent chains; 0 where ``fit`` took the errors from weights
-        that can be trusted.
+    :param num_chains: the number of independent chains; 0 where ``fit`` took errors from weights.
     :param num_gradients: how many gradients of the model's log density they took.
     :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
-        15 %, all are known to be off by less than twice that, and chains have forgotten their start.
-        A guide whose errors are smaller than that is trusted with a probability of 97.5 %, and one
-        with an error of more than twice that with one of 2.5 %, as far as chains do not miss
-        parts of the posterior that are far from the guide.
+        15 %, all are known to be off by less than twice that, and chains have forgotten their start;
+        where chains find all of the posterior this is wrong with a probability of 2.5 %.
     :param words: the same in words.
     """
 
@@ -105,33 +92,30 @@ def marginals(
     guide: Callable[..., object],
     *args: object,
     num_chains: int | None = None,
-    num_steps: int = NUM_STEPS,
+    num_steps: int = _NUM_STEPS,
     **kwargs: object,
 ) -> Marginals:
     """How far the mean and the standard deviation of each latent are off, by short chains of HMC.
 
     k-hat judges all latents at once: of a thousand latents that are each right to a few percent the
     weights are useless all the same. Here many chains start at draws of the guide and move towards the
-    posterior; how far means and standard deviations move says how far the guide's are off. Chains run
-    in the base space of the guide's transform, where a good posterior is a standard normal, with
-    directions stretched in which it is not. Each is paired with a chain of a known distribution that
-    has the same random numbers, so that a good guide leaves little noise.
+    posterior; how far means and standard deviations move says how far the guide's are off. Each is
+    paired with a chain of a known distribution that has the same random numbers, so that a good guide
+    leaves little noise.
 
-    Any guide of continuous latents will do. One with Pyro's ``get_transform`` gives the base space, of
-    any other it is that of the means and sds of its draws. Chains do not find modes that are far from
-    the guide, nor do they reach deep into a funnel, as no diagnostic does that starts from the guide.
+    Any guide of continuous latents will do. Chains do not find modes that are far from the guide, nor
+    do they reach deep into a funnel, as no diagnostic does that starts from the guide.
 
-    The cost is some 20,000 gradients for a thousand latents, as that of 300 steps of a fit with 64
-    draws, half as much again where that leaves the verdict open, and grows with the fourth root of
-    their number. Memory is that of 128 chains, and of the guide's draws.
+    The cost is some 20,000 gradients for a thousand latents, half as much again where that leaves the
+    verdict open, and grows with the fourth root of their number.
 
     :param model: a Pyro model that sees all its data.
     :param guide: a guide of it, of continuous latents.
     :param args: the arguments of both.
     :param num_chains: how many chains, 16 at least; by default 128, and 32 for a model that runs for
         one draw after the other. Standard errors fall with the square root.
-    :param num_steps: how many trajectories of each chain count, after 12 that do not, of which each
-        turns a standard normal by about a quarter; twice that where they leave the verdict open.
+    :param num_steps: how many trajectories of each chain count, after 12 that do not; twice that where
+        they leave the verdict open.
     :param kwargs: the keyword arguments of both.
     :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
         lacks a latent, was made for another model, is a point at some site, has discrete sites, or has
@@ -156,9 +140,7 @@ def marginals(
        https://arxiv.org/abs/2302.12419
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "marginals: expected gradients, got torch.inference_mode: leave it first"
-        )
+        raise RuntimeError("marginals: expected gradients, got torch.inference_mode: leave it")
     if num_chains is not None:
         check_integer("num_chains", num_chains, _LEAST_CHAINS)
     check_integer("num_steps", num_steps)
@@ -176,7 +158,7 @@ def marginals_of(
     kwargs: Mapping[str, object],
     log_joint: LogJoint,
     num_chains: int | None = None,
-    num_steps: int = NUM_STEPS,
+    num_steps: int = _NUM_STEPS,
 ) -> Marginals:
     """The same as :func:`marginals`, of a model whose log joint density is known already."""
     if log_joint.is_random:
@@ -188,10 +170,10 @@ def marginals_of(
         num_chains = _NUM_CHAINS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CHAINS
     # an error if it is not a guide of this model
     log_weights(model, guide, 1, args, kwargs, log_joint)
-    transform = guide_transform(guide, args, kwargs)
+    transform, num_draws = guide_transform(guide, args, kwargs), _NUM_DRAWS
     if transform is not None:
         check_same_latents(log_joint, partial(guide, *args, **kwargs))
-    num_draws = _NUM_DRAWS if transform is None else _NUM_CHECKED
+        num_draws = _NUM_CHECKED
     draws, _ = log_weights(model, guide, max(num_draws, num_chains), args, kwargs, log_joint)
     draws = draws[draws.isfinite().all(-1)]
     if len(draws) < num_chains:
@@ -201,42 +183,32 @@ def marginals_of(
         )
     loc, scale = draws.mean(0), draws.std(0)
     if not (scale > 0).all():
-        raise ValueError(
-            "guide: expected draws that differ, got one value of a latent in all of them"
-        )
+        raise ValueError("guide: expected draws that differ, got one value of a latent in all")
     companions = torch.randn_like(draws[:num_chains])
     to_latent = transform or Standardize(loc, scale).call_and_ladj
     points = companions if transform else (draws[:num_chains] - loc) / scale
     target = PulledBack(log_joint, to_latent)
     stretched = misjudged_directions(target, points)
-    target.to_latent = stretched.before(to_latent)
+    target.to_latent = lambda base: to_latent(stretched(base))
     chains = PairedChains(target, stretched.inverse(points), companions, loc, scale)
     start = chains.values.values
-    rate = chains.run(NUM_WARM_UP, num_steps)
+    rate = chains.run(_NUM_WARM_UP, num_steps)
     if transform is None:
         moments = moments_of_draws((draws - loc) / scale, stretched)
     else:
         moments = moments_of_transform(transform, stretched, loc, scale)
-    latents, paired = log_joint.latents, (chains.values, chains.companion_values, moments, start)
-    errors = marginal_errors(*paired)
-    judgement = _judged(errors, num_chains, latents)
-    if judgement.trusted is None:
+    paired, latents = (chains.values, chains.companion_values, moments, start), log_joint.latents
+    found, is_known = _judged(marginal_errors(*paired), num_chains, latents)
+    if not is_known:
         rate = (rate + chains.run(0, num_steps)) / 2
-        errors = marginal_errors(*paired)
-        judgement = _judged(errors, num_chains, latents)
-    return _marginals(errors, judgement, latents, rate, num_chains, target.num_gradients)
+        found, _ = _judged(marginal_errors(*paired), num_chains, latents)
+    count = target.num_gradients
+    return replace(found, acceptance=rate, num_chains=num_chains, num_gradients=count)
 
 
 def marginals_by_weights(draws: Tensor, log_weights: Tensor, latents: Latents) -> Marginals:
-    """How far the moments of a guide's draws are from those of the weighted draws, without chains.
-
-    For weights that can be trusted: they do not see errors where the guide does not draw.
-
-    :param draws: of the guide, on the unconstrained space, shape ``(n, latent_dim)``.
-    :param log_weights: their log weights, finite, shape ``(n,)``.
-    """
-    errors = errors_by_weights(draws, log_weights)
-    return _marginals(errors, _judged(errors, len(draws), latents), latents)
+    """By finite weights ``(n,)`` of draws ``(n, D)``, in place of chains; where these can be trusted."""
+    return _judged(errors_by_weights(draws, log_weights), len(draws), latents)[0]
 
 
 def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
@@ -245,16 +217,8 @@ def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
     return f"means{of} within {hundredths[0] / 100:.2f} sd, sds within {hundredths[1]:.0f} %"
 
 
-class _Judgement(NamedTuple):
-    """Whether errors can be trusted, ``None`` where they are known too little; bounds of them; in words."""
-
-    trusted: bool | None
-    bounds: tuple[float, float]
-    words: str
-
-
-def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> _Judgement:
-    """What errors amount to, with as many independent chains or draws behind their standard errors."""
+def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> tuple[Marginals, bool]:
+    """What errors of ``num_samples`` independent chains or draws amount to, and if they suffice."""
     width = critical_value(2 * latents.latent_dim, num_samples, CONFIDENCE)
     shift, shift_width = errors.mean_shift, width * errors.mean_shift_se
     ratio, ratio_width = errors.sd_ratio, width * errors.sd_ratio_se
@@ -281,16 +245,16 @@ def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> _Judg
             f"{_count(is_slow, 'latents')} hardly moved by the chains, as {name} is, and errors may be "
             "larger: take more num_steps, or fit the guide for longer"
         )
-    if objections:
-        return _Judgement(False, bounds, "; ".join(objections))
-    if bounds[0] > 2 * GOOD_MEAN_SHIFT or bounds[1] > 2 * GOOD_SD_ERROR:
-        words = (
-            f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with "
-        )
-        return _Judgement(None, bounds, f"{words}more num_chains knows more")
     dim = latents.latent_dim
     of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
-    return _Judgement(True, bounds, bounds_in_words(*bounds, of))
+    words, is_known = "; ".join(objections) or bounds_in_words(*bounds, of), True
+    if not objections and (bounds[0] > 2 * GOOD_MEAN_SHIFT or bounds[1] > 2 * GOOD_SD_ERROR):
+        words, is_known = f"errors are known too little ({bounds_in_words(*bounds)})", False
+        words = f"{words}: diagnostics.marginals with more num_chains knows more"
+    trusted = is_known and not objections
+    shifts, shift_ses, ratios, ratio_ses, memories, _ = map(latents.split, errors)
+    by_site = shifts, shift_ses, ratios, ratio_ses, memories
+    return Marginals(*by_site, *bounds, math.nan, 0, 0, trusted, words), is_known
 
 
 def _bound(errors: Tensor, widths: Tensor) -> float:
@@ -309,17 +273,3 @@ def _worst(values: Tensor, chosen: Tensor, latents: Latents) -> tuple[int, str]:
     is_worst = latents.split(torch.arange(latents.latent_dim, device="cpu") == worst)
     name = next(name for name, place in is_worst.items() if place.any())
     return worst, f"{name}{is_worst[name].nonzero()[0].tolist() or ''}"
-
-
-def _marginals(
-    errors: MarginalErrors,
-    judgement: _Judgement,
-    latents: Latents,
-    acceptance: float = math.nan,
-    num_chains: int = 0,
-    num_gradients: int = 0,
-) -> Marginals:
-    shift, shift_se, ratio, ratio_se, memory, _ = map(latents.split, errors)
-    by_site = shift, shift_se, ratio, ratio_se, memory
-    trusted, counts = judgement.trusted is True, (num_chains, num_gradients)
-    return Marginals(*by_site, *judgement.bounds, acceptance, *counts, trusted, judgement.words)

@@ -6,44 +6,22 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import nan
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .axes import GRAY, new_axes
-
-Name = tuple[Any, ...]
+from ..guides import AutoStructuredFlow
+from ..guides.structured.latent_graph import LatentGraph, Name
+from .panels import GRAY, new_axes
 
 _MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
 _MIN_NAMED = 0.04  # the least part of an axis that is named
 
 
-class LatentGraph(Protocol):
-    """Which latents depend on each other and how they are drawn, by names such as ``("h", 3)``."""
-
-    @property
-    def names(self) -> Sequence[Name]: ...
-
-    @property
-    def levels(self) -> Sequence[Sequence[Name]]: ...
-
-    def neighbours(self, *name: Any) -> Sequence[Name]: ...
-
-    def parents(self, *name: Any) -> Sequence[Name]: ...
-
-
-@runtime_checkable
-class HasGraph(Protocol):
-    """A guide with the graph of its latents."""
-
-    @property
-    def graph(self) -> LatentGraph: ...
-
-
-def plot_graph(graph: HasGraph | LatentGraph, ax: Axes | None = None) -> Axes:
+def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) -> Axes:
     """Which latents depend on each other: the pattern of the Hessian of the log density, twice.
 
     On the left in the order of the model, on the right in that of the guide, level by level. The colour
@@ -51,10 +29,10 @@ def plot_graph(graph: HasGraph | LatentGraph, ax: Axes | None = None) -> Axes:
     given what is to their left. Gray are parents that latents have in common children only, the fill-in
     of a sparse Cholesky factor. Of more than 200 latents several share a cell.
 
-    :param graph: a guide such as ``AutoStructuredFlow``, after its first call, or its ``graph``.
+    :param graph: a guide after its first call, or its ``graph``.
     :param ax: where to draw; by default new Axes.
     """
-    found = graph.graph if isinstance(graph, HasGraph) else graph
+    found = graph if isinstance(graph, LatentGraph) else graph.graph
     names, dim = found.names, len(found.names)
     level = {name: k for k, members in enumerate(found.levels) for name in members}
     by_level = sorted(names, key=level.__getitem__)  # stable, so as in the model within a level

@@ -10,15 +10,12 @@ from typing import Any
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from .axes import BLUE, GRAY, tidied
+from .panels import BLUE, GRAY, tidied
 
 _COLORS = {"guide": BLUE, "reference": GRAY}
-_HISTOGRAMS: dict[str, dict[str, Any]] = {
-    "guide": {"histtype": "step", "linewidth": 1.4},
-    "reference": {"histtype": "stepfilled", "alpha": 0.45},
-}
-_MAX_COORDINATES = 8
-_MAX_POINTS = 2000
+_GUIDE: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
+_REFERENCE: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45}
+_MAX_COORDINATES, _MAX_POINTS = 8, 2000
 
 
 def plot_pairs(
@@ -55,8 +52,10 @@ def plot_pairs(
             x, y, color = series[label][column], series[label][row], _COLORS[label]
             if i == j:
                 bins = max(10, min(40, int(len(x) ** 0.5)))
-                style: dict[str, Any] = {"range": ranges[column], "color": color, "label": label}
-                ax.hist(x.numpy(), bins, density=True, **style, **_HISTOGRAMS[label])
+                style = _GUIDE if label == "guide" else _REFERENCE
+                ax.hist(
+                    x, bins, density=True, range=ranges[column], color=color, label=label, **style
+                )
             else:
                 step = max(1, -(-len(x) // _MAX_POINTS))
                 ax.scatter(x[::step], y[::step], color=color, s=3, alpha=0.35, linewidths=0)

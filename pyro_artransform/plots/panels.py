@@ -6,7 +6,7 @@
 import textwrap
 from collections.abc import Sequence
 from math import inf, isfinite
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
@@ -19,26 +19,36 @@ from ..diagnostics import SBC, Importance, Marginals, fit_tail, simultaneous_ban
 from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
 from ..diagnostics.marginals import bounds_in_words
 from ..inference import FitResult
-from .axes import BLUE, GRAY, ORANGE, doubles, new_axes, tidied
 
+BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 _PANEL = (4.4, 3.4)  # width and height in inches
 _LETTERS = 16  # of the verdict in an inch
 _MAX_NAMED = 8  # sites in the legend
 _MAX_BARS = 100  # coordinates: more error bars than that hide each other
 
 
-@runtime_checkable
-class HasHistory(Protocol):
-    """A result with the ELBO of each step."""
+def new_axes(ax: Axes | None, size: tuple[float, float] = (6, 3.6)) -> Axes:
+    """The given Axes, or new ones of a size in inches."""
+    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
-    history: Sequence[float]
+
+def tidied(ax: Axes, x: str, y: str) -> Axes:
+    """The Axes with their labels, without the two sides that bound nothing."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel=x, ylabel=y)
+    return ax
+
+
+def doubles(value: Tensor) -> Tensor:
+    """All numbers of a tensor, as matplotlib takes them."""
+    return value.detach().to("cpu", torch.float64).flatten()
 
 
 def plot_fit(result: FitResult) -> Any:
-    """A fit in one picture, under its verdict: the ELBO by step, and what is known of the posterior.
+    """A fit in one picture, under its verdict.
 
-    The panels are those of :func:`plot_elbo`, with the ELBO and the log evidence at the end;
-    of :func:`plot_khat`, where there are weights of all data; and of :func:`plot_marginals`, where the
+    The panels are those of :func:`plot_elbo`, with the ELBO and the log evidence at the end; of
+    :func:`plot_khat`, where there are weights of all data; and of :func:`plot_marginals`, where the
     fit has checked single latents.
 
     :param result: what :func:`~pyro_artransform.fit` has returned.
@@ -79,7 +89,7 @@ def _draw_elbo(result: FitResult, ax: Axes) -> None:
     ax.set_title(f"ELBO = {result.elbo:.3f} ± {result.elbo_se:.3f}")
 
 
-def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = None) -> Axes:
+def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = None) -> Axes:
     """The ELBO by step, and its running median.
 
     The axis shows the last nine tenths of the steps in full; the first ones, often hundreds of nats
@@ -89,8 +99,7 @@ def plot_elbo(history: Sequence[float] | Tensor | HasHistory, ax: Axes | None = 
     :param ax: where to draw; by default new Axes.
     :raises ValueError: if there are no steps.
     """
-    values = history.history if isinstance(history, HasHistory) else history
-    steps = doubles(torch.as_tensor(values, device="cpu"))
+    steps = doubles(torch.as_tensor(getattr(history, "history", history), device="cpu"))
     if not len(steps):
         raise ValueError("history: expected the ELBO of at least one step, got none")
     ax, x = new_axes(ax), range(1, len(steps) + 1)
@@ -156,15 +165,15 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
     """
     ax = new_axes(ax)
     width, height = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
-    box = Rectangle((-width, -height), 2 * width, 2 * height, color=GRAY, alpha=0.2, linewidth=0)
-    ax.add_patch(box)
+    style: dict[str, Any] = {"color": GRAY, "alpha": 0.2, "linewidth": 0}
+    ax.add_patch(Rectangle((-width, -height), 2 * width, 2 * height, **style))
     ax.axhline(0, color=GRAY, linewidth=0.8)
     ax.axvline(0, color=GRAY, linewidth=0.8)
     limits = torch.tensor([2 * width, 2 * height], dtype=torch.float64, device="cpu")
     has_bars = sum(shift.numel() for shift in result.mean_shift.values()) <= _MAX_BARS
     for k, (name, shift) in enumerate(result.mean_shift.items()):
         x, y = doubles(shift), 100 * doubles(result.sd_ratio[name] - 1)
-        style: dict[str, Any] = {"fmt": ".", "elinewidth": 0.6, "alpha": 0.7, "color": f"C{k % 10}"}
+        style = {"fmt": ".", "elinewidth": 0.6, "alpha": 0.7, "color": f"C{k % 10}"}
         if has_bars:
             style["xerr"] = doubles(result.mean_shift_se[name])
             style["yerr"] = 100 * doubles(result.sd_ratio_se[name])
@@ -180,23 +189,18 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
 def plot_ranks(
     result: SBC, names: Sequence[str] | None = None, ax: Axes | None = None, level: float = 0.95
 ) -> Axes:
-    """The distribution functions of ranks minus the uniform one, with simultaneous bands.
+    """The distribution functions of ranks minus the uniform one, and their simultaneous bands.
 
     Each line is a coordinate. The line of a correct posterior stays in the bands with probability
     ``level``. A line that rises above and then falls below, an S, shows a posterior that is too narrow;
-    its mirror image one that is too wide; a hill or a valley a posterior that is biased.
+    its mirror image one that is too wide; a hill or a valley one that is biased. See
+    :func:`~pyro_artransform.diagnostics.simultaneous_bands`.
 
     :param result: what :func:`~pyro_artransform.diagnostics.sbc` found.
     :param names: the sites to show; by default all.
     :param ax: where to draw; by default new Axes.
     :param level: the level of the bands, for each coordinate on its own.
     :raises ValueError: if a site is unknown.
-
-    **References**
-
-    1. Graphical Test for Discrete Uniformity and Its Applications in Goodness of Fit Evaluation and
-       Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022),
-       https://arxiv.org/abs/2103.10522
     """
     names = list(result.ranks) if names is None else list(names)
     unknown = [name for name in names if name not in result.ranks]

@@ -106,7 +106,7 @@ def test_shown():
         (
             {"a": Result(math.nan), "b": Result(0.0)},
             ValueError,
-            r"results\['a'\]: expected a finite log evidence, got nan. It is not known after",
+            r"results\['a'\]: expected a finite log evidence, got nan. After a fit by",
         ),
     ],
 )

@@ -228,7 +228,7 @@ def _subsampled():
     ("model", "guide", "options", "words"),
     [
         (_subsampled, AutoNormal, {}, "one that sees all its data"),
-        (conjugate.local_normals, AutoDelta, {}, "one value of a latent in all of them"),
+        (conjugate.local_normals, AutoDelta, {}, "one value of a latent in all"),
         (conjugate.local_normals, AutoLaplaceApproximation, {}, "one value of a latent in all"),
         (
             _normals,
