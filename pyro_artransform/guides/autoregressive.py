@@ -25,11 +25,7 @@ from . import prototype
 from .distributions import FlowDistribution, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
 from .persistence.persistent_guide import PersistentGuide
-from .persistence.spec import Arguments, GuideSpec
-from .persistence.state_check import LeastState
-
-_FULL_RANK_LIMIT = 200
-_CHUNK = 4096
+from .persistence.spec import Arguments, GuideSpec, LeastState
 
 
 class AutoAutoregressive(PersistentGuide, AutoContinuous):
@@ -39,27 +35,24 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
         x \sim \mathrm{Normal}(0, I), \quad z = \mathrm{loc} + L \, T(x), \quad \mathrm{site} = c(z)
 
-    T is the flow, L a lower-triangular scale, c Pyro's bijection onto the support of each site. T
-    starts as the identity (as flows of this package do) and L as ``init_scale`` times the
-    identity, so a new guide is exactly ``Normal(init_loc, init_scale)`` on the unconstrained space.
+    T is the flow, L a lower-triangular scale, c Pyro's bijection onto the support of each site. A
+    flow of this package starts as the identity, and L as ``init_scale`` times the identity, so a new
+    guide is exactly ``Normal(init_loc, init_scale)`` on the unconstrained space.
 
-    It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``,
-    ``NeuTraReparam``, ``AutoGuideList``. Discrete latents that are marked for enumeration are left
-    to ``TraceEnum_ELBO``.
+    It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``, ``NeuTraReparam``,
+    ``AutoGuideList``. Enumerated discrete latents are left to ``TraceEnum_ELBO``.
 
     :param model: a Pyro model.
-    :param flow: a callable that takes the latent dimension and returns a flow, a module that is a
-        transform; for example ``pyro_artransform.spline_autoregressive``.
-    :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latent
-        dimensions.
-    :param init_loc_fn: the starting value of each site, one of Pyro's functions of starting values;
-        by default the median of the prior.
+    :param flow: takes the latent dimension and returns a flow, a module that is a transform; for
+        example ``pyro_artransform.spline_autoregressive``.
+    :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latents.
+    :param init_loc_fn: one of Pyro's functions of starting values, by default the prior's median.
     :param init_scale: the standard deviation to start with, on the unconstrained space.
     :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
         is not a module, or has no parameters.
-    :raises ValueError: if ``init_scale`` is not positive; at the first call, if the model has
-        discrete latents that are not enumerated, latents in a sub-sampled plate, or a latent whose
-        support depends on another latent, or if the flow is not autoregressive.
+    :raises ValueError: if ``init_scale`` is not positive; at the first call, for discrete latents that
+        are not enumerated, latents in a sub-sampled plate, a support that depends on another latent,
+        or a flow that is not autoregressive.
 
     Example::
 
@@ -121,17 +114,15 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         self._register()
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        full_rank = self._arguments["full_rank"]
-        if full_rank is None:
-            full_rank = latent_dim <= _FULL_RANK_LIMIT
+        given = self._arguments["full_rank"]
+        full_rank = latent_dim <= 200 if given is None else given
         return {**self._arguments, "full_rank": full_rank}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        """The flow, and the location and scale after it."""
         prototype.refuse_subsampling(spec.sites)
         flow = make_flow("flow", self._flow_maker(), start)
-        init_scale, full_rank = spec.arguments["init_scale"], spec.arguments["full_rank"]
-        affine = LocationScale(start, init_scale, full_rank=full_rank)
+        arguments = spec.arguments
+        affine = LocationScale(start, arguments["init_scale"], full_rank=arguments["full_rank"])
         self._parts: tuple[TransformModule, LocationScale] = flow, affine
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
         self.transform = ComposedTransform(flow, affine)
@@ -154,35 +145,27 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         sizes = [frame.size for site in spec.sites for frame in site.plates]
         return LeastState([dim], max(dim * dim if spec.arguments["full_rank"] else dim, 0, *sizes))
 
-    # The posterior, as Pyro's autoguides have it
-
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws all latents, as a Pyro guide does.
 
         :return: the value of each site.
-        :raises ValueError: if a latent has another shape for these arguments of the model than at the
-            first call (where Pyro's validation is on); at the first call of a guide that was loaded
-            with a model, if that has other latents than the file.
+        :raises ValueError: if a latent has another shape than at the first call (where Pyro's
+            validation is on); if the model of a guide that was loaded has other latents than the file.
         """
-        if self._spec is not None and (args or kwargs or not self._model_is_checked):
-            self._check_arguments(args, kwargs)
+        spec, is_new = self._spec, bool(args or kwargs) or not self._model_is_checked
+        # a trace of JitTrace_ELBO does not run the model once more
+        if spec and is_new and self._model is not None and not torch._C._get_tracing_state():
+            shapes, run = argument_signature((args, kwargs)), partial(self.model, *args, **kwargs)
+            if not self._model_is_checked:
+                prototype.refuse_other_model(spec.latents.sites, spec.observed, run)
+                self._model_is_checked = True
+            elif shapes != self._argument_shapes and dist.is_validation_enabled():
+                prototype.refuse_other_shapes(spec.latents.sites, run)
+            self._argument_shapes = shapes
         return super().forward(*args, **kwargs)
 
-    def _check_arguments(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Runs the model again where the shapes of its arguments are not those of the last call."""
-        if self._model is None or torch._C._get_tracing_state():
-            return
-        spec, shapes = self._checked_spec(), argument_signature((args, kwargs))
-        run = partial(self.model, *args, **kwargs)
-        if not self._model_is_checked:
-            prototype.refuse_other_model(spec.latents.sites, spec.observed, run)
-            self._model_is_checked = True
-        elif shapes != self._argument_shapes and dist.is_validation_enabled():
-            prototype.refuse_other_shapes(spec.latents.sites, run)
-        self._argument_shapes = shapes
-
     def get_base_dist(self) -> dist.TorchDistribution:
-        """The standard Normal of shape ``(latent_dim,)``."""
+        """The standard Normal."""
         if self._spec is None:
             self._checked_spec()
         # values are never checked: that reads them, in each step
@@ -190,7 +173,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
-        """The flow, then location and scale: from the base to the unconstrained space."""
+        """The flow, then location and scale."""
         if self._spec is None:
             self._checked_spec()
         # not in a function of its own, since it is done in each step
@@ -204,7 +187,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return self.transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
-        """The distribution of all latents on the unconstrained space, shape ``(latent_dim,)``."""
+        """The distribution of all latents on the unconstrained space."""
         base, transform = self.get_base_dist(), self.get_transform()
         return dist.TransformedDistribution(base, transform, validate_args=False)
 
@@ -228,10 +211,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws of all sites, without gradients.
 
-        :param n: how many.
         :param args: the model's arguments, as ``kwargs`` needed only if the guide was never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if ``n`` is not a positive integer.
         """
         self.set_up(*args, **kwargs)
         base, transform = self.get_base_dist(), self.get_transform()
@@ -242,19 +223,16 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return self._checked_spec().latents.constrain(z)
 
     def _chunk_size(self) -> int:
-        """The number of draws that are made at once where no graph of gradients is wanted."""
-        return _CHUNK
+        return 4096
 
     def log_prob(self, values: Mapping[str, Any], *args: object, **kwargs: object) -> Tensor:
         """The log-density at values of all sites, on the constrained space.
 
-        The measure on simplices and matrices is Pyro's, that of ``biject_to``. Going back to the
-        unconstrained space loses digits near the edges of a support, in float32 all of them, and at
-        an edge, where a draw may underflow to, the density is zero: a draw's own density is better
-        had from :meth:`rsample_and_log_prob`.
+        The measure on simplices and matrices is Pyro's, that of ``biject_to``. The way back to the
+        unconstrained space loses digits near the edges of a support, in float32 all of them, and at an
+        edge the density is zero: :meth:`rsample_and_log_prob` has the density of a draw of its own.
 
-        :param values: for each site a tensor, array or list of shape ``batch + site shape``, as
-            :meth:`sample_posterior` returns them.
+        :param values: for each site a tensor, array or list of shape ``batch + site shape``.
         :return: shape ``batch``.
         :raises ValueError: if a site is missing or unknown, or a value has another shape; where
             Pyro's validation is on, also if one is outside its support (its density means nothing).
@@ -286,10 +264,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """Becomes a Gaussian on the unconstrained space: the flow is again the one of a new guide.
 
         :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
-        :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``; by
-            default ``init_scale`` times the identity.
-        :raises ValueError: if a shape is wrong, a number not finite, or the scale another matrix;
-            also if the guide's scale is diagonal and this one is not.
+        :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``, diagonal if
+            the guide's is; by default ``init_scale`` times the identity.
+        :raises ValueError: if a shape is wrong, a number not finite, or the scale another matrix.
         """
         spec = self._checked_spec()
         flow, affine = self._parts
@@ -304,10 +281,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
         """Reparametrized draws on the unconstrained space, and their log-densities.
 
-        :param n: how many.
-        :param path: whether the gradient of the log-density flows through the draws only, and not
-            through the parameters of the density. Its expectation is the same, since that of the
-            score is zero, its variance lower, and at the optimum it is zero.
+        :param path: whether the gradient of the log-density flows through the draws only: one of the
+            same expectation, and of lower variance, which at the optimum is zero.
         :return: shapes ``(n, latent_dim)`` and ``(n,)``.
 
         **References**
@@ -328,5 +303,5 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         """The size of an optimizer's step, by parameter: the location's is a share of its scale."""
         self._checked_spec()
-        _, affine = self._parts
+        affine = self._parts[1]
         return {affine.loc: affine.log_scale.detach().exp()}

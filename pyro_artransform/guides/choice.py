@@ -30,15 +30,11 @@ def choose_guide(
 ) -> tuple[PersistentGuide, str]:
     """A new guide of a model, and why it is this one.
 
-    - ``AutoAmortized`` where latents are in a sub-sampled plate, which no other guide can follow;
-    - ``AutoIAF`` for few latents, and where the data are sub-sampled: a mini-batch may lack
-      dependencies of the posterior;
-    - ``AutoStructuredFlow`` for many.
+    It is ``AutoAmortized`` where latents are in a sub-sampled plate, which no other guide can follow;
+    ``AutoIAF`` for few latents, and where the data are sub-sampled, since a mini-batch may lack
+    dependencies of the posterior; ``AutoStructuredFlow`` for many.
 
-    :param model: a Pyro model.
-    :param args: its arguments.
-    :param kwargs: its keyword arguments.
-    :param is_minibatch: whether these are one of many mini-batches.
+    :param is_minibatch: whether the arguments are one of many mini-batches.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
     # from the values that guides start at: draws of the prior may be extreme, or impossible
@@ -54,6 +50,5 @@ def choose_guide(
                 return AutoAmortized(model), f"for latents in the sub-sampled plate '{plate.name}'"
     if parts or is_minibatch:
         return AutoIAF(model), f"for {count} and sub-sampled data"
-    if latents.latent_dim <= _MOST_FOR_IAF:
-        return AutoIAF(model), f"for {count}"
-    return AutoStructuredFlow(model), f"for {count}"
+    is_small = latents.latent_dim <= _MOST_FOR_IAF
+    return (AutoIAF if is_small else AutoStructuredFlow)(model), f"for {count}"

@@ -15,32 +15,13 @@ from torch.distributions import Transform
 
 from ..transforms import FlowModule, check_structure
 
-# what a flow has to be, without a context and with one, and what makes such a flow
-_KINDS: tuple[tuple[type, str, str], ...] = (
-    (
-        Transform,
-        "a TransformModule",
-        "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their parameters, "
-        "in its .inv too",
-    ),
-    (
-        ConditionalTransform,
-        "a conditional transform that is a module",
-        "pyro_artransform.conditional_iaf makes one",
-    ),
-)
-_OTHER_TRANSFORMS = (
-    "transforms: expected one transform of this package, got {}; chain([...]) makes one of any torch "
-    "transforms"
+_WANTED = (
+    "transforms: expected one transform of this package, got {}; chain([...]) makes one of several"
 )
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
-    """Refuses what cannot make a flow, and a flow that is one already.
-
-    :param name: the name of the argument, such as ``"flow"``.
-    :param wanted: its parameters in words.
-    """
+    """Refuses what cannot make a flow, and a flow itself; ``wanted`` are its parameters in words."""
     if not callable(make):
         raise TypeError(f"{name}: expected a callable, got {type(make).__name__}")
     if isinstance(make, nn.Module):
@@ -51,16 +32,20 @@ def check_flow_argument(name: str, make: Any, wanted: str) -> None:
 
 
 def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: int) -> Any:
-    """Makes a flow with the dtype and the device of the guide, and checks it.
-
-    :param name: the name of the guide's argument that makes it.
-    :param make: takes the latent dimension, and the size of the context where there is one.
-    :param like: shape ``(latent_dim,)``.
-    """
+    """Makes a flow with the dtype and the device of ``like``, shape ``(latent_dim,)``, and checks it."""
     # not on the default device
     with like.device:
         flow = make(len(like), *context_dim)
-    kind, wanted, advice = _KINDS[len(context_dim)]
+    if context_dim:
+        wanted = "a conditional transform that is a module"
+        advice = "pyro_artransform.conditional_iaf makes one"
+    else:
+        wanted = "a TransformModule"
+        advice = (
+            "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
+            "parameters, in its .inv too"
+        )
+    kind: type = ConditionalTransform if context_dim else Transform
     got, is_flow = type(flow).__name__, isinstance(flow, nn.Module) and isinstance(flow, kind)
     if not is_flow:
         raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
@@ -83,28 +68,23 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
 class FlowDistribution(dist.TransformedDistribution):
     """A transformed distribution that keeps its last draw together with the log-density there.
 
-    A transform of this package remembers nothing. So a plain ``TransformedDistribution`` inverts it to
-    score its own draw, where here value and log-density come from one evaluation, and the density of
-    any other value from one evaluation of the inverse. An edit of the draw in place, and gradients that
-    are wanted now and were not then, are noticed; an edit through ``draw.data`` leaves no sign.
-
-    The log-density of the draw is that of the parameters when it was drawn, and carries its graph: make
-    one object for each step, as models and guides do.
+    A plain ``TransformedDistribution`` inverts a transform of this package to score its own draw; here
+    value and log-density come from one evaluation. An edit of the draw in place, and gradients that are
+    wanted now and were not then, are noticed; an edit through ``draw.data`` leaves no sign. The
+    log-density is that of the parameters when the value was drawn, and carries its graph: make one
+    object for each step, as models and guides do.
 
     :param base_distribution: the distribution of the argument.
     :param transforms: one :class:`~pyro_artransform.transforms.FlowModule`;
         :func:`~pyro_artransform.transforms.chain` makes one of several.
-    :param validate_args: as for Pyro's distributions.
 
     Example::
 
         >>> import torch
         >>> import pyro.distributions as dist
         >>> from pyro_artransform import FlowDistribution, iaf
-        >>> base = dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1)
-        >>> q = FlowDistribution(base, iaf(3))
-        >>> draw = q.rsample((5,))
-        >>> q.log_prob(draw).shape
+        >>> q = FlowDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), iaf(3))
+        >>> q.log_prob(q.rsample((5,))).shape
         torch.Size([5])
     """
 
@@ -115,7 +95,7 @@ class FlowDistribution(dist.TransformedDistribution):
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
-            raise TypeError(_OTHER_TRANSFORMS.format(self.transforms))
+            raise TypeError(_WANTED.format(self.transforms))
         flow = self.transforms[0]
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
@@ -136,7 +116,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if self._validate_args:
             self._validate_sample(value)
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
-            raise TypeError(_OTHER_TRANSFORMS.format(self.transforms))
+            raise TypeError(_WANTED.format(self.transforms))
         flow = self.transforms[0]
         x, ladj = flow.inverse_and_ladj(value)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
@@ -145,9 +125,6 @@ class FlowDistribution(dist.TransformedDistribution):
 
 class PathDistribution(FlowDistribution):
     """A distribution whose density of its own draw has the pathwise gradient only.
-
-    The gradient flows through the draw, and not through the parameters, so that the gradient of an
-    ELBO is the path gradient. The maker of the object sets :attr:`through`.
 
     Where there are many draws and :attr:`location` is set, the mean of their gradients goes to the
     location alone, and the deviations from the mean to all other parameters. The optimum is the same,
@@ -161,13 +138,11 @@ class PathDistribution(FlowDistribution):
     location: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PathDistribution":
-        """The distribution with another batch shape."""
         expanded: PathDistribution = super().expand(batch_shape, _instance)
         expanded.through, expanded.location = self.through, self.location
         return expanded
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
         (transform,) = self.transforms
         x = self.base_dist.rsample(sample_shape)
         if self.location is not None and torch.is_grad_enabled():
@@ -185,12 +160,9 @@ class PathDistribution(FlowDistribution):
 
 
 def _in_pairs(x: Tensor) -> Tensor:
-    """Antithetic draws, where their number allows: a single pair has no spread.
-
-    The mean gradient of the location then has no noise, as far as the density is a Gaussian.
-    """
+    """Antithetic draws, where their number allows: the mean gradient of a Gaussian has no noise."""
     count = x.shape[:-1].numel()
-    if count % 2 or count == 2:
+    if count % 2 or count == 2:  # a single pair has no spread
         return x
     half = x.reshape(count, -1)[: count // 2]
     return torch.cat([half, -half]).reshape(x.shape)

@@ -23,13 +23,10 @@ from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
-from .persistence.spec import Arguments, GuideSpec
-from .persistence.state_check import LeastState
+from .persistence.spec import Arguments, GuideSpec, LeastState
 
-Nonlinearity = Callable[[Tensor], Tensor]
-
-# of the outputs of networks: at 1, plain SVI in float32 (Adam, 1e-2, one particle) sends draws so far
-# out in some runs that models overflow, never at 0.3 and 0.1 (benchmarks/float32.md)
+# of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
+# models in some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
 _MULTIPLIER = 0.1
 
 
@@ -38,6 +35,8 @@ class PresetGuide(AutoAutoregressive):
 
     #: makes the layers in more than one dimension
     _layers: ClassVar[Callable[..., FlowModule]]
+    #: from the latent dimension to the default widths and activation of their networks
+    _network: ClassVar[Any]
     #: whether each coordinate has hinges before them
     _has_hinges: ClassVar[bool]
 
@@ -48,7 +47,7 @@ class PresetGuide(AutoAutoregressive):
         *,
         num_transforms: int = 3,
         hidden_dims: int | Sequence[int] | None = None,
-        nonlinearity: Nonlinearity | None = None,
+        nonlinearity: Callable[[Tensor], Tensor] | None = None,
         skip_connections: bool = False,
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
@@ -63,33 +62,21 @@ class PresetGuide(AutoAutoregressive):
             "nonlinearity": nonlinearity,
             "skip_connections": check_flag("skip_connections", skip_connections),
         }
-        super().__init__(
-            model,
-            flow=partial(self._preset_flow, arguments),
-            full_rank=full_rank,
-            init_loc_fn=init_loc_fn,
-            init_scale=init_scale,
-        )
+        flow = partial(self._preset_flow, arguments)
+        start: Arguments = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
+        super().__init__(model, flow=flow, full_rank=full_rank, **start)
         self._arguments.update(arguments)
-
-    @classmethod
-    def _network(cls, latent_dim: int) -> Arguments:
-        """The networks of these layers, by default: their widths and activation."""
-        raise NotImplementedError
-
-    @classmethod
-    def _with_defaults(cls, arguments: Arguments, latent_dim: int) -> Arguments:
-        """Arguments, with the networks for a latent dimension where they are not given."""
-        given = {name: value for name, value in arguments.items() if value is not None}
-        return {**cls._network(latent_dim), **given}
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
         # a version with other defaults reads the same flow from a file
-        return self._with_defaults(super()._resolved_arguments(latent_dim), latent_dim)
+        arguments = super()._resolved_arguments(latent_dim)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return {**self._network(latent_dim), **given}
 
     @classmethod
     def _preset_flow(cls, arguments: Arguments, latent_dim: int) -> nn.Module:
-        network = cls._with_defaults(arguments, latent_dim)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        network = {**cls._network(latent_dim), **given}
         count = network.pop("num_transforms")
         if latent_dim == 1:
             # affine layers of one coordinate are a Gaussian together
@@ -98,8 +85,7 @@ class PresetGuide(AutoAutoregressive):
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
-        # benchmarks/float32.md: three layers multiply their scales, and without a bound single draws go
-        # so far that models overflow
+        # three layers multiply their scales: unbounded, draws overflow models (benchmarks/float32.md)
         return chain([*hinges, layers, CompressedTails()])
 
     def _least_state(self, spec: GuideSpec) -> LeastState:
@@ -119,23 +105,19 @@ class AutoIAF(PresetGuide):
 
     Its layers, from the standard Normal to the unconstrained space of all latents:
 
-    1. :func:`~pyro_artransform.hinged_marginals`: each coordinate has smooth hinges of its own, which
-       skew the base and give it other tails.
-    2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them.
-       The first has the order of the latents, the next the reverse order, and so on in turn.
+    1. :func:`~pyro_artransform.hinged_marginals`: hinges of each coordinate, for skewness and tails.
+    2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them,
+       the first in the order of the latents, the next in the reverse order, and so on in turn.
     3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 40 units of the scale below, a
        draw goes only logarithmically far, so that models do not overflow.
-    4. A location and a scale, a lower-triangular matrix where ``full_rank``, else a diagonal.
+    4. The location and the scale of :class:`AutoAutoregressive`.
 
     In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
-    their place, and there are no networks. Each layer but the last starts as the identity.
-    ``print(guide)`` shows the layers.
+    their place, and there are no networks. The density at given values
+    (:meth:`~AutoAutoregressive.log_prob`) needs several evaluations of each network.
 
-    The density at given values (:meth:`~AutoAutoregressive.log_prob`) needs the inverse of the flow,
-    which costs several evaluations of its networks.
-
-    :param model: a Pyro model.
-    :param num_transforms: the number of autoregressive layers; their order alternates.
+    :param model: as ``full_rank``, ``init_loc_fn`` and ``init_scale``: see :class:`AutoAutoregressive`.
+    :param num_transforms: the number of autoregressive layers.
     :param hidden_dims: the width or widths of the hidden layers of each network; by default one
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()`` up to 64 latents, which is of
@@ -145,9 +127,6 @@ class AutoIAF(PresetGuide):
     :param skip_connections: whether each network has a linear layer from its inputs to its outputs
         too; by default it has none. A regression on many columns ends nearer with
         ``nonlinearity=TiltedSiLU(0.0), skip_connections=True``, a funnel further off.
-    :param full_rank: as for :class:`AutoAutoregressive`.
-    :param init_loc_fn: as for :class:`AutoAutoregressive`.
-    :param init_scale: as for :class:`AutoAutoregressive`.
     :raises TypeError: as for :class:`AutoAutoregressive`.
     :raises ValueError: as for :class:`AutoAutoregressive`, and for a size that is not positive.
 
@@ -156,9 +135,7 @@ class AutoIAF(PresetGuide):
         >>> import pyro, pyro.distributions as dist, torch
         >>> from pyro.infer import SVI, Trace_ELBO
         >>> from pyro_artransform import AutoIAF
-        >>> def model():
-        ...     with pyro.plate("coordinates", 2):
-        ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> model = lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         >>> guide = AutoIAF(model)
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
         >>> losses = [svi.step() for _ in range(10)]
@@ -173,8 +150,8 @@ class AutoIAF(PresetGuide):
 
     _layers, _has_hinges = staticmethod(iaf), True
 
-    @classmethod
-    def _network(cls, latent_dim: int) -> Arguments:
+    @staticmethod
+    def _network(latent_dim: int) -> Arguments:
         # widths are compared in benchmarks/flows.md
         width = max(128, min(8 * latent_dim, 256), 3 * latent_dim)
         return {"hidden_dims": [width], "nonlinearity": default_activation(latent_dim)}
@@ -185,31 +162,18 @@ class AutoMAF(PresetGuide):
 
     Its layers are ``num_transforms`` affine autoregressive ones in alternating order, as
     :func:`~pyro_artransform.maf` makes them, then compressed tails, location and scale, as those of
-    :class:`AutoIAF`; in one dimension all are. Draws need the inverse of each layer, which costs several
-    evaluations of its networks, so that a step of SVI is more expensive than :class:`AutoIAF`'s.
+    :class:`AutoIAF`; in one dimension all are. Draws need several evaluations of each network, so that
+    a step of SVI is more expensive than :class:`AutoIAF`'s.
 
-    :param model: a Pyro model.
-    :param num_transforms: the number of autoregressive layers; their order alternates.
-    :param hidden_dims: the width or widths of the hidden layers of each network, by default two of
-        ``max(64, 2 * latent_dim)``.
-    :param nonlinearity: their activation, by default ``torch.nn.ELU()``.
-    :param skip_connections: as for :class:`AutoIAF`.
-    :param full_rank: as for :class:`AutoAutoregressive`.
-    :param init_loc_fn: as for :class:`AutoAutoregressive`.
-    :param init_scale: as for :class:`AutoAutoregressive`.
-    :raises TypeError: as for :class:`AutoIAF`.
-    :raises ValueError: as for :class:`AutoIAF`.
+    Arguments and errors are those of :class:`AutoIAF`, with other defaults: for ``hidden_dims`` two
+    layers of ``max(64, 2 * latent_dim)``, for ``nonlinearity`` ``torch.nn.ELU()``.
 
     Example::
 
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist, torch
         >>> from pyro_artransform import AutoMAF
-        >>> def model():
-        ...     with pyro.plate("coordinates", 2):
-        ...         pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> guide = AutoMAF(model)
-        >>> draws = guide.sample_posterior(5)
-        >>> guide.log_prob(draws).shape
+        >>> guide = AutoMAF(lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
+        >>> guide.log_prob(guide.sample_posterior(5)).shape
         torch.Size([5])
 
     **References**
@@ -221,7 +185,7 @@ class AutoMAF(PresetGuide):
     # hinges would add noise to gradients that are expensive already
     _layers, _has_hinges = staticmethod(maf), False
 
-    @classmethod
-    def _network(cls, latent_dim: int) -> Arguments:
+    @staticmethod
+    def _network(latent_dim: int) -> Arguments:
         width = max(64, 2 * latent_dim)
         return {"hidden_dims": [width] * 2, "nonlinearity": nn.ELU()}

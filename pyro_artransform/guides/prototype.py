@@ -11,12 +11,11 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import biject_to
 
 from ..joint.sites import (
     Latents,
@@ -34,9 +33,8 @@ _DEPENDS_ON_LATENTS = {
     "shape": "the shape of site '{name}' depends on other latents: expected one shape, got {expected} "
     "and {got}",
     "support": "the support of site '{name}' depends on other latents: expected one support, got "
-    "{expected} and {got} for slightly different values of the latents. Draw it on a fixed scale and "
-    "transform it: in place of x ~ Uniform(0, a), u ~ Uniform(0, 1) and "
-    "pyro.deterministic('x', a * u)",
+    "{expected} and {got}. Draw it on a fixed scale and transform it: in place of x ~ Uniform(0, a), "
+    "u ~ Uniform(0, 1) and pyro.deterministic('x', a * u)",
 }
 _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
@@ -48,19 +46,11 @@ _OF_ANOTHER_MODEL = {
 }
 
 
-def _is_predicted(sites: Collection[str] | None, site: Any) -> bool:
-    """Whether a latent is not one of the guide's, once its sites are known."""
-    return sites is not None and site["name"] not in sites
-
-
 def starting_value(
     init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None, site: Any
 ) -> Tensor:
-    """The starting value of a latent site of a model, a message of Pyro.
-
-    Once the sites of the guide are known, every other latent is predicted, and may be discrete.
-    """
-    if _is_predicted(sites, site) or is_enumerated(site):
+    """The starting value of a latent; once the sites of the guide are known, others are predicted."""
+    if (sites is not None and site["name"] not in sites) or is_enumerated(site):
         return site["fn"].sample()
     if site["fn"].support.is_discrete:
         raise ValueError(
@@ -74,27 +64,23 @@ def starting_value(
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
             raise ValueError(
-                f"site '{site['name']}' is in the sequential plate '{frame.name}': expected latents in "
-                f"vectorized ones, with pyro.plate('{frame.name}', {frame.size}). Where each has a site "
-                f"of its own, range({frame.size}) does in place of it"
+                f"site '{site['name']}' is in the sequential plate '{frame.name}': expected a vectorized "
+                f"one, with pyro.plate(...), or range({frame.size}) where each latent has its own site"
             )
     return initial_value(init_loc_fn, site)
 
 
 class StartMessenger(InitMessenger):
-    """Gives latents their starting values, and refuses those that have no density on the reals.
-
-    It does so after the model's own handlers: ``poutine.reparam`` asks for the starting value of a site
-    that it then replaces.
-    """
+    """Gives latents their starting values, and refuses those that have no density on the reals."""
 
     def __init__(self, init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None) -> None:
         super().__init__(partial(starting_value, init_loc_fn, sites))
         self._sites = sites
 
     def _pyro_post_sample(self, site: Any) -> None:
-        is_other = site["is_observed"] or is_hidden(site) or _is_predicted(self._sites, site)
-        if not is_other:
+        # after the model's own handlers: poutine.reparam may have replaced the site
+        is_own = self._sites is None or site["name"] in self._sites
+        if is_own and not site["is_observed"] and not is_hidden(site):
             check_continuous(site)
 
 
@@ -109,26 +95,14 @@ class SiteShape(dist.TorchDistribution):
 def prototype_trace(latents: Latents, values: Mapping[str, Tensor]) -> poutine.Trace:
     """Latents and their starting values as a trace, as Pyro and ``NeuTraReparam`` want it."""
     trace = poutine.Trace()
+    rest = {"type": "sample", "is_observed": False, "args": (), "kwargs": {}}
     for name, site in latents.sites.items():
         event_shape = site.shape[len(site.batch_shape) :]
         fn = SiteShape(site.batch_shape, event_shape, validate_args=False)
         fn.support = site.support
-        node = {"type": "sample", "fn": fn, "value": values[name], "is_observed": False}
-        rest = {"infer": {}, "args": (), "kwargs": {}, "cond_indep_stack": site.plates}
+        node = {"fn": fn, "value": values[name], "infer": {}, "cond_indep_stack": site.plates}
         trace.add_node(name, name=name, **node, **rest)
     return trace
-
-
-def check_model(model: object) -> None:
-    """Refuses what cannot be a model, and a transform in place of one."""
-    if not callable(model):
-        raise TypeError(f"model: expected a callable, got {type(model).__name__}")
-    if isinstance(model, (Transform, ConditionalTransform)):
-        raise TypeError(
-            "model: expected a Pyro model, a callable with sample statements, got the transform "
-            f"{type(model).__name__}; a flow goes into AutoAutoregressive(model, flow=...), as a "
-            "callable that takes the latent dimension and returns it"
-        )
 
 
 def is_hidden(node: Any) -> bool:
@@ -138,11 +112,8 @@ def is_hidden(node: Any) -> bool:
 
 def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
     """The latent sites of a trace, by their names."""
-    sites = {}
-    for name, node in trace.iter_stochastic_nodes():
-        if not is_hidden(node):
-            sites[name] = Site.from_node(node)
-    return sites
+    nodes = trace.iter_stochastic_nodes()
+    return {name: Site.from_node(node) for name, node in nodes if not is_hidden(node)}
 
 
 def latents_of(run: Callable[[], object]) -> dict[str, Site]:
@@ -158,10 +129,9 @@ def refuse_subsampling(sites: Iterable[Site]) -> None:
             if frame.full_size is not None and frame.size != frame.full_size:
                 raise ValueError(
                     f"site '{site.name}' is in the sub-sampled plate '{frame.name}' ({frame.size} of "
-                    f"{frame.full_size}): this guide has one latent for each of a fixed set of "
-                    "elements and cannot follow a minibatch. Use AutoAmortized(model, encoder), whose "
-                    "encoder reads the data of the minibatch, or AutoAmortized(model), which has "
-                    "parameters for each element; or do not sub-sample the plate"
+                    f"{frame.full_size}): this guide cannot follow a mini-batch. Use "
+                    "AutoAmortized(model, encoder), whose encoder reads its data, or AutoAmortized(model), "
+                    "which has parameters for each element; or do not sub-sample the plate"
                 )
 
 
@@ -170,8 +140,9 @@ def refuse_moving_structure(
 ) -> tuple[str, ...]:
     """Refuses a model whose sites or supports depend on the values of its latents.
 
-    The model is run again with other latents and the same random numbers, so that what differs from
-    its first run depends on the latents. The names of the sites that have data are returned.
+    The model is run again with other latents and the same random numbers.
+
+    :return: the sites that have data.
     """
     with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
         torch.set_rng_state(rng_state)
@@ -183,14 +154,10 @@ def refuse_moving_structure(
 
 
 def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) -> None:
-    """Refuses arguments of the model for which the latents of a guide have other shapes.
-
-    Where broadcasting hides it, as for a batch of one, the loss would be wrong with no other sign. A
-    model that needs the guide's draws to run is left alone, as that of a forecast.
-    """
+    """Refuses arguments for which latents have other shapes: broadcasting may make the loss wrong."""
     try:
         now = latents_of(run)
-    except Exception:  # where it matters, the model's own run raises it again
+    except Exception:  # such a model may need the guide's draws; else its own run raises it again
         return
     # sites that are latent only now are predicted, and those that have data now are conditioned on
     refuse_subsampling(site for name, site in now.items() if name in sites)
@@ -200,10 +167,7 @@ def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) ->
 def refuse_other_model(
     sites: Mapping[str, Site], observed: Collection[str] | None, run: Callable[[], object]
 ) -> None:
-    """Refuses a model whose latents are not those of the guide, or are in a sub-sampled plate.
-
-    Sites that had data when the guide was set up, where these are known, may be predicted now.
-    """
+    """Refuses a model whose latents are not the guide's; sites that had data may be predicted now."""
     now = latents_of(run)
     for name in now.keys() - sites.keys():
         if observed is None or name in observed:
@@ -230,15 +194,13 @@ def _compare(
     expected: Mapping[str, Site], got: Mapping[str, Site], messages: Mapping[str, str]
 ) -> None:
     """Refuses common sites that differ in something that there is a message for."""
-    for name, site in expected.items():
-        if name not in got:
-            continue
+    for name in filter(got.__contains__, expected):
+        site = expected[name]
         shapes = tuple(site.shape), tuple(got[name].shape)
         if shapes[0] != shapes[1]:
             raise ValueError(messages["shape"].format(name=name, expected=shapes[0], got=shapes[1]))
-        supports = site.support, got[name].support
-        if "support" in messages and not same_support(*supports):
-            one, other = map(describe_support, supports)
+        if "support" in messages and not same_support(site.support, got[name].support):
+            one, other = map(describe_support, (site.support, got[name].support))
             raise ValueError(messages["support"].format(name=name, expected=one, got=other))
 
 
@@ -250,26 +212,22 @@ class ShiftedLatents(Messenger):
         self._latents: dict[str, Tensor] = {}
         nodes: Iterable[tuple[str, Any]] = trace.iter_stochastic_nodes()
         for name, node in nodes:
-            value = node["value"]
             bijection = biject_to(node["fn"].support)
-            latent = bijection.inv(value)
+            latent = bijection.inv(node["value"])
             if not latent.isfinite().all():
                 wanted = "starting values" if node["cond_indep_stack"] else "a starting value"
-                raise ValueError(
-                    f"site '{name}': expected {wanted} inside its support, got {value.tolist()}"
-                )
+                got = f"inside its support, got {node['value'].tolist()}"
+                raise ValueError(f"site '{name}': expected {wanted} {got}")
             if not bijection(latent).isfinite().all():
+                wanted = "a support onto which the real numbers can be mapped"
                 got = describe_support(node["fn"].support)
-                raise ValueError(
-                    f"site '{name}': expected a support onto which the real numbers can be mapped, got {got}"
-                )
+                raise ValueError(f"site '{name}': expected {wanted}, got {got}")
             self._latents[name] = latent
 
     def _pyro_sample(self, message: Any) -> None:
         latent = self._latents.get(message["name"])
-        if latent is None or message["is_observed"]:
-            return
-        shifted = biject_to(message["fn"].support)(latent + 0.01 * (1 + latent.abs()))
-        # a site of another shape now keeps it, to be refused for it
-        if message["value"] is None or message["value"].shape == shifted.shape:
-            message["value"] = shifted
+        if latent is not None and not message["is_observed"]:
+            shifted = biject_to(message["fn"].support)(latent + 0.01 * (1 + latent.abs()))
+            # a site of another shape now keeps it, to be refused for it
+            if message["value"] is None or message["value"].shape == shifted.shape:
+                message["value"] = shifted

@@ -18,8 +18,7 @@ from ...arguments import check_callable, check_integer, check_positive, names_th
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
-from ..persistence.spec import GuideSpec
-from ..persistence.state_check import LeastState
+from ..persistence.spec import GuideSpec, LeastState
 from ..prototype import compare_names, latents_of, refuse_moving_structure
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow

@@ -3,16 +3,14 @@
 
 """Which guide owns which entries of Pyro's param store.
 
-Pyro's store finds parameters by name, and a second guide of a class has the names of the first. In
-Pyro it is handed the first one's parameters while it draws from its own, and never trains
-(pyro#3094); neither does a guide that meets a store that was loaded (pyro#1204). Here a guide
-and the store always hold the same tensors: the guide takes those of the store, or another name.
+Pyro's store finds parameters by name, and a second guide of a class has the names of the first: in
+Pyro it never trains (pyro#3094), nor does a guide that meets a store that was loaded (pyro#1204). Here
+a guide and the store hold the same tensors: the guide takes those of the store, or another name.
 """
 
 import enum
 import gc
 import itertools
-import re
 
 import pyro
 from pyro.params.param_store import param_with_module_name
@@ -30,12 +28,9 @@ OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 class Ownership(enum.Enum):
     """Which values count where the store has others under the guide's name."""
 
-    #: Just set up: those of the store.
-    NEW = enum.auto()
-    #: Copied, unpickled or loaded: the guide's own.
-    CARRIED = enum.auto()
-    #: Registered already: those that were loaded into the store since then.
-    SETTLED = enum.auto()
+    NEW = "those of the store"
+    CARRIED = "the own ones of a guide that was copied, unpickled or loaded"
+    SETTLED = "those that were loaded into the store since the guide was registered"
 
 
 def resolve_conflicts(
@@ -46,7 +41,6 @@ def resolve_conflicts(
     The guide adopts entries of a name unless they belong to another living guide. It is an error if
     those of its name that were loaded into the store do not fit it.
 
-    :param own: the parameters of the guide.
     :param names: its present name, and the one before any suffix.
     :return: the name, and whether entries were adopted.
     """
@@ -74,25 +68,13 @@ def resolve_conflicts(
         ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
 
 
-def drop_orphans(name: str) -> None:
-    """Deletes the entries of a name, with any suffix, that guides have left which are gone."""
-    store, pattern = pyro.get_param_store(), re.compile(rf"{re.escape(name)}(_\d+)?\.transform\W")
-    entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
-    if entries:
-        gc.collect()  # a guide that nobody can reach any more may wait in a cycle
-    for key, tensor in entries.items():
-        if OWNERS[tensor]() is None:
-            del store[key]
-
-
 def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:
     if ownership is Ownership.CARRIED:
         return False
     if ownership is Ownership.SETTLED:
         return not _were_of_another(foreign, guide)
     if _are_of_a_living_one(foreign, guide):
-        # a guide that nobody can reach any more may wait for the collector in a cycle
-        gc.collect()
+        gc.collect()  # a guide that nobody can reach any more may wait in a cycle
     return not _are_of_a_living_one(foreign, guide)
 
 
@@ -101,12 +83,10 @@ def _were_of_another(tensors: list[Tensor], guide: nn.Module) -> bool:
 
 
 def _are_of_a_living_one(tensors: list[Tensor], guide: nn.Module) -> bool:
-    """Whether another living guide has one of these parameters now."""
     for tensor in tensors:
         other = OWNERS[tensor]() if tensor in OWNERS else None
-        if other is None or other is guide:
-            continue
-        if any(parameter is tensor for parameter in other.parameters()):
+        parameters = [] if other is None or other is guide else other.parameters()
+        if any(parameter is tensor for parameter in parameters):
             return True
     return False
 
@@ -119,10 +99,8 @@ def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter])
     for short, tensor in entries.items():
         expected, got = ((tuple(t.shape), t.dtype, str(t.device)) for t in (own[short], tensor))
         if expected != got:
-            return (
-                f"the param store's '{short}' of the guide '{name}' does not fit: expected "
-                f"{expected}, got {got}. {_ADVICE}"
-            )
+            where = f"the param store's '{short}' of the guide '{name}'"
+            return f"{where} does not fit: expected {expected}, got {got}. {_ADVICE}"
     return None
 
 

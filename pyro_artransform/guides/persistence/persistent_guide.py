@@ -4,31 +4,34 @@
 """Guides whose parameters survive: in the param store, in copies, in state dicts and in files."""
 
 import copy
+import gc
 import json
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import pyro
 import torch
+from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.nn import PyroModule
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from ... import files
 from ...arguments import check_callable, check_integer
 from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
-from ..prototype import StartMessenger, check_model, is_hidden, prototype_trace
-from .param_store import OWNERS, Ownership, drop_orphans, resolve_conflicts
-from .spec import Arguments, GuideSpec, plain_to_tensor
-from .state_check import LeastState, State, check_finite, check_sizes
+from ..prototype import StartMessenger, is_hidden, prototype_trace
+from .param_store import OWNERS, Ownership, resolve_conflicts
+from .spec import Arguments, GuideSpec, LeastState, State, check_finite, check_sizes
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
-Values = Callable[..., Any]
 
 _FORMAT = 8
 
@@ -36,16 +39,14 @@ _FORMAT = 8
 class PersistentGuide(AutoGuide):
     """An autoguide that is built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
 
-    Its parameters are in the attribute ``transform``, which :meth:`_build` makes. A subclass calls
-    :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses its parameters.
-    ``arguments`` are those of its constructor that decide which parameters there are.
+    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses
+    its parameters, those of ``transform``.
     """
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
     #: arguments in a spec that the constructor does not take
     _found_arguments: ClassVar[tuple[str, ...]] = ()
-    # the same type, but Pyro names the argument msg
     _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
     _num_quantile_draws = 10_000
     #: the name before any suffix
@@ -53,16 +54,22 @@ class PersistentGuide(AutoGuide):
     #: the flow, or what makes the flows
     _make_flow: Any
 
-    def __init__(self, model: Model, init_loc_fn: Values, arguments: Arguments) -> None:
-        check_model(model)
+    def __init__(self, model: Model, init_loc_fn: Callable[..., Any], arguments: Arguments) -> None:
+        if not callable(model):
+            raise TypeError(f"model: expected a callable, got {type(model).__name__}")
+        if isinstance(model, (Transform, ConditionalTransform)):
+            raise TypeError(
+                "model: expected a Pyro model, a callable with sample statements, got the transform "
+                f"{type(model).__name__}; a flow goes into AutoAutoregressive(model, flow=...), as a "
+                "callable that takes the latent dimension and returns it"
+            )
         check_callable("init_loc_fn", init_loc_fn)
         # not that of AutoContinuous, which would wrap the model once more
         AutoGuide.__init__(self, model)
-        self.first_name = self._pyro_name
-        self._arguments = arguments
+        self.first_name, self._arguments = self._pyro_name, arguments
         self._spec: GuideSpec | None = None
         self._ownership = Ownership.NEW
-        #: whether the latents are known to be the model's: not where a file says what they are
+        #: whether the latents are known to be the model's, and not only a file's
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
 
@@ -71,9 +78,9 @@ class PersistentGuide(AutoGuide):
         """The model; a guide that was unpickled, or loaded without a model, does not have one."""
         if self._model is None:
             name = type(self).__name__
+            remedy = f"guide.model = model, or {name}.load(path, model), puts one into the guide"
             raise RuntimeError(
-                f"this {name} has no model: pickle drops it, and load(path) had none. guide.model = "
-                f"model, or {name}.load(path, model), puts one into the guide"
+                f"this {name} has no model: pickle drops it, load(path) has none. {remedy}"
             )
         return self._model[0]
 
@@ -83,11 +90,10 @@ class PersistentGuide(AutoGuide):
         else:
             super().__setattr__(name, value)
 
-    def _use_model(self, model: Model, init_loc_fn: Values = init_to_median) -> None:
+    def _use_model(self, model: Model, init_loc_fn: Callable[..., Any] = init_to_median) -> None:
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
-        start = StartMessenger(init_loc_fn, names)
-        self._model = start(model), model, init_loc_fn
+        self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
@@ -103,18 +109,17 @@ class PersistentGuide(AutoGuide):
         return {}
 
     def _flow_maker(self) -> Any:
-        """What makes the flows: pickle drops it."""
         if self._make_flow is None:
+            remedy = "call it once before it is pickled, or make it anew"
             raise RuntimeError(
-                "this guide was pickled before its first call, without its flow: call it once before it "
-                "is pickled, or make it anew"
+                f"this guide was pickled before its first call, without its flow: {remedy}"
             )
         return self._make_flow
 
     def _set_up_from(
         self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
     ) -> None:
-        """What follows the run of the model, from a starting point and the value of each site."""
+        """Builds the guide at a starting point, or at the value of each site."""
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
             start = start.detach().clone()
@@ -131,15 +136,13 @@ class PersistentGuide(AutoGuide):
 
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
-        own = self._resolved_arguments(spec.latents.latent_dim)
-        spec = replace(spec, arguments={**spec.arguments, **own})
+        arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
+        spec = replace(spec, arguments=arguments)
         check_sizes(state, self._least_state(spec))
         self._set_up_from(spec, spec.zeros())
-        self._ownership = Ownership.CARRIED
-        self._model_is_checked = False
+        self._ownership, self._model_is_checked = Ownership.CARRIED, False
 
     def _checked_spec(self) -> GuideSpec:
-        """The spec, which a guide has from its first call on."""
         if self._spec is None:
             raise RuntimeError(
                 f"this {type(self).__name__} does not know the model's latents yet: call it, or "
@@ -148,7 +151,7 @@ class PersistentGuide(AutoGuide):
         return self._spec
 
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws of all sites, which a subclass makes."""
+        """Draws of all sites."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -162,10 +165,8 @@ class PersistentGuide(AutoGuide):
         """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
 
         :param quantiles: q levels between 0 and 1.
-        :param args: the model's arguments, as ``kwargs`` for ``sample_posterior``.
         :param num_samples: how many draws; by default 10,000, and 2,000 of an amortized guide.
         :return: for each site a tensor of shape ``(q,) + site shape``.
-        :raises ValueError: if a level is not between 0 and 1.
         """
         self.set_up(*args, **kwargs)
         levels = check_levels("quantiles", quantiles)
@@ -173,14 +174,9 @@ class PersistentGuide(AutoGuide):
         draws = self.sample_posterior(check_integer("num_samples", n), *args, **kwargs)
         return {name: quantiles_of(value, levels) for name, value in draws.items()}
 
-    def median(
-        self, *args: object, num_samples: int | None = None, **kwargs: object
-    ) -> dict[str, Tensor]:
-        """The median of each coordinate of each site, from draws, as for :meth:`quantiles`.
-
-        :return: for each site a tensor of its shape.
-        """
-        found = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each coordinate of each site, as :meth:`quantiles` has it."""
+        found = self.quantiles([0.5], *args, **kwargs)
         return {name: value[0] for name, value in found.items()}
 
     # The param store
@@ -202,40 +198,36 @@ class PersistentGuide(AutoGuide):
             names, own = [name, self.first_name], self._trainable()
             name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
         if in_call or is_adopted:
-            self._put(name)
+            store, stored = pyro.get_param_store(), dict(pyro.get_param_store().named_parameters())
+            for short, parameter in self._trainable().items():
+                key = param_with_module_name(f"{name}.transform", short)
+                if stored.get(key) is not parameter:
+                    if key in stored:
+                        del store[key]
+                    store[key] = parameter
+                OWNERS[parameter] = weakref.ref(self)
+            self._pyro_name = name
         if in_call or self._ownership is not Ownership.CARRIED:
             self._ownership = Ownership.SETTLED
 
     def drop_orphans(self) -> None:
-        """Deletes what guides of its name have left in the store that are gone, before its first call.
-
-        A new guide would go on from there. Entries that were loaded into the store stay.
-        """
-        if self._spec is None:
-            drop_orphans(self.first_name)
-
-    def _put(self, name: str) -> None:
-        """Puts the parameters into the store, where it does not have them, and takes this name."""
+        """Before the first call: deletes what guides of its name that are gone have left in the store."""
+        if self._spec is not None:
+            return
         store = pyro.get_param_store()
-        stored = dict(store.named_parameters())
-        for short, parameter in self._trainable().items():
-            key = param_with_module_name(f"{name}.transform", short)
-            if stored.get(key) is not parameter:
-                if key in stored:
-                    del store[key]
-                store[key] = parameter
-            OWNERS[parameter] = weakref.ref(self)
-        self._pyro_name = name
+        pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.transform\W")
+        entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
+        if entries:
+            gc.collect()  # a guide that nobody can reach any more may wait in a cycle
+        for key, tensor in entries.items():
+            if OWNERS[tensor]() is None:
+                del store[key]
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by their names in ``transform``."""
         # not by the attribute, whose reading is a param statement; `_modules` may hold None elsewhere
         transform: nn.Module = self._modules["transform"]  # type: ignore[assignment]
-        trained = {}
-        for name, parameter in transform.named_parameters():
-            if parameter.requires_grad:
-                trained[name] = parameter
-        return trained
+        return {name: p for name, p in transform.named_parameters() if p.requires_grad}
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
@@ -277,26 +269,21 @@ class PersistentGuide(AutoGuide):
 
     def get_extra_state(self) -> Tensor:
         """The spec as bytes; null before the first call, or where a support cannot be written."""
-        if self._spec is None:
-            return plain_to_tensor(None)
-        # a guide has its functions before it loads a state dict
-        known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
-        try:
-            return plain_to_tensor(replace(self._spec, arguments=known).to_plain())
-        except ValueError:
-            return plain_to_tensor(None)
+        plain = None
+        if self._spec is not None:
+            # a guide has its functions before it loads a state dict
+            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
+            with suppress(ValueError):
+                plain = replace(self._spec, arguments=known).to_plain()
+        return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the spec is read before the parameters."""
 
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
-        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        check_finite(own)
-        self._prepare_for(own)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _prepare_for(self, state: State) -> None:
-        """Builds a guide that was never called, and refuses the state dict of another guide."""
+        """As torch's, for a guide that was never called too; it refuses the state of another guide."""
+        state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        check_finite(state)
         text = state.get("_extra_state")
         plain = None if text is None else json.loads(bytes(text.tolist()))
         parameters = [value for key, value in state.items() if key.startswith("transform.")]
@@ -306,25 +293,21 @@ class PersistentGuide(AutoGuide):
             self._restore(spec, state)
         elif self._spec is None and parameters:
             raise RuntimeError(
-                f"{type(self).__name__} was never called, so it has no parameters yet, and the "
-                "state dict does not say of which sites it is: call the guide with the model's "
-                "arguments first"
+                f"{type(self).__name__} was never called, so it has no parameters yet, and the state "
+                "dict does not name its sites: call the guide with the model's arguments first"
             )
         elif self._spec is not None and spec is not None and spec.shapes() != self._spec.shapes():
-            raise RuntimeError(
-                "the state dict is of a guide of other sites: expected "
-                f"{self._spec.shapes()}, got {spec.shapes()}"
-            )
+            shapes = f"expected {self._spec.shapes()}, got {spec.shapes()}"
+            raise RuntimeError(f"the state dict is of a guide of other sites: {shapes}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Files
 
     def save(self, path: FilePath) -> None:
         """Writes the guide to a file of tensors and plain data: where that fails, an old file stays.
 
-        :param path: where to.
         :raises RuntimeError: if the guide was never called.
-        :raises ValueError: if a support or an argument cannot be written as plain data, or a
-            parameter is not finite.
+        :raises ValueError: if a support or an argument is not plain data, or a parameter not finite.
         """
         content = {"format": _FORMAT, "class": type(self).__name__}
         content["spec"] = self._checked_spec().to_plain()
@@ -345,14 +328,11 @@ class PersistentGuide(AutoGuide):
     ) -> Guide:
         """Reads a guide from a file that :meth:`save` wrote.
 
-        :param path: where from.
-        :param model: the model, to train on. Draws and densities need no model. The first call
-            of the guide checks that its latents are those of the file.
+        :param model: the model, to train on: draws and densities need none. The first call of the
+            guide checks that its latents are those of the file.
         :param map_location: as for ``torch.load``.
-        :param arguments: arguments of the constructor that no file holds, such as ``flow`` of
+        :param arguments: those of the constructor that no file holds: ``flow`` of
             ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
-        :return: a guide that draws without the model; one with an encoder needs the model's arguments
-            to draw.
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, is of another
             class of guide, holds NaN, or is of another flow.
         """
@@ -369,9 +349,8 @@ class PersistentGuide(AutoGuide):
             device = next(v.device for key, v in state.items() if key != "_extra_state")
             spec = GuideSpec.from_plain(saved["spec"], device)
         except Exception as error:
-            raise ValueError(
-                f"{path}: expected what the guide's save writes, got: {error!r}"
-            ) from None
+            message = f"{path}: expected what the guide's save writes, got: {error!r}"
+            raise ValueError(message) from None
         if name != cls.__name__:
             raise ValueError(f"{path}: expected a guide of class {cls.__name__}, got {name}")
         known = {k: v for k, v in spec.arguments.items() if k not in cls._found_arguments}

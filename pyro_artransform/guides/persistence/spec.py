@@ -1,13 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a guide is built from, the latent sites of its model and its arguments, also as plain data."""
+"""What a guide is built from, also as plain data, and checks of a state dict before it is built."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import constraints
@@ -19,17 +18,15 @@ from ...conditioners import TiltedSiLU
 from ...joint.sites import Latents, Site
 
 Arguments = dict[str, Any]
-Plain = dict[str, Any]
+State = Mapping[str, Tensor]
 
-_MAX_ACTIVATION_SIZE = 2**16
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
-_SUPPORTS = (
-    *("real", "independent", "greater_than", "greater_than_eq", "less_than"),
-    *("interval", "half_open_interval", "simplex", "corr_cholesky", "corr_matrix"),
-    *("ordered_vector", "positive_ordered_vector", "softplus_positive"),
-)
 _NAME_TO_CLASS: dict[str, type] = {}
-for _name in _SUPPORTS:
+for _name in (
+    *("real", "independent", "greater_than", "greater_than_eq", "less_than", "interval"),
+    *("half_open_interval", "simplex", "corr_cholesky", "corr_matrix", "ordered_vector"),
+    *("positive_ordered_vector", "softplus_positive"),
+):
     _support = getattr(constraints, _name)
     _NAME_TO_CLASS[_name] = _support if isinstance(_support, type) else type(_support)
 _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
@@ -39,10 +36,8 @@ _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
 class GuideSpec:
     """What a guide is built from, a file holds, and a loaded guide is built from again.
 
-    :param latents: the latent sites, packed into one unconstrained vector.
-    :param arguments: the arguments of the constructor that decide which parameters there are.
+    :param arguments: those of the constructor that decide which parameters there are.
     :param observed: the sites that had data at the set-up, None where that is not known.
-    :param device: the device of the parameters.
     """
 
     latents: Latents
@@ -61,11 +56,9 @@ class GuideSpec:
         return reduce(torch.promote_types, (site.dtype for site in self.sites))
 
     def zeros(self) -> Tensor:
-        """A latent vector of zeros, shape ``(latent_dim,)``."""
         return torch.zeros(self.latents.latent_dim, dtype=self.dtype, device=self.device)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each site."""
         return {site.name: tuple(site.shape) for site in self.sites}
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "GuideSpec":
@@ -73,25 +66,21 @@ class GuideSpec:
         latents = Latents(site.to(fn) for site in self.sites)
         return replace(self, latents=latents, device=fn(torch.empty(0, device=self.device)).device)
 
-    def to_plain(self) -> Plain:
-        """The spec as plain data; the error for what cannot be written names it."""
+    def to_plain(self) -> Arguments:
+        """The spec as plain data."""
         sites = []
         for site in self.sites:
-            plain = {
-                "name": site.name,
-                "shape": list(site.shape),
-                "event_dim": site.event_dim,
-                "support": to_plain(f"the support of site '{site.name}'", site.support),
-                "dtype": str(site.dtype).removeprefix("torch."),
-                "plates": [list(frame) for frame in site.plates],
-            }
+            plain = {"name": site.name, "shape": list(site.shape), "event_dim": site.event_dim}
+            plain["support"] = to_plain(f"the support of site '{site.name}'", site.support)
+            plain["dtype"] = str(site.dtype).removeprefix("torch.")
+            plain["plates"] = [list(frame) for frame in site.plates]
             sites.append(plain)
         arguments = {name: to_plain(name, value) for name, value in self.arguments.items()}
         observed = None if self.observed is None else list(self.observed)
         return {"sites": sites, "arguments": arguments, "observed": observed}
 
     @classmethod
-    def from_plain(cls, plain: Plain, device: torch.device) -> "GuideSpec":
+    def from_plain(cls, plain: Arguments, device: torch.device) -> "GuideSpec":
         """The spec from what :meth:`to_plain` made of it, with bounds of supports on a device."""
         sites, observed = [], plain["observed"]
         for site in plain["sites"]:
@@ -102,28 +91,22 @@ class GuideSpec:
             # on the meta device: what the bounds of a support broadcast to may be huge
             on_meta = sites[-1].to(partial(Tensor.to, device="meta"))
             value = on_meta.bijection(torch.empty(on_meta.unconstrained_shape, device="meta"))
-            expected, got = tuple(shape), tuple(value.shape)
-            if got != expected:
-                name = site["name"]
-                raise ValueError(f"site '{name}': expected values of shape {expected}, got {got}")
+            if value.shape != shape:
+                where, got = f"site '{site['name']}'", tuple(value.shape)
+                raise ValueError(f"{where}: expected values of shape {tuple(shape)}, got {got}")
         arguments = {key: from_plain(value, device) for key, value in plain["arguments"].items()}
         observed = None if observed is None else tuple(observed)
         return cls(Latents(sites), arguments, observed, device)
 
 
 def to_plain(name: str, value: Any) -> Any:
-    """A support or an argument of a guide as plain data; an activation is its name and its constants.
-
-    :param name: what it is, for the error about one that cannot be written.
-    """
+    """A support or an argument of a guide as plain data; ``name`` is for errors."""
     if type(value) in _CLASS_TO_NAME:
         bounds = {key: to_plain(name, bound) for key, bound in vars(value).items()}
         return {"support": _CLASS_TO_NAME[type(value)], "bounds": bounds}
     if isinstance(value, constraints.Constraint):
-        raise ValueError(
-            f"{name} cannot be written to a file: expected one of {', '.join(_NAME_TO_CLASS)}, got "
-            f"{type(value).__name__.lstrip('_')}"
-        )
+        wanted, got = ", ".join(_NAME_TO_CLASS), type(value).__name__.lstrip("_")
+        raise ValueError(f"{name} cannot be written to a file: expected one of {wanted}, got {got}")
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if not callable(value):
@@ -157,12 +140,43 @@ def from_plain(plain: Any, device: torch.device | None = None) -> Any:
             make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(activation, kind)
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in make(**constants).parameters())
-            if size > _MAX_ACTIVATION_SIZE:
+            if size > 2**16:
                 raise ValueError(f"expected an activation, got {kind} of {size} parameters")
             return make(**constants)
     return plain
 
 
-def plain_to_tensor(plain: object) -> Tensor:
-    """Plain data as a tensor of bytes, for a state dict, whose values are tensors."""
-    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+class LeastState(NamedTuple):
+    """What the state dict of a guide has at least: lengths of vectors, and how many numbers and tensors."""
+
+    vectors: Sequence[int]
+    numbers: int
+    tensors: int = 1
+
+
+def check_sizes(state: State, least: LeastState) -> None:
+    """Refuses a state dict that a guide cannot have, before memory and time go into building that."""
+    lengths = {len(value) for value in state.values() if value.dim() == 1}
+    stored: dict[int, int] = {}
+    is_expanded = False
+    for value in state.values():
+        # by storage: an expanded tensor declares more numbers than there are
+        storage = value.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes() // value.element_size()
+        is_expanded = is_expanded or value.numel() > stored[storage.data_ptr()]
+    numbers = sum(stored.values())
+    is_short = numbers < least.numbers or len(state) < least.tensors
+    if is_expanded or is_short or not lengths.issuperset(least.vectors):
+        raise RuntimeError(
+            "the state does not fit the sites and arguments of its guide: expected vectors of "
+            f"{list(least.vectors)} numbers, and at least {least.numbers} numbers in {least.tensors} "
+            f"tensors, got {numbers} in {len(state)}"
+        )
+
+
+def check_finite(state: State) -> None:
+    """Refuses a state dict with NaN or infinite entries."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} that are not"
+            raise ValueError(f"parameter '{name}': expected finite numbers, got {bad}")

@@ -19,8 +19,7 @@ from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...transforms.location_scale import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import GuideSpec
-from ..persistence.state_check import LeastState
+from ..persistence.spec import GuideSpec, LeastState
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
