@@ -141,14 +141,10 @@ def test_predictive(parallel):
 
 
 def test_in_a_list():
-    def new_list():
-        guides = AutoGuideList(models.regression)
+    lists = [AutoGuideList(models.regression) for _ in range(2)]
+    for guides in lists:
         guides.append(AutoNormal(poutine.block(models.regression, expose=["scale"])))
         guides.append(AutoIAF(poutine.block(models.regression, hide=["scale"]), hidden_dims=8))
-        return guides
-
-    lists = [new_list(), new_list()]
-    for guides in lists:
         train(guides, 2)
     for guides, other in (lists, lists[::-1]):
         before, theirs = parameters(guides[1]), parameters(other[1])
@@ -156,10 +152,7 @@ def test_in_a_list():
         assert not [name for name in unmoved(guides[1], before) if "transforms.0" not in name]
         assert len(unmoved(other[1], theirs)) == len(theirs)
         assert set(guides(models.data())) == {"loc", "scale"}
-        assert guides.median(models.data())["loc"].shape == ()
         assert guides.quantiles([0.1, 0.9], models.data())["loc"].shape == (2,)
-    trace = poutine.trace(lists[0]).get_trace(models.data())
-    assert "_AutoGuideList.1_latent" in trace.nodes
 
 
 def test_one_evaluation_of_each_network_in_a_step():
@@ -169,40 +162,29 @@ def test_one_evaluation_of_each_network_in_a_step():
     conditioners = [part for part in guide.modules() if isinstance(part, Conditioner)]
     for conditioner in conditioners:
         conditioner.register_forward_hook(lambda *_: calls.append(1))
-    count = len(conditioners)
-    assert count == 3  # that of the noise, and one for each layer
+    assert len(conditioners) == 3  # that of the noise, and one for each layer
     train(guide, 3)
-    assert len(calls) == count * 3
     guide.rsample_and_log_prob(5)
-    assert len(calls) == count * 4
     guide.sample_posterior(5)
-    assert len(calls) == count * 5
+    assert len(calls) == 3 * (3 + 1 + 1)
 
 
 def test_no_growing_state():
     """F29."""
     guide = AutoIAF(models.regression, num_transforms=1, hidden_dims=4)
-    for _ in range(3):
-        guide(models.data())
-    before = {name: len(value) for name, value in vars(guide).items() if hasattr(value, "__len__")}
-    stored = len(pyro.get_param_store())
-    for size in range(1, 60):
-        guide(models.data()[: 1 + size % 8])
-        guide.sample_posterior(2)
-    after = {name: len(value) for name, value in vars(guide).items() if hasattr(value, "__len__")}
-    assert after == before
-    assert len(pyro.get_param_store()) == stored
+    found = []
+    for count in (3, 60):
+        for size in range(count):
+            guide(models.data()[: 1 + size % 8])
+            guide.sample_posterior(2)
+        held = {name: len(v) for name, v in vars(guide).items() if hasattr(v, "__len__")}
+        found.append((held, len(pyro.get_param_store())))
+    assert found[0] == found[1]
 
 
 def test_before_the_first_call():
     guide = AutoIAF(models.regression)
-    for use in (
-        guide.get_transform,
-        guide.get_base_dist,
-        guide.get_posterior,
-        lambda: guide.start_at(torch.zeros(2)),
-        lambda: guide.rsample_and_log_prob(3),
-    ):
+    for use in (guide.get_posterior, lambda: guide.start_at(0.0), guide.step_scales):
         with pytest.raises(RuntimeError, match="call it, or set_up, with the model's arguments"):
             use()
     guide.set_up(models.data())
@@ -211,22 +193,16 @@ def test_before_the_first_call():
     assert guide.get_transform() is transform
 
 
-def test_a_copy_made_in_inference_mode_trains():
-    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
-    with torch.inference_mode():
-        twin = copy.deepcopy(guide)
-    trains(twin, [guide])
-
-
-def test_a_guide_set_up_in_inference_mode_trains(tmp_path):
+def test_guides_that_were_set_up_loaded_and_copied_in_inference_mode_train(tmp_path):
     guide = AutoIAF(models.regression, hidden_dims=8)
     with torch.inference_mode():
         guide.sample_posterior(3, models.data())
     trains(guide)
     guide.save(tmp_path / "guide")
     with torch.inference_mode():
-        loaded = AutoIAF.load(tmp_path / "guide", models.regression)
+        loaded, twin = AutoIAF.load(tmp_path / "guide", models.regression), copy.deepcopy(guide)
     trains(loaded)
+    trains(twin, [guide])
 
 
 @pytest.mark.parametrize("name", ["iaf", "maf", "structured"])
@@ -236,12 +212,10 @@ def test_draws_and_densities_in_inference_mode(name):
     with torch.inference_mode():
         draws = guide.sample_posterior(4)
         log_prob = guide.log_prob(draws)
-        assert guide.quantiles([0.5], num_samples=10)["loc"].shape == (1,)
         assert guide.median(num_samples=10)["scale"] > 0
         trace = poutine.trace(guide).get_trace(models.data())
         assert trace.log_prob_sum().isfinite()
         latent, log_q = guide.rsample_and_log_prob(4)
         assert torch.allclose(posterior.log_prob(latent), log_q)
-        assert posterior.log_prob(posterior.sample()).isfinite()
     assert torch.allclose(guide.log_prob({k: v.clone() for k, v in draws.items()}), log_prob)
     trains(guide)

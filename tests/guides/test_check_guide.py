@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The assertions about guides: they pass for each guide, and each can fail."""
 
-import copy
-
 import pyro
 import pytest
 import torch
@@ -33,14 +31,6 @@ class WrongShape(Wrong):
         return {name: value[0] for name, value in draws.items()}
 
 
-class WrongQuantiles(Wrong):
-    def quantiles(self, quantiles, *args, **kwargs):
-        return self.median(num_samples=10)
-
-    def median(self, *args, **kwargs):
-        return {name: value[0] for name, value in super().quantiles([0.5]).items()}
-
-
 class WrongLogProb(Wrong):
     def log_prob(self, values):
         return super().log_prob(values) + 1
@@ -68,15 +58,6 @@ class SharedCopy(Wrong):
         return self
 
 
-class UnpickledAnew(Wrong):
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.start_at(torch.zeros(2))
-
-    def __deepcopy__(self, memo):
-        return copy.copy(self)
-
-
 class DeafToTheStore(Wrong):
     def _register(self):
         pyro.clear_param_store()
@@ -87,13 +68,11 @@ class DeafToTheStore(Wrong):
     ("guide", "message"),
     [
         (WrongShape, r"sample_posterior\(5\): 'loc' has shape \(\), expected \(5,\)"),
-        (WrongQuantiles, r"quantiles: 'loc' has shape \(\), expected \(2,\)"),
         (WrongLogProb, "log_prob: .* for a draw whose density in the guide's trace is"),
         (WrongPath, r"rsample_and_log_prob\(path=True\)"),
         (Frozen, "SVI: 1 of .* parameters never move: .*loc"),
         (Unregistered, "a second guide: .* parameters never move"),
         (SharedCopy, "deepcopy: training the copy moves"),
-        (UnpickledAnew, "another density"),
         (DeafToTheStore, "a loaded param store: the guide does not have its parameters"),
     ],
 )

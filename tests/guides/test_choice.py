@@ -54,21 +54,13 @@ def test_choice(model, args, kind, reason):
     assert guide(*args).keys() >= {"z"}
 
 
-def test_a_mini_batch_may_lack_dependencies():
+def test_a_mini_batch_may_lack_dependencies_and_leaves_no_trace():
     """Also where nothing in the model says that it is one, as where it is scaled by hand."""
-    guide, why = choose_guide(path, (MANY,), is_minibatch=True)
-    assert type(guide) is AutoIAF
-    assert why == f"for {MANY} latents and sub-sampled data"
-
-
-def test_it_leaves_no_trace():
-    def model():
-        pyro.param("scale", torch.ones(()))
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
     before = torch.get_rng_state()
     with pyro.poutine.trace() as tracer:
-        choose_guide(model)
+        guide, why = choose_guide(path, (MANY,), is_minibatch=True)
+    assert type(guide) is AutoIAF
+    assert why == f"for {MANY} latents and sub-sampled data"
     assert torch.equal(torch.get_rng_state(), before)
     assert not tracer.trace.nodes
 

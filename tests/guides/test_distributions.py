@@ -26,19 +26,14 @@ def trace_of(guide):
     return poutine.trace(guide).get_trace(models.data())
 
 
+def latent_density(trace):
+    trace.compute_log_prob()
+    return latent_site_of(trace)["log_prob"]
+
+
 def latent_site_of(trace):
     (site,) = (s for s in trace.nodes.values() if s.get("infer", {}).get("is_auxiliary"))
     return site
-
-
-def test_a_step_compares_no_tensors(monkeypatch):
-    guide = redraw_after_call(GUIDES["iaf"](models.gaussian))
-    train(guide, 1, models.gaussian)
-    calls = []
-    equal = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda *pair: calls.append(1) or equal(*pair))
-    train(guide, 2, models.gaussian)
-    assert not calls
 
 
 @pytest.mark.parametrize(
@@ -92,11 +87,6 @@ def test_another_value_has_its_own_density(name):
     assert torch.allclose(
         conditioned["fn"].log_prob(data[site["name"]]), posterior.log_prob(torch.ones(2))
     )
-
-
-def latent_density(trace):
-    trace.compute_log_prob()
-    return latent_site_of(trace)["log_prob"]
 
 
 def test_expanded_and_masked():
@@ -160,18 +150,6 @@ def test_gradient_of_scale_and_skew_is_unbiased(count):
     assert ((found.mean(0) - torch.tensor([1.0, 2.0])).abs() < 5 * error + 1e-12).all()
 
 
-@pytest.mark.parametrize("shape", [(6, 1, 3), (3, 2, 1, 3), (4, 3)])
-def test_draws_in_pairs(shape):
-    x = torch.randn(shape)
-    pairs = drawn._in_pairs(x)
-    assert pairs.shape == x.shape
-    rows = pairs.reshape(-1, 3)
-    assert torch.equal(rows[: len(rows) // 2], x.reshape(-1, 3)[: len(rows) // 2])
-    assert torch.equal(rows[len(rows) // 2 :], -rows[: len(rows) // 2])
-    odd = torch.randn(5, 3)
-    assert torch.equal(drawn._in_pairs(odd), odd)
-
-
 # The distribution by itself
 
 FLOWS = {
@@ -216,9 +194,11 @@ def test_gradients_are_those_of_pyros_own(make):
         assert torch.allclose(a, b, atol=1e-9)
 
 
-def test_a_draw_that_was_edited_in_place():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_draw_that_was_edited_in_place(mode):
+    """In inference mode tensors do not count their versions."""
     q, plain = pair(iaf(4))
-    with torch.no_grad():
+    with mode():
         draw = q.rsample((5,))
         draw.add_(0.5)
         assert torch.allclose(q.log_prob(draw), plain.log_prob(draw.clone()), atol=1e-9)
@@ -237,15 +217,6 @@ def test_gradients_wanted_now_but_not_then():
         assert not q.log_prob(draw).requires_grad
 
 
-def test_a_draw_that_was_edited_in_inference_mode():
-    """Its tensors do not count their versions."""
-    q, plain = pair(iaf(4))
-    with torch.inference_mode():
-        draw = q.rsample((5,))
-        draw += 0.5
-        assert torch.allclose(q.log_prob(draw), plain.log_prob(draw.clone()), atol=1e-9)
-
-
 def test_a_base_with_more_event_dimensions():
     redraw(flow := iaf(4))
     wide = dist.Normal(torch.zeros(3, 4), 1.0).to_event(2)
@@ -257,15 +228,10 @@ def test_a_base_with_more_event_dimensions():
 
 
 def test_what_it_takes():
-    for transforms in (
-        [iaf(4), iaf(4)],
-        [ExpTransform()],
-        dist.transforms.affine_autoregressive(4),
-    ):
+    for transforms in ([iaf(4), iaf(4)], [ExpTransform()]):
         q = FlowDistribution(base(), transforms)
-        with pytest.raises(TypeError, match="expected one transform of this package"):
-            q.rsample()
-        with pytest.raises(TypeError, match="expected one transform of this package"):
-            q.log_prob(torch.ones(4))
+        for use in (q.rsample, lambda q=q: q.log_prob(torch.ones(4))):
+            with pytest.raises(TypeError, match="expected one transform of this package"):
+                use()
     with pytest.raises(ValueError, match="to be within the support"):
         FlowDistribution(base(), chain([iaf(4), ExpTransform()])).log_prob(-torch.ones(4))

@@ -1,6 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+from functools import partial
+
 import pyro
 import pytest
 import torch
@@ -32,18 +35,9 @@ def test_arguments_reach_the_flow(kind):
 
 @both
 def test_full_rank_by_default_where_it_is_cheap(kind):
-    for size, full_rank, expected in (
-        (200, None, True),
-        (201, None, False),
-        (201, True, True),
-        (3, False, False),
-    ):
-        guide = kind(
-            lambda size=size: pyro.sample("z", dist.Normal(torch.zeros(size), 1).to_event(1)),
-            num_transforms=1,
-            hidden_dims=4,
-            full_rank=full_rank,
-        )
+    for size, full_rank, expected in ((200, None, True), (201, None, False), (201, True, True)):
+        model = partial(pyro.sample, "z", dist.Normal(torch.zeros(size), 1).to_event(1))
+        guide = kind(model, num_transforms=1, hidden_dims=4, full_rank=full_rank)
         guide()
         assert (guide.transform.transforms[1].lower is not None) == expected
 
@@ -93,17 +87,6 @@ def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
     assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
 
 
-def fit(guide, model, steps=350):
-    optim = pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
-    )
-    elbo = Trace_ELBO(16, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(model, guide, optim, elbo)
-    for _ in range(steps):
-        svi.step()
-        optim.step()
-
-
 def test_bends_in_one_dimension():
     """Affine layers of one coordinate are a Gaussian together: the skewed target tells.
 
@@ -115,7 +98,12 @@ def test_bends_in_one_dimension():
         pyro.sample("x", dist.Exponential(torch.ones(())))
 
     guide = AutoIAF(model, num_transforms=2, hidden_dims=8)
-    fit(guide, model)
+    optimizer = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
+    optim = pyro.optim.ExponentialLR(optimizer)
+    svi = SVI(model, guide, optim, Trace_ELBO(16, vectorize_particles=True, max_plate_nesting=0))
+    for _ in range(350):
+        svi.step()
+        optim.step()
     with torch.no_grad():
         z, log_q = guide.rsample_and_log_prob(20_000)
     log_p = z[:, 0] - z[:, 0].exp()
@@ -127,22 +115,10 @@ def test_bends_in_one_dimension():
     other.load_state_dict(guide.state_dict())
 
 
-@pytest.mark.parametrize("kind", [AutoIAF, pytest.param(AutoMAF, marks=pytest.mark.slow)])
-def test_fits_a_correlated_gaussian(kind):
-    loc, scale_tril = torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 0.0], [0.8, 0.3]])
-    target = dist.MultivariateNormal(loc, scale_tril=scale_tril)
-
-    def model():
-        pyro.sample("z", target)
-
-    guide = kind(model, num_transforms=2, hidden_dims=8)
-    fit(guide, model)
-    draws = guide.sample_posterior(20_000)["z"]
-    assert torch.allclose(draws.mean(0), loc, atol=0.1)
-    assert torch.allclose(draws.T.cov(), scale_tril @ scale_tril.T, atol=0.15)
-    with torch.no_grad():
-        z, log_q = guide.rsample_and_log_prob(20_000)
-    assert abs((target.log_prob(z) - log_q).mean()) < 0.03
+def stays_finite(model, guide, elbo, steps):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
+    assert all(math.isfinite(svi.step()) for _ in range(steps))
+    assert all(parameter.isfinite().all() for parameter in guide.parameters())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,31 +134,8 @@ def test_plain_svi_stays_finite_in_float32(seed):
         pyro.sample("obs", dist.Normal(loc * probs[0], scale), obs=torch.tensor(3.0))
 
     guide = AutoIAF(model)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
-    losses = torch.tensor([svi.step() for _ in range(40)])
-    assert losses.isfinite().all()
-    assert all(parameter.isfinite().all() for parameter in guide.parameters())
+    stays_finite(model, guide, Trace_ELBO(), 40)
     assert {value.dtype for value in guide().values()} == {torch.float32}
-
-
-@pytest.mark.slow
-@both
-def test_plain_svi_in_float32_stays_where_the_model_is_finite(kind):
-    """Seed 7 ended in NaN within 1,000 steps while networks moved at the pace of a sum of their weights."""
-
-    def model():
-        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3, dtype=torch.float32)))
-        scale = pyro.sample("scale", dist.LogNormal(torch.tensor(0.0, dtype=torch.float32), 1.0))
-        loc = pyro.sample("loc", dist.Normal(torch.tensor(0.0, dtype=torch.float32), 5.0))
-        with pyro.plate("rows", 5):
-            pyro.sample("y", dist.Normal(loc * weights[..., :1], scale), obs=rows)
-
-    rows = torch.tensor([1.2, 0.3, -0.5, 2.2, 0.9], dtype=torch.float32)
-    pyro.set_rng_seed(7)
-    svi = SVI(model, kind(model), pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
-    losses = [svi.step() for _ in range(500)]
-    # of Pyro's AutoIAFNormal the largest loss of a run is 300 in the median, and 2,600 at most
-    assert max(losses) < 3000
 
 
 @both
@@ -210,9 +163,5 @@ def test_plain_svi_with_the_bound_of_renyi_stays_finite_in_float32():
 
     torch.set_default_dtype(torch.float32)
     pyro.set_rng_seed(8)
-    guide = AutoIAF(schools)
     elbo = RenyiELBO(num_particles=8, vectorize_particles=True)
-    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
-    losses = torch.tensor([svi.step() for _ in range(60)])
-    assert losses.isfinite().all()
-    assert all(parameter.isfinite().all() for parameter in guide.parameters())
+    stays_finite(schools, AutoIAF(schools), elbo, 60)

@@ -265,8 +265,6 @@ class PersistentGuide(AutoGuide):
             self.prototype_trace = prototype_trace(self._spec.latents, values)
         return self
 
-    # State dicts
-
     def get_extra_state(self) -> Tensor:
         """The spec as bytes; null before the first call, or where a support cannot be written."""
         plain = None

@@ -1,7 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
+"""Guides as plain data, and files that somebody has changed: a clear error, at once, in little memory."""
 
+import functools
+import io
 import json
+import tempfile
+import zipfile
+from pathlib import Path
 
 import pyro
 import pytest
@@ -11,27 +17,28 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
+from pyro_artransform import spline_autoregressive
 from pyro_artransform.conditioners import TiltedSiLU
-from pyro_artransform.guides import AutoIAF
-from pyro_artransform.guides.persistence.spec import (
-    GuideSpec,
-    from_plain,
-    to_plain,
+from pyro_artransform.guides import (
+    AutoAmortized,
+    AutoAutoregressive,
+    AutoIAF,
+    AutoMAF,
+    AutoStructuredFlow,
 )
+from pyro_artransform.guides.persistence.spec import GuideSpec, from_plain, to_plain
 from pyro_artransform.guides.prototype import prototype_trace
 from pyro_artransform.joint.sites import same_support
 from tests.guides import models
 
 FNS = {
     "normal": lambda new: dist.Normal(new([0.0, 1.0]), 1.0).to_event(1),
-    "gamma": lambda new: dist.Gamma(new(1.0), 1.0),
     "pareto": lambda new: dist.Pareto(new([1.0, 2.5]), 2.0),
     "uniform": lambda new: dist.Uniform(new(-1.0), new([2.0, 1 / 3])).to_event(1),
     "beta": lambda new: dist.Beta(new(1.0), 1.0),
     "mises": lambda new: dist.VonMises(new(1.0), 1.0),
     "dirichlet": lambda new: dist.Dirichlet(new([1.0, 2.0, 3.0])),
     "lkj": lambda new: dist.LKJCholesky(3, new(1.0)),
-    "half": lambda new: dist.HalfCauchy(new(1.0)),
     "ordered": lambda new: dist.TransformedDistribution(
         dist.Normal(new([0.0, 0.0, 0.0]), 1.0).to_event(1), [dist.transforms.OrderedTransform()]
     ),
@@ -58,23 +65,11 @@ def test_a_spec_survives_json(dtype):
     assert list(back) == list(sites) == list(FNS)
     for name, site in sites.items():
         assert same_support(back[name]["fn"].support, site["fn"].support), name
-        assert back[name]["fn"].batch_shape == site["fn"].batch_shape
-        assert back[name]["fn"].event_shape == site["fn"].event_shape
+        for part in ("batch_shape", "event_shape"):
+            assert getattr(back[name]["fn"], part) == getattr(site["fn"], part)
         assert back[name]["value"].dtype == site["value"].dtype == dtype
         assert back[name]["cond_indep_stack"] == site["cond_indep_stack"]
         assert back[name]["fn"].support.check(back[name]["value"]).all()
-
-
-def test_conversion_of_a_spec():
-    guide = AutoIAF(models.mixed_dtypes, hidden_dims=8)
-    guide(models.data())
-    spec = guide._spec
-    assert spec.dtype == torch.float64
-    assert {site.dtype for site in spec.sites} == {torch.float32, torch.float64}
-    single = spec.to(torch.Tensor.float)
-    assert single.dtype == single.zeros().dtype == torch.float32
-    assert {site.dtype for site in single.sites} == {torch.float32}
-    assert spec.to(lambda t: t.to("meta")).device.type == "meta"
 
 
 class Odd(constraints.Constraint):
@@ -113,25 +108,153 @@ def test_support_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize(
     "nonlinearity",
-    [
-        nn.Tanh(),
-        nn.Softplus(beta=2),
-        nn.GELU(approximate="tanh"),
-        TiltedSiLU(0.25),
-        torch.tanh,
-        nn.functional.silu,
-    ],
+    [nn.Softplus(beta=2), nn.GELU(approximate="tanh"), TiltedSiLU(0.25), nn.functional.silu],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_nonlinearity(nonlinearity):
-    plain = json.loads(json.dumps(to_plain("nonlinearity", nonlinearity)))
-    back = from_plain(plain)
+    back = from_plain(json.loads(json.dumps(to_plain("nonlinearity", nonlinearity))))
     x = torch.linspace(-3, 3, 50)
     assert torch.equal(back(x), nonlinearity(x))
     assert type(back) is type(nonlinearity)
-
-
-@pytest.mark.parametrize("nonlinearity", [lambda x: x, nn.Sequential(nn.Tanh(), nn.Tanh())])
-def test_nonlinearity_that_cannot_be_written(nonlinearity):
     with pytest.raises(ValueError, match=r"nonlinearity: expected an activation of torch\.nn or"):
-        to_plain("nonlinearity", nonlinearity)
+        to_plain("nonlinearity", lambda x: x)
+
+
+# Files that somebody has changed
+
+
+def groups(values):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", len(values)):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=values)
+
+
+LOC = "transform.transforms.1.loc"
+FLOW = {"flow": spline_autoregressive}
+GUIDES = {
+    "iaf": lambda: AutoIAF(models.regression, num_transforms=1, hidden_dims=8),
+    "maf": lambda: AutoMAF(models.regression, num_transforms=1, hidden_dims=8),
+    "one": lambda: AutoIAF(models.one_dimensional),
+    "custom": lambda: AutoAutoregressive(models.regression, **FLOW),
+    "structured": lambda: AutoStructuredFlow(groups, hidden_dim=4),
+    "amortized": lambda: AutoAmortized(models.locals_of),
+}
+
+
+@functools.cache
+def file_of(name):
+    """The class of a guide, the bytes of its file, and what load needs besides."""
+    guide = GUIDES[name]()
+    guide(models.data())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "guide"
+        guide.save(path)
+        return type(guide), path.read_bytes(), FLOW if name == "custom" else {}
+
+
+def arguments(**changed):
+    return lambda saved: saved["spec"]["arguments"].update(changed)
+
+
+def graph(**changed):
+    return lambda saved: saved["spec"]["arguments"]["graph"].update(changed)
+
+
+def site(**changed):
+    return lambda saved: saved["spec"]["sites"][-1].update(changed)
+
+
+def loc(change):
+    return lambda saved: saved["state"].update({LOC: change(saved["state"][LOC])})
+
+
+def expand_all(saved):
+    for name, value in saved["state"].items():
+        if value.is_floating_point():
+            saved["state"][name] = value.new_zeros(1).expand(value.shape)
+
+
+SIZES = "at least .* numbers"
+BOUNDS = {
+    "support": "greater_than",
+    "bounds": {"lower_bound": {"tensor": [[0.0]] * 3, "dtype": "float32"}},
+}
+PRELU = {"module": "PReLU", "constants": {"num_parameters": 2**40}}
+CHANGES = {
+    "layers of an iaf": ("iaf", arguments(num_transforms=10**8), SIZES),
+    "layers in one dimension": ("one", arguments(num_transforms=10**8), SIZES),
+    "layers of a structured flow": ("structured", arguments(num_transforms=10**8), SIZES),
+    "widths": ("iaf", arguments(hidden_dims=[2**20, 2**20]), SIZES),
+    "hidden layers": ("iaf", arguments(hidden_dims=[1] * 10**5), SIZES),
+    "width of a structured flow": ("structured", arguments(hidden_dim=10**9), SIZES),
+    "embedding": ("amortized", arguments(embedding_dim=2**40), SIZES),
+    "shape": ("iaf", site(shape=[2**40]), SIZES),
+    "shape for a flow of the user": ("custom", site(shape=[3000]), SIZES),
+    "shape of a graph": ("structured", site(shape=[2**40], plates=[]), "expected the parents"),
+    "plate of embeddings": ("amortized", site(plates=[["data", -1, 2**40, 0, 2**40]]), SIZES),
+    "plate": ("structured", site(plates=[["groups", -1, 2**40, 0, None]]), SIZES),
+    "sub-sampled plate": ("structured", site(plates=[["groups", -1, 8, 0, 2**40]]), "sub-sampled"),
+    "plate without a dimension": ("iaf", site(plates=[["p", -1, 2**40, 0, None]]), SIZES),
+    "bounds": ("iaf", site(support=BOUNDS), r"expected values of shape \(\), got \(3, 1\)"),
+    "edge": ("structured", graph(edges=[[0, 10**9]]), r"graph: .* coordinates \[1000000000\]"),
+    "cycle": ("structured", graph(parents=[[1], [0], *[[]] * 7]), "got one with a cycle"),
+    "graph": ("structured", arguments(graph=None), "expected a guide with this flow"),
+    "large activation": ("iaf", arguments(nonlinearity=PRELU), "an activation, got PReLU"),
+    "expanded tensors": ("iaf", expand_all, SIZES),
+    "another shape": ("iaf", loc(lambda value: value[:1]), "size mismatch for"),
+    "sparse": ("iaf", loc(torch.Tensor.to_sparse), "expected a guide with this flow"),
+    "not a tensor": ("iaf", loc(torch.Tensor.tolist), "expected a guide with this flow"),
+    "not finite": ("iaf", loc(lambda value: value / 0), f"'{LOC}': expected finite numbers, got 2"),
+    "missing": ("iaf", lambda saved: saved["state"].pop(LOC), "expected a guide with this flow"),
+    "no state": ("iaf", lambda saved: saved.update(state=3), "expected what the guide's save"),
+    "another class": ("iaf", lambda s: s.update({"class": "AutoMAF"}), "AutoIAF, got AutoMAF"),
+    "older": ("iaf", lambda saved: saved.update(format=7), "got one of format 7, which another"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_file(change, tmp_path):
+    name, edit, message = CHANGES[change]
+    path = tmp_path / "guide"
+    kind, content, options = file_of(name)
+    saved = torch.load(io.BytesIO(content))
+    edit(saved)
+    torch.save(saved, path)
+    assert path.stat().st_size < 300_000
+    with pytest.raises(ValueError, match=message):
+        kind.load(path, **options)
+
+
+def test_widths_do_not_matter_in_one_dimension(tmp_path):
+    """There are no networks, so that a file of any widths is small."""
+    guide = AutoIAF(models.one_dimensional, hidden_dims=[2**20, 2**20])
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    AutoIAF.load(tmp_path / "guide")
+
+
+def test_an_archive_is_not_unpacked(tmp_path):
+    """One whose directory says that it is larger than the file is not read."""
+    path = tmp_path / "guide"
+    with zipfile.ZipFile(io.BytesIO(file_of("iaf")[1])) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+        archive.writestr("archive/data/999", bytes(2**25))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(ValueError, match="another file, or a damaged one"):
+        AutoIAF.load(path)
+
+
+def test_a_huge_state_dict_is_not_built():
+    guide = AutoIAF(models.regression, hidden_dims=8)
+    guide(models.data())
+    state = guide.state_dict()
+    plain = json.loads(bytes(state["_extra_state"].tolist()))
+    plain["sites"][0]["shape"] = [2**20]
+    changed = bytearray(json.dumps(plain).encode())
+    state["_extra_state"] = torch.frombuffer(changed, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="does not fit the sites and arguments of its guide"):
+        AutoIAF(models.regression).load_state_dict(state)
