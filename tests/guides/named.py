@@ -33,9 +33,7 @@ FOREIGN = {
         model, flow=lambda d: transforms.affine_autoregressive(d, hidden_dims=[40]), **o
     ),
     "iterated": lambda model, **o: AutoAutoregressive(
-        model,
-        flow=lambda d: transforms.iterated(2, lambda: affine_autoregressive(d, 8)),
-        **o,
+        model, flow=lambda d: transforms.iterated(2, lambda: affine_autoregressive(d, 8)), **o
     ),
     "elementwise": lambda model, **o: AutoAutoregressive(
         model, flow=lambda d: transforms.spline(d), **o

@@ -18,28 +18,14 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
     config_enumerate,
-    infer_discrete,
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from pyro_artransform.conditioners import Conditioner
 from pyro_artransform.guides import AutoIAF
 from tests.guides import models
-from tests.guides.named import GUIDES, pairs
+from tests.guides.named import GUIDES
 from tests.guides.training import parameters, redraw_after_call, train, trains, unmoved
-
-
-@pairs
-def test_every_parameter_trains(new, model):
-    """F16: also what is behind a zero last layer, from the second step on."""
-    guide = new(model)
-    guide(models.data())
-    before = parameters(guide)
-    losses = train(guide, 5, model)
-    assert all(math.isfinite(loss) for loss in losses)
-    one = guide.latent_dim == 1  # where no coordinate is before another, weights cannot act
-    still = [name for name in unmoved(guide, before) if not (one and "transforms.0" in name)]
-    assert not still
 
 
 @pytest.mark.parametrize(
@@ -106,19 +92,6 @@ def test_enumerated_model():
     losses = train(guide, 100, model, elbo)
     assert sum(losses[-20:]) < sum(losses[:20])
     assert set(guide(models.data())) == {"locs", "probs"}
-
-
-def test_discrete_latents_given_a_draw():
-    """By `infer_discrete`: the state of each datum is that whose component is nearer."""
-    model = config_enumerate(models.mixture)
-    guide = AutoIAF(model, hidden_dims=8)
-    guide(models.data())
-    replayed = poutine.replay(model, poutine.trace(guide).get_trace(models.data()))
-    likeliest = infer_discrete(replayed, first_available_dim=-2, temperature=0)
-    nodes = poutine.trace(likeliest).get_trace(models.data()).nodes
-    locs, probs = nodes["locs"]["value"], nodes["probs"]["value"]
-    log_probs = dist.Normal(locs, 1.0).log_prob(models.data()[:, None]) + probs.log()
-    assert torch.equal(nodes["kind"]["value"], log_probs.argmax(-1))
 
 
 @pytest.mark.parametrize("parallel", [False, True])

@@ -38,7 +38,6 @@ CHOICES = [
     (path, (1,), AutoIAF, "for 1 latent"),
     (path, (_MOST_FOR_IAF,), AutoIAF, f"for {_MOST_FOR_IAF} latents"),
     (path, (MANY,), AutoStructuredFlow, f"for {MANY} latents"),
-    (groups, (MANY, MANY), AutoStructuredFlow, f"for {MANY + 1} latents"),
     (groups, (6, 3), AutoAmortized, "for latents in the sub-sampled plate 'groups'"),
     # a mini-batch may lack dependencies
     (rows, (MANY,), AutoIAF, f"for {MANY} latents and sub-sampled data"),
@@ -67,6 +66,6 @@ def test_a_mini_batch_may_lack_dependencies_and_leaves_no_trace():
 
 def test_models_that_no_guide_covers():
     with pytest.raises(ValueError, match="no continuous latent: expected at least one"):
-        choose_guide(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(())))
+        choose_guide(lambda: None)
     with pytest.raises(ValueError, match="site 'k' is discrete: expected continuous latents"):
         choose_guide(lambda: pyro.sample("k", dist.Bernoulli(0.5)))

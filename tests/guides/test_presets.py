@@ -62,7 +62,6 @@ def test_bad_arguments_at_construction(kind, options, error, message):
     ("kind", "dim", "width", "nonlinearity"),
     [
         (AutoIAF, 16, (128,), nn.SiLU),
-        (AutoIAF, 64, (256,), nn.SiLU),
         (AutoIAF, 120, (360,), TiltedSiLU),
         (AutoMAF, 40, (80, 80), nn.ELU),
     ],

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
+import math
 import os
 import pickle
 import random
@@ -19,7 +20,7 @@ from pyro.infer import Predictive
 from torch import nn
 
 from pyro_artransform import iaf, spline_autoregressive
-from pyro_artransform.guides import AutoAmortized, AutoAutoregressive, AutoIAF, AutoMAF
+from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
 from tests.guides import models
 from tests.guides.training import parameters, train, trains, unmoved
 
@@ -54,7 +55,6 @@ def test_deepcopy_keeps_the_model_and_pickle_says_that_it_does_not():
         with pytest.raises(RuntimeError, match="this AutoIAF has no model: pickle drops it"):
             _ = unpickled.model
     unpickled.model = models.regression
-    assert unpickled.model is not None
     module = torch.nn.Linear(1, 1)
     twin.model = module
     assert copy.deepcopy(twin).model is twin.model, "a model that is a module was copied"
@@ -96,7 +96,6 @@ def test_state_dict_before_the_first_call():
     guide = new_guide()
     train(guide)
     state = guide.state_dict()
-    assert all(isinstance(value, torch.Tensor) for value in state.values())
     fresh = new_guide()
     fresh.load_state_dict(state, strict=True)
     assert torch.equal(score(fresh), score(guide))
@@ -199,30 +198,19 @@ def test_custom_flow_is_given_to_load_again(tmp_path):
         AutoAutoregressive.load(tmp_path / "guide", flow=lambda dim: iaf(dim, 1, 8))
 
 
-def test_load_without_a_model_says_so(tmp_path):
-    guide = new_guide()
-    guide(models.data())
-    guide.save(tmp_path / "guide")
-    loaded = AutoIAF.load(tmp_path / "guide")
-    with pytest.raises(RuntimeError, match=r"AutoIAF\.load\(path, model\)"):
-        _ = loaded.model
-    trains(loaded)
-
-
 def test_parameters_that_are_not_finite(tmp_path):
-    value = float("nan")
     guide = new_guide()
     guide(models.data())
     before = parameters(guide)
     name = "transform.transforms.1.log_scale"
-    state = {**guide.state_dict(), name: torch.tensor([0.0, value])}
+    state = {**guide.state_dict(), name: torch.tensor([0.0, math.nan])}
     message = f"parameter '{name}': expected finite numbers, got 1 of 2"
     for other in (guide, new_guide()):
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
     assert len(unmoved(guide, before)) == len(before)
     with torch.no_grad():
-        guide.transform.transforms[1].log_scale[1] = value
+        guide.transform.transforms[1].log_scale[1] = math.nan
     with pytest.raises(ValueError, match=message):
         guide.save(tmp_path / "guide")
     assert not (tmp_path / "guide").exists()
@@ -295,19 +283,9 @@ def path(tmp_path):
 
 NORMAL = dist.Normal(torch.tensor(0.0), 1.0)
 OTHERS = {
-    "missing": (
-        model_of(scale="none"),
-        r"site 'scale': the model has no such latent: expected the sites of the guide, "
-        r"\['loc', 'scale'\], got \['loc'\]",
-    ),
-    "extra": (
-        model_of(more=NORMAL),
-        r"site 'more': the guide has no such site: expected .*, got \['loc', 'more', 'scale'\]",
-    ),
-    "shape": (
-        model_of(loc=dist.Normal(torch.zeros(2), 1.0).to_event(1)),
-        r"site 'loc': .* expected \(\), got \(2,\)",
-    ),
+    "missing": (model_of(scale="none"), "site 'scale': the model has no such latent: expected the"),
+    "extra": (model_of(more=NORMAL), "site 'more': the guide has no such site: expected"),
+    "shape": (model_of(loc=NORMAL.expand((2,)).to_event(1)), r"'loc': .* \(\), got \(2,\)"),
     "support": (
         model_of(scale=dist.HalfNormal(torch.tensor(1.0))),
         r"site 'scale': expected the support Interval\(.*\), .* got GreaterThan",
@@ -334,6 +312,8 @@ def test_another_model(path, name, validate):
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 loaded(models.data(), models.data())
+    with pytest.raises(RuntimeError, match=r"AutoIAF\.load\(path, model\)"):
+        _ = AutoIAF.load(path).model
     # without the model it goes on
     assert set(guide.sample_posterior(2)) == {"loc", "scale"}
 
@@ -364,12 +344,6 @@ def test_discrete_sites_that_are_predicted(loaded_with, tmp_path):
     for new in (x, x[:3]):
         predictive = Predictive(logistic, guide=guide, num_samples=4, parallel=new is x)
         assert predictive(new)["y"].shape == (4, len(new))
-
-
-@pytest.mark.parametrize("kind", [AutoIAF, AutoAmortized])
-def test_discrete_data_that_a_new_guide_lacks(kind):
-    with pytest.raises(ValueError, match=r"'y' is discrete.* call the guide with the data first"):
-        Predictive(logistic, guide=kind(logistic), num_samples=4)(models.data())
 
 
 def test_bounds_in_another_dtype(path):
