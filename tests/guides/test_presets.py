@@ -80,7 +80,7 @@ def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
     guide(models.data())
     guide.save(tmp_path / "guide.pt")
     other = {"hidden_dims": [8], "nonlinearity": nn.Tanh()}
-    monkeypatch.setattr(kind, "_network", lambda latent_dim: other)
+    monkeypatch.setattr(kind, "_network", staticmethod(lambda latent_dim: other))
     twin = kind.load(tmp_path / "guide.pt")
     draws = guide.sample_posterior(3)
     assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
