@@ -101,11 +101,7 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
 
 
 def values_can_be_read(*tensors: Tensor) -> bool:
-    """Whether the values of tensors may be read now.
-
-    They may not while ``torch.jit`` or ``torch.compile`` records, in a ``torch.func`` transform, and
-    on the meta device.
-    """
+    """Whether values may be read now: not in ``torch.jit``, ``torch.compile`` or ``torch.func``."""
     return not (
         torch.jit.is_tracing()
         or torch.compiler.is_compiling()

@@ -24,11 +24,9 @@ def gradients_with_graph(
 def evaluate_with_gradient(
     function: Callable[[Tensor], Tensor], inputs: Tensor
 ) -> tuple[Tensor, bool]:
-    """A function of rows, with its gradient found at once, so that no graph has to be held.
+    """A function of rows ``(n, d)``, with its gradient found at once, so that no graph has to be held.
 
-    :param function: maps a tensor ``(n, d)`` to one of shape ``(n,)``, row by row.
-    :return: the values, and whether the gradient was found. Where the values depend on another tensor that
-        requires a gradient it is not, and they have their graph.
+    :return: the values, and whether the gradient was found: not if they depend on another leaf.
     """
     inputs = inputs.view_as(inputs)  # whose node is its own
     state = torch.get_rng_state()

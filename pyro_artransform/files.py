@@ -30,11 +30,7 @@ def write(path: FilePath, content: object) -> None:
 
 
 def read(path: FilePath, map_location: Any = None) -> Any:
-    """Reads a file that :func:`write` wrote; None if it is another one, or damaged.
-
-    :param map_location: as for ``torch.load``, whose errors about it are raised.
-    :raises OSError: if there is no such file, or it may not be read.
-    """
+    """Reads a file that :func:`write` wrote; None if it is another one, or damaged."""
     with open(path, "rb") as file:
         if not _is_whole(file):
             return None

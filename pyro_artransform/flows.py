@@ -1,11 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Builders of flows, in lower case as Pyro's.
+"""Builders of flows, in lower case as Pyro's. Every flow is the identity at first.
 
-Forwards, what a builder returns costs one evaluation of each network, backwards a few. As the transform of
-a :class:`~pyro_artransform.FlowDistribution`, drawing and scoring the draw are cheap, and the density of
-other points is expensive; :func:`maf` and ``.inv`` exchange the two. Every flow is the identity at first.
+Forwards, what a builder returns costs one evaluation of each network, backwards a few; :func:`maf` and
+``.inv`` exchange the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,8 +56,8 @@ def affine_autoregressive(
         >>> dist.TransformedDistribution(base, [affine_autoregressive(3)]).rsample((5,)).shape
         torch.Size([5, 3])
     """
-    meta = _meta(Affine(), input_dim, hidden_dims, nonlinearity, order, adjacency)
-    return AutoregressiveTransform(meta)
+    options = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+    return AutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **options))
 
 
 def spline_autoregressive(
@@ -77,16 +76,10 @@ def spline_autoregressive(
 
     :param count_bins: the number of bins of each spline.
     :param bound: half the width of the interval that is bent.
-
-    Example::
-
-        >>> import torch
-        >>> spline_autoregressive(3, count_bins=4)(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
-    meta = _meta(family, input_dim, hidden_dims, nonlinearity, order, adjacency)
-    return AutoregressiveTransform(meta)
+    options = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+    return AutoregressiveTransform(_meta(family, input_dim, hidden_dims, **options))
 
 
 def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
@@ -95,12 +88,6 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
     In front of a stack of affine layers it gives the base distribution skewness and tails.
 
     :param input_dim: the number D of coordinates.
-
-    Example::
-
-        >>> import torch
-        >>> hinged_marginals(3)(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
     family = Hinged()
     conditioner = Unconditional(input_dim, family.num_params)
@@ -114,7 +101,6 @@ def spline_marginals(
 
     :param input_dim: the number D of coordinates.
     :param count_bins: as for :func:`spline_autoregressive`, like ``bound``.
-    :raises ValueError: for a wrong size or bound.
     """
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
     conditioner = Unconditional(input_dim, family.num_params)
@@ -130,20 +116,10 @@ def conditional_affine_autoregressive(
     order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`affine_autoregressive` that depends on a context too, see its parameters.
-
-    :param context_dim: the size C of the context.
-
-    Example::
-
-        >>> import torch
-        >>> t = conditional_affine_autoregressive(3, context_dim=2)
-        >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
-    """
-    context_dim = check_integer("context_dim", context_dim)
-    meta = _meta(Affine(), input_dim, hidden_dims, nonlinearity, order, adjacency, context_dim)
-    return ConditionalAutoregressiveTransform(meta)
+    """:func:`affine_autoregressive` that depends on a context of size ``context_dim`` too."""
+    options: Any = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+    options["context_dim"] = check_integer("context_dim", context_dim)
+    return ConditionalAutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **options))
 
 
 def conditional_spline_autoregressive(
@@ -157,14 +133,11 @@ def conditional_spline_autoregressive(
     order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`spline_autoregressive` that depends on a context too, see its parameters.
-
-    :param context_dim: the size C of the context, as of :func:`conditional_affine_autoregressive`.
-    """
-    context_dim = check_integer("context_dim", context_dim)
+    """:func:`spline_autoregressive` that depends on a context of size ``context_dim`` too."""
+    options: Any = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+    options["context_dim"] = check_integer("context_dim", context_dim)
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
-    meta = _meta(family, input_dim, hidden_dims, nonlinearity, order, adjacency, context_dim)
-    return ConditionalAutoregressiveTransform(meta)
+    return ConditionalAutoregressiveTransform(_meta(family, input_dim, hidden_dims, **options))
 
 
 def iaf(
@@ -198,8 +171,8 @@ def iaf(
     1. Improved Variational Inference with Inverse Autoregressive Flow (Kingma, Salimans, Jozefowicz,
        Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
-    network = univariate, hidden_dims, nonlinearity, skip_connections
-    metas = _metas(input_dim, num_transforms, *network)
+    options = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
+    metas = _metas(input_dim, num_transforms, univariate, hidden_dims, **options)
     return ComposedTransform(*map(AutoregressiveTransform, metas))
 
 
@@ -244,9 +217,9 @@ def conditional_iaf(
         >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    context_dim = check_integer("context_dim", context_dim)
-    network = univariate, hidden_dims, nonlinearity, skip_connections
-    metas = _metas(input_dim, num_transforms, *network, context_dim)
+    options: Any = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
+    options["context_dim"] = check_integer("context_dim", context_dim)
+    metas = _metas(input_dim, num_transforms, univariate, hidden_dims, **options)
     return ConditionalComposedTransform(*map(ConditionalAutoregressiveTransform, metas))
 
 
@@ -271,9 +244,7 @@ def _metas(
     num_transforms: int,
     univariate: Callable[[], Univariate],
     hidden_dims: HiddenDims,
-    nonlinearity: Nonlinearity,
-    skip_connections: bool,
-    context_dim: int = 0,
+    **options: Any,
 ) -> list[ConditionedUnivariate]:
     """One meta for each layer; every other one takes the coordinates from the last to the first."""
     input_dim = check_integer("input_dim", input_dim)
@@ -288,30 +259,13 @@ def _metas(
         if not isinstance(family, Univariate):
             raise TypeError(f"univariate: expected it to make a Univariate, got {family!r}")
         order = range(input_dim - 1, -1, -1) if k % 2 else None
-        network = hidden_dims, nonlinearity, order, None, context_dim, skip_connections
-        metas.append(_meta(family, input_dim, *network))
+        metas.append(_meta(family, input_dim, hidden_dims, order=order, **options))
     return metas
 
 
 def _meta(
-    family: Univariate,
-    input_dim: int,
-    hidden_dims: HiddenDims,
-    nonlinearity: Nonlinearity,
-    order: Order,
-    adjacency: Tensor | None,
-    context_dim: int = 0,
-    skip_connections: bool = False,
+    family: Univariate, input_dim: int, hidden_dims: HiddenDims, **options: Any
 ) -> ConditionedUnivariate:
     """A masked network that gives the parameters of a family."""
-    conditioner = MaskedMLP(
-        input_dim,
-        family.num_params,
-        hidden_dims,
-        context_dim=context_dim,
-        nonlinearity=nonlinearity,
-        skip_connections=skip_connections,
-        order=order,
-        adjacency=adjacency,
-    )
+    conditioner = MaskedMLP(input_dim, family.num_params, hidden_dims, **options)
     return ConditionedUnivariate(conditioner, family)

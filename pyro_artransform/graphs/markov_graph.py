@@ -9,13 +9,12 @@ A density whose Markov graph is G factorizes, for any order of elimination, as
 
     p(z) = p(z_R) \prod_{i \notin R} p(z_i \mid z_{\mathrm{pa}(i)})
 
-where pa(i) are the neighbours of i when it is eliminated; its neighbours are then joined, as in the sparse
-Cholesky factorization of a matrix with the pattern of G. The coordinates that are eliminated last, R, are
-the root block.
+where pa(i) are the neighbours of i when it is eliminated, which are then joined. The coordinates that are
+eliminated last, R, are the root block.
 
 Columns of a symmetric matrix that share no row can be found from one product with their sum: the groups of
-such columns are the colours. A row or column with entries everywhere would forbid every sum: such columns,
-the hubs, are taken one by one, and the entries of others in the rows of hubs are known by symmetry.
+such columns are the colours. Columns with entries nearly everywhere, the hubs, are taken one by one, and the
+entries of others in the rows of hubs are known by symmetry.
 
 **References**
 
@@ -34,27 +33,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-# With strictly the least degree a chain is peeled from its ends: 501 levels in place of 10 for 1,000.
-_SLACK = 2
-# the most pairs of neighbours of a common coordinate in a colouring with hubs: a second of time
-_MOST_PAIRS = 10_000_000
-
 
 @dataclass(frozen=True)
 class Elimination:
-    """The factorization of a density: who is drawn given whom.
-
-    :param parents: for each coordinate its parents, sorted; none for the root block.
-    :param root: the coordinates of the root block, sorted, which are drawn first and jointly.
-    """
+    """Sorted parents of each coordinate, and the root block, which has none and is drawn jointly."""
 
     parents: tuple[tuple[int, ...], ...]
     root: tuple[int, ...]
-
-    @property
-    def input_dim(self) -> int:
-        """The number of coordinates."""
-        return len(self.parents)
 
     @property
     def num_edges(self) -> int:
@@ -78,7 +63,6 @@ class Elimination:
 def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> list[int]:
     """The number of coordinates on the longest path to each coordinate of an acyclic graph.
 
-    :param parents: for each coordinate those that it depends on.
     :param root: coordinates of level 0; all others are of level 1 at least if there is one.
     :raises ValueError: if the graph has a cycle, or a parent is out of range.
     """
@@ -110,8 +94,6 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
 def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
     """Eliminates independent sets of coordinates of nearly the least degree until a clique is left.
 
-    :param neighbours: the Markov graph: for each coordinate those that are adjacent to it, in both
-        directions.
     :return: the elimination. Coordinates that would come one after the other at its end are the root block.
 
     Example::
@@ -127,7 +109,14 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
         least = min(len(around[i]) for i in left)
         if least == len(left) - 1:
             break
-        chosen = _independent_set(around, left, least + _SLACK)
+        # With strictly the least degree a chain is peeled from its ends: 501 levels in place of 10
+        # for 1,000. A coordinate next to one that is chosen has to wait.
+        candidates = sorted((len(around[i]), i) for i in left if len(around[i]) <= least + 2)
+        chosen, blocked = list[int](), set[int]()
+        for _, i in candidates:
+            if i not in blocked:
+                chosen.append(i)
+                blocked |= around[i]
         for i in chosen:
             own = around[i]
             parents[i] = tuple(sorted(own))
@@ -146,25 +135,9 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
     return Elimination(tuple(parents), tuple(sorted(root)))
 
 
-def _independent_set(around: list[set[int]], left: set[int], most: int) -> list[int]:
-    """Coordinates with at most ``most`` neighbours, none next to another, those with few first."""
-    candidates = sorted((len(around[i]), i) for i in left if len(around[i]) <= most)
-    chosen, blocked = [], set[int]()
-    for _, i in candidates:
-        if i not in blocked:
-            chosen.append(i)
-            blocked |= around[i]
-    return chosen
-
-
 @dataclass(frozen=True)
 class Coloring:
-    """Groups of columns.
-
-    :param color: for each column its group, hubs last, each by itself.
-    :param num_colors: the number of groups.
-    :param num_hubs: the number of hubs.
-    """
+    """Groups of columns: for each column its group, hubs last, each by itself."""
 
     color: tuple[int, ...]
     num_colors: int
@@ -175,7 +148,6 @@ def color_columns(neighbours: Sequence[set[int]], seed: int = 0) -> Coloring:
     """Few groups of columns that share no rows but those of hubs.
 
     :param neighbours: for each column the rows of its entries off the diagonal.
-    :param seed: of the order in which columns are considered; another one gives other groups.
     """
     degrees = sorted({len(own) for own in neighbours}, reverse=True)
     best = _with_hubs(neighbours, -1, seed)
@@ -192,7 +164,7 @@ def _with_hubs(neighbours: Sequence[set[int]], most: int, seed: int) -> Coloring
     hubs = {i for i, own in enumerate(neighbours) if len(own) > most}
     others = [i for i in range(len(neighbours)) if i not in hubs]
     near = {i: neighbours[i] - hubs for i in others}
-    if sum(len(own) ** 2 for own in near.values()) > _MOST_PAIRS:
+    if sum(len(own) ** 2 for own in near.values()) > 10_000_000:  # a second of time
         return _with_hubs(neighbours, -1, seed)
     random.Random(seed).shuffle(others)
     color = [0] * len(neighbours)
@@ -211,11 +183,7 @@ def _with_hubs(neighbours: Sequence[set[int]], most: int, seed: int) -> Coloring
 
 @dataclass(frozen=True)
 class MarkovGraph:
-    """Which coordinates depend on each other given all others, and in which order they are drawn.
-
-    :param neighbours: for each coordinate the others that are adjacent to it, in both directions.
-    :param elimination: who is drawn given whom: the factorization of every density with this graph.
-    """
+    """The neighbours of each coordinate, in both directions, and the factorization by them."""
 
     neighbours: tuple[frozenset[int], ...]
     elimination: Elimination
@@ -225,11 +193,6 @@ class MarkovGraph:
         """The graph of these neighbours, eliminated."""
         own = tuple(map(frozenset, neighbours))
         return cls(own, eliminate(own))
-
-    @property
-    def input_dim(self) -> int:
-        """The number of coordinates."""
-        return len(self.neighbours)
 
     @cached_property
     def coloring(self) -> Coloring:

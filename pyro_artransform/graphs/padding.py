@@ -10,21 +10,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# a level is one rectangle if it has at most this many times the entries that are not padding
-_MOST_PADDING = 2
-# ... or this many entries in all, which cost less than another rectangle
-_FEW_ENTRIES = 256
-
 
 @dataclass(frozen=True)
 class PaddedGroup:
     """Coordinates with at most ``width`` parents each.
 
-    :param width: the number k of columns.
     :param coordinates: the m coordinates, sorted by level.
     :param slices: the rows of each level that is in the group, by level.
-    :param parents: shape ``(m, k)``, padded with the number of all coordinates.
-    :param is_parent: shape ``(m, k)``, false for padding.
+    :param parents: shape ``(m, width)``, padded with the number of all coordinates.
+    :param is_parent: shape ``(m, width)``, false for padding.
     """
 
     width: int
@@ -35,11 +29,7 @@ class PaddedGroup:
 
 
 def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> list[PaddedGroup]:
-    """All coordinates that have parents, in few groups of similar numbers of parents.
-
-    :param parents: for each coordinate its parents.
-    :param level: for each coordinate its level.
-    """
+    """All coordinates that have parents, in few groups of similar numbers of parents."""
     by_level: dict[int, list[int]] = {}
     for i, own in enumerate(parents):
         if own:
@@ -48,10 +38,11 @@ def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> lis
     for k, coordinates in by_level.items():
         counts = [len(parents[i]) for i in coordinates]
         widest = max(counts)
-        as_one = len(counts) * widest <= max(_MOST_PADDING * sum(counts), _FEW_ENTRIES)
+        # one rectangle if half of it is not padding, or it costs less than another rectangle
+        as_one = len(counts) * widest <= max(2 * sum(counts), 256)
         for i, count in zip(coordinates, counts):
             members.setdefault(_rounded(widest if as_one else count), []).append((k, i))
-    return [_group(width, sorted(members[width]), parents) for width in sorted(members)]
+    return [_group(width, sorted(own), parents) for width, own in sorted(members.items())]
 
 
 def _rounded(count: int) -> int:
@@ -63,7 +54,7 @@ def _rounded(count: int) -> int:
 def _group(
     width: int, members: list[tuple[int, int]], parents: Sequence[Sequence[int]]
 ) -> PaddedGroup:
-    """The group of coordinates with their levels, sorted."""
+    """The group of pairs of a level and a coordinate, sorted."""
     padding, slices, rows, start = len(parents), dict[int, slice](), [], 0
     for k, some in groupby(members, lambda member: member[0]):
         count = len(list(some))

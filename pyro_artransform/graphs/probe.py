@@ -27,23 +27,18 @@ from .markov_graph import color_columns
 _MOST_ENTRIES = 2_000_000
 # round-off of a gradient of about a thousand terms, in units of its largest value
 _ROUND_OFF = 1e3
-# the spreads of the points around the start: safe for most models, and as wide as priors
-_SPREADS = (0.1, 1.0, 2.0)
 _MAX_HALVINGS = 12
-# groupings of coordinates, at draws and at a wider point: one shows what another hides
-_NUM_COLORINGS, _NUM_GROUPINGS = 4, 4
+# of coordinates, at draws and at a wider point: one shows what another hides
+_NUM_GROUPINGS = 4
 _SEED = 20260101
 # a generator of the CPU works for every device
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class LogDensityOfRows(Protocol):
-    """The log density whose graph is wanted.
+    """The log density whose graph is wanted."""
 
-    :cvar Tensor start: a point where it is finite, shape ``(D,)``.
-    """
-
-    start: Tensor
+    start: Tensor  #: a point where it is finite, shape ``(D,)``
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log density at points ``(n, D)``, shape ``(n,)``."""
@@ -54,28 +49,19 @@ class LogDensityOfRows(Protocol):
 
 @dataclass(frozen=True)
 class DependencyGraph:
-    """The Markov graph of a density.
-
-    :param neighbours: for each coordinate the others that it depends on, given all the rest.
-    :param rows: the smaller coordinate of each pair of neighbours.
-    :param columns: the larger one.
-    :param second: the second derivative of each pair, the largest in absolute value that was seen.
-    :param curvature: the same of each coordinate with itself, shape ``(D,)``.
-    """
+    """The Markov graph of a density, with the largest second derivatives that were seen."""
 
     neighbours: tuple[frozenset[int], ...]
-    rows: Tensor
-    columns: Tensor
-    second: Tensor
-    curvature: Tensor
+    rows: Tensor  #: the smaller coordinate of each pair of neighbours
+    columns: Tensor  #: the larger one
+    second: Tensor  #: of each pair
+    curvature: Tensor  #: of each coordinate with itself, shape ``(D,)``
 
 
 def gradients(log_density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """The gradients of a log density at points ``(n, D)``, in batches of bounded memory.
+    """The gradients of a log density at points ``(n, D)``, NaN where the density is not finite.
 
-    All batches have the random numbers of the density in common, such as those that draw a mini-batch.
-
-    :return: shape ``(n, D)``, NaN where the density itself is not finite.
+    All batches of points have the random numbers of the density, such as of a mini-batch, in common.
     """
     parts, state = [], torch.get_rng_state()
     for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
@@ -89,15 +75,11 @@ def gradients(log_density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor
 
 
 def find_dependencies(log_density: LogDensityOfRows, eps: float) -> DependencyGraph:
-    """The Markov graph of a log density, by its gradients at D points and a few more.
-
-    :param eps: the relative round-off of the coordinates.
-    :raises ValueError: if the density or its gradient is not finite near the starting values, or differs
-        between two evaluations at the same point.
-    """
+    """The Markov graph of a log density of coordinates with relative round-off ``eps``."""
     generator = torch.Generator().manual_seed(_SEED)
     search = _Search(log_density, eps, generator)
-    for k, spread in enumerate(_SPREADS):
+    # of points around the start: safe for most models, and as wide as priors
+    for k, spread in enumerate((0.1, 1.0, 2.0)):
         point = _finite_point(log_density, spread, generator)
         if k == 0:
             _refuse_randomness(log_density, point)
@@ -119,16 +101,14 @@ def missing_dependencies(
 
     Coordinates of a draw are moved to where they are in the next draw.
 
-    :param eps: the relative round-off of the coordinates.
-    :param neighbours: the graph: for each coordinate the others that are adjacent.
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
     generator = torch.Generator().manual_seed(_SEED)
     search = _Search(log_density, eps, generator, [set(own) for own in neighbours])
     known = [set(own) for own in search.neighbours]
     others = draws.roll(-1, 0)
-    for k in range(min(_NUM_COLORINGS, len(draws))):
-        part = slice(k, None, _NUM_COLORINGS)
+    for k in range(min(_NUM_GROUPINGS, len(draws))):
+        part = slice(k, None, _NUM_GROUPINGS)
         search.move_groups(draws[part], others[part], seed=k)
     pairs = []
     for i, own in enumerate(search.neighbours):
@@ -191,12 +171,10 @@ class _Search:
                 self.neighbours[k].add(j)
 
     def _changes(self, points: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Where gradients change by more than round-off, and by how much.
+        """Where gradients change by more than round-off, and by how much; not those that are not finite.
 
-        :param points: shape ``(n, D)``.
-        :param shifts: shape ``(n, m, D)``.
+        :param points: shape ``(n, D)``; shifts have shape ``(n, m, D)``, as what is returned.
         :param base: the gradients at the points, shape ``(n, 1, D)``.
-        :return: shapes ``(n, m, D)``; no change of what is not finite.
         """
         moved = points[:, None] + shifts
         found = self._gradients(moved.flatten(0, 1)).reshape(moved.shape)
@@ -208,11 +186,7 @@ class _Search:
         """Moves coordinates without common neighbours at once; where other gradients change, one by one.
 
         Of each group a random half is moved: an unknown neighbour of a coordinate may be another one of
-        its group, or a neighbour of one.
-
-        :param points: shape ``(n, D)``.
-        :param others: where the coordinates are moved to, shape ``(n, D)``.
-        :param seed: of the groups.
+        its group, or a neighbour of one. Points, and the others that they are moved to, are ``(n, D)``.
         """
         coloring = color_columns(self.neighbours, seed)
         dim, count = points.shape[-1], coloring.num_colors
@@ -240,13 +214,9 @@ class _Search:
                     self.move_one_by_one(point[i], other[i], own)
 
     def graph(self) -> DependencyGraph:
-        """What was found."""
         like = self.log_density.start
         pairs = sorted(pair for pair in self._second if pair[0] != pair[1])
-        curvature = torch.zeros_like(like)
-        for (i, j), value in self._second.items():
-            if i == j:
-                curvature[i] = value
+        curvature = like.new_tensor([self._second.get((i, i), 0.0) for i in range(len(like))])
         index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
         second = like.new_tensor([self._second[pair] for pair in pairs])
         neighbours = tuple(map(frozenset, self.neighbours))

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,36 +38,33 @@ class PrecisionPattern:
 
     They are a vector ``(num_entries,)``: one for each unordered pair of neighbours in the graph with its
     fill-in, the diagonal included.
-
-    :param elimination: the order of elimination.
     """
 
     def __init__(self, elimination: Elimination, device: torch.device | None = None) -> None:
         self.elimination, self.device = elimination, device or torch.device("cpu")
-        dim, root = elimination.input_dim, elimination.root
+        dim, root = len(elimination.parents), elimination.root
         self._base = dim + 1
+        as_index: Any = {"dtype": torch.long, "device": self.device}
         rows = [i for i, own in enumerate(elimination.parents) for _ in own]
         columns = [j for own in elimination.parents for j in own]
-        index = torch.tensor([rows, columns], dtype=torch.long, device=self.device)
-        every = torch.arange(dim, device=self.device).expand(2, -1)
-        block = torch.combinations(torch.tensor(root, dtype=torch.long, device=self.device)).T
-        self._keys = self._key(torch.cat([index, every, block], 1)).unique()
+        index, every = torch.tensor([rows, columns], **as_index), torch.arange(dim, **as_index)
+        self.root = torch.tensor(root, **as_index)
+        pairs = [index, every.expand(2, -1), torch.combinations(self.root).T]
+        self._keys = self._key(torch.cat(pairs, 1)).unique()
         self.num_entries = len(self._keys)
-        self.root = torch.tensor(root, dtype=torch.long, device=self.device)
         alone = {i for i, own in enumerate(elimination.parents) if not own} - set(root)
         #: coordinates without parents that are not in the root block
-        self.alone = torch.tensor(sorted(alone), dtype=torch.long, device=self.device)
+        self.alone = torch.tensor(sorted(alone), **as_index)
         self.groups = padded_groups(elimination.parents, elimination.level)
         #: for each level below the root block: a group, its rows of the level, these coordinates, and
         #: their parents, shapes ``(m,)`` and ``(m, k)``
         self.levels: list[list[tuple[int, slice, Tensor, Tensor]]] = []
         self.levels += [[] for _ in elimination.levels[1:]]
         for g, group in enumerate(self.groups):
-            coordinates = torch.tensor(group.coordinates, dtype=torch.long, device=self.device)
+            coordinates = torch.tensor(group.coordinates, **as_index)
             parents = group.parents.to(self.device)
             for level, part in group.slices.items():
                 self.levels[level - 1].append((g, part, coordinates[part], parents[part]))
-        every = torch.arange(dim, device=self.device)
         #: where the diagonal is, shape ``(D,)``
         self.diagonal = self.index(every, every)
 
@@ -74,10 +72,7 @@ class PrecisionPattern:
         return pairs.amin(0) * self._base + pairs.amax(0)
 
     def index(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Where the entries of pairs are; ``num_entries`` for padding.
-
-        :raises ValueError: if a pair is not in the pattern.
-        """
+        """Where the entries of pairs are; ``num_entries`` for padding."""
         key = self._key(torch.stack(torch.broadcast_tensors(rows, columns)))
         found = torch.searchsorted(self._keys, key).clamp_max(self.num_entries - 1)
         is_padding = (rows >= self._base - 1) | (columns >= self._base - 1)
@@ -102,8 +97,6 @@ class PrecisionPattern:
 class SparseGaussian:
     """A Gaussian by its conditionals along an elimination.
 
-    :param pattern: the order and the parents.
-    :param loc: the mean m, shape ``(D,)``.
     :param coefficients: for each group of the pattern the coefficients A, shape ``(m, k)``.
     :param scale: the conditional sds c, shape ``(D,)``; of no meaning in the root block.
     :param root_tril: the lower-triangular scale of the root block, shape ``(R, R)``.
@@ -119,11 +112,7 @@ class SparseGaussian:
     def from_precision(
         cls, pattern: PrecisionPattern, loc: Tensor, precision: Tensor
     ) -> "SparseGaussian":
-        """The Gaussian of a precision, whose pivots are raised where they are not positive.
-
-        :param loc: shape ``(D,)``.
-        :param precision: its entries in the pattern, shape ``(num_entries,)``.
-        """
+        """The Gaussian of the entries of a precision, whose pivots are raised where not positive."""
         diagonal = precision[pattern.diagonal]
         # a coordinate without curvature keeps the unit of the space
         floor = diagonal.abs().amax() * torch.finfo(diagonal.dtype).eps
@@ -220,11 +209,7 @@ class SparseGaussian:
         return covariance
 
     def given(self, parents: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
-        """The regressions of coordinates on some of their parents alone.
-
-        :param parents: for each coordinate, a part of its parents in the pattern.
-        :return: for each coordinate its coefficients; and the conditional sds, shape ``(D,)``.
-        """
+        """The regressions of coordinates on some of their parents: coefficients and conditional sds."""
         found = [self.loc.new_zeros(0)] * len(parents)
         scale, pattern = self.scale.clone(), self.pattern
         for g, group in enumerate(pattern.groups):
@@ -248,15 +233,13 @@ class SparseGaussian:
 
 
 def _raised(pivots: Tensor) -> Tensor:
-    """Pivots of a matrix with a diagonal of ones, those that are not positive raised."""
     return torch.where(pivots > _FLAT.get(pivots.dtype, 1e-5), pivots, _RAISED)
 
 
 def _dense_tril(pattern: PrecisionPattern, entries: Tensor, unit: Tensor) -> Tensor:
     """The lower-triangular scale of the root block, whose precision is made positive."""
     root = pattern.root
-    dense = entries[pattern.index(root[:, None], root)]
-    values, vectors = torch.linalg.eigh(dense)
+    values, vectors = torch.linalg.eigh(entries[pattern.index(root[:, None], root)])
     values = _raised(values)
     # the Cholesky factor of the covariance, without squaring its condition number
     lower = torch.linalg.qr((vectors * values.rsqrt()).T).R.T

@@ -32,18 +32,15 @@ class AutoregressiveTransform(FlowModule):
 
         y_i = f(x_i \mid x_{<i})
 
-    The Jacobian is triangular, so its log-determinant is a sum. This direction costs one evaluation
-    of the network; the inverse costs a few, since each coordinate needs those before it. As the transform
-    of a base distribution it is an inverse autoregressive flow (cheap to sample, expensive to
-    evaluate at given points), and its inverse, ``t.inv``, a masked autoregressive flow.
+    This direction costs one evaluation of the network; the inverse costs a few, since each coordinate needs
+    those before it. As the transform of a base distribution it is an inverse autoregressive flow (cheap to
+    sample, expensive to evaluate at given points), and its inverse, ``t.inv``, a masked autoregressive flow.
 
     :param meta: a function that returns, given x of shape ``(*, D)``, a bijective torch transform
         for that x, elementwise (event_dim 0) or of vectors (event_dim 1). A module is registered.
     :param passes: the most fixed-point passes of the inverse, which is exact after as many as the
         dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.transforms.FlowModule`.
-    :raises TypeError: if ``meta`` is not callable.
-    :raises ValueError: if ``passes`` is not a positive integer.
 
     With Pyro's validation on, the first call checks by differentiation that a ``meta`` from elsewhere
     is autoregressive, and by values that it is not random and acts on each row of a batch alone, and
@@ -119,7 +116,7 @@ class AutoregressiveTransform(FlowModule):
             warn_user(f"AutoregressiveTransform: {fault}", UserWarning)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """The shape of y for an x of a given shape: the context's batch shape broadcasts."""
+        # the context's batch shape broadcasts
         batch = self.meta.batch_shape if isinstance(self.meta, StructuredMeta) else ()
         # a distribution asks for it several times whenever it is made
         return torch.broadcast_shapes(shape, (*batch, shape[-1])) if batch else shape
@@ -138,15 +135,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         y_i = f(x_i \mid x_{<i}, \mathrm{context})
 
     :param meta: a function ``meta(x, context)`` that returns a transform. A module is registered.
-    :param passes: as for :class:`AutoregressiveTransform`, as are the errors.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_artransform import conditional_affine_autoregressive
-        >>> t = conditional_affine_autoregressive(3, context_dim=2)
-        >>> t.condition(torch.zeros(5, 2))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
+    :param passes: as for :class:`AutoregressiveTransform`.
     """
 
     def __init__(
@@ -158,10 +147,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         self.structure = StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
-        """The transform for a context, whose batch shape broadcasts with that of x.
-
-        :param context: shape ``(*, C)``; leading dimensions of size 1 that x lacks add none to y.
-        """
+        """The transform for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
@@ -170,10 +156,8 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
 
 
 def check_structure(module: torch.nn.Module, x: Tensor) -> None:
-    """Checks every autoregressive transform in a module, as its first call does.
+    """Checks every autoregressive transform in a module, as its first call at x ``(*, D)`` does.
 
-    :param module: a transform or what contains some.
-    :param x: an argument of theirs, shape ``(*, D)``.
     :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
         mixes the rows of a batch.
     """

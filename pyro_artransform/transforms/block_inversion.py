@@ -3,9 +3,7 @@
 
 """Exact inverses by blocks of levels of the dependency graph, for the price of about one evaluation.
 
-Within a block the inverse takes a few fixed-point passes, each over the square of the block; across blocks
-each weight is used once. Large blocks are best where calls dominate (small batches, accelerators), small
-ones where arithmetic does.
+Large blocks are best where calls dominate (small batches, accelerators), small ones where arithmetic does.
 """
 
 import functools
@@ -18,33 +16,17 @@ from ..conditioners import Blocks
 from ..univariate import Univariate
 from .flow_module import call_and_ladj
 
-_MIN_PASSES = 3  # it takes at least one more to see that nothing moves
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
-# 5 to 7 for networks at PyTorch's default scale, in 8 to 512 dimensions
-_USUAL_PASSES = 5
-
-
-class Costs(NamedTuple):
-    """Costs in nanoseconds, measured with affine transforms and splines on one core, in float32."""
-
-    block: float = 70e3  # opening and closing a block
-    row: float = 120.0  # the same for each row of the batch, whose known numbers are read again
-    call: float = 15e3  # one pass apart from its arithmetic, for each parameter of a coordinate
-    multiply: float = 0.032  # one multiplication and addition of a matrix product
-    element: float = 4.0  # the transform of one coordinate, for each of its parameters
-
-
-CPU = Costs()
 
 
 class Problem(NamedTuple):
-    """The size of an inversion."""
+    """The size of an inversion; ``work`` is the number of multiplications in an evaluation of one row."""
 
-    depth: int  # levels
-    batch: int  # rows
+    depth: int
+    batch: int
     input_dim: int
-    num_params: int  # of each coordinate
-    work: int  # multiplications that one evaluation of one row takes
+    num_params: int
+    work: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -57,14 +39,15 @@ def block_size(problem: Problem, device_type: str) -> int:
     return min(sizes, key=lambda size: expected_cost(problem, size))
 
 
-def expected_cost(problem: Problem, size: int, costs: Costs = CPU) -> float:
-    """The expected time of an inverse by blocks of ``size`` levels, in nanoseconds."""
+def expected_cost(problem: Problem, size: int) -> float:
+    """The expected time of an inverse by blocks of ``size`` levels, in nanoseconds on one core."""
     blocks = -(-problem.depth // size)
-    passes = min(size, _USUAL_PASSES)
-    calls = costs.block + problem.batch * costs.row + passes * costs.call * problem.num_params
+    passes = min(size, 5)  # 5 to 7 for networks at PyTorch's default scale, in 8 to 512 dimensions
+    # opening and closing a block, and reading its rows again; calls; arithmetic of products and of elements
+    calls = 70e3 + problem.batch * 120.0 + passes * 15e3 * problem.num_params
     products = problem.work * ((1 - 1 / blocks) / 2 + passes / blocks)
     elements = problem.input_dim * problem.num_params * passes
-    return blocks * calls + problem.batch * (costs.multiply * products + costs.element * elements)
+    return blocks * calls + problem.batch * (0.032 * products + 4.0 * elements)
 
 
 def by_blocks(
@@ -72,8 +55,7 @@ def by_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The inverse by blocks of levels, by default of the best size.
 
-    With a size of 1 no value is read, and autograd can differentiate. Otherwise passes are taken within
-    each block until nothing moves, without a graph.
+    With a size of 1 no value is read, and autograd can differentiate.
     """
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
@@ -98,14 +80,20 @@ def by_blocks(
         if stop < depth:
             blocks.close(x, stop)
         start = stop
-    x, ladj = _assembled(blocks, done, y)
-    return x + (y - clean), ladj
+    x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
+    undefined = y.reshape(x.shape)
+    undefined = (undefined if blocks.order is None else undefined[:, blocks.order]).isnan()
+    # what may depend on NaN was found with a number in its place
+    after = undefined.cumsum(-1) > undefined
+    x, ladj = x.masked_fill(after, torch.nan), ladj.masked_fill(after, torch.nan)
+    x = x if blocks.order is None else x[:, blocks.order.argsort()]
+    return x.reshape(y.shape) + (y - clean), ladj.sum(-1).reshape(y.shape[:-1])
 
 
 def _settle(
     family: Univariate, blocks: Blocks, y: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, int]:
-    """x and its log-determinant by coordinate in the open block, and how many of its levels are exact."""
+    """x and log-determinants by coordinate in the open block, and the number of its levels that are exact."""
     if depth == 1:
         return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
     large = largest(y)
@@ -114,7 +102,8 @@ def _settle(
         new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
         # early passes may overflow, and infinity times a masked zero would spoil what is exact
         new = new.clamp(-large, large)
-        if _MIN_PASSES < k < depth and _settled(new, x):
+        # it takes more than three passes to see that nothing moves
+        if 3 < k < depth and _settled(new, x):
             return new, ladj, depth
         x = new
     return x, ladj, k
@@ -123,20 +112,6 @@ def _settle(
 def largest(y: Tensor) -> float:
     """A bound beyond all sensible numbers, with which sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
-
-
-def _assembled(
-    blocks: Blocks, done: list[tuple[Tensor, Tensor]], y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The coordinates in their own order, and the sum of the log-determinants."""
-    x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
-    rows = y.reshape(x.shape)
-    undefined = (rows if blocks.order is None else rows[:, blocks.order]).isnan()
-    # what may depend on NaN was found with a number in its place
-    after = undefined.cumsum(-1) > undefined
-    x, ladj = x.masked_fill(after, torch.nan), ladj.masked_fill(after, torch.nan)
-    x = x if blocks.order is None else x[:, blocks.order.argsort()]
-    return x.reshape(y.shape), ladj.sum(-1).reshape(y.shape[:-1])
 
 
 def _settled(new: Tensor, old: Tensor) -> bool:

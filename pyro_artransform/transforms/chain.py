@@ -3,7 +3,7 @@
 
 """Composition, partition and permutation, which keep every parameter, in both directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,9 +80,7 @@ class ComposedTransform(FlowModule):
 
         T = T_n \circ \cdots \circ T_1
 
-    Every part that is a module is registered; log-determinants are summed over all event dimensions.
-
-    :param transforms: torch transforms, in the order in which they are applied.
+    :param transforms: torch transforms; those that are modules are registered.
     :param cache_size: as for :class:`FlowModule`.
     :raises TypeError: if a part is not a transform, or would lose parameters.
     :raises ValueError: if there are no parts.
@@ -109,7 +107,7 @@ class ComposedTransform(FlowModule):
 
     @property
     def parts(self) -> list[Transform]:
-        """The transforms, in the order in which they are applied."""
+        """The transforms that were given."""
         return [t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,10 +158,7 @@ class ComposedTransform(FlowModule):
 class ConditionalComposedTransform(ConditionalFlowModule):
     """A :class:`ComposedTransform` some of whose parts depend on a context.
 
-    :param transforms: conditional transforms that are modules, and torch transforms, in the order in
-        which they are applied.
-    :raises TypeError: if a part is neither.
-    :raises ValueError: if there are no parts.
+    :param transforms: conditional transforms that are modules, and torch transforms.
     """
 
     def __init__(self, *transforms: AnyTransform) -> None:
@@ -172,21 +167,16 @@ class ConditionalComposedTransform(ConditionalFlowModule):
 
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
-        parts: list[Any] = []
         modules: Any = self.transforms
-        for part in modules:
-            is_conditional = isinstance(part, ConditionalTransform)
-            parts.append(part.condition(context) if is_conditional else part)
+        is_conditional = [isinstance(t, ConditionalTransform) for t in modules]
+        parts = (t.condition(context) if c else t for t, c in zip(modules, is_conditional))
         return ComposedTransform(*parts)
 
 
 def chain(
     transforms: Sequence[AnyTransform],
 ) -> ComposedTransform | ConditionalComposedTransform:
-    """Composes transforms, the first one first, and keeps every parameter, in ``chain(...).inv`` too.
-
-    :param transforms: transforms; if one is conditional, so is the result. Errors are those of
-        :class:`ComposedTransform`.
+    """Composes transforms as :class:`ComposedTransform`; if one is conditional, so is the result.
 
     Example::
 
@@ -199,9 +189,8 @@ def chain(
     if isinstance(transforms, (Transform, ConditionalTransform)):
         raise TypeError(f"expected a sequence of transforms, got one {type(transforms).__name__}")
     parts: list[Any] = list(transforms)
-    for part in parts:
-        if isinstance(part, ConditionalTransform):
-            return ConditionalComposedTransform(*parts)
+    if any(isinstance(part, ConditionalTransform) for part in parts):
+        return ConditionalComposedTransform(*parts)
     return ComposedTransform(*parts)
 
 
@@ -214,12 +203,11 @@ class PermutationTransform(FlowModule):
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
     :param cache_size: as for :class:`FlowModule`.
-    :raises ValueError: if it is not a permutation.
 
     Example::
 
         >>> import torch
-        >>> PermutationTransform(torch.tensor([2, 0, 1]))(torch.tensor([1.0, 2.0, 3.0]))
+        >>> PermutationTransform([2, 0, 1])(torch.tensor([1.0, 2.0, 3.0]))
         tensor([3., 1., 2.])
     """
 
@@ -254,17 +242,8 @@ class PartitionTransform(FlowModule):
 
         y_{S_k} = T_k(x_{S_k})
 
-    :param parts: for each set its coordinates and the transform of vectors of their number.
-    :raises TypeError: if a transform is not one of this package.
+    :param parts: for each set its coordinates, and a transform of this package of vectors of their number.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_artransform import affine_autoregressive
-        >>> t = PartitionTransform([([0, 2], affine_autoregressive(2)), ([1], affine_autoregressive(1))])
-        >>> t(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
 
     order: Tensor  # the coordinates of all parts, one after the other
@@ -276,42 +255,32 @@ class PartitionTransform(FlowModule):
         order = [i for coordinates in sets for i in coordinates]
         if not order or sorted(order) != list(range(len(order))):
             raise ValueError(f"parts: expected a partition of 0 .. D-1, got {sets}")
-        self.transforms = nn.ModuleList()
         for _, transform in parts:
+            kind = type(transform).__name__
             if not isinstance(transform, FlowModule):
-                raise TypeError(
-                    f"parts: expected transforms of this package, got {type(transform).__name__}"
-                )
-            self.transforms.append(transform)
+                raise TypeError(f"parts: expected transforms of this package, got {kind}")
+        self.transforms = nn.ModuleList(transform for _, transform in parts)
         self._sizes = [len(coordinates) for coordinates in sets]
         index = torch.tensor(order, dtype=torch.long, device="cpu")
         self.register_buffer("order", index, persistent=False)
         self.register_buffer("inverse_order", index.argsort(), persistent=False)
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, ladj = self._each(lambda t, x: t.call_and_ladj(x), x)
-        return y, ladj
+    def call_and_ladj(self, x: Tensor) -> Any:
+        return self._each("call_and_ladj", x)
 
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = self._each(lambda t, y: t.inverse_and_ladj(y), y)
-        return x, ladj
+    def inverse_and_ladj(self, y: Tensor) -> Any:
+        return self._each("inverse_and_ladj", y)
 
-    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        back, ladj = self._each(lambda t, x, y: t.inverse_at(x, y), x, y)
-        return back, ladj
+    def inverse_at(self, x: Tensor, y: Tensor) -> Any:
+        return self._each("inverse_at", x, y)
 
-    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, ladj, score = self._each(lambda t, x, s: t.call_and_score(x, s), x, score)
-        return y, ladj, score
+    def call_and_score(self, x: Tensor, score: Tensor) -> Any:
+        return self._each("call_and_score", x, score)
 
-    def _each(self, run: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> list[Tensor]:
+    def _each(self, method: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs each transform on its coordinates; log-determinants, the second output, are added."""
         split = [x.index_select(-1, self.order).split(self._sizes, -1) for x in inputs]
-        outputs = [run(t, *parts) for t, *parts in zip(self.transforms, *split)]
-        joined = []
-        for k, parts in enumerate(zip(*outputs)):
-            if k == 1:
-                joined.append(sum(parts[1:], parts[0]))
-            else:
-                joined.append(torch.cat(parts, -1).index_select(-1, self.inverse_order))
-        return joined
+        outputs = [getattr(t, method)(*parts) for t, *parts in zip(self.transforms, *split)]
+        values, ladjs, *scores = zip(*outputs)
+        joined = [torch.cat(v, -1).index_select(-1, self.inverse_order) for v in (values, *scores)]
+        return joined[0], sum(ladjs[1:], ladjs[0]), *joined[1:]

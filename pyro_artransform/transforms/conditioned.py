@@ -3,9 +3,8 @@
 
 """What an autoregressive transform asks of its meta, and the meta of a conditioner and a univariate family.
 
-Any callable that returns, given x of shape ``(*, D)``, a torch transform for that x is a meta: its inverse
-takes fixed-point passes, and its structure is checked by differentiation. A :class:`StructuredMeta` says
-more of itself, and is inverted for about the price of one evaluation.
+Any callable that returns, given x of shape ``(*, D)``, a torch transform for that x is a meta. A
+:class:`StructuredMeta` says more of itself, and is inverted for about the price of one evaluation.
 """
 
 from collections.abc import Callable
@@ -23,10 +22,7 @@ Meta = Callable[[Tensor], Transform]
 
 
 class StructuredMeta(torch.nn.Module):
-    """A meta that describes its dependency graph; the defaults promise nothing.
-
-    A subclass implements ``forward(x)``, which returns the transform for x of shape ``(*, D)``.
-    """
+    """A meta that describes its dependency graph; the defaults promise nothing."""
 
     #: What the batch shape of x broadcasts with, such as that of a context.
     batch_shape = torch.Size()
@@ -47,10 +43,7 @@ class StructuredMeta(torch.nn.Module):
         raise NotImplementedError
 
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
-        """The parameters for a batch shaped as y ``(*, D)``, level by level, or None.
-
-        :param in_place: see :meth:`~pyro_artransform.conditioners.Conditioner.blocks`.
-        """
+        """As :meth:`~pyro_artransform.conditioners.Conditioner.blocks`, for y of shape ``(*, D)``."""
         return None
 
     def linearize(self, x: Tensor) -> Linearization | None:
@@ -90,17 +83,8 @@ class ConditionedUnivariate(StructuredMeta):
 
     :param conditioner: a module that returns parameters of shape ``(*, D, P)``.
     :param univariate: the family that turns them into a transform.
-    :raises TypeError: if one of the two is something else.
     :raises ValueError: if the two disagree on the number P of parameters.
 
-    Example::
-
-        >>> import torch
-        >>> from pyro_artransform.conditioners import MaskedMLP
-        >>> from pyro_artransform.univariate import Affine
-        >>> meta = ConditionedUnivariate(MaskedMLP(3, Affine().num_params), Affine())
-        >>> meta(torch.zeros(5, 3))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
 
     def __init__(self, conditioner: Conditioner, univariate: Univariate) -> None:
@@ -118,7 +102,6 @@ class ConditionedUnivariate(StructuredMeta):
 
     @property
     def autoregressive(self) -> bool:
-        # a subclass may do more than the two parts
         own = type(self).forward is ConditionedUnivariate.forward
         return own and self.conditioner.autoregressive
 
@@ -133,14 +116,14 @@ class ConditionedUnivariate(StructuredMeta):
     def blocks(
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        if not self._is_of_its_parts():
-            return None
-        return self.conditioner.blocks(*_as_rows(y, context), in_place=in_place)
+        if self._is_of_its_parts():
+            return self.conditioner.blocks(*_as_rows(y, context), in_place=in_place)
+        return None
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
-        if not self._is_of_its_parts():
-            return None
-        return self.conditioner.linearize(*_as_rows(x, context))
+        if self._is_of_its_parts():
+            return self.conditioner.linearize(*_as_rows(x, context))
+        return None
 
     def _is_of_its_parts(self) -> bool:
         """Whether the conditioner and the family are all that it does."""
@@ -165,10 +148,7 @@ def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 class ContextMeta(StructuredMeta):
-    """A meta of x and a context, at one context of shape ``(*, C)``.
-
-    Leading batch dimensions of size 1 that x lacks add none to it.
-    """
+    """A meta of x and a context, at one context of shape ``(*, C)``."""
 
     def __init__(self, meta: Any, context: Tensor) -> None:
         super().__init__()
@@ -189,9 +169,9 @@ class ContextMeta(StructuredMeta):
         return self.meta.univariate
 
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
-        if not isinstance(self.meta, ConditionedUnivariate):
-            return None
-        return self.meta.blocks(y, self._context_for(y.dim()), in_place=in_place)
+        if isinstance(self.meta, ConditionedUnivariate):
+            return self.meta.blocks(y, self._context_for(y.dim()), in_place=in_place)
+        return None
 
     def linearize(self, x: Tensor) -> Linearization | None:
         if not isinstance(self.meta, ConditionedUnivariate):
@@ -202,7 +182,7 @@ class ContextMeta(StructuredMeta):
         return self.meta(x, self._context_for(x.dim()))
 
     def _context_for(self, dim: int) -> Tensor:
-        """The context for an x with this number of dimensions."""
+        """The context without leading dimensions of size 1 that an x of ``dim`` dimensions lacks."""
         context = self.context
         # while torch.jit traces, sizes are tensors and cannot be compared
         while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:

@@ -18,14 +18,11 @@ from torch.distributions.transforms import _InverseTransform
 
 from ..univariate.base import ElementwiseTransform
 
-_PASSED_THROUGH = (__name__.split(".")[0], "torch", "pyro")
-
 
 class FlowModule(TransformModule):
     r"""A bijection of real vectors that owns its parameters.
 
-    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; the rest of
-    :class:`torch.distributions.transforms.Transform` follows.
+    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`.
 
     Nothing is remembered between calls, so nothing can be out of date, and threads may share a
     transform. To score a draw without inverting, draw it from a
@@ -42,26 +39,15 @@ class FlowModule(TransformModule):
     _inv: Any
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and the log-determinant, from one evaluation of each network.
-
-        :param x: shape ``(*, D)``.
-        :return: ``y`` of shape ``(*, D)`` and ``log |det dy/dx|`` of shape ``(*,)``.
-        """
+        """The value ``(*, D)`` and ``log |det dy/dx|``, shape ``(*,)``, by one evaluation of networks."""
         raise NotImplementedError
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse and its log-determinant.
-
-        :param y: shape ``(*, D)``.
-        :return: ``x`` of shape ``(*, D)`` and ``log |det dx/dy|`` of shape ``(*,)``.
-        """
+        """The inverse and its log-determinant ``log |det dx/dy|``, as :meth:`call_and_ladj`."""
         raise NotImplementedError
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`inverse_and_ladj` where x is known: nothing is inverted, and the gradients are the same.
-
-        :param x: the inverse of y, shape ``(*, D)``, whose own graph is not followed.
-        """
+        """:meth:`inverse_and_ladj` where x is known, whose graph is not followed: nothing is inverted."""
         return self.inverse_and_ladj(y)
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +61,6 @@ class FlowModule(TransformModule):
 
         whose parameters are held fixed: with it the gradient of an ELBO flows through draws alone.
 
-        :param x: shape ``(*, D)``.
         :param score: the score of the density of x, shape ``(*, D)``.
         :return: as of :meth:`call_and_ladj`, with their graph; and shape ``(*, D)``, without one.
 
@@ -217,10 +202,7 @@ class ConditionalFlowModule(ConditionalTransformModule):
 
 
 def inverse(transform: FlowModule) -> FlowModule:
-    """The inverse of a transform, a module that owns the parameters: ``transform.inv``.
-
-    :param transform: a transform of this package.
-    :raises TypeError: for any other object.
+    """The inverse of a transform of this package, a module that owns the parameters: ``transform.inv``.
 
     Example::
 
@@ -259,6 +241,7 @@ def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor,
 def warn_user(message: str, category: type[Warning]) -> None:
     """Warns at the innermost line outside this package, torch and Pyro."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _PASSED_THROUGH:
+    inside = (__name__.split(".")[0], "torch", "pyro")
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -9,10 +9,9 @@ The inverse of ``y = meta(x)(x)`` is the fixed point of
 
     u(x) = \mathrm{meta}(x)^{-1}(y).
 
-Coordinate i of u reads only coordinates before i, so each pass makes the next level of the graph exact.
-With :math:`M = \partial u / \partial x`, strictly triangular, the adjoint of the fixed point solves
-:math:`(I - M^\top) v = g`: it is the limit of :math:`v \leftarrow g + M^\top v`, a vector-Jacobian product
-each. Both are exact after as many passes as the graph is deep, and no pass is kept in memory.
+Each pass makes the next level of the graph exact. With :math:`M = \partial u / \partial x`, strictly
+triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`: it is the limit of
+:math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the graph is deep.
 
 **References**
 
@@ -35,17 +34,13 @@ from ..differentiation import has_other_leaves
 from ..univariate import Univariate
 from .block_inversion import by_blocks, largest
 from .conditioned import Meta, StructuredMeta, check_returned
-from .flow_module import (
-    call_and_ladj,
-    call_and_ladj_over_vectors,
-    warn_user,
-)
+from .flow_module import call_and_ladj, call_and_ladj_over_vectors, warn_user
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 
 
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
-    """The inverse at ``y`` and its log-determinant, differentiable in y and all parameters.
+    """The inverse and its log-determinant, differentiable in y and all parameters.
 
     With ``passes``, by at most this many fixed-point passes; without, exactly and by the cheapest way.
     """
@@ -55,10 +50,13 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     readable = values_can_be_read(y)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not readable):
         blocks = structured.blocks(y, in_place=readable) if passes is None else None
-        if not readable:
-            if blocks is None:
-                return _unrolled(meta, y, passes or structured.depth or y.shape[-1])
+        if not readable and blocks is not None:
             return by_blocks(structured.family, blocks, y, size=1)
+        if not readable:  # all passes, differentiated by autograd
+            x = torch.zeros_like(y)
+            for _ in range(min(passes or structured.depth or y.shape[-1], y.shape[-1]) - 1):
+                x = meta(x).inv(y)
+            return call_and_ladj_over_vectors(meta(x).inv, y)
         if blocks is None:
             x, ladj, point = _by_passes(meta, y.detach(), structured.depth, passes)
         else:
@@ -73,11 +71,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
 
 
 def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The exact inverse, its log-determinant and the score of x, where those of y are known.
-
-    :param score: the score of the density of y, shape ``(*, D)``; that of x is without a graph.
-    :return: None if the meta has no linearization.
-    """
+    """The exact inverse, its log-determinant and the score of x; None without a linearization."""
     if not (isinstance(meta, StructuredMeta) and values_can_be_read(y)) or meta.batch_shape:
         return None
     with torch.no_grad():
@@ -101,22 +95,10 @@ def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Ten
     return *values, new_score
 
 
-def _unrolled(meta: Meta, y: Tensor, passes: int) -> tuple[Tensor, Tensor]:
-    """All passes, differentiated by autograd: where no value can be read."""
-    x = torch.zeros_like(y)
-    for _ in range(min(passes, y.shape[-1]) - 1):
-        x = meta(x).inv(y)
-    return call_and_ladj_over_vectors(meta(x).inv, y)
-
-
 def _by_passes(
     meta: Meta, y: Tensor, depth: int | None, passes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Passes until nothing moves: x, the log-determinant, and the argument of the last pass.
-
-    A change within round-off is undone: the map may amplify the jitter of an early coordinate from pass to
-    pass.
-    """
+    """Passes until nothing moves: x, the log-determinant, and the argument of the last pass."""
     # where the depth is not known, one pass more than D shows that nothing moves any more
     most = passes or depth or y.shape[-1] + 1
     x = torch.zeros_like(y)
@@ -124,13 +106,24 @@ def _by_passes(
         point = _finite(x)
         transform = check_returned(meta(point))
         new = transform.inv(y)
-        moved = _moved(new, x)
+        # by more than round-off, which the map may amplify from pass to pass; infinities and NaN do not move
+        still = (new - x).abs_() <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
+        moved = ~(still | (new == x) | (new.isnan() & x.isnan()))
         x = torch.where(moved, new, x)
         if not bool(moved.any()):
             break
     else:
         if depth is None or most < depth:
-            _warn_of_residual(meta, x, y, most)
+            residual = (meta(x)(x) - y).abs()
+            round_off = 1e3 * torch.finfo(x.dtype).eps * (1 + x.abs() + y.abs())
+            bad = residual[(residual > round_off) & residual.isfinite()]
+            if len(bad):
+                warn_user(
+                    f"the inverse of an AutoregressiveTransform has not converged after {most} passes: "
+                    f"the largest residual |T(x) - y| is {bad.max():.3g}. Leave passes=None for an exact "
+                    "inverse of an autoregressive meta",
+                    RuntimeWarning,
+                )
     ladj = transform.log_abs_det_jacobian(x, y)
     ladj = ladj.expand(x.shape[:-1]) if transform.event_dim else ladj.expand(x.shape).sum(-1)
     if depth != 1:  # what depends on NaN was found with a number in its place
@@ -143,27 +136,6 @@ def _finite(x: Tensor) -> Tensor:
     """Early passes may overflow, and infinity times a masked zero would spoil what is exact already."""
     large = largest(x)
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
-
-
-def _moved(new: Tensor, old: Tensor) -> Tensor:
-    """Where values changed by more than round-off; equal infinities and NaN did not."""
-    change = (new - old).abs_()
-    still = change <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
-    return ~(still | (new == old) | (new.isnan() & old.isnan()))
-
-
-def _warn_of_residual(meta: Meta, x: Tensor, y: Tensor, passes: int) -> None:
-    """Warns if ``meta(x)(x)`` is further from y than round-off explains."""
-    residual = (meta(x)(x) - y).abs()
-    scale = 1e3 * torch.finfo(x.dtype).eps * (1 + x.abs() + y.abs())
-    bad = (residual > scale) & residual.isfinite()
-    if bool(bad.any()):
-        warn_user(
-            f"the inverse of an AutoregressiveTransform has not converged after {passes} passes: the "
-            f"largest residual |T(x) - y| is {residual[bad].max():.3g}. Leave passes=None for an exact "
-            "inverse of an autoregressive meta",
-            RuntimeWarning,
-        )
 
 
 def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +208,7 @@ def _solve_by_linearization(
     g_out: Tensor,
     g_ladj: Tensor,
 ) -> Tensor:
-    """The adjoint of the fixed point, by substitution along the graph."""
+    """:func:`_solve` by substitution along the graph."""
     shape = (-1, *params.shape[-2:])
     right = g_out.reshape(-1, g_out.shape[-1])
     if ladj.requires_grad and bool(g_ladj.any()):
@@ -253,9 +225,8 @@ def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tens
     v = g_out
     for _ in range(out.shape[-1]):
         values, weights = zip(*((t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad))
-        pulled: Any = torch.autograd.grad(
-            values, point, weights, retain_graph=True, allow_unused=True
-        )[0]
+        options = {"retain_graph": True, "allow_unused": True}
+        pulled: Any = torch.autograd.grad(values, point, weights, **options)[0]
         if pulled is None:
             break
         previous, v = v, g_out + pulled

@@ -14,9 +14,6 @@ from torch.linalg import solve_triangular
 from ..arguments import check_positive, to_tensor
 from .flow_module import ConditionalFlowModule, FlowModule
 
-# correlations are estimated up to this many coordinates, given this many rows for each
-_MOST_CORRELATED, _ROWS_PER_DIM = 200, 10
-
 
 class LocationScale(FlowModule):
     r"""A learnable location and lower-triangular scale.
@@ -25,8 +22,7 @@ class LocationScale(FlowModule):
 
         y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
 
-    A is strictly lower triangular and starts at zero. The diagonal is free on the log scale, so that an
-    optimizer crosses orders of magnitude at one pace.
+    A is strictly lower triangular and starts at zero.
 
     :param loc: the location, shape ``(D,)``; gives the dtype and the device.
     :param scale: the standard deviation to start with.
@@ -64,20 +60,18 @@ class LocationScale(FlowModule):
             return y, ladj, score * (-self.log_scale).exp()
 
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Sets the location and the scale in place.
+        """Sets the location, shape ``(D,)``, and the scale in place.
 
-        :param loc: shape ``(D,)``.
         :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
             alone, shape ``(D,)``; diagonal where this layer is.
-        :raises ValueError: for anything else.
         """
         check_location_and_scale(loc, scale_tril, len(self.loc))
         is_matrix = scale_tril.dim() == 2
         diagonal = scale_tril.diagonal() if is_matrix else scale_tril
         if self.lower is None and is_matrix and scale_tril.tril(-1).any():
             raise ValueError(
-                "scale_tril: expected a diagonal matrix, since the scale of this guide is diagonal "
-                "(full_rank=True makes it triangular), got entries off the diagonal"
+                "scale_tril: expected a diagonal matrix (full_rank=True makes it triangular), got entries "
+                "off the diagonal"
             )
         with torch.no_grad():
             self.loc.copy_(loc)
@@ -86,9 +80,6 @@ class LocationScale(FlowModule):
                 self.lower.copy_((scale_tril / diagonal[:, None]).tril(-1))
             elif self.lower is not None:
                 self.lower.zero_()
-
-    def extra_repr(self) -> str:
-        return f"dim={len(self.loc)}, full_rank={self.lower is not None}"
 
 
 def _solve_unitriangular(matrix: Tensor, x: Tensor, *, upper: bool) -> Tensor:
@@ -107,17 +98,7 @@ class Standardize(FlowModule):
     It has no parameters to train: ``loc`` and ``scale_tril`` are buffers, saved with the state.
     :func:`standardize` takes them from data.
 
-    :param loc: shape ``(D,)``.
-    :param scale_tril: L, lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
-        alone, shape ``(D,)``.
-    :raises ValueError: for anything else.
-
-    Example::
-
-        >>> import torch
-        >>> Standardize(torch.tensor([10.0]), torch.tensor([2.0]))(torch.tensor([[0.0], [1.0]]))
-        tensor([[10.],
-                [12.]])
+    :param loc: as for :meth:`LocationScale.set_`, like ``scale_tril``, which is L, and the errors.
     """
 
     loc: Tensor
@@ -128,9 +109,6 @@ class Standardize(FlowModule):
         check_location_and_scale(loc, scale_tril)
         self.register_buffer("loc", loc.detach().clone())
         self.register_buffer("scale_tril", scale_tril.detach().clone())
-
-    def extra_repr(self) -> str:
-        return f"dim={len(self.loc)}, full_rank={self.scale_tril.dim() == 2}"
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.scale_tril
@@ -152,11 +130,8 @@ class Standardize(FlowModule):
 class StandardizedContext(ConditionalFlowModule):
     """A conditional transform whose context is standardized first, see :func:`standardize_context`.
 
-    :param transform: a conditional transform that is a module.
     :param loc: what is subtracted from a context, shape ``(C,)``.
     :param scale: what it is then divided by, shape ``(C,)``, positive.
-    :raises TypeError: if the transform is not conditional.
-    :raises ValueError: if a shape is wrong, or a scale not positive.
     """
 
     loc: Tensor
@@ -164,10 +139,9 @@ class StandardizedContext(ConditionalFlowModule):
 
     def __init__(self, transform: ConditionalTransformModule, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
-        offered: object = transform
-        if not isinstance(offered, ConditionalTransformModule):
-            got = type(transform).__name__
-            raise TypeError(f"transform: expected a conditional transform, got {got}")
+        kind = type(transform).__name__
+        if not isinstance(transform, ConditionalTransformModule):
+            raise TypeError(f"transform: expected a conditional transform, got {kind}")
         check_location_and_scale(loc, scale)
         self.transform = transform
         self.register_buffer("loc", loc.detach().clone())
@@ -175,15 +149,15 @@ class StandardizedContext(ConditionalFlowModule):
 
     def condition(self, context: Tensor) -> FlowModule:
         """The transform for a context in the units of the data, of shape ``(*, C)``."""
-        conditioned: FlowModule = self.transform.condition((context - self.loc) / self.scale)
-        return conditioned
+        return self.transform.condition((context - self.loc) / self.scale)
 
 
 def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
     """A last layer that gives a flow the location, the scale and the correlations of data.
 
     :param data: shape ``(n, D)``.
-    :param full_rank: whether it has the correlations too, see :func:`location_and_scale`.
+    :param full_rank: whether it has the correlations too; by default up to 200 coordinates, where there
+        are ten rows or more for each.
     :raises ValueError: if the shape is another, there are fewer than two rows, a value is not finite,
         a coordinate is constant, or a linear function of others where there are correlations.
 
@@ -191,7 +165,7 @@ def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
 
         >>> import torch
         >>> from pyro_artransform import maf
-        >>> from pyro_artransform.transforms import chain, standardize
+        >>> from pyro_artransform.transforms import chain
         >>> flow = chain([maf(3), standardize(1000 + torch.randn(50, 3))])
         >>> flow(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
@@ -204,21 +178,8 @@ def standardize_context(
 ) -> StandardizedContext:
     """A conditional transform that takes contexts in their own units: its networks see standardized ones.
 
-    :param transform: a conditional transform, such as :func:`~pyro_artransform.conditional_maf` makes.
     :param contexts: those of the training data, shape ``(n, C)``; a constant coordinate is shifted and
-        not scaled.
-    :raises TypeError: if the transform is not conditional.
-    :raises ValueError: if the shape is another, there are fewer than two rows, or a value is not finite.
-
-    Example::
-
-        >>> import torch
-        >>> from pyro_artransform import conditional_maf
-        >>> from pyro_artransform.transforms import standardize_context
-        >>> contexts = 1000 + torch.randn(50, 2)
-        >>> flow = standardize_context(conditional_maf(3, context_dim=2), contexts)
-        >>> flow.condition(contexts)(torch.zeros(50, 3)).shape
-        torch.Size([50, 3])
+        not scaled. There have to be two rows or more, and all values finite.
     """
     contexts = check_rows("contexts", contexts)
     scale = contexts.std(0)
@@ -263,15 +224,9 @@ def location_and_scale(
 ) -> tuple[Tensor, Tensor]:
     """The means of rows and the Cholesky factor of their covariance, or their standard deviations.
 
-    Correlations are computed in units of each coordinate, in double precision.
+    Other parameters and the errors are those of :func:`standardize`.
 
-    :param name: the name of the rows in an error.
-    :param rows: shape ``(n, D)``, as :func:`check_rows` returns them.
-    :param full_rank: whether there are correlations; by default up to 200 coordinates, where there are
-        ten rows or more for each.
     :return: shapes ``(D,)`` and ``(D, D)``, or ``(D,)`` and ``(D,)``.
-    :raises ValueError: if a coordinate is constant, or a linear function of others where there are
-        correlations.
     """
     loc, scale = rows.mean(0), rows.std(0)
     constant = (~(scale > 0)).nonzero().flatten().tolist()
@@ -279,9 +234,10 @@ def location_and_scale(
         raise ValueError(f"{name}: expected coordinates that vary, got constant ones: {constant}")
     if full_rank is None:
         num_rows, dim = rows.shape
-        full_rank = dim <= _MOST_CORRELATED and num_rows >= _ROWS_PER_DIM * dim
+        full_rank = dim <= 200 and num_rows >= 10 * dim
     if not full_rank:
         return loc, scale
+    # in units of each coordinate: the covariance of raw numbers may have lost all digits
     correlations = ((rows - loc) / scale).double().T.cov().reshape(2 * scale.shape)
     factor, failed = torch.linalg.cholesky_ex(correlations)
     if failed:
@@ -305,21 +261,12 @@ class CompressedTails(FlowModule):
     :param knot: c, where it begins.
     :param width: w, the distance over which the slope falls from 1 to :math:`1/\sqrt2`.
     :raises ValueError: if one of the two is not positive and finite.
-
-    Example::
-
-        >>> import torch
-        >>> CompressedTails()(torch.tensor([-3.0, 0.0, 10.0]))
-        tensor([-3.,  0., 10.])
     """
 
     def __init__(self, knot: float = 40.0, width: float = 2.0) -> None:
         super().__init__(cache_size=1)
         self.knot = check_positive("knot", knot)
         self.width = check_positive("width", width)
-
-    def extra_repr(self) -> str:
-        return f"knot={self.knot}, width={self.width}"
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inner, excess = self._split(x)

@@ -16,17 +16,11 @@ from ..univariate.base import Derivatives
 from .conditioned import StructuredMeta
 from .flow_module import call_and_ladj
 
-# of a score, relative to its largest number: far below the noise of gradient estimates
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
-
 
 def by_substitution(
     meta: StructuredMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The value, the log-determinant and the score of the value, given x and its score, ``(*, D)``.
-
-    :return: None if the meta has no linearization.
-    """
+    """The value, its log-determinant and its score; None if the meta has no linearization."""
     linearization = meta.linearize(x)
     if linearization is None:
         return None
@@ -64,10 +58,10 @@ def by_products(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -
     r"""The score of y, by vector-Jacobian products through the graph between x and y.
 
     With :math:`J = \mathrm{diag}(d) + N`, N strictly triangular, u is the limit of
-    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep. All
-    shapes are ``(*, D)``.
+    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep.
     """
-    tolerance = _TOLERANCE.get(x.dtype, 1e-3)
+    # relative to the largest number of a score: far below the noise of gradient estimates
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-6}.get(x.dtype, 1e-3)
     ones = torch.ones_like(ladj)
     scale = ladj.detach().exp()
     by_volume = None

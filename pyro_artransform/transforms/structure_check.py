@@ -18,8 +18,6 @@ from torch.func import functional_call
 from ..arguments import values_can_be_read
 from .conditioned import SELF_DESCRIBING, Meta, StructuredMeta, check_returned
 
-_REDRAWS = 2
-
 _RANDOM = (
     "the meta is random: at the same x it gives another transform each time, so log-determinants and "
     "inverses are those of other transforms. Use layers and nonlinearities without randomness, or call "
@@ -33,10 +31,9 @@ _MIXES_ROWS = (
 
 
 class StructureCheck:
-    """Checks once whether a meta is autoregressive, and a function of each row alone.
+    """The check of a transform and its conditioned copies, at the first call.
 
-    Conditioned copies of a transform share one check. If nothing depends on x yet (zeros that cannot be
-    re-drawn), it is repeated at the 2nd, 4th, 8th, ... call.
+    If nothing depends on x yet (zeros that cannot be re-drawn), it is repeated at the 2nd, 4th, 8th, ...
     """
 
     done = False
@@ -57,7 +54,10 @@ class StructureCheck:
             return ""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
-        nodes = _on_a_cycle(depends)
+        reach = depends.float()
+        for _ in range(len(depends).bit_length()):
+            reach = ((reach + reach @ reach) > 0).float()
+        nodes = reach.diagonal().nonzero().flatten().tolist()  # those on a cycle
         if not nodes:
             return fault_of_rows(meta, x)
         return (
@@ -76,7 +76,7 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
     differentiated at random points, with the parameters as they are and with re-drawn ones, since a last
     layer of zeros hides every dependence.
 
-    :param x: shape ``(*, D)``; its shape, dtype and device are used.
+    :param x: shape ``(*, D)``; its values are not used.
     :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the transform of coordinate i depends on x_j.
     """
     generator = torch.Generator().manual_seed(0)
@@ -99,11 +99,7 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
 
 
 def fault_of_rows(meta: Meta, x: Tensor) -> str:
-    """In words, whether the transform of a row is random or depends on other rows; empty if neither.
-
-    :param meta: evaluated as it is, in training or not, and with re-drawn parameters.
-    :param x: shape ``(*, D)``; its shape, dtype and device are used.
-    """
+    """In words, whether the transform of a row is random or depends on other rows; empty if neither."""
     generator = torch.Generator().manual_seed(0)
     batch = meta.batch_shape if isinstance(meta, StructuredMeta) else ()
     rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
@@ -127,7 +123,7 @@ def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
     """The meta as it is, and with re-drawn parameters where they can be seen."""
     yield meta
     if isinstance(meta, nn.Module):
-        for _ in range(_REDRAWS):
+        for _ in range(2):
             drawn = {}
             for name, p in meta.named_parameters():
                 if p.is_floating_point():
@@ -140,11 +136,3 @@ def _normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tens
     # drawn on the CPU, where a generator works for every device
     draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return draw.to(dtype=like.dtype, device=like.device)
-
-
-def _on_a_cycle(depends: Tensor) -> list[int]:
-    """The nodes that reach themselves."""
-    reach = depends.float()
-    for _ in range(len(depends).bit_length()):
-        reach = ((reach + reach @ reach) > 0).float()
-    return reach.diagonal().nonzero().flatten().tolist()

@@ -1,10 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-import time
-
 import pytest
 
 from pyro_artransform.graphs.markov_graph import MarkovGraph, color_columns, eliminate, graph_levels
+from pyro_artransform.graphs.padding import padded_groups
 from tests.graphs.markov_graphs import GRAPHS, chain, complete, crossed, grid, plate
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
@@ -22,17 +21,12 @@ def filled(elimination):
 
 
 @every_graph
-def test_all_edges_are_kept_and_parents_are_joined(neighbours):
+def test_all_edges_are_kept_parents_are_joined_and_levels_come_after_them(neighbours):
     found = eliminate(neighbours)
     around = filled(found)
     assert all(own <= around[i] for i, own in enumerate(neighbours))
     for own in found.parents:
         assert all(b in around[a] for a in own for b in own if a != b)
-
-
-@every_graph
-def test_levels_come_after_those_of_parents(neighbours):
-    found = eliminate(neighbours)
     assert sorted(i for level in found.levels for i in level) == list(range(len(neighbours)))
     assert found.levels[0] == found.root
     for i, own in enumerate(found.parents):
@@ -65,31 +59,12 @@ def test_few_levels_and_few_colors(neighbours, levels, root, parents, colors):
     assert color_columns(neighbours).num_colors <= colors
 
 
-def test_ten_thousand_coordinates_take_seconds():
-    start = time.process_time()
-    assert len(eliminate(chain(10_000, 3)).levels) <= 14
-    # 0.1 s on one core of a laptop
-    assert time.process_time() - start < 5
-
-
-def test_coordinates_that_depend_on_nothing():
-    found = eliminate(GRAPHS["nothing"])
-    assert not any(found.parents)
-    assert len(found.root) == 1
-
-
-@pytest.mark.parametrize(
-    ("parents", "message"),
-    [([[1], [0]], "without a cycle"), ([[2], []], "from 0 to 1, got 2"), ([[-1]], "got -1")],
-)
-def test_levels_of_a_graph_with_a_cycle(parents, message):
-    with pytest.raises(ValueError, match=message):
-        graph_levels(parents)
-
-
 def test_levels_are_longest_paths():
     assert graph_levels([[], [0], [0, 1], [], [3]]) == [0, 1, 2, 0, 1]
     assert graph_levels([[], [0], [], []], root=[0]) == [0, 1, 1, 1]
+    for parents, message in (([[1], [0]], "without a cycle"), ([[2], []], "from 0 to 1, got 2")):
+        with pytest.raises(ValueError, match=message):
+            graph_levels(parents)
 
 
 @every_graph
@@ -106,12 +81,32 @@ def test_columns_of_a_color_share_no_row_but_those_of_hubs(neighbours):
             assert len(group) == 1 or not hubs & set(group)
 
 
-def test_another_seed_gives_other_groups():
-    assert color_columns(chain(50), 0).color != color_columns(chain(50), 1).color
-
-
 def test_a_markov_graph_knows_its_edges_and_colors():
+    assert color_columns(chain(50), 0).color != color_columns(chain(50), 1).color
     graph = MarkovGraph.from_neighbours(chain(4))
     assert graph.edges == ((0, 1), (1, 2), (2, 3))
-    assert graph.input_dim == 4
     assert graph.coloring.num_colors == 3
+
+
+@every_graph
+def test_padded_groups_hold_all_parents(neighbours):
+    found = eliminate(neighbours)
+    seen = []
+    for group in padded_groups(found.parents, found.level):
+        for i, row, mask in zip(group.coordinates, group.parents, group.is_parent):
+            assert row[mask].tolist() == list(found.parents[i])
+            assert (row[~mask] == len(neighbours)).all()
+        levels = [found.level[i] for i in group.coordinates]
+        assert levels == sorted(levels)
+        for level, rows in group.slices.items():
+            assert set(levels[rows]) == {level}
+        seen += group.coordinates
+    assert sorted(seen) == [i for i, own in enumerate(found.parents) if own]
+
+
+def test_padding_is_little_in_a_large_level_and_one_group_in_a_small_one():
+    parents = [[] for _ in range(60)] + [[0, 1, 2]] * 1000 + [list(range(60))]
+    groups = padded_groups(parents, [0] * 60 + [1] * 1001)
+    assert sum(group.parents.numel() for group in groups) < 1.2 * (3 * 1000 + 60)
+    (group,) = padded_groups([[], [], [], [0], [0, 1], [0, 1, 2]], [0, 0, 0, 1, 1, 1])
+    assert group.width == 3

@@ -32,15 +32,10 @@ def new(neighbours, seed=0):
 
 
 @every_graph
-def test_draws_have_the_covariance_that_is_the_inverse(neighbours):
+def test_draws_covariances_entropy_and_solutions(neighbours):
     gaussian, dense = new(neighbours)
     root = gaussian.transform(torch.eye(len(dense))) - gaussian.loc
     assert torch.allclose(root.T @ root @ dense, torch.eye(len(dense)), atol=1e-6)
-
-
-@every_graph
-def test_covariances_entropy_and_solutions(neighbours):
-    gaussian, dense = new(neighbours)
     covariance, dim = torch.linalg.inv(dense), len(dense)
     assert torch.allclose(gaussian.sd, covariance.diagonal().sqrt(), rtol=1e-9)
     rows, columns = gaussian.pattern.pairs()
@@ -76,14 +71,8 @@ def test_pivots_that_are_not_positive_are_raised():
         assert gaussian.entropy().isfinite()
 
 
-def test_pairs_outside_of_the_pattern_are_refused():
-    pattern = PrecisionPattern(eliminate(chain(5)))
-    with pytest.raises(ValueError, match="pairs of the pattern alone"):
-        pattern.from_pairs(torch.tensor([0]), torch.tensor([4]), torch.ones(1))
-
-
-def test_nothing_is_as_large_as_the_square():
-    gaussian, _ = new(chain(300, 2))
-    pattern = gaussian.pattern
+def test_entries_are_those_of_the_pattern_alone():
+    pattern = PrecisionPattern(eliminate(chain(300, 2)))
     assert pattern.num_entries < 10 * 302
-    assert sum(a.numel() for a in gaussian.coefficients) < 10 * 302
+    with pytest.raises(ValueError, match="pairs of the pattern alone"):
+        pattern.from_pairs(torch.tensor([0]), torch.tensor([40]), torch.ones(1))

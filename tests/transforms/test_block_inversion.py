@@ -10,37 +10,20 @@ from torch.distributions import AffineTransform
 from pyro_artransform import affine_autoregressive, hinged_marginals
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform
-from pyro_artransform.transforms.block_inversion import Costs, Problem, block_size, expected_cost
+from pyro_artransform.transforms.block_inversion import Problem, block_size, expected_cost
 
 
-def problem(depth, batch, num_params=2, width=256):
-    """A full graph and two hidden layers."""
-    work = width * (depth + width + depth * num_params)
-    return Problem(depth, batch, depth, num_params, work)
-
-
-@pytest.mark.parametrize("num_params", [2, 23])
-@pytest.mark.parametrize("depth", [1, 2, 8, 100, 512])
+@pytest.mark.parametrize(("depth", "num_params"), [(1, 2), (8, 23), (512, 2)])
 def test_the_size_is_the_cheapest_and_falls_with_the_number_of_rows(depth, num_params):
     sizes = []
+    work = 256 * (depth + 256 + depth * num_params)
     for batch in (1, 64, 4096):
-        p = problem(depth, batch, num_params)
+        p = Problem(depth, batch, depth, num_params, work)
         sizes.append(block_size(p, "cpu"))
         assert 1 <= sizes[-1] <= block_size(p, "cuda") == depth
         for size in (1, depth):
             assert expected_cost(p, sizes[-1]) <= expected_cost(p, size)
     assert sizes == sorted(sizes, reverse=True)
-    assert block_size(problem(depth, 1, width=64), "cpu") == depth or depth > 100
-
-
-def test_smaller_blocks_save_arithmetic_and_cost_calls():
-    p = problem(128, 64)
-    calls = Costs(block=1.0, row=1.0, call=1.0, multiply=0.0, element=0.0)
-    products = Costs(block=0.0, row=0.0, call=0.0, multiply=1.0, element=0.0)
-    for costs, sign in ((calls, 1), (products, -1)):
-        found = [sign * expected_cost(p, size, costs) for size in (128, 64, 32, 16, 8)]
-        assert found == sorted(found)
-        assert found[0] < found[-1]
 
 
 def test_early_passes_may_overflow():
@@ -54,8 +37,8 @@ def test_early_passes_may_overflow():
     assert torch.allclose(t.inv(y.clone()), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 0, 2, 1]])
-def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate(order):
+def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate():
+    order = [3, 0, 2, 1]
     t = redraw(affine_autoregressive(4, order=order), 2.0)
     y = torch.randn(3, 4)
     expected = t.inv(y)[:, order]

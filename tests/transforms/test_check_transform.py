@@ -16,10 +16,6 @@ class DetachedLogDet(MonotonicAffineTransform):
         y, ladj = super().call_and_ladj(x)
         return y, ladj.detach()
 
-    def inverse_and_ladj(self, y):
-        x, ladj = super().inverse_and_ladj(y)
-        return x, ladj.detach()
-
 
 class Detached(nn.Module):
     """An affine meta with one of its outputs without gradients."""
@@ -34,18 +30,16 @@ class Detached(nn.Module):
         return self.transform(affine.shift, affine.log_scale)
 
 
-def detached_shift(shift, log_scale):
-    return MonotonicAffineTransform(shift.detach(), log_scale)
-
-
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
         (DetachedLogDet, "gradient of the log-determinant in the parameters: none, though by diff"),
-        (detached_shift, "gradient of y in the parameters: .* though by differences"),
+        (
+            lambda shift, log_scale: MonotonicAffineTransform(shift.detach(), log_scale),
+            "gradient of y in the parameters: .* though by differences",
+        ),
     ],
 )
 def test_a_detached_output_is_named(transform, message):
-    check_transform(lambda: AutoregressiveTransform(Detached(MonotonicAffineTransform)), 3)
     with pytest.raises(AssertionError, match=message):
         check_transform(lambda: AutoregressiveTransform(Detached(transform)), 3)

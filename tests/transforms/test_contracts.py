@@ -65,11 +65,7 @@ def test_context(family, conditioner, context_shape):
 
 @pytest.mark.parametrize(
     ("conditioner", "context_shape"),
-    [
-        *(("mlp", shape) for shape in ((1, 2), (1, 1, 2), (1, 3, 2), (5, 1, 2))),
-        ("masked input", (1, 3, 2)),
-        ("foreign", (5, 1, 2)),
-    ],
+    [("mlp", (1, 2)), ("mlp", (1, 1, 2)), ("masked input", (1, 3, 2)), ("foreign", (5, 1, 2))],
 )
 def test_shapes_with_a_context(conditioner, context_shape):
     """A context of size 1 in a dimension that x lacks is for any x, as Pyro's suite asks."""
@@ -143,10 +139,7 @@ def test_round_trip(family, conditioners, dim, gain):
     assert error < 1e-4 or residual < max(1e-5, 20 * round_off)
 
 
-@pytest.mark.parametrize(
-    ("family", "inverse"),
-    [(family, bool(k % 2)) for k, family in enumerate(FAMILIES)] + [("affine", True)],
-)
+@pytest.mark.parametrize(("family", "inverse"), [(f, k % 2) for k, f in enumerate(FAMILIES)])
 def test_one_dimensional_density_integrates_to_one(family, inverse):
     transform = redraw(AutoregressiveTransform(make_meta(family, "mlp", 1)), 3.0)
     base = dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1)

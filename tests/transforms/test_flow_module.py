@@ -3,10 +3,8 @@
 """Nothing is remembered that could be out of date, and copies leave the original alone."""
 
 import copy
-import functools
-import gc
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pyro
 import pyro.distributions as dist
@@ -16,7 +14,7 @@ from torch import nn
 
 from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import AutoregressiveTransform, InverseTransformModule, chain
+from pyro_artransform.transforms import AutoregressiveTransform, chain
 from pyro_artransform.univariate import MonotonicAffineTransform
 
 
@@ -24,31 +22,16 @@ def distribution(flow, dim=4):
     return dist.TransformedDistribution(dist.Normal(torch.zeros(dim), 1.0).to_event(1), [flow])
 
 
-def test_clipped_adam_is_noticed():
-    t = redraw(affine_autoregressive(3))
-    q = distribution(t, 3)
-    optim = pyro.optim.clipped_adam.ClippedAdam(t.parameters(), lr=0.1)
-    y = q.sample((5,))
-    q.log_prob(torch.randn(5, 3)).sum().backward()
-    y2 = q.sample((5,))
-    optim.step()
-    for value in (y, y2):
-        assert torch.allclose(q.log_prob(value), q.log_prob(value.clone()), atol=1e-12)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_edits_of_the_values_are_noticed(grad):
+def test_edits_of_the_values_are_noticed():
     t = redraw(affine_autoregressive(3))
     for edit in (lambda v: v.add_(1), lambda v: v.data.add_(1)):
-        with torch.set_grad_enabled(grad):
-            x = torch.randn(5, 3)
+        x = torch.randn(5, 3)
+        with torch.no_grad():
             y = t(x)
-            with torch.no_grad():
-                edit(y)
-            assert torch.allclose(t(t.inv(y).detach().clone()), y)
+            edit(y)
+            assert torch.allclose(t(t.inv(y).clone()), y)
             y = t(x)
-            with torch.no_grad():
-                edit(x)
+            edit(x)
             assert torch.allclose(t.log_abs_det_jacobian(x, y), t.call_and_ladj(x)[1])
 
 
@@ -59,23 +42,9 @@ def reads_a_global(x):
     return MonotonicAffineTransform(WEIGHT, 0.1 * WEIGHT)
 
 
-class ReadsAGlobal(nn.Module):
-    def forward(self, x):
-        return reads_a_global(x)
-
-
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize(
-    "meta",
-    [
-        reads_a_global,
-        ReadsAGlobal(),
-        functools.partial(lambda w, x: MonotonicAffineTransform(w, 0.1 * w), WEIGHT),
-    ],
-    ids=["function", "module", "partial"],
-)
-def test_parameters_that_nobody_registered(meta, grad):
-    t = AutoregressiveTransform(meta)
+def test_parameters_that_nobody_registered(grad):
+    t = AutoregressiveTransform(reads_a_global)
     with torch.set_grad_enabled(grad):
         for edit in (lambda: WEIGHT.data.add_(1.0), lambda: WEIGHT.detach().add_(1.0)):
             x = torch.randn(5, 3)
@@ -140,52 +109,24 @@ def test_inference_mode():
     assert torch.allclose(q.log_prob(value.clone()), expected)
 
 
-def test_nothing_grows():
-    def num_inverses():
-        gc.collect()
-        return sum(type(o) is InverseTransformModule for o in gc.get_objects())
-
-    before = num_inverses()
-    t = redraw(affine_autoregressive(3))
-    size = len(vars(t))
-    for _ in range(5):
-        t(torch.randn(3))
-        t.inv  # noqa: B018
-    assert num_inverses() <= before + 1
-    assert len(vars(t)) == size
-
-
 def test_threads_share_a_transform():
     """One draws and scores, the other scores data: each gets the densities that it would get alone."""
-    t = redraw(iaf(4, 2, 8))
-    data, found, count = torch.randn(50, 5, 4), {}, 50
+    t, count = redraw(iaf(4, 2, 8)), 50
+    noise, data = torch.randn(2, count, 5, 4)
 
-    def score_draws():
-        generator = torch.Generator().manual_seed(1)
-        for k in range(count):
-            with torch.no_grad():
-                x = torch.randn(5, 4, generator=generator)
-                y = t(x)
-                found["draws", k] = x, t.log_abs_det_jacobian(x, y), t.inv(y)
+    @torch.no_grad()
+    def draw(k):
+        y = t(noise[k])
+        return torch.cat([t.log_abs_det_jacobian(noise[k], y)[:, None], t.inv(y)], -1)
 
-    def score_data():
-        for k in range(count):
-            with torch.no_grad():
-                found["data", k] = distribution(t).log_prob(data[k])
+    @torch.no_grad()
+    def score(k):
+        return distribution(t).log_prob(data[k])
 
-    threads = [threading.Thread(target=f) for f in (score_draws, score_data)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 2 * count
-    with torch.no_grad():
-        for k in range(count):
-            x, ladj, back = found["draws", k]
-            y, expected = t.call_and_ladj(x)
-            assert torch.equal(ladj, expected)
-            assert torch.equal(back, t.inv(y))
-            assert torch.equal(found["data", k], distribution(t).log_prob(data[k]))
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(lambda f=f: list(map(f, range(count)))) for f in (draw, score)]
+    for f, future in zip((draw, score), found):
+        torch.testing.assert_close(future.result(), list(map(f, range(count))), atol=0, rtol=0)
 
 
 def test_cache_size():
@@ -202,15 +143,6 @@ def test_cache_size():
             t.with_cache(bad)
         with pytest.raises(ValueError, match="cache_size must be 0 or 1"):
             AutoregressiveTransform(lambda x: x, cache_size=bad)
-
-
-def test_clear_cache_reaches_parts_from_elsewhere():
-    part = torch.distributions.ExpTransform(cache_size=1)
-    t = chain([redraw(affine_autoregressive(3)), part])
-    for forget in (t.clear_cache, t.inv.clear_cache):
-        part(torch.zeros(3))
-        forget()
-        assert part._cached_x_y == (None, None)
 
 
 def test_pickle_after_pyro_has_registered_the_parameters():

@@ -2,15 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations of networks, and memory."""
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
 from torch.profiler import ProfilerActivity, profile
 
 from pyro_artransform import (
-    AutoIAF,
     FlowDistribution,
     affine_autoregressive,
     conditional_iaf,
@@ -76,16 +73,6 @@ def test_evaluations_of_distributions(evaluations):
         q.log_prob(q.rsample((5,))).sum().backward()
 
     assert evaluations(draw_and_score) == {"networks": 2, "blocks": 0}
-
-
-def test_evaluations_of_an_svi_step(evaluations):
-    def model():
-        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-
-    guide = AutoIAF(model, num_transforms=2)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-    svi.step()
-    assert evaluations(svi.step) == {"networks": 2, "blocks": 0}
 
 
 def peak_memory(function):

@@ -28,23 +28,16 @@ MADE = {
     "learnable": (lambda: LocationScale(torch.zeros(3), 0.1, full_rank=True), 3),
     "fixed, diagonal": (lambda: Standardize(torch.arange(3.0), TRIL.diagonal()), 3),
     "fixed": (lambda: Standardize(torch.arange(3.0), TRIL), 3),
-    "tails": (CompressedTails, 1),
     # with a small knot, most of the draws of the contract are beyond it
     "tails beyond a small knot": (lambda: CompressedTails(0.3, 0.5), 4),
 }
 
 
 @pytest.mark.parametrize(("make", "dim"), MADE.values(), ids=MADE)
-def test_contract(make, dim):
+def test_contract_and_score(make, dim):
     check_transform(make, dim)
     check_transform(lambda: make().inv, dim)
-
-
-@pytest.mark.parametrize("make", [make for make, dim in MADE.values() if dim > 1])
-def test_the_score_is_that_of_the_inverse(make):
-    transform = redraw(make())
-    dim = 4 if isinstance(transform, CompressedTails) else 3
-    x = torch.randn(20, dim)
+    transform, x = redraw(make()), torch.randn(20, dim)
     expected = FlowModule.call_and_score(transform, x, -x)
     torch.testing.assert_close(transform.call_and_score(x, -x), expected)
 
@@ -52,14 +45,11 @@ def test_the_score_is_that_of_the_inverse(make):
 # Learnable
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_starts_as_the_normal(dtype):
-    loc = torch.tensor([1.0, -40.0, 0.0], dtype=dtype)
-    x = torch.randn(7, 3, dtype=dtype)
+def test_starts_as_the_normal():
+    loc, x = torch.tensor([1.0, -40.0, 0.0]), torch.randn(7, 3)
     y, ladj = LocationScale(loc, 0.1, full_rank=True).call_and_ladj(x)
     assert torch.allclose(y, loc + 0.1 * x)
-    assert torch.allclose(ladj, torch.full((7,), 0.1, dtype=dtype).log() * 3)
-    assert y.dtype == ladj.dtype == dtype
+    assert torch.allclose(ladj, torch.full((7,), 0.1).log() * 3)
 
 
 def test_the_names_in_files_and_no_parameter_that_cannot_act():
@@ -85,11 +75,8 @@ def test_set_becomes_that_gaussian():
 @pytest.mark.parametrize(
     ("loc", "scale_tril", "message"),
     [
-        (torch.zeros(3), torch.eye(2), r"loc: expected shape \(2,\), got \(3,\)"),
         (torch.zeros(2), torch.eye(3), r"scale_tril: expected shape \(2, 2\), got \(3, 3\)"),
-        (torch.zeros(2), torch.ones(3), r"scale_tril: expected shape \(2,\), got \(3,\)"),
         (torch.tensor([0.0, float("nan")]), torch.eye(2), "loc: expected finite"),
-        (torch.zeros(2), torch.eye(2) / 0, "scale_tril: expected finite"),
         (torch.zeros(2), torch.ones(2, 2), "lower-triangular"),
         (torch.zeros(2), torch.tensor([1.0, 0.0]), "positive diagonal"),
         (torch.zeros(2), torch.ones(2, 2).tril(), "full_rank=True"),
@@ -149,6 +136,7 @@ def test_data_in_their_own_units():
     layer = standardize(data, full_rank=False)
     torch.testing.assert_close(layer.scale_tril, data.std(0))
     assert not list(layer.parameters())
+    assert not check_rows("rows", torch.randn(5, 2, requires_grad=True)).requires_grad
     assert standardize([[1.0], [2.0], [3.0]], full_rank=False).loc.item() == 2.0
 
 
@@ -166,11 +154,6 @@ def test_float32_far_from_the_origin():
     torch.testing.assert_close(cov, torch.eye(2), atol=1e-2, rtol=0.0)
 
 
-def test_rows_have_no_graph():
-    assert not check_rows("rows", torch.randn(5, 2, requires_grad=True)).requires_grad
-    assert check_rows("rows", [[1, 2], [3, 4]]).dtype == torch.get_default_dtype()
-
-
 ROWS = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -179,10 +162,7 @@ ROWS = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manu
     [
         (ROWS[:, 0], r"data: expected shape \(n, D\) with two rows or more, got \(100,\)"),
         (ROWS[:1], r"got \(1, 2\)"),
-        (
-            ROWS.index_fill(0, torch.tensor([3]), torch.inf),
-            "finite numbers, got others in 1 of 100",
-        ),
+        (ROWS.index_fill(0, torch.tensor([3]), torch.inf), "got others in 1 of 100"),
         (ROWS * torch.tensor([1.0, 0.0]), r"coordinates that vary, got constant ones: \[1\]"),
         (torch.cat([ROWS, ROWS[:, :1]], -1), "none of which is a linear function of others"),
         ("abc", "data: expected an array of numbers"),
@@ -204,9 +184,6 @@ def test_contexts_are_standardized():
     torch.testing.assert_close(q.inv(q(x)), x)
     constant = standardize_context(inner, torch.full((10, 2), 3.0))
     assert (constant.loc.tolist(), constant.scale.tolist()) == ([3.0, 3.0], [1.0, 1.0])
-
-
-def test_context_of_what_is_not_conditional():
     with pytest.raises(TypeError, match="transform: expected a conditional transform, got Inverse"):
         StandardizedContext(maf(2), torch.zeros(1), torch.ones(1))
 
@@ -224,16 +201,6 @@ def test_tails_are_exactly_the_identity_up_to_the_knot_and_compressed_beyond():
     torch.testing.assert_close(y, expected)
 
 
-def test_two_derivatives_are_continuous_at_the_knot():
-    t = CompressedTails(1.0, 2.0)
-    x = torch.tensor([[1 - 1e-9], [1 + 1e-9]], requires_grad=True)
-    y, ladj = t.call_and_ladj(x)
-    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-    (curvature,) = torch.autograd.grad(ladj.sum(), x)
-    torch.testing.assert_close(slope, torch.ones(2, 1))
-    torch.testing.assert_close(curvature, torch.zeros(2, 1), atol=1e-8, rtol=0.0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_overflows(dtype):
     t = CompressedTails()
@@ -246,7 +213,6 @@ def test_nothing_overflows(dtype):
     assert t(torch.full((1,), math.nan, dtype=dtype)).isnan()
 
 
-@pytest.mark.parametrize("options", [{"knot": 0.0}, {"width": math.inf}])
-def test_bad_tails(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        CompressedTails(**options)
+def test_bad_tails():
+    with pytest.raises(ValueError, match="width"):
+        CompressedTails(width=math.inf)

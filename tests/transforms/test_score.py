@@ -19,12 +19,6 @@ FAMILIES = {
 }
 
 
-def coupling(dim):
-    graph = torch.zeros(dim, dim, dtype=torch.bool)
-    graph[dim // 2 :, : dim // 2] = True
-    return graph
-
-
 def sparse(dim):
     """An acyclic graph whose order is not that of the coordinates."""
     graph = torch.rand(dim, dim).tril(-1) > 0.7
@@ -53,16 +47,12 @@ def score_by_jacobian(t, x, score):
 
 LAYERS = {
     "one coordinate": lambda: layer(1, 16),
-    "narrow, with a skip": lambda: layer(40, 16),
     "narrow, two layers": lambda: layer(40, [64, 20]),
-    "one block": lambda: layer(5, [64]),
     "with the slope of SiLU": lambda: layer(20, 64, nonlinearity=nn.SiLU()),
     "with the slope of TiltedSiLU": lambda: layer(20, 64, nonlinearity=TiltedSiLU(0.2)),
     "with skip connections": lambda: layer(40, 130, skip_connections=True),
-    "many blocks": lambda: layer(70, [300]),
     "many blocks, three layers": lambda: layer(40, [130, 100, 90]),
     "reversed": lambda: layer(20, [64], order=range(19, -1, -1)),
-    "coupling of wide levels": lambda: layer(60, 64, adjacency=coupling(60)),
     "sparse graph": lambda: layer(50, [300, 300], adjacency=sparse(50)),
     "spline": lambda: layer(6, [64, 64], "spline"),
     "hinged": lambda: layer(6, 64, "hinged"),
@@ -112,10 +102,8 @@ def test_derivatives_of_the_affine_family_are_those_by_differentiation():
     for name in ("y", "ladj", "inverse_by_params", "ladj_by_params"):
         assert torch.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-12), name
 
-
-def test_another_forward_of_the_affine_family_is_differentiated():
     class Doubled(Affine):
         def forward(self, params):
             return super().forward(2 * params)
 
-    assert Doubled().derivatives(torch.randn(4, 3, 2), torch.randn(4, 3)) is None
+    assert Doubled().derivatives(params, x) is None

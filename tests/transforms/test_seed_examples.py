@@ -7,9 +7,7 @@ import torch
 import torch.nn as nn
 
 import pyro_artransform as zuko
-from pyro_artransform.conditioners import MaskedInput, MaskedLinear, MaskedMLP, masks
-from pyro_artransform.transforms import ConditionedUnivariate
-from pyro_artransform.univariate import Affine
+from pyro_artransform.conditioners import MaskedInput
 
 
 class AutoregressiveNet(nn.Module):
@@ -20,24 +18,6 @@ class AutoregressiveNet(nn.Module):
     def forward(self, x):
         params = self.net(x)
         shift, scale = params.chunk(2, dim=-1)
-        return zuko.transforms.MonotonicAffineTransform(shift, scale)
-
-
-class AutoregressiveMaskedNet(nn.Module):
-    """The masking example, with the masks that make it autoregressive."""
-
-    def __init__(self, features):
-        super().__init__()
-        graph = masks.order_to_adjacency(torch.arange(features))
-        first, hidden, last = masks.mlp_masks(graph, (64, 64), False)
-        self.masked = MaskedLinear(features, 64, first)
-        self.hidden = MaskedLinear(64, 64, hidden)
-        self.output = MaskedLinear(64, features * 2, last.repeat(2, 1))
-
-    def forward(self, x):
-        h = torch.relu(self.masked(x))
-        h = torch.relu(self.hidden(h))
-        shift, scale = self.output(h).chunk(2, dim=-1)
         return zuko.transforms.MonotonicAffineTransform(shift, scale)
 
 
@@ -75,17 +55,8 @@ def test_basic_example_runs_and_says_what_is_wrong():
     assert transform.log_abs_det_jacobian(x, y).shape == (32,)
 
 
-@pytest.mark.parametrize(
-    "make_meta",
-    [
-        lambda: MaskedInput(AutoregressiveNet(5)),
-        lambda: ConditionedUnivariate(MaskedMLP(5, 2), Affine()),
-        lambda: AutoregressiveMaskedNet(5),
-    ],
-    ids=["MaskedInput", "MaskedMLP", "MaskedLinear"],
-)
-def test_basic_and_masking_example_are_exact(make_meta):
-    transform = zuko.transforms.AutoregressiveTransform(meta=make_meta())
+def test_basic_example_is_exact_with_a_masked_input():
+    transform = zuko.transforms.AutoregressiveTransform(meta=MaskedInput(AutoregressiveNet(5)))
     x = torch.randn(32, 5)
     y, ladj = transform.call_and_ladj(x)
     assert ladj.shape == (32,)
@@ -102,23 +73,3 @@ def test_multi_layer_flow():
     assert len([name for name in flow.state_dict() if name.endswith("order")]) == 3
     assert torch.allclose(flow.flow.log_abs_det_jacobian(x, y)[:4], log_det(flow.flow, x[:4]))
     assert torch.allclose(flow.flow.inv(y.detach()), x, atol=1e-10)
-
-
-def test_number_of_passes_is_the_trade_that_it_says():
-    net = AutoregressiveNet(5)
-    nn.init.normal_(net.net[-1].weight, std=0.3)
-    meta = MaskedInput(net)
-    x = torch.randn(32, 5)
-    y = zuko.transforms.AutoregressiveTransform(meta)(x).detach()
-    errors = []
-    for passes in (1, 3, 5):
-        transform = zuko.transforms.AutoregressiveTransform(meta, passes=passes)
-        if passes < 5:
-            with pytest.warns(RuntimeWarning, match="not converged"):
-                back = transform.inv(y)
-        else:
-            back = transform.inv(y)
-        # after k passes the first k coordinates are exact
-        assert torch.allclose(back[:, :passes], x[:, :passes], atol=1e-12)
-        errors.append((back - x).abs().max().item())
-    assert errors[0] > errors[1] > 1e-9 > errors[2]

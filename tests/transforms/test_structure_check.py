@@ -37,6 +37,8 @@ def with_affine(conditioner):
 
 def test_unmasked_network_is_reported_once_at_the_users_line():
     t = AutoregressiveTransform(DenseTransform(3, 2))
+    with pyro.validation_enabled(False):
+        assert found_at_a_call(t, torch.randn(3)) == []
     with pytest.warns(UserWarning, match=r"not autoregressive.*\[0, 1, 2\]") as caught:
         t(torch.randn(4, 3))
     assert caught[0].filename == __file__
@@ -93,12 +95,6 @@ def test_own_conditioners_skip_the_check(make, monkeypatch):
     with_affine(make(3, 2))(torch.zeros(3))
     with pytest.raises(RuntimeError, match="checked"):
         AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))
-
-
-def test_no_check_without_validation():
-    t = AutoregressiveTransform(DenseTransform(3, 2))
-    with pyro.validation_enabled(False):
-        assert found_at_a_call(t, torch.randn(3)) == []
 
 
 def test_check_structure_raises():
@@ -164,32 +160,22 @@ def test_hidden_network_with_a_last_layer_of_zeros_is_found_later():
     assert any("[0, 1, 2]" in message for _ in range(3) for message in found_at_a_call(t, x))
 
 
-@pytest.mark.parametrize(
-    "nonlinearity",
-    [nn.LayerNorm(8, elementwise_affine=False), nn.Softmax(-1)],
-    ids=["norm", "softmax"],
-)
-def test_an_activation_that_mixes_units_is_found(nonlinearity):
-    t = affine_autoregressive(3, 8, nonlinearity=nonlinearity)
+def test_an_activation_that_mixes_units_is_found():
+    t = affine_autoregressive(3, 8, nonlinearity=nn.Softmax(-1))
     (message,) = found_at_a_call(t, torch.randn(5, 3))
     assert "not autoregressive" in message
     with pytest.raises(ValueError, match="not autoregressive"):
-        AutoIAF(gaussian, hidden_dims=8, nonlinearity=nonlinearity)(torch.zeros(1))
-
-
-def centered(h):
-    return h - h.mean(0)
+        AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Softmax(-1))(torch.zeros(1))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.2)), "is random"),
         (nn.RReLU, "is random"),
         (lambda: nn.BatchNorm1d(8), "mixes the rows of a batch"),
-        (lambda: centered, "mixes the rows of a batch"),
+        (lambda: lambda h: h - h.mean(0), "mixes the rows of a batch"),
     ],
-    ids=["dropout", "rrelu", "batch norm", "centered"],
+    ids=["rrelu", "batch norm", "centered"],
 )
 def test_an_activation_that_is_random_or_mixes_rows_is_found(make, message):
     x = torch.randn(5, 3)
@@ -204,25 +190,16 @@ def test_an_activation_that_is_random_or_mixes_rows_is_found(make, message):
         assert found_at_a_call(still, x) == []
 
 
-def test_the_check_for_randomness_leaves_random_numbers_alone():
-    t = affine_autoregressive(3, 8, nonlinearity=nn.Dropout(0.5))
-    state = torch.get_rng_state()
-    assert "is random" in t.structure.fault(t.meta, torch.zeros(5, 3))
-    assert torch.equal(torch.get_rng_state(), state)
-    guide = AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Dropout(0.5))
-    with pytest.raises(ValueError, match="is random"):
-        guide(torch.zeros(1))
-
-
-def test_dropout_in_a_masked_input_is_found():
+def test_dropout_is_found_in_a_masked_input_and_in_a_guide():
     conditioner = MaskedInput(nn.Sequential(Dense(3, 2), nn.Dropout(0.5)))
     (found,) = found_at_a_call(with_affine(conditioner), torch.randn(5, 3))
     assert "is random" in found
     assert conditioner.eval().autoregressive
+    with pytest.raises(ValueError, match="is random"):
+        AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Dropout(0.5))(torch.zeros(1))
 
 
-@pytest.mark.parametrize("nonlinearity", [torch.sin, nn.functional.silu], ids=["sin", "silu"])
-def test_an_activation_of_ones_own_is_as_good(nonlinearity):
-    t = affine_autoregressive(3, 8, nonlinearity=nonlinearity)
+def test_an_activation_of_ones_own_is_as_good():
+    t = affine_autoregressive(3, 8, nonlinearity=torch.sin)
     assert found_at_a_call(t, torch.randn(5, 3)) == []
     assert torch.allclose(t.inv(t(torch.ones(3))), torch.ones(3))

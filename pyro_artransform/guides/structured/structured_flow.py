@@ -45,7 +45,7 @@ class StructuredFlow(ComposedTransform):
     """
 
     def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
-        dim, root = elimination.input_dim, list(elimination.root)
+        dim, root = len(elimination.parents), list(elimination.root)
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
         like = nn.Linear(1, 1).weight.detach()  # PyTorch knows where new parameters go

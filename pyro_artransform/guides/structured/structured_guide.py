@@ -202,7 +202,7 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     def _chunk_size(self) -> int:
         elimination, arguments = self.graph.elimination, self._checked_spec().arguments
-        numbers = elimination.num_edges + (arguments["hidden_dim"] + 2) * elimination.input_dim
+        numbers = elimination.num_edges + (arguments["hidden_dim"] + 2) * len(elimination.parents)
         return max(_MOST_NUMBERS // numbers, 1)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ class SparseGaussianSearch:
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The rows and columns of all pairs of the graph; colors of coordinates, and which are hubs."""
         coloring, device = self.graph.coloring, self.log_density.start.device
-        pairs = [*self.graph.edges, *((i, i) for i in range(self.graph.input_dim))]
+        pairs = [*self.graph.edges, *((i, i) for i in range(len(self.graph.neighbours)))]
         rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
         color = torch.tensor(coloring.color, dtype=torch.long, device=device)
         return rows, columns, color, color >= coloring.num_colors - coloring.num_hubs
