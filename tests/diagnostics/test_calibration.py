@@ -212,13 +212,8 @@ def _worst_tail(ranks, num_draws):
     return torch.tensor(tails).min()
 
 
-def test_level_of_the_test():
-    """Of 2,000 sets of uniform ranks; four standard errors."""
-    pvalues = uniformity_pvalue(torch.randint(0, 100, (100, 2000)), 99)
-    for alpha in (0.01, 0.1, 0.5):
-        share = (pvalues <= alpha).double().mean()
-        assert abs(share - alpha) < 4 * (alpha * (1 - alpha) / 2000) ** 0.5
-    # no simulation is behind them, so that many coordinates can be tested together
+def test_pvalues_are_exact_far_out():
+    """No simulation is behind them, so that many coordinates can be tested together."""
     assert uniformity_pvalue(torch.zeros(50, 1, dtype=torch.long), 99).item() < 1e-12
 
 

@@ -13,14 +13,12 @@ from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoGuideList,
-    AutoLowRankMultivariateNormal,
-    AutoMultivariateNormal,
     AutoNormal,
     AutoStructured,
     init_to_value,
 )
 
-from pyro_artransform import AutoIAF, AutoMAF
+from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import Importance, importance, psis_resample
 from pyro_artransform.diagnostics.importance import WORST_KHAT
 from tests.diagnostics import conjugate
@@ -42,11 +40,7 @@ def _with_auxiliary(data):
 
 
 GUIDES = {
-    **{kind.__name__: kind for kind in (AutoIAF, AutoMAF, AutoNormal, AutoDiagonalNormal)},
-    **{kind.__name__: kind for kind in (AutoMultivariateNormal, AutoStructured)},
-    "AutoLowRank": lambda model, **options: AutoLowRankMultivariateNormal(
-        model, **{**options, "init_scale": 0.25}
-    ),
+    **{kind.__name__: kind for kind in (AutoIAF, AutoNormal, AutoDiagonalNormal, AutoStructured)},
     "AutoGuideList": _guide_list,
     "by_hand": lambda model, **options: _by_hand,
     "auxiliary": lambda model, **options: _with_auxiliary,
@@ -133,10 +127,8 @@ def test_the_posterior_itself():
     assert result.log_evidence_se < 1e-6
     assert result.khat == 0
     assert result.ess == pytest.approx(2000)
-    assert "k-hat               0.00" in repr(result)
-    assert "(good)" in repr(result)
-    assert "2000 of 2000" in repr(result)
-    assert "left out" not in repr(result)
+    for words in ("k-hat               0.00", "(good)", "2000 of 2000"):
+        assert words in repr(result)
 
 
 @pytest.mark.parametrize("make", [AutoDelta, "partly"])
@@ -171,13 +163,6 @@ def test_a_branch_that_mixes_draws(guide_of):
     with pytest.warns(UserWarning, match="many draws at once"):
         result = importance(_rare_branch, guide, 3000)
     assert abs(result.log_evidence) < 0.2
-
-
-@pytest.mark.parametrize("count", [0, 2.5, True])
-def test_bad_counts(count):
-    for function in (importance, psis_resample):
-        with pytest.raises(ValueError, match="expected a positive integer, got"):
-            function(conjugate.local_normals, conjugate.local_guide, count)
 
 
 # From weights
@@ -256,7 +241,10 @@ def test_resampling_takes_rows_and_warns_of_heavy_weights():
     assert (draws["mean"].diff() == 0).double().mean() < 0.5
 
 
-def test_resampling_without_weights():
+def test_resampling_without_weights_or_counts():
     guide = AutoDelta(conjugate.local_normals)
+    for function in (importance, psis_resample):
+        with pytest.raises(ValueError, match="expected a positive integer, got 0"):
+            function(conjugate.local_normals, guide, 0)
     with pytest.raises(ValueError, match="finite weights, got none of 20"):
         psis_resample(conjugate.local_normals, guide, 5, num_proposals=20)

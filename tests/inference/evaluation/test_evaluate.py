@@ -4,6 +4,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pyro
@@ -28,7 +29,7 @@ from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.optimization.minibatch_elbo import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
-from tests.diagnostics.autoregression import PathGuide, model_of
+from tests.diagnostics.conjugate import PathGuide, path
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK
 
@@ -212,7 +213,7 @@ def alternating(x):
 
 
 def test_single_latents_are_right_where_the_joint_is_not():
-    subject, evaluation = evaluated(model_of(100), PathGuide(100, distort=alternating))
+    subject, evaluation = evaluated(partial(path, 100), PathGuide(100, distort=alternating))
     found = judge_marginals(subject, evaluation, CONFIG)
     assert not evaluation.verdict.trusted
     assert found.trusted is True
@@ -230,14 +231,14 @@ def test_single_latents_are_right_where_the_joint_is_not():
 
 
 def test_single_latents_are_wrong_as_well():
-    _, found = checked(model_of(100), PathGuide(100, 0.7))
+    _, found = checked(partial(path, 100), PathGuide(100, 0.7))
     assert found.trusted is False
     assert "Nor can single latents be trusted: " in found.words
     assert "sds are off by more than 15 %" in found.words
 
 
 def test_weights_that_are_trusted_tell_of_single_latents():
-    evaluation, found = checked(model_of(100), PathGuide(100))
+    evaluation, found = checked(partial(path, 100), PathGuide(100))
     assert evaluation.verdict.trusted
     assert found.trusted is True
     assert (found.found.num_chains, found.found.num_gradients) == (0, 0)
@@ -272,7 +273,7 @@ def test_a_latent_may_be_off_where_the_joint_is_trusted(loc, scale, words):
 
 def test_chains_tell_where_weights_leave_it_open():
     few = replace(CONFIG, max_kept=100 * 20)
-    evaluation, found = checked(model_of(100), PathGuide(100, 0.98), few)
+    evaluation, found = checked(partial(path, 100), PathGuide(100, 0.98), few)
     assert evaluation.verdict.trusted
     assert len(evaluation.drawn.latents) == 20
     assert found.trusted is True
@@ -282,7 +283,7 @@ def test_chains_tell_where_weights_leave_it_open():
 
 def test_more_draws_tell_where_weights_of_few_latents_leave_it_open():
     few = replace(CONFIG, max_kept=10 * 10, num_for_few=10)
-    subject, evaluation = evaluated(model_of(10), PathGuide(10, 0.92), config=few)
+    subject, evaluation = evaluated(partial(path, 10), PathGuide(10, 0.92), config=few)
     assert len(evaluation.drawn.latents) == 10
     assert "errors are known too little" in judge_marginals(subject, evaluation, few).words
     more = replace(few, num_for_few=4000)
@@ -290,7 +291,7 @@ def test_more_draws_tell_where_weights_of_few_latents_leave_it_open():
 
 
 def test_no_chains_for_few_latents():
-    evaluation, found = checked(model_of(29), PathGuide(29, 0.5))
+    evaluation, found = checked(partial(path, 29), PathGuide(29, 0.5))
     assert not evaluation.verdict.trusted
     assert found == (None, None, "")
     assert EvaluationConfig().min_for_chains == 30
@@ -332,13 +333,13 @@ def test_a_density_without_a_gradient_is_said():
 
 
 def test_a_point_is_not_checked():
-    _, found = checked(model_of(30), AutoDelta(model_of(30)))
+    _, found = checked(partial(path, 30), AutoDelta(partial(path, 30)))
     assert found == (None, None, "")
 
 
 def test_in_a_fit():
     """A mean-field fit of a correlated path: the verdict and the table say what is wrong."""
-    model = model_of(40)
+    model = partial(path, 40)
     config = replace(QUICK, evaluation=CONFIG)
     guide = AutoNormal(model, init_scale=0.3)
     result = fit(model, guide, num_steps=30, num_particles=8, progress=False, config=config)

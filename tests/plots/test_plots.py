@@ -5,14 +5,27 @@ import dataclasses
 import importlib
 import math
 import sys
+from itertools import product
 from types import SimpleNamespace
 
+import pyro
 import pytest
 import torch
-from matplotlib.axes import Axes
+from pyro import distributions as dist
 
-from pyro_artransform import FitResult, plots
+from pyro_artransform import AutoStructuredFlow, FitResult
 from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
+
+plt = pytest.importorskip("matplotlib.pyplot")
+plt.switch_backend("Agg")
+
+from pyro_artransform import plots  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def ax():
+    yield plt.subplots()[1]
+    plt.close("all")
 
 
 def limits(ax):
@@ -43,12 +56,7 @@ def test_elbo(ax, kind):
 
 @pytest.mark.parametrize("steps", [[1.0], [2.0] * 30, [math.nan, 1.0, 2.0], [math.nan] * 3])
 def test_elbo_of_odd_histories(steps):
-    assert isinstance(plots.plot_elbo(steps), Axes)
-
-
-def test_elbo_of_nothing():
-    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
-        plots.plot_elbo([])
+    assert isinstance(plots.plot_elbo(steps), plt.Axes)
 
 
 # The tail of weights
@@ -119,19 +127,6 @@ def test_marginals(ax):
     assert (box.get_xy(), box.get_width(), box.get_height()) == ((-0.15, -15.0), 0.3, 30.0)
 
 
-def test_many_marginals_have_no_error_bars(ax):
-    plots.plot_marginals(known_marginals(100), ax=ax)
-    assert len(ax.containers) == 2
-    assert not any(container.has_xerr or container.has_yerr for container in ax.containers)
-
-
-def test_errors_that_are_not_known(ax):
-    ratio = {"m": torch.tensor(math.nan), "z": torch.full((40,), math.inf)}
-    plots.plot_marginals(dataclasses.replace(known_marginals(), sd_ratio=ratio), ax=ax)
-    assert limits(ax) == pytest.approx((-0.55, 0.55, -33.0, 33.0))
-    ax.figure.canvas.draw()
-
-
 # Ranks
 
 
@@ -194,11 +189,14 @@ def test_fit_of_many_latents():
     elbo.figure.canvas.draw()
 
 
-def test_panels_are_of_what_is_known():
-    assert len(plots.plot_fit(result(weights()))) == 2
+def test_fit_without_weights_and_bad_results():
     (elbo,) = plots.plot_fit(result())
     labels = [line.get_label() for line in elbo.get_lines()]
     assert labels == ["step", "running median", "ELBO at the end"]
+    with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
+        plots.plot_fit(Importance.from_log_weights(weights()))
+    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
+        plots.plot_elbo([])
 
 
 def test_fit_without_steps():
@@ -214,13 +212,118 @@ def test_fit_without_steps():
     elbo.figure.canvas.draw()
 
 
-def test_what_is_no_fit():
-    with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
-        plots.plot_fit(Importance.from_log_weights(weights()))
-
-
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "pyro_artransform.plots")
     with pytest.raises(ImportError, match="plots need matplotlib: pip install matplotlib"):
         importlib.import_module("pyro_artransform.plots")
+
+
+# Pairs
+
+
+def draws(n=400):
+    return {
+        "tau": torch.randn(n).exp(),
+        "theta": torch.randn(n, 2, 2),
+        "count": torch.arange(n) % 3,
+    }
+
+
+def test_pairs_of_all_coordinates():
+    given = draws()
+    axes = plots.plot_pairs(given)
+    assert axes.shape == (6, 6)
+    bottom = [ax.get_xlabel() for ax in axes[-1]]
+    assert bottom == [
+        "tau",
+        *(f"theta[{i}, {j}]" for i in range(2) for j in range(2)),
+        "count",
+    ]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == bottom
+    assert all(bool(axes[i, j].collections) == (i != j) for i in range(6) for j in range(6))
+    x = axes[2, 0].collections[0].get_offsets()
+    assert torch.allclose(torch.tensor(x.data)[:, 0], given["tau"])
+
+
+def test_pairs_over_a_reference():
+    guide, reference = draws(), {k: 3 * v for k, v in draws(900).items()}
+    axes = plots.plot_pairs(guide, reference, names=["tau", "theta[0, 1]"])
+    assert axes.shape == (2, 2)
+    sizes = [[len(dots.get_offsets()) for dots in ax.collections] for ax in axes.flatten()]
+    # below the diagonal the guide is on top, above it the reference
+    assert sizes == [[], [400, 900], [900, 400], []]
+    legend = axes[0, 0].figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["reference", "guide"]
+    low, high = axes[1, 0].get_xlim()
+    assert low < 0.5
+    assert high > reference["tau"].sort().values[-6]
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match=r"names: expected some of \['tau', .*\], got 'mu'"):
+        plots.plot_pairs(draws(), names=["mu"])
+    with pytest.raises(ValueError, match=r"reference: expected the coordinates .* \['tau'\]"):
+        plots.plot_pairs(draws(), {"theta": draws()["theta"]}, names=["tau"])
+
+
+def test_draws_that_are_not_finite():
+    spoilt = draws()
+    spoilt["tau"][:2] = torch.nan
+    with pytest.raises(ValueError, match="draws: expected finite numbers, got 2 of 'tau' that are"):
+        plots.plot_pairs(spoilt)
+    plots.plot_pairs(spoilt, names=["theta"])  # where they are not shown, they may be
+
+
+# The graph of a guide
+
+
+def chain(size):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+    steps = dist.Normal(z[..., :-1], scale[..., None])
+    pyro.factor("steps", steps.log_prob(z[..., 1:]).sum(-1))
+
+
+def guide_of_chain(size):
+    guide = AutoStructuredFlow(chain)
+    guide(size)
+    return guide
+
+
+def cells(ax):
+    """Of the fill-in, of the order of the model, and of that of the guide; NaN where nothing is."""
+    return [torch.from_numpy(image.get_array().filled(math.nan)) for image in ax.images]
+
+
+def test_graph(ax):
+    guide = guide_of_chain(11)
+    assert plots.plot_graph(guide, ax=ax) is ax
+    names, levels = guide.graph.names, guide.graph.levels
+    level = {name: k for k, members in enumerate(levels) for name in members}
+    by_level = [name for members in levels for name in members]
+    filled, *squares = cells(ax)
+    for order, square in zip((names, by_level), squares):
+        for (i, one), (j, two) in product(enumerate(order), repeat=2):
+            if one == two or two in guide.graph.neighbours(*one):
+                assert square[i, j] == max(level[one], level[two])
+            else:
+                assert square[i, j].isnan()
+    for (i, one), (j, two) in product(enumerate(by_level), repeat=2):
+        own = two in guide.graph.parents(*one) and two not in guide.graph.neighbours(*one)
+        other = one in guide.graph.parents(*two) and one not in guide.graph.neighbours(*two)
+        assert (not filled[i, j].isnan()) == (own or other)
+    assert not filled.isnan().all()
+
+
+def test_graph_of_many_latents_shows_all_dependencies(ax):
+    guide = guide_of_chain(999)
+    plots.plot_graph(guide, ax=ax)
+    _, of_model, _ = cells(ax)
+    assert of_model.shape == (200, 200)
+    near = torch.eye(200, dtype=torch.bool)
+    near[1:] |= near[:-1].clone()
+    near |= near.mT.clone()
+    near[0] = near[:, 0] = True  # the scale
+    assert not of_model[near].isnan().any()
+    assert of_model[~near].isnan().all()
