@@ -66,15 +66,11 @@ class OptimizationConfig:
 
     num_particles: int = 64  #: draws for each step
     many_latents: int = 200  #: the number of latents from which on draws are expensive
-    #: draws for each step of a guide with a graph of as many: fits of a hierarchy and of a volatility
-    #: path of 1,000 latents end at the same ELBO, in half the time
-    num_particles_of_many: int = 16
-    #: the nats below are for this number of latents or fewer; they grow in proportion to a larger number,
-    #: since gaps add up over latents
+    num_particles_of_many: int = 16  #: the same of many, with a graph: half the time, same ELBO
+    #: latents to which the nats below apply; with more of them they grow in proportion
     latents_of_gaps: int = 100
-    #: step sizes of Adam: the search begins with the first one, or with the second where the model has
-    #: parameters too: with 2e-2 an autoencoder of four layers ended 14 nats an image lower, for one seed of
-    #: three (tutorials/vae_iaf.ipynb)
+    #: of Adam: the search begins with the second one where the model has parameters: with 2e-2 an
+    #: autoencoder ended 14 nats an image lower, for one seed of three (tutorials/vae_iaf.ipynb)
     step_sizes: tuple[float, ...] = (2e-2, 5e-3, 2e-3, 5e-4)
     betas: tuple[float, float] = (0.9, 0.99)  #: of Adam; the second is short since steps are few
     search_steps: int = 60  #: steps for each step size in the search
@@ -84,10 +80,9 @@ class OptimizationConfig:
     constant_share: float = 0.4  #: the constant part of a given number of steps
     window: int = 300  #: steps whose mean ELBO is compared with that of the same number before
     min_improvement: float = 0.004  #: nats between windows below which a fit does not go on
-    look_every: int = 50  #: steps between two estimates of the remaining gap
-    look_draws: int = 200  #: draws of an estimate; near the posterior it takes selection_draws
-    #: a gap at which a fit ends, in nats: what one mean that is 0.03 sd off costs
-    good_gap: float = 0.0005
+    check_every: int = 50  #: steps between two estimates of the remaining gap
+    check_draws: int = 200  #: draws of an estimate; near the posterior it takes selection_draws
+    good_gap: float = 0.0005  #: nats at which a fit ends: what one mean that is 0.03 sd off costs
     max_constant_path: int = 2000  #: the longest constant phase, with the path gradient
     max_constant_pyro: int = 4000  #: the same without the path gradient
     max_constant_epochs: int = 20  #: the same in epochs
@@ -103,17 +98,15 @@ class OptimizationConfig:
     tail_step_size: float = 0.5  #: their relative step size
     tail_weight: float = 2.0  #: how much more deviating log weights count in them
     tail_max_deviation: float = 50.0  #: the deviation where that ends
-    #: below it they are not taken: 0.5, less a standard error of k-hat by selection_draws
-    tail_good_khat: float = 0.4
+    tail_good_khat: float = 0.4  #: below it they are not taken: 0.5, less a standard error of k-hat
     averaged_steps: int = 100  #: steps that the average of parameters reaches back, at least
     averaged_epochs: int = 2  #: the same in epochs
-    #: the same as a share of the noisy steps so far (Shamir and Zhang 2013, by hand)
-    averaged_share: float = 1 / 3
+    averaged_share: float = 1 / 3  #: the same as a share of noisy steps (Shamir and Zhang 2013)
     clip_factor: float = 3.0  #: gradients are clipped to this multiple of the median norm
     clip_window: int = 100  #: steps that the median is taken over
     best_block: int = 50  #: steps whose mean loss says which parameters were the best
-    #: the factor of the step size where the median loss of the last block exceeds all of the first one's: a
-    #: Gaussian autoencoder (tutorials/vae_iaf.ipynb) went from -1.7e4 to -1.1e8 nats a batch at 2e-2
+    #: the factor of the step size where the median loss of the last block exceeds all of the first one's
+    #: (a Gaussian autoencoder, tutorials/vae_iaf.ipynb)
     retreat: float = 0.25
     max_skips: int = 100  #: steps in a row that are not finite before a fit gives up
     max_named: int = 20  #: skipped steps whose sites are named
@@ -161,27 +154,23 @@ class EvaluationConfig:
     """The draws behind a verdict, the search for missed modes, and the bounds of trust."""
 
     num_samples: int = 10_000  #: draws that the verdict rests on (as in Yao et al. 2018)
-    #: more draws, though no more than a fit has taken gradients, where k-hat is above its limit, or fewer
-    #: than unclear_khat_in_se standard errors below: these go from 0.09 to 0.05 (benchmarks/khat.md)
+    #: more draws, at most as many as gradients of the fit, where k-hat is above its limit, or fewer than
+    #: unclear_khat_in_se standard errors below: these go from 0.09 to 0.05 (benchmarks/khat.md)
     num_more_samples: int = 90_000
     unclear_khat_in_se: float = 2.0
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches
     num_heavy: int = 4000  #: heavy-tailed draws around the guide and the modes
-    #: how often more are drawn where there are too few to say on which side of max_gap an ELBO is
-    num_heavy_again: int = 9
+    num_heavy_again: int = 9  #: how often more are drawn while the side of max_gap is unclear
     heavy_degrees: float = 3.0  #: their degrees of freedom
     heavy_inflation: float = 1.2  #: the widening of the Gaussian around the guide
-    #: the further widening of it and of modes where the weights of these draws are unreliable, as around a
-    #: spike in the middle of a wide mode
+    #: further widenings where these draws have unreliable weights, as around a spike in a wide mode
     heavy_widenings: tuple[float, ...] = (3.0, 10.0)
     heavy_guide_share: float = 0.5  #: its part of the mixture
     heavy_min_ess: float = 0.02  #: the effective share of draws from which their evidence is used
     max_modes: int = 8  #: in the mixture
-    #: the mean squared distance per coordinate of two modes that differ, in standard deviations
-    min_mode_distance: float = 1.0
+    min_mode_distance: float = 1.0  #: mean squared distance a coordinate of two modes, in sds
     max_squared_distance: float = 16.0  #: the sum of squares from which they always differ
-    #: how far outside modes are searched for, in standard deviations of the guide
-    far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)
+    far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)  #: sds of the search for modes outside
     num_screened: int = 500  #: points screened there
     num_climbs: int = 16  #: climbs from the best of them
     num_heaviest: int = 4  #: climbs from the draws of the largest weights
@@ -198,27 +187,22 @@ class EvaluationConfig:
     num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
     num_for_region: int = 1024  #: the same for a mode that seems lost
     max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
-    #: the share of the evidence that modes promise that draws have to find, or else there are no modes
-    min_confirmed: float = 0.5
+    min_confirmed: float = 0.5  #: the share of the evidence of modes that draws have to find
     min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
     max_lost: float = GOOD_LOST_MASS  #: the mass of missed modes above which a guide is not trusted
-    #: missed modes with more of the mass than this are a reason to search for more of them
-    min_lost: float = 0.002
-    max_more_looks: int = 4
+    min_lost: float = 0.002  #: missed modes with more of the mass are a reason to search for more
+    max_more_searches: int = 4
     min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
     max_gap: float = GOOD_GAP  #: the distance of the ELBO from the evidence, in nats
     max_se: float = GOOD_ELBO_SE  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
-    #: the number of latents from which on chains check single ones that weights leave open: if 30 sds are
-    #: 15 % off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
+    #: latents from which on chains check single ones that weights leave open: with 30 sds that are 15 %
+    #: off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
     min_for_chains: int = 30
-    #: draws whose weights are asked instead where there are fewer latents
-    num_for_few: int = 32_000
+    num_for_few: int = 32_000  #: draws whose weights say it instead of fewer latents
     num_chains: int = 128  #: the chains of that check, which cost about 20,000 gradients
     num_chain_steps: int = 12  #: the steps of theirs that count
-    small_tail: float = (
-        0.001  #: a smaller excess of the tail, as a share of all weights, is ignored
-    )
+    small_tail: float = 0.001  #: an excess of the tail, as a share of all weights, that is ignored
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _default_choice: Chooser
 
 
 def choose_guides_by(choice: Chooser) -> None:
-    """Sets the default of ``choose_guide``: fits know no guides, the front door of the package does."""
+    """Sets the default of ``choose_guide``: this part of the package does not import guides."""
     global _default_choice
     _default_choice = choice
 
@@ -52,75 +52,60 @@ def fit(
     """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
 
     It is called as ``fit(model, guide, *args)``, or as ``fit(model, *args)``: then it chooses the
-    guide, ``result.guide``, and ``print(result)`` says why. ``AutoIAF`` is for few latents
-    and for mini-batches, ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled
-    plate. What is callable in second place is the guide; where the model itself takes a callable first,
-    give that by its name, or the guide as ``guide=``.
+    guide, ``result.guide``, and ``print(result)`` says why: ``AutoIAF`` for few latents and for
+    mini-batches, ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled plate.
+    What is callable in second place is the guide; where the model itself takes a callable first, give
+    that by its name, or the guide as ``guide=``.
 
     A guide of this package is initialized with the best of many candidates by their ELBO: itself,
     Gaussians on the way to modes, mean-field fits. It is trained by the path gradient; any other Pyro
     guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
-    and the guide ends with the best of the last, the averaged and the best parameters. Parameters of
-    the model are trained as well.
-
-    The verdict rests on draws that were not trained on: k-hat, the ELBO and its standard error, the
-    evidence that heavy-tailed draws find around the guide, and the modes that other starts have found.
+    and the guide ends with the best of the last, the averaged and the best parameters. Parameters of the
+    model are trained as well. The verdict rests on draws that were not trained on.
 
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
-    to all data; only where all latents belong to a batch's own rows, as in a variational autoencoder,
-    nothing has to be scaled. Latents of the rows themselves need a guide that reads the batch, such as
-    ``AutoAmortized``, and ``AutoStructuredFlow`` has to be set up with all data before, as by
-    ``guide.set_up(*all_data)``. A short last batch is given the weight of its rows. The verdict never trusts
-    mini-batches; a loader of one batch with all data is as good as arguments.
+    to all data, except where all latents belong to a batch's own rows, as in a variational autoencoder.
+    Latents of the rows themselves need a guide that reads the batch, such as ``AutoAmortized``, and
+    ``AutoStructuredFlow`` has to be set up before, by ``guide.set_up(*all_data)``. The verdict never
+    trusts mini-batches; a loader of one batch with all data is as good as arguments. A short last batch
+    has the weight of its rows.
 
     Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
-
-    Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit
-    (``docs/many_processes.md``). Model, guide, data and options have to be the same in all of them, and
-    the result is.
+    Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit,
+    with the same model, guide, data, options and result (``docs/many_processes.md``).
 
     :param model: a Pyro model.
     :param args: the guide, if one is given, and, without a loader, the arguments of model and guide.
-    :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in the protocols
-        ``FlowGuide``, ``MinibatchGuide`` and ``ScaledSteps`` of :mod:`pyro_artransform.joint.protocols`:
-        an initial value, the path gradient, and the scale of its parameters' steps.
+    :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in
+        :mod:`pyro_artransform.joint.protocols`.
     :param choose_guide: another way to choose the guide where none is given: a function of the model, its
         ``args``, its ``kwargs`` and ``is_minibatch=``, that returns a new guide, and why in words.
-    :param num_steps: the number of steps, and so of mini-batches with a loader; by default the fit
-        finds its end itself.
-    :param num_particles: draws for each step, evaluated at once where the model allows; by default 64,
-        and 16 for ``AutoStructuredFlow`` from 200 latents on.
-    :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, whatever
-        was fitted before by guides that are gone, and leaves the generators as they were. A loader's own
-        generator is not seeded.
+    :param num_steps: the number of steps; by default the fit finds its end itself.
+    :param num_particles: draws for each step; by default 64, and 16 for ``AutoStructuredFlow`` from 200
+        latents on.
+    :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, unless that
+        has a generator of its own, and leaves the generators as they were.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
         not finite where the step was skipped. The fit ends where it returns ``True``, also one of NumPy
-        or PyTorch, and goes on at any other value. Where the fit goes on from the steps that searched for
-        a step size, it is called for these once the search is over.
-    :param checkpoint: a file to save the fit to as it goes; where a disk is full, the fit warns and
-        goes on.
+        or PyTorch. Steps of the search for a step size are told of once the search is over.
+    :param checkpoint: a file to save the fit to as it goes; with a full disk it warns and goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
-        same steps as if it had not been interrupted; with a loader from the next epoch, and with a warning
-        where it was stopped in the middle of one.
+        same steps as if it had not been interrupted; with a loader from the next epoch.
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``; its step size is then its own. By default Adam.
-    :param loader: a ``torch.utils.data.DataLoader``, or another iterable of mini-batches that begins
-        anew each time, as a list does. A tuple or list of it is the arguments of model and guide, a
-        mapping their keyword arguments, a tensor their only argument.
+    :param loader: a ``DataLoader``, or another iterable of mini-batches that begins anew each time, as a
+        list does. A tuple or list of it is the arguments of model and guide, a mapping their keyword
+        arguments, a tensor their only argument.
     :param epochs: how often to go through the loader, instead of ``num_steps``.
-    :param config: all numbers that a fit is tuned by; the defaults are meant for every model.
+    :param config: all numbers that a fit is tuned by.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
-    :return: the verdict, and the numbers that it rests on; the posterior is the guide.
-    :raises TypeError: if the arguments are not those of the model, the guide is a class, ``config`` is
-        not a ``FitConfig``, the loader can be gone through only once, or its batches cannot be arguments.
-    :raises ValueError: if the model has no continuous latent, or a parameter of the name of one of
-        these options, if model, guide, loader and ``optim`` do not go together, if no initial guide has a
-        finite density, if an option is out of its range, if a checkpoint is of another fit, or if
-        processes that share a fit have other options, data or parameters.
-    :raises RuntimeError: if it is called in ``torch.inference_mode``, or if another process of the fit
-        has ended, does not come or does not answer.
+    :raises TypeError: if the arguments are not those of the model, or an option is of another type.
+    :raises ValueError: if the model has no continuous latent, or a parameter of the name of an option; if
+        model, guide, loader, ``optim`` and checkpoint do not go together, or the processes of a fit
+        differ; if no initial guide has a finite density, or an option is out of its range.
+    :raises RuntimeError: in ``torch.inference_mode``, or if another process of the fit does not answer.
     :raises FitError: if the loss is not finite for many steps in a row.
 
     Example::
@@ -135,30 +120,20 @@ def fit(
         >>> result = fit(model, guide, torch.ones(3), num_steps=50, progress=False)
         >>> result.num_steps, guide.sample_posterior(4)["loc"].shape
         (50, torch.Size([4]))
-
-    Without a guide::
-
-        >>> result = fit(model, torch.ones(3), num_steps=50, progress=False)
+        >>> result = fit(model, torch.ones(3), num_steps=50, progress=False)  # without a guide
         >>> result.guide.sample_posterior(4)["loc"].shape, result.rows()["guide"]
         (torch.Size([4]), 'AutoIAF, for 1 latent')
 
-    By mini-batches::
+    By mini-batches, with a callback::
 
-        >>> from torch.utils.data import DataLoader, TensorDataset
         >>> def model(y):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", 100, subsample_size=len(y)):
         ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        >>> loader = DataLoader(TensorDataset(torch.randn(100)), batch_size=30, shuffle=True)
-        >>> result = fit(model, AutoIAF(model), loader=loader, epochs=10, progress=False)
-        >>> result.num_steps
-        40
-
-    A callback logs to TensorBoard, which this package does not depend on::
-
-        from torch.utils.tensorboard import SummaryWriter
-        with SummaryWriter() as writer:
-            fit(model, guide, y, callback=lambda step, elbo: writer.add_scalar("ELBO", elbo, step))
+        >>> loader, log = torch.randn(100).split(30), {}
+        >>> options = {"epochs": 10, "callback": log.__setitem__, "progress": False}
+        >>> fit(model, AutoIAF(model), loader=loader, **options).num_steps, len(log)
+        (40, 40)
 
     **References**
 
@@ -177,12 +152,20 @@ def fit(
         guide, args = args[0], args[1:]
     if guide is not None:
         check_callable("guide", guide, "a guide of the model, such as AutoIAF(model)")
-    _check_options(loader, epochs, num_steps, args)
+    if loader is None and epochs is not None:
+        raise ValueError("epochs: expected a loader to count them by, or num_steps instead")
+    if epochs is not None and num_steps is not None:
+        raise ValueError(f"expected epochs or num_steps, got both ({epochs} and {num_steps})")
+    if loader is not None and args:
+        raise ValueError(
+            "expected no positional arguments of the model beside a loader, whose batches are its "
+            f"arguments, got {len(args)}. Keyword arguments are added to each batch"
+        )
+    counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
+    for name, count in {**counts, "seed": seed}.items():
+        if count is not None:
+            check_integer(name, count, least=0 if name == "seed" else 1)
     check_model(model, args if loader is None else None, kwargs)
-    if seed is not None:
-        check_integer("seed", seed, least=0)
-    if num_particles is not None:
-        check_integer("num_particles", num_particles)
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
@@ -202,10 +185,9 @@ def fit(
                 stream = stream.share(parallel.rank, parallel.size, parallel.seed())
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        batch, config = Batch(args, kwargs), config or FitConfig()
-        options = num_steps, num_particles, optim, parallel
+        options = config or FitConfig(), num_steps, num_particles, optim, parallel
         chooser = choose_guide or _default_choice
-        run = FitRun(model, guide, chooser, batch, stream, config, *options)
+        run = FitRun(model, guide, chooser, Batch(args, kwargs), stream, *options)
         if resume is None:
             run.start(bar)
         else:
@@ -215,19 +197,10 @@ def fit(
         return run.judge(stopped_because)
 
 
-_PARAMETERS = inspect.signature(fit).parameters.values()
-_OPTIONS = {p.name for p in _PARAMETERS if p.kind is p.KEYWORD_ONLY}
-
-
 def check_model(
     model: Function, args: tuple[object, ...] | None, kwargs: Mapping[str, object]
 ) -> None:
-    """Checks the parameters of a model against the options and the arguments, as far as it names them.
-
-    :param args: its arguments; ``None`` where those are a loader's.
-    :raises TypeError: if these cannot be its arguments.
-    :raises ValueError: if a parameter has the name of an option, unless it is bound.
-    """
+    """Checks that a model takes its arguments, and no option's name; ``None`` are a loader's arguments."""
     called = model.forward if isinstance(model, nn.Module) else model
     try:
         # a decorated model takes what its decorator takes
@@ -236,7 +209,8 @@ def check_model(
     except (TypeError, ValueError):
         return
     bound = model.keywords.keys() if isinstance(model, partial) else set()
-    for name in sorted((names - bound) & _OPTIONS):
+    parameters = inspect.signature(fit).parameters.values()
+    for name in sorted((names - bound) & {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}):
         raise ValueError(
             f"the model has a parameter '{name}', which is an option of fit: expected another "
             f"name, or bind it first, as in functools.partial(model, {name}=...)"
@@ -251,22 +225,3 @@ def check_model(
             f"guide, got others ({error}). What is callable in second place is the guide: give a "
             "callable of the model's own by its name, or the guide as guide=..."
         ) from None
-
-
-def _check_options(
-    loader: object, epochs: int | None, num_steps: int | None, args: tuple[object, ...]
-) -> None:
-    """Checks that options are in their ranges, and go together."""
-    if loader is None and epochs is not None:
-        raise ValueError("epochs: expected a loader to count them by, or num_steps instead")
-    if epochs is not None and num_steps is not None:
-        raise ValueError(f"expected epochs or num_steps, got both ({epochs} and {num_steps})")
-    if loader is not None and args:
-        raise ValueError(
-            "expected no positional arguments of the model beside a loader, whose batches are its "
-            f"arguments, got {len(args)}. Keyword arguments are added to each batch"
-        )
-    if num_steps is not None:
-        check_integer("num_steps", num_steps)
-    if epochs is not None:
-        check_integer("epochs", epochs)

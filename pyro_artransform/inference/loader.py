@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The mini-batches that a loader gives, epoch after epoch, and the share of one of many processes."""
+"""The mini-batches of a loader, epoch after epoch, the share of one process, and who can use them."""
 
 import copy
 import math
@@ -11,6 +11,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.infer.autoguide.effect import AutoMessenger
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -23,10 +25,12 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from ..joint import LogJoint
+from ..joint.protocols import MinibatchGuide, ReparametrizedGuide
+
 _END = object()
-_MAX_COUNTED = 100_000  # batches of an iterable without a length
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-# what is iterated over in a fixed order, or in one that follows torch's generators
+# what has a fixed order, or one that follows torch's generators
 _KNOWN = (list, tuple, range, SequentialSampler, DistributedSampler, *_SHUFFLED)
 _OPTIONS = (
     *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator"),
@@ -45,12 +49,8 @@ class Batch(NamedTuple):
 class EveryNth:
     """The batches of a loader, or of its sampler, that one of many processes takes: every n-th one.
 
-    The order is drawn from a seed, the same for all processes. Where n does not divide the number of
-    batches, some processes are an epoch ahead in the last step: each batch counts once an epoch.
-
-    :param num_batches: the number of batches of all processes.
-    :param rank: which of the processes this is, from 0, of ``size``.
-    :param seed: the seed of the first epoch.
+    The order is drawn from a seed, the same for all processes, plus the epoch. Each batch counts once an
+    epoch: where n does not divide ``num_batches``, some processes are an epoch ahead in the last step.
     """
 
     batches: Iterable[Any]
@@ -61,7 +61,6 @@ class EveryNth:
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, from 0, whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -80,18 +79,21 @@ class EveryNth:
 
 
 class BatchStream:
-    """The mini-batches of a loader as arguments of a model, one epoch after the other.
+    """The mini-batches of a loader of ``fit`` as arguments of a model, one epoch after the other.
 
-    :param loader: as that of :func:`~pyro_artransform.inference.fit`.
-    :param kwargs: keyword arguments that all batches have.
-    :raises TypeError: if the loader can be iterated over once only, or not at all, or is itself data.
-    :raises ValueError: if it is empty, or has neither a length nor an end.
+    All of them have the keyword arguments ``kwargs``.
     """
 
     def __init__(
         self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
     ) -> None:
-        self._loader, self._kwargs = _checked(loader), dict(kwargs or {})
+        is_data = isinstance(loader, (Tensor, Mapping, str, bytes))
+        if is_data or isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+            raise TypeError(
+                "loader: expected a DataLoader or another iterable of batches that begins anew in each "
+                f"epoch, got {type(loader).__name__}. A list will do, as [(x, y)], or x.split(100)"
+            )
+        self._loader, self._kwargs = loader, dict(kwargs or {})
         #: what draws the batches, and what draws the rows in them, as far as they are known
         self._batches: object = None
         self._rows: object = loader
@@ -103,49 +105,45 @@ class BatchStream:
             else:
                 self._rows = loader.sampler if batches is None else batches
             owners += batches, self._rows, loader.sampler
-        # of the names that PyTorch's loaders and samplers give them
+        # PyTorch's loaders and samplers all call them by this name
         found = [getattr(owner, "generator", None) for owner in owners]
         self._generators = list({g for g in found if isinstance(g, torch.Generator)})
-        #: what is told of each epoch, since its order depends on it
+        #: what has to know the epoch, since its order depends on it
         self._by_epoch: DistributedSampler[Any] | EveryNth | None = None
         if isinstance(self._rows, DistributedSampler):
             self._by_epoch = self._rows
-        #: the stream of all processes that this one is a share of
-        self.whole = self
+        self.whole = self  #: the stream of all processes that this one is a share of
         self._iterator: Iterator[object] | None = None
         #: the state of torch's generator, and of the loader's own ones, at the beginning
         self._origin = torch.get_rng_state(), self._own_states()
-        #: whether an epoch is known to have each of its rows once
         self.is_partition = self._is_partition()
         self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
         self.num_batches = self._count()  #: in an epoch
         if not self.num_batches:
             raise ValueError("loader: expected at least one batch, got none")
+        #: whether each epoch is one batch, with each row once: it is as good as arguments
+        self.is_all_data = self.num_batches == 1 and self.is_partition
 
     def next(self) -> Batch:
         """The next batch, of the next epoch where this one is over."""
-        # an iterator of PyTorch may have no length, and so no truth
-        batch = next(self._begin_epoch() if self._iterator is None else self._iterator, _END)
-        if batch is _END and self.position:
-            self.epoch += 1
-            batch = next(self._begin_epoch(), _END)
-        if batch is _END:
-            raise ValueError(
-                f"loader: expected batches in each epoch, got none in epoch {self.epoch + 1}: an "
-                "iterable is needed that begins anew each time, as a DataLoader or a list does"
-            )
-        self.position += 1
-        return self._arguments(batch)
-
-    @property
-    def is_all_data(self) -> bool:
-        """Whether each epoch is one batch, with each row once: it is as good as arguments."""
-        return self.num_batches == 1 and self.is_partition
+        while True:
+            if self._iterator is None:
+                self._iterator, self.position = self._iterate(self.epoch), 0
+            batch = next(self._iterator, _END)
+            if batch is not _END:
+                self.position += 1
+                return self._arguments(batch)
+            if not self.position:
+                raise ValueError(
+                    f"loader: expected batches in each epoch, got none in epoch {self.epoch + 1}: an "
+                    "iterable is needed that begins anew each time, as a DataLoader or a list does"
+                )
+            self._iterator, self.epoch = None, self.epoch + 1
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
-        """The batches of one of many processes, as :class:`EveryNth` has them; all, if there is one batch.
+        """The batches of one of many processes, as :class:`EveryNth` has them.
 
-        A ``DistributedSampler`` of the user's is taken as it is.
+        A single batch, and a ``DistributedSampler`` of the user's, are taken as they are.
 
         :raises ValueError: if there are fewer batches than processes.
         """
@@ -175,11 +173,7 @@ class BatchStream:
         self.epoch, self.position = 0, 0
 
     def go_on(self, num_batches: int, epoch: int, position: int) -> bool:
-        """Goes on from where another stream was, if that is the end of an epoch, or from the next epoch.
-
-        :return: whether it was the end of an epoch.
-        :raises ValueError: if the other loader had another number of batches.
-        """
+        """Goes on from the next epoch of another stream; returns whether its last one was over."""
         if num_batches != self.num_batches:
             raise ValueError(
                 f"resume: expected a loader of {num_batches} batches, as before, got {self.num_batches}"
@@ -189,14 +183,14 @@ class BatchStream:
         return position in (0, num_batches)
 
     def close(self) -> None:
-        """Lets go of the present epoch, and of the processes that load it."""
+        """Drops the present epoch, and the processes that load it."""
         self._iterator = None
 
     def one_pass(self, count: int) -> Iterator[Batch]:
         """``count`` batches of one epoch at most, spread over it; the same ones each time.
 
-        It leaves the stream and the generators as they were. The order is that of the first epoch,
-        as far as it follows torch's generators.
+        It leaves stream and generators as they were. The order is that of the first epoch, as far as it
+        follows torch's generators.
         """
         count = min(count, self.num_batches)
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
@@ -219,18 +213,10 @@ class BatchStream:
             self._set_own_states(own)
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
-        """The epoch and the batch, in words.
-
-        :param num_steps: the number of steps in all, if it is known.
-        """
+        """The epoch and the batch in words, of ``num_steps`` in all, if that is known."""
         total = self.num_batches
         epochs = "" if num_steps is None else f"/{math.ceil(num_steps / total)}"
         return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
-
-    def _begin_epoch(self) -> Iterator[object]:
-        self.close()
-        self._iterator, self.position = self._iterate(self.epoch), 0
-        return self._iterator
 
     def _iterate(self, epoch: int) -> Iterator[object]:
         if self._by_epoch is not None:
@@ -242,37 +228,37 @@ class BatchStream:
             return Batch((batch,), self._kwargs)
         if isinstance(batch, Mapping):
             for name in batch.keys() & self._kwargs.keys():
-                got = "which is a keyword argument of fit already"
-                raise ValueError(f"loader: expected batches without '{name}', {got}")
+                raise ValueError(
+                    f"loader: expected batches without '{name}', as fit has {name}= too"
+                )
             return Batch((), {**self._kwargs, **batch})
         if isinstance(batch, (tuple, list)):
             return Batch(tuple(batch), self._kwargs)
         raise TypeError(
-            "loader: expected batches that are a tuple or list (positional arguments of the model), "
-            f"a mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
+            "loader: expected batches that are a tuple or list (positional arguments of the model), a "
+            f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
         )
 
     def _count(self) -> int:
         try:
             return len(self._loader)  # type: ignore[arg-type]  # any iterable may lack a length
         except TypeError:
-            own = self._own_states()
+            own, most = self._own_states(), 100_000
             with torch.random.fork_rng(devices=[]):
-                count = sum(1 for _ in islice(self._loader, _MAX_COUNTED + 1))
+                count = sum(1 for _ in islice(self._loader, most + 1))
             self._set_own_states(own)
-            if count > _MAX_COUNTED:
+            if count > most:
                 raise ValueError(
-                    f"loader: expected an epoch that ends, got {_MAX_COUNTED} batches and no end: give "
-                    "the iterable a length (__len__), so that it is not counted, or let it end"
+                    f"loader: expected an epoch that ends, got {most} batches and no end: give the "
+                    "iterable a length (__len__), so that it is not counted, or let it end"
                 ) from None
             return count
 
     def _is_partition(self) -> bool:
         """Whether an epoch is known to have each row once; a subset that the user chose is all rows."""
         loader, batches, rows = self._loader, self._batches, self._rows
-        if not isinstance(rows, _KNOWN) or isinstance(rows, WeightedRandomSampler):
-            return False
-        if isinstance(rows, RandomSampler) and rows.replacement:
+        is_drawn = isinstance(rows, WeightedRandomSampler) or getattr(rows, "replacement", False)
+        if is_drawn or not isinstance(rows, _KNOWN):
             return False
         if not isinstance(loader, DataLoader) or batches is None or not isinstance(rows, Sized):
             return True
@@ -291,14 +277,38 @@ class BatchStream:
             generator.set_state(state)
 
 
-def _checked(loader: object) -> Iterable[object]:
-    expected = "loader: expected a DataLoader or another iterable of batches"
-    got = type(loader).__name__
-    if isinstance(loader, (Tensor, Mapping, str, bytes)):
-        hint = "A list of batches will do, as [(x, y)], or x.split(100)"
-        raise TypeError(f"{expected}, got data of type {got}. {hint}")
-    if isinstance(loader, Iterator):
-        raise TypeError(f"{expected} that begins anew in each epoch, got an iterator ({got})")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"{expected}, got {got}")
-    return loader
+def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Batch) -> None:
+    """Checks that a guide, once called, knows which elements a batch has, and a model how many rows."""
+    if stream.whole.is_all_data:
+        return
+    structure = log_joint.structure(*first)
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    subsampled = structure.subsampled_latents
+    creates_plates = isinstance(guide, AutoGuide) and guide.create_plates is not None
+    draws_indices = bool(subsampled) and not creates_plates and all(map(_is_stock, parts))
+    if draws_indices or any(isinstance(p, MinibatchGuide) and p.needs_indices for p in parts):
+        of = f" (as '{subsampled[0]}')" if subsampled else ""
+        raise ValueError(
+            f"loader: the guide {type(guide).__name__} has parameters for the elements of a plate{of}, and "
+            "draws their indices itself: they are not those of the rows of a batch. Expected "
+            "guide=AutoAmortized(model, encoder), whose encoder reads the batch, or create_plates=, a "
+            "function of a batch that returns the plate with the indices of its rows (subsample=)"
+        )
+    common = structure.global_latents
+    if all(isinstance(part, ReparametrizedGuide) or _is_stock(part) for part in parts):
+        common = list(structure.shapes)  # the latents are the same for all arguments of the guide
+    if common and not structure.is_scaled:
+        raise ValueError(
+            f"loader: the latent '{common[0]}' is of all batches, and the model does not say that a "
+            "batch is a part of the data: its likelihood would count as if there were no other rows. "
+            "Expected the rows in pyro.plate(name, number of all rows, subsample_size=len(batch)), or "
+            "poutine.scale"
+        )
+
+
+def _is_stock(guide: object) -> bool:
+    """Whether a guide is one of Pyro's own that has parameters for each element of a plate."""
+    if isinstance(guide, AutoCallable):  # a function of the user's in an AutoGuideList
+        return False
+    is_pyros = type(guide).__module__.startswith("pyro.infer.autoguide")
+    return is_pyros and not (isinstance(guide, AutoMessenger) and guide.amortized_plates)

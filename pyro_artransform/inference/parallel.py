@@ -5,18 +5,12 @@
 
 Each process takes its own draws and mini-batches, and gradients are averaged. The first one finds the
 start, judges the end and writes the files. All of them call the same methods in the same order.
-
-**References**
-
-1. PyTorch Distributed: Experiences on Accelerating Data Parallel Training (Li, Zhao, Varma and
-   others, 2020), https://arxiv.org/abs/2006.15704
 """
 
 import logging
 import math
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +20,6 @@ from functools import cache, reduce
 from itertools import count
 from typing import Any, TypeVar, cast
 
-import pyro
 import torch
 from torch import Tensor, distributed, nn
 
@@ -37,7 +30,7 @@ T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PATIENCE = 5.0  # seconds of waiting after which a process says so
+_PATIENCE = 5.0  # seconds of waiting after which a process logs it
 _TIMEOUT = timedelta(minutes=30)  # PyTorch's for gloo
 _FIRST_MEETING = timedelta(minutes=1)  # of processes that nothing but the environment speaks of
 _groups = count()  # made so far, as many in all processes
@@ -47,24 +40,23 @@ _groups = count()  # made so far, as many in all processes
 def open_parallel() -> "Iterator[Parallel | None]":
     """The processes that share the fit, of which this is one; ``None`` if it is alone.
 
-    They are those of ``torch.distributed`` if it is initialized. In the environment of ``torchrun`` a
-    process group is made, and destroyed at the end.
+    A process group is made and destroyed in the environment of ``torchrun``, unless there is one.
     """
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, _LAUNCHED))
-    if not distributed.is_available() or not (is_launched or distributed.is_initialized()):
-        yield None
-        return
-    is_made = not distributed.is_initialized()
+    is_made = distributed.is_available() and is_launched and not distributed.is_initialized()
     if is_made:
         _make_group()
+    is_group = distributed.is_available() and distributed.is_initialized()
+    if not is_group or distributed.get_world_size() == 1:
+        yield None
+        return
     try:
-        parallel = Parallel() if distributed.get_world_size() > 1 else None
+        parallel = Parallel()
         with warnings.catch_warnings():
-            if parallel is not None and parallel.rank > 0:
+            if parallel.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns
             yield parallel
-        if parallel is not None:
-            parallel.any(False)  # what was sent has to arrive before the group ends
+        parallel.any(False)  # what was sent has to arrive before the group ends
     finally:
         if is_made:
             distributed.destroy_process_group()
@@ -77,19 +69,16 @@ def _make_group() -> None:
     import torch.distributed.nn.functional
 
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     told = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
     hint = f"The environment has {told}. Unset WORLD_SIZE if this process is to fit alone"
     with _waiting("the other processes of this fit", hint):
         store, rank, size = _rendezvous()
         # torchrun's store outlives the processes that it starts again: each group needs keys of its own
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
-            store=distributed.PrefixStore(f"pyro_artransform {attempt}.{next(_groups)}", store),
-            rank=rank,
-            world_size=size,
-            timeout=_TIMEOUT,
-        )
+        store = distributed.PrefixStore(f"pyro_artransform {attempt}.{next(_groups)}", store)
+        place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
+        distributed.init_process_group(backend, timeout=_TIMEOUT, **place)
 
 
 @cache
@@ -103,20 +92,11 @@ def _rendezvous() -> "tuple[distributed.Store, int, int]":
 def _waiting(
     what: str, hint: str = "Another process is late, hangs or has ended"
 ) -> Iterator[None]:
-    """Says what is waited for: after some seconds, and each time that twice as many have passed.
-
-    :raises RuntimeError: with the same words, if other processes end or do not answer.
-    """
-    began, is_over = time.monotonic(), threading.Event()
-
-    def say() -> None:
-        seconds = _PATIENCE
-        while not is_over.wait(began + seconds - time.monotonic()):
-            words = "fit has waited %.0f s for %s. %s"
-            logging.getLogger(__name__).warning(words, seconds, what, hint)
-            seconds *= 2
-
-    threading.Thread(target=say, daemon=True).start()
+    """Logs what is waited for after some seconds, and names it in errors of PyTorch."""
+    words = f"fit has waited {_PATIENCE:.0f} s for {what}. {hint}"
+    timer = threading.Timer(_PATIENCE, logging.getLogger(__name__).warning, [words])
+    timer.daemon = True
+    timer.start()
     try:
         yield
     except RuntimeError as error:
@@ -124,7 +104,7 @@ def _waiting(
             f"fit: expected {what}, and waited in vain. {hint} (PyTorch: {error})"
         ) from error
     finally:
-        is_over.set()
+        timer.cancel()
 
 
 class Parallel:
@@ -140,7 +120,7 @@ class Parallel:
         return math.ceil(num_draws / self.size)
 
     def first(self, what: str, function: Callable[[], T]) -> T:
-        """What a function returns in the first process, which alone calls it; its error is all's."""
+        """What a function returns, or raises, in the first process, which alone calls it."""
         content = list[Any]([None, ""])
         try:
             if self.rank == 0:
@@ -159,10 +139,6 @@ class Parallel:
         """The seed of the first process, or a new one."""
         return self.first("a seed", lambda: int(torch.randint(2**31, ())) if seed is None else seed)
 
-    def draw_apart(self) -> None:
-        """Gives each process a seed of its own."""
-        pyro.set_rng_seed(self.seed() + self.rank)
-
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""
         found: list[Any] = [None] * self.size
@@ -171,10 +147,7 @@ class Parallel:
         return found
 
     def check_same(self, content: Mapping[str, object]) -> None:
-        """Checks that each of these, by name, is the same in all processes.
-
-        :raises ValueError: if one is not.
-        """
+        """Checks that each of these, by name, is the same in all processes."""
         found = self.gather_objects("the options", content)
         for name, value in found[0].items():
             values = [part[name] for part in found]
@@ -193,12 +166,8 @@ class Parallel:
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
     ) -> tuple[float, Gradients | None]:
-        """The mean loss and gradients, the same for all processes.
-
-        :param gradients: one for each parameter, ``None`` where the loss does not depend on it;
-            ``None`` for all of them if the loss is not finite, and so is the mean then.
-        """
-        gradients = [None] * len(parameters) if gradients is None else gradients
+        """The mean loss and gradients; ``None`` instead of all of these where a loss is not finite."""
+        gradients = gradients or [None] * len(parameters)
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         head = [loss, *(float(gradient is not None) for gradient in gradients)]
         parts = [torch.tensor(head, dtype=dtype, device=parameters[0].device)]
@@ -212,10 +181,8 @@ class Parallel:
         loss, *present = means[0].tolist()
         if not math.isfinite(loss):
             return loss, None
-        averaged = list[Tensor | None]()
-        for parameter, part, share in zip(parameters, means[1:], present):
-            averaged.append(part.view_as(parameter).to(parameter) if share else None)
-        return loss, averaged
+        parts = [part.view_as(p).to(p) for part, p in zip(means[1:], parameters)]
+        return loss, [part if share else None for part, share in zip(parts, present)]
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set in some process."""
@@ -227,11 +194,7 @@ class Parallel:
 
 @dataclass
 class SharedObjective(Objective):
-    """An objective of which each process takes its share of the draws.
-
-    A loss is that of the own draws: its gradient is averaged afterwards. Draws of the ELBO are those of
-    all processes, so that what is decided by them is decided alike.
-    """
+    """An objective with losses of the own share of draws, and draws of the ELBO of all processes."""
 
     objective: Objective
     parallel: Parallel
@@ -265,7 +228,7 @@ class SharedObjective(Objective):
 
 @dataclass
 class ScalesOfFirst(ScaledSteps):
-    """The scales of steps that a guide gives in the first process: its mini-batch may be a short one."""
+    """The scales of steps that a guide gives in the first process, whose mini-batch may be another."""
 
     guide: ScaledSteps
     parallel: Parallel

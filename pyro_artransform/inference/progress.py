@@ -16,8 +16,6 @@ from typing import Any
 import pyro
 from pyro.util import get_rng_state, set_rng_state
 
-_SHOWN = 50
-
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
@@ -36,28 +34,27 @@ def seeded(seed: int | None) -> Iterator[None]:
 @contextmanager
 def noted_interrupts() -> Iterator[threading.Event]:
     """The first Ctrl-C only sets the event, so that no step is cut off; the second one interrupts."""
-    requested, old = threading.Event(), None
+    requested, old = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if requested.is_set():
             raise KeyboardInterrupt
         requested.set()
 
-    if threading.current_thread() is threading.main_thread():  # no signal arrives in others
-        old = signal.getsignal(signal.SIGINT)
-    if old is None:  # a handler that is not Python's could not be put back
-        yield requested
-        return
-    signal.signal(signal.SIGINT, handle)
+    # no signal arrives in other threads, and a handler that is not Python's could not be put back
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and old is not None:
+        signal.signal(signal.SIGINT, handle)
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, old)
+        if is_main and old is not None:
+            signal.signal(signal.SIGINT, old)
 
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean objective of the last steps; ``None`` shows nothing.
+    """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing.
 
     It is live on a terminal and in a notebook; elsewhere, as in a log file, it is one line at the end.
     """
@@ -81,7 +78,7 @@ class ProgressBar:
         if epoch:
             self.bar.set_description(epoch, refresh=False)
         words = [batch] if batch else []
-        recent = [loss for loss in losses[-_SHOWN:] if math.isfinite(loss)]
+        recent = [loss for loss in losses[-50:] if math.isfinite(loss)]
         if recent:
             words.append(f"{self.objective} {-math.fsum(recent) / len(recent):.3f}")
         self.bar.set_postfix_str(", ".join(words), refresh=False)
@@ -96,10 +93,10 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
         with suppress(ImportError):
             from tqdm.auto import tqdm
 
-            is_widget = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-            # a notebook shows what is written to stderr, though it is not a terminal
-            is_text = type(sys.stderr).__module__ == "ipykernel.iostream"
-            is_live = is_widget or is_text or sys.stderr.isatty()
+            # a notebook shows widgets, and what is written to stderr, though it is not a terminal
+            is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+            is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
+            is_live = is_notebook or sys.stderr.isatty()
             wait = {} if is_live else {"mininterval": math.inf, "delay": 1e-9}
             bar = tqdm(unit="step", dynamic_ncols=True, **wait)
     with nullcontext() if bar is None else bar:

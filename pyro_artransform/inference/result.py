@@ -17,74 +17,47 @@ class FitResult:
     """A verdict on a posterior, with the numbers that it rests on. The posterior itself is ``guide``.
 
     After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
-    where the model scales its batches up, and otherwise that of a batch. Its standard error is from
-    the draws, and from the batches that the pass has left out. What rests on the weights of all
-    data, ``log_evidence``, ``khat`` and ``ess``, is ``nan`` unless the pass had all data, and the guide
-    draws on the unconstrained space, as those of this package do.
-
-    :param elbo: the evidence lower bound in nats, from draws that were not trained on.
-    :param elbo_se: its standard error.
-    :param log_evidence: the log evidence, by Pareto-smoothed importance sampling.
-    :param log_evidence_se: its standard error, which is too small where ``khat`` exceeds 0.5, and nothing
-        to go by where it exceeds 0.7: the evidence then is that of a few draws, most often too small.
-    :param khat: the Pareto index of the importance weights.
-    :param khat_se: its standard error.
-    :param ess: the effective number of ``num_samples`` draws.
-    :param num_samples: the number of draws behind these numbers.
-    :param trusted: whether the verdict has no objection: k-hat, the standard error of the ELBO and its
-        distance from the evidence are within the limits of ``EvaluationConfig``, neither draws around
-        the guide nor other starts find mass elsewhere, few steps were skipped, and the fit ran to its
-        end on all data.
-    :param verdict: the same in words, and what to do where it is not trusted.
-    :param history: the ELBO of each step, ``nan`` where the step was skipped.
-    :param num_steps: the number of steps.
-    :param num_skipped: how many of them were skipped, since the loss or its gradient was not finite.
-    :param num_gradients: how many gradients of the model's log density the steps took.
-    :param seconds: wall time of all of it.
-    :param stopped_because: why the steps ended.
-    :param start: the candidate that the guide was initialized with.
-    :param end: which parameters it ended with: the last ones, their average, the best ones, or
-        those that were saved on the way.
-    :param step_size: the step size; ``None`` where the optimizer is the user's.
-    :param culprits: the sites because of which steps were skipped, with the number of times.
-    :param one_at_a_time: why the model was run for one draw after the other; empty where it was not.
-    :param importance: the importance weights and what they say; ``None`` for a model that
-        sub-samples its data.
-    :param marginals_trusted: whether the mean and the sd of each single latent can be trusted;
-        ``None`` where this was not checked. A fit to all data checks it by the weights where the joint is
-        trusted; where these leave it open, from 30 latents on, by chains, if the model takes many draws
-        at once.
-    :param marginals: how far each of them is off; ``None`` where this was not checked.
-    :param guide: the guide, that of the user or the one that the fit has chosen.
-    :param guide_reason: why it has chosen this one; empty where the guide is the user's.
+    where the model scales its batches up, and otherwise that of a batch. Its standard error is from the
+    draws, and from batches that the pass has left out. ``log_evidence``, ``khat`` and ``ess`` are ``nan``
+    unless the pass had all data, and the guide draws on the unconstrained space.
     """
 
-    elbo: float
-    elbo_se: float
-    log_evidence: float
+    elbo: float  #: the evidence lower bound in nats, from draws that were not trained on
+    elbo_se: float  #: its standard error
+    log_evidence: float  #: the log evidence, by Pareto-smoothed importance sampling
+    #: its standard error, too small where ``khat`` exceeds 0.5; above 0.7 the evidence is that of a few
+    #: draws, most often too small
     log_evidence_se: float
-    khat: float
-    khat_se: float
-    ess: float
-    num_samples: int
+    khat: float  #: the Pareto index of the importance weights
+    khat_se: float  #: its standard error
+    ess: float  #: the effective number of ``num_samples`` draws
+    num_samples: int  #: the number of draws behind these numbers
+    #: whether k-hat, the standard error of the ELBO and its distance from the evidence are within the limits
+    #: of ``EvaluationConfig``, neither draws around the guide nor other starts find mass elsewhere, few steps
+    #: were skipped, and the fit ran to its end on all data
     trusted: bool
-    verdict: str
-    history: list[float]
-    num_steps: int
-    num_skipped: int
-    num_gradients: int
-    seconds: float
-    stopped_because: str
-    start: str
-    end: str
-    step_size: float | None
+    verdict: str  #: the same in words, and what to do where it is not trusted
+    history: list[float]  #: the ELBO of each step, ``nan`` where the step was skipped
+    num_steps: int  #: the number of steps
+    num_skipped: int  #: steps that were skipped, since the loss or its gradient was not finite
+    num_gradients: int  #: gradients of the model's log density that the steps took
+    seconds: float  #: wall time of the whole fit
+    stopped_because: str  #: why the steps ended
+    start: str  #: the candidate that the guide was initialized with
+    end: str  #: which parameters the guide has: the last ones, their average, or the best ones
+    step_size: float | None  #: ``None`` where the optimizer is the user's
+    #: the sites because of which steps were skipped, with the number of times
     culprits: dict[str, int] = field(default_factory=dict)
-    one_at_a_time: str = ""
+    one_at_a_time: str = ""  #: why the model was run for one draw after the other, if it was
+    #: the importance weights; ``None`` for a model that sub-samples its data
     importance: Importance | None = None
+    #: whether the mean and the sd of each single latent can be trusted; ``None`` where this was not checked.
+    #: A fit to all data checks it by the weights, or, from 30 latents on, by chains where these leave it
+    #: open and the model takes many draws at once
     marginals_trusted: bool | None = None
-    marginals: Marginals | None = None
-    guide: Any = None  # what it offers beyond Pyro's interface depends on its class
-    guide_reason: str = ""
+    marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
+    guide: Any = None  #: that of the user, or the one that the fit has chosen
+    guide_reason: str = ""  #: why it has chosen this one
 
     def rows(self) -> dict[str, str]:
         """The numbers in words, by name."""
@@ -119,25 +92,13 @@ class FitResult:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DrawsResult:
-    """How probable draws are that neither the steps nor their end depended on.
+    """How probable draws are that neither the steps nor their end depended on; see :class:`FitResult`."""
 
-    :param log_likelihood: the mean log-density of these draws, in nats; of a guide on the constrained
-        space, as ``guide.log_prob`` has it.
-    :param log_likelihood_se: its standard error, for independent draws.
-    :param num_held_out: the number of these draws.
-    :param history: the mean log-density of the draws that said when to stop, at the start and at
-        each check.
-    :param num_steps: the number of steps.
-    :param num_skipped: how many of them were skipped, as log-density or gradient was not finite.
-    :param seconds: wall time of all of it.
-    :param stopped_because: why the steps ended.
-    :param start: where they began.
-    """
-
+    #: the mean log-density of these draws, in nats; of a guide on the constrained space, as its ``log_prob``
     log_likelihood: float
-    log_likelihood_se: float
-    num_held_out: int
-    history: list[float]
+    log_likelihood_se: float  #: its standard error, for independent draws
+    num_held_out: int  #: the number of these draws
+    history: list[float]  #: the mean log-density of the draws that said when to stop, at each check
     num_steps: int
     num_skipped: int
     seconds: float
@@ -146,11 +107,9 @@ class DrawsResult:
 
     def __repr__(self) -> str:
         held_out = f"{self.log_likelihood:.3f} ± {self.log_likelihood_se:.3f} nats a draw"
-        lines = [
-            f"DrawsResult: {held_out}, of {self.num_held_out} that were held out",
-            f"  steps    {self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}",
-            f"  start    {self.start}",
-        ]
-        if self.num_skipped:
-            lines.append(f"  skipped  {self.num_skipped} steps that were not finite")
-        return "\n".join(lines)
+        skipped = f"\n  skipped  {self.num_skipped} steps that were not finite"
+        return (
+            f"DrawsResult: {held_out}, of {self.num_held_out} that were held out\n"
+            f"  steps    {self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}\n"
+            f"  start    {self.start}{skipped if self.num_skipped else ''}"
+        )

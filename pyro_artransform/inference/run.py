@@ -12,20 +12,17 @@ from functools import partial
 from threading import Event
 from typing import Any, TypeVar, cast
 
+import pyro
 import torch
 from torch import Tensor, nn
 
+from .. import files
+from ..arguments import first_of
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuide, StructuredGuide
-from . import checkpoint as files
 from .config import FitConfig
-from .evaluation.evaluate import (
-    ModelAndGuide,
-    evaluate,
-    evaluate_minibatches,
-    judge_marginals,
-)
+from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.initial_guide import (
@@ -35,8 +32,7 @@ from .initialization.initial_guide import (
     find_initial_minibatch_guide,
 )
 from .initialization.sparse_start import find_sparse_start
-from .loader import Batch, BatchStream
-from .loader_checks import check_use, refuse_missing
+from .loader import Batch, BatchStream, check_use
 from .optimization.minibatch_elbo import MinibatchObjective, validation_batches
 from .optimization.objective import BatchObjective, Objective, PathObjective, PyroObjective
 from .optimization.schedule import new_schedule
@@ -53,6 +49,7 @@ Chooser = Callable[..., tuple[Function, str]]
 T = TypeVar("T")
 
 _INTERRUPTED = "it was interrupted"
+_FORMAT = "pyro_artransform fit 5"  # of checkpoints
 
 
 class FitRun:
@@ -75,8 +72,7 @@ class FitRun:
     ) -> None:
         self._began, self._config, self._parallel = time.perf_counter(), config, parallel
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
-        self._guide_reason = ""
-        is_minibatch = stream is not None and not stream.whole.is_all_data
+        is_minibatch, self._guide_reason = not (stream is None or stream.whole.is_all_data), ""
         if guide is None:
             guide, self._guide_reason = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
         self._subject = subject = _run_once(model, guide, batches[0], stream)
@@ -87,12 +83,11 @@ class FitRun:
         self._stream, self._minibatches, num_batches = stream, None, None
         if stream is not None:
             num_batches = stream.num_batches
-            self._minibatches = MinibatchObjective(
-                of_batch, stream, log_joint, batches, config.minibatch
-            )
+            given = of_batch, stream, log_joint, batches, config.minibatch
+            self._minibatches = MinibatchObjective(*given)
         self._by_path = isinstance(of_batch, PathObjective)
-        settings, latent_dim = config.optimization, log_joint.latents.latent_dim
-        settings = settings.for_latents(latent_dim)
+        latent_dim = log_joint.latents.latent_dim
+        settings = config.optimization.for_latents(latent_dim)
         schedule = new_schedule(settings, self._by_path, num_batches, is_random)
         schedule = schedule.of_length(num_steps)
         self._objective: Objective = self._minibatches or of_batch
@@ -119,11 +114,20 @@ class FitRun:
             if scales is not None and stream is not None:
                 scales = ScalesOfFirst(scales, parallel)
         self._trainer = Trainer(shared, schedule, num_particles, optim, scales, stream, parallel)
-        self._looped_because = _why_looped(of_batch, log_joint)
+        reason = log_joint.reason
+        if isinstance(of_batch, PyroObjective):
+            reason = reason or "model and guide do not run in a plate of particles"
+            reason = "" if of_batch.is_vectorized else reason
+        self._looped_because = reason
+        if reason:
+            warnings.warn(
+                "the model cannot be evaluated at many draws at once, so that it is run for one draw "
+                f"after the other, which is slow ({reason}). Write it without branches on values of its "
+                "latents, and index from the right, or take fewer num_particles",
+                stacklevel=3,
+            )
         self._initial = InitialGuide(UNCHANGED, math.nan, None)
-        self._search_steps = 0
-        self._is_resumed = False
-        self._is_saved = False
+        self._search_steps, self._is_resumed, self._is_saved = 0, False, False
 
     def _by_first(self, what: str, function: Callable[[], T]) -> T:
         """What a function returns in the first process, which alone calls it."""
@@ -143,7 +147,7 @@ class FitRun:
         self._initial = self._by_first("the initial guide", self._find_start)
         if self._parallel is not None:
             self._parallel.copy_first(self._tensors())
-            self._parallel.draw_apart()
+            pyro.set_rng_seed(self._parallel.seed() + self._parallel.rank)
         trainer = self._trainer
         if is_at_posterior(trainer):
             step_size = trainer.schedule.config.step_sizes[0]
@@ -156,8 +160,13 @@ class FitRun:
 
     def _find_start(self) -> InitialGuide:
         """Puts the guide at the best initial one, if it can be put anywhere."""
-        if self._minibatches is not None:
-            refuse_missing(self._missing())
+        if self._minibatches is not None and (missing := self._missing()):
+            raise ValueError(
+                "loader: the guide's graph lacks dependencies of the posterior that mini-batches have: "
+                f"{first_of(missing)}. The first batch alone does not have them all: make the guide anew "
+                "and set it up with all data before the fit, guide.set_up(*all_data), or use AutoIAF, or "
+                "AutoAmortized for latents of the rows themselves"
+            )
         model, _, args, kwargs, log_joint = self._subject
         guide: object = self._subject.guide
         config = self._config.initialization
@@ -175,16 +184,15 @@ class FitRun:
     def resume(self, path: files.FilePath) -> None:
         """Goes on from where a checkpoint has left another fit, or from the next epoch of its loader."""
         self._is_resumed = True
-        state = self._by_first("the checkpoint", partial(files.read, path))
+        state = self._by_first("the checkpoint", partial(_read, path))
         trainer, stream, batches = self._trainer, self._stream, state["batches"]
         options = {"num_steps": trainer.schedule.num_steps, "num_particles": trainer.num_particles}
         for name, got in options.items():
             if got not in (state[name], None):
                 raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {got!r}")
-        for name, had, has in (
-            ("optim", state["step_size"] is None, trainer.optim is not None),
-            ("loader", batches is not None, stream is not None),
-        ):
+        both = {"optim": (state["step_size"] is None, trainer.optim is not None)}
+        both["loader"] = batches is not None, stream is not None
+        for name, (had, has) in both.items():
             if had != has:
                 was = f"with {name}=, got none" if had else f"without {name}=, got one"
                 raise ValueError(f"resume: the checkpoint was made {was}")
@@ -203,9 +211,11 @@ class FitRun:
         schedule = trainer.schedule.of_length(state["num_steps"])
         self._training = replace(trainer, schedule=schedule).new(state["step_size"])
         self._training.restore(state["training"])
-        files.set_random_state(state["random"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
         if self._parallel is not None:
-            self._parallel.draw_apart()
+            pyro.set_rng_seed(self._parallel.seed() + self._parallel.rank)
         if stream is not None and not stream.go_on(*batches):
             warnings.warn(
                 f"resume: the fit was stopped in the middle of epoch {stream.epoch} of its loader, and goes "
@@ -216,7 +226,7 @@ class FitRun:
     def save(self, path: files.FilePath) -> None:
         """Saves everything that the fit needs to go on; where the disk refuses, it warns."""
         guide, training, stream = self._subject.guide, self._training, self._stream
-        initial, modes = self._initial, self._initial.modes
+        modes = self._initial.modes
         state = {
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
             "num_steps": training.schedule.num_steps,
@@ -224,15 +234,15 @@ class FitRun:
             "step_size": training.step_size,
             "num_search_steps": self._search_steps,
             "seconds": time.perf_counter() - self._began,
-            "start": initial.name,
-            "start_elbo": initial.elbo,
+            "start": self._initial.name,
+            "start_elbo": self._initial.elbo,
             "modes": modes and [*modes.gaussians, modes.value, modes.converged],
             "training": training.state(),
             "batches": stream and [stream.num_batches, stream.epoch, stream.position],
-            "random": files.random_state(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         }
         try:
-            files.write(path, state)
+            files.write(path, {"format": _FORMAT, "state": state})
         except (OSError, RuntimeError) as error:  # torch reports a full disk by either
             warnings.warn(
                 f"checkpoint: {path} could not be written, so that the fit goes on without; an earlier "
@@ -296,17 +306,16 @@ class FitRun:
         offered: object = self._subject.guide
         if not isinstance(offered, StructuredGuide):
             return ()
-        batches = [Batch(self._subject.args, self._subject.kwargs)]
-        if self._minibatches is not None:
-            batches = self._minibatches.validation
+        given = [Batch(self._subject.args, self._subject.kwargs)]
+        batches = given if self._minibatches is None else self._minibatches.validation
         return tuple(offered.missing_over_batches(batches))
 
     def _judge(self, end: str, stopped_because: str) -> FitResult:
         """The result of the fit but for its guide."""
         training, config = self._training, self._config
-        skipped, missing = training.skipped.count, self._missing()
-        share, is_complete = skipped / max(training.num_steps, 1), stopped_because != _INTERRUPTED
-        status = FitStatus(share, is_complete, self._is_saved, missing=missing)
+        skipped, is_complete = training.skipped.count, stopped_because != _INTERRUPTED
+        share = skipped / max(training.num_steps, 1)
+        status = FitStatus(share, is_complete, self._is_saved, missing=self._missing())
         if self._minibatches is not None:
             passed = self._minibatches.over_a_pass()
             found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
@@ -329,6 +338,14 @@ class FitRun:
             one_at_a_time=self._looped_because or self._subject.log_joint.reason,
             guide_reason=self._guide_reason,
         )
+
+
+def _read(path: files.FilePath) -> dict[str, Any]:
+    """The state that :meth:`FitRun.save` wrote."""
+    saved = files.read(path)
+    if isinstance(saved, dict) and saved.get("format") == _FORMAT:
+        return cast(dict[str, Any], saved["state"])
+    raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")
 
 
 def _run_once(
@@ -360,22 +377,5 @@ def _objective_of_batch(
             latent, _ = guide.rsample_and_log_prob(1)
         if latent.shape[-1] == log_joint.latents.latent_dim:
             return PathObjective(log_joint, guide, config.optimization)
-    settings = config.minibatch if is_minibatch else config.optimization
-    batch = Batch(args, kwargs)
-    return PyroObjective(model, subject.guide, batch, log_joint, settings.num_estimates)
-
-
-def _why_looped(objective: BatchObjective, log_joint: LogJoint) -> str:
-    """Why draws are evaluated one after the other, with a warning; empty where they are not."""
-    reason = log_joint.reason
-    if isinstance(objective, PyroObjective):
-        reason = reason or "model and guide do not run in a plate of particles"
-        reason = "" if objective.is_vectorized else reason
-    if reason:
-        warnings.warn(
-            "the model cannot be evaluated at many draws at once, so that it is run for one draw "
-            f"after the other, which is slow ({reason}). Write it without branches on values of its "
-            "latents, and index from the right, or take fewer num_particles",
-            stacklevel=4,
-        )
-    return reason
+    num = (config.minibatch if is_minibatch else config.optimization).num_estimates
+    return PyroObjective(model, subject.guide, Batch(args, kwargs), log_joint, num)

@@ -6,7 +6,6 @@ import signal
 from functools import partial
 
 import pytest
-import torch
 
 from pyro_artransform import fit
 from pyro_artransform.inference.config import (
@@ -16,7 +15,6 @@ from pyro_artransform.inference.config import (
     MinibatchConfig,
     OptimizationConfig,
 )
-from tests.inference import models
 
 #: Fewer draws, points and steps of searches, so that a fit takes a fraction of a second.
 QUICK = FitConfig(
@@ -49,18 +47,6 @@ quick_fit = partial(fit, config=QUICK)
 def quick() -> FitConfig:
     """The settings of a fit that is quick."""
     return QUICK
-
-
-@pytest.fixture(scope="session")
-def fitted_once():
-    """The result of a quick fit, that many tests look at."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    guide = models.small(models.regression)
-    options = {"num_steps": 30, "num_particles": 8, "seed": 0, "progress": False}
-    result = quick_fit(models.regression, guide, **options)
-    torch.set_default_dtype(dtype)
-    return result
 
 
 @pytest.fixture(autouse=True)

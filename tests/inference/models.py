@@ -123,24 +123,24 @@ def gaussian():
     pyro.sample("z", dist.MultivariateNormal(torch.ones(3), scale_tril=scale_tril))
 
 
-def raw_scales():
-    """A regression on columns of scale 1e4 and 1e-4: its posterior is Gaussian."""
+def raw_data():
     rows = torch.randn(30, 3, generator=torch.Generator().manual_seed(1))
     columns = rows * torch.tensor([1e4, 1.0, 1e-4])
-    weights = torch.tensor([1e-4, -1.0, 2e4])
-    beta = pyro.sample(
-        "beta", dist.Normal(torch.zeros(3), torch.tensor([1.0, 10.0, 1e5])).to_event(1)
-    )
+    return columns, columns @ torch.tensor([1e-4, -1.0, 2e4]), torch.tensor([1.0, 10.0, 1e5])
+
+
+def raw_scales():
+    """A regression on columns of scale 1e4 and 1e-4: its posterior is Gaussian."""
+    columns, y, scales = raw_data()
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), scales).to_event(1))
     mean = (columns * beta.unsqueeze(-2)).sum(-1)
-    pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=columns @ weights)
+    pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
 
 def raw_scales_evidence():
     """Its log evidence, in closed form."""
-    rows = torch.randn(30, 3, generator=torch.Generator().manual_seed(1))
-    columns = rows * torch.tensor([1e4, 1.0, 1e-4])
-    y = columns @ torch.tensor([1e-4, -1.0, 2e4])
-    prior = torch.tensor([1.0, 10.0, 1e5]) * columns
+    columns, y, scales = raw_data()
+    prior = scales * columns
     distribution = dist.MultivariateNormal(torch.zeros(30), torch.eye(30) + prior @ prior.T)
     return distribution.log_prob(y).item()
 

@@ -75,18 +75,12 @@ def hierarchy(folder: Path) -> Outcome:
     return outcome(quick_fit(loaders.groups, amortized(loaders.groups), loader=loader, **options))
 
 
-def walk() -> None:
-    """Few dependencies for each of its steps."""
-    z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(6), 3.0).to_event(1))
-    pyro.factor("steps", -(z[1:] - z[:-1]).square().sum() - z.cos().sum())
-
-
 def other_guides(folder: Path) -> dict[str, Outcome]:
     """One of Pyro's, one with a graph, one that scales its steps by the size of a batch, a decoder's."""
     batches = {"loader": rows()[1].split(10)}
     cases = {
         "stock": (models.regression, AutoNormal, {}),
-        "structured": (walk, AutoStructuredFlow, {}),
+        "structured": (models.gaussian, AutoStructuredFlow, {}),
         "amortized": (loaders.groups, amortized, batches),
         "decoder": (models.Decoder(), small, {}),
     }
@@ -143,24 +137,7 @@ def errors(folder: Path) -> dict[str, str]:
     }
 
 
-def group_of_the_user(folder: Path) -> Outcome:
-    """The group is used, and left as it is."""
-    place = {"rank": RANK, "world_size": int(os.environ["WORLD_SIZE"])}
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", **place)
-    found = outcome(quick_fit(models.location, small(models.location), num_steps=3, **SOME))
-    assert distributed.is_initialized()
-    distributed.destroy_process_group()
-    return found
-
-
-MORE = {
-    "hierarchy": hierarchy,
-    "other guides": other_guides,
-    "skipped": skipped,
-    "resumed": resumed,
-    "errors": errors,
-    "group of the user": group_of_the_user,
-}
+MORE = {case.__name__: case for case in (hierarchy, other_guides, skipped, resumed, errors)}
 CASES = {"smoke": smoke, "fails": fails, **MORE}
 
 

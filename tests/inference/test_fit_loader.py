@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fits by mini-batches: what they reach, see and say."""
+"""Fits by mini-batches: what they reach, see and say, and how they go on from a file."""
 
 import math
 from dataclasses import replace
@@ -11,14 +11,16 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
 from tests.inference import loaders
 from tests.inference.conftest import QUICK
 from tests.inference.conftest import quick_fit as fit
-from tests.inference.loaders import DIM, Autoencoder, listed, rows, shuffled, small
+from tests.inference.loaders import DIM, KNOWN, Autoencoder, listed, rows, shuffled, small
+from tests.inference.test_fit import parameters
+from tests.inference.test_fit_resume import fresh, same, stop_at
 
 
 def fitted(model, guide, loader, **kwargs):
@@ -39,9 +41,6 @@ def quick_adam(parameters):
     return torch.optim.Adam(parameters, lr=0.02)
 
 
-# What they reach
-
-
 def test_regression_reaches_the_posterior(capfd):
     """Of 43 rows in batches of 10, the last of them of 3."""
     x, y = rows()
@@ -58,14 +57,8 @@ def test_regression_reaches_the_posterior(capfd):
     assert result.start != "the guide as it stood"
     assert capfd.readouterr() == ("", "")
     assert not result.trusted
-    for words in (
-        "mini-batches",
-        "of all data is",
-        "k-hat is",
-        "mass elsewhere",
-        "without a loader",
-    ):
-        assert words in result.verdict
+    words = ("mini-batches", "of all data is", "k-hat is", "mass elsewhere", "without a loader")
+    assert all(word in result.verdict for word in words)
     assert "nan" not in repr(result)
 
 
@@ -127,9 +120,7 @@ def test_amortized_locals_and_globals():
     covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
     distribution = dist.MultivariateNormal(torch.zeros(43), covariance)
     # a linear encoder can be exact; what is left is the noise of the batches
-    assert (
-        distribution.log_prob(y) - 1 < result.elbo < distribution.log_prob(y) + 4 * result.elbo_se
-    )
+    assert -1 < result.elbo - distribution.log_prob(y) < 4 * result.elbo_se
     assert "of all data" in result.verdict
     assert math.isnan(result.khat)
 
@@ -137,11 +128,13 @@ def test_amortized_locals_and_globals():
 def test_a_loader_of_one_batch_is_as_good_as_arguments():
     x, y = rows()
     _, _, evidence = loaders.exact(x, y)
-    loader, options = (
-        shuffled(x, y, batch_size=100),
-        {"epochs": 150, "num_particles": 16, "seed": 0},
-    )
-    result = fitted(loaders.regression, small(loaders.regression), loader, **options)
+    options = {
+        "epochs": 150,
+        "num_particles": 16,
+        "seed": 0,
+        "loader": shuffled(x, y, batch_size=100),
+    }
+    result = fitted(loaders.regression, small(loaders.regression), **options)
     assert result.num_steps == 150
     assert result.trusted, result
     assert abs(result.log_evidence - evidence) < 0.02
@@ -162,9 +155,6 @@ def test_weights_of_all_data_from_a_pass():
         assert math.isnan(result.khat)
         assert result.importance is None
         assert result.elbo_se > 0.3  # the batches that nobody saw, of which there may be any
-
-
-# What is passed on
 
 
 def test_arguments_of_all_kinds():
@@ -211,49 +201,56 @@ def test_ends_by_itself():
     assert not result.num_steps % 5
 
 
-def test_path_gradient_is_asked_for_and_given_back():
-    class Watched(AutoAmortized):
-        def forward(self, *args, **kwargs):
-            asked.append(self.path)
-            return super().forward(*args, **kwargs)
+@pytest.mark.parametrize("name", ["shuffled", "with a generator", "weighted"])
+def test_seed(name):
+    def run(seed):
+        pyro.clear_param_store()
+        torch.manual_seed(7)
+        guide, loader = small(loaders.regression), KNOWN[name](*rows())
+        torch.manual_seed(3)
+        result = fitted(loaders.regression, guide, loader, epochs=2, seed=seed)
+        return result.history, result.elbo, parameters(), torch.rand(3)
 
-    _, y = rows()
-    for options in ({"loader": shuffled(y), "epochs": 2}, {"num_steps": 2}):
-        for path in (False, True):
-            asked = []
-            guide = Watched(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
-            guide.path = path
-            args = () if "loader" in options else (y,)
-            fit(loaders.groups, guide, *args, progress=False, num_particles=2, **options)
-            assert guide.path is path
-            assert asked.count(True) >= 2
-            assert path or asked.count(False) >= 2
-
-
-# Words
+    a, b, other = run(1), run(1), run(2)
+    assert a[:2] == b[:2]
+    assert same(a[2], b[2])
+    assert other[0] != a[0]
+    torch.manual_seed(3)
+    assert torch.equal(a[3], torch.rand(3))
 
 
-def test_a_point_is_no_posterior():
-    x, y = rows()
-    result = fitted(loaders.regression, AutoDelta(loaders.regression), shuffled(x, y), epochs=2)
-    assert "AutoDelta" in result.verdict
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_goes_on_from_the_next_epoch(kind, tmp_path, recwarn):
+    """And says so where it was stopped in the middle of one."""
+    path = tmp_path / "fit.pt"
+
+    def run(**options):
+        model, guide = fresh(loaders.regression, kind)
+        return fitted(model, guide, shuffled(*rows()), **options)
+
+    for at, epoch in ((10, None), (8, 2)):
+        part = run(epochs=4, seed=3, checkpoint=path, callback=stop_at(at))
+        recwarn.clear()
+        rest = run(resume=path)
+        assert rest.num_steps == 20
+        assert rest.history[:at] == part.history
+        said = [(str(w.message), w.filename.split("/")[-1]) for w in recwarn]
+        words = f"the middle of epoch {epoch} of its loader, and goes on from the next epoch"
+        place = "test_fit_loader.py"
+        expected = [] if epoch is None else [(f"resume: the fit was stopped in {words}", place)]
+        assert said == expected
 
 
-def test_progress_bar(capsys):
-    pytest.importorskip("tqdm")
-    options = {"epochs": 2, "progress": True}
-    fitted(loaders.regression, small(loaders.regression), shuffled(*rows()), **options)
-    shown = capsys.readouterr().err
-    for words in ("10/10", "batch 5/5, ELBO -", "verdict"):
-        assert words in shown
+def test_checkpoints_of_another_loader(tmp_path):
+    path, (x, y) = tmp_path / "fit.pt", rows()
 
+    def run(loader, **options):
+        return fitted(*fresh(loaders.regression, small), loader, **options)
 
-def test_model_that_is_looped_over():
-    def looped(y):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 43, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(z if z > 0 else -z, 1.0), obs=y)
-
-    with pytest.warns(UserWarning, match="one draw after the other") as caught:
-        fitted(looped, AutoNormal(looped), rows()[1].split(22), epochs=1, num_particles=2)
-    assert caught[0].filename.endswith("test_fit_loader.py")
+    run(shuffled(x, y), epochs=2, checkpoint=path, callback=stop_at(3))
+    with pytest.raises(ValueError, match="expected a loader of 5 batches"):
+        run(shuffled(x, y, batch_size=20), num_steps=10, resume=path)
+    with pytest.raises(ValueError, match="num_steps=10, as before, got 15"):
+        run(shuffled(x, y), epochs=3, resume=path)
+    with pytest.raises(ValueError, match="made with loader=, got none"):
+        run([(x, y)], resume=path)

@@ -1,26 +1,28 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The options of a fit, and parameters of a model of their names."""
+"""The options and the guide of a fit, and parameters of a model of their names."""
 
 import inspect
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
+from torch.utils.data import DataLoader
 
-from pyro_artransform import AutoIAF, fit
+from pyro_artransform import AutoIAF, fit, inference
 from pyro_artransform.inference import FitConfig
+from pyro_artransform.inference.fit import check_model
 from tests.inference import models
-from tests.inference.conftest import quick_fit
+from tests.inference.conftest import QUICK, quick_fit
 
+few = partial(quick_fit, num_particles=4, progress=False)
 OPTIONS = sorted(
     name
     for name, parameter in inspect.signature(fit).parameters.items()
@@ -108,14 +110,6 @@ def test_a_new_guide_goes_on_from_a_store_that_was_loaded(quick, tmp_path):
     assert len(store) == len(saved)
 
 
-def test_what_is_not_a_setting_or_a_callback():
-    for config in ({"num_steps": 3}, FitConfig):
-        with pytest.raises(TypeError, match="config: expected a FitConfig, got"):
-            fit(models.regression, config=config)
-    with pytest.raises(TypeError, match="callback: expected a function, got 3"):
-        fit(models.regression, callback=3)
-
-
 def test_inference_mode():
     """There are no gradients in it, and it cannot be left for what was made in it."""
     guide = AutoIAF(models.location)
@@ -140,25 +134,101 @@ def test_settings_are_public():
     assert counts["without tails"] < counts["default"]
 
 
-IN_A_NEW_PROCESS = """
-import sys
-import pyro
-import torch
-from pyro import distributions as dist
-from pyro_artransform import AutoIAF, fit
-
-def model():
-    rate = pyro.sample("rate", dist.Gamma(2.0, 2.0))
-    pyro.sample("y", dist.Poisson(rate), obs=torch.tensor(7.0))
-
-fit(model, AutoIAF(model), num_steps=3, progress=False)
-print("torch._dynamo" in sys.modules)
-"""
+def location(y, scale=1.0):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", 12, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
 
 
-@pytest.mark.slow
-def test_imports_no_compiler():
-    # the first optimizer of PyTorch in a process does, which takes 0.7 s of CPU time
-    command = [sys.executable, "-W", "ignore", "-c", IN_A_NEW_PROCESS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "False"
+def with_link(link, y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(link(loc), 1.0), obs=y)
+
+
+Y = 2 + torch.linspace(-1, 1, 12, dtype=torch.float64)
+
+
+@pytest.fixture
+def guide():
+    return AutoNormal(location)
+
+
+def test_the_users_guide_is_in_the_result(guide):
+    for result in (
+        few(location, guide, Y, num_steps=2),
+        few(location, Y, guide=guide, num_steps=2),
+    ):
+        assert result.guide is guide
+        assert result.guide_reason == ""
+        assert "guide" not in result.rows()
+
+
+def test_a_callable_of_the_models_goes_by_its_name():
+    chosen = AutoNormal(with_link)
+    assert few(with_link, torch.exp, Y, guide=chosen, num_steps=2).guide is chosen
+    assert isinstance(few(with_link, link=torch.exp, y=Y, num_steps=2).guide, AutoIAF)
+    with pytest.raises(TypeError, match=r"missing a required argument: 'y'.*by its name"):
+        few(with_link, torch.exp, Y, num_steps=2)
+
+
+A_GUIDE = r"guide: expected a guide of the model, such as AutoIAF\(model\)"
+WRONG = [
+    ((AutoNormal,), {}, A_GUIDE),
+    ((AutoIAF, Y), {}, A_GUIDE),
+    ((Y,), {"guide": 3}, A_GUIDE),
+    ((None, None, None), {}, "expected the arguments that the model takes"),
+    ((Y, 1.0, 2.0), {}, "expected the arguments that the model takes"),
+    ((Y,), {"config": {"num_steps": 3}}, "config: expected a FitConfig, got"),
+    ((Y,), {"config": FitConfig}, "config: expected a FitConfig, got"),
+    ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
+]
+
+
+@pytest.mark.parametrize(("args", "options", "words"), WRONG)
+def test_arguments_of_another_type(args, options, words):
+    with pytest.raises(TypeError, match=words):
+        fit(location, *args, **options)
+
+
+def test_decorated_models_take_what_their_decorator_takes():
+    @wraps(location)
+    def decorated():
+        return location(Y)
+
+    check_model(decorated, (), {})
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        check_model(decorated, (Y,), {})
+
+
+def test_the_choice_is_in_the_result_and_as_good_as_the_same_guide_given():
+    given = few(location, AutoIAF(location), Y, 0.5, num_steps=5, seed=0)
+    pyro.clear_param_store()
+    result = few(location, Y, 0.5, num_steps=5, seed=0)
+    assert isinstance(result.guide, AutoIAF)
+    assert "  guide         AutoIAF, for 1 latent\n" in repr(result)
+    assert result.guide.sample_posterior(5)["loc"].shape == (5,)
+    assert (result.history, result.elbo) == (given.history, given.elbo)
+
+
+def test_another_way_to_choose():
+    """That of ``pyro_artransform`` is also the default of ``inference.fit``."""
+    asked = []
+
+    def choose(model, args, kwargs, *, is_minibatch):
+        asked.append((args, kwargs, is_minibatch))
+        return AutoNormal(model), "for a test"
+
+    result = few(location, Y, scale=0.5, choose_guide=choose, num_steps=2)
+    assert asked == [((Y,), {"scale": 0.5}, False)]
+    assert result.rows()["guide"] == "AutoNormal, for a test"
+    result = inference.fit(location, Y, num_steps=2, config=QUICK, progress=False)
+    assert result.rows()["guide"] == "AutoIAF, for 1 latent"
+
+
+def test_loader():
+    loader = DataLoader(Y, batch_size=4, shuffle=True)
+    result = few(location, loader=loader, epochs=2, scale=0.5)
+    assert isinstance(result.guide, AutoIAF)
+    assert result.rows()["guide"] == "AutoIAF, for 1 latent and sub-sampled data"
+    assert result.num_steps == 6

@@ -5,12 +5,8 @@
 
 import math
 import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pyro
 import pyro.optim
@@ -18,13 +14,13 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive
-from pyro_artransform.inference.checkpoint import read
+from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive, files
 from tests.guides.amortized import hierarchies
 from tests.inference import models
 from tests.inference.conftest import QUICK
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
+from tests.inference.test_fit import parameters
 from tests.inference.test_fit_steps import OPTIMS, SOON
 
 
@@ -38,11 +34,6 @@ def fresh(model, kind, seed=0):
 
 def fitted(model, guide, num_steps=24, **kwargs):
     return fit(model, guide, num_steps=num_steps, num_particles=4, progress=False, **kwargs)
-
-
-def parameters():
-    store = pyro.get_param_store()
-    return {name: store[name].detach().clone() for name in store.keys()}  # noqa: SIM118
 
 
 def stop_at(at):
@@ -98,23 +89,6 @@ def test_no_step_of_an_amortized_guide_is_lost(tmp_path):
     assert rest.history == pytest.approx(whole.history, rel=1e-3)
 
 
-def test_interrupt_and_resume(tmp_path):
-    def interrupt(step, elbo):
-        if step == 7:
-            signal.raise_signal(signal.SIGINT)
-
-    path = tmp_path / "fit.pt"
-    whole = fitted(*fresh(models.regression, small), seed=3)
-    expected = parameters()
-    part = fitted(*fresh(models.regression, small), seed=3, checkpoint=path, callback=interrupt)
-    assert "resume it" in part.verdict
-    rest = fitted(*fresh(models.regression, small), resume=path)
-    assert rest.history == whole.history
-    assert rest.history[:7] == part.history
-    assert same(expected, parameters())
-    assert "interrupted" not in rest.verdict
-
-
 def test_a_fit_that_ends_by_itself(tmp_path):
     path = tmp_path / "fit.pt"
     whole = fitted(*fresh(models.regression, small), seed=3, num_steps=None, config=SOON)
@@ -148,9 +122,6 @@ def test_skipped_steps_are_remembered(tmp_path):
     assert [step for step, elbo in enumerate(rest.history, 1) if math.isnan(elbo)] == [4, 6]
 
 
-# Disks
-
-
 def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     resource = pytest.importorskip("resource")
     path, limits = tmp_path / "fit.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -161,33 +132,26 @@ def test_a_disk_that_is_full_ends_no_fit(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 
     options = {"num_steps": 12, "config": config, "seed": 3}
+    given = {"checkpoint": path, "callback": callback, **options}
     try:
         with pytest.warns(UserWarning, match=r"fit\.pt.*goes on without") as caught:
-            whole = fitted(
-                *fresh(models.regression, small), checkpoint=path, callback=callback, **options
-            )
+            whole = fitted(*fresh(models.regression, small), **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {warning.filename.split("/")[-1] for warning in caught} == {"test_fit_resume.py"}
     assert os.listdir(tmp_path) == ["fit.pt"]
-    assert len(read(path)["training"]["losses"]) == 5
+    assert len(files.read(path)["state"]["training"]["losses"]) == 5
     rest = fitted(*fresh(models.regression, small), resume=path, **options)
     assert rest.history == whole.history
 
 
 def test_a_place_for_checkpoints_that_is_none(tmp_path):
-    steps = []
+    steps = {}
     for path in (tmp_path / "missing" / "fit.pt", tmp_path):
+        options = {"checkpoint": path, "callback": steps.__setitem__}
         with pytest.raises(ValueError, match="checkpoint: expected a file in a folder"):
-            fitted(
-                *fresh(models.regression, small),
-                checkpoint=path,
-                callback=lambda step, elbo: steps.append(step),
-            )
+            fitted(*fresh(models.regression, small), **options)
     assert not steps
-
-
-# What is no checkpoint of this fit
 
 
 @pytest.fixture
@@ -207,6 +171,9 @@ def test_of_another_model_or_guide(path):
     for name, case in others.items():
         with pytest.raises(ValueError, match=r"resume: expected|checkpoint: expected"):
             pytest.fail(f"{name}: {fitted(*fresh(*case), resume=path)}")
+    files.write(path, {"format": "other 1", "state": {}})
+    with pytest.raises(ValueError, match=r"fit\.pt: expected a checkpoint of fit, got another"):
+        fitted(*fresh(models.regression, small), resume=path)
 
 
 def test_with_other_options(path):
@@ -219,51 +186,3 @@ def test_with_other_options(path):
     # it need not be given again
     rest = fit(*fresh(models.regression, small), num_particles=4, progress=False, resume=path)
     assert rest.num_steps == 24
-
-
-# Kills
-
-
-KILLED = """
-import os, random, signal, sys, time
-import torch
-from pyro_artransform import fit
-from pyro_artransform.inference.checkpoint import read
-from pyro_artransform.inference.config import FitConfig, OptimizationConfig
-from tests.inference import models
-
-config = FitConfig(optimization=OptimizationConfig(checkpoint_every=1))
-torch.set_num_threads(1)
-path = sys.argv[1]
-model = models.location
-options = {"num_particles": 4, "progress": False, "num_steps": 1_000_000, "checkpoint": path}
-steps = []
-for attempt in range(4):
-    child = os.fork()
-    if not child:
-        guide = models.small(model)
-        fit(model, guide, resume=path if steps else None, config=config, **options)
-    before = os.stat(path).st_mtime_ns if steps else None
-    while not os.path.exists(path) or os.stat(path).st_mtime_ns == before:
-        time.sleep(0.002)
-    time.sleep(0.1 * random.Random(attempt).random())
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    steps.append(len(read(path)["training"]["losses"]))
-assert steps == sorted(set(steps)), steps
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_leaves_a_file_that_loads(tmp_path):
-    """Four times in a row, each fit going on from where the last one was killed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "fit.pt")],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr

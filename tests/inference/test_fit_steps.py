@@ -3,7 +3,6 @@
 
 """The steps of a fit: callbacks, optimizers, steps that are not finite."""
 
-import importlib
 import math
 import signal
 import threading
@@ -23,28 +22,15 @@ from tests.inference import models
 from tests.inference.conftest import QUICK
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
-
-
-def fitted(model, guide, num_steps=20, num_particles=8, **kwargs):
-    options = {"num_steps": num_steps, "num_particles": num_particles, "progress": False}
-    return fit(model, guide, **{**options, **kwargs})
-
+from tests.inference.test_fit import fitted
 
 #: A fit that decides by itself after tens of steps.
 SOON = replace(
     QUICK,
     optimization=replace(
-        QUICK.optimization,
-        window=18,
-        max_decay=20,
-        tail_steps=5,
-        max_constant_path=90,
-        max_constant_pyro=90,
+        QUICK.optimization, window=18, max_decay=20, max_constant_path=90, max_constant_pyro=90
     ),
 )
-
-
-# Ends
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
@@ -54,30 +40,17 @@ def test_ends_by_itself(kind):
     assert 36 < result.num_steps < 120
     assert "ELBO" in result.stopped_because
     # and those of step sizes that the search has tried in vain
-    in_vain, rest = divmod(
-        result.num_gradients - 8 * result.num_steps, 8 * QUICK.optimization.search_steps
-    )
+    others = result.num_gradients - 8 * result.num_steps
+    in_vain, rest = divmod(others, 8 * QUICK.optimization.search_steps)
     assert 0 <= in_vain < len(QUICK.optimization.step_sizes)
     assert rest == 0
 
 
-class Writer:
-    """Takes scalars as the ``SummaryWriter`` of TensorBoard does, which returns nothing."""
-
-    def __init__(self):
-        self.scalars = {}
-
-    def add_scalar(self, tag, scalar_value, global_step=None):
-        self.scalars.setdefault(tag, {})[global_step] = scalar_value
-
-
 def test_callback_that_logs():
     """As in the docstring of ``fit``."""
-    model, writer = models.regression, Writer()
-    callback = lambda step, elbo: writer.add_scalar("ELBO", elbo, step)  # noqa: E731
-    result = fitted(model, small(model), num_steps=7, callback=callback)
-    assert writer.scalars == {"ELBO": dict(enumerate(result.history, start=1))}
-    assert list(writer.scalars["ELBO"]) == [1, 2, 3, 4, 5, 6, 7]
+    model, log = models.regression, {}
+    result = fitted(model, small(model), num_steps=7, callback=log.__setitem__)
+    assert log == dict(enumerate(result.history, start=1))
     assert "7 steps" in result.stopped_because
 
 
@@ -99,9 +72,6 @@ def test_callbacks_that_do_not_stop(answer):
     assert result.num_steps == 4
 
 
-# Interrupts
-
-
 def interrupt(step, elbo):
     if step == 4:
         signal.raise_signal(signal.SIGINT)
@@ -114,33 +84,10 @@ def test_interrupt_keeps_what_was_learned():
     assert math.isfinite(result.elbo)
     assert not result.trusted
     assert "interrupted" in result.verdict
-    assert "from its checkpoint" not in result.verdict  # there is none
+    assert "from its checkpoint" not in result.verdict  # it has none
     assert "interrupted" in result.stopped_because
     assert guide.sample_posterior(3)["loc"].shape == (3,)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_second_interrupt():
-    def twice(step, elbo):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        fitted(models.location, AutoNormal(models.location), callback=twice)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_interrupt_before_the_first_step(monkeypatch):
-    module = importlib.import_module("pyro_artransform.inference.run")
-
-    def interrupted(trainer):
-        signal.raise_signal(signal.SIGINT)
-        return trainer.new(0.01), 0
-
-    monkeypatch.setattr(module, "begin", interrupted)
-    result = fitted(models.regression, small(models.regression))
-    assert result.num_steps == 0
-    assert math.isfinite(result.elbo)
 
 
 def test_outside_of_the_main_thread():
@@ -154,9 +101,6 @@ def test_outside_of_the_main_thread():
     thread.start()
     thread.join()
     assert results[0].num_steps == 20
-
-
-# Optimizers
 
 
 def scheduler():
@@ -187,9 +131,6 @@ def test_optim(name, kind):
 def test_what_is_no_optimizer():
     with pytest.raises(TypeError, match="optim"):
         fitted(models.location, AutoNormal(models.location), optim=0.01)
-
-
-# Steps that are not finite
 
 
 def faulty(at, kind=math.nan):
@@ -230,8 +171,9 @@ def test_a_fault_at_a_step(kind, fault):
     assert result.num_steps == 30
     assert result.num_skipped == 1
     assert [step for step, elbo in enumerate(result.history, 1) if math.isnan(elbo)] == [10]
-    assert result.culprits == ({"y": 1} if fault != "gradient" else {"the gradient": 1})
-    assert ("y (1)" if fault != "gradient" else "the gradient (1)") in repr(result)
+    site = "the gradient" if fault == "gradient" else "y"
+    assert result.culprits == {site: 1}
+    assert f"{site} (1)" in repr(result)
     assert math.isfinite(result.elbo)
 
 

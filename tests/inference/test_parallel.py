@@ -1,37 +1,157 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What processes do for each other, in a group of one; ``test_fit_parallel`` has two processes."""
+"""Fits of a process that is alone, and of two; what these do is in ``parallel_cases``."""
 
-import math
-import time
+import os
+import re
+import socket
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+from pyro import distributions as dist
 from torch import distributed
 
 from pyro_artransform.inference import parallel as module
-from pyro_artransform.inference.parallel import Parallel, open_parallel
-from tests.inference import models
+from pyro_artransform.inference.parallel import open_parallel
+from tests.inference import loaders, models, parallel_cases
 from tests.inference.conftest import quick_fit
-from tests.inference.test_fit_parallel import free_port
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(folder, *names):
+    """Runs cases in two new processes, as torchrun does; their exit codes, and what they wrote."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    path = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "tests.inference.parallel_cases", str(folder), *names]
+    running = []
+    for rank in range(2):
+        env = {**os.environ, **place, "RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        kinds = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=env, **kinds))
+    try:
+        wrote = [process.communicate(timeout=300)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], wrote
+
+
+def outcomes(folder, codes, wrote):
+    assert codes == [0, 0], wrote
+    return [torch.load(folder / f"process {rank}.pt") for rank in range(2)]
+
+
+def same(a, b):
+    """Whether two outcomes are equal to the bit; NaN is itself."""
+    return repr(a) == repr(b)
+
+
+def test_two_processes_share_a_fit_and_say_what_they_wait_for(tmp_path):
+    codes, wrote = launch(tmp_path, "smoke")
+    first, second = (found["smoke"] for found in outcomes(tmp_path, codes, wrote))
+    assert same(first, second)
+    assert first["told"] == [1, 2, 3, 4, 5]
+    assert first["stopped_because"] == "the callback asked to stop"
+    assert first["num_gradients"] % 32 == 0  # 31 draws are 16 for each
+    assert first["is_closed"]
+    waited = "fit has waited 0 s for the end of a step in all processes. Another process is late"
+    assert waited in wrote[0]
+    if "tqdm" in sys.modules:  # only the first process shows its progress
+        assert "5/8" in wrote[0]
+    assert "5/8" not in wrote[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What two processes returned, by case."""
+    folder = tmp_path_factory.mktemp("processes")
+    return outcomes(folder, *launch(folder, *parallel_cases.MORE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(parallel_cases.MORE.keys() - {"errors"}))
+def test_all_processes_end_alike(run, name):
+    assert same(run[0][name], run[1][name])
+
+
+@pytest.mark.slow
+def test_a_hierarchy_by_a_loader(run):
+    found, (_, y) = run[0]["hierarchy"], loaders.rows()
+    assert found["num_steps"] == 40 * 5
+    assert found["num_gradients"] == 200 * 2 * 8
+    covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
+    evidence = dist.MultivariateNormal(torch.zeros(43), covariance).log_prob(y)
+    # a linear encoder can be exact; what is left is the noise of the batches
+    assert evidence - 1 < found["elbo"] < evidence + 4 * found["elbo_se"]
+    assert "of all data" in found["verdict"]
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_in_one_process_is_skipped_by_all(run):
+    found = run[0]["skipped"]
+    assert found["num_skipped"] == 2
+    assert found["culprits"] == {"odd": 2}
+    assert [k for k, elbo in enumerate(found["history"], 1) if elbo != elbo] == [4, 6]
+
+
+@pytest.mark.slow
+def test_a_fit_goes_on_from_its_checkpoint(run):
+    part, rest = run[0]["resumed"]["part"], run[0]["resumed"]["rest"]
+    assert (part["num_steps"], rest["num_steps"]) == (3, 12)
+    assert rest["history"][:3] == part["history"]
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_all_processes(run):
+    first, second = (found["errors"] for found in run)
+    expected = "ValueError: fit: expected the same num_steps in all processes, got [5, 6]"
+    assert first["options"] == second["options"] == expected
+    assert "expected the same data (sums) in all processes" in first["data"]
+    assert first["checkpoint"].startswith("FileNotFoundError")
+    assert second["checkpoint"].startswith("RuntimeError: fit: the first process has failed: File")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_does_not_leave_the_other_waiting(tmp_path):
+    codes, wrote = launch(tmp_path, "fails")
+    assert codes == [1, 1]
+    assert "ZeroDivisionError: of the second process" in wrote[1]
+    assert "and waited in vain. Another process is late, hangs or has ended" in wrote[0]
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_by_torchrun(tmp_path):
+    """And again, from its checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(ROOT / "tutorials" / "many_processes.py")
+    command = [*torchrun, script, "--checkpoint", str(tmp_path / "fit.pt")]
+    env = {**os.environ, "CI": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"^processes +(\d+)$", done.stdout, re.MULTILINE) == ["2"]
+        assert re.findall(r"^steps +(\d+) in", done.stdout, re.MULTILINE) == ["40"]
+        numbers = r"ELBO +(-[\d.]+) ± ([\d.]+) \(log evidence (-[\d.]+)\)"
+        elbo, error, log_evidence = map(float, re.search(numbers, done.stdout).groups())
+        assert log_evidence - 40 < elbo < log_evidence + 4 * error
+
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@pytest.fixture
-def parallel(tmp_path):
-    """The only process of a group."""
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        pytest.skip("needs gloo")
-    place = {"rank": 0, "world_size": 1}
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", **place)
-    yield Parallel()
-    distributed.destroy_process_group()
-
-
-# One process alone
 
 
 @pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "2"}, dict.fromkeys(VARIABLES, "1")])
@@ -44,15 +164,6 @@ def test_one_process_alone(monkeypatch, given):
     with open_parallel() as found:
         assert found is None
         assert not distributed.is_initialized()
-
-
-def test_a_group_of_one_is_one_process(parallel):
-    with open_parallel() as found:
-        assert found is None
-    assert distributed.is_initialized()
-
-
-# No hang in silence
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -69,47 +180,3 @@ def test_a_stale_environment_is_named(monkeypatch, caplog, rank):
     assert "fit has waited 0 s for the other processes of this fit" in caplog.text
     assert "Unset WORLD_SIZE" in caplog.text
     assert module._PATIENCE < 5
-
-
-def test_a_process_that_waits_says_for_what(monkeypatch, caplog):
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
-    with module._waiting("the other"):
-        time.sleep(0.5)
-    said = [record.getMessage() for record in caplog.records]
-    assert 2 <= len(said) <= 4  # after 0.05, 0.1, 0.2 and 0.4 s
-    assert all("waited 0 s for the other. Another process is late" in words for words in said)
-    vain = pytest.raises(RuntimeError, match=r"expected the other, and waited in vain.*by peer")
-    with vain, module._waiting("the other"):
-        raise RuntimeError("Connection closed by peer")
-
-
-# What is averaged and gathered
-
-
-def test_mean(parallel):
-    """Gradients of other shapes and dtypes, one that is missing, and a loss that is not finite."""
-    parameters = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.float32), torch.zeros(())]
-    gradients = [torch.randn(3, 2).T, None, torch.tensor(2.0)]
-    loss, found = parallel.mean(1.5, gradients, parameters)
-    assert loss == 1.5
-    assert found[1] is None
-    for expected, got in zip(gradients[::2], found[::2]):
-        assert torch.equal(expected, got)
-        assert got.dtype == expected.dtype
-    loss, found = parallel.mean(math.nan, None, [torch.zeros(2)])
-    assert not math.isfinite(loss)
-    assert found is None
-
-
-def test_what_the_first_process_has(parallel):
-    x = torch.randn(2, 3).T
-    before = x.clone()
-    parallel.copy_first([x])
-    assert torch.equal(x, before)
-    content = {"a": [torch.ones(2), "b", None]}
-    assert parallel.first("it", lambda: content)["a"][1:] == ["b", None]
-    with pytest.raises(ZeroDivisionError):
-        parallel.first("it", lambda: 1 / 0)
-    assert parallel.seed(3) == 3
-    assert parallel.seed() != parallel.seed()
-    assert parallel.any(True, False) == (True, False)

@@ -98,7 +98,7 @@ class MissedModeSearch:
         modes, searched_by = search.search(heaviest, modes)
         by_curvature = searched_by == "curvature"
         if by_curvature:
-            for _ in range(config.max_more_looks):
+            for _ in range(config.max_more_searches):
                 # too many for none, and too few for a loss
                 if not config.min_lost < self._lost(guide, modes)[0] <= config.max_lost:
                     break

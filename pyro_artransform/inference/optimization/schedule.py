@@ -49,7 +49,7 @@ def quick_score(objective: Objective, config: OptimizationConfig) -> Score:
 
     These tell that a guide is far off: for small gaps half the variance of the log weights is one.
     """
-    few = objective.elbo_draws(config.look_draws)
+    few = objective.elbo_draws(config.check_draws)
     if not 0.5 * few.var() <= 2 * config.min_improvement:  # NaN is far off as well
         return Score()
     return score_of(objective, config.selection_draws)
@@ -160,7 +160,7 @@ class Schedule:
 
     def is_for_check(self, step: int) -> bool:
         """Whether to check, after a number of steps, what is left to win."""
-        every = self.config.look_every
+        every = self.config.check_every
         return self.num_steps is None and step >= 2 * every and step % every == 0
 
     def after_check(self, step: int, score: Score) -> "Schedule":

@@ -218,7 +218,7 @@ def test_weights_with_a_heavy_tail_know_no_gap():
 def test_a_guide_that_is_far_off_costs_few_draws():
     far = Weights(1.0)
     assert quick_score(far, CONFIG) == Score()
-    assert far.num_draws == CONFIG.look_draws
+    assert far.num_draws == CONFIG.check_draws
 
 
 def test_good_is_little_gap_and_a_light_tail():

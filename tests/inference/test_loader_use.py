@@ -11,8 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow, fit
-from pyro_artransform.inference.loader import BatchStream
-from pyro_artransform.inference.loader_checks import check_use
+from pyro_artransform.inference.loader import BatchStream, check_use
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import listed, rows, shuffled, small
@@ -32,21 +31,13 @@ def test_options_that_do_not_go_together():
         with pytest.raises(ValueError, match="epochs"):
             fit(model, small(model), loader=loader, epochs=epochs)
 
-    def taken(x, loader):
-        pass
-
-    with pytest.raises(ValueError, match="parameter 'loader', which is an option of fit"):
-        fit(taken, small(taken), x)
-
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_latents_that_would_see_one_batch_only(kind):
     def of_all(y):
         loaders.groups(y, len(y))
 
-    def of_rows(
-        y,
-    ):  # a guide that is not told of the batch has one latent for the first row of each
+    def of_rows(y):  # a guide without a batch has one latent for the first row of each
         with pyro.plate("rows", len(y)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z, 0.5), obs=y)
@@ -55,29 +46,6 @@ def test_latents_that_would_see_one_batch_only(kind):
         refused = rf"'{name}' is of all batches.*subsample_size=len\(batch\)"
         with pytest.raises(ValueError, match=refused):
             fitted(model, kind(model), shuffled(rows()[1][:40]))
-
-
-def test_scaled_by_hand():
-    def model(x, y):
-        weights = pyro.sample("weights", dist.Normal(torch.zeros(3), 3.0).to_event(1))
-        with poutine.scale(scale=43 / len(x)), pyro.plate("data", len(x)):
-            mean = (x * weights).sum(-1)
-            pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
-
-    check(fitted(model, small(model), shuffled(*rows()), epochs=2), 10)
-
-
-def test_globals_that_are_parameters():
-    def model(y):
-        mean = pyro.param("mean", torch.tensor(0.0))
-        with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-
-    _, y = rows()
-    guide = AutoAmortized(model, lambda y: y[:, None], local_flow=None)
-    check(fitted(model, guide, shuffled(y), epochs=3), 15)
-    assert pyro.param("mean") != 0
 
 
 @pytest.mark.parametrize(
@@ -153,9 +121,6 @@ def test_latents_of_a_short_last_batch():
         fitted(model, small(model), listed(rows()[1])[::-1], epochs=1)
 
 
-# Guides of several parts, and those that need no indices
-
-
 def check_alone(model, guide, size=10):
     _, y = rows()
     batches = BatchStream(y.split(size))
@@ -180,8 +145,13 @@ def encoded(model):
     return AutoAmortized(model, lambda y: y[:, None], local_flow=None)
 
 
-def test_a_list_that_has_an_encoder():
+def test_a_list_that_has_an_encoder_or_a_function():
+    def local(y):
+        with pyro.plate("groups", 43, subsample_size=len(y)):
+            pyro.sample("z", dist.Normal(y, 1.0))
+
     check_alone(loaders.groups, in_parts(loaders.groups, encoded))
+    check_alone(loaders.groups, in_parts(loaders.groups, lambda model: local))
     with pytest.raises(ValueError, match=r"'z'.*create_plates"):
         check_alone(loaders.groups, in_parts(loaders.groups, AutoNormal))
     with pytest.raises(ValueError, match="'mean' is of all batches"):
@@ -225,14 +195,3 @@ def test_a_scale_of_everything_is_no_scaling_up():
     with pytest.raises(ValueError, match="'mean' is of all batches"):
         check_alone(normalised, encoded(normalised))
     check_alone(lifted, AutoNormal(lifted))
-
-
-def test_a_function_in_a_list_is_the_users():
-    def local(y):
-        with pyro.plate("groups", 43, subsample_size=len(y)):
-            pyro.sample("z", dist.Normal(y, 1.0))
-
-    guide = AutoGuideList(loaders.groups)
-    guide.append(AutoNormal(poutine.block(loaders.groups, expose=["mean"])))
-    guide.append(local)
-    check_alone(loaders.groups, guide)
