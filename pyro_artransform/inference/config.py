@@ -3,9 +3,8 @@
 
 """Every number that was tuned for :func:`~pyro_artransform.fit`.
 
-A number from a paper or from a benchmark of the repository names its source. All others were found by
-hand on the posteriors of ``benchmarks/flows.md``, and alternatives were not measured. "By loop" is for
-models that are run for one draw after the other.
+Numbers without a source were found by hand on the posteriors of ``benchmarks/flows.md``. "By loop" is
+for models that are run for one draw after the other.
 """
 
 from dataclasses import dataclass, field, replace
@@ -52,12 +51,8 @@ class InitializationConfig:
 
     def for_loop(self) -> "InitializationConfig":
         """The same with fewer points and draws."""
-        return replace(
-            self,
-            num_points=self.num_points_by_loop,
-            num_tried=self.num_tried_by_loop,
-            num_fine=self.num_rough,
-        )
+        num_points, num_tried = self.num_points_by_loop, self.num_tried_by_loop
+        return replace(self, num_points=num_points, num_tried=num_tried, num_fine=self.num_rough)
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,8 @@ def fit(
         has a generator of its own, and leaves the generators as they were.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
-        not finite where the step was skipped. The fit ends where it returns ``True``, also one of NumPy
-        or PyTorch. Steps of the search for a step size are told of once the search is over.
+        not finite where the step was skipped. The fit ends where it returns ``True``. For steps of the
+        search for a step size it is called once the search is over.
     :param checkpoint: a file to save the fit to as it goes; with a full disk it warns and goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
         same steps as if it had not been interrupted; with a loader from the next epoch.

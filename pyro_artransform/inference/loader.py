@@ -79,10 +79,7 @@ class EveryNth:
 
 
 class BatchStream:
-    """The mini-batches of a loader of ``fit`` as arguments of a model, one epoch after the other.
-
-    All of them have the keyword arguments ``kwargs``.
-    """
+    """The mini-batches of a loader as arguments of a model, all with the same keyword arguments."""
 
     def __init__(
         self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
@@ -141,12 +138,7 @@ class BatchStream:
             self._iterator, self.epoch = None, self.epoch + 1
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
-        """The batches of one of many processes, as :class:`EveryNth` has them.
-
-        A single batch, and a ``DistributedSampler`` of the user's, are taken as they are.
-
-        :raises ValueError: if there are fewer batches than processes.
-        """
+        """The :class:`EveryNth` batches; a single one, or a ``DistributedSampler``, is left as it is."""
         if self.num_batches == 1 or isinstance(self._by_epoch, DistributedSampler):
             return self
         if self.num_batches < size:
@@ -187,11 +179,7 @@ class BatchStream:
         self._iterator = None
 
     def one_pass(self, count: int) -> Iterator[Batch]:
-        """``count`` batches of one epoch at most, spread over it; the same ones each time.
-
-        It leaves stream and generators as they were. The order is that of the first epoch, as far as it
-        follows torch's generators.
-        """
+        """At most ``count`` batches, spread over the first epoch; stream and generators stay as they are."""
         count = min(count, self.num_batches)
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
         if isinstance(self._rows, _SHUFFLED):

@@ -54,13 +54,10 @@ def noted_interrupts() -> Iterator[threading.Event]:
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing.
-
-    It is live on a terminal and in a notebook; elsewhere, as in a log file, it is one line at the end.
-    """
+    """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing."""
 
     bar: Any
-    is_live: bool = True
+    is_live: bool = True  #: on a terminal or in a notebook; elsewhere it is one line at the end
     objective: str = "ELBO"  #: losses are the negative of it
 
     def say(self, what: str) -> None:

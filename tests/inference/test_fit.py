@@ -168,12 +168,11 @@ def test_minibatches_are_never_trusted(kind):
 
 
 def test_guide_that_lacks_a_latent():
-    guide = AutoNormal(poutine.block(models.regression, hide=["scale"]))
+    part = poutine.block(models.regression, hide=["scale"])
     with pytest.raises(ValueError, match=r"expected all latents of the model.*scale"):
-        fitted(models.regression, guide)
-    ours = small(poutine.block(models.regression, hide=["scale"]))
+        fitted(models.regression, AutoNormal(part))
     with pytest.raises(ValueError, match="made for another model"):
-        fitted(models.regression, ours)
+        fitted(models.regression, small(part))
 
 
 def test_nothing_to_train():

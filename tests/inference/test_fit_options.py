@@ -82,20 +82,20 @@ def test_numbers_out_of_range(name, value, expected):
 
 
 @pytest.mark.parametrize("make_guide", [None, AutoIAF], ids=["chosen", "given"])
-def test_a_new_guide_is_new_whatever_was_fitted_before(quick, make_guide):
+def test_a_new_guide_is_new_whatever_was_fitted_before(make_guide):
     """Pyro's store has the parameters of the last fit under its name."""
     histories = []
     for model in (models.scaled, models.location, models.location):
         guide = [] if make_guide is None else [make_guide(model)]
-        result = fit(model, *guide, num_steps=5, seed=1, progress=False, config=quick)
+        result = fit(model, *guide, num_steps=5, seed=1, progress=False, config=QUICK)
         histories.append(result.history)
         del guide, result
     assert histories[1] == histories[2]
     assert {name.split(".")[0] for name in pyro.get_param_store()} == {"AutoIAF"}
 
 
-def test_a_new_guide_goes_on_from_a_store_that_was_loaded(quick, tmp_path):
-    fit(models.regression, num_steps=5, progress=False, config=quick)
+def test_a_new_guide_goes_on_from_a_store_that_was_loaded(tmp_path):
+    fit(models.regression, num_steps=5, progress=False, config=QUICK)
     store = pyro.get_param_store()
     saved = {name: value.detach().clone() for name, value in store.items()}
     store.save(str(tmp_path / "store"))
@@ -181,6 +181,7 @@ WRONG = [
     ((Y, 1.0, 2.0), {}, "expected the arguments that the model takes"),
     ((Y,), {"config": {"num_steps": 3}}, "config: expected a FitConfig, got"),
     ((Y,), {"config": FitConfig}, "config: expected a FitConfig, got"),
+    ((Y,), {"optim": 0.01}, "optim"),
     ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
 ]
 
@@ -188,7 +189,7 @@ WRONG = [
 @pytest.mark.parametrize(("args", "options", "words"), WRONG)
 def test_arguments_of_another_type(args, options, words):
     with pytest.raises(TypeError, match=words):
-        fit(location, *args, **options)
+        few(location, *args, **options)
 
 
 def test_decorated_models_take_what_their_decorator_takes():

@@ -128,11 +128,6 @@ def test_optim(name, kind):
     assert pyro.param("noise").item() < 3.5
 
 
-def test_what_is_no_optimizer():
-    with pytest.raises(TypeError, match="optim"):
-        fitted(models.location, AutoNormal(models.location), optim=0.01)
-
-
 def faulty(at, kind=math.nan):
     """A regression whose likelihood is NaN, or has a gradient of NaN, in its at-th runs."""
     runs = [0]

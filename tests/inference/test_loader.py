@@ -214,7 +214,11 @@ def test_a_process_loads_its_own_rows_only():
     assert seen(taken(batches.share(1, 2, 7), 2)) == loaded
 
 
-def test_a_distributed_sampler_of_the_user():
+def test_a_distributed_sampler_of_the_user_and_a_single_batch():
+    whole = BatchStream([(numbers(),)])
+    assert whole.share(1, 2, 7) is whole
+    with pytest.raises(ValueError, match="at least one batch for each of 6 processes, got 5"):
+        BatchStream(loaders.listed(numbers())).share(0, 6, 7)
     data = TensorDataset(numbers())
     loader = DataLoader(data, batch_size=10, sampler=DistributedSampler(data, 2, 1))
     stream = BatchStream(loader)
@@ -222,10 +226,3 @@ def test_a_distributed_sampler_of_the_user():
     orders = [taken(stream, 3) for _ in range(2)]
     assert orders[0] != orders[1]  # it is told of the epochs
     assert [batch.args[0].tolist() for batch in stream.one_pass(3)] == orders[0]
-
-
-def test_a_loader_of_few_batches():
-    whole = BatchStream([(numbers(),)])
-    assert whole.share(1, 2, 7) is whole
-    with pytest.raises(ValueError, match="at least one batch for each of 6 processes, got 5"):
-        BatchStream(loaders.listed(numbers())).share(0, 6, 7)
