@@ -17,9 +17,8 @@ class TiltedSiLU(nn.Module):
 
     .. math:: x \, (\mathrm{slope} + \tanh(x / 2)) = 2 \, \mathrm{SiLU}(x) + (\mathrm{slope} - 1) \, x
 
-    The sum of many units has a linear part that training has to take away again where only the even part
-    is wanted, as in a quadratic function. With slope 1 it is twice SiLU; with slope 0 it is even, and
-    what is linear is left to ``skip_connections``.
+    The sum of many units has a linear part, which training has to take away where only the even part is
+    wanted. With slope 1 it is twice SiLU; with slope 0 it is even.
 
     :param slope: the derivative at zero, from 0 to 1.
     :raises ValueError: if it is anything else.
@@ -52,13 +51,11 @@ ELEMENTWISE = (
     *(nn.Tanh, nn.Tanhshrink, TiltedSiLU),
 )
 
-# beyond it narrower networks end as near with a smaller linear part (benchmarks/flows.md)
-_MOST_OF_SILU = 64
-
 
 def default_activation(dim: int) -> nn.Module:
     """The activation of a guide's networks: SiLU, or beyond 64 coordinates :class:`TiltedSiLU`."""
-    return nn.SiLU() if dim <= _MOST_OF_SILU else TiltedSiLU()
+    # beyond it narrower networks end as near with a smaller linear part (benchmarks/flows.md)
+    return nn.SiLU() if dim <= 64 else TiltedSiLU()
 
 
 def slope_of(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -70,6 +67,5 @@ def slope_of(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             found = found.mul_(2.0).add_(nonlinearity.slope - 1.0)
         return found
     with torch.enable_grad():
-        point = x.requires_grad_()
-        value = nonlinearity(point)
-        return torch.autograd.grad(value, point, torch.ones_like(value))[0]
+        value = nonlinearity(x.requires_grad_())
+        return torch.autograd.grad(value, x, torch.ones_like(value))[0]

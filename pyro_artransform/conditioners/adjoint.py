@@ -3,14 +3,13 @@
 
 """Networks linearized at known points: pull-backs of their derivative, and adjoint solves with it.
 
-The derivative of a :class:`MaskedMLP` by its input is a product of masked weights and slopes of
-activations, so that a triangular system in the Jacobian of a flow is solved by substitution, from the
-last level of the graph to the first. Sorted as for an inverse by blocks, all blocks together touch each
-weight about once, and only the small squares of the blocks are formed. A :class:`ParentsMLP` keeps what
-its networks computed on the way through the levels: the rest are products with it.
+A triangular system in the Jacobian of a flow is solved by substitution, from the last level of the graph
+to the first. For a :class:`MaskedMLP`, all blocks of levels together touch each weight about once, and
+only the small squares of the blocks are formed. A :class:`ParentsMLP` keeps what its networks computed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,55 +23,48 @@ from .blocks import BlockLayout, Weights
 if TYPE_CHECKING:
     from .parents_mlp import ParentsGroup, ParentsMLP
 
-# coordinates in a block: forming its square costs as many products as it has coordinates, opening it
-# a dozen calls. As fast as 10, 12 and 20 from 10 to 200 dimensions, 8 is slower (benchmarks/steps.md)
+# coordinates in a block: as fast as 10, 12 and 20 from 10 to 200 dimensions (benchmarks/steps.md)
 _SIZE = 16
 
 
+@dataclass(eq=False)
 class MLPLinearization:
-    """The :class:`~.base.Linearization` of one network at one batch.
+    """The :class:`~.base.Linearization` of one network at one batch."""
 
-    :param params: the parameters, with their graph, shape ``(B, D, P)``.
-    :param layout: where each level begins.
-    :param order: the coordinates sorted by level, or None if they are in that order already.
-    :param weights: masked, in the coordinates' own order.
-    :param slopes: the derivatives of the activations of each hidden layer, of shape ``(B, H)``.
-    """
-
-    def __init__(
-        self,
-        params: Tensor,
-        layout: BlockLayout,
-        order: Tensor | None,
-        weights: Weights,
-        slopes: list[Tensor],
-    ) -> None:
-        self.params = params
-        self._layout, self._order = layout, order
-        self._weights, self._slopes = weights, slopes
-        self._sorted_weights = weights.sorted_by(order)
+    params: Tensor
+    layout: BlockLayout
+    order: Tensor | None  # the coordinates by level
+    weights: Weights  # masked, in the coordinates' own order
+    slopes: list[Tensor]  # the derivatives of the activations of each hidden layer, (B, H)
 
     def pull_back(self, weights: Tensor) -> Tensor:
-        """See :class:`~.base.Linearization`."""
-        network, rows = self._weights, weights.mT.flatten(1)
+        network, rows = self.weights, weights.mT.flatten(1)
         pulled = self._through_layers(network, rows @ network.last.flatten(0, 1), slice(None), 0)
         if network.skip is not None:
             pulled = pulled + rows @ network.skip.flatten(0, 1)
         return pulled
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
-        """See :class:`~.base.Linearization`."""
-        slopes, rest, order = slopes.mT, gradient, self._order
+        slopes, rest, order, levels = slopes.mT, gradient, self.order, self.layout.levels
         if order is not None:
             slopes, rest = slopes[..., order], rest[..., order]
-        weights, done = self._sorted_weights, list[Tensor]()
+        weights, done = self.weights.sorted_by(order), list[Tensor]()
         carried: Tensor | None = None  # the derivatives of later blocks by the last hidden units
-        for start, stop in self._blocks():
-            own = slice(self._layout.levels[start], self._layout.levels[stop])
+        stop = len(levels) - 1
+        while stop > 0:
+            start = stop - 1
+            while start > 0 and levels[stop] - levels[start - 1] <= _SIZE:
+                start -= 1
+            own = slice(levels[start], levels[stop])
             known = rest[:, own]
             if carried is not None:
                 known = known + self._through_layers(weights, carried, own, start)
-            v = self._substitute(slopes[..., own], known, start, stop)
+            v = known
+            if stop > start + 1:
+                square = self._square(weights, -slopes[..., own], start, stop)
+                # the routine takes the diagonal as ones, whatever is there
+                options = {"upper": False, "left": False, "unitriangular": True}
+                v = solve_triangular(square, known[:, None], **options)[:, 0]
             done.append(v)
             if start == 0:
                 break
@@ -81,34 +73,26 @@ class MLPLinearization:
             carried = added if carried is None else carried + added
             if weights.skip is not None:
                 rest = rest + weighted @ weights.skip[:, own].flatten(0, 1)
+            stop = start
         v = torch.cat(done[::-1], -1)
         return v if order is None else torch.empty_like(v).index_copy_(-1, order, v)
 
-    def _substitute(self, slopes: Tensor, gradient: Tensor, start: int, stop: int) -> Tensor:
-        """The solution within the levels from ``start`` to ``stop - 1``, shape ``(B, n)``."""
-        if stop == start + 1:
-            return gradient
-        square, options = self._square(-slopes, start, stop), {"left": False, "unitriangular": True}
-        # the routine takes the diagonal as ones, whatever is there
-        return solve_triangular(square, gradient[:, None], upper=False, **options)[:, 0]
-
-    def _square(self, slopes: Tensor, start: int, stop: int) -> Tensor:
+    def _square(self, weights: Weights, slopes: Tensor, start: int, stop: int) -> Tensor:
         """The derivative of some levels by themselves, shape ``(B, n, n)``, strictly lower triangular."""
-        weights, layout = self._sorted_weights, self._layout
-        own = slice(layout.levels[start], layout.levels[stop])
+        own = slice(self.layout.levels[start], self.layout.levels[stop])
         # the units that read the block and are read by it
-        units = [slice(places[start], places[stop - 1]) for places in layout.units]
+        units = [slice(places[start], places[stop - 1]) for places in self.layout.units]
         last = weights.last[:, own, units[-1]]
         skip = None if weights.skip is None else weights.skip[:, own, own]
         if len(weights.inner) == 1:
             # the products of weights first: they have no rows, and are few
-            first, slope = weights.inner[0][units[0], own], self._slopes[0][:, units[0]]
+            first, slope = weights.inner[0][units[0], own], self.slopes[0][:, units[0]]
             products = last[:, :, None] * first.T
             flat = products.flatten(0, 2).T
             rows = slope @ flat if skip is None else torch.addmm(skip.flatten(), slope, flat)
             return (slopes[..., None] * rows.view(-1, *products.shape[:3])).sum(1)
         rows = slopes.permute(2, 0, 1) @ last.transpose(0, 1)  # (n, B, units)
-        layers = zip(weights.inner, self._slopes, units, [own, *units[:-1]])
+        layers = zip(weights.inner, self.slopes, units, [own, *units[:-1]])
         for weight, slope, unit, reader in [*layers][::-1]:
             rows = (rows * slope[:, unit]) @ weight[unit, reader]
         if skip is not None:
@@ -118,31 +102,16 @@ class MLPLinearization:
     def _through_layers(self, network: Weights, by_units: Tensor, own: slice, start: int) -> Tensor:
         """The derivatives by inputs from a level on, from those by the last hidden units, ``(B, H)``."""
         # the units that read these inputs, if only through others
-        readers = [slice(places[start], None) for places in self._layout.units]
+        readers = [slice(places[start], None) for places in self.layout.units]
         pulled = by_units[:, readers[-1]]
-        layers = zip(network.inner, self._slopes, readers, [own, *readers[:-1]])
+        layers = zip(network.inner, self.slopes, readers, [own, *readers[:-1]])
         for weight, slope, units, inputs in [*layers][::-1]:
             pulled = (pulled * slope[:, units]) @ weight[units, inputs]
         return pulled
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of levels of about ``_SIZE`` coordinates, from the last to the first."""
-        levels = self._layout.levels
-        stop = len(levels) - 1
-        while stop > 0:
-            start = stop - 1
-            while start > 0 and levels[stop] - levels[start - 1] <= _SIZE:
-                start -= 1
-            yield start, stop
-            stop = start
-
 
 class Activations:
-    """The inputs and hidden units of a group of m networks at B points, filled level by level.
-
-    :param nonlinearity: the activation of the networks.
-    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
-    """
+    """The inputs and hidden units of a group of m networks at B points, filled level by level."""
 
     def __init__(
         self, group: "ParentsGroup", nonlinearity: Callable[[Tensor], Tensor], like: Tensor
@@ -171,25 +140,16 @@ class Activations:
         return slope_of(self.nonlinearity, self.before)
 
     def pull_back(self, weights: Tensor) -> Tensor:
-        """The gradient of a weighted sum of the parameters in each parent, shape ``(m, k, B)``.
-
-        :param weights: shape ``(m, P, B)``.
-        """
+        """The gradient of a sum, weighted by shape ``(m, P, B)``, in the parents: ``(m, k, B)``."""
         moved = (self.group.outer.mT @ weights).mul_(self.slope)
         return torch.baddbmm(self.group.linear.mT @ weights, self.group.inner.mT, moved)
-
-    def parameter_gradients(self, weights: Tensor) -> list[Tensor]:
-        """The gradients of a weighted sum in ``inner``, ``inner_bias``, ``outer`` and ``linear``."""
-        moved = (self.group.outer.mT @ weights).mul_(self.slope)
-        bias = moved.sum(-1, keepdim=True)
-        return [moved @ self.x.mT, bias, weights @ self.hidden.mT, weights @ self.x.mT]
 
 
 class ParentsLinearization:
     """The :class:`~.base.Linearization` of a :class:`ParentsMLP`."""
 
     def __init__(self, network: "ParentsMLP", parts: list[Activations], known: Tensor) -> None:
-        self._network, self._parts, self._known = network, parts, known
+        self._network, self.parts, self._known = network, parts, known
 
     @property
     def params(self) -> Tensor:
@@ -202,19 +162,17 @@ class ParentsLinearization:
         return found if bias is None else found + bias
 
     def pull_back(self, weights: Tensor) -> Tensor:
-        """See :class:`~.base.Linearization`."""
-        total = torch.zeros_like(weights[..., 0].T)
-        total = torch.cat([total, total.new_zeros(1, total.shape[1])])
-        for part, own in zip(self._parts, self._by_group(weights)):
+        total = with_padding(torch.zeros_like(weights[..., 0].T))
+        for part, own in zip(self.parts, self.by_group(weights)):
             total.index_add_(0, part.group.parents.reshape(-1), part.pull_back(own).flatten(0, 1))
         return total[:-1].T
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
         """See :class:`~.base.Linearization`: one sweep from the last level to the first."""
-        edges = [part.pull_back(own) for part, own in zip(self._parts, self._by_group(slopes))]
+        edges = [part.pull_back(own) for part, own in zip(self.parts, self.by_group(slopes))]
         v = with_padding(gradient.T)
         for level in range(self._network.depth - 1, 0, -1):
-            for part, edge in zip(self._parts, edges):
+            for part, edge in zip(self.parts, edges):
                 group = part.group
                 if (rows := group.layout.slices.get(level)) is not None:
                     moved = edge[rows] * v[group.coordinates[rows], None]
@@ -224,20 +182,13 @@ class ParentsLinearization:
     @cached_property
     def outputs(self) -> Tensor:
         """The parameters without the bias and without a graph, shape ``(B, D, P)``."""
-        rows = [part.outputs(slice(None)) for part in self._parts]
+        rows = [part.outputs(slice(None)) for part in self.parts]
         return self._network.assembled(rows, self._known)
 
-    def gradients(self, weights: Tensor) -> list[Tensor]:
-        """The gradients of a weighted sum of the parameters in those of the networks."""
-        found = []
-        for part, own in zip(self._parts, self._by_group(weights)):
-            found += part.parameter_gradients(own)
-        return found
-
-    def _by_group(self, weights: Tensor) -> list[Tensor]:
+    def by_group(self, weights: Tensor) -> list[Tensor]:
         """Weights of shape ``(B, D, P)`` for each group, shape ``(m, P, B)``."""
         rows = weights.permute(1, 2, 0).contiguous()
-        return [rows[part.group.coordinates] for part in self._parts]
+        return [rows[part.group.coordinates] for part in self.parts]
 
 
 class _Params(torch.autograd.Function):
@@ -250,7 +201,11 @@ class _Params(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.linearization.gradients(weights)
+        found = []
+        for part, own in zip(ctx.linearization.parts, ctx.linearization.by_group(weights)):
+            x, moved = part.x.mT, (part.group.outer.mT @ own).mul_(part.slope)
+            found += [moved @ x, moved.sum(-1, keepdim=True), own @ part.hidden.mT, own @ x]
+        return None, *found
 
 
 def with_padding(rows: Tensor) -> Tensor:

@@ -18,15 +18,10 @@ class Linearization(Protocol):
         """The parameters, shape ``(B, D, P)``, with a graph to those of the network alone."""
 
     def pull_back(self, weights: Tensor) -> Tensor:
-        """The gradient of a weighted sum of the parameters in the points, shape ``(B, D)``.
-
-        :param weights: shape ``(B, D, P)``.
-        """
+        """The gradient in the points, ``(B, D)``, of the parameters' sum with weights, ``(B, D, P)``."""
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
-        r"""The adjoint of an inverse, by the structure of the graph.
-
-        It is the solution v of
+        r"""The adjoint v of an inverse, by the structure of the graph.
 
         .. math::
 
@@ -38,10 +33,7 @@ class Linearization(Protocol):
 
 
 class Blocks(Protocol):
-    """A conditioner at one batch, evaluated on blocks of levels of its graph, in their order.
-
-    Coordinates are sorted by level; those before the open block are known.
-    """
+    """A conditioner at one batch, on blocks of levels; coordinates before the open one are known."""
 
     #: The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already.
     order: Tensor | None
@@ -68,6 +60,12 @@ class Blocks(Protocol):
         """The conditioner at the points that all blocks led to, or None if that is not offered."""
 
 
+def runs_only(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
+    """Whether the forward of a class, without hooks, is all that makes a module's values."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module).forward is cls.forward and not hooked
+
+
 class Conditioner(torch.nn.Module, ABC):
     r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 
@@ -77,8 +75,7 @@ class Conditioner(torch.nn.Module, ABC):
 
     A subclass implements ``forward(x, context=None)`` for ``x`` of shape ``(*, D)`` and an optional
     context of shape ``(*, C)``, whose batch shapes broadcast, and returns parameters of shape
-    ``(*, D, P)``. Its last layer should start at zero, so that a flow starts as the identity. The other
-    attributes may stay as they are here.
+    ``(*, D, P)``. Its last layer should start at zero, so that a flow starts as the identity.
     """
 
     #: Whether it reads earlier coordinates alone by construction, whatever the values of its parameters.
@@ -107,9 +104,7 @@ class Conditioner(torch.nn.Module, ABC):
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """The evaluation from the first level of the graph to the last, or None if that is not offered.
-
-        With it the inverse costs about one evaluation; without it, fixed-point passes.
+        """The evaluation level by level, or None: then fixed-point passes invert.
 
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
@@ -118,14 +113,7 @@ class Conditioner(torch.nn.Module, ABC):
         return None
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
-        """The linearization at known points, or None if that is not offered.
-
-        With it a path gradient costs one substitution; without it, vector-Jacobian products until nothing
-        moves.
-
-        :param x: shape ``(B, D)``.
-        :param context: shape ``(B, C)`` or ``(C,)``, or None.
-        """
+        """At x, shape ``(B, D)``, or None: then path gradients take vector-Jacobian products."""
         return None
 
     @abstractmethod

@@ -4,12 +4,12 @@
 r"""A masked multilayer perceptron, evaluated block by block.
 
 Coordinates are sorted by the level of the graph and hidden units by the step at which all that they
-read is known, so that the inputs, the units and the outputs of a range of levels are contiguous slices of
-the weights. Opening a block computes, once, what the known coordinates contribute to it; evaluating it
-then costs the small square of the block alone; closing it makes its coordinates known. All blocks
-together touch each weight about once: the price of one forward pass.
+read is known, so that a range of levels is a contiguous slice of the weights. Opening a block computes,
+once, what the known coordinates contribute to it; evaluating it then costs the small square of the block
+alone. All blocks together touch each weight about once: the price of one forward pass.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -30,16 +30,12 @@ class BlockLayout(NamedTuple):
 def block_layout(level: Sequence[int], *unit_levels: Sequence[int]) -> BlockLayout:
     """The layout of a network; plain integers, so that it can be made while tensors are traced.
 
-    :param level: the level of each coordinate.
     :param unit_levels: for each hidden layer, the level before which all that a unit reads is known.
     """
-    depth = max(level) + 1
     starts = []
     for members in (level, *unit_levels):
-        counts = [0] * depth
-        for k in members:
-            counts[k] += 1
-        starts.append(list(accumulate(counts)))
+        counts = Counter(members)
+        starts.append(list(accumulate(counts[k] for k in range(max(level) + 1))))
     return BlockLayout(list(level) == sorted(level), [0, *starts[0]], starts[1:])
 
 
@@ -89,8 +85,6 @@ class KnownColumns:
 class MLPBlocks:
     """The :class:`~.base.Blocks` of one network at one batch.
 
-    :param order: the coordinates sorted by level, or None if they are in that order already.
-    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
     :param in_place: whether to write into tensors, which autograd and ``torch.func`` cannot follow.
     """
 
@@ -114,8 +108,11 @@ class MLPBlocks:
         self._known = [KnownColumns(like, width, in_place) for width in widths]
 
     def open(self, start: int, stop: int) -> None:
-        """See :class:`~.base.Blocks`."""
-        self._complete(start)
+        # the units whose inputs are known by now
+        for i, (hidden, units) in enumerate(zip(self._known[1:], self._units)):
+            if count := units[start] - hidden.count:
+                new = self._act(self._affine(i, slice(hidden.count, units[start])))
+                hidden.append(new.expand(self._batch, count), count)
         # the block's own coordinates, and the units of each layer that depend on them
         own = [slice(self.levels[start], self.levels[stop])]
         own += [slice(units[start], units[stop - 1]) for units in self._units]
@@ -127,23 +124,19 @@ class MLPBlocks:
                 self._base.append(self._affine(i, own[i + 1]))
                 self._square.append(weight[own[i + 1], own[i]].T)
         self._width = own[0].stop - own[0].start
-        self._open_outputs(own[0], own[-1])
-
-    def _open_outputs(self, own: slice, units: slice) -> None:
-        """The part of the block's parameters that is known, and the weights of the rest."""
+        # the part of the block's parameters that is known, and the weights of the rest
         weights, inputs, hidden = self._weights, self._known[0], self._known[-1]
-        rows = weights.last[:, own]
+        rows = weights.last[:, own[0]]
         known = rows[..., : hidden.count].flatten(0, 1).T
-        self._out_base = hidden.add_product(weights.last_bias[:, own].reshape(-1), known)
-        self._out, self._skip = rows[..., units].flatten(0, 1).T, None
+        self._out_base = hidden.add_product(weights.last_bias[:, own[0]].reshape(-1), known)
+        self._out, self._skip = rows[..., own[-1]].flatten(0, 1).T, None
         if weights.skip is not None:
-            rows = weights.skip[:, own]
+            rows = weights.skip[:, own[0]]
             known = rows[..., : inputs.count].flatten(0, 1).T
             self._out_base = inputs.add_product(self._out_base, known)
-            self._skip = rows[..., own].flatten(0, 1).T
+            self._skip = rows[..., own[0]].flatten(0, 1).T
 
     def params(self, x: Tensor | None) -> Tensor:
-        """See :class:`~.base.Blocks`."""
         out = self._out_base
         if x is None:
             out = out.expand(self._batch, out.shape[-1])
@@ -167,14 +160,6 @@ class MLPBlocks:
 
     def linearization(self) -> None:
         """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
-
-    def _complete(self, start: int) -> None:
-        """Computes the units whose inputs are known by now."""
-        for i, (hidden, units) in enumerate(zip(self._known[1:], self._units)):
-            count = units[start] - hidden.count
-            if count:
-                new = self._act(self._affine(i, slice(hidden.count, units[start])))
-                hidden.append(new.expand(self._batch, count), count)
 
     def _affine(self, i: int, rows: slice) -> Tensor:
         """The known part of some units of a layer, shape ``(B, number of units)``."""

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from ..arguments import check_callable
 from .base import Conditioner
 from .masks import check_graph
-
-#: layers that mix the rows of a batch in training, or are random
-_OTHERS_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 class MaskedInput(Conditioner):
@@ -29,9 +27,8 @@ class MaskedInput(Conditioner):
     ``(*, D)``, this is a ``meta`` for :class:`~pyro_artransform.transforms.AutoregressiveTransform`.
 
     :param net: a function or a module of x, shape ``(*, D)``, and of a context where one is passed.
-    :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
-        default 0 .. D-1.
-    :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``.
+    :param order: a permutation, or ``adjacency`` in its place, as for
+        :class:`~pyro_artransform.conditioners.MaskedMLP`.
     :raises TypeError: if ``net`` cannot be called, or returns something else.
     :raises ValueError: if the order or the adjacency is wrong, or what ``net`` returns has another shape.
 
@@ -47,7 +44,8 @@ class MaskedInput(Conditioner):
     @property
     def autoregressive(self) -> bool:  # type: ignore[override]  # read-only here
         """By construction, unless the network has layers that are random or mix rows of a batch now."""
-        return not any(isinstance(m, _OTHERS_IN_TRAINING) and m.training for m in self.modules())
+        kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU
+        return not any(isinstance(m, kinds) and m.training for m in self.modules())
 
     def __init__(
         self,
@@ -57,21 +55,16 @@ class MaskedInput(Conditioner):
         adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if not callable(net):
-            raise TypeError(f"net: expected a callable, got {type(net).__name__}")
+        self.net = check_callable("net", net)
         graph = order if adjacency is None else adjacency
         if graph is not None:
             adjacency = check_graph(order, adjacency, len(graph))[1]
-        self.net = net
         self.register_buffer("adjacency", adjacency)
 
     def forward(  # type: ignore[override]  # a transform, where the network gives one
         self, x: Tensor, context: Tensor | None = None
     ) -> Tensor | Transform:
-        """The parameters, or the transform, of each coordinate from its own masked copy.
-
-        The network gets the context with one more dimension for the copies.
-        """
+        """The parameters, or the transform, of each coordinate from its own masked copy."""
         dim = x.shape[-1] if x.dim() else 0
         mask = self.adjacency
         if mask is None:
@@ -88,10 +81,8 @@ class MaskedInput(Conditioner):
         if not isinstance(out, Tensor):
             raise TypeError(f"net: expected a tensor or a Transform, got {type(out).__name__}")
         if out.dim() < 3 or out.shape[-3:-1] != (dim, dim):
-            raise ValueError(
-                f"net: expected parameters of shape (*, {dim}, P) for an input of shape (*, {dim}), "
-                f"got {tuple(out.shape)} for {tuple(inputs[0].shape)}"
-            )
+            got = f"{tuple(out.shape)} for an input of shape {tuple(inputs[0].shape)}"
+            raise ValueError(f"net: expected parameters of shape (*, {dim}, P), got {got}")
         return out.diagonal(dim1=-3, dim2=-2).mT
 
 
@@ -105,9 +96,8 @@ class _OwnCopyTransform(Transform):
     def __init__(self, base: Transform) -> None:
         super().__init__()
         if base.event_dim != 0:
-            raise ValueError(
-                f"net: expected an elementwise transform (event_dim 0), got event_dim {base.event_dim}"
-            )
+            got = f"event_dim {base.event_dim}"
+            raise ValueError(f"net: expected an elementwise transform (event_dim 0), got {got}")
         self.base = base
 
     @property

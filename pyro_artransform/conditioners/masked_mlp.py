@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .activations import ELEMENTWISE, slope_of
 from .adjoint import MLPLinearization
-from .base import Conditioner
+from .base import Conditioner, runs_only
 from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
@@ -22,11 +22,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def check_input(
-    x: Tensor,
-    context: Tensor | None,
-    input_dim: int,
-    context_dim: int = 0,
-    dtype: torch.dtype | None = None,
+    x: Tensor, context: Tensor | None, input_dim: int, context_dim: int, dtype: torch.dtype | None
 ) -> None:
     """Raises a ValueError for an x or a context of another shape, or an x of another dtype."""
     if torch.jit.is_tracing():
@@ -51,10 +47,7 @@ class MaskedLinear(nn.Linear):
 
     Overwriting the weight, by whatever means, leaves masked connections cut.
 
-    :param in_features: the number of inputs.
-    :param out_features: the number of outputs.
     :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists.
-    :param bias: whether to add a bias.
     :raises ValueError: if the mask has another shape.
 
     Example::
@@ -66,13 +59,7 @@ class MaskedLinear(nn.Linear):
 
     mask: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        mask: Tensor | Sequence[Sequence[int]],
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, mask: Any, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
         mask = torch.as_tensor(mask, device=self.weight.device)
         if mask.shape != self.weight.shape:
@@ -106,8 +93,8 @@ class MaskedMLP(Conditioner):
     :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
         ``[i, j]`` says that coordinate i depends on coordinate j.
     :raises TypeError: if the nonlinearity is not a function.
-    :raises ValueError: for a size that is not positive, ``skip_connections`` other than a bool, an order
-        that is not a permutation, a graph with a cycle, or both an order and a graph.
+    :raises ValueError: for a size that is not positive, an order that is not a permutation, a graph with
+        a cycle, or both an order and a graph.
 
     Example::
 
@@ -158,7 +145,22 @@ class MaskedMLP(Conditioner):
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)
         self._read_levels()
-        self._build_layers(check_flag("skip_connections", skip_connections))
+        masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
+        masks[-1] = masks[-1].repeat(self.num_params, 1)
+        self.layers = nn.ModuleList()
+        for mask in masks:
+            self.layers.append(last := MaskedLinear(mask.shape[1], mask.shape[0], mask))
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.context_layer = self.skip = None
+        if self.context_dim:
+            self.context_layer = nn.Linear(self.context_dim, self.hidden_dims[0], bias=False)
+        if check_flag("skip_connections", skip_connections) or self._is_narrow:
+            mask = self.adjacency.repeat(self.num_params, 1)
+            self.skip = MaskedLinear(self.input_dim, len(mask), mask, bias=False)
+            nn.init.zeros_(self.skip.weight)
+        # the graph was worked out on the CPU; the layers are wherever torch puts new tensors
+        self.to(last.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -177,24 +179,6 @@ class MaskedMLP(Conditioner):
         self._is_narrow = min(self.hidden_dims) < len(sets)
         self.depth = int(level.max()) + 1
 
-    def _build_layers(self, skip_connections: bool) -> None:
-        masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
-        masks[-1] = masks[-1].repeat(self.num_params, 1)
-        self.layers = nn.ModuleList()
-        for mask in masks:
-            self.layers.append(last := MaskedLinear(mask.shape[1], mask.shape[0], mask))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.context_layer = self.skip = None
-        if self.context_dim:
-            self.context_layer = nn.Linear(self.context_dim, self.hidden_dims[0], bias=False)
-        if skip_connections or self._is_narrow:
-            mask = self.adjacency.repeat(self.num_params, 1)
-            self.skip = MaskedLinear(self.input_dim, len(mask), mask, bias=False)
-            nn.init.zeros_(self.skip.weight)
-        # the graph was worked out on the CPU; the layers are wherever torch puts new tensors
-        self.to(last.weight.device)
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._outputs(self.layers, self.skip, x, context)[-1]
 
@@ -210,9 +194,7 @@ class MaskedMLP(Conditioner):
             outputs[0] = outputs[0] + self.context_layer(context)
         for layer in others:
             outputs.append(layer(self.nonlinearity(outputs[-1])))
-        last = outputs[-1]
-        if skip is not None:
-            last = last + skip(x)
+        last = outputs[-1] if skip is None else outputs[-1] + skip(x)
         # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
         rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
         return [*outputs[:-1], rows.transpose(-1, -2)]
@@ -247,23 +229,18 @@ class MaskedMLP(Conditioner):
 
     def _is_of_its_layers(self) -> bool:
         """Whether masked layers and activations alone make its parameters."""
-        for module in (self, *self.layers, self.skip or self):
-            known = MaskedMLP if module is self else MaskedLinear
-            if type(module).forward is not known.forward:
-                return False
-            if module._forward_hooks or module._forward_pre_hooks:
-                return False
-        return True
+        layers = self.layers if self.skip is None else [*self.layers, self.skip]
+        plain = [runs_only(layer, MaskedLinear) for layer in layers]
+        return all(plain) and runs_only(self, MaskedMLP)
 
     def _masked(self) -> tuple[list[Tensor], Tensor | None]:
-        """The masked weights of the layers, and of the skip."""
         masked = [layer.weight * layer.mask for layer in self.layers]
         return masked, None if self.skip is None else self.skip.weight * self.skip.mask
 
     def _weights(
         self, masked: list[Tensor], skip: Tensor | None, context: Tensor | None
     ) -> Weights:
-        rows: tuple[int, ...] = self.num_params, self.input_dim
+        rows = (self.num_params, self.input_dim)
         *biases, last_bias = [layer.bias for layer in self.layers]
         if self.context_layer is not None and context is not None:
             biases[0] = biases[0] + self.context_layer(context.to(biases[0].dtype))
@@ -279,9 +256,7 @@ class MaskedMLP(Conditioner):
 class Unconditional(Conditioner):
     """Parameters that are the same for every x: a univariate flow of each marginal.
 
-    :param input_dim: the number D of coordinates.
-    :param num_params: the number P of parameters of each coordinate.
-    :raises ValueError: for a size that is not positive.
+    :raises ValueError: for a size that is not positive, see :class:`MaskedMLP`.
 
     Example::
 
@@ -303,13 +278,8 @@ class Unconditional(Conditioner):
         nn.init.zeros_(self.params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        check_input(x, None, self.input_dim)
+        check_input(x, None, self.input_dim, 0, None)
         return self.params.expand(x.shape + (self.num_params,))
 
     def constant(self) -> Tensor | None:
-        hooked = self._forward_hooks or self._forward_pre_hooks
-        changed = hooked or type(self).forward is not Unconditional.forward
-        return None if changed else self.params
-
-    def extra_repr(self) -> str:
-        return f"input_dim={self.input_dim}, num_params={self.num_params}"
+        return self.params if runs_only(self, Unconditional) else None

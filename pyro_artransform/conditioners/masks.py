@@ -13,12 +13,11 @@ the sets are nested and the rule is the one of MADE, with degrees in place of se
 
 **References**
 
-1. MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray, Larochelle, 2015),
-   https://arxiv.org/abs/1502.03509
-2. Graphical Normalizing Flows (Wehenkel, Louppe, 2021), https://arxiv.org/abs/2006.02548
+1. Graphical Normalizing Flows (Wehenkel, Louppe, 2021), https://arxiv.org/abs/2006.02548
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,49 +26,28 @@ from torch import Tensor
 def check_graph(
     order: Tensor | Sequence[int] | None, adjacency: Tensor | None, input_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """A graph, and its coordinates sorted by level, from one of the two arguments or by default.
+    """A graph of D coordinates and its order by level, from the arguments of :class:`MaskedMLP`.
 
-    :param order: a permutation: ``order[k]`` is the coordinate that comes k-th; by default 0 .. D-1.
-    :param adjacency: see :func:`check_adjacency`.
-    :param input_dim: the number D of coordinates.
     :return: the order, long of shape ``(D,)``, and the adjacency, shape ``(D, D)``, on the CPU.
-    :raises ValueError: if one is wrong, or both are given.
+    :raises ValueError: if one is wrong, or both are given; a cycle is named.
     """
     if adjacency is not None:
         if order is not None:
             raise ValueError("expected an order or an adjacency, got both")
-        adjacency = check_adjacency(adjacency, input_dim)
+        adjacency, expected = torch.as_tensor(adjacency, device="cpu"), (input_dim, input_dim)
+        if adjacency.shape != expected:
+            raise ValueError(f"adjacency: expected shape {expected}, got {tuple(adjacency.shape)}")
+        if ((adjacency != 0) & (adjacency != 1)).any():
+            raise ValueError("adjacency: expected booleans (or zeros and ones), got other values")
+        adjacency = adjacency.bool()
         return levels(adjacency).argsort(stable=True), adjacency
     natural = torch.arange(input_dim, device="cpu")
     order = natural if order is None else torch.as_tensor(order, device="cpu")
     if order.shape != natural.shape or not bool((order.sort().values == natural).all()):
-        raise ValueError(
-            f"order: expected a permutation of 0 .. {input_dim - 1}, got {order.tolist()}"
-        )
-    return order.long(), order_to_adjacency(order)
-
-
-def check_adjacency(adjacency: Tensor, input_dim: int) -> Tensor:
-    """An acyclic graph of D coordinates, of booleans or zeros and ones, as booleans on the CPU.
-
-    :raises ValueError: if the shape or an entry is wrong or the graph has a cycle (a coordinate that
-        depends on itself is one); the message names the cycle.
-    """
-    adjacency = torch.as_tensor(adjacency, device="cpu")
-    expected = input_dim, input_dim
-    if adjacency.shape != expected:
-        raise ValueError(f"adjacency: expected shape {expected}, got {tuple(adjacency.shape)}")
-    if ((adjacency != 0) & (adjacency != 1)).any():
-        raise ValueError("adjacency: expected booleans (or zeros and ones), got other values")
-    adjacency = adjacency.bool()
-    levels(adjacency)
-    return adjacency
-
-
-def order_to_adjacency(order: Tensor) -> Tensor:
-    """The full graph of an order of shape ``(D,)``: each coordinate depends on all before it."""
+        wanted = f"a permutation of 0 .. {input_dim - 1}"
+        raise ValueError(f"order: expected {wanted}, got {order.tolist()}")
     rank = order.argsort()
-    return rank[:, None] > rank[None, :]
+    return order.long(), rank[:, None] > rank[None, :]
 
 
 def levels(adjacency: Tensor) -> Tensor:
@@ -87,28 +65,22 @@ def levels(adjacency: Tensor) -> Tensor:
         if not ready.any():
             break
         level[ready] = k
-    if (level < 0).any():
-        raise ValueError(_cycle_message(parents, level < 0))
+    unresolved = level < 0
+    if unresolved.any():  # each of these has a parent among them
+        path = [int(unresolved.nonzero()[0, 0])]
+        while path[-1] not in path[:-1]:
+            path.append(int((parents[path[-1]] & unresolved).nonzero()[0, 0]))
+        cycle = " -> ".join(map(str, path[path.index(path[-1]) :][::-1]))
+        entry = "(entry [i, j] says that coordinate i depends on coordinate j)"
+        raise ValueError(f"adjacency: expected an acyclic graph, got the cycle {cycle} {entry}")
     return level.to(adjacency.device)
-
-
-def _cycle_message(parents: Tensor, unresolved: Tensor) -> str:
-    """Names a cycle among coordinates that all have a parent among them."""
-    path = [int(unresolved.nonzero()[0, 0])]
-    while path[-1] not in path[:-1]:
-        path.append(int((parents[path[-1]] & unresolved).nonzero()[0, 0]))
-    cycle = path[path.index(path[-1]) :][::-1]
-    return (
-        f"adjacency: expected an acyclic graph, got the cycle {' -> '.join(map(str, cycle))} "
-        "(entry [i, j] says that coordinate i depends on coordinate j)"
-    )
 
 
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
     """The distinct sets of inputs that hidden units need to carry: the parents of the coordinates.
 
-    :param with_context: whether units without inputs are of use; otherwise the empty set is left out,
-        unless it is the only one.
+    Without a context the empty set is left out, unless it is the only one.
+
     :return: shape ``(number of sets, D)``, sorted by :func:`set_levels`.
     """
     sets = adjacency.unique(dim=0)
@@ -118,11 +90,10 @@ def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
 
 
 def set_levels(sets: Tensor, level: Tensor) -> Tensor:
-    """The step of an inversion at which all members of a set are known, 0 for the empty set.
+    """The step of an inversion at which all members of a set are known, shape ``(N,)``.
 
-    :param sets: shape ``(N, D)``.
+    :param sets: shape ``(N, D)``; the empty one gets 0.
     :param level: levels of the coordinates, shape ``(D,)``.
-    :return: long, shape ``(N,)``.
     """
     return (sets * (level + 1)).amax(-1)
 
@@ -133,21 +104,12 @@ def spread(sets: Tensor, hidden_dim: int) -> Tensor:
     return sets[(unit * len(sets) + hidden_dim - 1) // hidden_dim - 1]
 
 
-def subset_mask(inner: Tensor, outer: Tensor) -> Tensor:
-    """The mask ``[b, a]`` that says whether set ``a`` of ``inner`` is a subset of set ``b`` of ``outer``."""
-    return (~outer).float() @ inner.float().T == 0
-
-
 def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool) -> list[Tensor]:
-    """The masks of a multilayer perceptron, one of shape ``(out, in)`` for each layer.
-
-    :param hidden_dims: the widths of the hidden layers.
-    :param with_context: whether the first layer sees a context too.
-    """
+    """The masks of a multilayer perceptron, one of shape ``(out, in)`` for each layer."""
     sets = hidden_sets(adjacency, with_context)
-    units = spread(sets, hidden_dims[0])
-    masks = [units]
-    for hidden_dim in hidden_dims[1:]:
-        previous, units = units, spread(sets, hidden_dim)
-        masks.append(subset_mask(previous, units))
-    return masks + [subset_mask(units, adjacency)]
+    units = [spread(sets, width) for width in hidden_dims]
+    masks = [units[0]]
+    for inner, outer in pairwise([*units, adjacency]):
+        # entry [b, a] says whether set a of inner is a subset of set b of outer
+        masks.append((~outer).float() @ inner.float().T == 0)
+    return masks

@@ -4,6 +4,7 @@
 """A small network for each coordinate, of its parents alone, and its evaluation level by level."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..graphs.markov_graph import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
 from .activations import ELEMENTWISE
 from .adjoint import Activations, ParentsLinearization, with_padding
-from .base import Blocks, Conditioner
+from .base import Blocks, Conditioner, runs_only
 from .masked_mlp import check_input
 
 
@@ -26,15 +27,13 @@ class ParentsMLP(Conditioner):
 
         \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
-    The number of parameters is proportional to the number of edges of the graph. Coordinates with similar
-    numbers of parents are evaluated by one batched product, and the inverse of a transform goes through
-    the graph level by level. L and V start at zero.
+    The number of parameters is proportional to that of edges of the graph. The inverse of a transform goes
+    through the graph level by level. L and V start at zero.
 
     :param parents: for each of the D coordinates those that it depends on, without a cycle.
     :param num_params: the number P of parameters of each coordinate.
     :param hidden_dim: the number of hidden units of each coordinate.
-    :param nonlinearity: the activation, by default ``torch.nn.SiLU()``, an elementwise deterministic
-        function, checked as for :class:`~pyro_artransform.conditioners.MaskedMLP`.
+    :param nonlinearity: as for :class:`~pyro_artransform.conditioners.MaskedMLP`, by default SiLU.
     :param bias: whether there is a b.
     :raises TypeError: if the nonlinearity is not a function.
     :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are not
@@ -81,8 +80,8 @@ class ParentsMLP(Conditioner):
         self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
         level = graph_levels(parents)
         self.depth = max(level) + 1
-        counts = [len(own) for own in parents]
-        self.register_buffer("graph", _indices([*counts, *(j for own in parents for j in own)]))
+        graph = [*map(len, parents), *(j for own in parents for j in own)]
+        self.register_buffer("graph", _indices(graph))
         self.groups = nn.ModuleList()
         for group in padded_groups(parents, level):
             self.groups.append(ParentsGroup(group, self.num_params, self.hidden_dim))
@@ -98,16 +97,14 @@ class ParentsMLP(Conditioner):
         for g, group in enumerate(self.groups):
             of_group.update(dict.fromkeys(group.layout.coordinates, g))
         order = sorted(range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i))
-        self.levels = [0]
-        for k in range(self.depth):
-            self.levels.append(self.levels[-1] + level.count(k))
+        self.levels = [0, *accumulate(level.count(k) for k in range(self.depth))]
         # the outputs of all groups, one after the other, then a row of zeros
         place = [len(of_group)] * self.input_dim
         for row, i in enumerate(of_group):
             place[i] = row
         rank = [0] * (self.input_dim + 1)
-        for position, i in enumerate(order):
-            rank[i] = position + 1  # padding reads the first row
+        for position, i in enumerate(order, 1):
+            rank[i] = position  # padding reads the first row
         self.register_buffer("order", _indices(order), persistent=False)
         self.register_buffer("place", _indices(place), persistent=False)
         for group in self.groups:
@@ -120,21 +117,16 @@ class ParentsMLP(Conditioner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        check_input(x, context, self.input_dim, dtype=next(self.parameters(), x).dtype)
+        check_input(x, context, self.input_dim, 0, next(self.parameters(), x).dtype)
         known = with_padding(x.reshape(-1, self.input_dim).T)
-        outputs = [
-            group(known, group.parents, slice(None), self.nonlinearity) for group in self.groups
-        ]
+        act, every = self.nonlinearity, slice(None)
+        outputs = [group(known, group.parents, every, act) for group in self.groups]
         params = self.assembled(outputs, known)
         params = params if self.bias is None else params + self.bias
         return params.reshape(x.shape + (self.num_params,))
 
     def assembled(self, outputs: list[Tensor], like: Tensor) -> Tensor:
-        """The parameters without the bias, shape ``(B, D, P)``, from those of the groups.
-
-        :param outputs: for each group of m coordinates, shape ``(m, P, B)``.
-        :param like: a tensor of shape ``(*, B)``, whose dtype and device are used.
-        """
+        """The parameters without the bias, ``(B, D, P)``, from those of groups, each ``(m, P, B)``."""
         # a row of zeros for coordinates without parents
         rows = [*outputs, like.new_zeros(1, self.num_params, like.shape[-1])]
         return torch.cat(rows).index_select(0, self.place).permute(2, 0, 1)
@@ -143,18 +135,15 @@ class ParentsMLP(Conditioner):
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
         """None for a subclass with another ``forward``, or with hooks, which blocks do not go through."""
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self, *self.groups))
-        if type(self).forward is not ParentsMLP.forward or hooked:
+        plain = [runs_only(group, ParentsGroup) for group in self.groups]
+        if not all(plain) or not runs_only(self, ParentsMLP):
             return None
-        check_input(x, context, self.input_dim, dtype=next(self.parameters(), x).dtype)
+        check_input(x, context, self.input_dim, 0, next(self.parameters(), x).dtype)
         return ParentsBlocks(self, x, in_place)
 
     @torch.no_grad()
     def set_linear(self, k: int, coefficients: Sequence[Tensor]) -> None:
-        """Sets the linear part of the k-th parameter.
-
-        :param coefficients: for each coordinate those of its parents.
-        """
+        """Sets the linear part of the k-th parameter, for each coordinate those of its parents."""
         for group in self.groups:
             rows = [coefficients[i] for i in group.layout.coordinates]
             is_parent = group.layout.is_parent.to(group.linear.device)
@@ -163,10 +152,7 @@ class ParentsMLP(Conditioner):
             group.linear[:, k] = values
 
     def step_scales(self, sizes: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The sizes of steps by parameter of the network.
-
-        :param sizes: those of the P parameters of each coordinate, shape ``(D, P)``.
-        """
+        """The sizes of steps by parameter of the network, from those of outputs, ``(D, P)``."""
         found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
         for group in self.groups:
             own = sizes[group.coordinates, :, None]
@@ -175,15 +161,11 @@ class ParentsMLP(Conditioner):
 
     def extra_repr(self) -> str:
         sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
-        edges = len(self.graph) - self.input_dim
-        return f"{sizes}, hidden_dim={self.hidden_dim}, num_edges={edges}, depth={self.depth}"
+        return f"{sizes}, hidden_dim={self.hidden_dim}, depth={self.depth}"
 
 
 class ParentsGroup(nn.Module):
-    """The networks of coordinates with at most k parents each.
-
-    :param layout: the m coordinates, their parents and levels.
-    """
+    """The networks of m coordinates with at most k parents each."""
 
     coordinates: Tensor
     parents: Tensor
@@ -209,9 +191,7 @@ class ParentsGroup(nn.Module):
     ) -> Tensor:
         """The parameters of n of the coordinates, shape ``(n, P, B)``.
 
-        :param known: coordinates and padding, shape ``(*, B)``.
-        :param index: the parents among them, shape ``(m, k)``.
-        :param rows: which of the m coordinates.
+        :param known: coordinates and padding, shape ``(*, B)``, with the parents at ``index``, ``(m, k)``.
         """
         x = embedding(index[rows], known)
         hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
@@ -219,11 +199,7 @@ class ParentsGroup(nn.Module):
 
 
 class ParentsBlocks:
-    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch.
-
-    :param like: a tensor of shape ``(B, D)``, whose dtype and device are used.
-    :param in_place: whether to write into tensors.
-    """
+    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch."""
 
     max_levels: int | None = 1
 
@@ -231,8 +207,8 @@ class ParentsBlocks:
         self.order: Tensor | None = network.order
         self.levels = network.levels
         self._network, self._act = network, network.nonlinearity
-        width = len(network.graph) - network.input_dim
-        self.work = width * (network.hidden_dim + network.num_params)
+        num_edges = len(network.graph) - network.input_dim
+        self.work = num_edges * (network.hidden_dim + network.num_params)
         self._parts: list[Activations] | None = None
         if in_place:
             self._parts = [Activations(group, self._act, like) for group in network.groups]
@@ -240,51 +216,40 @@ class ParentsBlocks:
         self._known = like.new_zeros(like.shape[1] + 1 if in_place else 1, like.shape[0])
 
     def open(self, start: int, stop: int) -> None:
-        """See :class:`~.base.Blocks`."""
         self._start, self._stop = start, stop
 
     def params(self, x: Tensor | None) -> Tensor:
-        """See :class:`~.base.Blocks`."""
-        known = self._known
+        known, network, found = self._known, self._network, list[Tensor]()
         if x is not None:
             known = torch.cat([known[: self.levels[self._start] + 1], x.T])
-        parts = [part for k in range(self._start, self._stop) for part in self._of_level(known, k)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self._network.bias is not None:
+        if self._start == 0:
+            found.append(known.new_zeros(self.levels[1], network.num_params, known.shape[1]))
+        for level in range(max(self._start, 1), self._stop):
+            for g, group in enumerate(network.groups):
+                if (own := group.layout.slices.get(level)) is None:
+                    continue
+                if self._parts is None:
+                    found.append(group(known, group.ranks, own, self._act))
+                else:
+                    self._parts[g].fill(known, group.ranks, own)
+                    found.append(self._parts[g].outputs(own))
+        rows = found[0] if len(found) == 1 else torch.cat(found)
+        if network.bias is not None:
             own = slice(self.levels[self._start], self.levels[self._stop])
-            rows = rows + self._network.bias[self._network.order[own], :, None]
+            rows = rows + network.bias[network.order[own], :, None]
         return rows.permute(2, 0, 1)
 
-    def _of_level(self, known: Tensor, level: int) -> list[Tensor]:
-        network = self._network
-        if level == 0:
-            shape = self.levels[1], network.num_params, known.shape[1]
-            return [known.new_zeros(shape)]
-        found = []
-        for g, group in enumerate(network.groups):
-            if (rows := group.layout.slices.get(level)) is None:
-                continue
-            if self._parts is None:
-                found.append(group(known, group.ranks, rows, self._act))
-            else:
-                self._parts[g].fill(known, group.ranks, rows)
-                found.append(self._parts[g].outputs(rows))
-        return found
-
     def close(self, x: Tensor, levels: int) -> None:
-        """See :class:`~.base.Blocks`."""
         start, stop = self.levels[self._start], self.levels[levels]
-        x = x[:, : stop - start]
+        rows = x[:, : stop - start].T
         if self._parts is not None:
-            self._known[start + 1 : stop + 1] = x.T
+            self._known[start + 1 : stop + 1] = rows
         else:
-            self._known = torch.cat([self._known, x.T])
+            self._known = torch.cat([self._known, rows])
 
     def linearization(self) -> ParentsLinearization | None:
-        """See :class:`~.base.Blocks`."""
-        if self._parts is None:
-            return None
-        return ParentsLinearization(self._network, self._parts, self._known)
+        parts = self._parts
+        return None if parts is None else ParentsLinearization(self._network, parts, self._known)
 
 
 def _indices(values: Sequence[int]) -> Tensor:

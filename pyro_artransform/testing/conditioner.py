@@ -6,6 +6,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ DTYPES = (torch.float32, torch.float64)
 def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
     """Re-draws every parameter of a module in place, at PyTorch's default scale times ``gain``.
 
-    :param module: any module.
-    :param gain: a factor for the weights.
     :param seed: of a generator of its own; the global one stays as it is.
     :return: the module.
     """
@@ -39,8 +38,7 @@ def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
 def normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Standard normal numbers on the CPU, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return draw.to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
 @contextmanager
@@ -54,33 +52,26 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-Inputs = tuple[Tensor, ...]  # x, and a context where there is one
-
-
 def check_conditioner(
     make: Callable[[], nn.Module],
     input_dim: int,
     *,
     context_dim: int = 0,
     adjacency: Tensor | None = None,
-    zero_at_start: bool = True,
 ) -> None:
     """Checks that a conditioner keeps its contract.
 
-    It returns shape ``(*, D, P)`` for any batch shape, in the dtype of its input, starts at zero,
-    depends on exactly the coordinates that its graph allows, whatever its parameters are, also where
-    no gradient shows it, and states no smaller ``depth`` than that of this graph, gives the same
-    values again, treats the rows of a batch alike, broadcasts a context, and is restored by its state dict.
+    It returns shape ``(*, D, P)`` in the dtype of its input, starts at zero, depends on exactly the
+    coordinates that its graph allows, also where no gradient shows it, states no smaller ``depth``, gives
+    the same values again, treats rows alike, broadcasts a context, and is restored by its state dict.
 
-    :param make: builds the conditioner.
     :param input_dim: the number D of coordinates.
     :param context_dim: the size C of its context, 0 for none.
     :param adjacency: its graph, boolean of shape ``(D, D)``, by default that of the order 0 .. D-1.
-    :param zero_at_start: False for one that is documented to start elsewhere.
     :raises AssertionError: that says which contract broke, and for which input.
     """
 
-    def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Inputs:
+    def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         x = normal((*shape, input_dim), dtype, seed=1)
         return (x, normal((*shape, context_dim), dtype, seed=2)) if context_dim else (x,)
 
@@ -88,55 +79,44 @@ def check_conditioner(
     assert isinstance(conditioner, nn.Module), f"expected an nn.Module, got {type(conditioner)}"
     if adjacency is None:
         adjacency = torch.ones((input_dim, input_dim), dtype=torch.bool, device="cpu").tril(-1)
-    for dtype in DTYPES:
-        for shape in BATCH_SHAPES:
-            _check_shape(copy.deepcopy(conditioner).to(dtype), inputs(shape, dtype))
+    for dtype, shape in product(DTYPES, BATCH_SHAPES):
+        x, *contexts = inputs(shape, dtype)
+        params = copy.deepcopy(conditioner).to(dtype)(x, *contexts)
+        wanted, got = f"{shape} + ({input_dim}, P)", tuple(params.shape)
+        assert params.shape[:-1] == x.shape, f"shape: expected {wanted}, got {got}"
+        assert params.dtype == x.dtype, f"dtype: expected {x.dtype}, got {params.dtype}"
     conditioner = conditioner.double()
-    if zero_at_start:
-        largest = conditioner(*inputs((3,))).abs().max().item()
-        assert largest == 0, f"start: expected zero parameters of a new conditioner, got {largest}"
+    largest = conditioner(*inputs((3,))).abs().max().item()
+    assert largest == 0, f"start: expected zero parameters of a new conditioner, got {largest}"
     _check_rows(redraw(conditioner), inputs((3, 4)))
     for gain in (1.0, 10.0):
         _check_graph(redraw(conditioner, gain), adjacency, inputs(()), f"re-drawn at gain {gain}")
     # the inverse stops after as many passes as the stated depth
     depth = conditioner.depth if isinstance(conditioner, Conditioner) else None
     needed = int(levels(adjacency).max()) + 1
-    assert depth is None or depth >= needed, (
-        f"depth: it states {depth}, but {needed} coordinates are on the longest path of its graph, so "
-        "that inverses would be wrong"
-    )
-    _check_restored(conditioner, redraw(make().double(), seed=1), inputs((3,)))
+    path = f"{needed} coordinates are on the longest path of its graph"
+    assert depth is None or depth >= needed, f"depth: it states {depth}, but {path}"
+    expected, other = conditioner(*inputs((3,))), redraw(make().double(), seed=1)
+    other.load_state_dict(conditioner.state_dict(), strict=True)
+    for name, twin in (("load_state_dict", other), ("deepcopy", copy.deepcopy(conditioner))):
+        assert torch.equal(twin(*inputs((3,))), expected), f"{name}: the values changed"
 
 
-def _check_shape(conditioner: nn.Module, inputs: Inputs) -> None:
-    params, x = conditioner(*inputs), inputs[0]
-    assert params.shape[:-1] == x.shape, (
-        f"shape: expected {tuple(x.shape)} + (P,) for x of shape {tuple(x.shape)}, "
-        f"got {tuple(params.shape)}"
-    )
-    assert params.dtype == x.dtype, f"dtype: expected {x.dtype}, got {params.dtype}"
-
-
-def _check_graph(module: nn.Module, adjacency: Tensor, inputs: Inputs, when: str) -> None:
+def _check_graph(module: nn.Module, adjacency: Tensor, inputs: Any, when: str) -> None:
     depends = torch.zeros_like(adjacency, dtype=torch.bool, device="cpu")
     for seed in range(3):
         x = normal((len(adjacency),), seed=seed)
         jacobian = torch.autograd.functional.jacobian(lambda v: module(v, *inputs[1:]), x)
         depends |= (jacobian != 0).any(1) | _moved(module, x, inputs[1:])
     where = f"with parameters {when}, parameters of coordinate i"
-    wrong = (depends & ~adjacency).nonzero().tolist()
-    assert not wrong, (
-        f"autoregressive: {where} depend on x_j where the graph has no edge, "
-        f"for (i, j) in {wrong[:10]}"
-    )
-    absent = (adjacency & ~depends).nonzero().tolist()
-    assert not absent, (
-        f"graph: {where} do not depend on x_j although the graph has the edge, "
-        f"for (i, j) in {absent[:10]}"
-    )
+    wrong, absent = (depends & ~adjacency).nonzero(), (adjacency & ~depends).nonzero()
+    fault = f"autoregressive: {where} depend on x_j where the graph has no edge"
+    assert not len(wrong), f"{fault}, for (i, j) in {wrong[:10].tolist()}"
+    fault = f"graph: {where} do not depend on x_j where the graph has an edge"
+    assert not len(absent), f"{fault}, for (i, j) in {absent[:10].tolist()}"
 
 
-def _moved(module: nn.Module, x: Tensor, contexts: Inputs) -> Tensor:
+def _moved(module: nn.Module, x: Tensor, contexts: tuple[Tensor, ...]) -> Tensor:
     """Which parameters change with which coordinate, which a step or a detached x keeps from gradients."""
     rows = x.expand(len(x), -1)
     contexts = tuple(context.expand(len(x), -1) for context in contexts)
@@ -150,7 +130,7 @@ def _moved(module: nn.Module, x: Tensor, contexts: Inputs) -> Tensor:
     return moved.mT
 
 
-def _check_rows(conditioner: nn.Module, inputs: Inputs) -> None:
+def _check_rows(conditioner: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     whole = conditioner(*inputs)
     assert torch.equal(conditioner(*inputs), whole), "random: the same x gives other values again"
     row = conditioner(*(argument[1, 2] for argument in inputs))
@@ -158,15 +138,5 @@ def _check_rows(conditioner: nn.Module, inputs: Inputs) -> None:
     x, *contexts = inputs
     for context in contexts:
         one = conditioner(x, context[:1, :1])
-        assert one.shape == whole.shape, (
-            f"context: one of shape {tuple(context[:1, :1].shape)} does not broadcast with x of "
-            f"shape {tuple(x.shape)}"
-        )
+        assert one.shape == whole.shape, "context: one of shape (1, 1, C) does not broadcast with x"
         assert not torch.equal(one, whole), "context: it has no effect"
-
-
-def _check_restored(conditioner: nn.Module, other: nn.Module, inputs: Inputs) -> None:
-    expected = conditioner(*inputs)
-    other.load_state_dict(conditioner.state_dict(), strict=True)
-    for name, twin in (("load_state_dict", other), ("deepcopy", copy.deepcopy(conditioner))):
-        assert torch.equal(twin(*inputs), expected), f"{name}: the values changed"

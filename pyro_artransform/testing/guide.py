@@ -23,25 +23,16 @@ Args = tuple[Any, ...]
 Draws = dict[str, Tensor]
 
 
-def check_guide(
-    make: Callable[[Model], AutoAutoregressive],
-    model: Model,
-    *args: Any,
-    picklable: bool = True,
-    atol: float = 1e-7,
-) -> None:
+def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args: Any) -> None:
     """Checks that a guide keeps its contract on a model.
 
-    Draws have the shapes, dtypes and supports of the sites; the log-density of a draw is the one that
-    Pyro finds in the guide's trace; every parameter that can act trains, also next to a second guide,
-    whose parameters are its own, and from a store that was loaded; copies and pickles have the same
-    density and train apart; the path gradient has the value of the density.
+    Draws have the shapes, dtypes and supports of the sites; log-densities are those of the guide's trace,
+    also with path gradients; every parameter that can act trains, also next to a second guide, whose
+    parameters are its own, and from a store that was loaded; copies and pickles have the same density and
+    train apart.
 
-    :param make: builds a guide of a model.
     :param model: a Pyro model in float64, with at least two latent dimensions.
     :param args: its arguments.
-    :param picklable: False for a flow around a local function.
-    :param atol: the tolerance of log-densities.
     :raises AssertionError: that says which contract broke.
     """
     # in a store of its own: the caller's stays as it is
@@ -50,13 +41,13 @@ def check_guide(
         guide(*args)
         _check_draws(guide)
         _check_trains("SVI", guide, model, args)
-        _check_densities(guide, args, atol)
+        _check_densities(guide, args)
         before, second = _parameters(guide), make(model)
         second(*args)
         _check_trains("a second guide", second, model, args)
         moved = _moved(guide, before)
         assert not moved, f"training a second guide moves {len(moved)} parameters of the first"
-        _check_copies(guide, model, args, picklable)
+        _check_copies(guide, model, args)
         _check_store(guide, make(model), model, args)
 
 
@@ -85,42 +76,40 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
 
 def _check_draws(guide: AutoAutoregressive) -> None:
     sites = guide.prototype_trace.nodes
-    for what, count in (("sample_posterior(5)", 5), ("quantiles", 2)):
-        # in turn: quantiles are those of draws, whose shape is checked first
-        is_draw = what != "quantiles"
-        found = (
-            guide.sample_posterior(5) if is_draw else guide.quantiles([0.1, 0.9], num_samples=20)
-        )
-        for name, site in sites.items():
-            expected, shape = (count, *site["value"].shape), tuple(found[name].shape)
-            assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
-    for name, value in guide.sample_posterior(5).items():
-        dtype, support = sites[name]["value"].dtype, sites[name]["fn"].support
-        assert value.dtype == dtype, f"sample_posterior: '{name}' is {value.dtype}"
-        assert support.check(value).all(), f"'{name}' left its support: {value}"
+    draws, what = guide.sample_posterior(5), "sample_posterior(5)"
+    for name, site in sites.items():
+        value, like = draws[name], site["value"]
+        expected, shape = (5, *like.shape), tuple(value.shape)
+        assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
+        assert value.dtype == like.dtype, f"{what}: '{name}' is {value.dtype}"
+        assert site["fn"].support.check(value).all(), f"'{name}' left its support: {value}"
+    quantiles = guide.quantiles([0.1, 0.9], num_samples=20)
+    for name, site in sites.items():
+        expected, shape = (2, *site["value"].shape), tuple(quantiles[name].shape)
+        assert shape == expected, f"quantiles: '{name}' has shape {shape}, expected {expected}"
 
 
-def _check_densities(guide: AutoAutoregressive, args: Args, atol: float) -> None:
+def _check_densities(guide: AutoAutoregressive, args: Args) -> None:
     trace: Any = poutine.trace(guide).get_trace(*args)
     values = {name: trace.nodes[name]["value"] for name in guide.prototype_trace.nodes}
     expected, found = trace.log_prob_sum(), guide.log_prob(values)
-    assert abs(expected - found) <= atol * (1 + abs(expected)), (
+    assert abs(expected - found) <= 1e-7 * (1 + abs(expected)), (
         f"log_prob: {found} for a draw whose density in the guide's trace is {expected}"
     )
     for path in (False, True):
         latent, log_q = guide.rsample_and_log_prob(5, path=path)
         expected = guide.get_posterior().log_prob(latent.detach())
-        assert ((log_q - expected).abs() <= atol * (1 + expected.abs())).all(), (
+        assert ((log_q - expected).abs() <= 1e-7 * (1 + expected.abs())).all(), (
             f"rsample_and_log_prob(path={path}): {log_q}, where the posterior has {expected}"
         )
 
 
-def _check_copies(guide: AutoAutoregressive, model: Model, args: Args, picklable: bool) -> None:
+def _check_copies(guide: AutoAutoregressive, model: Model, args: Args) -> None:
     latent = guide.rsample_and_log_prob(5)[0].detach()
     density = guide.get_posterior().log_prob(latent)
     before = _parameters(guide)
-    for way in ("deepcopy", "pickle") if picklable else ("deepcopy",):
-        twin = copy.deepcopy(guide) if way == "deepcopy" else pickle.loads(pickle.dumps(guide))
+    copies = {"deepcopy": copy.deepcopy(guide), "pickle": pickle.loads(pickle.dumps(guide))}
+    for way, twin in copies.items():
         found = twin.get_posterior().log_prob(latent)
         assert torch.equal(found, density), f"{way}: another density"
         _check_trains(way, twin, model, args)

@@ -15,29 +15,23 @@ from torch import Tensor
 
 from .conditioner import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
 
-STEP = 1e-6  # of differences
-
 
 def check_transform(
     make: Callable[[], TransformModule],
     input_dim: int,
     *,
     gain: float = 1.0,
-    picklable: bool = True,
     atol: float = 1e-9,
 ) -> None:
     """Checks that a transform of real vectors keeps its contract, in both directions.
 
-    The log-determinant is that of the autograd Jacobian, with shape ``x.shape[:-1]``; the inverse undoes
-    the transform and has the opposite log-determinant; the gradients of values and log-determinants,
-    both ways, are right in the argument and in the parameters; the inverse owns the parameters; nothing
-    remembered is out of date after parameters changed by any means; copies and pickles work and train
-    apart; the dtype follows the input.
+    The log-determinant is that of the autograd Jacobian; the inverse undoes the transform, has the opposite
+    log-determinant and owns the parameters; gradients are right both ways, in the argument and in the
+    parameters; nothing remembered is out of date after parameters changed by any means; copies and
+    pickles work and train apart; the dtype follows the input.
 
-    :param make: builds the transform; its parameters are then re-drawn.
+    :param make: builds the transform; its parameters are then re-drawn, at PyTorch's scale times ``gain``.
     :param input_dim: the number D of coordinates.
-    :param gain: a factor for the re-drawn weights.
-    :param picklable: False for a transform around a local function.
     :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
     :raises AssertionError: that says which contract broke, and for which input.
     """
@@ -52,10 +46,14 @@ def check_transform(
     _check_inverse_gradients(transform, x)
     _check_ownership(transform)
     _check_memory(transform, x, atol)
-    _check_copies(transform, x, picklable, atol)
+    _check_copies(transform, x, atol)
     for default, dtype in product(DTYPES, DTYPES):
         with default_dtype(default):
-            _check_dtype(redraw(make().to(dtype), gain), normal((3, input_dim), dtype))
+            transform = redraw(make().to(dtype), gain)
+            y, ladj = transform.call_and_ladj(normal((3, input_dim), dtype))
+            found = {t.dtype for t in (y, ladj, *transform.inv.call_and_ladj(y.detach()))}
+            where = f"under the default {default}"
+            assert found == {dtype}, f"dtype: expected {dtype} {where}, got {found}"
 
 
 def _close(a: Tensor, b: Tensor, atol: float) -> bool:
@@ -66,9 +64,8 @@ def _check_values(transform: Any, x: Tensor, atol: float) -> None:
     where = f"for x of shape {tuple(x.shape)}"
     y, ladj = transform.call_and_ladj(x)
     for name, found, shape in (("y", y, x.shape), ("log-determinant", ladj, x.shape[:-1])):
-        assert found.shape == shape, (
-            f"{name}: expected shape {tuple(shape)} {where}, got {tuple(found.shape)}"
-        )
+        got = f"got {tuple(found.shape)}"
+        assert found.shape == shape, f"{name}: expected shape {tuple(shape)} {where}, {got}"
     assert _close(transform(x), y, atol), f"__call__ differs from call_and_ladj {where}"
     fresh = x.clone()
     again = transform.log_abs_det_jacobian(fresh, transform(fresh))
@@ -80,9 +77,8 @@ def _check_values(transform: Any, x: Tensor, atol: float) -> None:
     far = transform.inv(x.clone()).detach()
     residual = (transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)
     error = residual.max().item()
-    assert error <= atol, (
-        f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest number {where}"
-    )
+    message = f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest number {where}"
+    assert error <= atol, message
     shapes = transform.forward_shape(x.shape), transform.inverse_shape(x.shape)
     assert shapes == (x.shape, x.shape), f"forward_shape and inverse_shape: got {shapes} {where}"
 
@@ -92,10 +88,9 @@ def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
     for row, value in zip(x, ladj):
         jacobian = torch.autograd.functional.jacobian(lambda v: transform.call_and_ladj(v)[0], row)
         expected = torch.linalg.slogdet(jacobian)[1]
-        assert _close(value, expected, atol), (
-            f"log-determinant: {value.item():.8g}, but that of the autograd Jacobian is "
-            f"{expected.item():.8g} at x = {row.tolist()}"
-        )
+        wanted = f"that of the autograd Jacobian is {expected.item():.8g} at x = {row.tolist()}"
+        message = f"log-determinant: {value.item():.8g}, but {wanted}"
+        assert _close(value, expected, atol), message
 
 
 def _check_gradients(transform: Any, x: Tensor) -> None:
@@ -106,19 +101,22 @@ def _check_gradients(transform: Any, x: Tensor) -> None:
         if not leaves:
             continue
         ways = [normal(tuple(leaf.shape), seed=k) for k, leaf in enumerate(leaves, start=3)]
-        slopes = [_slope(total, leaves, ways) for total in _weighted_sums(transform, x)]
-        ends = []
+        slopes, ends = [], []
+        for total in _weighted_sums(transform, x):
+            connected = total + 0 * sum(leaf.sum() for leaf in leaves)
+            gradients = torch.autograd.grad(connected, leaves, retain_graph=True)
+            slopes.append(sum((g * way).sum().item() for g, way in zip(gradients, ways)))
         with torch.no_grad():
-            for step in (STEP, -2 * STEP):
+            for step in (1e-6, -2e-6):
                 torch._foreach_add_(leaves, ways, alpha=step)
                 ends.append(_weighted_sums(transform, x))
-            torch._foreach_add_(leaves, ways, alpha=STEP)
+            torch._foreach_add_(leaves, ways, alpha=1e-6)
         for name, slope, above, below in zip(("y", "the log-determinant"), slopes, *ends):
-            expected = (above - below).item() / (2 * STEP)
+            expected = (above - below).item() / 2e-6
             found = f"{slope:.8g} along a random direction" if slope else "none"
-            assert abs(slope - expected) <= 1e-5 * (1 + abs(expected)), (
-                f"gradient of {name} in {where}: {found}, though by differences it is {expected:.8g}"
-            )
+            wrong = f"{found}, though by differences it is {expected:.8g}"
+            ok = abs(slope - expected) <= 1e-5 * (1 + abs(expected))
+            assert ok, f"gradient of {name} in {where}: {wrong}"
 
 
 def _weighted_sums(transform: Any, x: Tensor) -> list[Tensor]:
@@ -126,33 +124,23 @@ def _weighted_sums(transform: Any, x: Tensor) -> list[Tensor]:
     return [(normal(tuple(out.shape), seed=2) * out).sum() for out in outputs]
 
 
-def _slope(total: Tensor, leaves: list[Tensor], ways: list[Tensor]) -> float:
-    """The derivative along a direction, by gradients; 0 where there are none."""
-    if not total.requires_grad:
-        return 0.0
-    gradients = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
-    return sum((g * way).sum().item() for g, way in zip(gradients, ways))
-
-
 def _check_inverse_gradients(transform: Any, x: Tensor) -> None:
     """T(T.inv(y)) is y, so its gradient in y is the weight itself and that in a parameter zero."""
     y = transform.call_and_ladj(x)[0].detach().requires_grad_()
-    weight = normal(tuple(y.shape), y.dtype, seed=2)
+    weight = normal(tuple(y.shape), seed=2)
     parameters = [p for p in transform.parameters() if p.requires_grad]
     back, ladj = transform.inv.call_and_ladj(y)
     again, ladj_again = transform.call_and_ladj(back)
     loss = (weight * again).sum() + (ladj + ladj_again).sum()
     g_y, *rest = torch.autograd.grad(loss, [y, *parameters], materialize_grads=True)
-    error = (g_y - weight).abs().max().item()
-    assert error <= 1e-7, f"gradient of the inverse in y is off by {error:.2g}"
-    for gradient in rest:
-        worst = gradient.abs().max().item()
-        assert worst <= 1e-6, f"gradient of the inverse in the parameters is off by {worst:.2g}"
+    cases = [("y", g_y - weight, 1e-7), *(("the parameters", g, 1e-6) for g in rest)]
+    for where, residual, limit in cases:
+        error = residual.abs().max().item()
+        assert error <= limit, f"gradient of the inverse in {where} is off by {error:.2g}"
 
 
 def _check_ownership(transform: Any) -> None:
-    count = len(list(transform.parameters()))
-    inverse = transform.inv
+    count, inverse = len(list(transform.parameters())), transform.inv
     assert len(list(inverse.parameters())) == count, "inv: it does not own the parameters"
     assert inverse.inv is transform, "inv: t.inv.inv is not t"
     assert len({id(p) for p in transform.parameters()}) == count, "a parameter is registered twice"
@@ -185,20 +173,21 @@ def _check_memory(transform: Any, x: Tensor, atol: float) -> None:
             x = transform.inv(point)
             log_prob = -x.square().sum() - transform.log_abs_det_jacobian(x, point).sum()
             gradients.append(torch.autograd.grad(log_prob, parameters, materialize_grads=True))
-        same = all(_close(a, b, 1e-7) for a, b in zip(*gradients))
-        assert same, "memory: another gradient for a value made without gradients"
+        for a, b in zip(*gradients):
+            assert _close(a, b, 1e-7), "memory: another gradient for a value made without gradients"
 
 
-def _check_copies(transform: Any, x: Tensor, picklable: bool, atol: float) -> None:
+def _check_copies(transform: Any, x: Tensor, atol: float) -> None:
     y = transform(x)
     if y.requires_grad:
         y.sum().backward()
-    inverse = transform.inv
-    expected = transform(x).detach()
-    copies = {"deepcopy": copy.deepcopy(transform), "deepcopy of inv": copy.deepcopy(inverse).inv}
-    if picklable:
-        copies["pickle"] = pickle.loads(pickle.dumps(transform))
-        copies["pickle of inv"] = pickle.loads(pickle.dumps(inverse)).inv
+    inverse, expected = transform.inv, transform(x).detach()
+    copies = {
+        "deepcopy": copy.deepcopy(transform),
+        "deepcopy of inv": copy.deepcopy(inverse).inv,
+        "pickle": pickle.loads(pickle.dumps(transform)),
+        "pickle of inv": pickle.loads(pickle.dumps(inverse)).inv,
+    }
     with torch.no_grad():
         for name, twin in copies.items():
             assert _close(twin(x), expected, atol), f"{name}: other values"
@@ -206,11 +195,3 @@ def _check_copies(transform: Any, x: Tensor, picklable: bool, atol: float) -> No
                 p.add_(1.0)
             assert _close(transform(x), expected, atol), f"{name}: it shares parameters"
         assert _close(transform.with_cache(0)(x), expected, atol), "with_cache: other values"
-
-
-def _check_dtype(transform: Any, x: Tensor) -> None:
-    y, ladj = transform.call_and_ladj(x)
-    back, inverse_ladj = transform.inv.call_and_ladj(y.detach())
-    found = {t.dtype for t in (y, ladj, back, inverse_ladj)}
-    default = torch.get_default_dtype()
-    assert found == {x.dtype}, f"dtype: expected {x.dtype} under the default {default}, got {found}"

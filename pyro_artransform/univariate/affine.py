@@ -23,10 +23,6 @@ from .base import (
     unbind_params,
 )
 
-# Adam moves every parameter at one pace, and a log-slope of a hinge moves a whole tail: at the pace of a
-# network's weights the log-density would be noisy. Chosen by hand.
-_PACE = 0.1
-
 
 class MonotonicAffineTransform(ElementwiseTransform):
     r"""An affine transform whose scale is positive and bounded.
@@ -40,13 +36,6 @@ class MonotonicAffineTransform(ElementwiseTransform):
     :param scale: the unconstrained scale, shape ``(*, D)``; 0 is a scale of 1.
     :param bound: the bound of the log-scale.
     :raises ValueError: if the shapes do not broadcast, or the bound is not positive and finite.
-
-    Example::
-
-        >>> transform = MonotonicAffineTransform(torch.zeros(5), torch.zeros(5))
-        >>> y, ladj = transform.call_and_ladj(torch.randn(32, 5))
-        >>> y.shape, ladj.shape
-        (torch.Size([32, 5]), torch.Size([32, 5]))
     """
 
     def __init__(self, shift: Tensor, scale: Tensor, *, bound: float = 3.0) -> None:
@@ -132,8 +121,7 @@ class Affine(Univariate):
         self.multiplier = check_positive("multiplier", multiplier)
 
     def extra_repr(self) -> str:
-        multiplier = "" if self.multiplier == 1.0 else f", multiplier={self.multiplier}"
-        return f"bound={self.bound}{multiplier}"
+        return f"bound={self.bound}, multiplier={self.multiplier}"
 
     def forward(self, params: Tensor) -> ElementwiseTransform:
         if self.multiplier != 1.0:
@@ -160,12 +148,6 @@ class Standardizing(Affine):
     .. math:: y = (x - \text{location}) \exp(-b(\text{scale}))
 
     Its inverse has the location and the scale of a conditional distribution.
-
-    Example::
-
-        >>> transform = Standardizing()(torch.zeros(32, 5, 2))
-        >>> transform(torch.randn(32, 5)).shape
-        torch.Size([32, 5])
     """
 
     def forward(self, params: Tensor) -> ElementwiseTransform:
@@ -228,19 +210,13 @@ class HingedTransform(ElementwiseTransform):
 
 
 class _Bend(torch.autograd.Function):
-    """All hinges one after the other: the value and the log-slope.
-
-    The derivative by hand takes a third of the operations that the graph would have.
-    """
+    """All hinges: the value and the log-slope. Its derivative takes a third of the graph's operations."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
     ) -> tuple[Tensor, Tensor]:
-        """
-        :param ctx: None where autograd itself differentiates.
-        :param factors: half of :math:`e^a - 1` of each hinge, shape ``(n, *, D)``.
-        """
+        # factors are half of exp(a) - 1 of each hinge, (n, *, D); ctx is None where autograd differentiates
         y, _ = torch.broadcast_tensors(x, factors[0])
         large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
         arguments, roots = [], []
@@ -283,8 +259,7 @@ class _Bend(torch.autograd.Function):
 class Hinged(Univariate):
     """The family of smooth hinges to the left and to the right: skewed, with light or heavy tails.
 
-    There are two log-slopes for each knot; their bounds sum to 3. It gives Gaussian noise the shape of a
-    marginal, such as the exponential tail of the logarithm of a scale.
+    There are two log-slopes for each knot; their bounds sum to 3.
 
     :param knots: where the slopes change, positive or zero, mirrored to the left.
     :param width: how smoothly.
@@ -315,5 +290,7 @@ class Hinged(Univariate):
         return f"knots={self.knots}, width={self.width}"
 
     def forward(self, params: Tensor) -> HingedTransform:
-        log_slopes = unbind_params(soft_bound(_PACE * params, self.bound), self.num_params)
+        # Adam moves every parameter at one pace, and a log-slope of a hinge moves a whole tail: at the
+        # pace of a network's weights the log-density would be noisy. Chosen by hand.
+        log_slopes = unbind_params(soft_bound(0.1 * params, self.bound), self.num_params)
         return HingedTransform(log_slopes[0::2], log_slopes[1::2], self.knots, self.width)

@@ -13,17 +13,13 @@ from torch.distributions import Transform, constraints
 
 
 class Derivatives(NamedTuple):
-    """A member of a family at B points with D coordinates, and what a score needs of it.
+    """The value and log-slope at B points, and what a score needs of them, without a graph."""
 
-    All but the first two are without a graph.
-    """
-
-    y: Tensor  #: the value, shape ``(B, D)``
-    ladj: Tensor  #: the log-slope, shape ``(B, D)``
-    #: the derivative of x by the parameters at fixed y, shape ``(B, D, P)``
-    inverse_by_params: Tensor
-    ladj_by_x: Tensor | None  #: shape ``(B, D)``, None for zeros
-    ladj_by_params: Tensor | None  #: shape ``(B, D, P)``, None for zeros
+    y: Tensor  # (B, D)
+    ladj: Tensor  # (B, D)
+    inverse_by_params: Tensor  # of x by the parameters at fixed y, (B, D, P)
+    ladj_by_x: Tensor | None  # (B, D), None for zeros
+    ladj_by_params: Tensor | None  # (B, D, P), None for zeros
 
 
 def eager_autograd() -> bool:
@@ -40,12 +36,8 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
 
     .. math:: b(x) = \frac{x}{\sqrt{1 + (x / \text{bound})^2}}
 
-    The gradient decays like ``|x|**-3``: it is still positive where that of a hyperbolic tangent has
-    long been rounded to zero.
-
-    :param x: a tensor of any shape.
-    :param bound: the largest absolute value, positive.
-    :return: a tensor of the shape of ``x``; 0 at 0 exactly.
+    It is 0 at 0 exactly, for x of any shape and a positive bound. The gradient decays like ``|x|**-3``: it
+    is still positive where that of a hyperbolic tangent has long been rounded to zero.
     """
     if eager_autograd():
         return _SoftBound.apply(x, bound)
@@ -56,9 +48,8 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
 class _SoftBound(torch.autograd.Function):
     """The quotient with its derivative in closed form.
 
-    The automatic derivative of the quotient is a difference of nearly equal numbers: wrong by up to 200 %
-    in float32 for ``|x|`` up to 1e4 and bound 3, and zero further out. The sine of the arc tangent has a
-    good one, but takes eight times as long.
+    The automatic one is a difference of nearly equal numbers: wrong by up to 200 % in float32 for ``|x|``
+    up to 1e4 and bound 3, and zero further out. The sine of the arc tangent takes eight times as long.
     """
 
     @staticmethod
@@ -90,8 +81,7 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     if torch.jit.is_tracing():  # TorchScript cannot differentiate a split
         ends = accumulate(sizes)
         return [params[..., end - size : end] for size, end in zip(sizes, ends)]
-    if params.shape[-1:] != (sum(sizes),):
-        raise _wrong_shape(params, sum(sizes))
+    _check_count(params, sum(sizes))
     if params.dim() < 2:
         return params.split(list(sizes), -1)
     # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
@@ -106,13 +96,13 @@ def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
     """
     if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
         return [params[..., k] for k in range(count)]
-    if params.shape[-1:] != (count,):
-        raise _wrong_shape(params, count)
+    _check_count(params, count)
     return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
-def _wrong_shape(params: Tensor, count: int) -> ValueError:
-    return ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
+def _check_count(params: Tensor, count: int) -> None:
+    if params.shape[-1:] != (count,):
+        raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
 
 
 class ElementwiseTransform(Transform):
@@ -186,10 +176,9 @@ class InverseElementwiseTransform(ElementwiseTransform):
 class Univariate(nn.Module):
     """A family of increasing bijections of the real line.
 
-    A subclass sets :attr:`num_params` and implements :meth:`forward`. Contracts (all of them checked by
-    :func:`pyro_artransform.testing.check_univariate`): zero parameters are the identity; whatever the
-    parameters, the map is strictly increasing from the real line onto the real line, and the logarithm of
-    its derivative is bounded to about 3 in absolute value.
+    A subclass sets :attr:`num_params` and implements :meth:`forward`. Contracts, which
+    :func:`pyro_artransform.testing.check_univariate` checks: zero parameters are the identity; any others
+    map the real line onto itself, strictly increasing, with a log-slope bounded to about 3.
     """
 
     #: The number of parameters of each coordinate, P.
@@ -198,18 +187,13 @@ class Univariate(nn.Module):
     broadcasts: bool = False
 
     def forward(self, params: Tensor) -> Transform:
-        """The member of the family that has these parameters.
+        """The member of the family that has these parameters: it transforms tensors of shape ``(*, D)``.
 
         :param params: unconstrained, shape ``(*, D, P)``.
-        :return: a transform that acts on each element of a tensor of shape ``(*, D)``.
         :raises ValueError: if the last dimension is not P.
         """
         raise NotImplementedError
 
     def derivatives(self, params: Tensor, x: Tensor) -> Derivatives | None:
-        """The member with these parameters at x, and its derivatives, where they are in closed form.
-
-        :param params: shape ``(B, D, P)``.
-        :param x: shape ``(B, D)``.
-        """
+        """The member with these parameters at x, ``(B, D)``, and derivatives in closed form, if any."""
         return None

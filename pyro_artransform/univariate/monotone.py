@@ -9,13 +9,6 @@ from torch import Tensor
 from ..arguments import check_broadcast, check_integer, values_can_be_read
 from .base import ElementwiseTransform, Univariate, soft_bound, split_params
 
-# The bounds of the logarithms of the slopes and of the softness.
-SLOPE_BOUND = 2.5
-SOFTNESS_BOUND = 1.5
-
-# The units are spread over this many standard deviations on both sides.
-HALF_RANGE = 3.0
-
 
 class MonotoneTransform(ElementwiseTransform):
     """An increasing elementwise transform without a closed-form inverse.
@@ -31,10 +24,7 @@ class MonotoneTransform(ElementwiseTransform):
     fixed_steps = 32
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Finite bounds ``low`` and ``high`` of the inverse of ``y``, of the shape of the result.
-
-        :param y: finite, shape ``(*, D)``.
-        """
+        """Finite bounds ``low`` and ``high`` of the inverse of a finite ``y``, of the result's shape."""
         raise NotImplementedError
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +34,10 @@ class MonotoneTransform(ElementwiseTransform):
         with torch.no_grad():
             low, high = self.bracket(target.detach())
             x = self._solve(target.detach().expand_as(low), low, high).detach()
-        # Newton's method converges quadratically: the derivative of a Newton step with respect to
-        # its starting point is zero at the root. So one step from a detached root has the exact
-        # first derivatives (those of the implicit function theorem), and a step from there, whose
-        # starting point is right to first order, the exact second derivatives. The two also take
-        # the root from the square root of the precision to the precision.
+        # The derivative of a Newton step by its starting point is zero at the root. So one step from a
+        # detached root has the exact first derivatives (those of the implicit function theorem), and a
+        # step from there, right to first order, the exact second derivatives. The two also take the root
+        # from the square root of the precision to the precision.
         for _ in range(2):
             value, ladj = self.call_and_ladj(x)
             x = x + (target - value) * torch.exp(-ladj)
@@ -58,8 +47,7 @@ class MonotoneTransform(ElementwiseTransform):
     def _solve(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Solves for the root between two bounds, to about the square root of the precision.
 
-        A Newton step is taken where it stays in the bracket and is at most half as long as the step before
-        it, and a bisection elsewhere. So either the step or the bracket halves each time.
+        Where a Newton step would leave the bracket, or is longer than half of the last step, it bisects.
         """
         can_stop = values_can_be_read(y)
         tolerance = torch.finfo(y.dtype).eps ** 0.5
@@ -97,10 +85,9 @@ class MonotoneNeuralTransform(MonotoneTransform):
         y = \text{shift} + \frac{v_0 + v_K}{2} x
         + \frac{\tau}{2} \sum_{j=1}^K (v_j - v_{j-1}) \sqrt{1 + (x - k_j)^2 / \tau^2}
 
-    A monotone network with one hidden layer of K units, and a smoothed piecewise linear function: its
-    slope is a convex combination of the positive numbers :math:`v_j`, whatever the other parameters are.
-    So it maps onto the whole real line, all slopes can be reached everywhere, the two tails have slopes of
-    their own, and no gradient dies exponentially.
+    A monotone network with one hidden layer of K units: its slope is a convex combination of the positive
+    numbers :math:`v_j`. So it maps onto the whole real line, the two tails have slopes of their own, and no
+    gradient dies exponentially.
 
     :math:`\log v_j` is the bounded ``slopes``; :math:`k_j` is the j-th of K evenly spaced points in
     (-3, 3) plus ``knots``, bounded such that their order remains; :math:`\tau` is their distance times the
@@ -115,21 +102,25 @@ class MonotoneNeuralTransform(MonotoneTransform):
 
     def __init__(self, shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
         super().__init__()
-        _check_shapes(shift, slopes, knots, softness)
+        if not torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+            units = knots.shape[-1] if knots.dim() else 0
+            if units < 1 or slopes.shape[-1:] != (units + 1,):
+                wanted = "slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1"
+                got = f"{tuple(slopes.shape)} and {tuple(knots.shape)}"
+                raise ValueError(f"expected {wanted}, got {got}")
+            shapes = shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape
+            check_broadcast("batch shapes of shift, slopes, knots and softness", *shapes)
         count = knots.shape[-1]
-        spacing = 2 * HALF_RANGE / count
-        speeds = torch.exp(soft_bound(slopes, SLOPE_BOUND))
+        spacing = 6.0 / count  # three standard deviations on both sides
+        speeds = torch.exp(soft_bound(slopes, 2.5))
         centers = torch.arange(count, dtype=knots.dtype, device=knots.device) - 0.5 * (count - 1)
         self.shift = shift
         self.speeds = speeds
         self.left, self.right = speeds[..., 0], speeds[..., -1]
         self.jumps = 0.5 * (speeds[..., 1:] - speeds[..., :-1])
         self.knots = centers * spacing + soft_bound(knots, 0.5 * spacing)
-        softness = spacing * torch.exp(soft_bound(softness, SOFTNESS_BOUND))
+        softness = spacing * torch.exp(soft_bound(softness, 1.5))
         self.softness = softness.square().unsqueeze(-1)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(units={self.knots.shape[-1]})"
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # further out the square could overflow, and the curve is a line to round-off: 100 in float16
@@ -159,10 +150,9 @@ class MonotoneNeuralTransform(MonotoneTransform):
 
 
 class MonotoneNeural(Univariate):
-    """The family of monotone networks with one hidden layer.
+    """The family of :class:`MonotoneNeuralTransform`: a shift, K + 1 slopes, K knots and a softness.
 
-    The parameters of a coordinate are a shift, ``count_units`` + 1 slopes, ``count_units`` knots
-    and a softness: 2 K + 3 in all. Its inverse is found by Newton's method, with exact gradients.
+    Its inverse is found by Newton's method, with exact gradients.
 
     :param count_units: the number of hidden units, K, at least 1.
     :raises ValueError: if ``count_units`` is out of its range.
@@ -191,15 +181,3 @@ class MonotoneNeural(Univariate):
         count = self.count_units
         shift, slopes, knots, softness = split_params(params, (1, count + 1, count, 1))
         return MonotoneNeuralTransform(shift[..., 0], slopes, knots, softness[..., 0])
-
-
-def _check_shapes(shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
-    if torch.jit.is_tracing():
-        return  # sizes are tensors then and cannot be compared
-    if slopes.dim() == 0 or knots.dim() == 0 or not slopes.shape[-1] == knots.shape[-1] + 1 > 1:
-        raise ValueError(
-            "expected slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1, "
-            f"got {tuple(slopes.shape)} and {tuple(knots.shape)}"
-        )
-    shapes = shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape
-    check_broadcast("batch shapes of shift, slopes, knots and softness", *shapes)

@@ -12,10 +12,9 @@ from torch import Tensor
 from ..arguments import check_broadcast, check_integer, check_positive
 from .base import ElementwiseTransform, Univariate, split_params
 
-# Bounds of the logarithms of a bin's slope against the others', and of a knot's derivative against the
-# slopes beside it: together they bound the log-derivative of the spline to about 3.
-SLOPE_BOUND = 1.0
-DERIVATIVE_BOUND = 1.0
+# The arc tangent times this bounds the logarithms of a bin's slope against the others', and of a knot's
+# derivative against the slopes beside it, to 1: together, that of the spline's derivative to about 3.
+_TO_ONE = 2 / math.pi
 
 
 class Bin(NamedTuple):
@@ -44,25 +43,16 @@ class MonotonicRQSTransform(ElementwiseTransform):
     .. math::
         y = y_0 + h \frac{s z^2 + d_0 z (1 - z)}{s + (d_0 + d_1 - 2 s) z (1 - z)}
 
-    The derivative is continuous everywhere. The parameters are bounded smoothly: the widths are the softmax
-    of the bounded ``widths``; the slopes are proportional to the exponential of the bounded ``heights`` (a
-    height is a slope times a width), which bounds them whatever the widths are; and the derivative at a
-    knot is the geometric mean of the slopes beside it, times the exponential of the bounded
-    ``derivatives``. Zero parameters are the identity, exactly.
+    The derivative is continuous everywhere. The widths are the softmax of the bounded ``widths``; the slopes
+    are proportional to the exponential of the bounded ``heights`` (a height is a slope times a width); and
+    the derivative at a knot is the geometric mean of the slopes beside it, times the exponential of the
+    bounded ``derivatives``. Zero parameters are the identity, exactly.
 
     :param widths: unconstrained bin widths, shape ``(*, K)``.
     :param heights: unconstrained bin heights, shape ``(*, K)``.
     :param derivatives: unconstrained knot derivatives, shape ``(*, K - 1)``.
     :param bound: the end of the spline's domain and codomain.
     :raises ValueError: if the shapes do not go together.
-
-    Example::
-
-        >>> params = torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 7)
-        >>> transform = MonotonicRQSTransform(*params)
-        >>> y, ladj = transform.call_and_ladj(torch.randn(32, 5))
-        >>> y.shape, ladj.shape
-        (torch.Size([32, 5]), torch.Size([32, 5]))
 
     **References**
 
@@ -74,7 +64,8 @@ class MonotonicRQSTransform(ElementwiseTransform):
         self, widths: Tensor, heights: Tensor, derivatives: Tensor, *, bound: float = 5.0
     ) -> None:
         super().__init__()
-        _check_shapes(widths, heights, derivatives)
+        if not torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+            _check_shapes(widths, heights, derivatives)
         self.bound = check_positive("bound", bound)
         # The bins go before the last dimension, where softmax and cumsum work on whole vectors; a table
         # without coordinates gets one.
@@ -85,11 +76,8 @@ class MonotonicRQSTransform(ElementwiseTransform):
         # are K times as large as the data. In place, since the table is the cost.
         logits = torch.atan(widths)
         self.widths = torch.softmax(logits, -2)
-        slopes = torch.atan(heights).mul_(2 / math.pi * SLOPE_BOUND)
+        slopes = torch.atan(heights).mul_(_TO_ONE)
         self.heights = torch.softmax(logits + slopes, -2)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(bins={self.widths.shape[-2]}, bound={self.bound})"
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inside = x.abs() < self.bound
@@ -134,8 +122,10 @@ class MonotonicRQSTransform(ElementwiseTransform):
     def _find(self, t: Tensor, lengths: Tensor) -> Bin:
         """The bins that hold ``t``, where ``lengths`` are the bins' widths or heights."""
         scalar = t.dim() == 0 and self.widths.dim() == 2 and self.widths.shape[-1] == 1
-        t, widths, heights, lengths, derivatives = _broadcast(
-            t, self.widths, self.heights, lengths, self.derivatives
+        tables = self.widths, self.heights, lengths, self.derivatives
+        t = torch.broadcast_tensors(t, *(table[..., 0, :] for table in tables))[0]
+        widths, heights, lengths, derivatives = (
+            table.expand(*t.shape[:-1], table.shape[-2], t.shape[-1]) for table in tables
         )
         last = widths.shape[-2] - 1
         knots = lengths.detach().cumsum(-2)[..., :-1, :]
@@ -149,7 +139,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
         slope = height / widths.gather(-2, clamped)
         two = three[..., :2, :]
         inner = two.clamp(0, last - 1)
-        tilt = torch.atan(derivatives.gather(-2, inner)) * (2 / math.pi * DERIVATIVE_BOUND)
+        tilt = torch.atan(derivatives.gather(-2, inner)) * _TO_ONE
         mean = torch.sqrt(slope[..., :2, :] * slope[..., 1:, :])
         # At the ends the derivative is that of the tails.
         derivative = torch.where(inner == two, mean * tilt.exp(), 1.0)
@@ -160,9 +150,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
 
 
 class RationalQuadraticSpline(Univariate):
-    """The family of rational-quadratic splines, see :class:`MonotonicRQSTransform`.
-
-    The parameters of a coordinate are K widths, K heights and K - 1 derivatives.
+    """The family of :class:`MonotonicRQSTransform`: K widths, K heights and K - 1 derivatives.
 
     :param count_bins: the number of bins, K, at least 2.
     :param bound: the spline's domain is ``[-bound, bound]``.
@@ -192,21 +180,12 @@ class RationalQuadraticSpline(Univariate):
 
 
 def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
-    if torch.jit.is_tracing():
-        return  # sizes are tensors then and cannot be compared
-    if min(widths.dim(), heights.dim(), derivatives.dim()) == 0 or widths.shape[-1] < 2:
+    bins = widths.shape[-1] if widths.dim() else 0
+    if bins < 2:
         raise ValueError(f"expected widths of shape (*, K) with K >= 2, got {tuple(widths.shape)}")
-    bins = widths.shape[-1]
-    if heights.shape[-1] != bins or derivatives.shape[-1] != bins - 1:
-        raise ValueError(
-            f"expected heights of shape (*, {bins}) and derivatives of shape (*, {bins - 1}), "
-            f"got {tuple(heights.shape)} and {tuple(derivatives.shape)}"
-        )
+    if heights.shape[-1:] != (bins,) or derivatives.shape[-1:] != (bins - 1,):
+        wanted = f"heights of shape (*, {bins}) and derivatives of shape (*, {bins - 1})"
+        got = f"{tuple(heights.shape)} and {tuple(derivatives.shape)}"
+        raise ValueError(f"expected {wanted}, got {got}")
     batches = widths.shape[:-1], heights.shape[:-1], derivatives.shape[:-1]
     check_broadcast("batch shapes of widths, heights and derivatives", *batches)
-
-
-def _broadcast(t: Tensor, *tables: Tensor) -> list[Tensor]:
-    """Broadcasts ``t`` of shape ``(*, D)`` and tables of shape ``(*, K, D)``."""
-    t = torch.broadcast_tensors(t, *(table[..., 0, :] for table in tables))[0]
-    return [t, *(table.expand(*t.shape[:-1], table.shape[-2], t.shape[-1]) for table in tables)]

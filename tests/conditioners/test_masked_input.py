@@ -43,16 +43,11 @@ def test_network_that_returns_a_transform():
     assert transform.sign == 1
 
 
-def test_bad_arguments():
-    with pytest.raises(TypeError, match="net: expected a callable, got int"):
+def test_bad_arguments_and_networks():
+    with pytest.raises(TypeError, match="net: expected a callable, got 3"):
         MaskedInput(3)
-    with pytest.raises(ValueError, match="an order or an adjacency, got both"):
-        MaskedInput(Dense(2, 2), order=[0, 1], adjacency=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="cycle"):
         MaskedInput(Dense(2, 2), adjacency=torch.ones(2, 2))
-
-
-def test_bad_networks():
     with pytest.raises(TypeError, match="expected a tensor or a Transform, got list"):
         MaskedInput(lambda x: [x])(torch.zeros(2))
     with pytest.raises(ValueError, match=r"parameters of shape \(\*, 3, P\)"):

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from itertools import cycle
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,13 +60,6 @@ def test_contract_with_an_order():
     assert (jacobian != 0).any(1).sum(-1).tolist() == [1, 3, 0, 2]
 
 
-def test_masks_and_order_are_in_the_state_dict_and_deterministic():
-    first, second = MaskedMLP(5, 2).state_dict(), MaskedMLP(5, 2).state_dict()
-    fixed = [name for name in first if "mask" in name or name in ("order", "adjacency")]
-    assert len(fixed) == 5
-    assert all(torch.equal(first[name], second[name]) for name in fixed)
-
-
 def test_depth_and_blocks_follow_the_buffers():
     conditioner, x = MaskedMLP(5, 2), torch.zeros(3, 5)
     assert conditioner.depth == 5
@@ -91,71 +83,32 @@ def test_skip_connections_add_a_linear_function_that_starts_at_zero():
     assert torch.allclose(added, x @ masked.T)
 
 
-def test_all_parameters_move_within_two_steps():
-    conditioner = MaskedMLP(4, 2, hidden_dims=[16, 16], context_dim=3)
-    before = {name: p.detach().clone() for name, p in conditioner.named_parameters()}
-    for _ in range(2):
-        conditioner.zero_grad()
-        (conditioner(torch.randn(8, 4), torch.randn(8, 3)) - 1).square().sum().backward()
-        with torch.no_grad():
-            torch._foreach_sub_(
-                [*conditioner.parameters()], [p.grad for p in conditioner.parameters()]
-            )
-    for name, p in conditioner.named_parameters():
-        assert not torch.equal(p, before[name]), name
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"input_dim": 0}, "input_dim: expected a positive integer, got 0"),
-        ({"num_params": torch.tensor(True)}, "num_params: expected a positive integer"),
         ({"context_dim": "2"}, "context_dim: expected an integer of at least 0, got '2'"),
         ({"hidden_dims": ()}, "hidden_dims: expected at least one width, got an empty sequence"),
         ({"hidden_dims": [8, 2.0]}, r"hidden_dims: expected a positive integer, got 2\.0"),
-        ({"hidden_dims": 0}, "hidden_dims: expected a positive integer, got 0"),
         ({"hidden_dims": "64"}, "a positive integer or a sequence of them, got '64'"),
-        ({"hidden_dims": True}, "or a sequence of them, got True"),
         ({"skip_connections": "no"}, "skip_connections: expected True or False, got 'no'"),
         ({"order": [0, 1, 1]}, "permutation"),
-        (
-            {"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)},
-            "an order or an adjacency, got both",
-        ),
+        ({"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)}, "or an adjacency, got both"),
         ({"adjacency": torch.eye(3)}, "cycle 0 -> 0"),
     ],
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedMLP(**{"input_dim": 3, "num_params": 2, **options})
-
-
-def test_integers_of_other_libraries():
-    conditioner = MaskedMLP(np.int64(3), np.int32(2), np.int64(8), context_dim=torch.tensor(2))
-    sizes = (conditioner.input_dim, conditioner.num_params, conditioner.context_dim)
-    assert [type(size) for size in (*sizes, *conditioner.hidden_dims)] == [int] * 4
-    for widths in (np.array([8, 4]), torch.tensor([8, 4])):
-        assert MaskedMLP(3, 2, widths).hidden_dims == (8, 4)
-
-
-@pytest.mark.parametrize("nonlinearity", [nn.ELU, "tanh", torch.zeros(8)])
-def test_a_nonlinearity_that_is_not_a_function(nonlinearity):
     with pytest.raises(TypeError, match=r"a function or a module such as torch\.nn\.ELU\(\), got"):
-        MaskedMLP(3, 2, 8, nonlinearity=nonlinearity)
+        MaskedMLP(3, 2, 8, nonlinearity=nn.ELU)
 
 
 def test_a_nonlinearity_is_not_evaluated_before_its_time():
-    """It is taken as it is, and the weights are those that any other would come with."""
-
     def refuse(h):
         raise AssertionError("evaluated")
 
-    state = torch.get_rng_state()
-    default = MaskedMLP(3, 2, 8)
-    torch.set_rng_state(state)
-    given = MaskedMLP(3, 2, 8, nonlinearity=refuse)
-    assert given.nonlinearity is refuse
-    assert torch.equal(given.layers[0].weight, default.layers[0].weight)
+    assert MaskedMLP(3, 2, 8, nonlinearity=refuse).nonlinearity is refuse
     with torch.device("meta"):
         conditioner = MaskedMLP(3, 2, 8, nonlinearity=refuse)
     assert conditioner.adjacency.is_meta
@@ -179,11 +132,6 @@ def test_bad_input():
                 function(*inputs)
 
 
-def test_representation_gives_the_sizes():
-    assert "input_dim=3, num_params=2, hidden_dims=(8,)" in repr(MaskedMLP(3, 2, 8))
-    assert isinstance(MaskedMLP(3, 2).nonlinearity, nn.ELU)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bool], ids=str)
 def test_a_context_of_another_dtype(dtype):
     """The network's own dtype counts, in both directions."""
@@ -195,20 +143,15 @@ def test_a_context_of_another_dtype(dtype):
 
 
 def test_masked_connections_stay_cut_whatever_the_weight():
-    mask = torch.tensor([[True, False, False], [True, True, False]])
+    mask = [[1, 0, 0], [1, 1, 0]]
     layer = MaskedLinear(3, 2, mask)
     layer.weight.data.fill_(7.0)
     layer.bias.data.zero_()
     assert torch.equal(layer(torch.ones(3)), torch.tensor([7.0, 14.0]))
     layer(torch.ones(3)).sum().backward()
-    assert torch.equal(layer.weight.grad, mask.double())
+    assert layer.weight.grad.tolist() == mask
     assert "mask" in layer.state_dict()
     assert layer.float().mask.dtype == torch.float32
-
-
-def test_mask_of_a_linear_layer():
-    layer = MaskedLinear(2, 2, [[1, 0], [1, 1]])
-    assert torch.equal(layer.mask, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     with pytest.raises(ValueError, match=r"expected shape \(2, 3\).*got \(3, 2\)"):
         MaskedLinear(3, 2, torch.ones(3, 2))
 

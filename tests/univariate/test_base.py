@@ -4,14 +4,7 @@
 import pytest
 import torch
 
-from pyro_artransform.univariate import (
-    Affine,
-    ElementwiseTransform,
-    Hinged,
-    Univariate,
-    soft_bound,
-    split_params,
-)
+from pyro_artransform.univariate import soft_bound, split_params
 
 
 def test_soft_bound_is_the_quotient_of_its_formula():
@@ -34,8 +27,7 @@ def test_gradient_of_soft_bound_never_dies(value):
 def test_soft_bound_does_not_overflow():
     x = torch.tensor([1e30, -1e30, torch.inf, 0.0, torch.nan], dtype=torch.float32)
     y = soft_bound(x, 3.0)
-    assert torch.allclose(y[:4], torch.tensor([3.0, -3.0, 3.0, 0.0], dtype=torch.float32))
-    assert y[3] == 0
+    assert y[:4].tolist() == pytest.approx([3.0, -3.0, 3.0, 0.0], rel=1e-5, abs=0.0)
     assert y[4].isnan()
 
 
@@ -48,18 +40,3 @@ def test_split_params_gives_views_in_order():
         assert parts[0].data_ptr() == source.data_ptr()
         loss = sum(part.square().sum() for part in parts)
         assert torch.allclose(torch.autograd.grad(loss, source)[0], 2 * source)
-
-
-def test_repr_tells_the_arguments():
-    assert repr(Affine()) == "Affine(bound=3.0)"
-    assert repr(Affine(multiplier=0.1)) == "Affine(bound=3.0, multiplier=0.1)"
-    assert repr(Hinged(knots=[1.0])) == "Hinged(knots=(1.0,), width=0.7)"
-
-
-def test_the_contract_is_abstract():
-    transform = ElementwiseTransform()
-    for function in (transform, transform.inv):
-        with pytest.raises(NotImplementedError):
-            function(torch.zeros(3))
-    with pytest.raises(NotImplementedError):
-        Univariate()(torch.zeros(3, 2))

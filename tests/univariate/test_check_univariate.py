@@ -100,15 +100,13 @@ BROKEN = {
     r"zero params must be the identity .*x = 0, y = 1e-06": {
         "_call": lambda t, x: call(t, x) + 1e-6
     },
-    r"zero params must have log-determinant zero .*x = 0": {
-        "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y) + 1e-6
-    },
     r"(strictly increasing|onto the real line)": SATURATED,
-    r"dtype must follow the input, torch.float32": {"_call": lambda t, x: call(t, x).double()},
     r"dtype must follow the input": {
         "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).to(torch.get_default_dtype())
     },
-    r"log-determinant must have": {"log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).sum(-1)},
+    r"log-determinant and inverse must have the shape": {
+        "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).sum(-1)
+    },
     r"gradients of the inverse must agree with differences": {
         "_inverse": lambda t, y: inverse(t, y).detach() + 0 * inverse(t, y)
     },
@@ -137,46 +135,29 @@ def test_a_broken_transform_is_named(message, methods):
         check_univariate(family)
 
 
-class OneParameterTooMany(SinhArcsinh):
-    num_params = 3
-
-    def forward(self, params):
-        skew, weight = params.unbind(-1)
-        return self.transform(skew, weight.exp())
-
-
-class InfiniteAtLargeParams(SinhArcsinh):
-    def transform(self, skew, weight):
-        return SinhArcsinhTransform(torch.where(skew.abs() > 0.995, skew * 1e4, skew), weight)
-
-
-class NotATransform(SinhArcsinh):
-    def transform(self, skew, weight):
-        return skew
-
-
-class NoNumber(SinhArcsinh):
-    num_params = True
+def infinite_at_large_params(self, skew, weight):
+    return SinhArcsinhTransform(torch.where(skew.abs() > 0.995, skew * 1e4, skew), weight)
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("attributes", "message"),
     [
-        (lambda: Affine(bound=12.0), "Affine: log-slopes must be bounded, here by 10"),
-        (OneParameterTooMany, r"forward\(params\) failed for params of shape \(2, 3\): ValueError"),
-        (InfiniteAtLargeParams, "finite at large params"),
-        (NotATransform, "must return a torch Transform, got Tensor"),
-        (NoNumber, "num_params must be a positive int, got True"),
+        ({"forward": Affine(bound=12.0).forward}, "log-slopes must be bounded, here by 10"),
+        (
+            {"num_params": 3, "forward": lambda self, params: params.view(4)},
+            r"forward\(params\) failed for params of shape \(2, 3\): RuntimeError",
+        ),
+        ({"transform": infinite_at_large_params}, "finite at large params"),
+        ({"transform": lambda self, skew, weight: skew}, "return a torch Transform, got Tensor"),
+        ({"num_params": True}, "num_params must be a positive int, got True"),
     ],
 )
-def test_a_broken_family_is_named(family, message):
+def test_a_broken_family_is_named(attributes, message):
     with pytest.raises(AssertionError, match=message):
-        check_univariate(family())
+        check_univariate(type("Broken", (SinhArcsinh,), attributes)())
 
 
 def test_a_start_that_is_documented_to_be_elsewhere():
     family = SinhArcsinh()
     family.transform = lambda skew, weight: SinhArcsinhTransform(skew + 0.1, weight)
-    with pytest.raises(AssertionError, match="zero params must be the identity"):
-        check_univariate(family)
     check_univariate(family, identity_at_zero=False)

