@@ -30,9 +30,6 @@ from .progress import ProgressBar, noted_interrupts, progress_bar, seeded
 from .result import DrawsResult
 
 # found by hand, on the skewed density of the tests and on two moons
-_FEWEST = 20  # draws
-_SHARE, _MOST_HELD_OUT = 0.1, 10_000  # of the draws, for the result; as many say when to stop
-_FEWEST_STOPPING = 200  # draws that say when to stop, unless that is more than a quarter of all
 _BATCH_SIZE = 512
 _STEP_SIZE, _BETAS = 1e-2, (0.9, 0.99)
 _STEP_FACTORS = 1.0, 0.3, 0.1, 0.03  # of the step size, one after the other
@@ -43,12 +40,7 @@ _MIN_GAIN = 0.001  # nats a coordinate
 _MIN_GAIN_IN_SE = 1.0
 _CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100  # of the median norm of the gradients of the last steps
 _MAX_SKIPS = 100  # in a row
-_MAX_DISTANCE = 3.0  # nats a coordinate below a Gaussian, from which a start is far from the draws
 _CHUNK = 4096  # rows evaluated at once
-
-_COULD_BE_CHANCE = (
-    "what they had gained could be chance, so that it is where it began: more draws would help"
-)
 
 
 def fit_draws(
@@ -63,23 +55,19 @@ def fit_draws(
 ) -> DrawsResult:
     """Fits a guide or a density to given draws by maximum likelihood, with nothing to tune.
 
-    The mean log-density of many draws is largest where the forward KL divergence, from their law to the
-    density, is smallest. A density that is fitted so covers all of the draws, where
-    :func:`~pyro_artransform.fit` may leave a mode out.
+    That minimizes the forward KL divergence, from the law of the draws to the density, which so covers
+    all of the draws, where :func:`~pyro_artransform.fit` may leave a mode out. A density is
 
-    What is fitted are
-
-    - a guide of this package, to draws of its model's posterior, such as those of NUTS. It starts at
-      the Gaussian of their moments. Then ``diagnostics.importance`` has the evidence of the model;
-    - a ``FlowDistribution`` or ``TransformedDistribution``, to rows of data. It starts where it is: end
-      its flow with :func:`~pyro_artransform.transforms.standardize` of the data;
-    - a ``ConditionalTransformedDistribution``, to rows of data given rows of a context.
+    - a guide of this package, fitted to draws of its model's posterior, such as those of NUTS. It starts
+      at the Gaussian of their moments. Then ``diagnostics.importance`` has the evidence of the model;
+    - a ``FlowDistribution`` or ``TransformedDistribution``, fitted to rows of data. It starts where it is:
+      end its flow with :func:`~pyro_artransform.transforms.standardize` of the data;
+    - a ``ConditionalTransformedDistribution``, fitted to rows of data given rows of a context.
 
     A tenth of the draws says when to stop, 200 at least or a quarter of all, and another tenth how good the
     result is; both are left out of the steps. Where what the former have gained could be chance, the
     density stays where it began. Draws that are copies or neighbours of each other, as in a slow chain,
-    make both too optimistic: thin them. Given points are cheap for :func:`~pyro_artransform.maf` and
-    :class:`~pyro_artransform.AutoMAF`, and take several evaluations of the networks of an IAF.
+    make both too optimistic: thin them. MAFs are fast here; an IAF evaluates its networks several times.
 
     :param density: the guide or the distribution; it is trained in place.
     :param draws: for a guide, the values of all sites by name, each of shape ``batch + site shape``; for a
@@ -88,11 +76,9 @@ def fit_draws(
     :param context: shape ``(n, C)``, only for a conditional distribution.
     :param max_steps: the most steps; most fits end long before.
     :param seed: makes the fit repeatable, and leaves the generators as they were.
-    :param progress: whether to show a progress bar.
     :raises TypeError: if the density is none of the above, or has no parameters.
     :raises ValueError: if draws or context have another shape, are fewer than 20, not finite, constant
         in a coordinate, or at an edge of their support.
-    :raises RuntimeError: if it is called in ``torch.inference_mode``.
     :raises FitError: if the density of the draws is not finite for many steps in a row.
 
     Example::
@@ -109,9 +95,7 @@ def fit_draws(
         (100, True)
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "fit_draws: expected to be called outside of torch.inference_mode, without gradients"
-        )
+        raise RuntimeError("fit_draws: expected to be called outside of torch.inference_mode")
     if (args or kwargs) and not isinstance(density, UnconstrainingGuide):
         raise ValueError("expected arguments of a model for a guide only, got some for a density")
     is_conditional = isinstance(density, ConditionalTransformedDistribution)
@@ -133,9 +117,9 @@ def fit_draws(
         trained, for_stopping, held_out = _split(rows)
         bar.say("start")
         start = _start(density, fitted, trained)
+        bar.say("fit")
         scales = density if isinstance(density, ScaledSteps) else None
         training = _Training(fitted, trained, for_stopping, scales)
-        bar.say("fit")
         stopped_because = training.run(max_steps, bar, interrupted)
         found = fitted.log_probs(held_out).double()
     return DrawsResult(
@@ -153,25 +137,20 @@ def fit_draws(
 
 @dataclass(frozen=True)
 class _Density:
-    """A transformed distribution for a context, and its parameters to train.
-
-    Its draws are rows: their values ``(n, D)``, contexts ``(n, C)`` or ``(n, 0)``, and what is added to
-    the log-density of each.
-    """
+    """A transformed distribution given a context; rows are values, contexts, and log-density offsets."""
 
     given: Callable[[Tensor], Any]
     parameters: list[nn.Parameter]
 
     def log_prob(self, values: Tensor, context: Tensor, offset: Tensor) -> Tensor:
-        """The log-density of rows, shape ``(n,)``, with a graph."""
+        """The log-density of rows, with a graph, shape ``(n,)``."""
         distribution = self.given(context)
         # by one evaluation of each transform, where torch takes two
         x, total = values, torch.zeros_like(offset)
         for transform in reversed(distribution.transforms):
             x, ladj = call_and_ladj_over_vectors(transform.inv, x)
             total = total + ladj
-        if not x.isfinite().all():
-            # a step that is skipped, where the base would raise an error
+        if not x.isfinite().all():  # where the base would raise an error, the step is skipped
             return x.sum(-1) * math.nan
         log_p: Tensor = distribution.base_dist.log_prob(x)
         return sum_rightmost(log_p, log_p.dim() - 1) + total + offset
@@ -186,7 +165,7 @@ class _Density:
 def _of_guide(
     guide: UnconstrainingGuide, draws: Any, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[_Density, TensorDataset]:
-    """A guide as a density on the unconstrained space, and draws of all its sites there."""
+    """A guide as a density on the unconstrained space, and draws there."""
     if not isinstance(draws, Mapping):
         got = type(draws).__name__
         raise TypeError(f"draws: expected a dict of the values of each site, got {got}")
@@ -196,8 +175,8 @@ def _of_guide(
     at_edge = int((~ladj.isfinite()).sum())
     if at_edge:
         raise ValueError(
-            f"draws: expected values inside the supports, got {at_edge} of {len(ladj)} at an edge, where "
-            "there is no density on the unconstrained space: leave them out"
+            f"draws: expected values inside the supports, got {at_edge} of {len(ladj)} at an edge: leave "
+            "them out"
         )
     rows = TensorDataset(check_rows("draws", values), values[:, :0], -ladj.to(values))
     guide.get_transform()  # entries of Pyro's store that count more are adopted first
@@ -214,9 +193,9 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, 
     kinds: Any = TransformedDistribution, ConditionalTransformedDistribution
     if not isinstance(density, kinds):
         raise TypeError(
-            "density: expected a guide of this package that has one vector of all latents, such as "
-            "AutoMAF, or a FlowDistribution, TransformedDistribution or "
-            f"ConditionalTransformedDistribution, got {type(density).__name__}"
+            "density: expected a guide that has one vector of all latents, such as AutoMAF, or a "
+            "FlowDistribution, TransformedDistribution or ConditionalTransformedDistribution, got "
+            f"{type(density).__name__}"
         )
     found: list[nn.Parameter] = []
     for transform in density.transforms:
@@ -226,29 +205,28 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, 
                 found += module.parameters()
     parameters = _trained(dict.fromkeys(found))
     values = check_rows("draws", draws).to(parameters[0])
-    offset = values.new_zeros(len(values))
     if context is not None:
         context = check_rows("context", context).to(parameters[0])
         if len(context) != len(values):
             raise ValueError(
                 f"context: expected a row for each of {len(values)} draws, got {len(context)}"
             )
-        return _Density(density.condition, parameters), TensorDataset(values, context, offset)
-    if density.batch_shape or density.event_shape != values.shape[1:]:
+    elif density.batch_shape or density.event_shape != values.shape[1:]:
         raise ValueError(
-            "draws: expected shape (n, *event_shape) of a distribution without a batch shape, got "
-            f"{tuple(values.shape)}, and a distribution of batch shape {tuple(density.batch_shape)} and "
-            f"event shape {tuple(density.event_shape)}"
+            f"draws: expected shape (n, *event_shape) without a batch shape, got {tuple(values.shape)} and "
+            f"batch shape {tuple(density.batch_shape)}, event shape {tuple(density.event_shape)}"
         )
-    return _Density(lambda _: density, parameters), TensorDataset(values, values[:, :0], offset)
+    given = (lambda _: density) if context is None else density.condition
+    contexts = values[:, :0] if context is None else context
+    rows = TensorDataset(values, contexts, values.new_zeros(len(values)))
+    return _Density(given, parameters), rows
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     found = [parameter for parameter in parameters if parameter.requires_grad]
     if not found:
         raise TypeError(
-            "density: expected parameters to train, those of a guide or of transforms that are modules, "
-            "such as maf(D) or a chain of them, got none"
+            "density: expected parameters to train, of a guide or of transforms that are modules, got none"
         )
     return found
 
@@ -256,10 +234,10 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 def _split(rows: TensorDataset) -> list[TensorDataset]:
     """The draws in random order: for the steps, for their end, and for the result."""
     count = len(rows)
-    if count < _FEWEST:
-        raise ValueError(f"draws: expected {_FEWEST} or more, got {count}")
-    size = min(max(int(_SHARE * count), 2), _MOST_HELD_OUT)
-    stopping = max(size, min(_FEWEST_STOPPING, count // 4))
+    if count < 20:
+        raise ValueError(f"draws: expected 20 or more, got {count}")
+    size = min(max(int(0.1 * count), 2), 10_000)
+    stopping = max(size, min(200, count // 4))
     order = torch.randperm(count, device=rows.tensors[0].device)
     return [TensorDataset(*rows[k]) for k in order.split([count - stopping - size, stopping, size])]
 
@@ -267,16 +245,15 @@ def _split(rows: TensorDataset) -> list[TensorDataset]:
 @torch.no_grad()
 def _start(density: object, fitted: _Density, rows: TensorDataset) -> str:
     """Puts a guide near the draws; warns where a distribution, which stays as it is, is far from them."""
-    full_rank = None if isinstance(density, UnconstrainingGuide) else False
-    values, _, offset = rows.tensors
-    loc, scale = location_and_scale("draws", values, full_rank)
+    is_guide, (values, _, offset) = isinstance(density, UnconstrainingGuide), rows.tensors
+    loc, scale = location_and_scale("draws", values, None if is_guide else False)
     own = (fitted.log_probs(rows) - offset).mean().item()
-    # under the Gaussian of their own moments
+    # the same under the Gaussian of their moments
     diagonal = scale if scale.dim() == 1 else scale.diagonal()
     squares = len(loc) * (1 - 1 / len(values))
     gaussian = -diagonal.log().sum().item() - 0.5 * (len(loc) * math.log(2 * math.pi) + squares)
     if not isinstance(density, UnconstrainingGuide):
-        if not gaussian - own <= _MAX_DISTANCE * len(loc):  # true for NaN
+        if not gaussian - own <= 3 * len(loc):  # nats; true for NaN
             warnings.warn(
                 f"the density begins {gaussian - own:.3g} nats a draw below a Gaussian of the draws' "
                 "means and standard deviations, and may never get there: end the flow with "
@@ -309,35 +286,38 @@ class _Training:
         self._scales = scales
         #: the negative mean log-density of the mini-batch of each step, NaN where the step was skipped
         self.losses: list[float] = []
-        self._norms: list[float] = []
-        self._batches: list[Tensor] = []
-        self._start = self._best = self._values()
-        self._at_start = self._at_best = density.log_probs(held_out)
+        self._norms, self._batches = list[float](), list[Tensor]()
+        self._best, self._at_best = self._values(), density.log_probs(held_out)
         #: the mean log-density of held-out draws at each check
-        self.history = [self._at_start.mean().item()]
+        self.history = [self._at_best.mean().item()]
 
     def run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
         """Takes steps until held-out draws gain nothing, and ends at the best parameters; says why."""
+        start, at_start = self._best, self._at_best
         reason = self._run(max_steps, bar, interrupted)
         # of few draws some check is good by chance: the gain has to exceed its noise
-        gains = self._at_best - self._at_start
+        gains = self._at_best - at_start
         noise = _MIN_GAIN_IN_SE * gains.std() / len(gains) ** 0.5
         is_gain = bool(gains.mean() > noise) or not bool(gains.isfinite().all())
-        self._use(self._best if is_gain else self._start)
-        return reason if is_gain else f"{reason}; {_COULD_BE_CHANCE}"
+        self._use(self._best if is_gain else start)
+        if is_gain:
+            return reason
+        return f"{reason}; the gain could be chance, so that it is where it began: more draws would help"
 
     def _run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
         to_beat, min_gain = self.history[0], _MIN_GAIN * self._rows.tensors[0].shape[-1]
         for factor in _STEP_FACTORS:
             self._use(self._best)
             adam = Adam(self._density.parameters, _STEP_SIZE, _BETAS, self._scales)
-            checks_since_gain = 0
-            while checks_since_gain < _PATIENCE:
+            checks_since_gain, reason = 0, ""
+            while checks_since_gain < _PATIENCE and not reason:
                 self._step(adam, factor)
                 bar.update(self.losses, None)
-                count, is_interrupted = len(self.losses), interrupted.is_set()
-                is_last = is_interrupted or count == max_steps
-                if not is_last and count % _CHECK_EVERY:
+                if interrupted.is_set():
+                    reason = "it was interrupted"
+                elif len(self.losses) == max_steps:
+                    reason = f"all {max_steps} steps that it may take were taken"
+                elif len(self.losses) % _CHECK_EVERY:
                     continue
                 found = self._density.log_probs(self._held_out)
                 value = found.mean().item()
@@ -347,10 +327,8 @@ class _Training:
                 checks_since_gain += 1
                 if value > to_beat + min_gain:
                     to_beat, checks_since_gain = value, 0
-                if is_interrupted:
-                    return "it was interrupted"
-                if is_last:
-                    return f"all {max_steps} steps that it may take were taken"
+            if reason:
+                return reason
         return "held-out draws became no more probable"
 
     def _step(self, adam: Adam, factor: float) -> None:

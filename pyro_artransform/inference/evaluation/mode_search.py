@@ -3,10 +3,8 @@
 
 """Searches for modes far from a guide, and what its draws say of the region around each.
 
-Climbs start afar, in shells around the guide, at draws of the prior and at mirror images. With Hessians
-each end has the mass of its curvature. For many latents, or without Hessians, draws of the guide that are
-moved to an end and a mean-field fit there bound the mass from below, so that a high density without mass,
-as in the neck of a funnel, raises no alarm.
+Climbs start in shells around the guide, at draws of the prior and at mirror images. With Hessians each end
+has the mass of its curvature; else moved draws of the guide and mean-field fits bound it from below.
 """
 
 import math
@@ -35,16 +33,13 @@ from ..initialization.initial_guide import GaussianSearch
 # the density of an angle is the same after these turns, that of a proper prior is not where they lead
 # beyond some standard deviations of the draws
 _TURNS, _BEYOND = (1.0, -32.0), 4.0
-# numbers of points that are evaluated at once: 64 MB in double precision
-_MOST_VALUES = 2**23
-# nats, to which round-off is added
-_TURN_TOLERANCE = 1e-3
+_TURN_TOLERANCE = 1e-3  # nats, to which round-off is added
+_MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
 
 
 class GuideDraws(NamedTuple):
-    """Draws of a guide, shape ``(n, D)``, angles within a turn, and what they say of it.
+    """Draws of a guide, shape ``(n, D)``, angles within a turn, with their moments.
 
-    :param gaussian: their mean and covariance.
     :param log_evidence: the log evidence by their weights, of one turn of each angle.
     :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` without angles.
     :param excess_by_turns: the nats by which the weights count several turns of an angle.
@@ -60,10 +55,7 @@ class GuideDraws(NamedTuple):
     def of(
         cls, log_density: LogDensity, draws: Tensor, log_evidence: float, max_dense_dim: int
     ) -> "GuideDraws":
-        """The draws, folded where a coordinate of the density is an angle.
-
-        :param max_dense_dim: the most coordinates that have a covariance; more have their sds alone.
-        """
+        """The draws, folded where a coordinate is an angle; more than the most have sds alone."""
         is_circular = _find_circular(log_density, draws)
         folded, excess = fold(draws, is_circular), 0.0
         if is_circular is not None:
@@ -80,12 +72,7 @@ class GuideDraws(NamedTuple):
         return cls(folded, gaussian, log_evidence - excess, is_circular, excess)
 
     def regions(self, modes: Modes, points: Tensor) -> Tensor:
-        """Which of n points are of which of S modes, shape ``(S, n)``: each of one at most.
-
-        A point is of a mode if it is within reach of it, and the mode's Gaussian explains its
-        density better than those of other modes and of the guide do: in many dimensions a point may
-        be within reach of several.
-        """
+        """Which of n points are of which of S modes, shape ``(S, n)``: within reach of the likeliest."""
         dim = points.shape[-1]
         distances = distances_to(modes.gaussians, points, self.is_circular)
         by_mode = modes.value[:, None] - 0.5 * dim * distances
@@ -109,10 +96,7 @@ def distances_to(gaussians: Gaussians, points: Tensor, is_circular: Tensor | Non
 
 
 def fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
-    """Points of shape ``(n, D)`` with each angle within half a turn of a center.
-
-    :param center: shape ``(D,)``; the mean direction of the points unless it is given.
-    """
+    """Points ``(n, D)`` with each angle within half a turn of a center, by default their mean."""
     if is_circular is None:
         return points
     if center is None:
@@ -125,10 +109,7 @@ def _wrapped(angles: Tensor) -> Tensor:
 
 
 def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
-    """Which coordinates are angles: after whole turns the density is the same.
-
-    :return: shape ``(D,)``, of booleans; ``None`` without angles.
-    """
+    """Which coordinates are angles: after whole turns the density is the same; ``None`` without."""
     points, spread = draws[:1], draws.std(0) / (2 * math.pi)
     value = evaluate_density(log_density, points)
     tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
@@ -153,16 +134,10 @@ def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
 
 
 def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
-    """The entropy of the turn that a draw is in, given its angle, of n draws of several angles.
-
-    As the density is the same in all turns, a guide's ELBO is larger by that. Entropies are corrected
-    for the number of draws (Miller, 1955).
-    """
-    total = 0.0
-    size = math.isqrt(len(draws))  # of pieces in which the angle counts as the same
+    """The entropy of turns given angles, by which an ELBO is too large (corrected: Miller, 1955)."""
+    total, size = 0.0, math.isqrt(len(draws))  # of pieces in which the angle counts as the same
     for angles, within in zip(draws.double().mT, folded.double().mT):
-        turns = ((angles - within) / (2 * math.pi)).round()
-        nats = 0.0
+        turns, nats = ((angles - within) / (2 * math.pi)).round(), 0.0
         for piece in turns[within.argsort()].split(size):
             counts = piece.unique(return_counts=True)[1]
             shares = counts / len(piece)
@@ -174,11 +149,7 @@ def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ModeSearch:
-    """A search for modes far from a guide.
-
-    :param model: the model, with its arguments.
-    :param initialization: how draws of the prior and mean-field fits are made.
-    """
+    """A search for modes far from a guide."""
 
     log_density: LogDensity
     model: Callable[[], object]
@@ -187,10 +158,7 @@ class ModeSearch:
     guide: GuideDraws
 
     def search(self, starts: Tensor, known: Modes | None) -> tuple[Modes | None, str]:
-        """Known modes, and those above some starts and points afar.
-
-        :return: also how these were found: by "curvature", by "gradients" alone, or "none".
-        """
+        """Known modes, and those above starts and points afar; how, as ``MissedModes.searched_by``."""
         points, searched_by = torch.cat([starts, self._points_afar()]), "curvature"
         if known is None:  # no start has climbed from there
             config = self.initialization
@@ -209,15 +177,12 @@ class ModeSearch:
         return self._distinct(known, found), searched_by
 
     def search_more(self, modes: Modes | None) -> Modes | None:
-        """The modes, and those above other points afar."""
+        """Known modes, and those above other points afar."""
         return self._distinct(modes, self._climb(self._points_afar()))
 
     def _points_afar(self) -> Tensor:
-        """Points of finite density far outside of the guide.
-
-        Half of the points are any, half are those of each shell whose density exceeds its Gaussian's
-        the most; and the images of the Gaussian in the origin and in the starting point.
-        """
+        """Points of finite density far outside of the guide, and its images in origin and start."""
+        # half of the points are any, half those whose density exceeds the Gaussian's the most
         config, density = self.config, self.log_density
         around = self.guide.gaussian.widened(config.heavy_inflation)
         screened, count = config.num_screened, config.num_climbs
@@ -243,17 +208,13 @@ class ModeSearch:
         if density.latents.latent_dim > config.max_hessian_dim or not len(points):
             return None
         try:
-            no_noise = torch.zeros_like(points[:1])
-            modes, _ = climb(density, points, no_noise, config.max_newton_steps)
+            modes, _ = climb(density, points, torch.zeros_like(points[:1]), config.max_newton_steps)
             return self._weighed(modes)
         except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
             return None
 
     def _climb_by_gradients(self, points: Tensor) -> Modes | None:
-        """Gaussians far from the guide, above points and mirror images, with bounds of their masses.
-
-        :return: ``None`` without a mass that matters.
-        """
+        """Gaussians far from the guide, above points and mirror images, with bounds of their masses."""
         density, config, around = self.log_density, self.config, self.guide.gaussian
         draws = self.guide.draws[: config.num_moved]
         base = evaluate_density(density, draws)
@@ -311,11 +272,7 @@ class ModeSearch:
         return kept[1 : self.config.num_far + 1]
 
     def _weighed(self, modes: Modes) -> Modes:
-        """Modes whose mass is that of their curvature, if draws of their Gaussians find as much.
-
-        In the neck of a funnel, or on a ridge, the curvature promises mass where next to none is. An
-        end of a climb that is not a maximum, as on a ring, stands for what is around it.
-        """
+        """Modes whose mass is that of their curvature, or what draws find, which is less in a neck."""
         config, converged = self.config, modes.converged[:, None, None]
         # elsewhere no wider in any direction than the guide
         lower = self.guide.gaussian.scale_tril[0]
@@ -336,10 +293,9 @@ class ModeSearch:
 
     def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
         """The maxima that are not the same, those with the most mass first, angles near the guide's."""
-        parts = list(filter(None, (known, found)))
-        if not parts:
+        if known is None and found is None:
             return None
-        gaussians, values, converged = zip(*parts)
+        gaussians, values, converged = zip(*filter(None, (known, found)))
         loc, scale_tril = concatenate(gaussians)
         is_circular = self.guide.is_circular
         loc = fold(loc, is_circular, self.guide.gaussian.loc[0])

@@ -13,16 +13,13 @@ from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
 from ...diagnostics.importance import GOOD_KHAT, WORST_KHAT, round_off_of
 from ..config import EvaluationConfig
-from ..optimization.minibatch_elbo import PassEstimate
+from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModes
 
-# the rows of a last batch that a loader drops are fewer
-_MOST_LEFT_OUT = 0.2
 _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
 )
-#: what a success says of mass elsewhere, by how it was searched for
 _ELSEWHERE = {
     "curvature": ", and no start found mass elsewhere.",
     "gradients": (
@@ -46,9 +43,6 @@ _MIXES_DRAWS = (
 class FitStatus(NamedTuple):
     """How a fit ended, and of what kind its guide and model are.
 
-    :param skipped_share: the share of steps that were skipped, from 0 to 1.
-    :param is_complete: whether the fit ended by itself.
-    :param is_saved: whether there is a checkpoint of it.
     :param is_point: whether the guide is a single value at some site.
     :param is_random: whether the model draws mini-batches of its data itself, or is random otherwise.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
@@ -80,24 +74,24 @@ def judge(
     config: EvaluationConfig,
     about_minibatches: str = "",
 ) -> Verdict:
-    """The verdict on a fit.
-
-    :param weights: the weights of the guide's own draws; ``None`` if mini-batches hide them.
-    :param missed: what was found outside of the guide; ``None`` if it was not computed.
-    :param about_minibatches: the objection to a fit that had a loader.
-    """
+    """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them."""
     objections = []
     if not status.is_complete:
         hint = "resume it from its checkpoint" if status.is_saved else "fit again, or for longer"
         objections.append(f"the fit was interrupted before its end: {hint}")
     if status.skipped_share > config.max_skipped:
-        share = f"{100 * status.skipped_share:.0f} % of the steps had to be skipped"
         objections.append(
-            f"{share}, since the loss or its gradient was not finite: result.culprits has the sites. Use "
-            "tighter priors, or supports that keep scales away from zero"
+            f"{100 * status.skipped_share:.0f} % of the steps had to be skipped, since the loss or its "
+            "gradient was not finite: result.culprits has the sites. Use tighter priors, or supports "
+            "that keep scales away from zero"
         )
     if status.missing:
-        objections.append(_about_missing(status.missing))
+        objections.append(
+            "the guide's graph lacks dependencies that the model has where the posterior is: "
+            f"{first_of(status.missing)}. They were switched off where the graph was found: "
+            "make it anew with an init_loc_fn of values where they are on, such as "
+            "init_to_value(values=guide.median()), or use AutoIAF"
+        )
     if status.coarse:
         objections.append(
             f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
@@ -116,15 +110,6 @@ def judge(
     if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, _about_success(weights, missed) + note)
-
-
-def _about_missing(missing: Sequence[str]) -> str:
-    return (
-        "the guide's graph lacks dependencies that the model has where the posterior is: "
-        f"{first_of(missing)}. They were switched off where the graph was found: "
-        "make it anew with an init_loc_fn of values where they are on, such as "
-        "init_to_value(values=guide.median()), or use AutoIAF"
-    )
 
 
 def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
@@ -181,8 +166,8 @@ def _about_missed_modes(
         )
     more = missed.log_evidence - found.elbo
     noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
-    already_said = found.log_evidence - found.elbo > config.max_gap
-    if more > config.max_gap + noise and not already_said:
+    is_said = found.log_evidence - found.elbo > config.max_gap
+    if more > config.max_gap + noise and not is_said:
         yield (
             f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
             "mass of the posterior where the guide has none. Use a more flexible guide, or fit from "
@@ -191,11 +176,12 @@ def _about_missed_modes(
 
 
 def about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all: bool) -> str:
-    """What a pass over a loader leaves unknown: the objection to every fit by mini-batches."""
+    """The objection to every fit by mini-batches: what a pass over a loader leaves unknown."""
     of = "of all data" if is_of_all else "of a batch, on the average,"
-    elbo = f"{found.elbo:.3f} ± {found.elbo_se:.3f}"
-    known = f"it was trained on mini-batches: the ELBO {of} is {elbo}"
-    if abs(found.loader_share - 1) > _MOST_LEFT_OUT:
+    known = (
+        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
+    )
+    if abs(found.loader_share - 1) > 0.2:  # a last batch that a loader drops is less
         known = (
             f"a pass over the loader is {100 * found.loader_share:.0f} % of the data that the model scales "
             f"its batches up to: check the size of the plate; {known}"
@@ -215,7 +201,6 @@ def about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all
 
 
 def _about_success(found: Importance, missed: MissedModes | None) -> str:
-    """A success in words, with what is in other modes if it is a per cent at least."""
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "

@@ -10,10 +10,10 @@ gradients and rows of Hessians are each one evaluation of the model.
 **References**
 
 1. Identifying and Attacking the Saddle Point Problem in High-Dimensional Non-Convex Optimization
-   (Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, 2014), https://arxiv.org/abs/1406.2572
-2. Pathfinder: Parallel Quasi-Newton Variational Inference (Zhang, Carpenter, Gelman, Vehtari, 2022),
+   (Dauphin et al., 2014), https://arxiv.org/abs/1406.2572
+2. Pathfinder: Parallel Quasi-Newton Variational Inference (Zhang et al., 2022),
    https://arxiv.org/abs/2108.03782
-3. Automatic Differentiation Variational Inference (Kucukelbir, Tran, Ranganath, Gelman, Blei, 2017),
+3. Automatic Differentiation Variational Inference (Kucukelbir et al., 2017),
    https://arxiv.org/abs/1603.00788
 """
 
@@ -32,8 +32,6 @@ Density = Callable[[Tensor], Tensor]
 
 # points evaluated at once: a bound on memory
 _CHUNK = 2048
-# the step sizes tried at once: from a whole Newton step down to a ten-millionth of one
-_STEP_SIZES = [4.0**-k for k in range(12)]
 # of the largest curvature, once all coordinates have unit curvature: less is round-off, and up to the
 # larger one a point may be anything but a mode
 _ROUND_OFF, _FLAT = 1e-12, 1e-8
@@ -44,8 +42,7 @@ _SETTLED, _CONVERGED = 1e-6, 1e-3
 class Gaussians(NamedTuple):
     """S Gaussians: ``loc`` of shape ``(S, D)``, ``scale_tril`` of shape ``(S, D, D)``.
 
-    Where there are too many coordinates for matrices, ``scale_tril`` is the standard deviations of
-    independent coordinates, shape ``(S, D)``.
+    For many coordinates, ``scale_tril`` is the sds of independent ones, shape ``(S, D)``.
     """
 
     loc: Tensor
@@ -57,16 +54,15 @@ class Gaussians(NamedTuple):
         return self.scale_tril.dim() == 2
 
     def take(self, index: Tensor | list[int] | slice) -> "Gaussians":
-        """Those at an index."""
         return Gaussians(self.loc[index], self.scale_tril[index])
 
     def log_volume(self) -> Tensor:
         """The log-determinants of the scales, shape ``(S,)``."""
         scale = self.scale_tril
-        return (scale if scale.dim() == 2 else scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
+        scale = scale if self.is_independent else scale.diagonal(dim1=-2, dim2=-1)
+        return scale.log().sum(-1)
 
     def widened(self, factor: float) -> "Gaussians":
-        """Those with their scales times a factor."""
         return Gaussians(self.loc, factor * self.scale_tril)
 
     def dense(self) -> "Gaussians":
@@ -74,16 +70,13 @@ class Gaussians(NamedTuple):
         return Gaussians(self.loc, torch.diag_embed(self.scale_tril))
 
     def deviations(self, noise: Tensor) -> Tensor:
-        """The deviations from the means that standard normal noise of shape ``(*, n, D)`` makes.
-
-        :return: shape ``(S, n, D)``.
-        """
+        """The deviations ``(S, n, D)`` from the means, of standard normal noise ``(*, n, D)``."""
         if self.is_independent:
             return noise * self.scale_tril[:, None]
         return noise @ self.scale_tril.mT
 
     def units(self, away: Tensor) -> Tensor:
-        """The noise that makes deviations of shape ``(S, n, D)`` from the means, of this shape."""
+        """The noise ``(S, n, D)`` of deviations from the means."""
         if self.is_independent:
             return away / self.scale_tril[:, None]
         return torch.linalg.solve_triangular(self.scale_tril, away.mT, upper=False).mT
@@ -100,7 +93,6 @@ class Modes(NamedTuple):
     converged: Tensor
 
     def take(self, index: list[int] | slice) -> "Modes":
-        """Those at an index."""
         return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
 
     def log_masses(self) -> Tensor:
@@ -139,10 +131,7 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
 def fit_mean_fields(
     log_density: Density, points: Tensor, noise: Tensor, config: InitializationConfig
 ) -> Gaussians:
-    """Independent Gaussians fitted from the most promising of some points of shape ``(S, D)``.
-
-    :param noise: standard normal draws for the ELBOs of narrow Gaussians there, shape ``(K, D)``.
-    """
+    """Independent Gaussians fitted from the points of shape ``(S, D)`` with the largest ELBOs."""
     narrow = Gaussians(points, torch.full_like(points, config.narrow_scale))
     order = elbos(log_density, narrow, noise).argsort(descending=True)
     return fit_independent(log_density, points[order[: config.num_mean_fields]], config)
@@ -173,15 +162,10 @@ def fit_independent(
 def climb(
     log_density: Density, points: Tensor, noise: Tensor, max_steps: int
 ) -> tuple[Modes, Gaussians]:
-    """Climbs from each point, and remembers the Gaussian with the largest ELBO on each way.
+    """Climbs from each point by Newton steps, to modes; also the best Gaussian on each way.
 
-    The mode is not the best place for a Gaussian: that of a funnel is in its neck, where there is
-    no mass. So each point on the way is a candidate, judged by its ELBO.
-
-    :param points: where to start, shape ``(S, D)``, each with a finite density.
-    :param noise: standard normal draws for the ELBOs, shape ``(K, D)``.
-    :param max_steps: the most Newton steps, at least 1.
-    :return: the modes, and the best Gaussian on each way.
+    The mode of a funnel is in its neck, where there is no mass: each point on the way is a candidate,
+    judged by its ELBO on standard normal noise of shape ``(K, D)``.
     """
     loc, scale_tril = points, torch.diag_embed(torch.ones_like(points))
     best_elbo = points.new_full(points.shape[:1], -torch.inf)
@@ -206,9 +190,8 @@ def climb_by_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Climbs from each point without Hessians: uphill in the units of a Gaussian.
 
-    :param points: where to start, shape ``(S, D)``, each with a finite density.
-    :param scale_tril: the scale of the Gaussian, shape ``(D, D)``, or ``(D,)`` where it is diagonal.
-    :return: the ends, shape ``(S, D)``, and the log-density there, shape ``(S,)``.
+    :param scale_tril: shape ``(D, D)``, or ``(D,)`` where it is diagonal.
+    :return: the ends, and the log-density there, shape ``(S,)``.
     """
     for _ in range(max_steps):
         with torch.enable_grad():
@@ -270,7 +253,8 @@ def _search_line(
     log_density: Density, points: Tensor, value: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Each point moved along its step by the best of several sizes, and what that gained."""
-    sizes = points.new_tensor(_STEP_SIZES)
+    # from a whole Newton step down to a ten-millionth of one
+    sizes = points.new_tensor([4.0**-k for k in range(12)])
     trials = points[:, None] + sizes[:, None] * steps[:, None]
     gain, k = (evaluate_density(log_density, trials) - value[:, None]).max(-1)
     moved = trials[torch.arange(len(points), device=points.device), k]

@@ -51,16 +51,18 @@ def find_initial_guide(
     guide: FlowGuide,
     config: InitializationConfig,
 ) -> InitialGuide:
-    """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits.
-
-    :param model: the model, with its arguments.
-    :raises ValueError: if the density has no gradient, or neither the guide nor any candidate has a finite
-        ELBO.
-    """
+    """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits."""
     if log_density.strategy == "loop":
         config = config.for_loop()
     own_elbo, needed, center = judge_guide(log_density, guide, config)
-    _check_gradient(log_density, center)
+    z = center.detach()[None].requires_grad_()
+    with torch.enable_grad():
+        value = log_density(z).sum()
+    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
+        raise ValueError(
+            "expected a model whose log density has a gradient in its latents, got one without: does it "
+            "run in torch.no_grad, or detach them?"
+        )
     best = GaussianSearch(log_density, model, config).best(center)
     if best is not None:
         chosen, gaussian = best
@@ -75,18 +77,6 @@ def find_initial_guide(
     )
 
 
-def _check_gradient(log_density: LogDensity, z: Tensor) -> None:
-    """Refuses a density that gradients do not go through."""
-    z = z.detach()[None].requires_grad_()
-    with torch.enable_grad():
-        value = log_density(z).sum()
-    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
-        raise ValueError(
-            "expected a model whose log density has a gradient in its latents, got one without: does it "
-            "run in torch.no_grad, or detach them?"
-        )
-
-
 def _start_at(
     guide: FlowGuide,
     gaussian: Gaussians,
@@ -94,10 +84,7 @@ def _start_at(
     own_elbo: float,
     config: InitializationConfig,
 ) -> bool:
-    """Starts a guide at a Gaussian, without its correlations if the guide cannot have any.
-
-    :return: whether it did, which it does not where that is worse than the guide itself.
-    """
+    """Starts a guide at a Gaussian, without correlations if it has none; not where that is worse."""
     try:
         guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
     except ValueError:
@@ -136,10 +123,7 @@ class GaussianSearch:
     config: InitializationConfig
 
     def best(self, center: Tensor) -> tuple[InitialGuide, Gaussians] | None:
-        """The best candidate around a point, and itself as S = 1 Gaussians.
-
-        :return: ``None`` if no point has a finite density.
-        """
+        """The best candidate around a point, and itself as S = 1 Gaussians; needs a finite density."""
         points = self.points(center)
         if not len(points):
             return None
@@ -172,20 +156,13 @@ class GaussianSearch:
             return candidates, None
         candidates["a Gaussian on the way to a mode"] = best
         candidates["the curvature at a mode"] = modes.gaussians
-        ends, unit = modes.gaussians.loc, torch.ones_like(points)
-        candidates["a mode, with unit scale"] = Gaussians(ends, unit).dense()
-        small = Gaussians(ends, config.narrow_scale * unit).dense()
-        candidates["a mode, with a small scale"] = small
+        unit = Gaussians(modes.gaussians.loc, torch.ones_like(points)).dense()
+        candidates["a mode, with unit scale"] = unit
+        candidates["a mode, with a small scale"] = unit.widened(config.narrow_scale)
         return candidates, modes
 
     def points(self, center: Tensor) -> Tensor:
-        """Points of finite density: the center, draws of the prior, and in shells around the center.
-
-        A point without a finite density is moved towards one that has it.
-
-        :param center: shape ``(latent_dim,)``.
-        :return: shape ``(S, latent_dim)``, S from 0 to ``config.num_points``.
-        """
+        """Points of finite density, or moved towards it: the center, of the prior, in shells around."""
         density, config = self.log_density, self.config
         found = [center, density.start]
         for _ in range(max((config.num_points - 1) // 3, 1)):
@@ -231,12 +208,7 @@ class GaussianSearch:
 class SharedPrior:
     """The log joint density of a mini-batch by itself, with its share of the density of the globals.
 
-    A model scales the log-density of a mini-batch up to all data, that of its local latents included,
-    whose posterior does not become narrower by that. Times the share of the mini-batch it is the
-    density of its own elements. A mini-batch that the model draws itself stays the same one.
-
-    :param share: what part of all data the mini-batch is.
-    :param elements: the names of the latents of its elements.
+    The mini-batch is a share of all data, and its elements have some of the latents.
     """
 
     def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
@@ -248,7 +220,6 @@ class SharedPrior:
         self._random_state = torch.get_rng_state()
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The log density of draws, shape ``(n,)``."""
         parts, ladj = self.latents.split(z), z.new_zeros(z.shape[:-1])
         for site in self._constrained:
             ladj = ladj + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
@@ -271,7 +242,6 @@ def find_initial_minibatch_guide(
 
     A guide of too many latents, or without any that all mini-batches share, stays as it is.
 
-    :param batch: the arguments of model and guide.
     :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
     """
     unchanged = InitialGuide(UNCHANGED, math.nan, None)
@@ -288,8 +258,7 @@ def find_initial_minibatch_guide(
         return unchanged
     chosen, gaussian = best
 
-    def compare() -> float:
-        """The ELBO on the same noise each time; minus infinity where it is not finite."""
+    def compare() -> float:  # on the same noise each time
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             elbo = elbo_draws(config.num_minibatch_compared).mean()

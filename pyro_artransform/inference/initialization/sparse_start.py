@@ -10,9 +10,8 @@ The Gaussian with the largest ELBO is a fixed point of
     \Lambda \leftarrow -E_q[\nabla^2 \log p(z)], \qquad m \leftarrow m + \Lambda^{-1} E_q[\nabla \log p(z)]
 
 whose precision has zeros where the graph of p has no edge. Steps begin at a mean-field fit, and each is
-shortened until the ELBO on common noise rises. For a linear Gaussian model the first one ends at the
-posterior. The second derivatives are differences of gradients, a few for each draw: coordinates that
-share no neighbour move at once.
+shortened until the ELBO on common noise rises. The second derivatives are differences of gradients, a few
+for each draw: coordinates that share no neighbour move at once.
 
 **References**
 
@@ -39,8 +38,6 @@ from ..config import InitializationConfig
 from .gaussians import antithetic_noise, elbos, evaluate_density, fit_mean_fields
 from .initial_guide import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, judge_guide
 
-_SPARSE = "a Gaussian with the graph of the latents"
-
 
 def find_sparse_start(
     log_density: LogDensity,
@@ -48,11 +45,7 @@ def find_sparse_start(
     guide: StructuredGuide,
     config: InitializationConfig,
 ) -> InitialGuide:
-    """Makes a guide the best of: itself, a Gaussian with its graph, and for few latents all others.
-
-    :param model: the model, with its arguments.
-    :raises ValueError: if neither the guide nor any candidate has a finite ELBO.
-    """
+    """Makes a guide the best of: itself, a Gaussian with its graph, and for few latents all others."""
     if log_density.strategy == "loop":
         config = config.for_loop()
     own_elbo, needed, center = judge_guide(log_density, guide, config)
@@ -68,7 +61,8 @@ def find_sparse_start(
         elbo = search.elbo(gaussian, antithetic_noise(gaussian.loc[None], config.num_fine))
         if elbo > needed:
             guide.start_at_gaussian(gaussian)
-            return InitialGuide(_SPARSE, elbo, initial.modes)
+            name = "a Gaussian with the graph of the latents"
+            return InitialGuide(name, elbo, initial.modes)
     if initial.elbo == -torch.inf:  # an error, unless another candidate is finite
         return find_initial_guide(log_density, model, guide, config)
     return initial
@@ -89,18 +83,14 @@ class SparseGaussianSearch:
 
     def best(self, points: Tensor) -> SparseGaussian:
         """The best Gaussian from points of shape ``(S, D)``, by natural gradients from mean-field fits."""
-        noise = antithetic_noise(points, self.config.num_rough)
-        fitted = fit_mean_fields(self.log_density, points, noise, self.config)
+        config, noise = self.config, antithetic_noise(points, self.config.num_rough)
+        fitted = fit_mean_fields(self.log_density, points, noise, config)
         k = elbos(self.log_density, fitted, noise).argmax()
         loc, sd = fitted.loc[k], fitted.scale_tril[k]
         precision = loc.new_zeros(self.pattern.num_entries)
         precision[self.pattern.diagonal] = sd**-2
-        return self.climb(SparseGaussian.from_precision(self.pattern, loc, precision), precision)
-
-    def climb(self, gaussian: SparseGaussian, precision: Tensor) -> SparseGaussian:
-        """Natural-gradient steps from a Gaussian of some precision, as long as the ELBO rises."""
-        config = self.config
-        noise = antithetic_noise(gaussian.loc[None], config.num_rough)
+        gaussian = SparseGaussian.from_precision(self.pattern, loc, precision)
+        noise = antithetic_noise(loc[None], config.num_rough)
         elbo = self.elbo(gaussian, noise)
         for _ in range(config.max_natural_steps):
             before, (curvature, gradient) = elbo, self._expectations(gaussian)
@@ -119,6 +109,7 @@ class SparseGaussianSearch:
     def _expectations(self, gaussian: SparseGaussian) -> tuple[Tensor, Tensor]:
         """The expectations of the curvature, by its entries, and of the gradient, shape ``(D,)``."""
         config, count, dim = self.config, self.graph.coloring.num_colors, len(gaussian.loc)
+        rows, columns, color, is_hub = self._pairs
         num_draws = config.max_natural_gradients // (2 * (count + 1)) * 2
         num_draws = min(max(num_draws, config.min_natural), config.num_natural)
         draws = gaussian.transform(antithetic_noise(gaussian.loc[None], num_draws))
@@ -126,7 +117,7 @@ class SparseGaussianSearch:
         if draws.dtype != torch.float64:  # the differences of rounded numbers
             step = 10 * step
         shifts = torch.zeros(count, dim, dtype=draws.dtype, device=draws.device)
-        shifts[self._pairs[2], torch.arange(dim, device=draws.device)] = step
+        shifts[color, torch.arange(dim, device=draws.device)] = step
         base = gradients(self.log_density, draws)
         total, used = torch.zeros_like(shifts), 0
         for draw, at_draw in zip(draws, base):
@@ -134,17 +125,14 @@ class SparseGaussianSearch:
             if bool(change.isfinite().all()):
                 total, used = total + change, used + 1
         mean = base[base.isfinite().all(-1)].mean(0)
-        return self._curvature(total / max(used, 1), step), mean.nan_to_num(0.0)
-
-    def _curvature(self, change: Tensor, step: Tensor) -> Tensor:
-        """Minus the second derivatives in the pattern, from changes ``(number of colors, D)``."""
-        rows, columns, color, is_hub = self._pairs
+        change = total / max(used, 1)
         one = change[color[columns], rows] / step[columns]
         other = change[color[rows], columns] / step[rows]
         # what others have in the rows of hubs is mixed, and the columns of hubs are not
         first = torch.where(is_hub[rows] & ~is_hub[columns], other, one)
         second = torch.where(is_hub[columns] & ~is_hub[rows], one, other)
-        return self.pattern.from_pairs(rows, columns, -0.5 * (first + second))
+        curvature = self.pattern.from_pairs(rows, columns, -0.5 * (first + second))
+        return curvature, mean.nan_to_num(0.0)
 
     @cached_property
     def _pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

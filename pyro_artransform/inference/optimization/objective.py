@@ -1,15 +1,16 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a fit minimizes: the negative ELBO, with the path gradient or by Pyro's estimators."""
+"""What a fit minimizes: the negative ELBO, of all data or of mini-batches."""
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyro
 import torch
@@ -17,19 +18,17 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from ...joint import LogJoint
+from ...joint import LogDensity, LogJoint, MeanLogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
-from ..config import OptimizationConfig
-from ..loader import Batch
+from ..config import MinibatchConfig, OptimizationConfig
+from ..loader import Batch, BatchStream
 
 _CHUNK = 1024
-# of draws that are held at once: 64 MB in double precision
-_MOST_VALUES = 2**23
-# the same with a graph, which holds some hundred times as many numbers
-_MOST_TRAINED = 2**20
+# of draws that are held at once, 64 MB in double precision; and with a graph, which holds more
+_MOST_VALUES, _MOST_TRAINED = 2**23, 2**20
 # runs of the model in which a site that is not finite is searched for
 _NUM_TRACED = 16
 
@@ -75,14 +74,7 @@ class BatchObjective(Objective, Protocol):
 class PathObjective(BatchObjective):
     """The ELBO with the path gradient, which vanishes where the guide is the posterior.
 
-    :param log_joint: the log joint density of the model.
-    :param guide: the guide.
-    :param config: the weights of :meth:`tail_loss`.
-
-    **References**
-
-    1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference
-       (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
+    See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
     """
 
     log_joint: LogJoint
@@ -102,18 +94,14 @@ class PathObjective(BatchObjective):
     def tail_loss(self, num_particles: int) -> Tensor:
         r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
 
-        Near the posterior the ELBO hardly notices a tail that is too light, since few draws are
-        there; k-hat does. With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path
-        gradient of the ELBO with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they
-        are :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in
-        units of its spread. The minimum is the posterior all the same.
+        With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
+        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they are
+        :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in units
+        of its spread. The minimum is the posterior all the same.
 
-        **References**
-
-        1. Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker, Lawson, Gu,
-           Maddison, 2019), https://arxiv.org/abs/1810.04152
-        2. Variational Inference via chi Upper Bound Minimization (Dieng, Tran, Ranganath, Paisley,
-           Blei, 2017), https://arxiv.org/abs/1611.00328
+        See Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2019),
+        https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
+        (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
         """
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
         terms = self._terms(min(self.config.tail_particles * num_particles, most))
@@ -136,10 +124,7 @@ class PathObjective(BatchObjective):
         known = set(found.values())
         with torch.no_grad():
             traced = traced_parameters(partial(self.loss, 1))
-        for name, parameter in traced.items():
-            if parameter not in known:
-                found[name] = parameter
-        return found
+        return found | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:
         return all(name.startswith("guide.") for name in self.parameters())
@@ -165,10 +150,7 @@ class PathObjective(BatchObjective):
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Pyro's validation and its warnings of NaN: a fit counts and names what is not finite.
-
-    The sites are hidden from handlers around the fit, the parameters not.
-    """
+    """Hides sites from handlers around a fit, and what Pyro says of NaN, which a fit counts itself."""
     with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered ")
         yield
@@ -176,14 +158,7 @@ def _quietly() -> Iterator[None]:
 
 @dataclass
 class PyroObjective(BatchObjective):
-    """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one.
-
-    :param model: a Pyro model.
-    :param guide: a guide of it.
-    :param arguments: the arguments of both.
-    :param log_joint: the log joint density of the model.
-    :param num_estimates: how many estimates of the ELBO :meth:`elbo_draws` returns, at most.
-    """
+    """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one."""
 
     model: Callable[..., object]
     guide: Callable[..., object]
@@ -210,8 +185,8 @@ class PyroObjective(BatchObjective):
         guide: object = self.guide
         gradient = guide.path_gradient if isinstance(guide, MinibatchGuide) else nullcontext
         args, kwargs = self.arguments
+        elbo = self._elbo(num_particles)
         with _quietly(), gradient():
-            elbo = self._elbo(num_particles)
             loss: Tensor = elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
         return loss
 
@@ -262,3 +237,137 @@ class PyroObjective(BatchObjective):
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(self.model, trace=guide_trace)
         return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+
+
+class PassEstimate(NamedTuple):
+    """The ELBO as the mean over the batches of a pass.
+
+    :param elbo_se: its standard error, of draws, and of batches if not all of them were seen.
+    :param share: of all data that were seen; 0 where it is not known.
+    :param log_weights: of all data; ``None`` where they are not known.
+    :param loader_share: how much of the data that batches are scaled up to the whole loader has; 1 where
+        it is not known.
+    """
+
+    elbo: float
+    elbo_se: float
+    num_draws: int
+    num_batches: int
+    share: float
+    log_weights: Tensor | None = None
+    loader_share: float = 1.0
+
+
+def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
+    """Some of the batches of an epoch, at least one, on which parameters are compared."""
+    found = list(stream.whole.one_pass(config.num_compared))
+    if not found:
+        raise ValueError("loader: expected at least one batch, got none")
+    return found
+
+
+@dataclass
+class MinibatchObjective(Objective):
+    """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
+
+    A short last batch, which a model scales up to all data, makes a smaller step: then the steps of an
+    epoch add up to the gradient of all data. Parameters are compared on the batches for validation.
+    """
+
+    objective: BatchObjective
+    stream: BatchStream
+    log_joint: LogJoint
+    validation: list[Batch]
+    config: MinibatchConfig
+
+    def __post_init__(self) -> None:
+        self._last = self.objective
+        self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
+
+    def _weight(self, batch: Batch) -> float:
+        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
+        return self._least_scale / self.log_joint.structure(*batch).scale
+
+    def loss(self, num_particles: int) -> Tensor:
+        batch = self.stream.next()
+        self._last = self.objective.with_arguments(batch)
+        loss, weight = self._last.loss(num_particles), self._weight(batch)
+        # the value stays that of the ELBO
+        return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.objective.parameters()
+
+    def is_guide_alone(self) -> bool:
+        return self.objective.is_guide_alone()
+
+    @torch.no_grad()
+    def elbo_draws(self, count: int) -> Tensor:
+        """Each of them the mean over the batches for validation."""
+        divisor = self.config.draws_divisor * len(self.validation)
+        estimate = self._estimator(max(count // divisor, self.config.min_draws))
+        weights = [*map(self._weight, self.validation)]
+        total = sum(weights)
+        draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
+        return torch.stack(draws).sum(0)
+
+    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
+        """Draws of the ELBO of a batch; the same draws for all, where all have the same latents."""
+        objective = self.objective
+        if not isinstance(objective, PathObjective):
+            return lambda batch: objective.with_arguments(batch).elbo_draws(count)
+        z, log_q = objective.guide.rsample_and_log_prob(count)
+        return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
+
+    def nonfinite_sites(self) -> list[str]:
+        return self._last.nonfinite_sites()
+
+    def mean_log_joint(self) -> LogDensity:
+        """The mean log joint density of several batches, in which an initial guide is found."""
+        few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
+        return MeanLogJoint(self.log_joint, few, [self._weight(batch) for batch in few])
+
+    @torch.no_grad()
+    def over_a_pass(self) -> PassEstimate:
+        """The ELBO from one pass over the loader, or from batches that are spread over it."""
+        config, whole = self.config, self.stream.whole
+        are_common = isinstance(self.objective, PathObjective)
+        count = config.num_draws // min(whole.num_batches, config.max_batches)
+        count = min(max(count, config.min_draws), config.max_draws)
+        estimate = self._estimator(config.num_common_draws if are_common else count)
+        means, variances, weights, scales = [], [], [], []
+        weighted = list[Tensor]()
+        for batch in whole.one_pass(config.max_batches):
+            draws = estimate(batch)
+            means.append(draws.mean().item())
+            variances.append(0.0 if are_common else (draws.var() / len(draws)).item())
+            weights.append(self._weight(batch))
+            scales.append(self.log_joint.structure(*batch).scale)
+            weighted.append(weights[-1] * draws)
+        num_batches = len(means)
+        seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
+        is_scaled = any(scale != 1 for scale in scales)
+        share = num_batches / whole.num_batches if whole.is_partition else 0.0
+        loader_share = seen if is_scaled and share == 1 else 1.0
+        share = min(share, seen) if is_scaled else share
+        elbo, elbo_se = _mean_and_error(means, variances, weights, share)
+        num_draws, log_weights = count * num_batches, None
+        if are_common:
+            draws = sum(weighted[1:], weighted[0]) / sum(weights)
+            num_draws = len(draws)
+            elbo_se = math.hypot((draws.double().var() / num_draws).sqrt().item(), elbo_se)
+            log_weights = draws if abs(seen - 1) < 1e-6 and share > 0 else None
+        return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, log_weights, loader_share)
+
+
+def _mean_and_error(
+    means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
+) -> tuple[float, float]:
+    """The weighted mean of independent means, a share of all that there are, and its error."""
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    mean = math.fsum(s * own for s, own in zip(shares, means))
+    by_draws = math.fsum(s**2 * variance for s, variance in zip(shares, variances))
+    deviations = math.fsum(s**2 * (own - mean) ** 2 for s, own in zip(shares, means))
+    by_batches = deviations * len(shares) / max(len(shares) - 1, 1)
+    return mean, math.sqrt(by_draws + max(1 - share, 0.0) * by_batches)

@@ -17,19 +17,13 @@ from ...joint.protocols import ScaledSteps
 
 
 class TorchOptimizer:
-    """An optimizer of PyTorch, at its own step size.
-
-    :param optimizer: the optimizer of all parameters.
-    """
+    """An optimizer of PyTorch, at its own step size."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
 
     def step(self, factor: float) -> None:
-        """Takes a step along the gradients in the parameters' ``grad``.
-
-        :param factor: multiplies the step size where the schedule is the fit's.
-        """
+        """Takes a step along the parameters' ``grad``; the factor is of the step size of a fit's Adam."""
         self._optimizer.step()
 
     def state(self) -> Any:
@@ -47,15 +41,7 @@ class Adam:
     It is the function of PyTorch and not an optimizer of it: the first of these in a process imports the
     compiler, which takes as long as a hundred steps of a small fit.
 
-    :param parameters: what to train.
-    :param step_size: the step size at a factor of one.
-    :param betas: the decay rates of the two moments.
-    :param scales: a guide that says what to multiply the steps of some parameters by: Adam's are as
-        large for a location with a deviation of 1e-4 as for one of 1e4.
-
-    **References**
-
-    1. Adam: A Method for Stochastic Optimization (Kingma, Ba, 2015), https://arxiv.org/abs/1412.6980
+    A guide may scale the steps of parameters: Adam's are as large for a deviation of 1e-4 as for 1e4.
     """
 
     def __init__(
@@ -73,11 +59,10 @@ class Adam:
             self._has_complex |= parameter.is_complex()
         #: of each parameter: the mean of its gradients, that of their squares, and the number of steps
         self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
-        for parameter in parameters:
-            zeros = torch.zeros_like(parameter.detach())
-            device = parameter.device if self._is_fused else "cpu"
+        for p in parameters:
+            device = p.device if self._is_fused else "cpu"
             steps = torch.zeros((), dtype=torch.float32, device=device)
-            self._moments[parameter] = zeros, zeros.clone(), steps
+            self._moments[p] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach()), steps
 
     def restart(self, factor: float) -> float:
         """Forgets the gradients so far; returns the step size, which is multiplied by a factor."""
@@ -135,11 +120,7 @@ class Adam:
 
 
 class PyroOptimizer:
-    """An optimizer of Pyro, at its own step size; a scheduler goes on after each step.
-
-    :param optimizer: the optimizer, which keeps one of PyTorch for each parameter.
-    :param parameters: what to train.
-    """
+    """An optimizer of Pyro, at its own step size; a scheduler goes on after each step."""
 
     def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
@@ -176,10 +157,7 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
     """The user's optimizer for these parameters.
 
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
-        that returns one of ``torch.optim``.
-    :param parameters: what to train.
-    :raises TypeError: if it is neither, or needs the loss.
-    :raises ValueError: if it has none of the parameters.
+        that returns one of ``torch.optim``; of these parameters, and without need of the loss.
     """
     if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is ReduceLROnPlateau:
         raise TypeError("optim: expected a scheduler that needs no loss, got ReduceLROnPlateau")
@@ -196,7 +174,6 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
     moved = {parameter for group in made.param_groups for parameter in group["params"]}
     if moved.isdisjoint(parameters):
         raise ValueError(
-            "optim: expected an optimizer of the parameters that it is given, got one of others, which "
-            "would train nothing"
+            "optim: expected an optimizer of the parameters that it is given, got one of others"
         )
     return TorchOptimizer(made)

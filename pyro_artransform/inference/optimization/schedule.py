@@ -24,7 +24,7 @@ LIMIT = (
 
 
 class Score(NamedTuple):
-    """What parameters are judged by; the gap to the evidence is infinite where it is not known."""
+    """What parameters are judged by; an unknown gap to the evidence is infinite."""
 
     elbo: float = -math.inf
     khat: float = math.inf
@@ -45,10 +45,8 @@ def score_of(objective: Objective, num_draws: int) -> Score:
 
 
 def quick_score(objective: Objective, config: OptimizationConfig) -> Score:
-    """The score where little may be left to win; elsewhere an unknown one, by few draws.
-
-    These tell that a guide is far off: for small gaps half the variance of the log weights is one.
-    """
+    """The score where little may be left to win; elsewhere an unknown one, by few draws."""
+    # for small gaps half the variance of the log weights is the gap
     few = objective.elbo_draws(config.check_draws)
     if not 0.5 * few.var() <= 2 * config.min_improvement:  # NaN is far off as well
         return Score()
@@ -72,18 +70,12 @@ class Schedule:
 
     The last steps of all are for the tails of the posterior, at a smaller step size.
 
-    :param config: the numbers behind all of it.
     :param max_constant: the longest constant phase in steps, where the fit finds its end itself.
-    :param min_decay: the shortest decay in steps.
     :param epoch: the steps in which the noise of mini-batches cancels; 1 without a loader.
-    :param tail_steps: the number of steps for the tails.
     :param averaged_steps: the steps that the running average of the parameters reaches back, at least.
     :param averaged_share: the same as a share of the steps so far.
     :param num_steps: the number of steps that was asked for; ``None`` where the fit finds its end.
     :param end: the number of steps in all; ``None`` while neither it nor what follows is known.
-    :param decay_start: the number of steps before the decay.
-    :param tail_start: the number of steps before those for the tails.
-    :param reason: why the steps end there, in words.
     """
 
     config: OptimizationConfig
@@ -117,14 +109,9 @@ class Schedule:
         """The schedule of a fit that has nothing to do."""
         return replace(self, end=0, reason=NOTHING_TO_WIN)
 
-    def without_tails(self) -> "Schedule":
-        """The same without the steps for the tails, unless the number of steps was given."""
-        return replace(self, end=self.tail_start) if self.num_steps is None else self
-
     def observe(self, losses: Sequence[float], gap: Callable[[], float]) -> "Schedule":
-        """The schedule after these losses: its constant phase ends once they have stopped falling.
+        """The schedule after the losses of all steps: once they stop falling the step size does.
 
-        :param losses: one for each step, those of skipped steps not finite.
         :param gap: how far the ELBO is from the evidence, in nats; 0 where that is not known.
         """
         config, step = self.config, len(losses)
@@ -210,33 +197,18 @@ class Schedule:
         return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
-        """The weight of the newest parameters in their running average, after a number of steps.
+        """The weight of the newest parameters in their average, by a share that of polynomial decay.
 
-        A young average forgets its start faster. With a share it is that of polynomial decay.
-
-        **References**
-
-        1. Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
-           Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824
+        See Shamir, Zhang, 2013, https://arxiv.org/abs/1212.1824.
         """
         reach = max(self.averaged_steps, self.averaged_share * step)
         return 1 / min(reach, step + 1)
-
-    def state(self) -> dict[str, int | str | None]:
-        """What is known of the end, as plain data."""
-        names = "decay_start", "tail_start", "end", "reason"
-        return {name: getattr(self, name) for name in names}
 
 
 def new_schedule(
     config: OptimizationConfig, by_path: bool, num_batches: int | None, is_random: bool
 ) -> Schedule:
-    """The schedule of a fit that finds its end itself, by what is noisy in its steps.
-
-    :param by_path: whether the gradient is the path gradient of a flow guide.
-    :param num_batches: mini-batches in an epoch; ``None`` where each step sees the same arguments.
-    :param is_random: whether the model itself takes a part of its data at each step.
-    """
+    """The schedule of a fit that finds its end itself, by what is noisy in its steps."""
     epoch, is_noisy = num_batches or 1, num_batches is not None or is_random
     longest = config.max_constant_path if by_path else config.max_constant_pyro
     return Schedule(

@@ -1,13 +1,14 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The steps of a fit: gradients that are clipped, skipped where they are not finite, and averaged."""
+"""The steps of a fit, and choices by the ELBO on common noise: of the step size, and of the end."""
 
 import copy
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +22,9 @@ from ..loader import BatchStream
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, PyroOptimizer, TorchOptimizer, wrap_optimizer
-from .schedule import Schedule, gap_of, quick_score
+from .schedule import Schedule, Score, gap_of, is_good, quick_score, score_of
 
+_END = ("decay_start", "tail_start", "end", "reason")
 _COPIED = ("norms", "average", "best", "best_loss", "kept")
 
 
@@ -32,17 +34,14 @@ class FitError(RuntimeError):
 
 @dataclass
 class SkippedSteps:
-    """How many steps were skipped, how many of them in a row, and the sites that made them so."""
+    """How many steps were skipped, how many of them in a row, and because of which sites."""
 
     count: int = 0
     in_a_row: int = 0
     sites: Counter[str] = field(default_factory=Counter)
 
     def note(self, objective: Objective, config: OptimizationConfig) -> None:
-        """Counts one more, and names its sites.
-
-        :raises FitError: if there are too many in a row.
-        """
+        """Counts one more, and names its sites; an error if there are too many in a row."""
         self.count += 1
         self.in_a_row += 1
         if self.count <= config.max_named:  # naming a site runs the model again
@@ -59,16 +58,7 @@ class SkippedSteps:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Makes the trainings of a fit: for its steps, and for each step size of the search.
-
-    :param objective: what to minimize.
-    :param schedule: the schedule of the fit.
-    :param num_particles: draws for each step.
-    :param optim: the user's optimizer, as :func:`wrap_optimizer` takes it; ``None`` for Adam.
-    :param scales: the guide, if it scales steps.
-    :param stream: the mini-batches, if there are any.
-    :param parallel: averages the gradients of many processes.
-    """
+    """Makes the trainings of a fit, by Adam or the user's optimizer: one for each step size it tries."""
 
     objective: Objective
     schedule: Schedule
@@ -79,12 +69,7 @@ class Trainer:
     parallel: Parallel | None = None
 
     def new(self, step_size: float | None, schedule: Schedule | None = None) -> "Training":
-        """A training that begins at the present parameters, and at the first mini-batch.
-
-        :param step_size: the step size of Adam; ``None`` where the optimizer is the user's.
-        :param schedule: another one than that of the fit.
-        :raises ValueError: if there are no parameters.
-        """
+        """A training that begins at the present parameters, and at the first mini-batch."""
         if self.stream is not None:
             self.stream.restart()
         return Training(self, step_size, schedule or self.schedule)
@@ -95,8 +80,7 @@ class Training:
 
     def __init__(self, trainer: Trainer, step_size: float | None, schedule: Schedule) -> None:
         self.objective, self.num_particles = trainer.objective, trainer.num_particles
-        self.step_size = step_size
-        self.schedule, self._config = schedule, schedule.config
+        self.schedule, self._config, self.step_size = schedule, schedule.config, step_size
         self._parallel = trainer.parallel
         self.parameters = self.objective.parameters()
         if not self.parameters:
@@ -130,11 +114,7 @@ class Training:
 
     @torch.enable_grad()
     def step(self) -> float:
-        """Takes one step.
-
-        :return: the loss, the negative ELBO in nats, also where the step was skipped.
-        :raises FitError: if the loss or its gradient was not finite for many steps in a row.
-        """
+        """Takes one step, or skips it; returns the loss, the negative ELBO in nats."""
         objective, num_draws = self.objective, self.num_particles
         is_for_tails = self.schedule.is_for_tails(self.num_steps)
         loss = (objective.tail_loss if is_for_tails else objective.loss)(num_draws)
@@ -160,7 +140,11 @@ class Training:
         self._remember()
         self.schedule = self.schedule.observe(self.losses, self._gap)
         if self._has_checks and self.schedule.is_for_check(self.num_steps):
-            self._check()
+            present = self._values()
+            self.set_parameters(self._average)
+            score = quick_score(objective, self._config)
+            self.set_parameters(present)
+            self.schedule = self.schedule.after_check(self.num_steps, score)
         return value
 
     def _take(self, gradients: Gradients, present: list[Tensor], norm: float) -> None:
@@ -190,8 +174,8 @@ class Training:
                 self._kept["averaged on the way"] = copy.deepcopy(self._average)
             if step == plan.tail_start != plan.end:
                 draws = self.objective.elbo_draws(self._config.selection_draws)
-                if fit_tail(draws).khat <= self._config.tail_good_khat:
-                    self.schedule = plan.without_tails()
+                if plan.num_steps is None and fit_tail(draws).khat <= self._config.tail_good_khat:
+                    self.schedule = replace(plan, end=step)
                 self._kept["last before the tails"] = self._values()
         if step % block == 0:
             loss = statistics.fmean(self.losses[-block:])
@@ -209,18 +193,9 @@ class Training:
         count = self.schedule.whole_epochs(self._config.best_block)
         if self.num_steps < 2 * count or self.schedule.is_for_tails(self.num_steps - 1):
             return False
-        first, last = (
-            [*filter(math.isfinite, part)] for part in (self.losses[:count], self.losses[-count:])
-        )
+        first = [*filter(math.isfinite, self.losses[:count])]
+        last = [*filter(math.isfinite, self.losses[-count:])]
         return bool(first and last) and statistics.median(last) > max(first)
-
-    def _check(self) -> None:
-        """Ends the fit, or its constant phase, where the averaged parameters leave little to win."""
-        present = self._values()
-        self.set_parameters(self._average)
-        score = quick_score(self.objective, self._config)
-        self.set_parameters(present)
-        self.schedule = self.schedule.after_check(self.num_steps, score)
 
     def _gap(self) -> float:
         """How far the ELBO is from the evidence, by importance sampling; 0 without log weights."""
@@ -249,17 +224,14 @@ class Training:
             **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
             "parameters": dict(zip(self.parameters, self._values())),
             "optimizer": self.optimizer.state(),
-            "schedule": self.schedule.state(),
+            "schedule": {name: getattr(self.schedule, name) for name in _END},
             "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
             "counts": [self.skipped.count, self.skipped.in_a_row, self.num_gradients],
             "culprits": dict(self.skipped.sites),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` returned.
-
-        :raises ValueError: if it is of other parameters.
-        """
+        """Takes over what :meth:`state` returned; an error if it is of other parameters."""
         expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
         got = {name: tuple(p.shape) for name, p in state["parameters"].items()}
         if expected != got:
@@ -272,3 +244,80 @@ class Training:
         self.skipped = SkippedSteps(count, in_a_row, Counter(state["culprits"]))
         for name in _COPIED:
             setattr(self, f"_{name}", state[name])
+
+
+def is_at_posterior(trainer: Trainer) -> bool:
+    """Whether nothing is left to win before a step, where the fit finds its end by the guide's weights."""
+    objective, schedule = trainer.objective, trainer.schedule
+    is_asked = schedule.num_steps is not None or trainer.optim is not None
+    if is_asked or not objective.has_weights or not objective.is_guide_alone():
+        return False
+    return is_good(quick_score(objective, schedule.config), schedule.config)
+
+
+def begin(trainer: Trainer) -> tuple[Training, int]:
+    """A training with the largest step size that a few steps do not speak against.
+
+    A small step size seems best after a few steps and is slow after many: its ELBO has to be clearly
+    larger. A fit that finds its end itself goes on from these steps; one of a given number begins anew.
+
+    :return: the training, and the number of steps that the search took without it.
+    """
+    config = trainer.schedule.config
+    # no longer than the fit, and at a constant step size throughout
+    num_steps = min(config.search_steps, trainer.schedule.end or config.search_steps)
+    schedule = replace(trainer.schedule, end=None)
+    state = torch.get_rng_state()
+    trials, num_taken, best = list[tuple[float, Training, list[Tensor]]](), 0, -math.inf
+    # networks of presets give a tenth, those of a model do not (tutorials/vae_iaf.ipynb)
+    first = 0 if trainer.objective.is_guide_alone() else 1
+    for step_size in config.step_sizes[first:] or config.step_sizes:
+        torch.set_rng_state(state)
+        training, score = trainer.new(step_size, schedule), Score()
+        before = training.candidates()["last"]
+        with suppress(FitError):
+            while training.num_steps < num_steps and not training.is_over():
+                training.step()
+            score = score_of(training.objective, config.search_draws)
+        num_taken += training.num_steps
+        trials.append((score.elbo, training, training.candidates()["last"]))
+        training.set_parameters(before)
+        # what cannot win any more is not held
+        best = max(best, score.elbo)
+        trials = [trial for trial in trials if trial[0] >= best - config.search_min_gain]
+        if score.gap < config.search_min_gain:
+            break
+    elbo, chosen, values = trials[0]
+    if trainer.schedule.end is not None or not math.isfinite(elbo):
+        return trainer.new(chosen.step_size), num_taken
+    chosen.set_parameters(values)
+    return chosen, num_taken - chosen.num_steps
+
+
+def select_parameters(training: Training) -> str:
+    """Leaves the parameters at the best candidate, by :func:`best_of`; returns its name."""
+    config, candidates = training.schedule.config, training.candidates()
+    if len(candidates) == 1:  # no step was taken
+        return next(iter(candidates))
+    state = torch.get_rng_state()
+    scores = {}
+    for name, values in candidates.items():
+        torch.set_rng_state(state)
+        training.set_parameters(values)
+        scores[name] = score_of(training.objective, config.selection_draws)
+    best = best_of(scores, config)
+    training.set_parameters(candidates[best])
+    return best
+
+
+def best_of(scores: dict[str, Score], config: OptimizationConfig) -> str:
+    """The name of the largest ELBO, or of a clearly smaller k-hat among those next to equal."""
+    best, best_value = "", -math.inf
+    least = max(scores.values()).elbo - config.selection_as_good
+    for name, score in scores.items():
+        price = config.khat_price * max(score.khat, config.selection_good_khat)
+        excess = max(score.khat - config.selection_bad_khat, 0.0)
+        value = score.elbo - (price + config.khat_price_without_variance * excess)
+        if score.elbo >= least and (not best or value > best_value):
+            best, best_value = name, value
+    return best

@@ -59,12 +59,6 @@ NOT_TRUSTED = {
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
     "random": (weights, None, {"is_random": True}, ["sub-samples", "diagnostics.importance"]),
-    "several": (
-        lambda: heavy(1.0),
-        MissedModes(0.4, 0.01, 0.5, 1),
-        {"skipped_share": 0.5, "is_complete": False},
-        ["k-hat is", "50 % of the steps", "interrupted", "50 % of the posterior"],
-    ),
 }
 TRUSTED = {
     "good": (weights, NOTHING, {}, ["no start found mass elsewhere"]),
@@ -84,11 +78,9 @@ TRUSTED = {
         {},
         ["but about 3 % of the posterior is in 1 other mode(s)"],
     ),
-    "few turns": (weights, NOTHING._replace(excess_by_turns=0.05), {}, []),
     # within its own noise it says nothing
     "noisy evidence around": (weights, MissedModes(0.4, 0.2), {}, []),
     "unknown evidence around": (weights, UNKNOWN, {}, []),
-    "few skipped": (weights, NOTHING, {"skipped_share": 0.01}, []),
 }
 
 

@@ -10,7 +10,6 @@ from pyro_artransform.inference.initialization.gaussians import (
     Gaussians,
     climb,
     elbos,
-    evaluate_density,
     fit_independent,
     fit_mean_fields,
 )
@@ -33,16 +32,6 @@ def test_elbos():
     )
     assert torch.allclose(values[0], torch.zeros(()), atol=1e-10)
     assert torch.allclose(values[1], -divergence, rtol=1e-8)
-
-
-def test_evaluate_density():
-    z = torch.randn(3, 2000, 2)
-    found = evaluate_density(lambda z: z.sum(-1).log(), z)
-    assert found.shape == (3, 2000)
-    assert not found.isnan().any()
-    assert torch.equal(found == -torch.inf, z.sum(-1) <= 0)
-    infinite = evaluate_density(lambda z: torch.full_like(z[:, 0], torch.inf), z)
-    assert (infinite == -torch.inf).all()
 
 
 def test_mean_field_fits_are_made_from_the_best_points():
@@ -102,15 +91,6 @@ def test_coordinates_that_are_nearly_functions_of_each_other():
     _, best, best_elbo = climbed(normal.log_prob, torch.zeros(2, 20), antithetic(20))
     assert (best_elbo > -1e-4).all()
     assert torch.allclose(best.loc, normal.loc, atol=1e-4)
-
-
-def test_each_point_climbs_to_the_mode_near_it():
-    def log_density(z):
-        return -((z[:, 0] ** 2 - 25) ** 2) / 200
-
-    modes, _, _ = climbed(log_density, torch.tensor([[-3.0], [4.0], [9.0]]), antithetic(1))
-    assert torch.allclose(modes.gaussians.loc[:, 0], torch.tensor([-5.0, 5.0, 5.0]), atol=1e-3)
-    assert modes.converged.all()
 
 
 def test_a_saddle_is_left():

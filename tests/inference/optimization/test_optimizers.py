@@ -115,20 +115,20 @@ def test_own_adam_scales_steps():
 
 
 @pytest.mark.parametrize(
-    "optim",
+    ("optim", "words"),
     [
-        "adam",
-        0.01,
-        {"lr": 0.1},
-        lambda parameters: None,
-        torch.optim.Adam([torch.zeros(1, requires_grad=True)]),
-        pyro.optim.multi.MixedMultiOptimizer([]),
+        ("adam", r"optim: expected an optimizer of pyro\.optim, or"),
+        (lambda parameters: None, r"optim: expected an optimizer of pyro\.optim, or"),
+        (
+            pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {}}),
+            "needs no loss, got ReduceLROnPlateau",
+        ),
+        (torch.optim.LBFGS, "needs no closure, got LBFGS"),
     ],
-    ids=lambda optim: type(optim).__name__,
 )
-def test_what_is_no_optimizer(optim):
-    with pytest.raises(TypeError, match=r"optim: expected an optimizer of pyro\.optim, or"):
-        wrap_optimizer(optim, parameters())
+def test_what_is_not_an_optimizer(optim, words):
+    with pytest.raises(TypeError, match=words):
+        wrap_optimizer(optim, [torch.nn.Parameter(torch.zeros(2))])
 
 
 def test_an_optimizer_of_something_else():
@@ -140,14 +140,6 @@ def test_an_optimizer_of_something_else():
     wrap_optimizer(lambda found: torch.optim.Adam([found[0], *others]), trained)
 
 
-def test_optimizers_that_need_the_loss_are_refused():
-    optim = pyro.optim.ReduceLROnPlateau({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}})
-    with pytest.raises(TypeError, match="needs no loss, got ReduceLROnPlateau"):
-        wrap_optimizer(optim, parameters())
-    with pytest.raises(TypeError, match="expected an optimizer that needs no closure, got LBFGS"):
-        wrap_optimizer(torch.optim.LBFGS, [torch.nn.Parameter(torch.zeros(2))])
-
-
 def test_own_adam_is_pytorchs():
     ours, theirs = parameters(), parameters()
     optimizer, other = own(ours), torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99))
@@ -156,16 +148,6 @@ def test_own_adam_is_pytorchs():
         step(TorchOptimizer(other), theirs)
     for one, another in zip(ours, theirs):
         torch.testing.assert_close(one, another)
-
-
-def test_own_adam_leaves_what_has_no_gradient():
-    trained = parameters()
-    own(trained).step(1.0)
-    assert torch.equal(trained[0], parameters()[0])
-    trained[0].grad = torch.ones(3)
-    own(trained).step(1.0)
-    assert not torch.equal(trained[0], parameters()[0])
-    assert torch.equal(trained[1], parameters()[1])
 
 
 def test_own_adam_of_complex_numbers():
