@@ -11,7 +11,6 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Predictive
-from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoAutoregressive, AutoIAF, AutoMAF, spline_autoregressive
 from pyro_artransform.diagnostics import importance
@@ -165,34 +164,3 @@ def test_importance_weights(case):
     assert result.num_samples == 60
     if result.num_nonfinite < 60:
         assert result.elbo <= result.log_evidence + 1e-6 + 4 * result.elbo_se
-
-
-@attack("guides", few=4, random=random_models(branches=False), number=st.integers(0, 99))
-def test_weights_of_pyros_guides(random, number):
-    """The same for a guide of Pyro, which is traced."""
-    model = random.wrapped()
-    assume(runs_in_pyro(model))
-    guide = AutoNormal(model, init_scale=0.3)
-    try:
-        with torch.no_grad(), poutine.block():
-            guide()
-    except Exception:
-        assume(False)
-    assume("condition" not in random.handlers or len(random.latents) > 1)  # some latent is left
-    torch.manual_seed(number)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        z, weights = log_weights(model, guide, 10)
-    locs, scales = [], []
-    for name in guide.prototype_trace.nodes:
-        node = guide.prototype_trace.nodes[name]
-        if node["type"] == "sample" and not node["is_observed"] and hasattr(guide.locs, name):
-            locs.append(getattr(guide.locs, name).reshape(-1))
-            scales.append(getattr(guide.scales, name).reshape(-1))
-    with torch.no_grad():
-        distribution = torch.distributions.Normal(torch.cat(locs), torch.cat(scales))
-        assume(distribution.loc.shape == z.shape[1:])
-        log_q = distribution.log_prob(z).sum(-1)
-        expected = torch.stack([density_by_pyro(model, row) for row in z]) - log_q
-    sure = expected.isfinite() & ((z - distribution.loc) / distribution.scale).abs().lt(6).all(-1)
-    assert torch.allclose(weights[sure], expected[sure], rtol=1e-4, atol=1e-4), (weights, expected)

@@ -5,14 +5,11 @@
 import copy
 import io
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 
-import pyro.distributions as dist
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from pyro_artransform import FlowDistribution
 from pyro_artransform.testing import redraw
 from tests.attack.effort import attack
 from tests.attack.flows import flows, inputs, make_input
@@ -105,28 +102,6 @@ def _holds_a_function(flow):
     )
 
 
-@attack("threads", few=2, case=flows(large=(17,)), number=st.integers(0, 99))
-def test_threads_share_a_transform(case, number):
-    flow = case.flow
-    batches = [make_input(((4,), 1.0, number + k), case.dim) for k in range(16)]
-    expected = [values(flow, x) for x in batches]
-    distribution = dist.TransformedDistribution(
-        dist.Normal(torch.zeros(case.dim), 1.0).to_event(1), [flow]
-    )
-    with torch.no_grad():
-        densities = [distribution.log_prob(x) for x in batches]
-
-    def work(k):
-        found = values(flow, batches[k])
-        with torch.no_grad():
-            return found, distribution.log_prob(batches[k]), distribution.sample((3,))
-
-    with ThreadPoolExecutor(3) as pool:
-        for k, (found, density, _) in enumerate(pool.map(work, list(range(16)))):
-            assert same(found, expected[k])
-            assert close(density, densities[k], 1e-12)
-
-
 @attack("torch.func", case=flows(large=(), max_layers=2), number=st.integers(0, 99))
 def test_function_transforms(case, number):
     """vmap, jacrev, jacfwd and hessian give what plain evaluation and reverse mode give."""
@@ -170,36 +145,3 @@ def test_hessians(case, number):
         e = step * torch.eye(case.dim)[k]
         found = (gradient(x + e) - gradient(x - e)) / (2 * step)
         assert torch.allclose(found, hessian[:, k], rtol=1e-3, atol=1e-3), (found, hessian[:, k])
-
-
-@attack(
-    "distributions",
-    case=flows(),
-    batch=st.sampled_from([(), (2,), (3, 1)]),
-    sample=st.sampled_from([(), (4,), (2, 1)]),  # torch cannot sum over no draws
-    kind=st.sampled_from(["torch", "ours", "ours, inference", "ours, no grad"]),
-    expand=st.booleans(),
-    edited=st.booleans(),
-)
-def test_distributions(case, batch, sample, kind, expand, edited):
-    """Densities of draws are those of a copy of the draws, for any batch shape, also after edits."""
-    base = dist.Normal(torch.zeros(*batch, case.dim), 1.0).to_event(1)
-    make = dist.TransformedDistribution if kind == "torch" else FlowDistribution
-    q = make(base, [case.flow] if kind == "torch" else case.flow)
-    if expand:
-        batch = (5, *batch)
-        q = q.expand(batch)
-    assert q.batch_shape == batch
-    context = {"ours, inference": torch.inference_mode, "ours, no grad": torch.no_grad}
-    with context.get(kind, torch.enable_grad)():
-        x = q.rsample(sample)
-        assert x.shape == (*sample, *batch, case.dim)
-        if edited and not torch.is_grad_enabled():
-            x += 0.1
-        found = q.log_prob(x)
-        expected = make(q.base_dist, q.transforms).log_prob(x.clone())
-    assert found.shape == (*sample, *batch)
-    with torch.no_grad():
-        noise = 1e-12 * stretch(case.flow.inv, x.detach().clone()) if x.numel() else torch.zeros(())
-        assume((noise < 1e-6).all() and x.abs().max() < 1e6 if x.numel() else True)
-        assert ((found - expected).abs() <= 1e-6 * (1 + expected.abs())).all(), (found, expected)
