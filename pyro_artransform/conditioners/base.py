@@ -60,12 +60,6 @@ class Blocks(Protocol):
         """The conditioner at the points that all blocks led to, or None if that is not offered."""
 
 
-def runs_only(module: torch.nn.Module, cls: type[torch.nn.Module]) -> bool:
-    """Whether the forward of a class, without hooks, is all that makes a module's values."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module).forward is cls.forward and not hooked
-
-
 class Conditioner(torch.nn.Module, ABC):
     r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 

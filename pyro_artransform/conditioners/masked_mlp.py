@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .activations import ELEMENTWISE, slope_of
 from .adjoint import MLPLinearization
-from .base import Conditioner, runs_only
+from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
 Layer = Callable[[Tensor], Tensor]
+
+
+def runs_only(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the forward of a class, without hooks, is all that makes a module's values."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module).forward is cls.forward and not hooked
 
 
 def check_input(

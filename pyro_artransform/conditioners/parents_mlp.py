@@ -16,8 +16,8 @@ from ..graphs.markov_graph import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
 from .activations import ELEMENTWISE
 from .adjoint import Activations, ParentsLinearization, with_padding
-from .base import Blocks, Conditioner, runs_only
-from .masked_mlp import check_input
+from .base import Blocks, Conditioner
+from .masked_mlp import check_input, runs_only
 
 
 class ParentsMLP(Conditioner):

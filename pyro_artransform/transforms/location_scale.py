@@ -270,14 +270,18 @@ class CompressedTails(FlowModule):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inner, excess = self._split(x)
-        return torch.add(inner, excess.asinh(), alpha=self.width), -_log_root(excess)
+        large = torch.finfo(x.dtype).max ** 0.4  # whose square does not overflow
+        bounded = excess.clamp(-large, large)
+        ladj = -(0.5 * torch.log1p(bounded * bounded)).sum(-1)
+        return torch.add(inner, excess.asinh(), alpha=self.width), ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         inner, excess = self._split(y)
         # so that the square of what comes out does not overflow
         large = 0.4 * math.log(torch.finfo(y.dtype).max)
         excess = excess.clamp(-large, large).sinh()
-        return torch.add(inner, excess, alpha=self.width), _log_root(excess)
+        ladj = (0.5 * torch.log1p(excess * excess)).sum(-1)
+        return torch.add(inner, excess, alpha=self.width), ladj
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         large = torch.finfo(x.dtype).max ** 0.4
@@ -290,10 +294,3 @@ class CompressedTails(FlowModule):
         """The part up to the knot, and the excess beyond it in units of the width."""
         inner = x.clamp(-self.knot, self.knot)
         return inner, (x - inner) / self.width
-
-
-def _log_root(x: Tensor) -> Tensor:
-    """The sum over coordinates of ``log(sqrt(1 + x * x))``, where the square must not overflow."""
-    large = torch.finfo(x.dtype).max ** 0.4
-    x = x.clamp(-large, large)
-    return (0.5 * torch.log1p(x * x)).sum(-1)

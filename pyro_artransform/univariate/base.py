@@ -81,7 +81,8 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     if torch.jit.is_tracing():  # TorchScript cannot differentiate a split
         ends = accumulate(sizes)
         return [params[..., end - size : end] for size, end in zip(sizes, ends)]
-    _check_count(params, sum(sizes))
+    if params.shape[-1:] != (sum(sizes),):
+        raise ValueError(f"params: expected shape (*, D, {sum(sizes)}), got {tuple(params.shape)}")
     if params.dim() < 2:
         return params.split(list(sizes), -1)
     # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
@@ -96,13 +97,9 @@ def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
     """
     if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
         return [params[..., k] for k in range(count)]
-    _check_count(params, count)
-    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
-
-
-def _check_count(params: Tensor, count: int) -> None:
     if params.shape[-1:] != (count,):
         raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
+    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
 class ElementwiseTransform(Transform):
