@@ -145,6 +145,12 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         sizes = [frame.size for site in spec.sites for frame in site.plates]
         return LeastState([dim], max(dim * dim if spec.arguments["full_rank"] else dim, 0, *sizes))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
+        super()._apply(fn, recurse)
+        if self._spec is not None:
+            self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
+        return self
+
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws all latents, as a Pyro guide does.
 
