@@ -64,7 +64,7 @@ class GuideSpec:
     def to(self, fn: Callable[[Tensor], Tensor]) -> "GuideSpec":
         """The spec as a conversion of tensors leaves it, such as ``Tensor.double``."""
         latents = Latents(site.to(fn) for site in self.sites)
-        return replace(self, latents=latents, device=fn(torch.empty(0, device=self.device)).device)
+        return replace(self, latents=latents, device=fn(self.zeros()).device)
 
     def to_plain(self) -> Arguments:
         """The spec as plain data."""
@@ -90,7 +90,8 @@ class GuideSpec:
             sites.append(Site(site["name"], shape, site["event_dim"], support, dtype, plates))
             # on the meta device: what the bounds of a support broadcast to may be huge
             on_meta = sites[-1].to(partial(Tensor.to, device="meta"))
-            value = on_meta.bijection(torch.empty(on_meta.unconstrained_shape, device="meta"))
+            shape_of = on_meta.unconstrained_shape
+            value = on_meta.bijection(torch.empty(shape_of, dtype=dtype, device="meta"))
             if value.shape != shape:
                 where, got = f"site '{site['name']}'", tuple(value.shape)
                 raise ValueError(f"{where}: expected values of shape {tuple(shape)}, got {got}")
