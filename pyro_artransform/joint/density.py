@@ -262,9 +262,9 @@ class LogJoint(LogDensity):
         if log_q is not None:
             order, few, dim = (values - log_q).argsort().tolist(), _NUM_EXTREME, z.shape[-1]
             # few draws may take a branch, or not take it: those that are extreme in some coordinate
-            turn = torch.arange(self._turn, self._turn + min(_NUM_COORDINATES, dim)) % dim
-            self._turn += len(turn)
-            part = z[:, turn.to(z.device)]
+            last = self._turn + min(_NUM_COORDINATES, dim)
+            part = z[:, torch.arange(self._turn, last, device=z.device) % dim]
+            self._turn = last
             extreme = {*part.argmin(0).tolist(), *part.argmax(0).tolist()}
             rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few], *extreme})
         after = torch.get_rng_state()
