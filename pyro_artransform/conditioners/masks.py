@@ -26,7 +26,7 @@ from torch import Tensor
 def check_graph(
     order: Tensor | Sequence[int] | None, adjacency: Tensor | None, input_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """A graph of D coordinates and its order by level, from the arguments of :class:`MaskedMLP`.
+    """A graph of D coordinates and its order by level, from the arguments of a masked network.
 
     :return: the order, long of shape ``(D,)``, and the adjacency, shape ``(D, D)``, on the CPU.
     :raises ValueError: if one is wrong, or both are given; a cycle is named.

@@ -5,9 +5,10 @@
 
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .comparison import ComparedModel, Comparison, compare
-from .importance import Importance, ParetoTail, fit_tail, importance, psis_resample, smooth_tail
+from .importance import Importance, importance, psis_resample
 from .importance_weights import log_weights
 from .marginals import Marginals, marginals
+from .psis import ParetoTail, fit_tail, smooth_tail
 
 __all__ = [  # noqa: RUF022
     "ComparedModel",

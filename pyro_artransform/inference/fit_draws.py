@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 from ..arguments import check_integer
 from ..joint.protocols import ScaledSteps, StructuredGuide, UnconstrainingGuide
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from ..transforms.location_scale import check_rows, location_and_scale
+from ..transforms.scales_and_tails import check_rows, location_and_scale
 from .optimization.optimizers import Adam
 from .optimization.training import FitError
 from .progress import ProgressBar, noted_interrupts, progress_bar, seeded

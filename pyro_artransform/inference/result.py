@@ -92,7 +92,7 @@ class FitResult:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DrawsResult:
-    """How probable draws are that neither the steps nor their end depended on; see :class:`FitResult`."""
+    """How probable draws are that neither the steps nor their end depended on."""
 
     #: the mean log-density of these draws, in nats; of a guide on the constrained space, as its ``log_prob``
     log_likelihood: float

@@ -18,7 +18,7 @@ from .chain import (
 )
 from .conditioned import ConditionedUnivariate, StructuredMeta
 from .flow_module import FlowModule, InverseTransformModule, inverse
-from .location_scale import (
+from .scales_and_tails import (
     CompressedTails,
     LocationScale,
     Standardize,

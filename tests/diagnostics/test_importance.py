@@ -20,7 +20,7 @@ from pyro.infer.autoguide import (
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import Importance, importance, psis_resample
-from pyro_artransform.diagnostics.importance import WORST_KHAT
+from pyro_artransform.diagnostics.psis import WORST_KHAT
 from tests.diagnostics import conjugate
 
 

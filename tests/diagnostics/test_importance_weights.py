@@ -25,7 +25,7 @@ from pyro_artransform.diagnostics import (
     psis_resample,
     smooth_tail,
 )
-from pyro_artransform.diagnostics.importance import WORST_KHAT
+from pyro_artransform.diagnostics.psis import WORST_KHAT
 from tests.diagnostics import conjugate
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...graphs.dependencies import DependencyGraph
 from ...graphs.markov_graph import Elimination, MarkovGraph
-from ...graphs.probe import DependencyGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint.sites import Site
 

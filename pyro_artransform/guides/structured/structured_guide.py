@@ -13,11 +13,11 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_integer, first_of, names_the_class, to_tensor
+from ...graphs.dependencies import find_dependencies, missing_dependencies
 from ...graphs.markov_graph import MarkovGraph
-from ...graphs.probe import find_dependencies, missing_dependencies
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
-from ...transforms.location_scale import LocationScale, check_location_and_scale
+from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import GuideSpec, LeastState
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents

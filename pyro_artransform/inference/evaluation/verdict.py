@@ -11,7 +11,8 @@ import torch
 
 from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
-from ...diagnostics.importance import GOOD_KHAT, WORST_KHAT, round_off_of
+from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..config import EvaluationConfig
 from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModes

@@ -29,8 +29,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...graphs.dependencies import gradients
 from ...graphs.markov_graph import MarkovGraph
-from ...graphs.probe import gradients
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogDensity
 from ...joint.protocols import StructuredGuide

@@ -14,7 +14,7 @@ from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.conditioners import ParentsMLP
 from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from pyro_artransform.testing import redraw
-from tests.graphs.test_probe import mixture, switched
+from tests.graphs.test_dependencies import mixture, switched
 from tests.guides import models
 from tests.inference.conftest import quick_fit
 

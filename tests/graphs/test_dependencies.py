@@ -6,7 +6,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
 
-from pyro_artransform.graphs.probe import find_dependencies, missing_dependencies
+from pyro_artransform.graphs.dependencies import find_dependencies, missing_dependencies
 from pyro_artransform.joint import LogJoint
 
 EPS = torch.finfo(torch.float64).eps

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The affine ends of a flow: locations and scales, learnable or taken from data, and compressed tails."""
+"""The ends of a flow: locations and scales, learnable or taken from data, and compressed tails."""
 
 import math
 from typing import Any

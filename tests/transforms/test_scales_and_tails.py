@@ -19,7 +19,7 @@ from pyro_artransform.transforms import (
     standardize,
     standardize_context,
 )
-from pyro_artransform.transforms.location_scale import check_rows
+from pyro_artransform.transforms.scales_and_tails import check_rows
 
 TRIL = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-3.0, 0.2, 10.0]], dtype=torch.float64)
 MADE = {
