@@ -137,8 +137,11 @@ class Parallel:
 
     def seed(self, seed: int | None = None) -> int:
         """The seed of the first process, or a new one."""
-        new = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-        return self.first("a seed", lambda: new)
+
+        def chosen() -> int:
+            return int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+
+        return self.first("a seed", chosen)
 
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""
