@@ -14,7 +14,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.protocols import ReparametrizedGuide, SetUpGuide
+from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import GuideSampler, stack
 
@@ -103,6 +103,10 @@ def has_point(values: Values) -> bool:
 
 
 def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
+    """Draws with a density that the guide gives itself, in the coordinates of the log joint density."""
+    density = log_joint
+    if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
+        density = log_joint.with_coordinates(guide.prior_coordinates)
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)
     if latent.shape != expected or log_q.shape != (n,):
@@ -110,8 +114,11 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
             f"guide: expected latents of shape {expected} and densities of shape {(n,)}, got "
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
-    weights = _log_ratio(log_joint, latent, log_q)
-    return Weighted(latent, log_joint.latents.constrain(latent), weights)
+    log_weights = _log_ratio(density, latent, log_q)
+    log_joint.strategy, log_joint.reason = density.strategy, density.reason
+    unconstrained, _ = density.to_unconstrained(latent)
+    latent = unconstrained if log_joint.coordinates is None else latent
+    return Weighted(latent, log_joint.latents.constrain(unconstrained), log_weights)
 
 
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:

@@ -161,6 +161,7 @@ def marginals_of(
     num_steps: int = _NUM_STEPS,
 ) -> Marginals:
     """The same as :func:`marginals`, of a model whose log joint density is known already."""
+    log_joint = log_joint.with_coordinates(None)  # as the errors of latents are meant
     if log_joint.is_random:
         raise ValueError(
             "model: expected one that sees all its data, got one that sub-samples them, or whose "

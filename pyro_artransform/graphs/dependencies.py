@@ -38,7 +38,9 @@ _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 class LogDensityOfRows(Protocol):
     """The log density whose graph is wanted."""
 
-    start: Tensor  #: a point where it is finite, shape ``(D,)``
+    @property
+    def start(self) -> Tensor:
+        """A point where it is finite, shape ``(D,)``."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log density at points ``(n, D)``, shape ``(n,)``."""

@@ -18,17 +18,23 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..joint.coordinates import Coordinates
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
 from . import prototype
 from .distributions import FlowDistribution, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
-from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec, LeastState
+from .prior_coordinates import (
+    CoordinatesArgument,
+    GuideInCoordinates,
+    PriorCoordinates,
+    check_coordinates,
+)
 
 
-class AutoAutoregressive(PersistentGuide, AutoContinuous):
+class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
     r"""A guide that is a flow on the unconstrained space of all latents of a model.
 
     .. math::
@@ -75,12 +81,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         check_flow_argument("flow", flow, "the latent dimension")
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
         super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
+        self.asked = check_coordinates(coordinates)
         self._argument_shapes: Hashable = None
         self._make_flow = flow
 
@@ -97,14 +105,21 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
             first, start = self.prototype_trace, self._init_loc()
             run = partial(self.model, *args, **kwargs)
-            observed = prototype.refuse_moving_structure(first, run, rng_state)
+            observed, dependent = prototype.refuse_moving_structure(first, run, rng_state)
             sites, values = [], {}
             for name, site in prototype.sites_by_name(first).items():
                 sites.append(site.to(Tensor.clone))
                 values[name] = first.nodes[name]["value"].detach().clone()
             arguments = self._resolved_arguments(len(start))
+            if dependent and self.asked != "model":
+                log_joint = self._log_joint(*args, **kwargs)
+                self._bound = args, kwargs, log_joint
+                if found := self._choose_coordinates(log_joint):
+                    arguments["coordinates"] = found
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
+            if self._prior:
+                self._parts[1].loc.data.copy_(self._start_coordinates(log_joint, start))
         except BaseException:
             # the next call must not find a guide that is set up by half
             self.prototype_trace = None
@@ -125,7 +140,13 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         affine = LocationScale(start, arguments["init_scale"], full_rank=arguments["full_rank"])
         self._parts: tuple[TransformModule, LocationScale] = flow, affine
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
-        self.transform = ComposedTransform(flow, affine)
+        inner = transform = ComposedTransform(flow, affine)
+        self._prior = ()
+        if sites := spec.arguments.get("coordinates"):
+            prior = PriorCoordinates(Coordinates(torch.ones_like(start), sites))
+            self._prior, transform = (prior,), ComposedTransform(inner, prior)
+        self._inner = (inner,)  # in a tuple, as it may be a part of the transform
+        self.transform = transform
         # what Pyro's autoguides remember of a run of the model
         self.latent_dim = spec.latents.latent_dim
         self._prototype_frames, self._unconstrained_shapes, self._cond_indep_stacks = {}, {}, {}
@@ -179,7 +200,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
-        """The flow, then location and scale."""
+        """The flow, then location and scale: from the base to the unconstrained space."""
+        self._inner_transform()
+        if self._prior:
+            self._bind(args, kwargs)
+        return self.transform
+
+    def _inner_transform(self) -> ComposedTransform:
+        """The flow, then location and scale: from the base to the coordinates that fits work in."""
         if self._spec is None:
             self._checked_spec()
         # not in a function of its own, since it is done in each step
@@ -190,11 +218,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             is_settled = is_settled and (is_stored or not parameter.requires_grad)
         if not is_settled:
             self._register()
-        return self.transform
+        return self._inner[0]
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """The distribution of all latents on the unconstrained space."""
-        base, transform = self.get_base_dist(), self.get_transform()
+        base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
         return dist.TransformedDistribution(base, transform, validate_args=False)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
@@ -203,7 +231,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        base, transform = self.get_base_dist(), self.get_transform()
+        base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
@@ -221,7 +249,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :return: for each site a tensor of shape ``(n,) + site shape``.
         """
         self.set_up(*args, **kwargs)
-        base, transform = self.get_base_dist(), self.get_transform()
+        base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
         # in chunks, which bounds the memory of the networks
         chunk = self._chunk_size()
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
@@ -244,7 +272,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             Pyro's validation is on, also if one is outside its support (its density means nothing).
         """
         latent, ladj = self.unconstrain(values, *args, **kwargs)
-        x, inverse_ladj = self.get_transform().inverse_and_ladj(latent)
+        x, inverse_ladj = self.get_transform(*args, **kwargs).inverse_and_ladj(latent)
         normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
         # summed here: torch's Independent cannot sum over no draws
         return normal.log_prob(x).sum(-1) + inverse_ladj - ladj
@@ -278,8 +306,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        # entries of the store that count more are adopted first
-        self.get_transform()
+        self._inner_transform()  # entries of the store that count more are adopted first
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
@@ -296,7 +323,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
-        base, transform = self.get_base_dist(), self.get_transform()
+        base, transform = self.get_base_dist(), self._inner_transform()
         x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)

@@ -24,6 +24,7 @@ from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec, LeastState
+from .prior_coordinates import CoordinatesArgument
 
 # of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
 # models in some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
@@ -52,6 +53,7 @@ class PresetGuide(AutoAutoregressive):
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         if nonlinearity is not None:
             wanted = "a function or a module such as torch.nn.ELU()"
@@ -64,7 +66,7 @@ class PresetGuide(AutoAutoregressive):
         }
         flow = partial(self._preset_flow, arguments)
         start: Arguments = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
-        super().__init__(model, flow=flow, full_rank=full_rank, **start)
+        super().__init__(model, flow=flow, full_rank=full_rank, coordinates=coordinates, **start)
         self._arguments.update(arguments)
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:

@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..joint.coordinates import PriorScale, depend_on_latents
 from ..joint.sites import (
     Latents,
     Site,
@@ -137,12 +138,12 @@ def refuse_subsampling(sites: Iterable[Site]) -> None:
 
 def refuse_moving_structure(
     first: poutine.Trace, run: Callable[[], object], rng_state: Tensor
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], list[str]]:
     """Refuses a model whose sites or supports depend on the values of its latents.
 
     The model is run again with other latents and the same random numbers.
 
-    :return: the sites that have data.
+    :return: the sites that have data, and the latents whose prior has a location or a scale that differs.
     """
     with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
         torch.set_rng_state(rng_state)
@@ -150,7 +151,10 @@ def refuse_moving_structure(
     expected, got = sites_by_name(first), sites_by_name(second)
     compare_names(expected, got, _DEPENDS_ON_LATENTS["names"])
     _compare(expected, got, _DEPENDS_ON_LATENTS)
-    return tuple(second.observation_nodes)
+    scales = [
+        {name: PriorScale.of(run.nodes[name]["fn"]) for name in got} for run in (first, second)
+    ]
+    return tuple(second.observation_nodes), depend_on_latents(*scales)
 
 
 def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) -> None:

@@ -19,11 +19,20 @@ from torch import Tensor, nn
 from .. import files
 from ..arguments import first_of
 from ..joint import LogJoint
+from ..joint.coordinates import Coordinates
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import FlowGuide, MinibatchGuide, ScaledSteps, StoredGuide, StructuredGuide
+from ..joint.protocols import (
+    FlowGuide,
+    MinibatchGuide,
+    PriorGuide,
+    ScaledSteps,
+    StoredGuide,
+    StructuredGuide,
+)
 from .config import FitConfig
 from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
+from .initialization.coordinates import find_in_coordinates
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.initial_guide import (
     UNCHANGED,
@@ -183,10 +192,16 @@ class FitRun:
         config = self._config.initialization
         if isinstance(guide, FlowGuide) and self._by_path:
             minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
-            density = minibatches.mean_log_joint() if minibatches else log_joint
+            density = log_joint if minibatches is None else minibatches.mean_log_joint()
+            find: Callable[[], InitialGuide] = partial(
+                find_initial_guide, density, bound, guide, config
+            )
             if isinstance(guide, StructuredGuide):
-                return find_sparse_start(density, bound, guide, config)
-            return find_initial_guide(density, bound, guide, config)
+                find = partial(find_sparse_start, density, bound, guide, config)
+            if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
+                coordinates = cast(Coordinates, guide.prior_coordinates)
+                return find_in_coordinates(density, guide, coordinates, find)
+            return find()
         if isinstance(guide, MinibatchGuide):
             batch, elbo_draws = Batch(args, kwargs), self._objective.elbo_draws
             return find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, config)
@@ -370,6 +385,8 @@ def _run_once(
     with torch.no_grad(), hidden_sites():
         guide(*args, **kwargs)
     log_joint = LogJoint(model, args, kwargs)
+    if isinstance(given, PriorGuide):
+        log_joint = log_joint.with_coordinates(given.prior_coordinates)
     if stream is not None:
         check_use(stream, guide, log_joint, batch)
     subject = ModelAndGuide(model, guide, args, kwargs, log_joint)

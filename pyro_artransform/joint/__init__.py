@@ -3,7 +3,8 @@
 
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
-from .density import LogDensity, LogJoint, MeanLogJoint
+from .density import LogDensity, LogJoint
+from .mean_density import MeanLogJoint
 from .sites import Latents, Site
 from .traces import ModelStructure
 

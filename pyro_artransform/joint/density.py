@@ -6,7 +6,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
+from .coordinates import Coordinates, PriorMap, find_dependent, map_draws
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites, sum_out_discrete
 from .sites import Latents, initial_value
 from .traces import (
@@ -67,11 +68,17 @@ _MOST_SIGNATURES = 64
 
 
 class LogDensity(Protocol):
-    """A log density of the latents of a model on the unconstrained space."""
+    """A log density of the latents of a model, on the unconstrained space or in other coordinates."""
 
     latents: Latents
-    start: Tensor  #: a starting point, shape ``(latent_dim,)``
     strategy: str  #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
+
+    @property
+    def start(self) -> Tensor:
+        """A starting point, shape ``(latent_dim,)``, in the coordinates of draws."""
+
+    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of points ``(n, latent_dim)`` of the unconstrained space, and the log-determinant."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
@@ -135,20 +142,21 @@ class LogJoint(LogDensity):
         self._checked = {argument_signature((args, kwargs))}
         #: how many draws are evaluated at once without gradients, which bounds the memory
         self.chunk_size = _chunk_size(count_values(trace), args, kwargs)
-        self.start = self._latent_vector(trace)
+        self._start = self._latent_vector(trace)
+        self.coordinates: Coordinates | None = None
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            noise = torch.randn_like(self.start.expand(_NUM_COMPARED, -1))
-            near = self.start + _COMPARED_SCALE * noise
+            noise = torch.randn_like(self._start.expand(_NUM_COMPARED, -1))
+            near = self._start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
                 self.strategy, self.reason = choose_strategy(self._evaluate, {"z": near}, _nan)
                 self.is_random = self.is_random or self._changes_by_itself(near)
             if self.strategy != "loop":
-                noise = torch.randn_like(self.start.expand(_NUM_FAR, -1))
+                noise = torch.randn_like(self._start.expand(_NUM_FAR, -1))
                 # what a model says or raises far away is of no interest yet
                 with warnings.catch_warnings(), suppress(Exception):
                     warnings.simplefilter("ignore")
-                    far = [near, self.start + _FAR_SCALE * noise, *self._prior_draws()]
+                    far = [near, self._start + _FAR_SCALE * noise, *self._prior_draws()]
                     self.checked(torch.cat(far))
 
     def _latent_vector(self, trace: Any) -> Tensor:
@@ -177,9 +185,14 @@ class LogJoint(LogDensity):
                 f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a "
                 "guide that is told of the mini-batch, such as AutoAmortized"
             )
-        other, kwargs = copy.copy(self), kwargs or {}
+        other = self.bound_to(args, kwargs or {})
+        other.chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
+        return other
+
+    def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
+        """The same for other arguments, whose latents are not compared: some may have been data."""
+        other = copy.copy(self)
         other._run = UnmaskedLatents(self.improper)(partial(self._model, *args, **kwargs))
-        other.chunk_size = _chunk_size(structure.num_values, args, kwargs)
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
@@ -303,7 +316,12 @@ class LogJoint(LogDensity):
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found: list[str] = []
         for row in z:
-            scored = SiteLogProbs(self.latents.constrain(row))
+            scored = SiteLogProbs(
+                {
+                    k: v[0]
+                    for k, v in self.latents.constrain(self.to_unconstrained(row[None])[0]).items()
+                }
+            )
             try:
                 with pyro.validation_enabled(False), hidden_sites(), scored:
                     self._run()
@@ -318,51 +336,68 @@ class LogJoint(LogDensity):
         if self.is_enumerated and size == 1:
             # Pyro's variable elimination has no dimension for a plate of one
             return {"total": self._evaluate({"z": z[0]}, None)["total"][None]}
-        values, total = self.latents.constrain_with_ladj(z)
-        plate = DrawPlate(size, self.num_plates)
-        placed = plate.place(values, self.latents.event_dims)
+        plate, prior = DrawPlate(size, self.num_plates), PriorMap(self.coordinates, self.latents)
+        values, total = self.latents.constrain_with_ladj(z, prior.sites)
+        placed = prior.take(plate.place(values, self.latents.event_dims))
+        run = prior(self._run) if prior.sites else self._run
         if self.is_enumerated:
-            run = partial(plate.run, poutine.condition(self._run, dict(placed)))
+            run = partial(plate.run, poutine.condition(run, placed))
             first_dim = -1 - self.num_plates - (size is not None)
             with hidden_sites(), poutine.enum(first_available_dim=first_dim):
                 trace = poutine.trace(run).get_trace()
-            return {"total": total + sum_out_discrete(trace, () if size is None else (DRAWS,))}
-        with hidden_sites(), SiteLogProbs(placed) as scored:
-            plate.run(self._run)
-        return {"total": plate.total(scored.log_probs, total)}
+            total = total + sum_out_discrete(trace, () if size is None else (DRAWS,))
+        else:
+            with hidden_sites(), SiteLogProbs(placed) as scored:
+                plate.run(run)
+            total = plate.total(scored.log_probs, total)
+        return {"total": plate.total(prior.bijection_ladjs, plate.total(prior.ladjs, total))}
+
+    # Coordinates from the prior
+
+    def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
+        """The log density of draws in these coordinates, their log-determinant included."""
+        other = copy.copy(self)
+        other.coordinates = coordinates
+        return other
+
+    @property
+    def start(self) -> Tensor:
+        return self.from_unconstrained(self._start[None])[0][0]
+
+    def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws on the unconstrained space, and the log-determinant of the map to it.
+
+        :param z: draws in the coordinates of this density, shape ``(n, latent_dim)``.
+        :return: shapes ``(n, latent_dim)`` and ``(n,)``; NaN where the model fails.
+        """
+        return self._map(z, is_inverse=False)
+
+    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        z, ladj = self._map(u, is_inverse=True)
+        return z, -ladj
+
+    def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.coordinates is None:
+            return z, z.new_zeros(len(z))
+        evaluate = partial(
+            map_draws, self._run, self.latents, self.coordinates, self.num_plates, is_inverse
+        )
+        with pyro.validation_enabled(False):
+            found = evaluate_many(evaluate, {"z": z}, self.strategy, _nan, self.chunk_size)
+        return found["z"], found["total"]
+
+    def dependent_sites(self) -> list[str]:
+        """The latents whose prior has a location or a scale that depends on other latents."""
+        points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
+        run = self._run
+        if self.is_enumerated:
+            run = poutine.enum(run, first_available_dim=-1 - self.num_plates)
+        return find_dependent(run, self.latents, points)
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
         with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
             return poutine.trace(self._model).get_trace(*args, **kwargs)
-
-
-class MeanLogJoint(LogDensity):
-    """The log joint density of a model as the weighted mean of that for several mini-batches.
-
-    The more there are, the closer its mode is to that of all data, from which one's is many sds away.
-
-    :param arguments: the positional and the keyword arguments of each mini-batch.
-    :param weights: the weight of each, positive.
-    """
-
-    def __init__(
-        self,
-        log_joint: LogJoint,
-        arguments: Sequence[tuple[Args, Kwargs]],
-        weights: Sequence[float],
-    ) -> None:
-        self.latents, self.start = log_joint.latents, log_joint.start
-        self.strategy = log_joint.strategy
-        self._parts = [log_joint.with_arguments(args, kwargs) for args, kwargs in arguments]
-        self._shares = [weight / sum(weights) for weight in weights]
-
-    def __call__(self, z: Tensor) -> Tensor:
-        values = [share * part(z) for share, part in zip(self._shares, self._parts)]
-        return sum(values[1:], values[0])
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        return list(dict.fromkeys(k for part in self._parts for k in part.nonfinite_sites(z)))
 
 
 def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:
@@ -374,4 +409,4 @@ def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:
 
 def _nan(draws: Draws) -> Terms:
     """The log joint density of a draw at which the model fails, with a gradient."""
-    return {"total": draws["z"].sum() * torch.nan}
+    return {"total": draws["z"].sum() * torch.nan, "z": draws["z"] * torch.nan}

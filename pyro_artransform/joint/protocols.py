@@ -19,6 +19,7 @@ from torch.distributions import Transform
 
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
+from .coordinates import Coordinates
 
 
 @runtime_checkable
@@ -46,6 +47,22 @@ class FlowGuide(ReparametrizedGuide, Protocol):
 
     def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         """Becomes a Gaussian, by default of a new guide's scale; a ``ValueError`` if it cannot have it."""
+
+
+@runtime_checkable
+class PriorGuide(FlowGuide, Protocol):
+    """A guide whose draws may be in coordinates of its model's prior, see ``joint.coordinates``."""
+
+    @property
+    def prior_coordinates(self) -> Coordinates | None:
+        """Which latents, and how centred; None where draws are on the unconstrained space."""
+
+    @property
+    def chooses_coordinates(self) -> bool:
+        """Whether a fit may change how centred they are, in place."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, as those of a module, with the tensor of ``prior_coordinates``."""
 
 
 @runtime_checkable

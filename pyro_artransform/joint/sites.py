@@ -4,7 +4,7 @@
 """The continuous latent sites of a model, their supports, and their packing into one vector."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -149,14 +149,20 @@ class Latents:
                 found.append(name)
         return found
 
-    def constrain_with_ladj(self, z: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The value of each site as :meth:`constrain` gives it, and the log-determinant, shape ``batch``."""
+    def constrain_with_ladj(
+        self, z: Tensor, left_out: Container[str] = ()
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The value of each site as :meth:`constrain` gives it, and the log-determinant.
+
+        :param left_out: sites that stay as they are.
+        :return: for each site, shape ``batch + site shape``; and shape ``batch``.
+        """
         batch = z.shape[:-1]
         values, total = {}, z.new_zeros(batch)
         for name, part in self.split(z).items():
             site = self.sites[name]
             values[name] = part
-            if not site.is_unconstrained:
+            if not (site.is_unconstrained or name in left_out):
                 values[name], ladj = site.constrain_with_ladj(part, batch)
                 total = total + ladj
         return values, total

@@ -17,9 +17,11 @@ from ...graphs.dependencies import find_dependencies, missing_dependencies
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
+from ...joint.coordinates import Coordinates
 from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import GuideSpec, LeastState
+from ..prior_coordinates import CoordinatesArgument
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
@@ -28,6 +30,8 @@ _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # the most numbers that networks compute at once: tensors above 32 MB go back to the system after each
 # use, which took a third of a step of 10,000 latents (benchmarks/growth.md)
 _MOST_NUMBERS = 5_000_000
+# a graph in coordinates of the prior may have more edges by this factor
+_MOST_FILL_IN = 1.1
 
 
 class AutoStructuredFlow(AutoAutoregressive):
@@ -99,6 +103,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         num_transforms: int = 1,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         super().__init__(
             model,
@@ -106,6 +111,7 @@ class AutoStructuredFlow(AutoAutoregressive):
             full_rank=False,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
+            coordinates=coordinates,
         )
         sizes = {
             "hidden_dim": hidden_dim,
@@ -132,36 +138,53 @@ class AutoStructuredFlow(AutoAutoregressive):
         finally:
             del self._log_joint_of
 
-    def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
-        """The log density of the model, whose runs leave no trace and take no random numbers."""
-        self.model  # noqa: B018 (raises where there is none)
-        _, model, init_loc_fn = self._model
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            return LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
+    def _choose_coordinates(self, log_joint: LogJoint) -> dict[str, bool]:
+        """Those of the prior, where they bring no more edges than the model as it is written.
+
+        A chain whose location is the state before is dense in units of its prior: without the location
+        it is a chain in units of the scale.
+        """
+        sites = super()._choose_coordinates(log_joint)
+        if not sites:
+            return sites
+        most = _MOST_FILL_IN * _size(self._find_graph(log_joint))
+        for with_location in (True, False):
+            found = dict.fromkeys(sites, with_location)
+            if _size(self._graph_in(log_joint, found)) <= most:
+                return found
+        return {}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
         if "graph" in arguments:
             graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
         else:
-            graph = self._find_graph(spec)
+            log_joint = self._bound[2] if self._bound else self._log_joint_of()
+            graph = self._graph_in(log_joint, arguments.get("coordinates", {}))
+            if graph.names != coordinate_names(spec.sites):
+                raise ValueError(
+                    "expected a model whose latents are the guide's, "
+                    f"{sorted(spec.latents.sites)}, got one with {sorted(log_joint.latents.sites)}"
+                )
             arguments["graph"] = graph.to_plain()
         sizes, self._graph = (arguments["hidden_dim"], arguments["num_transforms"]), graph
         self._make_flow = lambda _: StructuredFlow(graph.elimination, *sizes)
         super()._build(spec, start)
 
-    def _find_graph(self, spec: GuideSpec) -> LatentGraph:
-        log_joint = self._log_joint_of()
-        names = coordinate_names(spec.sites)
-        if names != coordinate_names(log_joint.latents.sites.values()):
-            raise ValueError(
-                f"expected a model whose latents are the guide's, {sorted(spec.latents.sites)}, got one "
-                f"with {sorted(log_joint.latents.sites)}"
-            )
+    def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
+        """The graph in coordinates of the prior: with lambda between 0 and 1 it has the edges of both."""
+        if not sites:
+            return self._find_graph(log_joint)
+        centered = torch.ones_like(log_joint.start)
+        between = Coordinates(centered, sites).non_centered(log_joint.latents, 0.5)
+        return self._find_graph(log_joint.with_coordinates(between))
+
+    def _find_graph(self, log_joint: LogJoint) -> LatentGraph:
         with torch.random.fork_rng(devices=[]), poutine.block():
             found = find_dependencies(log_joint, log_joint.latents.eps)
         markov = MarkovGraph.from_neighbours(found.neighbours)
-        dropped = weakest_parents(found, markov.elimination, spec.arguments["max_parents"])
+        dropped = weakest_parents(found, markov.elimination, self._arguments["max_parents"])
+        names = coordinate_names(tuple(log_joint.latents.sites.values()))
         return LatentGraph(names, markov, tuple(dropped))
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
@@ -195,7 +218,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         with torch.random.fork_rng(devices=[]), poutine.block():
             z, _ = self.rsample_and_log_prob(count * len(batches))
             for batch, draws in zip(batches, z.split(count)):
-                density = log_joint.with_arguments(*batch)
+                density = log_joint.with_arguments(*batch).with_coordinates(self.prior_coordinates)
                 eps, neighbours = density.latents.eps, graph.markov.neighbours
                 pairs.update(missing_dependencies(density, eps, neighbours, draws))
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
@@ -275,3 +298,9 @@ class AutoStructuredFlow(AutoAutoregressive):
         graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
         weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
         return least._replace(numbers=max(least.numbers, len(graph.root) ** 2 + weights))
+
+
+def _size(graph: LatentGraph) -> int:
+    """How many pairs of a latent and its parent there are along the elimination, in the root block too."""
+    root = len(graph.elimination.root)
+    return graph.elimination.num_edges + root * (root - 1) // 2

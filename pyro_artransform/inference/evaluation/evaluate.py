@@ -137,7 +137,13 @@ def evaluate(
     if drawn.latents is not None:
         draws = drawn.latents
         is_point = bool((draws == draws[:1]).all(0).any())
-        coarse = [] if is_point else subject.log_joint.latents.coarse_sites(draws)
+        coarse = (
+            []
+            if is_point
+            else subject.log_joint.latents.coarse_sites(
+                subject.log_joint.to_unconstrained(draws)[0]
+            )
+        )
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)

@@ -202,7 +202,7 @@ class GaussianSearch:
         except (torch.linalg.LinAlgError, ValueError):
             return start
         values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in latents.sites}
-        return latents.unconstrain(values)
+        return self.log_density.from_unconstrained(latents.unconstrain(values)[None])[0][0]
 
 
 class SharedPrior:
@@ -218,6 +218,10 @@ class SharedPrior:
         sites = [self.latents.sites[name] for name in elements]
         self._constrained = [site for site in sites if not site.is_unconstrained]
         self._random_state = torch.get_rng_state()
+
+    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws are on the unconstrained space."""
+        return self._log_joint.from_unconstrained(u)
 
     def __call__(self, z: Tensor) -> Tensor:
         parts, ladj = self.latents.split(z), z.new_zeros(z.shape[:-1])

@@ -18,7 +18,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from ...joint import LogDensity, LogJoint, MeanLogJoint
+from ...joint import LogJoint, MeanLogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
@@ -322,7 +322,7 @@ class MinibatchObjective(Objective):
     def nonfinite_sites(self) -> list[str]:
         return self._last.nonfinite_sites()
 
-    def mean_log_joint(self) -> LogDensity:
+    def mean_log_joint(self) -> MeanLogJoint:
         """The mean log joint density of several batches, in which an initial guide is found."""
         few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
         return MeanLogJoint(self.log_joint, few, [self._weight(batch) for batch in few])

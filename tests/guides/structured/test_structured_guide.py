@@ -37,7 +37,8 @@ Y = torch.tensor([0.3, -1.2, 2.2, 0.9, 1.6, -0.3, 0.8, 1.9], dtype=torch.float64
 
 
 def new(model=hierarchy, *args, **options):
-    guide = AutoStructuredFlow(model, **{"hidden_dim": 4, **options})
+    # as the model is written: in coordinates of its prior groups are independent
+    guide = AutoStructuredFlow(model, **{"hidden_dim": 4, "coordinates": "model", **options})
     guide.set_up(*(args or (Y,)))
     return guide
 
@@ -90,11 +91,11 @@ def test_max_parents_cuts_the_weakest():
             x = pyro.sample("x", dist.Normal((weights * z).sum(-1), 1.0))
             pyro.sample("y", dist.Normal(x, 1.0), obs=torch.ones(50))
 
-    full = AutoStructuredFlow(model)
+    full = AutoStructuredFlow(model, coordinates="model")
     full.set_up()
     assert full.graph.dropped == ()
     assert len(full.graph.parents("x", 0)) == 4
-    guide = AutoStructuredFlow(model, max_parents=2)
+    guide = AutoStructuredFlow(model, max_parents=2, coordinates="model")
     guide.set_up()
     assert guide.graph.parents("x", 0) == (("z", 0), ("z", 2))
     assert len(guide.graph.dropped) == 100

@@ -1,0 +1,151 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Guides whose flow is in coordinates of the model's own prior, and the last layer of these."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from ..joint import LogJoint
+from ..joint.coordinates import Coordinates, centered_by_curvature
+from ..joint.density import Args, Kwargs
+from ..transforms import FlowModule
+from .persistence.persistent_guide import PersistentGuide
+
+CoordinatesArgument = str | Mapping[str, Any]
+
+
+class PriorCoordinates(FlowModule):
+    """From coordinates of the prior to the unconstrained space: see ``joint.coordinates``.
+
+    It runs the model, whose log joint density :meth:`bind` gives it. No gradient flows to lambda, which is
+    a parameter so that files and the param store hold it.
+
+    :param coordinates: which latents, and how centred.
+    """
+
+    def __init__(self, coordinates: Coordinates) -> None:
+        super().__init__(cache_size=0)
+        self.centered = nn.Parameter(coordinates.centered.clone())
+        self.with_location = dict(coordinates.with_location)
+        self._log_joint: LogJoint | None = None
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Which latents, and how centred now."""
+        return Coordinates(self.centered, self.with_location)
+
+    def bind(self, log_joint: LogJoint) -> None:
+        """Takes the log joint density of the model for the arguments of the next calls."""
+        self._log_joint = log_joint.with_coordinates(self.coordinates)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found, ladj = self._bound().to_unconstrained(x.reshape(-1, x.shape[-1]))
+        return found.reshape(x.shape), ladj.reshape(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        found, ladj = self._bound().from_unconstrained(y.reshape(-1, y.shape[-1]))
+        return found.reshape(y.shape), ladj.reshape(y.shape[:-1])
+
+    def _bound(self) -> LogJoint:
+        if self._log_joint is None:
+            raise RuntimeError("expected guide.get_transform(), which binds the model, before this")
+        return self._log_joint
+
+    def extra_repr(self) -> str:
+        return ", ".join(self.with_location)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_log_joint": None}
+
+
+class GuideInCoordinates(PersistentGuide):
+    """A guide that draws in coordinates of the prior, where the prior of a latent depends on others.
+
+    :cvar asked: the argument ``coordinates`` of the guide.
+    """
+
+    asked: CoordinatesArgument
+    _functions = (*PersistentGuide._functions, "_bound")
+    # the model's arguments and its log joint density, where draws need the model
+    _bound: tuple[Args, Kwargs, LogJoint] | None = None
+    # the last layer in a tuple: as a part of the transform it is registered already
+    _prior: tuple[PriorCoordinates, ...] = ()
+
+    @property
+    def prior_coordinates(self) -> Coordinates | None:
+        """The coordinates that fits work in; None where they are the unconstrained space."""
+        self._checked_spec()
+        return self._prior[0].coordinates if self._prior else None
+
+    @property
+    def chooses_coordinates(self) -> bool:
+        """Whether a fit chooses how centred they are: not where the user has said it."""
+        return bool(self._prior) and self.asked == "prior"
+
+    def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
+        """The log density of the model, whose runs leave no trace and take no random numbers."""
+        self.model  # noqa: B018 (raises where there is none)
+        _, model, init_loc_fn = self._model
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            return LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
+
+    def _bind(self, args: Args, kwargs: Kwargs) -> None:
+        """Gives the last layer the model at these arguments, by default those of the last call."""
+        if self._bound is None:
+            self._bound = args, kwargs, self._log_joint(*args, **kwargs)
+        given, known = (*args, *kwargs.values()), (*self._bound[0], *self._bound[1].values())
+        if given and (len(given) != len(known) or any(a is not b for a, b in zip(given, known))):
+            self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
+        self._prior[0].bind(self._bound[2])
+
+    def _choose_coordinates(self, log_joint: LogJoint) -> dict[str, bool]:
+        """The sites with coordinates from the prior, and whether its location is a part of them."""
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            found = log_joint.dependent_sites()
+        if isinstance(self.asked, Mapping):
+            unknown = sorted(self.asked.keys() - set(found))
+            if unknown:
+                raise ValueError(
+                    "coordinates: expected latents whose prior has a location or a scale that depends "
+                    f"on other latents, {found}, got {unknown}"
+                )
+            found = [name for name in found if name in self.asked]
+        return dict.fromkeys(found, True)
+
+    def _start_coordinates(self, log_joint: LogJoint, start: Tensor) -> Tensor:
+        """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
+        prior, latents = self._prior[0], log_joint.latents
+        with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+            if isinstance(self.asked, Mapping):
+                for name, part in latents.split(prior.centered).items():
+                    if name in self.asked:
+                        part.copy_(self.asked[name].expand_as(part))
+            else:
+                unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
+                point, _ = unit.from_unconstrained(start[None])
+                prior.centered.copy_(centered_by_curvature(unit, point))
+            return log_joint.with_coordinates(prior.coordinates).from_unconstrained(start[None])[0][
+                0
+            ]
+
+
+def check_coordinates(coordinates: CoordinatesArgument) -> CoordinatesArgument:
+    """The argument ``coordinates`` of a guide, with numbers as tensors.
+
+    :raises ValueError: if it is neither "prior", "model" nor a mapping of sites to numbers from 0 to 1.
+    """
+    if isinstance(coordinates, str) and coordinates in ("prior", "model"):
+        return coordinates
+    if isinstance(coordinates, Mapping):
+        given = {name: torch.as_tensor(value) for name, value in coordinates.items()}
+        if all(bool(((value >= 0) & (value <= 1)).all()) for value in given.values()):
+            return given
+    raise ValueError(
+        "coordinates: expected 'prior', 'model', or a mapping of sites to how centred they are, between 0 "
+        f"(in units of the prior) and 1 (as the model is written), got {coordinates!r}"
+    )

@@ -1,0 +1,66 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""In which coordinates a fit starts: how centred latents are, by the curvature and the ELBO."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...joint import LogJoint
+from ...joint.coordinates import Coordinates, centered_by_curvature
+from ...joint.mean_density import MeanLogJoint
+from ...joint.protocols import PriorGuide
+from .initial_guide import InitialGuide
+
+# draws of the start that the curvature is averaged over
+_NUM_DRAWS = 8
+# how far lambda has to be from where a start was found for another one to be looked for
+_FAR = 0.05
+
+
+def find_in_coordinates(
+    density: LogJoint | MeanLogJoint,
+    guide: PriorGuide,
+    coordinates: Coordinates,
+    find: Callable[[], InitialGuide],
+) -> InitialGuide:
+    """Starts a guide in the coordinates whose start has the largest ELBO.
+
+    Tried are those that the guide has, those that the curvature at the first start asks for, and the model
+    as it is written.
+
+    :param density: the log joint density, in the coordinates of the guide.
+    :param coordinates: these, which change in place.
+    :param find: starts the guide.
+    :raises ValueError: if none of the starts is finite.
+    """
+    found: list[tuple[InitialGuide, list[Tensor]]] = []
+    first = coordinates.centered.detach().clone()
+
+    def attempt(centered: Tensor) -> None:
+        coordinates.centered.data.copy_(centered)
+        guide.start_at(density.start)
+        try:
+            initial = find()
+        except ValueError:  # as the model is written it may have no finite start
+            if not found:
+                raise
+            return
+        found.append((initial, [parameter.detach().clone() for parameter in guide.parameters()]))
+
+    attempt(first)
+    with torch.no_grad():
+        z, _ = guide.rsample_and_log_prob(_NUM_DRAWS)
+        unit = density.with_coordinates(coordinates.non_centered(density.latents))
+        x, _ = unit.from_unconstrained(density.to_unconstrained(z)[0])
+    second = centered_by_curvature(unit, x)
+    if bool((second - first).abs().max() > _FAR):
+        attempt(second)
+    attempt(torch.ones_like(first))
+    best, saved = max(found, key=lambda pair: pair[0].elbo)
+    with torch.no_grad():
+        for parameter, value in zip(guide.parameters(), saved):
+            parameter.copy_(value)
+    return best

@@ -1,0 +1,350 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Coordinates of latents from the model's own prior.
+
+What bends a hierarchical posterior most is what the model says: the scale of theta is tau. In
+
+.. math::
+
+    u = \mathrm{loc} + \mathrm{scale}^{1 - \lambda} (x - \lambda \, \mathrm{loc})
+
+u is a latent on the unconstrained space, loc and scale are those of its prior given its parents, and
+:math:`\lambda`, element by element, is how centred x is: at 1 it is u itself, as the model is written, and
+at 0 it is in units of the prior. Sites come in the order of the model, so that the map is triangular; its
+log-determinant is the sum of :math:`(1 - \lambda) \log \mathrm{scale}`. It is made as the model runs, each
+latent as its distribution comes by, so that a density in x costs one run.
+
+**References**
+
+1. A General Framework for the Parametrization of Hierarchical Models (Papaspiliopoulos, Roberts, Skold,
+   2007), https://arxiv.org/abs/0708.3797
+2. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
+   https://arxiv.org/abs/1906.03028
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import validation_enabled
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import AffineTransform, ExpTransform, TransformedDistribution
+
+from .handlers import hidden_sites
+from .sites import Latents
+from .traces import unwrapped
+from .vectorization import DrawPlate
+
+# on the real line, with the attributes loc and scale
+_WITH_LOCATION = (
+    dist.Normal,
+    dist.StudentT,
+    dist.Laplace,
+    dist.Cauchy,
+    dist.Gumbel,
+    dist.Logistic,
+    dist.SoftLaplace,
+)
+# of positive numbers: their logarithm has a location, which is the logarithm of this scale
+_POSITIVE: dict[type, Callable[[Any], Tensor]] = {
+    dist.HalfNormal: lambda fn: fn.scale,
+    dist.HalfCauchy: lambda fn: fn.scale,
+    dist.Exponential: lambda fn: fn.rate.reciprocal(),
+    dist.Gamma: lambda fn: fn.rate.reciprocal(),
+    dist.InverseGamma: lambda fn: fn.rate,
+}
+
+# in units of the prior: curvatures are those of a smooth function
+_DIFFERENCE = 1e-3
+
+
+class PriorScale(NamedTuple):
+    """The location and the scale of a prior on the unconstrained space.
+
+    :param loc: broadcasts to the latent.
+    :param scale: positive, the same; of a vector a lower-triangular matrix, of one more dimension.
+    :param standard: the family with location 0 and scale 1, on the unconstrained space; ``None`` where the
+        density at a value loses no digits, as that of a family of positive numbers.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    standard: Any = None
+
+    @classmethod
+    def of(cls, fn: Any) -> "PriorScale | None":
+        """That of a distribution; ``None`` where it is not a location-scale family."""
+        fn = unwrapped(fn)
+        if isinstance(fn, dist.MultivariateNormal):
+            ones = torch.ones_like(fn.loc)
+            return cls(fn.loc, fn.scale_tril, dist.Normal(0 * ones, ones, validate_args=False))
+        if isinstance(fn, _WITH_LOCATION):
+            standard = copy.copy(fn)
+            standard.loc, standard.scale = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
+            return cls(fn.loc, fn.scale, standard)
+        for kind, scale in _POSITIVE.items():
+            if isinstance(fn, kind):
+                loc = scale(fn).log()
+                return cls(loc, torch.ones_like(loc))
+        return cls._of_transformed(fn) if isinstance(fn, TransformedDistribution) else None
+
+    @classmethod
+    def _of_transformed(cls, fn: TransformedDistribution) -> "PriorScale | None":
+        """That of such a family behind affine transforms, or before an exponential, as LogNormal."""
+        prior, transforms = cls.of(fn.base_dist), fn.transforms
+        if transforms and isinstance(transforms[-1], ExpTransform):
+            transforms = transforms[:-1]
+        for transform in transforms:
+            if prior is None or prior._is_matrix or not isinstance(transform, AffineTransform):
+                return None
+            scale = torch.as_tensor(transform.scale) * prior.scale
+            prior = cls(transform.loc + transform.scale * prior.loc, scale, prior.standard)
+        return prior
+
+    def unconstrained(self, x: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
+        """u and the log-determinant of the map, element by element, at coordinates x."""
+        away, scale, ladj = x - centered * self.loc, *self._powers(centered)
+        away = (scale @ away[..., None])[..., 0] if self._is_matrix else scale * away
+        return self.loc + away, ladj.expand_as(away)
+
+    def coordinates(self, u: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the log-determinant of the map, element by element, at u."""
+        away, scale, ladj = u - self.loc, *self._powers(centered)
+        if self._is_matrix:
+            away = torch.linalg.solve_triangular(scale, away[..., None], upper=False)[..., 0]
+        else:
+            away = away / scale
+        return centered * self.loc + away, ladj.expand_as(away)
+
+    def log_prob(self, x: Tensor, centered: Tensor) -> Tensor:
+        """The log density of u, element by element, at coordinates x.
+
+        In the neck of a funnel a scale is below the round-off of a location, and u less the location is
+        zero: the density is that of the residual before both are added.
+        """
+        away, scale, _ = x - centered * self.loc, *self._powers(centered)
+        if self._is_matrix:
+            away = torch.linalg.solve_triangular(self.scale, scale @ away[..., None], upper=False)
+            return self.standard.log_prob(away[..., 0]) - self._diagonal.log()
+        return self.standard.log_prob(away / self.scale**centered) - self.scale.log()
+
+    @property
+    def _is_matrix(self) -> bool:
+        return self.scale.dim() > self.loc.dim()
+
+    @property
+    def _diagonal(self) -> Tensor:
+        return self.scale.diagonal(dim1=-2, dim2=-1) if self._is_matrix else self.scale
+
+    def _powers(self, centered: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale to the power of 1 - lambda, by rows of a matrix, and the logarithm of its diagonal."""
+        share, diagonal = 1 - centered, self._diagonal
+        powers = diagonal**share
+        if self._is_matrix:
+            powers = torch.diag_embed(powers) + share[..., None] * self.scale.tril(-1)
+        return powers, share * diagonal.log()
+
+
+class Coordinates(NamedTuple):
+    """Which latents have coordinates from the prior, and how centred these are.
+
+    :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
+    :param with_location: by site, whether the location of its prior is a part of the map; without it x is
+        in units of the scale alone, and latents depend on each other as the model writes it.
+    """
+
+    centered: Tensor
+    with_location: Mapping[str, bool]
+
+    def non_centered(self, latents: Latents, centered: float = 0.0) -> "Coordinates":
+        """The same with lambda 0, or another number, for all of these latents."""
+        found = torch.ones_like(self.centered)
+        for name, part in latents.split(found).items():
+            if name in self.with_location:
+                part.fill_(centered)
+        return self._replace(centered=found)
+
+
+class AllMapped(Exception):
+    """Ends a run of a model of which no more is wanted: neither its data nor what it predicts."""
+
+
+class PriorMap(Messenger):
+    """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
+
+    :param coordinates: which latents, and how centred; ``None`` for no latent.
+    :param latents: all latents of the model.
+    :param is_inverse: whether it is u that is given.
+    :param is_alone: whether the run ends, by :class:`AllMapped`, once all of its latents have come by.
+    """
+
+    def __init__(
+        self,
+        coordinates: Coordinates | None,
+        latents: Latents,
+        is_inverse: bool = False,
+        is_alone: bool = False,
+    ) -> None:
+        super().__init__()
+        #: the latents, and whether the location of the prior is a part of the map
+        self.sites: Mapping[str, bool] = {}
+        self._latents, self._is_inverse, self._is_alone = latents, is_inverse, is_alone
+        self._given: dict[str, Tensor] = {}
+        if coordinates is not None:
+            self.sites = coordinates.with_location
+            self._centered = latents.split(coordinates.centered.detach())
+        #: what was not given, u or x, by site
+        self.found: dict[str, Tensor] = {}
+        #: the log-determinant of the map from x to u, of the batch shape of a site
+        self.ladjs: dict[str, Tensor] = {}
+        #: that of the bijection from u to the value
+        self.bijection_ladjs: dict[str, Tensor] = {}
+
+    def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Takes x, or u, of its latents, and returns the values of the others."""
+        self._given = {name: values[name] for name in self.sites}
+        return {name: value for name, value in values.items() if name not in self.sites}
+
+    def _pyro_sample(self, message: Any) -> None:
+        name = message["name"]
+        if name not in self.sites or message["is_observed"]:
+            return
+        given, prior = self._given[name], PriorScale.of(message["fn"])
+        if prior is None:
+            raise TypeError(
+                f"site '{name}': expected a prior with a location and a scale, as when the guide was "
+                f"set up, got {type(message['fn']).__name__}: make the guide with coordinates='model'"
+            )
+        whole, centered = prior, self._centered[name]
+        if not self.sites[name]:
+            prior = prior._replace(loc=torch.zeros_like(prior.loc))
+        way = prior.coordinates if self._is_inverse else prior.unconstrained
+        self.found[name], ladj = way(given, centered)
+        bijection = self._latents.sites[name].bijection
+        u = given if self._is_inverse else self.found[name]
+        message["value"] = value = bijection(u)
+        event_dim = message["fn"].event_dim
+        batch_dim = value.dim() - event_dim
+        self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
+        of_value = bijection.log_abs_det_jacobian(u, value)
+        of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
+        self.bijection_ladjs[name] = of_value
+        if self._is_alone and len(self.found) == len(self.sites):
+            raise AllMapped
+        if prior is whole and prior.standard is not None and not self._is_inverse:
+            log_prob = prior.log_prob(given, centered).expand_as(u)
+            log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
+            message["fn"] = dist.Delta(value, log_prob, event_dim)
+
+
+class PriorScales(Messenger):
+    """Notes the location and scale of each latent's prior in a run of a model.
+
+    :param latents: the latents of the model.
+    """
+
+    def __init__(self, latents: Latents) -> None:
+        super().__init__()
+        self._latents = latents
+        self.found: dict[str, PriorScale] = {}
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        prior = PriorScale.of(message["fn"]) if message["name"] in self._latents.sites else None
+        # more dimensions are those of discrete latents that are summed out
+        if prior is not None and prior.loc.dim() <= message["value"].dim():
+            self.found[message["name"]] = prior
+
+
+def map_draws(
+    run: Callable[[], object],
+    latents: Latents,
+    coordinates: Coordinates,
+    num_plates: int,
+    is_inverse: bool,
+    draws: Mapping[str, Tensor],
+    size: int | None,
+) -> dict[str, Tensor]:
+    """Draws "z" in coordinates on the unconstrained space, or the other way, as ``evaluate_many`` takes it.
+
+    :return: "z", and the log-determinant of the map from coordinates to the unconstrained space, "total".
+    """
+    z, plate = draws["z"], DrawPlate(size, num_plates)
+    prior = PriorMap(coordinates, latents, is_inverse, is_alone=True)
+    values, _ = latents.constrain_with_ladj(z, prior.sites)
+    placed = prior.take(plate.place(values, latents.event_dims))
+    # not in the plate: in a guide another one, of particles, may have its dimension
+    with hidden_sites(), suppress(AllMapped), prior:
+        poutine.condition(run, placed)()
+    parts = latents.split(z)
+    for name, part in prior.found.items():
+        parts[name] = part.reshape(parts[name].shape)
+    found = torch.cat([part.reshape((*z.shape[:-1], -1)) for part in parts.values()], -1)
+    return {"z": found, "total": plate.total(prior.ladjs, z.new_zeros(z.shape[:-1]))}
+
+
+@torch.no_grad()
+def find_dependent(run: Callable[[], object], latents: Latents, points: Tensor) -> list[str]:
+    """The latents whose prior has a location or a scale that differs between two points."""
+    notes, state = [], torch.get_rng_state()
+    for z in points:
+        torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+        with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
+            poutine.condition(run, latents.constrain(z))()
+        notes.append(note.found)
+    torch.set_rng_state(state)
+    return depend_on_latents(*notes)
+
+
+Priors = Mapping[str, PriorScale | None]
+
+
+def depend_on_latents(one: Priors, other: Priors) -> list[str]:
+    """The latents whose location or scale differs between runs with other values of the latents."""
+    found = []
+    for name, prior in one.items():
+        second = other.get(name)
+        if prior is None or second is None:
+            continue
+        if not all(map(torch.equal, prior[:2], second[:2])):
+            found.append(name)
+    return found
+
+
+def centered_by_curvature(non_centered: Any, x: Tensor) -> Tensor:
+    r"""lambda by what the data say of each element, against its prior.
+
+    .. math::
+
+        \lambda = \frac{h}{1 + h}, \qquad 1 + h = - \frac{\partial^2}{\partial x^2} \log p
+
+    in non-centred coordinates x, where the prior has a curvature of 1 and the likelihood h: with weak data
+    an element is left in units of its prior, with strong data it is as the model is written.
+
+    :param non_centered: the log joint density in coordinates with lambda 0.
+    :param x: points, shape ``(n, latent_dim)``, over which h is averaged.
+    :return: shape ``(latent_dim,)``; 1 for all other latents.
+    """
+    lam = non_centered.coordinates.centered.clone()
+    mapped = (lam < 1).nonzero().flatten()
+    total = lam.new_zeros(len(mapped))
+    for point in x:
+        for k, part in enumerate(mapped.split(max(non_centered.chunk_size // 2, 1))):
+            steps = torch.zeros((len(part), len(point)), dtype=x.dtype, device=x.device)
+            steps[torch.arange(len(part), device=x.device), part] = _DIFFERENCE
+            ends = torch.cat([point + steps, point - steps]).requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(non_centered(ends).sum(), ends)
+            ahead, behind = gradient.chunk(2)
+            change = (behind - ahead).gather(1, part[:, None])[:, 0] / (2 * _DIFFERENCE)
+            start = k * max(non_centered.chunk_size // 2, 1)
+            total[start : start + len(part)] += change
+    curvature = (total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
+    lam[mapped] = 1 - 1 / curvature
+    return lam

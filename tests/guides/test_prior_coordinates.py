@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+
+from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow
+from pyro_artransform.diagnostics import importance
+from pyro_artransform.joint import LogJoint
+
+SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0])
+GUIDES = {
+    "iaf": lambda **options: AutoIAF(schools, num_transforms=1, hidden_dims=8, **options),
+    "maf": lambda **options: AutoMAF(schools, num_transforms=1, hidden_dims=8, **options),
+    "structured": lambda **options: AutoStructuredFlow(schools, hidden_dim=4, **options),
+}
+every_guide = pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
+
+
+def schools(y=None):
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0]) if y is None else y
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 4):
+        pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(mu, tau)), SIGMA), obs=y)
+
+
+def trained(make, **options):
+    guide = make(**options)
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(5):
+        svi.step()
+    return guide
+
+
+@every_guide
+def test_draws_and_densities_are_of_the_sites(make):
+    guide = trained(make)
+    assert list(guide.prior_coordinates.with_location) == ["theta"]
+    trace = poutine.trace(guide).get_trace()
+    values = {name: trace.nodes[name]["value"][None] for name in ("mu", "tau", "theta")}
+    assert torch.allclose(guide.log_prob(values)[0], trace.log_prob_sum())
+    # weights of draws in coordinates are those of the same draws on the unconstrained space
+    log_joint = LogJoint(schools)
+    density = log_joint.with_coordinates(guide.prior_coordinates)
+    with torch.no_grad():
+        x, log_q = guide.rsample_and_log_prob(20)
+        u, _ = density.to_unconstrained(x)
+        expected = log_joint(u) - guide.get_posterior().log_prob(u)
+    assert torch.allclose(density(x) - log_q, expected)
+    found = importance(schools, guide, 2000)
+    assert abs(found.elbo - expected.mean()) < 5 * (found.elbo_se + expected.std() / 20**0.5)
+
+
+def test_particles_at_once_and_one_by_one_have_the_same_mean():
+    guide = trained(GUIDES["iaf"])
+    means, variances = [], []
+    for vectorized in (True, False):
+        elbo = Trace_ELBO(100, vectorize_particles=vectorized, max_plate_nesting=1)
+        with torch.no_grad():
+            losses = torch.tensor([elbo.loss(schools, guide) for _ in range(8)])
+        means.append(losses.mean())
+        variances.append(losses.var() / 8)
+    # five standard errors
+    assert abs(means[0] - means[1]) < 5 * sum(variances) ** 0.5
+
+
+@every_guide
+def test_it_survives(make, tmp_path):
+    """In files, copies, pickles and the param store, lambda included; without its model it says so."""
+    guide = trained(make)
+    draws = guide.sample_posterior(5)
+    expected = guide.log_prob(draws)
+    path = tmp_path / "guide"
+    guide.save(path)
+    twins = [type(guide).load(path, schools), copy.deepcopy(guide)]
+    twins.append(pickle.loads(pickle.dumps(guide)))
+    twins[-1].model = schools
+    for twin in twins:
+        assert torch.equal(twin.log_prob(draws), expected)
+    with pytest.raises(RuntimeError, match=r"load\(path, model\)"):
+        type(guide).load(path).sample_posterior(2)
+    guide._prior[0].centered.data[2:] = 0.7
+    expected = guide.log_prob(draws)
+    pyro.get_param_store().save(str(path))
+    pyro.clear_param_store()
+    pyro.get_param_store().load(str(path))
+    again = make()
+    again()
+    assert torch.equal(again.log_prob(draws), expected)
+
+
+def test_lambda_is_as_asked_for():
+    theta = torch.tensor([0.0, 0.2, 0.5, 1.0])
+    guide = GUIDES["iaf"](coordinates={"theta": theta})
+    guide()
+    assert torch.equal(guide.prior_coordinates.centered[2:], theta)
+    assert not guide.chooses_coordinates
+    guide = GUIDES["iaf"](coordinates="model")
+    guide()
+    assert guide.prior_coordinates is None
+    assert "centered" not in "".join(dict(guide.named_parameters()))
+    for wrong in ("centred", {"theta": 1.5}, 0.5):
+        with pytest.raises(ValueError, match="expected 'prior', 'model', or a mapping"):
+            AutoIAF(schools, coordinates=wrong)
+    with pytest.raises(ValueError, match=r"\['theta'\], got \['mu'\]"):
+        AutoIAF(schools, coordinates={"mu": 0.5})()
+
+
+def test_a_model_whose_priors_stand_alone_has_no_map():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    guide = AutoIAF(model)
+    guide()
+    assert guide.prior_coordinates is None
+
+
+def test_a_chain_stays_a_chain():
+    """In units of its prior each state would depend on all later data: the location is left out."""
+
+    def walk():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        z = torch.zeros(())
+        for t in range(20):
+            z = pyro.sample(f"z{t}", dist.Normal(z, scale))
+            pyro.sample(f"y{t}", dist.Normal(z, 1.0), obs=torch.tensor(0.1 * t))
+
+    guide = AutoStructuredFlow(walk)
+    guide()
+    assert set(guide.prior_coordinates.with_location.values()) == {False}
+    assert len(guide.graph.elimination.root) < 5
+
+
+def test_predictions_for_other_arguments():
+    guide = trained(GUIDES["iaf"])
+    for parallel in (False, True):
+        found = Predictive(
+            poutine.uncondition(schools), guide=guide, num_samples=7, parallel=parallel
+        )()
+        assert found["y"].shape == (7, 4)

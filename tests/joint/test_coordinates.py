@@ -1,0 +1,174 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import config_enumerate
+from pyro.infer.reparam import LocScaleReparam
+
+from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.coordinates import Coordinates, centered_by_curvature
+
+#: of a location m, real, and a scale s, positive
+PRIORS = {
+    "normal": lambda m, s: dist.Normal(m, s),
+    "log normal": lambda m, s: dist.LogNormal(m, s),
+    "student": lambda m, s: dist.StudentT(3.0, m, s),
+    "laplace": lambda m, s: dist.Laplace(m, s),
+    "cauchy": lambda m, s: dist.Cauchy(m, s),
+    "gumbel": lambda m, s: dist.Gumbel(m, s),
+    "logistic": lambda m, s: dist.Logistic(m, s),
+    "half normal": lambda m, s: dist.HalfNormal(s),
+    "half cauchy": lambda m, s: dist.HalfCauchy(s),
+    "exponential": lambda m, s: dist.Exponential(s),
+    "gamma": lambda m, s: dist.Gamma(2.0, s),
+    "vector": lambda m, s: dist.Normal(m[..., None].expand((*m.shape, 2)), s[..., None]).to_event(
+        1
+    ),
+    "matrix": lambda m, s: dist.MultivariateNormal(
+        torch.stack([m, -m], -1),
+        scale_tril=torch.stack([torch.stack([s, 0 * s], -1), torch.stack([m, s + 1], -1)], -2),
+    ),
+    "masked": lambda m, s: dist.Normal(m, s).mask(torch.tensor(True)),
+    "affine": lambda m, s: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0).expand(m.shape), [dist.transforms.AffineTransform(m, s)]
+    ),
+}
+
+
+def model_of(name):
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("groups", 3):
+            z = pyro.sample("z", PRIORS[name](m + torch.zeros(3), s + torch.zeros(3)))
+            first = z[..., 0] if name in ("vector", "matrix") else z
+            pyro.sample("y", dist.Normal(first, 1.0), obs=torch.tensor([0.3, -1.0, 2.0]))
+
+    return model
+
+
+def in_coordinates(log_joint, centered, with_location=True):
+    """A density in coordinates with random lambda, or a given one, for all latents that have them."""
+    names = log_joint.dependent_sites()
+    start = Coordinates(torch.ones_like(log_joint.start), dict.fromkeys(names, with_location))
+    found = start.non_centered(log_joint.latents)
+    if centered is None:
+        lam = torch.rand(len(found.centered), generator=torch.Generator().manual_seed(1))
+        centered = lam.to(found.centered.dtype)
+    return log_joint.with_coordinates(
+        found._replace(centered=torch.where(found.centered < 1, centered, 1.0))
+    )
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("with_location", [True, False])
+def test_the_map_has_its_inverse_and_its_log_determinant(name, with_location):
+    log_joint = LogJoint(model_of(name))
+    assert log_joint.dependent_sites() == ["z"]
+    density = in_coordinates(log_joint, None, with_location)
+    x = torch.randn(4, log_joint.latents.latent_dim)
+    u, ladj = density.to_unconstrained(x)
+    back, inverse_ladj = density.from_unconstrained(u)
+    assert torch.allclose(back, x)
+    assert torch.allclose(inverse_ladj, -ladj)
+    matrix = torch.autograd.functional.jacobian(
+        lambda v: density.to_unconstrained(v[None])[0][0], x[0]
+    )
+    assert torch.allclose(torch.linalg.slogdet(matrix)[1], ladj[0])
+    assert torch.allclose(density(x), log_joint(u) + ladj)
+    assert torch.allclose(density.start, density.from_unconstrained(log_joint.start[None])[0][0])
+
+
+def test_lambda_one_is_the_model_as_it_is_written():
+    log_joint = LogJoint(model_of("normal"))
+    x = torch.randn(4, log_joint.latents.latent_dim)
+    assert torch.allclose(in_coordinates(log_joint, torch.tensor(1.0)).to_unconstrained(x)[0], x)
+
+
+@pytest.mark.parametrize("centered", [0.0, 0.4])
+def test_it_is_what_pyros_reparametrizer_makes_of_a_model(centered):
+    """In the neck, too, where the scale is lost beside the location, and the density would be one of zero."""
+    model = model_of("normal")
+    density = in_coordinates(LogJoint(model), torch.tensor(centered))
+    expected = LogJoint(pyro.poutine.reparam(model, {"z": LocScaleReparam(centered)}))
+    x = torch.randn(5, 5)
+    x[-2:, 1] = torch.tensor([-60.0, -300.0])
+    found, wanted = density(x), expected(x)
+    assert torch.allclose(found[:3], wanted[:3])
+    if not centered:
+        assert torch.allclose(found, wanted)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(density(x).sum(), x)
+    assert gradient[:4].isfinite().all()
+
+
+def by_index():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("groups", 3):
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(z[torch.tensor([0, 1, 2, 2])], 1.0).to_event(1), obs=torch.ones(4))
+
+
+def by_loop():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    z = pyro.sample("z", dist.Normal(0.0, scale))
+    pyro.sample(
+        "y",
+        dist.Normal(float(z.detach()), 1.0) if z < -9 else dist.Normal(z, 1.0),
+        obs=torch.ones(()),
+    )
+
+
+@config_enumerate
+def mixture():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    z = pyro.sample("z", dist.Normal(0.0, scale))
+    with pyro.plate("data", 4):
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.arange(4.0))
+
+
+@pytest.mark.parametrize("model", [by_index, by_loop, mixture])
+def test_many_draws_are_evaluated_as_single_ones(model):
+    log_joint = LogJoint(model)
+    density = in_coordinates(log_joint, torch.tensor(0.3))
+    x = torch.randn(4, log_joint.latents.latent_dim)
+    u, ladj = density.to_unconstrained(x)
+    assert torch.allclose(density(x), log_joint(u) + ladj)
+    single = torch.cat([density(row[None]) for row in x])
+    assert torch.allclose(density(x), single)
+
+
+def test_the_map_needs_neither_data_nor_what_follows_its_latents():
+    runs = []
+
+    def model():
+        by_index()
+        runs.append(1)
+
+    density = in_coordinates(LogJoint(model), torch.tensor(0.0))
+    runs.clear()
+    density.to_unconstrained(torch.randn(3, 4))
+    assert not runs
+
+
+def test_lambda_by_curvature_weighs_the_data_against_the_prior():
+    """Of h = scale^2 / sigma^2 for normal data, whatever the point."""
+    sigma = torch.tensor([0.01, 1.0, 100.0])
+
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 3):
+            pyro.sample(
+                "y", dist.Normal(pyro.sample("z", dist.Normal(0.0, scale)), sigma), obs=sigma
+            )
+
+    density = in_coordinates(LogJoint(model), torch.tensor(0.0))
+    x = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    x[:, 0] = torch.tensor(2.0).log()
+    h = 4 / sigma**2
+    assert torch.allclose(centered_by_curvature(density, x)[1:], h / (1 + h), atol=1e-5)
+    assert centered_by_curvature(density, x)[0] == 1
