@@ -105,17 +105,20 @@ class GuideInCoordinates(PersistentGuide):
 
     def _choose_coordinates(self, log_joint: LogJoint) -> dict[str, bool]:
         """The sites with coordinates from the prior, and whether its location is a part of them."""
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            found = log_joint.dependent_sites()
+        found = self._mapped_sites(log_joint)
         if isinstance(self.asked, Mapping):
-            unknown = sorted(self.asked.keys() - set(found))
+            unknown = sorted(self.asked.keys() - found.keys())
             if unknown:
                 raise ValueError(
                     "coordinates: expected latents whose prior has a location or a scale that depends "
-                    f"on other latents, {found}, got {unknown}"
+                    f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
                 )
-            found = [name for name in found if name in self.asked]
+            found = {name: depends for name, depends in found.items() if name in self.asked}
         return dict.fromkeys(found, True)
+
+    def _mapped_sites(self, log_joint: LogJoint) -> dict[str, bool]:
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            return log_joint.mapped_sites()
 
     def _start_coordinates(self, log_joint: LogJoint, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""

@@ -69,6 +69,8 @@ Chooser = Callable[..., tuple[Function, str]]
 T = TypeVar("T")
 
 _INTERRUPTED = "it was interrupted"
+# points of a search for a start near where one is
+_NUM_NEAR = 2
 _FORMAT = "pyro_artransform fit 5"  # of checkpoints
 
 
@@ -193,11 +195,15 @@ class FitRun:
         if isinstance(guide, FlowGuide) and self._by_path:
             minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
             density = log_joint if minibatches is None else minibatches.mean_log_joint()
-            find: Callable[[], InitialGuide] = partial(
-                find_initial_guide, density, bound, guide, config
-            )
-            if isinstance(guide, StructuredGuide):
-                find = partial(find_sparse_start, density, bound, guide, config)
+
+            def find(is_near: bool = False) -> InitialGuide:
+                given = config
+                if is_near:
+                    given = replace(config, num_points=_NUM_NEAR, num_points_by_loop=_NUM_NEAR)
+                if isinstance(guide, StructuredGuide):
+                    return find_sparse_start(density, bound, guide, given)
+                return find_initial_guide(density, bound, guide, given)
+
             if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
                 coordinates = cast(Coordinates, guide.prior_coordinates)
                 return find_in_coordinates(density, guide, coordinates, find)

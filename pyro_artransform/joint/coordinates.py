@@ -11,9 +11,11 @@ What bends a hierarchical posterior most is what the model says: the scale of th
 
 u is a latent on the unconstrained space, loc and scale are those of its prior given its parents, and
 :math:`\lambda`, element by element, is how centred x is: at 1 it is u itself, as the model is written, and
-at 0 it is in units of the prior. Sites come in the order of the model, so that the map is triangular; its
-log-determinant is the sum of :math:`(1 - \lambda) \log \mathrm{scale}`. It is made as the model runs, each
-latent as its distribution comes by, so that a density in x costs one run.
+at 0 it is in units of the prior. Where the prior has another shape than a normal one, and lambda is below
+0.9, it is 0, and x goes through the quantiles of that shape too, so that x is standard normal under the
+prior. Sites come in the order of the model, so that the map is triangular; its log-determinant is the sum
+of :math:`(1 - \lambda) \log \mathrm{scale}`, and of the shapes. It is made as the model runs, each latent
+as its distribution comes by, so that a density in x costs one run.
 
 **References**
 
@@ -23,7 +25,6 @@ latent as its distribution comes by, so that a density in x costs one run.
    https://arxiv.org/abs/1906.03028
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -35,32 +36,35 @@ from pyro.distributions import validation_enabled
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import AffineTransform, ExpTransform, TransformedDistribution
+from torch.distributions import AffineTransform, ExpTransform, Transform, TransformedDistribution
 
+from . import standard_families as families
 from .handlers import hidden_sites
 from .sites import Latents
+from .standard_families import StandardFamily
 from .traces import unwrapped
 from .vectorization import DrawPlate
 
-# on the real line, with the attributes loc and scale
-_WITH_LOCATION = (
-    dist.Normal,
-    dist.StudentT,
-    dist.Laplace,
-    dist.Cauchy,
-    dist.Gumbel,
-    dist.Logistic,
-    dist.SoftLaplace,
-)
-# of positive numbers: their logarithm has a location, which is the logarithm of this scale
-_POSITIVE: dict[type, Callable[[Any], Tensor]] = {
-    dist.HalfNormal: lambda fn: fn.scale,
-    dist.HalfCauchy: lambda fn: fn.scale,
-    dist.Exponential: lambda fn: fn.rate.reciprocal(),
-    dist.Gamma: lambda fn: fn.rate.reciprocal(),
-    dist.InverseGamma: lambda fn: fn.rate,
+# on the real line, with the attributes loc and scale; a shape where it is known by quantiles
+_WITH_LOCATION: dict[Any, StandardFamily | None] = {
+    dist.Normal: None,
+    dist.StudentT: None,
+    dist.Laplace: families.LAPLACE,
+    dist.Cauchy: families.CAUCHY,
+    dist.Gumbel: families.GUMBEL,
+    dist.Logistic: families.LOGISTIC,
+    dist.SoftLaplace: families.HALF_CAUCHY,
 }
-
+# of positive numbers: their logarithm has a location, which is the logarithm of this scale
+_POSITIVE: dict[type, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
+    dist.HalfNormal: (lambda fn: fn.scale, families.HALF_NORMAL),
+    dist.HalfCauchy: (lambda fn: fn.scale, families.HALF_CAUCHY),
+    dist.Exponential: (lambda fn: fn.rate.reciprocal(), families.EXPONENTIAL),
+    dist.Gamma: (lambda fn: fn.rate.reciprocal(), None),
+    dist.InverseGamma: (lambda fn: fn.rate, None),
+}
+# below it a prior with a shape is taken to a normal one (benchmarks/coordinates.md)
+_SHAPED = 0.9
 # in units of the prior: curvatures are those of a smooth function
 _DIFFERENCE = 1e-3
 
@@ -70,70 +74,105 @@ class PriorScale(NamedTuple):
 
     :param loc: broadcasts to the latent.
     :param scale: positive, the same; of a vector a lower-triangular matrix, of one more dimension.
-    :param standard: the family with location 0 and scale 1, on the unconstrained space; ``None`` where the
-        density at a value loses no digits, as that of a family of positive numbers.
+    :param log_prob: the log density of the family with location 0 and scale 1; ``None`` where the density
+        at a value loses no digits, as that of positive numbers.
+    :param shape: the family with location 0 and scale 1, if it is not normal and has quantiles.
     """
 
     loc: Tensor
     scale: Tensor
-    standard: Any = None
+    log_prob: Callable[[Tensor], Tensor] | None = None
+    shape: StandardFamily | None = None
 
     @classmethod
     def of(cls, fn: Any) -> "PriorScale | None":
         """That of a distribution; ``None`` where it is not a location-scale family."""
         fn = unwrapped(fn)
-        if isinstance(fn, dist.MultivariateNormal):
-            ones = torch.ones_like(fn.loc)
-            return cls(fn.loc, fn.scale_tril, dist.Normal(0 * ones, ones, validate_args=False))
-        if isinstance(fn, _WITH_LOCATION):
-            standard = copy.copy(fn)
-            standard.loc, standard.scale = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
-            return cls(fn.loc, fn.scale, standard)
-        for kind, scale in _POSITIVE.items():
+        for kind, (scale, shape) in _POSITIVE.items():
             if isinstance(fn, kind):
                 loc = scale(fn).log()
-                return cls(loc, torch.ones_like(loc))
-        return cls._of_transformed(fn) if isinstance(fn, TransformedDistribution) else None
+                return cls(loc, torch.ones_like(loc), None, shape)
+        if isinstance(fn, dist.Uniform):
+            return cls(torch.zeros_like(fn.low), torch.ones_like(fn.low), None, families.LOGISTIC)
+        found = cls._on_the_line(fn)
+        if found is None and isinstance(fn, TransformedDistribution):
+            return cls._of_transformed(fn)
+        return found
+
+    @classmethod
+    def _on_the_line(cls, distribution: Any) -> "PriorScale | None":
+        fn: Any = unwrapped(distribution)
+        if isinstance(fn, dist.MultivariateNormal):
+            return cls(fn.loc, fn.scale_tril, families.normal_log_prob)
+        for kind, shape in _WITH_LOCATION.items():
+            if isinstance(fn, kind):
+                log_prob = families.normal_log_prob if shape is None else shape.log_prob
+                if isinstance(fn, dist.StudentT):
+                    log_prob = dist.StudentT(fn.df, validate_args=False).log_prob
+                return cls(fn.loc, fn.scale, log_prob, shape)
+        return None
 
     @classmethod
     def _of_transformed(cls, fn: TransformedDistribution) -> "PriorScale | None":
         """That of such a family behind affine transforms, or before an exponential, as LogNormal."""
-        prior, transforms = cls.of(fn.base_dist), fn.transforms
+        prior, transforms = cls._on_the_line(fn.base_dist), fn.transforms
         if transforms and isinstance(transforms[-1], ExpTransform):
             transforms = transforms[:-1]
         for transform in transforms:
-            if prior is None or prior._is_matrix or not isinstance(transform, AffineTransform):
+            is_matrix = prior is not None and prior._is_matrix
+            if prior is None or is_matrix or not isinstance(transform, AffineTransform):
                 return None
-            scale = torch.as_tensor(transform.scale) * prior.scale
-            prior = cls(transform.loc + transform.scale * prior.loc, scale, prior.standard)
+            loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
+            # mirrored, only a symmetric family is of the same shape
+            prior = (
+                None
+                if prior.shape is families.GUMBEL
+                else prior._replace(loc=loc, scale=scale.abs())
+            )
         return prior
 
-    def unconstrained(self, x: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
-        """u and the log-determinant of the map, element by element, at coordinates x."""
-        away, scale, ladj = x - centered * self.loc, *self._powers(centered)
-        away = (scale @ away[..., None])[..., 0] if self._is_matrix else scale * away
-        return self.loc + away, ladj.expand_as(away)
-
-    def coordinates(self, u: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the log-determinant of the map, element by element, at u."""
-        away, scale, ladj = u - self.loc, *self._powers(centered)
-        if self._is_matrix:
-            away = torch.linalg.solve_triangular(scale, away[..., None], upper=False)[..., 0]
-        else:
-            away = away / scale
-        return centered * self.loc + away, ladj.expand_as(away)
-
-    def log_prob(self, x: Tensor, centered: Tensor) -> Tensor:
-        """The log density of u, element by element, at coordinates x.
+    def unconstrained(self, x: Tensor, centered: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """u at coordinates x, the log-determinant of the map, and the log density of u, by element.
 
         In the neck of a funnel a scale is below the round-off of a location, and u less the location is
         zero: the density is that of the residual before both are added.
         """
-        away, scale, _ = x - centered * self.loc, *self._powers(centered)
+        centered, is_shaped = self._gated(centered)
+        away, powers, ladj = x - centered * self.loc, *self._powers(centered)
         if self._is_matrix:
-            away = torch.linalg.solve_triangular(self.scale, scale @ away[..., None], upper=False)
-            return self.standard.log_prob(away[..., 0]) - self._diagonal.log()
-        return self.standard.log_prob(away / self.scale**centered) - self.scale.log()
+            away = (powers @ away[..., None])[..., 0]
+            residual = torch.linalg.solve_triangular(self.scale, away[..., None], upper=False)[
+                ..., 0
+            ]
+        else:
+            residual = away / self.scale**centered
+            if self.shape is not None:
+                shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
+                residual = torch.where(is_shaped, shaped, residual)
+                away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
+            away = powers * away
+        log_prob = self.log_prob and self.log_prob(residual) - self._diagonal.log()
+        return self.loc + away, ladj.expand_as(away), log_prob
+
+    def coordinates(self, u: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
+        """x at u, and the log-determinant of the map from x, by element."""
+        centered, is_shaped = self._gated(centered)
+        away, powers, ladj = u - self.loc, *self._powers(centered)
+        if self._is_matrix:
+            away = torch.linalg.solve_triangular(powers, away[..., None], upper=False)[..., 0]
+        else:
+            away = away / powers
+            if self.shape is not None:
+                normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
+                away = torch.where(is_shaped, normal, away)
+                of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))[1]
+                ladj = ladj + of_shape * is_shaped
+        return centered * self.loc + away, ladj.expand_as(away)
+
+    def _gated(self, centered: Tensor) -> tuple[Tensor, Tensor]:
+        """lambda, and where the shape is a part of the map."""
+        is_shaped = (centered < _SHAPED) & (self.shape is not None)
+        return centered.masked_fill(is_shaped, 0.0), is_shaped
 
     @property
     def _is_matrix(self) -> bool:
@@ -152,16 +191,37 @@ class PriorScale(NamedTuple):
         return powers, share * diagonal.log()
 
 
+class SiteCoordinates(NamedTuple):
+    """How the coordinates of one latent are made.
+
+    :param centered: lambda, broadcasts to the latent on the unconstrained space.
+    :param with_location: whether the location of the prior is a part of the map; without it x is in units
+        of the scale alone, and latents depend on each other as the model writes it.
+    :param bijection: from the unconstrained space onto the support.
+    """
+
+    centered: Tensor
+    with_location: bool
+    bijection: Transform
+
+
 class Coordinates(NamedTuple):
     """Which latents have coordinates from the prior, and how centred these are.
 
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
-    :param with_location: by site, whether the location of its prior is a part of the map; without it x is
-        in units of the scale alone, and latents depend on each other as the model writes it.
+    :param with_location: by site, see :class:`SiteCoordinates`.
     """
 
     centered: Tensor
     with_location: Mapping[str, bool]
+
+    def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
+        """The coordinates of each of these latents, among all in the vector."""
+        parts = latents.split(self.centered.detach())
+        return {
+            name: SiteCoordinates(parts[name], with_location, latents.sites[name].bijection)
+            for name, with_location in self.with_location.items()
+        }
 
     def non_centered(self, latents: Latents, centered: float = 0.0) -> "Coordinates":
         """The same with lambda 0, or another number, for all of these latents."""
@@ -179,27 +239,20 @@ class AllMapped(Exception):
 class PriorMap(Messenger):
     """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
 
-    :param coordinates: which latents, and how centred; ``None`` for no latent.
-    :param latents: all latents of the model.
+    :param sites: the latents, by name.
     :param is_inverse: whether it is u that is given.
-    :param is_alone: whether the run ends, by :class:`AllMapped`, once all of its latents have come by.
+    :param is_alone: whether the run ends, by :class:`AllMapped`, once all of these latents have come by.
     """
 
     def __init__(
         self,
-        coordinates: Coordinates | None,
-        latents: Latents,
+        sites: Mapping[str, SiteCoordinates],
         is_inverse: bool = False,
         is_alone: bool = False,
     ) -> None:
         super().__init__()
-        #: the latents, and whether the location of the prior is a part of the map
-        self.sites: Mapping[str, bool] = {}
-        self._latents, self._is_inverse, self._is_alone = latents, is_inverse, is_alone
+        self.sites, self._is_inverse, self._is_alone = sites, is_inverse, is_alone
         self._given: dict[str, Tensor] = {}
-        if coordinates is not None:
-            self.sites = coordinates.with_location
-            self._centered = latents.split(coordinates.centered.detach())
         #: what was not given, u or x, by site
         self.found: dict[str, Tensor] = {}
         #: the log-determinant of the map from x to u, of the batch shape of a site
@@ -216,30 +269,31 @@ class PriorMap(Messenger):
         name = message["name"]
         if name not in self.sites or message["is_observed"]:
             return
+        centered, with_location, bijection = self.sites[name]
         given, prior = self._given[name], PriorScale.of(message["fn"])
         if prior is None:
             raise TypeError(
                 f"site '{name}': expected a prior with a location and a scale, as when the guide was "
                 f"set up, got {type(message['fn']).__name__}: make the guide with coordinates='model'"
             )
-        whole, centered = prior, self._centered[name]
-        if not self.sites[name]:
-            prior = prior._replace(loc=torch.zeros_like(prior.loc))
-        way = prior.coordinates if self._is_inverse else prior.unconstrained
-        self.found[name], ladj = way(given, centered)
-        bijection = self._latents.sites[name].bijection
-        u = given if self._is_inverse else self.found[name]
+        if not with_location:
+            prior = prior._replace(loc=torch.zeros_like(prior.loc), log_prob=None, shape=None)
+        log_prob = None
+        if self._is_inverse:
+            u, (self.found[name], ladj) = given, prior.coordinates(given, centered)
+        else:
+            u, ladj, log_prob = prior.unconstrained(given, centered)
+            self.found[name] = u
         message["value"] = value = bijection(u)
         event_dim = message["fn"].event_dim
         batch_dim = value.dim() - event_dim
-        self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
         of_value = bijection.log_abs_det_jacobian(u, value)
-        of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
-        self.bijection_ladjs[name] = of_value
+        self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
+        self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
         if self._is_alone and len(self.found) == len(self.sites):
             raise AllMapped
-        if prior is whole and prior.standard is not None and not self._is_inverse:
-            log_prob = prior.log_prob(given, centered).expand_as(u)
+        if log_prob is not None:
+            log_prob = log_prob.expand_as(u)
             log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
             message["fn"] = dist.Delta(value, log_prob, event_dim)
 
@@ -265,7 +319,7 @@ class PriorScales(Messenger):
 def map_draws(
     run: Callable[[], object],
     latents: Latents,
-    coordinates: Coordinates,
+    sites: Mapping[str, SiteCoordinates],
     num_plates: int,
     is_inverse: bool,
     draws: Mapping[str, Tensor],
@@ -276,8 +330,8 @@ def map_draws(
     :return: "z", and the log-determinant of the map from coordinates to the unconstrained space, "total".
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
-    prior = PriorMap(coordinates, latents, is_inverse, is_alone=True)
-    values, _ = latents.constrain_with_ladj(z, prior.sites)
+    prior = PriorMap(sites, is_inverse, is_alone=True)
+    values, _ = latents.constrain_with_ladj(z, sites)
     placed = prior.take(plate.place(values, latents.event_dims))
     # not in the plate: in a guide another one, of particles, may have its dimension
     with hidden_sites(), suppress(AllMapped), prior:
@@ -290,8 +344,13 @@ def map_draws(
 
 
 @torch.no_grad()
-def find_dependent(run: Callable[[], object], latents: Latents, points: Tensor) -> list[str]:
-    """The latents whose prior has a location or a scale that differs between two points."""
+def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> dict[str, bool]:
+    """The latents with coordinates from the prior, and whether their prior depends on other latents.
+
+    Where none depends, there are none; where some do, scales at the root with a shape are among them.
+
+    :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
+    """
     notes, state = [], torch.get_rng_state()
     for z in points:
         torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
@@ -299,7 +358,9 @@ def find_dependent(run: Callable[[], object], latents: Latents, points: Tensor) 
             poutine.condition(run, latents.constrain(z))()
         notes.append(note.found)
     torch.set_rng_state(state)
-    return depend_on_latents(*notes)
+    dependent = depend_on_latents(*notes)
+    shaped = [name for name, prior in notes[0].items() if prior.shape is not None and dependent]
+    return {name: name in dependent for name in notes[0] if name in {*dependent, *shaped}}
 
 
 Priors = Mapping[str, PriorScale | None]
@@ -333,18 +394,18 @@ def centered_by_curvature(non_centered: Any, x: Tensor) -> Tensor:
     """
     lam = non_centered.coordinates.centered.clone()
     mapped = (lam < 1).nonzero().flatten()
-    total = lam.new_zeros(len(mapped))
+    total, size = lam.new_zeros(len(mapped)), max(non_centered.chunk_size // 2, 1)
     for point in x:
-        for k, part in enumerate(mapped.split(max(non_centered.chunk_size // 2, 1))):
+        changes = []
+        for part in mapped.split(size):
             steps = torch.zeros((len(part), len(point)), dtype=x.dtype, device=x.device)
             steps[torch.arange(len(part), device=x.device), part] = _DIFFERENCE
             ends = torch.cat([point + steps, point - steps]).requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(non_centered(ends).sum(), ends)
             ahead, behind = gradient.chunk(2)
-            change = (behind - ahead).gather(1, part[:, None])[:, 0] / (2 * _DIFFERENCE)
-            start = k * max(non_centered.chunk_size // 2, 1)
-            total[start : start + len(part)] += change
+            changes.append((behind - ahead).gather(1, part[:, None])[:, 0])
+        total += torch.cat(changes) / (2 * _DIFFERENCE)
     curvature = (total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam[mapped] = 1 - 1 / curvature
     return lam

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from .coordinates import Coordinates, PriorMap, find_dependent, map_draws
+from .coordinates import Coordinates, PriorMap, SiteCoordinates, find_mapped, map_draws
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites, sum_out_discrete
 from .sites import Latents, initial_value
 from .traces import (
@@ -316,12 +316,8 @@ class LogJoint(LogDensity):
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found: list[str] = []
         for row in z:
-            scored = SiteLogProbs(
-                {
-                    k: v[0]
-                    for k, v in self.latents.constrain(self.to_unconstrained(row[None])[0]).items()
-                }
-            )
+            u, _ = self.to_unconstrained(row[None])
+            scored = SiteLogProbs(self.latents.constrain(u[0]))
             try:
                 with pyro.validation_enabled(False), hidden_sites(), scored:
                     self._run()
@@ -336,7 +332,7 @@ class LogJoint(LogDensity):
         if self.is_enumerated and size == 1:
             # Pyro's variable elimination has no dimension for a plate of one
             return {"total": self._evaluate({"z": z[0]}, None)["total"][None]}
-        plate, prior = DrawPlate(size, self.num_plates), PriorMap(self.coordinates, self.latents)
+        plate, prior = DrawPlate(size, self.num_plates), PriorMap(self._mapped)
         values, total = self.latents.constrain_with_ladj(z, prior.sites)
         placed = prior.take(plate.place(values, self.latents.event_dims))
         run = prior(self._run) if prior.sites else self._run
@@ -361,6 +357,10 @@ class LogJoint(LogDensity):
         return other
 
     @property
+    def _mapped(self) -> dict[str, SiteCoordinates]:
+        return {} if self.coordinates is None else self.coordinates.of_sites(self.latents)
+
+    @property
     def start(self) -> Tensor:
         return self.from_unconstrained(self._start[None])[0][0]
 
@@ -377,22 +377,21 @@ class LogJoint(LogDensity):
         return z, -ladj
 
     def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
-        if self.coordinates is None:
+        if not (sites := self._mapped):
             return z, z.new_zeros(len(z))
-        evaluate = partial(
-            map_draws, self._run, self.latents, self.coordinates, self.num_plates, is_inverse
-        )
+        given = self._run, self.latents, sites, self.num_plates, is_inverse
+        evaluate = partial(map_draws, *given)
         with pyro.validation_enabled(False):
             found = evaluate_many(evaluate, {"z": z}, self.strategy, _nan, self.chunk_size)
         return found["z"], found["total"]
 
-    def dependent_sites(self) -> list[str]:
-        """The latents whose prior has a location or a scale that depends on other latents."""
+    def mapped_sites(self) -> dict[str, bool]:
+        """The latents with coordinates from the prior, and whether it depends on other latents."""
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
         run = self._run
         if self.is_enumerated:
             run = poutine.enum(run, first_available_dim=-1 - self.num_plates)
-        return find_dependent(run, self.latents, points)
+        return find_mapped(run, self.latents, points)
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))

@@ -43,7 +43,7 @@ def trained(make, **options):
 @every_guide
 def test_draws_and_densities_are_of_the_sites(make):
     guide = trained(make)
-    assert list(guide.prior_coordinates.with_location) == ["theta"]
+    assert list(guide.prior_coordinates.with_location) == ["tau", "theta"]
     trace = poutine.trace(guide).get_trace()
     values = {name: trace.nodes[name]["value"][None] for name in ("mu", "tau", "theta")}
     assert torch.allclose(guide.log_prob(values)[0], trace.log_prob_sum())
@@ -110,7 +110,7 @@ def test_lambda_is_as_asked_for():
     for wrong in ("centred", {"theta": 1.5}, 0.5):
         with pytest.raises(ValueError, match="expected 'prior', 'model', or a mapping"):
             AutoIAF(schools, coordinates=wrong)
-    with pytest.raises(ValueError, match=r"\['theta'\], got \['mu'\]"):
+    with pytest.raises(ValueError, match=r"\['tau', 'theta'\], got \['mu'\]"):
         AutoIAF(schools, coordinates={"mu": 0.5})()
 
 
@@ -135,7 +135,9 @@ def test_a_chain_stays_a_chain():
 
     guide = AutoStructuredFlow(walk)
     guide()
-    assert set(guide.prior_coordinates.with_location.values()) == {False}
+    found = dict(guide.prior_coordinates.with_location)
+    assert found.pop("scale")
+    assert set(found.values()) == {False}
     assert len(guide.graph.elimination.root) < 5
 
 

@@ -148,8 +148,9 @@ class AutoStructuredFlow(AutoAutoregressive):
         if not sites:
             return sites
         most = _MOST_FILL_IN * _size(self._find_graph(log_joint))
+        depends = self._mapped_sites(log_joint)
         for with_location in (True, False):
-            found = dict.fromkeys(sites, with_location)
+            found = {name: with_location or not depends[name] for name in sites}
             if _size(self._graph_in(log_joint, found)) <= most:
                 return found
         return {}
