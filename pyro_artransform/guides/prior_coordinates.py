@@ -82,6 +82,14 @@ class GuideInCoordinates(PersistentGuide):
         self._checked_spec()
         return self._prior[0].coordinates if self._prior else None
 
+    def centered_by_site(self) -> dict[str, Tensor]:
+        """lambda by site, of its unconstrained shape; empty without coordinates from the prior."""
+        found, latents = self.prior_coordinates, self._checked_spec().latents
+        if found is None:
+            return {}
+        sites = found.of_sites(latents)
+        return {name: site.centered.clone() for name, site in sites.items()}
+
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit chooses how centred they are: not where the user has said it."""

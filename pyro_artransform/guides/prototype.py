@@ -17,7 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..joint.coordinates import PriorScale, depend_on_latents
+from ..joint.coordinates import depend_on_latents
+from ..joint.prior_scale import PriorScale
 from ..joint.sites import (
     Latents,
     Site,

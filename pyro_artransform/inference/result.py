@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from ..arguments import first_of
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
 from ..diagnostics.marginals import bounds_in_words
@@ -56,6 +59,9 @@ class FitResult:
     #: open and the model takes many draws at once
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
+    #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
+    #: model is written; empty where all are as it is written
+    coordinates: dict[str, Tensor] = field(default_factory=dict)
     guide: Any = None  #: that of the user, or the one that the fit has chosen
     guide_reason: str = ""  #: why it has chosen this one
 
@@ -78,6 +84,12 @@ class FitResult:
             rows["marginals"] = bounds_in_words(found.mean_bound, found.sd_bound)
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start
+        if self.coordinates:
+            words = []
+            for name, centered in self.coordinates.items():
+                least, most = f"{centered.min():.2f}", f"{centered.max():.2f}"
+                words.append(f"{name} {least}" + ("" if least == most else f" to {most}"))
+            rows["coordinates"] = f"0: of the prior, 1: of the model; {first_of(words)}"
         if self.num_skipped:
             named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
             rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'sites unknown'}"

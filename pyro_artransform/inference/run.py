@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from .. import files
 from ..arguments import first_of
 from ..joint import LogJoint
-from ..joint.coordinates import Coordinates
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import (
     FlowGuide,
@@ -32,15 +31,13 @@ from ..joint.protocols import (
 from .config import FitConfig
 from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
-from .initialization.coordinates import find_in_coordinates
+from .initialization.coordinates import find_start
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.initial_guide import (
     UNCHANGED,
     InitialGuide,
-    find_initial_guide,
     find_initial_minibatch_guide,
 )
-from .initialization.sparse_start import find_sparse_start
 from .loader import Batch, BatchStream, check_use
 from .optimization.objective import (
     BatchObjective,
@@ -69,8 +66,6 @@ Chooser = Callable[..., tuple[Function, str]]
 T = TypeVar("T")
 
 _INTERRUPTED = "it was interrupted"
-# points of a search for a start near where one is
-_NUM_NEAR = 2
 _FORMAT = "pyro_artransform fit 5"  # of checkpoints
 
 
@@ -195,19 +190,7 @@ class FitRun:
         if isinstance(guide, FlowGuide) and self._by_path:
             minibatches, bound = self._minibatches, partial(model, *args, **kwargs)
             density = log_joint if minibatches is None else minibatches.mean_log_joint()
-
-            def find(is_near: bool = False) -> InitialGuide:
-                given = config
-                if is_near:
-                    given = replace(config, num_points=_NUM_NEAR, num_points_by_loop=_NUM_NEAR)
-                if isinstance(guide, StructuredGuide):
-                    return find_sparse_start(density, bound, guide, given)
-                return find_initial_guide(density, bound, guide, given)
-
-            if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
-                coordinates = cast(Coordinates, guide.prior_coordinates)
-                return find_in_coordinates(density, guide, coordinates, find)
-            return find()
+            return find_start(density, bound, guide, config)
         if isinstance(guide, MinibatchGuide):
             batch, elbo_draws = Batch(args, kwargs), self._objective.elbo_draws
             return find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, config)
@@ -306,8 +289,7 @@ class FitRun:
             return flags if parallel is None else parallel.any(*flags)
 
         ends = tell(0, math.nan)
-        of_search = [] if self._is_resumed else training.losses
-        for step, loss in enumerate(of_search, 1):
+        for step, loss in enumerate([] if self._is_resumed else training.losses, 1):
             if not any(ends):
                 ends = tell(step, loss)
         while not (training.is_over() or any(ends)):
@@ -345,9 +327,10 @@ class FitRun:
     def _judge(self, end: str, stopped_because: str) -> FitResult:
         """The result of the fit but for its guide."""
         training, config = self._training, self._config
+        offered: object = self._subject.guide
         skipped, is_complete = training.skipped.count, stopped_because != _INTERRUPTED
-        share = skipped / max(training.num_steps, 1)
-        status = FitStatus(share, is_complete, self._is_saved, missing=self._missing())
+        share, missing = skipped / max(training.num_steps, 1), self._missing()
+        status = FitStatus(share, is_complete, self._is_saved, missing=missing)
         if self._minibatches is not None:
             passed = self._minibatches.over_a_pass()
             found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
@@ -355,6 +338,7 @@ class FitRun:
             modes, most = self._initial.modes, training.num_gradients
             found = evaluate(self._subject, modes, status, config, most)
         marginals = judge_marginals(self._subject, found, config.evaluation)
+        centered = offered.centered_by_site() if isinstance(offered, PriorGuide) else {}
         return FitResult(
             **found.result_fields(marginals),
             history=[-loss for loss in training.losses],
@@ -368,6 +352,7 @@ class FitRun:
             step_size=training.step_size,
             culprits=dict(training.skipped.sites),
             one_at_a_time=self._looped_because or self._subject.log_joint.reason,
+            coordinates=dict(centered),
             guide_reason=self._guide_reason,
         )
 

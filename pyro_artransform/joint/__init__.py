@@ -3,8 +3,9 @@
 
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
-from .density import LogDensity, LogJoint
+from .density import LogJoint
 from .mean_density import MeanLogJoint
+from .protocols import LogDensity
 from .sites import Latents, Site
 from .traces import ModelStructure
 

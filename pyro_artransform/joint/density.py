@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import pyro
 import torch
@@ -22,6 +22,7 @@ from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
 from .coordinates import Coordinates, PriorMap, SiteCoordinates, find_mapped, map_draws
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites, sum_out_discrete
+from .protocols import LogDensity
 from .sites import Latents, initial_value
 from .traces import (
     ModelStructure,
@@ -65,26 +66,6 @@ _NUM_EXTREME, _NUM_COORDINATES = 2, 8
 _TIGHT, _NUM_REPEATED = 0.01, 2
 # the most structures that are remembered, as arguments of other shapes come and go by batches
 _MOST_SIGNATURES = 64
-
-
-class LogDensity(Protocol):
-    """A log density of the latents of a model, on the unconstrained space or in other coordinates."""
-
-    latents: Latents
-    strategy: str  #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
-
-    @property
-    def start(self) -> Tensor:
-        """A starting point, shape ``(latent_dim,)``, in the coordinates of draws."""
-
-    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates of points ``(n, latent_dim)`` of the unconstrained space, and the log-determinant."""
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws ``(n, latent_dim)``."""
 
 
 class LogJoint(LogDensity):

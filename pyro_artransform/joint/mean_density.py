@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .coordinates import Coordinates
-from .density import Args, Kwargs, LogDensity, LogJoint
+from .density import Args, Kwargs, LogJoint
+from .protocols import LogDensity
 
 
 class MeanLogJoint(LogDensity):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What diagnostics and fits ask of a guide beyond Pyro's own interface.
+"""What diagnostics and fits ask of a log density, and of a guide beyond Pyro's own interface.
 
 Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
 ``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
@@ -20,6 +20,27 @@ from torch.distributions import Transform
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
 from .coordinates import Coordinates
+from .sites import Latents
+
+
+class LogDensity(Protocol):
+    """A log density of the latents of a model, on the unconstrained space or in other coordinates."""
+
+    latents: Latents
+    strategy: str  #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
+
+    @property
+    def start(self) -> Tensor:
+        """A starting point, shape ``(latent_dim,)``, in the coordinates of draws."""
+
+    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of points ``(n, latent_dim)`` of the unconstrained space, and the log-determinant."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log-density is not finite at one of the draws ``(n, latent_dim)``."""
 
 
 @runtime_checkable
@@ -60,6 +81,9 @@ class PriorGuide(FlowGuide, Protocol):
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit may change how centred they are, in place."""
+
+    def centered_by_site(self) -> Mapping[str, Tensor]:
+        """How centred they are, by site; empty where draws are on the unconstrained space."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, as those of a module, with the tensor of ``prior_coordinates``."""

@@ -32,6 +32,7 @@ _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 _MOST_NUMBERS = 5_000_000
 # a graph in coordinates of the prior may have more edges by this factor
 _MOST_FILL_IN = 1.1
+_GOLDEN = 0.5 * (5**0.5 - 1)
 
 
 class AutoStructuredFlow(AutoAutoregressive):
@@ -173,12 +174,18 @@ class AutoStructuredFlow(AutoAutoregressive):
         super()._build(spec, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
-        """The graph in coordinates of the prior: with lambda between 0 and 1 it has the edges of both."""
+        """The graph in coordinates of the prior, with the edges of lambda 0 and of lambda 1.
+
+        With a lambda between, where neither a shape nor what the prior says may cancel: at h / (1 + h), see
+        ``centered_by_curvature``, an element is independent of its location.
+        """
         if not sites:
             return self._find_graph(log_joint)
-        centered = torch.ones_like(log_joint.start)
-        between = Coordinates(centered, sites).non_centered(log_joint.latents, 0.5)
-        return self._find_graph(log_joint.with_coordinates(between))
+        ones, latents = torch.ones_like(log_joint.start), log_joint.latents
+        mapped = Coordinates(ones, sites).non_centered(latents)
+        between = 0.9 + 0.05 * (_GOLDEN * ones.cumsum(0) % 1)  # no two alike
+        mapped = mapped._replace(centered=torch.where(mapped.centered < 1, between, ones))
+        return self._find_graph(log_joint.with_coordinates(mapped))
 
     def _find_graph(self, log_joint: LogJoint) -> LatentGraph:
         with torch.random.fork_rng(devices=[]), poutine.block():

@@ -37,7 +37,9 @@ class ModelAndGuide(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Weighted draws of a guide, and the unconstrained latents ``(m, latent_dim)`` of the first ones.
+    """Weighted draws of a guide, and the latents ``(m, latent_dim)`` of the first ones.
+
+    These are in the coordinates of the log joint density.
 
     :param mixes_draws: whether the model turned out to mix draws at once.
     """
@@ -137,13 +139,9 @@ def evaluate(
     if drawn.latents is not None:
         draws = drawn.latents
         is_point = bool((draws == draws[:1]).all(0).any())
-        coarse = (
-            []
-            if is_point
-            else subject.log_joint.latents.coarse_sites(
-                subject.log_joint.to_unconstrained(draws)[0]
-            )
-        )
+        if not is_point:
+            unconstrained, _ = subject.log_joint.to_unconstrained(draws)
+            coarse = subject.log_joint.latents.coarse_sites(unconstrained)
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
@@ -236,14 +234,15 @@ def _judge_by_weights(
     subject: ModelAndGuide, log_weights: Tensor, latent: Tensor, config: EvaluationConfig
 ) -> MarginalVerdict:
     """By weights that are trusted; of a few latents by more draws if need be."""
-    latents, log_weights = subject.log_joint.latents, log_weights[: len(latent)]
-    found = marginals_by_weights(latent, log_weights, latents)
+    log_joint, log_weights = subject.log_joint, log_weights[: len(latent)]
+    latents = log_joint.latents
+    found = marginals_by_weights(log_joint.to_unconstrained(latent)[0], log_weights, latents)
     more = config.num_for_few - len(latent)
-    is_fast = latents.latent_dim < config.min_for_chains and subject.log_joint.strategy != "loop"
+    is_fast = latents.latent_dim < config.min_for_chains and log_joint.strategy != "loop"
     if not found.trusted and more > 0 and is_fast:
         parts = [*subject.weighted_draws(more)]
         latent = torch.cat([latent, *(part.latent for part in parts if part.latent is not None)])
         log_weights = torch.cat([log_weights, *(part.log_weights for part in parts)])
-        found = marginals_by_weights(latent, log_weights, latents)
+        found = marginals_by_weights(log_joint.to_unconstrained(latent)[0], log_weights, latents)
     words = f" Of single latents, as far as the guide draws: {found.words}."
     return MarginalVerdict(found, found.trusted, words)

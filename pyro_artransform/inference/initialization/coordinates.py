@@ -4,46 +4,59 @@
 """In which coordinates a fit starts: how centred latents are, by the curvature and the ELBO."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.coordinates import Coordinates, centered_by_curvature
+from ...joint.coordinates import centered_by_curvature
 from ...joint.mean_density import MeanLogJoint
-from ...joint.protocols import PriorGuide
-from .initial_guide import InitialGuide
+from ...joint.protocols import FlowGuide, PriorGuide, StructuredGuide
+from ..config import InitializationConfig
+from .initial_guide import InitialGuide, find_initial_guide
+from .sparse_start import find_sparse_start
 
 # draws of the start that the curvature is averaged over
 _NUM_DRAWS = 8
+# points of a search near where a start is
+_NUM_NEAR = 2
 # how far lambda has to be from where a start was found for another one to be looked for
 _FAR = 0.05
 
 
-def find_in_coordinates(
+def find_start(
     density: LogJoint | MeanLogJoint,
-    guide: PriorGuide,
-    coordinates: Coordinates,
-    find: Callable[[bool], InitialGuide],
+    model: Callable[[], object],
+    guide: FlowGuide,
+    config: InitializationConfig,
 ) -> InitialGuide:
-    """Starts a guide in the coordinates whose start has the largest ELBO.
+    """Starts a flow guide at the best candidate for it, in the coordinates where this has the largest ELBO.
 
-    Tried are those that the guide has, those that the curvature at the first start asks for, and the model
-    as it is written; the last two from where the first start is.
+    Tried are the coordinates that the guide has, those that the curvature at the first start asks for, and
+    the model as it is written; the last two from where the first start is.
 
-    :param density: the log joint density, in the coordinates of the guide.
-    :param coordinates: these, which change in place.
-    :param find: starts the guide, near where it is or from many points.
+    :param density: the log joint density, in the coordinates of the guide, which change in place.
     :raises ValueError: if none of the starts is finite.
     """
+
+    def find(settings: InitializationConfig) -> InitialGuide:
+        if isinstance(guide, StructuredGuide):
+            return find_sparse_start(density, model, guide, settings)
+        return find_initial_guide(density, model, guide, settings)
+
+    coordinates = density.coordinates
+    if coordinates is None or not (isinstance(guide, PriorGuide) and guide.chooses_coordinates):
+        return find(config)
+    near = replace(config, num_points=_NUM_NEAR, num_points_by_loop=_NUM_NEAR)
     found: list[tuple[InitialGuide, list[Tensor]]] = []
     first = coordinates.centered.detach().clone()
 
-    def attempt(centered: Tensor, point: Tensor, is_near: bool) -> None:
+    def attempt(centered: Tensor, point: Tensor, settings: InitializationConfig) -> None:
         coordinates.centered.data.copy_(centered)
         guide.start_at(density.from_unconstrained(point[None])[0][0])
         try:
-            initial = find(is_near)
+            initial = find(settings)
         except ValueError:  # as the model is written it may have no finite start
             if not found:
                 raise
@@ -52,7 +65,7 @@ def find_in_coordinates(
 
     with torch.no_grad():
         start, _ = density.to_unconstrained(density.start[None])
-    attempt(first, start[0], is_near=False)
+    attempt(first, start[0], config)
     with torch.no_grad():
         z, _ = guide.rsample_and_log_prob(_NUM_DRAWS)
         unit = density.with_coordinates(coordinates.non_centered(density.latents))
@@ -61,7 +74,7 @@ def find_in_coordinates(
     second = centered_by_curvature(unit, x)
     for centered in (second, torch.ones_like(first)):
         if bool((centered - first).abs().max() > _FAR):
-            attempt(centered, u.mean(0), is_near=True)
+            attempt(centered, u.mean(0), near)
     best, saved = max(found, key=lambda pair: pair[0].elbo)
     with torch.no_grad():
         for parameter, value in zip(guide.parameters(), saved):

@@ -136,7 +136,7 @@ GUIDES = {
     "maf": lambda: AutoMAF(models.regression, num_transforms=1, hidden_dims=8),
     "one": lambda: AutoIAF(models.one_dimensional),
     "custom": lambda: AutoAutoregressive(models.regression, **FLOW),
-    "structured": lambda: AutoStructuredFlow(groups, hidden_dim=4),
+    "structured": lambda: AutoStructuredFlow(groups, hidden_dim=4, coordinates="model"),
     "amortized": lambda: AutoAmortized(models.locals_of),
 }
 
