@@ -133,7 +133,7 @@ class PriorMap(Messenger):
                 f"set up, got {type(message['fn']).__name__}: make the guide with coordinates='model'"
             )
         if not with_location:
-            prior = prior._replace(loc=torch.zeros_like(prior.loc), log_prob=None, shape=None)
+            prior = prior._replace(loc=torch.zeros_like(prior.loc), shape=None)
         log_prob = None
         if self._is_inverse:
             u, (self.found[name], ladj) = given, prior.coordinates(given, centered)
@@ -148,7 +148,7 @@ class PriorMap(Messenger):
         self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
         if self._is_alone and len(self.found) == len(self.sites):
             raise AllMapped
-        if log_prob is not None:
+        if log_prob is not None and with_location:
             log_prob = log_prob.expand_as(u)
             log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
             message["fn"] = dist.Delta(value, log_prob, event_dim)

@@ -91,12 +91,9 @@ class PriorScale(NamedTuple):
             if prior is None or is_matrix or not isinstance(transform, AffineTransform):
                 return None
             loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
-            # mirrored, only a symmetric family is of the same shape
-            prior = (
-                None
-                if prior.shape is families.GUMBEL
-                else prior._replace(loc=loc, scale=scale.abs())
-            )
+            prior = prior._replace(loc=loc, scale=scale.abs())
+            if prior.shape is families.GUMBEL:  # mirrored, it is of another shape
+                return None
         return prior
 
     def unconstrained(self, x: Tensor, centered: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -106,40 +103,40 @@ class PriorScale(NamedTuple):
         zero: the density is that of the residual before both are added.
         """
         centered, is_shaped = self._gated(centered)
-        away, powers, ladj = x - centered * self.loc, *self._powers(centered)
+        away, (powers, ladj), log_prob = x - centered * self.loc, self._powers(centered), None
+        if is_shaped is not None and self.shape is not None:
+            shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
+            away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
         if self._is_matrix:
             away = (powers @ away[..., None])[..., 0]
-            residual = torch.linalg.solve_triangular(self.scale, away[..., None], upper=False)[
-                ..., 0
-            ]
+            if self.log_prob is not None:
+                parts = torch.linalg.solve_triangular(self.scale, away[..., None], upper=False)
+                log_prob = self.log_prob(parts[..., 0]) - self._diagonal.log()
         else:
-            residual = away / self.scale**centered
-            if self.shape is not None:
-                shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
-                residual = torch.where(is_shaped, shaped, residual)
-                away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
+            if self.log_prob is not None:
+                log_prob = self.log_prob(away / self.scale**centered) - self.scale.log()
             away = powers * away
-        log_prob = self.log_prob and self.log_prob(residual) - self._diagonal.log()
         return self.loc + away, ladj.expand_as(away), log_prob
 
     def coordinates(self, u: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
         """x at u, and the log-determinant of the map from x, by element."""
         centered, is_shaped = self._gated(centered)
-        away, powers, ladj = u - self.loc, *self._powers(centered)
+        away, (powers, ladj) = u - self.loc, self._powers(centered)
         if self._is_matrix:
             away = torch.linalg.solve_triangular(powers, away[..., None], upper=False)[..., 0]
         else:
             away = away / powers
-            if self.shape is not None:
-                normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
-                away = torch.where(is_shaped, normal, away)
-                of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))[1]
-                ladj = ladj + of_shape * is_shaped
+        if is_shaped is not None and self.shape is not None:
+            normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
+            away = torch.where(is_shaped, normal, away)
+            ladj = ladj + self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))[1] * is_shaped
         return centered * self.loc + away, ladj.expand_as(away)
 
-    def _gated(self, centered: Tensor) -> tuple[Tensor, Tensor]:
-        """lambda, and where the shape is a part of the map."""
-        is_shaped = (centered < _SHAPED) & (self.shape is not None)
+    def _gated(self, centered: Tensor) -> tuple[Tensor, Tensor | None]:
+        """lambda, and where the shape is a part of the map, if there is one."""
+        if self.shape is None:
+            return centered, None
+        is_shaped = centered < _SHAPED
         return centered.masked_fill(is_shaped, 0.0), is_shaped
 
     @property
@@ -152,6 +149,8 @@ class PriorScale(NamedTuple):
 
     def _powers(self, centered: Tensor) -> tuple[Tensor, Tensor]:
         """The scale to the power of 1 - lambda, by rows of a matrix, and the logarithm of its diagonal."""
+        if self.log_prob is None:  # the scale is 1
+            return self.scale, self.scale.new_zeros(())
         share, diagonal = 1 - centered, self._diagonal
         powers = diagonal**share
         if self._is_matrix:

@@ -28,13 +28,14 @@ class StandardFamily(NamedTuple):
     """A family of distributions of one number.
 
     :param lower: the quantile function in x at x of at most 0, given log Phi(x).
-    :param upper: the same at x of at least 0, given the logarithm of 1 - Phi(x).
+    :param upper: the same at x of at least 0, given the logarithm of 1 - Phi(x); ``None`` for a symmetric
+        family.
     :param tails: the probabilities of less and of more than r.
     :param log_prob: the log density at r.
     """
 
     lower: Callable[[Tensor], Tensor]
-    upper: Callable[[Tensor], Tensor]
+    upper: Callable[[Tensor], Tensor] | None
     tails: Callable[[Tensor], tuple[Tensor, Tensor]]
     log_prob: Callable[[Tensor], Tensor]
 
@@ -43,7 +44,8 @@ class StandardFamily(NamedTuple):
         is_low = x < 0
         size = torch.where(is_low, -x, x)
         tail = torch.log(0.5 * erfcx(math.sqrt(0.5) * size)) - 0.5 * size.square()
-        r = torch.where(is_low, self.lower(tail), self.upper(tail))
+        lower = self.lower(tail)
+        r = torch.where(is_low, lower, -lower if self.upper is None else self.upper(tail))
         return r, normal_log_prob(x) - self.log_prob(r)
 
     def to_normal(self, r: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def _half_cauchy_tails(r: Tensor) -> tuple[Tensor, Tensor]:
 #: the logarithm of a half-Cauchy number; SoftLaplace
 HALF_CAUCHY = StandardFamily(
     _log_tangent,
-    lambda tail: -_log_tangent(tail),
+    None,
     _half_cauchy_tails,
     lambda r: math.log(2 / math.pi) + r - softplus(2 * r),
 )
@@ -106,13 +108,13 @@ GUMBEL = StandardFamily(
 )
 LOGISTIC = StandardFamily(
     lambda tail: tail - torch.log1p(-tail.exp()),
-    lambda tail: torch.log1p(-tail.exp()) - tail,
+    None,
     lambda r: (r.sigmoid(), (-r).sigmoid()),
     lambda r: r - 2 * softplus(r),
 )
 LAPLACE = StandardFamily(
     lambda tail: math.log(2) + tail,
-    lambda tail: -math.log(2) - tail,
+    None,
     lambda r: (0.5 * r.clamp_max(0).exp(), 0.5 * (-r).clamp_max(0).exp()),
     lambda r: -math.log(2) - r.abs(),
 )
@@ -130,7 +132,7 @@ def _cauchy_tails(r: Tensor) -> tuple[Tensor, Tensor]:
 
 CAUCHY = StandardFamily(
     _cauchy_quantile,
-    lambda tail: -_cauchy_quantile(tail),
+    None,
     _cauchy_tails,
     lambda r: -math.log(math.pi) - torch.log1p(r.square()),
 )
