@@ -45,6 +45,9 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
     flow of this package starts as the identity, and L as ``init_scale`` times the identity, so a new
     guide is exactly ``Normal(init_loc, init_scale)`` on the unconstrained space.
 
+    Where the prior of a latent depends on other latents, as in a hierarchy, z is in units of the model's own
+    prior, and a map that runs the model leads to the unconstrained space, so that the flow need not learn it.
+
     It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``, ``NeuTraReparam``,
     ``AutoGuideList``. Enumerated discrete latents are left to ``TraceEnum_ELBO``.
 
@@ -54,11 +57,16 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latents.
     :param init_loc_fn: one of Pyro's functions of starting values, by default the prior's median.
     :param init_scale: the standard deviation to start with, on the unconstrained space.
+    :param coordinates: "prior" for coordinates from the model's own prior; "model" for the latents as the
+        model has them; or, by site, how centred they are, numbers or tensors that broadcast to the site on
+        the unconstrained space: 0 in units of its prior, 1 as the model has it. See
+        ``guide.prior_coordinates``. A guide that has such coordinates needs its model to draw.
     :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
         is not a module, or has no parameters.
-    :raises ValueError: if ``init_scale`` is not positive; at the first call, for discrete latents that
-        are not enumerated, latents in a sub-sampled plate, a support that depends on another latent,
-        or a flow that is not autoregressive.
+    :raises ValueError: if ``init_scale`` is not positive, or a number of ``coordinates`` not from 0 to 1; at
+        the first call, for sites of ``coordinates`` that have none from the prior, discrete latents that are
+        not enumerated, latents in a sub-sampled plate, a support that depends on another latent, or a flow
+        that is not autoregressive.
 
     Example::
 
@@ -70,6 +78,11 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         >>> guide = AutoAutoregressive(model, flow=spline_autoregressive)
         >>> {name: tuple(value.shape) for name, value in guide.sample_posterior(10).items()}
         {'scale': (10,), 'z': (10, 3)}
+
+    **References**
+
+    1. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
+       https://arxiv.org/abs/1906.03028
     """
 
     @names_the_class
@@ -201,9 +214,10 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
-        self._inner_transform()
-        if self._prior:
-            self._bind(args, kwargs)
+        inner = self._inner_transform()
+        if not self._prior or self._prior[0].coordinates.is_identity:
+            return inner
+        self._bind(args, kwargs)
         return self.transform
 
     def _inner_transform(self) -> ComposedTransform:

@@ -118,7 +118,8 @@ class AutoIAF(PresetGuide):
     their place, and there are no networks. The density at given values
     (:meth:`~AutoAutoregressive.log_prob`) needs several evaluations of each network.
 
-    :param model: as ``full_rank``, ``init_loc_fn`` and ``init_scale``: see :class:`AutoAutoregressive`.
+    :param model: as ``full_rank``, ``init_loc_fn``, ``init_scale`` and ``coordinates``: see
+        :class:`AutoAutoregressive`.
     :param num_transforms: the number of autoregressive layers.
     :param hidden_dims: the width or widths of the hidden layers of each network; by default one
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.

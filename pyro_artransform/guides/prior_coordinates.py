@@ -133,9 +133,15 @@ class GuideInCoordinates(PersistentGuide):
         prior, latents = self._prior[0], log_joint.latents
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
             if isinstance(self.asked, Mapping):
-                for name, part in latents.split(prior.centered).items():
-                    if name in self.asked:
-                        part.copy_(self.asked[name].expand_as(part))
+                parts = latents.split(prior.centered)
+                for name, value in self.asked.items():
+                    try:
+                        parts[name].copy_(value)
+                    except RuntimeError as error:
+                        raise ValueError(
+                            f"coordinates['{name}']: expected a number, or some that broadcast to shape "
+                            f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
+                        ) from error
             else:
                 unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
                 point, _ = unit.from_unconstrained(start[None])

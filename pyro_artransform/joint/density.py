@@ -339,7 +339,10 @@ class LogJoint(LogDensity):
 
     @property
     def _mapped(self) -> dict[str, SiteCoordinates]:
-        return {} if self.coordinates is None else self.coordinates.of_sites(self.latents)
+        coordinates = self.coordinates
+        if coordinates is None or coordinates.is_identity:
+            return {}
+        return coordinates.of_sites(self.latents)
 
     @property
     def start(self) -> Tensor:

@@ -110,6 +110,8 @@ def test_lambda_is_as_asked_for():
     for wrong in ("centred", {"theta": 1.5}, 0.5):
         with pytest.raises(ValueError, match="expected 'prior', 'model', or a mapping"):
             AutoIAF(schools, coordinates=wrong)
+    with pytest.raises(ValueError, match=r"broadcast to shape \(4,\), got shape \(3,\)"):
+        AutoIAF(schools, coordinates={"theta": torch.zeros(3)})()
     with pytest.raises(ValueError, match=r"\['tau', 'theta'\], got \['mu'\]"):
         AutoIAF(schools, coordinates={"mu": 0.5})()
 

@@ -63,6 +63,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         correlations near the start are kept, and ``guide.graph.dropped`` has the others.
     :param num_transforms: the number of layers with networks of the parents.
     :param init_loc_fn: as for :class:`~pyro_artransform.AutoAutoregressive`, as ``init_scale`` is.
+    :param coordinates: as there. With "prior" the locations of priors are a part of them, or else only the
+        scales, where that brings no dependencies: a path of states given the one before stays a path.
     :raises TypeError: as for :class:`~pyro_artransform.AutoAutoregressive`.
     :raises ValueError: as there, and for a size that is not positive; at the first call, if the density
         of the model is random or its gradient not finite near the starting values.

@@ -17,8 +17,8 @@ from ..config import InitializationConfig
 from .initial_guide import InitialGuide, find_initial_guide
 from .sparse_start import find_sparse_start
 
-# draws of the start that the curvature is averaged over
-_NUM_DRAWS = 8
+# draws of the start that the curvature is averaged over, and gradients that it takes at most
+_NUM_DRAWS, _MOST_GRADIENTS = 8, 4096
 # points of a search near where a start is
 _NUM_NEAR = 2
 # how far lambda has to be from where a start was found for another one to be looked for
@@ -67,7 +67,8 @@ def find_start(
         start, _ = density.to_unconstrained(density.start[None])
     attempt(first, start[0], config)
     with torch.no_grad():
-        z, _ = guide.rsample_and_log_prob(_NUM_DRAWS)
+        fewer = _MOST_GRADIENTS // (2 * len(first))
+        z, _ = guide.rsample_and_log_prob(min(_NUM_DRAWS, max(fewer, 1)))
         unit = density.with_coordinates(coordinates.non_centered(density.latents))
         u, _ = density.to_unconstrained(z)
         x, _ = unit.from_unconstrained(u)
