@@ -124,15 +124,12 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
                 sites.append(site.to(Tensor.clone))
                 values[name] = first.nodes[name]["value"].detach().clone()
             arguments = self._resolved_arguments(len(start))
-            if dependent and self.asked != "model":
-                log_joint = self._log_joint(*args, **kwargs)
-                self._bound = args, kwargs, log_joint
-                if found := self._choose_coordinates(log_joint):
-                    arguments["coordinates"] = found
+            has_map = bool(dependent) and self.asked != "model"
+            arguments |= self._found_in_model(args, kwargs, has_map)
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
             if self._prior:
-                self._parts[1].loc.data.copy_(self._start_coordinates(log_joint, start))
+                self._parts[1].loc.data.copy_(self._start_coordinates(start))
         except BaseException:
             # the next call must not find a guide that is set up by half
             self.prototype_trace = None

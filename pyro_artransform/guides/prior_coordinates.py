@@ -4,7 +4,7 @@
 """Guides whose flow is in coordinates of the model's own prior, and the last layer of these."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -15,6 +15,7 @@ from ..joint.coordinates import Coordinates, centered_by_curvature
 from ..joint.density import Args, Kwargs
 from ..transforms import FlowModule
 from .persistence.persistent_guide import PersistentGuide
+from .persistence.spec import Arguments
 
 CoordinatesArgument = str | Mapping[str, Any]
 
@@ -111,9 +112,20 @@ class GuideInCoordinates(PersistentGuide):
             self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
         self._prior[0].bind(self._bound[2])
 
-    def _choose_coordinates(self, log_joint: LogJoint) -> dict[str, bool]:
-        """The sites with coordinates from the prior, and whether its location is a part of them."""
-        found = self._mapped_sites(log_joint)
+    def _found_in_model(self, args: Args, kwargs: Kwargs, has_map: bool) -> Arguments:
+        """Arguments of the specification that the density of the model says.
+
+        :param has_map: whether there may be coordinates from the prior.
+        """
+        found = self._mapped_sites(args, kwargs) if has_map else {}
+        return {"coordinates": dict.fromkeys(found, True)} if found else {}
+
+    def _mapped_sites(self, args: Args, kwargs: Kwargs) -> dict[str, bool]:
+        """The sites with coordinates from the prior, and whether this depends on other latents."""
+        log_joint = self._log_joint(*args, **kwargs)
+        self._bound = args, kwargs, log_joint
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            found = log_joint.mapped_sites()
         if isinstance(self.asked, Mapping):
             unknown = sorted(self.asked.keys() - found.keys())
             if unknown:
@@ -122,15 +134,12 @@ class GuideInCoordinates(PersistentGuide):
                     f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
                 )
             found = {name: depends for name, depends in found.items() if name in self.asked}
-        return dict.fromkeys(found, True)
+        return found
 
-    def _mapped_sites(self, log_joint: LogJoint) -> dict[str, bool]:
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            return log_joint.mapped_sites()
-
-    def _start_coordinates(self, log_joint: LogJoint, start: Tensor) -> Tensor:
+    def _start_coordinates(self, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
-        prior, latents = self._prior[0], log_joint.latents
+        prior, log_joint = self._prior[0], cast(tuple[Args, Kwargs, LogJoint], self._bound)[2]
+        latents = log_joint.latents
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
             if isinstance(self.asked, Mapping):
                 parts = latents.split(prior.centered)

@@ -4,7 +4,6 @@
 """The guide with the conditional independences of the posterior."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates
+from ...joint.density import Args, Kwargs
 from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import GuideSpec, LeastState
+from ..persistence.spec import Arguments, GuideSpec, LeastState
 from ..prior_coordinates import CoordinatesArgument
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
@@ -134,45 +134,27 @@ class AutoStructuredFlow(AutoAutoregressive):
         """The dependencies of the posterior, and the order of an exact factorization of it."""
         return self.graph.markov
 
-    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
-        self._log_joint_of = partial(self._log_joint, *args, **kwargs)
-        try:
-            super()._setup_prototype(*args, **kwargs)
-        finally:
-            del self._log_joint_of
-
-    def _choose_coordinates(self, log_joint: LogJoint) -> dict[str, bool]:
-        """Those of the prior, where they bring no more edges than the model as it is written.
+    def _found_in_model(self, args: Args, kwargs: Kwargs, has_map: bool) -> Arguments:
+        """The graph, in coordinates of the prior where these bring no more edges.
 
         A chain whose location is the state before is dense in units of its prior: without the location
         it is a chain in units of the scale.
         """
-        sites = super()._choose_coordinates(log_joint)
-        if not sites:
-            return sites
-        most = _MOST_FILL_IN * _size(self._find_graph(log_joint))
-        depends = self._mapped_sites(log_joint)
-        for with_location in (True, False):
-            found = {name: with_location or not depends[name] for name in sites}
-            if _size(self._graph_in(log_joint, found)) <= most:
-                return found
-        return {}
+        depends = self._mapped_sites(args, kwargs) if has_map else {}
+        log_joint = self._bound[2] if self._bound else self._log_joint(*args, **kwargs)
+        graph = self._find_graph(log_joint)
+        for with_location in (True, False) if depends else ():
+            sites = {name: with_location or not depends[name] for name in depends}
+            found = self._graph_in(log_joint, sites)
+            if _size(found) <= _MOST_FILL_IN * _size(graph):
+                return {"coordinates": sites, "graph": found.to_plain()}
+        return {"graph": graph.to_plain()}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
-        if "graph" in arguments:
-            graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
-        else:
-            log_joint = self._bound[2] if self._bound else self._log_joint_of()
-            graph = self._graph_in(log_joint, arguments.get("coordinates", {}))
-            if graph.names != coordinate_names(spec.sites):
-                raise ValueError(
-                    "expected a model whose latents are the guide's, "
-                    f"{sorted(spec.latents.sites)}, got one with {sorted(log_joint.latents.sites)}"
-                )
-            arguments["graph"] = graph.to_plain()
-        sizes, self._graph = (arguments["hidden_dim"], arguments["num_transforms"]), graph
-        self._make_flow = lambda _: StructuredFlow(graph.elimination, *sizes)
+        self._graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
+        sizes = arguments["hidden_dim"], arguments["num_transforms"]
+        self._make_flow = lambda _: StructuredFlow(self._graph.elimination, *sizes)
         super()._build(spec, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
@@ -181,8 +163,6 @@ class AutoStructuredFlow(AutoAutoregressive):
         With a lambda between, where neither a shape nor what the prior says may cancel: at h / (1 + h), see
         ``centered_by_curvature``, an element is independent of its location.
         """
-        if not sites:
-            return self._find_graph(log_joint)
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
         mapped = Coordinates(ones, sites).non_centered(latents)
         between = 0.9 + 0.05 * (_GOLDEN * ones.cumsum(0) % 1)  # no two alike
