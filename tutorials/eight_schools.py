@@ -10,9 +10,9 @@ the model shares strength between them::
     y_j ~ Normal(theta_j, sigma_j)
 
 Written like this, *centred*, the posterior is a funnel: the smaller tau, the closer all theta_j are
-to mu. A Gaussian guide cannot narrow with tau, an autoregressive flow can. This script fits Pyro's
-two Gaussian guides and ``AutoIAF``, prints what ``fit`` thinks of each, compares ``AutoIAF`` with the
-draws of NUTS and draws a picture.
+to mu. A Gaussian guide cannot narrow with tau. ``AutoIAF`` takes theta in units of its own prior, as
+the model says it, and reaches the neck. This script fits Pyro's two Gaussian guides and ``AutoIAF``,
+prints what ``fit`` thinks of each, compares ``AutoIAF`` with the draws of NUTS and draws a picture.
 
 References:
 
@@ -43,8 +43,8 @@ smoke_test = "CI" in os.environ
 
 EFFECTS = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
 STANDARD_ERRORS = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
-# By quadrature over mu and log tau: theta can be integrated out in closed form.
-LOG_EVIDENCE = -31.315
+# By quadrature over log tau (400,000 points): mu and theta can be integrated out in closed form.
+LOG_EVIDENCE = -31.3113
 
 GUIDES: dict[str, Callable[..., AutoGuide]] = {
     "AutoNormal": AutoNormal,
