@@ -30,8 +30,8 @@ _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # the most numbers that networks compute at once: tensors above 32 MB go back to the system after each
 # use, which took a third of a step of 10,000 latents (benchmarks/growth.md)
 _MOST_NUMBERS = 5_000_000
-# a graph in coordinates of the prior may have more edges by this factor
-_MOST_FILL_IN = 1.1
+# a graph in coordinates of the prior may have more edges by this factor (benchmarks/coordinates.md)
+_MOST_FILL_IN = 4.0
 _GOLDEN = 0.5 * (5**0.5 - 1)
 
 
