@@ -366,7 +366,9 @@ class LogJoint(LogDensity):
         given = self._run, self.latents, sites, self.num_plates, is_inverse
         evaluate = partial(map_draws, *given)
         with pyro.validation_enabled(False):
-            found = evaluate_many(evaluate, {"z": z}, self.strategy, _nan, self.chunk_size)
+            found = evaluate_many(
+                evaluate, {"z": z}, self.strategy, _nan_with_draw, self.chunk_size
+            )
         return found["z"], found["total"]
 
     def mapped_sites(self) -> dict[str, bool]:
@@ -392,4 +394,9 @@ def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:
 
 def _nan(draws: Draws) -> Terms:
     """The log joint density of a draw at which the model fails, with a gradient."""
-    return {"total": draws["z"].sum() * torch.nan, "z": draws["z"] * torch.nan}
+    return {"total": draws["z"].sum() * torch.nan}
+
+
+def _nan_with_draw(draws: Draws) -> Terms:
+    """The same, with the draw on the unconstrained space."""
+    return {"z": draws["z"] * torch.nan, **_nan(draws)}
