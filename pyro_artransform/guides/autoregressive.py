@@ -229,7 +229,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             is_settled = is_settled and (is_stored or not parameter.requires_grad)
         if not is_settled:
             self._register()
-        return self._inner[0]
+        transform: ComposedTransform = self.transform  # read: Pyro learns of the parameters here
+        return self._inner[0] if self._prior else transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """The distribution of all latents on the unconstrained space."""

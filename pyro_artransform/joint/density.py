@@ -339,10 +339,8 @@ class LogJoint(LogDensity):
 
     @property
     def _mapped(self) -> dict[str, SiteCoordinates]:
-        coordinates = self.coordinates
-        if coordinates is None or coordinates.is_identity:
-            return {}
-        return coordinates.of_sites(self.latents)
+        given = self.coordinates
+        return {} if given is None or given.is_identity else given.of_sites(self.latents)
 
     @property
     def start(self) -> Tensor:
@@ -366,9 +364,7 @@ class LogJoint(LogDensity):
         given = self._run, self.latents, sites, self.num_plates, is_inverse
         evaluate = partial(map_draws, *given)
         with pyro.validation_enabled(False):
-            found = evaluate_many(
-                evaluate, {"z": z}, self.strategy, _nan_with_draw, self.chunk_size
-            )
+            found = evaluate_many(evaluate, {"z": z}, self.strategy, _no_image, self.chunk_size)
         return found["z"], found["total"]
 
     def mapped_sites(self) -> dict[str, bool]:
@@ -397,6 +393,6 @@ def _nan(draws: Draws) -> Terms:
     return {"total": draws["z"].sum() * torch.nan}
 
 
-def _nan_with_draw(draws: Draws) -> Terms:
-    """The same, with the draw on the unconstrained space."""
+def _no_image(draws: Draws) -> Terms:
+    """Such a draw in other coordinates, and the log-determinant."""
     return {"z": draws["z"] * torch.nan, **_nan(draws)}

@@ -142,6 +142,22 @@ def test_many_draws_are_evaluated_as_single_ones(model):
     assert torch.allclose(density(x), single)
 
 
+def test_a_draw_that_the_model_cannot_take_is_not_a_number():
+    """Neither its density nor its image; other draws have theirs."""
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        if (scale > 100).any():
+            raise ValueError("expected a small scale")
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(()))
+
+    density = in_coordinates(LogJoint(model), torch.tensor(0.3))
+    x = torch.tensor([[0.1, 0.2], [9.0, 0.2]])
+    assert density(x).isnan().tolist() == [False, True]
+    assert density.to_unconstrained(x)[0].isnan().all(-1).tolist() == [False, True]
+
+
 def test_the_map_needs_neither_data_nor_what_follows_its_latents():
     runs = []
 

@@ -31,7 +31,7 @@ _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # use, which took a third of a step of 10,000 latents (benchmarks/growth.md)
 _MOST_NUMBERS = 5_000_000
 # a graph in coordinates of the prior may have more edges by this factor (benchmarks/coordinates.md)
-_MOST_FILL_IN = 4.0
+_MOST_FILL_IN = 3.0
 _GOLDEN = 0.5 * (5**0.5 - 1)
 
 
