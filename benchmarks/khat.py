@@ -15,7 +15,8 @@ from flows import POSTERIORS, set_up
 from torch import Tensor
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.diagnostics import fit_tail, log_weights
+from pyro_artransform.diagnostics import fit_tail
+from pyro_artransform.diagnostics.importance_weights import log_weights
 
 _LIMIT = 0.7
 _REPEATS = {10_000: 400, 100_000: 200}

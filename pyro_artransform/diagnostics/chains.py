@@ -35,19 +35,11 @@ from ..transforms.flow_module import call_and_ladj_over_vectors
 
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
-_TARGET_ACCEPTANCE = 0.8  # above the usual 0.65 (Neal 2011, 5.4.4), since fewer pairs part
-_FIRST_STEP_SIZE = 1.4  # of one coordinate; the error of the energy grows as h^2 sqrt(D)
 _MAX_STEP_SIZE = 1.2  # an oscillator of unit frequency is stable up to 2
-_MAX_LEAPFROGS = 25
-# lengths in quarters of an oscillation, which vary: in all steps the same may be a whole period
-_SHORTEST, _LENGTHS = 0.7, 0.5
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _NUM_DIRECTIONS, _NUM_POINTS = 24, 32  # each direction costs two gradients at each point
 _DIFFERENCE = 0.1  # of gradients whose mean over the points is a smooth function
-_FLATTEST, _STEEPEST = 0.5, 2.0  # curvatures that chains forget in a few steps as they are
-_LEAST_CURVATURE, _MOST_CURVATURE = 1e-4, 1e4  # an sd grows or shrinks 100 times at most
-_NO_NEW_DIRECTION = 1e-3
 
 
 class State(NamedTuple):
@@ -74,11 +66,9 @@ class PulledBack:
 
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
         self.to_latent, self._log_joint = to_latent, log_joint
-        self.num_gradients = 0  #: how many were taken
 
     def __call__(self, base: Tensor) -> State:
         """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
-        self.num_gradients += len(base)
         parts = []
         for part in base.detach().split(self._log_joint.chunk_size):
             with torch.enable_grad():
@@ -131,25 +121,26 @@ class PairedChains:
         self._state, self._companion = target(start), _standard_normal(companions)
         self.values = Averages(self._standardized(self._state.latent))
         self.companion_values = Averages(self._latents_of(companions))
-        self.step_size = min(_FIRST_STEP_SIZE * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
+        # the error of the energy grows as h^2 sqrt(D)
+        self.step_size = min(1.4 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
 
-    def run(self, num_warm_up: int, num_steps: int) -> float:
-        """Adapts the step size, then takes the steps that count; the acceptance rate of these."""
-        rates, sizes = [], []
+    def run(self, num_warm_up: int, num_steps: int) -> None:
+        """Adapts the step size, then takes the steps that count."""
+        sizes = []
         for i in range(num_warm_up + num_steps):
-            quarters = _SHORTEST + _LENGTHS * (i * _GOLDEN_RATIO % 1)
-            rates.append(self._step(math.pi / 2 * quarters, counts=i >= num_warm_up))
+            # a length in quarters of an oscillation; in all steps the same may be a whole period
+            length = math.pi / 2 * (0.7 + 0.5 * (i * _GOLDEN_RATIO % 1))
+            rate = self._step(length, counts=i >= num_warm_up)
             if i < num_warm_up:
-                self.step_size = _adapted(self.step_size, rates[-1])
+                self.step_size = _adapted(self.step_size, rate)
                 sizes.append(self.step_size)
             if i == num_warm_up - 1:
                 # the rate of a single trajectory depends on its length
                 self.step_size = geometric_mean(sizes[num_warm_up // 2 :])
-        return sum(rates[num_warm_up:]) / num_steps
 
     def _step(self, length: float, counts: bool) -> float:
         """One trajectory of all chains, accepted or not; the mean probability of that."""
-        num_leapfrogs = min(max(math.ceil(length / self.step_size), 2), _MAX_LEAPFROGS)
+        num_leapfrogs = min(max(math.ceil(length / self.step_size), 2), 25)
         size = min(length / num_leapfrogs, self.step_size)
         momentum = torch.randn_like(self._state.base)
         threshold = torch.rand_like(self._state.log_density).log()
@@ -177,7 +168,7 @@ def leapfrog(
     start: State,
     momentum: Tensor,
     step_size: float,
-    num_steps: int,
+    steps: int,
 ) -> tuple[State, Tensor]:
     """The end of trajectories by the leapfrog integrator, and the energy that they have lost, ``(C,)``.
 
@@ -186,11 +177,11 @@ def leapfrog(
     energy = start.log_density - momentum.square().sum(-1) / 2
     is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
     momentum = momentum + step_size / 2 * start.gradient
-    for i in range(num_steps):
+    for i in range(steps):
         state = evaluate(state.base + step_size * momentum)
         is_finite = is_finite & state.is_finite
         state = state.where(is_finite, start)
-        share = 1.0 if i < num_steps - 1 else 0.5
+        share = 1.0 if i < steps - 1 else 0.5
         momentum = momentum + share * step_size * state.gradient
     gain = state.log_density - momentum.square().sum(-1) / 2 - energy
     return state, torch.where(is_finite & gain.isfinite(), gain, -torch.inf)
@@ -202,11 +193,12 @@ def _standard_normal(base: Tensor) -> State:
 
 
 def _adapted(step_size: float, acceptance: float) -> float:
-    """The step size of the wanted acceptance rate, from that of another one.
+    """The step size of an acceptance rate of 0.8, from that of another one.
 
-    The rate is 2 Phi(-s / 2), where s grows with the square of the step size (Neal 2011, 5.4.4).
+    The rate is 2 Phi(-s / 2), where s grows with the square of the step size (Neal 2011, 5.4.4). It
+    is above the usual 0.65, since fewer pairs part.
     """
-    rates = [_TARGET_ACCEPTANCE, min(max(acceptance, 0.02), 0.999)]
+    rates = [0.8, min(max(acceptance, 0.02), 0.999)]
     tails = torch.tensor(rates, dtype=torch.float64, device="cpu") / 2
     wanted, found = (-2 * torch.special.ndtri(tails)).tolist()
     factor = math.sqrt(wanted / found)
@@ -247,7 +239,7 @@ def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:
     images, candidate = [], torch.randn_like(points[0])
     for _ in range(min(_NUM_DIRECTIONS, points.shape[1])):
         direction = _orthogonal(candidate, directions)
-        if direction.norm() < _NO_NEW_DIRECTION * candidate.norm():
+        if direction.norm() < 1e-3 * candidate.norm():  # nothing new
             direction = _orthogonal(torch.randn_like(candidate), directions)
         direction = direction / direction.norm()
         directions = torch.cat([directions, direction[:, None]], 1)
@@ -255,8 +247,9 @@ def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:
         images.append(candidate)
     projected = directions.T @ torch.stack(images, 1)
     curvatures, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-    is_far = (curvatures < _FLATTEST) | (curvatures > _STEEPEST)
-    factors = curvatures[is_far].clamp(_LEAST_CURVATURE, _MOST_CURVATURE).rsqrt()
+    is_far = (curvatures < 0.5) | (curvatures > 2.0)  # others are forgotten in a few steps
+    # an sd grows or shrinks 100 times at most
+    factors = curvatures[is_far].clamp(1e-4, 1e4).rsqrt()
     return Stretched(directions @ rotation[:, is_far], factors)
 
 

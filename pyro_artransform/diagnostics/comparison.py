@@ -10,8 +10,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from .importance import GOOD_KHAT, KHAT_OF_VARIANCE
 
-_CLEAR = 2.0  # differences of fewer standard errors are noise
-
 
 @runtime_checkable
 class Evidence(Protocol):
@@ -31,12 +29,10 @@ class Evidence(Protocol):
 
 
 class ComparedModel(NamedTuple):
-    """A model in a comparison.
+    """A model in a comparison: its log evidence in nats, with its standard error, and
 
-    :param log_evidence: its log evidence, in nats.
-    :param log_evidence_se: the standard error of it.
     :param difference: the log evidence less that of the model with the largest one, in nats.
-    :param difference_se: the standard error of the difference; 0 for that model itself.
+    :param difference_se: its standard error; 0 for that model itself.
     :param probability: the posterior probability of the model where all are equally probable before.
     :param trusted: whether the posterior that the evidence is from can be trusted.
     """
@@ -54,7 +50,7 @@ class Comparison:
     """What :func:`compare` returns; printed as a table.
 
     :param models: each model by its name, that with the largest evidence first.
-    :param trusted: whether all of their posteriors can be trusted.
+    :param trusted: whether all of their posteriors can be.
     :param words: what can be concluded, and what speaks against it.
     """
 
@@ -85,7 +81,7 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
     :param results: for each model by its name what :func:`~pyro_artransform.fit` or
         :func:`~pyro_artransform.diagnostics.importance` has returned, for the same data. That of
         ``importance`` is trusted up to a k-hat of 0.7.
-    :raises TypeError: if it is not a dict of such results.
+    :raises TypeError: if it has something else.
     :raises ValueError: if there are fewer than two, or a log evidence is not finite, as that of a fit
         by mini-batches.
 
@@ -111,12 +107,19 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
 
     1. Bayes Factors (Kass, Raftery, 1995), https://doi.org/10.1080/01621459.1995.10476572
     """
-    if not isinstance(results, Mapping):
-        raise TypeError(f"results: expected a dict by name, got {type(results).__name__}")
     if len(results) < 2:
         raise ValueError(f"results: expected two models or more, got {len(results)}")
     for name, found in results.items():
-        _check(name, found)
+        if not isinstance(found, Evidence):
+            got = type(found).__name__
+            raise TypeError(
+                f"results['{name}']: expected what fit or importance returns, got {got}"
+            )
+        if not math.isfinite(found.log_evidence):
+            raise ValueError(
+                f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. After a "
+                "fit by mini-batches it is not known: run diagnostics.importance with all data"
+            )
     best = max(results.values(), key=lambda found: found.log_evidence)
     total = sum(math.exp(found.log_evidence - best.log_evidence) for found in results.values())
     models = {}
@@ -126,9 +129,8 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
         difference_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
         ratio = math.exp(difference) / total
         models[name] = ComparedModel(evidence, se, difference, difference_se, ratio, found.trusted)
-    objections = (_objection(name, results[name]) for name in models)
-    trusted = all(model.trusted for model in models.values())
-    return Comparison(models, trusted, "".join([_conclusion(models), *objections]))
+    words = _conclusion(models) + "".join(_objection(name, results[name]) for name in models)
+    return Comparison(models, all(model.trusted for model in models.values()), words)
 
 
 def _objection(name: str, found: Evidence) -> str:
@@ -144,20 +146,6 @@ def _objection(name: str, found: Evidence) -> str:
     return ""
 
 
-def _check(name: str, found: Evidence) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"results: expected names that are strings, got {name!r}")
-    if not isinstance(found, Evidence):
-        raise TypeError(
-            f"results['{name}']: expected what fit or importance returns, got {type(found).__name__}"
-        )
-    if not math.isfinite(found.log_evidence):
-        raise ValueError(
-            f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. After a fit "
-            "by mini-batches it is not known: run diagnostics.importance with all data"
-        )
-
-
 def _conclusion(models: Mapping[str, ComparedModel]) -> str:
     """What the two largest evidences say."""
     (first, one), (second, other) = list(models.items())[:2]
@@ -165,7 +153,7 @@ def _conclusion(models: Mapping[str, ComparedModel]) -> str:
     if not (one.trusted and other.trusted):
         begin = "No conclusion: of the two largest evidences not both can be relied on."
         return f"{begin} That of '{first}' seems to be {gain} nats above that of '{second}'."
-    if -other.difference < _CLEAR * other.difference_se:
+    if -other.difference < 2 * other.difference_se:  # which is noise
         same = f"'{first}' and '{second}' have the same evidence as far as is known ({gain} nats)"
         return f"{same}: more draws of diagnostics.importance may tell."
     # a factor beyond the largest float is left out

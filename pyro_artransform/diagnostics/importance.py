@@ -32,20 +32,18 @@ CONFIDENCE = 0.975  #: the probability that the bounds of all errors of means an
 class Importance:
     """What importance weights say of the guide that made them.
 
-    Draws whose weight is zero or not finite are counted in ``num_nonfinite`` and left out: the ELBO is
-    that of the guide without them. The evidence and ``ess`` are those of Pareto-smoothed weights.
+    The evidence and ``ess`` are those of Pareto-smoothed weights.
 
-    :param elbo: the evidence lower bound, in nats.
-    :param elbo_se: its standard error.
+    :param elbo: the evidence lower bound, in nats, with its standard error ``elbo_se``.
     :param log_evidence: the log of the mean weight.
     :param log_evidence_se: its standard error, too small where ``khat`` exceeds 0.5; beyond 0.7 the
         evidence rests on a few draws and is most often too small, by more than this says.
-    :param khat: the Pareto index of the weights' tail: up to 0.5 they have a variance, up to 0.7
-        estimates with them are reliable (see :func:`~pyro_artransform.diagnostics.fit_tail`).
-    :param khat_se: its standard error.
+    :param khat: the Pareto index of the weights' tail, with its standard error ``khat_se``: up to 0.5
+        they have a variance, up to 0.7 estimates with them are reliable (see
+        :func:`~pyro_artransform.diagnostics.fit_tail`).
     :param ess: the effective number of draws, from 0 to ``num_samples``.
-    :param num_samples: the number of draws.
-    :param num_nonfinite: how many of them were left out.
+    :param num_nonfinite: how many draws have a weight that is zero or not finite; they are left out,
+        and the ELBO is that of the guide without them.
     :param log_weights: the log weights themselves, of shape ``(num_samples,)``.
     """
 
@@ -79,8 +77,8 @@ class Importance:
             ess = (weights.sum() ** 2 / weights.square().sum()).item()
             log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
         estimates = elbo, elbo_se, log_evidence, log_evidence_se, tail.khat, tail.khat_se, ess
-        num_samples, num_nonfinite = len(log_weights), len(log_weights) - len(finite)
-        return cls(*estimates, num_samples, num_nonfinite, log_weights.detach())
+        counts = len(log_weights), len(log_weights) - len(finite)
+        return cls(*estimates, *counts, log_weights.detach())
 
     @property
     def trusted(self) -> bool:
@@ -115,11 +113,7 @@ def importance(
     random otherwise, each draw sees another mini-batch, whose noise is in the weights: the ELBO is
     right, k-hat and the evidence mean nothing.
 
-    :param model: a Pyro model.
-    :param guide: a guide of it.
-    :param num_samples: how many draws.
-    :param args: the arguments of both.
-    :param kwargs: their keyword arguments.
+    :param num_samples: how many draws; ``args`` and ``kwargs`` are the arguments of both.
     :raises ValueError: if the guide lacks a latent of the model or was made for another model, or
         ``num_samples`` is not a positive integer.
 
@@ -148,7 +142,6 @@ def psis_resample(
     guide: Callable[..., object],
     n: int,
     *args: object,
-    num_proposals: int | None = None,
     **kwargs: object,
 ) -> Values:
     """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
@@ -157,9 +150,7 @@ def psis_resample(
     means over the result are weighted means with the least possible noise. The other arguments and
     errors are those of :func:`importance`.
 
-    :param n: how many draws to return; their order is random.
-    :param num_proposals: how many draws of the guide to choose from; by default ``5 n``, and 10,000
-        at least.
+    :param n: how many draws to return, in random order, of ``5 n``, and 10,000 at least.
     :return: for each site a tensor of shape ``(n,) + site shape``.
     :raises ValueError: if all weights are zero or not finite.
 
@@ -169,14 +160,12 @@ def psis_resample(
        1996), https://doi.org/10.2307/1390750
     """
     check_integer("n", n)
-    num_proposals = max(10_000, 5 * n) if num_proposals is None else num_proposals
-    check_integer("num_proposals", num_proposals)
-    chunks = list(weighted_draws(model, guide, num_proposals, args, kwargs))
+    chunks = list(weighted_draws(model, guide, max(10_000, 5 * n), args, kwargs))
     weights = torch.cat([chunk.log_weights for chunk in chunks])
     tail = fit_tail(weights)
     if not weights.isfinite().any():
         raise ValueError(
-            f"guide: expected draws with finite weights, got none of {num_proposals}: train it first, or "
+            f"guide: expected draws with finite weights, got none of {len(weights)}: train it first, or "
             "check supports and data"
         )
     if tail.khat > GOOD_KHAT:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..joint import LogJoint
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
-from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
+from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates, unwrapped
 from ..joint.vectorization import GuideSampler, stack
 
 Model = Callable[..., object]
@@ -45,18 +45,7 @@ def log_weights(
     kwargs: Mapping[str, object] | None = None,
     log_joint: LogJoint | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws of a guide on the unconstrained space, and their log weights.
-
-    :param model: a Pyro model.
-    :param guide: a guide of it, without discrete sites.
-    :param num_samples: how many draws, n.
-    :param args: the arguments of both.
-    :param kwargs: their keyword arguments.
-    :param log_joint: the model's log joint density, if it is known already.
-    :return: shapes ``(n, latent_dim)`` and ``(n,)``.
-    :raises ValueError: if the guide lacks a latent of the model, was made for another model, or has
-        discrete sites.
-    """
+    """Draws ``(n, latent_dim)`` of a guide on the unconstrained space, and their log weights ``(n,)``."""
     chunks = list(weighted_draws(model, guide, num_samples, args, kwargs, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
     if len(latents) < len(chunks):
@@ -140,14 +129,12 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
         values = guide_draws(_NUM_COMPARED)[0]
         # the only entry of a simplex is not a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
-    if not has_point(values):
-        return draw
+    return partial(_draw_point, draw) if has_point(values) else draw
 
-    def without_weight(n: int) -> Weighted:
-        drawn = draw(n)
-        return drawn._replace(log_weights=drawn.log_weights - torch.inf)
 
-    return without_weight
+def _draw_point(draw: Drawer, n: int) -> Weighted:
+    drawn = draw(n)
+    return drawn._replace(log_weights=drawn.log_weights - torch.inf)
 
 
 def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:
@@ -197,10 +184,8 @@ def _trace(run: Run) -> poutine.Trace:
 def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
     """Raises a ``ValueError`` if a guide's latents, or their order, are not the model's."""
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
-    got = {}
-    for node in latent_nodes(_trace(guide)):
-        if not node["infer"].get("is_auxiliary"):
-            got[node["name"]] = tuple(node["value"].shape)
+    nodes = [n for n in latent_nodes(_trace(guide)) if not n["infer"].get("is_auxiliary")]
+    got = {node["name"]: tuple(node["value"].shape) for node in nodes}
     # a guide that has the vector only does not say what is in it; the order is that of the vector
     if got and list(got.items()) != list(expected.items()):
         raise ValueError(
@@ -209,23 +194,17 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
         )
 
 
-def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
+def _check_auxiliary(trace: poutine.Trace, wanted: Iterable[str]) -> None:
     """Raises a ``ValueError`` if sites that only the guide has have more numbers than its Deltas."""
-    num_others, num_determined, others = 0, 0, []
-    for node in latent_nodes(trace):
-        fn, size = node["fn"], node["value"].numel()
-        if node["name"] not in wanted:
-            others.append(node["name"])
-            num_others += size
-            continue
-        while hasattr(fn, "base_dist"):
-            fn = fn.base_dist
-        num_determined += size if isinstance(fn, Delta) else 0
-    if num_others > num_determined:
+    sizes = {node["name"]: node["value"].numel() for node in latent_nodes(trace)}
+    others = sorted(sizes.keys() - set(wanted))
+    known = [name for name in wanted if name in sizes]
+    points = [name for name in known if isinstance(unwrapped(trace.nodes[name]["fn"]), Delta)]
+    if sum(map(sizes.__getitem__, others)) > sum(map(sizes.__getitem__, points)):
         raise ValueError(
             "guide: expected sites of the model only, or others that determine them by a Delta, got "
-            f"{sorted(others)}, so that the density of the model's latents alone is not known: sum these "
-            "sites out, or leave them away"
+            f"{others}, so that the density of the model's latents alone is not known: sum these sites "
+            "out, or leave them away"
         )
 
 

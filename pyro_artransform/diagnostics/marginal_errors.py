@@ -15,8 +15,6 @@ from .chains import Averages, Stretched, ToLatent
 
 MOST_MEMORY = 0.5  #: chains that remember more of their start have moved less than half of the way
 
-_NOISE_OF_MEMORY = 2.0  # standard errors of a memory that do not count: they may be noise
-_COORDINATES = 256  # weighed at once: each array of 4,000 draws of them takes 8 MB
 _NUM_PAIRS, _AT_A_TIME = 4000, 500  # of opposite draws: an sd is known to 1 %, most means better
 
 
@@ -98,12 +96,7 @@ class MarginalErrors(NamedTuple):
     sd_ratio: Tensor
     sd_ratio_se: Tensor
     memory: Tensor
-    memory_se: Tensor
-
-    @property
-    def sure_memory(self) -> Tensor:
-        """The memory less its noise, zero at least."""
-        return (self.memory - _NOISE_OF_MEMORY * self.memory_se).clamp_min(0)
+    sure_memory: Tensor  #: without what may be noise, zero at least
 
 
 def marginal_errors(
@@ -117,7 +110,8 @@ def marginal_errors(
     """
     ones = torch.ones_like(moments.mean.guide)
     memory, memory_se = _slope(chains.first, start)
-    left = (memory - _NOISE_OF_MEMORY * memory_se).clamp(0, MOST_MEMORY)
+    sure_memory = (memory - 2 * memory_se).clamp_min(0)
+    left = sure_memory.clamp_max(MOST_MEMORY)
     mean, variance, slope = _controlled(chains.first, companions.first, moments.mean.known)
     shift = (moments.mean.guide - mean) / (1 - left)
     shift_se = (variance + moments.mean.error_variance(ones, slope)).sqrt() / (1 - left)
@@ -133,14 +127,13 @@ def marginal_errors(
     noise = (share * variance.sqrt()).square() + moments.square.error_variance(ones, share * slope)
     # of the log of the ratio of variances, with that of the extrapolation
     log_se = noise.sqrt() / guide / (1 - left.square())
-    return MarginalErrors(shift / sd, shift_se / sd, ratio, ratio * log_se / 2, memory, memory_se)
+    return MarginalErrors(shift / sd, shift_se / sd, ratio, ratio * log_se / 2, memory, sure_memory)
 
 
 def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
     """Errors of the guide that draws, ``(n, D)``, are of, by their weights and the delta method."""
     weights, parts = (len(draws) * log_weights.softmax(0))[:, None], []
-    # a few coordinates at a time, which bounds the memory
-    for part in draws.split(_COORDINATES, 1):
+    for part in draws.split(256, 1):  # of 4,000 draws each array takes 8 MB
         mean, other = (weights * part).mean(0), part.mean(0)
         squares, others = (part - mean).square(), (part - other).square()
         variance, own = (weights * squares).mean(0), others.mean(0)

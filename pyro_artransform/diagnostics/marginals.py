@@ -29,10 +29,7 @@ from .marginal_errors import (
 )
 
 _NUM_WARM_UP, _NUM_STEPS = 12, 12  # of a chain: adapt the step size and forget the start; count
-_NUM_CHAINS, _NUM_CHAINS_BY_LOOP = 128, 32
-_LEAST_CHAINS = 16  # with fewer, Student's quantiles are expanded with an error of over a percent
-_NUM_DRAWS = 10_000  # a mean is known to 0.01 sd, an sd to 0.7 %
-_NUM_CHECKED = 1000  # draws of a guide that gives its transform, to compare its densities
+_NUM_CHAINS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,21 +37,19 @@ class Marginals:
     """How far the means and standard deviations of a guide are from those of the posterior.
 
     Everything is of single coordinates on the unconstrained space, and by site of the shape that the
-    site has there. Standard errors are those of the noise of chains. Where a guide is off by several
-    sds chains are still on their way: its errors are then larger than given here.
+    site has there. Where a guide is off by several sds chains are still on their way: its errors are
+    then larger than given here.
 
     :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
-    :param mean_shift_se: its standard error.
+    :param mean_shift_se: its standard error, of the noise of chains.
     :param sd_ratio: the guide's standard deviation over the posterior's.
     :param sd_ratio_se: its standard error.
-    :param memory: how much chains remember of their start, 0 for nothing and 1 for all of it. Beyond
-        0.5 the errors above are too small, in general.
+    :param memory: how much chains remember of their start, from 0 to 1. Beyond 0.5 the errors above
+        are too small, in general.
     :param mean_bound: no mean is off by more than this, in sds of the posterior, with a probability
         of 97.5 % for all means and sds together (Bonferroni's bound).
     :param sd_bound: the same for the relative errors of standard deviations.
-    :param acceptance: the acceptance rate of the chains; NaN without.
     :param num_chains: the number of independent chains; 0 where ``fit`` took errors from weights.
-    :param num_gradients: how many gradients of the model's log density they took.
     :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
         15 %, all are known to be off by less than twice that, and chains have forgotten their start;
         where chains find all of the posterior this is wrong with a probability of 2.5 %.
@@ -68,15 +63,12 @@ class Marginals:
     memory: Values
     mean_bound: float
     sd_bound: float
-    acceptance: float
     num_chains: int
-    num_gradients: int
     trusted: bool
     words: str = field(repr=False)
 
     def __repr__(self) -> str:
-        source = f"{self.num_chains} chains, {self.num_gradients:,} gradients, acceptance "
-        source = f"{source}{self.acceptance:.2f}" if self.num_chains else "by weights"
+        source = f"by {self.num_chains} chains" if self.num_chains else "by weights"
         width = max(map(len, ["site", *self.mean_shift]))
         head = f"  {'site':{width}}  largest shift of a mean  sds of the guide's  memory"
         lines = [f"Marginals: {self.words}", f"  {source}", head]
@@ -91,7 +83,7 @@ def marginals(
     model: Callable[..., object],
     guide: Callable[..., object],
     *args: object,
-    num_chains: int | None = None,
+    num_chains: int = _NUM_CHAINS,
     num_steps: int = _NUM_STEPS,
     **kwargs: object,
 ) -> Marginals:
@@ -110,13 +102,10 @@ def marginals(
     verdict open, and grows with the fourth root of their number.
 
     :param model: a Pyro model that sees all its data.
-    :param guide: a guide of it, of continuous latents.
-    :param args: the arguments of both.
-    :param num_chains: how many chains, 16 at least; by default 128, and 32 for a model that runs for
-        one draw after the other. Standard errors fall with the square root.
+    :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
+    :param num_chains: how many chains, 16 at least. Standard errors fall with the square root.
     :param num_steps: how many trajectories of each chain count, after 12 that do not; twice that where
         they leave the verdict open.
-    :param kwargs: the keyword arguments of both.
     :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
         lacks a latent, was made for another model, is a point at some site, has discrete sites, or has
         too few draws of finite density.
@@ -141,8 +130,8 @@ def marginals(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("marginals: expected gradients, got torch.inference_mode: leave it")
-    if num_chains is not None:
-        check_integer("num_chains", num_chains, _LEAST_CHAINS)
+    # with fewer, Student's quantiles are expanded with an error of over a percent
+    check_integer("num_chains", num_chains, 16)
     check_integer("num_steps", num_steps)
     with torch.no_grad(), hidden_sites():
         guide(*args, **kwargs)  # so that it knows the latents of its model
@@ -157,24 +146,23 @@ def marginals_of(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
     log_joint: LogJoint,
-    num_chains: int | None = None,
+    num_chains: int = _NUM_CHAINS,
     num_steps: int = _NUM_STEPS,
 ) -> Marginals:
-    """The same as :func:`marginals`, of a model whose log joint density is known already."""
+    """The same, of a model whose log joint density is known already."""
     log_joint = log_joint.with_coordinates(None)  # as the errors of latents are meant
     if log_joint.is_random:
         raise ValueError(
             "model: expected one that sees all its data, got one that sub-samples them, or whose "
             "density is random otherwise"
         )
-    if num_chains is None:
-        num_chains = _NUM_CHAINS_BY_LOOP if log_joint.strategy == "loop" else _NUM_CHAINS
     # an error if it is not a guide of this model
     log_weights(model, guide, 1, args, kwargs, log_joint)
-    transform, num_draws = guide_transform(guide, args, kwargs), _NUM_DRAWS
+    transform, num_draws = guide_transform(guide, args, kwargs), 1000
     if transform is not None:
         check_same_latents(log_joint, partial(guide, *args, **kwargs))
-        num_draws = _NUM_CHECKED
+    else:
+        num_draws = 10_000  # a mean is known to 0.01 sd, an sd to 0.7 %
     draws, _ = log_weights(model, guide, max(num_draws, num_chains), args, kwargs, log_joint)
     draws = draws[draws.isfinite().all(-1)]
     if len(draws) < num_chains:
@@ -193,7 +181,7 @@ def marginals_of(
     target.to_latent = lambda base: to_latent(stretched(base))
     chains = PairedChains(target, stretched.inverse(points), companions, loc, scale)
     start = chains.values.values
-    rate = chains.run(_NUM_WARM_UP, num_steps)
+    chains.run(_NUM_WARM_UP, num_steps)
     if transform is None:
         moments = moments_of_draws((draws - loc) / scale, stretched)
     else:
@@ -201,10 +189,9 @@ def marginals_of(
     paired, latents = (chains.values, chains.companion_values, moments, start), log_joint.latents
     found, is_known = _judged(marginal_errors(*paired), num_chains, latents)
     if not is_known:
-        rate = (rate + chains.run(0, num_steps)) / 2
+        chains.run(0, num_steps)
         found, _ = _judged(marginal_errors(*paired), num_chains, latents)
-    count = target.num_gradients
-    return replace(found, acceptance=rate, num_chains=num_chains, num_gradients=count)
+    return replace(found, num_chains=num_chains)
 
 
 def marginals_by_weights(draws: Tensor, log_weights: Tensor, latents: Latents) -> Marginals:
@@ -253,9 +240,9 @@ def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> tuple
         words, is_known = f"errors are known too little ({bounds_in_words(*bounds)})", False
         words = f"{words}: diagnostics.marginals with more num_chains knows more"
     trusted = is_known and not objections
-    shifts, shift_ses, ratios, ratio_ses, memories, _ = map(latents.split, errors)
+    shifts, shift_ses, ratios, ratio_ses, memories = map(latents.split, errors[:5])
     by_site = shifts, shift_ses, ratios, ratio_ses, memories
-    return Marginals(*by_site, *bounds, math.nan, 0, 0, trusted, words), is_known
+    return Marginals(*by_site, *bounds, 0, trusted, words), is_known
 
 
 def _bound(errors: Tensor, widths: Tensor) -> float:

@@ -16,7 +16,6 @@ _LOG_RANGE = 15 * log(10)  # weights that are smaller than the largest by this a
 _LEAST_CUT = 10  # a tail that is cut there needs this many weights
 _LEAST_TAIL = 5  # a tail of fewer weights says nothing, even if they are the same
 _MOST_ROUND_OFF = 0.5  # nats of round-off beyond which weights are not known to be constant
-_NAN_SHARE = 0.01
 
 
 class ParetoTail(NamedTuple):
@@ -68,7 +67,7 @@ def _fit(log_weights: Tensor) -> tuple[float, float, float, int]:
     size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
     ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
     largest = ordered[-1].item()
-    is_failed = weights.isnan().double().mean().item() > _NAN_SHARE
+    is_failed = weights.isnan().double().mean().item() > 0.01
     if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
         return WORST_KHAT, nan, nan, size
     log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
@@ -98,14 +97,11 @@ def round_off_of(log_weights: Tensor) -> float:
     return 16 * torch.finfo(log_weights.dtype).eps * max(1.0, abs(largest))
 
 
-def smooth_tail(log_weights: Tensor, tail: ParetoTail | None = None) -> Tensor:
-    """Log weights, the largest replaced by quantiles of their Pareto tail, up to the largest.
+def smooth_tail(log_weights: Tensor, tail: ParetoTail) -> Tensor:
+    """Log weights ``(S,)`` in float64 on the CPU, the largest replaced by quantiles of their tail.
 
-    :param log_weights: log weights, up to a constant, of shape ``(S,)``.
-    :param tail: the result of :func:`fit_tail`, where that is known.
-    :return: shape ``(S,)``, in float64 on the CPU, ``-inf`` where weights are not finite.
+    They are ``-inf`` where weights are not finite, and none is above the largest.
     """
-    tail = fit_tail(log_weights) if tail is None else tail
     weights = log_weights.detach().to("cpu", torch.float64)
     weights = torch.where(weights.isfinite(), weights, -torch.inf)
     if isfinite(tail.scale):

@@ -10,7 +10,7 @@ except ImportError as error:
 
 from .graphs import plot_graph
 from .pairs import plot_pairs
-from .panels import plot_elbo, plot_fit, plot_khat, plot_marginals, plot_ranks
+from .panels import plot_elbo, plot_fit, plot_khat, plot_marginals
 
 __all__ = [
     "plot_elbo",
@@ -19,5 +19,4 @@ __all__ = [
     "plot_khat",
     "plot_marginals",
     "plot_pairs",
-    "plot_ranks",
 ]

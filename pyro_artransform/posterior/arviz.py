@@ -32,9 +32,7 @@ def to_inference_data(
     ``log_likelihood`` (unless the model has discrete latents that are summed out) and
     ``observed_data``.
 
-    :param model: a Pyro model.
-    :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
-    :param num_samples: how many draws.
+    :param num_samples: how many draws; ``args`` and ``kwargs`` are the arguments of model and guide.
     :return: an ``arviz.InferenceData``, from version 1 of ArviZ on an ``xarray.DataTree``.
     :raises ImportError: if ArviZ is missing.
     :raises ValueError: if ``num_samples`` is not a positive integer, or a site with data or a

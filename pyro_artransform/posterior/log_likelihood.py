@@ -31,10 +31,6 @@ from ..joint.vectorization import (
     stack,
 )
 
-_CHUNK = 1000
-# strategies are compared at some draws, and at those that are extreme in one of some coordinates
-_NUM_COMPARED, _NUM_COORDINATES = 8, 32
-
 
 @torch.no_grad()
 def log_likelihood(
@@ -47,7 +43,6 @@ def log_likelihood(
     standard errors of ``arviz.loo``. A site with event dimensions has one datum for each element of
     its batch shape.
 
-    :param model: a Pyro model with data, and its arguments.
     :param draws: for each latent site of the model a tensor of shape ``(n,) + site shape``; further
         sites are ignored.
     :return: for each site that has data (a factor has none) a tensor of shape ``(n,) + batch shape``.
@@ -99,7 +94,7 @@ class Likelihood:
         chosen, rows = self._compared(draws)
         expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
         for strategy in STRATEGIES[STRATEGIES.index(self.strategy(draws)) :]:
-            found = evaluate_many(self._evaluate, chosen, strategy, chunk_size=_CHUNK)
+            found = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
             # a draw that is not among the few may take a branch, and with it all others
             if agree(_part(found, rows), expected, slack=10):
                 break
@@ -114,7 +109,10 @@ class Likelihood:
         return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
 
     def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
-        """The draws of latents, and the rows at which strategies are compared: some, and extreme ones."""
+        """The draws of latents, and the rows at which strategies are compared.
+
+        These are some 8, and those that are extreme in one of some 32 coordinates.
+        """
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():
@@ -123,9 +121,9 @@ class Likelihood:
                 raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
         if not (chosen and n):
             return chosen, []
-        rows = set(range(0, n, -(-n // _NUM_COMPARED)))
+        rows = set(range(0, n, -(-n // 8)))
         coordinates = torch.cat([value.reshape(n, -1).double() for value in chosen.values()], -1)
-        part = coordinates[:, :: -(-coordinates.shape[-1] // _NUM_COORDINATES)]
+        part = coordinates[:, :: -(-coordinates.shape[-1] // 32)]
         return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
 
     def in_plate(self, draws: Draws) -> Draws:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 _MAX_ROWS = 50
-# torch.quantile takes no more than 2**24 numbers at a time
-_QUANTILE_NUMBERS = 2**23
+_QUANTILE_NUMBERS = 2**23  # torch.quantile takes no more than 2**24 at a time
 
 
 class Summary(dict[str, dict[str, Tensor]]):
@@ -41,7 +40,7 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
     :param probs: levels of the quantiles, between 0 and 1.
     :return: a dict of dicts: for each site its ``"mean"``, its ``"sd"`` and, for a level of 0.05,
         ``"5%"``, each of the site's shape.
-    :raises ValueError: if there are no draws, or a level is not between 0 and 1.
+    :raises ValueError: if a site has no draws, or a level is not between 0 and 1.
 
     Example::
 
@@ -52,8 +51,6 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
     """
     if probs:
         check_levels("probs", probs)
-    if not draws:
-        raise ValueError("draws: expected those of one site at least, got none")
     found = Summary()
     for name, value in draws.items():
         if not value.dim() or not len(value):

@@ -67,8 +67,7 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
     for step in range(4):
         loss = svi.step(*args)
         assert math.isfinite(loss), f"{where}: a loss of {loss} at step {step}"
-    moved = _moved(guide, before)
-    still = [name for name in before if name not in moved]
+    still = sorted(before.keys() - _moved(guide, before))
     assert not still, f"{where}: {len(still)} of {len(before)} parameters never move: {still[0]}"
     for name, value in guide.named_parameters():
         assert value.isfinite().all(), f"{where}: '{name}' is not finite after a few steps"

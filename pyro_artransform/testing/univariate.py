@@ -5,7 +5,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -13,32 +12,25 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_artransform.univariate import Univariate
-
+from ..univariate import Univariate
 from .conditioner import BATCH_SHAPES, DTYPES, default_dtype
 
+WAYS, PARTS = ("map", "inverse"), ("value", "log-derivative")
 COUNT = 6  # parameters that are tried at once
-WAYS = ("map", "inverse")
-PARTS = ("value", "log-derivative")
 
 
-def check_univariate(
-    univariate: Univariate,
-    *,
-    dtype: torch.dtype = torch.float64,
-    identity_at_zero: bool = True,
-) -> None:
+def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float64) -> None:
     """Checks the contracts of a univariate family.
 
     ``forward`` returns an elementwise bijection; zero parameters are the identity; the map is strictly
     increasing, onto the real line, its inverse and both log-determinants are right, by whichever method;
     gradients pass ``gradcheck`` in both directions, and at large parameters they stay finite and
     log-slopes below 10; each row and coordinate is transformed by its own parameters alone; shapes
-    broadcast; dtypes follow the input under either default dtype; and a NaN stays one.
+    broadcast; dtypes follow the input under either default dtype; and a NaN stays one. What the family
+    itself raises is not caught.
 
     :param univariate: the family, which is copied. The global random state stays as it is.
     :param dtype: the dtype for the checks of values; float32 has wider tolerances.
-    :param identity_at_zero: False for a family whose docstring says that it starts elsewhere.
     :raises AssertionError: that says which contract broke, and for which input.
 
     Example::
@@ -48,8 +40,7 @@ def check_univariate(
     """
     check = _Check(univariate, dtype)
     check.interface()
-    if identity_at_zero:
-        check.identity()
+    check.identity()
     for batch in BATCH_SHAPES:
         check.shapes((*batch, 5), (*batch, 5))
         check.shapes((5,), (*batch, 5))
@@ -107,23 +98,12 @@ class _Check:
         count = self.family.num_params
         ok = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         self.require(ok, f"num_params must be a positive int, got {count!r}")
-        transform = self.tried("forward(params)", lambda: self.family(self.params(2)))
+        transform = self.family(self.params(2))
         message = f"forward(params) must return a torch Transform, got {type(transform).__name__}"
         self.require(isinstance(transform, Transform), message)
         ok = transform.domain.event_dim == 0 == transform.codomain.event_dim
         self.require(ok, "the transform must be elementwise (event_dim 0)")
         self.require(bool(transform.bijective), "the transform must say bijective = True")
-        x = self.normal(2)
-        y = self.tried("the transform", lambda: transform(x))
-        self.tried("its inverse", lambda: transform.inv(y))
-        self.tried("its log_abs_det_jacobian", lambda: transform.log_abs_det_jacobian(x, y))
-
-    def tried(self, what: str, function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except Exception as error:
-            shape = f"params of shape (2, {self.family.num_params})"
-            raise AssertionError(f"{self.who}: {what} failed for {shape}: {error!r}") from error
 
     def identity(self) -> None:
         points = (0.0, 1e-8, 1e-6, 1e-2, 1.0, 3.0, 5.0, 30.0, 1e2)
@@ -250,11 +230,8 @@ class _Check:
         try:
             torch.autograd.gradcheck(output, (params, x))  # which broadcast
         except RuntimeError as error:
-            fault = ""
-            if not torch.autograd.grad(output(params, x).sum(), params)[0].any():
-                fault = f"its {part} has no gradient though it depends on the parameters: "
-            message = f"the gradients of the {way} must agree with differences: {fault}{error}"
-            raise AssertionError(f"{self.who}: {message}") from error
+            message = f"the gradients of the {part} of the {way} must agree with differences"
+            raise AssertionError(f"{self.who}: {message}: {error}") from error
 
     def not_a_number(self) -> None:
         nan, transform = math.nan * self.normal(1), self.family(self.params(1))

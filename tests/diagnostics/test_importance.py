@@ -233,7 +233,7 @@ def test_resampling_takes_rows_and_warns_of_heavy_weights():
             pyro.sample("z", dist.Normal(mean + 0.1, 0.001))
 
     with pytest.warns(UserWarning, match=r"k-hat is \d.*Fit the guide for longer"):
-        draws = psis_resample(conjugate.local_normals, coupled, 500, num_proposals=100)
+        draws = psis_resample(conjugate.local_normals, coupled, 500)
     assert draws["mean"].shape == (500,)
     assert draws["z"].shape == (500, 3)
     assert torch.allclose(draws["z"].mean(1), draws["mean"] + 0.1, atol=0.02)
@@ -246,5 +246,5 @@ def test_resampling_without_weights_or_counts():
     for function in (importance, psis_resample):
         with pytest.raises(ValueError, match="expected a positive integer, got 0"):
             function(conjugate.local_normals, guide, 0)
-    with pytest.raises(ValueError, match="finite weights, got none of 20"):
-        psis_resample(conjugate.local_normals, guide, 5, num_proposals=20)
+    with pytest.raises(ValueError, match="finite weights, got none of 10000"):
+        psis_resample(conjugate.local_normals, guide, 5)

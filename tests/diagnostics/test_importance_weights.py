@@ -18,14 +18,9 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.diagnostics import (
-    fit_tail,
-    importance,
-    log_weights,
-    psis_resample,
-    smooth_tail,
-)
-from pyro_artransform.diagnostics.psis import WORST_KHAT
+from pyro_artransform.diagnostics import fit_tail, importance, psis_resample
+from pyro_artransform.diagnostics.importance_weights import log_weights
+from pyro_artransform.diagnostics.psis import WORST_KHAT, smooth_tail
 from tests.diagnostics import conjugate
 
 
@@ -242,8 +237,9 @@ FINITE = {
 
 @pytest.mark.parametrize("name", CONSTANT)
 def test_constant_weights_have_a_khat_of_zero(name):
-    assert fit_tail(CONSTANT[name]).khat == 0
-    assert torch.equal(smooth_tail(CONSTANT[name]), CONSTANT[name].double())
+    tail = fit_tail(CONSTANT[name])
+    assert tail.khat == 0
+    assert torch.equal(smooth_tail(CONSTANT[name], tail), CONSTANT[name].double())
 
 
 @pytest.mark.parametrize("name", HOPELESS)
@@ -257,7 +253,7 @@ def test_khat_is_finite(name):
     assert math.isfinite(tail.khat)
     assert tail.khat < WORST_KHAT
     assert 0 < tail.khat_se < 1
-    smoothed = smooth_tail(FINITE[name])
+    smoothed = smooth_tail(FINITE[name], tail)
     assert smoothed.shape == FINITE[name].shape
     assert not smoothed.isnan().any()
     assert smoothed.max() <= FINITE[name][FINITE[name].isfinite()].max()

@@ -83,7 +83,7 @@ SATURATED = {
     ),
 }
 BROKEN = {
-    r"of the map .*: its log-derivative has no gradient though it depends on": {
+    r"gradients of the log-derivative of the map must agree with differences": {
         "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).detach()
     },
     r"value of the map must not depend on params or input of other rows": {"__init__": centred(0)},
@@ -107,7 +107,7 @@ BROKEN = {
     r"log-determinant and inverse must have the shape": {
         "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).sum(-1)
     },
-    r"gradients of the inverse must agree with differences": {
+    r"gradients of the value of the inverse must agree with differences": {
         "_inverse": lambda t, y: inverse(t, y).detach() + 0 * inverse(t, y)
     },
     r"NaN must stay one in the map": {"_call": lambda t, x: call(t, x).nan_to_num()},
@@ -117,13 +117,12 @@ BROKEN = {
     r"bijective = True": {"bijective": False},
     r"event_dim 0": {"domain": constraints.real_vector, "codomain": constraints.real_vector},
     r"inverse's log-determinant must be minus": with_inverse_ladj(lambda ladj: ladj),
-    r"of the inverse .*: its log-derivative has no gradient": with_inverse_ladj(
+    r"gradients of the log-derivative of the inverse must agree": with_inverse_ladj(
         lambda ladj: -ladj.detach()
     ),
     r"inverse_and_ladj must agree .*expected_ladj = ": {
         "inverse_and_ladj": lambda t, y: (inverse(t, y), ladj(t, inverse(t, y), y))
     },
-    r"its inverse failed .*KeyError": {"_inverse": lambda t, y: {}["y"]},
 }
 
 
@@ -143,10 +142,6 @@ def infinite_at_large_params(self, skew, weight):
     ("attributes", "message"),
     [
         ({"forward": Affine(bound=12.0).forward}, "log-slopes must be bounded, here by 10"),
-        (
-            {"num_params": 3, "forward": lambda self, params: params.view(4)},
-            r"forward\(params\) failed for params of shape \(2, 3\): RuntimeError",
-        ),
         ({"transform": infinite_at_large_params}, "finite at large params"),
         ({"transform": lambda self, skew, weight: skew}, "return a torch Transform, got Tensor"),
         ({"num_params": True}, "num_params must be a positive int, got True"),
@@ -155,9 +150,3 @@ def infinite_at_large_params(self, skew, weight):
 def test_a_broken_family_is_named(attributes, message):
     with pytest.raises(AssertionError, match=message):
         check_univariate(type("Broken", (SinhArcsinh,), attributes)())
-
-
-def test_a_start_that_is_documented_to_be_elsewhere():
-    family = SinhArcsinh()
-    family.transform = lambda skew, weight: SinhArcsinhTransform(skew + 0.1, weight)
-    check_univariate(family, identity_at_zero=False)

@@ -220,7 +220,7 @@ def test_weights_that_are_trusted_tell_of_single_latents():
     evaluation, found = checked(partial(path, 100), PathGuide(100))
     assert evaluation.verdict.trusted
     assert found.trusted is True
-    assert (found.found.num_chains, found.found.num_gradients) == (0, 0)
+    assert found.found.num_chains == 0
     assert found.found.mean_bound < 0.01
     assert "by weights" in repr(found.found)
     words = evaluation.result_fields(found)["verdict"]
