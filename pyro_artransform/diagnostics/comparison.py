@@ -79,8 +79,7 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
     what ``inference.to_inference_data`` returns to ``arviz.compare``.
 
     :param results: for each model by its name what :func:`~pyro_artransform.fit` or
-        :func:`~pyro_artransform.diagnostics.importance` has returned, for the same data. That of
-        ``importance`` is trusted up to a k-hat of 0.7.
+        :func:`~pyro_artransform.diagnostics.importance` has returned, for the same data.
     :raises TypeError: if it has something else.
     :raises ValueError: if there are fewer than two, or a log evidence is not finite, as that of a fit
         by mini-batches.
@@ -111,10 +110,7 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
         raise ValueError(f"results: expected two models or more, got {len(results)}")
     for name, found in results.items():
         if not isinstance(found, Evidence):
-            got = type(found).__name__
-            raise TypeError(
-                f"results['{name}']: expected what fit or importance returns, got {got}"
-            )
+            raise TypeError(f"'{name}': expected what fit or importance returns, got {type(found)}")
         if not math.isfinite(found.log_evidence):
             raise ValueError(
                 f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. After a "
@@ -125,10 +121,10 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
     models = {}
     for name, found in sorted(results.items(), key=lambda item: -item[1].log_evidence):
         evidence, se = found.log_evidence, found.log_evidence_se
-        difference = evidence - best.log_evidence
-        difference_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
-        ratio = math.exp(difference) / total
-        models[name] = ComparedModel(evidence, se, difference, difference_se, ratio, found.trusted)
+        gap = evidence - best.log_evidence
+        gap_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
+        ratio = math.exp(gap) / total
+        models[name] = ComparedModel(evidence, se, gap, gap_se, ratio, found.trusted)
     words = _conclusion(models) + "".join(_objection(name, results[name]) for name in models)
     return Comparison(models, all(model.trusted for model in models.values()), words)
 

@@ -27,14 +27,6 @@ class Expectation(NamedTuple):
     known_variance: Tensor
     covariance: Tensor
 
-    @classmethod
-    def of_sums(cls, sums: Tensor, count: int) -> "Expectation":
-        """Of the result of :func:`sums_of_pairs`."""
-        guide, known, squares, known_squares, products = sums / count
-        variance, known_variance = squares - guide.square(), known_squares - known.square()
-        moments = variance, known_variance, products - guide * known
-        return cls(guide, known, *(moment / (count - 1) for moment in moments))
-
     def error_variance(self, guide_share: Tensor, known_share: Tensor) -> Tensor:
         """The variance of a share of the one less a share of the other."""
         own = guide_share.square() * self.guide_variance
@@ -70,14 +62,21 @@ def moments_of_transform(
         of_guide = known = _mean_of_pairs(transform, base, loc, scale)
         if len(stretched.factors):
             known = _mean_of_pairs(transform, stretched(base), loc, scale)
-        means = means + sums_of_pairs(of_guide[0], known[0])
-        squares = squares + sums_of_pairs(of_guide[1], known[1])
-    return PairedMoments(*(Expectation.of_sums(sums, _NUM_PAIRS) for sums in (means, squares)))
+        means = means + _sums_of_pairs(of_guide[0], known[0])
+        squares = squares + _sums_of_pairs(of_guide[1], known[1])
+    return PairedMoments(_expectation(means), _expectation(squares))
 
 
-def sums_of_pairs(one: Tensor, other: Tensor) -> Tensor:
+def _sums_of_pairs(one: Tensor, other: Tensor) -> Tensor:
     """The sums of paired values, of their squares and of their products: ``(5, D)`` from ``(n, D)``."""
     return torch.stack([one, other, one.square(), other.square(), one * other]).sum(1)
+
+
+def _expectation(sums: Tensor) -> Expectation:
+    guide, known, squares, known_squares, products = sums / _NUM_PAIRS
+    variance, known_variance = squares - guide.square(), known_squares - known.square()
+    moments = variance, known_variance, products - guide * known
+    return Expectation(guide, known, *(moment / (_NUM_PAIRS - 1) for moment in moments))
 
 
 def _mean_of_pairs(

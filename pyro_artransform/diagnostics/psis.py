@@ -11,11 +11,7 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 WORST_KHAT = 10.0  #: the largest k-hat, also where a fit of the tail is meaningless
-_PRIOR_SIZE = 10  # draws that Pyro's prior on k, with its mean of 0.5, counts as
-_LOG_RANGE = 15 * log(10)  # weights that are smaller than the largest by this are negligible
-_LEAST_CUT = 10  # a tail that is cut there needs this many weights
-_LEAST_TAIL = 5  # a tail of fewer weights says nothing, even if they are the same
-_MOST_ROUND_OFF = 0.5  # nats of round-off beyond which weights are not known to be constant
+_LEAST_CUT = 10  # a tail that is cut for its negligible weights needs this many others
 
 
 class ParetoTail(NamedTuple):
@@ -57,8 +53,8 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
     if log_weights.dim() != 1 or not len(log_weights):
         raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
     khat, scale, log_cutoff, size = _fit(log_weights.detach())
-    # the asymptotic variance holds for k > -1/2
-    khat_se = max(1 + khat, 0.5) / sqrt(size + _PRIOR_SIZE)
+    # the asymptotic variance holds for k > -1/2; Pyro's prior on k counts as ten draws
+    khat_se = max(1 + khat, 0.5) / sqrt(size + 10)
     return ParetoTail(khat, khat_se, scale, log_cutoff, size)
 
 
@@ -72,11 +68,11 @@ def _fit(log_weights: Tensor) -> tuple[float, float, float, int]:
         return WORST_KHAT, nan, nan, size
     log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
     round_off = round_off_of(log_weights)
-    if size < _LEAST_TAIL or largest - log_cutoff <= round_off:
-        is_known = size >= _LEAST_TAIL and round_off < _MOST_ROUND_OFF
+    if size < 5 or largest - log_cutoff <= round_off:
+        is_known = size >= 5 and round_off < 0.5
         return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
-    is_cut = log_cutoff < largest - _LOG_RANGE
-    log_cutoff = max(log_cutoff, largest - _LOG_RANGE)
+    negligible = largest - 15 * log(10)
+    is_cut, log_cutoff = log_cutoff < negligible, max(log_cutoff, negligible)
     above = ordered[ordered > log_cutoff]
     if is_cut and len(above) < min(size, _LEAST_CUT):
         return WORST_KHAT, nan, log_cutoff, size

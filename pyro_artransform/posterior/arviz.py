@@ -5,6 +5,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def to_inference_data(
         import arviz
     except ImportError as error:
         raise ImportError("to_inference_data needs ArviZ: pip install arviz") from error
-    likelihood = Likelihood(model, args, kwargs)
+    likelihood = Likelihood(partial(model, *args, **kwargs))
     offered: object = guide
     if isinstance(offered, PosteriorGuide):
         drawn = offered.sample_posterior(num_samples, *args, **kwargs)

@@ -61,18 +61,16 @@ def log_likelihood(
         >>> log_likelihood(model, {"z": torch.zeros(5)}, torch.zeros(3))["y"].shape
         torch.Size([5, 3])
     """
-    return Likelihood(model, args, kwargs)(draws)
+    return Likelihood(partial(model, *args, **kwargs))(draws)
 
 
 class Likelihood:
     """The log-likelihood of each datum as a function of draws of all latents, and the sites behind it."""
 
-    def __init__(
-        self, model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> None:
-        self.run = partial(model, *args, **kwargs)
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.run = run
         with poutine.block():
-            trace = poutine.trace(self.run).get_trace()
+            trace = poutine.trace(run).get_trace()
         for frame in subsampled_plates(trace):
             raise ValueError(
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "

@@ -84,7 +84,7 @@ def test_shown():
         (
             {"a": Result(0.0), "b": SimpleNamespace(elbo=1.0)},
             TypeError,
-            r"results\['b'\]: expected what fit or .* returns, got SimpleNamespace",
+            r"'b': expected what fit or .* returns, got .*SimpleNamespace",
         ),
         (
             {"a": Result(math.nan), "b": Result(0.0)},

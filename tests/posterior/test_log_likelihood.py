@@ -45,7 +45,7 @@ def test_pointwise(name, n):
     assert torch.allclose(found["y"], dist.Normal(means_of(z), 2.0).log_prob(data()))
     assert not found["y"].requires_grad
     if n > 1:
-        assert Likelihood(model, (data(),), {}).strategy(draws) == strategy
+        assert Likelihood(lambda: model(data())).strategy(draws) == strategy
 
 
 def test_scales_are_left_out_and_masked_data_are_zero():
@@ -78,7 +78,7 @@ def test_what_a_reparametrizer_leaves_is_no_data():
             pyro.sample("y", dist.Normal(local, 1.0), obs=values)
 
     draws = {"z": torch.randn(20), "local_decentered": torch.randn(20, 3)}
-    likelihood = Likelihood(model, (data()[:3],), {})
+    likelihood = Likelihood(lambda: model(data()[:3]))
     assert likelihood.strategy(draws) == "vmap"
     found = likelihood(draws)
     assert list(found) == ["y"]
