@@ -221,24 +221,19 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
     # the distribution function of uniform ranks, at evenly spaced ones
     levels = (num_draws * steps // num_points).double() / (num_draws + 1)
     counts = torch.stack([(ranks < level * (num_draws + 1) - 0.5).sum(0) for level in levels])
-    tails = _two_sided_tails(levels, len(ranks))
+    hits = levels.new_ones(len(ranks) + 1).cumsum(0) - 1
+    left, probability = len(ranks) - hits, levels[:, None]
+    log_choices = (left[:1] + 1).lgamma() - (hits + 1).lgamma() - (left + 1).lgamma()
+    mass = (log_choices + hits * probability.log() + left * (-probability).log1p()).exp()
+    below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
+    tails = (2 * below.minimum(above)).clamp(max=1)
     # ties are as far out as the worst point, despite round-off
     worst = tails.gather(1, counts).amin(0) * (1 + 1e-9)
     return _probability_of_reaching(worst, tails, levels)
 
 
-def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
-    """Tail probabilities of each number of ranks up to each point, shape ``(P, S + 1)``."""
-    hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
-    left, probability = num_ranks - hits, levels[:, None]
-    log_choices = (left[:1] + 1).lgamma() - (hits + 1).lgamma() - (left + 1).lgamma()
-    mass = (log_choices + hits * probability.log() + left * (-probability).log1p()).exp()
-    below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
-    return (2 * below.minimum(above)).clamp(max=1)
-
-
 def _probability_of_reaching(worst: Tensor, tails: Tensor, levels: Tensor) -> Tensor:
-    """The probability that the worst tail probability of uniform ranks is this small, shape ``(K,)``."""
+    """The probability that the worst of the tail probabilities ``(P, S + 1)`` is so small, ``(K,)``."""
     hits = levels.new_ones(tails.shape[1]).cumsum(0) - 1
     left = len(hits) - 1 - hits
     # from as many hits as a row says to as many as a column says

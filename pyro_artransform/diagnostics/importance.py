@@ -86,8 +86,7 @@ class Importance:
         return self.khat <= GOOD_KHAT
 
     def __repr__(self) -> str:
-        word = "acceptable" if self.trusted else "bad"
-        word = "good" if self.khat <= KHAT_OF_VARIANCE else word
+        word = "good" if self.khat <= KHAT_OF_VARIANCE else "acceptable" if self.trusted else "bad"
         lines = [
             f"{'ELBO':14}{self.elbo:10.3f} ± {self.elbo_se:.3f}",
             f"{'log evidence':14}{self.log_evidence:10.3f} ± {self.log_evidence_se:.3f}",

@@ -28,9 +28,6 @@ from .marginal_errors import (
     moments_of_transform,
 )
 
-_NUM_WARM_UP, _NUM_STEPS = 12, 12  # of a chain: adapt the step size and forget the start; count
-_NUM_CHAINS = 128
-
 
 @dataclass(frozen=True, eq=False)
 class Marginals:
@@ -83,8 +80,8 @@ def marginals(
     model: Callable[..., object],
     guide: Callable[..., object],
     *args: object,
-    num_chains: int = _NUM_CHAINS,
-    num_steps: int = _NUM_STEPS,
+    num_chains: int = 128,
+    num_steps: int = 12,
     **kwargs: object,
 ) -> Marginals:
     """How far the mean and the standard deviation of each latent are off, by short chains of HMC.
@@ -146,8 +143,8 @@ def marginals_of(
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
     log_joint: LogJoint,
-    num_chains: int = _NUM_CHAINS,
-    num_steps: int = _NUM_STEPS,
+    num_chains: int,
+    num_steps: int,
 ) -> Marginals:
     """The same, of a model whose log joint density is known already."""
     log_joint = log_joint.with_coordinates(None)  # as the errors of latents are meant
@@ -181,7 +178,7 @@ def marginals_of(
     target.to_latent = lambda base: to_latent(stretched(base))
     chains = PairedChains(target, stretched.inverse(points), companions, loc, scale)
     start = chains.values.values
-    chains.run(_NUM_WARM_UP, num_steps)
+    chains.run(12, num_steps)
     if transform is None:
         moments = moments_of_draws((draws - loc) / scale, stretched)
     else:

@@ -129,11 +129,10 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     ax.loglog(ordered[:shown].exp(), shares[:shown], ".", color=BLUE, label="weights", **style)
     if isfinite(tail.scale):
         levels, shares = ranks[: tail.size] / tail.size, shares[: tail.size]
-        lines = (
+        for khat, color, label, linestyle in (
             (tail.khat, ORANGE, "Pareto tail", "-"),
             (GOOD_KHAT, GRAY, f"of index {GOOD_KHAT}", "--"),
-        )
-        for khat, color, label, linestyle in lines:
+        ):
             # the weights of a tail of this index that are exceeded at these levels
             quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
             x = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()

@@ -107,10 +107,7 @@ class Likelihood:
         return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
 
     def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
-        """The draws of latents, and the rows at which strategies are compared.
-
-        These are some 8, and those that are extreme in one of some 32 coordinates.
-        """
+        """The draws of latents, and the rows at which strategies are compared: some, and extreme ones."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():

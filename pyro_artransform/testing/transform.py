@@ -17,11 +17,7 @@ from .conditioner import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
 
 
 def check_transform(
-    make: Callable[[], TransformModule],
-    input_dim: int,
-    *,
-    gain: float = 1.0,
-    atol: float = 1e-9,
+    make: Callable[[], TransformModule], input_dim: int, *, gain: float = 1.0, atol: float = 1e-9
 ) -> None:
     """Checks that a transform of real vectors keeps its contract, in both directions.
 
@@ -77,9 +73,7 @@ def _check_values(transform: Any, x: Tensor, atol: float) -> None:
     far = transform.inv(x.clone()).detach()
     residual = (transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)
     error = residual.max().item()
-    assert error <= atol, (
-        f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest number {where}"
-    )
+    assert error <= atol, f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest {where}"
     shapes = transform.forward_shape(x.shape), transform.inverse_shape(x.shape)
     assert shapes == (x.shape, x.shape), f"forward_shape and inverse_shape: got {shapes} {where}"
 

@@ -194,9 +194,7 @@ class _Check:
             after = self.both(way, mixed, torch.where(same, x, other_x))
             for part, a, b in zip(PARTS, before, after):
                 ok = ~same | torch.isclose(a, b, rtol=self.tolerance, atol=self.tolerance)
-                message = (
-                    f"the {part} of the {way} must not depend on params or input of other {who}"
-                )
+                message = f"the {part} of the {way} must not depend on those of other {who}"
                 self.require(ok, message, before=a, after=b)
 
     def both(self, way: str, params: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
