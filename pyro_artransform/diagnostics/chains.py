@@ -38,7 +38,6 @@ ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and lo
 _MAX_STEP_SIZE = 1.2  # an oscillator of unit frequency is stable up to 2
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
-_NUM_DIRECTIONS, _NUM_POINTS = 24, 32  # each direction costs two gradients at each point
 _DIFFERENCE = 0.1  # of gradients whose mean over the points is a smooth function
 
 
@@ -158,7 +157,6 @@ class PairedChains:
     def _standardized(self, latent: Tensor) -> Tensor:
         return (latent - self._loc) / self._scale
 
-    @torch.no_grad()
     def _latents_of(self, base: Tensor) -> Tensor:
         return self._standardized(self._target.to_latent(base)[0])
 
@@ -235,9 +233,9 @@ def guide_transform(
 
 def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:
     """Ritz vectors of the mean Hessian at points, ``(n, D)``, stretched to unit curvature."""
-    points, directions = points[:_NUM_POINTS], points.new_zeros((points.shape[1], 0))
+    points, directions = points[:32], points.new_zeros((points.shape[1], 0))
     images, candidate = [], torch.randn_like(points[0])
-    for _ in range(min(_NUM_DIRECTIONS, points.shape[1])):
+    for _ in range(min(24, points.shape[1])):  # each costs two gradients at each point
         direction = _orthogonal(candidate, directions)
         if direction.norm() < 1e-3 * candidate.norm():  # nothing new
             direction = _orthogonal(torch.randn_like(candidate), directions)

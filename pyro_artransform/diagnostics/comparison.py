@@ -135,8 +135,9 @@ def _objection(name: str, found: Evidence) -> str:
     if found.khat > GOOD_KHAT:
         return f"{khat} {GOOD_KHAT}: its evidence rests on a few draws, and is often too small."
     if not found.trusted:
-        lacks = "Its evidence lacks what its guide missed"
-        return f" '{name}' is not trusted: see its verdict. {lacks}."
+        return (
+            f" '{name}' is not trusted: see its verdict. Its evidence lacks what its guide missed."
+        )
     if found.khat > KHAT_OF_VARIANCE:
         return f"{khat} {KHAT_OF_VARIANCE}: its standard error is too small."
     return ""

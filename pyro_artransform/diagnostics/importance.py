@@ -68,7 +68,6 @@ class Importance:
         if len(finite):
             share = len(finite) / len(log_weights)
             variance = finite.var().item() if len(finite) > 1 else inf
-            # of the guide without the draws whose weight is not finite
             elbo = finite.mean().item() + log(share)
             elbo_se = sqrt((variance + 1 - share) / len(finite))
             smoothed = smooth_tail(log_weights, tail)
@@ -173,7 +172,6 @@ def psis_resample(
             "the guide for longer, or a more expressive one",
             stacklevel=2,
         )
-    # a systematic sample, in random order
     cumulative = smooth_tail(weights, tail).softmax(0).cumsum(0)
     marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
     # the sum of the weights is one to round-off only

@@ -27,11 +27,10 @@ class Expectation(NamedTuple):
     known_variance: Tensor
     covariance: Tensor
 
-    def error_variance(self, guide_share: Tensor, known_share: Tensor) -> Tensor:
-        """The variance of a share of the one less a share of the other."""
-        own = guide_share.square() * self.guide_variance
-        own = own + known_share.square() * self.known_variance
-        return (own - 2 * guide_share * known_share * self.covariance).clamp_min(0)
+    def error_variance(self, share: Tensor) -> Tensor:
+        """The variance of the one less a share of the other."""
+        both = self.guide_variance + share.square() * self.known_variance
+        return (both - 2 * share * self.covariance).clamp_min(0)
 
 
 class PairedMoments(NamedTuple):
@@ -107,13 +106,12 @@ def marginal_errors(
     to :data:`MOST_MEMORY`, is extrapolated: where a share m of a difference of means is left, a share
     m^2 of one of variances is, as for a Gaussian.
     """
-    ones = torch.ones_like(moments.mean.guide)
     memory, memory_se = _slope(chains.first, start)
     sure_memory = (memory - 2 * memory_se).clamp_min(0)
     left = sure_memory.clamp_max(MOST_MEMORY)
     mean, variance, slope = _controlled(chains.first, companions.first, moments.mean.known)
     shift = (moments.mean.guide - mean) / (1 - left)
-    shift_se = (variance + moments.mean.error_variance(ones, slope)).sqrt() / (1 - left)
+    shift_se = (variance + moments.mean.error_variance(slope)).sqrt() / (1 - left)
     squares, controls = chains.about(mean), companions.about(moments.mean.known)
     known = moments.square.known - moments.mean.known.square()
     found, variance, slope = _controlled(squares, controls, known)
@@ -123,7 +121,7 @@ def marginal_errors(
     posterior = torch.where(posterior > 0, posterior, torch.nan)
     sd, ratio = posterior.sqrt(), (guide / posterior).sqrt()
     share = guide / posterior
-    noise = (share * variance.sqrt()).square() + moments.square.error_variance(ones, share * slope)
+    noise = (share * variance.sqrt()).square() + moments.square.error_variance(share * slope)
     # of the log of the ratio of variances, with that of the extrapolation
     log_se = noise.sqrt() / guide / (1 - left.square())
     return MarginalErrors(shift / sd, shift_se / sd, ratio, ratio * log_se / 2, memory, sure_memory)

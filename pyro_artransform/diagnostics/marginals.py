@@ -39,8 +39,7 @@ class Marginals:
 
     :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
     :param mean_shift_se: its standard error, of the noise of chains.
-    :param sd_ratio: the guide's standard deviation over the posterior's.
-    :param sd_ratio_se: its standard error.
+    :param sd_ratio: the guide's standard deviation over the posterior's, also with a standard error.
     :param memory: how much chains remember of their start, from 0 to 1. Beyond 0.5 the errors above
         are too small, in general.
     :param mean_bound: no mean is off by more than this, in sds of the posterior, with a probability
@@ -88,9 +87,7 @@ def marginals(
 
     k-hat judges all latents at once: of a thousand latents that are each right to a few percent the
     weights are useless all the same. Here many chains start at draws of the guide and move towards the
-    posterior; how far means and standard deviations move says how far the guide's are off. Each is
-    paired with a chain of a known distribution that has the same random numbers, so that a good guide
-    leaves little noise.
+    posterior; how far means and standard deviations move says how far the guide's are off.
 
     Any guide of continuous latents will do. Chains do not find modes that are far from the guide, nor
     do they reach deep into a funnel, as no diagnostic does that starts from the guide.

@@ -11,7 +11,6 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 WORST_KHAT = 10.0  #: the largest k-hat, also where a fit of the tail is meaningless
-_LEAST_CUT = 10  # a tail that is cut for its negligible weights needs this many others
 
 
 class ParetoTail(NamedTuple):
@@ -21,14 +20,18 @@ class ParetoTail(NamedTuple):
     """
 
     khat: float
-    khat_se: float
     scale: float
     log_cutoff: float
     size: int
 
+    @property
+    def khat_se(self) -> float:
+        """The standard error of an index from ``size`` draws, and ten as which Pyro's prior counts."""
+        return max(1 + self.khat, 0.5) / sqrt(self.size + 10)  # asymptotic, for k > -1/2
+
 
 def fit_tail(log_weights: Tensor) -> ParetoTail:
-    r"""The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
+    """The Pareto tail of importance weights, by Pyro's routine; k-hat is always finite.
 
     The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights. Where the routine does not apply:
 
@@ -37,9 +40,6 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
     - weights of zero (``-inf``) count like others, as up to 1 % of NaN do, where the model has failed;
     - with more, with one of ``+inf``, where all are zero, of 20 weights or fewer, and with fewer than
       ten tail weights within a factor of 1e15 of the largest, k-hat is 10, which is its maximum.
-
-    The standard error is that of an index from M draws, :math:`(1 + k) / \sqrt{M}`, where the prior
-    that shrinks k-hat towards 0.5 counts as ten more draws.
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
 
@@ -52,39 +52,33 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
     """
     if log_weights.dim() != 1 or not len(log_weights):
         raise ValueError(f"log_weights: expected shape (S,), got {tuple(log_weights.shape)}")
-    khat, scale, log_cutoff, size = _fit(log_weights.detach())
-    # the asymptotic variance holds for k > -1/2; Pyro's prior on k counts as ten draws
-    khat_se = max(1 + khat, 0.5) / sqrt(size + 10)
-    return ParetoTail(khat, khat_se, scale, log_cutoff, size)
-
-
-def _fit(log_weights: Tensor) -> tuple[float, float, float, int]:
+    log_weights = log_weights.detach()
     weights = log_weights.to("cpu", torch.float64)
     size = ceil(min(0.2 * len(weights), 3 * sqrt(len(weights))))
     ordered = torch.where(weights.isfinite(), weights, -torch.inf).sort().values
     largest = ordered[-1].item()
     is_failed = weights.isnan().double().mean().item() > 0.01
     if is_failed or not isfinite(largest) or bool((weights == torch.inf).any()):
-        return WORST_KHAT, nan, nan, size
+        return ParetoTail(WORST_KHAT, nan, nan, size)
     log_cutoff = ordered[max(-size - 1, -len(ordered))].item()
     round_off = round_off_of(log_weights)
     if size < 5 or largest - log_cutoff <= round_off:
         is_known = size >= 5 and round_off < 0.5
-        return 0.0 if is_known else WORST_KHAT, nan, log_cutoff, size
+        return ParetoTail(0.0 if is_known else WORST_KHAT, nan, log_cutoff, size)
     negligible = largest - 15 * log(10)
     is_cut, log_cutoff = log_cutoff < negligible, max(log_cutoff, negligible)
     above = ordered[ordered > log_cutoff]
-    if is_cut and len(above) < min(size, _LEAST_CUT):
-        return WORST_KHAT, nan, log_cutoff, size
+    if is_cut and len(above) < min(size, 10):
+        return ParetoTail(WORST_KHAT, nan, log_cutoff, size)
     # where even the quartile is the maximum the routine may divide by zero
-    if len(above) >= _LEAST_CUT and largest - above[len(above) // 4].item() <= round_off:
-        return 0.0, nan, log_cutoff, size
+    if len(above) >= 10 and largest - above[len(above) // 4].item() <= round_off:
+        return ParetoTail(0.0, nan, log_cutoff, size)
     # the routine makes its grid on the default device
     with torch.device("cpu"):
         khat, scale = fit_generalized_pareto((above - log_cutoff).expm1())
     if not isfinite(khat):
-        return WORST_KHAT, nan, log_cutoff, len(above)
-    return min(khat, WORST_KHAT), scale, log_cutoff, len(above)
+        khat, scale = WORST_KHAT, nan
+    return ParetoTail(min(khat, WORST_KHAT), scale, log_cutoff, len(above))
 
 
 def round_off_of(log_weights: Tensor) -> float:

@@ -40,12 +40,10 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
     ax, right, margin = new_axes(ax, (8.4, 4.2)), 1.14 * dim, 0.02 * dim
     of_guide = "order of the guide (gray: fill-in)" if filled else "order of the guide"
     _draw_pattern(ax, by_level, dict.fromkeys(filled, 0.0), right, cmap="gray", vmin=-3, vmax=1)
-    num_levels, colors = len(found.levels), plt.get_cmap("viridis", len(found.levels))
+    top, colors = len(found.levels) - 0.5, plt.get_cmap("viridis", len(found.levels))
     levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
     for left, order, title in ((0.0, names, "order of the model"), (right, by_level, of_guide)):
-        image = _draw_pattern(
-            ax, order, levels, left, cmap=colors, vmin=-0.5, vmax=num_levels - 0.5
-        )
+        image = _draw_pattern(ax, order, levels, left, cmap=colors, vmin=-0.5, vmax=top)
         ax.text(left + dim / 2, -2 * margin, title, ha="center", va="bottom")
     ax.set(xlim=(-margin, right + dim + margin), ylim=(dim + margin, -margin), aspect="equal")
     sites = _named_runs([str(name[0]) for name in names])

@@ -121,8 +121,6 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     ax = tidied(ax, "weight / mean weight", "share of draws with a larger weight")
     ordered = doubles(result.log_weights).sort(descending=True).values
     ordered = ordered[ordered.isfinite()] - result.log_evidence
-    if not len(ordered):
-        return ax
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
     shares, shown = ranks / result.num_samples, max(3 * tail.size, 10)
     style: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0}

@@ -9,7 +9,6 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-_MAX_ROWS = 50
 _QUANTILE_NUMBERS = 2**23  # torch.quantile takes no more than 2**24 at a time
 
 
@@ -21,7 +20,7 @@ class Summary(dict[str, dict[str, Tensor]]):
         rows: list[tuple[str, str]] = []
         for site, found in self.items():
             indices = product(*map(range, found["mean"].shape))
-            for index in islice(indices, _MAX_ROWS - len(rows)):
+            for index in islice(indices, 50 - len(rows)):
                 name = f"{site}[{', '.join(map(str, index))}]" if index else site
                 rows.append((name, "".join(_cell(value[index].item()) for value in found.values())))
         width = max([4, *(len(name) for name, _ in rows)])
