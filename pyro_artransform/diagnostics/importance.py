@@ -1,10 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Importance sampling with a guide: what its weights say, and better draws.
-
-The bounds of trust of the whole package stand here as well.
-"""
+"""Importance sampling with a guide, and the bounds of trust of the whole package."""
 
 import warnings
 from collections.abc import Callable

@@ -71,8 +71,7 @@ def _check_values(transform: Any, x: Tensor, atol: float) -> None:
     assert error <= atol, f"inverse: T.inv(T(x)) is off by {error:.2g} {where}"
     assert _close(inverse_ladj, -ladj, atol), f"inv.call_and_ladj: not the opposite of ladj {where}"
     far = transform.inv(x.clone()).detach()
-    residual = (transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)
-    error = residual.max().item()
+    error = ((transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)).max().item()
     assert error <= atol, f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest {where}"
     shapes = transform.forward_shape(x.shape), transform.inverse_shape(x.shape)
     assert shapes == (x.shape, x.shape), f"forward_shape and inverse_shape: got {shapes} {where}"
@@ -84,8 +83,7 @@ def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
         jacobian = torch.autograd.functional.jacobian(lambda v: transform.call_and_ladj(v)[0], row)
         expected = torch.linalg.slogdet(jacobian)[1]
         wanted = f"that of the autograd Jacobian is {expected.item():.8g} at x = {row.tolist()}"
-        message = f"log-determinant: {value.item():.8g}, but {wanted}"
-        assert _close(value, expected, atol), message
+        assert _close(value, expected, atol), f"log-determinant: {value.item():.8g}, but {wanted}"
 
 
 def _check_gradients(transform: Any, x: Tensor, whose: str = "") -> None:
