@@ -3,11 +3,12 @@
 
 """How good a posterior is: importance sampling, calibration, errors of each mean and sd, evidence."""
 
-from .calibration import SBC, sbc
+from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .comparison import ComparedModel, Comparison, compare
 from .importance import Importance, importance, psis_resample
+from .importance_weights import log_weights
 from .marginals import Marginals, marginals
-from .psis import ParetoTail, fit_tail
+from .psis import ParetoTail, fit_tail, smooth_tail
 
 __all__ = [  # noqa: RUF022
     "ComparedModel",
@@ -19,7 +20,11 @@ __all__ = [  # noqa: RUF022
     "compare",
     "fit_tail",
     "importance",
+    "log_weights",
     "marginals",
     "psis_resample",
     "sbc",
+    "simultaneous_bands",
+    "smooth_tail",
+    "uniformity_pvalue",
 ]

@@ -3,6 +3,7 @@
 
 """Simulation-based calibration: whether posteriors of simulated data are right on average."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from ..joint.traces import is_deterministic
 
 Values = dict[str, Tensor]
 
+_MAX_POINTS = 100  # at which the distribution functions of ranks are compared
+_ABOVE_TIES = 1 + 1e-9  # so that ties are as far out as the worst point, despite round-off
+
 
 @dataclass(frozen=True, eq=False)
 class SBC:
@@ -42,7 +46,7 @@ class SBC:
         return len(next(iter(self.ranks.values())))
 
     def pvalues(self) -> Values:
-        """For each coordinate the exact p-value of uniform ranks (Säilynoja et al. 2022)."""
+        """For each coordinate that of :func:`~pyro_artransform.diagnostics.uniformity_pvalue`."""
         flat = [ranks.reshape(self.num_simulations, -1) for ranks in self.ranks.values()]
         pvalues = uniformity_pvalue(torch.cat(flat, 1), self.num_draws)
         parts = pvalues.split([ranks.shape[1] for ranks in flat])
@@ -102,13 +106,18 @@ def sbc(
     posterior that ignores its data and equals the prior passes too.
 
     :param model: a Pyro model without factors, which cannot be simulated from.
-    :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide, or a
-        dict of independent draws by site, each of shape ``(num_draws,) + site shape``, of
-        deterministic sites too. It runs with a param store of its own, empty at first.
-    :param args: the model's arguments, with data or without; what is data is not used otherwise.
+    :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a
+        dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
+        function of the number of draws that returns such a dict. Deterministic sites that have draws
+        are ranked, too. It runs with a param store of its own, empty at first.
+    :param args: the model's arguments. Sites that have data with them are the data sites; the data
+        are not used otherwise.
+    :param num_simulations: the number of simulated data sets.
+    :param num_draws: the number of draws of each posterior; ranks go from 0 to it.
     :param observed: more data sites, of a model that draws its data unless it is given them.
     :param seed: the seed of Pyro's generators, which is set.
     :param progress: whether to show a progress bar.
+    :param kwargs: the model's keyword arguments.
     :raises ValueError: if a number is not positive, the model has no such data sites or has factors,
         or draws have wrong shapes or no latent's name.
     :raises TypeError: if ``fit_one`` returns something else.
@@ -130,9 +139,6 @@ def sbc(
 
     1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
        Simpson, Vehtari, Gelman, 2018), https://arxiv.org/abs/1804.06788
-    2. Graphical Test for Discrete Uniformity and Its Applications in Goodness of Fit Evaluation and
-       Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022),
-       https://arxiv.org/abs/2103.10522
     """
     from tqdm.auto import trange
 
@@ -173,13 +179,19 @@ def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> se
     if unknown := sorted(names - sites.keys()):
         raise ValueError(f"observed: expected sites of {sorted(sites)}, got {unknown}")
     if not names:
-        raise ValueError("observed: expected the names of the data sites, got none, and no data")
+        raise ValueError(
+            "observed: expected the names of the data sites, or a model with data here"
+        )
     return names
 
 
 @torch.no_grad()
 def _draws_of(
-    posterior: object, num_draws: int, truth: Values, args: Any, kwargs: Any
+    posterior: object,
+    num_draws: int,
+    truth: Values,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
     if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)
@@ -188,9 +200,12 @@ def _draws_of(
         # Predictive puts a dimension in place of each plate that a site is not in
         shapes = {name: (num_draws, *truth[name].shape) for name in truth if name in drawn}
         posterior = {name: drawn[name].reshape(shape) for name, shape in shapes.items()}
+    elif callable(posterior):
+        posterior = posterior(num_draws)
     if isinstance(posterior, Mapping):
         return posterior
-    raise TypeError(f"fit_one: expected a guide or a dict of draws, got {type(posterior).__name__}")
+    kind = type(posterior).__name__
+    raise TypeError(f"fit_one: expected a guide, a dict of draws, or a function, got {kind}")
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:
@@ -211,29 +226,72 @@ def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values
 
 
 def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
-    """The p-values ``(K,)`` of uniform ranks ``(S, K)``, where their distribution function fits worst.
+    r"""The p-value of uniform ranks, by the point where their distribution function fits worst.
 
     The number of ranks up to r is then binomial. The statistic is the smallest two-sided tail
     probability over r; its p-value is exact, by a recursion over r.
+
+    :param ranks: integers from 0 to ``num_draws``, of shape ``(S, K)``, of K quantities.
+    :param num_draws: the largest rank.
+    :return: shape ``(K,)``.
+
+    **References**
+
+    1. Graphical Test for Discrete Uniformity and Its Applications in Goodness of Fit Evaluation and
+       Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022),
+       https://arxiv.org/abs/2103.10522
     """
-    ranks, num_points = ranks.to("cpu"), min(num_draws, 100)
-    steps = torch.arange(1, num_points + 1, device="cpu")
-    # the distribution function of uniform ranks, at evenly spaced ones
-    levels = (num_draws * steps // num_points).double() / (num_draws + 1)
+    ranks = ranks.to("cpu")
+    levels = _levels(num_draws)
     counts = torch.stack([(ranks < level * (num_draws + 1) - 0.5).sum(0) for level in levels])
-    hits = levels.new_ones(len(ranks) + 1).cumsum(0) - 1
-    left, probability = len(ranks) - hits, levels[:, None]
+    tails = _two_sided_tails(levels, len(ranks))
+    worst = tails.gather(1, counts).amin(0)
+    return _probability_of_reaching(worst * _ABOVE_TIES, tails, levels)
+
+
+def simultaneous_bands(
+    num_ranks: int, num_draws: int, level: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Simultaneous confidence bands of the distribution function of uniform ranks.
+
+    :param num_ranks: the number of ranks, S.
+    :param num_draws: the largest rank.
+    :param level: the least probability that the whole function is between the bands.
+    :return: points between 0 and 1, and the lower and the upper proportion of ranks there, each of
+        shape ``(P,)``.
+    """
+    levels = _levels(num_draws)
+    tails = _two_sided_tails(levels, num_ranks)
+    candidates = (tails[tails <= 1 - level].unique() * _ABOVE_TIES).tolist()
+
+    reaching = partial(_probability_of_reaching, tails=tails, levels=levels)
+    num_rare = bisect_right(
+        candidates, 1 - level, key=lambda worst: float(reaching(levels.new_tensor([worst])))
+    )
+    inside = (tails > candidates[num_rare - 1] if num_rare else tails >= 0).long()
+    lower, upper = inside.argmax(1), num_ranks - inside.flip(1).argmax(1)
+    return levels, lower.to(levels) / num_ranks, upper.to(levels) / num_ranks
+
+
+def _levels(num_draws: int) -> Tensor:
+    """The distribution function of uniform ranks, at evenly spaced ones."""
+    num_points = min(num_draws, _MAX_POINTS)
+    steps = torch.arange(1, num_points + 1, device="cpu")
+    return (num_draws * steps // num_points).double() / (num_draws + 1)
+
+
+def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
+    """Tail probabilities of each number of ranks up to each point, shape ``(P, S + 1)``."""
+    hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
+    left, probability = num_ranks - hits, levels[:, None]
     log_choices = (left[:1] + 1).lgamma() - (hits + 1).lgamma() - (left + 1).lgamma()
     mass = (log_choices + hits * probability.log() + left * (-probability).log1p()).exp()
     below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
-    tails = (2 * below.minimum(above)).clamp(max=1)
-    # ties are as far out as the worst point, despite round-off
-    worst = tails.gather(1, counts).amin(0) * (1 + 1e-9)
-    return _probability_of_reaching(worst, tails, levels)
+    return (2 * below.minimum(above)).clamp(max=1)
 
 
 def _probability_of_reaching(worst: Tensor, tails: Tensor, levels: Tensor) -> Tensor:
-    """The probability that the worst of the tail probabilities ``(P, S + 1)`` is so small, ``(K,)``."""
+    """The probability that the worst tail probability of uniform ranks is this small, shape ``(K,)``."""
     hits = levels.new_ones(tails.shape[1]).cumsum(0) - 1
     left = len(hits) - 1 - hits
     # from as many hits as a row says to as many as a column says

@@ -17,6 +17,9 @@ from ..guides import AutoStructuredFlow
 from ..guides.structured.latent_graph import LatentGraph, Name
 from .panels import GRAY, new_axes
 
+_MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
+_MIN_NAMED = 0.04  # the least part of an axis that is named
+
 
 def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) -> Axes:
     """Which latents depend on each other: the pattern of the Hessian of the log density, twice.
@@ -39,16 +42,18 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
     filled += [(two, one) for one, two in filled]
     ax, right, margin = new_axes(ax, (8.4, 4.2)), 1.14 * dim, 0.02 * dim
     of_guide = "order of the guide (gray: fill-in)" if filled else "order of the guide"
-    _draw_pattern(ax, by_level, dict.fromkeys(filled, 0.0), right, cmap="gray", vmin=-3, vmax=1)
-    top, colors = len(found.levels) - 0.5, plt.get_cmap("viridis", len(found.levels))
+    gray: dict[str, Any] = {"cmap": "gray", "vmin": -3, "vmax": 1}
+    _draw_pattern(ax, by_level, dict.fromkeys(filled, 0.0), right, gray)
+    colors = plt.get_cmap("viridis", len(found.levels))
+    style: dict[str, Any] = {"cmap": colors, "vmin": -0.5, "vmax": len(found.levels) - 0.5}
     levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
     for left, order, title in ((0.0, names, "order of the model"), (right, by_level, of_guide)):
-        image = _draw_pattern(ax, order, levels, left, cmap=colors, vmin=-0.5, vmax=top)
+        image = _draw_pattern(ax, order, levels, left, style)
         ax.text(left + dim / 2, -2 * margin, title, ha="center", va="bottom")
     ax.set(xlim=(-margin, right + dim + margin), ylim=(dim + margin, -margin), aspect="equal")
     sites = _named_runs([str(name[0]) for name in names])
     runs = _named_runs([f"level {level[name]}" for name in by_level])
-    ticks = sites | {right + place: label for place, label in runs.items()}
+    ticks = {**sites, **{right + place: label for place, label in runs.items()}}
     ax.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(list(sites), sites.values())
     ax.spines[:].set_visible(False)
@@ -62,10 +67,10 @@ def _draw_pattern(
     order: Sequence[Name],
     values: Mapping[tuple[Name, Name], float],
     left: float,
-    **style: Any,
+    style: Mapping[str, Any],
 ) -> Any:
-    """A square of up to 200 by 200 cells, each of the largest value of its pairs, or empty."""
-    dim, size = len(order), min(len(order), 200)
+    """A square of cells, each of the largest value of its pairs, or empty."""
+    dim, size = len(order), min(len(order), _MAX_CELLS)
     cell = {name: place * size // dim for place, name in enumerate(order)}
     cells = [[nan] * size for _ in range(size)]
     for (one, two), value in values.items():
@@ -73,16 +78,18 @@ def _draw_pattern(
         row[column] = max(value, row[column])  # the value, where that of the cell is NaN
     margin = 0.01 * dim  # so that the frame hides no row
     side = dim + 2 * margin
-    ax.add_patch(Rectangle((left - margin, -margin), side, side, fill=False, color=GRAY, lw=0.8))
-    return ax.imshow(cells, extent=(left, left + dim, dim, 0), interpolation="nearest", **style)
+    line: dict[str, Any] = {"fill": False, "edgecolor": GRAY, "linewidth": 0.8}
+    ax.add_patch(Rectangle((left - margin, -margin), side, side, **line))
+    extent = (left, left + dim, dim, 0)
+    return ax.imshow(cells, extent=extent, interpolation="nearest", **style)
 
 
 def _named_runs(labels: Sequence[str]) -> dict[float, str]:
-    """The middle of each run of equal labels that is 4 % of all at least, with its label."""
+    """The middle of each run of equal labels that is a large enough part of all, with its label."""
     named, start = {}, 0
     for label, run in groupby(labels):
         end = start + len(list(run))
-        if end - start >= 0.04 * len(labels):
+        if end - start >= _MIN_NAMED * len(labels):
             named[(start + end) / 2] = label
         start = end
     return named

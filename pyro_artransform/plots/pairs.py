@@ -13,10 +13,9 @@ from torch import Tensor
 from .panels import BLUE, GRAY, tidied
 
 _COLORS = {"guide": BLUE, "reference": GRAY}
-_BARS: dict[str, dict[str, Any]] = {
-    "guide": {"histtype": "step", "linewidth": 1.4},
-    "reference": {"histtype": "stepfilled", "alpha": 0.45},
-}
+_GUIDE: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
+_REFERENCE: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45}
+_MAX_COORDINATES, _MAX_POINTS = 8, 2000
 
 
 def plot_pairs(
@@ -45,19 +44,20 @@ def plot_pairs(
         raise ValueError(f"reference: expected the coordinates {chosen}, got none of {missing}")
     size = len(chosen)
     ranges = {name: _range(name, [drawn[name] for drawn in series.values()]) for name in chosen}
-    figure, axes = plt.subplots(
-        size, size, figsize=(1.8 * size + 1,) * 2, squeeze=False, layout="constrained"
-    )
+    layout: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(size, size, figsize=(1.8 * size + 1,) * 2, **layout)
     for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
         ax = tidied(axes[i, j], column, row)
         for label in series if i >= j else reversed(series):
             x, y, color = series[label][column], series[label][row], _COLORS[label]
             if i == j:
                 bins = max(10, min(40, int(len(x) ** 0.5)))
-                style = {"color": color, "label": label, **_BARS[label]}
-                ax.hist(x, bins, density=True, range=ranges[column], **style)
+                style = _GUIDE if label == "guide" else _REFERENCE
+                ax.hist(
+                    x, bins, density=True, range=ranges[column], color=color, label=label, **style
+                )
             else:
-                step = max(1, -(-len(x) // 2000))
+                step = max(1, -(-len(x) // _MAX_POINTS))
                 ax.scatter(x[::step], y[::step], color=color, s=3, alpha=0.35, linewidths=0)
         ax.set_xlim(ranges[column])
         ax.tick_params(labelsize=7)
@@ -87,7 +87,7 @@ def _columns(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _chosen(columns: Mapping[str, Tensor], names: Sequence[str] | None) -> list[str]:
     if names is None:
-        return list(columns)[:8]
+        return list(columns)[:_MAX_COORDINATES]
     chosen: list[str] = []
     for name in names:
         found = [column for column in columns if name in (column, column.partition("[")[0])]

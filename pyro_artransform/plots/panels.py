@@ -15,13 +15,16 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from ..diagnostics import Importance, Marginals, fit_tail
+from ..diagnostics import SBC, Importance, Marginals, fit_tail, simultaneous_bands
 from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
 from ..diagnostics.marginals import bounds_in_words
 from ..inference import FitResult
 
 BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 _PANEL = (4.4, 3.4)  # width and height in inches
+_LETTERS = 16  # of the verdict in an inch
+_MAX_NAMED = 8  # sites in the legend
+_MAX_BARS = 100  # coordinates: more error bars than that hide each other
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (6, 3.6)) -> Axes:
@@ -48,10 +51,14 @@ def plot_fit(result: FitResult) -> Any:
     :func:`plot_khat`, where there are weights of all data; and of :func:`plot_marginals`, where the
     fit has checked single latents.
 
+    :param result: what :func:`~pyro_artransform.fit` has returned.
     :return: an array of Axes, one for each panel.
+    :raises TypeError: if it is not the result of a fit.
     """
+    if not isinstance(result, FitResult):
+        raise TypeError(f"result: expected what fit returns, got {type(result).__name__}")
     count = 1 + (result.importance is not None) + (result.marginals is not None)
-    words = textwrap.wrap(result.verdict, int(16 * count * _PANEL[0]))  # letters an inch
+    words = textwrap.wrap(result.verdict, int(_LETTERS * count * _PANEL[0]))
     size = count * _PANEL[0], _PANEL[1] + 0.15 * len(words)
     figure, axes = plt.subplots(1, count, squeeze=False, figsize=size, layout="constrained")
     figure.suptitle("\n".join(words), fontsize=8)
@@ -65,8 +72,11 @@ def plot_fit(result: FitResult) -> Any:
 
 def _draw_elbo(result: FitResult, ax: Axes) -> None:
     """The ELBO of each step, if there were any, over the one at the end and the log evidence."""
-    low, high = plot_elbo(result, ax).get_ylim() if result.history else (inf, -inf)
-    tidied(ax, "step" if result.history else "no steps", "ELBO (nats)")
+    low, high = inf, -inf
+    if result.history:
+        low, high = plot_elbo(result.history, ax).get_ylim()
+    else:
+        tidied(ax, "step", "ELBO (nats)").set(xticks=[])
     ends = {"ELBO at the end": (result.elbo, ORANGE), "log evidence": (result.log_evidence, GRAY)}
     for name, (value, color) in ends.items():
         if isfinite(value):
@@ -121,16 +131,19 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     ax = tidied(ax, "weight / mean weight", "share of draws with a larger weight")
     ordered = doubles(result.log_weights).sort(descending=True).values
     ordered = ordered[ordered.isfinite()] - result.log_evidence
+    if not len(ordered):
+        return ax
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
     shares, shown = ranks / result.num_samples, max(3 * tail.size, 10)
     style: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0}
     ax.loglog(ordered[:shown].exp(), shares[:shown], ".", color=BLUE, label="weights", **style)
     if isfinite(tail.scale):
         levels, shares = ranks[: tail.size] / tail.size, shares[: tail.size]
-        for khat, color, label, linestyle in (
+        lines = (
             (tail.khat, ORANGE, "Pareto tail", "-"),
             (GOOD_KHAT, GRAY, f"of index {GOOD_KHAT}", "--"),
-        ):
+        )
+        for khat, color, label, linestyle in lines:
             # the weights of a tail of this index that are exceeded at these levels
             quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
             x = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()
@@ -143,25 +156,68 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
 def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
     """How far each latent's standard deviation is off, over how far its mean is.
 
-    Each dot is a coordinate on the unconstrained space. Those of the posterior itself would be in the
-    middle. The gray box holds errors that are small enough to be trusted.
+    Each dot is a coordinate on the unconstrained space, with standard errors where there are up to 100
+    of them. Those of the posterior itself would be in the middle. The gray box holds errors that are
+    small enough to be trusted.
 
     :param result: what :func:`~pyro_artransform.diagnostics.marginals` found.
     :param ax: where to draw; by default new Axes.
     """
     ax = new_axes(ax)
     width, height = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
-    box = Rectangle((-width, -height), 2 * width, 2 * height, color=GRAY, alpha=0.2, linewidth=0)
-    ax.add_patch(box)
+    style: dict[str, Any] = {"color": GRAY, "alpha": 0.2, "linewidth": 0}
+    ax.add_patch(Rectangle((-width, -height), 2 * width, 2 * height, **style))
     ax.axhline(0, color=GRAY, linewidth=0.8)
     ax.axvline(0, color=GRAY, linewidth=0.8)
     limits = torch.tensor([2 * width, 2 * height], dtype=torch.float64, device="cpu")
+    has_bars = sum(shift.numel() for shift in result.mean_shift.values()) <= _MAX_BARS
     for k, (name, shift) in enumerate(result.mean_shift.items()):
         x, y = doubles(shift), 100 * doubles(result.sd_ratio[name] - 1)
-        ax.plot(x, y, ".", alpha=0.7, color=f"C{k % 10}", label=name if k < 8 else None)
+        style = {"fmt": ".", "elinewidth": 0.6, "alpha": 0.7, "color": f"C{k % 10}"}
+        if has_bars:
+            style["xerr"] = doubles(result.mean_shift_se[name])
+            style["yerr"] = 100 * doubles(result.sd_ratio_se[name])
+        ax.errorbar(x, y, label=name if k < _MAX_NAMED else None, **style)
         limits = limits.maximum(torch.stack([x, y]).abs().nan_to_num(0, 0).amax(1))
     width, height = (1.1 * limits).tolist()
     ax.set(xlim=(-width, width), ylim=(-height, height))
     ax.set_title(bounds_in_words(result.mean_bound, result.sd_bound), fontsize=10)
     ax.legend(frameon=False, fontsize=8)
     return tidied(ax, "mean too large by (sd)", "sd too large by (%)")
+
+
+def plot_ranks(
+    result: SBC, names: Sequence[str] | None = None, ax: Axes | None = None, level: float = 0.95
+) -> Axes:
+    """The distribution functions of ranks minus the uniform one, and their simultaneous bands.
+
+    Each line is a coordinate. The line of a correct posterior stays in the bands with probability
+    ``level``. A line that rises above and then falls below, an S, shows a posterior that is too narrow;
+    its mirror image one that is too wide; a hill or a valley one that is biased. See
+    :func:`~pyro_artransform.diagnostics.simultaneous_bands`.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.sbc` found.
+    :param names: the sites to show; by default all.
+    :param ax: where to draw; by default new Axes.
+    :param level: the level of the bands, for each coordinate on its own.
+    :raises ValueError: if a site is unknown.
+    """
+    names = list(result.ranks) if names is None else list(names)
+    unknown = [name for name in names if name not in result.ranks]
+    if unknown:
+        raise ValueError(f"names: expected some of {list(result.ranks)}, got {unknown}")
+    points, lower, upper = simultaneous_bands(result.num_simulations, result.num_draws, level)
+    ax = new_axes(ax)
+    band: dict[str, Any] = {"step": "mid", "color": GRAY, "alpha": 0.25, "linewidth": 0}
+    label = f"{100 * level:g} % of right posteriors"
+    ax.fill_between(points, lower - points, upper - points, label=label, **band)
+    ax.axhline(0, color=GRAY, linewidth=0.8)
+    for k, name in enumerate(names):
+        ranks = result.ranks[name].reshape(result.num_simulations, -1).to("cpu")
+        below = (ranks[..., None] < points * (result.num_draws + 1) - 1e-6).double().mean(0)
+        lines = ax.step(points, (below - points).T, where="mid", color=f"C{k}", linewidth=1.1)
+        lines[0].set_label(name)
+    ax.set(xlim=(0, 1))
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    ax.legend(frameon=False, fontsize=8, ncols=min(4, len(names) + 1), **place)
+    return tidied(ax, "rank / number of draws", "ECDF of ranks − uniform")

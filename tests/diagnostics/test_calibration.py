@@ -11,8 +11,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import sbc
-from pyro_artransform.diagnostics.calibration import uniformity_pvalue
+from pyro_artransform.diagnostics import sbc, simultaneous_bands, uniformity_pvalue
 
 NUM_DATA = 3
 
@@ -156,9 +155,12 @@ def test_fit_one_returns_a_guide(guide):
     assert torch.equal(pyro.param("kept"), before)
 
 
-def test_seeds_and_progress(capsys):
-    first, second = (run(exact, 3, seed=3, progress=True) for _ in range(2))
-    assert (first.num_draws, first.num_simulations) == (99, 3)
+def test_functions_seeds_and_progress(capsys):
+    def fit_one(data):
+        return lambda n: {"mean": posterior(data).sample((n,))}
+
+    first, second = (run(fit_one, 3, num_draws=30, seed=3, progress=True) for _ in range(2))
+    assert (first.num_draws, first.num_simulations) == (30, 3)
     assert torch.equal(first.ranks["mean"], second.ranks["mean"])
     captured = capsys.readouterr()
     assert "3/3" in captured.err
@@ -177,7 +179,7 @@ def with_factor(data=None):
         (ValueError, r"factors \['extra'\]", {}, {"model": with_factor}),
         (ValueError, r"of shape \(99,\), got \(98,\)", {"mean": torch.zeros(98)}, {}),
         (ValueError, r"draws of \['mean'\], got \['mu'\]", {"mu": torch.zeros(99)}, {}),
-        (TypeError, "expected a guide or a dict of draws, got NoneType", None, {}),
+        (TypeError, "expected a guide, a dict of draws, or a function", None, {}),
         (ValueError, "num_draws: expected a positive integer, got 0", {}, {"num_draws": 0}),
         (ValueError, "num_simulations: expected a positive", {}, {"num_simulations": 0}),
     ],
@@ -216,10 +218,14 @@ def test_pvalues_are_exact_far_out():
 
 
 @pytest.mark.parametrize("num_draws", [1, 9, 99, 1000])
-def test_right_ranks_fail_as_often_as_they_should(num_draws):
-    """One in ten at most; where the function has few values, by a step less."""
-    passed = uniformity_pvalue(torch.randint(0, num_draws + 1, (60, 2000)), num_draws) > 0.1
-    share = passed.double().mean()
-    assert share > 0.9 - 4 * (0.09 / 2000) ** 0.5
+def test_bands_hold_the_whole_function(num_draws):
+    ranks = torch.randint(0, num_draws + 1, (60, 2000))
+    points, lower, upper = simultaneous_bands(60, num_draws, 0.9)
+    assert points.shape == lower.shape == upper.shape == (min(num_draws, 100),)
+    below = torch.stack([(ranks < p * (num_draws + 1) - 1e-6).double().mean(0) for p in points])
+    inside = ((below >= lower[:, None] - 1e-9) & (below <= upper[:, None] + 1e-9)).all(0)
+    assert torch.equal(inside, uniformity_pvalue(ranks, num_draws) > 0.1)
+    # 0.9 at least; where the function has few values, by a step more
+    assert inside.double().mean() > 0.9 - 4 * (0.09 / 2000) ** 0.5
     if num_draws >= 99:
-        assert share < 0.95
+        assert inside.double().mean() < 0.95

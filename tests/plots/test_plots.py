@@ -14,7 +14,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import AutoStructuredFlow, FitResult
-from pyro_artransform.diagnostics import Importance, Marginals, fit_tail
+from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
 
 plt = pytest.importorskip("matplotlib.pyplot")
 plt.switch_backend("Agg")
@@ -105,23 +105,52 @@ def known_marginals(size=40):
     shift = {"m": torch.tensor(0.02), "z": torch.linspace(-0.1, 0.5, size)}
     ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
     small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
-    found = {"mean_bound": 0.55, "sd_bound": 0.45, "num_chains": 128, "trusted": False, "words": ""}
-    return Marginals(shift, small, ratio, small, small, **found)
+    bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
+    counts = {"acceptance": 0.8, "num_chains": 128, "num_gradients": 20_000}
+    return Marginals(shift, small, ratio, small, small, **bounds, **counts, trusted=False, words="")
 
 
 def test_marginals(ax):
     found = known_marginals()
     assert plots.plot_marginals(found, ax=ax) is ax
     assert ax.get_title() == "means within 0.55 sd, sds within 45 %"
-    *_, m, z = ax.get_lines()
+    m, z = ax.containers
     assert (m.get_label(), z.get_label()) == ("m", "z")
-    x, y = (torch.as_tensor(list(values)) for values in z.get_data())
+    x, y = (torch.as_tensor(list(values)) for values in z.lines[0].get_data())
     torch.testing.assert_close(x, found.mean_shift["z"])
     torch.testing.assert_close(y, 100 * (found.sd_ratio["z"] - 1))
+    segment = z.lines[2][0].get_segments()[0]
+    assert segment[1, 0] - segment[0, 0] == pytest.approx(2 * 0.02)
     # all dots are there, and the box of errors that are small enough
     assert limits(ax) == pytest.approx((-0.55, 0.55, -44.0, 44.0))
     (box,) = ax.patches
     assert (box.get_xy(), box.get_width(), box.get_height()) == ((-0.15, -15.0), 0.3, 30.0)
+
+
+# Ranks
+
+
+def test_ranks(ax):
+    """The lines are the empirical distribution functions; those of right posteriors in the bands."""
+    ranks = torch.arange(200) // 2
+    result = SBC({"a": ranks, "b": torch.stack([ranks, ranks * 0], 1)}, 99)
+    assert plots.plot_ranks(result, ax=ax) is ax
+    _, *lines = ax.get_lines()
+    assert len(lines) == 3
+    assert torch.as_tensor(lines[0].get_ydata()).abs().max() < 1e-12
+    wrong, points = (torch.as_tensor(of) for of in (lines[2].get_ydata(), lines[2].get_xdata()))
+    assert torch.allclose(wrong, 1 - points)
+    band = ax.collections[0].get_paths()[0].vertices
+    assert 0.05 < band[:, 1].max() < 0.2
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["95 % of right posteriors", "a", "b"]
+
+
+def test_ranks_of_some_sites():
+    result = SBC({"a": torch.arange(50), "b": torch.arange(50)}, 49)
+    assert len(plots.plot_ranks(result, names=["b"], level=0.5).get_lines()) == 2
+    with pytest.raises(ValueError, match=r"names: expected some of \['a', 'b'\], got \['c'\]"):
+        plots.plot_ranks(result, names=["c"])
 
 
 # A fit
@@ -164,6 +193,8 @@ def test_fit_without_weights_and_bad_results():
     (elbo,) = plots.plot_fit(result())
     labels = [line.get_label() for line in elbo.get_lines()]
     assert labels == ["step", "running median", "ELBO at the end"]
+    with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
+        plots.plot_fit(Importance.from_log_weights(weights()))
     with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
         plots.plot_elbo([])
 
