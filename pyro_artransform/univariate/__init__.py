@@ -5,7 +5,6 @@
 
 from .affine import Affine, Hinged, HingedTransform, MonotonicAffineTransform, Standardizing
 from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
-from .monotone import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
 
 __all__ = [
@@ -13,9 +12,6 @@ __all__ = [
     "ElementwiseTransform",
     "Hinged",
     "HingedTransform",
-    "MonotoneNeural",
-    "MonotoneNeuralTransform",
-    "MonotoneTransform",
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
     "RationalQuadraticSpline",

@@ -11,7 +11,6 @@ from pyro_artransform.transforms import ConditionedUnivariate
 from pyro_artransform.univariate import (
     Affine,
     Hinged,
-    MonotoneNeural,
     MonotonicAffineTransform,
     RationalQuadraticSpline,
     Univariate,
@@ -32,7 +31,6 @@ FAMILIES = {
     "shift": Shift,
     "hinged": Hinged,
     "spline": lambda: RationalQuadraticSpline(count_bins=4, bound=3.0),
-    "monotone": lambda: MonotoneNeural(count_units=3),
 }
 
 
