@@ -13,8 +13,6 @@ import torch
 
 FilePath = str | os.PathLike[str]
 
-_FOLDER = 0x10  # the bit of a record's attributes in an archive
-
 
 def write(path: FilePath, content: object) -> None:
     """Writes a file beside the target and renames it: where that fails, the old file stays."""
@@ -56,7 +54,7 @@ def _is_whole(file: BinaryIO) -> bool:
             for record in archive.infolist():
                 size -= record.file_size
                 # torch would leave the memory for a folder as it finds it
-                is_folder = record.external_attr & _FOLDER
+                is_folder = record.external_attr & 0x10
                 if record.compress_type != zipfile.ZIP_STORED or is_folder or size < 0:
                     return False
             return archive.testzip() is None

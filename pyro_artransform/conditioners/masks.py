@@ -22,6 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..graphs.markov_graph import graph_levels
+
 
 def check_graph(
     order: Tensor | Sequence[int] | None, adjacency: Tensor | None, input_dim: int
@@ -58,22 +60,8 @@ def levels(adjacency: Tensor) -> Tensor:
     :return: long, shape ``(D,)``.
     :raises ValueError: if the graph has a cycle; the message names it.
     """
-    parents = adjacency.detach().to("cpu")
-    level = torch.full((len(parents),), -1, dtype=torch.long, device=parents.device)
-    for k in range(len(parents)):
-        ready = (level < 0) & ~(parents & (level < 0)).any(-1)
-        if not ready.any():
-            break
-        level[ready] = k
-    unresolved = level < 0
-    if unresolved.any():  # each of these has a parent among them
-        path = [int(unresolved.nonzero()[0, 0])]
-        while path[-1] not in path[:-1]:
-            path.append(int((parents[path[-1]] & unresolved).nonzero()[0, 0]))
-        cycle = " -> ".join(map(str, path[path.index(path[-1]) :][::-1]))
-        entry = "(entry [i, j] says that coordinate i depends on coordinate j)"
-        raise ValueError(f"adjacency: expected an acyclic graph, got the cycle {cycle} {entry}")
-    return level.to(adjacency.device)
+    parents = [row.nonzero()[:, 0].tolist() for row in adjacency.to("cpu")]
+    return torch.tensor(graph_levels(parents), device=adjacency.device)
 
 
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:

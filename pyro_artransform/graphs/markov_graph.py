@@ -64,7 +64,7 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
     """The number of coordinates on the longest path to each coordinate of an acyclic graph.
 
     :param root: coordinates of level 0; all others are of level 1 at least if there is one.
-    :raises ValueError: if the graph has a cycle, or a parent is out of range.
+    :raises ValueError: if the graph has a cycle, which is named, or a parent is out of range.
     """
     dim, first = len(parents), list(root)
     children: list[list[int]] = [[] for _ in range(dim)]
@@ -77,17 +77,23 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
     level = [1 if first else 0] * dim
     for i in first:
         level[i] = 0
-    ready, count = [i for i in range(dim) if not missing[i]], 0
+    ready = [i for i in range(dim) if not missing[i]]
     while ready:
         j = ready.pop()
-        count += 1
         for i in children[j]:
             level[i] = max(level[i], level[j] + 1)
             missing[i] -= 1
             if not missing[i]:
                 ready.append(i)
-    if count < dim:
-        raise ValueError("parents: expected a graph without a cycle, got one with a cycle")
+    if any(missing):  # each of these has a parent among them
+        path = [next(i for i in range(dim) if missing[i])]
+        while path[-1] not in path[:-1]:
+            path.append(next(j for j in parents[path[-1]] if missing[j]))
+        cycle = " -> ".join(map(str, path[path.index(path[-1]) :][::-1]))
+        raise ValueError(
+            f"expected a graph without a cycle, got one with a cycle: {cycle} (each coordinate depends on "
+            "the one before it)"
+        )
     return level
 
 

@@ -7,7 +7,6 @@ Large blocks are best where calls dominate (small batches, accelerators), small 
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,35 +18,26 @@ from .flow_module import call_and_ladj
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
 
 
-class Problem(NamedTuple):
-    """The size of an inversion; ``work`` is the number of multiplications in an evaluation of one row."""
-
-    depth: int
-    batch: int
-    input_dim: int
-    num_params: int
-    work: int
-
-
 @functools.lru_cache(maxsize=1024)
-def block_size(problem: Problem, device_type: str) -> int:
-    """The number of levels in a block that is expected to be the fastest."""
-    depth = problem.depth
-    if device_type != "cpu":
-        return depth  # a call costs far more than arithmetic
-    sizes = {-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}
-    return min(sizes, key=lambda size: expected_cost(problem, size))
+def block_size(depth: int, batch: int, input_dim: int, num_params: int, work: int) -> int:
+    """The number of levels in a block that is expected to be the fastest on a CPU.
 
+    :param work: the number of multiplications in an evaluation of one row.
+    """
 
-def expected_cost(problem: Problem, size: int) -> float:
-    """The expected time of an inverse by blocks of ``size`` levels, in nanoseconds on one core."""
-    blocks = -(-problem.depth // size)
-    passes = min(size, 5)  # 5 to 7 for networks at PyTorch's default scale, in 8 to 512 dimensions
-    # opening and closing a block, and reading its rows again; calls; arithmetic of products and of elements
-    calls = 70e3 + problem.batch * 120.0 + passes * 15e3 * problem.num_params
-    products = problem.work * ((1 - 1 / blocks) / 2 + passes / blocks)
-    elements = problem.input_dim * problem.num_params * passes
-    return blocks * calls + problem.batch * (0.032 * products + 4.0 * elements)
+    def cost(size: int) -> float:
+        # in nanoseconds on one core
+        blocks = -(-depth // size)
+        passes = min(
+            size, 5
+        )  # 5 to 7 for networks at PyTorch's default scale, in 8 to 512 dimensions
+        # opening and closing a block, and reading its rows again; calls; products and elements
+        calls = 70e3 + batch * 120.0 + passes * 15e3 * num_params
+        products = work * ((1 - 1 / blocks) / 2 + passes / blocks)
+        elements = input_dim * num_params * passes
+        return blocks * calls + batch * (0.032 * products + 4.0 * elements)
+
+    return min({-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}, key=cost)
 
 
 def by_blocks(
@@ -62,9 +52,10 @@ def by_blocks(
     rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
     rows = rows if blocks.order is None else rows[:, blocks.order]
     depth = len(levels) - 1
-    if size is None:
-        problem = Problem(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
-        size = blocks.max_levels or block_size(problem, y.device.type)
+    if size is None and y.device.type == "cpu":
+        sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
+        size = blocks.max_levels or block_size(*sizes)
+    size = size or blocks.max_levels or depth  # elsewhere a call costs far more than arithmetic
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)

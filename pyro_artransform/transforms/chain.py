@@ -33,9 +33,6 @@ class ForeignTransform(FlowModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return call_and_ladj(self.transform.inv, y)
 
-    def clear_cache(self) -> None:
-        self.transform.clear_cache()  # type: ignore[attr-defined]  # which Pyro adds
-
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.transform.forward_shape(shape)
 
@@ -81,15 +78,14 @@ class ComposedTransform(FlowModule):
         T = T_n \circ \cdots \circ T_1
 
     :param transforms: torch transforms; those that are modules are registered.
-    :param cache_size: as for :class:`FlowModule`.
     :raises TypeError: if a part is not a transform, or would lose parameters.
     :raises ValueError: if there are no parts.
     """
 
     transforms: Any  # a list of modules, each a transform
 
-    def __init__(self, *transforms: Transform, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
+    def __init__(self, *transforms: Transform) -> None:
+        super().__init__()
         self.transforms = _as_modules(transforms, Transform)
         composed = ComposeTransform(list(transforms))
         domain, codomain = composed.domain, composed.codomain
@@ -110,21 +106,19 @@ class ComposedTransform(FlowModule):
         """The transforms that were given."""
         return [t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms]
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total: Any = None
-        for flow, dims in self._steps:
-            x, ladj = flow.call_and_ladj(x)
-            ladj = ladj.sum(dims) if dims else ladj
-            total = ladj if total is None else total + ladj
-        return x, total
+    def call_and_ladj(self, x: Tensor) -> Any:
+        return self._each("call_and_ladj", x)
 
-    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def call_and_score(self, x: Tensor, score: Tensor) -> Any:
+        return self._each("call_and_score", x, score)
+
+    def _each(self, method: str, x: Tensor, *score: Tensor) -> tuple[Tensor, ...]:
         total: Any = None
         for flow, dims in self._steps:
-            x, ladj, score = flow.call_and_score(x, score)
+            x, ladj, *score = getattr(flow, method)(x, *score)
             ladj = ladj.sum(dims) if dims else ladj
             total = ladj if total is None else total + ladj
-        return x, total, score
+        return x, total, *score
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known = [x.detach()]
@@ -168,8 +162,10 @@ class ConditionalComposedTransform(ConditionalFlowModule):
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         modules: Any = self.transforms
-        is_conditional = [isinstance(t, ConditionalTransform) for t in modules]
-        parts = (t.condition(context) if c else t for t, c in zip(modules, is_conditional))
+        parts: list[Any] = []
+        for part in modules:
+            is_conditional = isinstance(part, ConditionalTransform)
+            parts.append(part.condition(context) if is_conditional else part)
         return ComposedTransform(*parts)
 
 
@@ -202,7 +198,6 @@ class PermutationTransform(FlowModule):
         y_k = x_{\mathrm{order}_k}
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
-    :param cache_size: as for :class:`FlowModule`.
 
     Example::
 
@@ -213,8 +208,8 @@ class PermutationTransform(FlowModule):
 
     order: Tensor
 
-    def __init__(self, order: Tensor | Sequence[int], *, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
+    def __init__(self, order: Tensor | Sequence[int]) -> None:
+        super().__init__()
         order = torch.as_tensor(order)
         if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
             raise ValueError(f"order: expected a permutation of 0 .. D-1, got {order.tolist()}")
@@ -250,7 +245,7 @@ class PartitionTransform(FlowModule):
     inverse_order: Tensor
 
     def __init__(self, parts: Sequence[tuple[Sequence[int], FlowModule]]) -> None:
-        super().__init__(cache_size=1)
+        super().__init__()
         sets = [list(coordinates) for coordinates, _ in parts]
         order = [i for coordinates in sets for i in coordinates]
         if not order or sorted(order) != list(range(len(order))):

@@ -28,7 +28,7 @@ class FlowModule(TransformModule):
     transform. To score a draw without inverting, draw it from a
     :class:`~pyro_artransform.FlowDistribution`, or keep what :meth:`call_and_ladj` returns.
 
-    :param cache_size: 0 or 1, for torch's interface; values are recomputed whichever it is.
+    :param cache_size: 0 or 1, for torch's interface; it changes nothing.
     """
 
     domain: constraints.Constraint = constraints.real_vector
@@ -110,20 +110,8 @@ class FlowModule(TransformModule):
         return self.call_and_ladj(x)[1]
 
     def with_cache(self, cache_size: int = 1) -> "FlowModule":
-        """A transform with the same parameters and this ``cache_size``, 0 or 1."""
-        if cache_size not in (0, 1):
-            raise ValueError(f"cache_size: expected 0 or 1, got {cache_size!r}")
-        if cache_size == self._cache_size:
-            return self
-        twin = type(self).__new__(type(self))
-        vars(twin).update(vars(self), _cache_size=cache_size, _inv=None)
-        return twin
-
-    def clear_cache(self) -> None:
-        """Forgets what parts from elsewhere may remember."""
-        for part in self.modules():
-            if part is not self and isinstance(part, Transform):
-                part.clear_cache()  # type: ignore[operator]  # which Pyro adds
+        """Returns itself, since nothing is remembered."""
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowModule":
         twin = type(self).__new__(type(self))
@@ -147,7 +135,7 @@ class InverseTransformModule(FlowModule):
     transform: FlowModule
 
     def __init__(self, transform: FlowModule) -> None:
-        super().__init__(cache_size=transform._cache_size)
+        super().__init__()
         self.transform = transform
         self.domain, self.codomain = transform.codomain, transform.domain
         self.sign = transform.sign
@@ -175,10 +163,6 @@ class InverseTransformModule(FlowModule):
         # both ends are known, so nothing is inverted
         return -self.transform.log_abs_det_jacobian(y, x)
 
-    def with_cache(self, cache_size: int = 1) -> FlowModule:
-        transform = self.transform.with_cache(cache_size)
-        return self if transform is self.transform else InverseTransformModule(transform)
-
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.transform.inverse_shape(shape)
 
@@ -196,9 +180,6 @@ class ConditionalFlowModule(ConditionalTransformModule):
 
     def forward(self, *_: object) -> None:
         raise TypeError("a conditional transform has no value by itself: call .condition(context)")
-
-    def clear_cache(self) -> None:
-        """Nothing is remembered."""
 
 
 def inverse(transform: FlowModule) -> FlowModule:

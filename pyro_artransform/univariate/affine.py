@@ -47,18 +47,13 @@ class MonotonicAffineTransform(ElementwiseTransform):
             bound = check_positive("bound", bound)
         self.shift, self.scale, self.bound = shift, scale, bound
 
-    @property
-    def log_scale(self) -> Tensor:
-        """The bounded log-scale, of the shape of the parameters."""
-        return soft_bound(self.scale, self.bound)
-
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         evaluate = _BoundedAffine.apply if eager_autograd() else _bounded_affine
         y, log_scale = evaluate(x, self.shift, self.scale, self.bound)
         return y, log_scale.expand_as(y)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = -self.log_scale
+        ladj = -soft_bound(self.scale, self.bound)
         x = (y - self.shift) * ladj.exp()
         return x, ladj.expand_as(x)
 

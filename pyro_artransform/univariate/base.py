@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from ..arguments import values_can_be_read
+
 
 class Derivatives(NamedTuple):
     """The value and log-slope at B points, and what a score needs of them, without a graph."""
@@ -23,12 +25,8 @@ class Derivatives(NamedTuple):
 
 
 def eager_autograd() -> bool:
-    """Whether derivatives by hand can be used: not in ``torch.jit, torch.compile`` or ``torch.func``."""
-    return not (
-        torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    )
+    """Whether derivatives by hand can be used."""
+    return values_can_be_read()
 
 
 def soft_bound(x: Tensor, bound: float) -> Tensor:

@@ -47,7 +47,7 @@ def test_cycle_is_named(edges, cycle):
     adjacency = torch.zeros(4, 4, dtype=torch.bool)
     for i, j in edges:
         adjacency[i, j] = True
-    with pytest.raises(ValueError, match=rf"acyclic graph, got the cycle {cycle} "):
+    with pytest.raises(ValueError, match=rf"got one with a cycle: {cycle} "):
         masks.check_graph(None, adjacency, 4)
 
 

@@ -95,7 +95,7 @@ def test_hooks_act_in_both_directions(part):
     def changes(module, given, out):
         if isinstance(out, torch.Tensor):
             return out + 1
-        return MonotonicAffineTransform(out.shift + 1, out.log_scale)
+        return MonotonicAffineTransform(out.shift + 1, out.scale)
 
     t.meta.get_submodule(part).register_forward_hook(changes)
     x = torch.randn(5, 3)
