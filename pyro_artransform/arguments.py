@@ -56,18 +56,13 @@ def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
     return value
 
 
-def check_hidden_dims(hidden_dims: int | Sequence[int]) -> list[int]:
+def check_hidden_dims(hidden_dims: Any) -> list[int]:
     """The widths of hidden layers, from an integer or a sequence of integers."""
-    if _as_index(hidden_dims) is not None:
-        return [check_integer("hidden_dims", hidden_dims)]
-    if isinstance(hidden_dims, (str, bytes)) or not isinstance(hidden_dims, Iterable):
-        raise ValueError(
-            f"hidden_dims: expected a positive integer or a sequence of them, got {hidden_dims!r}"
-        )
-    widths = [check_integer("hidden_dims", width) for width in hidden_dims]
+    is_one = _as_index(hidden_dims) is not None or not isinstance(hidden_dims, Iterable)
+    widths = [hidden_dims] if is_one else list(hidden_dims)
     if not widths:
         raise ValueError("hidden_dims: expected at least one width, got an empty sequence")
-    return widths
+    return [check_integer("hidden_dims", width) for width in widths]
 
 
 def check_broadcast(names: str, *shapes: torch.Size) -> None:

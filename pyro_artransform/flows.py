@@ -89,9 +89,7 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
 
     :param input_dim: the number D of coordinates.
     """
-    family = Hinged()
-    conditioner = Unconditional(input_dim, family.num_params)
-    return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
+    return _marginals(input_dim, Hinged())
 
 
 def spline_marginals(
@@ -102,7 +100,10 @@ def spline_marginals(
     :param input_dim: the number D of coordinates.
     :param count_bins: as for :func:`spline_autoregressive`, like ``bound``.
     """
-    family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
+    return _marginals(input_dim, RationalQuadraticSpline(count_bins=count_bins, bound=bound))
+
+
+def _marginals(input_dim: int, family: Univariate) -> AutoregressiveTransform:
     conditioner = Unconditional(input_dim, family.num_params)
     return AutoregressiveTransform(ConditionedUnivariate(conditioner, family))
 
@@ -209,13 +210,6 @@ def conditional_iaf(
     """:func:`iaf` that depends on a context too, see its parameters.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
-
-    Example::
-
-        >>> import torch
-        >>> flow = conditional_iaf(3, context_dim=2, num_transforms=2)
-        >>> flow.condition(torch.zeros(1, 2))(torch.zeros(5, 3)).shape
-        torch.Size([5, 3])
     """
     options: Any = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
     options["context_dim"] = check_integer("context_dim", context_dim)
@@ -233,7 +227,7 @@ def conditional_maf(
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
 ) -> ConditionalTransformModule:
-    """The inverse of :func:`conditional_iaf`, see its parameters and its example."""
+    """The inverse of :func:`conditional_iaf`, see its parameters."""
     sizes = input_dim, context_dim, num_transforms, hidden_dims
     network: Any = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
     return conditional_iaf(*sizes, univariate=univariate, **network).inv

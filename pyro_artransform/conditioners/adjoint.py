@@ -8,14 +8,14 @@ to the first. For a :class:`MaskedMLP`, all blocks of levels together touch each
 only the small squares of the blocks are formed. A :class:`ParentsMLP` keeps what its networks computed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import solve_triangular
+from torch.nn.functional import silu
 
 from .activations import slope_of
 from .blocks import BlockLayout, Weights
@@ -113,10 +113,8 @@ class MLPLinearization:
 class Activations:
     """The inputs and hidden units of a group of m networks at B points, filled level by level."""
 
-    def __init__(
-        self, group: "ParentsGroup", nonlinearity: Callable[[Tensor], Tensor], like: Tensor
-    ) -> None:
-        self.group, self.nonlinearity = group, nonlinearity
+    def __init__(self, group: "ParentsGroup", like: Tensor) -> None:
+        self.group = group
         m, h, k = group.inner.shape
         self.x = like.new_empty(m, k, len(like))  # the values of the parents
         self.before = like.new_empty(m, h, len(like))  # the hidden units before the activation
@@ -127,7 +125,7 @@ class Activations:
         group, x, before = self.group, self.x[rows], self.before[rows]
         torch.index_select(known, 0, index[rows].reshape(-1), out=x.view(-1, x.shape[-1]))
         torch.baddbmm(group.inner_bias[rows], group.inner[rows], x, out=before)
-        self.hidden[rows] = self.nonlinearity(before)
+        self.hidden[rows] = silu(before)
 
     def outputs(self, rows: slice) -> Tensor:
         """The parameters of some rows, shape ``(m, P, B)``."""
@@ -137,7 +135,7 @@ class Activations:
     @cached_property
     def slope(self) -> Tensor:
         """The derivative of the activation, shape ``(m, h, B)``."""
-        return slope_of(self.nonlinearity, self.before)
+        return slope_of(nn.SiLU(), self.before)
 
     def pull_back(self, weights: Tensor) -> Tensor:
         """The gradient of a sum, weighted by shape ``(m, P, B)``, in the parents: ``(m, k, B)``."""

@@ -254,10 +254,6 @@ class MaskedMLP(Conditioner):
         skip = None if skip is None else skip.view(*rows, -1)
         return Weights(inner, last.view(*rows, -1), skip, biases, last_bias.view(rows))
 
-    def extra_repr(self) -> str:
-        sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
-        return f"{sizes}, hidden_dims={self.hidden_dims}, context_dim={self.context_dim}"
-
 
 class Unconditional(Conditioner):
     """Parameters that are the same for every x: a univariate flow of each marginal.

@@ -3,18 +3,17 @@
 
 """A small network for each coordinate, of its parents alone, and its evaluation level by level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, silu
 
-from ..arguments import check_callable, check_integer
+from ..arguments import check_integer
 from ..graphs.markov_graph import graph_levels
 from ..graphs.padding import PaddedGroup, padded_groups
-from .activations import ELEMENTWISE
 from .adjoint import Activations, ParentsLinearization, with_padding
 from .base import Blocks, Conditioner
 from .masked_mlp import check_input, runs_only
@@ -28,14 +27,12 @@ class ParentsMLP(Conditioner):
         \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
     The number of parameters is proportional to that of edges of the graph. The inverse of a transform goes
-    through the graph level by level. L and V start at zero.
+    through the graph level by level. L and V start at zero; :math:`\sigma` is SiLU.
 
     :param parents: for each of the D coordinates those that it depends on, without a cycle.
     :param num_params: the number P of parameters of each coordinate.
     :param hidden_dim: the number of hidden units of each coordinate.
-    :param nonlinearity: as for :class:`~pyro_artransform.conditioners.MaskedMLP`, by default SiLU.
     :param bias: whether there is a b.
-    :raises TypeError: if the nonlinearity is not a function.
     :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are not
         coordinates.
 
@@ -66,7 +63,6 @@ class ParentsMLP(Conditioner):
         num_params: int,
         hidden_dim: int = 8,
         *,
-        nonlinearity: Callable[[Tensor], Tensor] | None = None,
         bias: bool = True,
     ) -> None:
         super().__init__()
@@ -74,10 +70,6 @@ class ParentsMLP(Conditioner):
         self.parents = tuple(map(tuple, parents))
         self.num_params = check_integer("num_params", num_params)
         self.hidden_dim = check_integer("hidden_dim", hidden_dim)
-        wanted = "a function or a module such as torch.nn.SiLU()"
-        activation = nn.SiLU() if nonlinearity is None else nonlinearity
-        self.nonlinearity = check_callable("nonlinearity", activation, wanted)
-        self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
         level = graph_levels(parents)
         self.depth = max(level) + 1
         graph = [*map(len, parents), *(j for own in parents for j in own)]
@@ -119,8 +111,7 @@ class ParentsMLP(Conditioner):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_input(x, context, self.input_dim, 0, next(self.parameters(), x).dtype)
         known = with_padding(x.reshape(-1, self.input_dim).T)
-        act, every = self.nonlinearity, slice(None)
-        outputs = [group(known, group.parents, every, act) for group in self.groups]
+        outputs = [group(known, group.parents, slice(None)) for group in self.groups]
         params = self.assembled(outputs, known)
         params = params if self.bias is None else params + self.bias
         return params.reshape(x.shape + (self.num_params,))
@@ -159,10 +150,6 @@ class ParentsMLP(Conditioner):
             found.update({group.outer: own, group.linear: own})
         return found
 
-    def extra_repr(self) -> str:
-        sizes = f"input_dim={self.input_dim}, num_params={self.num_params}"
-        return f"{sizes}, hidden_dim={self.hidden_dim}, depth={self.depth}"
-
 
 class ParentsGroup(nn.Module):
     """The networks of m coordinates with at most k parents each."""
@@ -186,15 +173,13 @@ class ParentsGroup(nn.Module):
         self.outer = nn.Parameter(torch.zeros(m, num_params, hidden_dim, **options))
         self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
 
-    def forward(
-        self, known: Tensor, index: Tensor, rows: slice, nonlinearity: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def forward(self, known: Tensor, index: Tensor, rows: slice) -> Tensor:
         """The parameters of n of the coordinates, shape ``(n, P, B)``.
 
         :param known: coordinates and padding, shape ``(*, B)``, with the parents at ``index``, ``(m, k)``.
         """
         x = embedding(index[rows], known)
-        hidden = nonlinearity(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
+        hidden = silu(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
         return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
 
 
@@ -206,12 +191,12 @@ class ParentsBlocks:
     def __init__(self, network: "ParentsMLP", like: Tensor, in_place: bool) -> None:
         self.order: Tensor | None = network.order
         self.levels = network.levels
-        self._network, self._act = network, network.nonlinearity
+        self._network = network
         num_edges = len(network.graph) - network.input_dim
         self.work = num_edges * (network.hidden_dim + network.num_params)
         self._parts: list[Activations] | None = None
         if in_place:
-            self._parts = [Activations(group, self._act, like) for group in network.groups]
+            self._parts = [Activations(group, like) for group in network.groups]
         # padding reads the first row
         self._known = like.new_zeros(like.shape[1] + 1 if in_place else 1, like.shape[0])
 
@@ -229,7 +214,7 @@ class ParentsBlocks:
                 if (own := group.layout.slices.get(level)) is None:
                     continue
                 if self._parts is None:
-                    found.append(group(known, group.ranks, own, self._act))
+                    found.append(group(known, group.ranks, own))
                 else:
                     self._parts[g].fill(known, group.ranks, own)
                     found.append(self._parts[g].outputs(own))

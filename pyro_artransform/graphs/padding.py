@@ -13,15 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PaddedGroup:
-    """Coordinates with at most ``width`` parents each.
+    """Coordinates with at most k parents each.
 
     :param coordinates: the m coordinates, sorted by level.
     :param slices: the rows of each level that is in the group, by level.
-    :param parents: shape ``(m, width)``, padded with the number of all coordinates.
-    :param is_parent: shape ``(m, width)``, false for padding.
+    :param parents: shape ``(m, k)``, padded with the number of all coordinates.
+    :param is_parent: shape ``(m, k)``, false for padding.
     """
 
-    width: int
     coordinates: tuple[int, ...]
     slices: dict[int, slice]
     parents: Tensor
@@ -63,4 +62,4 @@ def _group(
     for _, i in members:
         rows.append([*parents[i], *[padding] * (width - len(parents[i]))])
     index = torch.tensor(rows, dtype=torch.long, device="cpu")
-    return PaddedGroup(width, tuple(i for _, i in members), slices, index, index < padding)
+    return PaddedGroup(tuple(i for _, i in members), slices, index, index < padding)

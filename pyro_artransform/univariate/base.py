@@ -122,7 +122,7 @@ class ElementwiseTransform(Transform):
 
     @property
     def inv(self) -> "ElementwiseTransform":
-        """The inverse, which has ``call_and_ladj`` too; ``t.inv.inv == t``."""
+        """The inverse, which has ``call_and_ladj`` too."""
         return InverseElementwiseTransform(self)
 
     def with_cache(self, cache_size: int = 1) -> "ElementwiseTransform":
@@ -146,12 +146,6 @@ class InverseElementwiseTransform(ElementwiseTransform):
     def __init__(self, base: ElementwiseTransform) -> None:
         super().__init__()
         self.base = base
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, InverseElementwiseTransform) and self.base == other.base
-
-    def __repr__(self) -> str:
-        return f"{self.base!r}.inv"
 
     @property
     def inv(self) -> ElementwiseTransform:

@@ -90,11 +90,11 @@ def test_skip_connections_add_a_linear_function_that_starts_at_zero():
         ({"context_dim": "2"}, "context_dim: expected an integer of at least 0, got '2'"),
         ({"hidden_dims": ()}, "hidden_dims: expected at least one width, got an empty sequence"),
         ({"hidden_dims": [8, 2.0]}, r"hidden_dims: expected a positive integer, got 2\.0"),
-        ({"hidden_dims": "64"}, "a positive integer or a sequence of them, got '64'"),
+        ({"hidden_dims": "64"}, "hidden_dims: expected a positive integer, got '6'"),
         ({"skip_connections": "no"}, "skip_connections: expected True or False, got 'no'"),
         ({"order": [0, 1, 1]}, "permutation"),
         ({"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)}, "or an adjacency, got both"),
-        ({"adjacency": torch.eye(3)}, "cycle 0 -> 0"),
+        ({"adjacency": torch.eye(3)}, "cycle: 0 -> 0"),
     ],
 )
 def test_bad_arguments(options, message):

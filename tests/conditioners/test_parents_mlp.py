@@ -6,7 +6,6 @@ from itertools import cycle
 
 import pytest
 import torch
-from torch import nn
 
 from pyro_artransform.conditioners import ParentsMLP
 from pyro_artransform.conditioners.adjoint import Activations
@@ -135,11 +134,6 @@ def test_bad_arguments_and_inputs():
     network = ParentsMLP(CHAIN, 2)
     with pytest.raises(ValueError, match=r"expected shape \(\*, 4\), got \(3,\)"):
         network(torch.zeros(3))
-    with pytest.raises(TypeError, match="nonlinearity"):
-        ParentsMLP(CHAIN, 2, nonlinearity=3)
-    # an activation from elsewhere is checked
-    assert ParentsMLP(CHAIN, 2, nonlinearity=nn.Tanh()).autoregressive
-    assert not ParentsMLP(CHAIN, 2, nonlinearity=lambda x: x).autoregressive
 
 
 def test_a_step_leaves_nothing_for_the_garbage_collector(monkeypatch):
