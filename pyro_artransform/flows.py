@@ -83,11 +83,9 @@ def spline_autoregressive(
 
 
 def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
-    """A univariate transform with smooth hinges for each coordinate, independent of the others.
+    """A univariate transform with smooth hinges for each of D coordinates, independent of the others.
 
     In front of a stack of affine layers it gives the base distribution skewness and tails.
-
-    :param input_dim: the number D of coordinates.
     """
     return _marginals(input_dim, Hinged())
 
@@ -95,11 +93,7 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
 def spline_marginals(
     input_dim: int, *, count_bins: int = 8, bound: float = 5.0
 ) -> AutoregressiveTransform:
-    """A rational-quadratic spline for each coordinate, independent of the others.
-
-    :param input_dim: the number D of coordinates.
-    :param count_bins: as for :func:`spline_autoregressive`, like ``bound``.
-    """
+    """A spline, as of :func:`spline_autoregressive`, for each coordinate, independent of the others."""
     return _marginals(input_dim, RationalQuadraticSpline(count_bins=count_bins, bound=bound))
 
 

@@ -4,8 +4,7 @@
 """Networks linearized at known points: pull-backs of their derivative, and adjoint solves with it.
 
 A triangular system in the Jacobian of a flow is solved by substitution, from the last level of the graph
-to the first. For a :class:`MaskedMLP`, all blocks of levels together touch each weight about once, and
-only the small squares of the blocks are formed. A :class:`ParentsMLP` keeps what its networks computed.
+to the first. All blocks of levels of a :class:`MaskedMLP` together touch each weight about once.
 """
 
 from dataclasses import dataclass

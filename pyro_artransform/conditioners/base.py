@@ -39,10 +39,8 @@ class Blocks(Protocol):
     order: Tensor | None
     #: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
     levels: list[int]
-    #: The number of multiplications in one evaluation of one row.
-    work: int
-    #: The largest number of levels in a block, None where the costs decide.
-    max_levels: int | None
+    #: The number of multiplications in one evaluation of one row, None where each level is a block.
+    work: int | None
 
     def open(self, start: int, stop: int) -> None:
         """Begins the block of the levels ``start`` to ``stop - 1``."""

@@ -83,12 +83,7 @@ class KnownColumns:
 
 
 class MLPBlocks:
-    """The :class:`~.base.Blocks` of one network at one batch.
-
-    :param in_place: whether to write into tensors, which autograd and ``torch.func`` cannot follow.
-    """
-
-    max_levels: int | None = None
+    """The :class:`~.base.Blocks` of one network at one batch."""
 
     def __init__(
         self,
@@ -100,7 +95,7 @@ class MLPBlocks:
         in_place: bool,
     ) -> None:
         self.order, self.levels = order, layout.levels
-        self.work = sum(w.numel() for w in (*weights.inner, weights.last))
+        self.work: int | None = sum(w.numel() for w in (*weights.inner, weights.last))
         self._units, self._weights, self._act = layout.units, weights, nonlinearity
         self._batch = like.shape[0]
         # the inputs, then the units of each hidden layer

@@ -55,9 +55,7 @@ def check_graph(
 def levels(adjacency: Tensor) -> Tensor:
     """The level of each coordinate: 0 without parents, else one more than its highest parent's.
 
-    The largest level plus 1 is the depth of the graph: as many fixed-point passes invert exactly.
-
-    :return: long, shape ``(D,)``.
+    :return: long, shape ``(D,)``; the largest level plus 1 is the depth of the graph.
     :raises ValueError: if the graph has a cycle; the message names it.
     """
     parents = [row.nonzero()[:, 0].tolist() for row in adjacency.to("cpu")]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
 
 from ..arguments import check_integer
-from ..graphs.markov_graph import graph_levels
-from ..graphs.padding import PaddedGroup, padded_groups
+from ..graphs.markov_graph import PaddedGroup, graph_levels, padded_groups
 from .adjoint import Activations, ParentsLinearization, with_padding
 from .base import Blocks, Conditioner
 from .masked_mlp import check_input, runs_only
@@ -186,14 +185,12 @@ class ParentsGroup(nn.Module):
 class ParentsBlocks:
     """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch."""
 
-    max_levels: int | None = 1
+    work: int | None = None
 
     def __init__(self, network: "ParentsMLP", like: Tensor, in_place: bool) -> None:
         self.order: Tensor | None = network.order
         self.levels = network.levels
         self._network = network
-        num_edges = len(network.graph) - network.input_dim
-        self.work = num_edges * (network.hidden_dim + network.num_params)
         self._parts: list[Activations] | None = None
         if in_place:
             self._parts = [Activations(group, like) for group in network.groups]

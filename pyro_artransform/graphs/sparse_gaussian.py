@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .markov_graph import Elimination
-from .padding import padded_groups
+from .markov_graph import Elimination, padded_groups
 
 # Of a precision with a diagonal of ones: pivots below the first are round-off, or the matrix is not positive
 # definite; the second takes their place, a sd three times the conditional one. By hand.

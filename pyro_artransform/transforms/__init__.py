@@ -22,7 +22,6 @@ from .scales_and_tails import (
     CompressedTails,
     LocationScale,
     Standardize,
-    StandardizedContext,
     standardize,
     standardize_context,
 )
@@ -42,7 +41,6 @@ __all__ = [
     "PartitionTransform",
     "PermutationTransform",
     "Standardize",
-    "StandardizedContext",
     "StructuredMeta",
     "chain",
     "check_structure",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
-from .conditioned import ContextMeta, ElementwiseTransform, Meta, StructuredMeta, check_returned
+from .conditioned import ContextMeta, Meta, StructuredMeta, check_returned
 from .flow_module import (
     ConditionalFlowModule,
     FlowModule,
@@ -66,11 +66,7 @@ class AutoregressiveTransform(FlowModule):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        transform = self.meta(x)
-        if isinstance(transform, ElementwiseTransform):
-            y, ladj = transform.call_and_ladj(x)
-            return y, ladj.sum(-1)
-        return call_and_ladj_over_vectors(check_returned(transform), x)
+        return call_and_ladj_over_vectors(check_returned(self.meta(x)), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check(y)

@@ -52,10 +52,12 @@ def by_blocks(
     rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
     rows = rows if blocks.order is None else rows[:, blocks.order]
     depth = len(levels) - 1
-    if size is None and y.device.type == "cpu":
-        sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
-        size = blocks.max_levels or block_size(*sizes)
-    size = size or blocks.max_levels or depth  # elsewhere a call costs far more than arithmetic
+    if blocks.work is None:
+        size = 1
+    elif size is None and y.device.type == "cpu":
+        size = block_size(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
+    elif size is None:
+        size = depth  # a call costs far more than arithmetic
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)

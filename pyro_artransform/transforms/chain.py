@@ -161,11 +161,10 @@ class ConditionalComposedTransform(ConditionalFlowModule):
 
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
-        modules: Any = self.transforms
-        parts: list[Any] = []
-        for part in modules:
-            is_conditional = isinstance(part, ConditionalTransform)
-            parts.append(part.condition(context) if is_conditional else part)
+        parts: list[Any] = [*self.transforms]
+        for k, part in enumerate(parts):
+            if isinstance(part, ConditionalTransform):
+                parts[k] = part.condition(context)
         return ComposedTransform(*parts)
 
 
@@ -250,10 +249,6 @@ class PartitionTransform(FlowModule):
         order = [i for coordinates in sets for i in coordinates]
         if not order or sorted(order) != list(range(len(order))):
             raise ValueError(f"parts: expected a partition of 0 .. D-1, got {sets}")
-        for _, transform in parts:
-            kind = type(transform).__name__
-            if not isinstance(transform, FlowModule):
-                raise TypeError(f"parts: expected transforms of this package, got {kind}")
         self.transforms = nn.ModuleList(transform for _, transform in parts)
         self._sizes = [len(coordinates) for coordinates in sets]
         index = torch.tensor(order, dtype=torch.long, device="cpu")

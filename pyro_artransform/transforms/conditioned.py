@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from ..conditioners import Blocks, Conditioner, Linearization
+from ..conditioners.masked_mlp import runs_only
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
 
@@ -84,7 +85,6 @@ class ConditionedUnivariate(StructuredMeta):
     :param conditioner: a module that returns parameters of shape ``(*, D, P)``.
     :param univariate: the family that turns them into a transform.
     :raises ValueError: if the two disagree on the number P of parameters.
-
     """
 
     def __init__(self, conditioner: Conditioner, univariate: Univariate) -> None:
@@ -127,9 +127,8 @@ class ConditionedUnivariate(StructuredMeta):
 
     def _is_of_its_parts(self) -> bool:
         """Whether the conditioner and the family are all that it does."""
-        hooks = [self._forward_hooks, self._forward_pre_hooks]
-        hooks += [self.univariate._forward_hooks, self.univariate._forward_pre_hooks]
-        return not any(hooks) and type(self).forward is ConditionedUnivariate.forward
+        family = self.univariate
+        return runs_only(self, ConditionedUnivariate) and runs_only(family, type(family))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""

@@ -128,24 +128,16 @@ class Standardize(FlowModule):
 
 
 class StandardizedContext(ConditionalFlowModule):
-    """A conditional transform whose context is standardized first, see :func:`standardize_context`.
-
-    :param loc: what is subtracted from a context, shape ``(C,)``.
-    :param scale: what it is then divided by, shape ``(C,)``, positive.
-    """
+    """A conditional transform of a context that is shifted and divided first, by shapes ``(C,)``."""
 
     loc: Tensor
     scale: Tensor
 
     def __init__(self, transform: ConditionalTransformModule, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
-        kind = type(transform).__name__
-        if not isinstance(transform, ConditionalTransformModule):
-            raise TypeError(f"transform: expected a conditional transform, got {kind}")
-        check_location_and_scale(loc, scale)
         self.transform = transform
-        self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
 
     def condition(self, context: Tensor) -> FlowModule:
         """The transform for a context in the units of the data, of shape ``(*, C)``."""
@@ -175,7 +167,7 @@ def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
 
 def standardize_context(
     transform: ConditionalTransformModule, contexts: Tensor
-) -> StandardizedContext:
+) -> ConditionalFlowModule:
     """A conditional transform that takes contexts in their own units: its networks see standardized ones.
 
     :param contexts: those of the training data, shape ``(n, C)``; a constant coordinate is shifted and

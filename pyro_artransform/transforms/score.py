@@ -1,11 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The score of the value of an autoregressive transform, with its parameters held fixed.
+r"""The score u of the value of an autoregressive transform, with its parameters held fixed.
 
-With J the Jacobian, u solves :math:`J^\top u = r`, where r is the score of x minus the gradient of the
-log-determinant. J is triangular in the order of the graph: by substitution where the meta knows its own
-derivative, else by vector-Jacobian products.
+It solves :math:`J^\top u = r` with the triangular Jacobian J, where r is the score of x minus the gradient
+of the log-determinant: by substitution where the meta knows its derivative, else by iteration.
 """
 
 import torch

@@ -65,7 +65,14 @@ class MonotonicRQSTransform(ElementwiseTransform):
     ) -> None:
         super().__init__()
         if not torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
-            _check_shapes(widths, heights, derivatives)
+            bins = widths.shape[-1] if widths.dim() else 0
+            rest = heights, derivatives
+            if bins < 2 or [t.shape[-1:] for t in rest] != [(bins,), (bins - 1,)]:
+                wanted = "widths, heights and derivatives of shapes (*, K), (*, K) and (*, K - 1)"
+                got = ", ".join(str(tuple(t.shape)) for t in (widths, *rest))
+                raise ValueError(f"expected {wanted} with K >= 2, got {got}")
+            batches = [t.shape[:-1] for t in (widths, *rest)]
+            check_broadcast("batch shapes of widths, heights and derivatives", *batches)
         self.bound = check_positive("bound", bound)
         # The bins go before the last dimension, where softmax and cumsum work on whole vectors; a table
         # without coordinates gets one.
@@ -177,15 +184,3 @@ class RationalQuadraticSpline(Univariate):
         sizes = (self.count_bins, self.count_bins, self.count_bins - 1)
         widths, heights, derivatives = split_params(params, sizes)
         return MonotonicRQSTransform(widths, heights, derivatives, bound=self.bound)
-
-
-def _check_shapes(widths: Tensor, heights: Tensor, derivatives: Tensor) -> None:
-    bins = widths.shape[-1] if widths.dim() else 0
-    if bins < 2:
-        raise ValueError(f"expected widths of shape (*, K) with K >= 2, got {tuple(widths.shape)}")
-    if heights.shape[-1:] != (bins,) or derivatives.shape[-1:] != (bins - 1,):
-        wanted = f"heights of shape (*, {bins}) and derivatives of shape (*, {bins - 1})"
-        got = f"{tuple(heights.shape)} and {tuple(derivatives.shape)}"
-        raise ValueError(f"expected {wanted}, got {got}")
-    batches = widths.shape[:-1], heights.shape[:-1], derivatives.shape[:-1]
-    check_broadcast("batch shapes of widths, heights and derivatives", *batches)

@@ -2,8 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from pyro_artransform.graphs.markov_graph import MarkovGraph, color_columns, eliminate, graph_levels
-from pyro_artransform.graphs.padding import padded_groups
+from pyro_artransform.graphs.markov_graph import (
+    MarkovGraph,
+    color_columns,
+    eliminate,
+    graph_levels,
+    padded_groups,
+)
 from tests.graphs.markov_graphs import GRAPHS, chain, complete, crossed, grid, plate
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
