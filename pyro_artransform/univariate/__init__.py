@@ -5,6 +5,7 @@
 
 from .affine import Affine, Hinged, HingedTransform, MonotonicAffineTransform, Standardizing
 from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
+from .monotone import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "ElementwiseTransform",
     "Hinged",
     "HingedTransform",
+    "MonotoneNeural",
+    "MonotoneNeuralTransform",
+    "MonotoneTransform",
     "MonotonicAffineTransform",
     "MonotonicRQSTransform",
     "RationalQuadraticSpline",

@@ -20,7 +20,12 @@ from pyro_artransform.transforms import (
     PermutationTransform,
     chain,
 )
-from pyro_artransform.univariate import Affine, Hinged, RationalQuadraticSpline
+from pyro_artransform.univariate import (
+    Affine,
+    Hinged,
+    MonotoneNeural,
+    RationalQuadraticSpline,
+)
 from tests.transforms.metas import CumulativeConditioner, Dense, DenseTransform
 
 GAINS = (0.3, 1.0, 2.0, 4.0)
@@ -48,6 +53,7 @@ def families(draw):
                 lambda: Affine(bound=bound),
                 Hinged,
                 lambda: Hinged(knots=[0.5], width=0.1),
+                lambda: MonotoneNeural(count_units=int(2 * bound)),
                 lambda: RationalQuadraticSpline(count_bins=int(2 * bound) + 1, bound=bound),
             ]
         )

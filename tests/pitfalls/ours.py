@@ -18,6 +18,7 @@ HIDDEN = 16
 UNIVARIATES = {
     "affine": univariate.Affine,
     "spline": univariate.RationalQuadraticSpline,
+    "monotone": univariate.MonotoneNeural,
 }
 
 
@@ -26,6 +27,7 @@ class Ours(Subject):
 
     name = "pyro_artransform"
     families = ("affine", "spline")
+    more_families = ("monotone",)
     log_scale_bound = 3.0
     sources = (Path(art.__file__).parent,)
 

@@ -11,6 +11,7 @@ from pyro_artransform.transforms import ConditionedUnivariate
 from pyro_artransform.univariate import (
     Affine,
     Hinged,
+    MonotoneNeural,
     MonotonicAffineTransform,
     RationalQuadraticSpline,
     Univariate,
@@ -31,6 +32,7 @@ FAMILIES = {
     "shift": Shift,
     "hinged": Hinged,
     "spline": lambda: RationalQuadraticSpline(count_bins=4, bound=3.0),
+    "monotone": lambda: MonotoneNeural(count_units=3),
 }
 
 

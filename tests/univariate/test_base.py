@@ -4,7 +4,6 @@
 import pytest
 import torch
 
-from pyro_artransform.arguments import values_can_be_read
 from pyro_artransform.univariate import soft_bound, split_params
 
 
@@ -41,16 +40,3 @@ def test_split_params_gives_views_in_order():
         assert parts[0].data_ptr() == source.data_ptr()
         loss = sum(part.square().sum() for part in parts)
         assert torch.allclose(torch.autograd.grad(loss, source)[0], 2 * source)
-
-
-def test_values_are_not_read_in_function_transforms_and_on_the_meta_device():
-    assert values_can_be_read()
-
-    def function(x):
-        assert not values_can_be_read()
-        return x.sum()
-
-    torch.func.grad(function)(torch.ones(3))
-    torch.func.vmap(function)(torch.ones(3, 2))
-    torch.jit.trace(function, torch.ones(3), check_trace=False)
-    assert not values_can_be_read(torch.ones(2), torch.ones(3, device="meta"))
