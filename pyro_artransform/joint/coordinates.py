@@ -179,6 +179,21 @@ class PriorScales(Messenger):
             self.found[message["name"]] = prior
 
 
+def map_sites(
+    run: Callable[[], object],
+    sites: Mapping[str, SiteCoordinates],
+    values: Mapping[str, Tensor],
+    is_inverse: bool = False,
+) -> PriorMap:
+    """One run of a model, at x or u of the mapped latents and the values of other sites."""
+    prior = PriorMap(sites, is_inverse, is_alone=True)
+    rest = prior.take(values)
+    # not in a plate of draws: in a guide another one, of particles, may have its dimension
+    with validation_enabled(False), hidden_sites(), suppress(AllMapped), prior:
+        poutine.condition(run, rest)()
+    return prior
+
+
 def map_draws(
     run: Callable[[], object],
     latents: Latents,
@@ -193,12 +208,8 @@ def map_draws(
     :return: "z", and the log-determinant of the map from coordinates to the unconstrained space, "total".
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
-    prior = PriorMap(sites, is_inverse, is_alone=True)
     values, _ = latents.constrain_with_ladj(z, sites)
-    placed = prior.take(plate.place(values, latents.event_dims))
-    # not in the plate: in a guide another one, of particles, may have its dimension
-    with hidden_sites(), suppress(AllMapped), prior:
-        poutine.condition(run, placed)()
+    prior = map_sites(run, sites, plate.place(values, latents.event_dims), is_inverse)
     parts = latents.split(z)
     for name, part in prior.found.items():
         parts[name] = part.reshape(parts[name].shape)
@@ -241,7 +252,7 @@ def depend_on_latents(one: Priors, other: Priors) -> list[str]:
     return found
 
 
-def centered_by_curvature(non_centered: Any, x: Tensor) -> Tensor:
+def centered_by_curvature(non_centered: Any, x: Tensor, together: Tensor | None = None) -> Tensor:
     r"""lambda by what the data say of each element, against its prior.
 
     .. math::
@@ -253,22 +264,22 @@ def centered_by_curvature(non_centered: Any, x: Tensor) -> Tensor:
 
     :param non_centered: the log joint density in coordinates with lambda 0.
     :param x: points, shape ``(n, latent_dim)``, over which h is averaged.
+    :param together: labels, shape ``(latent_dim,)``: coordinates of one label have no second derivatives
+        with each other, as the elements of a plate, and move together.
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
     lam = non_centered.coordinates.centered.clone()
-    mapped = (lam < 1).nonzero().flatten()
-    total, size = lam.new_zeros(len(mapped)), max(non_centered.chunk_size // 2, 1)
+    labels = torch.arange(len(lam), device=lam.device) if together is None else together
+    total, size = torch.zeros_like(lam), max(non_centered.chunk_size // 2, 1)
     for point in x:
-        changes = []
-        for part in mapped.split(size):
-            steps = torch.zeros((len(part), len(point)), dtype=x.dtype, device=x.device)
-            steps[torch.arange(len(part), device=x.device), part] = _DIFFERENCE
+        for part in labels[lam < 1].unique().split(size):
+            moved = (labels == part[:, None]) & (lam < 1)
+            steps = _DIFFERENCE * moved.to(x.dtype)
             ends = torch.cat([point + steps, point - steps]).requires_grad_()
             with torch.enable_grad():
                 (gradient,) = torch.autograd.grad(non_centered(ends).sum(), ends)
             ahead, behind = gradient.chunk(2)
-            changes.append((behind - ahead).gather(1, part[:, None])[:, 0])
-        total += torch.cat(changes) / (2 * _DIFFERENCE)
+            total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
     curvature = (total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
-    lam[mapped] = 1 - 1 / curvature
+    lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
     return torch.where(lam > _CENTERED, 1.0, lam)

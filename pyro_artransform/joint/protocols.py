@@ -12,7 +12,7 @@ arguments; ``loc``, ``scale_tril`` and draws without names are on the unconstrai
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.distributions import Transform
@@ -134,7 +134,29 @@ class MinibatchGuide(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
-        """Starts near draws ``(n,) + site shape`` of one mini-batch, which is a share of all elements."""
+        """Starts near draws ``(n,) + site shape`` of one mini-batch, which is a share of all elements.
+
+        Draws in coordinates of the prior are taken to the supports by the sites' bijections alone.
+        """
+
+
+@runtime_checkable
+class PriorMinibatchGuide(MinibatchGuide, Protocol):
+    """One whose draws may be in coordinates of its model's prior, see :class:`PriorGuide`."""
+
+    @property
+    def prior_coordinates(self) -> Coordinates | None:
+        """Which latents, and how centred, those of one element of each plate."""
+
+    @property
+    def chooses_coordinates(self) -> bool:
+        """Whether a fit may change how centred they are, in place."""
+
+    def coordinates_of(self, latents: Latents) -> Coordinates | None:
+        """The same of all elements of a mini-batch."""
+
+    def center_at(self, density: Any, u: Tensor) -> None:
+        """Sets how centred they are by the curvature of a mini-batch's density at ``(n, latent_dim)``."""
 
 
 @runtime_checkable

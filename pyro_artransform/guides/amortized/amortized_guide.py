@@ -4,11 +4,12 @@
 """The flow guide of hierarchical models and of mini-batches."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from ...arguments import check_callable, check_integer, check_positive, names_the_class
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
-from ..persistence.persistent_guide import Model, PersistentGuide
+from ..persistence.persistent_guide import Model
 from ..persistence.spec import GuideSpec, LeastState
+from ..prior_coordinates import CoordinatesArgument, GuideInCoordinates, check_coordinates
 from ..prototype import compare_names, latents_of, refuse_moving_structure
 from .encoder import Encoder, check_encoder, first_feature_dims
 from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
@@ -33,12 +35,14 @@ from .plates import (
     Vectors,
     compare_elements,
     complete_plates,
+    entered,
     latents_of_one_element,
     plate_sizes,
     plates_of_user,
     plates_were_dropped,
 )
-from .variational_posterior import AmortizedPosterior, sample_sites
+from .prior_map import AmortizedInCoordinates
+from .variational_posterior import AmortizedPosterior
 
 # latent vectors that are drawn at a time
 _CHUNK = 2**16
@@ -48,7 +52,7 @@ _MAX_SHAPES = 64
 _LOCATION_STEP = 2.0
 
 
-class AutoAmortized(PersistentGuide):
+class AutoAmortized(AmortizedInCoordinates):
     r"""A guide of a model with plates: a flow for the global latents, and one for each element.
 
     .. math::
@@ -82,6 +86,11 @@ class AutoAmortized(PersistentGuide):
     :param init_scale: the initial standard deviation on the unconstrained space.
     :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns a
         plate or several with the indices of the mini-batch, where the model gives these itself.
+    :param coordinates: "prior", where the factors draw in units of the model's priors if these depend
+        on other latents, as those of a hierarchy do: an element is loc + scale^(1 - lambda) (x - lambda
+        loc), and a fit chooses lambda, one for all elements of a plate, by how much the data say of one.
+        Draws then need the model. "model" is lambda = 1, the model as it is written; or a mapping of
+        sites to lambda.
     :raises TypeError: if an argument is of the wrong kind.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
         plates, discrete ones, or indices of its own, or if the encoder's result does not fit.
@@ -118,8 +127,8 @@ class AutoAmortized(PersistentGuide):
     path = False
 
     _num_quantile_draws = 2_000
-    _functions = ("_model", "_make_flow", "create_plates")
-    _found_arguments = ("feature_dims",)
+    _functions = (*GuideInCoordinates._functions, "create_plates")
+    _found_arguments = ("feature_dims", "coordinates")
 
     @names_the_class
     def __init__(
@@ -133,6 +142,7 @@ class AutoAmortized(PersistentGuide):
         init_loc_fn: Model = init_to_median,
         init_scale: float = 0.1,
         create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None = None,
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         if flow is not None:
             check_flow_argument("flow", flow, "the latent dimension")
@@ -145,6 +155,7 @@ class AutoAmortized(PersistentGuide):
             "init_scale": check_positive("init_scale", init_scale),
         }
         super().__init__(model, init_loc_fn, arguments)
+        self.asked = check_coordinates(coordinates)
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
         self._make_flow = flow, local_flow
@@ -162,18 +173,12 @@ class AutoAmortized(PersistentGuide):
             return self._encoder[0] is None
         return any(factor.table is not None for factor in self._posterior.locals)
 
-    @property
-    def _posterior(self) -> AmortizedPosterior:
-        """The posterior, without the param statements that reading ``transform`` makes."""
-        self._checked_spec()
-        return cast(AmortizedPosterior, self._modules["transform"])
-
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
         super()._setup_prototype(*args, **kwargs)
         latents, start = latents_of_one_element(self.prototype_trace)
         run = partial(given(self.model), *args, **kwargs)
-        observed, _ = refuse_moving_structure(self.prototype_trace, run, rng_state)
+        observed, dependent = refuse_moving_structure(self.prototype_trace, run, rng_state)
         sizes = plate_sizes(latents.sites.values())
         given.refuse(sizes, self, args, kwargs)
         (encoder,), feature_dims = self._encoder, {}
@@ -182,7 +187,13 @@ class AutoAmortized(PersistentGuide):
             groups = LatentLayout(latents).local_groups
             feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
+        if dependent and self.asked != "model":
+            self._bound = args, kwargs, self._log_joint(*args, **kwargs)
+            if found := self._choose_coordinates(self._bound[2]):
+                arguments["coordinates"] = found
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
+        if self._prior:
+            self._posterior.locate_at(self._start_in_coordinates())
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
@@ -210,6 +221,8 @@ class AutoAmortized(PersistentGuide):
                 "encoder= of the guide or of load, since no file or state dict holds it, got none"
             )
         self.transform = AmortizedPosterior(spec, start, make_flows, encoder)
+        prior = self.transform.prior
+        self._prior = () if prior is None else (prior,)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,16 +249,19 @@ class AutoAmortized(PersistentGuide):
             self._update_sizes(args, kwargs, again=True)  # they may follow from values
         plates, indices = make()
         rows = posterior.minibatch_rows(features, plates, indices)
-        vectors, values = Vectors(), {}
+        vectors, values = Vectors(), dict[str, Tensor]()
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
             name = f"_{self._pyro_name}_{group.name and group.name + '_'}latent"
-            with ExitStack() as stack:
-                for plate in group.dims:
-                    stack.enter_context(plates[plate])
-                z = pyro.sample(name, distribution, infer={"is_auxiliary": True})
-                values.update(sample_sites(group.latents, z))
-            vectors[group.name] = z
+            with entered(plates[plate] for plate in group.dims):
+                vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
+        found = self._values_and_ladjs(vectors, plates, args, kwargs)
+        for group in posterior.layout.groups:
+            with entered(plates[plate] for plate in group.dims):
+                for name, site in group.latents.sites.items():
+                    value, ladj = found[name]
+                    delta = dist.Delta(value, log_density=-ladj, event_dim=site.event_dim)
+                    values[name] = pyro.sample(name, delta)
         return values
 
     def _update_sizes(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> None:
@@ -302,7 +318,8 @@ class AutoAmortized(PersistentGuide):
         The global latents become a Gaussian with the mean of their draws and with their covariance
         times ``share``, each element one that depends on them as the mean element does.
 
-        :param values: for each site shape ``(n,) + site shape``, of any number of elements.
+        :param values: for each site shape ``(n,) + site shape``, of any number of elements; those of
+            draws in coordinates of the prior are their image under the sites' bijections.
         :param share: their share of all elements, given which the posterior is narrower.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
@@ -352,7 +369,12 @@ class AutoAmortized(PersistentGuide):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
-        draws = [posterior.layout.constrain(posterior.draw(rows, size)) for size in sizes]
+        draws = []
+        for size in sizes:
+            vectors = posterior.draw(rows, size)
+            if self._prior:
+                vectors, _ = self._element_map(args, kwargs)(vectors)
+            draws.append(posterior.layout.constrain(vectors))
         return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
 
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -369,6 +391,9 @@ class AutoAmortized(PersistentGuide):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
+        if self._prior:
+            vectors, of_map = self._element_map(args, kwargs, is_inverse=True)(vectors)
+            ladj = ladj + of_map
         return posterior.log_prob(rows, vectors) - ladj
 
     def _all_rows(self, args: Args, kwargs: Kwargs) -> Vectors:

@@ -4,7 +4,8 @@
 """The plates of a model: which latents lie in which, how many elements each has, and which are drawn."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -292,6 +293,15 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
             wanted, got = "it to return a pyro.plate or several", type(plate).__name__
             raise TypeError(f"create_plates: expected {wanted}, got {got}")
     return {plate.name: plate for plate in plates}
+
+
+@contextmanager
+def entered(plates: Iterable[pyro.plate]) -> Iterator[None]:
+    """A context within all of these plates."""
+    with ExitStack() as stack:
+        for plate in plates:
+            stack.enter_context(plate)
+        yield
 
 
 def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:

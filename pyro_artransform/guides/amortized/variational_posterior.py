@@ -6,16 +6,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...joint.coordinates import Coordinates
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..persistence.spec import GuideSpec
+from ..prior_coordinates import PriorCoordinates
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlows
 from .plates import GLOBAL, Args, Group, Kwargs, LatentLayout, Plates, PlateSizes, Vectors
@@ -57,7 +58,17 @@ class AmortizedPosterior(nn.Module):
             factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
             self._factors[group.name] = factor
             self.locals.append(factor)
+        sites = spec.arguments.get("coordinates")
+        self.prior = PriorCoordinates(Coordinates(torch.ones_like(start), sites)) if sites else None
         self.encoder: Any = encoder
+
+    @torch.no_grad()
+    def locate_at(self, start: Tensor) -> None:
+        """Moves the factors to another initial location."""
+        parts = self.layout.latents.split(start)
+        for group in self.layout.groups:
+            loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
+            self._factors[group.name].affine.loc.copy_(loc)
 
     @property
     def local_factors(self) -> list[tuple[Group, Any]]:
@@ -181,19 +192,17 @@ class AmortizedPosterior(nn.Module):
         return self
 
 
-def sample_sites(latents: Latents, z: Tensor) -> dict[str, Tensor]:
-    """The sample statements of sites at a latent vector, shape ``batch + (latent_dim,)``."""
-    values = {}
+def place_sites(latents: Latents, z: Tensor) -> dict[str, tuple[Tensor, torch.Size]]:
+    """The part of each site of a latent vector ``batch + (latent_dim,)``, and its batch shape."""
+    placed = {}
     for name, part in latents.split(z).items():
         site = latents.sites[name]
         # batch dimensions of a site outside all plates lie where those of plates lie
         event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
         ones = z.shape[:-1] + (1,) * event_dim
         part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
-        value, ladj = site.constrain_with_ladj(part, part.shape[: part.dim() - event_dim])
-        distribution = dist.Delta(value, log_density=-ladj, event_dim=site.event_dim)
-        values[name] = pyro.sample(name, distribution)
-    return values
+        placed[name] = part, part.shape[: part.dim() - event_dim]
+    return placed
 
 
 def base_of(like: Tensor, shape: Sequence[int]) -> Any:

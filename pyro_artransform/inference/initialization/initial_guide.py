@@ -7,10 +7,11 @@ A guide that knows the elements of plates by one mini-batch at a time starts nea
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -19,7 +20,9 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from ...joint import LogDensity, LogJoint
-from ...joint.protocols import FlowGuide, MinibatchGuide
+from ...joint.coordinates import Coordinates
+from ...joint.protocols import FlowGuide, MinibatchGuide, PriorMinibatchGuide
+from ...joint.shared_prior import SharedPrior
 from ..config import InitializationConfig
 from ..loader import Batch
 from .gaussians import (
@@ -35,6 +38,10 @@ from .gaussians import (
 
 #: the name of the candidate that is the guide itself, which then does not change
 UNCHANGED = "initial guide"
+# draws of a start that the curvature of a mini-batch is averaged over
+_NUM_DRAWS = 8
+# how far lambda has to be from where a start was found for another one to be looked for
+_FAR = 0.05
 
 
 class InitialGuide(NamedTuple):
@@ -205,35 +212,6 @@ class GaussianSearch:
         return self.log_density.from_unconstrained(latents.unconstrain(values)[None])[0][0]
 
 
-class SharedPrior:
-    """The log joint density of a mini-batch by itself, with its share of the density of the globals.
-
-    The mini-batch is a share of all data, and its elements have some of the latents.
-    """
-
-    def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
-        self._log_joint, self._share = log_joint, share
-        self.latents, self.start = log_joint.latents, log_joint.start
-        self.strategy, self.nonfinite_sites = log_joint.strategy, log_joint.nonfinite_sites
-        sites = [self.latents.sites[name] for name in elements]
-        self._constrained = [site for site in sites if not site.is_unconstrained]
-        self._random_state = torch.get_rng_state()
-
-    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws are on the unconstrained space."""
-        return self._log_joint.from_unconstrained(u)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        parts, ladj = self.latents.split(z), z.new_zeros(z.shape[:-1])
-        for site in self._constrained:
-            ladj = ladj + site.constrain_with_ladj(parts[site.name], z.shape[:-1])[1]
-        with torch.random.fork_rng(devices=[], enabled=self._log_joint.is_random):
-            if self._log_joint.is_random:
-                torch.set_rng_state(self._random_state)
-            # the Jacobian of an element is not scaled up as its density is
-            return self._share * self._log_joint(z) + (1 - self._share) * ladj
-
-
 def find_initial_minibatch_guide(
     log_joint: LogJoint,
     model: Callable[..., object],
@@ -253,14 +231,9 @@ def find_initial_minibatch_guide(
     is_large = log_joint.latents.latent_dim > config.max_minibatch_latents
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
         return unchanged
-    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
-    density = SharedPrior(log_joint, 1 / structure.scale, elements)
+    share, run = 1 / structure.scale, partial(model, *batch[0], **batch[1])
+    shared = SharedPrior.of(log_joint, *batch)
     few_points = replace(config, num_points=config.num_points_by_loop)
-    search = GaussianSearch(density, partial(model, *batch[0], **batch[1]), few_points)
-    best = search.best(log_joint.start)
-    if best is None or best[0].elbo == -torch.inf:
-        return unchanged
-    chosen, gaussian = best
 
     def compare() -> float:  # on the same noise each time
         with torch.random.fork_rng(devices=[]):
@@ -268,18 +241,42 @@ def find_initial_minibatch_guide(
             elbo = elbo_draws(config.num_minibatch_compared).mean()
         return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
 
-    before = compare()
-    saved = [parameter.detach().clone() for parameter in guide.parameters()]
-    noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
-    draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
-    try:
-        guide.start_near(log_joint.latents.constrain(draws), 1 / structure.scale)
-        after = compare()
-    except torch.linalg.LinAlgError:  # draws at the edge of a support have no covariance
-        after = -torch.inf
-    if after > before:
-        return InitialGuide(chosen.name, after, chosen.modes if structure.scale == 1 else None)
+    def parameters() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in guide.parameters()]
+
+    found = [(unchanged._replace(elbo=compare()), parameters())]
+
+    def attempt() -> tuple[SharedPrior, Tensor] | None:
+        """A start in the coordinates that the guide has, and draws of it."""
+        density = shared
+        if isinstance(guide, PriorMinibatchGuide):
+            density = shared.with_coordinates(guide.coordinates_of(shared.latents))
+        best = GaussianSearch(density, run, few_points).best(density.start)
+        if best is None or best[0].elbo == -torch.inf:
+            return None
+        chosen, gaussian = best
+        noise = antithetic_noise(gaussian.loc, config.num_minibatch_draws)
+        draws = gaussian.loc + noise @ gaussian.scale_tril[0].mT
+        with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
+            guide.start_near(log_joint.latents.constrain(draws), share)
+            modes = chosen.modes if share == 1 else None
+            found.append((InitialGuide(chosen.name, compare(), modes), parameters()))
+        return density, draws
+
+    first = attempt()
+    if isinstance(guide, PriorMinibatchGuide) and guide.chooses_coordinates:
+        coordinates = cast(Coordinates, guide.prior_coordinates)
+        tried = coordinates.centered.detach().clone()
+        if first is not None:
+            with torch.no_grad():
+                guide.center_at(shared, first[0].to_unconstrained(first[1][:_NUM_DRAWS])[0])
+            if bool((coordinates.centered - tried).abs().max() > _FAR):
+                attempt()
+        if bool((1 - tried).max() > _FAR):
+            coordinates.centered.data.fill_(1.0)
+            attempt()
+    best, saved = max(found, key=lambda pair: pair[0].elbo)
     with torch.no_grad():
         for parameter, value in zip(guide.parameters(), saved):
             parameter.copy_(value)
-    return unchanged._replace(elbo=before)
+    return best

@@ -1,0 +1,238 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Coordinates from the model's prior for the elements of plates: lambda is the same for all elements."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ...joint import LogJoint
+from ...joint.coordinates import Coordinates, SiteCoordinates, centered_by_curvature, map_sites
+from ...joint.shared_prior import SharedPrior
+from ...joint.sites import Latents
+from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
+from ..prior_coordinates import GuideInCoordinates
+from ..prototype import latents_of
+from .plates import (
+    Args,
+    GivenIndices,
+    Kwargs,
+    LatentLayout,
+    Plates,
+    PlateSizes,
+    Vectors,
+    plate_sizes,
+)
+from .variational_posterior import AmortizedPosterior, place_sites
+
+# in which the map of an element in two places of a mini-batch may differ
+_TOLERANCE = 1e-4
+
+
+def mean_element(latents: Latents, z: Tensor) -> Tensor:
+    """The mean over the elements of plates of a vector ``(latent_dim,)`` of all latents."""
+    parts = []
+    for name, part in latents.split(z).items():
+        site = latents.sites[name]
+        if site.plates:
+            part = part.reshape(site.batch_shape.numel(), -1).mean(0)
+        parts.append(part.flatten())
+    return torch.cat(parts)
+
+
+def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
+    """The vector of all latents that is z, shape ``(latent_dim,)``, for each element of the plates."""
+    parts = element.split(z)
+    shapes = {name: site.unconstrained_shape for name, site in latents.sites.items()}
+    return torch.cat([parts[name].expand(shape).flatten() for name, shape in shapes.items()])
+
+
+class ElementMap(NamedTuple):
+    """The map between coordinates of the prior and the unconstrained space, for all elements.
+
+    A model whose plates hold other numbers of elements than there are runs for one part after the other.
+
+    :param model: with its arguments.
+    :param plates: in a run of this model, whose own indices are ``given``.
+    :param log_joint: that of the model for any arguments: how many draws are evaluated at once.
+    :param is_inverse: whether it is u that is mapped.
+    """
+
+    model: Callable[[], object]
+    layout: LatentLayout
+    sites: Mapping[str, SiteCoordinates]
+    plates: PlateSizes
+    given: set[str]
+    log_joint: LogJoint
+    is_inverse: bool
+
+    def __call__(self, vectors: Vectors) -> tuple[Vectors, Tensor]:
+        """The vectors of each group, and the log-determinant of the map from x to u, shape ``(n,)``.
+
+        :param vectors: of each group, shape ``(n, 1, ...) + batch shape + (D,)``.
+        :raises ValueError: if the prior of an element depends on its place in a mini-batch.
+        """
+        rows = {}
+        for group in self.layout.groups:
+            z = vectors[group.name]
+            rows[group.name] = z.reshape(z.shape[:1] + z.shape[-1 - group.batch_dims :])
+        found = self._over(list(self.plates), rows, {})
+        ladjs = [row[..., -1].reshape(len(row), -1).sum(-1) for row in found.values()]
+        mapped = {name: row[..., :-1].reshape(vectors[name].shape) for name, row in found.items()}
+        return mapped, torch.stack(ladjs).sum(0)
+
+    def _over(self, names: Sequence[str], rows: Terms, indices: Mapping[str, Tensor]) -> Terms:
+        """The map of all rows ``(n,) + batch shape + (D,)``, in parts of each of these plates.
+
+        :param indices: of the elements in the other plates, where the model draws these.
+        """
+        if not names:
+            evaluate = partial(self._evaluate, indices)
+            return evaluate_many(evaluate, rows, self.log_joint.strategy)
+        name, groups, plate = names[0], self.layout.groups, self.plates[names[0]]
+        dims = {group.name: group.dims[name] - 1 for group in groups if name in group.dims}
+        key, dim = next(iter(dims.items()))
+        total, device = rows[key].shape[dim], rows[key].device
+        is_drawn = total == plate.full_size and name not in self.given
+
+        def part(chosen: Tensor) -> Terms:
+            of_plate = {name: chosen}
+            given = {**indices, **of_plate} if is_drawn else indices
+            selected = {group.name: group.select(rows[group.name], of_plate) for group in groups}
+            return self._over(names[1:], selected, given)
+
+        # all parts are of one size: the last one has its last element several times
+        ends = torch.arange(total + -total % plate.size, device=device).clamp_max(total - 1)
+        chosen = ends.split(plate.size)
+        parts = [part(indices_of_part) for indices_of_part in chosen]
+        if total != plate.size:
+            turned = part(chosen[0].roll(1))
+            for key, dim in dims.items():
+                one, other = parts[0][key], turned[key].roll(-1, dim)
+                if not torch.allclose(one, other, _TOLERANCE, _TOLERANCE, equal_nan=True):
+                    raise ValueError(
+                        f"plate '{name}': expected priors that are known for all {total} elements, got "
+                        f"some that depend on the data of a mini-batch of {plate.size}. Give the model's "
+                        "arguments for all elements, or make the guide with coordinates='model'"
+                    )
+        found = dict(parts[0])
+        for key, dim in dims.items():
+            found[key] = torch.cat([part[key] for part in parts], dim).narrow(dim, 0, total)
+        return found
+
+    def _evaluate(self, indices: Mapping[str, Tensor], draws: Draws, size: int | None) -> Terms:
+        """One run for many draws, or a single one, as ``evaluate_many`` takes it.
+
+        :return: the vectors of each group, and in one more column the log-determinant of each element.
+        """
+        latents, parts = self.layout.latents, dict[str, Tensor]()
+        for group in self.layout.groups:
+            parts.update(group.latents.split(draws[group.name]))
+        values = {
+            name: part if name in self.sites else latents.sites[name].bijection(part)
+            for name, part in parts.items()
+        }
+        placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
+        prior = map_sites(self.model, self.sites, {**placed, **indices}, self.is_inverse)
+        found = {}
+        for group in self.layout.groups:
+            z = draws[group.name]
+            lead, ladj = (*z.shape[:-1], -1), z.new_zeros((*z.shape[:-1], 1))
+            columns = []
+            for name in group.latents.sites:
+                columns.append(prior.found.get(name, parts[name]).reshape(lead))
+                if name in self.sites:
+                    ladj = ladj + prior.ladjs[name].reshape(lead).sum(-1, keepdim=True)
+            found[group.name] = torch.cat([*columns, ladj], -1)
+        return found
+
+
+class AmortizedInCoordinates(GuideInCoordinates):
+    """The part of an amortized guide that has to do with coordinates from the prior."""
+
+    @property
+    def _posterior(self) -> AmortizedPosterior:
+        """The posterior, without the param statements that reading ``transform`` makes."""
+        self._checked_spec()
+        return cast(AmortizedPosterior, self._modules["transform"])
+
+    def coordinates_of(self, latents: Latents) -> Coordinates | None:
+        """The coordinates of all these latents, of any number of elements."""
+        coordinates = self.prior_coordinates
+        if coordinates is None:
+            return None
+        centered = every_element(self._checked_spec().latents, coordinates.centered, latents)
+        return coordinates._replace(centered=centered.detach())
+
+    @torch.no_grad()
+    def center_at(self, density: SharedPrior, u: Tensor) -> None:
+        """Sets lambda by the curvature at points of the unconstrained space, the mean of all elements.
+
+        :param density: of a mini-batch by itself.
+        :param u: shape ``(n, latent_dim)``.
+        """
+        own, latents = self._checked_spec().latents, density.latents
+        coordinates = cast(Coordinates, self.coordinates_of(latents))
+        unit = density.with_coordinates(coordinates.non_centered(latents))
+        labels = every_element(own, torch.arange(float(own.latent_dim), device=u.device), latents)
+        centered = centered_by_curvature(unit, unit.from_unconstrained(u)[0], labels)
+        self._prior[0].centered.copy_(mean_element(latents, centered))
+
+    @torch.no_grad()
+    def _start_in_coordinates(self) -> Tensor:
+        """Sets lambda as asked for, or by the curvature at the start, and returns this for one element."""
+        args, kwargs, log_joint = cast(Any, self._bound)
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            if isinstance(self.asked, Mapping):
+                parts = self._checked_spec().latents.split(self._prior[0].centered)
+                for name, value in self.asked.items():
+                    parts[name].copy_(value.expand_as(parts[name]))
+            else:
+                self.center_at(SharedPrior.of(log_joint, args, kwargs), log_joint.start[None])
+            mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
+            return mean_element(log_joint.latents, mapped.start)
+
+    def _values_and_ladjs(
+        self, vectors: Vectors, plates: Plates, args: Args, kwargs: Kwargs
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The value of each site at the vectors of a call, and its log-determinant, of its batch shape."""
+        sites, placed, found = self._mapped(), dict[str, Tensor](), {}
+        for group in self._posterior.layout.groups:
+            for name, (part, batch) in place_sites(group.latents, vectors[group.name]).items():
+                placed[name] = part
+                if name not in sites:
+                    found[name] = group.latents.sites[name].constrain_with_ladj(part, batch)
+                    placed[name] = found[name][0]
+        if sites:
+            self._bind(tuple(args), kwargs)
+            indices = {name: plate.indices for name, plate in plates.items()}
+            prior = map_sites(self._bound_model(), sites, {**placed, **indices})
+            for name, u in prior.found.items():
+                ladj = prior.ladjs[name] + prior.bijection_ladjs[name]
+                found[name] = sites[name].bijection(u), ladj
+        return found
+
+    def _element_map(self, args: Args, kwargs: Kwargs, *, is_inverse: bool = False) -> ElementMap:
+        """The map for all elements, by the model with these arguments, by default the last ones."""
+        self._bind(tuple(args), kwargs)
+        model, given = self._bound_model(), GivenIndices()
+        plates, log_joint = (
+            plate_sizes(latents_of(given(model)).values()),
+            cast(Any, self._bound)[2],
+        )
+        layout, sites = self._posterior.layout, self._mapped()
+        return ElementMap(model, layout, sites, plates, given.names, log_joint, is_inverse)
+
+    def _mapped(self) -> dict[str, SiteCoordinates]:
+        """The sites with coordinates from the prior."""
+        own = self._posterior.layout.latents
+        return self._prior[0].coordinates.of_sites(own) if self._prior else {}
+
+    def _bound_model(self) -> Callable[[], object]:
+        args, kwargs, _ = cast(Any, self._bound)
+        return partial(cast(Any, self._model)[1], *args, **kwargs)
