@@ -24,9 +24,8 @@ def test_start():
     """Normal(init_loc, init_scale); the locals at the mean over the elements, each the same."""
     values = {"mean": torch.tensor(2.0), "z": torch.linspace(0.0, 4.0, 12)}
     for encoder in (None, Encoder()):
-        guide = AutoAmortized(
-            hierarchies.groups, encoder, init_loc_fn=init_to_value(values=values), init_scale=0.3
-        )
+        options = {"init_loc_fn": init_to_value(values=values), "init_scale": 0.3}
+        guide = AutoAmortized(hierarchies.groups, encoder, coordinates="model", **options)
         draws = guide.sample_posterior(5_000, data())
         joint = torch.cat([draws["mean"][:, None], draws["z"]], 1)
         # 5 standard errors of each of these
@@ -52,7 +51,7 @@ def test_start_near_draws():
     n = 5_000
     mean = 3.0 + 0.2 * torch.randn(n)
     z = 1.0 + 0.5 * (mean[:, None] - 3.0) + 0.3 * torch.randn(n, 12)
-    guide = AutoAmortized(hierarchies.groups)
+    guide = AutoAmortized(hierarchies.groups, coordinates="model")
     guide.set_up(data())
     guide.start_near({"mean": mean, "z": z}, share=0.25)
     draws = guide.sample_posterior(n)
@@ -269,7 +268,7 @@ def gradient(guide, y, path, particles=1):
 
 def test_path_gradient_at_the_posterior_is_zero_in_each_draw():
     y = data()
-    guide = AutoAmortized(hierarchies.groups, flow=None, local_flow=None)
+    guide = AutoAmortized(hierarchies.groups, flow=None, local_flow=None, coordinates="model")
     guide(y)
     # y given the mean is Normal(mean, 1.25), and z given both Normal((mean + 4 y) / 5, 1 / 5)
     precision = 1 / 9 + 12 / 1.25

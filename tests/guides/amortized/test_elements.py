@@ -34,7 +34,7 @@ def test_the_model_is_run_for_new_shapes_only():
         runs.append(len(y))
         hierarchies.batched(y)
 
-    guide = AutoAmortized(model, lambda y: y[:, None])
+    guide = AutoAmortized(model, lambda y: y[:, None], coordinates="model")
     guide(data(4))
     runs.clear()
     for y in (data(4), data(3), data(4), data(3) + 1, data(1)):

@@ -158,7 +158,7 @@ def test_indices_that_the_model_gives():
 
 def test_indices_choose_the_embeddings():
     y = data()
-    guide = AutoAmortized(given, create_plates=lambda *args: [plates(*args)])
+    guide = AutoAmortized(given, create_plates=lambda *args: [plates(*args)], coordinates="model")
     guide(y, torch.arange(12))
     with torch.no_grad():
         guide.transform.locals[0].table[:, -2] = torch.arange(12.0)

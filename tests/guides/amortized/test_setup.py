@@ -76,7 +76,7 @@ def plates(y):
 
 
 def test_copies_with_plates():
-    guide = trained(create_plates=plates)
+    guide = trained(create_plates=plates, coordinates="model")
     assert copy.deepcopy(guide).create_plates is plates
     unpickled = pickle.loads(pickle.dumps(guide))
     with pytest.raises(RuntimeError, match="has no create_plates: pickle drops it"):
@@ -86,7 +86,7 @@ def test_copies_with_plates():
 
 
 def test_without_a_model_the_plates_stay_as_they_are():
-    guide = pickle.loads(pickle.dumps(trained(Encoder(), hierarchies.batched)))
+    guide = pickle.loads(pickle.dumps(trained(Encoder(), hierarchies.batched, coordinates="model")))
     assert guide(data())["z"].shape == (12,)
     assert guide.sample_posterior(2, data(5))["z"].shape == (2, 5)
     with pytest.raises(ValueError, match=r"plate 'groups' \(12\).*got \(5, 2\)"):
@@ -106,7 +106,8 @@ def test_state_dict(new):
 @both
 def test_save_and_load(new, tmp_path):
     """F13, F17: without the model and, where there are embeddings, without data."""
-    guide, path = trained(new(), init_scale=0.2, embedding_dim=3), tmp_path / "guide.pt"
+    options = {"init_scale": 0.2, "embedding_dim": 3, "coordinates": "model"}
+    guide, path = trained(new(), **options), tmp_path / "guide.pt"
     guide.save(path)
     loaded = AutoAmortized.load(path, encoder=new())
     assert torch.equal(score(loaded), score(guide))

@@ -212,8 +212,8 @@ def values(guide):
 
 @pytest.mark.parametrize("unit", [1.0, 1e4])
 def test_globals_are_near_the_posterior_of_all_data(unit):
-    y = unit * (70.0 + torch.randn(BATCH) * 1.25**0.5)
-    guide, start = started(partial(hierarchy, unit=unit), y)
+    y, model = unit * (70.0 + torch.randn(BATCH) * 1.25**0.5), partial(hierarchy, unit=unit)
+    guide, start = started(model, y, AutoAmortized(model, Encoder(), coordinates="model"))
     assert start.name != UNCHANGED
     draws = guide.sample_posterior(2000, y)
     scale = unit * (1.25 / SIZE) ** 0.5
