@@ -33,9 +33,7 @@ class SharedPrior(LogDensity):
         self._random_state = torch.get_rng_state()
 
     @classmethod
-    def of(
-        cls, log_joint: LogJoint, args: Args = (), kwargs: Kwargs | None = None
-    ) -> "SharedPrior":
+    def of(cls, log_joint: LogJoint, args: Args, kwargs: Kwargs) -> "SharedPrior":
         """That of a mini-batch which is the model's arguments."""
         structure = log_joint.structure(args, kwargs)
         elements = log_joint.latents.sites.keys() - set(structure.global_latents)
