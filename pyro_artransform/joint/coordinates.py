@@ -252,7 +252,9 @@ def depend_on_latents(one: Priors, other: Priors) -> list[str]:
     return found
 
 
-def centered_by_curvature(non_centered: Any, x: Tensor, together: Tensor | None = None) -> Tensor:
+def centered_by_curvature(
+    non_centered: Any, x: Tensor, together: Tensor | None = None, weights: Tensor | float = 1.0
+) -> Tensor:
     r"""lambda by what the data say of each element, against its prior.
 
     .. math::
@@ -266,6 +268,7 @@ def centered_by_curvature(non_centered: Any, x: Tensor, together: Tensor | None 
     :param x: points, shape ``(n, latent_dim)``, over which h is averaged.
     :param together: labels, shape ``(latent_dim,)``: coordinates of one label have no second derivatives
         with each other, as the elements of a plate, and move together.
+    :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
     lam = non_centered.coordinates.centered.clone()
@@ -280,6 +283,6 @@ def centered_by_curvature(non_centered: Any, x: Tensor, together: Tensor | None 
                 (gradient,) = torch.autograd.grad(non_centered(ends).sum(), ends)
             ahead, behind = gradient.chunk(2)
             total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
-    curvature = (total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
+    curvature = (weights * total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
     return torch.where(lam > _CENTERED, 1.0, lam)

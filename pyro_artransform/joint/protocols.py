@@ -139,24 +139,15 @@ class MinibatchGuide(Protocol):
         Draws in coordinates of the prior are taken to the supports by the sites' bijections alone.
         """
 
-
-@runtime_checkable
-class PriorMinibatchGuide(MinibatchGuide, Protocol):
-    """One whose draws may be in coordinates of its model's prior, see :class:`PriorGuide`."""
-
-    @property
-    def prior_coordinates(self) -> Coordinates | None:
-        """Which latents, and how centred, those of one element of each plate."""
-
     @property
     def chooses_coordinates(self) -> bool:
-        """Whether a fit may change how centred they are, in place."""
+        """Whether a fit may change how centred its coordinates are, see :class:`PriorGuide`."""
 
     def coordinates_of(self, latents: Latents) -> Coordinates | None:
-        """The same of all elements of a mini-batch."""
+        """The coordinates of a mini-batch's latents; None where they are the unconstrained space."""
 
-    def center_at(self, density: Any, u: Tensor) -> None:
-        """Sets how centred they are by the curvature of a mini-batch's density at ``(n, latent_dim)``."""
+    def center_at(self, u: Tensor | None, log_joint: Any, share: float) -> float:
+        """Sets lambda by the curvature at draws, or to 1: returns the largest change."""
 
 
 @runtime_checkable

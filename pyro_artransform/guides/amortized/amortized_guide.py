@@ -329,13 +329,7 @@ class AutoAmortized(AmortizedInCoordinates):
             name, site = next(iter(group.latents.sites.items()))
             shape = values[name].shape if group.dims and name in values else ()
             shapes[group.name] = torch.Size(shape[1 : len(shape) - site.event_dim])
-        vectors, _ = layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        if posterior.globals is not None:
-            z = vectors[GLOBAL].flatten(0, -2)
-            posterior.globals.start_near(z, share)
-            for group, factor in posterior.local_factors:
-                elements = vectors[group.name].reshape(len(z), -1, group.latents.latent_dim)
-                factor.start_near(posterior.globals.as_context(z, group.num_elements), elements)
+        posterior.start_near(layout.unconstrain_with_ladj(values, shapes, posterior.like)[0], share)
 
     def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
         """The units of an optimizer's steps, for some parameters.
@@ -369,12 +363,11 @@ class AutoAmortized(AmortizedInCoordinates):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
-        draws = []
-        for size in sizes:
-            vectors = posterior.draw(rows, size)
-            if self._prior:
-                vectors, _ = self._element_map(args, kwargs)(vectors)
-            draws.append(posterior.layout.constrain(vectors))
+        parts = (posterior.draw(rows, size) for size in sizes)
+        if self._prior:
+            element_map = self._element_map(args, kwargs)
+            parts = (element_map(vectors)[0] for vectors in parts)
+        draws = [posterior.layout.constrain(vectors) for vectors in parts]
         return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
 
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates, SiteCoordinates, centered_by_curvature, map_sites
-from ...joint.shared_prior import SharedPrior
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
 from ..prior_coordinates import GuideInCoordinates
@@ -170,18 +169,33 @@ class AmortizedInCoordinates(GuideInCoordinates):
         return coordinates._replace(centered=centered.detach())
 
     @torch.no_grad()
-    def center_at(self, density: SharedPrior, u: Tensor) -> None:
-        """Sets lambda by the curvature at points of the unconstrained space, the mean of all elements.
+    def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
+        """Sets lambda by the curvature of a mini-batch's density, the mean of all its elements.
 
-        :param density: of a mini-batch by itself.
-        :param u: shape ``(n, latent_dim)``.
+        :param u: points of the unconstrained space, shape ``(n, latent_dim)``, or None for lambda = 1.
+        :param share: that of the mini-batch of all elements.
+        :return: the largest change.
         """
-        own, latents = self._checked_spec().latents, density.latents
-        coordinates = cast(Coordinates, self.coordinates_of(latents))
-        unit = density.with_coordinates(coordinates.non_centered(latents))
-        labels = every_element(own, torch.arange(float(own.latent_dim), device=u.device), latents)
-        centered = centered_by_curvature(unit, unit.from_unconstrained(u)[0], labels)
-        self._prior[0].centered.copy_(mean_element(latents, centered))
+        own, latents, before = (
+            self._checked_spec().latents,
+            log_joint.latents,
+            self._prior[0].centered,
+        )
+        now = torch.ones_like(before)
+        if u is not None:
+            coordinates = cast(Coordinates, self.coordinates_of(latents))
+            unit = log_joint.with_coordinates(coordinates.non_centered(latents))
+            labels = every_element(
+                own, torch.arange(own.latent_dim, device=u.device).to(u), latents
+            )
+            weights = torch.ones_like(labels)
+            for name, part in latents.split(weights).items():
+                part.fill_(share if own.sites[name].plates else 1.0)
+            x, _ = unit.from_unconstrained(u)
+            now = mean_element(latents, centered_by_curvature(unit, x, labels, weights)).to(now)
+        change = (now - before).abs().max().item()
+        before.copy_(now)
+        return change
 
     @torch.no_grad()
     def _start_in_coordinates(self) -> Tensor:
@@ -193,7 +207,8 @@ class AmortizedInCoordinates(GuideInCoordinates):
                 for name, value in self.asked.items():
                     parts[name].copy_(value.expand_as(parts[name]))
             else:
-                self.center_at(SharedPrior.of(log_joint, args, kwargs), log_joint.start[None])
+                share = 1 / log_joint.structure(args, kwargs).scale
+                self.center_at(log_joint.start[None], log_joint, share)
             mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
             return mean_element(log_joint.latents, mapped.start)
 
@@ -209,9 +224,8 @@ class AmortizedInCoordinates(GuideInCoordinates):
                     found[name] = group.latents.sites[name].constrain_with_ladj(part, batch)
                     placed[name] = found[name][0]
         if sites:
-            self._bind(tuple(args), kwargs)
             indices = {name: plate.indices for name, plate in plates.items()}
-            prior = map_sites(self._bound_model(), sites, {**placed, **indices})
+            prior = map_sites(self._bound_model(args, kwargs), sites, {**placed, **indices})
             for name, u in prior.found.items():
                 ladj = prior.ladjs[name] + prior.bijection_ladjs[name]
                 found[name] = sites[name].bijection(u), ladj
@@ -219,13 +233,9 @@ class AmortizedInCoordinates(GuideInCoordinates):
 
     def _element_map(self, args: Args, kwargs: Kwargs, *, is_inverse: bool = False) -> ElementMap:
         """The map for all elements, by the model with these arguments, by default the last ones."""
-        self._bind(tuple(args), kwargs)
-        model, given = self._bound_model(), GivenIndices()
-        plates, log_joint = (
-            plate_sizes(latents_of(given(model)).values()),
-            cast(Any, self._bound)[2],
-        )
-        layout, sites = self._posterior.layout, self._mapped()
+        model, given, sites = self._bound_model(args, kwargs), GivenIndices(), self._mapped()
+        plates, layout = plate_sizes(latents_of(given(model)).values()), self._posterior.layout
+        log_joint = cast(Any, self._bound)[2]
         return ElementMap(model, layout, sites, plates, given.names, log_joint, is_inverse)
 
     def _mapped(self) -> dict[str, SiteCoordinates]:
@@ -233,6 +243,8 @@ class AmortizedInCoordinates(GuideInCoordinates):
         own = self._posterior.layout.latents
         return self._prior[0].coordinates.of_sites(own) if self._prior else {}
 
-    def _bound_model(self) -> Callable[[], object]:
+    def _bound_model(self, args: Args, kwargs: Kwargs) -> Callable[[], object]:
+        """The model with these arguments, by default those of the last call."""
+        self._bind(tuple(args), kwargs)
         args, kwargs, _ = cast(Any, self._bound)
         return partial(cast(Any, self._model)[1], *args, **kwargs)

@@ -185,6 +185,16 @@ class AmortizedPosterior(nn.Module):
             parts.append((base_of(x, x.shape).log_prob(x) + ladj).flatten(1).sum(-1))
         return torch.stack(parts).sum(0)
 
+    def start_near(self, vectors: Vectors, share: float) -> None:
+        """Starts near draws of the latents of a mini-batch, shapes as of :meth:`draw`."""
+        if self.globals is None:
+            return
+        z = vectors[GLOBAL].flatten(0, -2)
+        self.globals.start_near(z, share)
+        for group, factor in self.local_factors:
+            elements = vectors[group.name].reshape(len(z), -1, group.latents.latent_dim)
+            factor.start_near(self.globals.as_context(z, group.num_elements), elements)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AmortizedPosterior":
         super()._apply(fn, recurse)
         latents = Latents(site.to(fn) for site in self.layout.latents.sites.values())

@@ -7,11 +7,11 @@ A guide that knows the elements of plates by one mini-batch at a time starts nea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -20,9 +20,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from ...joint import LogDensity, LogJoint
-from ...joint.coordinates import Coordinates
-from ...joint.protocols import FlowGuide, MinibatchGuide, PriorMinibatchGuide
-from ...joint.shared_prior import SharedPrior
+from ...joint.protocols import FlowGuide, MinibatchGuide
 from ..config import InitializationConfig
 from ..loader import Batch
 from .gaussians import (
@@ -212,6 +210,38 @@ class GaussianSearch:
         return self.log_density.from_unconstrained(latents.unconstrain(values)[None])[0][0]
 
 
+class SharedPrior(LogJoint):
+    """The log joint density of a mini-batch by itself, with its share of the density of the globals.
+
+    The mini-batch is a share of all data, and the same in each run; its elements have some of the latents.
+    """
+
+    def __init__(self, log_joint: LogJoint, share: float, elements: Collection[str]) -> None:
+        vars(self).update(vars(log_joint))
+        self._share, self._elements = share, elements
+        if log_joint.is_random:
+            self._run = partial(_run_from, torch.get_rng_state(), log_joint._run)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        u, _ = self.to_unconstrained(z)
+        parts, ladj = self.latents.split(u), z.new_zeros(z.shape[:-1])
+        for name in self._elements:
+            ladj = ladj + self.latents.sites[name].constrain_with_ladj(parts[name], z.shape[:-1])[1]
+        if self.coordinates is not None:
+            found = self.coordinates.with_location
+            mapped = {name: found[name] for name in found if name in self._elements}
+            of_elements = self.with_coordinates(self.coordinates._replace(with_location=mapped))
+            ladj = ladj - of_elements.from_unconstrained(u)[1]
+        # the Jacobian of an element is not scaled up as its density is
+        return self._share * super().__call__(z) + (1 - self._share) * ladj
+
+
+def _run_from(state: Tensor, run: Callable[[], object]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        run()
+
+
 def find_initial_minibatch_guide(
     log_joint: LogJoint,
     model: Callable[..., object],
@@ -232,7 +262,8 @@ def find_initial_minibatch_guide(
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
         return unchanged
     share, run = 1 / structure.scale, partial(model, *batch[0], **batch[1])
-    shared = SharedPrior.of(log_joint, *batch)
+    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
+    shared = SharedPrior(log_joint, share, elements)
     few_points = replace(config, num_points=config.num_points_by_loop)
 
     def compare() -> float:  # on the same noise each time
@@ -246,11 +277,9 @@ def find_initial_minibatch_guide(
 
     found = [(unchanged._replace(elbo=compare()), parameters())]
 
-    def attempt() -> tuple[SharedPrior, Tensor] | None:
-        """A start in the coordinates that the guide has, and draws of it."""
-        density = shared
-        if isinstance(guide, PriorMinibatchGuide):
-            density = shared.with_coordinates(guide.coordinates_of(shared.latents))
+    def attempt() -> Tensor | None:
+        """Starts in the coordinates that the guide has: draws on the unconstrained space."""
+        density = shared.with_coordinates(guide.coordinates_of(shared.latents))
         best = GaussianSearch(density, run, few_points).best(density.start)
         if best is None or best[0].elbo == -torch.inf:
             return None
@@ -261,20 +290,15 @@ def find_initial_minibatch_guide(
             guide.start_near(log_joint.latents.constrain(draws), share)
             modes = chosen.modes if share == 1 else None
             found.append((InitialGuide(chosen.name, compare(), modes), parameters()))
-        return density, draws
+        with torch.no_grad():
+            return density.to_unconstrained(draws[:_NUM_DRAWS])[0]
 
-    first = attempt()
-    if isinstance(guide, PriorMinibatchGuide) and guide.chooses_coordinates:
-        coordinates = cast(Coordinates, guide.prior_coordinates)
-        tried = coordinates.centered.detach().clone()
-        if first is not None:
-            with torch.no_grad():
-                guide.center_at(shared, first[0].to_unconstrained(first[1][:_NUM_DRAWS])[0])
-            if bool((coordinates.centered - tried).abs().max() > _FAR):
+    draws = attempt()
+    if guide.chooses_coordinates:
+        # by the curvature, then the model as it is written
+        for points in (draws, None):
+            if guide.center_at(points, log_joint, share) > _FAR:
                 attempt()
-        if bool((1 - tried).max() > _FAR):
-            coordinates.centered.data.fill_(1.0)
-            attempt()
     best, saved = max(found, key=lambda pair: pair[0].elbo)
     with torch.no_grad():
         for parameter, value in zip(guide.parameters(), saved):

@@ -15,8 +15,8 @@ from pyro.infer import Trace_ELBO
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
+from pyro_artransform.inference.initialization.initial_guide import SharedPrior
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.shared_prior import SharedPrior
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data, redraw, traces, train
 
@@ -79,7 +79,7 @@ def test_particles_at_once_and_one_by_one_have_the_same_mean():
     guide = set_up(hierarchy, data())
     means, variances = [], []
     for vectorized in (True, False):
-        elbo = Trace_ELBO(50, vectorize_particles=vectorized, max_plate_nesting=2)
+        elbo = Trace_ELBO(20, vectorize_particles=vectorized, max_plate_nesting=2)
         with torch.no_grad():
             losses = torch.tensor([elbo.loss(hierarchy, guide, data()) for _ in range(8)])
         means.append(losses.mean())
@@ -178,13 +178,12 @@ def test_the_density_of_a_mini_batch_in_coordinates():
     """Elements have their Jacobians once, and globals their share of the density and of the Jacobian."""
     guide = set_up(hierarchy, data())
     log_joint = LogJoint(poutine.condition(hierarchy, {"groups": torch.arange(5)}), (data(),))
-    density = SharedPrior.of(log_joint, (data(),), {})
+    density = SharedPrior(log_joint, 5 / SIZE, ["local", "child"])
     coordinates = guide.coordinates_of(log_joint.latents)
     mapped = density.with_coordinates(coordinates)
     x = 0.3 * torch.randn(6, log_joint.latents.latent_dim).double()
     u, ladj = mapped.to_unconstrained(x)
     of_globals = dict.fromkeys(["scale", "slopes"], True)
     alone = density.with_coordinates(coordinates._replace(with_location=of_globals))
-    share = 5 / SIZE
-    expected = density(u) + ladj + (1 - share) * alone.from_unconstrained(u)[1]
+    expected = density(u) + ladj + (1 - 5 / SIZE) * alone.from_unconstrained(u)[1]
     assert torch.allclose(mapped(x), expected)
