@@ -35,6 +35,7 @@ from pyro import poutine
 from pyro.distributions import validation_enabled
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -162,7 +163,7 @@ class PriorMap(Messenger):
 
 
 class PriorScales(Messenger):
-    """Notes the location and scale of each latent's prior in a run of a model.
+    """Notes the location and scale of each latent's prior in a run of a model, and the plates' indices.
 
     :param latents: the latents of the model.
     """
@@ -171,8 +172,11 @@ class PriorScales(Messenger):
         super().__init__()
         self._latents = latents
         self.found: dict[str, PriorScale] = {}
+        self.indices: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, message: Any) -> None:
+        if site_is_subsample(message):
+            self.indices[message["name"]] = message["value"]
         prior = PriorScale.of(message["fn"]) if message["name"] in self._latents.sites else None
         # more dimensions are those of discrete latents that are summed out
         if prior is not None and prior.loc.dim() <= message["value"].dim():
@@ -225,16 +229,22 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     """
-    notes, state = [], torch.get_rng_state()
-    for z in points:
-        torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+    notes: list[dict[str, PriorScale]] = []
+    state, indices = torch.get_rng_state(), dict[str, Tensor]()
+    for z in (*points, points[1]):
+        if len(notes) < 2:
+            torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
         with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
-            poutine.condition(run, latents.constrain(z))()
+            poutine.condition(run, {**latents.constrain(z), **indices})()
         notes.append(note.found)
+        indices = note.indices
     torch.set_rng_state(state)
-    dependent = depend_on_latents(*notes)
-    shaped = [name for name, prior in notes[0].items() if prior.shape is not None and dependent]
-    return {name: name in dependent for name in notes[0] if name in {*dependent, *shaped}}
+    # that of a latent which depends on one that is hidden is no function of the latents
+    random = depend_on_latents(*notes[1:])
+    priors = {name: prior for name, prior in notes[0].items() if name not in random}
+    dependent = depend_on_latents(priors, notes[1])
+    shaped = [name for name, prior in priors.items() if prior.shape is not None and dependent]
+    return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
 
 
 Priors = Mapping[str, PriorScale | None]

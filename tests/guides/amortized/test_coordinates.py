@@ -174,6 +174,12 @@ def test_lambda_is_by_the_data_or_as_asked_for():
         assert "prior" not in "".join(dict(guide.named_parameters()))
 
 
+def test_latents_that_depend_on_hidden_ones_have_no_map():
+    """In a guide for a part of a model their priors are other ones in each run."""
+    guide = set_up(poutine.block(hierarchy, hide=["mean"]), data())
+    assert list(guide.prior_coordinates.with_location) == ["scale", "slopes", "child"]
+
+
 def test_the_density_of_a_mini_batch_in_coordinates():
     """Elements have their Jacobians once, and globals their share of the density and of the Jacobian."""
     guide = set_up(hierarchy, data())
