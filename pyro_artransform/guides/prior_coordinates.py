@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..joint import LogJoint
 from ..joint.coordinates import Coordinates, centered_by_curvature
 from ..joint.density import Args, Kwargs
+from ..joint.sites import Latents
 from ..transforms import FlowModule
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments
@@ -136,21 +137,24 @@ class GuideInCoordinates(PersistentGuide):
             found = {name: depends for name, depends in found.items() if name in self.asked}
         return found
 
+    def _center_as_asked(self, latents: Latents) -> None:
+        parts = latents.split(self._prior[0].centered)
+        for name, value in cast(Mapping[str, Tensor], self.asked).items():
+            try:
+                parts[name].copy_(value)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"coordinates['{name}']: expected a number, or some that broadcast to shape "
+                    f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
+                ) from error
+
     def _start_coordinates(self, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
         prior, log_joint = self._prior[0], cast(tuple[Args, Kwargs, LogJoint], self._bound)[2]
         latents = log_joint.latents
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
             if isinstance(self.asked, Mapping):
-                parts = latents.split(prior.centered)
-                for name, value in self.asked.items():
-                    try:
-                        parts[name].copy_(value)
-                    except RuntimeError as error:
-                        raise ValueError(
-                            f"coordinates['{name}']: expected a number, or some that broadcast to shape "
-                            f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
-                        ) from error
+                self._center_as_asked(latents)
             else:
                 unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
                 point, _ = unit.from_unconstrained(start[None])

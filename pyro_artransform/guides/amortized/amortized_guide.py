@@ -86,11 +86,9 @@ class AutoAmortized(AmortizedInCoordinates):
     :param init_scale: the initial standard deviation on the unconstrained space.
     :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns a
         plate or several with the indices of the mini-batch, where the model gives these itself.
-    :param coordinates: "prior", where the factors draw in units of the model's priors if these depend
-        on other latents, as those of a hierarchy do: an element is loc + scale^(1 - lambda) (x - lambda
-        loc), and a fit chooses lambda, one for all elements of a plate, by how much the data say of one.
-        Draws then need the model. "model" is lambda = 1, the model as it is written; or a mapping of
-        sites to lambda.
+    :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`; all elements of a plate
+        have the same numbers. Draws of all elements need a model that says the prior of each: by plates
+        that it sub-samples itself, by arguments for all, or by priors that do not depend on the data.
     :raises TypeError: if an argument is of the wrong kind.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
         plates, discrete ones, or indices of its own, or if the encoder's result does not fit.
@@ -187,13 +185,11 @@ class AutoAmortized(AmortizedInCoordinates):
             groups = LatentLayout(latents).local_groups
             feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        if dependent and self.asked != "model":
-            self._bound = args, kwargs, self._log_joint(*args, **kwargs)
-            if found := self._choose_coordinates(self._bound[2]):
-                arguments["coordinates"] = found
+        has_map = bool(dependent) and self.asked != "model"
+        arguments |= self._found_in_model(args, kwargs, has_map)
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         if self._prior:
-            self._posterior.locate_at(self._start_in_coordinates())
+            self._posterior.locate_at(self._start_coordinates(start))
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
@@ -364,7 +360,7 @@ class AutoAmortized(AmortizedInCoordinates):
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
-        if self._prior:
+        if self._mapped():
             element_map = self._element_map(args, kwargs)
             parts = (element_map(vectors)[0] for vectors in parts)
         draws = [posterior.layout.constrain(vectors) for vectors in parts]
@@ -384,7 +380,7 @@ class AutoAmortized(AmortizedInCoordinates):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        if self._prior:
+        if self._mapped():
             vectors, of_map = self._element_map(args, kwargs, is_inverse=True)(vectors)
             ladj = ladj + of_map
         return posterior.log_prob(rows, vectors) - ladj

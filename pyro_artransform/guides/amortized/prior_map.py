@@ -198,14 +198,12 @@ class AmortizedInCoordinates(GuideInCoordinates):
         return change
 
     @torch.no_grad()
-    def _start_in_coordinates(self) -> Tensor:
+    def _start_coordinates(self, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at the start, and returns this for one element."""
         args, kwargs, log_joint = cast(Any, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block():
             if isinstance(self.asked, Mapping):
-                parts = self._checked_spec().latents.split(self._prior[0].centered)
-                for name, value in self.asked.items():
-                    parts[name].copy_(value.expand_as(parts[name]))
+                self._center_as_asked(self._checked_spec().latents)
             else:
                 share = 1 / log_joint.structure(args, kwargs).scale
                 self.center_at(log_joint.start[None], log_joint, share)
@@ -240,8 +238,10 @@ class AmortizedInCoordinates(GuideInCoordinates):
 
     def _mapped(self) -> dict[str, SiteCoordinates]:
         """The sites with coordinates from the prior."""
-        own = self._posterior.layout.latents
-        return self._prior[0].coordinates.of_sites(own) if self._prior else {}
+        coordinates = self.prior_coordinates
+        if coordinates is None or coordinates.is_identity:
+            return {}
+        return coordinates.of_sites(self._posterior.layout.latents)
 
     def _bound_model(self, args: Args, kwargs: Kwargs) -> Callable[[], object]:
         """The model with these arguments, by default those of the last call."""
