@@ -106,10 +106,10 @@ class GuideInCoordinates(PersistentGuide):
 
     def _bind(self, args: Args, kwargs: Kwargs) -> None:
         """Gives the last layer the model at these arguments, by default those of the last call."""
-        if self._bound is None:
+        model = self._model and self._model[1]
+        if self._bound is None or self._bound[2].model is not model:
             self._bound = args, kwargs, self._log_joint(*args, **kwargs)
-        given, known = (*args, *kwargs.values()), (*self._bound[0], *self._bound[1].values())
-        if given and (len(given) != len(known) or any(a is not b for a, b in zip(given, known))):
+        if (args or kwargs) and _ids(args, kwargs) != _ids(*self._bound[:2]):
             self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
         self._prior[0].bind(self._bound[2])
 
@@ -162,6 +162,11 @@ class GuideInCoordinates(PersistentGuide):
             return log_joint.with_coordinates(prior.coordinates).from_unconstrained(start[None])[0][
                 0
             ]
+
+
+def _ids(args: Args, kwargs: Kwargs) -> tuple[list[int], dict[str, int]]:
+    """Which objects the arguments are."""
+    return [*map(id, args)], {name: id(value) for name, value in kwargs.items()}
 
 
 def check_coordinates(coordinates: CoordinatesArgument) -> CoordinatesArgument:

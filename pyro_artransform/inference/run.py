@@ -21,6 +21,7 @@ from ..arguments import first_of
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import (
+    CenteredGuide,
     FlowGuide,
     MinibatchGuide,
     PriorGuide,
@@ -326,8 +327,7 @@ class FitRun:
 
     def _judge(self, end: str, stopped_because: str) -> FitResult:
         """The result of the fit but for its guide."""
-        training, config = self._training, self._config
-        offered: object = self._subject.guide
+        training, config, offered = self._training, self._config, cast(object, self._subject.guide)
         skipped, is_complete = training.skipped.count, stopped_because != _INTERRUPTED
         share, missing = skipped / max(training.num_steps, 1), self._missing()
         status = FitStatus(share, is_complete, self._is_saved, missing=missing)
@@ -335,10 +335,10 @@ class FitRun:
             passed = self._minibatches.over_a_pass()
             found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
         else:
-            modes, most = self._initial.modes, training.num_gradients
-            found = evaluate(self._subject, modes, status, config, most)
+            known = self._initial.modes, status, config, training.num_gradients
+            found = evaluate(self._subject, *known)
         marginals = judge_marginals(self._subject, found, config.evaluation)
-        centered = offered.centered_by_site() if isinstance(offered, PriorGuide) else {}
+        centered = offered.centered_by_site() if isinstance(offered, CenteredGuide) else {}
         return FitResult(
             **found.result_fields(marginals),
             history=[-loss for loss in training.losses],

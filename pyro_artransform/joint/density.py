@@ -106,7 +106,7 @@ class LogJoint(LogDensity):
         *,
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
-        self._model, self._init_loc_fn = model, init_loc_fn
+        self.model, self._init_loc_fn = model, init_loc_fn
         kwargs = kwargs or {}
         trace = self._trace(args, kwargs)
         check_data(trace)
@@ -173,7 +173,7 @@ class LogJoint(LogDensity):
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
         """The same for other arguments, whose latents are not compared: some may have been data."""
         other = copy.copy(self)
-        other._run = UnmaskedLatents(self.improper)(partial(self._model, *args, **kwargs))
+        other._run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
@@ -378,7 +378,7 @@ class LogJoint(LogDensity):
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
         with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
-            return poutine.trace(self._model).get_trace(*args, **kwargs)
+            return poutine.trace(self.model).get_trace(*args, **kwargs)
 
 
 def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:

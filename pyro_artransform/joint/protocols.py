@@ -71,6 +71,13 @@ class FlowGuide(ReparametrizedGuide, Protocol):
 
 
 @runtime_checkable
+class CenteredGuide(Protocol):
+    """A guide that says how centred its latents are, by site: none where it has no map of the prior."""
+
+    def centered_by_site(self) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
 class PriorGuide(FlowGuide, Protocol):
     """A guide whose draws may be in coordinates of its model's prior, see ``joint.coordinates``."""
 
@@ -81,9 +88,6 @@ class PriorGuide(FlowGuide, Protocol):
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit may change how centred they are, in place."""
-
-    def centered_by_site(self) -> Mapping[str, Tensor]:
-        """How centred they are, by site; empty where draws are on the unconstrained space."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters, as those of a module, with the tensor of ``prior_coordinates``."""

@@ -150,3 +150,22 @@ def test_predictions_for_other_arguments():
             poutine.uncondition(schools), guide=guide, num_samples=7, parallel=parallel
         )()
         assert found["y"].shape == (7, 4)
+
+
+def test_another_model_and_other_arguments_count_from_the_next_draw_on():
+    def scaled(scale):
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 0.1))
+        pyro.sample("z", dist.Normal(0.0, scale * tau))
+
+    guide = AutoIAF(scaled, num_transforms=1, hidden_dims=8, coordinates={"z": 0.0})
+    one, ten = torch.tensor(1.0), torch.tensor(10.0)
+    sds = [guide.sample_posterior(500, scale)["z"].std() for scale in (one, ten)]
+    sds += [
+        guide.sample_posterior(500, scale=ten)["z"].std(),
+        guide.sample_posterior(500)["z"].std(),
+    ]
+    guide.model = lambda scale: scaled(0.01 * scale)
+    sds.append(guide.sample_posterior(500, one)["z"].std())
+    sds = torch.stack(sds) / sds[0]
+    # of 500 draws each, so that a ratio is known to 5 %
+    assert torch.allclose(sds, torch.tensor([1.0, 10.0, 10.0, 10.0, 0.01]), rtol=0.3)
