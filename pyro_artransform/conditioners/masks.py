@@ -59,7 +59,7 @@ def levels(adjacency: Tensor) -> Tensor:
     :raises ValueError: if the graph has a cycle; the message names it.
     """
     parents = [row.nonzero()[:, 0].tolist() for row in adjacency.to("cpu")]
-    return torch.tensor(graph_levels(parents), device=adjacency.device)
+    return torch.tensor(graph_levels(parents), dtype=torch.long, device=adjacency.device)
 
 
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:

@@ -106,8 +106,8 @@ def known_marginals(size=40):
     ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
     small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
     bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
-    counts = {"acceptance": 0.8, "num_chains": 128, "num_gradients": 20_000}
-    return Marginals(shift, small, ratio, small, small, **bounds, **counts, trusted=False, words="")
+    bounds["num_chains"] = 128
+    return Marginals(shift, small, ratio, small, small, **bounds, trusted=False, words="")
 
 
 def test_marginals(ax):

@@ -21,6 +21,8 @@ from .sparse_start import find_sparse_start
 _NUM_DRAWS, _MOST_GRADIENTS = 8, 4096
 # points of a search near where a start is
 _NUM_NEAR = 2
+# units of the prior throughout are tried where the data of some element are weaker than the prior
+_WEAK = 0.5
 # how far lambda has to be from where a start was found for another one to be looked for
 _FAR = 0.05
 
@@ -33,8 +35,8 @@ def find_start(
 ) -> InitialGuide:
     """Starts a flow guide at the best candidate for it, in the coordinates where this has the largest ELBO.
 
-    Tried are the coordinates that the guide has, those that the curvature at the first start asks for, and
-    the model as it is written; the last two from where the first start is.
+    Tried are the coordinates that the guide has, those that the curvature at the first start asks for, the
+    model as it is written, and units of the prior throughout; the last three from where the first start is.
 
     :param density: the log joint density, in the coordinates of the guide, which change in place.
     :raises ValueError: if none of the starts is finite.
@@ -69,11 +71,15 @@ def find_start(
     with torch.no_grad():
         fewer = _MOST_GRADIENTS // (2 * len(first))
         z, _ = guide.rsample_and_log_prob(min(_NUM_DRAWS, max(fewer, 1)))
-        unit = density.with_coordinates(coordinates.non_centered(density.latents))
+        unit_scales = coordinates.non_centered(density.latents)
+        unit = density.with_coordinates(unit_scales)
         u, _ = density.to_unconstrained(z)
         x, _ = unit.from_unconstrained(u)
     second = centered_by_curvature(unit, x)
-    for centered in (second, torch.ones_like(first)):
+    others = [second, torch.ones_like(first)]
+    if bool((second < _WEAK).any()):
+        others.append(unit_scales.centered)
+    for centered in others:
         if bool((centered - first).abs().max() > _FAR):
             attempt(centered, u.mean(0), near)
     best, saved = max(found, key=lambda pair: pair[0].elbo)
