@@ -15,16 +15,15 @@ from . import standard_families as families
 from .standard_families import StandardFamily
 from .traces import unwrapped
 
-# on the real line, with the attributes loc and scale; a shape where it is known by quantiles
-_WITH_LOCATION: dict[Any, StandardFamily | None] = {
-    dist.Normal: None,
-    dist.StudentT: None,
-    dist.Laplace: families.LAPLACE,
-    dist.Cauchy: families.CAUCHY,
-    dist.Gumbel: families.GUMBEL,
-    dist.Logistic: families.LOGISTIC,
-    dist.SoftLaplace: families.HALF_CAUCHY,
-}
+# on the real line, with the attributes loc and scale
+_WITH_LOCATION: tuple[Any, ...] = (
+    dist.StudentT,
+    dist.Laplace,
+    dist.Cauchy,
+    dist.Gumbel,
+    dist.Logistic,
+    dist.SoftLaplace,
+)
 # of positive numbers: their logarithm has a location, which is the logarithm of this scale
 _POSITIVE: dict[type, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
     dist.HalfNormal: (lambda fn: fn.scale, families.HALF_NORMAL),
@@ -72,12 +71,14 @@ class PriorScale(NamedTuple):
         fn: Any = unwrapped(distribution)
         if isinstance(fn, dist.MultivariateNormal):
             return cls(fn.loc, fn.scale_tril, families.normal_log_prob)
-        for kind, shape in _WITH_LOCATION.items():
+        if isinstance(fn, dist.Normal):
+            return cls(fn.loc, fn.scale, families.normal_log_prob)
+        for kind in _WITH_LOCATION:
             if isinstance(fn, kind):
-                log_prob = families.normal_log_prob if shape is None else shape.log_prob
-                if isinstance(fn, dist.StudentT):
-                    log_prob = dist.StudentT(fn.df, validate_args=False).log_prob
-                return cls(fn.loc, fn.scale, log_prob, shape)
+                given = {"df": fn.df} if kind is dist.StudentT else {}
+                zero, one = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
+                standard = kind(**given, loc=zero, scale=one, validate_args=False)
+                return cls(fn.loc, fn.scale, standard.log_prob)
         return None
 
     @classmethod
@@ -88,12 +89,12 @@ class PriorScale(NamedTuple):
             transforms = transforms[:-1]
         for transform in transforms:
             is_matrix = prior is not None and prior._is_matrix
-            if prior is None or is_matrix or not isinstance(transform, AffineTransform):
+            # mirrored, a Gumbel distribution is of another family
+            is_other = is_matrix or isinstance(unwrapped(fn.base_dist), dist.Gumbel)
+            if prior is None or is_other or not isinstance(transform, AffineTransform):
                 return None
             loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
             prior = prior._replace(loc=loc, scale=scale.abs())
-            if prior.shape is families.GUMBEL:  # mirrored, it is of another shape
-                return None
         return prior
 
     def unconstrained(self, x: Tensor, centered: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -77,7 +77,7 @@ def _half_cauchy_tails(r: Tensor) -> tuple[Tensor, Tensor]:
     return torch.atan(r.exp()) * (2 / math.pi), torch.atan((-r).exp()) * (2 / math.pi)
 
 
-#: the logarithm of a half-Cauchy number; SoftLaplace
+#: the logarithm of a half-Cauchy number
 HALF_CAUCHY = StandardFamily(
     _log_tangent,
     None,
@@ -100,39 +100,10 @@ EXPONENTIAL = StandardFamily(
     lambda r: (-torch.expm1(-r.exp()), (-r.exp()).exp()),
     lambda r: r - r.exp(),
 )
-GUMBEL = StandardFamily(
-    lambda tail: -(-tail).log(),
-    lambda tail: -EXPONENTIAL.lower(tail),
-    lambda r: EXPONENTIAL.tails(-r)[::-1],
-    lambda r: EXPONENTIAL.log_prob(-r),
-)
+#: the logit of a uniform number
 LOGISTIC = StandardFamily(
     lambda tail: tail - torch.log1p(-tail.exp()),
     None,
     lambda r: (r.sigmoid(), (-r).sigmoid()),
     lambda r: r - 2 * softplus(r),
-)
-LAPLACE = StandardFamily(
-    lambda tail: math.log(2) + tail,
-    None,
-    lambda r: (0.5 * r.clamp_max(0).exp(), 0.5 * (-r).clamp_max(0).exp()),
-    lambda r: -math.log(2) - r.abs(),
-)
-
-
-def _cauchy_quantile(log_tail: Tensor) -> Tensor:
-    angle = math.pi * log_tail.exp().clamp_min(torch.finfo(log_tail.dtype).tiny ** 0.5)
-    return -angle.cos() / angle.sin()
-
-
-def _cauchy_tails(r: Tensor) -> tuple[Tensor, Tensor]:
-    one = torch.ones_like(r)
-    return torch.atan2(one, -r) / math.pi, torch.atan2(one, r) / math.pi
-
-
-CAUCHY = StandardFamily(
-    _cauchy_quantile,
-    None,
-    _cauchy_tails,
-    lambda r: -math.log(math.pi) - torch.log1p(r.square()),
 )
