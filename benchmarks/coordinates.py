@@ -1,0 +1,346 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""`fit` in coordinates of the prior, beside the model as it is written; see coordinates.md.
+
+    OMP_NUM_THREADS=1 python benchmarks/coordinates.py [MODEL ...] [--coordinates ...] [--seeds N] [--write]
+
+Each fit is a line of a file, so that a run goes on where the last one ended (delete the file after a
+change). --write puts the tables into coordinates.md. --reference runs NUTS of NumPyro (`pip install
+numpyro`) for the file that the posterior of slopes is compared with.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import coordinates_models as models
+import pyro
+import torch
+from coordinates_models import Subject
+from marked_table import write
+from pyro import distributions as dist
+from torch import Tensor
+
+from pyro_artransform import fit
+from pyro_artransform.guides.choice import choose_guide
+
+HERE = Path(__file__).parent
+REFERENCE = HERE / "coordinates_reference.json"
+NUM_DRAWS = 20_000
+COORDINATES = ("prior", "model")
+#: in the tables
+IN_WORDS = {"prior": "prior", "model": "as written"}
+_LOWEST = 0.01
+_CONSTANT = 1e-9  # an sd of rounding errors: the corner of a Cholesky factor
+Row = dict[str, Any]
+
+
+class Moments(NamedTuple):
+    """The mean and the sd of each element of a quantity, and the lowest quantile where it is known."""
+
+    mean: Tensor
+    sd: Tensor
+    lowest: float | None = None
+
+
+class Truth(NamedTuple):
+    """What is known of a posterior: its log evidence, or moments of quantities, as functions of sites."""
+
+    evidence: float | None = None
+    moments: Mapping[str, Moments] = {}
+    quantity: Callable[[str, Mapping[str, Tensor]], Tensor] = lambda name, draws: draws[name]
+
+
+class Case(NamedTuple):
+    """A model in words, with its arguments, seeds, and what is known of its posterior."""
+
+    title: str
+    subject: Callable[[], Subject]
+    num_seeds: int = 1
+    truth: Callable[[], Truth] = Truth
+
+
+def schools_truth() -> Truth:
+    """By quadrature over log tau: given tau, the effects and their mean are integrated out."""
+    error, y = models.schools()[1]
+    log_tau = torch.linspace(-40.0, 20.0, 60_001)
+    tau = log_tau.exp()
+    variance = error.square() + tau[:, None].square()
+    shared = torch.full((len(tau), len(y), 1), 5.0)
+    likelihood = dist.LowRankMultivariateNormal(torch.zeros(len(y)), shared, variance).log_prob(y)
+    log_density = likelihood + dist.HalfCauchy(5.0).log_prob(tau) + log_tau
+    step = log_tau[1] - log_tau[0]
+    evidence = log_density.logsumexp(0) + step.log()
+    weights = (log_density - log_density.logsumexp(0)).exp()
+    mean = weights @ log_tau
+    sd = (weights @ (log_tau - mean).square()).sqrt()
+    lowest = log_tau[(weights.cumsum(0) < _LOWEST).sum()]
+    moments = {"log tau": Moments(mean, sd, lowest.item())}
+    return Truth(evidence.item(), moments, lambda _, draws: draws["tau"].log())
+
+
+def funnel_truth() -> Truth:
+    v = dist.Normal(0.0, 3.0)
+    lowest = v.icdf(torch.tensor(_LOWEST)).item()
+    return Truth(0.0, {"v": Moments(v.mean, v.stddev, lowest)})
+
+
+def slopes_truth() -> Truth:
+    stored = json.loads(REFERENCE.read_text())["sites"]
+    return Truth(
+        moments={
+            name: Moments(torch.tensor(site["mean"]), torch.tensor(site["sd"]))
+            for name, site in stored.items()
+        }
+    )
+
+
+def funnel(num_latents: int) -> Case:
+    subject = models.funnel_model, (num_latents,)
+    return Case(f"funnel, {num_latents} latents in the plate", lambda: subject, 3, funnel_truth)
+
+
+CASES = {
+    "schools": Case("eight schools", models.schools, 10, schools_truth),
+    **{f"funnel_{count}": funnel(count) for count in (10, 30, 100, 300)},
+    "slopes": Case("correlated slopes, 200 groups", models.slopes, 1, slopes_truth),
+    "strong": Case("20 groups of 1,000 rows", models.strong),
+    "mixed": Case("40 groups, every other one known well", models.mixed),
+    "horseshoe": Case("horseshoe, 20 columns, 100 rows", models.horseshoe),
+    "counts": Case("slopes of counts with exposures, 30 groups", models.counts),
+    "walk": Case("random walk by a loop, 60 steps", models.walk),
+    "nested": Case("50 schools in 10 districts", models.nested),
+}
+
+
+def of_quantity(draws: Tensor, moments: Moments) -> Row:
+    """The largest errors of elements that vary: of means in sds, of sds relative; and the lowest quantile."""
+    varies = moments.sd > 0
+    mean, sd = draws.mean(0)[varies], draws.std(0)[varies]
+    true_mean, true_sd = moments.mean[varies], moments.sd[varies]
+    row: Row = {
+        "mean": ((mean - true_mean) / true_sd).abs().max().item(),
+        "sd": (sd / true_sd - 1).abs().max().item(),
+    }
+    if moments.lowest is not None:
+        row["lowest"] = draws.quantile(_LOWEST).item()
+    return row
+
+
+def fitted(case: Case, coordinates: str, seed: int) -> Row:
+    """A fit of the guide that `fit` chooses, and its errors."""
+    model, args = case.subject()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    began = time.process_time()
+    guide = type(choose_guide(model, args)[0])(model, coordinates=coordinates)
+    result = fit(model, *args, guide=guide, progress=False, seed=seed)
+    seconds = time.process_time() - began
+    truth = case.truth()
+    draws = guide.sample_posterior(NUM_DRAWS)
+    return {
+        "seconds": seconds,
+        "guide": type(guide).__name__,
+        "latents": guide.latent_dim,
+        "steps": result.num_steps,
+        "elbo": result.elbo,
+        "elbo_se": result.elbo_se,
+        "khat": result.khat,
+        "log_evidence": result.log_evidence,
+        "true_evidence": truth.evidence,
+        "trusted": result.trusted,
+        "slow": result.one_at_a_time,
+        "start": result.start,
+        "verdict": result.verdict,
+        "errors": {
+            name: of_quantity(truth.quantity(name, draws), moments)
+            for name, moments in truth.moments.items()
+        },
+    }
+
+
+def runs(options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
+    """Rows that are not there yet."""
+    for name in options.models:
+        case = CASES[name]
+        for seed in range(min(options.seeds, case.num_seeds)):
+            for coordinates in options.coordinates:
+                row = {"model": name, "coordinates": coordinates, "seed": seed}
+                if not any(row.items() <= known.items() for known in rows):
+                    yield row | fitted(case, coordinates, seed)
+
+
+def load(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """The fits of a model in some coordinates, one for each seed, with the words of their first column."""
+    for name, case in CASES.items():
+        title = case.title
+        for coordinates in COORDINATES:
+            key = {"model": name, "coordinates": coordinates}
+            if found := [row for row in rows if key.items() <= row.items()]:
+                yield title, found
+                title = ""
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """The least and the largest of some numbers."""
+    # a zero that was rounded up has no sign
+    low, high = (
+        f"{round(value, digits) + 0.0:,.{digits}f}" for value in (min(values), max(values))
+    )
+    return low if low == high else f"{low} to {high}"
+
+
+def nats_missing(row: Row) -> float:
+    """From the ELBO to the evidence, where this is known, or else as its weights say."""
+    evidence = row["true_evidence"]
+    return (row["log_evidence"] if evidence is None else evidence) - row["elbo"]
+
+
+def of_fits(rows: list[Row]) -> str:
+    """A line for each model and its coordinates: the least and the largest figures of all seeds."""
+    lines = [
+        "| model, latents | guide | coordinates | ELBO | gap | k-hat | trusted | steps | CPU s |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for title, found in groups(rows):
+        first = found[0]
+        cells = [f"{title}, {first['latents']}", f"`{first['guide']}`"] if title else ["", ""]
+        known = "" if first["true_evidence"] is not None else "~ "
+        cells += [
+            IN_WORDS[first["coordinates"]],
+            spread([row["elbo"] for row in found], 3),
+            known + spread([nats_missing(row) for row in found], 4),
+            spread([row["khat"] for row in found], 2),
+            f"{sum(row['trusted'] for row in found)} of {len(found)}",
+            spread([row["steps"] for row in found]),
+            spread([row["seconds"] for row in found], 1),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def of_errors(rows: list[Row]) -> str:
+    """A line for each quantity whose moments are known: the least and the largest figures of all seeds."""
+    lines = ["| model | coordinates | quantity | mean, sds off | sd, % off | 0.01 quantile |"]
+    lines.append("|---|---|---|---|---|---|")
+    for title, found in groups(rows):
+        moments = CASES[found[0]["model"]].truth().moments
+        first = [title, IN_WORDS[found[0]["coordinates"]]]
+        for name, known in moments.items():
+            errors = [row["errors"][name] for row in found]
+            cells = [
+                *first,
+                name,
+                spread([error["mean"] for error in errors], 3),
+                spread([100 * error["sd"] for error in errors], 1),
+            ]
+            lowest = "-"
+            if known.lowest is not None:
+                lowest = f"{spread([e['lowest'] for e in errors], 2)}, exact {known.lowest:.2f}"
+            lines.append(f"| {' | '.join(cells)} | {lowest} |")
+            first = ["", ""]
+    return "\n".join(lines)
+
+
+def slopes_non_centred(num_groups: int, group: Any, x: Any, y: Any) -> None:
+    """`coordinates_models.slopes_model` for NumPyro, with groups in units of their prior."""
+    import numpyro
+    from numpyro import distributions as dist
+
+    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+    tau = numpyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    factor = numpyro.sample("L", dist.LKJCholesky(2, 2.0))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", num_groups):
+        white = numpyro.sample("white", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    ab = numpyro.deterministic("ab", mu + white @ (tau[:, None] * factor).T)
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(ab[group, 0] + ab[group, 1] * x, sigma), obs=y)
+
+
+def reference(path: Path, num_chains: int, num_samples: int) -> None:
+    """Stores means and sds by NUTS of NumPyro, with what their Monte Carlo errors are."""
+    import jax
+    import numpy as np
+    import numpyro
+    from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+    from numpyro.infer import MCMC, NUTS
+
+    numpyro.enable_x64()
+    group, x, y = (arg.numpy() for arg in models.slopes()[1])
+    kernel = NUTS(partial(slopes_non_centred, int(group.max()) + 1), target_accept_prob=0.9)
+    chains = MCMC(
+        kernel,
+        num_warmup=1_500,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method="sequential",
+        progress_bar=False,
+    )
+    chains.run(jax.random.PRNGKey(0), group, x, y)
+    draws = {name: np.asarray(z) for name, z in chains.get_samples(group_by_chain=True).items()}
+    del draws["white"]
+    sites, ess, rhats, of_sds = {}, [], [], []
+    for name, z in draws.items():
+        mean, sd = z.mean((0, 1)), z.std((0, 1))
+        sites[name] = {"mean": mean.round(5).tolist(), "sd": sd.round(5).tolist()}
+        z = ((z - mean) / np.where(sd > _CONSTANT, sd, 1)).reshape(*z.shape[:2], -1)
+        z = z[..., sd.ravel() > _CONSTANT]
+        ess.append(effective_sample_size(z).min())
+        rhats.append(split_gelman_rubin(z).max())
+        of_sds.append((0.5 * (z**2).std((0, 1)) / effective_sample_size(z**2) ** 0.5).max())
+    about = (
+        f"Posterior means and sds of coordinates_models.slopes: NUTS of NumPyro {numpyro.__version__}, "
+        f"non-centred, float64, seed 0, {num_chains} chains of {num_samples:,} draws after 1,500 of warm-up, "
+        f"{int(chains.get_extra_fields()['diverging'].sum())} divergent. Least ESS {min(ess):,.0f}, largest "
+        f"R-hat {max(rhats):.4f}; Monte Carlo errors of means at most {min(ess) ** -0.5:.4f} sds, of sds "
+        f"{max(of_sds):.2%}. Made by benchmarks/coordinates.py --reference."
+    )
+    path.write_text(json.dumps({"about": about, "sites": sites}) + "\n")
+    print(about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(CASES))
+    parser.add_argument("--coordinates", nargs="+", choices=COORDINATES, default=COORDINATES)
+    parser.add_argument("--seeds", type=int, default=10, help="seeds of a model at most")
+    parser.add_argument("--results", type=Path, default=HERE / "coordinates.jsonl")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--chains", type=int, default=4, help="of the reference")
+    parser.add_argument("--draws", type=int, default=4_000, help="of a chain of the reference")
+    options = parser.parse_args()
+    unknown = sorted(set(options.models) - CASES.keys())
+    if unknown:
+        parser.error(f"expected models among {list(CASES)}, got {unknown}")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    if options.reference:
+        reference(REFERENCE, options.chains, options.draws)
+        return
+    warnings.simplefilter("ignore")
+    rows = load(options.results)
+    for row in runs(options, rows):
+        rows.append(row)
+        with options.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, file=sys.stderr, flush=True)
+    tables = f"{of_fits(rows)}\n\n{of_errors(rows)}"
+    print(tables)
+    if options.write:
+        write(tables, HERE / "coordinates.md")
+
+
+if __name__ == "__main__":
+    main()
