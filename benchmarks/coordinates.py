@@ -133,6 +133,15 @@ def of_quantity(draws: Tensor, moments: Moments) -> Row:
     return row
 
 
+def how_centred(guide: Any) -> list[float] | None:
+    """The least and the largest lambda that the fit chose below 1; None for the model as it is written."""
+    found = guide.prior_coordinates
+    if found is None or (found.centered == 1).all():
+        return None
+    chosen = found.centered[found.centered < 1]
+    return [chosen.min().item(), chosen.max().item()]
+
+
 def fitted(case: Case, coordinates: str, seed: int) -> Row:
     """A fit of the guide that `fit` chooses, and its errors."""
     model, args = case.subject()
@@ -157,6 +166,7 @@ def fitted(case: Case, coordinates: str, seed: int) -> Row:
         "trusted": result.trusted,
         "slow": result.one_at_a_time,
         "start": result.start,
+        "centred": how_centred(guide),
         "verdict": result.verdict,
         "errors": {
             name: of_quantity(truth.quantity(name, draws), moments)
@@ -206,6 +216,15 @@ def nats_missing(row: Row) -> float:
     return (row["log_evidence"] if evidence is None else evidence) - row["elbo"]
 
 
+def lambdas(rows: list[Row]) -> str:
+    """The lambdas that the fits chose, and how many fits chose the model as it is written."""
+    chosen = [row["centred"] for row in rows if row["centred"] is not None]
+    cells = [spread([value for pair in chosen for value in pair], 2)] if chosen else []
+    if len(chosen) < len(rows):
+        cells.append("1" if not chosen else f"1 in {len(rows) - len(chosen)}")
+    return ", ".join(cells)
+
+
 def of_fits(rows: list[Row]) -> str:
     """A line for each model and its coordinates: the least and the largest figures of all seeds."""
     lines = [
@@ -218,6 +237,7 @@ def of_fits(rows: list[Row]) -> str:
         known = "" if first["true_evidence"] is not None else "~ "
         cells += [
             IN_WORDS[first["coordinates"]],
+            lambdas(found),
             spread([row["elbo"] for row in found], 3),
             known + spread([nats_missing(row) for row in found], 4),
             spread([row["khat"] for row in found], 2),
