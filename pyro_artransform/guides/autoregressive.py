@@ -18,7 +18,6 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
-from ..joint.coordinates import Coordinates
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
@@ -29,8 +28,8 @@ from .persistence.spec import Arguments, GuideSpec, LeastState
 from .prior_coordinates import (
     CoordinatesArgument,
     GuideInCoordinates,
-    PriorCoordinates,
     check_coordinates,
+    prior_layer,
 )
 
 
@@ -152,8 +151,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
         inner = transform = ComposedTransform(flow, affine)
         self._prior = ()
-        if sites := spec.arguments.get("coordinates"):
-            prior = PriorCoordinates(Coordinates(torch.ones_like(start), sites))
+        if prior := prior_layer(spec, start):
             self._prior, transform = (prior,), ComposedTransform(inner, prior)
         self._inner = (inner,)  # in a tuple, as it may be a part of the transform
         self.transform = transform

@@ -4,7 +4,7 @@
 """Guides whose flow is in coordinates of the model's own prior, and the last layer of these."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pyro import poutine
@@ -16,7 +16,7 @@ from ..joint.density import Args, Kwargs
 from ..joint.sites import Latents
 from ..transforms import FlowModule
 from .persistence.persistent_guide import PersistentGuide
-from .persistence.spec import Arguments
+from .persistence.spec import Arguments, GuideSpec
 
 CoordinatesArgument = str | Mapping[str, Any]
 
@@ -65,6 +65,18 @@ class PriorCoordinates(FlowModule):
         return {**self.__dict__, "_log_joint": None}
 
 
+def prior_layer(spec: GuideSpec, start: Tensor) -> PriorCoordinates | None:
+    """The last layer of a guide of this specification, if it has coordinates from the prior."""
+    with_location = spec.arguments.get("coordinates")
+    if not with_location:
+        return None
+    if unknown := sorted(with_location.keys() - spec.latents.sites.keys()):
+        raise ValueError(
+            f"coordinates: expected sites of {list(spec.latents.sites)}, got {unknown}"
+        )
+    return PriorCoordinates(Coordinates(torch.ones_like(start), with_location))
+
+
 class GuideInCoordinates(PersistentGuide):
     """A guide that draws in coordinates of the prior, where the prior of a latent depends on others.
 
@@ -72,6 +84,7 @@ class GuideInCoordinates(PersistentGuide):
     """
 
     asked: CoordinatesArgument
+    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _functions = (*PersistentGuide._functions, "_bound")
     # the model's arguments and its log joint density, where draws need the model
     _bound: tuple[Args, Kwargs, LogJoint] | None = None
@@ -95,7 +108,7 @@ class GuideInCoordinates(PersistentGuide):
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit chooses how centred they are: not where the user has said it."""
-        return bool(self._prior) and self.asked == "prior"
+        return bool(self._checked_spec().arguments.get("chooses_coordinates"))
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
         """The log density of the model, whose runs leave no trace and take no random numbers."""
@@ -119,7 +132,12 @@ class GuideInCoordinates(PersistentGuide):
         :param has_map: whether there may be coordinates from the prior.
         """
         found = self._mapped_sites(args, kwargs) if has_map else {}
-        return {"coordinates": dict.fromkeys(found, True)} if found else {}
+        return self._coordinate_arguments(dict.fromkeys(found, True))
+
+    def _coordinate_arguments(self, with_location: dict[str, bool]) -> Arguments:
+        if not with_location:
+            return {}
+        return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs) -> dict[str, bool]:
         """The sites with coordinates from the prior, and whether this depends on other latents."""

@@ -85,6 +85,11 @@ def test_it_survives(make, tmp_path):
     twins[-1].model = schools
     for twin in twins:
         assert torch.equal(twin.log_prob(draws), expected)
+        assert twin.chooses_coordinates
+    given = trained(make, coordinates={"theta": 0.3})
+    given.save(path)
+    assert not type(given).load(path, schools).chooses_coordinates
+    guide.save(path)
     with pytest.raises(RuntimeError, match=r"load\(path, model\)"):
         type(guide).load(path).sample_posterior(2)
     guide._prior[0].centered.data[2:] = 0.7

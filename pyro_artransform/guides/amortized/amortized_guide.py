@@ -126,7 +126,7 @@ class AutoAmortized(AmortizedInCoordinates):
 
     _num_quantile_draws = 2_000
     _functions = (*GuideInCoordinates._functions, "create_plates")
-    _found_arguments = ("feature_dims", "coordinates")
+    _found_arguments = (*AmortizedInCoordinates._found_arguments, "feature_dims")
 
     @names_the_class
     def __init__(

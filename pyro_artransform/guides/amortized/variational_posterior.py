@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...joint.coordinates import Coordinates
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform
 from ..distributions import FlowDistribution, PathDistribution
 from ..persistence.spec import GuideSpec
-from ..prior_coordinates import PriorCoordinates
+from ..prior_coordinates import prior_layer
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .factors import GlobalFactor, LocalFactor, MakeFlows
 from .plates import GLOBAL, Args, Group, Kwargs, LatentLayout, Plates, PlateSizes, Vectors
@@ -58,8 +57,7 @@ class AmortizedPosterior(nn.Module):
             factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
             self._factors[group.name] = factor
             self.locals.append(factor)
-        sites = spec.arguments.get("coordinates")
-        self.prior = PriorCoordinates(Coordinates(torch.ones_like(start), sites)) if sites else None
+        self.prior = prior_layer(spec, start)
         self.encoder: Any = encoder
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     _graph: LatentGraph
     _parts: tuple[StructuredFlow, LocationScale]
-    _found_arguments = ("graph", "full_rank")
+    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
 
     @names_the_class
     def __init__(
@@ -147,7 +147,7 @@ class AutoStructuredFlow(AutoAutoregressive):
             sites = {name: with_location or not depends[name] for name in depends}
             found = self._graph_in(log_joint, sites)
             if _size(found) <= _MOST_FILL_IN * _size(graph):
-                return {"coordinates": sites, "graph": found.to_plain()}
+                return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
         return {"graph": graph.to_plain()}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:

@@ -136,6 +136,7 @@ GUIDES = {
     "maf": lambda: AutoMAF(models.regression, num_transforms=1, hidden_dims=8),
     "one": lambda: AutoIAF(models.one_dimensional),
     "custom": lambda: AutoAutoregressive(models.regression, **FLOW),
+    "in coordinates": lambda: AutoIAF(groups, num_transforms=1, hidden_dims=8),
     "structured": lambda: AutoStructuredFlow(groups, hidden_dim=4, coordinates="model"),
     "amortized": lambda: AutoAmortized(models.locals_of),
 }
@@ -201,6 +202,7 @@ CHANGES = {
     "graph": ("structured", arguments(graph=None), "expected a guide with this flow"),
     "large activation": ("iaf", arguments(nonlinearity=PRELU), "an activation, got PReLU"),
     "expanded tensors": ("iaf", expand_all, SIZES),
+    "coordinates": ("in coordinates", arguments(coordinates={"x": True}), r"'z'\], got \['x'\]"),
     "another shape": ("iaf", loc(lambda value: value[:1]), "size mismatch for"),
     "sparse": ("iaf", loc(torch.Tensor.to_sparse), "expected a guide with this flow"),
     "not a tensor": ("iaf", loc(torch.Tensor.tolist), "expected a guide with this flow"),
