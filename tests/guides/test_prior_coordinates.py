@@ -146,6 +146,9 @@ def test_a_chain_stays_a_chain():
     assert found.pop("scale")
     assert set(found.values()) == {False}
     assert len(guide.graph.elimination.root) < 5
+    asked = AutoStructuredFlow(walk, coordinates={"z3": 0.0})
+    asked()
+    assert dict(asked.prior_coordinates.with_location) == {"z3": True}
 
 
 def test_predictions_for_other_arguments():

@@ -135,7 +135,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         return self.graph.markov
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, has_map: bool) -> Arguments:
-        """The graph, in coordinates of the prior where these bring no more edges.
+        """The graph, in coordinates of the prior where these bring few more edges, or are asked for.
 
         A chain whose location is the state before is dense in units of its prior: without the location
         it is a chain in units of the scale.
@@ -146,7 +146,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         for with_location in (True, False) if depends else ():
             sites = {name: with_location or not depends[name] for name in depends}
             found = self._graph_in(log_joint, sites)
-            if _size(found) <= _MOST_FILL_IN * _size(graph):
+            if self.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
                 return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
         return {"graph": graph.to_plain()}
 
