@@ -24,8 +24,8 @@ CoordinatesArgument = str | Mapping[str, Any]
 class PriorCoordinates(FlowModule):
     """From coordinates of the prior to the unconstrained space: see ``joint.coordinates``.
 
-    It runs the model, whose log joint density :meth:`bind` gives it. No gradient flows to lambda, which is
-    a parameter so that files and the param store hold it.
+    It runs the model, whose log joint density :meth:`bind` gives it. No gradient flows to lambda and to the
+    unit, which are parameters so that files and the param store hold them.
 
     :param coordinates: which latents, and how centred.
     """
@@ -33,13 +33,14 @@ class PriorCoordinates(FlowModule):
     def __init__(self, coordinates: Coordinates) -> None:
         super().__init__(cache_size=0)
         self.centered = nn.Parameter(coordinates.centered.clone())
+        self.unit = nn.Parameter(coordinates.unit.clone())
         self.with_location = dict(coordinates.with_location)
         self._log_joint: LogJoint | None = None
 
     @property
     def coordinates(self) -> Coordinates:
         """Which latents, and how centred now."""
-        return Coordinates(self.centered, self.with_location)
+        return Coordinates(self.centered, self.unit, self.with_location)
 
     def bind(self, log_joint: LogJoint) -> None:
         """Takes the log joint density of the model for the arguments of the next calls."""
@@ -74,7 +75,8 @@ def prior_layer(spec: GuideSpec, start: Tensor) -> PriorCoordinates | None:
         raise ValueError(
             f"coordinates: expected sites of {list(spec.latents.sites)}, got {unknown}"
         )
-    return PriorCoordinates(Coordinates(torch.ones_like(start), with_location))
+    ones = torch.ones_like(start)
+    return PriorCoordinates(Coordinates(ones, ones, with_location))
 
 
 class GuideInCoordinates(PersistentGuide):
@@ -171,15 +173,15 @@ class GuideInCoordinates(PersistentGuide):
         prior, log_joint = self._prior[0], cast(tuple[Args, Kwargs, LogJoint], self._bound)[2]
         latents = log_joint.latents
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+            prior.unit.copy_(log_joint.prior_scales(start))
             if isinstance(self.asked, Mapping):
                 self._center_as_asked(latents)
             else:
                 unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
                 point, _ = unit.from_unconstrained(start[None])
                 prior.centered.copy_(centered_by_curvature(unit, point))
-            return log_joint.with_coordinates(prior.coordinates).from_unconstrained(start[None])[0][
-                0
-            ]
+            mapped = log_joint.with_coordinates(prior.coordinates)
+            return mapped.from_unconstrained(start[None])[0][0]
 
 
 def _ids(args: Args, kwargs: Kwargs) -> tuple[list[int], dict[str, int]]:

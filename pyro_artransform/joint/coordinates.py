@@ -7,15 +7,17 @@ What bends a hierarchical posterior most is what the model says: the scale of th
 
 .. math::
 
-    u = \mathrm{loc} + \mathrm{scale}^{1 - \lambda} (x - \lambda \, \mathrm{loc})
+    u = \mathrm{loc} + (\mathrm{scale} / \mathrm{unit})^{1 - \lambda} (x - \lambda \, \mathrm{loc})
 
 u is a latent on the unconstrained space, loc and scale are those of its prior given its parents, and
 :math:`\lambda`, element by element, is how centred x is: at 1 it is u itself, as the model is written, and
-at 0 it is in units of the prior. Where the prior has another shape than a normal one, and lambda is below
-0.9, it is 0, and x goes through the quantiles of that shape too, so that x is standard normal under the
-prior. Sites come in the order of the model, so that the map is triangular; its log-determinant is the sum
-of :math:`(1 - \lambda) \log \mathrm{scale}`, and of the shapes. It is made as the model runs, each latent
-as its distribution comes by, so that a density in x costs one run.
+at 0 it is in units of the prior. The unit is a constant near the scale: at it u moves by :math:`1 - \lambda`
+with the location, whatever units the model has. Where the prior has another shape than a normal one, and
+lambda is below 0.9, it is 0, and x goes through the quantiles of that shape too, so that x is standard
+normal under the prior. Sites come in the order of the model, so that the map is triangular; its
+log-determinant is the sum of :math:`(1 - \lambda) \log (\mathrm{scale} / \mathrm{unit})`, and of the
+shapes. It is made as the model runs, each latent as its distribution comes by, so that a density in x
+costs one run.
 
 **References**
 
@@ -54,12 +56,14 @@ class SiteCoordinates(NamedTuple):
     """How the coordinates of one latent are made.
 
     :param centered: lambda, broadcasts to the latent on the unconstrained space.
+    :param unit: positive, broadcasts to it too.
     :param with_location: whether the location of the prior is a part of the map; without it x is in units
         of the scale alone, and latents depend on each other as the model writes it.
     :param bijection: from the unconstrained space onto the support.
     """
 
     centered: Tensor
+    unit: Tensor
     with_location: bool
     bijection: Transform
 
@@ -68,10 +72,12 @@ class Coordinates(NamedTuple):
     """Which latents have coordinates from the prior, and how centred these are.
 
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
+    :param unit: of the same shape, positive: about the scale of each prior.
     :param with_location: by site, see :class:`SiteCoordinates`.
     """
 
     centered: Tensor
+    unit: Tensor
     with_location: Mapping[str, bool]
 
     @property
@@ -81,19 +87,20 @@ class Coordinates(NamedTuple):
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each of these latents, among all in the vector."""
-        parts = latents.split(self.centered.detach())
-        return {
-            name: SiteCoordinates(parts[name], with_location, latents.sites[name].bijection)
-            for name, with_location in self.with_location.items()
-        }
+        found, units = {}, latents.split(self.unit.detach())
+        for name, centered in latents.split(self.centered.detach()).items():
+            if name in self.with_location:
+                rest = self.with_location[name], latents.sites[name].bijection
+                found[name] = SiteCoordinates(centered, units[name], *rest)
+        return found
 
     def non_centered(self, latents: Latents) -> "Coordinates":
-        """The same with lambda 0 for all of these latents."""
+        """The same with lambda 0 for all of these latents, in units of their priors."""
         found = torch.ones_like(self.centered)
         for name, part in latents.split(found).items():
             if name in self.with_location:
                 part.zero_()
-        return self._replace(centered=found)
+        return self._replace(centered=found, unit=torch.ones_like(found))
 
 
 class AllMapped(Exception):
@@ -133,7 +140,7 @@ class PriorMap(Messenger):
         name = message["name"]
         if name not in self.sites or message["is_observed"]:
             return
-        centered, with_location, bijection = self.sites[name]
+        centered, unit, with_location, bijection = self.sites[name]
         given, prior = self._given[name], PriorScale.of(message["fn"])
         if prior is None:
             raise TypeError(
@@ -144,9 +151,9 @@ class PriorMap(Messenger):
             prior = prior._replace(loc=torch.zeros_like(prior.loc), shape=None)
         log_prob = None
         if self._is_inverse:
-            u, (self.found[name], ladj) = given, prior.coordinates(given, centered)
+            u, (self.found[name], ladj) = given, prior.coordinates(given, centered, unit)
         else:
-            u, ladj, log_prob = prior.unconstrained(given, centered)
+            u, ladj, log_prob = prior.unconstrained(given, centered, unit)
             self.found[name] = u
         message["value"] = value = bijection(u)
         event_dim = message["fn"].event_dim
@@ -245,6 +252,18 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
     dependent = depend_on_latents(priors, notes[1])
     shaped = [name for name, prior in priors.items() if prior.shape is not None and dependent]
     return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
+
+
+@torch.no_grad()
+def prior_scales(run: Callable[[], object], latents: Latents, u: Tensor) -> Tensor:
+    """The scale of each prior at a point of the unconstrained space, shape ``(latent_dim,)``; else 1."""
+    with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
+        poutine.condition(run, latents.constrain(u))()
+    found = torch.ones_like(u)
+    for name, part in latents.split(found).items():
+        if name in note.found:
+            part.copy_(note.found[name].diagonal)
+    return torch.where(found.isfinite() & (found > 0), found, 1.0)
 
 
 Priors = Mapping[str, PriorScale | None]

@@ -20,7 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from .coordinates import Coordinates, PriorMap, SiteCoordinates, find_mapped, map_draws
+from .coordinates import (
+    Coordinates,
+    PriorMap,
+    SiteCoordinates,
+    find_mapped,
+    map_draws,
+    prior_scales,
+)
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites, sum_out_discrete
 from .protocols import LogDensity
 from .sites import Latents, initial_value
@@ -153,8 +160,6 @@ class LogJoint(LogDensity):
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
-
-        Its strategy is not chosen anew, so that this costs next to nothing.
 
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
@@ -329,8 +334,6 @@ class LogJoint(LogDensity):
             total = plate.total(scored.log_probs, total)
         return {"total": plate.total(prior.bijection_ladjs, plate.total(prior.ladjs, total))}
 
-    # Coordinates from the prior
-
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
         """The log density of draws in these coordinates, their log-determinant included."""
         other = copy.copy(self)
@@ -347,11 +350,7 @@ class LogJoint(LogDensity):
         return self.from_unconstrained(self._start[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws on the unconstrained space, and the log-determinant of the map to it.
-
-        :param z: draws in the coordinates of this density, shape ``(n, latent_dim)``.
-        :return: shapes ``(n, latent_dim)`` and ``(n,)``; NaN where the model fails.
-        """
+        """Draws ``(n, latent_dim)`` on the unconstrained space, and the log-determinant of the map to it."""
         return self._map(z, is_inverse=False)
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,19 +360,23 @@ class LogJoint(LogDensity):
     def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
         if not (sites := self._mapped):
             return z, z.new_zeros(len(z))
-        given = self._run, self.latents, sites, self.num_plates, is_inverse
-        evaluate = partial(map_draws, *given)
+        evaluate = partial(map_draws, self._run, self.latents, sites, self.num_plates, is_inverse)
         with pyro.validation_enabled(False):
-            found = evaluate_many(evaluate, {"z": z}, self.strategy, _no_image, self.chunk_size)
+            found = evaluate_many(evaluate, {"z": z}, self.strategy, _nan_at, self.chunk_size)
         return found["z"], found["total"]
+
+    def prior_scales(self, u: Tensor) -> Tensor:
+        """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
+        return prior_scales(self._discrete_too(), self.latents, u)
 
     def mapped_sites(self) -> dict[str, bool]:
         """The latents with coordinates from the prior, and whether it depends on other latents."""
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
-        run = self._run
-        if self.is_enumerated:
-            run = poutine.enum(run, first_available_dim=-1 - self.num_plates)
-        return find_mapped(run, self.latents, points)
+        return find_mapped(self._discrete_too(), self.latents, points)
+
+    def _discrete_too(self) -> Any:
+        """The model with its discrete latents enumerated, if it has some."""
+        return poutine.enum(self._run, -1 - self.num_plates) if self.is_enumerated else self._run
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
@@ -393,6 +396,5 @@ def _nan(draws: Draws) -> Terms:
     return {"total": draws["z"].sum() * torch.nan}
 
 
-def _no_image(draws: Draws) -> Terms:
-    """Such a draw in other coordinates, and the log-determinant."""
+def _nan_at(draws: Draws) -> Terms:
     return {"z": draws["z"] * torch.nan, **_nan(draws)}

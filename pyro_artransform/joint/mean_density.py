@@ -66,6 +66,10 @@ class MeanLogJoint(LogDensity):
         other._parts = [part.with_coordinates(coordinates) for part in self._parts]
         return other
 
+    def prior_scales(self, u: Tensor) -> Tensor:
+        """See :meth:`LogJoint.prior_scales`."""
+        return self._parts[0].prior_scales(u)
+
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`LogJoint.to_unconstrained`."""
         return self._parts[0].to_unconstrained(z)

@@ -97,14 +97,16 @@ class PriorScale(NamedTuple):
             prior = prior._replace(loc=loc, scale=scale.abs())
         return prior
 
-    def unconstrained(self, x: Tensor, centered: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def unconstrained(
+        self, x: Tensor, centered: Tensor, unit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """u at coordinates x, the log-determinant of the map, and the log density of u, by element.
 
         In the neck of a funnel a scale is below the round-off of a location, and u less the location is
         zero: the density is that of the residual before both are added.
         """
         centered, is_shaped = self._gated(centered)
-        away, (powers, ladj), log_prob = x - centered * self.loc, self._powers(centered), None
+        away, (powers, ladj), log_prob = x - centered * self.loc, self._powers(centered, unit), None
         if is_shaped is not None and self.shape is not None:
             shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
             away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
@@ -112,17 +114,18 @@ class PriorScale(NamedTuple):
             away = (powers @ away[..., None])[..., 0]
             if self.log_prob is not None:
                 parts = torch.linalg.solve_triangular(self.scale, away[..., None], upper=False)
-                log_prob = self.log_prob(parts[..., 0]) - self._diagonal.log()
+                log_prob = self.log_prob(parts[..., 0]) - self.diagonal.log()
         else:
             if self.log_prob is not None:
-                log_prob = self.log_prob(away / self.scale**centered) - self.scale.log()
+                log_prob = self.log_prob(away / (self.scale**centered * unit ** (1 - centered)))
+                log_prob = log_prob - self.scale.log()
             away = powers * away
         return self.loc + away, ladj.expand_as(away), log_prob
 
-    def coordinates(self, u: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
+    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """x at u, and the log-determinant of the map from x, by element."""
         centered, is_shaped = self._gated(centered)
-        away, (powers, ladj) = u - self.loc, self._powers(centered)
+        away, (powers, ladj) = u - self.loc, self._powers(centered, unit)
         if self._is_matrix:
             away = torch.linalg.solve_triangular(powers, away[..., None], upper=False)[..., 0]
         else:
@@ -145,15 +148,17 @@ class PriorScale(NamedTuple):
         return self.scale.dim() > self.loc.dim()
 
     @property
-    def _diagonal(self) -> Tensor:
+    def diagonal(self) -> Tensor:
+        """The scale, of a vector the diagonal of the matrix."""
         return self.scale.diagonal(dim1=-2, dim2=-1) if self._is_matrix else self.scale
 
-    def _powers(self, centered: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale to the power of 1 - lambda, by rows of a matrix, and the logarithm of its diagonal."""
+    def _powers(self, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale in units to the power of 1 - lambda, by rows of a matrix, and the log of its diagonal."""
         if self.log_prob is None:  # the scale is 1
             return self.scale, self.scale.new_zeros(())
-        share, diagonal = 1 - centered, self._diagonal
+        share, diagonal = 1 - centered, self.diagonal / unit
         powers = diagonal**share
         if self._is_matrix:
-            powers = torch.diag_embed(powers) + share[..., None] * self.scale.tril(-1)
+            below = (self.scale / unit[..., None, :]).tril(-1)
+            powers = torch.diag_embed(powers) + share[..., None] * below
         return powers, share * diagonal.log()

@@ -53,16 +53,20 @@ def model_of(name):
     return model
 
 
-def in_coordinates(log_joint, centered, with_location=True):
+def in_coordinates(log_joint, centered, with_location=True, unit=None):
     """A density in coordinates with random lambda, or a given one, for all latents that have them."""
     names = log_joint.mapped_sites()
-    start = Coordinates(torch.ones_like(log_joint.start), dict.fromkeys(names, with_location))
+    ones = torch.ones_like(log_joint.start)
+    start = Coordinates(ones, ones, dict.fromkeys(names, with_location))
     found = start.non_centered(log_joint.latents)
     if centered is None:
         lam = torch.rand(len(found.centered), generator=torch.Generator().manual_seed(1))
         centered = lam.to(found.centered.dtype)
     return log_joint.with_coordinates(
-        found._replace(centered=torch.where(found.centered < 1, centered, 1.0))
+        found._replace(
+            centered=torch.where(found.centered < 1, centered, 1.0),
+            unit=torch.full_like(ones, 1.0 if unit is None else unit),
+        )
     )
 
 
@@ -71,7 +75,7 @@ def in_coordinates(log_joint, centered, with_location=True):
 def test_the_map_has_its_inverse_and_its_log_determinant(name, with_location):
     log_joint = LogJoint(model_of(name))
     assert log_joint.mapped_sites() == {"z": True}
-    density = in_coordinates(log_joint, None, with_location)
+    density = in_coordinates(log_joint, None, with_location, unit=0.4)
     x = torch.randn(4, log_joint.latents.latent_dim)
     u, ladj = density.to_unconstrained(x)
     back, inverse_ladj = density.from_unconstrained(u)

@@ -165,23 +165,22 @@ class AmortizedInCoordinates(GuideInCoordinates):
         coordinates = self.prior_coordinates
         if coordinates is None:
             return None
-        centered = every_element(self._checked_spec().latents, coordinates.centered, latents)
-        return coordinates._replace(centered=centered.detach())
+        own = self._checked_spec().latents
+        centered, unit = (every_element(own, part.detach(), latents) for part in coordinates[:2])
+        return coordinates._replace(centered=centered, unit=unit)
 
     @torch.no_grad()
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
         """Sets lambda by the curvature of a mini-batch's density, the mean of all its elements.
 
+        The location is that of the starting values in these coordinates.
+
         :param u: points of the unconstrained space, shape ``(n, latent_dim)``, or None for lambda = 1.
         :param share: that of the mini-batch of all elements.
         :return: the largest change.
         """
-        own, latents, before = (
-            self._checked_spec().latents,
-            log_joint.latents,
-            self._prior[0].centered,
-        )
-        now = torch.ones_like(before)
+        own, latents, prior = self._checked_spec().latents, log_joint.latents, self._prior[0]
+        before, now = prior.centered, torch.ones_like(prior.centered)
         if u is not None:
             coordinates = cast(Coordinates, self.coordinates_of(latents))
             unit = log_joint.with_coordinates(coordinates.non_centered(latents))
@@ -193,9 +192,20 @@ class AmortizedInCoordinates(GuideInCoordinates):
                 part.fill_(share if own.sites[name].plates else 1.0)
             x, _ = unit.from_unconstrained(u)
             now = mean_element(latents, centered_by_curvature(unit, x, labels, weights)).to(now)
+            self._set_unit(log_joint, u.mean(0))
         change = (now - before).abs().max().item()
         before.copy_(now)
+        self._posterior.locate_at(self._start_in_coordinates(log_joint))
         return change
+
+    def _set_unit(self, log_joint: LogJoint, u: Tensor) -> None:
+        scales = log_joint.prior_scales(u)
+        self._prior[0].unit.copy_(mean_element(log_joint.latents, scales.log()).exp())
+
+    def _start_in_coordinates(self, log_joint: LogJoint) -> Tensor:
+        """The starting values of one element."""
+        mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
+        return mean_element(log_joint.latents, mapped.start)
 
     @torch.no_grad()
     def _start_coordinates(self, start: Tensor) -> Tensor:
@@ -203,12 +213,12 @@ class AmortizedInCoordinates(GuideInCoordinates):
         args, kwargs, log_joint = cast(Any, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block():
             if isinstance(self.asked, Mapping):
+                self._set_unit(log_joint, log_joint.start)
                 self._center_as_asked(self._checked_spec().latents)
             else:
                 share = 1 / log_joint.structure(args, kwargs).scale
                 self.center_at(log_joint.start[None], log_joint, share)
-            mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
-            return mean_element(log_joint.latents, mapped.start)
+            return self._start_in_coordinates(log_joint)
 
     def _values_and_ladjs(
         self, vectors: Vectors, plates: Plates, args: Args, kwargs: Kwargs

@@ -164,7 +164,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         ``centered_by_curvature``, an element is independent of its location.
         """
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
-        mapped = Coordinates(ones, sites).non_centered(latents)
+        mapped = Coordinates(ones, ones, sites).non_centered(latents)
         between = 0.9 + 0.05 * (_GOLDEN * ones.cumsum(0) % 1)  # no two alike
         mapped = mapped._replace(centered=torch.where(mapped.centered < 1, between, ones))
         return self._find_graph(log_joint.with_coordinates(mapped))

@@ -56,6 +56,7 @@ def find_start(
 
     def attempt(centered: Tensor, point: Tensor, settings: InitializationConfig) -> None:
         coordinates.centered.data.copy_(centered)
+        coordinates.unit.data.copy_(density.prior_scales(point))
         guide.start_at(density.from_unconstrained(point[None])[0][0])
         try:
             initial = find(settings)

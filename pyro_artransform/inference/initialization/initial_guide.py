@@ -275,7 +275,13 @@ def find_initial_minibatch_guide(
     def parameters() -> list[Tensor]:
         return [parameter.detach().clone() for parameter in guide.parameters()]
 
-    found = [(unchanged._replace(elbo=compare()), parameters())]
+    def restore(values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(guide.parameters(), values):
+                parameter.copy_(value)
+
+    initial = parameters()
+    found = [(unchanged._replace(elbo=compare()), initial)]
 
     def attempt() -> Tensor | None:
         """Starts in the coordinates that the guide has: draws on the unconstrained space."""
@@ -297,10 +303,10 @@ def find_initial_minibatch_guide(
     if guide.chooses_coordinates:
         # by the curvature, then the model as it is written
         for points in (draws, None):
+            restore(initial)
             if guide.center_at(points, log_joint, share) > _FAR:
+                found.append((unchanged._replace(elbo=compare()), parameters()))
                 attempt()
     best, saved = max(found, key=lambda pair: pair[0].elbo)
-    with torch.no_grad():
-        for parameter, value in zip(guide.parameters(), saved):
-            parameter.copy_(value)
+    restore(saved)
     return best
