@@ -128,6 +128,8 @@ def test_a_model_whose_priors_stand_alone_has_no_map():
     guide = AutoIAF(model)
     guide()
     assert guide.prior_coordinates is None
+    with pytest.raises(ValueError, match=r"\[\], got \['z'\]"):
+        AutoIAF(model, coordinates={"z": 0.0})()
 
 
 def test_a_chain_stays_a_chain():
