@@ -167,7 +167,7 @@ def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
 
 def standardize_context(
     transform: ConditionalTransformModule, contexts: Tensor
-) -> ConditionalFlowModule:
+) -> ConditionalTransformModule:
     """A conditional transform that takes contexts in their own units: its networks see standardized ones.
 
     :param contexts: those of the training data, shape ``(n, C)``; a constant coordinate is shifted and
