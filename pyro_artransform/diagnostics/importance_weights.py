@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..joint import LogJoint
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
-from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates, unwrapped
+from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import GuideSampler, stack
 
 Model = Callable[..., object]
@@ -194,17 +194,23 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
         )
 
 
-def _check_auxiliary(trace: poutine.Trace, wanted: Iterable[str]) -> None:
+def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
     """Raises a ``ValueError`` if sites that only the guide has have more numbers than its Deltas."""
-    sizes = {node["name"]: node["value"].numel() for node in latent_nodes(trace)}
-    others = sorted(sizes.keys() - set(wanted))
-    known = [name for name in wanted if name in sizes]
-    points = [name for name in known if isinstance(unwrapped(trace.nodes[name]["fn"]), Delta)]
-    if sum(map(sizes.__getitem__, others)) > sum(map(sizes.__getitem__, points)):
+    num_others, num_determined, others = 0, 0, []
+    for node in latent_nodes(trace):
+        fn, size = node["fn"], node["value"].numel()
+        if node["name"] not in wanted:
+            others.append(node["name"])
+            num_others += size
+            continue
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        num_determined += size if isinstance(fn, Delta) else 0
+    if num_others > num_determined:
         raise ValueError(
             "guide: expected sites of the model only, or others that determine them by a Delta, got "
-            f"{others}, so that the density of the model's latents alone is not known: sum these sites "
-            "out, or leave them away"
+            f"{sorted(others)}, so that the density of the model's latents alone is not known: sum these "
+            "sites out, or leave them away"
         )
 
 

@@ -299,3 +299,16 @@ def test_tail_of_index_zero_is_exponential():
 def test_bad_shape(shape):
     with pytest.raises(ValueError, match=r"log_weights: expected shape \(S,\), got"):
         fit_tail(torch.zeros(shape))
+
+
+def test_an_auxiliary_site_may_determine_a_latent_by_a_transformed_point():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 2.0))
+
+    def guide():
+        half = pyro.sample("half", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        double = dist.transforms.AffineTransform(0.0, 2.0)
+        pyro.sample("z", dist.TransformedDistribution(dist.Delta(half), double))
+
+    _, weights = log_weights(model, guide, 20)
+    assert torch.allclose(weights, torch.zeros(20), atol=1e-5)
