@@ -123,8 +123,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
                 sites.append(site.to(Tensor.clone))
                 values[name] = first.nodes[name]["value"].detach().clone()
             arguments = self._resolved_arguments(len(start))
-            has_map = self.asked != "model" and bool(dependent or self.asked != "prior")
-            arguments |= self._found_in_model(args, kwargs, has_map)
+            arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start, values)
             if self._prior:

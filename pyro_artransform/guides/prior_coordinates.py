@@ -128,12 +128,12 @@ class GuideInCoordinates(PersistentGuide):
             self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
         self._prior[0].bind(self._bound[2])
 
-    def _found_in_model(self, args: Args, kwargs: Kwargs, has_map: bool) -> Arguments:
+    def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
         """Arguments of the specification that the density of the model says.
 
-        :param has_map: whether there may be coordinates from the prior.
+        :param depends: whether the prior of some latent was seen to depend on others.
         """
-        found = self._mapped_sites(args, kwargs) if has_map else {}
+        found = self._mapped_sites(args, kwargs, depends)
         return self._coordinate_arguments(dict.fromkeys(found, True))
 
     def _coordinate_arguments(self, with_location: dict[str, bool]) -> Arguments:
@@ -141,8 +141,10 @@ class GuideInCoordinates(PersistentGuide):
             return {}
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
-    def _mapped_sites(self, args: Args, kwargs: Kwargs) -> dict[str, bool]:
+    def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """The sites with coordinates from the prior, and whether this depends on other latents."""
+        if self.asked == "model" or not (depends or isinstance(self.asked, Mapping)):
+            return {}
         log_joint = self._log_joint(*args, **kwargs)
         self._bound = args, kwargs, log_joint
         with torch.random.fork_rng(devices=[]), poutine.block():

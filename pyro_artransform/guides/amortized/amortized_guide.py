@@ -185,8 +185,7 @@ class AutoAmortized(AmortizedInCoordinates):
             groups = LatentLayout(latents).local_groups
             feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
         arguments = {**self._arguments, "feature_dims": feature_dims}
-        has_map = self.asked != "model" and bool(dependent or self.asked != "prior")
-        arguments |= self._found_in_model(args, kwargs, has_map)
+        arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         if self._prior:
             self._posterior.locate_at(self._start_coordinates(start))

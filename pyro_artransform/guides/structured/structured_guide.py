@@ -134,17 +134,17 @@ class AutoStructuredFlow(AutoAutoregressive):
         """The dependencies of the posterior, and the order of an exact factorization of it."""
         return self.graph.markov
 
-    def _found_in_model(self, args: Args, kwargs: Kwargs, has_map: bool) -> Arguments:
+    def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
         """The graph, in coordinates of the prior where these bring few more edges, or are asked for.
 
         A chain whose location is the state before is dense in units of its prior: without the location
         it is a chain in units of the scale.
         """
-        depends = self._mapped_sites(args, kwargs) if has_map else {}
+        mapped = self._mapped_sites(args, kwargs, depends)
         log_joint = self._bound[2] if self._bound else self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
-        for with_location in (True, False) if depends else ():
-            sites = {name: with_location or not depends[name] for name in depends}
+        for with_location in (True, False) if mapped else ():
+            sites = {name: with_location or not mapped[name] for name in mapped}
             found = self._graph_in(log_joint, sites)
             if self.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
                 return {**self._coordinate_arguments(sites), "graph": found.to_plain()}

@@ -14,17 +14,22 @@ from ...joint.coordinates import centered_by_curvature
 from ...joint.mean_density import MeanLogJoint
 from ...joint.protocols import FlowGuide, PriorGuide, StructuredGuide
 from ..config import InitializationConfig
-from .initial_guide import InitialGuide, find_initial_guide
+from .initial_guide import (
+    FAR,
+    NUM_DRAWS,
+    InitialGuide,
+    find_initial_guide,
+    restore_parameters,
+    saved_parameters,
+)
 from .sparse_start import find_sparse_start
 
-# draws of the start that the curvature is averaged over, and gradients that it takes at most
-_NUM_DRAWS, _MOST_GRADIENTS = 8, 4096
+# gradients that the curvature takes at most
+_MOST_GRADIENTS = 4096
 # points of a search near where a start is
 _NUM_NEAR = 2
 # units of the prior throughout are tried where the data of some element are weaker than the prior
 _WEAK = 0.5
-# how far lambda has to be from where a start was found for another one to be looked for
-_FAR = 0.05
 
 
 def find_start(
@@ -64,14 +69,14 @@ def find_start(
             if not found:
                 raise
             return
-        found.append((initial, [parameter.detach().clone() for parameter in guide.parameters()]))
+        found.append((initial, saved_parameters(guide)))
 
     with torch.no_grad():
         start, _ = density.to_unconstrained(density.start[None])
     attempt(first, start[0], config)
     with torch.no_grad():
         fewer = _MOST_GRADIENTS // (2 * len(first))
-        z, _ = guide.rsample_and_log_prob(min(_NUM_DRAWS, max(fewer, 1)))
+        z, _ = guide.rsample_and_log_prob(min(NUM_DRAWS, max(fewer, 1)))
         unit_scales = coordinates.non_centered(density.latents)
         unit = density.with_coordinates(unit_scales)
         u, _ = density.to_unconstrained(z)
@@ -81,10 +86,8 @@ def find_start(
     if bool((second < _WEAK).any()):
         others.append(unit_scales.centered)
     for centered in others:
-        if bool((centered - first).abs().max() > _FAR):
+        if bool((centered - first).abs().max() > FAR):
             attempt(centered, u.mean(0), near)
     best, saved = max(found, key=lambda pair: pair[0].elbo)
-    with torch.no_grad():
-        for parameter, value in zip(guide.parameters(), saved):
-            parameter.copy_(value)
+    restore_parameters(guide, saved)
     return best

@@ -20,7 +20,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from ...joint import LogDensity, LogJoint
-from ...joint.protocols import FlowGuide, MinibatchGuide
+from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..config import InitializationConfig
 from ..loader import Batch
 from .gaussians import (
@@ -36,10 +36,10 @@ from .gaussians import (
 
 #: the name of the candidate that is the guide itself, which then does not change
 UNCHANGED = "initial guide"
-# draws of a start that the curvature of a mini-batch is averaged over
-_NUM_DRAWS = 8
-# how far lambda has to be from where a start was found for another one to be looked for
-_FAR = 0.05
+#: draws of a start that the curvature is averaged over
+NUM_DRAWS = 8
+#: how far lambda has to be from where a start was found for another one to be looked for
+FAR = 0.05
 
 
 class InitialGuide(NamedTuple):
@@ -272,15 +272,7 @@ def find_initial_minibatch_guide(
             elbo = elbo_draws(config.num_minibatch_compared).mean()
         return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
 
-    def parameters() -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in guide.parameters()]
-
-    def restore(values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, value in zip(guide.parameters(), values):
-                parameter.copy_(value)
-
-    initial = parameters()
+    initial = saved_parameters(guide)
     found = [(unchanged._replace(elbo=compare()), initial)]
 
     def attempt() -> Tensor | None:
@@ -295,18 +287,30 @@ def find_initial_minibatch_guide(
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
             guide.start_near(log_joint.latents.constrain(draws), share)
             modes = chosen.modes if share == 1 else None
-            found.append((InitialGuide(chosen.name, compare(), modes), parameters()))
+            found.append((InitialGuide(chosen.name, compare(), modes), saved_parameters(guide)))
         with torch.no_grad():
-            return density.to_unconstrained(draws[:_NUM_DRAWS])[0]
+            return density.to_unconstrained(draws[:NUM_DRAWS])[0]
 
     draws = attempt()
     if guide.chooses_coordinates:
         # by the curvature, then the model as it is written
         for points in (draws, None):
-            restore(initial)
-            if guide.center_at(points, log_joint, share) > _FAR:
-                found.append((unchanged._replace(elbo=compare()), parameters()))
+            restore_parameters(guide, initial)
+            if guide.center_at(points, log_joint, share) > FAR:
+                found.append((unchanged._replace(elbo=compare()), saved_parameters(guide)))
                 attempt()
     best, saved = max(found, key=lambda pair: pair[0].elbo)
-    restore(saved)
+    restore_parameters(guide, saved)
     return best
+
+
+def saved_parameters(guide: PriorGuide | MinibatchGuide) -> list[Tensor]:
+    """Copies of the parameters of a guide."""
+    return [parameter.detach().clone() for parameter in guide.parameters()]
+
+
+@torch.no_grad()
+def restore_parameters(guide: PriorGuide | MinibatchGuide, values: list[Tensor]) -> None:
+    """Puts the parameters of a guide back, in place."""
+    for parameter, value in zip(guide.parameters(), values):
+        parameter.copy_(value)
