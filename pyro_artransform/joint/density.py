@@ -28,7 +28,8 @@ from .coordinates import (
     map_draws,
     prior_scales,
 )
-from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites, sum_out_discrete
+from .enumeration import Enumeration, marginal_log_prob
+from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .protocols import LogDensity
 from .sites import Latents, initial_value
 from .traces import (
@@ -325,9 +326,7 @@ class LogJoint(LogDensity):
         if self.is_enumerated:
             run = partial(plate.run, poutine.condition(run, placed))
             first_dim = -1 - self.num_plates - (size is not None)
-            with hidden_sites(), poutine.enum(first_available_dim=first_dim):
-                trace = poutine.trace(run).get_trace()
-            total = total + sum_out_discrete(trace, () if size is None else (DRAWS,))
+            total = total + marginal_log_prob(run, first_dim, () if size is None else (DRAWS,))
         else:
             with hidden_sites(), SiteLogProbs(placed) as scored:
                 plate.run(run)
@@ -360,23 +359,24 @@ class LogJoint(LogDensity):
     def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
         if not (sites := self._mapped):
             return z, z.new_zeros(len(z))
-        evaluate = partial(map_draws, self._run, self.latents, sites, self.num_plates, is_inverse)
+        run = self.enumerated(self._run)
+        evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
         with pyro.validation_enabled(False):
             found = evaluate_many(evaluate, {"z": z}, self.strategy, _nan_at, self.chunk_size)
         return found["z"], found["total"]
 
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
-        return prior_scales(self._discrete_too(), self.latents, u)
+        return prior_scales(self.enumerated(self._run), self.latents, u)
 
     def mapped_sites(self) -> dict[str, bool]:
         """The latents with coordinates from the prior, and whether it depends on other latents."""
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
-        return find_mapped(self._discrete_too(), self.latents, points)
+        return find_mapped(self.enumerated(self._run), self.latents, points)
 
-    def _discrete_too(self) -> Any:
-        """The model with its discrete latents enumerated, if it has some."""
-        return poutine.enum(self._run, -1 - self.num_plates) if self.is_enumerated else self._run
+    def enumerated(self, run: Callable[[], object]) -> Any:
+        """A run of the model with its discrete latents, if it has some, enumerated to the left of draws."""
+        return Enumeration(-2 - self.num_plates)(run) if self.is_enumerated else run
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))

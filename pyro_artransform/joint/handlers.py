@@ -3,17 +3,13 @@
 
 """Pyro handlers that run a model for its log-density, discrete latents summed out where there are any."""
 
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.distributions import validation_enabled
 from pyro.distributions.util import scale_and_mask
-from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -24,8 +20,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to
 
 from .traces import has_data, is_enumerated, latent_nodes
-
-Factors = OrderedDict[frozenset[str], list[Tensor]]
 
 
 def hidden_sites() -> BlockMessenger:
@@ -142,51 +136,3 @@ def _log_prob(site: Any) -> Tensor:
         value = torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
     log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
     return log_prob
-
-
-class ScaleError(ValueError):
-    """A model whose discrete latents cannot be summed out, whatever the draw."""
-
-
-def sum_out_discrete(trace: poutine.Trace, kept_plates: Collection[str] = ()) -> Tensor:
-    """The log-density of a trace with its discrete latents summed out, by Pyro's variable elimination.
-
-    As in Pyro's ``TraceEnum_ELBO``, masks are inside of the sums and the scale is outside: that of a
-    mini-batch multiplies the log of the sum over the states of an element, not the terms of that sum.
-
-    :param kept_plates: the plates whose dimensions the result has.
-    """
-    trace.compute_log_prob()
-    trace.pack_tensors()
-    symbols = trace.plate_to_symbol
-    kept = frozenset(symbols[name] for name in kept_plates)
-    summed = set(trace.symbol_to_dim) - set(symbols.values())
-    # log-densities by the plates that they are in
-    inside, outside = Factors(), Factors()
-    scales: dict[float, float | Tensor] = {}
-    site: Any
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        plates = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
-        terms = site["packed"]
-        if summed.isdisjoint(terms["log_prob"]._pyro_dims):
-            outside.setdefault(plates, []).append(terms["log_prob"])
-            continue
-        # a masked discrete latent is still one of its values
-        mask = None if is_enumerated(site) else terms["mask"]
-        log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
-        inside.setdefault(plates, []).append(log_prob)
-        scale = site["scale"]
-        scales.setdefault(float(scale) if torch.as_tensor(scale).dim() == 0 else math.nan, scale)
-    if len(scales) > 1 or math.nan in scales:
-        raise ScaleError(
-            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
-            f"got {sorted(scales)}: sites of different scales, such as a discrete latent outside of a "
-            "sub-sampled plate, cannot be summed out"
-        )
-    total: Tensor = contract_to_tensor(inside, summed, target_ordinal=kept)
-    total = next(iter(scales.values()), 1.0) * total
-    if outside:
-        total = total + contract_to_tensor(outside, set(), target_ordinal=kept)
-    return total

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 
-from .handlers import ScaleError, SiteLogProbs
+from .enumeration import ScaleError
+from .handlers import SiteLogProbs
 from .traces import latent_nodes, plate_nesting, runs_model
 
 Draws = Mapping[str, Tensor]

@@ -138,7 +138,18 @@ def mixture():
         pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.arange(4.0))
 
 
-@pytest.mark.parametrize("model", [by_index, by_loop, mixture])
+@config_enumerate
+def kinds_before_locations():
+    """Does not broadcast, and the map of its latents comes by a discrete one."""
+    probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    k = pyro.sample("k", dist.Categorical(probs))
+    with pyro.plate("kinds", 3):
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+    pyro.sample("y", dist.Normal(z[k], 1.0), obs=torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("model", [by_index, by_loop, mixture, kinds_before_locations])
 def test_many_draws_are_evaluated_as_single_ones(model):
     log_joint = LogJoint(model)
     density = in_coordinates(log_joint, torch.tensor(0.3))

@@ -137,7 +137,8 @@ class ElementMap(NamedTuple):
             for name, part in parts.items()
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
-        prior = map_sites(self.model, self.sites, {**placed, **indices}, self.is_inverse)
+        model = self.log_joint.enumerated(self.model)
+        prior = map_sites(model, self.sites, {**placed, **indices}, self.is_inverse)
         found = {}
         for group in self.layout.groups:
             z = draws[group.name]

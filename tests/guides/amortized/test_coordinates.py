@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, config_enumerate
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
@@ -193,3 +193,22 @@ def test_the_density_of_a_mini_batch_in_coordinates():
     alone = density.with_coordinates(coordinates._replace(with_location=of_globals))
     expected = density(u) + ladj + (1 - 5 / SIZE) * alone.from_unconstrained(u)[1]
     assert torch.allclose(mapped(x), expected)
+
+
+def test_a_discrete_latent_comes_before_the_mapped_ones():
+    @config_enumerate
+    def model():
+        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        probs = pyro.sample("probs", dist.Dirichlet(torch.ones(2)))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        kind = pyro.sample("kind", dist.Categorical(probs))
+        with pyro.plate("groups", SIZE):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(locs[kind] + z, 1.0), obs=X)
+
+    guide = set_up(model)
+    assert list(guide.prior_coordinates.with_location) == ["scale", "z"]
+    trace, _ = traces(guide.model, guide)
+    names = ("locs", "probs", "scale", "z")
+    values = {name: trace.nodes[name]["value"][None].detach() for name in names}
+    assert torch.allclose(guide.log_prob(values)[0], trace.log_prob_sum())

@@ -1,0 +1,150 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Discrete latents summed out, also under ``torch.vmap``, where Pyro's own handler and sum raise errors."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.ops import packed
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .handlers import hidden_sites
+from .traces import is_enumerated
+
+Factors = OrderedDict[frozenset[str], list[Tensor]]
+
+
+class ScaleError(ValueError):
+    """A model whose discrete latents cannot be summed out, whatever the draw."""
+
+
+class Enumeration(EnumMessenger):
+    """Pyro's handler of enumerated sites, which asks values for their ``data``: vmap's have none."""
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        value = message["value"]
+        if isinstance(value, Tensor):  # only its shape is read
+            message = {**message, "value": torch.empty(value.shape, device="meta")}
+        super()._pyro_post_sample(message)
+
+
+class _LogSumExp(LogRing):
+    """Sums of products of logarithms, variable by variable, by functions that have rules for vmap."""
+
+    def sumproduct(self, terms: list[Any], dims: Iterable[str]) -> Tensor:
+        factors: list[Any] = [*terms]
+        named = tuple((term._pyro_dims, term.shape) for term in terms)
+        for name, members in _elimination(named, frozenset(dims)):
+            factors.append(_sum_out([factors[i] for i in members], name))
+        result: Tensor = factors[-1]
+        return result
+
+
+@lru_cache(maxsize=256)
+def _elimination(
+    named: tuple[tuple[str, torch.Size], ...], summed: frozenset[str]
+) -> list[tuple[str, list[int]]]:
+    """Which factors each step multiplies, and the dimension that it sums over; the last one over none.
+
+    The next dimension is the one whose product has the fewest values, so that the cost of a chain is
+    linear in its length. A factor that a step makes has the next number.
+    """
+    sizes = {name: size for dims, shape in named for name, size in zip(dims, shape)}
+    factors = {i: set(dims) for i, (dims, _) in enumerate(named)}
+    joint = {
+        name: set[str]().union(*(dims for dims, _ in named if name in dims))
+        for name in sorted(summed)
+    }
+    steps = []
+    while joint:
+        name = min(joint, key=lambda name: math.prod(map(sizes.__getitem__, joint[name])))
+        dims = joint.pop(name)
+        for other in dims & joint.keys():
+            joint[other] = (joint[other] | dims) - {name}
+        members = [i for i, found in factors.items() if name in found]
+        steps.append((name, members))
+        for i in members:
+            del factors[i]
+        factors[len(named) + len(steps) - 1] = dims - {name}
+    return [*steps, ("", [*factors])]
+
+
+def _sum_out(factors: list[Any], name: str) -> Any:
+    """The product of factors, summed over the dimension of this name, if there is one."""
+    dims = name + "".join(sorted({*"".join(term._pyro_dims for term in factors)} - {name}))
+    total: Any = reduce(torch.add, (_aligned(term, dims) for term in factors))
+    if name:
+        lowest = torch.finfo(total.dtype).min  # a sum of zeros has no gradient in logarithms
+        total = total.clamp(min=lowest).logsumexp(0)
+        total = total.masked_fill(total == lowest, -torch.inf)
+    total._pyro_dims = dims.removeprefix(name)
+    return total
+
+
+def _aligned(term: Any, dims: str) -> Tensor:
+    """A factor with all of these dimensions, of size one where it has none."""
+    sizes = dict(zip(term._pyro_dims, term.shape))
+    present = "".join(name for name in dims if name in sizes)
+    found: Tensor = term
+    if present != term._pyro_dims:
+        found = term.permute(*map(term._pyro_dims.index, present))
+    return found if dims.endswith(present) else found.reshape([sizes.get(name, 1) for name in dims])
+
+
+def marginal_log_prob(
+    run: Callable[[], object], first_dim: int, kept_plates: Collection[str] = ()
+) -> Tensor:
+    """The log-density of a model with its discrete latents summed out, by Pyro's variable elimination.
+
+    As in Pyro's ``TraceEnum_ELBO``, masks are inside of the sums and the scale is outside: that of a
+    mini-batch multiplies the log of the sum over the states of an element, not the terms of that sum.
+
+    :param first_dim: the first dimension to the left of all plates, a negative number.
+    :param kept_plates: the plates whose dimensions the result has.
+    """
+    with hidden_sites(), Enumeration(first_dim):
+        trace = poutine.trace(run).get_trace()
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    symbols = trace.plate_to_symbol
+    kept = frozenset(symbols[name] for name in kept_plates)
+    summed = set(trace.symbol_to_dim) - set(symbols.values())
+    # log-densities by the plates that they are in
+    inside, outside = Factors(), Factors()
+    scales: dict[float, float | Tensor] = {}
+    site: Any
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        plates = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+        terms = site["packed"]
+        if summed.isdisjoint(terms["log_prob"]._pyro_dims):
+            outside.setdefault(plates, []).append(terms["log_prob"])
+            continue
+        # a masked discrete latent is still one of its values
+        mask = None if is_enumerated(site) else terms["mask"]
+        log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
+        inside.setdefault(plates, []).append(log_prob)
+        scale = site["scale"]
+        scales.setdefault(float(scale) if torch.as_tensor(scale).dim() == 0 else math.nan, scale)
+    if len(scales) > 1 or math.nan in scales:
+        raise ScaleError(
+            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
+            f"got {sorted(scales)}: sites of different scales, such as a discrete latent outside of a "
+            "sub-sampled plate, cannot be summed out"
+        )
+    total: Tensor = contract_to_tensor(inside, summed, target_ordinal=kept, ring=_LogSumExp())
+    total = next(iter(scales.values()), 1.0) * total
+    if outside:
+        total = total + contract_to_tensor(outside, set(), target_ordinal=kept, ring=_LogSumExp())
+    return total
