@@ -176,8 +176,10 @@ def sentences(path: Path) -> Iterator[str]:
 
 
 def test_a_verdict_says_what_its_page_quotes() -> None:
-    evaluation = ROOT / PACKAGE / "inference" / "evaluation"
-    said = "\n".join(text for path in evaluation.glob("*.py") for text in sentences(path))
+    package = ROOT / PACKAGE
+    paths = [*(package / "inference" / "evaluation").glob("*.py"), package / "inference/mcmc.py"]
+    paths.append(package / "diagnostics" / "marginals.py")
+    said = "\n".join(text for path in paths for text in sentences(path))
     said = re.sub(r"\s+", " ", said)
     quotes = re.findall("“(.*?)”", PAGES["verdict.md"])
     assert len(quotes) > 20

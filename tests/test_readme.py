@@ -31,7 +31,7 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short_fit = r"= fit(\1, num_steps=5, progress=False, seed=0)"
     shortened, num_epochs = re.subn(r"epochs=\d+, ", "", code)
     shortened, num_fits = re.subn(r"= fit\((.*?)\)", short_fit, shortened)
-    assert (num_fits, num_epochs) == (3, 1)
+    assert (num_fits, num_epochs) == (4, 1)
     names: dict[str, Any] = {}
     exec(compile(shortened, "README.md", "exec"), names)
     assert names["result"].num_steps == 5

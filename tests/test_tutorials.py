@@ -58,6 +58,7 @@ def test_the_promised_notebooks_are_there() -> None:
         "comparing",
         "density",
         "diagnosing",
+        "draws",
         "extending",
         "hierarchical",
         "structured",

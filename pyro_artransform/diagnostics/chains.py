@@ -1,23 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Short Hamiltonian chains in the base space of a guide, each paired with one of a known distribution.
+"""Chains that begin at draws of a guide, run until there are enough effective draws of each latent.
 
-Pulled back through the transform of a good guide a posterior is nearly a standard normal, so that
-unit masses do, and a quarter of an oscillation forgets the start. Directions in which it is much
-wider or narrower are stretched: chains with unit masses would hardly move along a wide one, and
-nothing in a single latent would show it. Each chain has a companion of the same random numbers, from
-the standard normal itself: the better the guide, the less noise is left in their difference.
-
-**References**
-
-1. MCMC Using Hamiltonian Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
-2. Mixing of Hamiltonian Monte Carlo on Strongly Log-Concave Distributions 2: Numerical Integrators
-   (Mangoubi, Smith, 2019), https://arxiv.org/abs/1708.07114, for chains of common momenta
-3. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
-   Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
-4. Iterative Methods for the Solution of Eigenvalue Problems (Lanczos, 1950),
-   https://doi.org/10.6028/jres.045.026
+They learn their masses and their step size at first, in rounds that get longer, and again where they
+turn out not to mix; only what comes after is kept.
 """
 
 import math
@@ -30,238 +17,306 @@ import torch
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.protocols import TransformedGuide
+from ..joint.density import CACHED_WITH_GRADIENT
+from ..joint.protocols import PriorGuide, TransformedGuide
+from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
+from .convergence import bulk_ess, plain_rhat, rhat, tail_ess
+from .hamiltonian import HamiltonianChains, PulledBack, ToLatent
+from .importance_weights import check_same_latents, log_weights
+from .preconditioning import Preconditioner
 
-ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
-
-_MAX_STEP_SIZE = 1.2  # an oscillator of unit frequency is stable up to 2
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-
-_DIFFERENCE = 0.1  # of gradients whose mean over the points is a smooth function
-
-
-class State(NamedTuple):
-    """Chains at a point of the base space: shapes ``(C, D)``, ``(C, D)``, ``(C,)`` and ``(C, D)``."""
-
-    base: Tensor
-    latent: Tensor
-    log_density: Tensor
-    gradient: Tensor
-
-    def where(self, is_chosen: Tensor, other: "State") -> "State":
-        """These chains where they are chosen, the others elsewhere."""
-        rows = is_chosen[:, None]
-        return State(*map(torch.where, (rows, rows, is_chosen, rows), self, other))
-
-    @property
-    def is_finite(self) -> Tensor:
-        """Which chains have a finite density and gradient, shape ``(C,)``."""
-        return self.log_density.isfinite() & self.gradient.isfinite().all(-1)
+GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
+# that of chains that do not mix, and the rate of acceptance of those that do not move
+_BAD_RHAT, _STUCK = 1.1, 0.01
+# the acceptance of a guide's draws from which on they are the proposals
+_GOOD_ACCEPTANCE = 0.8
+#: the chains of a model that is fast for many draws at once, of others at least, and one at a time
+MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
+# coordinates of all chains up to which a gradient hardly costs more than that of one
+_CACHED_COORDINATES = 2**14
+# trajectories of the rounds of warm-up, and of the first block that is kept
+_WARM_UP, _BLOCK = (8, 12, 20), 24
+# after so many they hardly agree any more
+_MOST_TRAJECTORIES = 2000
+# the share of the number so far that the next block has
+_GROWTH = 0.5
+# draws of a guide that offers no transform, whose means and sds are its coordinates
+_NUM_DRAWS = 10_000
+# the dimensions up to which an affine transform is a matrix, and points that tell whether it is affine
+_MOST_DENSE, _NUM_PROBES = 1200, 8
 
 
-class PulledBack:
-    """The log density log p(T(x)) + log |det T'(x)| of a posterior p in the base space of a transform T."""
+class Convergence(NamedTuple):
+    """R-hat and effective numbers of draws of each latent, shape ``(D,)``, in its bulk and its tails."""
 
-    def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
-        self.to_latent, self._log_joint = to_latent, log_joint
+    rhat: Tensor
+    bulk: Tensor
+    tail: Tensor
 
-    def __call__(self, base: Tensor) -> State:
-        """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
-        parts = []
-        for part in base.detach().split(self._log_joint.chunk_size):
-            with torch.enable_grad():
-                latent, ladj = self.to_latent(part.requires_grad_())
-                log_density = self._log_joint(latent) + ladj
-                (gradient,) = torch.autograd.grad(log_density.sum(), part)
-            parts.append((part.detach(), latent.detach(), log_density.detach(), gradient))
-        return State(*map(torch.cat, zip(*parts)))
+    def is_enough(self, num_samples: int) -> bool:
+        """Whether there are so many effective draws of each latent, and chains agree."""
+        return float(self.bulk.min()) >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
 
 
-class Averages:
-    """Sums of a chain's values and of their squares, in units of the guide, shape ``(C, D)``.
+class GuideChains:
+    """Chains of a posterior that begin at draws of a guide.
 
-    A step counts its proposal by the probability of acceptance, and the point before by the rest,
-    which has the same expectation and less noise.
-    """
+    Where the guide is so good that most of its draws are accepted, these are the proposals, as in an
+    independence sampler (Tierney, 1994, https://doi.org/10.1214/aos/1176325750); else trajectories are.
 
-    def __init__(self, values: Tensor) -> None:
-        self.values, self._count = values, 0
-        self._first, self._second = torch.zeros_like(values), torch.zeros_like(values)
+    ``draws`` are on the unconstrained space, shape ``(C, n, D)``.
 
-    def move(self, proposed: Tensor, probability: Tensor, accepted: Tensor, counts: bool) -> None:
-        if counts:
-            share = probability[:, None].to(proposed)
-            for power, total in ((1, self._first), (2, self._second)):
-                total += share * proposed**power + (1 - share) * self.values**power
-            self._count += 1
-        self.values = torch.where(accepted[:, None], proposed, self.values)
-
-    @property
-    def first(self) -> Tensor:
-        """The mean value of each chain."""
-        return self._first / self._count
-
-    def about(self, center: Tensor) -> Tensor:
-        """The mean squared distance of each chain from a center of shape ``(D,)``."""
-        return self._second / self._count - 2 * center * self.first + center.square()
-
-
-class PairedChains:
-    """Chains of a target that start at points, ``(C, D)``, paired with those of the standard normal.
-
-    Averages are in units of the guide, of location and scale ``(D,)``.
+    :raises ValueError: if the model sub-samples its data, or the guide lacks a latent, was made for
+        another model, is a point, has discrete sites, or has too few draws of finite density.
     """
 
     def __init__(
-        self, target: PulledBack, start: Tensor, companions: Tensor, loc: Tensor, scale: Tensor
+        self,
+        model: Callable[..., object],
+        guide: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        log_joint: LogJoint,
+        num_chains: int | None = None,
     ) -> None:
-        self._target, self._loc, self._scale = target, loc, scale
-        self._state, self._companion = target(start), _standard_normal(companions)
-        self.values = Averages(self._standardized(self._state.latent))
-        self.companion_values = Averages(self._latents_of(companions))
-        # the error of the energy grows as h^2 sqrt(D)
-        self.step_size = min(1.4 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
+        if log_joint.is_random:
+            raise ValueError(
+                "model: expected one that sees all its data, got one that sub-samples them, or whose "
+                "density is random otherwise"
+            )
+        count = num_chains or _num_chains(log_joint)
+        to_latent, start = _base_space(model, guide, args, kwargs, log_joint, count)
+        self._log_joint, self.target = log_joint, PulledBack(log_joint, to_latent)
+        state = self.target(start)
+        if not bool(state.is_finite.all()):
+            start = start[state.is_finite]
+            if len(start) < 2:
+                raise ValueError(
+                    f"guide: expected at least {count} draws of finite density and gradient, got "
+                    f"{len(start)}: train it first, or check supports"
+                )
+            start = start[torch.arange(count, device=start.device) % len(start)]
+        self._chains = HamiltonianChains(self.target, start)
+        # independent proposals, each for the price of one gradient, where the guide is good enough
+        self._by_guide = self._chains.acceptance_of_guide() > _GOOD_ACCEPTANCE
+        self._blocks: list[Tensor] = []
+        self._known: Convergence | None = None
+        self.num_chains = count
+        self.acceptance = 0.0  #: the mean rate of the last block
 
-    def run(self, num_warm_up: int, num_steps: int) -> None:
-        """Adapts the step size, then takes the steps that count."""
-        sizes = []
-        for i in range(num_warm_up + num_steps):
-            # a length in quarters of an oscillation; in all steps the same may be a whole period
-            length = math.pi / 2 * (0.7 + 0.5 * (i * _GOLDEN_RATIO % 1))
-            rate = self._step(length, counts=i >= num_warm_up)
-            if i < num_warm_up:
-                self.step_size = _adapted(self.step_size, rate)
-                sizes.append(self.step_size)
-            if i == num_warm_up - 1:
-                # the rate of a single trajectory depends on its length
-                self.step_size = geometric_mean(sizes[num_warm_up // 2 :])
+    @property
+    def draws(self) -> Tensor:
+        return torch.cat(self._blocks, 1)
 
-    def _step(self, length: float, counts: bool) -> float:
-        """One trajectory of all chains, accepted or not; the mean probability of that."""
-        num_leapfrogs = min(max(math.ceil(length / self.step_size), 2), 25)
-        size = min(length / num_leapfrogs, self.step_size)
-        momentum = torch.randn_like(self._state.base)
-        threshold = torch.rand_like(self._state.log_density).log()
-        path = momentum, size, num_leapfrogs
-        proposal, gain = leapfrog(self._target, self._state, *path)
-        other, other_gain = leapfrog(_standard_normal, self._companion, *path)
-        accepted, probability = threshold < gain, gain.clamp(max=0).exp()
-        self.values.move(self._standardized(proposal.latent), probability, accepted, counts)
-        self._state = proposal.where(accepted, self._state)
-        accepted, chances = threshold < other_gain, other_gain.clamp(max=0).exp()
-        self.companion_values.move(self._latents_of(other.base), chances, accepted, counts)
-        self._companion = other.where(accepted, self._companion)
-        return float(probability.mean())
+    @torch.no_grad()
+    def warm_up(self, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Learns masses and step size; draws so far are dropped."""
+        self._blocks = []
+        if self._by_guide:
+            return
+        for number in _WARM_UP:
+            self._adapt(number, is_over)
+        sizes = [self._chains.step_size]
+        for _ in range(_WARM_UP[0]):
+            if is_over():
+                break
+            self._chains.step(adapts=True)
+            sizes.append(self._chains.step_size)
+        # the rate of a single trajectory depends on its length
+        self._chains.step_size = geometric_mean(sizes[len(sizes) // 2 :])
 
-    def _standardized(self, latent: Tensor) -> Tensor:
-        return (latent - self._loc) / self._scale
+    def _adapt(self, number: int, is_over: Callable[[], bool]) -> None:
+        chains, states = self._chains, []
+        for _ in range(number):
+            if is_over():
+                return
+            chains.step(adapts=True)
+            states.append(chains.state)
+        states = states[number // 4 :]
+        base, gradient = (torch.cat(part) for part in zip(*((s.base, s.gradient) for s in states)))
+        chains.preconditioner = Preconditioner.of(base, gradient)
 
-    def _latents_of(self, base: Tensor) -> Tensor:
-        return self._standardized(self._target.to_latent(base)[0])
+    @torch.no_grad()
+    def extend(self, number: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Keeps the draws of so many trajectories more; fewer where it is over before."""
+        latents, rates = list[Tensor](), list[float]()
+        while len(latents) < number and not is_over():
+            rates.append(self._chains.draw_from_guide() if self._by_guide else self._chains.step())
+            latents.append(self._chains.state.latent)
+        if not latents:
+            return
+        block = torch.stack(latents, 1)
+        u, _ = self._log_joint.to_unconstrained(block.flatten(0, 1))
+        self._blocks.append(u.reshape(block.shape))
+        self._known = None
+        self.acceptance = math.fsum(rates) / len(rates)
+
+    def convergence(self) -> Convergence:
+        """What all draws that are kept say."""
+        if self._known is None:
+            draws = self.draws
+            if draws.shape[1] < 4:
+                none = draws.new_zeros(draws.shape[-1])
+                self._known = Convergence(torch.full_like(none, torch.inf), none, none)
+            else:
+                self._known = Convergence(rhat(draws), bulk_ess(draws), tail_ess(draws))
+        return self._known
+
+    def _is_enough(self, num_samples: int) -> bool:
+        # ranks of a thousand latents take seconds, and are of no use while means do not agree
+        draws = self.draws
+        if draws.shape[1] < 4 or float(plain_rhat(draws).max()) > GOOD_RHAT:
+            return False
+        return self.convergence().is_enough(num_samples)
+
+    def run(
+        self,
+        num_samples: int,
+        is_over: Callable[[], bool] = lambda: False,
+        most: int = _MOST_TRAJECTORIES,
+    ) -> Convergence:
+        """Goes on until there are enough effective draws of each latent, or it is over.
+
+        :param most: the most trajectories, warm-up included.
+
+        Chains that do not agree although many trajectories were taken learn anew from where they are.
+        """
+        size, patience, total, before = 0, 4 * _BLOCK, 0, list[Tensor]()
+        while True:
+            if not self._blocks:
+                self.warm_up(is_over)
+            self.extend(max(_BLOCK, math.ceil(_GROWTH * size)), is_over)
+            if is_over() and before and len(self._blocks) < 2:
+                self._blocks, self._known = before, None
+            if not self._blocks:
+                self.extend(1)
+            size = self.draws.shape[1]
+            if is_over() or total + size >= most or self._is_enough(num_samples):
+                return self.convergence()
+            # proposals of a guide with heavy weights are accepted on the average, and stick in its tails
+            if (self._by_guide and size >= 2 * _BLOCK) or (
+                size >= patience and float(plain_rhat(self.draws).max()) > _BAD_RHAT
+            ):
+                if self.acceptance < _STUCK and not self._by_guide:
+                    return self.convergence()
+                total, self._by_guide, before = total + size, False, self._blocks
+                self._blocks, size, patience = [], 0, 2 * patience
+
+    def trajectories_left(self, num_samples: int, found: Convergence) -> float:
+        """How many more are needed, about, as far as the draws so far tell."""
+        size = self.draws.shape[1]
+        by_ess = size * num_samples / max(float(found.bulk.min()), 1e-3)
+        excess = float(found.rhat.max()) ** 2 - 1
+        return max(by_ess, size * excess / (GOOD_RHAT**2 - 1)) - size
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the guide is a Gaussian, so that a gradient costs as much as the model's."""
+        return isinstance(getattr(self.target.to_latent, "__self__", None), _AffineMap)
+
+    @property
+    def leapfrogs(self) -> int:
+        """Gradients of a trajectory of one chain."""
+        return self._chains.num_leapfrogs
 
 
-def leapfrog(
-    evaluate: Callable[[Tensor], State],
-    start: State,
-    momentum: Tensor,
-    step_size: float,
-    steps: int,
-) -> tuple[State, Tensor]:
-    """The end of trajectories by the leapfrog integrator, and the energy that they have lost, ``(C,)``.
+def _num_chains(log_joint: LogJoint) -> int:
+    """Many where model and guide take many draws in the time of one."""
+    if log_joint.strategy == "loop":
+        return CHAINS_BY_LOOP
+    fast = min(
+        log_joint.chunk_size // CACHED_WITH_GRADIENT,
+        _CACHED_COORDINATES // log_joint.latents.latent_dim,
+    )
+    return min(max(fast, FEWEST_CHAINS), MOST_CHAINS)
 
-    One whose density or gradient is not finite on the way ends where it began, and is never accepted.
+
+def _base_space(
+    model: Callable[..., object],
+    guide: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    log_joint: LogJoint,
+    count: int,
+) -> tuple[ToLatent, Tensor]:
+    """The transform of a standard normal that a guide is, and points ``(count, D)`` of the base space.
+
+    A guide that offers none is taken by its means and sds.
     """
-    energy = start.log_density - momentum.square().sum(-1) / 2
-    is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
-    momentum = momentum + step_size / 2 * start.gradient
-    for i in range(steps):
-        state = evaluate(state.base + step_size * momentum)
-        is_finite = is_finite & state.is_finite
-        state = state.where(is_finite, start)
-        share = 1.0 if i < steps - 1 else 0.5
-        momentum = momentum + share * step_size * state.gradient
-    gain = state.log_density - momentum.square().sum(-1) / 2 - energy
-    return state, torch.where(is_finite & gain.isfinite(), gain, -torch.inf)
+    # an error if it is not a guide of this model
+    drawn = model, guide, args, kwargs, log_joint
+    draws, _ = log_weights(drawn[0], drawn[1], 2, *drawn[2:])
+    transform = _transform_of(guide, args, kwargs, log_joint)
+    if transform is not None:
+        check_same_latents(log_joint, partial(guide, *args, **kwargs))
+        start = torch.randn_like(draws[:1].expand(count, -1))
+        affine = _affine(transform, start)
+        return (transform, start) if affine is None else (affine.__call__, start)
+    draws, _ = log_weights(drawn[0], drawn[1], max(_NUM_DRAWS, count), *drawn[2:])
+    draws = draws[draws.isfinite().all(-1)]
+    if len(draws) < count:
+        raise ValueError(
+            f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
+            "check supports"
+        )
+    loc, scale = draws.mean(0), draws.std(0)
+    if bool((draws == draws[:1]).all(0).any()):  # whose sd is no zero, but round-off
+        raise ValueError("guide: expected draws that differ, got one value of a latent in all")
+    return Standardize(loc, scale).call_and_ladj, (draws[:count] - loc) / scale
 
 
-def _standard_normal(base: Tensor) -> State:
-    """The standard normal as a target, its latents left out."""
-    return State(base, base, -base.square().sum(-1) / 2, -base)
-
-
-def _adapted(step_size: float, acceptance: float) -> float:
-    """The step size of an acceptance rate of 0.8, from that of another one.
-
-    The rate is 2 Phi(-s / 2), where s grows with the square of the step size (Neal 2011, 5.4.4). It
-    is above the usual 0.65, since fewer pairs part.
-    """
-    rates = [0.8, min(max(acceptance, 0.02), 0.999)]
-    tails = torch.tensor(rates, dtype=torch.float64, device="cpu") / 2
-    wanted, found = (-2 * torch.special.ndtri(tails)).tolist()
-    factor = math.sqrt(wanted / found)
-    return min(step_size * min(max(factor, 1 / 3), 1.5), _MAX_STEP_SIZE)
-
-
-class Stretched(NamedTuple):
-    """A linear map that stretches orthonormal directions, shape ``(D, k)``, by factors, ``(k,)``."""
-
-    directions: Tensor
-    factors: Tensor
-
-    def __call__(self, base: Tensor) -> Tensor:
-        return base + (base @ self.directions * (self.factors - 1)) @ self.directions.T
-
-    def inverse(self, image: Tensor) -> Tensor:
-        return Stretched(self.directions, self.factors.reciprocal())(image)
-
-
-def guide_transform(
-    guide: object, args: tuple[object, ...], kwargs: Mapping[str, object]
+def _transform_of(
+    guide: object, args: tuple[object, ...], kwargs: Mapping[str, object], log_joint: LogJoint
 ) -> ToLatent | None:
-    """The transform of a standard normal that a guide is; ``None`` if it does not offer one."""
+    """The transform of a standard normal that a guide is, to the coordinates of the log joint density.
+
+    ``None`` if it does not offer one.
+    """
     if not isinstance(guide, TransformedGuide):
         return None
     try:
         # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
         with torch.enable_grad():
-            transform = guide.get_transform(*args, **kwargs)
+            if log_joint.coordinates is not None and isinstance(guide, PriorGuide):
+                transform = guide.transform_in_coordinates()
+            else:
+                transform = guide.get_transform(*args, **kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
         return None
     return partial(call_and_ladj_over_vectors, transform)
 
 
-def misjudged_directions(target: PulledBack, points: Tensor) -> Stretched:
-    """Ritz vectors of the mean Hessian at points, ``(n, D)``, stretched to unit curvature."""
-    points, directions = points[:32], points.new_zeros((points.shape[1], 0))
-    images, candidate = [], torch.randn_like(points[0])
-    for _ in range(min(24, points.shape[1])):  # each costs two gradients at each point
-        direction = _orthogonal(candidate, directions)
-        if direction.norm() < 1e-3 * candidate.norm():  # nothing new
-            direction = _orthogonal(torch.randn_like(candidate), directions)
-        direction = direction / direction.norm()
-        directions = torch.cat([directions, direction[:, None]], 1)
-        candidate = _times_hessian(target, points, direction)
-        images.append(candidate)
-    projected = directions.T @ torch.stack(images, 1)
-    curvatures, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-    is_far = (curvatures < 0.5) | (curvatures > 2.0)  # others are forgotten in a few steps
-    # an sd grows or shrinks 100 times at most
-    factors = curvatures[is_far].clamp(1e-4, 1e4).rsqrt()
-    return Stretched(directions @ rotation[:, is_far], factors)
+def _affine(transform: ToLatent, like: Tensor) -> "_AffineMap | None":
+    """An affine transform as a matrix, many times faster than the layers of a flow; else ``None``.
+
+    Chains are right in any coordinates, so that it may be affine to round-off only.
+    """
+    dim = like.shape[-1]
+    if dim > _MOST_DENSE:
+        return None
+    probes = torch.randn_like(like[:1].expand(_NUM_PROBES, -1))
+    origin, unit = torch.zeros_like(probes[:1]), torch.eye(dim).to(like)
+    with torch.no_grad():
+        found, ladjs = transform(torch.cat([origin, probes]))
+        loc, ladj = found[0], ladjs[0]
+        # a linear map of the probes, before it is known to be one, costs a row for each dimension
+        if not torch.allclose(ladjs, ladj.expand_as(ladjs), rtol=1e-4, atol=1e-4):
+            return None
+        matrix = torch.cat([transform(part)[0] for part in unit.split(256)]) - loc
+    error = (loc + probes @ matrix - found[1:]).abs().amax(0)
+    scale = matrix.square().sum(0).sqrt()
+    if not bool((error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale).all()):
+        return None
+    return _AffineMap(loc, matrix, ladj)
 
 
-def _orthogonal(vector: Tensor, directions: Tensor) -> Tensor:
-    """A vector less its part in some orthonormal directions; once is not enough for round-off."""
-    for _ in range(2):
-        vector = vector - directions @ (directions.T @ vector)
-    return vector
+class _AffineMap(NamedTuple):
+    """A base point times a matrix, and a constant log-determinant."""
 
+    loc: Tensor
+    matrix: Tensor
+    ladj: Tensor
 
-def _times_hessian(target: PulledBack, points: Tensor, direction: Tensor) -> Tensor:
-    """The mean Hessian of minus the log density, times a direction, where that is finite."""
-    step = _DIFFERENCE * direction
-    ahead, behind = target(points + step), target(points - step)
-    is_finite = ahead.is_finite & behind.is_finite
-    change = (behind.gradient - ahead.gradient)[is_finite]
-    return change.mean(0) / (2 * _DIFFERENCE) if len(change) else direction
+    def __call__(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loc + base @ self.matrix, self.ladj.expand(len(base))

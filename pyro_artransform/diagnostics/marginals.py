@@ -4,9 +4,8 @@
 """How far means and standard deviations of a guide are off, one latent at a time."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,19 +13,20 @@ from torch import Tensor
 from ..arguments import check_integer
 from ..joint import Latents, LogJoint
 from ..joint.handlers import hidden_sites
-from ..transforms import Standardize
-from .chains import PairedChains, PulledBack, guide_transform, misjudged_directions
+from ..joint.protocols import PriorGuide
+from .chains import GOOD_RHAT, GuideChains
 from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
-from .importance_weights import Values, check_same_latents, log_weights
+from .importance_weights import Values, log_weights
 from .marginal_errors import (
-    MOST_MEMORY,
     MarginalErrors,
     critical_value,
+    errors_by_chains,
     errors_by_weights,
-    marginal_errors,
-    moments_of_draws,
-    moments_of_transform,
+    known_along_rays,
 )
+
+# draws of the guide whose means and sds are compared with those of chains
+_NUM_DRAWS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +34,20 @@ class Marginals:
     """How far the means and standard deviations of a guide are from those of the posterior.
 
     Everything is of single coordinates on the unconstrained space, and by site of the shape that the
-    site has there. Where a guide is off by several sds chains are still on their way: its errors are
-    then larger than given here.
+    site has there. An error is ``nan`` where it is not known: where the weights have no variance, or the
+    latent, by the index of its tail, lacks the moments that the error and its standard error rest on.
 
     :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
-    :param mean_shift_se: its standard error, of the noise of chains.
+    :param mean_shift_se: its standard error, of the noise of draws.
     :param sd_ratio: the guide's standard deviation over the posterior's, also with a standard error.
-    :param memory: how much chains remember of their start, from 0 to 1. Beyond 0.5 the errors above
-        are too small, in general.
     :param mean_bound: no mean is off by more than this, in sds of the posterior, with a probability
-        of 97.5 % for all means and sds together (Bonferroni's bound).
+        of 97.5 % for all means and sds together (Bonferroni's bound); infinite where one is not known.
     :param sd_bound: the same for the relative errors of standard deviations.
-    :param num_chains: the number of independent chains; 0 where ``fit`` took errors from weights.
+    :param num_chains: the number of chains; 0 where ``fit`` took errors from weights.
+    :param max_rhat: the largest R-hat of the chains; 1 without.
     :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
-        15 %, all are known to be off by less than twice that, and chains have forgotten their start;
-        where chains find all of the posterior this is wrong with a probability of 2.5 %.
+        15 %, all are known to be off by less than twice that, and chains agree; where chains find all of
+        the posterior this is wrong with a probability of 2.5 %.
     :param words: the same in words.
     """
 
@@ -56,22 +55,22 @@ class Marginals:
     mean_shift_se: Values
     sd_ratio: Values
     sd_ratio_se: Values
-    memory: Values
     mean_bound: float
     sd_bound: float
     num_chains: int
+    max_rhat: float
     trusted: bool
     words: str = field(repr=False)
 
     def __repr__(self) -> str:
         source = f"by {self.num_chains} chains" if self.num_chains else "by weights"
         width = max(map(len, ["site", *self.mean_shift]))
-        head = f"  {'site':{width}}  largest shift of a mean  sds of the guide's  memory"
+        head = f"  {'site':{width}}  largest shift of a mean  sds of the guide's"
         lines = [f"Marginals: {self.words}", f"  {source}", head]
         for name, shift in self.mean_shift.items():
-            ratio, memory = self.sd_ratio[name], self.memory[name].max()
+            ratio = self.sd_ratio[name]
             ratios = f"{ratio.min():8.3f} to {ratio.max():5.3f}"
-            lines.append(f"  {name:{width}}  {shift.abs().max():20.3f} sd  {ratios}  {memory:6.2f}")
+            lines.append(f"  {name:{width}}  {shift.abs().max():20.3f} sd  {ratios}")
         return "\n".join(lines)
 
 
@@ -79,27 +78,22 @@ def marginals(
     model: Callable[..., object],
     guide: Callable[..., object],
     *args: object,
-    num_chains: int = 128,
-    num_steps: int = 12,
+    num_samples: int = 1000,
+    num_chains: int | None = None,
     **kwargs: object,
 ) -> Marginals:
-    """How far the mean and the standard deviation of each latent are off, by short chains of HMC.
+    """How far the mean and the standard deviation of each latent are off, by chains.
 
     k-hat judges all latents at once: of a thousand latents that are each right to a few percent the
-    weights are useless all the same. Here many chains start at draws of the guide and move towards the
-    posterior; how far means and standard deviations move says how far the guide's are off.
+    weights are useless all the same. Here the means and sds of the guide are compared with those of
+    the chains that :func:`~pyro_artransform.inference.mcmc` runs from its draws.
 
-    Any guide of continuous latents will do. Chains do not find modes that are far from the guide, nor
-    do they reach deep into a funnel, as no diagnostic does that starts from the guide.
-
-    The cost is some 20,000 gradients for a thousand latents, half as much again where that leaves the
-    verdict open, and grows with the fourth root of their number.
+    Any guide of continuous latents will do. Chains do not find modes that are far from the guide.
 
     :param model: a Pyro model that sees all its data.
     :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
-    :param num_chains: how many chains, 16 at least. Standard errors fall with the square root.
-    :param num_steps: how many trajectories of each chain count, after 12 that do not; twice that where
-        they leave the verdict open.
+    :param num_samples: how many effective draws of each latent the chains go on for.
+    :param num_chains: how many chains, 4 at least; by default as in ``mcmc``.
     :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
         lacks a latent, was made for another model, is a point at some site, has discrete sites, or has
         too few draws of finite density.
@@ -124,83 +118,57 @@ def marginals(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("marginals: expected gradients, got torch.inference_mode: leave it")
-    # with fewer, Student's quantiles are expanded with an error of over a percent
-    check_integer("num_chains", num_chains, 16)
-    check_integer("num_steps", num_steps)
+    check_integer("num_samples", num_samples)
+    if num_chains is not None:
+        check_integer("num_chains", num_chains, 4)
     with torch.no_grad(), hidden_sites():
         guide(*args, **kwargs)  # so that it knows the latents of its model
-    log_joint = LogJoint(model, args, kwargs)
-    return marginals_of(model, guide, args, kwargs, log_joint, num_chains, num_steps)
+    log_joint, offered = LogJoint(model, args, kwargs), guide
+    given: object = offered
+    if isinstance(given, PriorGuide):
+        log_joint = log_joint.with_coordinates(given.prior_coordinates)
+    chains = GuideChains(model, guide, args, kwargs, log_joint, num_chains)
+    chains.run(num_samples)
+    draws, _ = log_weights(model, guide, _NUM_DRAWS, args, kwargs, log_joint)
+    return marginals_by_chains(chains, log_joint.to_unconstrained(draws)[0], log_joint)
 
 
 @torch.no_grad()
-def marginals_of(
-    model: Callable[..., object],
-    guide: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    log_joint: LogJoint,
-    num_chains: int,
-    num_steps: int,
-) -> Marginals:
-    """The same, of a model whose log joint density is known already."""
-    log_joint = log_joint.with_coordinates(None)  # as the errors of latents are meant
-    if log_joint.is_random:
-        raise ValueError(
-            "model: expected one that sees all its data, got one that sub-samples them, or whose "
-            "density is random otherwise"
-        )
-    # an error if it is not a guide of this model
-    log_weights(model, guide, 1, args, kwargs, log_joint)
-    transform, num_draws = guide_transform(guide, args, kwargs), 1000
-    if transform is not None:
-        check_same_latents(log_joint, partial(guide, *args, **kwargs))
-    else:
-        num_draws = 10_000  # a mean is known to 0.01 sd, an sd to 0.7 %
-    draws, _ = log_weights(model, guide, max(num_draws, num_chains), args, kwargs, log_joint)
-    draws = draws[draws.isfinite().all(-1)]
-    if len(draws) < num_chains:
-        raise ValueError(
-            f"guide: expected at least {num_chains} finite draws, got {len(draws)}: train it first, or "
-            "check supports"
-        )
-    loc, scale = draws.mean(0), draws.std(0)
-    if not (scale > 0).all():
-        raise ValueError("guide: expected draws that differ, got one value of a latent in all")
-    companions = torch.randn_like(draws[:num_chains])
-    to_latent = transform or Standardize(loc, scale).call_and_ladj
-    points = companions if transform else (draws[:num_chains] - loc) / scale
-    target = PulledBack(log_joint, to_latent)
-    stretched = misjudged_directions(target, points)
-    target.to_latent = lambda base: to_latent(stretched(base))
-    chains = PairedChains(target, stretched.inverse(points), companions, loc, scale)
-    start = chains.values.values
-    chains.run(12, num_steps)
-    if transform is None:
-        moments = moments_of_draws((draws - loc) / scale, stretched)
-    else:
-        moments = moments_of_transform(transform, stretched, loc, scale)
-    paired, latents = (chains.values, chains.companion_values, moments, start), log_joint.latents
-    found, is_known = _judged(marginal_errors(*paired), num_chains, latents)
-    if not is_known:
-        chains.run(0, num_steps)
-        found, _ = _judged(marginal_errors(*paired), num_chains, latents)
-    return replace(found, num_chains=num_chains)
+def marginals_by_chains(chains: GuideChains, of_guide: Tensor, log_joint: LogJoint) -> Marginals:
+    """By chains from a guide, and draws of it ``(n, D)`` on the unconstrained space."""
+    of_guide = of_guide[of_guide.isfinite().all(-1)]
+    draws = chains.draws
+    errors = _known(errors_by_chains(draws, of_guide), draws.flatten(0, 1), log_joint)
+    return _judged(errors, chains.num_chains, log_joint.latents, chains.convergence().rhat)
 
 
-def marginals_by_weights(draws: Tensor, log_weights: Tensor, latents: Latents) -> Marginals:
-    """By finite weights ``(n,)`` of draws ``(n, D)``, in place of chains; where these can be trusted."""
-    return _judged(errors_by_weights(draws, log_weights), len(draws), latents)[0]
+def marginals_by_weights(draws: Tensor, log_weights: Tensor, log_joint: LogJoint) -> Marginals:
+    """By finite weights ``(n,)`` of draws ``(n, D)`` on the unconstrained space, in place of chains."""
+    errors = _known(errors_by_weights(draws, log_weights), draws, log_joint)
+    return _judged(errors, len(draws), log_joint.latents)
+
+
+def _known(errors: MarginalErrors, draws: Tensor, log_joint: LogJoint) -> MarginalErrors:
+    """Errors of latents whose moments exist as far as the density outside of draws ``(n, D)`` tells."""
+    center = draws.median(0).values
+    return known_along_rays(errors, log_joint.with_coordinates(None), center, draws.std(0))
 
 
 def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
     """Bounds of the errors of means, in sds, and of the relative ones of sds, both rounded up."""
-    hundredths = [math.ceil(round(100 * b, 3)) if math.isfinite(b) else b for b in (mean, sd)]
-    return f"means{of} within {hundredths[0] / 100:.2f} sd, sds within {hundredths[1]:.0f} %"
+    known = f"within {_hundredths(mean) / 100:.2f} sd" if math.isfinite(mean) else "not all known"
+    known_sds = f"within {_hundredths(sd):.0f} %" if math.isfinite(sd) else "not all known"
+    return f"means{of} {known}, sds {known_sds}"
 
 
-def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> tuple[Marginals, bool]:
-    """What errors of ``num_samples`` independent chains or draws amount to, and if they suffice."""
+def _hundredths(number: float) -> int:
+    return math.ceil(round(100 * number, 3))
+
+
+def _judged(
+    errors: MarginalErrors, num_samples: int, latents: Latents, rhat: Tensor | None = None
+) -> Marginals:
+    """What errors of ``num_samples`` independent chains or draws amount to."""
     width = critical_value(2 * latents.latent_dim, num_samples, CONFIDENCE)
     shift, shift_width = errors.mean_shift, width * errors.mean_shift_se
     ratio, ratio_width = errors.sd_ratio, width * errors.sd_ratio_se
@@ -220,23 +188,33 @@ def _judged(errors: MarginalErrors, num_samples: int, latents: Latents) -> tuple
             f"{_count(is_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of {name} is "
             f"{ratio[worst]:.2f} ± {ratio_width[worst]:.2f} of the posterior's)"
         )
-    is_slow = ~(errors.sure_memory <= MOST_MEMORY)
-    if is_slow.any():
-        _, name = _worst(errors.memory, is_slow, latents)
-        objections.append(
-            f"{_count(is_slow, 'latents')} hardly moved by the chains, as {name} is, and errors may be "
-            "larger: take more num_steps, or fit the guide for longer"
-        )
+    max_rhat, num_chains = 1.0, 0
+    if rhat is not None:
+        max_rhat, num_chains = float(rhat.max()), num_samples
+        if not max_rhat <= GOOD_RHAT:
+            name = latents.name_of(int(rhat.argmax()))
+            objections.append(
+                f"chains do not agree, R-hat is {max_rhat:.2f} for {name}, so that errors may be larger: "
+                "give them more time, or fit the guide for longer"
+            )
     dim = latents.latent_dim
     of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
     words, is_known = "; ".join(objections) or bounds_in_words(*bounds, of), True
     if not objections and (bounds[0] > 2 * GOOD_MEAN_SHIFT or bounds[1] > 2 * GOOD_SD_ERROR):
         words, is_known = f"errors are known too little ({bounds_in_words(*bounds)})", False
-        words = f"{words}: diagnostics.marginals with more num_chains knows more"
+        unknown = (shift + ratio).isnan()
+        if unknown.any():
+            name = latents.name_of(int(unknown.int().argmax()))
+            words = (
+                f"errors of {int(unknown.sum()):,} of {len(unknown):,} latents are not known, such as that "
+                f"of {name}: its tail, or that of the weights, is too heavy"
+            )
+        else:
+            words = f"{words}: diagnostics.marginals with more num_samples knows more"
     trusted = is_known and not objections
-    shifts, shift_ses, ratios, ratio_ses, memories = map(latents.split, errors[:5])
-    by_site = shifts, shift_ses, ratios, ratio_ses, memories
-    return Marginals(*by_site, *bounds, 0, trusted, words), is_known
+    shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
+    by_site = shifts, shift_ses, ratios, ratio_ses
+    return Marginals(*by_site, *bounds, num_chains, max_rhat, trusted, words)
 
 
 def _bound(errors: Tensor, widths: Tensor) -> float:
@@ -252,6 +230,4 @@ def _count(chosen: Tensor, what: str) -> str:
 def _worst(values: Tensor, chosen: Tensor, latents: Latents) -> tuple[int, str]:
     """The place of the largest value of those chosen, also by site as in ``z[3, 1]``."""
     worst = int(torch.where(chosen, values.nan_to_num(torch.inf), -torch.inf).argmax())
-    is_worst = latents.split(torch.arange(latents.latent_dim, device="cpu") == worst)
-    name = next(name for name, place in is_worst.items() if place.any())
-    return worst, f"{name}{is_worst[name].nonzero()[0].tolist() or ''}"
+    return worst, latents.name_of(worst)

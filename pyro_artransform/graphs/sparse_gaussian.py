@@ -66,6 +66,15 @@ class PrecisionPattern:
                 self.levels[level - 1].append((g, part, coordinates[part], parents[part]))
         #: where the diagonal is, shape ``(D,)``
         self.diagonal = self.index(every, every)
+        # those that are needed again and again: millions of searches each
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def among(self, parents: Tensor) -> Tensor:
+        """:meth:`index` of all pairs of each row of parents ``(m, k)``, shape ``(m, k, k)``, remembered."""
+        if id(parents) not in self._blocks:  # with the tensor, so that its identity stays its own
+            index = self.index(parents[:, :, None], parents[:, None])
+            self._blocks[id(parents)] = parents, index
+        return self._blocks[id(parents)][1]
 
     def _key(self, pairs: Tensor) -> Tensor:
         return pairs.amin(0) * self._base + pairs.amax(0)
@@ -129,7 +138,7 @@ class SparseGaussian:
                 # the Schur complement
                 count = above.shape[1]
                 one, other = torch.triu_indices(count, count, device=above.device)
-                index = pattern.index(above[:, one], above[:, other])
+                index = pattern.among(above)[:, one, other]
                 update = row[:, one] * row[:, other] / pivot[:, None]
                 entries.index_add_(0, index.reshape(-1), -update.reshape(-1))
                 entries[-1] = 0.0
@@ -200,7 +209,7 @@ class SparseGaussian:
         for parts in pattern.levels:
             for g, part, own, above in parts:
                 a = self.coefficients[g][part]
-                among = covariance[pattern.index(above[:, :, None], above[:, None])]
+                among = covariance[pattern.among(above)]
                 across = (a[:, None] @ among)[:, 0]
                 covariance[pattern.index(own[:, None], above)] = across
                 covariance[-1] = 0.0

@@ -208,13 +208,13 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
-        inner = self._inner_transform()
+        inner = self.transform_in_coordinates()
         if not self._prior or self._prior[0].coordinates.is_identity:
             return inner
         self._bind(args, kwargs)
         return self.transform
 
-    def _inner_transform(self) -> ComposedTransform:
+    def transform_in_coordinates(self) -> ComposedTransform:
         """The flow, then location and scale: from the base to the coordinates that fits work in."""
         if self._spec is None:
             self._checked_spec()
@@ -315,7 +315,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        self._inner_transform()  # entries of the store that count more are adopted first
+        self.transform_in_coordinates()  # entries of the store that count more are adopted first
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
@@ -332,7 +332,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
-        base, transform = self.get_base_dist(), self._inner_transform()
+        base, transform = self.get_base_dist(), self.transform_in_coordinates()
         x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)

@@ -7,10 +7,12 @@ from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
 from .fit import fit
 from .fit_draws import fit_draws
+from .mcmc import Chains, mcmc
 from .optimization.training import FitError
 from .result import DrawsResult, FitResult
 
 __all__ = [
+    "Chains",
     "DrawsResult",
     "FitConfig",
     "FitError",
@@ -19,6 +21,7 @@ __all__ = [
     "fit",
     "fit_draws",
     "log_likelihood",
+    "mcmc",
     "summary",
     "to_inference_data",
 ]

@@ -14,9 +14,9 @@ from ..diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 
 @dataclass(frozen=True)
 class InitializationConfig:
-    """How many candidates an initial guide is chosen from, and how they are compared."""
+    """From where the initial Gaussian is fitted, how, and when a guide becomes it."""
 
-    num_points: int = 12  #: points to start from; each takes a climb to a mode
+    num_points: int = 12  #: points to start from, all side by side
     num_points_by_loop: int = 4  #: the same by loop, or for one mini-batch
     shell_radius: float = 1.0  #: the innermost shell of points, in units of the unconstrained space
     shell_growth: float = 2.2  #: the ratio of the radii of two shells: eight reach to a hundred
@@ -24,18 +24,14 @@ class InitializationConfig:
     num_tried_by_loop: int = 4
     improper_radius: float = 2.0  #: the sd of draws of an improper prior (Stan's radius of 2)
     max_halvings: int = 12  #: halvings of the way to a point of finite density
-    num_mean_fields: int = 4  #: points from which mean-field fits are tried
-    mean_field_steps: int = 150
-    mean_field_particles: int = 8  #: draws a step
-    mean_field_step_size: float = 0.1
-    mean_field_betas: tuple[float, float] = (0.9, 0.99)  #: the decay rates of Adam's moments
-    mean_field_decay: float = 0.985  #: the decay of the step size
-    max_newton_steps: int = 40  #: Newton steps of a climb
-    max_hessian_dim: int = 200  #: more coordinates are too many for Hessians: seconds of a fit
+    max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
+    narrow_scale: float = 0.1  #: the sd that one begins with, to stay within what a model can take
+    num_matches: int = 20  #: steps of batch and match
+    num_more_draws: int = 16  #: their draws beyond one for each coordinate
+    min_draws: int = 32  #: the fewest
+    num_ascents: int = 8  #: natural-gradient steps after that, of twice as many draws
     num_rough: int = 64  #: draws that all candidates are compared on
-    num_fine: int = 1024  #: draws that the finalists are compared on
-    num_finalists: int = 6
-    narrow_scale: float = 0.1  #: of a narrow candidate, which stays within what a model can take
+    num_fine: int = 1024  #: draws that the best one is compared with the guide on
     min_gain_in_se: float = 2.0  #: standard errors by which a candidate has to beat the guide
     min_gain: float = 0.01  #: nats by which it has to, as well
     num_natural: int = 32  #: draws of a natural-gradient step of a Gaussian with a sparse precision
@@ -52,7 +48,8 @@ class InitializationConfig:
     def for_loop(self) -> "InitializationConfig":
         """The same with fewer points and draws."""
         num_points, num_tried = self.num_points_by_loop, self.num_tried_by_loop
-        return replace(self, num_points=num_points, num_tried=num_tried, num_fine=self.num_rough)
+        counts = replace(self, num_points=num_points, num_tried=num_tried)
+        return replace(counts, num_fine=self.num_rough, num_more_draws=2, min_draws=8)
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,8 @@ class EvaluationConfig:
     num_heaviest: int = 4  #: climbs from the draws of the largest weights
     num_screened_by_loop: int = 40
     num_climbs_by_loop: int = 4
-    max_newton_steps: int = 40  #: of a climb, as for initial guides
+    max_climb_steps: int = 60  #: of a climb by gradients
+    max_newton_steps: int = 10  #: from its end to the mode
     max_hessian_dim: int = 200  #: more coordinates are too many; gradients do without
     max_kept: int = 20_000_000  #: numbers of the draws that are kept for that search: 160 MB
     max_dense_dim: int = 1500  #: coordinates at most for a covariance of the guide's draws
@@ -191,12 +189,8 @@ class EvaluationConfig:
     max_gap: float = GOOD_GAP  #: the distance of the ELBO from the evidence, in nats
     max_se: float = GOOD_ELBO_SE  #: the standard error of the ELBO, in nats
     max_skipped: float = 0.1  #: the share of steps that were skipped
-    #: latents from which on chains check single ones that weights leave open: with 30 sds that are 15 %
-    #: off, which is little for each, log weights have a variance of 30 x 2 x 0.15^2 = 1.35
-    min_for_chains: int = 30
-    num_for_few: int = 32_000  #: draws whose weights say it instead of fewer latents
-    num_chains: int = 128  #: the chains of that check, which cost about 20,000 gradients
-    num_chain_steps: int = 12  #: the steps of theirs that count
+    num_by_chains: int = 400  #: effective draws of chains that check single latents
+    max_by_chains: int = 150  #: their trajectories at most: a check, not the posterior's draws
     small_tail: float = 0.001  #: an excess of the tail, as a share of all weights, that is ignored
 
 

@@ -46,6 +46,8 @@ def fit(
     optim: Any = None,
     loader: Iterable[Any] | None = None,
     epochs: int | None = None,
+    draws: int | None = None,
+    max_seconds: float | None = None,
     config: FitConfig | None = None,
     **kwargs: Any,
 ) -> FitResult:
@@ -57,9 +59,9 @@ def fit(
     What is callable in second place is the guide; where the model itself takes a callable first, give
     that by its name, or the guide as ``guide=``.
 
-    A guide of this package is initialized with the best of many candidates by their ELBO: itself,
-    Gaussians on the way to modes, mean-field fits. It is trained by the path gradient; any other Pyro
-    guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
+    A guide of this package is initialized by ELBO: it stays as it is, or becomes a Gaussian that is fitted
+    to the density's gradients at draws, from several points. It is trained by the path gradient; any other
+    Pyro guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
     and the guide ends with the best of the last, the averaged and the best parameters. Parameters of the
     model are trained as well. The verdict rests on draws that were not trained on.
 
@@ -99,6 +101,10 @@ def fit(
         list does. A tuple or list of it is the arguments of model and guide, a mapping their keyword
         arguments, a tensor their only argument.
     :param epochs: how often to go through the loader, instead of ``num_steps``.
+    :param draws: how many effective draws of the posterior to return as ``result.draws``: steps then end
+        as soon as chains from the guide cost less than more of them, and chains finish the work, as
+        :func:`~pyro_artransform.inference.mcmc` does. The verdict is on these draws.
+    :param max_seconds: the wall time after which steps and chains end with what there is.
     :param config: all numbers that a fit is tuned by.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :raises TypeError: if the arguments are not those of the model, or an option is of another type.
@@ -162,6 +168,7 @@ def fit(
             f"arguments, got {len(args)}. Keyword arguments are added to each batch"
         )
     counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
+    counts |= {"draws": draws}
     for name, count in {**counts, "seed": seed}.items():
         if count is not None:
             check_integer(name, count, least=0 if name == "seed" else 1)
@@ -185,7 +192,15 @@ def fit(
                 stream = stream.share(parallel.rank, parallel.size, parallel.seed())
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        options = config or FitConfig(), num_steps, num_particles, optim, parallel
+        options = (
+            config or FitConfig(),
+            num_steps,
+            num_particles,
+            optim,
+            parallel,
+            draws,
+            max_seconds,
+        )
         chooser = choose_guide or _default_choice
         run = FitRun(model, guide, chooser, Batch(args, kwargs), stream, *options)
         if resume is None:

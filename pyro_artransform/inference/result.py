@@ -55,13 +55,17 @@ class FitResult:
     #: the importance weights; ``None`` for a model that sub-samples its data
     importance: Importance | None = None
     #: whether the mean and the sd of each single latent can be trusted; ``None`` where this was not checked.
-    #: A fit to all data checks it by the weights, or, from 30 latents on, by chains where these leave it
-    #: open and the model takes many draws at once
+    #: A fit to all data checks it by the weights, or by chains where these leave it open and the model
+    #: takes many draws at once
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
+    #: draws of the posterior by chains, each ``(draws,) + site shape``, where they were asked for; the
+    #: verdict is about them first then, and ``trusted`` about the guide alone
+    draws: dict[str, Tensor] | None = None
+    chains: Any = None  #: their :class:`~pyro_artransform.inference.Chains`
     guide: Any = None  #: that of the user, or the one that the fit has chosen
     guide_reason: str = ""  #: why it has chosen this one
 
@@ -82,6 +86,12 @@ class FitResult:
             }
         if (found := self.marginals) is not None:
             rows["marginals"] = bounds_in_words(found.mean_bound, found.sd_bound)
+        if self.chains is not None:
+            found = self.chains
+            rows["chains"] = (
+                f"{found.min_ess:,.0f} effective draws at least, R-hat at most {found.max_rhat:.3f}, "
+                f"{found.num_gradients:,} gradients"
+            )
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start
         if self.coordinates:

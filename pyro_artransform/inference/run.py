@@ -18,20 +18,16 @@ from torch import Tensor, nn
 
 from .. import files
 from ..arguments import first_of
-from ..joint import LogJoint
-from ..joint.handlers import hidden_sites
 from ..joint.protocols import (
     CenteredGuide,
     FlowGuide,
     MinibatchGuide,
-    PriorGuide,
     ScaledSteps,
-    StoredGuide,
     StructuredGuide,
 )
 from .config import FitConfig
-from .evaluation.evaluate import ModelAndGuide, evaluate, evaluate_minibatches, judge_marginals
-from .evaluation.verdict import FitStatus
+from .evaluation.evaluate import evaluate, evaluate_minibatches, judge_marginals
+from .evaluation.verdict import FitStatus, judge_graph
 from .initialization.coordinates import find_start
 from .initialization.gaussians import Gaussians, Modes
 from .initialization.initial_guide import (
@@ -39,16 +35,16 @@ from .initialization.initial_guide import (
     InitialGuide,
     find_initial_minibatch_guide,
 )
-from .loader import Batch, BatchStream, check_use
+from .loader import Batch, BatchStream
+from .mcmc import CHAINS_COST_LESS, Deadline, Sampling
 from .optimization.objective import (
-    BatchObjective,
     MinibatchObjective,
     Objective,
     PathObjective,
     PyroObjective,
     validation_batches,
 )
-from .optimization.schedule import new_schedule
+from .optimization.schedule import NOTHING_TO_WIN, new_schedule
 from .optimization.training import (
     Trainer,
     Training,
@@ -59,6 +55,7 @@ from .optimization.training import (
 from .parallel import Parallel, ScalesOfFirst, SharedObjective
 from .progress import ProgressBar
 from .result import FitResult
+from .set_up import objective_of_batch, run_once
 
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
@@ -66,7 +63,6 @@ Chooser = Callable[..., tuple[Function, str]]
 
 T = TypeVar("T")
 
-_INTERRUPTED = "it was interrupted"
 _FORMAT = "pyro_artransform fit 5"  # of checkpoints
 
 
@@ -87,18 +83,29 @@ class FitRun:
         num_particles: int | None,
         optim: object,
         parallel: Parallel | None,
+        num_draws: int | None = None,
+        max_seconds: float | None = None,
     ) -> None:
+        self._deadline = Deadline(max_seconds)
         self._began, self._config, self._parallel = time.perf_counter(), config, parallel
         batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
         is_minibatch, self._guide_reason = not (stream is None or stream.whole.is_all_data), ""
         if guide is None:
             guide, self._guide_reason = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
-        self._subject = subject = _run_once(model, guide, batches[0], stream)
+        self._subject = subject = run_once(model, guide, batches[0], stream)
         log_joint, is_random = subject.log_joint, subject.log_joint.is_random
         if not (is_minibatch or is_random):
             stream = None
-        of_batch = _objective_of_batch(subject, config, stream is not None)
+        of_batch = objective_of_batch(subject, config, stream is not None)
         self._stream, self._minibatches, num_batches = stream, None, None
+        self._sampling = None
+        if num_draws is not None:
+            if stream is not None or is_random:
+                raise ValueError(
+                    "draws: expected a model of all data, since chains need its density, got one that sees "
+                    "mini-batches, or is random otherwise: fit without draws"
+                )
+            self._sampling = Sampling(subject, num_draws, self._deadline, num_steps is None)
         if stream is not None:
             num_batches = stream.num_batches
             given = of_batch, stream, log_joint, batches, config.minibatch
@@ -166,15 +173,25 @@ class FitRun:
         if self._parallel is not None:
             self._parallel.copy_first(self._tensors())
             pyro.set_rng_seed(self._parallel.seed() + self._parallel.rank)
-        trainer = self._trainer
-        if is_at_posterior(trainer):
+        trainer, reason = self._trainer, NOTHING_TO_WIN
+        is_done = is_at_posterior(trainer)
+        if not is_done and self._chains_cost_less(0):
+            is_done, reason = True, CHAINS_COST_LESS
+        if is_done:
             step_size = trainer.schedule.config.step_sizes[0]
-            self._training = trainer.new(step_size, trainer.schedule.without_steps())
+            self._training = trainer.new(step_size, trainer.schedule.without_steps(reason))
         elif trainer.optim is None:
             bar.say("step size")
             self._training, self._search_steps = begin(trainer)
         else:
             self._training = trainer.new(None)
+
+    def _chains_cost_less(self, num_steps: int) -> bool:
+        """Whether draws were asked for, and chains give them sooner than after more steps."""
+        sampling = self._sampling
+        if sampling is None or not sampling.is_due(num_steps):
+            return False
+        return self._by_first("the chains", sampling.cost_less)
 
     def _find_start(self) -> InitialGuide:
         """Puts the guide at the best initial one, if it can be put anywhere."""
@@ -277,6 +294,7 @@ class FitRun:
     ) -> str:
         """Takes steps until there are enough, or the callback or Ctrl-C ends them; says which."""
         bar.say("fit")
+        self._deadline.interrupted = interrupted.is_set
         training, parallel = self._training, self._parallel
         if parallel is not None and parallel.rank > 0:
             checkpoint = None
@@ -286,7 +304,7 @@ class FitRun:
             answer: Any = callback(step, -loss) if callback is not None and step else None
             # True, or one of NumPy or PyTorch
             is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
-            flags = is_asked, interrupted.is_set()
+            flags = is_asked, self._deadline.is_over()
             return flags if parallel is None else parallel.any(*flags)
 
         ends = tell(0, math.nan)
@@ -300,17 +318,23 @@ class FitRun:
             if checkpoint and training.num_steps % self._config.optimization.checkpoint_every == 0:
                 self.save(checkpoint)
             ends = tell(training.num_steps, loss)
+            if not any(ends) and self._chains_cost_less(training.num_steps):
+                training.schedule = training.schedule.ending_at(
+                    training.num_steps, CHAINS_COST_LESS
+                )
         if checkpoint is not None:
             self.save(checkpoint)
         if ends[0]:
             return "the callback asked to stop"
-        return training.schedule.reason if training.is_over() else _INTERRUPTED
+        return training.schedule.reason if training.is_over() else self._deadline.reason
 
     def judge(self, stopped_because: str) -> FitResult:
         """The result of the fit, with the guide at the best parameters."""
         if self._stream is not None:
             self._stream.close()
-        end = select_parameters(self._training)
+        # chains that were tried are those of the last parameters
+        is_tried = self._sampling is not None and stopped_because == CHAINS_COST_LESS
+        end = "last" if is_tried else select_parameters(self._training)
         if self._parallel is not None:
             self._parallel.copy_first(self._tensors())
         result = self._by_first("the verdict", partial(self._judge, end, stopped_because))
@@ -328,19 +352,26 @@ class FitRun:
     def _judge(self, end: str, stopped_because: str) -> FitResult:
         """The result of the fit but for its guide."""
         training, config, offered = self._training, self._config, cast(object, self._subject.guide)
-        skipped, is_complete = training.skipped.count, stopped_because != _INTERRUPTED
-        share, missing = skipped / max(training.num_steps, 1), self._missing()
+        skipped, is_complete = training.skipped.count, not self._deadline.is_over()
+        share, sampling = skipped / max(training.num_steps, 1), self._sampling
+        # chains are right whatever the graph of the guide is, of which more than seconds are asked for
+        missing = self._missing() if sampling is None else ()
         status = FitStatus(share, is_complete, self._is_saved, missing=missing)
+        modes, chains = self._initial.modes, None
         if self._minibatches is not None:
             passed = self._minibatches.over_a_pass()
             found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
+        elif sampling is not None:
+            found, chains = sampling.judge(modes, status, config, training.num_steps)
+            if found.verdict.trusted and (missing := self._missing()):
+                found = found._replace(verdict=judge_graph(missing))
         else:
-            known = self._initial.modes, status, config, training.num_gradients
-            found = evaluate(self._subject, *known)
-        marginals = judge_marginals(self._subject, found, config.evaluation)
+            found = evaluate(self._subject, modes, status, config, training.num_gradients)
+        by_chains = None if sampling is None else sampling.chains
+        marginals = judge_marginals(self._subject, found, config.evaluation, by_chains)
         centered = offered.centered_by_site() if isinstance(offered, CenteredGuide) else {}
         return FitResult(
-            **found.result_fields(marginals),
+            **found.result_fields(marginals, chains),
             history=[-loss for loss in training.losses],
             num_steps=training.num_steps,
             num_skipped=skipped,
@@ -363,38 +394,3 @@ def _read(path: files.FilePath) -> dict[str, Any]:
     if isinstance(saved, dict) and saved.get("format") == _FORMAT:
         return cast(dict[str, Any], saved["state"])
     raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")
-
-
-def _run_once(
-    model: Function, guide: Function, batch: Batch, stream: BatchStream | None
-) -> ModelAndGuide:
-    """Runs model and guide, so that what cannot be fitted is an error now."""
-    (args, kwargs), given = batch, cast(object, guide)
-    if isinstance(given, StoredGuide):  # a new guide is to be new, whatever was fitted before
-        given.drop_orphans()
-    # the guide learns the latents of its model, and enters its parameters into Pyro's store
-    with torch.no_grad(), hidden_sites():
-        guide(*args, **kwargs)
-    log_joint = LogJoint(model, args, kwargs)
-    if isinstance(given, PriorGuide):
-        log_joint = log_joint.with_coordinates(given.prior_coordinates)
-    if stream is not None:
-        check_use(stream, guide, log_joint, batch)
-    subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
-    next(subject.weighted_draws(1))  # an error if the guide lacks a latent
-    return subject
-
-
-def _objective_of_batch(
-    subject: ModelAndGuide, config: FitConfig, is_minibatch: bool
-) -> BatchObjective:
-    """The objective for a batch: by the path gradient, if the guide has all latents of the model."""
-    model, _, args, kwargs, log_joint = subject
-    guide: object = subject.guide
-    if isinstance(guide, FlowGuide):
-        with torch.no_grad():
-            latent, _ = guide.rsample_and_log_prob(1)
-        if latent.shape[-1] == log_joint.latents.latent_dim:
-            return PathObjective(log_joint, guide, config.optimization)
-    num = (config.minibatch if is_minibatch else config.optimization).num_estimates
-    return PyroObjective(model, subject.guide, Batch(args, kwargs), log_joint, num)

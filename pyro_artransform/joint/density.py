@@ -59,9 +59,9 @@ Kwargs = Mapping[str, object]
 
 # the most values of a tensor, draws included: five of them take 170 MB in float32
 _MAX_VALUES = 2**23
-# The share of them that fits into a processor's cache: 4096 draws of a regression of 1,200 rows take a
+# What part of them fits into a processor's cache: 4096 draws of a regression of 1,200 rows take a
 # sixth of the time in such parts. With gradients a part of a few milliseconds is worth a run of the model.
-_CACHED_SHARE, _SHARE_WITH_GRADIENT = 1 / 64, 1 / 32
+_CACHED, CACHED_WITH_GRADIENT = 64, 32
 # strategies are compared near the start, at draws of the prior, and as many far away
 _NUM_COMPARED, _COMPARED_SCALE = 5, 0.1
 _NUM_FAR, _FAR_SCALE = 8, 3.0
@@ -199,10 +199,9 @@ class LogJoint(LogDensity):
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
-        share = 1.0
+        size = self.chunk_size
         if z.device.type == "cpu" and not self.is_random:
-            share = _SHARE_WITH_GRADIENT if torch.is_grad_enabled() else _CACHED_SHARE
-        size = max(int(share * self.chunk_size), 1)
+            size = max(size // (CACHED_WITH_GRADIENT if torch.is_grad_enabled() else _CACHED), 1)
         if not torch.is_grad_enabled():
             return self._at(z, size)
         # draws of one mini-batch that the model takes by itself stay together

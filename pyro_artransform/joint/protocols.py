@@ -85,6 +85,9 @@ class PriorGuide(FlowGuide, Protocol):
     def prior_coordinates(self) -> Coordinates | None:
         """Which latents, and how centred; None where draws are on the unconstrained space."""
 
+    def transform_in_coordinates(self) -> Transform:
+        """The transform of a standard normal to the coordinates of its draws."""
+
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit may change how centred they are, in place."""

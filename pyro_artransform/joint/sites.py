@@ -132,6 +132,13 @@ class Latents:
             parts[site.name] = part.reshape(shape).to(site.dtype)
         return parts
 
+    def name_of(self, coordinate: int) -> str:
+        """The site and place of a coordinate of the vector, as in ``z[3, 1]``."""
+        for site in self.split(torch.arange(self.latent_dim, device="cpu") == coordinate).items():
+            if (place := site[1] > 0).any():
+                return f"{site[0]}{place.nonzero()[0].tolist() or ''}"
+        raise IndexError(coordinate)
+
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """The value of each site, ``batch + site shape``, at z of shape ``batch + (latent_dim,)``."""
         return {name: self.sites[name].bijection(part) for name, part in self.split(z).items()}

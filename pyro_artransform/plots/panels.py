@@ -4,7 +4,7 @@
 """Single pictures of results, and the picture of a fit that puts them side by side."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
 
@@ -16,9 +16,10 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ..diagnostics import SBC, Importance, Marginals, fit_tail, simultaneous_bands
+from ..diagnostics.convergence import bulk_ess
 from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
 from ..diagnostics.marginals import bounds_in_words
-from ..inference import FitResult
+from ..inference import Chains, FitResult
 
 BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 _PANEL = (4.4, 3.4)  # width and height in inches
@@ -187,37 +188,81 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
 
 
 def plot_ranks(
-    result: SBC, names: Sequence[str] | None = None, ax: Axes | None = None, level: float = 0.95
+    result: SBC | Chains | Mapping[str, Tensor],
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    level: float = 0.95,
 ) -> Axes:
     """The distribution functions of ranks minus the uniform one, and their simultaneous bands.
 
-    Each line is a coordinate. The line of a correct posterior stays in the bands with probability
-    ``level``. A line that rises above and then falls below, an S, shows a posterior that is too narrow;
-    its mirror image one that is too wide; a hill or a valley one that is biased. See
-    :func:`~pyro_artransform.diagnostics.simultaneous_bands`.
+    Of :func:`~pyro_artransform.diagnostics.sbc` each line is a coordinate. The line of a correct
+    posterior stays in the bands with probability ``level``. A line that rises above and then falls below,
+    an S, shows a posterior that is too narrow; its mirror image one that is too wide; a hill or a valley
+    one that is biased. See :func:`~pyro_artransform.diagnostics.simultaneous_bands`.
 
-    :param result: what :func:`~pyro_artransform.diagnostics.sbc` found.
+    Of chains each line is one chain's draws of a coordinate, ranked among those of all chains, and the
+    bands are for as many independent draws as a chain is worth, of the coordinate that mixes worst. Where
+    chains agree, a share of ``level`` of the lines stays inside; a chain that stays in one part of the
+    posterior is a line far outside.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.sbc` or
+        :func:`~pyro_artransform.inference.mcmc` found, or draws by site,
+        ``(num_chains, n) + site shape``.
     :param names: the sites to show; by default all.
     :param ax: where to draw; by default new Axes.
-    :param level: the level of the bands, for each coordinate on its own.
-    :raises ValueError: if a site is unknown.
+    :param level: the level of the bands, for each line on its own.
+    :raises ValueError: if a site is unknown, or chains have fewer than 4 draws.
+
+    **References**
+
+    1. Rank-Normalization, Folding, and Localization: An Improved R-hat for Assessing Convergence of
+       MCMC (Vehtari, Gelman, Simpson, Carpenter, Bürkner, 2021), https://arxiv.org/abs/1903.08008
+    2. Graphical Test for Discrete Uniformity and Its Applications in Goodness of Fit Evaluation and
+       Multiple Sample Comparison (Säilynoja, Bürkner, Vehtari, 2022), https://arxiv.org/abs/2103.10522
     """
-    names = list(result.ranks) if names is None else list(names)
-    unknown = [name for name in names if name not in result.ranks]
+    found = result.by_chain if isinstance(result, Chains) else result
+    given = found.ranks if isinstance(found, SBC) else found
+    names = list(given) if names is None else list(names)
+    unknown = [name for name in names if name not in given]
     if unknown:
-        raise ValueError(f"names: expected some of {list(result.ranks)}, got {unknown}")
-    points, lower, upper = simultaneous_bands(result.num_simulations, result.num_draws, level)
+        raise ValueError(f"names: expected some of {list(given)}, got {unknown}")
+    if isinstance(found, SBC):
+        what, num_ranks, num_draws = "right posteriors", found.num_simulations, found.num_draws
+        ranks = {name: found.ranks[name].reshape(num_ranks, -1) for name in names}
+    else:
+        what, (ranks, num_ranks, num_draws) = "chains that agree", _ranks_of_chains(found, names)
+    points, lower, upper = simultaneous_bands(num_ranks, num_draws, level)
     ax = new_axes(ax)
     band: dict[str, Any] = {"step": "mid", "color": GRAY, "alpha": 0.25, "linewidth": 0}
-    label = f"{100 * level:g} % of right posteriors"
-    ax.fill_between(points, lower - points, upper - points, label=label, **band)
+    ax.fill_between(
+        points, lower - points, upper - points, label=f"{100 * level:g} % of {what}", **band
+    )
     ax.axhline(0, color=GRAY, linewidth=0.8)
-    for k, name in enumerate(names):
-        ranks = result.ranks[name].reshape(result.num_simulations, -1).to("cpu")
-        below = (ranks[..., None] < points * (result.num_draws + 1) - 1e-6).double().mean(0)
-        lines = ax.step(points, (below - points).T, where="mid", color=f"C{k}", linewidth=1.1)
+    thin: dict[str, Any] = {} if isinstance(found, SBC) else {"alpha": 0.4, "linewidth": 0.7}
+    for k, (name, each) in enumerate(ranks.items()):
+        below = (each.to("cpu")[..., None] < points * (num_draws + 1) - 1e-6).double().mean(0)
+        style: dict[str, Any] = {"where": "mid", "color": f"C{k}", "linewidth": 1.1} | thin
+        lines = ax.step(points, (below - points).T, **style)
         lines[0].set_label(name)
     ax.set(xlim=(0, 1))
     place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
     ax.legend(frameon=False, fontsize=8, ncols=min(4, len(names) + 1), **place)
     return tidied(ax, "rank / number of draws", "ECDF of ranks − uniform")
+
+
+def _ranks_of_chains(
+    by_chain: Mapping[str, Tensor], names: Sequence[str]
+) -> tuple[dict[str, Tensor], int, int]:
+    """Ranks among the draws of all chains, ``(n, C D)``, with what a chain is worth, and the largest rank."""
+    count, size = next(iter(by_chain.values())).shape[:2]
+    if size < 4:
+        raise ValueError(f"result: expected at least 4 draws of each chain, got {size}")
+    ranks, worth = {}, float(size)
+    for name in names:
+        draws = by_chain[name].reshape(count, size, -1)
+        order = draws.flatten(0, 1).argsort(0).argsort(0).reshape(draws.shape)
+        ranks[name] = order.movedim(1, 0).flatten(1)
+        # of each chain by itself: where they do not agree, bands are to say so
+        alone = draws - draws.median(1, keepdim=True).values
+        worth = min(worth, float(bulk_ess(alone).min()) / count)
+    return ranks, max(round(worth), 1), count * size - 1

@@ -4,7 +4,7 @@
 """Draws of a posterior, with predictions and likelihoods, as an ArviZ data set."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,24 +40,48 @@ def to_inference_data(
         deterministic one exists at some draws only.
     """
     check_integer("num_samples", num_samples)
-    try:
-        import arviz
-    except ImportError as error:
-        raise ImportError("to_inference_data needs ArviZ: pip install arviz") from error
+    _import_arviz()
     likelihood = Likelihood(partial(model, *args, **kwargs))
     offered: object = guide
     if isinstance(offered, PosteriorGuide):
         drawn = offered.sample_posterior(num_samples, *args, **kwargs)
     else:
         drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
-    draws = _of_shapes(drawn, likelihood.latents, num_samples)
+    return _data_set(likelihood, _of_shapes(drawn, likelihood.latents, num_samples), 1)
+
+
+@torch.no_grad()
+def chains_to_inference_data(
+    model: Callable[..., object],
+    by_chain: Draws,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Any:
+    """The same of draws of chains, each of shape ``(num_chains, n) + site shape``."""
+    _import_arviz()
+    num_chains = len(next(iter(by_chain.values())))
+    draws = {name: value.flatten(0, 1) for name, value in by_chain.items()}
+    return _data_set(Likelihood(partial(model, *args, **kwargs)), draws, num_chains)
+
+
+def _import_arviz() -> Any:
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError("to_inference_data needs ArviZ: pip install arviz") from error
+    return arviz
+
+
+def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
+    """The groups of draws ``(C n, ...)``, one chain after the other."""
+    num_samples = len(next(iter(draws.values())))
     # what is computed from data may not take many draws of them
     parallel = not likelihood.has_deterministic and likelihood.strategy(draws) == "plate"
     groups = {"posterior": {**draws, **({} if parallel else likelihood.deterministic(draws))}}
     if likelihood.observed:
         predictive = Predictive(
             SimulatedData()(likelihood.run),
-            posterior_samples=likelihood.in_plate(draws) if parallel else draws,
+            posterior_samples=likelihood.in_plate(draws) if parallel else dict(draws),
             return_sites=list(likelihood.observed),
             parallel=parallel,
         )
@@ -65,12 +89,12 @@ def to_inference_data(
         if not likelihood.undrawn(draws):
             groups["log_likelihood"] = likelihood(draws)
     data = {
-        name: {k: v[None].numpy(force=True) for k, v in group.items()}
+        name: {k: v.unflatten(0, (num_chains, -1)).numpy(force=True) for k, v in group.items()}
         for name, group in groups.items()
     }
     if likelihood.observed:
         data["observed_data"] = {k: v.numpy(force=True) for k, v in likelihood.observed.items()}
-    from_dict: Any = arviz.from_dict
+    from_dict: Any = _import_arviz().from_dict
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
     return from_dict(data)

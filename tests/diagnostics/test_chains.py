@@ -2,143 +2,37 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from functools import partial
 
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import (
+    AutoDelta,
     AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    init_to_value,
 )
-from scipy import stats
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics.chains import (
-    Averages,
-    PairedChains,
-    PulledBack,
-    State,
-    Stretched,
-    _standard_normal,
-    guide_transform,
-    leapfrog,
-    misjudged_directions,
-)
-from pyro_artransform.diagnostics.marginal_errors import (
-    Expectation,
-    PairedMoments,
-    critical_value,
-    errors_by_weights,
-    marginal_errors,
-    moments_of_transform,
-)
+from pyro_artransform.diagnostics import chains
+from pyro_artransform.diagnostics.chains import CHAINS_BY_LOOP, GOOD_RHAT, GuideChains
 from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.protocols import PriorGuide
+from tests.diagnostics import conjugate
+from tests.diagnostics.conjugate import PathGuide, path
 
 
-def pulled_back(model):
-    """A posterior in the base space of the identity."""
-    return PulledBack(LogJoint(model), lambda x: (x, torch.zeros(len(x))))
-
-
-def normal(dim, scale=1.0, loc=0.0):
-    return pulled_back(
-        lambda: pyro.sample("z", dist.Normal(torch.full((dim,), loc), scale).to_event(1))
-    )
-
-
-def chains_of(target, dim, num_chains=128):
-    base = torch.randn(num_chains, dim)
-    return PairedChains(target, base, base, torch.zeros(dim), torch.ones(dim))
-
-
-def test_density_in_the_base_space():
-    """By the change of variables: a guide that is the posterior gives a standard normal."""
-    log_joint = LogJoint(lambda: pyro.sample("z", dist.LogNormal(1.0, 0.5)))
-    target = PulledBack(log_joint, lambda x: (1 + 0.5 * x, math.log(0.5) * torch.ones(len(x))))
-    x = torch.linspace(-2, 2, 5)[:, None]
-    state = target(x)
-    assert torch.allclose(state.log_density, dist.Normal(0.0, 1.0).log_prob(x)[:, 0])
-    assert torch.allclose(state.gradient, -x)
-    assert torch.allclose(state.latent, 1 + 0.5 * x)
-    assert not state.latent.requires_grad
-
-
-def test_leapfrog_keeps_the_energy_and_turns():
-    """After a quarter period positions and momenta of an oscillator have changed places."""
-    target, x, p = _standard_normal, torch.randn(6, 2), torch.randn(6, 2)
-    state, gain = leapfrog(target, target(x), p, math.pi / 2 / 1000, 1000)
-    assert torch.allclose(state.base, p, atol=1e-5)
-    # second order: ten times the step size, a hundred times the error
-    _, more = leapfrog(target, target(x), p, math.pi / 2 / 100, 100)
-    assert torch.allclose(more / gain, torch.tensor(100.0), rtol=0.05)
-
-
-def test_trajectories_without_a_density_end_where_they_began():
-    def fails_beyond_two(base):
-        density = -base.square().sum(-1) / 2
-        density = torch.where(base[:, 0] > 2, torch.nan, density)
-        return State(base, base, density, -base)
-
-    start = fails_beyond_two(torch.tensor([[0.0], [0.0]]))
-    state, gain = leapfrog(fails_beyond_two, start, torch.tensor([[1.0], [3.0]]), 0.5, 3)
-    assert gain[0].isfinite()
-    assert gain[1] == -math.inf
-    assert state.base[1] == 0
-    assert state.is_finite.all()
-
-
-@pytest.mark.parametrize("scale", [0.3, 2.0])
-def test_chains_reach_the_posterior_and_their_companions_stay(scale):
-    """Of 128 chains of 12 steps: means within five standard errors, variances within 15 %."""
-    chains = chains_of(normal(20, scale, 0.5), 20)
-    chains.run(12, 12)
-    for values, loc, sd in ((chains.values, 0.5, scale), (chains.companion_values, 0.0, 1.0)):
-        first = values.first
-        assert ((first.mean(0) - loc).abs() < 5 * first.std(0) / 128**0.5).all()
-        assert abs(values.about(torch.full((20,), loc)).mean() / sd**2 - 1) < 0.15
-
-
-# Stretched directions
-
-
-def gaussian(precision):
-    """A Gaussian posterior of this precision."""
-
-    def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(len(precision)), 1.0).to_event(1).mask(False))
-        pyro.factor("density", -((z @ precision) * z).sum(-1) / 2)
-
-    return pulled_back(model)
-
-
-def directions(dim, count):
-    return torch.linalg.qr(torch.randn(dim, count)).Q
-
-
-def test_wide_and_narrow_directions_are_found():
-    """Two among 300, one a hundred times too wide and one ten times too narrow."""
-    axes = directions(300, 2)
-    change = torch.tensor([1e-4, 100.0]) - 1
-    precision = torch.eye(300) + axes @ change.diag() @ axes.T
-    found = misjudged_directions(gaussian(precision), torch.randn(32, 300))
-    assert torch.allclose(found.factors.sort().values, torch.tensor([0.1, 100.0]), rtol=1e-3)
-    # what is left is a standard normal
-    image = found(torch.eye(300))
-    assert torch.allclose(image @ precision @ image.T, torch.eye(300), atol=1e-3)
-    assert torch.allclose(found.inverse(image), torch.eye(300))
-
-
-def test_points_without_a_density_are_left_out():
-    def model():
-        z = pyro.sample("z", dist.Normal(torch.zeros(4), 2.0).to_event(1))
-        pyro.factor("edge", torch.where(z[..., 0] > 3, torch.nan, 0.0))
-
-    points = torch.randn(32, 4)
-    points[0, 0] = 3.5
-    found = misjudged_directions(pulled_back(model), points)
-    assert torch.allclose(found.factors, torch.tensor(2.0))
+def chains_of(model, guide, *args, num_chains=None):
+    guide(*args)
+    log_joint = LogJoint(model, args)
+    if isinstance(guide, PriorGuide):
+        log_joint = log_joint.with_coordinates(guide.prior_coordinates)
+    return GuideChains(model, guide, args, {}, log_joint, num_chains)
 
 
 def _model():
@@ -146,132 +40,174 @@ def _model():
     pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
 
-@pytest.mark.parametrize("make", [AutoIAF, AutoDiagonalNormal, AutoMultivariateNormal])
-def test_transforms_of_guides(make):
-    """The density that a transform gives is the guide's."""
+@pytest.mark.parametrize(
+    "make",
+    [
+        AutoIAF,
+        AutoDiagonalNormal,
+        AutoMultivariateNormal,
+        partial(AutoIAF, coordinates="model"),
+    ],
+)
+def test_the_base_space_is_that_of_the_guide(make):
+    """The density that a transform gives is the guide's, an affine one as a matrix too."""
     guide = make(_model, init_scale=0.5)
     guide()
-    transform, x = guide_transform(guide, (), {}), torch.randn(7, 3)
-    latent, ladj = transform(x)
-    assert latent.shape == (7, 3)
+    log_joint = LogJoint(_model)
+    to_latent, start = chains._base_space(_model, guide, (), {}, log_joint, 7)
+    assert start.shape == (7, 3)
+    latent, ladj = to_latent(start)
     expected = guide.get_posterior().log_prob(latent)
-    assert torch.allclose(dist.Normal(0.0, 1.0).log_prob(x).sum(-1) - ladj, expected)
-    assert guide_transform(AutoNormal(_model), (), {}) is None
-    assert guide_transform(_model, (), {}) is None
+    assert torch.allclose(dist.Normal(0.0, 1.0).log_prob(start).sum(-1) - ladj, expected)
 
 
-# Moments and errors from chains and weights
+@pytest.mark.parametrize("is_affine", [True, False])
+def test_an_affine_transform_becomes_a_matrix(is_affine):
+    matrix, loc = torch.randn(3, 3), torch.randn(3)
 
-CHAINS, STEPS, DIM = 128, 12, 400
+    def transform(x):
+        y = x if is_affine else x + 1e-3 * x**2
+        ladj = torch.linalg.slogdet(matrix)[1].expand(len(x))
+        return loc + y @ matrix, ladj
 
-
-# Moments
-
-
-AXIS = torch.tensor([[0.6], [0.8]], dtype=torch.float64)
-WIDENED = (
-    1 + 8 * AXIS[:, 0] ** 2
-)  # the variances of a standard normal stretched by 3 along the axis
-
-
-def test_moments_of_a_transform():
-    """Of an affine map means have no noise, by opposite pairs; mean squares are known to 3 %."""
-    loc, scale = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0])
-    stretched = Stretched(AXIS, torch.tensor([3.0]))
-    mean, square = moments_of_transform(
-        lambda x: (loc + scale * x, x.sum(-1)), stretched, loc, scale
-    )
-    assert mean.guide.abs().max() < 1e-12
-    assert mean.known.abs().max() < 1e-12
-    assert (square.guide - 1).abs().max() < 5 * square.guide_variance.sqrt().max()
-    assert ((square.known - WIDENED).abs() < 5 * square.known_variance.sqrt()).all()
-    assert square.guide_variance.sqrt().max() < 0.03
+    x = torch.randn(5, 3)
+    found = chains._affine(transform, x)
+    assert (found is not None) == is_affine
+    if found is not None:
+        assert all(torch.allclose(*pair) for pair in zip(found(x), transform(x)))
 
 
-# Errors
+def hand_written():
+    pyro.sample("b", dist.Normal(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 3.0])).to_event(1))
+    pyro.sample("a", dist.Normal(0.0, 1.0))
 
 
-def averages(values):
-    """The averages of given steps, each of shape ``(C, D)``."""
-    found = Averages(values[0])
-    always = torch.ones(len(values[0]))
-    for value in values:
-        found.move(value, always, always > 0, counts=True)
-    return found
+@pytest.mark.parametrize(
+    "guide", [hand_written, AutoNormal(_model), AutoLowRankMultivariateNormal(_model)]
+)
+def test_a_guide_without_a_transform_is_taken_by_its_means_and_sds(guide):
+    guide()
+    to_latent, start = chains._base_space(_model, guide, (), {}, LogJoint(_model), 2000)
+    # of 10,000 draws: within five standard errors
+    assert start.mean(0).abs().max() < 5 / 2000**0.5
+    assert (start.std(0) - 1).abs().max() < 5 / 4000**0.5
+    latent, ladj = to_latent(start)
+    if guide is hand_written:
+        expected = torch.tensor([1.0, 0.5, 3.0])
+        assert torch.allclose(latent.std(0), expected, rtol=0.1)
+        assert torch.allclose(ladj, expected.log().sum(), atol=0.1)
 
 
-def errors(chains, companions, start=None):
-    """Those of a guide and companions that are both standard normal, known without error."""
-    zeros = torch.zeros(DIM)
-    first, second = (Expectation(*[zeros + value] * 2, *[zeros] * 3) for value in (0.0, 1.0))
-    start = torch.randn(CHAINS, DIM) if start is None else start
-    return marginal_errors(chains, companions, PairedMoments(first, second), start)
+def test_numbers_of_chains():
+    assert chains_of(_model, AutoNormal(_model)).num_chains == 64
+    assert chains_of(_model, AutoNormal(_model), num_chains=5).num_chains == 5
+
+    def branching():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0 if z > 0 else 2.0), obs=torch.tensor(0.3))
+
+    assert chains_of(branching, AutoNormal(branching)).num_chains == CHAINS_BY_LOOP
 
 
-def pair(coupling, loc=0.0, scale=1.0):
-    """Independent steps of chains and companions of a given correlation."""
-    noise = torch.randn(STEPS, CHAINS, DIM)
-    other = coupling * noise + (1 - coupling**2) ** 0.5 * torch.randn_like(noise)
-    return averages(loc + scale * noise), averages(other)
+def test_chains_go_on_until_there_are_enough_draws():
+    guide = AutoNormal(_model, init_scale=0.3)
+    found = chains_of(_model, guide)
+    convergence = found.run(1000)
+    assert convergence.is_enough(1000)
+    assert min(convergence.bulk.min(), convergence.tail.min()) > 500
+    assert float(convergence.rhat.max()) <= GOOD_RHAT
+    count, size, dim = found.draws.shape
+    assert (count, dim) == (64, 3)
+    # in a base space that is three times too narrow masses are learned: a few trajectories a draw
+    assert size < 200
+    flat = found.draws.flatten(0, 1)
+    assert (flat.mean(0).abs() < 5 / convergence.bulk.sqrt()).all()
+    assert ((flat.std(0) - 1).abs() < 5 / (2 * convergence.tail).sqrt()).all()
+    more = found.run(3000)
+    assert more.is_enough(3000)
+    assert found.draws.shape[1] > size
 
 
-@pytest.mark.parametrize("coupling", [0.0, 0.9, 0.999])
-def test_intervals_cover(coupling):
-    """Of 400 latents: z scores have a sd of one, within five standard errors of a sd."""
-    found = errors(*pair(coupling, loc=0.3, scale=1.25))
-    left = found.sure_memory.clamp(0, 0.5)
-    z = (found.mean_shift * (1 - left) + 0.3 / 1.25) / found.mean_shift_se
-    assert abs(z.mean()) < 5 / DIM**0.5
-    assert abs(z.std() - 1) < 5 / (2 * DIM) ** 0.5
-    z = (found.sd_ratio - 0.8) / found.sd_ratio_se
-    assert abs(z.mean()) < 7 / DIM**0.5
-    assert abs(z.std() - 1) < 5 / (2 * DIM) ** 0.5
+def test_a_correlated_path_of_useless_weights():
+    """The sds of a guide are all 30 % off, of which k-hat is beyond 1: chains need a few blocks."""
+    found = chains_of(partial(path, 100), PathGuide(100, 0.7))
+    convergence = found.run(400)
+    assert convergence.is_enough(400)
+    flat = found.draws.flatten(0, 1)
+    assert (flat.mean(0).abs() < 5 / convergence.bulk.sqrt()).all()
+    assert ((flat.std(0) - 1).abs() < 5 / (2 * convergence.tail).sqrt()).all()
+    assert found.draws.shape[1] < 150
 
 
-def test_memory_is_extrapolated():
-    """Chains that keep 0.4 of a distance of 1, and so 0.16 of a difference of variances."""
-    start, companions = torch.randn(CHAINS, DIM), averages(torch.randn(STEPS, CHAINS, DIM))
-    noise = (4 - 0.16 * 3 - 0.16) ** 0.5 * torch.randn(STEPS, CHAINS, DIM)
-    found = errors(averages(0.4 * start + 0.6 + noise), companions, start)
-    assert abs(found.memory.mean() - 0.4) < 0.01
-    # a mean of 1 and a sd of 2, less what the noise of the memory hides
-    assert abs(found.mean_shift.mean() + 0.5) < 0.08
-    assert abs(found.sd_ratio.mean() - 0.5) < 0.02
-    # chains that stay where they are
-    found = errors(averages(start.expand(STEPS, -1, -1)), companions, start)
-    assert torch.allclose(found.memory, torch.ones(DIM))
-    assert (found.sure_memory > 0.99).all()
+def two_modes():
+    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+    parts = dist.Normal(torch.tensor([-6.0, 6.0]), 1.0).log_prob(z.unsqueeze(-1))
+    pyro.factor("target", parts.logsumexp(-1))
 
 
-def test_critical_values_are_students():
-    for count, chains in ((1, 128), (2000, 128), (2000, 34), (60, 18)):
-        expected = stats.t.ppf(1 - 0.025 / (2 * count), chains - 2)
-        assert critical_value(count, chains, 0.975) == pytest.approx(expected, rel=0.02)
+def between():
+    pyro.sample("z", dist.Normal(0.0, 6.0))
 
 
-def test_errors_by_weights_are_those_of_two_gaussians():
-    """The posterior of two coordinates is N(0.2, 1) and N(0, 0.9^2), that of a third the guide's."""
-    draws = torch.randn(20_000, 3)
-    loc, scale = torch.tensor([0.2, 0.0, 0.0]), torch.tensor([1.0, 0.9, 1.0])
-    posterior, guide = (torch.distributions.Normal(*of) for of in ((loc, scale), (0.0, 1.0)))
-    log_weights = (posterior.log_prob(draws) - guide.log_prob(draws)).sum(-1)
-    found = errors_by_weights(draws, log_weights)
-    # within 4 standard errors, which are those that are given
-    shift_off = found.mean_shift - torch.tensor([-0.2, 0.0, 0.0])
-    ratio_off = found.sd_ratio - torch.tensor([1.0, 1 / 0.9, 1.0])
-    assert bool((shift_off.abs() < 4 * found.mean_shift_se).all())
-    assert bool((ratio_off.abs() < 4 * found.sd_ratio_se).all())
-    # weights have a variance of 0.05: standard errors are far below those of 20,000 draws, 0.007
-    assert float(found.mean_shift_se.max()) < 0.005
-    assert float(found.sure_memory.max()) == 0.0
+def test_chains_that_do_not_agree_end_all_the_same():
+    found = chains_of(two_modes, between, num_chains=16)
+    convergence = found.run(100, most=150)
+    assert not convergence.is_enough(100)
+    assert float(convergence.rhat) > 1.5
+    # what was learned anew, and what was kept
+    assert found.draws.shape[1] <= 150
 
 
-def test_standard_errors_by_weights_are_those_of_repetitions():
-    found = []
-    for _ in range(200):
-        draws = torch.randn(500, 1)
-        found.append(errors_by_weights(draws, 0.3 * draws[:, 0] - 0.045))
-    shift, shift_se, ratio, ratio_se, *_ = (torch.stack(parts) for parts in zip(*found))
-    # an sd from 200 values is known to 5 %
-    assert abs(shift.std() / shift_se.mean() - 1) < 0.2
-    assert abs(ratio.std() / ratio_se.mean() - 1) < 0.2
+def test_is_over():
+    """Nothing is enough, but there is a draw of each chain, of which nothing is known."""
+    found = chains_of(_model, AutoNormal(_model))
+    convergence = found.run(100, is_over=lambda: True)
+    assert found.draws.shape == (64, 1, 3)
+    assert not convergence.is_enough(1)
+    assert (convergence.rhat == math.inf).all()
+
+
+def test_starts_without_a_density_are_those_of_other_chains():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("wall", torch.where(z[..., 0] > 0, torch.nan, 0.0))
+
+    located = init_to_value(values={"z": -0.5 * torch.ones(2)})
+    with pyro.validation_enabled(False):
+        found = chains_of(model, AutoNormal(model, init_loc_fn=located, init_scale=0.5))
+        convergence = found.run(400)
+    assert convergence.is_enough(400)
+    flat = found.draws.flatten(0, 1)
+    assert (flat[:, 0] <= 0).all()
+    mean = -((2 / math.pi) ** 0.5)
+    assert abs(flat[:, 0].mean() - mean) < 5 * (1 - mean**2) ** 0.5 / convergence.bulk[0] ** 0.5
+
+
+def _subsampled():
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=2) as indices:
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
+
+
+def _nowhere():
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("wall", torch.where(z[..., 0] > -9, torch.nan, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "words"),
+    [
+        (_subsampled, AutoNormal, "one that sees all its data"),
+        (conjugate.local_normals, AutoDelta, "one value of a latent in all"),
+        (_nowhere, AutoDiagonalNormal, "at least 64 draws of finite density"),
+    ],
+)
+def test_what_is_refused(model, guide, words):
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=words):
+        chains_of(model, guide(model))
+
+
+def test_flows_of_pyro():
+    """Their transform, in whose base space the posterior is no Gaussian."""
+    guide = AutoIAFNormal(_model, hidden_dim=[8])
+    assert chains_of(_model, guide).run(400).is_enough(400)

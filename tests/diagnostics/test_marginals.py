@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 from functools import partial
 
 import pyro
@@ -47,12 +48,12 @@ def _one_in_twenty(dim, value):
 @pytest.mark.parametrize("name", PATHS)
 def test_of_a_correlated_path(name, dim):
     make, is_good = PATHS[name]
-    found = marginals(partial(path, dim), make(dim), num_steps=12 if dim == 200 else 6)
+    found = marginals(partial(path, dim), make(dim))
     assert found.trusted == is_good, found
     assert found.mean_shift["z"].shape == found.sd_ratio_se["z"].shape == (dim,)
     if name == "exact":
-        assert max(found.mean_bound, found.sd_bound) < 1e-6
-        assert found.words == f"means of all {dim:,} latents within 0.00 sd, sds within 0 %"
+        assert max(found.mean_bound, found.sd_bound) < 0.25
+        assert found.words.startswith(f"means of all {dim:,} latents within 0.")
 
 
 def _alternating(x):
@@ -68,11 +69,15 @@ def test_weights_are_useless_and_marginals_right():
     assert importance(model, guide, 2000).khat > 0.7
     found = marginals(model, guide)
     assert found.trusted
-    assert max(found.mean_bound, found.sd_bound) < 0.1
-    # of few chains the same is not known
-    found = marginals(model, guide, num_chains=16, num_steps=1)
+    assert max(found.mean_bound, found.sd_bound) < 0.25
+    # the errors of these are known to a twentieth, with more draws to less
+    more = marginals(model, guide, num_samples=3000)
+    assert more.trusted
+    assert max(more.mean_bound, more.sd_bound) < 0.2
+    # by few draws the same is not known
+    found = marginals(model, guide, num_chains=4, num_samples=10)
     assert not found.trusted
-    assert "with more num_chains" in found.words
+    assert "with more num_samples" in found.words
 
 
 def test_errors_are_the_true_ones():
@@ -85,7 +90,8 @@ def test_errors_are_the_true_ones():
     assert (errors.abs() < 4 * found.mean_shift_se["z"] + 0.01).all()
     errors = found.sd_ratio["z"] - factor
     assert (errors.abs() < 4 * found.sd_ratio_se["z"] + 0.01).all()
-    assert found.mean_shift_se["z"].max() < 0.03
+    # of a thousand effective draws
+    assert found.mean_shift_se["z"].max() < 0.035
 
 
 def _at_zero(model, dim, init_scale):
@@ -97,7 +103,7 @@ def _at_zero(model, dim, init_scale):
 def test_a_direction_that_chains_hardly_move_along(dim):
     """Unit sds around a common level of unit sd, of which no pair of latents says much.
 
-    Chains without stretched directions move the level by 0.05 sd a step, and see no error.
+    Chains without masses move the level by 0.05 sd a step, and see no error.
     """
 
     def model():
@@ -106,7 +112,7 @@ def test_a_direction_that_chains_hardly_move_along(dim):
         rest = (z - level[..., None]).square().sum(-1)
         pyro.factor("level", -(rest + level.square()) / 2)
 
-    found = marginals(model, _at_zero(model, dim, 1.0), num_chains=64)
+    found = marginals(model, _at_zero(model, dim, 1.0))
     assert not found.trusted
     assert (found.sd_ratio["z"] - 0.5**0.5).abs().max() < 0.05
 
@@ -128,7 +134,7 @@ def _normals():
 def test_of_any_guide(name):
     """A new guide is narrower than the posterior by a half, but for Pyro's flow, which is the prior's."""
     guide = GUIDES[name](_normals, init_scale=0.5)
-    found = marginals(_normals, guide, num_steps=8)
+    found = marginals(_normals, guide)
     assert found.mean_shift["z"].shape == (4,)
     if name == "AutoIAFNormal":
         return
@@ -154,6 +160,23 @@ def test_of_constrained_sites():
     assert "of rate" in found.words
 
 
+@pytest.mark.parametrize(
+    ("law", "has_mean"), [(dist.Cauchy(0.0, 1.0), False), (dist.StudentT(3.0), True)]
+)
+def test_no_bound_of_a_moment_that_does_not_exist(law, has_mean):
+    """A Cauchy has neither mean nor sd; with 3 degrees the sd has no standard error."""
+
+    def model():
+        pyro.sample("z", law)
+
+    found = marginals(model, model)
+    assert not found.trusted
+    assert math.isfinite(found.mean_bound) == has_mean
+    assert found.sd_bound == math.inf
+    if has_mean:  # chains of a Cauchy may say before that they do not agree
+        assert "not known, such as that of z: its tail, or that of the weights" in found.words
+
+
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
     assert marginals(partial(path, 50), PathGuide(50)).trusted
@@ -173,10 +196,10 @@ def test_chains_that_do_not_move_are_not_trusted():
         )
 
     guide = AutoDiagonalNormal(model, init_scale=1.0)
-    found = marginals(model, guide, num_chains=32, num_steps=3)
+    found = marginals(model, guide, num_chains=32)
     assert not found.trusted
-    assert "hardly moved by the chains" in found.words
-    assert min(value.min() for value in found.memory.values()) > 0.5
+    assert "chains do not agree, R-hat is" in found.words
+    assert found.max_rhat > 2
 
 
 def _subsampled():
@@ -191,8 +214,8 @@ def _subsampled():
         (_subsampled, AutoNormal, {}, "one that sees all its data"),
         (conjugate.local_normals, AutoDelta, {}, "one value of a latent in all"),
         (conjugate.local_normals, AutoLaplaceApproximation, {}, "one value of a latent in all"),
-        (_normals, AutoNormal, {"num_chains": 15}, "num_chains: expected an integer of at least"),
-        (_normals, AutoNormal, {"num_steps": 0}, "num_steps: expected a positive integer"),
+        (_normals, AutoNormal, {"num_chains": 3}, "num_chains: expected an integer of at least 4"),
+        (_normals, AutoNormal, {"num_samples": 0}, "num_samples: expected a positive integer"),
     ],
 )
 def test_models_guides_and_numbers_that_are_refused(model, guide, options, words):
@@ -222,7 +245,7 @@ def test_nothing_is_trained_or_left_in_the_guide():
     guide = AutoIAF(_normals)
     guide()
     before = {name: value.clone() for name, value in guide.state_dict().items()}
-    marginals(_normals, guide, num_chains=16, num_steps=1)
+    marginals(_normals, guide, num_chains=16, num_samples=10)
     assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
     assert all(parameter.grad is None for parameter in guide.parameters())
 
@@ -242,4 +265,4 @@ def test_the_worst_latent_is_named_by_its_place_and_shown():
     assert found.words.startswith(words)
     text = repr(found)
     assert text.startswith(f"Marginals: {words}")
-    assert "by 128 chains" in text
+    assert "by 64 chains" in text

@@ -21,10 +21,10 @@ QUICK = FitConfig(
     initialization=InitializationConfig(
         num_points=4,
         num_points_by_loop=3,
-        num_mean_fields=1,
         num_fine=128,
-        mean_field_steps=20,
-        max_newton_steps=6,
+        num_matches=8,
+        num_ascents=3,
+        max_natural_steps=6,
     ),
     optimization=OptimizationConfig(
         search_steps=4, search_draws=64, selection_draws=128, num_estimates=4
@@ -37,6 +37,8 @@ QUICK = FitConfig(
         num_screened=40,
         num_climbs=2,
         num_climbs_by_loop=2,
+        max_climb_steps=20,
+        max_newton_steps=6,
     ),
 )
 

@@ -20,7 +20,7 @@ from tests.inference.models import small
 WRONG = 0.2  #: a gap in nats that is too large to trust
 #: Fewer starts and a shorter learning-rate search; the verdict itself as it is.
 SHORT_START = FitConfig(
-    initialization=replace(QUICK.initialization, max_newton_steps=40),
+    initialization=replace(QUICK.initialization, num_matches=20, num_ascents=8),
     optimization=OptimizationConfig(search_steps=4, search_draws=64),
 )
 

@@ -12,9 +12,11 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoStructuredFlow, FitResult
 from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
+from pyro_artransform.inference import mcmc
 
 plt = pytest.importorskip("matplotlib.pyplot")
 plt.switch_backend("Agg")
@@ -106,8 +108,8 @@ def known_marginals(size=40):
     ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
     small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
     bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
-    bounds["num_chains"] = 128
-    return Marginals(shift, small, ratio, small, small, **bounds, trusted=False, words="")
+    bounds |= {"num_chains": 64, "max_rhat": 1.01}
+    return Marginals(shift, small, ratio, small, **bounds, trusted=False, words="")
 
 
 def test_marginals(ax):
@@ -151,6 +153,54 @@ def test_ranks_of_some_sites():
     assert len(plots.plot_ranks(result, names=["b"], level=0.5).get_lines()) == 2
     with pytest.raises(ValueError, match=r"names: expected some of \['a', 'b'\], got \['c'\]"):
         plots.plot_ranks(result, names=["c"])
+
+
+def excess_of_lines(ax):
+    """How far lines are from zero, and the widest part of the bands, each at its largest."""
+    _, *lines = ax.get_lines()
+    band = ax.collections[0].get_paths()[0].vertices
+    return [torch.as_tensor(line.get_ydata()).abs().max().item() for line in lines], band[
+        :, 1
+    ].max()
+
+
+def test_ranks_of_chains(ax):
+    """Each line is a chain of a coordinate; one that stays elsewhere leaves the bands by far."""
+    draws = torch.randn(8, 100, 2)
+    draws[3, :, 1] += 5
+    assert plots.plot_ranks({"z": draws, "m": draws[..., 0].exp()}, ax=ax) is ax
+    excess, width = excess_of_lines(ax)
+    assert len(excess) == 8 * 3
+    found = torch.tensor(excess[:16]).reshape(8, 2)
+    assert found[3, 1] > 4 * width
+    assert (found[:, 0] <= width).sum() >= 7
+    # ranks do not change under a monotone map
+    assert excess[16:] == pytest.approx(found[:, 0].tolist())
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["95 % of chains that agree", "z", "m"]
+
+
+def test_bands_of_chains_are_wider_where_draws_are_alike():
+    """64 draws of an autoregression with a correlation of 0.9 are worth about three."""
+    draws = torch.randn(8, 64)
+    slow = draws.clone()
+    for i in range(1, 64):
+        slow[:, i] = 0.9 * slow[:, i - 1] + (1 - 0.81) ** 0.5 * draws[:, i]
+    wide, narrow = (excess_of_lines(plots.plot_ranks({"z": each}))[1] for each in (slow, draws))
+    assert wide > 2 * narrow
+
+
+def test_ranks_of_the_chains_of_a_posterior():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    chains = mcmc(model, AutoNormal(model), 100, num_chains=4, seed=0, progress=False)
+    ax = plots.plot_ranks(chains)
+    assert len(ax.get_lines()) == 1 + 4 * 2
+    with pytest.raises(ValueError, match=r"names: expected some of \['z'\], got \['c'\]"):
+        plots.plot_ranks(chains, names=["c"])
+    with pytest.raises(ValueError, match="at least 4 draws of each chain, got 3"):
+        plots.plot_ranks({"z": torch.zeros(4, 3)})
 
 
 # A fit

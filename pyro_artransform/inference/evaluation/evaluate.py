@@ -12,15 +12,23 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
+from ...diagnostics.chains import GuideChains
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
-from ...diagnostics.marginals import marginals_by_weights, marginals_of
+from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
 from ..initialization.gaussians import Modes
 from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModeSearch
-from .verdict import FitStatus, Verdict, about_minibatches, judge
+from .verdict import (
+    FitStatus,
+    Verdict,
+    about_coarse_sites,
+    about_far_modes,
+    about_minibatches,
+    judge,
+)
 
 
 class ModelAndGuide(NamedTuple):
@@ -95,6 +103,7 @@ class Evaluation(NamedTuple):
     :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
     :param is_of_minibatches: whether it is by a pass over a loader.
     :param drawn: the draws behind it; ``None`` where they were of mini-batches.
+    :param outside: what draws of chains lack, in words, where they were looked at.
     """
 
     elbo: float
@@ -106,9 +115,16 @@ class Evaluation(NamedTuple):
     lost_mass: float = 0.0
     is_of_minibatches: bool = False
     drawn: Drawn | None = None
+    outside: tuple[str, ...] = ()
 
-    def result_fields(self, marginals: MarginalVerdict) -> dict[str, Any]:
-        """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known."""
+    def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
+        """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known.
+
+        :param chains: the ``Chains`` that the verdict is on, if there are some.
+        """
+        words = self.verdict.words + marginals.words
+        if chains is not None:
+            words = f"{chains.verdict} Of the guide itself: {words}"
         by_weights = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
         return {
             "elbo": self.elbo,
@@ -116,7 +132,9 @@ class Evaluation(NamedTuple):
             "num_samples": self.num_samples,
             **{name: getattr(self.weights, name, math.nan) for name in by_weights},
             "trusted": self.verdict.trusted,
-            "verdict": self.verdict.words + marginals.words,
+            "verdict": words,
+            "chains": chains,
+            "draws": None if chains is None else chains.draws,
             "importance": None if self.is_noisy else self.weights,
             "marginals": marginals.found,
             "marginals_trusted": marginals.trusted,
@@ -129,8 +147,13 @@ def evaluate(
     status: FitStatus,
     config: FitConfig,
     max_more_draws: int = 0,
+    by_chains: Tensor | None = None,
 ) -> Evaluation:
-    """Evaluates a posterior where the model sees all data, or draws mini-batches itself."""
+    """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
+
+    :param by_chains: draws ``(n, latent_dim)`` of chains on the unconstrained space, outside of which
+        modes are searched for, in place of outside of the guide.
+    """
     is_noisy, settings = subject.log_joint.is_random, config.evaluation
     drawn = draw(subject, settings, max_more_draws)
     strategy = subject.log_joint.strategy
@@ -138,6 +161,9 @@ def evaluate(
     is_point, coarse = False, list[str]()
     if drawn.latents is not None:
         draws = drawn.latents
+        weights: Tensor | None = found.log_weights[: len(draws)]
+        if by_chains is not None:
+            draws, weights = subject.log_joint.from_unconstrained(by_chains)[0], None
         is_point = bool((draws == draws[:1]).all(0).any())
         if not is_point:
             unconstrained, _ = subject.log_joint.to_unconstrained(draws)
@@ -145,16 +171,29 @@ def evaluate(
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
-            weights = found.log_weights[: len(draws)]
-            missed = search.find(draws, found.log_evidence, modes, weights, found.elbo)
+            log_evidence = found.log_evidence
+            if by_chains is not None:  # which find more than a guide that nobody has trained
+                log_evidence = max(log_evidence, search.log_evidence_around(draws))
+            missed = search.find(draws, log_evidence, modes, weights, found.elbo)
     mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
     status = status._replace(
         is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
     )
     verdict = judge(found, missed, status, settings)
     lost_mass = 0.0 if missed is None else missed.lost_mass
-    numbers = found.elbo, found.elbo_se, found.num_samples
-    return Evaluation(*numbers, found, is_noisy, verdict, lost_mass, drawn=drawn)
+    outside = list[str]() if missed is None else [*about_far_modes(missed, settings)]
+    outside += [about_coarse_sites(coarse)] if coarse else []
+    return Evaluation(
+        found.elbo,
+        found.elbo_se,
+        found.num_samples,
+        found,
+        is_noisy,
+        verdict,
+        lost_mass,
+        drawn=drawn,
+        outside=tuple(outside),
+    )
 
 
 def evaluate_minibatches(
@@ -174,22 +213,28 @@ def evaluate_minibatches(
 
 
 def judge_marginals(
-    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
+    subject: ModelAndGuide,
+    evaluation: Evaluation,
+    config: EvaluationConfig,
+    chains: GuideChains | None = None,
 ) -> MarginalVerdict:
-    """Checks single latents by weights that are trusted; many, where these leave it open, by chains."""
+    """Checks single latents by weights where these know them; else by chains, and by those that there are."""
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     drawn = evaluation.drawn
-    if is_trusted and drawn is not None and drawn.latents is not None:
-        found = _judge_by_weights(subject, drawn.log_weights, drawn.latents, config)
-    if found.trusted or subject.log_joint.latents.latent_dim < config.min_for_chains:
-        return found
-    by_chains = _judge_by_chains(subject, evaluation, config)
+    if chains is None and is_trusted and drawn is not None and drawn.latents is not None:
+        found = _judge_by_weights(subject, drawn.log_weights, drawn.latents)
+        if found.trusted:
+            return found
+    by_chains = _judge_by_chains(subject, evaluation, config, chains)
     # where the joint posterior is trusted, it does not matter that chains cannot be run
     return found if is_trusted and by_chains.found is None else by_chains
 
 
 def _judge_by_chains(
-    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
+    subject: ModelAndGuide,
+    evaluation: Evaluation,
+    config: EvaluationConfig,
+    chains: GuideChains | None,
 ) -> MarginalVerdict:
     log_joint, is_trusted, reason = subject.log_joint, evaluation.verdict.trusted, ""
     if evaluation.is_noisy or log_joint.is_random:
@@ -211,12 +256,20 @@ def _judge_by_chains(
         if weights.khat <= GOOD_KHAT and is_close and weights.elbo_se <= config.max_se:
             return MarginalVerdict()
     try:
-        found = marginals_of(*subject, config.num_chains, config.num_chain_steps)
+        if chains is None:
+            chains = GuideChains(*subject)
+            chains.run(config.num_by_chains, most=config.max_by_chains)
+        draws = None if evaluation.drawn is None else evaluation.drawn.latents
+        if draws is None:
+            parts = [part.latent for part in subject.weighted_draws(config.num_samples)]
+            draws = torch.cat([part for part in parts if part is not None])
+        unconstrained, _ = log_joint.to_unconstrained(draws)
+        found = marginals_by_chains(chains, unconstrained, log_joint)
     # a model without a gradient, or a guide that is a point
     except (RuntimeError, ValueError) as error:
         return MarginalVerdict(words=f" Single latents could not be checked: {error}.")
     if is_trusted:
-        words = f"Of single latents, by short chains: {found.words}"
+        words = f"Of single latents, by chains: {found.words}"
     elif not found.trusted:
         words = f"Nor can single latents be trusted: {found.words}"
     elif evaluation.lost_mass > config.max_lost:
@@ -231,18 +284,10 @@ def _judge_by_chains(
 
 
 def _judge_by_weights(
-    subject: ModelAndGuide, log_weights: Tensor, latent: Tensor, config: EvaluationConfig
+    subject: ModelAndGuide, log_weights: Tensor, latent: Tensor
 ) -> MarginalVerdict:
-    """By weights that are trusted; of a few latents by more draws if need be."""
-    log_joint, log_weights = subject.log_joint, log_weights[: len(latent)]
-    latents = log_joint.latents
-    found = marginals_by_weights(log_joint.to_unconstrained(latent)[0], log_weights, latents)
-    more = config.num_for_few - len(latent)
-    is_fast = latents.latent_dim < config.min_for_chains and log_joint.strategy != "loop"
-    if not found.trusted and more > 0 and is_fast:
-        parts = [*subject.weighted_draws(more)]
-        latent = torch.cat([latent, *(part.latent for part in parts if part.latent is not None)])
-        log_weights = torch.cat([log_weights, *(part.log_weights for part in parts)])
-        found = marginals_by_weights(log_joint.to_unconstrained(latent)[0], log_weights, latents)
+    unconstrained, _ = subject.log_joint.to_unconstrained(latent)
+    weights = log_weights[: len(latent)]
+    found = marginals_by_weights(unconstrained, weights, subject.log_joint)
     words = f" Of single latents, as far as the guide draws: {found.words}."
     return MarginalVerdict(found, found.trusted, words)

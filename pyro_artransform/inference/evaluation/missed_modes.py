@@ -103,6 +103,16 @@ class MissedModeSearch:
             around = found.log_evidence, found.log_evidence_se
         return MissedModes(*around, share, count, searched_by, guide.excess_by_turns)
 
+    def log_evidence_around(self, draws: Tensor) -> float:
+        """The log evidence where draws ``(n, latent_dim)`` are, or a bound: by their Gaussian."""
+        config = self.config
+        guide = GuideDraws.of(self.log_density, draws, 0.0, config.max_dense_dim)
+        loc, noise = guide.gaussian.loc, torch.randn_like(draws[: config.num_for_region])
+        log_p = evaluate_density(self.log_density, loc + guide.gaussian.deviations(noise)[0])
+        log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
+        log_q = log_q - guide.gaussian.log_volume()
+        return float((log_p - log_q).logsumexp(0)) - math.log(len(noise))
+
     def _heavy_tailed_weights(
         self, guide: GuideDraws, modes: Modes | None, elbo: float
     ) -> tuple[Importance | None, bool]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...joint import LogDensity
 from ..config import EvaluationConfig, InitializationConfig
+from ..initialization.batch_and_match import fit_independent
 from ..initialization.gaussians import (
     Gaussians,
     Modes,
@@ -26,7 +27,6 @@ from ..initialization.gaussians import (
     concatenate,
     elbos,
     evaluate_density,
-    fit_independent,
 )
 from ..initialization.initial_guide import GaussianSearch
 
@@ -34,6 +34,9 @@ from ..initialization.initial_guide import GaussianSearch
 # beyond some standard deviations of the draws
 _TURNS, _BEYOND = (1.0, -32.0), 4.0
 _TURN_TOLERANCE = 1e-3  # nats, to which round-off is added
+_SAME_END = 0.1  # sds of the guide within which ends of climbs are one
+# points between two ends, and nats by which the density is less there if they are two modes
+_NUM_BETWEEN, _DIP = 17, 1.0
 _MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
 
 
@@ -207,10 +210,17 @@ class ModeSearch:
         density, config = self.log_density, self.config
         if density.latents.latent_dim > config.max_hessian_dim or not len(points):
             return None
+        scale, kept = self.guide.gaussian.scale_tril[0], list[int]()
         try:
-            modes, _ = climb(density, points, torch.zeros_like(points[:1]), config.max_newton_steps)
-            return self._weighed(modes)
-        except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
+            ends, values = climb_by_gradients(density, points, scale, config.max_climb_steps)
+            units = self.guide.gaussian.units(ends[None])[0]
+            for i in values.argsort(descending=True).tolist():
+                # what is left of the way is less than what a step sees
+                distances = (units[kept] - units[i]).abs().amax(-1)
+                if bool((distances > _SAME_END).all()) and bool(values[i].isfinite()):
+                    kept.append(i)
+            return self._weighed(climb(density, ends[kept], config.max_newton_steps))
+        except RuntimeError:  # a model without a gradient
             return None
 
     def _climb_by_gradients(self, points: Tensor) -> Modes | None:
@@ -221,8 +231,8 @@ class ModeSearch:
         starts, signs = self._with_mirror_images(points)
         starts = torch.cat([draws[base.argmax()][None], starts])
         scale = around.scale_tril[0]
-        ends, values = climb_by_gradients(density, starts, scale, config.max_newton_steps)
-        kept = self._far(ends, values)
+        ends, values = climb_by_gradients(density, starts, scale, config.max_climb_steps)
+        kept = [i for i in self._far(ends, values) if self._is_beyond_a_dip(ends[0], ends[i])]
         if not kept:
             return None
         own, far, signs = ends[0], ends[kept], signs[[k - 1 for k in kept]]
@@ -234,7 +244,12 @@ class ModeSearch:
         mirrored = Gaussians(far - signs * own + signs * around.loc, scales)
         # mean-field fits in the units of the draws
         sd, count = draws.std(0), 1 if density.strategy == "loop" else len(far)
-        fitted = fit_independent(lambda z: density(z * sd), far[:count] / sd, self.initialization)
+        settings = (
+            self.initialization.narrow_scale,
+            self.initialization.min_draws,
+            self.initialization.num_matches,
+        )
+        fitted = fit_independent(lambda z: density(z * sd), far[:count] / sd, *settings)
         fitted = Gaussians(fitted.loc * sd, sd * fitted.scale_tril)
         fitted = fitted if around.is_independent else fitted.dense()
         noise = antithetic_noise(far, self.initialization.num_rough)
@@ -260,6 +275,12 @@ class ModeSearch:
         points = torch.cat([points, images])
         is_finite = evaluate_density(density, points).isfinite()
         return points[is_finite], signs[is_finite]
+
+    def _is_beyond_a_dip(self, own: Tensor, end: Tensor) -> bool:
+        """Whether the density between two ends is less than at both: else they are of one mode."""
+        between = torch.linspace(0, 1, _NUM_BETWEEN, dtype=own.dtype, device=own.device)
+        values = evaluate_density(self.log_density, torch.lerp(own, end, between[:, None]))
+        return bool(values.min() < torch.minimum(values[0], values[-1]) - _DIP)
 
     def _far(self, ends: Tensor, values: Tensor) -> list[int]:
         """The highest of the ends that are far from the first one, and from each other."""

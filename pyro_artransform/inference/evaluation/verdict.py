@@ -87,18 +87,9 @@ def judge(
             "that keep scales away from zero"
         )
     if status.missing:
-        objections.append(
-            "the guide's graph lacks dependencies that the model has where the posterior is: "
-            f"{first_of(status.missing)}. They were switched off where the graph was found: "
-            "make it anew with an init_loc_fn of values where they are on, such as "
-            "init_to_value(values=guide.median()), or use AutoIAF"
-        )
+        objections.append(_about_graph(status.missing))
     if status.coarse:
-        objections.append(
-            f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
-            "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
-            "the site on the scale of its posterior"
-        )
+        objections.append(about_coarse_sites(status.coarse))
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
@@ -111,6 +102,29 @@ def judge(
     if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, _about_success(weights, missed) + note)
+
+
+def judge_graph(missing: Sequence[str]) -> Verdict:
+    """The verdict on a guide that would be trusted, were it not for what its graph lacks."""
+    return Verdict(False, f"Not trusted: {_about_graph(missing)}.")
+
+
+def _about_graph(missing: Sequence[str]) -> str:
+    return (
+        "the guide's graph lacks dependencies that the model has where the posterior is: "
+        f"{first_of(missing)}. They were switched off where the graph was found: "
+        "make it anew with an init_loc_fn of values where they are on, such as "
+        "init_to_value(values=guide.median()), or use AutoIAF"
+    )
+
+
+def about_coarse_sites(names: Sequence[str]) -> str:
+    """The objection to draws that are rounded to a few values."""
+    return (
+        f"the posterior of site {first_of(names)} is about as narrow as the spacing of "
+        "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
+        "the site on the scale of its posterior"
+    )
 
 
 def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
@@ -151,6 +165,20 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
 def _about_missed_modes(
     found: Importance, missed: MissedModes, config: EvaluationConfig
 ) -> Iterator[str]:
+    yield from about_far_modes(missed, config)
+    more = missed.log_evidence - found.elbo
+    noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
+    is_said = found.log_evidence - found.elbo > config.max_gap
+    if more > config.max_gap + noise and not is_said:
+        yield (
+            f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
+            "mass of the posterior where the guide has none. Use a more flexible guide, or fit from "
+            "another init_loc_fn"
+        )
+
+
+def about_far_modes(missed: MissedModes, config: EvaluationConfig) -> Iterator[str]:
+    """Objections to draws, of a guide or of chains, that leave out modes or count some several times."""
     if missed.excess_by_turns > config.max_gap:
         yield (
             f"the guide is spread over several turns of an angle, each of which the ELBO and the evidence "
@@ -164,15 +192,6 @@ def _about_missed_modes(
             "mode(s), found from other starting points, of which the guide has no draws: the starts "
             "disagree. Break the symmetry in the model (ordered supports, tighter priors), or sum "
             "out what switches"
-        )
-    more = missed.log_evidence - found.elbo
-    noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
-    is_said = found.log_evidence - found.elbo > config.max_gap
-    if more > config.max_gap + noise and not is_said:
-        yield (
-            f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
-            "mass of the posterior where the guide has none. Use a more flexible guide, or fit from "
-            "another init_loc_fn"
         )
 
 

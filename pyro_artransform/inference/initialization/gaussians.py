@@ -1,20 +1,16 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Gaussians on the unconstrained space: by Newton's method, and by mean-field fits.
+"""Gaussians on the unconstrained space, their ELBOs, and climbs to modes.
 
 A regression with raw scales has a posterior whose axes differ by orders of magnitude, which defeats
-first-order methods; Newton steps do not depend on scales. All points move together: their values,
-gradients and rows of Hessians are each one evaluation of the model.
+first-order methods; Newton steps do not depend on scales, and L-BFGS learns them. All points move
+together. Hessians are differences of gradients, which each model has.
 
 **References**
 
 1. Identifying and Attacking the Saddle Point Problem in High-Dimensional Non-Convex Optimization
    (Dauphin et al., 2014), https://arxiv.org/abs/1406.2572
-2. Pathfinder: Parallel Quasi-Newton Variational Inference (Zhang et al., 2022),
-   https://arxiv.org/abs/2108.03782
-3. Automatic Differentiation Variational Inference (Kucukelbir et al., 2017),
-   https://arxiv.org/abs/1603.00788
 """
 
 import math
@@ -23,9 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..config import InitializationConfig
-from ..optimization.optimizers import Adam
 
 #: a log-density: a function of ``(n, D)`` that returns ``(n,)``
 Density = Callable[[Tensor], Tensor]
@@ -37,6 +30,7 @@ _CHUNK = 2048
 _ROUND_OFF, _FLAT = 1e-12, 1e-8
 # expected gains, in nats: below the one a point no longer moves, below the other it is at a maximum
 _SETTLED, _CONVERGED = 1e-6, 1e-3
+_MEMORY = 10  # steps that L-BFGS remembers
 
 
 class Gaussians(NamedTuple):
@@ -128,103 +122,119 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-def fit_mean_fields(
-    log_density: Density, points: Tensor, noise: Tensor, config: InitializationConfig
-) -> Gaussians:
-    """Independent Gaussians fitted from the points of shape ``(S, D)`` with the largest ELBOs."""
-    narrow = Gaussians(points, torch.full_like(points, config.narrow_scale))
-    order = elbos(log_density, narrow, noise).argsort(descending=True)
-    return fit_independent(log_density, points[order[: config.num_mean_fields]], config)
-
-
-@torch.enable_grad()
-def fit_independent(
-    log_density: Density, points: Tensor, config: InitializationConfig
-) -> Gaussians:
-    """Independent Gaussians fitted by a few steps of Adam from each point of shape ``(S, D)``."""
-    loc = points.detach().clone().requires_grad_()
-    log_scale = torch.full_like(loc, config.narrow_scale).log().detach().requires_grad_()
-    adam = Adam([loc, log_scale], config.mean_field_step_size, config.mean_field_betas)
-    for step in range(config.mean_field_steps):
-        noise = torch.randn_like(points.expand(config.mean_field_particles, *points.shape))
-        draws = loc + noise * log_scale.exp()
-        value = log_density(draws.reshape(-1, draws.shape[-1])).sum()
-        loss = -value / len(noise) - log_scale.sum()
-        by_loc, by_scale = torch.autograd.grad(loss, [loc, log_scale])
-        # a Gaussian whose gradients are not finite stays where it is
-        usable = (by_loc.isfinite() & by_scale.isfinite()).all(-1, keepdim=True)
-        loc.grad = torch.where(usable, by_loc, 0.0)
-        log_scale.grad = torch.where(usable, by_scale, 0.0)
-        adam.step(config.mean_field_decay**step)
-    return Gaussians(loc.detach(), log_scale.detach().exp())
-
-
-def climb(
-    log_density: Density, points: Tensor, noise: Tensor, max_steps: int
-) -> tuple[Modes, Gaussians]:
-    """Climbs from each point by Newton steps, to modes; also the best Gaussian on each way.
-
-    The mode of a funnel is in its neck, where there is no mass: each point on the way is a candidate,
-    judged by its ELBO on standard normal noise of shape ``(K, D)``.
-    """
-    loc, scale_tril = points, torch.diag_embed(torch.ones_like(points))
-    best_elbo = points.new_full(points.shape[:1], -torch.inf)
+def climb(log_density: Density, points: Tensor, max_steps: int) -> Modes:
+    """Climbs from each point by Newton steps, to modes: a Hessian takes two gradients a coordinate."""
+    widths = torch.ones_like(points)
     for _ in range(max_steps):
-        value, gradient, curvature = _expand(log_density, points)
+        value, gradient, curvature = _expand(log_density, points, widths)
+        widths = curvature.diagonal(dim1=-2, dim2=-1).abs().rsqrt().clamp(1e-6, 1.0)
         here, steps, is_maximum = _newton_steps(points, gradient, curvature)
-        elbo = elbos(log_density, here, noise)
-        is_better = elbo > best_elbo
-        loc = torch.where(is_better[:, None], here.loc, loc)
-        scale_tril = torch.where(is_better[:, None, None], here.scale_tril, scale_tril)
-        best_elbo = torch.fmax(elbo, best_elbo)
         expected_gain = (steps * gradient).sum(-1)
         points, gain = _search_line(log_density, points, value, steps)
         if bool(((gain < _SETTLED) | ~(expected_gain > _SETTLED)).all()):
             break
-    modes = Modes(here, value, is_maximum & (expected_gain < _CONVERGED))
-    return modes, Gaussians(loc, scale_tril)
+    return Modes(here, value, is_maximum & (expected_gain < _CONVERGED))
 
 
 def climb_by_gradients(
     log_density: Density, points: Tensor, scale_tril: Tensor, max_steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Climbs from each point without Hessians: uphill in the units of a Gaussian.
+    """Climbs from each point without Hessians: by L-BFGS in the units of a Gaussian.
+
+    See Nocedal, 1980, https://doi.org/10.1090/S0025-5718-1980-0572855-7.
 
     :param scale_tril: shape ``(D, D)``, or ``(D,)`` where it is diagonal.
     :return: the ends, and the log-density there, shape ``(S,)``.
     """
+
+    def placed(y: Tensor) -> Tensor:
+        return y * scale_tril if scale_tril.dim() == 1 else y @ scale_tril.mT
+
+    def density(y: Tensor) -> Tensor:
+        return log_density(placed(y))
+
+    if scale_tril.dim() == 1:
+        here = points / scale_tril
+    else:
+        here = torch.linalg.solve_triangular(scale_tril, points.mT, upper=False).mT
+    memory: list[tuple[Tensor, Tensor, Tensor]] = []
+    value, gradient = value_and_gradient(density, here)
+    num_settled = 0
     for _ in range(max_steps):
-        with torch.enable_grad():
-            points = points.detach().requires_grad_()
-            value = log_density(points)
-            (gradient,) = torch.autograd.grad(value.sum(), points)
-        usable = gradient.isfinite().all(-1, keepdim=True)
-        steps = torch.where(usable, gradient, 0.0)
-        is_diagonal = scale_tril.dim() == 1
-        steps = steps * scale_tril**2 if is_diagonal else steps @ scale_tril @ scale_tril.mT
-        points, gain = _search_line(log_density, points.detach(), value.detach(), steps)
-        if bool((gain < _SETTLED).all()):
+        steps = _quasi_newton(gradient, memory)
+        moved = here + steps
+        after, slope = value_and_gradient(density, moved)
+        # a shorter step only for those that it does not take up
+        short = ~(after > value)
+        if bool(short.any()):
+            moved[short], _ = _search_line(density, here[short], value[short], steps[short] / 4)
+            after[short], slope[short] = value_and_gradient(density, moved[short])
+        gain = (after - value).nan_to_num(0.0)
+        settled = gain < _SETTLED + 4 * torch.finfo(value.dtype).eps * value.abs()
+        # once more by the gradient alone, where what is remembered leads nowhere
+        num_settled = num_settled + 1 if bool(settled.all()) else 0
+        if num_settled == 2:
             break
-    return points, value.detach() + gain
+        value = after
+        step, change = moved - here, gradient - slope
+        product = (step * change).sum(-1, keepdim=True)
+        is_curved = product > 1e-10 * step.norm(dim=-1, keepdim=True) * change.norm(
+            dim=-1, keepdim=True
+        )
+        weight = torch.where(is_curved, product.reciprocal(), 0.0)
+        memory = [(s, y, torch.where(settled[:, None], 0.0, w)) for s, y, w in memory]
+        memory = [*memory[1 - _MEMORY :], (step, change, weight)]
+        here, gradient = moved, slope
+    return placed(here), value
 
 
-@torch.enable_grad()
-def _expand(log_density: Density, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-density at each point, its gradient, and its curvature (minus the Hessian)."""
-    points = points.detach().requires_grad_()
-    value = log_density(points)
-    (gradient,) = torch.autograd.grad(value.sum(), points, create_graph=True)
-    hessian = points.new_zeros(*points.shape, points.shape[-1])
-    for i, column in enumerate(gradient.sum(0)):
-        if column.requires_grad:
-            row = torch.autograd.grad(column, points, retain_graph=True, allow_unused=True)[0]
-            hessian[:, i] = 0.0 if row is None else row
-    gradient, curvature = gradient.detach(), -0.5 * (hessian + hessian.mT).detach()
+def _quasi_newton(gradient: Tensor, memory: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The gradient times the inverse curvature that L-BFGS remembers; the gradient without memory."""
+    step = torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0)
+    shares = []
+    for moved, change, weight in reversed(memory):
+        shares.append(weight * (moved * step).sum(-1, keepdim=True))
+        step = step - shares[-1] * change
+    if memory:
+        moved, change, weight = memory[-1]
+        size = change.square().sum(-1, keepdim=True) * weight
+        step = torch.where(size > 0, step / size, step)
+    for (moved, change, weight), share in zip(memory, reversed(shares)):
+        step = step + (share - weight * (change * step).sum(-1, keepdim=True)) * moved
+    return step
+
+
+def _expand(log_density: Density, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-density at each point, its gradient, and its curvature (minus the Hessian).
+
+    That is by differences of gradients, over a part of the widths, shape ``(S, D)``: all in one batch,
+    while a second derivative of the gradient takes a pass for each coordinate.
+    """
+    num_points, dim = points.shape
+    size = widths * (1e-4 if points.dtype == torch.float64 else 1e-2)
+    shifts = torch.diag_embed(size)
+    around = torch.cat([points[:, None], points[:, None] + shifts, points[:, None] - shifts], 1)
+    parts = around.reshape(-1, dim).split(_CHUNK)
+    found = [value_and_gradient(log_density, part) for part in parts]
+    value, gradient = map(torch.cat, zip(*found))
+    value = value.reshape(num_points, -1)[:, 0]
+    gradient, ahead, behind = gradient.reshape(num_points, -1, dim).split([1, dim, dim], 1)
+    hessian = (ahead - behind) / (2 * size[:, :, None])
+    gradient, curvature = gradient[:, 0], -0.5 * (hessian + hessian.mT)
     usable = curvature.isfinite().all(-1).all(-1) & gradient.isfinite().all(-1)
     # a unit Gaussian stands for what is not finite; the sign says that it is no maximum
     saddle = -torch.diag_embed(torch.ones_like(gradient))
     curvature = torch.where(usable[:, None, None], curvature, saddle)
-    return value.detach(), torch.where(usable[:, None], gradient, 0.0), curvature
+    return value, torch.where(usable[:, None], gradient, 0.0), curvature
+
+
+@torch.enable_grad()
+def value_and_gradient(log_density: Density, points: Tensor) -> tuple[Tensor, Tensor]:
+    """A log-density at points ``(n, D)``, and its gradients."""
+    points = points.detach().requires_grad_()
+    value = log_density(points)
+    (gradient,) = torch.autograd.grad(value.sum(), points)
+    return value.detach(), gradient
 
 
 def _newton_steps(

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The initial guide: the best of many candidates, by their ELBO on common noise.
+"""The initial guide: the better one of itself and a Gaussian that is fitted from several points, by ELBO.
 
 A guide that knows the elements of plates by one mini-batch at a time starts near the best Gaussian of one.
 """
@@ -23,15 +23,13 @@ from ...joint import LogDensity, LogJoint
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..config import InitializationConfig
 from ..loader import Batch
+from .batch_and_match import ascend, fit_independent, match_scores
 from .gaussians import (
     Gaussians,
     Modes,
     antithetic_noise,
-    climb,
-    concatenate,
     elbos,
     evaluate_density,
-    fit_mean_fields,
 )
 
 #: the name of the candidate that is the guide itself, which then does not change
@@ -56,7 +54,7 @@ def find_initial_guide(
     guide: FlowGuide,
     config: InitializationConfig,
 ) -> InitialGuide:
-    """Makes a guide the best of: itself, Gaussians on the way to modes, mean-field fits."""
+    """Makes a guide the better one of itself and a Gaussian that is fitted from several points."""
     if log_density.strategy == "loop":
         config = config.for_loop()
     own_elbo, needed, center = judge_guide(log_density, guide, config)
@@ -133,38 +131,33 @@ class GaussianSearch:
         if not len(points):
             return None
         config, density = self.config, self.log_density
-        candidates, modes = self._candidates(points)
-        names = []
-        for name, part in candidates.items():
-            names += [name] * len(part.loc)
-        gaussians = concatenate(candidates.values())
-        rough = elbos(density, gaussians, antithetic_noise(points, config.num_rough))
-        finalists = rough.argsort(descending=True)[: config.num_finalists]
-        noise = antithetic_noise(points, config.num_fine)
-        fine = elbos(density, gaussians.take(finalists), noise)
-        k = fine.argmax(keepdim=True)
-        chosen = InitialGuide(names[int(finalists[k])], fine[k].item(), modes)
-        return chosen, gaussians.take(finalists[k])
+        dim, modes = density.latents.latent_dim, None
+        if dim > config.max_dense_dim:
+            settings = config.narrow_scale, config.min_draws, config.num_matches
+            name, fitted = "a mean-field fit", fit_independent(density, points, *settings).dense()
+        else:
+            # a Gaussian is known from as many draws as it has dimensions
+            num_draws = max(dim + config.num_more_draws, config.min_draws)
+            name, settings = "a Gaussian", (config.narrow_scale, num_draws, config.num_matches)
+            fitted = match_scores(density, points, *settings)
+            modes = _as_modes(fitted, elbos(density, fitted, antithetic_noise(points, num_draws)))
+        rough, noise = (antithetic_noise(points, n) for n in (config.num_rough, config.num_fine))
+        fitted, bounds = self._finite(fitted, rough)
+        best = fitted.take([int(bounds.argmax())])
+        if modes is not None:
+            best = ascend(density, best, 2 * num_draws, config.num_ascents)
+        best, bounds = self._finite(best, noise)
+        return InitialGuide(name, bounds.item(), modes), best
 
-    def _candidates(self, points: Tensor) -> tuple[dict[str, Gaussians], Modes | None]:
-        """Candidates by their kind, and the modes."""
-        density, config = self.log_density, self.config
-        noise = antithetic_noise(points, config.num_rough)
-        fitted = fit_mean_fields(density, points, noise, config).dense()
-        candidates = {"a mean-field fit": fitted}
-        if density.latents.latent_dim > config.max_hessian_dim:
-            return candidates, None
-        noise = antithetic_noise(points, config.num_rough)
-        try:
-            modes, best = climb(density, points, noise, config.max_newton_steps)
-        except RuntimeError:  # a model whose gradient cannot be differentiated has no Hessian
-            return candidates, None
-        candidates["a Gaussian on the way to a mode"] = best
-        candidates["the curvature at a mode"] = modes.gaussians
-        unit = Gaussians(modes.gaussians.loc, torch.ones_like(points)).dense()
-        candidates["a mode, with unit scale"] = unit
-        candidates["a mode, with a small scale"] = unit.widened(config.narrow_scale)
-        return candidates, modes
+    def _finite(self, gaussians: Gaussians, noise: Tensor) -> tuple[Gaussians, Tensor]:
+        """Gaussians, narrower where they reach beyond a finite density, and their ELBOs."""
+        for _ in range(self.config.max_halvings):
+            bounds = elbos(self.log_density, gaussians, noise)
+            if bool(bounds.isfinite().all()):
+                break
+            scale = torch.where(bounds.isfinite(), 1.0, 0.5).to(gaussians.scale_tril)
+            gaussians = Gaussians(gaussians.loc, scale[:, None, None] * gaussians.scale_tril)
+        return gaussians, bounds
 
     def points(self, center: Tensor) -> Tensor:
         """Points of finite density, or moved towards it: the center, of the prior, in shells around."""
@@ -208,6 +201,12 @@ class GaussianSearch:
             return start
         values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in latents.sites}
         return self.log_density.from_unconstrained(latents.unconstrain(values)[None])[0][0]
+
+
+def _as_modes(fitted: Gaussians, bounds: Tensor) -> Modes:
+    """Gaussians as modes whose masses are bounds of the log evidence, their ELBOs."""
+    modes = Modes(fitted, torch.zeros_like(bounds), bounds.isfinite())
+    return modes._replace(value=bounds - modes.log_masses())
 
 
 class SharedPrior(LogJoint):

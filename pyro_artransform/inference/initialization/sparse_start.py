@@ -24,19 +24,23 @@ for each draw: coordinates that share no neighbour move at once.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from ...graphs.dependencies import gradients
-from ...graphs.markov_graph import MarkovGraph
+from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogDensity
 from ...joint.protocols import StructuredGuide
 from ..config import InitializationConfig
-from .gaussians import antithetic_noise, elbos, evaluate_density, fit_mean_fields
+from .batch_and_match import fit_independent
+from .gaussians import antithetic_noise, elbos, evaluate_density
 from .initial_guide import UNCHANGED, GaussianSearch, InitialGuide, find_initial_guide, judge_guide
+
+# independent Gaussians that a start begins with
+_NUM_FITTED = 4
 
 
 def find_sparse_start(
@@ -50,7 +54,7 @@ def find_sparse_start(
         config = config.for_loop()
     own_elbo, needed, center = judge_guide(log_density, guide, config)
     initial = InitialGuide(UNCHANGED, own_elbo, None)
-    few = log_density.latents.latent_dim <= config.max_hessian_dim
+    few = log_density.latents.latent_dim <= config.max_dense_dim
     points = GaussianSearch(log_density, model, config).points(center)
     if few or not len(points):
         initial = find_initial_guide(log_density, model, guide, config)
@@ -68,6 +72,12 @@ def find_sparse_start(
     return initial
 
 
+@lru_cache(maxsize=2)
+def _pattern_of(elimination: Elimination, device: torch.device) -> PrecisionPattern:
+    """The pattern of a graph, which starts in several coordinates have in common."""
+    return PrecisionPattern(elimination, device)
+
+
 @dataclass(frozen=True)
 class SparseGaussianSearch:
     """A search for the Gaussian with a graph that has the largest ELBO."""
@@ -79,12 +89,14 @@ class SparseGaussianSearch:
     @cached_property
     def pattern(self) -> PrecisionPattern:
         """Where the entries of precisions are."""
-        return PrecisionPattern(self.graph.elimination, self.log_density.start.device)
+        return _pattern_of(self.graph.elimination, self.log_density.start.device)
 
     def best(self, points: Tensor) -> SparseGaussian:
         """The best Gaussian from points of shape ``(S, D)``, by natural gradients from mean-field fits."""
         config, noise = self.config, antithetic_noise(points, self.config.num_rough)
-        fitted = fit_mean_fields(self.log_density, points, noise, config)
+        settings = config.narrow_scale, config.min_draws, config.num_matches
+        order = evaluate_density(self.log_density, points).argsort(descending=True)
+        fitted = fit_independent(self.log_density, points[order[:_NUM_FITTED]], *settings)
         k = elbos(self.log_density, fitted, noise).argmax()
         loc, sd = fitted.loc[k], fitted.scale_tril[k]
         precision = loc.new_zeros(self.pattern.num_entries)

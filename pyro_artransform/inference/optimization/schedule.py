@@ -105,9 +105,13 @@ class Schedule:
             reason=f"all {num_steps} steps that were asked for were taken",
         )
 
-    def without_steps(self) -> "Schedule":
+    def without_steps(self, reason: str) -> "Schedule":
         """The schedule of a fit that has nothing to do."""
-        return replace(self, end=0, reason=NOTHING_TO_WIN)
+        return replace(self, end=0, reason=reason)
+
+    def ending_at(self, step: int, reason: str) -> "Schedule":
+        """The schedule of a fit that ends now."""
+        return replace(self, end=step, tail_start=min(self.tail_start, step), reason=reason)
 
     def observe(self, losses: Sequence[float], gap: Callable[[], float]) -> "Schedule":
         """The schedule after the losses of all steps: once they stop falling the step size does.
@@ -154,8 +158,7 @@ class Schedule:
         """The schedule after a check: it ends where nothing is left to win, or soon with little left."""
         config = self.config
         if is_good(score, config):
-            tail_start = min(self.tail_start, step)
-            return replace(self, end=step, tail_start=tail_start, reason=NOTHING_TO_WIN)
+            return self.ending_at(step, NOTHING_TO_WIN)
         if self.end is None and score.gap <= config.min_improvement:
             decay = max(math.ceil(config.decay_share * step), config.min_good_decay)
             return self._decaying(step, decay, LITTLE_TO_WIN)

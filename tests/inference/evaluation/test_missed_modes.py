@@ -96,7 +96,7 @@ def test_lost_mass(case):
 
 def with_all_modes(target):
     """What is found by a guide of the first mode where a climb began at each."""
-    modes, _ = climb(LogJoint(target), 0.1 + target.locs, torch.zeros_like(target.locs[:1]), 40)
+    modes = climb(LogJoint(target), 0.1 + target.locs, 40)
     return target.missed(modes=modes)
 
 
@@ -112,7 +112,7 @@ def test_the_draws_of_the_largest_weights_are_starts():
     target = along([0.0, 1.0], [0.7, 0.3], 5, [1.0, 0.1])
     draws, share = target.draws(10_000)
     log_weights = LogJoint(target)(draws) - dist.Normal(0.0, 1.0).log_prob(draws).sum(-1)
-    known, _ = climb(LogJoint(target), torch.zeros(1, 5), torch.zeros(2, 5), 40)
+    known = climb(LogJoint(target), torch.zeros(1, 5), 40)
     found = missed(target, draws, share, known, log_weights=log_weights)
     assert found.num_lost == 1
     assert abs(found.lost_mass - 0.3) < 0.05
@@ -140,7 +140,7 @@ def test_a_neck_whose_curvature_promises_mass():
             pyro.sample("x", dist.Normal(0.0, local))
 
     neck = torch.tensor([[-8.0, -8.0, -8.0, 0.0, 0.0, 0.0]])
-    modes, _ = climb(LogJoint(model), neck, torch.zeros(2, 6), 40)
+    modes = climb(LogJoint(model), neck, 40)
     assert modes.converged.all()
     assert modes.log_masses() > math.log(0.3)
     local = dist.HalfCauchy(1.0).sample((5000, 3))
@@ -266,7 +266,9 @@ def test_models_without_a_part_of_what_a_search_needs(model, sd, log_evidence, s
 
 # Heavy-tailed draws
 
-ONCE = replace(DEFAULTS, num_heavy_again=0)
+#: so few that the side of the bound is unclear by them alone
+FEW = replace(DEFAULTS, num_heavy=1000)
+ONCE = replace(FEW, num_heavy_again=0)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +312,8 @@ def test_a_ring_that_a_guide_has_not_closed(seed):
     found = missed(ring(5.0, 0.3), draws, elbo, elbo=elbo)
     assert found.log_evidence - elbo > DEFAULTS.max_gap + 2 * found.log_evidence_se
     # as many draws as where nothing depends on them leave it open
-    once = missed(ring(5.0, 0.3), draws, elbo, config=ONCE, elbo=elbo)
-    assert once.log_evidence_se > 2 * found.log_evidence_se
+    once, more = (missed(ring(5.0, 0.3), draws, elbo, config=c, elbo=elbo) for c in (ONCE, FEW))
+    assert once.log_evidence_se > 2 * more.log_evidence_se
 
 
 def test_heavy_draws_have_the_shape_of_each_gaussian():

@@ -19,7 +19,7 @@ from pyro_artransform.joint import LogJoint
 from tests.graphs.markov_graphs import GRAPHS, chain, crossed, dominant_precision, grid, tree
 
 CONFIG = InitializationConfig()
-FEW = InitializationConfig(max_hessian_dim=1)
+FEW = InitializationConfig(max_dense_dim=1)
 LINEAR = {
     "chain with globals": chain(30, 2),
     "tree": tree(31),
@@ -54,7 +54,7 @@ def started(model, *args, config=CONFIG, **options):
 @pytest.mark.parametrize("neighbours", LINEAR.values(), ids=LINEAR)
 def test_start_of_a_linear_gaussian_model_is_the_posterior(neighbours):
     loc, precision = gaussian_of(neighbours)
-    # Hessians of dense matrices would find it as well
+    # dense Gaussians would find it as well
     guide, _, initial = started(linear_model, loc, precision, config=FEW)
     assert initial.name == "a Gaussian with the graph of the latents"
     transform, dim = guide.get_transform(), len(loc)

@@ -1,0 +1,165 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Hamiltonian chains in the base space of a guide, many side by side.
+
+Pulled back through the transform of a good guide a posterior is nearly a standard normal, so that a
+quarter of an oscillation forgets the start, in three leapfrog steps. What the guide misjudges is learned
+from the chains' own draws and gradients, see :mod:`~pyro_artransform.diagnostics.preconditioning`.
+
+**References**
+
+1. MCMC Using Hamiltonian Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
+2. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
+   Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..joint import LogJoint
+from .preconditioning import Preconditioner
+
+ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
+
+# an oscillator of unit frequency is stable up to 2; a trajectory has 72 gradients at most
+_MIN_STEP_SIZE, _MAX_STEP_SIZE = 0.025, 1.4
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+class State(NamedTuple):
+    """Chains at a point of the base space: shapes ``(C, D)``, ``(C, D)``, ``(C,)`` and ``(C, D)``."""
+
+    base: Tensor
+    latent: Tensor
+    log_density: Tensor
+    gradient: Tensor
+
+    def where(self, is_chosen: Tensor, other: "State") -> "State":
+        """These chains where they are chosen, the others elsewhere."""
+        rows = is_chosen[:, None]
+        return State(*map(torch.where, (rows, rows, is_chosen, rows), self, other))
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Which chains have a finite density and gradient, shape ``(C,)``."""
+        return self.log_density.isfinite() & self.gradient.isfinite().all(-1)
+
+
+class PulledBack:
+    """The log density log p(T(x)) + log |det T'(x)| of a posterior p in the base space of a transform T.
+
+    ``num_batches`` and ``num_gradients`` count what was evaluated.
+    """
+
+    def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
+        self.to_latent, self._log_joint = to_latent, log_joint
+        self.num_batches = self.num_gradients = 0
+
+    def __call__(self, base: Tensor) -> State:
+        """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
+        parts = []
+        self.num_gradients += len(base)
+        for part in base.detach().split(self._log_joint.chunk_size):
+            self.num_batches += 1
+            with torch.enable_grad():
+                latent, ladj = self.to_latent(part.requires_grad_())
+                log_density = self._log_joint(latent) + ladj
+                (gradient,) = torch.autograd.grad(log_density.sum(), part)
+            parts.append((part.detach(), latent.detach(), log_density.detach(), gradient))
+        return State(*map(torch.cat, zip(*parts)))
+
+
+class HamiltonianChains:
+    """Chains of a target from points ``(C, D)``, moved by :meth:`step`."""
+
+    def __init__(self, target: PulledBack, start: Tensor) -> None:
+        self._target, self.state = target, target(start)
+        self.preconditioner = Preconditioner.identity(start)
+        # the error of the energy grows as h^2 sqrt(D)
+        self.step_size = min(1.4 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
+        self._num_steps = 0
+        self.num_leapfrogs = 0  #: those of the last trajectory
+
+    def log_weights(self, state: State) -> Tensor:
+        """The log density over that of the guide, shape ``(C,)``, up to a constant."""
+        return state.log_density + state.base.square().sum(-1) / 2
+
+    def acceptance_of_guide(self) -> float:
+        """How often chains at the posterior would accept a draw of the guide, where all are at such draws."""
+        weights = self.log_weights(self.state)
+        chances = (weights[None] - weights[:, None]).clamp(max=0).exp().fill_diagonal_(0.0)
+        return float(weights.softmax(0) @ chances.sum(1)) / (len(weights) - 1)
+
+    def draw_from_guide(self) -> float:
+        """Each chain's next place is proposed by the guide, whatever it is; the mean acceptance."""
+        proposal = self._target(torch.randn_like(self.state.base))
+        gain = self.log_weights(proposal) - self.log_weights(self.state)
+        gain = torch.where(proposal.is_finite, gain, -torch.inf)
+        self.state = proposal.where(torch.rand_like(gain).log() < gain, self.state)
+        self.num_leapfrogs = 1
+        return float(gain.clamp(max=0).exp().mean())
+
+    def step(self, adapts: bool = False) -> float:
+        """One trajectory of all chains, accepted or not; the mean probability of that."""
+        self._num_steps += 1
+        # in all steps the same length may be a whole period
+        length = math.pi / 2 * (0.85 + 0.3 * (self._num_steps * _GOLDEN_RATIO % 1))
+        count = self.num_leapfrogs = max(math.ceil(length / self.step_size), 2)
+        size = min(length / count, self.step_size)
+        momentum = torch.randn_like(self.state.base)
+        proposal, gain = leapfrog(
+            self._target, self.state, momentum, size, count, self.preconditioner
+        )
+        threshold = torch.rand_like(gain).log()
+        self.state = proposal.where(threshold < gain, self.state)
+        rates = gain.clamp(max=0).exp()
+        if adapts:
+            # a wall ends trajectories of any step size: those count that it leaves, if it leaves some
+            inside = rates[gain > -torch.inf]
+            counted = inside if 4 * len(inside) > len(rates) else rates
+            self.step_size = _adapted(self.step_size, float(counted.mean()))
+        return float(rates.mean())
+
+
+def leapfrog(
+    evaluate: Callable[[Tensor], State],
+    start: State,
+    momentum: Tensor,
+    step_size: float,
+    steps: int,
+    preconditioner: Preconditioner,
+) -> tuple[State, Tensor]:
+    """The end of trajectories by the leapfrog integrator, and the energy that they have lost, ``(C,)``.
+
+    One whose density or gradient is not finite on the way ends where it began, and is never accepted.
+    """
+    energy = start.log_density - momentum.square().sum(-1) / 2
+    is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
+    momentum = momentum + step_size / 2 * preconditioner.transposed(start.gradient)
+    for i in range(steps):
+        state = evaluate(state.base + step_size * preconditioner(momentum))
+        is_finite = is_finite & state.is_finite
+        if not bool(is_finite.all()):
+            state = state.where(is_finite, start)
+        share = 1.0 if i < steps - 1 else 0.5
+        momentum = momentum + share * step_size * preconditioner.transposed(state.gradient)
+    gain = state.log_density - momentum.square().sum(-1) / 2 - energy
+    return state, torch.where(is_finite & gain.isfinite(), gain, -torch.inf)
+
+
+def _adapted(step_size: float, acceptance: float) -> float:
+    """The step size of an acceptance rate of 0.8, from that of another one.
+
+    The rate is 2 Phi(-s / 2), where s grows with the square of the step size (Neal 2011, 5.4.4).
+    """
+    rates = [0.8, min(max(acceptance, 0.02), 0.999)]
+    tails = torch.tensor(rates, dtype=torch.float64, device="cpu") / 2
+    sought, found = (-2 * torch.special.ndtri(tails)).tolist()
+    factor = math.sqrt(sought / found)
+    wanted = step_size * min(max(factor, 1 / 3), 1.5)
+    return min(max(wanted, _MIN_STEP_SIZE), _MAX_STEP_SIZE)

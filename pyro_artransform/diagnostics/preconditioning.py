@@ -1,0 +1,102 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Masses of Hamiltonian chains from their own draws and gradients.
+
+Of a Gaussian with covariance S the gradients at draws have the covariance inverse of S, and the
+geometric mean of the one and the inverse of the other is S, exactly and from as few draws as there are
+dimensions: both have the same noise. Where D is larger than that, the same is done for each coordinate,
+and then within the directions that draws and gradients vary most in.
+
+**References**
+
+1. Nutpie's low-rank mass matrix (Seyboldt, Carlson, Carpenter), https://github.com/pymc-devs/nuts-rs
+2. Batch and match: black-box variational inference with a score-based divergence (Cai, Modi,
+   Pillaud-Vivien, Margossian, Gower, Blei, Saul, 2024), https://arxiv.org/abs/2402.14758
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: dimensions up to which all directions are looked at; of more this many are
+_MOST_DIRECTIONS = 512
+_NUM_DIRECTIONS = 32
+_RIDGE = 1e-3
+#: variances this near to one stay as they are
+_NEAR = 1.2
+
+
+class Preconditioner(NamedTuple):
+    """A = diag(scale) (I + U diag(factors - 1) U^T), so that A A^T is near the covariance of a density.
+
+    ``scale`` has the shape ``(D,)``, U, ``directions``, ``(D, k)`` with orthonormal columns, ``factors``
+    ``(k,)``.
+    """
+
+    scale: Tensor
+    directions: Tensor
+    factors: Tensor
+
+    @classmethod
+    def identity(cls, like: Tensor) -> "Preconditioner":
+        """That of vectors ``(..., D)``."""
+        dim = like.shape[-1]
+        return cls(like.new_ones(dim), like.new_zeros((dim, 0)), like.new_ones(0))
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """A times vectors, shape ``(C, D)``."""
+        return self.scale * self._stretched(vectors)
+
+    def transposed(self, vectors: Tensor) -> Tensor:
+        """The transpose of A times vectors, shape ``(C, D)``."""
+        return self._stretched(self.scale * vectors)
+
+    def _stretched(self, vectors: Tensor) -> Tensor:
+        if not len(self.factors):
+            return vectors
+        return vectors + (vectors @ self.directions * (self.factors - 1)) @ self.directions.T
+
+    @classmethod
+    def of(cls, draws: Tensor, gradients: Tensor) -> "Preconditioner":
+        """By draws ``(n, D)`` and the gradients of the log density there, both finite."""
+        draws, gradients = draws - draws.mean(0), gradients - gradients.mean(0)
+        tiny = torch.finfo(draws.dtype).tiny ** 0.5
+        scale = (draws.std(0).clamp_min(tiny) / gradients.std(0).clamp_min(tiny)).sqrt()
+        draws, gradients = draws / scale, gradients * scale
+        dim = draws.shape[-1]
+        if dim <= min(_MOST_DIRECTIONS, len(draws)):
+            basis = None
+        else:
+            count = min(_NUM_DIRECTIONS, len(draws) // 4)
+            if count < 1:
+                return cls(scale, draws.new_zeros((dim, 0)), draws.new_ones(0))
+            leading = [torch.svd_lowrank(each, count, niter=2)[2] for each in (draws, gradients)]
+            basis = torch.linalg.qr(torch.cat(leading, 1)).Q
+            draws, gradients = draws @ basis, gradients @ basis
+        variances, axes = _geometric_mean(_covariance(draws), _covariance(gradients))
+        is_far = variances.log().abs() > torch.log(variances.new_tensor(_NEAR))
+        directions = axes[:, is_far] if basis is None else basis @ axes[:, is_far]
+        return cls(scale, directions, variances[is_far].sqrt())
+
+
+def _covariance(values: Tensor) -> Tensor:
+    found = values.T @ values / len(values)
+    return found + _RIDGE * torch.eye(len(found), dtype=found.dtype, device=found.device)
+
+
+def _geometric_mean(covariance: Tensor, of_gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of the S with S G S = C: the mean of C and of the inverse of G."""
+    root, inverse_root = _roots(of_gradients)
+    inner, _ = _roots(root @ covariance @ root)
+    mean = inverse_root @ inner @ inverse_root
+    variances, axes = torch.linalg.eigh((mean + mean.T) / 2)
+    return variances.clamp(1e-6, 1e6), axes
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a positive matrix, and its inverse."""
+    values, axes = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values = values.clamp_min(torch.finfo(values.dtype).eps * values[-1])
+    return (axes * values.sqrt()) @ axes.T, (axes * values.rsqrt()) @ axes.T

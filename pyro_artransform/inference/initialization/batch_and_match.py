@@ -1,0 +1,192 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Gaussians fitted to a log density by its gradients at their draws.
+
+From far away by batch and match: a Gaussian whose score is that of the density at a batch of its draws,
+not far from the one before. It is exact for a Gaussian from as many draws as it has dimensions, and knows
+no step size. Near the end by natural gradients, which raise the ELBO; those know one, and lose their way
+from afar. Linear algebra is in double precision: units of latents differ by many orders.
+
+**References**
+
+1. Batch and match: black-box variational inference with a score-based divergence (Cai, Modi,
+   Pillaud-Vivien, Margossian, Gower, Blei, Saul, 2024), https://arxiv.org/abs/2402.14758
+2. The Variational Gaussian Approximation Revisited (Opper, Archambeau, 2009),
+   https://doi.org/10.1162/neco.2008.08-07-592
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gaussians import Density, Gaussians, antithetic_noise, value_and_gradient
+
+# the share of a natural-gradient step falls after so many of them: less noise
+_STEPS_OF_WHOLE = 5
+# a step changes a precision by this factor at most, in any direction
+_MOST_CHANGE = 4.0
+# the rate of batch and match rises by this factor where the ELBO does, by a nat for each coordinate
+_MORE = 10.0
+
+
+class Batch(NamedTuple):
+    """Draws of S Gaussians, ``(S, B, D)``, with their noise, gradients and ELBOs, ``(S,)``.
+
+    An ELBO is ``-inf`` where a draw has no density or gradient.
+    """
+
+    noise: Tensor
+    draws: Tensor
+    gradients: Tensor
+    is_finite: Tensor
+    elbo: Tensor
+
+
+@torch.no_grad()
+def match_scores(
+    log_density: Density, points: Tensor, scale: float, num_draws: int, num_steps: int
+) -> Gaussians:
+    """Gaussians from narrow ones at points ``(S, D)``, by steps of batch and match; all side by side."""
+    scale_tril = scale * torch.eye(points.shape[-1], dtype=torch.float64, device=points.device)
+    start = Gaussians(points.double(), scale_tril.expand(len(points), -1, -1))
+    found = _match(log_density, start, num_draws, num_steps, points.dtype)
+    return Gaussians(found.loc.to(points), found.scale_tril.to(points))
+
+
+def _match(
+    log_density: Density, now: Gaussians, num_draws: int, num_steps: int, dtype: torch.dtype
+) -> Gaussians:
+    """Gaussians after steps of batch and match, which move them by the root of their rate in sds.
+
+    It falls as in the first reference, but is larger while the ELBO rises by much, and smaller after a step
+    that lost it, which is not taken.
+    """
+    dim = now.loc.shape[-1]
+    batch = _draw(log_density, now, num_draws, dtype)
+    factor, first = torch.ones_like(batch.elbo), num_draws * (1 if now.is_independent else dim)
+    for step in range(num_steps):
+        moved = _matched(now, batch, factor * first / (step + 1))
+        drawn = _draw(log_density, moved, num_draws, dtype)
+        gain = drawn.elbo - batch.elbo
+        is_worse, is_far = gain < -dim, gain > dim  # neither, where both have no density
+        now = Gaussians(*(_where(is_worse, *pair) for pair in zip(now, moved)))
+        batch = Batch(*(_where(is_worse, *pair) for pair in zip(batch, drawn)))
+        more = torch.where(is_far, _MORE * factor, (_MORE * factor).clamp_max(1.0))
+        factor = torch.where(is_worse, factor / _MORE**2, more)
+    return now
+
+
+def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
+    return torch.where(chosen.reshape(-1, *(1,) * (this.dim() - 1)), this, other)
+
+
+def _matched(gaussians: Gaussians, batch: Batch, rate: Tensor) -> Gaussians:
+    """Gaussians after a step of batch and match at rates ``(S,)``; the same where that is not finite."""
+    (loc, scale), rate = gaussians, rate[:, None]
+    weights = batch.is_finite.to(loc)[..., None]
+    count = weights.sum(1).clamp_min(1)
+    draw, gradient = (
+        torch.where(weights > 0, each, 0.0) for each in (batch.draws, batch.gradients)
+    )
+    mean, slope = draw.sum(1) / count, gradient.sum(1) / count
+    share, root = rate / (1 + rate), weights * (rate / count).sqrt()[:, None]
+    # the factors of V, the covariance before with that of the draws, and of U, that of the gradients
+    parts = [(draw - mean[:, None]) * root, (share.sqrt() * (loc - mean))[:, None]]
+    of_draws = torch.cat(parts, 1)
+    parts = [(gradient - slope[:, None]) * root, (share.sqrt() * slope)[:, None]]
+    of_gradients = torch.cat(parts, 1)
+    is_good = batch.is_finite.any(-1)
+    # the S with S U S + S = V
+    if gaussians.is_independent:
+        wide, steep = scale.square() + of_draws.square().sum(1), of_gradients.square().sum(1)
+        variance = 2 * wide / (1 + (1 + 4 * steep * wide).sqrt())
+        found, step = variance.sqrt(), variance * slope
+    else:
+        # a difference of matrices whose sds differ by many orders would have no digits
+        lower = torch.linalg.qr(torch.cat([scale.mT, of_draws], 1)).R.mT
+        inner = of_gradients @ lower
+        is_good = is_good & inner.isfinite().all(-1).all(-1)
+        inner = _where(is_good, inner, torch.zeros_like(inner))
+        values, axes = torch.linalg.eigh(inner.mT @ inner)
+        factors = (0.5 + (values.clamp_min(0) + 0.25).sqrt()).rsqrt()
+        axes = lower @ axes * factors[:, None]
+        found, step = lower_factor(axes), (axes @ (axes.mT @ slope[..., None]))[..., 0]
+    moved = loc / (1 + rate) + share * (mean + step)
+    is_good = is_good & moved.isfinite().all(-1)
+    return Gaussians(_where(is_good, moved, loc), _where(is_good, found, scale))
+
+
+@torch.no_grad()
+def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: int) -> Gaussians:
+    """A Gaussian after natural-gradient steps of the ELBO from S = 1; the best one on the way."""
+    dtype = start.loc.dtype
+    now = Gaussians(start.loc.double(), start.scale_tril.double())
+    best, best_elbo = now, -math.inf
+    for step in range(num_steps + 1):
+        batch = _draw(log_density, now, num_draws, dtype)
+        if not bool(batch.is_finite.all()):
+            break
+        if batch.elbo > best_elbo:
+            best, best_elbo = now, batch.elbo.item()
+        # what is left of the gradient in units of the Gaussian: nothing, if it is the posterior
+        left = batch.gradients @ now.scale_tril + batch.noise
+        mean, share = left.mean(1), _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step)
+        change = batch.noise.mT @ (left - mean[:, None]) / num_draws
+        change = -0.5 * share * (change + change.mT)
+        values, axes = torch.linalg.eigh(change + torch.eye(len(change[0])).to(change))
+        values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
+        shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
+        loc = now.loc + (now.scale_tril @ shift)[..., 0]
+        root = now.scale_tril @ axes * values.mT.rsqrt()
+        now = Gaussians(loc, lower_factor(root))
+    return Gaussians(best.loc.to(dtype), best.scale_tril.to(dtype))
+
+
+@torch.no_grad()
+def fit_independent(
+    log_density: Density, points: Tensor, scale: float, num_draws: int, num_steps: int
+) -> Gaussians:
+    """Independent Gaussians from narrow ones at points ``(S, D)``: both kinds of steps by coordinate.
+
+    :param num_steps: the number of steps of batch and match; half as many that raise the ELBO follow.
+    """
+    narrow = Gaussians(points.double(), torch.full_like(points, scale).double())
+    loc, sd = _match(log_density, narrow, num_draws, num_steps, points.dtype)
+    for step in range(num_steps // 2):
+        noise = antithetic_noise(points, num_draws).to(loc)
+        draws = loc[:, None] + noise * sd[:, None]
+        _, gradient = value_and_gradient(log_density, draws.flatten(0, 1).to(points))
+        gradient = gradient.to(loc).reshape(draws.shape)
+        share = _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step)
+        precision = 1 - share * (1 + (noise * gradient).mean(1) * sd)
+        variance = sd.square() / precision.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
+        moved = loc + share * variance * gradient.mean(1)
+        is_good = (gradient.isfinite().all(1) & moved.isfinite()).all(-1)
+        loc, sd = _where(is_good, moved, loc), _where(is_good, variance.sqrt(), sd)
+    return Gaussians(loc.to(points), sd.to(points))
+
+
+def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: torch.dtype) -> Batch:
+    loc = gaussians.loc
+    noise = torch.randn((len(loc), num_draws, loc.shape[-1]), dtype=dtype, device=loc.device)
+    noise = noise.to(loc)
+    draws = loc[:, None] + gaussians.deviations(noise)
+    value, gradients = value_and_gradient(log_density, draws.flatten(0, 1).to(dtype))
+    value, gradients = (
+        value.to(loc).reshape(noise.shape[:2]),
+        gradients.to(loc).reshape(noise.shape),
+    )
+    is_finite = value.isfinite() & gradients.isfinite().all(-1)
+    entropy = gaussians.log_volume() + 0.5 * noise.square().sum(-1).mean(-1)
+    elbo = torch.where(is_finite.all(-1), value.mean(-1) + entropy, -torch.inf)
+    return Batch(noise, draws, gradients, is_finite, elbo)
+
+
+def lower_factor(root: Tensor) -> Tensor:
+    """The Cholesky factor of root @ root.mT, without squaring its condition number."""
+    lower = torch.linalg.qr(root.mT).R.mT
+    signs = lower.diagonal(dim1=-2, dim2=-1).sign()
+    return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]

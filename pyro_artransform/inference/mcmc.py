@@ -1,0 +1,306 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of a posterior by Hamiltonian chains in the base space of a guide."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_integer, check_positive
+from ..diagnostics.chains import GOOD_RHAT, GuideChains
+from ..joint import Latents, LogJoint
+from ..joint.handlers import hidden_sites
+from ..joint.protocols import PriorGuide, StructuredGuide
+from ..posterior.arviz import chains_to_inference_data
+from .config import FitConfig, OptimizationConfig
+from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate
+from .evaluation.verdict import FitStatus
+from .initialization.gaussians import Modes
+from .progress import noted_interrupts, progress_bar, seeded
+
+ENOUGH = "there are enough effective draws of each latent, and chains agree"
+INTERRUPTED = "it was interrupted"
+OUT_OF_TIME = "the time was over"
+TOO_MANY = "so many trajectories were taken that more would hardly help"
+CHAINS_COST_LESS = "chains from here cost less than more steps"
+# whether chains cost less is asked after so many steps, and then each time after twice as many more; a
+# step costs as much as so many gradients of all chains
+# (a structured guide's of many latents, level by level, as so many more of a Gaussian's)
+_FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS = 300, 3, 12
+# trajectories that chains are judged by
+_NUM_TRIED = 24
+#: draws of the guide that modes are searched for with, where chains give the draws
+NUM_FOR_MODES = 2000
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Chains:
+    """Draws of a posterior by chains, and whether they can be trusted.
+
+    Effective numbers of draws and R-hat are ArviZ's, rank-normalized and split, on the unconstrained
+    space and by site of the shape that the site has there.
+    """
+
+    #: draws of each site, ``(num_samples,) + site shape``, in random order; fewer where the chains have
+    #: not so many in all
+    draws: dict[str, Tensor] = field(repr=False)
+    by_chain: dict[str, Tensor]  #: all draws of each site, ``(num_chains, n) + site shape``
+    ess: dict[str, Tensor]  #: the effective number of draws of the bulk, by site
+    ess_tail: dict[str, Tensor]  #: the same of the quantiles of 5 and 95 %
+    rhat: dict[str, Tensor]  #: by site
+    min_ess: float  #: the smallest effective number of draws of the bulk
+    max_rhat: float  #: the largest R-hat
+    trusted: bool  #: whether R-hat is good, draws are enough, and no mode was found outside
+    verdict: str  #: the same in words
+    num_chains: int
+    num_gradients: int  #: gradients of the model's log density, of warm-up too
+    seconds: float  #: wall time
+    stopped_because: str  #: why the chains ended
+
+    def __repr__(self) -> str:
+        size = next(iter(self.by_chain.values())).shape[1]
+        return (
+            f"Chains: {self.verdict}\n"
+            f"  chains   {self.num_chains} of {size} draws, {self.num_gradients:,} gradients\n"
+            f"  time     {self.seconds:.1f} s: {self.stopped_because}"
+        )
+
+    def to_inference_data(
+        self, model: Callable[..., object], *args: object, **kwargs: object
+    ) -> Any:
+        """The draws by chain as an ArviZ data set, with predictions and likelihoods.
+
+        :param model: the model of the chains; ``args`` and ``kwargs`` are its arguments.
+        :return: as by :func:`~pyro_artransform.posterior.to_inference_data`.
+        :raises ImportError: if ArviZ is missing.
+        """
+        return chains_to_inference_data(model, self.by_chain, args, kwargs)
+
+
+def mcmc(
+    model: Callable[..., object],
+    guide: Callable[..., object],
+    num_samples: int,
+    *args: object,
+    num_chains: int | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    max_seconds: float | None = None,
+    **kwargs: object,
+) -> Chains:
+    """Draws of a posterior by many short Hamiltonian chains that begin at draws of a guide.
+
+    In the base space of a good guide the posterior is nearly a standard normal, so that chains move far
+    in a few steps, whatever k-hat is. They go on until the worst latent has ``num_samples`` effective
+    draws and R-hat is at most 1.02, or 2,000 trajectories were not enough, or the time is over, or Ctrl-C
+    ends them: the result says which. Chains do not jump between modes that are far apart; those are
+    searched for, and reported.
+
+    Any guide of continuous latents will do: one with a transform, as Pyro's Gaussian and flow guides
+    and those of this package have, by its transform, another one by the means and sds of its draws.
+
+    :param model: a Pyro model that sees all its data.
+    :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
+    :param num_samples: how many effective draws of each latent.
+    :param num_chains: how many chains, 4 at least; by default 64, fewer where many draws at once take
+        long, and 8 where the model runs for one draw after the other.
+    :param seed: makes the draws repeatable, and leaves the generators as they were.
+    :param progress: whether to show a progress bar, where ``tqdm`` is installed.
+    :param max_seconds: the wall time after which chains end with what there is.
+    :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
+        lacks a latent, was made for another model, is a point, has discrete sites, or has too few
+        draws of finite density.
+    :raises RuntimeError: in ``torch.inference_mode``.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_artransform.inference import mcmc
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        >>> chains = mcmc(model, AutoNormal(model), 100, seed=0, progress=False)
+        >>> chains.draws["z"].shape, chains.trusted
+        (torch.Size([100, 3]), True)
+
+    **References**
+
+    1. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
+       Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
+    2. Rank-Normalization, Folding, and Localization: An Improved R-hat for Assessing Convergence of
+       MCMC (Vehtari, Gelman, Simpson, Carpenter, Bürkner, 2021), https://arxiv.org/abs/1903.08008
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("mcmc: expected gradients, got torch.inference_mode: leave it")
+    check_integer("num_samples", num_samples)
+    if num_chains is not None:
+        check_integer("num_chains", num_chains, 4)
+    if seed is not None:
+        check_integer("seed", seed, 0)
+    deadline = Deadline(max_seconds)
+    with seeded(seed), noted_interrupts() as interrupted, progress_bar(progress) as bar:
+        deadline.interrupted = interrupted.is_set
+        with torch.no_grad(), hidden_sites():
+            guide(*args, **kwargs)  # so that it knows the latents of its model
+        log_joint, offered = LogJoint(model, args, kwargs), guide
+        given: object = offered
+        if isinstance(given, PriorGuide):
+            log_joint = log_joint.with_coordinates(given.prior_coordinates)
+        subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
+        bar.say("chains")
+        chains = GuideChains(*subject, num_chains)
+        chains.run(num_samples, deadline.is_over)
+        bar.say("verdict")
+        found = evaluate_with_chains(subject, None, FitStatus(), FitConfig(), chains)
+        return to_chains(chains, num_samples, log_joint.latents, found.outside, deadline)
+
+
+def evaluate_with_chains(
+    subject: ModelAndGuide,
+    modes: Modes | None,
+    status: FitStatus,
+    config: FitConfig,
+    chains: GuideChains,
+) -> Evaluation:
+    """Evaluates a guide by few draws, and what its chains lack, where these are the posterior's draws."""
+    flat = chains.draws.flatten(0, 1)
+    chosen = torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]
+    return evaluate(subject, modes, status, for_modes(config), by_chains=flat[chosen])
+
+
+class Deadline:
+    """When to end: after some seconds of wall time, or once interrupted."""
+
+    def __init__(self, max_seconds: float | None) -> None:
+        self.began = time.perf_counter()
+        self._most = None if max_seconds is None else check_positive("max_seconds", max_seconds)
+        self.interrupted: Callable[[], bool] = lambda: False
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def is_over(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def reason(self) -> str:
+        """Why it is over, or an empty string."""
+        if self.interrupted():
+            return INTERRUPTED
+        return OUT_OF_TIME if self._most is not None and self.seconds >= self._most else ""
+
+
+class Sampling:
+    """Draws that a fit was asked for: when its steps end, and what comes then.
+
+    :param num_draws: how many effective draws of each latent.
+    :param ends_steps: whether steps end once chains cost less.
+    """
+
+    def __init__(
+        self, subject: ModelAndGuide, num_draws: int, deadline: Deadline, ends_steps: bool
+    ) -> None:
+        self._subject, self._num_draws, self._deadline = subject, num_draws, deadline
+        self._ends_steps = ends_steps
+        self._next, self._block, self._num_steps = 0, _FIRST_BLOCK, -1
+        self.chains: GuideChains | None = None  #: those of the guide as it was last
+
+    def is_due(self, num_steps: int) -> bool:
+        """Whether, after a number of steps, it is to be asked what chains cost."""
+        if not self._ends_steps or num_steps < self._next:
+            return False
+        self._num_steps, self._next = num_steps, num_steps + self._block
+        return True
+
+    def cost_less(self) -> bool:
+        """Whether chains from the guide as it is would take fewer gradients than the next block of steps."""
+        self.chains = chains = GuideChains(*self._subject)
+        chains.warm_up(self._deadline.is_over)
+        chains.extend(_NUM_TRIED, self._deadline.is_over)
+        if self._deadline.is_over():
+            return False
+        left = chains.leapfrogs * chains.trajectories_left(self._num_draws, chains.convergence())
+        guide: object = self._subject.guide
+        many = self._subject.log_joint.latents.latent_dim >= OptimizationConfig.many_latents
+        is_cheap = chains.is_affine and many and isinstance(guide, StructuredGuide)
+        price = (_PRICE_BY_LEVELS if is_cheap else _PRICE_OF_STEP) * self._block
+        self._block *= 2
+        return left <= price
+
+    def judge(
+        self, modes: Modes | None, status: FitStatus, config: FitConfig, num_steps: int
+    ) -> tuple[Evaluation, Chains]:
+        """The guide's evaluation, and the draws of chains: of those tried, if no step came after."""
+        if self.chains is None or num_steps != self._num_steps:
+            self.chains = GuideChains(*self._subject)
+        self.chains.run(self._num_draws, self._deadline.is_over)
+        found = evaluate_with_chains(self._subject, modes, status, config, self.chains)
+        latents = self._subject.log_joint.latents
+        given = self._num_draws, latents, found.outside, self._deadline
+        return found, to_chains(self.chains, *given)
+
+
+def for_modes(config: FitConfig) -> FitConfig:
+    """The settings of a verdict that rests on chains, so that the guide is looked at with fewer draws."""
+    settings = config.evaluation
+    few = min(settings.num_samples, NUM_FOR_MODES)
+    fewer = replace(settings, num_samples=few, num_more_samples=0, max_more_searches=1)
+    return replace(config, evaluation=fewer)
+
+
+def to_chains(
+    chains: GuideChains,
+    num_samples: int,
+    latents: Latents,
+    outside: Sequence[str],
+    deadline: Deadline,
+) -> Chains:
+    """Draws, their convergence, and whether they can be trusted, in words.
+
+    :param outside: what they lack although chains agree, in words.
+    """
+    found = chains.convergence()
+    min_ess, max_rhat = float(found.bulk.min()), float(found.rhat.max())
+    draws = chains.draws
+    count, size, dim = draws.shape
+    flat = draws.reshape(-1, dim)
+    values = latents.constrain(flat)
+    chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
+    objections, worst = [], latents.name_of(int(found.rhat.argmax()))
+    if not max_rhat <= GOOD_RHAT:
+        objections.append(
+            f"chains do not agree: R-hat is {max_rhat:.2f} for {worst}, above {GOOD_RHAT}. Train the "
+            "guide for longer, or write the model without what keeps chains apart (symmetric labels, "
+            "priors that bound nothing, funnels)"
+        )
+    if not min_ess >= num_samples:
+        worst = latents.name_of(int(found.bulk.argmin()))
+        objections.append(f"{worst} has {min_ess:.0f} effective draws, not {num_samples}")
+    objections += outside
+    words = f"Draws not trusted: {'; '.join(objections)}."
+    if not objections:
+        words = (
+            f"Draws trusted: {min_ess:,.0f} effective draws of the worst latent, R-hat at most "
+            f"{max_rhat:.3f}, by {count} chains of {size} draws."
+        )
+    return Chains(
+        draws={name: value[chosen] for name, value in values.items()},
+        by_chain={k: v.reshape(count, size, *v.shape[1:]) for k, v in values.items()},
+        ess=latents.split(found.bulk),
+        ess_tail=latents.split(found.tail),
+        rhat=latents.split(found.rhat),
+        min_ess=min_ess,
+        max_rhat=max_rhat,
+        trusted=not objections,
+        verdict=words,
+        num_chains=count,
+        num_gradients=chains.target.num_gradients,
+        seconds=deadline.seconds,
+        stopped_because=ENOUGH if found.is_enough(num_samples) else deadline.reason or TOO_MANY,
+    )

@@ -1,0 +1,96 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Effective numbers of draws and R-hat, beside ArviZ."""
+
+import arviz
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_artransform.diagnostics.convergence import bulk_ess, mean_ess, rhat, tail_ess
+
+# numbers are computed alike, but for the order of sums
+EXACT = 1e-9
+
+
+def autoregressive(num_chains, count, memory):
+    """Chains ``(num_chains, count, 3)`` that begin at their stationary law; the third one has ties."""
+    draws = torch.randn(num_chains, count, 3)
+    for i in range(1, count):
+        noise = (1 - memory**2) ** 0.5 * draws[:, i]
+        draws[:, i] = memory * draws[:, i - 1] + noise
+    draws[..., 2] = (2 * draws[..., 2]).round()
+    return draws
+
+
+def by_arviz(function, draws, **options):
+    values = [function(part.numpy(), **options) for part in draws.unbind(-1)]
+    return torch.tensor(np.array(values, dtype=float))
+
+
+def ess_by_arviz(draws, method):
+    return by_arviz(arviz.ess, draws, method=method)
+
+
+def rhat_by_arviz(draws):
+    ranked = by_arviz(arviz.rhat, draws, method="rank")
+    return torch.maximum(ranked, by_arviz(arviz.rhat, draws, method="split"))
+
+
+SHAPES = [(4, 8), (4, 9), (4, 24), (5, 25), (16, 60), (64, 101)]
+
+
+@pytest.mark.parametrize("memory", [-0.9, 0.0, 0.5, 0.99])
+@pytest.mark.parametrize(("num_chains", "count"), SHAPES)
+def test_numbers_are_those_of_arviz(num_chains, count, memory):
+    """Of antithetic chains, independent draws, and chains that hardly move; of values with a variance."""
+    draws = autoregressive(num_chains, count, memory)
+    mean = ess_by_arviz(draws, "mean")
+    assert torch.allclose(mean_ess(draws), mean, rtol=EXACT)
+    assert torch.allclose(bulk_ess(draws), mean.minimum(ess_by_arviz(draws, "bulk")), rtol=EXACT)
+    assert torch.allclose(tail_ess(draws), ess_by_arviz(draws, "tail"), rtol=EXACT)
+    assert torch.allclose(rhat(draws), rhat_by_arviz(draws), rtol=EXACT)
+
+
+def test_without_a_variance_ranks_alone_count():
+    """The mean of Cauchy draws says nothing of chains."""
+    draws = torch.distributions.Cauchy(0.0, 1.0).sample((16, 100, 3))
+    assert torch.allclose(bulk_ess(draws), ess_by_arviz(draws, "bulk"), rtol=EXACT)
+    assert torch.allclose(rhat(draws), by_arviz(arviz.rhat, draws, method="rank"), rtol=EXACT)
+
+
+def test_chains_that_stay_apart():
+    """By their means and by their scales: the latter is what folded draws are for."""
+    draws = torch.randn(8, 100, 2)
+    draws[:4, :, 0] += 2
+    draws[:4, :, 1] *= 4
+    assert (rhat(draws) > 1.2).all()
+    assert bulk_ess(draws)[0] < 20
+    # both halves of a chain count
+    drifting = torch.randn(8, 100, 1) + torch.linspace(0, 3, 100)[:, None]
+    assert rhat(drifting) > 1.2
+
+
+def test_what_is_constant_or_not_finite():
+    draws = torch.randn(4, 50, 3)
+    draws[..., 1] = 2.0
+    draws[1, 7, 2] = torch.nan
+    assert rhat(draws)[1] == 1
+    assert bulk_ess(draws)[1] == 200
+    assert rhat(draws)[2] == torch.inf
+    for found in (bulk_ess(draws), tail_ess(draws)):
+        assert found[2] == 0
+    # constant by chain, at places that differ
+    assert rhat(torch.arange(4.0)[:, None, None].expand(4, 50, 1)) == torch.inf
+
+
+def test_single_precision_is_as_good():
+    draws = autoregressive(16, 60, 0.5)
+    rounded = draws.float()
+    for function in (mean_ess, bulk_ess, tail_ess, rhat):
+        found: Tensor = function(rounded)
+        assert found.dtype == torch.float64
+        # ranks of draws that are next to each other may change
+        assert torch.allclose(found, function(draws), rtol=1e-3)

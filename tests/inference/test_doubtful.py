@@ -1,0 +1,66 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws that must not be believed are not: R-hat, a search for modes or a sentence says so.
+
+A guide that is a point is an error, see ``test_mcmc``.
+"""
+
+import pytest
+import torch
+
+from pyro_artransform import AutoIAF, fit
+from pyro_artransform.inference import FitError, mcmc
+from tests.inference import doubtful
+from tests.inference.doubtful import DOUBTFUL
+
+SLOW = {name for name, target in DOUBTFUL.items() if target.is_slow}
+
+
+def cases(names, slow):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", cases(DOUBTFUL, SLOW))
+def test_draws_of_chains(name):
+    model, make_guide, words, _ = DOUBTFUL[name]
+    chains = mcmc(model, make_guide(), 400, seed=0, progress=False, max_seconds=20)
+    assert not chains.trusted, chains
+    # of two modes some chains may jump, and then they do not agree
+    assert any(each in chains.verdict for each in words)
+
+
+@pytest.mark.parametrize(
+    "name", cases(sorted(DOUBTFUL.keys() - {"funnel", "Cauchy", "wall"}), SLOW | {"two modes of 5"})
+)
+def test_draws_of_a_fit(name):
+    """Of the guide that is chosen, trained as far as it pays."""
+    result = fit(DOUBTFUL[name].model, draws=400, seed=0, progress=False, max_seconds=20)
+    assert not result.trusted, result
+    assert not result.chains.trusted, result
+    assert result.verdict.startswith("Draws not trusted: ")
+
+
+@pytest.mark.slow
+def test_a_fit_to_a_density_with_a_wall_is_an_error():
+    with pytest.raises(FitError, match="because of wall"):
+        fit(doubtful.wall, draws=400, seed=0, progress=False)
+
+
+@pytest.mark.xfail(
+    reason="no climb in coordinates of the model ends in the narrow one of two scales"
+)
+def test_two_scales_in_coordinates_of_the_model():
+    """Half of the mass is at a scale of 0.01, which chains from a Gaussian at 1 do not find."""
+    guide = doubtful.at(doubtful.two_scales, 0.3, log_scale=0.0)()
+    assert not mcmc(doubtful.two_scales, guide, 400, seed=0, progress=False).trusted
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="chains do not enter the mouth, nor say so, with a good R-hat")
+def test_a_funnel_in_coordinates_of_the_model_after_a_fit():
+    """The upper quantile of 99 % of v is 6.98, that of the draws 5.44, with R-hat 1.012."""
+    guide = AutoIAF(doubtful.funnel, coordinates="model")
+    found = fit(doubtful.funnel, guide, draws=400, seed=0, progress=False, max_seconds=60).chains
+    v = found.by_chain["v"].flatten()
+    assert not found.trusted or abs(torch.quantile(v, 0.99) - 6.98) < 0.5

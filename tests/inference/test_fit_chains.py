@@ -1,0 +1,185 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fits that end in draws by chains."""
+
+import signal
+
+import pyro
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+
+from pyro_artransform import AutoIAF, fit
+from tests.inference import loaders, models
+from tests.inference.models import small
+from tests.inference.test_mcmc import flat, flat_ess, regression_moments, schools, schools_moments
+
+
+def fitted(model, *args, **options):
+    return fit(model, *args, **{"seed": 0, "progress": False, "draws": 400, **options})
+
+
+def are_right(chains):
+    """Draws of :func:`models.regression`, within five standard errors."""
+    mean, sd = regression_moments()
+    draws = torch.stack(
+        [chains.by_chain["loc"].flatten(), chains.by_chain["scale"].log().flatten()]
+    )
+    ess = torch.stack([chains.ess["loc"], chains.ess["scale"]])
+    assert ((draws.mean(1) - mean).abs() < 5 * sd / ess.sqrt()).all()
+    assert ((draws.std(1) / sd - 1).abs() < 5 / ess.sqrt()).all()
+
+
+def test_draws_of_a_start_take_no_step():
+    result = fitted(models.regression)
+    assert result.num_steps == 0
+    assert result.stopped_because == "chains from here cost less than more steps"
+    assert result.chains.trusted, result
+    are_right(result.chains)
+    assert {name: value.shape for name, value in result.draws.items()} == {
+        "loc": (400,),
+        "scale": (400,),
+    }
+    assert result.draws is result.chains.draws
+    assert result.chains.min_ess >= 400
+    # the guide is a Gaussian, which is not trusted, and the draws are
+    assert result.verdict.startswith("Draws trusted: ")
+    assert " Of the guide itself: " in result.verdict
+    assert result.chains.verdict in repr(result)
+
+
+def test_eight_schools():
+    result = fitted(schools, draws=1000)
+    chains = result.chains
+    assert chains.trusted, result
+    mean, sd = schools_moments()
+    draws, ess = flat(chains), flat_ess(chains)
+    assert ((draws.mean(0) - mean).abs() < 5 * sd / ess.sqrt()).all()
+    assert ((draws.std(0) / sd - 1).abs() < 5 * 1.2 / ess.sqrt()).all()
+
+
+def test_a_posterior_that_a_guide_has():
+    result = fitted(models.location)
+    assert (result.num_steps, result.trusted) == (0, True)
+    assert "nothing is left to win" in result.stopped_because
+    assert result.chains.trusted
+    assert "Of the guide itself: Trusted" in result.verdict
+
+
+def test_without_draws_there_are_no_chains():
+    result = fitted(models.location, draws=None)
+    assert result.draws is None
+    assert result.chains is None
+    assert result.verdict.startswith("Trusted")
+
+
+def test_steps_that_are_asked_for_are_taken():
+    result = fitted(models.regression, small(models.regression), num_steps=7)
+    assert result.num_steps == 7
+    assert "7 steps" in result.stopped_because
+    assert result.chains.trusted
+    are_right(result.chains)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, lambda model: models.hand_written])
+def test_any_guide(make):
+    """Which is trained by Pyro's ELBO until chains cost less, from where it is."""
+    result = fitted(models.regression, make(models.regression))
+    assert result.chains.trusted, result
+    are_right(result.chains)
+
+
+def test_a_model_that_is_run_by_loop():
+    with pytest.warns(UserWarning, match="one draw after the other"):
+        result = fitted(models.branching, draws=50)
+    assert result.chains.num_chains == 8
+    assert result.chains.trusted, result
+
+
+def test_a_seed_makes_draws_repeatable():
+    one, same = (fitted(models.regression, draws=50, seed=5) for _ in range(2))
+    assert torch.equal(one.draws["loc"], same.draws["loc"])
+
+
+def test_max_seconds_ends_steps_and_chains():
+    result = fitted(models.regression, small(models.regression), draws=10**6, max_seconds=1.0)
+    assert not result.chains.trusted
+    assert result.chains.stopped_because == "the time was over"
+    assert "effective draws, not 1000000" in result.verdict
+    # the search for modes and the verdict come after
+    assert result.seconds < 20
+
+
+def test_interrupt_keeps_what_there_is():
+    told = []
+
+    def interrupt(step, elbo):
+        told.append(step)
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    guide = small(models.regression)
+    result = fitted(models.regression, guide, num_steps=50, callback=interrupt)
+    assert told == [1, 2, 3]
+    assert result.num_steps == 3
+    assert "interrupted" in result.stopped_because
+    assert "interrupted" in result.chains.stopped_because
+    assert not result.chains.trusted
+    assert result.draws["loc"].isfinite().all()
+
+
+def test_a_callback_that_ends_the_steps_leaves_the_chains():
+    guide = small(models.regression)
+    result = fitted(models.regression, guide, num_steps=50, callback=lambda step, elbo: step == 3)
+    assert result.num_steps == 3
+    assert result.chains.trusted
+
+
+def taking_draws(draws=3):
+    models.location()
+
+
+def test_what_is_refused():
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="draws: expected a positive integer"):
+            fitted(models.location, draws=count)
+    with pytest.raises(ValueError, match=r"draws: expected a positive integer, got 1\.5"):
+        fitted(models.location, draws=1.5)
+    with pytest.raises(ValueError, match="max_seconds: expected a positive"):
+        fitted(models.location, max_seconds=-1.0)
+    with pytest.raises(ValueError, match="a model of all data"):
+        fitted(models.subsampled)
+    with pytest.raises(ValueError, match="a parameter 'draws', which is an option of fit"):
+        fitted(taking_draws)
+    x, y = loaders.rows(20)
+    loader = list(zip(x.split(10), y.split(10)))
+    with pytest.raises(ValueError, match="draws: expected a model of all data"):
+        fitted(loaders.regression, AutoIAF(loaders.regression), loader=loader, epochs=1)
+    with pytest.raises(ValueError, match="one value of a latent in all"):
+        fitted(models.location, AutoDelta(models.location), num_steps=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["regression", "schools"])
+def test_errors_are_those_of_so_many_effective_draws(name):
+    """Over 12 seeds: the root mean square of errors in their standard errors is about one."""
+    model = {"regression": models.regression, "schools": schools}[name]
+    errors = []
+    for seed in range(12):
+        pyro.clear_param_store()
+        chains = fitted(model, seed=seed).chains
+        assert chains.trusted, chains
+        if name == "schools":
+            mean, sd = schools_moments()
+            draws, ess = flat(chains), flat_ess(chains)
+        else:
+            mean, sd = regression_moments()
+            loc, scale = chains.by_chain["loc"], chains.by_chain["scale"]
+            draws = torch.stack([loc.flatten(), scale.log().flatten()], 1)
+            ess = torch.stack([chains.ess["loc"], chains.ess["scale"]])
+        errors.append((draws.mean(0) - mean) / sd * ess.sqrt())
+    found = torch.stack(errors).square().mean(0).sqrt()
+    # of 12 values of each latent, known to a fifth
+    assert found.max() < 1.8
+    assert 0.7 < found.square().mean().sqrt() < 1.4
