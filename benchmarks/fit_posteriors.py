@@ -21,7 +21,7 @@ CANCER_EVIDENCE = -71.470
 #: the chain: its persistence, the sds of its steps and of the noise of its data
 PERSISTENCE, STEP, NOISE, LENGTH = 0.95, 0.3, 0.5, 200
 
-Model = Callable[[], None]
+Model = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Posterior:
 def schools(lib: Library, centred: bool) -> Model:
     effects, errors = lib.array(EFFECTS), lib.array(ERRORS)
 
-    def model() -> None:
+    def model() -> Any:
         mu = lib.sample("mu", lib.dist.Normal(0.0, 5.0))
         tau = lib.sample("tau", lib.dist.HalfCauchy(5.0))
         with lib.plate("schools", len(EFFECTS)):
@@ -56,6 +56,7 @@ def schools(lib: Library, centred: bool) -> Model:
             else:
                 theta = mu + tau * lib.sample("z", lib.dist.Normal(0.0, 1.0))
             lib.sample("y", lib.dist.Normal(theta, errors), obs=effects)
+        return theta
 
     return model
 
