@@ -296,7 +296,10 @@ def _affine(transform: ToLatent, like: Tensor) -> "_AffineMap | None":
     if dim > _MOST_DENSE:
         return None
     probes = torch.randn_like(like[:1].expand(_NUM_PROBES, -1))
-    origin, unit = torch.zeros_like(probes[:1]), torch.eye(dim).to(like)
+    origin, unit = (
+        torch.zeros_like(probes[:1]),
+        torch.eye(dim, dtype=like.dtype, device=like.device),
+    )
     with torch.no_grad():
         found, ladjs = transform(torch.cat([origin, probes]))
         loc, ladj = found[0], ladjs[0]

@@ -95,7 +95,7 @@ far = two_modes(5, 8.0, 0.5)
 
 DOUBTFUL = {
     "two modes of 1": Doubtful(near, at(near, 0.5, z=torch.zeros(1)), (MODES, AGREE)),
-    "two modes of 5": Doubtful(far, at(far, 0.5, z=torch.zeros(5)), (MODES, AGREE)),
+    "two modes of 5": Doubtful(far, at(far, z=torch.zeros(5)), (MODES, AGREE)),
     "labels": Doubtful(labels, at(labels, 0.2, locs=torch.tensor([-4.0, 4.0])), (MODES, AGREE)),
     "funnel": Doubtful(
         funnel, partial(AutoIAF, funnel, coordinates="model", hidden_dims=8), (AGREE,), is_slow=True

@@ -136,7 +136,7 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
         mean, share = left.mean(1), _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step)
         change = batch.noise.mT @ (left - mean[:, None]) / num_draws
         change = -0.5 * share * (change + change.mT)
-        values, axes = torch.linalg.eigh(change + torch.eye(len(change[0])).to(change))
+        values, axes = torch.linalg.eigh(change + torch.diag_embed(torch.ones_like(now.loc)))
         values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
         shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
         loc = now.loc + (now.scale_tril @ shift)[..., 0]
