@@ -34,7 +34,10 @@ class Enumeration(EnumMessenger):
     def _pyro_post_sample(self, message: Any) -> None:
         value = message["value"]
         if isinstance(value, Tensor):  # only its shape is read
-            message = {**message, "value": torch.empty(value.shape, device="meta")}
+            message = {
+                **message,
+                "value": torch.empty(value.shape, dtype=value.dtype, device="meta"),
+            }
         super()._pyro_post_sample(message)
 
 
