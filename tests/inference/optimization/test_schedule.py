@@ -58,6 +58,14 @@ def test_a_given_number_of_steps():
     assert schedule(1).is_over(1)
 
 
+def test_a_fit_that_has_nothing_to_do_and_one_that_ends_now():
+    none = schedule().without_steps("why")
+    assert (none.is_over(0), none.reason, none.expected_end(0)) == (True, "why", 0)
+    ended = schedule(500, tail_steps=50).ending_at(120, "now")
+    assert [ended.is_over(step) for step in (119, 120)] == [False, True]
+    assert (ended.reason, ended.is_for_tails(119)) == ("now", False)
+
+
 def test_steps_for_the_tails():
     plan, plain = schedule(100, tail_steps=100), schedule(100)
     assert [step for step in range(100) if plan.is_for_tails(step)] == [
