@@ -21,8 +21,8 @@ from ..joint.density import CACHED_WITH_GRADIENT
 from ..joint.protocols import PriorGuide, TransformedGuide
 from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from .convergence import bulk_ess, plain_rhat, rhat, tail_ess
-from .hamiltonian import HamiltonianChains, PulledBack, ToLatent
+from .convergence import plain_rhat, rhat_and_ess
+from .hamiltonian import HamiltonianChains, PulledBack, State, ToLatent
 from .importance_weights import check_same_latents, log_weights
 from .preconditioning import Preconditioner
 
@@ -86,18 +86,20 @@ class GuideChains:
                 "density is random otherwise"
             )
         count = num_chains or _num_chains(log_joint)
-        to_latent, start = _base_space(model, guide, args, kwargs, log_joint, count)
-        self._log_joint, self.target = log_joint, PulledBack(log_joint, to_latent)
-        state = self.target(start)
-        if not bool(state.is_finite.all()):
-            start = start[state.is_finite]
-            if len(start) < 2:
+        base = _base_space(model, guide, args, kwargs, log_joint, count)
+        #: whether the guide is a Gaussian, so that a gradient costs as much as the model's
+        self.is_affine = base.is_affine
+        self._log_joint, self.target = log_joint, PulledBack(log_joint, base.to_latent)
+        self._chains = chains = HamiltonianChains(self.target, base.start)
+        usable = chains.state.is_finite.nonzero()[:, 0]
+        if len(usable) < count:
+            if len(usable) < 2:
                 raise ValueError(
                     f"guide: expected at least {count} draws of finite density and gradient, got "
-                    f"{len(start)}: train it first, or check supports"
+                    f"{len(usable)}: train it first, or check supports"
                 )
-            start = start[torch.arange(count, device=start.device) % len(start)]
-        self._chains = HamiltonianChains(self.target, start)
+            chosen = usable[torch.arange(count, device=usable.device) % len(usable)]
+            chains.state = State(*(part[chosen] for part in chains.state))
         # independent proposals, each for the price of one gradient, where the guide is good enough
         self._by_guide = self._chains.acceptance_of_guide() > _GOOD_ACCEPTANCE
         self._blocks: list[Tensor] = []
@@ -160,7 +162,7 @@ class GuideChains:
                 none = draws.new_zeros(draws.shape[-1])
                 self._known = Convergence(torch.full_like(none, torch.inf), none, none)
             else:
-                self._known = Convergence(rhat(draws), bulk_ess(draws), tail_ess(draws))
+                self._known = Convergence(*rhat_and_ess(draws))
         return self._known
 
     def _is_enough(self, num_samples: int) -> bool:
@@ -203,17 +205,12 @@ class GuideChains:
                 total, self._by_guide, before = total + size, False, self._blocks
                 self._blocks, size, patience = [], 0, 2 * patience
 
-    def trajectories_left(self, num_samples: int, found: Convergence) -> float:
+    def trajectories_left(self, num_samples: int) -> float:
         """How many more are needed, about, as far as the draws so far tell."""
-        size = self.draws.shape[1]
+        size, found = self.draws.shape[1], self.convergence()
         by_ess = size * num_samples / max(float(found.bulk.min()), 1e-3)
         excess = float(found.rhat.max()) ** 2 - 1
         return max(by_ess, size * excess / (GOOD_RHAT**2 - 1)) - size
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether the guide is a Gaussian, so that a gradient costs as much as the model's."""
-        return isinstance(getattr(self.target.to_latent, "__self__", None), _AffineMap)
 
     @property
     def leapfrogs(self) -> int:
@@ -232,6 +229,12 @@ def _num_chains(log_joint: LogJoint) -> int:
     return min(max(fast, FEWEST_CHAINS), MOST_CHAINS)
 
 
+class _BaseSpace(NamedTuple):
+    to_latent: ToLatent
+    start: Tensor
+    is_affine: bool
+
+
 def _base_space(
     model: Callable[..., object],
     guide: Callable[..., object],
@@ -239,7 +242,7 @@ def _base_space(
     kwargs: Mapping[str, object],
     log_joint: LogJoint,
     count: int,
-) -> tuple[ToLatent, Tensor]:
+) -> "_BaseSpace":
     """The transform of a standard normal that a guide is, and points ``(count, D)`` of the base space.
 
     A guide that offers none is taken by its means and sds.
@@ -252,7 +255,7 @@ def _base_space(
         check_same_latents(log_joint, partial(guide, *args, **kwargs))
         start = torch.randn_like(draws[:1].expand(count, -1))
         affine = _affine(transform, start)
-        return (transform, start) if affine is None else (affine.__call__, start)
+        return _BaseSpace(transform if affine is None else affine, start, affine is not None)
     draws, _ = log_weights(drawn[0], drawn[1], max(_NUM_DRAWS, count), *drawn[2:])
     draws = draws[draws.isfinite().all(-1)]
     if len(draws) < count:
@@ -263,7 +266,8 @@ def _base_space(
     loc, scale = draws.mean(0), draws.std(0)
     if bool((draws == draws[:1]).all(0).any()):  # whose sd is no zero, but round-off
         raise ValueError("guide: expected draws that differ, got one value of a latent in all")
-    return Standardize(loc, scale).call_and_ladj, (draws[:count] - loc) / scale
+    to_latent = Standardize(loc, scale).call_and_ladj
+    return _BaseSpace(to_latent, (draws[:count] - loc) / scale, False)
 
 
 def _transform_of(
@@ -287,7 +291,7 @@ def _transform_of(
     return partial(call_and_ladj_over_vectors, transform)
 
 
-def _affine(transform: ToLatent, like: Tensor) -> "_AffineMap | None":
+def _affine(transform: ToLatent, like: Tensor) -> ToLatent | None:
     """An affine transform as a matrix, many times faster than the layers of a flow; else ``None``.
 
     Chains are right in any coordinates, so that it may be affine to round-off only.
@@ -296,14 +300,11 @@ def _affine(transform: ToLatent, like: Tensor) -> "_AffineMap | None":
     if dim > _MOST_DENSE:
         return None
     probes = torch.randn_like(like[:1].expand(_NUM_PROBES, -1))
-    origin, unit = (
-        torch.zeros_like(probes[:1]),
-        torch.eye(dim, dtype=like.dtype, device=like.device),
-    )
+    origin, unit = torch.zeros_like(probes[:1]), torch.diag_embed(torch.ones_like(like[0]))
     with torch.no_grad():
         found, ladjs = transform(torch.cat([origin, probes]))
         loc, ladj = found[0], ladjs[0]
-        # a linear map of the probes, before it is known to be one, costs a row for each dimension
+        # most others are found out by a few rows; the matrix takes one for each dimension
         if not torch.allclose(ladjs, ladj.expand_as(ladjs), rtol=1e-4, atol=1e-4):
             return None
         matrix = torch.cat([transform(part)[0] for part in unit.split(256)]) - loc
@@ -311,15 +312,4 @@ def _affine(transform: ToLatent, like: Tensor) -> "_AffineMap | None":
     scale = matrix.square().sum(0).sqrt()
     if not bool((error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale).all()):
         return None
-    return _AffineMap(loc, matrix, ladj)
-
-
-class _AffineMap(NamedTuple):
-    """A base point times a matrix, and a constant log-determinant."""
-
-    loc: Tensor
-    matrix: Tensor
-    ladj: Tensor
-
-    def __call__(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loc + base @ self.matrix, self.ladj.expand(len(base))
+    return lambda base: (loc + base @ matrix, ladj.expand(len(base)))

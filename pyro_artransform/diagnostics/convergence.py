@@ -26,16 +26,30 @@ def rhat(draws: Tensor) -> Tensor:
     where a value is not finite.
     """
     halves = _split(draws)
+    return _largest_rhat(halves, _normal_scores(halves))
+
+
+def _largest_rhat(halves: Tensor, scores: Tensor) -> Tensor:
     folded = (halves - _median(_flat(halves))).abs()
-    found = torch.maximum(_rhat(_normal_scores(halves)), _rhat(_normal_scores(folded)))
-    found = torch.maximum(found, plain_rhat(draws))
+    found = torch.maximum(_rhat(scores), _rhat(_normal_scores(folded)))
+    found = torch.maximum(found, _plain_rhat(halves))
     return _where_finite(halves, found, torch.inf)
 
 
 def plain_rhat(draws: Tensor) -> Tensor:
     """The split R-hat without ranks, shape ``(D,)``; 1 of a coordinate without a variance."""
-    halves = _split(draws)
+    return _plain_rhat(_split(draws))
+
+
+def _plain_rhat(halves: Tensor) -> Tensor:
     return torch.where(_has_variance(halves), _rhat(halves), 1.0)
+
+
+def rhat_and_ess(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rhat`, :func:`bulk_ess` and :func:`tail_ess`, with one ranking for the first two."""
+    halves = _split(draws)
+    scores = _normal_scores(halves)
+    return _largest_rhat(halves, scores), _smallest_ess(halves, scores), tail_ess(draws)
 
 
 def bulk_ess(draws: Tensor) -> Tensor:
@@ -44,7 +58,11 @@ def bulk_ess(draws: Tensor) -> Tensor:
     The smaller one with ranks and without, which is that for the mean.
     """
     halves = _split(draws)
-    found = _ess(_normal_scores(halves))
+    return _smallest_ess(halves, _normal_scores(halves))
+
+
+def _smallest_ess(halves: Tensor, scores: Tensor) -> Tensor:
+    found = _ess(scores)
     found = torch.where(_has_variance(halves), torch.minimum(found, _ess(halves)), found)
     return _where_finite(halves, found, 0.0)
 

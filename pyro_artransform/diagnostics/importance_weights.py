@@ -6,7 +6,7 @@
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
@@ -14,6 +14,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
+from ..joint.handlers import hidden_sites
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import GuideSampler, stack
@@ -84,6 +85,21 @@ def weighted_draws(
         draw = _drawer(run_model, run_guide, log_joint)
     for start in range(0, num_samples, _CHUNK):
         yield draw(min(_CHUNK, num_samples - start))
+
+
+def log_joint_of(
+    model: Model, guide: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> LogJoint:
+    """The log joint density in the coordinates of a guide's draws, after a run of the guide.
+
+    By that the guide learns the latents of its model, and enters its parameters into Pyro's store.
+    """
+    with torch.no_grad(), hidden_sites():
+        guide(*args, **kwargs)
+    log_joint, offered = LogJoint(model, args, kwargs), cast(object, guide)
+    if isinstance(offered, PriorGuide):
+        log_joint = log_joint.with_coordinates(offered.prior_coordinates)
+    return log_joint
 
 
 def has_point(values: Values) -> bool:

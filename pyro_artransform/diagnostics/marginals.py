@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ..arguments import check_integer
 from ..joint import Latents, LogJoint
-from ..joint.handlers import hidden_sites
-from ..joint.protocols import PriorGuide
 from .chains import GOOD_RHAT, GuideChains
 from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
-from .importance_weights import Values, log_weights
+from .importance_weights import Values, log_joint_of, log_weights
 from .marginal_errors import (
     MarginalErrors,
     critical_value,
@@ -121,12 +119,7 @@ def marginals(
     check_integer("num_samples", num_samples)
     if num_chains is not None:
         check_integer("num_chains", num_chains, 4)
-    with torch.no_grad(), hidden_sites():
-        guide(*args, **kwargs)  # so that it knows the latents of its model
-    log_joint, offered = LogJoint(model, args, kwargs), guide
-    given: object = offered
-    if isinstance(given, PriorGuide):
-        log_joint = log_joint.with_coordinates(given.prior_coordinates)
+    log_joint = log_joint_of(model, guide, args, kwargs)
     chains = GuideChains(model, guide, args, kwargs, log_joint, num_chains)
     chains.run(num_samples)
     draws, _ = log_weights(model, guide, _NUM_DRAWS, args, kwargs, log_joint)

@@ -168,8 +168,7 @@ def fit(
             f"arguments, got {len(args)}. Keyword arguments are added to each batch"
         )
     counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
-    counts |= {"draws": draws}
-    for name, count in {**counts, "seed": seed}.items():
+    for name, count in {**counts, "draws": draws, "seed": seed}.items():
         if count is not None:
             check_integer(name, count, least=0 if name == "seed" else 1)
     check_model(model, args if loader is None else None, kwargs)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..arguments import check_integer, check_positive
 from ..diagnostics.chains import GOOD_RHAT, GuideChains
-from ..joint import Latents, LogJoint
-from ..joint.handlers import hidden_sites
-from ..joint.protocols import PriorGuide, StructuredGuide
+from ..diagnostics.importance_weights import log_joint_of
+from ..joint import Latents
+from ..joint.protocols import StructuredGuide
 from ..posterior.arviz import chains_to_inference_data
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate
@@ -145,12 +145,7 @@ def mcmc(
     deadline = Deadline(max_seconds)
     with seeded(seed), noted_interrupts() as interrupted, progress_bar(progress) as bar:
         deadline.interrupted = interrupted.is_set
-        with torch.no_grad(), hidden_sites():
-            guide(*args, **kwargs)  # so that it knows the latents of its model
-        log_joint, offered = LogJoint(model, args, kwargs), guide
-        given: object = offered
-        if isinstance(given, PriorGuide):
-            log_joint = log_joint.with_coordinates(given.prior_coordinates)
+        log_joint = log_joint_of(model, guide, args, kwargs)
         subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
         bar.say("chains")
         chains = GuideChains(*subject, num_chains)
@@ -225,7 +220,7 @@ class Sampling:
         chains.extend(_NUM_TRIED, self._deadline.is_over)
         if self._deadline.is_over():
             return False
-        left = chains.leapfrogs * chains.trajectories_left(self._num_draws, chains.convergence())
+        left = chains.leapfrogs * chains.trajectories_left(self._num_draws)
         guide: object = self._subject.guide
         many = self._subject.log_joint.latents.latent_dim >= OptimizationConfig.many_latents
         is_cheap = chains.is_affine and many and isinstance(guide, StructuredGuide)

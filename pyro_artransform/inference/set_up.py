@@ -8,9 +8,8 @@ from typing import cast
 
 import torch
 
-from ..joint import LogJoint
-from ..joint.handlers import hidden_sites
-from ..joint.protocols import FlowGuide, PriorGuide, StoredGuide
+from ..diagnostics.importance_weights import log_joint_of
+from ..joint.protocols import FlowGuide, StoredGuide
 from .config import FitConfig
 from .evaluation.evaluate import ModelAndGuide
 from .loader import Batch, BatchStream, check_use
@@ -26,12 +25,7 @@ def run_once(
     (args, kwargs), given = batch, cast(object, guide)
     if isinstance(given, StoredGuide):  # a new guide is to be new, whatever was fitted before
         given.drop_orphans()
-    # the guide learns the latents of its model, and enters its parameters into Pyro's store
-    with torch.no_grad(), hidden_sites():
-        guide(*args, **kwargs)
-    log_joint = LogJoint(model, args, kwargs)
-    if isinstance(given, PriorGuide):
-        log_joint = log_joint.with_coordinates(given.prior_coordinates)
+    log_joint = log_joint_of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, log_joint, batch)
     subject = ModelAndGuide(model, guide, args, kwargs, log_joint)

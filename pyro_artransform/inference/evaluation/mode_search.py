@@ -27,6 +27,7 @@ from ..initialization.gaussians import (
     concatenate,
     elbos,
     evaluate_density,
+    lower_factor,
 )
 from ..initialization.initial_guide import GaussianSearch
 
@@ -255,9 +256,7 @@ class ModeSearch:
         noise = antithetic_noise(far, self.initialization.num_rough)
         bounds = torch.cat([self.guide.log_evidence + gain, elbos(density, fitted, noise)])
         matters = bounds > self.guide.log_evidence + math.log(config.max_lost * config.min_counted)
-        modes = Modes(concatenate([mirrored, fitted]), torch.zeros_like(bounds), matters)
-        # as modes of these masses by Laplace's approximation
-        modes = modes._replace(value=bounds - modes.log_masses())
+        modes = Modes.of_masses(concatenate([mirrored, fitted]), bounds, matters)
         return modes.take(matters.nonzero()[:, 0].tolist()) if bool(matters.any()) else None
 
     def _with_mirror_images(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,9 +299,7 @@ class ModeSearch:
         units = torch.linalg.solve_triangular(lower, modes.gaussians.scale_tril, upper=False)
         axes, scales, _ = torch.linalg.svd(units)
         root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
-        capped = torch.linalg.qr(root.mT).R.mT
-        capped = capped * capped.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-        scale_tril = torch.where(converged, modes.gaussians.scale_tril, capped)
+        scale_tril = torch.where(converged, modes.gaussians.scale_tril, lower_factor(root))
         gaussians = Gaussians(modes.gaussians.loc, scale_tril)
         noise = antithetic_noise(gaussians.loc, config.num_for_mode)
         log_p = evaluate_density(self.log_density, gaussians.loc[:, None] + noise @ scale_tril.mT)

@@ -22,7 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gaussians import Density, Gaussians, antithetic_noise, value_and_gradient
+from .gaussians import (
+    Density,
+    Gaussians,
+    antithetic_noise,
+    lower_factor,
+    value_and_gradient,
+)
 
 # the share of a natural-gradient step falls after so many of them: less noise
 _STEPS_OF_WHOLE = 5
@@ -183,10 +189,3 @@ def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: tor
     entropy = gaussians.log_volume() + 0.5 * noise.square().sum(-1).mean(-1)
     elbo = torch.where(is_finite.all(-1), value.mean(-1) + entropy, -torch.inf)
     return Batch(noise, draws, gradients, is_finite, elbo)
-
-
-def lower_factor(root: Tensor) -> Tensor:
-    """The Cholesky factor of root @ root.mT, without squaring its condition number."""
-    lower = torch.linalg.qr(root.mT).R.mT
-    signs = lower.diagonal(dim1=-2, dim2=-1).sign()
-    return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]

@@ -89,10 +89,23 @@ class Modes(NamedTuple):
     def take(self, index: list[int] | slice) -> "Modes":
         return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
 
+    @classmethod
+    def of_masses(cls, gaussians: Gaussians, log_masses: Tensor, converged: Tensor) -> "Modes":
+        """Gaussians as modes of given log masses, whose curvature they are."""
+        modes = cls(gaussians, torch.zeros_like(log_masses), converged)
+        return modes._replace(value=log_masses - modes.log_masses())
+
     def log_masses(self) -> Tensor:
         """The log evidence of each mode by its curvature (Laplace's approximation)."""
         dim = self.gaussians.loc.shape[-1]
         return self.value + self.gaussians.log_volume() + 0.5 * dim * math.log(2 * math.pi)
+
+
+def lower_factor(root: Tensor) -> Tensor:
+    """The Cholesky factor of root @ root.mT, without squaring its condition number."""
+    lower = torch.linalg.qr(root.mT).R.mT
+    signs = lower.diagonal(dim1=-2, dim2=-1).sign()
+    return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]
 
 
 def concatenate(parts: Iterable[Gaussians]) -> Gaussians:
@@ -146,17 +159,12 @@ def climb_by_gradients(
     :param scale_tril: shape ``(D, D)``, or ``(D,)`` where it is diagonal.
     :return: the ends, and the log-density there, shape ``(S,)``.
     """
-
-    def placed(y: Tensor) -> Tensor:
-        return y * scale_tril if scale_tril.dim() == 1 else y @ scale_tril.mT
+    around = Gaussians(torch.zeros_like(points[:1]), scale_tril[None])
 
     def density(y: Tensor) -> Tensor:
-        return log_density(placed(y))
+        return log_density(around.deviations(y)[0])
 
-    if scale_tril.dim() == 1:
-        here = points / scale_tril
-    else:
-        here = torch.linalg.solve_triangular(scale_tril, points.mT, upper=False).mT
+    here = around.units(points[None])[0]
     memory: list[tuple[Tensor, Tensor, Tensor]] = []
     value, gradient = value_and_gradient(density, here)
     num_settled = 0
@@ -185,7 +193,7 @@ def climb_by_gradients(
         memory = [(s, y, torch.where(settled[:, None], 0.0, w)) for s, y, w in memory]
         memory = [*memory[1 - _MEMORY :], (step, change, weight)]
         here, gradient = moved, slope
-    return placed(here), value
+    return around.deviations(here)[0], value
 
 
 def _quasi_newton(gradient: Tensor, memory: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -251,11 +259,7 @@ def _newton_steps(
     axes = units[:, :, None] * vectors
     along = (axes.mT @ gradient[..., None])[..., 0]
     steps = (axes @ (along / floored)[..., None])[..., 0]
-    # the Cholesky factor of root @ root.mT, without squaring its condition number
-    root = axes * floored.rsqrt()[:, None]
-    lower = torch.linalg.qr(root.mT).R.mT
-    signs = lower.diagonal(dim1=-2, dim2=-1).sign()
-    lower = lower * torch.where(signs == 0, 1.0, signs)[..., None, :]
+    lower = lower_factor(axes * floored.rsqrt()[:, None])
     return Gaussians(points, lower), steps, (values > _FLAT).all(-1)
 
 

@@ -140,7 +140,8 @@ class GaussianSearch:
             num_draws = max(dim + config.num_more_draws, config.min_draws)
             name, settings = "a Gaussian", (config.narrow_scale, num_draws, config.num_matches)
             fitted = match_scores(density, points, *settings)
-            modes = _as_modes(fitted, elbos(density, fitted, antithetic_noise(points, num_draws)))
+            bounds = elbos(density, fitted, antithetic_noise(points, num_draws))
+            modes = Modes.of_masses(fitted, bounds, bounds.isfinite())
         rough, noise = (antithetic_noise(points, n) for n in (config.num_rough, config.num_fine))
         fitted, bounds = self._finite(fitted, rough)
         best = fitted.take([int(bounds.argmax())])
@@ -201,12 +202,6 @@ class GaussianSearch:
             return start
         values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in latents.sites}
         return self.log_density.from_unconstrained(latents.unconstrain(values)[None])[0][0]
-
-
-def _as_modes(fitted: Gaussians, bounds: Tensor) -> Modes:
-    """Gaussians as modes whose masses are bounds of the log evidence, their ELBOs."""
-    modes = Modes(fitted, torch.zeros_like(bounds), bounds.isfinite())
-    return modes._replace(value=bounds - modes.log_masses())
 
 
 class SharedPrior(LogJoint):
