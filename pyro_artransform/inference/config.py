@@ -18,38 +18,13 @@ class InitializationConfig:
 
     num_points: int = 12  #: points to start from, all side by side
     num_points_by_loop: int = 4  #: the same by loop, or for one mini-batch
-    shell_radius: float = 1.0  #: the innermost shell of points, in units of the unconstrained space
-    shell_growth: float = 2.2  #: the ratio of the radii of two shells: eight reach to a hundred
-    num_tried: int = 64  #: points tried in each shell; the one of the largest density is taken
-    num_tried_by_loop: int = 4
-    improper_radius: float = 2.0  #: the sd of draws of an improper prior (Stan's radius of 2)
-    max_halvings: int = 12  #: halvings of the way to a point of finite density
     max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
-    narrow_scale: float = 0.1  #: the sd that one begins with, to stay within what a model can take
     num_matches: int = 20  #: steps of batch and match
-    num_more_draws: int = 16  #: their draws beyond one for each coordinate
-    min_draws: int = 32  #: the fewest
-    num_ascents: int = 8  #: natural-gradient steps after that, of twice as many draws
-    num_rough: int = 64  #: draws that all candidates are compared on
-    num_fine: int = 1024  #: draws that the best one is compared with the guide on
-    min_gain_in_se: float = 2.0  #: standard errors by which a candidate has to beat the guide
-    min_gain: float = 0.01  #: nats by which it has to, as well
-    num_natural: int = 32  #: draws of a natural-gradient step of a Gaussian with a sparse precision
-    min_natural: int = 4  #: the fewest, where each takes many gradients
-    max_natural_gradients: int = 1024  #: gradients of such a step
-    max_natural_steps: int = 40  #: such steps
-    min_natural_gain: float = 0.05  #: nats that such a step has to gain; with less it was the last
-    natural_shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0.05)  #: the parts of a step that are tried
-    natural_difference: float = 1e-3  #: the difference of gradients, in standard deviations
-    max_minibatch_latents: int = 1000  #: of one mini-batch with a full Gaussian: memory
-    num_minibatch_draws: int = 4000  #: draws of that Gaussian that an amortized guide is started by
-    num_minibatch_compared: int = 512  #: draws that the started guide is compared on
-
-    def for_loop(self) -> "InitializationConfig":
-        """The same with fewer points and draws."""
-        num_points, num_tried = self.num_points_by_loop, self.num_tried_by_loop
-        counts = replace(self, num_points=num_points, num_tried=num_tried)
-        return replace(counts, num_fine=self.num_rough, num_more_draws=2, min_draws=8)
+    num_ascents: int = (
+        8  #: natural-gradient steps after that, with a graph once the ELBO has settled
+    )
+    max_sparse_steps: int = 60  #: the most of those with a graph
+    num_compared: int = 1024  #: draws that the best Gaussian is compared with the guide on
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,9 @@ from ..joint.protocols import (
 from .config import FitConfig
 from .evaluation.evaluate import evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus, judge_graph
-from .initialization.coordinates import find_start
 from .initialization.gaussians import Gaussians, Modes
-from .initialization.initial_guide import (
-    UNCHANGED,
-    InitialGuide,
-    find_initial_minibatch_guide,
-)
+from .initialization.minibatch_start import find_initial_minibatch_guide
+from .initialization.start import UNCHANGED, InitialGuide, find_start
 from .loader import Batch, BatchStream
 from .mcmc import CHAINS_COST_LESS, Deadline, Sampling
 from .optimization.objective import (

@@ -21,10 +21,10 @@ QUICK = FitConfig(
     initialization=InitializationConfig(
         num_points=4,
         num_points_by_loop=3,
-        num_fine=128,
+        num_compared=128,
         num_matches=8,
         num_ascents=3,
-        max_natural_steps=6,
+        max_sparse_steps=6,
     ),
     optimization=OptimizationConfig(
         search_steps=4, search_draws=64, selection_draws=128, num_estimates=4

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...joint import LogDensity
 from ..config import EvaluationConfig, InitializationConfig
-from ..initialization.batch_and_match import fit_independent
+from ..initialization.batch_and_match import ascend_independent, fit_independent
 from ..initialization.gaussians import (
     Gaussians,
     Modes,
@@ -29,7 +29,7 @@ from ..initialization.gaussians import (
     evaluate_density,
     lower_factor,
 )
-from ..initialization.initial_guide import GaussianSearch
+from ..initialization.points import starting_points
 
 # the density of an angle is the same after these turns, that of a proper prior is not where they lead
 # beyond some standard deviations of the draws
@@ -151,6 +151,10 @@ def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
     return total
 
 
+# draws of a mean-field fit
+_NUM_DRAWS = 32
+
+
 @dataclass(frozen=True)
 class ModeSearch:
     """A search for modes far from a guide."""
@@ -165,11 +169,11 @@ class ModeSearch:
         """Known modes, and those above starts and points afar; how, as ``MissedModes.searched_by``."""
         points, searched_by = torch.cat([starts, self._points_afar()]), "curvature"
         if known is None:  # no start has climbed from there
-            config = self.initialization
-            if self.log_density.strategy == "loop":
-                config = config.for_loop()
-            prior = GaussianSearch(self.log_density, self.model, config)
-            points = torch.cat([points, prior.points(self.guide.gaussian.loc[0])])
+            is_slow, config = self.log_density.strategy == "loop", self.initialization
+            count = config.num_points_by_loop if is_slow else config.num_points
+            center = self.guide.gaussian.loc[0]
+            others = starting_points(self.log_density, self.model, center, count)
+            points = torch.cat([points, others])
         found = self._climb(points)
         if found is None:
             searched_by = "gradients"
@@ -245,15 +249,16 @@ class ModeSearch:
         mirrored = Gaussians(far - signs * own + signs * around.loc, scales)
         # mean-field fits in the units of the draws
         sd, count = draws.std(0), 1 if density.strategy == "loop" else len(far)
-        settings = (
-            self.initialization.narrow_scale,
-            self.initialization.min_draws,
-            self.initialization.num_matches,
-        )
-        fitted = fit_independent(lambda z: density(z * sd), far[:count] / sd, *settings)
+        steps = self.initialization.num_matches
+
+        def in_units(z: Tensor) -> Tensor:
+            return density(z * sd)
+
+        fitted = fit_independent(in_units, far[:count] / sd, _NUM_DRAWS, steps)
+        fitted = ascend_independent(in_units, fitted, _NUM_DRAWS, steps // 2)
         fitted = Gaussians(fitted.loc * sd, sd * fitted.scale_tril)
         fitted = fitted if around.is_independent else fitted.dense()
-        noise = antithetic_noise(far, self.initialization.num_rough)
+        noise = antithetic_noise(far, 2 * _NUM_DRAWS)
         bounds = torch.cat([self.guide.log_evidence + gain, elbos(density, fitted, noise)])
         matters = bounds > self.guide.log_evidence + math.log(config.max_lost * config.min_counted)
         modes = Modes.of_masses(concatenate([mirrored, fitted]), bounds, matters)

@@ -30,6 +30,8 @@ from .gaussians import (
     value_and_gradient,
 )
 
+# the sd that one begins with, to stay within what a model can take
+_NARROW = 0.1
 # the share of a natural-gradient step falls after so many of them: less noise
 _STEPS_OF_WHOLE = 5
 # a step changes a precision by this factor at most, in any direction
@@ -52,11 +54,9 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def match_scores(
-    log_density: Density, points: Tensor, scale: float, num_draws: int, num_steps: int
-) -> Gaussians:
+def match_scores(log_density: Density, points: Tensor, num_draws: int, num_steps: int) -> Gaussians:
     """Gaussians from narrow ones at points ``(S, D)``, by steps of batch and match; all side by side."""
-    scale_tril = scale * torch.eye(points.shape[-1], dtype=torch.float64, device=points.device)
+    scale_tril = _NARROW * torch.eye(points.shape[-1], dtype=torch.float64, device=points.device)
     start = Gaussians(points.double(), scale_tril.expand(len(points), -1, -1))
     found = _match(log_density, start, num_draws, num_steps, points.dtype)
     return Gaussians(found.loc.to(points), found.scale_tril.to(points))
@@ -153,18 +153,25 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
 
 @torch.no_grad()
 def fit_independent(
-    log_density: Density, points: Tensor, scale: float, num_draws: int, num_steps: int
+    log_density: Density, points: Tensor, num_draws: int, num_steps: int
 ) -> Gaussians:
-    """Independent Gaussians from narrow ones at points ``(S, D)``: both kinds of steps by coordinate.
-
-    :param num_steps: the number of steps of batch and match; half as many that raise the ELBO follow.
-    """
-    narrow = Gaussians(points.double(), torch.full_like(points, scale).double())
+    """Independent Gaussians from narrow ones at points ``(S, D)``, by steps of batch and match."""
+    narrow = Gaussians(points.double(), torch.full_like(points, _NARROW).double())
     loc, sd = _match(log_density, narrow, num_draws, num_steps, points.dtype)
-    for step in range(num_steps // 2):
-        noise = antithetic_noise(points, num_draws).to(loc)
+    return Gaussians(loc.to(points), sd.to(points))
+
+
+@torch.no_grad()
+def ascend_independent(
+    log_density: Density, start: Gaussians, num_draws: int, num_steps: int
+) -> Gaussians:
+    """Independent Gaussians after natural-gradient steps of their ELBOs."""
+    like = start.loc
+    loc, sd = (part.double() for part in start)
+    for step in range(num_steps):
+        noise = antithetic_noise(loc, num_draws)
         draws = loc[:, None] + noise * sd[:, None]
-        _, gradient = value_and_gradient(log_density, draws.flatten(0, 1).to(points))
+        _, gradient = value_and_gradient(log_density, draws.flatten(0, 1).to(like))
         gradient = gradient.to(loc).reshape(draws.shape)
         share = _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step)
         precision = 1 - share * (1 + (noise * gradient).mean(1) * sd)
@@ -172,7 +179,7 @@ def fit_independent(
         moved = loc + share * variance * gradient.mean(1)
         is_good = (gradient.isfinite().all(1) & moved.isfinite()).all(-1)
         loc, sd = _where(is_good, moved, loc), _where(is_good, variance.sqrt(), sd)
-    return Gaussians(loc.to(points), sd.to(points))
+    return Gaussians(loc.to(like), sd.to(like))
 
 
 def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: torch.dtype) -> Batch:

@@ -9,13 +9,14 @@ from pyro import distributions as dist
 
 from pyro_artransform.inference.initialization.batch_and_match import (
     ascend,
+    ascend_independent,
     fit_independent,
     lower_factor,
     match_scores,
 )
 from pyro_artransform.inference.initialization.gaussians import Gaussians, antithetic_noise, elbos
 
-NARROW, STEPS = 0.1, 20
+STEPS = 20
 
 
 def correlated(dim, condition):
@@ -38,7 +39,7 @@ def test_a_gaussian_is_found_to_round_off(dim, unit, distance):
     scale_tril = unit * correlated(dim, 10.0)
     normal = dist.MultivariateNormal(torch.full((dim,), unit), scale_tril=scale_tril)
     points = distance * unit * torch.randn(4, dim)
-    found = match_scores(normal.log_prob, points, NARROW, dim + 16, STEPS)
+    found = match_scores(normal.log_prob, points, dim + 16, STEPS)
     assert gap(normal.log_prob, found).abs().max() < 1e-6
     assert torch.allclose(found.loc / unit, torch.ones(4, dim), atol=1e-4)
 
@@ -49,14 +50,14 @@ def test_units_that_differ_by_orders():
     scale_tril = units[:, None] * correlated(3, 3.0)
     normal = dist.MultivariateNormal(units, scale_tril=scale_tril)
     points = torch.stack([torch.zeros(3), torch.randn(3), 10 * units * torch.randn(3)])
-    found = match_scores(normal.log_prob, points, NARROW, 32, STEPS)
+    found = match_scores(normal.log_prob, points, 32, STEPS)
     assert gap(normal.log_prob, found).abs().max() < 1e-6
 
 
 def test_coordinates_that_are_nearly_functions_of_each_other():
     """A condition number of 1e10 of the covariance, in no coordinate's direction."""
     normal = dist.MultivariateNormal(torch.ones(20), scale_tril=correlated(20, 1e5))
-    found = match_scores(normal.log_prob, torch.zeros(2, 20), NARROW, 36, STEPS)
+    found = match_scores(normal.log_prob, torch.zeros(2, 20), 36, STEPS)
     assert gap(normal.log_prob, found).abs().max() < 1e-4
 
 
@@ -70,7 +71,7 @@ def test_a_posterior_whose_curvature_is_none_or_all(start):
     def log_density(z):
         return (100 * z - z.exp()).sum(-1) - math.lgamma(100.0)
 
-    found = match_scores(log_density, torch.full((1, 1), start), NARROW, 32, STEPS)
+    found = match_scores(log_density, torch.full((1, 1), start), 32, STEPS)
     assert gap(log_density, found, 4096).item() < 0.01
     assert abs(found.loc.item() - math.log(100)) < 0.02
 
@@ -84,7 +85,7 @@ def half(z):
 def test_it_stays_where_the_density_is_finite():
     """One point of several is beyond the edge; the others stay within, one begins at it."""
     points = torch.tensor([[-1.0, 0.0], [1.05, 0.0], [6.0, 2.0]])
-    found = match_scores(half, points, NARROW, 32, STEPS)
+    found = match_scores(half, points, 32, STEPS)
     assert torch.equal(found.loc[0], points[0])
     assert found.scale_tril.isfinite().all()
     for k in (1, 2):
@@ -96,14 +97,14 @@ def test_it_stays_where_the_density_is_finite():
 def test_heavy_tails_from_far_away():
     """Student's t of 2 degrees from 1,000 sds: the best Gaussian is 0.12 nats off a coordinate."""
     student = dist.StudentT(2.0, torch.zeros(5), 1.0).to_event(1)
-    found = match_scores(student.log_prob, torch.full((2, 5), 1e3), NARROW, 32, STEPS)
+    found = match_scores(student.log_prob, torch.full((2, 5), 1e3), 32, STEPS)
     assert gap(student.log_prob, found, 4096).max() < 5 * 0.25
 
 
 def test_no_gradient_and_single_precision():
     scale_tril = correlated(5, 10.0)
     normal = dist.MultivariateNormal(torch.ones(5).float(), scale_tril=scale_tril.float())
-    found = match_scores(normal.log_prob, torch.zeros(2, 5).float(), NARROW, 32, STEPS)
+    found = match_scores(normal.log_prob, torch.zeros(2, 5).float(), 32, STEPS)
     assert found.loc.dtype == found.scale_tril.dtype == torch.float32
     assert not found.loc.requires_grad
     # gradients have digits to 1e-7, over a condition of 100
@@ -147,7 +148,8 @@ def test_independent_gaussians_of_any_unit():
     scale = torch.tensor([1e-3, 1.0, 50.0])
     normal = dist.Normal(scale, scale).to_event(1)
     points = scale * torch.tensor([[2.0, 0.0, 0.0], [100.0, -100.0, 10.0]])
-    found = fit_independent(normal.log_prob, points, NARROW, 32, STEPS)
+    found = fit_independent(normal.log_prob, points, 32, STEPS)
+    found = ascend_independent(normal.log_prob, found, 32, STEPS // 2)
     assert found.is_independent
     assert torch.allclose(found.loc / scale, torch.ones(2, 3), atol=1e-3)
     # the noise of squares of 32 draws, less by averages
@@ -157,7 +159,8 @@ def test_independent_gaussians_of_any_unit():
 def test_the_best_independent_gaussian_has_the_conditional_sds():
     precision = torch.tensor([[2.0, 1.2], [1.2, 1.0]])
     normal = dist.MultivariateNormal(torch.tensor([3.0, -1.0]), precision_matrix=precision)
-    found = fit_independent(normal.log_prob, torch.zeros(1, 2), NARROW, 64, STEPS)
+    found = fit_independent(normal.log_prob, torch.zeros(1, 2), 64, STEPS)
+    found = ascend_independent(normal.log_prob, found, 64, STEPS // 2)
     assert torch.allclose(
         found.scale_tril[0], precision.diagonal().rsqrt(), rtol=0.25
     )  # of 64 draws
@@ -171,7 +174,8 @@ def test_without_a_density_one_stays_and_harms_no_other():
         return normal.log_prob((z[:, 0] + 50).sqrt())
 
     points = torch.tensor([[-100.0], [0.0]])
-    found = fit_independent(log_density, points, NARROW, 32, STEPS)
+    found = fit_independent(log_density, points, 32, STEPS)
+    found = ascend_independent(log_density, found, 32, STEPS // 2)
     assert found.loc[0] == -100.0
     assert abs(found.loc[1] - 3.0) < 1.0, found.loc
     assert found.scale_tril.isfinite().all()

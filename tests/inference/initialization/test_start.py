@@ -16,12 +16,15 @@ from torch import nn
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
-from pyro_artransform.inference.initialization.initial_guide import (
-    UNCHANGED,
+from pyro_artransform.inference.initialization.minibatch_start import (
     SharedPrior,
-    _start_at,
-    find_initial_guide,
     find_initial_minibatch_guide,
+)
+from pyro_artransform.inference.initialization.start import (
+    UNCHANGED,
+    GaussianSearch,
+    _start_at_best,
+    find_start,
 )
 from pyro_artransform.inference.loader import Batch
 from pyro_artransform.inference.optimization.objective import PyroObjective
@@ -35,7 +38,7 @@ DEFAULTS = InitializationConfig()
 
 def start_of(model, guide, config=DEFAULTS):
     guide.set_up()
-    return find_initial_guide(LogJoint(model), model, guide, config)
+    return find_start(LogJoint(model), model, guide, config)
 
 
 def elbo(model, guide, count=2000):
@@ -131,7 +134,7 @@ def test_a_model_without_gradients(quick):
     guide = small(model)
     guide.set_up()
     with pytest.raises(ValueError, match=r"got one without: does it run in torch\.no_grad"):
-        find_initial_guide(LogJoint(model), model, guide, quick.initialization)
+        find_start(LogJoint(model), model, guide, quick.initialization)
 
 
 def test_nothing_finite_names_the_site(quick):
@@ -144,7 +147,7 @@ def test_nothing_finite_names_the_site(quick):
     with pyro.validation_enabled(False):
         guide.set_up()
     with pytest.raises(ValueError, match=r"finite log density.*broken is not finite") as error:
-        find_initial_guide(LogJoint(model), model, guide, quick.initialization)
+        find_start(LogJoint(model), model, guide, quick.initialization)
     assert "fine" not in str(error.value)
 
 
@@ -163,10 +166,12 @@ def test_diagonal_guide():
 def test_guide_without_correlations_stays_where_it_is_better():
     guide = small(models.gaussian, full_rank=False)
     guide.set_up()
-    log_joint = LogJoint(models.gaussian)
-    gaussian = Gaussians(torch.full((1, 3), 1e3), torch.tensor(models.SCALE_TRIL)[None])
+    search = GaussianSearch(LogJoint(models.gaussian), DEFAULTS)
+    # a good one with correlations, and what is left without them is not good enough
+    gaussian = Gaussians(torch.ones(1, 3), torch.tensor(models.SCALE_TRIL)[None])
     before = state(guide)
-    assert not _start_at(guide, gaussian, log_joint, 0.0, DEFAULTS)
+    _, found = _start_at_best(search, guide, gaussian, -0.1)
+    assert found < -0.1
     assert same(before, state(guide))
 
 

@@ -8,13 +8,15 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import AutoStructuredFlow
-from pyro_artransform.graphs.sparse_gaussian import SparseGaussian
 from pyro_artransform.inference.config import InitializationConfig
-from pyro_artransform.inference.initialization.initial_guide import UNCHANGED
-from pyro_artransform.inference.initialization.sparse_start import (
-    SparseGaussianSearch,
-    find_sparse_start,
+from pyro_artransform.inference.initialization.batch_and_match import fit_independent
+from pyro_artransform.inference.initialization.sparse_ascent import (
+    ascend_with_graph,
+    elbo_of,
+    expectations,
+    pattern_of,
 )
+from pyro_artransform.inference.initialization.start import UNCHANGED, find_start
 from pyro_artransform.joint import LogJoint
 from tests.graphs.markov_graphs import GRAPHS, chain, crossed, dominant_precision, grid, tree
 
@@ -47,7 +49,7 @@ def started(model, *args, config=CONFIG, **options):
     guide = AutoStructuredFlow(model, hidden_dim=4, **options)
     guide.set_up(*args)
     log_joint = LogJoint(model, args)
-    initial = find_sparse_start(log_joint, partial(model, *args), guide, config)
+    initial = find_start(log_joint, partial(model, *args), guide, config)
     return guide, log_joint, initial
 
 
@@ -91,12 +93,10 @@ def volatility(y):
 def test_start_is_better_than_a_mean_field_fit():
     y = torch.randn(60) * 3
     guide, log_joint, initial = started(volatility, y, config=FEW)
-    search = SparseGaussianSearch(
-        log_joint, guide.markov_graph(), InitializationConfig(max_natural_steps=0)
-    )
-    before = search.best(torch.randn(4, 62))
+    fitted = fit_independent(log_joint, torch.randn(1, 62), 32, 20)
+    before = ascend_with_graph(log_joint, guide.markov_graph(), fitted, 0, 0)
     # 2 nats on 60 data; the noise of 4,096 draws is below 0.1
-    assert initial.elbo > search.elbo(before, torch.randn(4096, 62)) + 0.5
+    assert initial.elbo > elbo_of(log_joint, before, torch.randn(4096, 62)) + 0.5
     z, log_q = guide.rsample_and_log_prob(4096)
     assert abs((log_joint(z) - log_q).mean() - initial.elbo) < 0.3
 
@@ -106,19 +106,15 @@ def test_curvature_in_the_pattern_is_that_of_autograd():
     log_joint = LogJoint(volatility, (y,))
     guide = AutoStructuredFlow(volatility)
     guide.set_up(y)
-    config = InitializationConfig(natural_difference=1e-5)
-    search = SparseGaussianSearch(log_joint, guide.markov_graph(), config)
-    precision = torch.zeros(search.pattern.num_entries)
+    graph = guide.markov_graph()
     # so narrow that all draws are at the mean
-    precision[search.pattern.diagonal] = 1e12
-    gaussian = SparseGaussian.from_precision(search.pattern, 0.3 * torch.randn(14), precision)
-    found, gradient = search._expectations(gaussian)
-    hessian = torch.autograd.functional.hessian(
-        lambda z: log_joint(z[None])[0], gaussian.loc.clone()
-    )
-    rows, columns = search.pattern.pairs()
+    loc, sd = 0.3 * torch.randn(14), torch.full((14,), 1e-6)
+    draws = loc + sd * torch.randn(16, 14)
+    found, gradient = expectations(log_joint, graph, draws, sd)
+    hessian = torch.autograd.functional.hessian(lambda z: log_joint(z[None])[0], loc.clone())
+    rows, columns = pattern_of(graph.elimination, loc.device).pairs()
     assert torch.allclose(found, -hessian[rows, columns], atol=1e-3)
-    (expected,) = torch.autograd.functional.jacobian(lambda z: log_joint(z[None]), gaussian.loc)
+    (expected,) = torch.autograd.functional.jacobian(lambda z: log_joint(z[None]), loc)
     assert torch.allclose(gradient, expected, atol=1e-4)
 
 
@@ -126,7 +122,7 @@ def test_a_guide_that_is_better_stays_as_it_is():
     loc, precision = gaussian_of(chain(10))
     guide, log_joint, _ = started(linear_model, loc, precision, config=FEW)
     before = {name: value.clone() for name, value in guide.state_dict().items()}
-    initial = find_sparse_start(log_joint, partial(linear_model, loc, precision), guide, FEW)
+    initial = find_start(log_joint, partial(linear_model, loc, precision), guide, FEW)
     assert initial.name == UNCHANGED
     assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())
 
@@ -142,4 +138,4 @@ def test_a_density_that_is_finite_nowhere_is_an_error():
     bad.fill_(True)
     for config in (CONFIG, FEW):
         with pytest.raises(ValueError, match="finite log density"):
-            find_sparse_start(LogJoint(model), model, guide, config)
+            find_start(LogJoint(model), model, guide, config)

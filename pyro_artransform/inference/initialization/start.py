@@ -1,0 +1,257 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The start of a fit: the better one of a flow guide and the best Gaussian that it can be, by ELBO.
+
+The Gaussian is found from several overdispersed points by batch and match, then by natural gradients, in
+the pattern that the guide can have: full, that of its graph, or diagonal where latents are many. Then it is
+tried in other coordinates, from draws of the first one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...joint import LogJoint
+from ...joint.coordinates import centered_by_curvature
+from ...joint.mean_density import MeanLogJoint
+from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
+from ..config import InitializationConfig
+from .batch_and_match import ascend, ascend_independent, fit_independent, match_scores
+from .gaussians import (
+    Gaussians,
+    Modes,
+    antithetic_noise,
+    elbos,
+    evaluate_density,
+)
+from .points import starting_points
+from .sparse_ascent import ascend_with_graph, elbo_of
+
+#: the name of the candidate that is the guide itself, which then does not change
+UNCHANGED = "initial guide"
+#: how far lambda has to be from where a start was found for another one to be looked for
+FAR = 0.05
+#: draws of a start that the curvature is averaged over
+NUM_DRAWS = 8
+# gradients that the curvature takes at most
+_MOST_GRADIENTS = 4096
+# units of the prior throughout are tried where the data of some element are weaker than the prior
+_WEAK = 0.5
+# standard errors, and nats, by which a candidate has to beat the guide
+_GAIN_IN_SE, _GAIN = 2.0, 0.01
+# many independent Gaussians begin at the best of the points alone
+_NUM_INDEPENDENT = 4
+# draws of a Gaussian beyond one for each coordinate, and the fewest; by loop
+_MORE_DRAWS, _FEWEST_DRAWS, _MORE_BY_LOOP, _FEWEST_BY_LOOP = 16, 32, 2, 8
+_NUM_ROUGH = 64  # draws that candidates are compared on first
+_MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches beyond a finite density
+
+
+class InitialGuide(NamedTuple):
+    """The name of the candidate that was chosen, its ELBO, and the modes found on the way, if any."""
+
+    name: str
+    elbo: float
+    modes: Modes | None
+
+
+def find_start(
+    density: LogJoint | MeanLogJoint,
+    model: Callable[[], object],
+    guide: FlowGuide,
+    config: InitializationConfig,
+) -> InitialGuide:
+    """Starts a flow guide at the best candidate for it, in the coordinates where this has the largest ELBO.
+
+    Tried are the coordinates that the guide has, those that the curvature at the first start asks for, the
+    model as it is written, and units of the prior throughout.
+
+    :param density: the log joint density, in the coordinates of the guide, which change in place.
+    :raises ValueError: if none of the starts is finite, or the model has no gradient.
+    """
+    search, coordinates = GaussianSearch(density, config), density.coordinates
+    initial = _start_from_points(search, model, guide)
+    if coordinates is None or not (isinstance(guide, PriorGuide) and guide.chooses_coordinates):
+        return initial
+    first = coordinates.centered.detach().clone()
+    found = [(initial, saved_parameters(guide))]
+    with torch.no_grad():
+        few = min(NUM_DRAWS, max(_MOST_GRADIENTS // (2 * len(first)), 1))
+        z, _ = guide.rsample_and_log_prob(few)
+        unit_scales = coordinates.non_centered(density.latents)
+        unit = density.with_coordinates(unit_scales)
+        u, _ = density.to_unconstrained(z)
+        x, _ = unit.from_unconstrained(u)
+    second = centered_by_curvature(unit, x)
+    others = [second, torch.ones_like(first)]
+    if bool((second < _WEAK).any()):
+        others.append(unit_scales.centered)
+    for centered in others:
+        if bool((centered - first).abs().max() > FAR):
+            coordinates.centered.data.copy_(centered)
+            coordinates.unit.data.copy_(density.prior_scales(u.mean(0)))
+            with torch.no_grad():
+                center, _ = density.from_unconstrained(u.mean(0, keepdim=True))
+            gaussian, _ = search.from_points(center)
+            name, elbo = _start_at_best(search, guide, gaussian, -math.inf)
+            found.append((InitialGuide(name, elbo, initial.modes), saved_parameters(guide)))
+    best, saved = max(found, key=lambda pair: pair[0].elbo)
+    restore_parameters(guide, saved)
+    return best
+
+
+def _start_from_points(
+    search: "GaussianSearch", model: Callable[[], object], guide: FlowGuide
+) -> InitialGuide:
+    """The better one of a guide and what is found from points around it."""
+    density = search.density
+    elbo, needed, center = _judge(density, guide, search.config)
+    _check_gradient(density, center)
+    points = starting_points(density, model, center, search.num_points)
+    if len(points):
+        gaussian, modes = search.from_points(points)
+        name, found = _start_at_best(search, guide, gaussian, needed)
+        if found > needed:
+            return InitialGuide(name, found, modes)
+        if elbo > -torch.inf:
+            return InitialGuide(UNCHANGED, elbo, modes)
+    sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
+    raise ValueError(
+        "expected a model with a finite log density somewhere near its starting values, found none: "
+        f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
+    )
+
+
+def _start_at_best(
+    search: "GaussianSearch", guide: FlowGuide, gaussian: Gaussians, needed: float
+) -> tuple[str, float]:
+    """Makes a guide the best Gaussian that it can be near S = 1 others, if its ELBO is as needed.
+
+    :return: the name of that, and its ELBO.
+    """
+    density, config = search.density, search.config
+    noise = antithetic_noise(gaussian.loc, config.num_compared)
+    if isinstance(guide, StructuredGuide):
+        steps = config.max_sparse_steps, config.num_ascents // 2
+        found = ascend_with_graph(density, guide.markov_graph(), gaussian, *steps)
+        elbo = elbo_of(density, found, noise)
+        if elbo > needed:
+            guide.start_at_gaussian(found)
+        return "a Gaussian with the graph of the latents", elbo
+    gaussian, bounds = search.finite(gaussian, noise)
+    elbo, name = bounds.item(), "a mean-field fit" if gaussian.is_independent else "a Gaussian"
+    gaussian = gaussian.dense() if gaussian.is_independent else gaussian
+    if not elbo > needed:
+        return name, elbo
+    try:
+        guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
+    except ValueError:
+        # the nearest independent one in KL(q|p), of the same conditional deviations
+        precision = torch.cholesky_inverse(gaussian.scale_tril).diagonal(dim1=-2, dim2=-1)
+        independent = Gaussians(gaussian.loc, precision.rsqrt())
+        elbo = elbos(density, independent, noise).item()
+        if elbo > needed:
+            guide.start_at(independent.loc[0], independent.scale_tril[0].diag())
+    return name, elbo
+
+
+def _check_gradient(density: LogJoint | MeanLogJoint, center: Tensor) -> None:
+    z = center.detach()[None].requires_grad_()
+    with torch.enable_grad():
+        value = density(z).sum()
+    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
+        raise ValueError(
+            "expected a model whose log density has a gradient in its latents, got one without: does it "
+            "run in torch.no_grad, or detach them?"
+        )
+
+
+@torch.no_grad()
+def _judge(
+    density: LogJoint | MeanLogJoint, guide: FlowGuide, config: InitializationConfig
+) -> tuple[float, float, Tensor]:
+    """The ELBO of a guide as it is, the one that a candidate has to exceed, and the guide's median."""
+    z, log_q = guide.rsample_and_log_prob(config.num_compared)
+    ratios = evaluate_density(density, z) - log_q
+    mean, median = ratios.mean(), ratios.median()
+    error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
+    bound = mean + _GAIN_IN_SE * error
+    # tails are one-sided: the median if it is between
+    bound = torch.where((mean <= median) & (median < bound), median, bound)
+    elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()
+    return elbo, bound + _GAIN, z.median(0).values
+
+
+@dataclass(frozen=True)
+class GaussianSearch:
+    """A search for the Gaussian with the largest ELBO: without correlations where latents are many."""
+
+    density: LogJoint | MeanLogJoint
+    config: InitializationConfig
+
+    @property
+    def _is_by_loop(self) -> bool:
+        return self.density.strategy == "loop"
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.density.latents.latent_dim <= self.config.max_dense_dim
+
+    @property
+    def num_points(self) -> int:
+        """Points that it begins at."""
+        config = self.config
+        return config.num_points_by_loop if self._is_by_loop else config.num_points
+
+    @property
+    def num_draws(self) -> int:
+        """Draws of a Gaussian, which is known from as many as it has dimensions."""
+        more, fewest = _MORE_DRAWS, _FEWEST_DRAWS
+        if self._is_by_loop:
+            more, fewest = _MORE_BY_LOOP, _FEWEST_BY_LOOP
+        return max(self.density.latents.latent_dim + more, fewest) if self._is_dense else fewest
+
+    def from_points(self, points: Tensor) -> tuple[Gaussians, Modes | None]:
+        """The best one from points ``(S, D)``, as S = 1; the others as modes, where they are dense."""
+        density, count, modes = self.density, self.num_draws, None
+        if self._is_dense:
+            fitted = match_scores(density, points, count, self.config.num_matches)
+            bounds = elbos(density, fitted, antithetic_noise(points, count))
+            modes = Modes.of_masses(fitted, bounds, bounds.isfinite())
+        else:
+            order = evaluate_density(density, points).argsort(descending=True)[:_NUM_INDEPENDENT]
+            fitted = fit_independent(density, points[order], count, self.config.num_matches)
+        fitted, bounds = self.finite(fitted, antithetic_noise(points, _NUM_ROUGH))
+        return self._ascended(fitted.take([int(bounds.argmax())])), modes
+
+    def _ascended(self, gaussian: Gaussians) -> Gaussians:
+        step = ascend if self._is_dense else ascend_independent
+        return step(self.density, gaussian, 2 * self.num_draws, self.config.num_ascents)
+
+    def finite(self, gaussians: Gaussians, noise: Tensor) -> tuple[Gaussians, Tensor]:
+        """Gaussians, narrower where they reach beyond a finite density, and their ELBOs."""
+        for _ in range(_MAX_HALVINGS):
+            bounds = elbos(self.density, gaussians, noise)
+            if bool(bounds.isfinite().all()):
+                break
+            scale = torch.where(bounds.isfinite(), 1.0, 0.5).to(gaussians.scale_tril)
+            scale = scale.reshape(-1, *(1,) * (gaussians.scale_tril.dim() - 1))
+            gaussians = Gaussians(gaussians.loc, scale * gaussians.scale_tril)
+        return gaussians, bounds
+
+
+def saved_parameters(guide: PriorGuide | MinibatchGuide) -> list[Tensor]:
+    """Copies of the parameters of a guide."""
+    return [parameter.detach().clone() for parameter in guide.parameters()]
+
+
+@torch.no_grad()
+def restore_parameters(guide: PriorGuide | MinibatchGuide, values: list[Tensor]) -> None:
+    """Puts the parameters of a guide back, in place."""
+    for parameter, value in zip(guide.parameters(), values):
+        parameter.copy_(value)
