@@ -25,12 +25,14 @@ from .convergence import plain_rhat, rhat_and_ess
 from .hamiltonian import HamiltonianChains, PulledBack, State, ToLatent
 from .importance_weights import check_same_latents, log_weights
 from .preconditioning import Preconditioner
+from .psis import fit_tail
 
 GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
 # that of chains that do not mix, and the rate of acceptance of those that do not move
 _BAD_RHAT, _STUCK = 1.1, 0.01
-# the acceptance of a guide's draws from which on they are the proposals
-_GOOD_ACCEPTANCE = 0.8
+# the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
+# where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
+_GOOD_ACCEPTANCE, _BOUNDED = 0.8, 0.25
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # coordinates of all chains up to which a gradient hardly costs more than that of one
@@ -196,14 +198,20 @@ class GuideChains:
             size = self.draws.shape[1]
             if is_over() or total + size >= most or self._is_enough(num_samples):
                 return self.convergence()
-            # proposals of a guide with heavy weights are accepted on the average, and stick in its tails
-            if (self._by_guide and size >= 2 * _BLOCK) or (
+            if self._is_heavy() or (
                 size >= patience and float(plain_rhat(self.draws).max()) > _BAD_RHAT
             ):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 total, self._by_guide, before = total + size, False, self._blocks
                 self._blocks, size, patience = [], 0, 2 * patience
+
+    def _is_heavy(self) -> bool:
+        """Whether the guide's draws are the proposals, and should not be."""
+        if not self._by_guide:
+            return False
+        tail = fit_tail(torch.cat(self._chains.proposed))
+        return tail.khat - tail.khat_se > _BOUNDED
 
     def trajectories_left(self, num_samples: int) -> float:
         """How many more are needed, about, as far as the draws so far tell."""

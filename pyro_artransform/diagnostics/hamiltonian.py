@@ -83,6 +83,8 @@ class HamiltonianChains:
         # the error of the energy grows as h^2 sqrt(D)
         self.step_size = min(1.4 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
         self._num_steps = 0
+        #: the log weights of all draws of the guide that were proposed, up to a constant, each ``(C,)``
+        self.proposed: list[Tensor] = []
         self.num_leapfrogs = 0  #: those of the last trajectory
 
     def log_weights(self, state: State) -> Tensor:
@@ -98,7 +100,8 @@ class HamiltonianChains:
     def draw_from_guide(self) -> float:
         """Each chain's next place is proposed by the guide, whatever it is; the mean acceptance."""
         proposal = self._target(torch.randn_like(self.state.base))
-        gain = self.log_weights(proposal) - self.log_weights(self.state)
+        self.proposed.append(self.log_weights(proposal))
+        gain = self.proposed[-1] - self.log_weights(self.state)
         gain = torch.where(proposal.is_finite, gain, -torch.inf)
         self.state = proposal.where(torch.rand_like(gain).log() < gain, self.state)
         self.num_leapfrogs = 1
