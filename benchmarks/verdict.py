@@ -114,7 +114,7 @@ def run(name: str, kind: str, seed: int, num_steps: int | None) -> Outcome:
     if kind in KNOWN:
         guide = known_guide(target, kind)
         subject = ModelAndGuide(target.model, guide, (), {}, LogJoint(target.model))
-        found = evaluate(subject, None, FitStatus(), FitConfig())
+        found = evaluate(subject, FitStatus(), FitConfig())
         khat, (trusted, words) = found.weights.khat, found.verdict
     else:
         guide = FITTED[kind](poutine.block(target.model, hide=list(target.summed_out)))

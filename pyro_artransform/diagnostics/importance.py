@@ -19,6 +19,7 @@ GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are re
 KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with a variance (Vehtari et al. 2024)
 GOOD_GAP = 0.1  #: the largest distance of an ELBO from the evidence, in nats
 GOOD_ELBO_SE = 0.05  #: the largest standard error of an ELBO, in nats
+GOOD_TAIL = 0.001  #: the excess of a tail, as a share of all weights, whose k-hat does not matter
 GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the guide has missed
 GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
 GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
@@ -80,6 +81,11 @@ class Importance:
     def trusted(self) -> bool:
         """Whether k-hat is at most 0.7, so that estimates with the weights are reliable."""
         return self.khat <= GOOD_KHAT
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the ELBO is well known, and at most 0.1 nats below the log evidence."""
+        return self.elbo_se <= GOOD_ELBO_SE and self.log_evidence - self.elbo <= GOOD_GAP
 
     def __repr__(self) -> str:
         word = "good" if self.khat <= KHAT_OF_VARIANCE else "acceptable" if self.trusted else "bad"

@@ -72,7 +72,7 @@ def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
         has_variance &= fit_tail(log_weights).khat <= KHAT_OF_VARIANCE
         kept = torch.where(has_variance, 0.0, torch.nan)
         errors = MarginalErrors(*(each + kept for each in errors))
-        parts.append(_where_known(errors, others.sqrt(), others.sqrt()))
+        parts.append(_where_known(errors, others.sqrt()))
     return MarginalErrors(*map(torch.cat, zip(*parts)))
 
 

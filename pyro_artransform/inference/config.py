@@ -9,8 +9,6 @@ for models that are run for one draw after the other.
 
 from dataclasses import dataclass, field, replace
 
-from ..diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
-
 
 @dataclass(frozen=True)
 class InitializationConfig:
@@ -118,55 +116,25 @@ class MinibatchConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The draws behind a verdict, the search for missed modes, and the bounds of trust."""
+    """The draws behind a verdict, and the search for missed modes.
+
+    The bounds of trust are not settings: ``diagnostics/importance.py`` has them.
+    """
 
     num_samples: int = 10_000  #: draws that the verdict rests on (as in Yao et al. 2018)
-    #: more draws, at most as many as gradients of the fit, where k-hat is above its limit, or fewer than
-    #: unclear_khat_in_se standard errors below: these go from 0.09 to 0.05 (benchmarks/khat.md)
+    #: more draws, at most as many as gradients of the fit, where k-hat alone decides and is not clearly
+    #: below its limit: its standard error goes from 0.09 to 0.05 (benchmarks/khat.md)
     num_more_samples: int = 90_000
-    unclear_khat_in_se: float = 2.0
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches
-    num_heavy: int = 4000  #: heavy-tailed draws around the guide and the modes
-    num_heavy_again: int = 9  #: how often more are drawn while the side of max_gap is unclear
-    heavy_degrees: float = 3.0  #: their degrees of freedom
-    heavy_inflation: float = 1.2  #: the widening of the Gaussian around the guide
-    #: further widenings where these draws have unreliable weights, as around a spike in a wide mode
-    heavy_widenings: tuple[float, ...] = (3.0, 10.0)
-    heavy_guide_share: float = 0.5  #: its part of the mixture
-    heavy_min_ess: float = 0.02  #: the effective share of draws from which their evidence is used
-    max_modes: int = 8  #: in the mixture
-    min_mode_distance: float = 1.0  #: mean squared distance a coordinate of two modes, in sds
-    max_squared_distance: float = 16.0  #: the sum of squares from which they always differ
-    far: tuple[float, ...] = (3.0, 10.0, 30.0, 100.0)  #: sds of the search for modes outside
-    num_screened: int = 500  #: points screened there
-    num_climbs: int = 16  #: climbs from the best of them
-    num_heaviest: int = 4  #: climbs from the draws of the largest weights
-    num_screened_by_loop: int = 40
-    num_climbs_by_loop: int = 4
+    num_around: int = 10_000  #: draws all around the guide
+    num_for_mode: int = 512  #: draws around each mode that was proposed
+    max_modes: int = 32  #: such modes
+    num_screened: int = 500  #: points screened far outside of the guide
     max_climb_steps: int = 60  #: of a climb by gradients
-    max_newton_steps: int = 10  #: from its end to the mode
-    max_hessian_dim: int = 200  #: more coordinates are too many; gradients do without
-    max_kept: int = 20_000_000  #: numbers of the draws that are kept for that search: 160 MB
-    max_dense_dim: int = 1500  #: coordinates at most for a covariance of the guide's draws
-    max_mirrored: int = 8  #: sites that are mirrored one at a time, for starts of gradients
-    num_moved: int = 256  #: draws of the guide that are moved to the ends of such climbs
-    num_far: int = 4  #: the most such ends
-    min_distance_by_gradients: float = 4.0  #: of these to the guide's, in standard deviations
-    num_for_mode: int = 128  #: draws that the mass of a mode by its curvature is compared with
-    num_for_region: int = 1024  #: the same for a mode that seems lost
-    max_curvature_error: float = 0.05  #: nats a coordinate by which they may find less
-    min_confirmed: float = 0.5  #: the share of the evidence of modes that draws have to find
-    min_draws_share: float = 0.1  #: a missed mode has fewer of the draws than this part of its mass
-    max_lost: float = GOOD_LOST_MASS  #: the mass of missed modes above which a guide is not trusted
-    min_lost: float = 0.002  #: missed modes with more of the mass are a reason to search for more
-    max_more_searches: int = 4
-    min_counted: float = 0.01  #: a missed mode with less of the lost mass is not counted
-    max_gap: float = GOOD_GAP  #: the distance of the ELBO from the evidence, in nats
-    max_se: float = GOOD_ELBO_SE  #: the standard error of the ELBO, in nats
-    max_skipped: float = 0.1  #: the share of steps that were skipped
+    max_searches: int = 5  #: for modes, while they find too much for none and too little for a loss
+    max_dense_dim: int = 200  #: more coordinates are too many for Hessians and covariances
     num_by_chains: int = 400  #: effective draws of chains that check single latents
     max_by_chains: int = 150  #: their trajectories at most: a check, not the posterior's draws
-    small_tail: float = 0.001  #: an excess of the tail, as a share of all weights, that is ignored
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from ..posterior.arviz import chains_to_inference_data
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate
 from .evaluation.verdict import FitStatus
-from .initialization.gaussians import Modes
 from .progress import noted_interrupts, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -151,13 +150,12 @@ def mcmc(
         chains = GuideChains(*subject, num_chains)
         chains.run(num_samples, deadline.is_over)
         bar.say("verdict")
-        found = evaluate_with_chains(subject, None, FitStatus(), FitConfig(), chains)
+        found = evaluate_with_chains(subject, FitStatus(), FitConfig(), chains)
         return to_chains(chains, num_samples, log_joint.latents, found.outside, deadline)
 
 
 def evaluate_with_chains(
     subject: ModelAndGuide,
-    modes: Modes | None,
     status: FitStatus,
     config: FitConfig,
     chains: GuideChains,
@@ -165,7 +163,7 @@ def evaluate_with_chains(
     """Evaluates a guide by few draws, and what its chains lack, where these are the posterior's draws."""
     flat = chains.draws.flatten(0, 1)
     chosen = torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]
-    return evaluate(subject, modes, status, for_modes(config), by_chains=flat[chosen])
+    return evaluate(subject, status, for_modes(config), by_chains=flat[chosen])
 
 
 class Deadline:
@@ -229,13 +227,13 @@ class Sampling:
         return left <= price
 
     def judge(
-        self, modes: Modes | None, status: FitStatus, config: FitConfig, num_steps: int
+        self, status: FitStatus, config: FitConfig, num_steps: int
     ) -> tuple[Evaluation, Chains]:
         """The guide's evaluation, and the draws of chains: of those tried, if no step came after."""
         if self.chains is None or num_steps != self._num_steps:
             self.chains = GuideChains(*self._subject)
         self.chains.run(self._num_draws, self._deadline.is_over)
-        found = evaluate_with_chains(self._subject, modes, status, config, self.chains)
+        found = evaluate_with_chains(self._subject, status, config, self.chains)
         latents = self._subject.log_joint.latents
         given = self._num_draws, latents, found.outside, self._deadline
         return found, to_chains(self.chains, *given)
@@ -245,7 +243,7 @@ def for_modes(config: FitConfig) -> FitConfig:
     """The settings of a verdict that rests on chains, so that the guide is looked at with fewer draws."""
     settings = config.evaluation
     few = min(settings.num_samples, NUM_FOR_MODES)
-    fewer = replace(settings, num_samples=few, num_more_samples=0, max_more_searches=1)
+    fewer = replace(settings, num_samples=few, num_more_samples=0, max_searches=2)
     return replace(config, evaluation=fewer)
 
 

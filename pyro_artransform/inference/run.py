@@ -27,8 +27,7 @@ from ..joint.protocols import (
 )
 from .config import FitConfig
 from .evaluation.evaluate import evaluate, evaluate_minibatches, judge_marginals
-from .evaluation.verdict import FitStatus, judge_graph
-from .initialization.gaussians import Gaussians, Modes
+from .evaluation.verdict import FitStatus
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.start import UNCHANGED, InitialGuide, find_start
 from .loader import Batch, BatchStream
@@ -59,7 +58,7 @@ Chooser = Callable[..., tuple[Function, str]]
 
 T = TypeVar("T")
 
-_FORMAT = "pyro_artransform fit 5"  # of checkpoints
+_FORMAT = "pyro_artransform fit 6"  # of checkpoints
 
 
 class FitRun:
@@ -147,7 +146,7 @@ class FitRun:
                 "latents, and index from the right, or take fewer num_particles",
                 stacklevel=3,
             )
-        self._initial = InitialGuide(UNCHANGED, math.nan, None)
+        self._initial = InitialGuide(UNCHANGED, math.nan)
         self._search_steps, self._is_resumed, self._is_saved = 0, False, False
 
     def _by_first(self, what: str, function: Callable[[], T]) -> T:
@@ -231,10 +230,7 @@ class FitRun:
                 guide.load_state_dict(state["guide"])
             except (AttributeError, RuntimeError) as error:
                 raise ValueError(f"resume: expected a checkpoint of this guide: {error}") from error
-        packed, modes = state["modes"], None
-        if packed is not None:
-            modes = Modes(Gaussians(*packed[:2]), *packed[2:])
-        self._initial = InitialGuide(state["start"], state["start_elbo"], modes)
+        self._initial = InitialGuide(state["start"], state["start_elbo"])
         self._search_steps = state["num_search_steps"]
         self._began -= state["seconds"]
         schedule = trainer.schedule.of_length(state["num_steps"])
@@ -255,7 +251,6 @@ class FitRun:
     def save(self, path: files.FilePath) -> None:
         """Saves everything that the fit needs to go on; where the disk refuses, it warns."""
         guide, training, stream = self._subject.guide, self._training, self._stream
-        modes = self._initial.modes
         state = {
             "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
             "num_steps": training.schedule.num_steps,
@@ -265,7 +260,6 @@ class FitRun:
             "seconds": time.perf_counter() - self._began,
             "start": self._initial.name,
             "start_elbo": self._initial.elbo,
-            "modes": modes and [*modes.gaussians, modes.value, modes.converged],
             "training": training.state(),
             "batches": stream and [stream.num_batches, stream.epoch, stream.position],
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -350,19 +344,21 @@ class FitRun:
         training, config, offered = self._training, self._config, cast(object, self._subject.guide)
         skipped, is_complete = training.skipped.count, not self._deadline.is_over()
         share, sampling = skipped / max(training.num_steps, 1), self._sampling
-        # chains are right whatever the graph of the guide is, of which more than seconds are asked for
-        missing = self._missing() if sampling is None else ()
-        status = FitStatus(share, is_complete, self._is_saved, missing=missing)
-        modes, chains = self._initial.modes, None
+        status = FitStatus(
+            share,
+            is_complete,
+            self._is_saved,
+            has_chains=sampling is not None,
+            missing=self._missing,
+        )
+        chains = None
         if self._minibatches is not None:
             passed = self._minibatches.over_a_pass()
-            found = evaluate_minibatches(self._subject, passed, status, config.evaluation)
+            found = evaluate_minibatches(self._subject, passed, status)
         elif sampling is not None:
-            found, chains = sampling.judge(modes, status, config, training.num_steps)
-            if found.verdict.trusted and (missing := self._missing()):
-                found = found._replace(verdict=judge_graph(missing))
+            found, chains = sampling.judge(status, config, training.num_steps)
         else:
-            found = evaluate(self._subject, modes, status, config, training.num_gradients)
+            found = evaluate(self._subject, status, config, training.num_gradients)
         by_chains = None if sampling is None else sampling.chains
         marginals = judge_marginals(self._subject, found, config.evaluation, by_chains)
         centered = offered.centered_by_site() if isinstance(offered, CenteredGuide) else {}

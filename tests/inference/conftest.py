@@ -33,12 +33,9 @@ QUICK = FitConfig(
     evaluation=EvaluationConfig(
         num_samples=500,
         num_noisy_samples=50,
-        num_heavy=500,
+        num_around=500,
         num_screened=40,
-        num_climbs=2,
-        num_climbs_by_loop=2,
         max_climb_steps=20,
-        max_newton_steps=6,
     ),
 )
 

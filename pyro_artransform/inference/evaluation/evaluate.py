@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.chains import GuideChains
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
-from ..initialization.gaussians import Modes
 from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModeSearch
 from .verdict import (
@@ -29,6 +28,9 @@ from .verdict import (
     about_minibatches,
     judge,
 )
+
+_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
+_UNCLEAR_KHAT_IN_SE = 2.0
 
 
 class ModelAndGuide(NamedTuple):
@@ -48,44 +50,32 @@ class Drawn(NamedTuple):
     """Weighted draws of a guide, and the latents ``(m, latent_dim)`` of the first ones.
 
     These are in the coordinates of the log joint density.
-
-    :param mixes_draws: whether the model turned out to mix draws at once.
     """
 
     log_weights: Tensor
     latents: Tensor | None
-    mixes_draws: bool
 
 
 def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0) -> Drawn:
-    """The draws of a verdict; more where k-hat alone decides, and is not clearly below its limit."""
+    """The draws of a verdict; more where k-hat is not known well enough."""
     # the weights of mini-batches are noise, and draws for them come one at a time
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
-    max_kept = config.max_kept // subject.log_joint.latents.latent_dim
-    drawn = _draw(subject, count, max(max_kept, 2))
-    more = min(config.num_more_samples, max_more_draws)
-    if is_noisy or more < count:
-        return drawn
-    found = Importance.from_log_weights(drawn.log_weights)
-    may_be_large = found.khat + config.unclear_khat_in_se * found.khat_se >= GOOD_KHAT
-    is_close = found.log_evidence - found.elbo <= config.max_gap
-    if not (may_be_large and is_close and found.elbo_se <= config.max_se):
-        return drawn
-    others = _draw(subject, more, 0)
-    log_weights = torch.cat([drawn.log_weights, others.log_weights])
-    return Drawn(log_weights, drawn.latents, drawn.mixes_draws or others.mixes_draws)
-
-
-def _draw(subject: ModelAndGuide, count: int, max_kept: int) -> Drawn:
-    latents, parts, strategy = [], [], subject.log_joint.strategy
+    latents, parts = list[Tensor](), list[Tensor]()
     for chunk in subject.weighted_draws(count):
         parts.append(chunk.log_weights)
-        if chunk.latent is not None and max_kept > 0:
-            latents.append(chunk.latent[:max_kept].clone())
-            max_kept -= len(latents[-1])
-    mixes_draws = subject.log_joint.strategy != strategy
-    return Drawn(torch.cat(parts), torch.cat(latents) if latents else None, mixes_draws)
+        if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
+            latents.append(chunk.latent.clone())
+    more = min(config.num_more_samples, max_more_draws)
+    if not is_noisy and more >= count and _is_unclear(torch.cat(parts)):
+        parts += [chunk.log_weights for chunk in subject.weighted_draws(more)]
+    return Drawn(torch.cat(parts), torch.cat(latents) if latents else None)
+
+
+def _is_unclear(log_weights: Tensor) -> bool:
+    """Whether k-hat alone decides, and is not clearly below its limit."""
+    found = Importance.from_log_weights(log_weights)
+    return found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT
 
 
 class MarginalVerdict(NamedTuple):
@@ -143,7 +133,6 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     subject: ModelAndGuide,
-    modes: Modes | None,
     status: FitStatus,
     config: FitConfig,
     max_more_draws: int = 0,
@@ -155,8 +144,8 @@ def evaluate(
         modes are searched for, in place of outside of the guide.
     """
     is_noisy, settings = subject.log_joint.is_random, config.evaluation
-    drawn = draw(subject, settings, max_more_draws)
     strategy = subject.log_joint.strategy
+    drawn = draw(subject, settings, max_more_draws)
     found, missed = Importance.from_log_weights(drawn.log_weights), None
     is_point, coarse = False, list[str]()
     if drawn.latents is not None:
@@ -174,14 +163,14 @@ def evaluate(
             log_evidence = found.log_evidence
             if by_chains is not None:  # which find more than a guide that nobody has trained
                 log_evidence = max(log_evidence, search.log_evidence_around(draws))
-            missed = search.find(draws, log_evidence, modes, weights, found.elbo)
-    mixes_draws = drawn.mixes_draws or subject.log_joint.strategy != strategy
+            missed = search.find(draws, log_evidence, weights, found.elbo)
+    mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(
         is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
     )
-    verdict = judge(found, missed, status, settings)
+    verdict = judge(found, missed, status)
     lost_mass = 0.0 if missed is None else missed.lost_mass
-    outside = list[str]() if missed is None else [*about_far_modes(missed, settings)]
+    outside = list[str]() if missed is None else [*about_far_modes(missed)]
     outside += [about_coarse_sites(coarse)] if coarse else []
     return Evaluation(
         found.elbo,
@@ -197,7 +186,7 @@ def evaluate(
 
 
 def evaluate_minibatches(
-    subject: ModelAndGuide, found: PassEstimate, status: FitStatus, config: EvaluationConfig
+    subject: ModelAndGuide, found: PassEstimate, status: FitStatus
 ) -> Evaluation:
     """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
     weights = None
@@ -207,7 +196,7 @@ def evaluate_minibatches(
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     about = about_minibatches(found, weights, is_of_all)
-    verdict = judge(weights, None, status._replace(is_point=is_point), config, about)
+    verdict = judge(weights, None, status._replace(is_point=is_point), about)
     numbers = found.elbo, found.elbo_se, found.num_draws
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True)
 
@@ -222,7 +211,11 @@ def judge_marginals(
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     drawn = evaluation.drawn
     if chains is None and is_trusted and drawn is not None and drawn.latents is not None:
-        found = _judge_by_weights(subject, drawn.log_weights, drawn.latents)
+        unconstrained, _ = subject.log_joint.to_unconstrained(drawn.latents)
+        weights = drawn.log_weights[: len(unconstrained)]
+        by_weights = marginals_by_weights(unconstrained, weights, subject.log_joint)
+        words = f" Of single latents, as far as the guide draws: {by_weights.words}."
+        found = MarginalVerdict(by_weights, by_weights.trusted, words)
         if found.trusted:
             return found
     by_chains = _judge_by_chains(subject, evaluation, config, chains)
@@ -252,8 +245,7 @@ def _judge_by_chains(
         # chains tell more only where weights are known, and say that the joint posterior is not the guide
         if weights is None or weights.num_nonfinite == weights.num_samples:
             return MarginalVerdict()
-        is_close = weights.log_evidence - weights.elbo <= config.max_gap
-        if weights.khat <= GOOD_KHAT and is_close and weights.elbo_se <= config.max_se:
+        if weights.trusted and weights.is_close:
             return MarginalVerdict()
     try:
         if chains is None:
@@ -272,7 +264,7 @@ def _judge_by_chains(
         words = f"Of single latents, by chains: {found.words}"
     elif not found.trusted:
         words = f"Nor can single latents be trusted: {found.words}"
-    elif evaluation.lost_mass > config.max_lost:
+    elif evaluation.lost_mass > GOOD_LOST_MASS:
         words = "Single latents are right as long as one stays in the modes that the guide has"
         return MarginalVerdict(found, False, f" {words}: {found.words}.")
     else:
@@ -281,13 +273,3 @@ def _judge_by_chains(
             "sampling: do not use its weights and its evidence"
         )
     return MarginalVerdict(found, found.trusted, f" {words}.")
-
-
-def _judge_by_weights(
-    subject: ModelAndGuide, log_weights: Tensor, latent: Tensor
-) -> MarginalVerdict:
-    unconstrained, _ = subject.log_joint.to_unconstrained(latent)
-    weights = log_weights[: len(latent)]
-    found = marginals_by_weights(unconstrained, weights, subject.log_joint)
-    words = f" Of single latents, as far as the guide draws: {found.words}."
-    return MarginalVerdict(found, found.trusted, words)

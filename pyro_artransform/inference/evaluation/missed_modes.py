@@ -3,40 +3,38 @@
 
 """Mass of a posterior that a guide has missed, by draws that are not the guide's.
 
-A guide never draws where it has no mass, so that its weights are good where a whole mode is missing.
-Two checks do not rest on its draws: importance sampling with heavy tails around the guide and every known
-mode; and, in many dimensions, the mass of each mode by its curvature, or a lower bound of it, beside the
-share of draws near it. Modes are those that the search for an initial guide has found, and those reached
-by climbs from overdispersed starts; points that differ by full turns of an angle are one.
+A guide never draws where it has no mass, so that its weights are good where a whole mode is missing. A
+search proposes places where there may be mass. What is there says one sample from the guide, from all
+around it, and from around each of these places (see ``mixture.py``).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...diagnostics import Importance
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
 from ...joint import LogDensity
 from ..config import EvaluationConfig, InitializationConfig
-from ..initialization.gaussians import (
-    Gaussians,
-    Modes,
-    antithetic_noise,
-    concatenate,
-    evaluate_density,
-)
-from .mode_search import GuideDraws, ModeSearch, distances_to, radius
+from ..initialization.gaussians import Gaussians
+from .angles import find_circular, fold
+from .mixture import Mixture, Shape, Stratum
+from .mode_search import ModeSearch, drawn
+
+_NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
+_UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
+_MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
+# lost mass that is a reason to search for more, and the part of it with which a mode is counted
+_MIN_LOST, _MIN_COUNTED = 0.002, 0.01
 
 
 class MissedModes(NamedTuple):
     """What was found outside of a guide.
 
-    :param log_evidence: the log evidence from heavy-tailed draws, ``nan`` if it is not reliable.
+    :param log_evidence: the log evidence by all strata, ``nan`` without draws that can be used.
     :param lost_mass: the share of the posterior in modes without draws of the guide, 0 if too small to
         matter; ``num_lost`` is how many there are.
     :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, or "none".
@@ -64,159 +62,91 @@ class MissedModeSearch:
         self,
         draws: Tensor,
         log_evidence: float,
-        modes: Modes | None,
         log_weights: Tensor | None = None,
         elbo: float = math.nan,
     ) -> MissedModes:
         """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
         :param log_evidence: the log evidence according to them; those of the largest weights are starts.
-        :param modes: the modes that are known already.
         """
-        is_usable, config = draws.isfinite().all(-1), self.config
+        config, is_usable = self.config, draws.isfinite().all(-1)
         heaviest = draws[:0]
         if log_weights is not None:
             weights = torch.where(is_usable, log_weights, -torch.inf).nan_to_num(-torch.inf)
-            heaviest = draws[weights.topk(min(config.num_heaviest, len(draws))).indices]
-            heaviest = heaviest[evaluate_density(self.log_density, heaviest).isfinite()]
+            heaviest = draws[weights.topk(min(_NUM_HEAVIEST, len(draws))).indices]
         draws = draws[is_usable]
         if len(draws) < 2:
             return MissedModes(searched_by="none")
-        guide = GuideDraws.of(self.log_density, draws, log_evidence, config.max_dense_dim)
-        search = ModeSearch(self.log_density, self.model, config, self.initialization, guide)
-        modes, searched_by = search.search(heaviest, modes)
-        by_curvature = searched_by == "curvature"
-        for _ in range(config.max_more_searches if by_curvature else 0):
-            # too many for none, and too few for a loss
-            if not config.min_lost < self._lost(guide, modes)[0] <= config.max_lost:
+        is_circular = find_circular(self.log_density, draws)
+        draws, excess = fold(draws, is_circular)
+        log_evidence -= excess
+        around = Shape(moments(draws, config.max_dense_dim), False, is_circular)
+        search = ModeSearch(
+            self.log_density, self.model, config, self.initialization, draws, around
+        )
+        points = torch.cat([heaviest, search.points()])
+        found, searched_by = self._mixture(search, points, log_evidence, elbo)
+        lost, count = self._lost(found, log_evidence)
+        if not round(100 * lost):  # less than one says
+            lost, count = 0.0, 0
+        around_all = found.log_evidence, found.log_evidence_se
+        return MissedModes(*around_all, lost, count, searched_by, excess)
+
+    def _mixture(
+        self, search: ModeSearch, points: Tensor, log_evidence: float, elbo: float
+    ) -> tuple[Mixture, str]:
+        """What draws say all around a guide and above points, and how modes were searched for."""
+        guide = search.draws, search.around
+        if search.around.gaussian.is_independent:
+            try:
+                return Mixture.of(
+                    *guide, [], search.moved_guides(points, log_evidence)
+                ), "gradients"
+            except RuntimeError:  # a model without a gradient
+                return Mixture.of(*guide, [], []), "none"
+        wide, modes, places = search.around._replace(is_heavy=True), None, list[Stratum]()
+        around, searched_by = [drawn(self.log_density, wide, self.config.num_around)], "curvature"
+        for _ in range(self.config.max_searches):
+            try:
+                modes = search.modes_above(points, modes)
+                places = search.around_modes(modes)
+            except RuntimeError:
+                searched_by = "none"
+            found = Mixture.of(*guide, around, places)
+            # too much for none, and too little for a loss
+            if not _MIN_LOST < self._lost(found, log_evidence)[0] <= GOOD_LOST_MASS:
                 break
-            modes = search.search_more(modes)
-        found, is_complete = self._heavy_tailed_weights(guide, modes, elbo)
-        if found is not None and is_complete and by_curvature and modes is not None:
-            # by gradients, masses are lower bounds
-            modes = self._confirmed(guide, modes, found)
-        share, count = self._lost(guide, modes, by_curvature)
-        if not round(100 * share):  # less than one says
-            share, count = 0.0, 0
-        around = (math.nan, math.nan)
-        if found is not None:
-            around = found.log_evidence, found.log_evidence_se
-        return MissedModes(*around, share, count, searched_by, guide.excess_by_turns)
+            points = search.points_afar()
+        is_said, more = log_evidence - elbo > GOOD_GAP, found.log_evidence - elbo - GOOD_GAP
+        if not is_said and abs(more) <= 2 * found.log_evidence_se < 2 * GOOD_GAP:
+            around.append(drawn(self.log_density, wide, _UNCLEAR * self.config.num_around))
+            found = Mixture.of(*guide, around, places)
+        return found, searched_by
+
+    @staticmethod
+    def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
+        """The share of all mass in places with next to no draws, and the number of these places."""
+        log_masses = found.log_masses - log_evidence
+        is_lost = found.shares_of_draws < _MIN_SHARE * log_masses.sigmoid()
+        lost = log_masses[is_lost]
+        total = lost.logsumexp(0)
+        return total.sigmoid().item(), int((lost >= total + math.log(_MIN_COUNTED)).sum())
 
     def log_evidence_around(self, draws: Tensor) -> float:
         """The log evidence where draws ``(n, latent_dim)`` are, or a bound: by their Gaussian."""
-        config = self.config
-        guide = GuideDraws.of(self.log_density, draws, 0.0, config.max_dense_dim)
-        loc, noise = guide.gaussian.loc, torch.randn_like(draws[: config.num_for_region])
-        log_p = evaluate_density(self.log_density, loc + guide.gaussian.deviations(noise)[0])
-        log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1)
-        log_q = log_q - guide.gaussian.log_volume()
-        return float((log_p - log_q).logsumexp(0)) - math.log(len(noise))
+        shape = Shape(moments(draws, self.config.max_dense_dim))
+        weights = drawn(self.log_density, shape, self.config.num_for_mode).log_weights
+        return float(weights.logsumexp(0)) - math.log(len(weights))
 
-    def _heavy_tailed_weights(
-        self, guide: GuideDraws, modes: Modes | None, elbo: float
-    ) -> tuple[Importance | None, bool]:
-        """The weights of heavy-tailed draws, ``None`` if unreliable, and whether they find all mass."""
-        config, more = self.config, None
-        around = guide.gaussian.widened(config.heavy_inflation)
-        if around.is_independent:
-            return None, False
-        # wider ones only where these are unreliable: around most guides and modes they are draws in vain
-        for widenings in ((1.0,), (1.0, *config.heavy_widenings)):
-            weigh = partial(self.weigh_heavy_tailed, around, modes, guide.is_circular, widenings)
-            found = weigh()
-            if not found.ess > config.heavy_min_ess * config.num_heavy:
-                continue
-            # whether such draws alone say how far the ELBO is from the evidence, and are too few for it
-            deviation = abs(found.log_evidence - elbo - config.max_gap)
-            is_unclear = deviation <= 2 * found.log_evidence_se
-            if guide.log_evidence - elbo <= config.max_gap and is_unclear:
-                others = [weigh().log_weights for _ in range(config.num_heavy_again)]
-                found = Importance.from_log_weights(torch.cat([found.log_weights, *others]))
-            if found.khat <= GOOD_KHAT:
-                return found, len(widenings) == 1
-            if found.log_evidence - 2 * found.log_evidence_se > guide.log_evidence:
-                more = found
-        return more, False
 
-    def _confirmed(self, guide: GuideDraws, modes: Modes, found: Importance) -> Modes:
-        """The modes, unless draws around the first of them find too little of what they promise."""
-        most = self.config.max_modes
-        promised = -math.log1p(-min(self._lost(guide, modes.take(slice(most)))[0], 1 - 1e-9))
-        gain = found.log_evidence + 2 * found.log_evidence_se - guide.log_evidence
-        is_there = gain >= self.config.min_confirmed * promised
-        return modes if is_there else modes.take(slice(most, None))
-
-    def _lost(
-        self, guide: GuideDraws, modes: Modes | None, by_curvature: bool = True
-    ) -> tuple[float, int]:
-        """The share of all mass found in modes with next to no draws, and the number of these modes."""
-        if modes is None:
-            return 0.0, 0
-        share_of_draws = guide.regions(modes, guide.draws).double().mean(-1)
-        log_masses = modes.log_masses().double() - guide.log_evidence
-        least = self.config.min_draws_share
-        is_lost = share_of_draws < least * log_masses.sigmoid()
-        if by_curvature:  # by gradients, masses are lower bounds already
-            for k in is_lost.nonzero()[:, 0].tolist():
-                log_masses[k] = log_masses[k].clamp_max(self._log_mass_in_region(guide, modes, k))
-            is_lost = share_of_draws < least * log_masses.sigmoid()
-        lost = log_masses[is_lost]
-        total = lost.logsumexp(0)
-        is_counted = lost >= total + math.log(self.config.min_counted)
-        return total.sigmoid().item(), int(is_counted.sum())
-
-    def _log_mass_in_region(self, guide: GuideDraws, modes: Modes, k: int) -> float:
-        """The log mass in the region of a mode, relative to the guide's, by draws of its Gaussian."""
-        config, (loc, scale_tril) = self.config, modes.gaussians.take([k])
-        noise = antithetic_noise(loc, config.num_for_region)
-        points = loc + noise @ scale_tril[0].mT
-        inside = guide.regions(modes, points)[k] & (noise.square().mean(-1) < radius(loc.shape[-1]))
-        log_p = evaluate_density(self.log_density, points).masked_fill(~inside, -torch.inf)
-        log_ratio = log_p + 0.5 * noise.square().sum(-1)
-        found = log_ratio.logsumexp(0).item() - math.log(config.num_for_region)
-        found += modes.log_masses()[k].item() - modes.value[k].item()
-        slack = loc.shape[-1] * config.max_curvature_error
-        return found + slack - guide.log_evidence
-
-    def weigh_heavy_tailed(
-        self,
-        around: Gaussians,
-        modes: Modes | None,
-        is_circular: Tensor | None = None,
-        widenings: Sequence[float] = (1.0,),
-    ) -> Importance:
-        """Importance sampling from a mixture of Student's t around the guide and around each mode.
-
-        Of angles, only the turn around the guide counts.
-
-        :param widenings: what their scales are multiplied by, each in its part of the mixture.
-        """
-        mixture, config, degrees = around, self.config, self.config.heavy_degrees
-        if modes is not None:
-            mixture = concatenate([around, modes.gaussians.take(slice(config.max_modes))])
-        count = len(mixture.loc)
-        guide_share = config.heavy_guide_share if count > 1 else 1.0
-        others = (1 - config.heavy_guide_share) / max(count - 1, 1)
-        of_each = [guide_share] + [others] * (count - 1)
-        shares = mixture.loc.new_tensor(len(widenings) * of_each) / len(widenings)
-        mixture = concatenate(map(mixture.widened, widenings))
-        count, dim = mixture.loc.shape
-        which = torch.multinomial(shares, config.num_heavy, replacement=True)
-        draws = mixture.loc[which]
-        noise = torch.randn_like(draws)
-        gamma = torch.distributions.Chi2(torch.full_like(noise[:, :1], degrees)).sample()
-        noise = noise * (degrees / gamma).sqrt()
-        for k in range(count):
-            # a scale for each draw would take their number times D^2 of memory
-            draws[which == k] += mixture.take([k]).deviations(noise[which == k])[0]
-        half = 0.5 * (degrees + dim)
-        constant = math.lgamma(half) - math.lgamma(0.5 * degrees)
-        constant -= 0.5 * dim * math.log(degrees * math.pi)
-        kernel = half * torch.log1p(distances_to(mixture, draws) * dim / degrees)
-        log_q = constant - mixture.log_volume()[:, None] - kernel + shares.log()[:, None]
-        log_p = evaluate_density(self.log_density, draws)
-        if is_circular is not None:
-            away = is_circular & ((draws - around.loc).abs() > math.pi)
-            log_p = log_p.masked_fill(away.any(-1), -torch.inf)
-        return Importance.from_log_weights(log_p - log_q.logsumexp(0))
+def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
+    """The Gaussian of the moments of draws ``(n, D)``; of more latents than the most, their sds alone."""
+    loc = draws.mean(0)
+    centered = draws - loc
+    scale = sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    if len(sd) <= max_dense_dim:
+        scaled = centered / sd
+        covariance = scaled.T @ scaled / (len(draws) - 1)
+        jitter = 1e-6 * torch.eye(len(sd), dtype=sd.dtype, device=sd.device)
+        scale = sd[:, None] * torch.linalg.cholesky(covariance + jitter)
+    return Gaussians(loc[None], scale[None])

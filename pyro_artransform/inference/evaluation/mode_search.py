@@ -1,348 +1,192 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Searches for modes far from a guide, and what its draws say of the region around each.
+"""Places where a posterior may have mass that a guide has not: where climbs from afar end.
 
-Climbs start in shells around the guide, at draws of the prior and at mirror images. With Hessians each end
-has the mass of its curvature; else moved draws of the guide and mean-field fits bound it from below.
+Climbs start in shells around the guide, at its draws of the largest weights, at mirror images, and at draws
+of the prior. Up to some hundred latents a place has the Gaussian of its curvature; beyond, the guide itself
+is moved there, or mirrored. Places are proposed only: whether they have mass is not asked here.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...joint import LogDensity
 from ..config import EvaluationConfig, InitializationConfig
-from ..initialization.batch_and_match import ascend_independent, fit_independent
 from ..initialization.gaussians import (
     Gaussians,
     Modes,
-    antithetic_noise,
     climb,
     climb_by_gradients,
     concatenate,
-    elbos,
     evaluate_density,
     lower_factor,
 )
 from ..initialization.points import starting_points
+from .mixture import Shape, Stratum, squared_distances
 
-# the density of an angle is the same after these turns, that of a proper prior is not where they lead
-# beyond some standard deviations of the draws
-_TURNS, _BEYOND = (1.0, -32.0), 4.0
-_TURN_TOLERANCE = 1e-3  # nats, to which round-off is added
-_SAME_END = 0.1  # sds of the guide within which ends of climbs are one
-# points between two ends, and nats by which the density is less there if they are two modes
-_NUM_BETWEEN, _DIP = 17, 1.0
-_MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
-
-
-class GuideDraws(NamedTuple):
-    """Draws of a guide, shape ``(n, D)``, angles within a turn, with their moments.
-
-    :param log_evidence: the log evidence by their weights, of one turn of each angle.
-    :param is_circular: which coordinates are angles, shape ``(D,)``; ``None`` without angles.
-    :param excess_by_turns: the nats by which the weights count several turns of an angle.
-    """
-
-    draws: Tensor
-    gaussian: Gaussians
-    log_evidence: float
-    is_circular: Tensor | None
-    excess_by_turns: float
-
-    @classmethod
-    def of(
-        cls, log_density: LogDensity, draws: Tensor, log_evidence: float, max_dense_dim: int
-    ) -> "GuideDraws":
-        """The draws, folded where a coordinate is an angle; more than the most have sds alone."""
-        is_circular = _find_circular(log_density, draws)
-        folded, excess = fold(draws, is_circular), 0.0
-        if is_circular is not None:
-            excess = _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
-        loc = folded.mean(0)
-        centered = folded - loc
-        scale = sd = centered.std(0).clamp_min(torch.finfo(folded.dtype).tiny ** 0.5)
-        if len(sd) <= max_dense_dim:
-            scaled = centered / sd
-            covariance = scaled.T @ scaled / (len(folded) - 1)
-            jitter = 1e-6 * torch.eye(len(sd), dtype=sd.dtype, device=sd.device)
-            scale = sd[:, None] * torch.linalg.cholesky(covariance + jitter)
-        gaussian = Gaussians(loc[None], scale[None])
-        return cls(folded, gaussian, log_evidence - excess, is_circular, excess)
-
-    def regions(self, modes: Modes, points: Tensor) -> Tensor:
-        """Which of n points are of which of S modes, shape ``(S, n)``: within reach of the likeliest."""
-        dim = points.shape[-1]
-        distances = distances_to(modes.gaussians, points, self.is_circular)
-        by_mode = modes.value[:, None] - 0.5 * dim * distances
-        top = self.log_evidence - self.gaussian.log_volume() - 0.5 * dim * math.log(2 * math.pi)
-        by_guide = top - 0.5 * dim * distances_to(self.gaussian, points, self.is_circular)[0]
-        best = torch.cat([by_mode, by_guide[None]]).max(0).values
-        return (distances < radius(dim)) & (by_mode >= best)
-
-
-def radius(dim: int) -> float:
-    """The mean square, in units of a Gaussian, within which are all of its draws but the tail."""
-    return 1 + 3 * math.sqrt(2 / dim)
-
-
-def distances_to(gaussians: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
-    """Mean squares over coordinates of n points in the units of S Gaussians, shape ``(S, n)``."""
-    away = points - gaussians.loc[:, None]
-    if is_circular is not None:
-        away = torch.where(is_circular, _wrapped(away), away)
-    return (gaussians.units(away) ** 2).mean(-1)
-
-
-def fold(points: Tensor, is_circular: Tensor | None, center: Tensor | None = None) -> Tensor:
-    """Points ``(n, D)`` with each angle within half a turn of a center, by default their mean."""
-    if is_circular is None:
-        return points
-    if center is None:
-        center = torch.atan2(points.sin().mean(0), points.cos().mean(0))
-    return torch.where(is_circular, center + _wrapped(points - center), points)
-
-
-def _wrapped(angles: Tensor) -> Tensor:
-    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
-
-
-def _find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
-    """Which coordinates are angles: after whole turns the density is the same; ``None`` without."""
-    points, spread = draws[:1], draws.std(0) / (2 * math.pi)
-    value = evaluate_density(log_density, points)
-    tolerance = _TURN_TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
-    circular = spread.isfinite().nonzero()[:, 0]
-    for turns in _TURNS:
-        if not len(circular):
-            return None
-        kept = []
-        for some in circular.split(max(_MOST_VALUES // points.shape[-1], 1)):
-            # a wide density changes little within its own width
-            size = turns * (_BEYOND * spread[some] / abs(turns)).ceil().clamp_min(1)
-            shifts = torch.zeros_like(points.expand(len(some), -1))
-            shifts.scatter_(1, some[:, None], 2 * math.pi * size[:, None])
-            change = evaluate_density(log_density, points + shifts) - value
-            kept.append(some[change.abs() <= tolerance])
-        circular = torch.cat(kept)
-    if not len(circular):
-        return None
-    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
-    is_circular[circular] = True
-    return is_circular
-
-
-def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
-    """The entropy of turns given angles, by which an ELBO is too large (corrected: Miller, 1955)."""
-    total, size = 0.0, math.isqrt(len(draws))  # of pieces in which the angle counts as the same
-    for angles, within in zip(draws.double().mT, folded.double().mT):
-        turns, nats = ((angles - within) / (2 * math.pi)).round(), 0.0
-        for piece in turns[within.argsort()].split(size):
-            counts = piece.unique(return_counts=True)[1]
-            shares = counts / len(piece)
-            entropy = -(shares * shares.log()).sum() + (len(counts) - 1) / (2 * len(piece))
-            nats += entropy.item() * len(piece)
-        total += nats / len(turns)
-    return total
-
-
-# draws of a mean-field fit
-_NUM_DRAWS = 32
+_SHELLS, _WIDENED = (3.0, 10.0, 30.0, 100.0), 1.2  # around the guide, in sds of this factor
+_OF_SHELL = 2  # points of each that climbs start at, and of the best of each
+_MOST_MIRRORED, _MOST_MOVED = (
+    8,
+    4,
+)  # sites that are mirrored one at a time; ends that a guide is moved to
+_NEWTON_STEPS = 10  # from the end of a climb by gradients to the mode
+# sds of each coordinate within which ends of climbs are one; squared distance of two modes that always differ
+_SAME_END, _DIFFERENT = 0.1, 16.0
+_NUM_FOR_WIDTH, _WIDTH_STEPS = 32, 4  # draws and steps by which a moved guide gets its width
 
 
 @dataclass(frozen=True)
 class ModeSearch:
-    """A search for modes far from a guide."""
+    """A search for modes far from a guide.
+
+    :param draws: draws of the guide, shape ``(n, D)``, each angle within a turn.
+    :param around: the Gaussian of their moments.
+    """
 
     log_density: LogDensity
     model: Callable[[], object]
     config: EvaluationConfig
     initialization: InitializationConfig
-    guide: GuideDraws
+    draws: Tensor
+    around: Shape
 
-    def search(self, starts: Tensor, known: Modes | None) -> tuple[Modes | None, str]:
-        """Known modes, and those above starts and points afar; how, as ``MissedModes.searched_by``."""
-        points, searched_by = torch.cat([starts, self._points_afar()]), "curvature"
-        if known is None:  # no start has climbed from there
-            is_slow, config = self.log_density.strategy == "loop", self.initialization
-            count = config.num_points_by_loop if is_slow else config.num_points
-            center = self.guide.gaussian.loc[0]
-            others = starting_points(self.log_density, self.model, center, count)
-            points = torch.cat([points, others])
-        found = self._climb(points)
-        if found is None:
-            searched_by = "gradients"
-            try:
-                found = self._climb_by_gradients(points)
-            except RuntimeError:  # a model without a gradient
-                searched_by = "none"
-        known = None if known is None else self._weighed(known)
-        return self._distinct(known, found), searched_by
+    def points(self) -> Tensor:
+        """Points around the guide and in the prior, as for an initial guide; afar; and mirror images."""
+        density, config = self.log_density, self.initialization
+        center, loop = self.around.gaussian.loc[0], density.strategy == "loop"
+        count = config.num_points_by_loop if loop else config.num_points
+        near = starting_points(density, self.model, center, count)
+        images = torch.stack([-center, 2 * density.start - center])
+        return torch.cat([near, self.points_afar(), images])
 
-    def search_more(self, modes: Modes | None) -> Modes | None:
-        """Known modes, and those above other points afar."""
-        return self._distinct(modes, self._climb(self._points_afar()))
+    def points_afar(self) -> Tensor:
+        """Points in shells far outside of the guide: any, and those of the largest density."""
+        around, by_loop = (
+            self.around.gaussian.widened(_WIDENED),
+            self.log_density.strategy == "loop",
+        )
+        each, of_shell = self.config.num_screened // len(_SHELLS), 1 if by_loop else _OF_SHELL
+        sds = around.loc.new_tensor(_SHELLS).repeat_interleave(each)
+        noise = torch.randn_like(around.loc.expand(len(sds), -1))
+        points = around.loc + around.deviations(sds[:, None] * noise)[0]
+        # by how much it exceeds the Gaussian's
+        excess = evaluate_density(self.log_density, points)
+        excess = excess + 0.5 * squared_distances(around, points)
+        best = excess.reshape(len(_SHELLS), each).topk(of_shell).indices
+        by_shell = points.reshape(len(_SHELLS), each, -1)
+        chosen = by_shell.gather(1, best[:, :, None].expand(-1, -1, points.shape[-1]))
+        return torch.cat([by_shell[:, :of_shell], chosen], 1).flatten(0, 1)
 
-    def _points_afar(self) -> Tensor:
-        """Points of finite density far outside of the guide, and its images in origin and start."""
-        # half of the points are any, half those whose density exceeds the Gaussian's the most
-        config, density = self.config, self.log_density
-        around = self.guide.gaussian.widened(config.heavy_inflation)
-        screened, count = config.num_screened, config.num_climbs
-        if density.strategy == "loop":
-            screened, count = config.num_screened_by_loop, config.num_climbs_by_loop
-        noise = torch.randn_like(around.loc.expand(screened, -1))
-        shells = torch.arange(screened, device=noise.device) % len(config.far)
-        far = noise.new_tensor(config.far)[shells, None]
-        points = around.loc + around.deviations(far * noise)[0]
-        images = torch.cat([-around.loc, 2 * density.start - around.loc])
-        values = evaluate_density(density, points)
-        is_finite = values.isfinite()
-        points, values, shells = points[is_finite], values[is_finite], shells[is_finite]
-        half = count // 2
-        excess = values + 0.5 * points.shape[-1] * distances_to(around, points)[0]
-        best = _best_of_each(shells[half:], excess[half:])[: count - half]
-        images = images[evaluate_density(density, images).isfinite()]
-        return torch.cat([points[:half], points[half:][best], images])
-
-    def _climb(self, points: Tensor) -> Modes | None:
-        """The modes above points, if Hessians can be had."""
-        density, config = self.log_density, self.config
-        if density.latents.latent_dim > config.max_hessian_dim or not len(points):
-            return None
-        scale, kept = self.guide.gaussian.scale_tril[0], list[int]()
-        try:
-            ends, values = climb_by_gradients(density, points, scale, config.max_climb_steps)
-            units = self.guide.gaussian.units(ends[None])[0]
-            for i in values.argsort(descending=True).tolist():
-                # what is left of the way is less than what a step sees
-                distances = (units[kept] - units[i]).abs().amax(-1)
-                if bool((distances > _SAME_END).all()) and bool(values[i].isfinite()):
-                    kept.append(i)
-            return self._weighed(climb(density, ends[kept], config.max_newton_steps))
-        except RuntimeError:  # a model without a gradient
-            return None
-
-    def _climb_by_gradients(self, points: Tensor) -> Modes | None:
-        """Gaussians far from the guide, above points and mirror images, with bounds of their masses."""
-        density, config, around = self.log_density, self.config, self.guide.gaussian
-        draws = self.guide.draws[: config.num_moved]
-        base = evaluate_density(density, draws)
-        starts, signs = self._with_mirror_images(points)
-        starts = torch.cat([draws[base.argmax()][None], starts])
-        scale = around.scale_tril[0]
-        ends, values = climb_by_gradients(density, starts, scale, config.max_climb_steps)
-        kept = [i for i in self._far(ends, values) if self._is_beyond_a_dip(ends[0], ends[i])]
-        if not kept:
-            return None
-        own, far, signs = ends[0], ends[kept], signs[[k - 1 for k in kept]]
-        moved = far[:, None] + signs[:, None] * (draws - own)
-        gain = (evaluate_density(density, moved) - base)[:, base.isfinite()].mean(-1)
-        scales = scale.expand(len(far), *scale.shape)
-        if not around.is_independent:
-            scales = signs[:, :, None] * scales * signs[:, None]
-        mirrored = Gaussians(far - signs * own + signs * around.loc, scales)
-        # mean-field fits in the units of the draws
-        sd, count = draws.std(0), 1 if density.strategy == "loop" else len(far)
-        steps = self.initialization.num_matches
-
-        def in_units(z: Tensor) -> Tensor:
-            return density(z * sd)
-
-        fitted = fit_independent(in_units, far[:count] / sd, _NUM_DRAWS, steps)
-        fitted = ascend_independent(in_units, fitted, _NUM_DRAWS, steps // 2)
-        fitted = Gaussians(fitted.loc * sd, sd * fitted.scale_tril)
-        fitted = fitted if around.is_independent else fitted.dense()
-        noise = antithetic_noise(far, 2 * _NUM_DRAWS)
-        bounds = torch.cat([self.guide.log_evidence + gain, elbos(density, fitted, noise)])
-        matters = bounds > self.guide.log_evidence + math.log(config.max_lost * config.min_counted)
-        modes = Modes.of_masses(concatenate([mirrored, fitted]), bounds, matters)
-        return modes.take(matters.nonzero()[:, 0].tolist()) if bool(matters.any()) else None
-
-    def _with_mirror_images(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Points and images of the guide's mean, of finite density; and signs, -1 where mirrored."""
-        density, flips, start = self.log_density, list[Tensor](), 0
-        center = self.guide.gaussian.loc[0]
-        if density.strategy != "loop":
-            for site in density.latents.sites.values():
-                flips.append(torch.ones_like(center))
-                flips[-1][start : start + site.size] = -1
-                start += site.size
-        signs = torch.stack([-torch.ones_like(center), *flips[: self.config.max_mirrored]])
-        images = torch.cat([signs * center, density.start + signs * (center - density.start)])
-        signs = torch.cat([torch.ones_like(points), signs, signs])
-        points = torch.cat([points, images])
-        is_finite = evaluate_density(density, points).isfinite()
-        return points[is_finite], signs[is_finite]
-
-    def _is_beyond_a_dip(self, own: Tensor, end: Tensor) -> bool:
-        """Whether the density between two ends is less than at both: else they are of one mode."""
-        between = torch.linspace(0, 1, _NUM_BETWEEN, dtype=own.dtype, device=own.device)
-        values = evaluate_density(self.log_density, torch.lerp(own, end, between[:, None]))
-        return bool(values.min() < torch.minimum(values[0], values[-1]) - _DIP)
-
-    def _far(self, ends: Tensor, values: Tensor) -> list[int]:
-        """The highest of the ends that are far from the first one, and from each other."""
-        units = self.guide.gaussian.units(ends[None])[0]
-        kept = [0]
+    def climbed(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct ends of climbs from points of finite density, the highest first, and their heights."""
+        points = points[evaluate_density(self.log_density, points).isfinite()]
+        gaussian, kept = self.around.gaussian, list[int]()
+        given = self.log_density, points, gaussian.scale_tril[0], self.config.max_climb_steps
+        ends, values = climb_by_gradients(*given)
+        units = gaussian.units(ends[None])[0]
         for i in values.argsort(descending=True).tolist():
-            distances = (units[kept] - units[i]).square().sum(-1)
-            if bool((distances > self.config.min_distance_by_gradients**2).all()):
+            is_new = ((units[kept] - units[i]).abs().amax(-1) > _SAME_END).all()
+            if bool(is_new) and bool(values[i].isfinite()):
                 kept.append(i)
-        return kept[1 : self.config.num_far + 1]
+        return ends[kept], values[kept]
 
-    def _weighed(self, modes: Modes) -> Modes:
-        """Modes whose mass is that of their curvature, or what draws find, which is less in a neck."""
-        config, converged = self.config, modes.converged[:, None, None]
-        # elsewhere no wider in any direction than the guide
-        lower = self.guide.gaussian.scale_tril[0]
-        units = torch.linalg.solve_triangular(lower, modes.gaussians.scale_tril, upper=False)
-        axes, scales, _ = torch.linalg.svd(units)
-        root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
-        scale_tril = torch.where(converged, modes.gaussians.scale_tril, lower_factor(root))
-        gaussians = Gaussians(modes.gaussians.loc, scale_tril)
-        noise = antithetic_noise(gaussians.loc, config.num_for_mode)
-        log_p = evaluate_density(self.log_density, gaussians.loc[:, None] + noise @ scale_tril.mT)
-        log_ratio = log_p + 0.5 * noise.square().sum(-1)  # but for the constant of the Gaussian
-        found = log_ratio.logsumexp(-1) - math.log(config.num_for_mode)
-        excess = modes.value - found - noise.shape[-1] * config.max_curvature_error
-        value = modes.value - excess.clamp_min(0)
-        return Modes(gaussians, value, value.isfinite())
-
-    def _distinct(self, known: Modes | None, found: Modes | None) -> Modes | None:
-        """The maxima that are not the same, those with the most mass first, angles near the guide's."""
-        if known is None and found is None:
-            return None
-        gaussians, values, converged = zip(*filter(None, (known, found)))
-        loc, scale_tril = concatenate(gaussians)
-        is_circular = self.guide.is_circular
-        loc = fold(loc, is_circular, self.guide.gaussian.loc[0])
-        modes = Modes(Gaussians(loc, scale_tril), torch.cat(values), torch.cat(converged))
-        config, kept = self.config, list[int]()
-        least = min(loc.shape[-1] * config.min_mode_distance, config.max_squared_distance)
-        for i in modes.log_masses().argsort(descending=True).tolist():
-            if not bool(modes.converged[i]):
-                continue
-            # a spike inside of a wide mode is far from its top in units of its own
-            others, this = modes.gaussians.take(kept), modes.gaussians.take([i])
-            distances = len(loc[i]) * torch.maximum(
-                distances_to(others, this.loc, is_circular)[:, 0],
-                distances_to(this, others.loc, is_circular)[0],
+    def modes_above(self, points: Tensor, before: Modes | None = None) -> Modes:
+        """The modes that climbs end at, and those before, with the most mass by their curvature first."""
+        modes = climb(self.log_density, self.climbed(points)[0], _NEWTON_STEPS)
+        modes = modes._replace(gaussians=self._no_wider_off_maxima(modes))
+        if before is not None:
+            modes = Modes(
+                concatenate([modes.gaussians, before.gaussians]),
+                torch.cat([modes.value, before.value]),
+                torch.cat([modes.converged, before.converged]),
             )
-            if bool((distances > least).all()):
+        order = modes.log_masses().argsort(descending=True).tolist()
+        each, kept = [modes.gaussians.take([k]) for k in range(len(order))], list[int]()
+        for i in order:
+            if len(kept) < self.config.max_modes and not any(
+                self._are_same(each[i], each[k]) for k in kept
+            ):
                 kept.append(i)
-        return modes.take(kept) if kept else None
+        return modes.take(kept)
+
+    def _no_wider_off_maxima(self, modes: Modes) -> Gaussians:
+        """What is no maximum, as on a ridge, is no wider in any direction than the guide."""
+        loc, own = modes.gaussians
+        lower = self.around.gaussian.scale_tril[0]
+        axes, scales, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, own, upper=False))
+        root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
+        return Gaussians(loc, torch.where(modes.converged[:, None, None], own, lower_factor(root)))
+
+    def _are_same(self, one: Gaussians, other: Gaussians) -> bool:
+        """Whether each mode is within the other: a spike inside of a wide mode is another one."""
+        least, is_circular = min(one.loc.shape[-1], _DIFFERENT), self.around.is_circular
+        there, back = (one, other.loc, is_circular), (other, one.loc, is_circular)
+        return max(squared_distances(*there).item(), squared_distances(*back).item()) <= least
+
+    def around_modes(self, modes: Modes) -> list[Stratum]:
+        """Draws around each of S modes."""
+        each = (modes.gaussians.take([k]) for k in range(len(modes.value)))
+        shapes = (Shape(gaussian, True, self.around.is_circular) for gaussian in each)
+        return [drawn(self.log_density, s, self.config.num_for_mode) for s in shapes]
+
+    def moved_guides(self, points: Tensor, log_evidence: float) -> list[Stratum]:
+        """The guide itself at the ends of climbs, as wide as the density is there, and mirrored.
+
+        Its draws count as those of the posterior, whose density is known: so noise of the weights cancels.
+        """
+        draws = self.draws[: self.config.num_for_mode]
+        base = evaluate_density(self.log_density, draws)
+        draws, base = draws[base.isfinite()], base[base.isfinite()]
+        gaussian, strata = self.around.gaussian, list[Stratum]()
+        if not len(draws):
+            return strata
+        tops, heights = self.climbed(draws[base.argmax()][None])
+        ends, values = self.climbed(points)
+        away, center = draws - tops[0], gaussian.loc - tops[0]
+        drop = float(heights[0] - base[:_NUM_FOR_WIDTH].mean())
+        found = [(signs * draws, signs * gaussian.loc, 1.0) for signs in self._signs()]
+        units, kept = gaussian.units((ends - tops)[None])[0], [torch.zeros_like(draws[0])]
+        for end, value, place in zip(ends, values, units):
+            is_far = all(float((place - other).square().sum()) > _DIFFERENT for other in kept)
+            if is_far and len(kept) <= _MOST_MOVED:
+                kept.append(place)
+                width = self._width_at(end, value, away[:_NUM_FOR_WIDTH], drop)
+                found.append((end + width * away, end + width * center, width))
+        for moved, loc, width in found:
+            log_q = base - log_evidence - draws.shape[-1] * math.log(width)
+            shape = Shape(
+                Gaussians(loc, width * gaussian.scale_tril), False, self.around.is_circular
+            )
+            strata.append(Stratum(moved, evaluate_density(self.log_density, moved) - log_q, shape))
+        return strata
+
+    def _signs(self) -> Tensor:
+        """Signs ``(S, D)`` of mirror images in the origin, of all coordinates and of those of a site."""
+        flips, first = [-torch.ones_like(self.draws[0])], 0
+        for site in list(self.log_density.latents.sites.values())[:_MOST_MIRRORED]:
+            flips.append(torch.ones_like(flips[0]))
+            flips[-1][first : first + site.size] = -1
+            first += site.size
+        return torch.stack(flips)
+
+    def _width_at(self, end: Tensor, value: Tensor, away: Tensor, drop: float) -> float:
+        """The factor of deviations from an end by which the density drops as it does in the guide."""
+        width = 1.0
+        for _ in range(_WIDTH_STEPS):
+            here = float(value - evaluate_density(self.log_density, end + width * away).mean())
+            ratio = drop / here if min(drop, here) > 0 else 1.0
+            width *= min(max(math.sqrt(ratio), 0.1), 10.0)
+        return width
 
 
-def _best_of_each(groups: Tensor, values: Tensor) -> Tensor:
-    """The indices of values: the largest of each group first, then the second of each, and so on."""
-    order = values.argsort(descending=True)
-    same, members = groups[order].sort(stable=True)
-    rank = torch.empty_like(members)
-    rank[members] = torch.arange(len(same), device=same.device) - torch.searchsorted(same, same)
-    return order[rank.argsort(stable=True)]
+def drawn(log_density: LogDensity, shape: Shape, count: int) -> Stratum:
+    """Draws of a shape, with their weights."""
+    draws, is_inside = shape.sample(count)
+    log_p = evaluate_density(log_density, draws).masked_fill(~is_inside, -torch.inf)
+    return Stratum(draws, log_p - shape.log_probs(draws)[0], shape)

@@ -4,19 +4,25 @@
 """The verdict on a posterior in words, by the bounds of trust."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ...arguments import first_of
 from ...diagnostics import Importance, fit_tail
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import (
+    GOOD_ELBO_SE,
+    GOOD_GAP,
+    GOOD_KHAT,
+    GOOD_LOST_MASS,
+    GOOD_TAIL,
+)
 from ...diagnostics.psis import WORST_KHAT, round_off_of
-from ..config import EvaluationConfig
 from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModes
 
+_MOST_SKIPPED = 0.1  # of the steps
 _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
@@ -47,7 +53,8 @@ class FitStatus(NamedTuple):
     :param is_point: whether the guide is a single value at some site.
     :param is_random: whether the model draws mini-batches of its data itself, or is random otherwise.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
-    :param missing: dependencies of the posterior that the guide's graph has not, in words.
+    :param has_chains: whether draws are those of chains.
+    :param missing: finds dependencies of the posterior that the guide's graph has not, in words.
     :param coarse: the sites whose draws their dtype hardly tells apart.
     """
 
@@ -57,7 +64,8 @@ class FitStatus(NamedTuple):
     is_point: bool = False
     is_random: bool = False
     mixes_draws: bool = False
-    missing: tuple[str, ...] = ()
+    has_chains: bool = False
+    missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()
 
 
@@ -72,7 +80,6 @@ def judge(
     weights: Importance | None,
     missed: MissedModes | None,
     status: FitStatus,
-    config: EvaluationConfig,
     about_minibatches: str = "",
 ) -> Verdict:
     """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them."""
@@ -80,33 +87,29 @@ def judge(
     if not status.is_complete:
         hint = "resume it from its checkpoint" if status.is_saved else "fit again, or for longer"
         objections.append(f"the fit was interrupted before its end: {hint}")
-    if status.skipped_share > config.max_skipped:
+    if status.skipped_share > _MOST_SKIPPED:
         objections.append(
             f"{100 * status.skipped_share:.0f} % of the steps had to be skipped, since the loss or its "
             "gradient was not finite: result.culprits has the sites. Use tighter priors, or supports "
             "that keep scales away from zero"
         )
-    if status.missing:
-        objections.append(_about_graph(status.missing))
     if status.coarse:
         objections.append(about_coarse_sites(status.coarse))
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
-        objections += _about_weights(weights, config)
+        objections += _about_weights(weights)
         if missed is not None:
-            objections += _about_missed_modes(weights, missed, config)
+            objections += _about_missed_modes(weights, missed)
     if about_minibatches:
         objections.append(about_minibatches)
+    # chains are right whatever the graph is: then more than seconds are not spent on it in vain
+    if not (status.has_chains and objections) and (missing := status.missing()):
+        objections.append(_about_graph(missing))
     note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
     if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, _about_success(weights, missed) + note)
-
-
-def judge_graph(missing: Sequence[str]) -> Verdict:
-    """The verdict on a guide that would be trusted, were it not for what its graph lacks."""
-    return Verdict(False, f"Not trusted: {_about_graph(missing)}.")
 
 
 def _about_graph(missing: Sequence[str]) -> str:
@@ -127,7 +130,7 @@ def about_coarse_sites(names: Sequence[str]) -> str:
     )
 
 
-def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]:
+def _about_weights(found: Importance) -> Iterator[str]:
     if not math.isfinite(found.elbo) or found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
@@ -135,26 +138,26 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
         )
         return
     round_off = round_off_of(found.log_weights)
-    if round_off > config.max_gap and found.khat == WORST_KHAT:
+    if round_off > GOOD_GAP and found.khat == WORST_KHAT:
         yield (
             f"the weights are the round-off of {found.log_weights.dtype}, which is up to "
             f"{round_off:.2g} nats of a log-density of {found.elbo:.3g}: nothing is known of their tail. "
             "Use float64"
         )
-    elif found.khat > GOOD_KHAT and _tail_share(found) > config.small_tail:
+    elif found.khat > GOOD_KHAT and _tail_share(found) > GOOD_TAIL:
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "
             "Gaussian, or write the model without funnels, for example in its non-centred form "
             "(pyro.infer.reparam)"
         )
-    if found.elbo_se > config.max_se:
+    if found.elbo_se > GOOD_ELBO_SE:
         yield (
             f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
             "vary too much. Use a flow guide, or write the model without funnels (pyro.infer.reparam)"
         )
     gap = found.log_evidence - found.elbo
-    if gap > config.max_gap:
+    if gap > GOOD_GAP:
         yield (
             f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
             "was not trained for long enough. Use a flow guide if this one is a Gaussian, else more "
@@ -162,14 +165,12 @@ def _about_weights(found: Importance, config: EvaluationConfig) -> Iterator[str]
         )
 
 
-def _about_missed_modes(
-    found: Importance, missed: MissedModes, config: EvaluationConfig
-) -> Iterator[str]:
-    yield from about_far_modes(missed, config)
+def _about_missed_modes(found: Importance, missed: MissedModes) -> Iterator[str]:
+    yield from about_far_modes(missed)
     more = missed.log_evidence - found.elbo
     noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
-    is_said = found.log_evidence - found.elbo > config.max_gap
-    if more > config.max_gap + noise and not is_said:
+    is_said = found.log_evidence - found.elbo > GOOD_GAP
+    if more > GOOD_GAP + noise and not is_said:
         yield (
             f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
             "mass of the posterior where the guide has none. Use a more flexible guide, or fit from "
@@ -177,16 +178,16 @@ def _about_missed_modes(
         )
 
 
-def about_far_modes(missed: MissedModes, config: EvaluationConfig) -> Iterator[str]:
+def about_far_modes(missed: MissedModes) -> Iterator[str]:
     """Objections to draws, of a guide or of chains, that leave out modes or count some several times."""
-    if missed.excess_by_turns > config.max_gap:
+    if missed.excess_by_turns > GOOD_GAP:
         yield (
             f"the guide is spread over several turns of an angle, each of which the ELBO and the evidence "
             f"count: both are {missed.excess_by_turns:.2f} nats too large. Give the site the support of "
             "one turn, as that of Uniform(-pi, pi), or write it as a direction, a ProjectedNormal with "
             "ProjectedNormalReparam; where no site is an angle, nothing bounds it: give it a proper prior"
         )
-    if missed.lost_mass > config.max_lost:
+    if missed.lost_mass > GOOD_LOST_MASS:
         yield (
             f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "
             "mode(s), found from other starting points, of which the guide has no draws: the starts "

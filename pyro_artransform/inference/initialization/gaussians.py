@@ -89,12 +89,6 @@ class Modes(NamedTuple):
     def take(self, index: list[int] | slice) -> "Modes":
         return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
 
-    @classmethod
-    def of_masses(cls, gaussians: Gaussians, log_masses: Tensor, converged: Tensor) -> "Modes":
-        """Gaussians as modes of given log masses, whose curvature they are."""
-        modes = cls(gaussians, torch.zeros_like(log_masses), converged)
-        return modes._replace(value=log_masses - modes.log_masses())
-
     def log_masses(self) -> Tensor:
         """The log evidence of each mode by its curvature (Laplace's approximation)."""
         dim = self.gaussians.loc.shape[-1]

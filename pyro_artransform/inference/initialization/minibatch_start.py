@@ -80,7 +80,7 @@ def find_initial_minibatch_guide(
 
     :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
     """
-    unchanged = InitialGuide(UNCHANGED, math.nan, None)
+    unchanged = InitialGuide(UNCHANGED, math.nan)
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > _MOST_LATENTS
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
@@ -106,16 +106,16 @@ def find_initial_minibatch_guide(
         points = starting_points(density, run, density.start, search.num_points)
         if not len(points):
             return None
-        gaussian, modes = search.from_points(points)
-        gaussian, bounds = search.finite(gaussian, antithetic_noise(points, config.num_compared))
+        gaussian, bounds = search.finite(
+            search.from_points(points), antithetic_noise(points, config.num_compared)
+        )
         if not bool(bounds.isfinite()):
             return None
         noise = antithetic_noise(points, _NUM_DRAWN)
         draws = (gaussian.loc[:, None] + gaussian.deviations(noise))[0]
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
             guide.start_near(log_joint.latents.constrain(draws), share)
-            initial = InitialGuide("a Gaussian", compare(), modes if share == 1 else None)
-            found.append((initial, saved_parameters(guide)))
+            found.append((InitialGuide("a Gaussian", compare()), saved_parameters(guide)))
         with torch.no_grad():
             return density.to_unconstrained(draws[:NUM_DRAWS])[0]
 

@@ -24,7 +24,6 @@ from ..config import InitializationConfig
 from .batch_and_match import ascend, ascend_independent, fit_independent, match_scores
 from .gaussians import (
     Gaussians,
-    Modes,
     antithetic_noise,
     elbos,
     evaluate_density,
@@ -53,11 +52,10 @@ _MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches beyond a finite de
 
 
 class InitialGuide(NamedTuple):
-    """The name of the candidate that was chosen, its ELBO, and the modes found on the way, if any."""
+    """The name of the candidate that was chosen, and its ELBO."""
 
     name: str
     elbo: float
-    modes: Modes | None
 
 
 def find_start(
@@ -97,9 +95,8 @@ def find_start(
             coordinates.unit.data.copy_(density.prior_scales(u.mean(0)))
             with torch.no_grad():
                 center, _ = density.from_unconstrained(u.mean(0, keepdim=True))
-            gaussian, _ = search.from_points(center)
-            name, elbo = _start_at_best(search, guide, gaussian, -math.inf)
-            found.append((InitialGuide(name, elbo, initial.modes), saved_parameters(guide)))
+            candidate = _start_at_best(search, guide, search.from_points(center), -math.inf)
+            found.append((candidate, saved_parameters(guide)))
     best, saved = max(found, key=lambda pair: pair[0].elbo)
     restore_parameters(guide, saved)
     return best
@@ -114,12 +111,11 @@ def _start_from_points(
     _check_gradient(density, center)
     points = starting_points(density, model, center, search.num_points)
     if len(points):
-        gaussian, modes = search.from_points(points)
-        name, found = _start_at_best(search, guide, gaussian, needed)
-        if found > needed:
-            return InitialGuide(name, found, modes)
+        found = _start_at_best(search, guide, search.from_points(points), needed)
+        if found.elbo > needed:
+            return found
         if elbo > -torch.inf:
-            return InitialGuide(UNCHANGED, elbo, modes)
+            return InitialGuide(UNCHANGED, elbo)
     sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
@@ -129,11 +125,8 @@ def _start_from_points(
 
 def _start_at_best(
     search: "GaussianSearch", guide: FlowGuide, gaussian: Gaussians, needed: float
-) -> tuple[str, float]:
-    """Makes a guide the best Gaussian that it can be near S = 1 others, if its ELBO is as needed.
-
-    :return: the name of that, and its ELBO.
-    """
+) -> InitialGuide:
+    """Makes a guide the best Gaussian that it can be near S = 1 others, if its ELBO is as needed."""
     density, config = search.density, search.config
     noise = antithetic_noise(gaussian.loc, config.num_compared)
     if isinstance(guide, StructuredGuide):
@@ -142,12 +135,12 @@ def _start_at_best(
         elbo = elbo_of(density, found, noise)
         if elbo > needed:
             guide.start_at_gaussian(found)
-        return "a Gaussian with the graph of the latents", elbo
+        return InitialGuide("a Gaussian with the graph of the latents", elbo)
     gaussian, bounds = search.finite(gaussian, noise)
     elbo, name = bounds.item(), "a mean-field fit" if gaussian.is_independent else "a Gaussian"
     gaussian = gaussian.dense() if gaussian.is_independent else gaussian
     if not elbo > needed:
-        return name, elbo
+        return InitialGuide(name, elbo)
     try:
         guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
     except ValueError:
@@ -157,7 +150,7 @@ def _start_at_best(
         elbo = elbos(density, independent, noise).item()
         if elbo > needed:
             guide.start_at(independent.loc[0], independent.scale_tril[0].diag())
-    return name, elbo
+    return InitialGuide(name, elbo)
 
 
 def _check_gradient(density: LogJoint | MeanLogJoint, center: Tensor) -> None:
@@ -216,22 +209,18 @@ class GaussianSearch:
             more, fewest = _MORE_BY_LOOP, _FEWEST_BY_LOOP
         return max(self.density.latents.latent_dim + more, fewest) if self._is_dense else fewest
 
-    def from_points(self, points: Tensor) -> tuple[Gaussians, Modes | None]:
-        """The best one from points ``(S, D)``, as S = 1; the others as modes, where they are dense."""
-        density, count, modes = self.density, self.num_draws, None
+    def from_points(self, points: Tensor) -> Gaussians:
+        """The best one from points ``(S, D)``, as S = 1."""
+        density, count, steps = self.density, self.num_draws, self.config.num_matches
         if self._is_dense:
-            fitted = match_scores(density, points, count, self.config.num_matches)
-            bounds = elbos(density, fitted, antithetic_noise(points, count))
-            modes = Modes.of_masses(fitted, bounds, bounds.isfinite())
+            fitted = match_scores(density, points, count, steps)
         else:
             order = evaluate_density(density, points).argsort(descending=True)[:_NUM_INDEPENDENT]
-            fitted = fit_independent(density, points[order], count, self.config.num_matches)
+            fitted = fit_independent(density, points[order], count, steps)
         fitted, bounds = self.finite(fitted, antithetic_noise(points, _NUM_ROUGH))
-        return self._ascended(fitted.take([int(bounds.argmax())])), modes
-
-    def _ascended(self, gaussian: Gaussians) -> Gaussians:
-        step = ascend if self._is_dense else ascend_independent
-        return step(self.density, gaussian, 2 * self.num_draws, self.config.num_ascents)
+        best = fitted.take([int(bounds.argmax())])
+        ascent = ascend if self._is_dense else ascend_independent
+        return ascent(density, best, 2 * count, self.config.num_ascents)
 
     def finite(self, gaussians: Gaussians, noise: Tensor) -> tuple[Gaussians, Tensor]:
         """Gaussians, narrower where they reach beyond a finite density, and their ELBOs."""

@@ -16,9 +16,9 @@ DEFAULTS = EvaluationConfig()
 STARTS = InitializationConfig()
 
 
-def missed(model, draws, log_evidence=0.0, modes=None, config=DEFAULTS, starts=STARTS, **found):
+def missed(model, draws, log_evidence=0.0, config=DEFAULTS, starts=STARTS, **found):
     search = MissedModeSearch(LogJoint(model), model, config, starts)
-    return search.find(draws, log_evidence, modes, **found)
+    return search.find(draws, log_evidence, **found)
 
 
 class Mixture:

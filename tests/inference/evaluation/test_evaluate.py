@@ -42,7 +42,7 @@ def subject_of(model, guide, *args):
 
 def evaluated(model, guide, config=CONFIG):
     subject = subject_of(model, guide)
-    return subject, evaluate(subject, None, FitStatus(), replace(QUICK, evaluation=config))
+    return subject, evaluate(subject, FitStatus(), replace(QUICK, evaluation=config))
 
 
 def guide_at(model, loc, scale_tril, start=None):
@@ -93,10 +93,10 @@ class TooNarrow:
 )
 def test_more_draws_near_the_limit_of_khat(khat, most, more):
     torch.manual_seed(0)
-    config = EvaluationConfig(num_samples=1000, num_more_samples=9000, max_kept=500)
+    config = EvaluationConfig(num_samples=1000, num_more_samples=9000)
     drawn = draw(TooNarrow(khat), config, max_more_draws=most)
     assert drawn.log_weights.shape == (1000 + more,)
-    assert drawn.latents.shape == (500, 1)
+    assert drawn.latents.shape == (1000, 1)
     found = fit_tail(drawn.log_weights)
     assert abs(found.khat - khat) < 3 * found.khat_se
 
@@ -126,14 +126,14 @@ def test_a_pass_over_a_loader(known):
     guide = AutoNormal(loaders.regression)
     subject = subject_of(loaders.regression, guide, x, y)
     seen = passed(0.01 * torch.randn(500) - 3.0 if known else None)
-    found = evaluate_minibatches(subject, seen, FitStatus(), CONFIG)
+    found = evaluate_minibatches(subject, seen, FitStatus())
     assert not found.verdict.trusted
     assert "the ELBO of all data is -3.000 ± 0.100" in found.verdict.words
     assert ("mass elsewhere" in found.verdict.words) == known
     assert ("diagnostics.sbc" in found.verdict.words) != known
     assert "size of the plate" not in found.verdict.words
     part = seen._replace(loader_share=0.103)
-    of_a_part = evaluate_minibatches(subject, part, FitStatus(), CONFIG)
+    of_a_part = evaluate_minibatches(subject, part, FitStatus())
     assert "a pass over the loader is 10 % of the data" in of_a_part.verdict.words
     fields = found.result_fields(MarginalVerdict())
     assert (fields["elbo"], fields["num_samples"]) == (-3.0, 500)
@@ -155,7 +155,7 @@ def test_a_model_that_mixes_draws():
     subject = ModelAndGuide(model, guide, (), {}, log_joint)
     config = replace(QUICK, evaluation=replace(CONFIG, num_samples=2000))
     with pytest.warns(UserWarning, match="many draws at once"):
-        found = evaluate(subject, None, FitStatus(), config)
+        found = evaluate(subject, FitStatus(), config)
     # 25 ± 5 draws take the branch; one by one, else all of them would
     assert abs(found.weights.log_evidence - math.log(0.98758)) < 0.02
     assert "one at a time" in found.verdict.words

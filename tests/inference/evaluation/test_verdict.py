@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pyro_artransform.diagnostics import Importance
-from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.missed_modes import MissedModes
 from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 
@@ -88,7 +87,7 @@ TRUSTED = {
 def test_a_verdict_is_one_sentence_that_says_why(case):
     log_weights, missed, status, words = {**NOT_TRUSTED, **TRUSTED}[case]
     found = Importance.from_log_weights(log_weights())
-    verdict = judge(found, missed, FitStatus(**status), EvaluationConfig())
+    verdict = judge(found, missed, FitStatus(**status))
     assert verdict.trusted == (case in TRUSTED)
     assert verdict.words.startswith("Trusted: " if verdict.trusted else "Not trusted: ")
     assert verdict.words.endswith(".")

@@ -62,7 +62,6 @@ def test_raw_scales():
     truth = models.raw_scales_evidence()
     assert truth - 1 < found.elbo < truth + 0.1
     assert truth - 1 < elbo(models.raw_scales, guide) < truth + 0.1
-    assert found.modes.converged.any()
 
 
 def test_neck_of_a_funnel_is_no_place_to_start(quick):
@@ -170,8 +169,7 @@ def test_guide_without_correlations_stays_where_it_is_better():
     # a good one with correlations, and what is left without them is not good enough
     gaussian = Gaussians(torch.ones(1, 3), torch.tensor(models.SCALE_TRIL)[None])
     before = state(guide)
-    _, found = _start_at_best(search, guide, gaussian, -0.1)
-    assert found < -0.1
+    assert _start_at_best(search, guide, gaussian, -0.1).elbo < -0.1
     assert same(before, state(guide))
 
 

@@ -1,0 +1,144 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One sample from several densities, and what its weights say of the posterior's mass.
+
+The sample has strata: draws of all widths around those of a guide, and draws at each place that a search has
+proposed. A draw counts by the density of all strata together, whichever it came from (the balance heuristic
+of a deterministic mixture), so that no weight is larger than that of the best stratum. The guide itself is
+none of them: its density is known at its own draws alone, and what it leaves out it has no draws of.
+
+Places have regions: the share of the Gaussian of each, as far as it reaches, in the sum of all of them and
+that of the guide. Where the guide is the posterior both have the same mass in each region, whatever the
+regions are. What has much mass by the weights and few of the guide's draws is lost.
+
+**References**
+
+1. Optimally Combining Sampling Techniques for Monte Carlo Rendering (Veach, Guibas, 1995),
+   https://doi.org/10.1145/218380.218498
+2. Safe and Effective Importance Sampling (Owen, Zhou, 2000),
+   https://doi.org/10.1080/01621459.2000.10473909
+3. Generalized Multiple Importance Sampling (Elvira, Martino, Luengo, Bugallo, 2019),
+   https://doi.org/10.1214/18-STS668
+4. Truncated Importance Sampling (Ionides, 2008), https://doi.org/10.1198/106186008X320456
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..initialization.gaussians import Gaussians
+from .angles import wrapped
+
+
+class Shape(NamedTuple):
+    """A density: one Gaussian, or, where it is heavy, half of that and half of a Cauchy of its scale.
+
+    The multivariate Cauchy has draws at all distances, so that a spike sees a wide part around it; the
+    Gaussian half is what is left of such draws in many dimensions. Angles are those of one turn.
+    """
+
+    gaussian: Gaussians
+    is_heavy: bool = False
+    is_circular: Tensor | None = None
+
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draws ``(count, D)``, and which of them count, as they are within a turn."""
+        noise = torch.randn_like(self.gaussian.loc.expand(count, -1))
+        if self.is_heavy:
+            far = noise[count // 2 :]
+            far /= torch.randn_like(far[:, :1]).abs()
+        away = self.gaussian.deviations(noise)[0]
+        is_inside = torch.ones_like(away[:, 0], dtype=torch.bool)
+        if self.is_circular is not None:
+            is_inside = ~(self.is_circular & (away.abs() > math.pi)).any(-1)
+        return self.gaussian.loc + away, is_inside
+
+    def log_probs(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The log density at points ``(n, D)``, and that of the Gaussian alone where its draws are."""
+        dim = points.shape[-1]
+        squares = squared_distances(self.gaussian, points, self.is_circular)
+        log_volume = self.gaussian.log_volume()
+        normal = -0.5 * squares - 0.5 * dim * math.log(2 * math.pi) - log_volume
+        near = normal.masked_fill(squares > dim + 3 * math.sqrt(2 * dim), -torch.inf)
+        if not self.is_heavy:
+            return normal, near
+        half = 0.5 * (1 + dim)
+        cauchy = math.lgamma(half) - half * (math.log(math.pi) + squares.log1p()) - log_volume
+        return torch.logaddexp(normal, cauchy) - math.log(2), near
+
+
+class Stratum(NamedTuple):
+    """Draws ``(n, D)``, the density of the model over their own ``(n,)``, and what they look like."""
+
+    draws: Tensor
+    log_weights: Tensor
+    shape: Shape
+
+
+class Mixture(NamedTuple):
+    """What strata say together.
+
+    :param log_evidence: the log evidence by all strata, ``nan`` without one around the guide.
+    :param log_masses: the log mass of the posterior in the region of each place, shape ``(K,)``.
+    :param shares_of_draws: the share of the guide's draws there.
+    """
+
+    log_evidence: float
+    log_evidence_se: float
+    log_masses: Tensor
+    shares_of_draws: Tensor
+
+    @classmethod
+    def of(
+        cls, draws: Tensor, guide: Shape, around: Sequence[Stratum], places: Sequence[Stratum]
+    ) -> "Mixture":
+        """Of strata around a guide and at K places; the guide's draws are ``(n, D)``."""
+        strata = [*around, *places]
+        if not strata:
+            return cls(math.nan, math.nan, draws.new_zeros(0), draws.new_zeros(0))
+        points = torch.cat([s.draws for s in strata])
+        densities = [s.shape.log_probs(points) for s in strata]
+        by_stratum, near = (torch.stack(each).double() for each in zip(*densities))
+        log_weights = _balanced_weights(strata, by_stratum)
+        log_evidence = log_weights.logsumexp(0)
+        variances = [
+            len(each) * (each - log_evidence).exp().var(correction=0).item()
+            for each in log_weights.split([len(s.draws) for s in strata])
+        ]
+        by_guide = guide.log_probs(points)[0].double()
+        regions = torch.cat([by_guide[None], near[len(around) :]]).log_softmax(0)[1:]
+        of_draws = [guide.log_probs(draws)[0], *(s.shape.log_probs(draws)[1] for s in places)]
+        return cls(
+            log_evidence.item() if around else math.nan,
+            math.sqrt(sum(variances)),
+            (regions + log_weights).logsumexp(-1),
+            torch.stack(of_draws).double().softmax(0)[1:].mean(-1),
+        )
+
+
+def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:
+    """Log weights of all draws, of the model over all strata together; their sum is the evidence.
+
+    :param by_stratum: the log density of each stratum at all draws.
+    """
+    sizes = [len(s.draws) for s in strata]
+    own = torch.cat([log_q.split(sizes)[k] for k, log_q in enumerate(by_stratum)])
+    of_all = (by_stratum + by_stratum.new_tensor(sizes).log()[:, None]).logsumexp(0)
+    log_weights = torch.cat([s.log_weights for s in strata]).double() + own - of_all
+    log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    # no draw decides alone: truncated as in the last reference
+    return log_weights.clamp_max(log_weights.logsumexp(0) - 0.5 * math.log(len(own)))
+
+
+def squared_distances(
+    gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None
+) -> Tensor:
+    """Squared distances ``(n,)`` of points ``(n, D)`` from the mean of a Gaussian, in its units."""
+    away = points - gaussian.loc
+    if is_circular is not None:
+        away = torch.where(is_circular, wrapped(away), away)
+    return gaussian.units(away[None])[0].square().sum(-1)
