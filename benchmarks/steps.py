@@ -83,27 +83,21 @@ def torch_step(make_guide: Callable[..., object], dim: int, num_particles: int) 
 
 
 def fit_step(package: ModuleType, dim: int, num_particles: int) -> Step:
-    """A step as `fit` takes it after its search, for a density without Pyro."""
+    """A step as `fit` takes it, for a density without Pyro."""
     inner = {}
-    for name in (
-        "config",
-        "optimization.objective",
-        "optimization.schedule",
-        "optimization.training",
-    ):
+    names = ("config", *(f"optimization.{name}" for name in ("objective", "schedule", "training")))
+    for name in names:
         inner[name] = importlib.import_module(f"{package.__name__}.inference.{name}")
     # under a name of its own in Pyro's store
     guide = type(package.__name__, (package.AutoIAF,), {})(partial(standard_normal, dim))
     guide()
     config = inner["config"].FitConfig().optimization
     density = FreeDensity(dim)
-    objective = inner["optimization.objective"].PathObjective(density, guide, config)
-    schedule = inner["optimization.schedule"].new_schedule(config, True, None, False)
-    schedule = schedule.of_length(1_000_000)
-    trainer = inner["optimization.training"].Trainer(
-        objective, schedule, num_particles, None, guide
-    )
-    return trainer.new(1e-3).step
+    objective = inner["optimization.objective"].PathObjective(density, guide)
+    schedule = inner["optimization.schedule"].Schedule(config).of_length(1_000_000)
+    training = inner["optimization.training"].Training
+    step: Step = training(objective, schedule, num_particles, None, guide).step
+    return step
 
 
 class FreeDensity:

@@ -27,76 +27,40 @@ class InitializationConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """Step sizes, their schedule, the gradient, and the choice among parameters at the end."""
+    """The step size, its schedule, the gradient, and the draws that parameters are compared by."""
 
     num_particles: int = 64  #: draws for each step
     many_latents: int = 200  #: the number of latents from which on draws are expensive
     num_particles_of_many: int = 16  #: the same of many, with a graph: half the time, same ELBO
-    #: latents to which the nats below apply; with more of them they grow in proportion
-    latents_of_gaps: int = 100
-    #: of Adam: the search begins with the second one where the model has parameters: with 2e-2 an
-    #: autoencoder ended 14 nats an image lower, for one seed of three (tutorials/vae_iaf.ipynb)
-    step_sizes: tuple[float, ...] = (2e-2, 5e-3, 2e-3, 5e-4)
-    betas: tuple[float, float] = (0.9, 0.99)  #: of Adam; the second is short since steps are few
-    search_steps: int = 60  #: steps for each step size in the search
-    search_draws: int = 1024  #: draws that it is judged by
-    search_min_gain: float = 1.0  #: nats by which a smaller step size has to win
+    step_size: float = 2e-2  #: of Adam
+    #: the same where the model has parameters, such as networks: with 2e-2 an autoencoder ended 5 nats an
+    #: image lower (tutorials/vae_iaf.ipynb)
+    model_step_size: float = 5e-3
     warm_up: int = 20  #: steps in which the step size rises at first
     constant_share: float = 0.4  #: the constant part of a given number of steps
     window: int = 300  #: steps whose mean ELBO is compared with that of the same number before
     min_improvement: float = 0.004  #: nats between windows below which a fit does not go on
+    good_gap: float = (
+        0.002  #: nats at which the step size falls: one mean that is 0.06 sd off costs so much
+    )
     check_every: int = 50  #: steps between two estimates of the remaining gap
-    check_draws: int = 200  #: draws of an estimate; near the posterior it takes selection_draws
-    good_gap: float = 0.0005  #: nats at which a fit ends: what one mean that is 0.03 sd off costs
-    max_constant_path: int = 2000  #: the longest constant phase, with the path gradient
-    max_constant_pyro: int = 4000  #: the same without the path gradient
-    max_constant_epochs: int = 20  #: the same in epochs
+    num_compared: int = 1000  #: draws of such an estimate, and of the comparison at the end
+    max_constant: int = 3000  #: the longest constant phase
     decay_share: float = 0.6  #: the decay as a share of the constant phase
-    min_decay: int = 400  #: the shortest decay in steps
-    min_good_decay: int = 100  #: the shortest decay where the gap is below min_improvement
-    max_decay: int = 1500  #: the longest one
-    min_noisy_decay: int = 1000  #: the shortest decay where steps are noisy by mini-batches
-    long_decay_gap: float = 0.2  #: the gap in nats from which on the decay is the longest one
-    min_epochs: int = 3  #: epochs in a window and in a decay
-    tail_steps: int = 100  #: steps for the tails at the end (benchmarks/tails.md)
-    tail_particles: int = 8  #: their draws, as a multiple
-    tail_step_size: float = 0.5  #: their relative step size
-    tail_weight: float = 2.0  #: how much more deviating log weights count in them
-    tail_max_deviation: float = 50.0  #: the deviation where that ends
-    tail_good_khat: float = 0.4  #: below it they are not taken: 0.5, less a standard error of k-hat
     averaged_steps: int = 100  #: steps that the average of parameters reaches back, at least
-    averaged_epochs: int = 2  #: the same in epochs
-    averaged_share: float = 1 / 3  #: the same as a share of noisy steps (Shamir and Zhang 2013)
+    averaged_share: float = 1 / 3  #: the same as a share of all steps (Shamir and Zhang 2013)
     clip_factor: float = 3.0  #: gradients are clipped to this multiple of the median norm
-    clip_window: int = 100  #: steps that the median is taken over
-    best_block: int = 50  #: steps whose mean loss says which parameters were the best
-    #: the factor of the step size where the median loss of the last block exceeds all of the first one's
+    #: the factor of the step size where the median loss of the last steps exceeds all of the first ones'
     #: (a Gaussian autoencoder, tutorials/vae_iaf.ipynb)
     retreat: float = 0.25
-    max_skips: int = 100  #: steps in a row that are not finite before a fit gives up
-    max_named: int = 20  #: skipped steps whose sites are named
-    selection_draws: int = 5000  #: for candidate parameters, and for the gap to the evidence
-    selection_draws_of_many: int = 1000  #: the same of many latents, which took a quarter of a fit
-    selection_as_good: float = 0.02  #: nats between ELBOs that are as good where k-hat is smaller
-    selection_good_khat: float = 0.25  #: below it any k-hat is as good
-    selection_bad_khat: float = 0.5  #: above it weights have no variance (Vehtari et al. 2024)
-    khat_price: float = 0.04  #: nats that one unit of k-hat costs (its noise is 0.1)
-    khat_price_without_variance: float = 0.2  #: the same above the bad one
-    num_estimates: int = 32  #: of an ELBO where draws have no log weights, without mini-batches
+    num_estimates: int = 32  #: of an ELBO where draws have no log weights
     checkpoint_every: int = 100  #: steps between two checkpoints
 
     def for_latents(self, latent_dim: int) -> "OptimizationConfig":
-        """The same with the nats that a fit goes on for in proportion to the number of latents."""
-        share, draws = max(latent_dim / self.latents_of_gaps, 1.0), self.selection_draws
-        if latent_dim >= self.many_latents:
-            draws = min(draws, self.selection_draws_of_many)
-        return replace(
-            self,
-            selection_draws=draws,
-            min_improvement=share * self.min_improvement,
-            good_gap=share * self.good_gap,
-            long_decay_gap=share * self.long_decay_gap,
-        )
+        """The same with nats in proportion to the number of latents, from a hundred of them on."""
+        share = max(latent_dim / 100, 1.0)
+        improvement, gap = share * self.min_improvement, share * self.good_gap
+        return replace(self, min_improvement=improvement, good_gap=gap)
 
 
 @dataclass(frozen=True)
@@ -105,9 +69,7 @@ class MinibatchConfig:
 
     num_compared: int = 32  #: batches that candidates are compared on
     num_for_start: int = 8  #: batches whose mean an initial guide is found in
-    draws_divisor: int = 4  #: draws of a comparison, as a part of those without mini-batches
     min_draws: int = 8  #: the fewest draws a batch
-    max_draws: int = 256  #: the most draws a batch, in the pass at the end
     num_estimates: int = 4  #: independent ones of an ELBO where draws cannot be told apart
     max_batches: int = 500  #: batches of the pass at the end: time
     num_draws: int = 4000  #: its draws

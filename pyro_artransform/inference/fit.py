@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from ..arguments import check_callable, check_integer
+from .checkpoint import resume as resumed
 from .config import FitConfig
 from .loader import Batch, BatchStream
 from .parallel import open_parallel
 from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
-from .run import Chooser, FitRun, Function
+from .run import judge, start, train
+from .set_up import Chooser, Function, set_up
 
 _default_choice: Chooser
 
@@ -62,7 +64,7 @@ def fit(
     A guide of this package is initialized by ELBO: it stays as it is, or becomes a Gaussian that is fitted
     to the density's gradients at draws, from several points. It is trained by the path gradient; any other
     Pyro guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
-    and the guide ends with the best of the last, the averaged and the best parameters. Parameters of the
+    and the guide ends with the last or the averaged parameters, by ELBO. Parameters of the
     model are trained as well. The verdict rests on draws that were not trained on.
 
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
@@ -90,8 +92,7 @@ def fit(
         has a generator of its own, and leaves the generators as they were.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
-        not finite where the step was skipped. The fit ends where it returns ``True``. For steps of the
-        search for a step size it is called once the search is over.
+        not finite where the step was skipped. The fit ends where it returns ``True``.
     :param checkpoint: a file to save the fit to as it goes; with a full disk it warns and goes on.
     :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
         same steps as if it had not been interrupted; with a loader from the next epoch.
@@ -191,24 +192,15 @@ def fit(
                 stream = stream.share(parallel.rank, parallel.size, parallel.seed())
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        options = (
-            config or FitConfig(),
-            num_steps,
-            num_particles,
-            optim,
-            parallel,
-            draws,
-            max_seconds,
+        made = set_up(
+            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
+            *(config or FitConfig(), num_steps, num_particles, optim),
+            *(parallel, draws, max_seconds),
         )
-        chooser = choose_guide or _default_choice
-        run = FitRun(model, guide, chooser, Batch(args, kwargs), stream, *options)
-        if resume is None:
-            run.start(bar)
-        else:
-            run.resume(resume)
-        stopped_because = run.train(path, callback, bar, interrupted)
+        started = start(made, bar) if resume is None else resumed(made, resume)
+        trained = train(started, path, callback, bar, interrupted)
         bar.say("verdict")
-        return run.judge(stopped_because)
+        return judge(trained)
 
 
 def check_model(

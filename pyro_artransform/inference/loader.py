@@ -164,15 +164,19 @@ class BatchStream:
         self._set_own_states(self._origin[1])
         self.epoch, self.position = 0, 0
 
-    def go_on(self, num_batches: int, epoch: int, position: int) -> bool:
-        """Goes on from the next epoch of another stream; returns whether its last one was over."""
+    @property
+    def next_epoch(self) -> int:
+        """The epoch that a fit which is resumed begins with: the one after the present one."""
+        return self.epoch + (self.position > 0)
+
+    def go_on(self, num_batches: int, epoch: int) -> None:
+        """Goes on from an epoch of another stream."""
         if num_batches != self.num_batches:
             raise ValueError(
                 f"resume: expected a loader of {num_batches} batches, as before, got {self.num_batches}"
             )
         self.restart()
-        self.epoch = epoch + (position > 0)
-        return position in (0, num_batches)
+        self.epoch = epoch
 
     def close(self) -> None:
         """Drops the present epoch, and the processes that load it."""

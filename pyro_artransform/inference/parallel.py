@@ -209,9 +209,6 @@ class SharedObjective(Objective):
     def loss(self, num_particles: int) -> Tensor:
         return self.objective.loss(self.parallel.share(num_particles))
 
-    def tail_loss(self, num_particles: int) -> Tensor:
-        return self.objective.tail_loss(self.parallel.share(num_particles))
-
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
 

@@ -26,10 +26,8 @@ QUICK = FitConfig(
         num_ascents=3,
         max_sparse_steps=6,
     ),
-    optimization=OptimizationConfig(
-        search_steps=4, search_draws=64, selection_draws=128, num_estimates=4
-    ),
-    minibatch=MinibatchConfig(num_draws=100, draws_divisor=1),
+    optimization=OptimizationConfig(num_compared=128, num_estimates=4),
+    minibatch=MinibatchConfig(num_draws=100),
     evaluation=EvaluationConfig(
         num_samples=500,
         num_noisy_samples=50,

@@ -26,15 +26,7 @@ from tests.inference.test_fit import fitted
 
 #: A fit that decides by itself after tens of steps.
 SOON = replace(
-    QUICK,
-    optimization=replace(
-        QUICK.optimization,
-        window=18,
-        max_decay=20,
-        max_constant_path=90,
-        max_constant_pyro=90,
-        tail_steps=0,  # which a fit takes by its k-hat
-    ),
+    QUICK, optimization=replace(QUICK.optimization, window=18, max_constant=90, check_every=1000)
 )
 
 
@@ -42,13 +34,9 @@ SOON = replace(
 def test_ends_by_itself(kind):
     model = models.regression  # a flow guide of a Gaussian starts at its end
     result = fitted(model, kind(model), num_steps=None, config=SOON)
-    assert 36 < result.num_steps < 120
+    assert 36 < result.num_steps <= 160
     assert "ELBO" in result.stopped_because
-    # and those of step sizes that the search has tried in vain
-    others = result.num_gradients - 8 * result.num_steps
-    in_vain, rest = divmod(others, 8 * QUICK.optimization.search_steps)
-    assert 0 <= in_vain < len(QUICK.optimization.step_sizes)
-    assert rest == 0
+    assert result.num_gradients == 8 * result.num_steps
 
 
 def test_callback_that_logs():
@@ -245,13 +233,5 @@ def test_a_model_with_parameters_is_trained_wherever_the_guide_starts():
         loc = pyro.sample("loc", dist.Normal(0.0, scale))
         pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor(3.0))
 
-    told = []
-
-    def third(step, elbo):
-        told.append(step)
-        return step == 3
-
-    result = fit(model, small(model), progress=False, callback=third)
-    assert told == [1, 2, 3]
-    # those of the search for a step size were over when the callback heard of them
-    assert result.num_steps == QUICK.optimization.search_steps
+    result = fit(model, small(model), progress=False, callback=lambda step, elbo: step == 3)
+    assert result.num_steps == 3

@@ -12,16 +12,15 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_med
 
 from pyro_artransform import fit
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.inference.config import FitConfig, OptimizationConfig
+from pyro_artransform.inference.config import FitConfig
 from tests.inference import models
 from tests.inference.conftest import QUICK
 from tests.inference.models import small
 
 WRONG = 0.2  #: a gap in nats that is too large to trust
-#: Fewer starts and a shorter learning-rate search; the verdict itself as it is.
+#: Fewer starts; the verdict itself as it is.
 SHORT_START = FitConfig(
     initialization=replace(QUICK.initialization, num_matches=20, num_ascents=8),
-    optimization=OptimizationConfig(search_steps=4, search_draws=64),
 )
 
 

@@ -23,12 +23,12 @@ from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
-from ..config import MinibatchConfig, OptimizationConfig
+from ..config import MinibatchConfig
 from ..loader import Batch, BatchStream
 
 _CHUNK = 1024
-# of draws that are held at once, 64 MB in double precision; and with a graph, which holds more
-_MOST_VALUES, _MOST_TRAINED = 2**23, 2**20
+# numbers of draws that are held at once, 64 MB in double precision
+_MOST_VALUES = 2**23
 # runs of the model in which a site that is not finite is searched for
 _NUM_TRACED = 16
 
@@ -41,10 +41,6 @@ class Objective(Protocol):
 
     def loss(self, num_particles: int) -> Tensor:
         """A differentiable estimate of the negative ELBO in nats, a scalar."""
-
-    def tail_loss(self, num_particles: int) -> Tensor:
-        """As :meth:`loss`, with a gradient that covers the tails better where there is one."""
-        return self.loss(num_particles)
 
     def parameters(self) -> dict[str, Tensor]:
         """The unconstrained parameters by name."""
@@ -79,7 +75,6 @@ class PathObjective(BatchObjective):
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
-    config: OptimizationConfig
     has_weights = True
 
     def __post_init__(self) -> None:
@@ -89,33 +84,9 @@ class PathObjective(BatchObjective):
         return replace(self, log_joint=self.log_joint.with_arguments(*batch))
 
     def loss(self, num_particles: int) -> Tensor:
-        return self._terms(num_particles).mean()
-
-    def tail_loss(self, num_particles: int) -> Tensor:
-        r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
-
-        With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
-        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they are
-        :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in units
-        of its spread. The minimum is the posterior all the same.
-
-        See Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2019),
-        https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
-        (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
-        """
-        most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
-        terms = self._terms(min(self.config.tail_particles * num_particles, most))
-        value = terms.detach()
-        deviation = (value - value.median()).abs()
-        spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
-        squared = (deviation / spread).square().clamp(max=self.config.tail_max_deviation)
-        weighted = ((1 + self.config.tail_weight * squared) * terms).mean()
-        return value.mean() + (weighted - weighted.detach())
-
-    def _terms(self, num_particles: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
         self._last = z.detach()
-        return log_q - self.log_joint(z)
+        return (log_q - self.log_joint(z)).mean()
 
     def parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -304,8 +275,7 @@ class MinibatchObjective(Objective):
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
         """Each of them the mean over the batches for validation."""
-        divisor = self.config.draws_divisor * len(self.validation)
-        estimate = self._estimator(max(count // divisor, self.config.min_draws))
+        estimate = self._estimator(max(count // len(self.validation), self.config.min_draws))
         weights = [*map(self._weight, self.validation)]
         total = sum(weights)
         draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
@@ -333,7 +303,7 @@ class MinibatchObjective(Objective):
         config, whole = self.config, self.stream.whole
         are_common = isinstance(self.objective, PathObjective)
         count = config.num_draws // min(whole.num_batches, config.max_batches)
-        count = min(max(count, config.min_draws), config.max_draws)
+        count = max(count, config.min_draws)
         estimate = self._estimator(config.num_common_draws if are_common else count)
         means, variances, weights, scales = [], [], [], []
         weighted = list[Tensor]()

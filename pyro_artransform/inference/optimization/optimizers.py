@@ -51,7 +51,7 @@ class Adam:
         betas: tuple[float, float],
         scales: ScaledSteps | None = None,
     ) -> None:
-        self._step_size, self._betas, self._scales = step_size, betas, scales
+        self.step_size, self._betas, self._scales = step_size, betas, scales
         self._is_fused, self._has_complex = True, False
         for parameter in parameters:
             is_fast = parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
@@ -64,12 +64,11 @@ class Adam:
             steps = torch.zeros((), dtype=torch.float32, device=device)
             self._moments[p] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach()), steps
 
-    def restart(self, factor: float) -> float:
-        """Forgets the gradients so far; returns the step size, which is multiplied by a factor."""
+    def restart(self, factor: float) -> None:
+        """Forgets the gradients so far, and multiplies the step size by a factor."""
         for part in chain.from_iterable(self._moments.values()):
             part.zero_()
-        self._step_size *= factor
-        return self._step_size
+        self.step_size *= factor
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
@@ -100,7 +99,7 @@ class Adam:
             amsgrad=False,
             beta1=self._betas[0],
             beta2=self._betas[1],
-            lr=self._step_size * factor,
+            lr=self.step_size * factor,
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,
@@ -110,11 +109,13 @@ class Adam:
 
     def state(self) -> Any:
         """See :meth:`TorchOptimizer.state`."""
-        return [[part.clone() for part in parts] for parts in self._moments.values()]
+        moments = [[part.clone() for part in parts] for parts in self._moments.values()]
+        return [self.step_size, moments]
 
     def restore(self, state: Any) -> None:
         """See :meth:`TorchOptimizer.restore`."""
-        for parts, saved in zip(self._moments.values(), state):
+        self.step_size, moments = state
+        for parts, saved in zip(self._moments.values(), moments):
             for part, value in zip(parts, saved):
                 part.copy_(value)
 

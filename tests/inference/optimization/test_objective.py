@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoIAF, AutoMAF
-from pyro_artransform.inference.config import MinibatchConfig, OptimizationConfig
+from pyro_artransform.inference.config import MinibatchConfig
 from pyro_artransform.inference.loader import Batch, BatchStream
 from pyro_artransform.inference.optimization.objective import (
     MinibatchObjective,
@@ -28,7 +28,7 @@ from tests.inference.models import small
 
 def path(model, guide):
     guide.set_up()
-    return PathObjective(LogJoint(model), guide, OptimizationConfig())
+    return PathObjective(LogJoint(model), guide)
 
 
 def by_pyro(model, guide):
@@ -67,26 +67,6 @@ def test_gradient_away_from_the_posterior_is_that_of_pyro():
     (a, a_se), (b, b_se) = sums
     assert ((a - b).abs() < 4 * (a_se + b_se)).all()
     assert a.abs().max() > 10 * a_se.max()
-
-
-def test_loss_for_the_tails():
-    """The value is the negative ELBO, the gradient vanishes at the posterior, and only there."""
-    guide = small(models.gaussian)
-    objective = path(models.gaussian, guide)
-    guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
-    trained = list(objective.parameters().values())
-    found = torch.autograd.grad(objective.tail_loss(8), trained, allow_unused=True)
-    assert max(g.abs().max() for g in found if g is not None) < 1e-8
-    guide.start_at(torch.ones(3), 0.7 * torch.tensor(models.SCALE_TRIL))
-    state = torch.get_rng_state()
-    losses = torch.stack([objective.tail_loss(8).detach() for _ in range(50)])
-    torch.set_rng_state(state)
-    assert torch.allclose(losses.mean(), objective.loss(50 * 8 * 8).detach(), atol=0.1)
-    scale = guide.transform.transforms[1].log_scale
-    (pulled,) = torch.autograd.grad(objective.tail_loss(500), scale)
-    (plain,) = torch.autograd.grad(objective.loss(4000), scale)
-    assert (pulled < 1.2 * plain).all()
-    assert (plain < 0).all()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +220,7 @@ def objectives(kind=loaders.small, make_loader=loaders.listed, **numbers):
     batches = BatchStream(make_loader(x, y))
     log_joint = LogJoint(loaders.regression, (x[:10], y[:10]))
     if kind is loaders.small:
-        objective = PathObjective(log_joint, guide, OptimizationConfig())
+        objective = PathObjective(log_joint, guide)
     else:
         arguments = Batch((x, y), {})
         objective = PyroObjective(loaders.regression, guide, arguments, log_joint, 4)
