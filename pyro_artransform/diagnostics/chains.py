@@ -58,7 +58,12 @@ class Convergence(NamedTuple):
 
     def is_enough(self, num_samples: int) -> bool:
         """Whether there are so many effective draws of each latent, and chains agree."""
-        return float(self.bulk.min()) >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
+        return self.min_ess >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
+
+    @property
+    def min_ess(self) -> float:
+        """The smallest effective number of draws, of bulk and tails: Vehtari et al. ask it of both."""
+        return float(torch.minimum(self.bulk, self.tail).min())
 
 
 class GuideChains:
@@ -118,6 +123,10 @@ class GuideChains:
         """Learns masses and step size; draws so far are dropped."""
         self._blocks = []
         if self._by_guide:
+            # draws of the guide itself, as chains begin, lack what its tails lack
+            for _ in range(_WARM_UP[0]):
+                if not is_over():
+                    self._chains.draw_from_guide()
             return
         for number in _WARM_UP:
             self._adapt(number, is_over)
@@ -216,7 +225,7 @@ class GuideChains:
     def trajectories_left(self, num_samples: int) -> float:
         """How many more are needed, about, as far as the draws so far tell."""
         size, found = self.draws.shape[1], self.convergence()
-        by_ess = size * num_samples / max(float(found.bulk.min()), 1e-3)
+        by_ess = size * num_samples / max(found.min_ess, 1e-3)
         excess = float(found.rhat.max()) ** 2 - 1
         return max(by_ess, size * excess / (GOOD_RHAT**2 - 1)) - size
 

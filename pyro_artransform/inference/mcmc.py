@@ -14,7 +14,9 @@ from torch import Tensor
 from ..arguments import check_integer, check_positive
 from ..diagnostics.chains import GOOD_RHAT, GuideChains
 from ..diagnostics.importance_weights import log_joint_of
-from ..joint import Latents
+from ..diagnostics.tails import MOST_LATENTS, missed_tail
+from ..joint import Latents, LogJoint
+from ..joint.coordinates import Coordinates
 from ..joint.protocols import StructuredGuide
 from ..posterior.arviz import chains_to_inference_data
 from .config import FitConfig, OptimizationConfig
@@ -54,7 +56,8 @@ class Chains:
     rhat: dict[str, Tensor]  #: by site
     min_ess: float  #: the smallest effective number of draws of the bulk
     max_rhat: float  #: the largest R-hat
-    trusted: bool  #: whether R-hat is good, draws are enough, and no mode was found outside
+    #: whether R-hat is good, draws of bulk and tails are enough, and no mass was found outside
+    trusted: bool
     verdict: str  #: the same in words
     num_chains: int
     num_gradients: int  #: gradients of the model's log density, of warm-up too
@@ -96,9 +99,10 @@ def mcmc(
 
     In the base space of a good guide the posterior is nearly a standard normal, so that chains move far
     in a few steps, whatever k-hat is. They go on until the worst latent has ``num_samples`` effective
-    draws and R-hat is at most 1.02, or 2,000 trajectories were not enough, or the time is over, or Ctrl-C
-    ends them: the result says which. Chains do not jump between modes that are far apart; those are
-    searched for, and reported.
+    draws, of its bulk and of its tails, and R-hat is at most 1.02, or 2,000 trajectories were not enough,
+    or the time is over, or Ctrl-C ends them: the result says which. Chains do not jump between modes that
+    are far apart, and may never enter a tail that the guide does not lead to: both are searched for, and
+    reported.
 
     Any guide of continuous latents will do: one with a transform, as Pyro's Gaussian and flow guides
     and those of this package have, by its transform, another one by the means and sds of its draws.
@@ -163,7 +167,37 @@ def evaluate_with_chains(
     """Evaluates a guide by few draws, and what its chains lack, where these are the posterior's draws."""
     flat = chains.draws.flatten(0, 1)
     chosen = torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]
-    return evaluate(subject, status, for_modes(config), by_chains=flat[chosen])
+    subject = subject._replace(log_joint=_non_centered(subject.log_joint))
+    found = evaluate(subject, status, for_modes(config), by_chains=flat[chosen])
+    return found._replace(outside=(*found.outside, *_about_tails(subject, found, chains)))
+
+
+def _non_centered(log_joint: LogJoint) -> LogJoint:
+    """In coordinates from the prior, where a narrow scale is as wide as others, and climbs end there."""
+    if log_joint.coordinates is not None or not (sites := log_joint.mapped_sites()):
+        return log_joint
+    ones = torch.ones_like(log_joint.start)
+    return log_joint.with_coordinates(
+        Coordinates(ones, ones, sites).non_centered(log_joint.latents)
+    )
+
+
+def _about_tails(subject: ModelAndGuide, found: Evaluation, chains: GuideChains) -> list[str]:
+    """What chains lack in the tails, in words; not asked where each draw takes long."""
+    log_joint, weights = subject.log_joint, found.weights
+    latents = log_joint.latents
+    is_slow = log_joint.strategy == "loop" or latents.latent_dim > MOST_LATENTS
+    if is_slow or weights is None:
+        return []
+    draws, _ = log_joint.from_unconstrained(chains.draws.flatten(0, 1))
+    missed = missed_tail(log_joint, draws, chains.convergence().tail, weights.log_evidence)
+    if missed is None:
+        return []
+    name, share = latents.name_of(missed[0]), missed[1]
+    return [
+        f"chains miss a tail of {name}: {100 * share:.1f} % of the posterior is beyond all but 0.5 % of "
+        "the draws. Train the guide for longer, or use one with coordinates from the prior"
+    ]
 
 
 class Deadline:
@@ -272,9 +306,11 @@ def to_chains(
             "guide for longer, or write the model without what keeps chains apart (symmetric labels, "
             "priors that bound nothing, funnels)"
         )
-    if not min_ess >= num_samples:
-        worst = latents.name_of(int(found.bulk.argmin()))
-        objections.append(f"{worst} has {min_ess:.0f} effective draws, not {num_samples}")
+    for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
+        if not float(ess.min()) >= num_samples:
+            worst = latents.name_of(int(ess.argmin()))
+            short = f"{float(ess.min()):.0f} effective draws{where}, not {num_samples}"
+            objections.append(f"{worst} has {short}")
     objections += outside
     words = f"Draws not trusted: {'; '.join(objections)}."
     if not objections:

@@ -16,7 +16,12 @@ from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
 from .checkpoint import StartedFit, save
-from .evaluation.evaluate import evaluate, evaluate_minibatches, judge_marginals
+from .evaluation.evaluate import (
+    MarginalVerdict,
+    evaluate,
+    evaluate_minibatches,
+    judge_marginals,
+)
 from .evaluation.verdict import FitStatus
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.start import UNCHANGED, InitialGuide, find_start
@@ -156,8 +161,10 @@ def _judge(trained: TrainedFit, end: str) -> FitResult:
         found, chains = sampling.judge(status, config, num_steps)
     else:
         found = evaluate(subject, status, config, num_gradients)
-    by_chains = None if sampling is None else sampling.chains
-    marginals = judge_marginals(subject, found, config.evaluation, by_chains)
+    # chains say themselves how well they know single latents
+    marginals = MarginalVerdict()
+    if sampling is None:
+        marginals = judge_marginals(subject, found, config.evaluation)
     return FitResult(
         **found.result_fields(marginals, chains),
         history=[-loss for loss in training.losses],

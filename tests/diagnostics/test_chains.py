@@ -128,6 +128,16 @@ def test_chains_go_on_until_there_are_enough_draws():
     assert found.draws.shape[1] > size
 
 
+def test_proposals_of_a_guide_forget_the_guide_first():
+    """The variance of its own draws is 0.77: the first draws that are kept have more."""
+    found = chains_of(_model, AutoNormal(_model, init_scale=0.88), num_chains=4000)
+    assert found._by_guide
+    found.warm_up()
+    found.extend(1)
+    # 12,000 values: within five standard errors
+    assert abs(found.draws.var() - 1) < 5 * (2 / 12_000) ** 0.5
+
+
 def test_a_correlated_path_of_useless_weights():
     """The sds of a guide are all 30 % off, of which k-hat is beyond 1: chains need a few blocks."""
     found = chains_of(partial(path, 100), PathGuide(100, 0.7))

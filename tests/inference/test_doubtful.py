@@ -1,13 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws that must not be believed are not: R-hat, a search for modes or a sentence says so.
+"""Draws that must not be believed are not: R-hat, a search for modes, tails or a sentence says so.
 
 A guide that is a point is an error, see ``test_mcmc``.
 """
 
 import pytest
-import torch
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform.inference import FitError, mcmc
@@ -47,20 +46,17 @@ def test_a_fit_to_a_density_with_a_wall_is_an_error():
         fit(doubtful.wall, draws=400, seed=0, progress=False)
 
 
-@pytest.mark.xfail(
-    reason="no climb in coordinates of the model ends in the narrow one of two scales"
-)
 def test_two_scales_in_coordinates_of_the_model():
     """Half of the mass is at a scale of 0.01, which chains from a Gaussian at 1 do not find."""
     guide = doubtful.at(doubtful.two_scales, 0.3, log_scale=0.0)()
-    assert not mcmc(doubtful.two_scales, guide, 400, seed=0, progress=False).trusted
+    chains = mcmc(doubtful.two_scales, guide, 400, seed=0, progress=False)
+    assert "about 50 % of the posterior is in 1 other mode" in chains.verdict
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="chains do not enter the mouth, nor say so, with a good R-hat")
 def test_a_funnel_in_coordinates_of_the_model_after_a_fit():
-    """The upper quantile of 99 % of v is 6.98, that of the draws 5.44, with R-hat 1.012."""
+    """The upper quantile of 99 % of v is 6.98, that of the draws 5.4 to 6.0, with a good R-hat."""
     guide = AutoIAF(doubtful.funnel, coordinates="model")
     found = fit(doubtful.funnel, guide, draws=400, seed=0, progress=False, max_seconds=60).chains
-    v = found.by_chain["v"].flatten()
-    assert not found.trusted or abs(torch.quantile(v, 0.99) - 6.98) < 0.5
+    assert found.max_rhat <= 1.02
+    assert "chains miss a tail of v" in found.verdict

@@ -205,12 +205,11 @@ def judge_marginals(
     subject: ModelAndGuide,
     evaluation: Evaluation,
     config: EvaluationConfig,
-    chains: GuideChains | None = None,
 ) -> MarginalVerdict:
-    """Checks single latents by weights where these know them; else by chains, and by those that there are."""
+    """Checks single latents by weights where these know them; else by chains."""
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     drawn = evaluation.drawn
-    if chains is None and is_trusted and drawn is not None and drawn.latents is not None:
+    if is_trusted and drawn is not None and drawn.latents is not None:
         unconstrained, _ = subject.log_joint.to_unconstrained(drawn.latents)
         weights = drawn.log_weights[: len(unconstrained)]
         by_weights = marginals_by_weights(unconstrained, weights, subject.log_joint)
@@ -218,7 +217,7 @@ def judge_marginals(
         found = MarginalVerdict(by_weights, by_weights.trusted, words)
         if found.trusted:
             return found
-    by_chains = _judge_by_chains(subject, evaluation, config, chains)
+    by_chains = _judge_by_chains(subject, evaluation, config)
     # where the joint posterior is trusted, it does not matter that chains cannot be run
     return found if is_trusted and by_chains.found is None else by_chains
 
@@ -227,7 +226,6 @@ def _judge_by_chains(
     subject: ModelAndGuide,
     evaluation: Evaluation,
     config: EvaluationConfig,
-    chains: GuideChains | None,
 ) -> MarginalVerdict:
     log_joint, is_trusted, reason = subject.log_joint, evaluation.verdict.trusted, ""
     if evaluation.is_noisy or log_joint.is_random:
@@ -248,9 +246,8 @@ def _judge_by_chains(
         if weights.trusted and weights.is_close:
             return MarginalVerdict()
     try:
-        if chains is None:
-            chains = GuideChains(*subject)
-            chains.run(config.num_by_chains, most=config.max_by_chains)
+        chains = GuideChains(*subject)
+        chains.run(config.num_by_chains, most=config.max_by_chains)
         draws = None if evaluation.drawn is None else evaluation.drawn.latents
         if draws is None:
             parts = [part.latent for part in subject.weighted_draws(config.num_samples)]
