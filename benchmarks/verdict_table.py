@@ -41,6 +41,10 @@ EXPLAINED = {
         "Out of reach: from 99.99 % of the draws of the prior all ways up lead to the wide mode (one in "
         "7,000 is nearer to the narrow one), and so they do from all around a guide of it."
     ),
+    "two, sd 1 and 5, D=5": (
+        "The guide has the wide mode, eight of its sds from the narrow one, whose basin is one part in "
+        "2,000 of a shell of that radius: few of 125 points there are in it."
+    ),
     "gamma 2": (
         "The k-hat of the 10,000 draws of the verdict is above 0.7, and that of 40,000 others below 0.6: "
         "a Gaussian is too thin in one tail, and few of its draws are there."
@@ -84,7 +88,10 @@ def report(outcomes: Sequence[Outcome]) -> str:
     seeds = sorted({o.seed for o in outcomes})
     targets = len({o.target for o in outcomes})
     hours = sum(o.seconds for o in outcomes) / 3600
-    what = f"{targets} targets, {len(seeds)} seeds at most: {hours:.1f} hours of CPU time."
+    what = (
+        f"{targets} targets, seeds {', '.join(map(str, seeds))} at most: {hours:.1f} hours of CPU time. "
+        "Only verdicts of the present code are here: their number says which seeds a guide has."
+    )
     parts = [INTRODUCTION, what, *summary(outcomes), "", "## Wrong verdicts", "", *wrong(outcomes)]
     for guide, found in by(outcomes, lambda o: o.guide):
         parts += ["", f"## {guide}", "", *table(found)]

@@ -68,6 +68,7 @@ class MissedModeSearch:
         """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
         :param log_evidence: the log evidence according to them; those of the largest weights are starts.
+        :param elbo: that of the guide: where its bound is near, more draws around the guide decide.
         """
         config, is_usable = self.config, draws.isfinite().all(-1)
         heaviest = draws[:0]
@@ -96,15 +97,14 @@ class MissedModeSearch:
         self, search: ModeSearch, points: Tensor, log_evidence: float, elbo: float
     ) -> tuple[Mixture, str]:
         """What draws say all around a guide and above points, and how modes were searched for."""
-        guide = search.draws, search.around
+        guide, places = (search.draws, search.around), list[Stratum]()
         if search.around.gaussian.is_independent:
             try:
-                return Mixture.of(
-                    *guide, [], search.moved_guides(points, log_evidence)
-                ), "gradients"
+                places, searched_by = search.moved_guides(points, log_evidence), "gradients"
             except RuntimeError:  # a model without a gradient
-                return Mixture.of(*guide, [], []), "none"
-        wide, modes, places = search.around._replace(is_heavy=True), None, list[Stratum]()
+                places, searched_by = [], "none"
+            return Mixture.of(*guide, [], places), searched_by
+        wide, modes = search.around._replace(is_heavy=True), None
         around, searched_by = [drawn(self.log_density, wide, self.config.num_around)], "curvature"
         for _ in range(self.config.max_searches):
             try:

@@ -31,10 +31,8 @@ from .mixture import Shape, Stratum, squared_distances
 
 _SHELLS, _WIDENED = (3.0, 10.0, 30.0, 100.0), 1.2  # around the guide, in sds of this factor
 _OF_SHELL = 2  # points of each that climbs start at, and of the best of each
-_MOST_MIRRORED, _MOST_MOVED = (
-    8,
-    4,
-)  # sites that are mirrored one at a time; ends that a guide is moved to
+_MOST_MIRRORED = 8  # sites that are mirrored one at a time
+_MOST_MOVED = 4  # ends of climbs that a guide is moved to
 _NEWTON_STEPS = 10  # from the end of a climb by gradients to the mode
 # sds of each coordinate within which ends of climbs are one; squared distance of two modes that always differ
 _SAME_END, _DIFFERENT = 0.1, 16.0
