@@ -4,7 +4,6 @@
 """A fit that has started, saved to a file between two steps, and read from it."""
 
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -14,28 +13,9 @@ from torch import nn
 
 from .. import files
 from .initialization.start import InitialGuide
-from .optimization.training import Training
-from .set_up import SetUp
+from .set_up import SetUp, StartedFit
 
 _FORMAT = "pyro_artransform fit 6"
-
-
-@dataclass(frozen=True)
-class StartedFit:
-    """A fit whose guide is at its start, or further.
-
-    :param earlier_seconds: the wall time that the fit took before it was resumed.
-    """
-
-    set_up: SetUp
-    training: Training
-    initial: InitialGuide
-    earlier_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """The wall time of the whole fit so far."""
-        return self.earlier_seconds + self.set_up.deadline.seconds
 
 
 def save(fit: StartedFit, path: files.FilePath) -> bool:

@@ -15,7 +15,7 @@ import pyro
 from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
-from .checkpoint import StartedFit, save
+from .checkpoint import save
 from .evaluation.evaluate import (
     MarginalVerdict,
     evaluate,
@@ -30,7 +30,7 @@ from .mcmc import CHAINS_COST_LESS
 from .optimization.objective import PyroObjective
 from .progress import ProgressBar
 from .result import FitResult
-from .set_up import SetUp
+from .set_up import SetUp, StartedFit
 
 
 class TrainedFit(NamedTuple):

@@ -15,6 +15,7 @@ from ..diagnostics.importance_weights import log_joint_of
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from .config import FitConfig
 from .evaluation.evaluate import ModelAndGuide
+from .initialization.start import InitialGuide
 from .loader import Batch, BatchStream, check_use
 from .mcmc import Deadline, Sampling
 from .optimization.objective import (
@@ -102,6 +103,24 @@ class SetUp:
         if self.minibatches is not None:
             batches = self.minibatches.validation
         return tuple(guide.missing_over_batches(batches))
+
+
+@dataclass(frozen=True)
+class StartedFit:
+    """A fit whose guide is at its start, or further.
+
+    :param earlier_seconds: the wall time that the fit took before it was resumed.
+    """
+
+    set_up: SetUp
+    training: Training
+    initial: InitialGuide
+    earlier_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The wall time of the whole fit so far."""
+        return self.earlier_seconds + self.set_up.deadline.seconds
 
 
 def set_up(
