@@ -209,6 +209,13 @@ class SharedObjective(Objective):
     def loss(self, num_particles: int) -> Tensor:
         return self.objective.loss(self.parallel.share(num_particles))
 
+    def num_tail_draws(self, num_particles: int) -> int:
+        own = self.objective.num_tail_draws(self.parallel.share(num_particles))
+        return own * self.parallel.size
+
+    def tail_loss(self, num_particles: int) -> Tensor:
+        return self.objective.tail_loss(self.parallel.share(num_particles))
+
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
 

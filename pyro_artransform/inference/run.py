@@ -145,7 +145,7 @@ def _judge(trained: TrainedFit, end: str) -> FitResult:
     guide: object = subject.guide
     skipped, is_complete = training.skipped.count, not set_up.deadline.is_over()
     num_steps, initial = training.num_steps, trained.started.initial
-    num_gradients = num_steps * training.num_particles
+    num_gradients = training.num_gradients
     status = FitStatus(
         skipped / max(num_steps, 1),
         is_complete,

@@ -32,6 +32,12 @@ _MOST_VALUES = 2**23
 # runs of the model in which a site that is not finite is searched for
 _NUM_TRACED = 16
 
+# how much more deviating log weights count for tails, the squared deviation where that ends, and how many
+# times as many draws a step has then: k-hat of gp_regr, hmm_example and garch11 is 0.46 to 0.82 with as many
+_TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 4
+# numbers of the draws of a step for the tails: memory, and time where latents are many
+_MOST_TRAINED = 2**15
+
 
 class Objective(Protocol):
     """The negative ELBO of a guide as a function of all parameters, the model's included."""
@@ -41,6 +47,14 @@ class Objective(Protocol):
 
     def loss(self, num_particles: int) -> Tensor:
         """A differentiable estimate of the negative ELBO in nats, a scalar."""
+
+    def num_tail_draws(self, num_particles: int) -> int:
+        """The draws of a step of :meth:`tail_loss` beside those of :meth:`loss`."""
+        return num_particles
+
+    def tail_loss(self, num_particles: int) -> Tensor:
+        """As :meth:`loss`, with a gradient that covers the tails better where there is one."""
+        return self.loss(num_particles)
 
     def parameters(self) -> dict[str, Tensor]:
         """The unconstrained parameters by name."""
@@ -84,9 +98,36 @@ class PathObjective(BatchObjective):
         return replace(self, log_joint=self.log_joint.with_arguments(*batch))
 
     def loss(self, num_particles: int) -> Tensor:
+        return self._terms(num_particles).mean()
+
+    def num_tail_draws(self, num_particles: int) -> int:
+        most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
+        return min(_TAIL_DRAWS * num_particles, most)
+
+    def tail_loss(self, num_particles: int) -> Tensor:
+        r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
+
+        With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
+        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they are
+        :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in units
+        of its spread. The minimum is the posterior all the same.
+
+        See Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2019),
+        https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
+        (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
+        """
+        terms = self._terms(num_particles)
+        value = terms.detach()
+        deviation = (value - value.median()).abs()
+        spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
+        weights = 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
+        weighted = (weights * terms).mean()
+        return value.mean() + (weighted - weighted.detach())
+
+    def _terms(self, num_particles: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
         self._last = z.detach()
-        return (log_q - self.log_joint(z)).mean()
+        return log_q - self.log_joint(z)
 
     def parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -22,6 +22,8 @@ from .schedule import Schedule, Score, score_of
 
 BETAS = (0.9, 0.99)  #: of Adam; the second is short since steps are few
 _END = ("decay_start", "end", "reason")
+# standard errors by which the average has to be better than the last parameters
+_CLEAR = 2.0
 _COPIED = ("norms", "average", "best", "best_loss")
 # steps whose mean loss says which parameters were the best, and those whose median norm clips gradients
 _BLOCK, _CLIP_WINDOW = 50, 100
@@ -88,6 +90,8 @@ class Training:
             self.optimizer = wrap_optimizer(optim, trained)
         #: the loss of each step, not a finite number where the step was skipped
         self.losses: list[float] = []
+        #: gradients of the model's log density, one for each draw
+        self.num_gradients = 0
         self.skipped = SkippedSteps()
         self._norms: list[float] = []
         self._average, self._best, self._best_loss = self._values(), self._values(), math.inf
@@ -118,7 +122,10 @@ class Training:
     def step(self) -> float:
         """Takes one step, or skips it; returns the loss, the negative ELBO in nats."""
         objective = self.objective
-        loss = objective.loss(self.num_particles)
+        is_ending = self.schedule.end is not None and self.num_steps >= self.schedule.decay_start
+        count = objective.num_tail_draws(self.num_particles) if is_ending else self.num_particles
+        loss = (objective.tail_loss if is_ending else objective.loss)(count)
+        self.num_gradients += count
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
         value, trained = loss.item(), list(self.parameters.values())
@@ -202,18 +209,22 @@ class Training:
             parameter.copy_(value)
 
     def select_parameters(self) -> str:
-        """Leaves the last or the averaged parameters, by ELBO on common noise; returns which."""
+        """Leaves the last parameters, or the averaged ones if their ELBO is clearly larger; says which."""
         if not self.losses:
             return "last"
-        candidates = {"averaged": self._average, "last": self._values()}
-        state, elbos = torch.get_rng_state(), {}
-        for name, values in candidates.items():
+        last, state, draws = self._values(), torch.get_rng_state(), list[Tensor]()
+        for values in (last, self._average):
             torch.set_rng_state(state)
             self.set_parameters(values)
-            elbos[name] = self._score().elbo
-        best = max(elbos, key=lambda name: elbos[name])
-        self.set_parameters(candidates[best])
-        return best
+            found = self.objective.elbo_draws(self._config.num_compared)
+            draws.append(found.detach().double())
+        gain = draws[1] - draws[0]
+        if float(gain.mean()) > _CLEAR * float(gain.std()) / len(gain) ** 0.5:
+            return "averaged"
+        if not bool(draws[0].isfinite().all()) and bool(draws[1].isfinite().all()):
+            return "averaged"
+        self.set_parameters(last)
+        return "last"
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, in tensors and plain data."""
@@ -223,7 +234,7 @@ class Training:
             "optimizer": self.optimizer.state(),
             "schedule": {name: getattr(self.schedule, name) for name in _END},
             "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
-            "counts": [self.skipped.count, self.skipped.in_a_row],
+            "counts": [self.skipped.count, self.skipped.in_a_row, self.num_gradients],
             "culprits": dict(self.skipped.sites),
         }
 
@@ -237,7 +248,7 @@ class Training:
         self.optimizer.restore(state["optimizer"])
         self.schedule = replace(self.schedule, **state["schedule"])
         self.losses = state["losses"].tolist()
-        count, in_a_row = state["counts"]
+        count, in_a_row, self.num_gradients = state["counts"]
         self.skipped = SkippedSteps(count, in_a_row, Counter(state["culprits"]))
         for name in _COPIED:
             setattr(self, f"_{name}", state[name])

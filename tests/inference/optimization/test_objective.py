@@ -325,3 +325,24 @@ def test_errors_of_a_weighted_mean():
     expected = math.sqrt(0.04 + 0.5 * 2 * (4 / 9 * 1 + 1 / 9 * 4))
     found = _mean_and_error([3.0, 0.0], [0.09, 0.0], [2.0, 1.0], 0.5)
     assert found == pytest.approx((2.0, expected))
+
+
+def test_loss_for_the_tails():
+    """The value is the negative ELBO, the gradient vanishes at the posterior, and only there."""
+    guide = small(models.gaussian)
+    objective = path(models.gaussian, guide)
+    assert objective.num_tail_draws(8) == 32
+    guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
+    trained = list(objective.parameters().values())
+    found = torch.autograd.grad(objective.tail_loss(64), trained, allow_unused=True)
+    assert max(g.abs().max() for g in found if g is not None) < 1e-8
+    guide.start_at(torch.ones(3), 0.7 * torch.tensor(models.SCALE_TRIL))
+    state = torch.get_rng_state()
+    losses = torch.stack([objective.tail_loss(64).detach() for _ in range(50)])
+    torch.set_rng_state(state)
+    assert torch.allclose(losses.mean(), objective.loss(50 * 64).detach(), atol=0.1)
+    scale = guide.transform.transforms[1].log_scale
+    (pulled,) = torch.autograd.grad(objective.tail_loss(4000), scale)
+    (plain,) = torch.autograd.grad(objective.loss(4000), scale)
+    assert (pulled < 1.2 * plain).all()
+    assert (plain < 0).all()

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
 from pyro_artransform.inference.optimization.training import _MAX_SKIPS, FitError, Training
 
 
-class Bowl:
+class Bowl(Objective):
     """The loss ``|x - 3|^2 / 2`` with noise, and faults at given steps."""
 
     def __init__(self, faults=None):
