@@ -36,7 +36,7 @@ _NUM_TRACED = 16
 # times as many draws a step has then: k-hat of gp_regr, hmm_example and garch11 is 0.46 to 0.82 with as many
 _TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 4
 # numbers of the draws of a step for the tails: memory, and time where latents are many
-_MOST_TRAINED = 2**15
+_MOST_TRAINED = 2**14
 
 
 class Objective(Protocol):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...diagnostics import fit_tail
-from ...diagnostics.importance import KHAT_OF_VARIANCE
+from ...diagnostics.importance import GOOD_KHAT
 from ..config import OptimizationConfig
 from .objective import Objective
 
@@ -36,8 +36,8 @@ def score_of(objective: Objective, num_draws: int) -> Score:
     elbo = draws.mean().item()
     if not math.isfinite(elbo) or not objective.has_weights:
         return Score(elbo)
-    # weights without a variance know too little of the evidence
-    if fit_tail(draws).khat > KHAT_OF_VARIANCE:
+    # weights with a heavy tail know too little of the evidence
+    if fit_tail(draws).khat > GOOD_KHAT:
         return Score(elbo)
     return Score(elbo, float(draws.logsumexp(0)) - math.log(len(draws)) - elbo)
 
