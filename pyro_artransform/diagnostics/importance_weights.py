@@ -212,22 +212,23 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
 
 def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
     """Raises a ``ValueError`` if sites that only the guide has have more numbers than its Deltas."""
-    num_others, num_determined, others = 0, 0, []
-    for node in latent_nodes(trace):
-        fn, size = node["fn"], node["value"].numel()
-        if node["name"] not in wanted:
-            others.append(node["name"])
-            num_others += size
-            continue
-        while hasattr(fn, "base_dist"):
-            fn = fn.base_dist
-        num_determined += size if isinstance(fn, Delta) else 0
+    nodes = {node["name"]: node for node in latent_nodes(trace)}
+    others = sorted(name for name in nodes if name not in wanted)
+    num_others = sum(nodes.pop(name)["value"].numel() for name in others)
+    points = [node for node in nodes.values() if _is_point(node["fn"])]
+    num_determined = sum(node["value"].numel() for node in points)
     if num_others > num_determined:
         raise ValueError(
             "guide: expected sites of the model only, or others that determine them by a Delta, got "
-            f"{sorted(others)}, so that the density of the model's latents alone is not known: sum these "
+            f"{others}, so that the density of the model's latents alone is not known: sum these "
             "sites out, or leave them away"
         )
+
+
+def _is_point(distribution: Any) -> bool:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, Delta)
 
 
 def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .convergence import mean_ess
 from .importance import KHAT_OF_VARIANCE
-from .psis import fit_tail
+from .psis import fit_tail, fit_tails
 
-# the largest tail indices of values with a second and a fourth moment, and how much noise is allowed for
-_INDEX_OF_SECOND, _INDEX_OF_FOURTH, _NOISE = 0.5, 0.25, 1.0
+# the largest tail indices of values with a second and a fourth moment
+_INDEX_OF_SECOND, _INDEX_OF_FOURTH = 0.5, 0.25
 # sds between which the fall of a density says what its tail is
 _RADII = (30.0, 300.0)
 
@@ -47,7 +47,8 @@ def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
     log_var = log_var + own.square().var(0) / len(own)
     ratio = 1 / sd
     errors = MarginalErrors(-mean / sd, mean_se, ratio, ratio * log_var.sqrt() / 2)
-    return _where_known(errors, flat.abs(), own.abs())
+    of_draws, of_own = (_tail_indices(each.abs().log()) for each in (flat, own))
+    return known(errors, torch.maximum(of_draws, of_own))
 
 
 def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
@@ -55,7 +56,8 @@ def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
 
     None of an error is known where the weights, or these times squares, have no variance.
     """
-    weights, parts = (len(draws) * log_weights.softmax(0))[:, None], []
+    weights, khat = (len(draws) * log_weights.softmax(0))[:, None], fit_tail(log_weights).khat
+    parts = []
     for part in draws.split(256, 1):  # of 4,000 draws each array takes 8 MB
         mean, other = (weights * part).mean(0), part.mean(0)
         squares, others = (part - mean).square(), (part - other).square()
@@ -66,21 +68,19 @@ def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
         of_shift = ((part - other) - weights * (part - mean)) / sd - (other - mean) / sd * of_log_sd
         of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
         shift_se, log_se = (each.std(0) / len(draws) ** 0.5 for each in (of_shift, of_log_ratio))
+        of_weights = _tail_indices(squares.log() + log_weights[:, None]).clamp(min=khat)
+        index = _tail_indices(others.log() / 2)
+        index = index.masked_fill(of_weights > KHAT_OF_VARIANCE, torch.inf)
         errors = MarginalErrors((other - mean) / sd, shift_se, ratio, ratio * log_se)
-        log_squares = squares.log() + log_weights[:, None]
-        has_variance = _tail_indices(log_squares) <= KHAT_OF_VARIANCE
-        has_variance &= fit_tail(log_weights).khat <= KHAT_OF_VARIANCE
-        kept = torch.where(has_variance, 0.0, torch.nan)
-        errors = MarginalErrors(*(each + kept for each in errors))
-        parts.append(_where_known(errors, others.sqrt()))
+        parts.append(known(errors, index))
     return MarginalErrors(*map(torch.cat, zip(*parts)))
 
 
 @torch.no_grad()
-def known_along_rays(
-    errors: MarginalErrors, log_density: Callable[[Tensor], Tensor], center: Tensor, scale: Tensor
-) -> MarginalErrors:
-    """Errors where the tails of a density are light enough for them far outside of all draws.
+def indices_along_rays(
+    log_density: Callable[[Tensor], Tensor], center: Tensor, scale: Tensor
+) -> Tensor:
+    """The index of each latent's tail ``(D,)``, as far as a density far outside of all draws tells.
 
     Along each coordinate, both ways from a center ``(D,)``, in units of a scale ``(D,)``: a density that
     falls as the power -1 - 1 / k of the distance has the index k. Draws of a guide, and short chains, do
@@ -91,19 +91,14 @@ def known_along_rays(
     for sign in (1, -1):
         fall = log_density(center + sign * near) - log_density(center + sign * far)
         power = fall / math.log(_RADII[1] / _RADII[0])
+        index = torch.where(power > 1, 1 / (power - 1), torch.inf)
         # zero density, or none that can be evaluated, is no tail
-        found.append(
-            torch.where(power > 1, 1 / (power - 1), torch.inf).masked_fill(power.isnan(), 0)
-        )
-    return _masked(errors, torch.stack(found).amax(0))
+        found.append(index.masked_fill(power.isnan(), 0))
+    return torch.stack(found).amax(0)
 
 
-def _where_known(errors: MarginalErrors, *distances: Tensor) -> MarginalErrors:
-    """Not a number where the tails of distances from a mean ``(n, D)`` are too heavy to know an error."""
-    return _masked(errors, torch.stack([_tail_indices(d.log()) for d in distances]).amax(0))
-
-
-def _masked(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
+def known(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
+    """Not a number where the tail of this index ``(D,)`` has no moments that an error rests on."""
     by_second = torch.where(index <= _INDEX_OF_SECOND, 0.0, torch.nan)
     by_fourth = torch.where(index <= _INDEX_OF_FOURTH, 0.0, torch.nan)
     shift, shift_se, ratio, ratio_se = errors
@@ -111,12 +106,8 @@ def _masked(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
 
 
 def _tail_indices(log_values: Tensor) -> Tensor:
-    """The Pareto index of each column ``(n, D)``, less what may be noise."""
-    found = []
-    for column in log_values.T:
-        tail = fit_tail(column)
-        found.append(tail.khat - _NOISE * tail.khat_se)
-    return log_values.new_tensor(found)
+    """The Pareto index of each column ``(n, D)``, less its standard error."""
+    return log_values.new_tensor([t.khat - t.khat_se for t in fit_tails(log_values)])
 
 
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:

@@ -20,11 +20,14 @@ from .marginal_errors import (
     critical_value,
     errors_by_chains,
     errors_by_weights,
-    known_along_rays,
+    indices_along_rays,
+    known,
 )
 
 # draws of the guide whose means and sds are compared with those of chains
 _NUM_DRAWS = 10_000
+# that of 20 degrees of freedom; of an exponential tail along rays it is at most 0.01
+_INDEX_OF_LIGHT_TAIL = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,31 +134,36 @@ def marginals_by_chains(chains: GuideChains, of_guide: Tensor, log_joint: LogJoi
     """By chains from a guide, and draws of it ``(n, D)`` on the unconstrained space."""
     of_guide = of_guide[of_guide.isfinite().all(-1)]
     draws = chains.draws
-    errors = _known(errors_by_chains(draws, of_guide), draws.flatten(0, 1), log_joint)
+    index = _indices_along_rays(draws.flatten(0, 1), log_joint)
+    errors = known(errors_by_chains(draws, of_guide), index)
     return _judged(errors, chains.num_chains, log_joint.latents, chains.convergence().rhat)
 
 
 def marginals_by_weights(draws: Tensor, log_weights: Tensor, log_joint: LogJoint) -> Marginals:
-    """By finite weights ``(n,)`` of draws ``(n, D)`` on the unconstrained space, in place of chains."""
-    errors = _known(errors_by_weights(draws, log_weights), draws, log_joint)
+    """By finite weights ``(n,)`` of draws ``(n, D)`` on the unconstrained space, in place of chains.
+
+    Nothing is known of latents whose density falls as a power: a guide whose own tails are lighter has
+    no draws beyond some distance, and weights that do not show it.
+    """
+    index = _indices_along_rays(draws, log_joint)
+    index = index.masked_fill(index > _INDEX_OF_LIGHT_TAIL, torch.inf)
+    errors = known(errors_by_weights(draws, log_weights), index)
     return _judged(errors, len(draws), log_joint.latents)
 
 
-def _known(errors: MarginalErrors, draws: Tensor, log_joint: LogJoint) -> MarginalErrors:
-    """Errors of latents whose moments exist as far as the density outside of draws ``(n, D)`` tells."""
-    center = draws.median(0).values
-    return known_along_rays(errors, log_joint.with_coordinates(None), center, draws.std(0))
+def _indices_along_rays(draws: Tensor, log_joint: LogJoint) -> Tensor:
+    density = log_joint.with_coordinates(None)
+    return indices_along_rays(density, draws.median(0).values, draws.std(0))
 
 
 def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
     """Bounds of the errors of means, in sds, and of the relative ones of sds, both rounded up."""
-    known = f"within {_hundredths(mean) / 100:.2f} sd" if math.isfinite(mean) else "not all known"
-    known_sds = f"within {_hundredths(sd):.0f} %" if math.isfinite(sd) else "not all known"
-    return f"means{of} {known}, sds {known_sds}"
-
-
-def _hundredths(number: float) -> int:
-    return math.ceil(round(100 * number, 3))
+    means = sds = "not all known"
+    if math.isfinite(mean):
+        means = f"within {math.ceil(round(100 * mean, 3)) / 100:.2f} sd"
+    if math.isfinite(sd):
+        sds = f"within {math.ceil(round(100 * sd, 3))} %"
+    return f"means{of} {means}, sds {sds}"
 
 
 def _judged(
@@ -169,44 +177,33 @@ def _judged(
     objections = []
     is_off = shift.abs() - shift_width > GOOD_MEAN_SHIFT
     if is_off.any():
-        worst, name = _worst(shift.abs(), is_off, latents)
-        objections.append(
-            f"{_count(is_off, 'means')} off by more than {GOOD_MEAN_SHIFT} sd (that of {name} by "
-            f"{shift[worst]:.2f} ± {shift_width[worst]:.2f})"
-        )
+        at, those, name = _worst(shift.abs(), is_off, "means", latents)
+        worst = f"that of {name} by {shift[at]:.2f} ± {shift_width[at]:.2f}"
+        objections.append(f"{those} off by more than {GOOD_MEAN_SHIFT} sd ({worst})")
     is_off = (ratio - 1).abs() - ratio_width > GOOD_SD_ERROR
     if is_off.any():
-        worst, name = _worst(ratio.log().abs(), is_off, latents)
+        at, those, name = _worst(ratio.log().abs(), is_off, "sds", latents)
+        worst = f"that of {name} is {ratio[at]:.2f} ± {ratio_width[at]:.2f} of the posterior's"
+        objections.append(f"{those} off by more than {100 * GOOD_SD_ERROR:.0f} % ({worst})")
+    num_chains, max_rhat = (0, 1.0) if rhat is None else (num_samples, float(rhat.max()))
+    if rhat is not None and not max_rhat <= GOOD_RHAT:
+        name = latents.name_of(int(rhat.argmax()))
         objections.append(
-            f"{_count(is_off, 'sds')} off by more than {100 * GOOD_SD_ERROR:.0f} % (that of {name} is "
-            f"{ratio[worst]:.2f} ± {ratio_width[worst]:.2f} of the posterior's)"
+            f"chains do not agree, R-hat is {max_rhat:.2f} for {name}, so that errors may be larger: "
+            "give them more time, or fit the guide for longer"
         )
-    max_rhat, num_chains = 1.0, 0
-    if rhat is not None:
-        max_rhat, num_chains = float(rhat.max()), num_samples
-        if not max_rhat <= GOOD_RHAT:
-            name = latents.name_of(int(rhat.argmax()))
-            objections.append(
-                f"chains do not agree, R-hat is {max_rhat:.2f} for {name}, so that errors may be larger: "
-                "give them more time, or fit the guide for longer"
-            )
-    dim = latents.latent_dim
-    of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
-    words, is_known = "; ".join(objections) or bounds_in_words(*bounds, of), True
-    if not objections and (bounds[0] > 2 * GOOD_MEAN_SHIFT or bounds[1] > 2 * GOOD_SD_ERROR):
-        words, is_known = f"errors are known too little ({bounds_in_words(*bounds)})", False
-        unknown = (shift + ratio).isnan()
-        if unknown.any():
-            name = latents.name_of(int(unknown.int().argmax()))
-            words = (
-                f"errors of {int(unknown.sum()):,} of {len(unknown):,} latents are not known, such as that "
-                f"of {name}: its tail, or that of the weights, is too heavy"
-            )
-        else:
-            words = f"{words}: diagnostics.marginals with more num_samples knows more"
-    trusted = is_known and not objections
+    is_known = bounds[0] <= 2 * GOOD_MEAN_SHIFT and bounds[1] <= 2 * GOOD_SD_ERROR
+    if objections:
+        words = "; ".join(objections)
+    elif is_known:
+        dim = latents.latent_dim
+        of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
+        words = bounds_in_words(*bounds, of)
+    else:
+        words = _words_of_unknown((shift + ratio).isnan(), bounds, latents)
     shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
     by_site = shifts, shift_ses, ratios, ratio_ses
+    trusted = is_known and not objections
     return Marginals(*by_site, *bounds, num_chains, max_rhat, trusted, words)
 
 
@@ -215,12 +212,22 @@ def _bound(errors: Tensor, widths: Tensor) -> float:
     return float((errors.abs() + widths).nan_to_num(torch.inf, torch.inf).max())
 
 
-def _count(chosen: Tensor, what: str) -> str:
-    count = int(chosen.sum())
-    return f"{count:,} of {len(chosen):,} {what} {'is' if count == 1 else 'are'}"
+def _worst(values: Tensor, is_off: Tensor, what: str, latents: Latents) -> tuple[int, str, str]:
+    """The place of the largest value of those that are off, how many these are, and its name."""
+    at = int(values.nan_to_num(torch.inf).where(is_off, -torch.inf).argmax())
+    count = int(is_off.sum())
+    those = f"{count:,} of {len(is_off):,} {what} {'is' if count == 1 else 'are'}"
+    return at, those, latents.name_of(at)
 
 
-def _worst(values: Tensor, chosen: Tensor, latents: Latents) -> tuple[int, str]:
-    """The place of the largest value of those chosen, also by site as in ``z[3, 1]``."""
-    worst = int(torch.where(chosen, values.nan_to_num(torch.inf), -torch.inf).argmax())
-    return worst, latents.name_of(worst)
+def _words_of_unknown(is_unknown: Tensor, bounds: tuple[float, float], latents: Latents) -> str:
+    if is_unknown.any():
+        name = latents.name_of(int(is_unknown.int().argmax()))
+        return (
+            f"errors of {int(is_unknown.sum()):,} of {len(is_unknown):,} latents are not known, such as "
+            f"that of {name}: its tail, or that of the weights, is too heavy"
+        )
+    return (
+        f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with more "
+        "num_samples knows more"
+    )

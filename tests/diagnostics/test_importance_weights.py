@@ -16,11 +16,12 @@ from pyro.infer.autoguide import (
     AutoRegressiveMessenger,
 )
 from pyro.infer.reparam import LocScaleReparam
+from pyro.ops.stats import fit_generalized_pareto
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform.diagnostics import fit_tail, importance, psis_resample
 from pyro_artransform.diagnostics.importance_weights import log_weights
-from pyro_artransform.diagnostics.psis import WORST_KHAT, smooth_tail
+from pyro_artransform.diagnostics.psis import WORST_KHAT, fit_tails, smooth_tail
 from tests.diagnostics import conjugate
 
 
@@ -259,11 +260,24 @@ def test_khat_is_finite(name):
     assert smoothed.max() <= FINITE[name][FINITE[name].isfinite()].max()
 
 
+def test_tails_of_columns_are_pyros_of_each():
+    columns = [weights for kind in (CONSTANT, HOPELESS, FINITE) for weights in kind.values()]
+    columns = [weights.double() for weights in columns if len(weights) == 1000]
+    columns += [pareto_log_weights(k, 1000) for k in (0.01, 0.5, 1.5, 20.0)]
+    for weights, tail in zip(columns, fit_tails(torch.stack(columns, 1))):
+        assert tuple(tail) == pytest.approx(tuple(fit_tail(weights)), nan_ok=True)
+        if math.isfinite(tail.scale):
+            above = weights[weights > tail.log_cutoff]
+            assert len(above) == tail.size
+            expected = fit_generalized_pareto((above - tail.log_cutoff).expm1())
+            assert (tail.khat, tail.scale) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("k", [0.0, 0.5, 1.0])
 def test_standard_error_by_simulation(k):
     """60 fits of 300 tail weights: their sd is known to 9 %, their mean to an eighth of it.
 
-    The prior of Pyro's routine counts as ten more weights, at 0.5. An exponential tail has an index of 0.
+    The prior counts as ten more weights, at 0.5. An exponential tail has an index of 0.
     """
     bounded = torch.empty(60, 10_000).exponential_().log()
     tails = [fit_tail(pareto_log_weights(k) if k else weights) for weights in bounded]

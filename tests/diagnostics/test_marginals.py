@@ -20,6 +20,8 @@ from pyro.infer.autoguide import (
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance, marginals
+from pyro_artransform.diagnostics.marginals import marginals_by_weights
+from pyro_artransform.joint import LogJoint
 from tests.diagnostics import conjugate
 from tests.diagnostics.conjugate import PathGuide, path
 
@@ -175,6 +177,25 @@ def test_no_bound_of_a_moment_that_does_not_exist(law, has_mean):
     assert found.sd_bound == math.inf
     if has_mean:  # chains of a Cauchy may say before that they do not agree
         assert "not known, such as that of z: its tail, or that of the weights" in found.words
+
+
+@pytest.mark.parametrize(
+    ("law", "is_known"), [(dist.StudentT(4.9), False), (dist.StudentT(50.0), True)]
+)
+def test_weights_say_nothing_of_a_tail_that_no_draw_enters(law, is_known):
+    """The guide is the posterior within seven units, of which all weights are the same.
+
+    So the standard errors are zero; with 4.9 degrees of freedom its sd is 2.5 % too small.
+    """
+
+    def model():
+        pyro.sample("z", law)
+
+    draws = law.sample((10_000, 1))
+    draws = draws[(draws.abs() < 7).all(-1)]
+    found = marginals_by_weights(draws, torch.zeros(len(draws)), LogJoint(model))
+    assert found.trusted == is_known
+    assert found.sd_bound == pytest.approx(0.0 if is_known else math.inf, abs=1e-6)
 
 
 def test_single_precision():
