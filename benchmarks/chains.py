@@ -16,8 +16,6 @@ import argparse
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -29,11 +27,12 @@ import chains_models
 import numpy as np
 import pyro
 import torch
-from fit import ONE_THREAD, PATIENCE, Run, best, load, seconds_to_goal
+from fit import best, seconds_to_goal
 from fit_posteriors import POSTERIORS
 from fit_subjects import ESS, NUM_WARM_UP, Record, in_torch
 from marked_table import write
 from pyro.poutine.messenger import Messenger
+from results import Row, append, in_a_process, load
 from torch.distributions import biject_to
 
 HERE = Path(__file__).parent
@@ -97,7 +96,7 @@ def unconstrained(supports: Mapping[str, Any], draws: Arrays) -> np.ndarray:
     return torch.cat(columns, 1).numpy()
 
 
-def errors(moments: Mapping[str, list[float]], truth: Mapping[str, list[float]]) -> Run:
+def errors(moments: Mapping[str, list[float]], truth: Mapping[str, list[float]]) -> Row:
     """Of means in sds, and of sds relative: the worst latent, and the 95 % quantile of all."""
     mean, sd, true_mean, true_sd = (
         np.array(which[key])[: len(truth["mean"])]
@@ -111,10 +110,10 @@ def errors(moments: Mapping[str, list[float]], truth: Mapping[str, list[float]])
     return {key: float(value) for key, value in found.items()}
 
 
-def accuracy(name: str, large: Path | None, draws: Arrays, flat: np.ndarray) -> Run:
+def accuracy(name: str, large: Path | None, draws: Arrays, flat: np.ndarray) -> Row:
     """Errors where something stored or exact is known, and moments to compare where it is not."""
     moments = {"mean": flat.mean(0), "sd": flat.std(0)}
-    row: Run = {key: [float(f"{x:.6g}") for x in values] for key, values in moments.items()}
+    row: Row = {key: [float(f"{x:.6g}") for x in values] for key, values in moments.items()}
     if large and (large / "score.py").exists():
         scores = importlib.import_module("score").score(name, draws)
         return {
@@ -125,7 +124,7 @@ def accuracy(name: str, large: Path | None, draws: Arrays, flat: np.ndarray) -> 
     return {"moments": row}
 
 
-def by_fit(name: str, large: Path | None, seed: int, limit: float) -> Run:
+def by_fit(name: str, large: Path | None, seed: int, limit: float) -> Row:
     """`fit` with draws and nothing else set."""
     from pyro_artransform import fit
 
@@ -142,7 +141,7 @@ def by_fit(name: str, large: Path | None, seed: int, limit: float) -> Run:
         progress=False,
         callback=lambda *_: time.process_time() - began > limit,
     )
-    row: Run = {"seconds": time.process_time() - began, "all_gradients": count.count}
+    row: Row = {"seconds": time.process_time() - began, "all_gradients": count.count}
     row |= {key: getattr(result, key) for key in ("elbo", "khat", "trusted", "verdict")}
     row |= {"guide": type(result.guide).__name__, "steps": result.num_steps}
     chains = result.chains
@@ -162,7 +161,7 @@ def by_fit(name: str, large: Path | None, seed: int, limit: float) -> Run:
     return row | accuracy(name, large, draws, flat)
 
 
-def by_nuts(name: str, large: Path | None, seed: int, limit: float, target_accept: float) -> Run:
+def by_nuts(name: str, large: Path | None, seed: int, limit: float, target_accept: float) -> Row:
     """NumPyro's NUTS, one chain, compiled once; where nothing better is known, on to a reference."""
     import jax
     from chains_peers import peer
@@ -213,60 +212,44 @@ def by_nuts(name: str, large: Path | None, seed: int, limit: float, target_accep
     return row | (accuracy(name, large, draws, together) if flat else {})
 
 
-SUBJECTS: dict[str, Callable[..., Run]] = {"NumPyro NUTS": by_nuts, "fit": by_fit}
+SUBJECTS: dict[str, Callable[..., Row]] = {"NumPyro NUTS": by_nuts, "fit": by_fit}
 
 
-def runs(options: argparse.Namespace) -> Iterator[Run]:
+def runs(options: argparse.Namespace) -> Iterator[Row]:
     """What there is to run: NUTS first, which is the reference of some."""
     for name in options.posteriors:
         for subject in options.subjects:
-            run: Run = {"posterior": name, "subject": subject, "seed": options.seed}
+            run: Row = {"posterior": name, "subject": subject, "seed": options.seed}
             if subject == "fit":
                 yield run
             elif name != FUNNEL:
                 yield from (run | {"target_accept": target} for target in TARGETS)
 
 
-def one(run: Run, large: Path | None) -> Run:
+def one(run: Row, large: Path | None) -> Row:
     """A run in this process."""
     warnings.simplefilter("ignore")
     rest = {key: value for key, value in run.items() if key not in ("posterior", "subject")}
     return SUBJECTS[run["subject"]](run["posterior"], large, **rest)
 
 
-def in_a_process(run: Run, large: Path | None) -> Run:
-    """The same in a process of its own, or why there is nothing."""
-    command = [sys.executable, __file__, "--one", json.dumps(run)]
-    command += ["--large", str(large)] if large else []
-    environment = os.environ | ONE_THREAD
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return {"rows": [], "error": "too long"}
-    if done.returncode:
-        return {"rows": [], "error": done.stderr.strip().splitlines()[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def collect(options: argparse.Namespace) -> list[Run]:
+def collect(options: argparse.Namespace) -> list[Row]:
     """All outcomes, those of the file and those that it lacks."""
     outcomes = load(options.results)
+    large = ["--large", str(options.large)] if options.large else []
     for run in runs(options):
         if any(run.items() <= outcome.items() for outcome in outcomes):
             continue
         limited = run | {"limit": options.limit}
-        outcome = limited | in_a_process(limited, options.large)
+        outcome = limited | in_a_process(__file__, "--one", json.dumps(limited), *large)
         outcomes.append(outcome)
-        with options.results.open("a") as file:
-            file.write(json.dumps(outcome) + "\n")
+        append(options.results, outcome)
         shown = {key: value for key, value in outcome.items() if key not in ("rows", "moments")}
         print(shown, outcome.get("rows", [])[-1:], file=sys.stderr, flush=True)
     return outcomes
 
 
-def reference(outcomes: list[Run], posterior: str) -> Run | None:
+def reference(outcomes: list[Row], posterior: str) -> Row | None:
     """The moments of the NUTS with the most effective draws, where these are enough."""
     found = [
         outcome
@@ -278,7 +261,7 @@ def reference(outcomes: list[Run], posterior: str) -> Run | None:
     return max(found, key=lambda outcome: outcome["ess"])["moments"] if found else None
 
 
-def of_fit(outcomes: list[Run], posterior: str) -> list[str]:
+def of_fit(outcomes: list[Row], posterior: str) -> list[str]:
     """Seven cells: seconds, steps, gradients, ESS, R-hat, and errors of means and sds."""
     found = [o for o in outcomes if (o["posterior"], o["subject"]) == (posterior, "fit")]
     if not found or "error" in found[0]:
@@ -298,7 +281,7 @@ def of_fit(outcomes: list[Run], posterior: str) -> list[str]:
     ]
 
 
-def of_nuts(outcomes: list[Run], posterior: str) -> list[str]:
+def of_nuts(outcomes: list[Row], posterior: str) -> list[str]:
     """Four cells: seconds until there are enough effective draws, gradients, their number, the target."""
     row = best(outcomes, posterior, "NumPyro NUTS")
     if row is None or not row["rows"]:
@@ -315,7 +298,7 @@ def of_nuts(outcomes: list[Run], posterior: str) -> list[str]:
     return [f"{seconds:.1f}", gradients, f"{reached:.0f}", f"{row['target_accept']}"]
 
 
-def table(outcomes: list[Run]) -> str:
+def table(outcomes: list[Row]) -> str:
     """A row for each posterior."""
     heads = ["posterior, latents", "`fit`, CPU s", "steps", "gradients of chains", "least ESS"]
     heads += ["R-hat", "means off, sds", "sds off"]

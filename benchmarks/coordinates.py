@@ -25,6 +25,7 @@ import torch
 from coordinates_models import Subject
 from marked_table import write
 from pyro import distributions as dist
+from results import Row, append, load
 from torch import Tensor
 
 from pyro_artransform import fit
@@ -38,7 +39,6 @@ COORDINATES = ("prior", "model")
 IN_WORDS = {"prior": "prior", "model": "as written"}
 _LOWEST = 0.01
 _CONSTANT = 1e-9  # an sd of rounding errors: the corner of a Cholesky factor
-Row = dict[str, Any]
 
 
 class Moments(NamedTuple):
@@ -184,10 +184,6 @@ def runs(options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
                 row = {"model": name, "coordinates": coordinates, "seed": seed}
                 if not any(row.items() <= known.items() for known in rows):
                     yield row | fitted(case, coordinates, seed)
-
-
-def load(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -356,8 +352,7 @@ def main() -> None:
     rows = load(options.results)
     for row in runs(options, rows):
         rows.append(row)
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.results, row)
         print(row, file=sys.stderr, flush=True)
     tables = f"{of_fits(rows)}\n\n{of_errors(rows)}"
     print(tables)

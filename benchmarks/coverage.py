@@ -17,7 +17,6 @@ change). --write puts the tables into coverage.md.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -35,6 +34,7 @@ from coverage_subjects import Subject
 from coverage_table import critical_value, report
 from marked_table import write
 from pyro.ops.stats import effective_sample_size
+from results import Row, append, load
 from torch import Tensor
 
 from pyro_artransform import fit
@@ -47,7 +47,6 @@ NUM_POINTS, NUM_SCRAMBLES = 2**14, 16
 #: of 120 numbers one exceeds six of their standard errors with a probability of 0.3 % (Student, 15 degrees)
 NUM_SES = 6.0
 ROUND_OFF = 1e-6
-Row = dict[str, Any]
 
 
 def in_one(moments: Mapping[str, Moments], names: Iterable[str]) -> Moments:
@@ -198,10 +197,6 @@ def runs(options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
                 yield row | fitted(name, seed, options.draws)
 
 
-def load(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -236,8 +231,7 @@ def main() -> None:
     rows = load(options.results)
     for row in runs(options, rows):
         rows.append(row)
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.results, row)
         print(row, file=sys.stderr, flush=True)
     tables = report([row for row in rows if row["draws"] == options.draws])
     print(tables)

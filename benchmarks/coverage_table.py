@@ -5,11 +5,10 @@
 import math
 from collections.abc import Callable, Iterator
 from statistics import NormalDist, median
-from typing import Any
 
 from coverage_models import COUNTS, family_of
+from results import Row
 
-Row = dict[str, Any]
 Chosen = Callable[[Row], bool]
 CONFIDENCE = 0.975
 

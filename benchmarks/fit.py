@@ -16,7 +16,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,20 +25,13 @@ from typing import Any
 from fit_posteriors import POSTERIORS
 from fit_subjects import ESS, GAP, SUBJECTS
 from marked_table import write
+from results import Row, append, in_a_process, load
 
 HERE = Path(__file__).parent
 STEP_SIZES = (1e-2, 1e-3)
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-}
-#: wall seconds after which a process is given up, which a peer reaches in compiling only
-PATIENCE = 1800
-Run = dict[str, Any]
 
 
-def runs(options: argparse.Namespace) -> Iterator[Run]:
+def runs(options: argparse.Namespace) -> Iterator[Row]:
     """What there is to run: for each posterior all subjects take turns."""
     for posterior in options.posteriors:
         for size in range(len(STEP_SIZES)):
@@ -50,11 +42,11 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
                 # a graph of ten latents that all depend on each other is no structure
                 if subject == "AutoStructuredFlow by fit" and posterior != "chain":
                     continue
-                run: Run = {"posterior": posterior, "subject": subject, "seed": options.seed}
+                run: Row = {"posterior": posterior, "subject": subject, "seed": options.seed}
                 yield run | ({"step_size": STEP_SIZES[size]} if has_sizes else {})
 
 
-def one(run: Run, evidence: float) -> Run:
+def one(run: Row, evidence: float) -> Row:
     """A run in this process, on one core, after the imports that its clock leaves out."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -66,29 +58,7 @@ def one(run: Run, evidence: float) -> Run:
     return subject(posterior=POSTERIORS[run["posterior"]], evidence=evidence, **rest)
 
 
-def in_a_process(run: Run, evidence: float) -> Run:
-    """The same in a process of its own, or why there is nothing."""
-    command = [sys.executable, __file__, "--one", json.dumps(run), "--evidence", repr(evidence)]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            env=os.environ | ONE_THREAD,
-        )
-    except subprocess.TimeoutExpired:
-        return {"rows": [], "error": "too long"}
-    if done.returncode:
-        return {"rows": [], "error": done.stderr.strip().splitlines()[-1][:200]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def load(path: Path) -> list[Run]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def collect(options: argparse.Namespace) -> list[Run]:
+def collect(options: argparse.Namespace) -> list[Row]:
     """All outcomes, those of the file and those that it lacks."""
     outcomes = load(options.results)
     for run in runs(options):
@@ -96,17 +66,17 @@ def collect(options: argparse.Namespace) -> list[Run]:
             continue
         evidence = POSTERIORS[run["posterior"]].evidence()
         limited = run | {"limit": options.limit}
-        outcome = limited | in_a_process(limited, evidence)
+        arguments = "--one", json.dumps(limited), "--evidence", repr(evidence)
+        outcome = limited | in_a_process(__file__, *arguments)
         outcomes.append(outcome)
-        with options.results.open("a") as file:
-            file.write(json.dumps(outcome) + "\n")
+        append(options.results, outcome)
         rows, name = outcome["rows"], f"{run['posterior']}, {run['subject']}"
         last = rows[-1] if rows else outcome.get("error", "no row")
         print(f"{name}, {run.get('step_size', '-')}: {last}", file=sys.stderr, flush=True)
     return outcomes
 
 
-def seconds_to_goal(outcome: Run) -> float:
+def seconds_to_goal(outcome: Row) -> float:
     """CPU seconds to the first row that is good enough; infinite where none is."""
     is_chain = outcome["subject"].endswith("NUTS")
     good = (
@@ -117,20 +87,20 @@ def seconds_to_goal(outcome: Run) -> float:
     return next(good, math.inf)
 
 
-def best_value(outcome: Run) -> float:
+def best_value(outcome: Row) -> float:
     """The smallest gap, or minus the largest effective sample size, of all rows."""
     sign = -1 if outcome["subject"].endswith("NUTS") else 1
     values = (sign * value for _, _, value in outcome["rows"] if not math.isnan(value))
     return min(values, default=math.inf)
 
 
-def best(outcomes: list[Run], posterior: str, subject: str) -> Run | None:
+def best(outcomes: list[Row], posterior: str, subject: str) -> Row | None:
     """The run with the best of the step sizes: soonest at the goal, or else nearest to it."""
     found = [o for o in outcomes if (o["posterior"], o["subject"]) == (posterior, subject)]
     return min(found, key=lambda o: (seconds_to_goal(o), best_value(o)), default=None)
 
 
-def cell(outcome: Run | None) -> str:
+def cell(outcome: Row | None) -> str:
     if outcome is None:
         return "not run"
     if not outcome["rows"]:
@@ -141,7 +111,7 @@ def cell(outcome: Run | None) -> str:
     return f"not: {-value:.0f} draws" if value <= 0 else f"not: {value:.2f}"
 
 
-def verdict(outcome: Run | None) -> str:
+def verdict(outcome: Row | None) -> str:
     """Seconds of the whole fit, the gap at its end, and whether it was trusted."""
     if outcome is None or not outcome["rows"]:
         return cell(outcome)
@@ -149,7 +119,7 @@ def verdict(outcome: Run | None) -> str:
     return f"{seconds:.1f} ({gap:.3f}, {'trusted' if outcome['trusted'] else 'not trusted'})"
 
 
-def table(outcomes: list[Run]) -> str:
+def table(outcomes: list[Row]) -> str:
     """A row for each subject, a column for each posterior."""
     posteriors = [name for name in POSTERIORS if any(o["posterior"] == name for o in outcomes)]
     lines = ["| | " + " | ".join(f"{n}, D={POSTERIORS[n].dim}" for n in posteriors) + " |"]
@@ -164,7 +134,7 @@ def table(outcomes: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def draw(outcomes: list[Run], path: Path) -> None:
+def draw(outcomes: list[Row], path: Path) -> None:
     """Seconds to the goal by posterior; an open mark at the right edge where it was not reached."""
     from matplotlib import pyplot as plt
 

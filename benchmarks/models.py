@@ -11,7 +11,6 @@ line of a file, so that a run goes on where the last one ended (delete the file 
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -25,6 +24,7 @@ from marked_table import write
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from results import Row, append, load
 from torch import Tensor
 from volatility import simulate, stochastic_volatility
 
@@ -41,7 +41,6 @@ PEERS = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNor
 GUIDES = ("chosen by fit", *PEERS)
 STEP_SIZE, NUM_DRAWS = 0.01, 10_000
 Subject = tuple[Callable[..., Any], tuple[Any, ...]]
-Row = dict[str, Any]
 
 #: hits of 18 players in their first 45 at bats of the season of 1970 (Efron and Morris, 1975)
 HITS = (18, 17, 16, 15, 14, 14, 13, 12, 11, 11, 10, 10, 10, 10, 10, 9, 8, 7)
@@ -184,10 +183,6 @@ def by_svi(name: str, subject: Subject, limit: float) -> Row:
     }
 
 
-def load(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def runs(options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
     """Rows that are not there yet; the guide that `fit` chooses comes first, and says how long peers have."""
     for name in options.models:
@@ -261,8 +256,7 @@ def main() -> None:
     rows = load(options.results)
     for row in runs(options, rows):
         rows.append(row)
-        with options.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.results, row)
         print(row, file=sys.stderr, flush=True)
     print(table(rows))
     if options.write:

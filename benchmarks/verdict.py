@@ -14,7 +14,6 @@ name another one with --results, after a change). --write puts the table into be
 """
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from results import append, load
 from verdict_posteriors import POSTERIORS
 from verdict_table import report
 from verdict_targets import TARGETS, Model, Target
@@ -157,11 +157,6 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
             yield from ((name, kind, seed) for name in names if is_meant(name, kind))
 
 
-def read(path: Path) -> list[Outcome]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [Outcome(**json.loads(line)) for line in lines]
-
-
 def attempt(job: tuple[str, str, int], num_steps: int | None) -> Outcome:
     """The outcome; of a fit that gives up, one that is not trusted and says why."""
     try:
@@ -192,13 +187,12 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    done = {(o.target, o.guide, o.seed): o for o in read(args.results)}
+    done = {(o.target, o.guide, o.seed): o for o in (Outcome(**row) for row in load(args.results))}
     for job in jobs(args):
         if job in done:
             continue
         outcome = done[job] = attempt(job, QUICK_STEPS if args.quick else None)
-        with args.results.open("a") as file:
-            file.write(json.dumps(vars(outcome)) + "\n")
+        append(args.results, vars(outcome))
         print(
             f"{outcome.target:32} {outcome.guide:22} {outcome.seed} gap {outcome.gap:8.3f} "
             f"lost {outcome.lost_mass:4.2f} k-hat {outcome.khat:5.2f} {outcome.seconds:4.0f} s "

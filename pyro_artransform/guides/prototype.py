@@ -107,9 +107,9 @@ def prototype_trace(latents: Latents, values: Mapping[str, Tensor]) -> poutine.T
     return trace
 
 
-def is_hidden(node: Any) -> bool:
+def is_hidden(msg: Any) -> bool:
     """Whether a guide leaves a node of a trace alone: data, plates, and what is enumerated."""
-    return prototype_hide_fn(node) or is_enumerated(node)
+    return prototype_hide_fn(msg) or is_enumerated(msg)
 
 
 def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:

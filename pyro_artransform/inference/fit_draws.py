@@ -6,23 +6,22 @@
 import math
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from threading import Event
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import ConditionalTransformedDistribution
-from pyro.distributions.util import sum_rightmost
+from pyro.distributions.conditional import ConstantConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import TransformedDistribution
 from torch.utils.data import TensorDataset
 
 from ..arguments import check_integer
 from ..joint.protocols import ScaledSteps, StructuredGuide, UnconstrainingGuide
-from ..transforms.flow_module import call_and_ladj_over_vectors
+from ..transforms.chain import ComposedTransform, ConditionalComposedTransform
+from ..transforms.flow_module import warn_user
 from ..transforms.scales_and_tails import check_rows, location_and_scale
 from .optimization.optimizers import Adam
 from .optimization.training import FitError
@@ -34,7 +33,7 @@ _BATCH_SIZE = 512
 _STEP_SIZE, _BETAS = 1e-2, (0.9, 0.99)
 _STEP_FACTORS = 1.0, 0.3, 0.1, 0.03  # of the step size, one after the other
 _CHECK_EVERY = 50  # steps between two checks of held-out draws
-_PATIENCE = 6  # checks without a gain, after which the step size goes down
+_PATIENCE = 6  # checks that gain less than the following, after which the step size goes down
 _MIN_GAIN = 0.001  # nats a coordinate
 # with 0 a fit to 100 draws is at times worse than a Gaussian, with 2 a fit to 500 is often no better
 _MIN_GAIN_IN_SE = 1.0
@@ -96,7 +95,8 @@ def fit_draws(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("fit_draws: expected to be called outside of torch.inference_mode")
-    if (args or kwargs) and not isinstance(density, UnconstrainingGuide):
+    is_guide = isinstance(density, UnconstrainingGuide)
+    if (args or kwargs) and not is_guide:
         raise ValueError("expected arguments of a model for a guide only, got some for a density")
     is_conditional = isinstance(density, ConditionalTransformedDistribution)
     if is_conditional != (context is not None):
@@ -110,7 +110,7 @@ def fit_draws(
         noted_interrupts() as interrupted,
         torch.enable_grad(),
     ):
-        if isinstance(density, UnconstrainingGuide):
+        if is_guide:
             fitted, rows = _of_guide(density, draws, args, kwargs)
         else:
             fitted, rows = _of_distribution(density, draws, context)
@@ -118,8 +118,7 @@ def fit_draws(
         bar.say("start")
         start = _start(density, fitted, trained)
         bar.say("fit")
-        scales = density if isinstance(density, ScaledSteps) else None
-        training = _Training(fitted, trained, for_stopping, scales)
+        training = _Training(fitted, trained, for_stopping)
         stopped_because = training.run(max_steps, bar, interrupted)
         found = fitted.log_probs(held_out).double()
     return DrawsResult(
@@ -135,25 +134,28 @@ def fit_draws(
     )
 
 
-@dataclass(frozen=True)
 class _Density:
-    """A transformed distribution given a context; rows are values, contexts, and log-density offsets."""
+    """A flow of a base; rows are values, contexts, and what to add to their log-density."""
 
-    given: Callable[[Tensor], Any]
-    parameters: list[nn.Parameter]
+    def __init__(self, base: Any, flow: Any, scales: ScaledSteps | None = None) -> None:
+        self._base, self._flow, self.scales = base, flow, scales
+        self.parameters = [p for p in flow.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise TypeError(
+                "density: expected parameters to train, of a guide or of transforms that are modules, "
+                "got none"
+            )
 
     def log_prob(self, values: Tensor, context: Tensor, offset: Tensor) -> Tensor:
         """The log-density of rows, with a graph, shape ``(n,)``."""
-        distribution = self.given(context)
-        # by one evaluation of each transform, where torch takes two
-        x, total = values, torch.zeros_like(offset)
-        for transform in reversed(distribution.transforms):
-            x, ladj = call_and_ladj_over_vectors(transform.inv, x)
-            total = total + ladj
+        base, flow = self._base, self._flow
+        if context.shape[-1]:
+            base, flow = base.condition(context), flow.condition(context)
+        x, ladj = flow.inverse_and_ladj(values)
         if not x.isfinite().all():  # where the base would raise an error, the step is skipped
             return x.sum(-1) * math.nan
-        log_p: Tensor = distribution.base_dist.log_prob(x)
-        return sum_rightmost(log_p, log_p.dim() - 1) + total + offset
+        log_p: Tensor = base.log_prob(x)
+        return log_p + ladj + offset
 
     @torch.no_grad()
     def log_probs(self, rows: TensorDataset) -> Tensor:
@@ -167,8 +169,9 @@ def _of_guide(
 ) -> tuple[_Density, TensorDataset]:
     """A guide as a density on the unconstrained space, and draws there."""
     if not isinstance(draws, Mapping):
-        got = type(draws).__name__
-        raise TypeError(f"draws: expected a dict of the values of each site, got {got}")
+        raise TypeError(
+            f"draws: expected a dict of the values of each site, got {type(draws).__name__}"
+        )
     with torch.no_grad():
         values, ladj = guide.unconstrain(draws, *args, **kwargs)
     values, ladj = values.reshape(-1, values.shape[-1]), ladj.reshape(-1)
@@ -179,13 +182,9 @@ def _of_guide(
             "them out"
         )
     rows = TensorDataset(check_rows("draws", values), values[:, :0], -ladj.to(values))
-    guide.get_transform()  # entries of Pyro's store that count more are adopted first
-    base = dist.Normal(torch.zeros_like(values[0]), 1.0, validate_args=False)
-
-    def given(_: Tensor) -> TransformedDistribution:
-        return TransformedDistribution(base, [guide.get_transform()], validate_args=False)
-
-    return _Density(given, _trained(guide.parameters())), rows
+    base = dist.Normal(torch.zeros_like(values[0]), 1.0, validate_args=False).to_event(1)
+    flow = guide.get_transform()  # adopts entries of Pyro's store that count more
+    return _Density(base, flow, guide if isinstance(guide, ScaledSteps) else None), rows
 
 
 def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, TensorDataset]:
@@ -197,38 +196,23 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, 
             "FlowDistribution, TransformedDistribution or ConditionalTransformedDistribution, got "
             f"{type(density).__name__}"
         )
-    found: list[nn.Parameter] = []
-    for transform in density.transforms:
-        # Pyro wraps those of a conditional distribution that need no context
-        for module in (transform, getattr(transform, "transform", None)):
-            if isinstance(module, nn.Module):
-                found += module.parameters()
-    parameters = _trained(dict.fromkeys(found))
-    values = check_rows("draws", draws).to(parameters[0])
-    if context is not None:
-        context = check_rows("context", context).to(parameters[0])
-        if len(context) != len(values):
-            raise ValueError(
-                f"context: expected a row for each of {len(values)} draws, got {len(context)}"
-            )
-    elif density.batch_shape or density.event_shape != values.shape[1:]:
+    # Pyro wraps the transforms of a conditional distribution that need no context
+    constant = ConstantConditionalTransform
+    parts = [t.transform if isinstance(t, constant) else t for t in density.transforms]
+    composed = ComposedTransform if context is None else ConditionalComposedTransform
+    fitted = _Density(density.base_dist, composed(*parts))
+    values = check_rows("draws", draws).to(fitted.parameters[0])
+    contexts = values[:, :0] if context is None else check_rows("context", context).to(values)
+    if len(contexts) != len(values):
+        raise ValueError(
+            f"context: expected a row for each of {len(values)} draws, got {len(contexts)}"
+        )
+    if context is None and (density.batch_shape or density.event_shape != values.shape[1:]):
         raise ValueError(
             f"draws: expected shape (n, *event_shape) without a batch shape, got {tuple(values.shape)} and "
             f"batch shape {tuple(density.batch_shape)}, event shape {tuple(density.event_shape)}"
         )
-    given = (lambda _: density) if context is None else density.condition
-    contexts = values[:, :0] if context is None else context
-    rows = TensorDataset(values, contexts, values.new_zeros(len(values)))
-    return _Density(given, parameters), rows
-
-
-def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    found = [parameter for parameter in parameters if parameter.requires_grad]
-    if not found:
-        raise TypeError(
-            "density: expected parameters to train, of a guide or of transforms that are modules, got none"
-        )
-    return found
+    return fitted, TensorDataset(values, contexts, values.new_zeros(len(values)))
 
 
 def _split(rows: TensorDataset) -> list[TensorDataset]:
@@ -236,7 +220,7 @@ def _split(rows: TensorDataset) -> list[TensorDataset]:
     count = len(rows)
     if count < 20:
         raise ValueError(f"draws: expected 20 or more, got {count}")
-    size = min(max(int(0.1 * count), 2), 10_000)
+    size = min(count // 10, 10_000)
     stopping = max(size, min(200, count // 4))
     order = torch.randperm(count, device=rows.tensors[0].device)
     return [TensorDataset(*rows[k]) for k in order.split([count - stopping - size, stopping, size])]
@@ -249,16 +233,16 @@ def _start(density: object, fitted: _Density, rows: TensorDataset) -> str:
     loc, scale = location_and_scale("draws", values, None if is_guide else False)
     own = (fitted.log_probs(rows) - offset).mean().item()
     # the same under the Gaussian of their moments
-    diagonal = scale if scale.dim() == 1 else scale.diagonal()
-    squares = len(loc) * (1 - 1 / len(values))
-    gaussian = -diagonal.log().sum().item() - 0.5 * (len(loc) * math.log(2 * math.pi) + squares)
+    sds = scale if scale.dim() == 1 else scale.diagonal()
+    constant = math.log(2 * math.pi) + 1 - 1 / len(values)
+    gaussian = -(sds.log() + 0.5 * constant).sum().item()
     if not isinstance(density, UnconstrainingGuide):
         if not gaussian - own <= 3 * len(loc):  # nats; true for NaN
-            warnings.warn(
+            warn_user(
                 f"the density begins {gaussian - own:.3g} nats a draw below a Gaussian of the draws' "
                 "means and standard deviations, and may never get there: end the flow with "
                 "transforms.standardize(draws), as in chain([maf(D), standardize(draws)])",
-                stacklevel=4,
+                UserWarning,
             )
         return "the density as it was"
     if own > gaussian:  # false for NaN
@@ -275,75 +259,61 @@ def _start(density: object, fitted: _Density, rows: TensorDataset) -> str:
 class _Training:
     """Adam on mini-batches of draws, with smaller steps where held-out draws gain nothing."""
 
-    def __init__(
-        self,
-        density: _Density,
-        rows: TensorDataset,
-        held_out: TensorDataset,
-        scales: ScaledSteps | None,
-    ) -> None:
-        self._density, self._rows, self._held_out = density, rows, held_out
-        self._scales = scales
+    def __init__(self, density: _Density, rows: TensorDataset, held_out: TensorDataset) -> None:
+        self._density, self._held_out, self._batches = density, held_out, _batches(rows)
         #: the negative mean log-density of the mini-batch of each step, NaN where the step was skipped
         self.losses: list[float] = []
-        self._norms, self._batches = list[float](), list[Tensor]()
+        self._norms: list[float] = []
         self._best, self._at_best = self._values(), density.log_probs(held_out)
         #: the mean log-density of held-out draws at each check
         self.history = [self._at_best.mean().item()]
+        self._min_gain = _MIN_GAIN * rows.tensors[0].shape[-1]
 
     def run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
         """Takes steps until held-out draws gain nothing, and ends at the best parameters; says why."""
-        start, at_start = self._best, self._at_best
-        reason = self._run(max_steps, bar, interrupted)
-        # of few draws some check is good by chance: the gain has to exceed its noise
-        gains = self._at_best - at_start
-        noise = _MIN_GAIN_IN_SE * gains.std() / len(gains) ** 0.5
-        is_gain = bool(gains.mean() > noise) or not bool(gains.isfinite().all())
-        self._use(self._best if is_gain else start)
-        if is_gain:
-            return reason
-        return f"{reason}; the gain could be chance, so that it is where it began: more draws would help"
-
-    def _run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
-        to_beat, min_gain = self.history[0], _MIN_GAIN * self._rows.tensors[0].shape[-1]
+        start, at_start, reason = self._best, self._at_best, ""
         for factor in _STEP_FACTORS:
             self._use(self._best)
-            adam = Adam(self._density.parameters, _STEP_SIZE, _BETAS, self._scales)
-            checks_since_gain, reason = 0, ""
-            while checks_since_gain < _PATIENCE and not reason:
+            adam = Adam(self._density.parameters, _STEP_SIZE, _BETAS, self._density.scales)
+            first_end = len(self.history) + _PATIENCE
+            while not reason and (len(self.history) < first_end or self._is_gaining()):
                 self._step(adam, factor)
                 bar.update(self.losses, None)
                 if interrupted.is_set():
                     reason = "it was interrupted"
                 elif len(self.losses) == max_steps:
                     reason = f"all {max_steps} steps that it may take were taken"
-                elif len(self.losses) % _CHECK_EVERY:
-                    continue
-                found = self._density.log_probs(self._held_out)
-                value = found.mean().item()
-                self.history.append(value)
-                if value > self._at_best.mean().item():
-                    self._best, self._at_best = self._values(), found
-                checks_since_gain += 1
-                if value > to_beat + min_gain:
-                    to_beat, checks_since_gain = value, 0
-            if reason:
-                return reason
-        return "held-out draws became no more probable"
+                if reason or len(self.losses) % _CHECK_EVERY == 0:
+                    self._check()
+        reason = reason or "held-out draws became no more probable"
+        # of few draws some check is good by chance: the gain has to exceed its noise
+        gains = self._at_best - at_start
+        is_chance = gains.mean() <= _MIN_GAIN_IN_SE * gains.std() / len(gains) ** 0.5
+        self._use(start if is_chance else self._best)
+        if is_chance:
+            reason += "; the gain could be chance, so it is where it began: more draws would help"
+        return reason
+
+    def _is_gaining(self) -> bool:
+        before, last = self.history[:-_PATIENCE], self.history[-_PATIENCE:]
+        return max(last) > max(before) + self._min_gain
+
+    def _check(self) -> None:
+        found = self._density.log_probs(self._held_out)
+        self.history.append(found.mean().item())
+        if found.mean() > self._at_best.mean():
+            self._best, self._at_best = self._values(), found
 
     def _step(self, adam: Adam, factor: float) -> None:
         """Takes one step, or skips it where the loss or its gradient is not finite."""
-        if not self._batches:  # all draws once before one comes again
-            order = torch.randperm(len(self._rows), device=self._rows.tensors[0].device)
-            self._batches = [*order.split(_BATCH_SIZE)]
-        loss = -self._density.log_prob(*self._rows[self._batches.pop(0)]).mean()
+        loss = -self._density.log_prob(*next(self._batches)).mean()
         loss.backward()
-        limit = _CLIP_FACTOR * statistics.median(self._norms or [math.inf])
-        norm = torch.nn.utils.clip_grad_norm_(self._density.parameters, limit).item()
-        is_finite = math.isfinite(norm) and math.isfinite(loss.item())
+        limit = _CLIP_FACTOR * statistics.median(self._norms[-_CLIP_WINDOW:] or [math.inf])
+        norm = nn.utils.clip_grad_norm_(self._density.parameters, limit)
+        is_finite = bool((loss + norm).isfinite())
         self.losses.append(loss.item() if is_finite else math.nan)
         if is_finite:
-            self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
+            self._norms.append(norm.item())
             adam.step(factor)
         for parameter in self._density.parameters:
             parameter.grad = None
@@ -360,3 +330,10 @@ class _Training:
     def _use(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._density.parameters, values):
             parameter.copy_(value)
+
+
+def _batches(rows: TensorDataset) -> Iterator[tuple[Tensor, ...]]:
+    """Mini-batches without an end, of all rows once before one comes again."""
+    while True:
+        order = torch.randperm(len(rows), device=rows.tensors[0].device)
+        yield from (rows[chosen] for chosen in order.split(_BATCH_SIZE))

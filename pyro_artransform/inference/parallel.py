@@ -137,11 +137,9 @@ class Parallel:
 
     def seed(self, seed: int | None = None) -> int:
         """The seed of the first process, or a new one."""
-
-        def chosen() -> int:
-            return int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-
-        return self.first("a seed", chosen)
+        return self.first(
+            "a seed", lambda: int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        )
 
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""

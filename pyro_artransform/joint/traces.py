@@ -4,6 +4,7 @@
 """What a traced run of a model says of its sites, plates and data, and what is wrong with these."""
 
 import math
+import sys
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -207,12 +208,12 @@ def check_data(trace: poutine.Trace) -> None:
 
 def _check_plates(node: Any) -> None:
     """Refuses a log-density with other dimensions than the plates."""
-    site, no_limit = node.copy(), math.inf  # dimensions to the left of the plates count
+    site, no_limit = node.copy(), sys.maxsize  # dimensions to the left of the plates count
     try:
         site["log_prob"] = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
     except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
         return
-    check_site_shape(site, no_limit)  # type: ignore[arg-type]
+    check_site_shape(site, no_limit)
 
 
 def _check_shape(node: Any) -> None:

@@ -33,27 +33,28 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
     :param ax: where to draw; by default new Axes.
     """
     found = graph if isinstance(graph, LatentGraph) else graph.graph
-    names, dim = found.names, len(found.names)
+    names, dim, num_levels = found.names, len(found.names), len(found.levels)
     level = {name: k for k, members in enumerate(found.levels) for name in members}
     by_level = sorted(names, key=level.__getitem__)  # stable, so as in the model within a level
-    pairs = [(one, two) for one in names for two in (one, *found.neighbours(*one))]
-    known = set(pairs)
-    filled = [(one, two) for one in names for two in found.parents(*one) if (one, two) not in known]
-    filled += [(two, one) for one, two in filled]
-    ax, right, margin = new_axes(ax, (8.4, 4.2)), 1.14 * dim, 0.02 * dim
-    of_guide = "order of the guide (gray: fill-in)" if filled else "order of the guide"
-    gray: dict[str, Any] = {"cmap": "gray", "vmin": -3, "vmax": 1}
-    _draw_pattern(ax, by_level, dict.fromkeys(filled, 0.0), right, gray)
-    colors = plt.get_cmap("viridis", len(found.levels))
-    style: dict[str, Any] = {"cmap": colors, "vmin": -0.5, "vmax": len(found.levels) - 0.5}
+    pairs = {(one, two) for one in names for two in (one, *found.neighbours(*one))}
+    filled = {(one, two) for one in names for two in found.parents(*one)} - pairs
     levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
-    for left, order, title in ((0.0, names, "order of the model"), (right, by_level, of_guide)):
-        image = _draw_pattern(ax, order, levels, left, style)
+    gray = {pair: -1.0 for one, two in filled for pair in ((one, two), (two, one))}
+    ax, right, margin = new_axes(ax, (8.4, 4.2)), 1.14 * dim, 0.02 * dim
+    colors = plt.get_cmap("viridis", num_levels).with_extremes(under="silver")
+    of_guide = "order of the guide" + " (gray: fill-in)" * bool(filled)
+    squares = (0.0, names, levels, "order of the model"), (right, by_level, gray | levels, of_guide)
+    for left, order, values, title in squares:
+        image = ax.imshow(_cells(order, values), colors, extent=(left, left + dim, dim, 0))
+        image.set(interpolation="nearest", clim=(-0.5, num_levels - 0.5))
+        # beside the cells, so that it hides none
+        frame = Rectangle((left - margin / 2, -margin / 2), dim + margin, dim + margin, fill=False)
+        ax.add_patch(frame).set(edgecolor=GRAY, linewidth=0.8)
         ax.text(left + dim / 2, -2 * margin, title, ha="center", va="bottom")
     ax.set(xlim=(-margin, right + dim + margin), ylim=(dim + margin, -margin), aspect="equal")
     sites = _named_runs([str(name[0]) for name in names])
     runs = _named_runs([f"level {level[name]}" for name in by_level])
-    ticks = {**sites, **{right + place: label for place, label in runs.items()}}
+    ticks = sites | {right + place: label for place, label in runs.items()}
     ax.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(list(sites), sites.values())
     ax.spines[:].set_visible(False)
@@ -62,26 +63,15 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
     return ax
 
 
-def _draw_pattern(
-    ax: Axes,
-    order: Sequence[Name],
-    values: Mapping[tuple[Name, Name], float],
-    left: float,
-    style: Mapping[str, Any],
-) -> Any:
-    """A square of cells, each of the largest value of its pairs, or empty."""
-    dim, size = len(order), min(len(order), _MAX_CELLS)
-    cell = {name: place * size // dim for place, name in enumerate(order)}
+def _cells(order: Sequence[Name], values: Mapping[tuple[Name, Name], float]) -> Any:
+    """A square of cells, each of the largest value of its pairs, or NaN."""
+    size = min(len(order), _MAX_CELLS)
+    cell = {name: place * size // len(order) for place, name in enumerate(order)}
     cells = [[nan] * size for _ in range(size)]
     for (one, two), value in values.items():
         row, column = cells[cell[one]], cell[two]
         row[column] = max(value, row[column])  # the value, where that of the cell is NaN
-    margin = 0.01 * dim  # so that the frame hides no row
-    side = dim + 2 * margin
-    line: dict[str, Any] = {"fill": False, "edgecolor": GRAY, "linewidth": 0.8}
-    ax.add_patch(Rectangle((left - margin, -margin), side, side, **line))
-    extent = (left, left + dim, dim, 0)
-    return ax.imshow(cells, extent=extent, interpolation="nearest", **style)
+    return cells
 
 
 def _named_runs(labels: Sequence[str]) -> dict[float, str]:

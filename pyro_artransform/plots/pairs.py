@@ -102,8 +102,7 @@ def _range(name: str, columns: Sequence[Tensor]) -> tuple[float, float]:
     count = sum(int((~column.isfinite()).sum()) for column in columns)
     if count:
         raise ValueError(f"draws: expected finite numbers, got {count} of '{name}' that are not")
-    ordered = [column.double().sort().values for column in columns]
-    low = min(column[int(0.005 * len(column))].item() for column in ordered)
-    high = max(column[-1 - int(0.005 * len(column))].item() for column in ordered)
+    low = min(column.double().quantile(0.005).item() for column in columns)
+    high = max(column.double().quantile(0.995).item() for column in columns)
     margin = 0.08 * (high - low) or 1.0
     return low - margin, high + margin

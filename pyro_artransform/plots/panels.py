@@ -140,11 +140,9 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     ax.loglog(ordered[:shown].exp(), shares[:shown], ".", color=BLUE, label="weights", **style)
     if isfinite(tail.scale):
         levels, shares = ranks[: tail.size] / tail.size, shares[: tail.size]
-        lines = (
-            (tail.khat, ORANGE, "Pareto tail", "-"),
-            (GOOD_KHAT, GRAY, f"of index {GOOD_KHAT}", "--"),
-        )
-        for khat, color, label, linestyle in lines:
+        lines = {"Pareto tail": (tail.khat, ORANGE, "-")}
+        lines[f"of index {GOOD_KHAT}"] = GOOD_KHAT, GRAY, "--"
+        for label, (khat, color, linestyle) in lines.items():
             # the weights of a tail of this index that are exceeded at these levels
             quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
             x = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()
@@ -223,8 +221,7 @@ def plot_ranks(
     found = result.by_chain if isinstance(result, Chains) else result
     given = found.ranks if isinstance(found, SBC) else found
     names = list(given) if names is None else list(names)
-    unknown = [name for name in names if name not in given]
-    if unknown:
+    if unknown := [name for name in names if name not in given]:
         raise ValueError(f"names: expected some of {list(given)}, got {unknown}")
     if isinstance(found, SBC):
         what, num_ranks, num_draws = "right posteriors", found.num_simulations, found.num_draws

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import pyro
 import torch
@@ -47,7 +47,7 @@ class PersistentGuide(AutoGuide):
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
     #: arguments in a spec that the constructor does not take
     _found_arguments: ClassVar[tuple[str, ...]] = ()
-    _prototype_hide_fn = staticmethod(is_hidden)  # type: ignore[assignment]
+    _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     #: the name before any suffix
     first_name: str
@@ -186,7 +186,7 @@ class PersistentGuide(AutoGuide):
         if pyro.settings.get("module_local_params"):
             for parameter in self._trainable().values():
                 # SVI asks each parameter for this, which otherwise the store sets
-                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership = Ownership.CARRIED
             return
         in_call, is_free, is_adopted = bool(self._pyro_context.active), True, False
@@ -225,8 +225,8 @@ class PersistentGuide(AutoGuide):
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by their names in ``transform``."""
-        # not by the attribute, whose reading is a param statement; `_modules` may hold None elsewhere
-        transform: nn.Module = self._modules["transform"]  # type: ignore[assignment]
+        # not by the attribute, whose reading is a param statement
+        transform = cast(nn.Module, self._modules["transform"])
         return {name: p for name, p in transform.named_parameters() if p.requires_grad}
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
