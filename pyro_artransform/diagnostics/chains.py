@@ -284,7 +284,7 @@ def _base_space(
     if bool((draws == draws[:1]).all(0).any()):  # whose sd is no zero, but round-off
         raise ValueError("guide: expected draws that differ, got one value of a latent in all")
     to_latent = Standardize(loc, scale).call_and_ladj
-    return _BaseSpace(to_latent, (draws[:count] - loc) / scale, False)
+    return _BaseSpace(to_latent, (draws[:count] - loc) / scale, True)
 
 
 def _transform_of(
@@ -292,14 +292,15 @@ def _transform_of(
 ) -> ToLatent | None:
     """The transform of a standard normal that a guide is, to the coordinates of the log joint density.
 
-    ``None`` if it does not offer one.
+    ``None`` if it does not offer one: a guide on the unconstrained space has none to the prior's units.
     """
-    if not isinstance(guide, TransformedGuide):
+    in_units = log_joint.coordinates is not None
+    if not isinstance(guide, TransformedGuide) or (in_units and not isinstance(guide, PriorGuide)):
         return None
     try:
         # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
         with torch.enable_grad():
-            if log_joint.coordinates is not None and isinstance(guide, PriorGuide):
+            if in_units and isinstance(guide, PriorGuide):
                 transform = guide.transform_in_coordinates()
             else:
                 transform = guide.get_transform(*args, **kwargs)

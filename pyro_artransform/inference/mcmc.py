@@ -6,7 +6,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from ..diagnostics.chains import GOOD_RHAT, GuideChains
 from ..diagnostics.importance_weights import log_joint_of
 from ..diagnostics.tails import MOST_LATENTS, missed_tail
 from ..joint import Latents, LogJoint
-from ..joint.coordinates import Coordinates
-from ..joint.protocols import StructuredGuide
+from ..joint.coordinates import Coordinates, centered_by_curvature
+from ..joint.protocols import PriorGuide, StructuredGuide
 from ..posterior.arviz import chains_to_inference_data
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate
 from .evaluation.verdict import FitStatus
+from .initialization.start import NUM_DRAWS
 from .progress import noted_interrupts, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -152,6 +153,11 @@ def mcmc(
         subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
         bar.say("chains")
         chains = GuideChains(*subject, num_chains)
+        if chains.is_affine and not isinstance(cast(object, guide), PriorGuide):
+            # a Gaussian is no more than a place and a scale, which the prior's units can have
+            subject = subject._replace(log_joint=_by_curvature(subject))
+            if subject.log_joint is not log_joint:
+                chains = GuideChains(*subject, num_chains)
         chains.run(num_samples, deadline.is_over)
         bar.say("verdict")
         found = evaluate_with_chains(subject, FitStatus(), FitConfig(), chains)
@@ -180,6 +186,20 @@ def _non_centered(log_joint: LogJoint) -> LogJoint:
     return log_joint.with_coordinates(
         Coordinates(ones, ones, sites).non_centered(log_joint.latents)
     )
+
+
+def _by_curvature(subject: ModelAndGuide) -> LogJoint:
+    """In coordinates from the prior, as far as the data at draws of a guide are weak."""
+    unit = _non_centered(subject.log_joint)
+    if unit.coordinates is None:
+        return unit
+    latent = next(subject._replace(log_joint=unit).weighted_draws(NUM_DRAWS)).latent
+    if latent is None or not bool(latent.isfinite().all()):
+        return unit
+    centered = centered_by_curvature(unit, latent)
+    u, _ = unit.to_unconstrained(latent)
+    found = unit.coordinates._replace(centered=centered, unit=unit.prior_scales(u.mean(0)))
+    return unit.with_coordinates(found)
 
 
 def _about_tails(subject: ModelAndGuide, found: Evaluation, chains: GuideChains) -> list[str]:
