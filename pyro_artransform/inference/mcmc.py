@@ -106,7 +106,8 @@ def mcmc(
     reported.
 
     Any guide of continuous latents will do: one with a transform, as Pyro's Gaussian and flow guides
-    and those of this package have, by its transform, another one by the means and sds of its draws.
+    and those of this package have, by its transform, another one by the means and sds of its draws, and
+    so a Gaussian one of a hierarchy, in coordinates from the prior.
 
     :param model: a Pyro model that sees all its data.
     :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
