@@ -30,13 +30,16 @@ SOON = replace(
 )
 
 
-@pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_ends_by_itself(kind):
+@pytest.mark.parametrize(("kind", "most_draws"), [(small, 32), (AutoNormal, 8)])
+def test_ends_by_itself(kind, most_draws):
+    """A step of a flow guide takes more draws while the step size falls, three eighths of all steps."""
     model = models.regression  # a flow guide of a Gaussian starts at its end
     result = fitted(model, kind(model), num_steps=None, config=SOON)
     assert 36 < result.num_steps <= 160
     assert "ELBO" in result.stopped_because
-    assert result.num_gradients == 8 * result.num_steps
+    decay = result.num_steps - result.num_steps * 5 // 8
+    expected = 8 * (result.num_steps - decay) + most_draws * decay
+    assert abs(result.num_gradients - expected) <= most_draws
 
 
 def test_callback_that_logs():
