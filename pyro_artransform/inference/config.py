@@ -40,9 +40,8 @@ class OptimizationConfig:
     constant_share: float = 0.4  #: the constant part of a given number of steps
     window: int = 300  #: steps whose mean ELBO is compared with that of the same number before
     min_improvement: float = 0.004  #: nats between windows below which a fit does not go on
-    good_gap: float = (
-        0.002  #: nats at which the step size falls: one mean that is 0.06 sd off costs so much
-    )
+    #: nats at which the step size falls: one mean that is 0.06 sd off costs so much
+    good_gap: float = 0.002
     check_every: int = 50  #: steps between two estimates of the remaining gap
     num_compared: int = 1000  #: draws of such an estimate, and of the comparison at the end
     max_constant: int = 3000  #: the longest constant phase
