@@ -11,7 +11,6 @@ numpyro`) for the file that the posterior of slopes is compared with.
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ import torch
 from coordinates_models import Subject
 from marked_table import write
 from pyro import distributions as dist
-from results import Row, append, load
+from results import Row, collect
 from torch import Tensor
 
 from pyro_artransform import fit
@@ -349,11 +348,7 @@ def main() -> None:
         reference(REFERENCE, options.chains, options.draws)
         return
     warnings.simplefilter("ignore")
-    rows = load(options.results)
-    for row in runs(options, rows):
-        rows.append(row)
-        append(options.results, row)
-        print(row, file=sys.stderr, flush=True)
+    rows = collect(options.results, partial(runs, options))
     tables = f"{of_fits(rows)}\n\n{of_errors(rows)}"
     print(tables)
     if options.write:

@@ -18,10 +18,10 @@ change). --write puts the tables into coverage.md.
 
 import argparse
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from coverage_subjects import Subject
 from coverage_table import critical_value, report
 from marked_table import write
 from pyro.ops.stats import effective_sample_size
-from results import Row, append, load
+from results import Row, collect
 from torch import Tensor
 
 from pyro_artransform import fit
@@ -228,11 +228,7 @@ def main() -> None:
         check()
         return
     warnings.simplefilter("ignore")
-    rows = load(options.results)
-    for row in runs(options, rows):
-        rows.append(row)
-        append(options.results, row)
-        print(row, file=sys.stderr, flush=True)
+    rows = collect(options.results, partial(runs, options))
     tables = report([row for row in rows if row["draws"] == options.draws])
     print(tables)
     if options.write:

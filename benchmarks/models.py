@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from marked_table import write
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from results import Row, append, load
+from results import Row, collect
 from torch import Tensor
 from volatility import simulate, stochastic_volatility
 
@@ -253,11 +254,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = load(options.results)
-    for row in runs(options, rows):
-        rows.append(row)
-        append(options.results, row)
-        print(row, file=sys.stderr, flush=True)
+    rows = collect(options.results, partial(runs, options))
     print(table(rows))
     if options.write:
         write(table(rows), HERE / "models.md")

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ def load(path: Path) -> list[Row]:
 def append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def collect(path: Path, runs: Callable[[list[Row]], Iterable[Row]]) -> list[Row]:
+    """The results of a file and of the runs that it lacks, each of which is written as it ends."""
+    rows = load(path)
+    for row in runs(rows):
+        rows.append(row)
+        append(path, row)
+        print(row, file=sys.stderr, flush=True)
+    return rows
 
 
 def in_a_process(script: str, *arguments: str) -> Row:

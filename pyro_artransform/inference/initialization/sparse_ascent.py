@@ -99,6 +99,14 @@ def pattern_of(elimination: Elimination, device: torch.device) -> PrecisionPatte
     return PrecisionPattern(elimination, device)
 
 
+@lru_cache(maxsize=2)
+def _pairs_of(graph: MarkovGraph, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows and columns of all pairs of a graph and of its diagonal, and the colors of coordinates."""
+    pairs = [*graph.edges, *((i, i) for i in range(len(graph.neighbours)))]
+    rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
+    return rows, columns, torch.tensor(graph.coloring.color, dtype=torch.long, device=device)
+
+
 def _num_draws(graph: MarkovGraph) -> int:
     count = MOST_GRADIENTS // (2 * (graph.coloring.num_colors + 1)) * 2
     return min(max(count, _FEWEST_DRAWS), _MOST_DRAWS)
@@ -110,9 +118,7 @@ def expectations(
     """The means over draws ``(n, D)`` of the negative curvature, by its entries, and of the gradient."""
     pattern = pattern_of(graph.elimination, draws.device)
     coloring, device, dim = graph.coloring, draws.device, draws.shape[1]
-    pairs = [*graph.edges, *((i, i) for i in range(dim))]
-    rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
-    color = torch.tensor(coloring.color, dtype=torch.long, device=device)
+    rows, columns, color = _pairs_of(graph, device)
     is_hub = color >= coloring.num_colors - coloring.num_hubs
     step = (_DIFFERENCE if draws.dtype == torch.float64 else _COARSER * _DIFFERENCE) * sd
     shifts = torch.zeros(coloring.num_colors, dim, dtype=draws.dtype, device=device)
