@@ -60,20 +60,23 @@ class DependencyGraph:
     curvature: Tensor  #: of each coordinate with itself, shape ``(D,)``
 
 
-def gradients(log_density: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """The gradients of a log density at points ``(n, D)``, NaN where the density is not finite.
+def value_and_gradient(
+    log_density: Callable[[Tensor], Tensor], points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A log density at points ``(n, D)``, and its gradients, NaN where the density is not finite.
 
     All batches of points have the random numbers of the density, such as of a mini-batch, in common.
     """
-    parts, state = [], torch.get_rng_state()
+    values, gradients, state = list[Tensor](), list[Tensor](), torch.get_rng_state()
     for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
         torch.set_rng_state(state)
         with torch.enable_grad():
             point = part.detach().requires_grad_()
             value = log_density(point)
             (gradient,) = torch.autograd.grad(value.sum(), point)
-        parts.append(gradient.masked_fill(~value.detach().isfinite()[:, None], torch.nan))
-    return torch.cat(parts)
+        values.append(value.detach())
+        gradients.append(gradient.masked_fill(~values[-1].isfinite()[:, None], torch.nan))
+    return torch.cat(values), torch.cat(gradients)
 
 
 def find_dependencies(log_density: LogDensityOfRows, eps: float) -> DependencyGraph:
@@ -160,7 +163,7 @@ class _Search:
         """Gradients with the same random numbers each time, so that they are of one mini-batch."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(_SEED)
-            return gradients(self.log_density, points)
+            return value_and_gradient(self.log_density, points)[1]
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
         row, i = changed.nonzero().T
@@ -240,7 +243,7 @@ def _finite_point(
     noise = torch.randn(len(start), generator=generator, **_ON_CPU).to(start)
     for k in range(_MAX_HALVINGS):
         point = start + spread * 0.5**k * noise
-        if bool(gradients(log_density, point[None]).isfinite().all()):
+        if bool(value_and_gradient(log_density, point[None])[1].isfinite().all()):
             return point
     names = log_density.nonfinite_sites(start[None]) or ["the gradient of a site"]
     raise ValueError(
@@ -251,7 +254,7 @@ def _finite_point(
 
 def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
     """Refuses a density whose second evaluation differs from the first."""
-    one, other = (gradients(log_density, point[None])[0] for _ in range(2))
+    one, other = (value_and_gradient(log_density, point[None])[1][0] for _ in range(2))
     slack = _ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
     differ = ((one - other).abs() > slack).nonzero()[:, 0]
     if len(differ):

@@ -7,28 +7,23 @@ import warnings
 from functools import partial
 from typing import Any, cast
 
-import pyro
 import torch
 from torch import nn
 
 from .. import files
-from .initialization.start import InitialGuide
-from .set_up import SetUp, StartedFit
+from .optimization.training import Training
+from .set_up import SetUp
 
-_FORMAT = "pyro_artransform fit 6"
+_FORMAT = "pyro_artransform fit 7"
 
 
-def save(fit: StartedFit, path: files.FilePath) -> bool:
+def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
     """Saves everything that a fit needs to go on; where the disk refuses, it warns, and returns ``False``."""
-    guide, training, stream = fit.set_up.subject.guide, fit.training, fit.set_up.stream
+    guide, stream = set_up.subject.guide, set_up.stream
     state = {
         "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
-        "num_steps": training.schedule.num_steps,
-        "num_particles": training.num_particles,
-        "optim": fit.set_up.optim is not None,
-        "seconds": fit.seconds,
-        "start": fit.initial.name,
-        "start_elbo": fit.initial.elbo,
+        "options": _options(set_up),
+        "seconds": training.earlier_seconds + set_up.deadline.seconds,
         "training": training.state(),
         "batches": stream and [stream.num_batches, stream.next_epoch],
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -45,37 +40,39 @@ def save(fit: StartedFit, path: files.FilePath) -> bool:
     return True
 
 
-def resume(set_up: SetUp, path: files.FilePath) -> StartedFit:
+def _options(set_up: SetUp) -> dict[str, Any]:
+    """What a fit that goes on has to have as before."""
+    given = {"optim": set_up.optim, "loader": set_up.stream}
+    return {
+        "num_steps": set_up.schedule.num_steps,
+        "num_particles": set_up.num_particles,
+        **{name: "none" if value is None else "one" for name, value in given.items()},
+    }
+
+
+def resume(set_up: SetUp, path: files.FilePath) -> Training:
     """Goes on from where a checkpoint has left another fit, or from the next epoch of its loader."""
-    state = set_up.by_first("the checkpoint", partial(_read, path))
-    batches = state["batches"]
-    options = {"num_steps": set_up.schedule.num_steps, "num_particles": set_up.num_particles}
-    for name, got in options.items():
-        if got not in (state[name], None):
-            raise ValueError(f"resume: expected {name}={state[name]!r}, as before, got {got!r}")
-    both = {"optim": (state["optim"], set_up.optim is not None)}
-    both["loader"] = batches is not None, set_up.stream is not None
-    for name, (had, has) in both.items():
-        if had != has:
-            was = f"with {name}=, got none" if had else f"without {name}=, got one"
-            raise ValueError(f"resume: the checkpoint was made {was}")
+    state = set_up.parallel.first("the checkpoint", partial(_read, path))
+    for name, got in _options(set_up).items():
+        expected = state["options"][name]
+        if got not in (expected, None):
+            raise ValueError(f"resume: expected {name}={expected}, as before, got {got}")
     if state["guide"] is not None:
         guide: Any = set_up.subject.guide
         try:
             guide.load_state_dict(state["guide"])
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"resume: expected a checkpoint of this guide: {error}") from error
-    training = set_up.new_training(set_up.schedule.of_length(state["num_steps"]))
+    training = set_up.new_training(set_up.schedule.of_length(state["options"]["num_steps"]))
     training.restore(state["training"])
+    training.earlier_seconds = state["seconds"]
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    if set_up.parallel is not None:
-        pyro.set_rng_seed(set_up.parallel.seed() + set_up.parallel.rank)
+    set_up.parallel.seed_apart()
     if set_up.stream is not None:
-        set_up.stream.go_on(*batches)
-    initial = InitialGuide(state["start"], state["start_elbo"])
-    return StartedFit(set_up, training, initial, state["seconds"])
+        set_up.stream.go_on(*state["batches"])
+    return training
 
 
 def _read(path: files.FilePath) -> dict[str, Any]:

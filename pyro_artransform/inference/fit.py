@@ -22,7 +22,7 @@ from .parallel import open_parallel
 from .progress import noted_interrupts, progress_bar, seeded
 from .result import FitResult
 from .run import judge, start, train
-from .set_up import Chooser, Function, set_up
+from .set_up import Chooser, Function, SetUp
 
 _default_choice: Chooser
 
@@ -177,8 +177,8 @@ def fit(
         check_callable("callback", callback, "a function")
     with (
         open_parallel() as parallel,
-        seeded(seed if parallel is None else parallel.seed(seed)),
-        progress_bar(progress and (parallel is None or parallel.rank == 0)) as bar,
+        seeded(parallel.seed(seed)),
+        progress_bar(progress and parallel.rank == 0) as bar,
         noted_interrupts() as interrupted,
         ExitStack() as stack,
     ):
@@ -188,19 +188,24 @@ def fit(
         stream = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
-            if parallel is not None:
-                stream = stream.share(parallel.rank, parallel.size, parallel.seed())
-                stack.enter_context(closing(stream))
+            shared = stream.share(parallel.rank, parallel.size, parallel.seed(None) or 0)
+            stream = stack.enter_context(closing(shared))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        made = set_up(
-            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
-            *(config or FitConfig(), num_steps, num_particles, optim),
-            *(parallel, draws, max_seconds),
+        set_up = SetUp(
+            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream, parallel),
+            config=config or FitConfig(),
+            num_steps=num_steps,
+            num_particles=num_particles,
+            optim=optim,
+            draws=draws,
+            max_seconds=max_seconds,
         )
-        started = start(made, bar) if resume is None else resumed(made, resume)
-        trained = train(started, path, callback, bar, interrupted)
+        bar.say("start")
+        training = start(set_up) if resume is None else resumed(set_up, resume)
+        bar.say("fit")
+        is_saved = train(set_up, training, path, callback, bar, interrupted)
         bar.say("verdict")
-        return judge(trained)
+        return judge(set_up, training, is_saved)
 
 
 def check_model(

@@ -4,7 +4,6 @@
 """Fits a density to given draws by maximum likelihood, until held-out draws become no more probable."""
 
 import math
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from threading import Event
@@ -14,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import ConditionalTransformedDistribution
 from pyro.distributions.conditional import ConstantConditionalTransform
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import TransformedDistribution
 from torch.utils.data import TensorDataset
 
@@ -23,22 +22,21 @@ from ..joint.protocols import ScaledSteps, StructuredGuide, UnconstrainingGuide
 from ..transforms.chain import ComposedTransform, ConditionalComposedTransform
 from ..transforms.flow_module import warn_user
 from ..transforms.scales_and_tails import check_rows, location_and_scale
+from .config import OptimizationConfig
 from .optimization.optimizers import Adam
-from .optimization.training import FitError
+from .optimization.steps import Steps
 from .progress import ProgressBar, noted_interrupts, progress_bar, seeded
 from .result import DrawsResult
 
 # found by hand, on the skewed density of the tests and on two moons
 _BATCH_SIZE = 512
-_STEP_SIZE, _BETAS = 1e-2, (0.9, 0.99)
+_STEP_SIZE = 1e-2
 _STEP_FACTORS = 1.0, 0.3, 0.1, 0.03  # of the step size, one after the other
 _CHECK_EVERY = 50  # steps between two checks of held-out draws
 _PATIENCE = 6  # checks that gain less than the following, after which the step size goes down
 _MIN_GAIN = 0.001  # nats a coordinate
 # with 0 a fit to 100 draws is at times worse than a Gaussian, with 2 a fit to 500 is often no better
 _MIN_GAIN_IN_SE = 1.0
-_CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100  # of the median norm of the gradients of the last steps
-_MAX_SKIPS = 100  # in a row
 _CHUNK = 4096  # rows evaluated at once
 
 
@@ -111,63 +109,32 @@ def fit_draws(
         torch.enable_grad(),
     ):
         if is_guide:
-            fitted, rows = _of_guide(density, draws, args, kwargs)
+            given = _of_guide(density, draws, args, kwargs)
         else:
-            fitted, rows = _of_distribution(density, draws, context)
-        trained, for_stopping, held_out = _split(rows)
+            given = _of_distribution(density, draws, context)
+        training = _Training(*given, scales=density)
         bar.say("start")
-        start = _start(density, fitted, trained)
+        start = _start(density, training)
         bar.say("fit")
-        training = _Training(fitted, trained, for_stopping)
         stopped_because = training.run(max_steps, bar, interrupted)
-        found = fitted.log_probs(held_out).double()
+        found = training.log_probs(training.unseen).double()
     return DrawsResult(
         log_likelihood=found.mean().item(),
         log_likelihood_se=found.std().item() / len(found) ** 0.5,
         num_held_out=len(found),
         history=training.history,
-        num_steps=len(training.losses),
-        num_skipped=sum(map(math.isnan, training.losses)),
+        num_steps=training.num_steps,
+        num_skipped=training.num_skipped,
         seconds=time.perf_counter() - began,
         stopped_because=stopped_because,
         start=start,
     )
 
 
-class _Density:
-    """A flow of a base; rows are values, contexts, and what to add to their log-density."""
-
-    def __init__(self, base: Any, flow: Any, scales: ScaledSteps | None = None) -> None:
-        self._base, self._flow, self.scales = base, flow, scales
-        self.parameters = [p for p in flow.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise TypeError(
-                "density: expected parameters to train, of a guide or of transforms that are modules, "
-                "got none"
-            )
-
-    def log_prob(self, values: Tensor, context: Tensor, offset: Tensor) -> Tensor:
-        """The log-density of rows, with a graph, shape ``(n,)``."""
-        base, flow = self._base, self._flow
-        if context.shape[-1]:
-            base, flow = base.condition(context), flow.condition(context)
-        x, ladj = flow.inverse_and_ladj(values)
-        if not x.isfinite().all():  # where the base would raise an error, the step is skipped
-            return x.sum(-1) * math.nan
-        log_p: Tensor = base.log_prob(x)
-        return log_p + ladj + offset
-
-    @torch.no_grad()
-    def log_probs(self, rows: TensorDataset) -> Tensor:
-        """The same of many rows, without a graph."""
-        chunks = zip(*(part.split(_CHUNK) for part in rows.tensors))
-        return torch.cat([self.log_prob(*chunk) for chunk in chunks])
-
-
 def _of_guide(
     guide: UnconstrainingGuide, draws: Any, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[_Density, TensorDataset]:
-    """A guide as a density on the unconstrained space, and draws there."""
+) -> tuple[Any, Any, TensorDataset]:
+    """The base and flow of a guide on the unconstrained space, and draws there."""
     if not isinstance(draws, Mapping):
         raise TypeError(
             f"draws: expected a dict of the values of each site, got {type(draws).__name__}"
@@ -184,11 +151,11 @@ def _of_guide(
     rows = TensorDataset(check_rows("draws", values), values[:, :0], -ladj.to(values))
     base = dist.Normal(torch.zeros_like(values[0]), 1.0, validate_args=False).to_event(1)
     flow = guide.get_transform()  # adopts entries of Pyro's store that count more
-    return _Density(base, flow, guide if isinstance(guide, ScaledSteps) else None), rows
+    return base, flow, rows
 
 
-def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, TensorDataset]:
-    """A transformed distribution, conditional or not, and rows of its dtype and on its device."""
+def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[Any, Any, TensorDataset]:
+    """The base and flow of a distribution, conditional or not, and rows of its dtype and on its device."""
     kinds: Any = TransformedDistribution, ConditionalTransformedDistribution
     if not isinstance(density, kinds):
         raise TypeError(
@@ -200,8 +167,8 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, 
     constant = ConstantConditionalTransform
     parts = [t.transform if isinstance(t, constant) else t for t in density.transforms]
     composed = ComposedTransform if context is None else ConditionalComposedTransform
-    fitted = _Density(density.base_dist, composed(*parts))
-    values = check_rows("draws", draws).to(fitted.parameters[0])
+    flow = composed(*parts)
+    values = check_rows("draws", draws).to(_trained(flow)[0])
     contexts = values[:, :0] if context is None else check_rows("context", context).to(values)
     if len(contexts) != len(values):
         raise ValueError(
@@ -212,26 +179,27 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[_Density, 
             f"draws: expected shape (n, *event_shape) without a batch shape, got {tuple(values.shape)} and "
             f"batch shape {tuple(density.batch_shape)}, event shape {tuple(density.event_shape)}"
         )
-    return fitted, TensorDataset(values, contexts, values.new_zeros(len(values)))
+    rows = TensorDataset(values, contexts, values.new_zeros(len(values)))
+    return density.base_dist, flow, rows
 
 
-def _split(rows: TensorDataset) -> list[TensorDataset]:
-    """The draws in random order: for the steps, for their end, and for the result."""
-    count = len(rows)
-    if count < 20:
-        raise ValueError(f"draws: expected 20 or more, got {count}")
-    size = min(count // 10, 10_000)
-    stopping = max(size, min(200, count // 4))
-    order = torch.randperm(count, device=rows.tensors[0].device)
-    return [TensorDataset(*rows[k]) for k in order.split([count - stopping - size, stopping, size])]
+def _trained(flow: Any) -> list[Tensor]:
+    """The parameters that are trained."""
+    found = [parameter for parameter in flow.parameters() if parameter.requires_grad]
+    if not found:
+        raise TypeError(
+            "density: expected parameters to train, of a guide or of transforms that are modules, got none"
+        )
+    return found
 
 
 @torch.no_grad()
-def _start(density: object, fitted: _Density, rows: TensorDataset) -> str:
+def _start(density: object, training: "_Training") -> str:
     """Puts a guide near the draws; warns where a distribution, which stays as it is, is far from them."""
-    is_guide, (values, _, offset) = isinstance(density, UnconstrainingGuide), rows.tensors
+    is_guide, rows = isinstance(density, UnconstrainingGuide), training.rows
+    values, _, offset = rows.tensors
     loc, scale = location_and_scale("draws", values, None if is_guide else False)
-    own = (fitted.log_probs(rows) - offset).mean().item()
+    own = (training.log_probs(rows) - offset).mean().item()
     # the same under the Gaussian of their moments
     sds = scale if scale.dim() == 1 else scale.diagonal()
     constant = math.log(2 * math.pi) + 1 - 1 / len(values)
@@ -256,80 +224,82 @@ def _start(density: object, fitted: _Density, rows: TensorDataset) -> str:
     return "the Gaussian of the draws' moments"
 
 
-class _Training:
-    """Adam on mini-batches of draws, with smaller steps where held-out draws gain nothing."""
+class _Training(Steps):
+    """Adam on mini-batches of draws, with smaller steps where held-out draws gain nothing.
 
-    def __init__(self, density: _Density, rows: TensorDataset, held_out: TensorDataset) -> None:
-        self._density, self._held_out, self._batches = density, held_out, _batches(rows)
-        #: the negative mean log-density of the mini-batch of each step, NaN where the step was skipped
-        self.losses: list[float] = []
-        self._norms: list[float] = []
-        self._best, self._at_best = self._values(), density.log_probs(held_out)
+    The density is a flow of a base; rows are values, contexts, and what to add to their log-density.
+    """
+
+    def __init__(self, base: Any, flow: Any, rows: TensorDataset, scales: object) -> None:
+        super().__init__(_trained(flow), OptimizationConfig.clip_factor)
+        self._base, self._flow = base, flow
+        self._scales = scales if isinstance(scales, ScaledSteps) else None
+        count = len(rows)
+        if count < 20:
+            raise ValueError(f"draws: expected 20 or more, got {count}")
+        size = min(count // 10, 10_000)
+        stopping = max(size, min(200, count // 4))
+        order = torch.randperm(count, device=rows.tensors[0].device)
+        parts = order.split([count - stopping - size, stopping, size])
+        #: for the steps, for their end, and for the result
+        self.rows, self.held_out, self.unseen = (TensorDataset(*rows[part]) for part in parts)
         #: the mean log-density of held-out draws at each check
-        self.history = [self._at_best.mean().item()]
-        self._min_gain = _MIN_GAIN * rows.tensors[0].shape[-1]
+        self.history: list[float] = []
+
+    def log_prob(self, values: Tensor, context: Tensor, offset: Tensor) -> Tensor:
+        """The log-density of rows, with a graph, shape ``(n,)``."""
+        base, flow = self._base, self._flow
+        if context.shape[-1]:
+            base, flow = base.condition(context), flow.condition(context)
+        x, ladj = flow.inverse_and_ladj(values)
+        if not x.isfinite().all():  # where the base would raise an error, the step is skipped
+            return x.sum(-1) * math.nan
+        log_p: Tensor = base.log_prob(x)
+        return log_p + ladj + offset
+
+    @torch.no_grad()
+    def log_probs(self, rows: TensorDataset) -> Tensor:
+        """The same of many rows, without a graph."""
+        chunks = zip(*(part.split(_CHUNK) for part in rows.tensors))
+        return torch.cat([self.log_prob(*chunk) for chunk in chunks])
 
     def run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
         """Takes steps until held-out draws gain nothing, and ends at the best parameters; says why."""
-        start, at_start, reason = self._best, self._at_best, ""
+        start, at_start, reason = self.copies(), self.log_probs(self.held_out), ""
+        best, at_best, batches = start, at_start, _batches(self.rows)
+        self.history = [at_start.mean().item()]
+        min_gain = _MIN_GAIN * self.rows.tensors[0].shape[-1]
         for factor in _STEP_FACTORS:
-            self._use(self._best)
-            adam = Adam(self._density.parameters, _STEP_SIZE, _BETAS, self._density.scales)
-            first_end = len(self.history) + _PATIENCE
-            while not reason and (len(self.history) < first_end or self._is_gaining()):
-                self._step(adam, factor)
+            self.set_parameters(best)
+            self.optimizer = Adam(self.trained, factor * _STEP_SIZE, self._scales)
+            first = len(self.history)
+            while not reason and (
+                len(self.history) < first + _PATIENCE
+                or max(self.history[-_PATIENCE:]) > max(self.history[:-_PATIENCE]) + min_gain
+            ):
+                loss = -self.log_prob(*next(batches)).mean()
+                self.take(*self.value_and_gradients(loss))
                 bar.update(self.losses, None)
                 if interrupted.is_set():
                     reason = "it was interrupted"
-                elif len(self.losses) == max_steps:
+                elif self.num_steps == max_steps:
                     reason = f"all {max_steps} steps that it may take were taken"
-                if reason or len(self.losses) % _CHECK_EVERY == 0:
-                    self._check()
+                if reason or self.num_steps % _CHECK_EVERY == 0:
+                    found = self.log_probs(self.held_out)
+                    self.history.append(found.mean().item())
+                    if found.mean() > at_best.mean():
+                        best, at_best = self.copies(), found
         reason = reason or "held-out draws became no more probable"
         # of few draws some check is good by chance: the gain has to exceed its noise
-        gains = self._at_best - at_start
+        gains = at_best - at_start
         is_chance = gains.mean() <= _MIN_GAIN_IN_SE * gains.std() / len(gains) ** 0.5
-        self._use(start if is_chance else self._best)
+        self.set_parameters(start if is_chance else best)
         if is_chance:
             reason += "; the gain could be chance, so it is where it began: more draws would help"
         return reason
 
-    def _is_gaining(self) -> bool:
-        before, last = self.history[:-_PATIENCE], self.history[-_PATIENCE:]
-        return max(last) > max(before) + self._min_gain
-
-    def _check(self) -> None:
-        found = self._density.log_probs(self._held_out)
-        self.history.append(found.mean().item())
-        if found.mean() > self._at_best.mean():
-            self._best, self._at_best = self._values(), found
-
-    def _step(self, adam: Adam, factor: float) -> None:
-        """Takes one step, or skips it where the loss or its gradient is not finite."""
-        loss = -self._density.log_prob(*next(self._batches)).mean()
-        loss.backward()
-        limit = _CLIP_FACTOR * statistics.median(self._norms[-_CLIP_WINDOW:] or [math.inf])
-        norm = nn.utils.clip_grad_norm_(self._density.parameters, limit)
-        is_finite = bool((loss + norm).isfinite())
-        self.losses.append(loss.item() if is_finite else math.nan)
-        if is_finite:
-            self._norms.append(norm.item())
-            adam.step(factor)
-        for parameter in self._density.parameters:
-            parameter.grad = None
-        if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
-            raise FitError(
-                "the fit stopped: the log-density of draws or its gradient was not finite in "
-                f"{_MAX_SKIPS} steps in a row. Are the draws in the support of the density?"
-            )
-
-    def _values(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self._density.parameters]
-
-    @torch.no_grad()
-    def _use(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._density.parameters, values):
-            parameter.copy_(value)
+    def nonfinite_sites(self) -> list[str]:
+        return ["the log-density of draws (are they in its support?)"]
 
 
 def _batches(rows: TensorDataset) -> Iterator[tuple[Tensor, ...]]:

@@ -139,7 +139,7 @@ class BatchStream:
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
         """The :class:`EveryNth` batches; a single one, or a ``DistributedSampler``, is left as it is."""
-        if self.num_batches == 1 or isinstance(self._by_epoch, DistributedSampler):
+        if 1 in (size, self.num_batches) or isinstance(self._by_epoch, DistributedSampler):
             return self
         if self.num_batches < size:
             raise ValueError(

@@ -20,14 +20,15 @@ from functools import cache, reduce
 from itertools import count
 from typing import Any, TypeVar, cast
 
+import pyro
 import torch
 from torch import Tensor, distributed, nn
 
 from ..joint.protocols import ScaledSteps
 from .optimization.objective import Objective
+from .optimization.steps import Gradients
 
 T = TypeVar("T")
-Gradients = Sequence[Tensor | None]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = 5.0  # seconds of waiting after which a process logs it
@@ -37,8 +38,8 @@ _groups = count()  # made so far, as many in all processes
 
 
 @contextmanager
-def open_parallel() -> "Iterator[Parallel | None]":
-    """The processes that share the fit, of which this is one; ``None`` if it is alone.
+def open_parallel() -> "Iterator[Parallel]":
+    """The processes that share the fit, of which this is one.
 
     A process group is made and destroyed in the environment of ``torchrun``, unless there is one.
     """
@@ -48,10 +49,10 @@ def open_parallel() -> "Iterator[Parallel | None]":
         _make_group()
     is_group = distributed.is_available() and distributed.is_initialized()
     if not is_group or distributed.get_world_size() == 1:
-        yield None
+        yield Parallel()
         return
     try:
-        parallel = Parallel()
+        parallel = Parallel(is_group=True)
         with warnings.catch_warnings():
             if parallel.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns
@@ -108,12 +109,14 @@ def _waiting(
 
 
 class Parallel:
-    """One of the processes of the default group of ``torch.distributed``."""
+    """One of the processes of the default group of ``torch.distributed``; alone without a group."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_group: bool = False) -> None:
         #: which process this is, from 0, and of how many
-        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-        self._device = "cpu" if "cpu" in distributed.get_backend_config() else "cuda"
+        self.rank, self.size = 0, 1
+        if is_group:
+            self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+            self._device = "cpu" if "cpu" in distributed.get_backend_config() else "cuda"
 
     def share(self, num_draws: int) -> int:
         """The part of a number of draws that each process takes, rounded up."""
@@ -121,6 +124,8 @@ class Parallel:
 
     def first(self, what: str, function: Callable[[], T]) -> T:
         """What a function returns, or raises, in the first process, which alone calls it."""
+        if self.size == 1:
+            return function()
         content = list[Any]([None, ""])
         try:
             if self.rank == 0:
@@ -135,11 +140,16 @@ class Parallel:
             raise RuntimeError(f"fit: the first process has failed: {content[1]}")
         return cast(T, content[0])
 
-    def seed(self, seed: int | None = None) -> int:
-        """The seed of the first process, or a new one."""
-        return self.first(
-            "a seed", lambda: int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-        )
+    def seed(self, seed: int | None = None) -> int | None:
+        """The seed of the first process; of several a new one, if it has none."""
+        if self.size == 1 or seed is not None:
+            return self.first("a seed", lambda: seed)
+        return self.first("a seed", lambda: int(torch.randint(2**31, (), device="cpu")))
+
+    def seed_apart(self) -> None:
+        """Gives each of several processes random numbers of its own."""
+        if self.size > 1:
+            pyro.set_rng_seed(cast(int, self.seed()) + self.rank)
 
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""
@@ -157,9 +167,9 @@ class Parallel:
                 raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
 
     @torch.no_grad()
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def copy_first(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """Gives tensors the values that they have in the first process."""
-        for tensor in tensors:
+        for tensor in tensors() if self.size > 1 else ():
             sent = tensor.detach().clone(memory_format=torch.contiguous_format)
             with _waiting("parameters of the first process"):
                 distributed.broadcast(sent, src=0)
@@ -169,6 +179,8 @@ class Parallel:
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
     ) -> tuple[float, Gradients | None]:
         """The mean loss and gradients; ``None`` instead of all of these where a loss is not finite."""
+        if self.size == 1:
+            return loss, gradients
         gradients = gradients or [None] * len(parameters)
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
         head = [loss, *(float(gradient is not None) for gradient in gradients)]
@@ -188,6 +200,8 @@ class Parallel:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set in some process."""
+        if self.size == 1:
+            return flags
         found = torch.tensor(flags, dtype=torch.uint8, device=self._device)
         with _waiting("the end of a step in all processes"):
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
@@ -207,12 +221,9 @@ class SharedObjective(Objective):
     def loss(self, num_particles: int) -> Tensor:
         return self.objective.loss(self.parallel.share(num_particles))
 
-    def num_tail_draws(self, num_particles: int) -> int:
-        own = self.objective.num_tail_draws(self.parallel.share(num_particles))
-        return own * self.parallel.size
-
-    def tail_loss(self, num_particles: int) -> Tensor:
-        return self.objective.tail_loss(self.parallel.share(num_particles))
+    def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
+        loss, own = self.objective.tail_loss(self.parallel.share(num_particles))
+        return loss, own * self.parallel.size
 
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
@@ -241,5 +252,5 @@ class ScalesOfFirst(ScaledSteps):
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         scales = {parameter: scale.clone() for parameter, scale in self.guide.step_scales().items()}
-        self.parallel.copy_first(scales.values())
+        self.parallel.copy_first(scales.values)
         return scales

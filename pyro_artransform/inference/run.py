@@ -8,51 +8,39 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from threading import Event
-from typing import Any, NamedTuple
-
-import pyro
+from typing import Any
 
 from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
 from .checkpoint import save
-from .evaluation.evaluate import (
-    MarginalVerdict,
-    evaluate,
-    evaluate_minibatches,
-    judge_marginals,
-)
+from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
 from .initialization.minibatch_start import find_initial_minibatch_guide
 from .initialization.start import UNCHANGED, InitialGuide, find_start
 from .loader import Batch
 from .mcmc import CHAINS_COST_LESS
 from .optimization.objective import PyroObjective
+from .optimization.training import Training
 from .progress import ProgressBar
 from .result import FitResult
-from .set_up import SetUp, StartedFit
+from .set_up import SetUp
+
+_ASKED = "the callback asked to stop"
 
 
-class TrainedFit(NamedTuple):
-    """A fit whose steps are over, why, and whether a checkpoint has it."""
-
-    started: StartedFit
-    stopped_because: str
-    is_saved: bool
-
-
-def start(set_up: SetUp, bar: ProgressBar) -> StartedFit:
+def start(set_up: SetUp) -> Training:
     """Puts the guide at the best initial one; there may be nothing left to do."""
-    bar.say("start")
-    initial = set_up.by_first("the initial guide", partial(_find_start, set_up))
-    set_up.copy_first()
-    if set_up.parallel is not None:
-        pyro.set_rng_seed(set_up.parallel.seed() + set_up.parallel.rank)
+    parallel = set_up.parallel
+    initial = parallel.first("the initial guide", partial(_find_start, set_up))
+    parallel.copy_first(set_up.tensors)
+    parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
+    training.start = initial.name
     training.check_start()
     if not training.is_over() and _chains_cost_less(set_up, 0):
         training.schedule = training.schedule.ending_at(0, CHAINS_COST_LESS)
-    return StartedFit(set_up, training, initial)
+    return training
 
 
 def _find_start(set_up: SetUp) -> InitialGuide:
@@ -83,73 +71,65 @@ def _chains_cost_less(set_up: SetUp, num_steps: int) -> bool:
     sampling = set_up.sampling
     if sampling is None or not sampling.is_due(num_steps):
         return False
-    return set_up.by_first("the chains", sampling.cost_less)
+    return set_up.parallel.first("the chains", sampling.cost_less)
 
 
 def train(
-    started: StartedFit,
+    set_up: SetUp,
+    training: Training,
     checkpoint: FilePath | None,
     callback: Callable[[int, float], object] | None,
     bar: ProgressBar,
     interrupted: Event,
-) -> TrainedFit:
-    """Takes steps until there are enough, or the callback or Ctrl-C ends them."""
-    bar.say("fit")
-    set_up, training = started.set_up, started.training
+) -> bool:
+    """Takes steps until there are enough, or the callback or Ctrl-C ends them: whether a file has them."""
     deadline, parallel, stream = set_up.deadline, set_up.parallel, set_up.stream
     deadline.interrupted = interrupted.is_set
-    if parallel is not None and parallel.rank > 0:
+    if parallel.rank > 0:
         checkpoint = None
-    is_asked, is_late = _any(set_up, False, deadline.is_over())
+    is_asked, is_late = parallel.any(False, deadline.is_over())
     is_saved = False
     while not (training.is_over() or is_asked or is_late):
         loss, step = training.step(), training.num_steps
         place = () if stream is None else stream.place(training.schedule.end)
         bar.update(training.losses, training.schedule.expected_end(step), *place)
         if checkpoint and step % set_up.config.optimization.checkpoint_every == 0:
-            is_saved |= save(started, checkpoint)
+            is_saved |= save(set_up, training, checkpoint)
         answer: Any = None if callback is None else callback(step, -loss)
         # True, or one of NumPy or PyTorch
         is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
-        is_asked, is_late = _any(set_up, is_asked, deadline.is_over())
+        is_asked, is_late = parallel.any(is_asked, deadline.is_over())
         if not (is_asked or is_late) and _chains_cost_less(set_up, step):
             training.schedule = training.schedule.ending_at(step, CHAINS_COST_LESS)
     if checkpoint is not None:
-        is_saved |= save(started, checkpoint)
-    reason = training.schedule.reason if training.is_over() else deadline.reason
-    return TrainedFit(started, "the callback asked to stop" if is_asked else reason, is_saved)
+        is_saved |= save(set_up, training, checkpoint)
+    if is_asked or not training.is_over():
+        reason = _ASKED if is_asked else deadline.reason
+        training.schedule = training.schedule.ending_at(training.num_steps, reason)
+    return is_saved
 
 
-def _any(set_up: SetUp, *flags: bool) -> tuple[bool, ...]:
-    """Whether each flag is set in some process."""
-    return flags if set_up.parallel is None else set_up.parallel.any(*flags)
-
-
-def judge(trained: TrainedFit) -> FitResult:
+def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     """The result of the fit, with the guide at the better parameters."""
-    set_up = trained.started.set_up
     if set_up.stream is not None:
         set_up.stream.close()
     # chains that were tried are those of the last parameters
-    is_tried = set_up.sampling is not None and trained.stopped_because == CHAINS_COST_LESS
-    end = "last" if is_tried else trained.started.training.select_parameters()
-    set_up.copy_first()
-    result = set_up.by_first("the verdict", partial(_judge, trained, end))
-    return replace(result, guide=set_up.subject.guide)
+    is_tried = set_up.sampling is not None and training.schedule.reason == CHAINS_COST_LESS
+    end = "last" if is_tried else training.select_parameters()
+    set_up.parallel.copy_first(set_up.tensors)
+    judged = partial(_judge, set_up, training, is_saved, end)
+    return replace(set_up.parallel.first("the verdict", judged), guide=set_up.subject.guide)
 
 
-def _judge(trained: TrainedFit, end: str) -> FitResult:
+def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitResult:
     """The result of the fit but for its guide."""
-    set_up, training = trained.started.set_up, trained.started.training
     subject, config, sampling = set_up.subject, set_up.config, set_up.sampling
     guide: object = subject.guide
-    skipped, is_complete = training.skipped.count, not set_up.deadline.is_over()
-    num_steps, initial = training.num_steps, trained.started.initial
-    num_gradients = training.num_gradients
+    num_steps, num_gradients = training.num_steps, training.num_gradients
     status = FitStatus(
-        skipped / max(num_steps, 1),
-        is_complete,
-        trained.is_saved,
+        training.num_skipped / max(num_steps, 1),
+        not set_up.deadline.is_over(),
+        is_saved,
         has_chains=sampling is not None,
         missing=set_up.missing,
     )
@@ -169,14 +149,14 @@ def _judge(trained: TrainedFit, end: str) -> FitResult:
         **found.result_fields(marginals, chains),
         history=[-loss for loss in training.losses],
         num_steps=num_steps,
-        num_skipped=skipped,
+        num_skipped=training.num_skipped,
         num_gradients=num_gradients,
-        seconds=trained.started.seconds,
-        stopped_because=trained.stopped_because,
-        start=initial.name,
+        seconds=training.earlier_seconds + set_up.deadline.seconds,
+        stopped_because=training.schedule.reason,
+        start=training.start,
         end=end,
         step_size=training.step_size,
-        culprits=dict(training.skipped.sites),
+        culprits=dict(training.culprits),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
         coordinates=dict(guide.centered_by_site()) if isinstance(guide, CenteredGuide) else {},
         guide_reason=set_up.guide_reason,

@@ -245,5 +245,5 @@ def test_checkpoints_of_another_loader(tmp_path):
         run(shuffled(x, y, batch_size=20), num_steps=10, resume=path)
     with pytest.raises(ValueError, match="num_steps=10, as before, got 15"):
         run(shuffled(x, y), epochs=3, resume=path)
-    with pytest.raises(ValueError, match="made with loader=, got none"):
+    with pytest.raises(ValueError, match="loader=one, as before, got none"):
         run([(x, y)], resume=path)

@@ -181,7 +181,7 @@ def test_with_other_options(path):
         fitted(*fresh(models.regression, small), num_steps=30, resume=path)
     with pytest.raises(ValueError, match="num_particles=4, as before, got 5"):
         fit(*fresh(models.regression, small), num_particles=5, progress=False, resume=path)
-    with pytest.raises(ValueError, match="optim"):
+    with pytest.raises(ValueError, match="optim=none, as before, got one"):
         fitted(*fresh(models.regression, small), optim=OPTIMS["AdamW"](), resume=path)
     # it need not be given again
     rest = fit(*fresh(models.regression, small), num_particles=4, progress=False, resume=path)

@@ -22,13 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gaussians import (
-    Density,
-    Gaussians,
-    antithetic_noise,
-    lower_factor,
-    value_and_gradient,
-)
+from ...graphs.dependencies import value_and_gradient
+from .gaussians import Density, Gaussians, lower_factor
 
 # the sd that one begins with, to stay within what a model can take
 _NARROW = 0.1
@@ -54,35 +49,33 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def match_scores(log_density: Density, points: Tensor, num_draws: int, num_steps: int) -> Gaussians:
-    """Gaussians from narrow ones at points ``(S, D)``, by steps of batch and match; all side by side."""
-    scale_tril = _NARROW * torch.eye(points.shape[-1], dtype=torch.float64, device=points.device)
-    start = Gaussians(points.double(), scale_tril.expand(len(points), -1, -1))
-    found = _match(log_density, start, num_draws, num_steps, points.dtype)
-    return Gaussians(found.loc.to(points), found.scale_tril.to(points))
-
-
-def _match(
-    log_density: Density, now: Gaussians, num_draws: int, num_steps: int, dtype: torch.dtype
+def match_scores(
+    log_density: Density,
+    points: Tensor,
+    num_draws: int,
+    num_steps: int,
+    is_independent: bool = False,
 ) -> Gaussians:
-    """Gaussians after steps of batch and match, which move them by the root of their rate in sds.
+    """Gaussians from narrow ones at points ``(S, D)``, by steps of batch and match; all side by side.
 
-    It falls as in the first reference, but is larger while the ELBO rises by much, and smaller after a step
-    that lost it, which is not taken.
+    Steps move them by the root of their rate in sds. It falls as in the first reference, but is larger
+    while the ELBO rises by much, and smaller after a step that lost it, which is not taken.
     """
-    dim = now.loc.shape[-1]
-    batch = _draw(log_density, now, num_draws, dtype)
-    factor, first = torch.ones_like(batch.elbo), num_draws * (1 if now.is_independent else dim)
+    dim = points.shape[-1]
+    now = Gaussians(points.double(), torch.full_like(points, _NARROW).double())
+    now = now if is_independent else now.dense()
+    batch = _draw(log_density, now, num_draws, points.dtype)
+    factor, first = torch.ones_like(batch.elbo), num_draws * (1 if is_independent else dim)
     for step in range(num_steps):
         moved = _matched(now, batch, factor * first / (step + 1))
-        drawn = _draw(log_density, moved, num_draws, dtype)
+        drawn = _draw(log_density, moved, num_draws, points.dtype)
         gain = drawn.elbo - batch.elbo
         is_worse, is_far = gain < -dim, gain > dim  # neither, where both have no density
         now = Gaussians(*(_where(is_worse, *pair) for pair in zip(now, moved)))
         batch = Batch(*(_where(is_worse, *pair) for pair in zip(batch, drawn)))
         more = torch.where(is_far, _MORE * factor, (_MORE * factor).clamp_max(1.0))
         factor = torch.where(is_worse, factor / _MORE**2, more)
-    return now
+    return now.to(points.dtype)
 
 
 def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
@@ -128,8 +121,7 @@ def _matched(gaussians: Gaussians, batch: Batch, rate: Tensor) -> Gaussians:
 @torch.no_grad()
 def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: int) -> Gaussians:
     """A Gaussian after natural-gradient steps of the ELBO from S = 1; the best one on the way."""
-    dtype = start.loc.dtype
-    now = Gaussians(start.loc.double(), start.scale_tril.double())
+    dtype, now = start.loc.dtype, start.to(torch.float64)
     best, best_elbo = now, -math.inf
     for step in range(num_steps + 1):
         batch = _draw(log_density, now, num_draws, dtype)
@@ -137,49 +129,25 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
             break
         if batch.elbo > best_elbo:
             best, best_elbo = now, batch.elbo.item()
+        share, scale = _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step), now.scale_tril
         # what is left of the gradient in units of the Gaussian: nothing, if it is the posterior
-        left = batch.gradients @ now.scale_tril + batch.noise
-        mean, share = left.mean(1), _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step)
-        change = batch.noise.mT @ (left - mean[:, None]) / num_draws
-        change = -0.5 * share * (change + change.mT)
-        values, axes = torch.linalg.eigh(change + torch.diag_embed(torch.ones_like(now.loc)))
-        values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
-        shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
-        loc = now.loc + (now.scale_tril @ shift)[..., 0]
-        root = now.scale_tril @ axes * values.mT.rsqrt()
-        now = Gaussians(loc, lower_factor(root))
-    return Gaussians(best.loc.to(dtype), best.scale_tril.to(dtype))
-
-
-@torch.no_grad()
-def fit_independent(
-    log_density: Density, points: Tensor, num_draws: int, num_steps: int
-) -> Gaussians:
-    """Independent Gaussians from narrow ones at points ``(S, D)``, by steps of batch and match."""
-    narrow = Gaussians(points.double(), torch.full_like(points, _NARROW).double())
-    loc, sd = _match(log_density, narrow, num_draws, num_steps, points.dtype)
-    return Gaussians(loc.to(points), sd.to(points))
-
-
-@torch.no_grad()
-def ascend_independent(
-    log_density: Density, start: Gaussians, num_draws: int, num_steps: int
-) -> Gaussians:
-    """Independent Gaussians after natural-gradient steps of their ELBOs."""
-    like = start.loc
-    loc, sd = (part.double() for part in start)
-    for step in range(num_steps):
-        noise = antithetic_noise(loc, num_draws)
-        draws = loc[:, None] + noise * sd[:, None]
-        _, gradient = value_and_gradient(log_density, draws.flatten(0, 1).to(like))
-        gradient = gradient.to(loc).reshape(draws.shape)
-        share = _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step)
-        precision = 1 - share * (1 + (noise * gradient).mean(1) * sd)
-        variance = sd.square() / precision.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
-        moved = loc + share * variance * gradient.mean(1)
-        is_good = (gradient.isfinite().all(1) & moved.isfinite()).all(-1)
-        loc, sd = _where(is_good, moved, loc), _where(is_good, variance.sqrt(), sd)
-    return Gaussians(loc.to(like), sd.to(like))
+        if now.is_independent:
+            left = batch.gradients * scale[:, None] + batch.noise
+            mean = left.mean(1)
+            change = (batch.noise * (left - mean[:, None])).mean(1)
+            values = (1 - share * change).clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
+            now = Gaussians(now.loc + scale * share * mean / values, scale * values.rsqrt())
+        else:
+            left = batch.gradients @ scale + batch.noise
+            mean = left.mean(1)
+            change = batch.noise.mT @ (left - mean[:, None]) / num_draws
+            change = -0.5 * share * (change + change.mT)
+            values, axes = torch.linalg.eigh(change + torch.diag_embed(torch.ones_like(now.loc)))
+            values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
+            shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
+            root = scale @ axes * values.mT.rsqrt()
+            now = Gaussians(now.loc + (scale @ shift)[..., 0], lower_factor(root))
+    return best.to(dtype)
 
 
 def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: torch.dtype) -> Batch:
@@ -188,10 +156,7 @@ def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: tor
     noise = noise.to(loc)
     draws = loc[:, None] + gaussians.deviations(noise)
     value, gradients = value_and_gradient(log_density, draws.flatten(0, 1).to(dtype))
-    value, gradients = (
-        value.to(loc).reshape(noise.shape[:2]),
-        gradients.to(loc).reshape(noise.shape),
-    )
+    value, gradients = value.to(loc).reshape(noise.shape[:2]), gradients.to(loc).view_as(noise)
     is_finite = value.isfinite() & gradients.isfinite().all(-1)
     entropy = gaussians.log_volume() + 0.5 * noise.square().sum(-1).mean(-1)
     elbo = torch.where(is_finite.all(-1), value.mean(-1) + entropy, -torch.inf)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...graphs.dependencies import value_and_gradient
+
 #: a log-density: a function of ``(n, D)`` that returns ``(n,)``
 Density = Callable[[Tensor], Tensor]
 
@@ -49,6 +51,9 @@ class Gaussians(NamedTuple):
 
     def take(self, index: Tensor | list[int] | slice) -> "Gaussians":
         return Gaussians(self.loc[index], self.scale_tril[index])
+
+    def to(self, dtype: torch.dtype) -> "Gaussians":
+        return Gaussians(self.loc.to(dtype), self.scale_tril.to(dtype))
 
     def log_volume(self) -> Tensor:
         """The log-determinants of the scales, shape ``(S,)``."""
@@ -216,9 +221,7 @@ def _expand(log_density: Density, points: Tensor, widths: Tensor) -> tuple[Tenso
     size = widths * (1e-4 if points.dtype == torch.float64 else 1e-2)
     shifts = torch.diag_embed(size)
     around = torch.cat([points[:, None], points[:, None] + shifts, points[:, None] - shifts], 1)
-    parts = around.reshape(-1, dim).split(_CHUNK)
-    found = [value_and_gradient(log_density, part) for part in parts]
-    value, gradient = map(torch.cat, zip(*found))
+    value, gradient = value_and_gradient(log_density, around.reshape(-1, dim))
     value = value.reshape(num_points, -1)[:, 0]
     gradient, ahead, behind = gradient.reshape(num_points, -1, dim).split([1, dim, dim], 1)
     hessian = (ahead - behind) / (2 * size[:, :, None])
@@ -228,15 +231,6 @@ def _expand(log_density: Density, points: Tensor, widths: Tensor) -> tuple[Tenso
     saddle = -torch.diag_embed(torch.ones_like(gradient))
     curvature = torch.where(usable[:, None, None], curvature, saddle)
     return value, torch.where(usable[:, None], gradient, 0.0), curvature
-
-
-@torch.enable_grad()
-def value_and_gradient(log_density: Density, points: Tensor) -> tuple[Tensor, Tensor]:
-    """A log-density at points ``(n, D)``, and its gradients."""
-    points = points.detach().requires_grad_()
-    value = log_density(points)
-    (gradient,) = torch.autograd.grad(value.sum(), points)
-    return value.detach(), gradient
 
 
 def _newton_steps(

@@ -4,7 +4,7 @@
 """The start of a guide that knows the elements of plates by one mini-batch at a time."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,17 +16,10 @@ from ...joint import LogJoint
 from ...joint.protocols import MinibatchGuide
 from ..config import InitializationConfig
 from ..loader import Batch
+from ..optimization.steps import copies, copy_to
 from .gaussians import antithetic_noise
 from .points import starting_points
-from .start import (
-    FAR,
-    NUM_DRAWS,
-    UNCHANGED,
-    GaussianSearch,
-    InitialGuide,
-    restore_parameters,
-    saved_parameters,
-)
+from .start import FAR, NUM_DRAWS, UNCHANGED, GaussianSearch, InitialGuide, best_of
 
 # latents of a mini-batch with a Gaussian at most: memory
 _MOST_LATENTS = 1000
@@ -80,27 +73,25 @@ def find_initial_minibatch_guide(
 
     :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
     """
-    unchanged = InitialGuide(UNCHANGED, math.nan)
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > _MOST_LATENTS
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
-        return unchanged
+        return InitialGuide(UNCHANGED, math.nan)
     share, run = 1 / structure.scale, partial(model, *batch[0], **batch[1])
     elements = log_joint.latents.sites.keys() - set(structure.global_latents)
     shared = SharedPrior(log_joint, share, elements)
     few_points = replace(config, num_points=config.num_points_by_loop)
+    before = copies(guide.parameters())
 
-    def compare() -> float:  # on the same noise each time
+    def candidate(name: str) -> InitialGuide:
+        """The guide as it is, on the same noise each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             elbo = elbo_draws(_NUM_COMPARED).mean()
-        return elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item()
+        return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 
-    before = saved_parameters(guide)
-    found = [(unchanged._replace(elbo=compare()), before)]
-
-    def attempt() -> Tensor | None:
-        """Starts in the coordinates that the guide has: draws on the unconstrained space."""
+    def move() -> Tensor | None:
+        """Moves to a Gaussian in the guide's coordinates: draws of it on the unconstrained space."""
         density = shared.with_coordinates(guide.coordinates_of(shared.latents))
         search = GaussianSearch(density, few_points)
         points = starting_points(density, run, density.start, search.num_points)
@@ -115,18 +106,19 @@ def find_initial_minibatch_guide(
         draws = (gaussian.loc[:, None] + gaussian.deviations(noise))[0]
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
             guide.start_near(log_joint.latents.constrain(draws), share)
-            found.append((InitialGuide("a Gaussian", compare()), saved_parameters(guide)))
         with torch.no_grad():
             return density.to_unconstrained(draws[:NUM_DRAWS])[0]
 
-    draws = attempt()
-    if guide.chooses_coordinates:
+    def candidates() -> Iterator[InitialGuide]:
+        yield candidate(UNCHANGED)
+        draws = move()
+        yield candidate("a Gaussian")
         # by the curvature, then the model as it is written
-        for points in (draws, None):
-            restore_parameters(guide, before)
+        for points in (draws, None) if guide.chooses_coordinates else ():
+            copy_to(guide.parameters(), before)
             if guide.center_at(points, log_joint, share) > FAR:
-                found.append((unchanged._replace(elbo=compare()), saved_parameters(guide)))
-                attempt()
-    best, saved = max(found, key=lambda pair: pair[0].elbo)
-    restore_parameters(guide, saved)
-    return best
+                yield candidate(UNCHANGED)
+                move()
+                yield candidate("a Gaussian")
+
+    return best_of(guide, candidates())

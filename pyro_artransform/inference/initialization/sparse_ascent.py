@@ -28,7 +28,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...graphs.dependencies import gradients
+from ...graphs.dependencies import value_and_gradient
 from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogDensity
@@ -75,9 +75,8 @@ def ascend_with_graph(
         moved = SparseGaussian.from_precision(pattern, now.loc, mixed)
         moved = moved.at(now.loc + share * moved.solve(gradient))
         value = elbo_of(log_density, moved, noise)
-        if (
-            value < best_elbo - len(loc) or value == -math.inf
-        ):  # not taken, and the next one is shorter
+        # not taken, and the next one is shorter
+        if value < best_elbo - len(loc) or value == -math.inf:
             size /= _SHORTER
             if size < _SHORTEST:
                 break
@@ -123,10 +122,10 @@ def expectations(
     step = (_DIFFERENCE if draws.dtype == torch.float64 else _COARSER * _DIFFERENCE) * sd
     shifts = torch.zeros(coloring.num_colors, dim, dtype=draws.dtype, device=device)
     shifts[color, torch.arange(dim, device=device)] = step
-    base = gradients(log_density, draws)
+    _, base = value_and_gradient(log_density, draws)
     total, used = torch.zeros_like(shifts), 0
     for draw, at_draw in zip(draws, base):
-        change = gradients(log_density, draw + shifts) - at_draw
+        change = value_and_gradient(log_density, draw + shifts)[1] - at_draw
         if bool(change.isfinite().all()):
             total, used = total + change, used + 1
     change = total / max(used, 1)

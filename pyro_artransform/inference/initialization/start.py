@@ -9,7 +9,7 @@ tried in other coordinates, from draws of the first one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.coordinates import centered_by_curvature
+from ...joint.coordinates import Coordinates, centered_by_curvature
 from ...joint.mean_density import MeanLogJoint
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ..config import InitializationConfig
-from .batch_and_match import ascend, ascend_independent, fit_independent, match_scores
-from .gaussians import (
-    Gaussians,
-    antithetic_noise,
-    elbos,
-    evaluate_density,
-)
+from ..optimization.steps import copies, copy_to
+from .batch_and_match import ascend, match_scores
+from .gaussians import Gaussians, antithetic_noise, elbos, evaluate_density
 from .points import starting_points
 from .sparse_ascent import ascend_with_graph, elbo_of
 
@@ -76,8 +72,15 @@ def find_start(
     initial = _start_from_points(search, model, guide)
     if coordinates is None or not (isinstance(guide, PriorGuide) and guide.chooses_coordinates):
         return initial
-    first = coordinates.centered.detach().clone()
-    found = [(initial, saved_parameters(guide))]
+    return best_of(guide, _in_other_coordinates(search, guide, coordinates, initial))
+
+
+def _in_other_coordinates(
+    search: "GaussianSearch", guide: PriorGuide, coordinates: Coordinates, initial: InitialGuide
+) -> Iterator[InitialGuide]:
+    """The start that a guide has, and then others, in other coordinates."""
+    yield initial
+    density, first = search.density, coordinates.centered.detach().clone()
     with torch.no_grad():
         few = min(NUM_DRAWS, max(_MOST_GRADIENTS // (2 * len(first)), 1))
         z, _ = guide.rsample_and_log_prob(few)
@@ -95,10 +98,14 @@ def find_start(
             coordinates.unit.data.copy_(density.prior_scales(u.mean(0)))
             with torch.no_grad():
                 center, _ = density.from_unconstrained(u.mean(0, keepdim=True))
-            candidate = _start_at_best(search, guide, search.from_points(center), -math.inf)
-            found.append((candidate, saved_parameters(guide)))
+            yield _start_at_best(search, guide, search.from_points(center), -math.inf)
+
+
+def best_of(guide: PriorGuide | MinibatchGuide, candidates: Iterable[InitialGuide]) -> InitialGuide:
+    """Leaves a guide at the one with the largest ELBO of the candidates that it becomes in turn."""
+    found = [(candidate, copies(guide.parameters())) for candidate in candidates]
     best, saved = max(found, key=lambda pair: pair[0].elbo)
-    restore_parameters(guide, saved)
+    copy_to(guide.parameters(), saved)
     return best
 
 
@@ -211,16 +218,15 @@ class GaussianSearch:
 
     def from_points(self, points: Tensor) -> Gaussians:
         """The best one from points ``(S, D)``, as S = 1."""
-        density, count, steps = self.density, self.num_draws, self.config.num_matches
-        if self._is_dense:
-            fitted = match_scores(density, points, count, steps)
-        else:
-            order = evaluate_density(density, points).argsort(descending=True)[:_NUM_INDEPENDENT]
-            fitted = fit_independent(density, points[order], count, steps)
+        density, count = self.density, self.num_draws
+        if not self._is_dense:
+            order = evaluate_density(density, points).argsort(descending=True)
+            points = points[order[:_NUM_INDEPENDENT]]
+        given = density, points, count, self.config.num_matches
+        fitted = match_scores(*given, is_independent=not self._is_dense)
         fitted, bounds = self.finite(fitted, antithetic_noise(points, _NUM_ROUGH))
         best = fitted.take([int(bounds.argmax())])
-        ascent = ascend if self._is_dense else ascend_independent
-        return ascent(density, best, 2 * count, self.config.num_ascents)
+        return ascend(density, best, 2 * count, self.config.num_ascents)
 
     def finite(self, gaussians: Gaussians, noise: Tensor) -> tuple[Gaussians, Tensor]:
         """Gaussians, narrower where they reach beyond a finite density, and their ELBOs."""
@@ -232,15 +238,3 @@ class GaussianSearch:
             scale = scale.reshape(-1, *(1,) * (gaussians.scale_tril.dim() - 1))
             gaussians = Gaussians(gaussians.loc, scale * gaussians.scale_tril)
         return gaussians, bounds
-
-
-def saved_parameters(guide: PriorGuide | MinibatchGuide) -> list[Tensor]:
-    """Copies of the parameters of a guide."""
-    return [parameter.detach().clone() for parameter in guide.parameters()]
-
-
-@torch.no_grad()
-def restore_parameters(guide: PriorGuide | MinibatchGuide, values: list[Tensor]) -> None:
-    """Puts the parameters of a guide back, in place."""
-    for parameter, value in zip(guide.parameters(), values):
-        parameter.copy_(value)

@@ -48,13 +48,9 @@ class Objective(Protocol):
     def loss(self, num_particles: int) -> Tensor:
         """A differentiable estimate of the negative ELBO in nats, a scalar."""
 
-    def num_tail_draws(self, num_particles: int) -> int:
-        """The draws of a step of :meth:`tail_loss` beside those of :meth:`loss`."""
-        return num_particles
-
-    def tail_loss(self, num_particles: int) -> Tensor:
-        """As :meth:`loss`, with a gradient that covers the tails better where there is one."""
-        return self.loss(num_particles)
+    def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
+        """As :meth:`loss`, with a gradient that covers the tails better, and its number of draws."""
+        return self.loss(num_particles), num_particles
 
     def parameters(self) -> dict[str, Tensor]:
         """The unconstrained parameters by name."""
@@ -73,15 +69,8 @@ class Objective(Protocol):
         """The sites that made the last loss other than finite, as far as that can be found."""
 
 
-class BatchObjective(Objective, Protocol):
-    """An objective that can be had for the arguments of another mini-batch."""
-
-    def with_arguments(self, batch: Batch) -> "BatchObjective":
-        """The same objective, of the same parameters, for other arguments of model and guide."""
-
-
 @dataclass
-class PathObjective(BatchObjective):
+class PathObjective(Objective):
     """The ELBO with the path gradient, which vanishes where the guide is the posterior.
 
     See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
@@ -95,16 +84,13 @@ class PathObjective(BatchObjective):
         self._last = self.log_joint.start[None]
 
     def with_arguments(self, batch: Batch) -> "PathObjective":
+        """The same objective, of the same parameters, for other arguments of model and guide."""
         return replace(self, log_joint=self.log_joint.with_arguments(*batch))
 
     def loss(self, num_particles: int) -> Tensor:
         return self._terms(num_particles).mean()
 
-    def num_tail_draws(self, num_particles: int) -> int:
-        most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
-        return min(_TAIL_DRAWS * num_particles, most)
-
-    def tail_loss(self, num_particles: int) -> Tensor:
+    def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
         r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
 
         With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
@@ -116,13 +102,14 @@ class PathObjective(BatchObjective):
         https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
         (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
         """
-        terms = self._terms(num_particles)
+        most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
+        terms = self._terms(min(_TAIL_DRAWS * num_particles, most))
         value = terms.detach()
         deviation = (value - value.median()).abs()
         spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
         weights = 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
         weighted = (weights * terms).mean()
-        return value.mean() + (weighted - weighted.detach())
+        return value.mean() + (weighted - weighted.detach()), len(terms)
 
     def _terms(self, num_particles: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
@@ -169,7 +156,7 @@ def _quietly() -> Iterator[None]:
 
 
 @dataclass
-class PyroObjective(BatchObjective):
+class PyroObjective(Objective):
     """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one."""
 
     model: Callable[..., object]
@@ -189,6 +176,7 @@ class PyroObjective(BatchObjective):
             self.is_vectorized = in_plate and GuideSampler(run, self._num_plates).is_vectorized
 
     def with_arguments(self, batch: Batch) -> "PyroObjective":
+        """See :meth:`PathObjective.with_arguments`."""
         other = copy.copy(self)
         other.arguments = batch
         return other
@@ -249,6 +237,9 @@ class PyroObjective(BatchObjective):
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(self.model, trace=guide_trace)
         return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+
+
+BatchObjective = PathObjective | PyroObjective
 
 
 class PassEstimate(NamedTuple):

@@ -15,24 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ...joint.protocols import ScaledSteps
 
-
-class TorchOptimizer:
-    """An optimizer of PyTorch, at its own step size."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def step(self, factor: float) -> None:
-        """Takes a step along the parameters' ``grad``; the factor is of the step size of a fit's Adam."""
-        self._optimizer.step()
-
-    def state(self) -> Any:
-        """Everything that changes, in tensors and plain data."""
-        return self._optimizer.state_dict()
-
-    def restore(self, state: Any) -> None:
-        """Takes over what :meth:`state` returned."""
-        self._optimizer.load_state_dict(state)
+_BETAS = 0.9, 0.99  # of Adam; the second is short since steps are few
 
 
 class Adam:
@@ -45,13 +28,11 @@ class Adam:
     """
 
     def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        step_size: float,
-        betas: tuple[float, float],
-        scales: ScaledSteps | None = None,
+        self, parameters: Sequence[Tensor], step_size: float, scales: ScaledSteps | None = None
     ) -> None:
-        self.step_size, self._betas, self._scales = step_size, betas, scales
+        self.step_size, self._scales = step_size, scales
+        #: of the step size, by the schedule
+        self.factor = 1.0
         self._is_fused, self._has_complex = True, False
         for parameter in parameters:
             is_fast = parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
@@ -71,8 +52,8 @@ class Adam:
         self.step_size *= factor
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """See :meth:`TorchOptimizer.step`; a parameter without a gradient stays where it is."""
+    def step(self) -> None:
+        """Takes a step along each ``grad``; a parameter without one stays where it is."""
         scaled = []
         if self._scales is not None:
             for trained, scale in self._scales.step_scales().items():
@@ -97,9 +78,9 @@ class Adam:
             fused=self._is_fused,
             has_complex=self._has_complex,
             amsgrad=False,
-            beta1=self._betas[0],
-            beta2=self._betas[1],
-            lr=self.step_size * factor,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            lr=self.step_size * self.factor,
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,
@@ -107,13 +88,11 @@ class Adam:
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 
-    def state(self) -> Any:
-        """See :meth:`TorchOptimizer.state`."""
+    def state_dict(self) -> Any:
         moments = [[part.clone() for part in parts] for parts in self._moments.values()]
         return [self.step_size, moments]
 
-    def restore(self, state: Any) -> None:
-        """See :meth:`TorchOptimizer.restore`."""
+    def load_state_dict(self, state: Any) -> None:
         self.step_size, moments = state
         for parts, saved in zip(self._moments.values(), moments):
             for part, value in zip(parts, saved):
@@ -121,17 +100,17 @@ class Adam:
 
 
 class PyroOptimizer:
-    """An optimizer of Pyro, at its own step size; a scheduler goes on after each step."""
+    """An optimizer of Pyro, as one of PyTorch; a scheduler goes on after each step."""
 
     def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
 
-    def step(self, factor: float) -> None:
+    def step(self) -> None:
         self._optimizer(self._parameters)
         if isinstance(self._optimizer, PyroLRScheduler):
             self._optimizer.step()
 
-    def state(self) -> Any:
+    def state_dict(self) -> Any:
         return [[part.state_dict() for part in self._parts(p)] for p in self._parameters]
 
     def _parts(self, parameter: Tensor) -> list[Any]:
@@ -142,7 +121,7 @@ class PyroOptimizer:
         return [made, made.optimizer] if isinstance(self._optimizer, PyroLRScheduler) else [made]
 
     @torch.no_grad()
-    def restore(self, state: Any) -> None:
+    def load_state_dict(self, state: Any) -> None:
         for parameter, saved in zip(self._parameters, state):
             if saved:
                 # Pyro makes the optimizer of a parameter at its first step, which must not move it
@@ -154,8 +133,11 @@ class PyroOptimizer:
                 part.load_state_dict(values)
 
 
-def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer | PyroOptimizer:
-    """The user's optimizer for these parameters.
+Optimizer = Adam | PyroOptimizer | torch.optim.Optimizer
+
+
+def users_optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer:
+    """The user's optimizer for these parameters, at its own step size.
 
     :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
         that returns one of ``torch.optim``; of these parameters, and without need of the loss.
@@ -177,4 +159,4 @@ def wrap_optimizer(optim: Any, parameters: Sequence[Tensor]) -> TorchOptimizer |
         raise ValueError(
             "optim: expected an optimizer of the parameters that it is given, got one of others"
         )
-    return TorchOptimizer(made)
+    return made

@@ -9,7 +9,7 @@ from pyro import distributions as dist
 
 from pyro_artransform import AutoStructuredFlow
 from pyro_artransform.inference.config import InitializationConfig
-from pyro_artransform.inference.initialization.batch_and_match import fit_independent
+from pyro_artransform.inference.initialization.batch_and_match import match_scores
 from pyro_artransform.inference.initialization.sparse_ascent import (
     ascend_with_graph,
     elbo_of,
@@ -93,7 +93,7 @@ def volatility(y):
 def test_start_is_better_than_a_mean_field_fit():
     y = torch.randn(60) * 3
     guide, log_joint, initial = started(volatility, y, config=FEW)
-    fitted = fit_independent(log_joint, torch.randn(1, 62), 32, 20)
+    fitted = match_scores(log_joint, torch.randn(1, 62), 32, 20, is_independent=True)
     before = ascend_with_graph(log_joint, guide.markov_graph(), fitted, 0, 0)
     # 2 nats on 60 data; the noise of 4,096 draws is below 0.1
     assert initial.elbo > elbo_of(log_joint, before, torch.randn(4096, 62)) + 0.5

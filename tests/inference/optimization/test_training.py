@@ -10,7 +10,8 @@ from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import _MAX_SKIPS, FitError, Training
+from pyro_artransform.inference.optimization.steps import _MAX_SKIPS, FitError
+from pyro_artransform.inference.optimization.training import Training
 
 
 class Bowl(Objective):
@@ -71,7 +72,7 @@ def test_a_step_that_is_not_finite_is_skipped(fault, at):
         if step == at:
             assert math.isfinite(loss) == (fault == "gradient")
             assert math.isnan(training.losses[-1])
-    assert dict(training.skipped.sites) == {"the gradient" if fault == "gradient" else "y": 1}
+    assert dict(training.culprits) == {"the gradient" if fault == "gradient" else "y": 1}
     run(training)
     assert all(value.isfinite().all() for value in training._average)
     assert (objective.x - 3).abs().max() < 0.3
@@ -101,7 +102,7 @@ def test_steps_that_are_not_finite_go_back_with_a_smaller_step():
     training = training_of(Cliff(), 1000)
     run(training)
     assert training.step_size == 0.05 / 4
-    assert 50 <= training.skipped.count < _MAX_SKIPS
+    assert 50 <= training.num_skipped < _MAX_SKIPS
     assert (training.objective.x - 3).abs().max() < 0.3
 
 
@@ -119,7 +120,7 @@ def test_stops_after_many_in_a_row():
     training = training_of(objective, 1000)
     with pytest.raises(FitError, match=r"in a row, because of y\. The parameters are finite"):
         run(training)
-    assert training.skipped.count == _MAX_SKIPS
+    assert training.num_skipped == _MAX_SKIPS
     assert training.num_steps < 200
     assert objective.x.isfinite().all()
     assert not torch.equal(objective.x, torch.zeros(4))
@@ -144,14 +145,14 @@ def test_gradients_are_clipped_against_their_running_median():
     """A gradient a million times the others moves no more than a few of them together."""
 
     class Plain(Adam):
-        def step(self, factor):
+        def step(self):
             self.seen = [p.grad.norm().item() for p in trained if p.grad is not None]
-            super().step(factor)
+            super().step()
 
     objective = Bowl({30: "steep"})
     trained = list(objective.parameters().values())
     training, norms = training_of(objective), []
-    training.optimizer = optimizer = Plain(trained, 0.0, (0.9, 0.99))
+    training.optimizer = optimizer = Plain(trained, 0.0)
     for _ in range(40):
         training.step()
         norms.append(max(optimizer.seen))
@@ -172,8 +173,8 @@ def test_state(at):
     second.restore(first.state())
     run(second)
     assert torch.allclose(*map(torch.tensor, (whole.losses, second.losses)), 0, 0, equal_nan=True)
-    assert whole.skipped.count == second.skipped.count == 2
-    assert whole.skipped.sites == second.skipped.sites
+    assert whole.num_skipped == second.num_skipped == 2
+    assert whole.culprits == second.culprits
     assert torch.equal(whole.objective.x, second.objective.x)
     assert all(map(torch.equal, whole._average, second._average))
 
