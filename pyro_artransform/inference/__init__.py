@@ -8,7 +8,7 @@ from .config import FitConfig
 from .fit import fit
 from .fit_draws import fit_draws
 from .mcmc import Chains, mcmc
-from .optimization.steps import FitError
+from .optimization.training import FitError
 from .result import DrawsResult, FitResult
 
 __all__ = [

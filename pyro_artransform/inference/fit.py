@@ -177,7 +177,7 @@ def fit(
         check_callable("callback", callback, "a function")
     with (
         open_parallel() as parallel,
-        seeded(parallel.seed(seed)),
+        seeded(seed if parallel.size == 1 else parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,
         noted_interrupts() as interrupted,
         ExitStack() as stack,
@@ -188,8 +188,9 @@ def fit(
         stream = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
-            shared = stream.share(parallel.rank, parallel.size, parallel.seed(None) or 0)
-            stream = stack.enter_context(closing(shared))
+            if parallel.size > 1:
+                stream = stream.share(parallel.rank, parallel.size, parallel.seed())
+                stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         set_up = SetUp(
             *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream, parallel),

@@ -24,7 +24,7 @@ from ..transforms.flow_module import warn_user
 from ..transforms.scales_and_tails import check_rows, location_and_scale
 from .config import OptimizationConfig
 from .optimization.optimizers import Adam
-from .optimization.steps import Steps
+from .optimization.training import Steps, copies, copy_to
 from .progress import ProgressBar, noted_interrupts, progress_bar, seeded
 from .result import DrawsResult
 
@@ -265,12 +265,12 @@ class _Training(Steps):
 
     def run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
         """Takes steps until held-out draws gain nothing, and ends at the best parameters; says why."""
-        start, at_start, reason = self.copies(), self.log_probs(self.held_out), ""
+        start, at_start, reason = copies(self.trained), self.log_probs(self.held_out), ""
         best, at_best, batches = start, at_start, _batches(self.rows)
         self.history = [at_start.mean().item()]
         min_gain = _MIN_GAIN * self.rows.tensors[0].shape[-1]
         for factor in _STEP_FACTORS:
-            self.set_parameters(best)
+            copy_to(self.trained, best)
             self.optimizer = Adam(self.trained, factor * _STEP_SIZE, self._scales)
             first = len(self.history)
             while not reason and (
@@ -278,7 +278,7 @@ class _Training(Steps):
                 or max(self.history[-_PATIENCE:]) > max(self.history[:-_PATIENCE]) + min_gain
             ):
                 loss = -self.log_prob(*next(batches)).mean()
-                self.take(*self.value_and_gradients(loss))
+                self.take(loss)
                 bar.update(self.losses, None)
                 if interrupted.is_set():
                     reason = "it was interrupted"
@@ -288,12 +288,12 @@ class _Training(Steps):
                     found = self.log_probs(self.held_out)
                     self.history.append(found.mean().item())
                     if found.mean() > at_best.mean():
-                        best, at_best = self.copies(), found
+                        best, at_best = copies(self.trained), found
         reason = reason or "held-out draws became no more probable"
         # of few draws some check is good by chance: the gain has to exceed its noise
         gains = at_best - at_start
         is_chance = gains.mean() <= _MIN_GAIN_IN_SE * gains.std() / len(gains) ** 0.5
-        self.set_parameters(start if is_chance else best)
+        copy_to(self.trained, start if is_chance else best)
         if is_chance:
             reason += "; the gain could be chance, so it is where it began: more draws would help"
         return reason

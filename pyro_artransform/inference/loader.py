@@ -139,7 +139,7 @@ class BatchStream:
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
         """The :class:`EveryNth` batches; a single one, or a ``DistributedSampler``, is left as it is."""
-        if 1 in (size, self.num_batches) or isinstance(self._by_epoch, DistributedSampler):
+        if self.num_batches == 1 or isinstance(self._by_epoch, DistributedSampler):
             return self
         if self.num_batches < size:
             raise ValueError(
@@ -197,6 +197,8 @@ class BatchStream:
                     iterator = self._iterate(0) if iterator is None else iterator
                     batch = next(iterator, _END)
                     state = torch.get_rng_state()
+                if batch is _END and k == 0:
+                    raise ValueError("loader: expected at least one batch, got none")
                 if batch is _END:
                     return
                 if k in wanted:

@@ -26,9 +26,9 @@ from torch import Tensor, distributed, nn
 
 from ..joint.protocols import ScaledSteps
 from .optimization.objective import Objective
-from .optimization.steps import Gradients
 
 T = TypeVar("T")
+Gradients = Sequence[Tensor | None]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = 5.0  # seconds of waiting after which a process logs it
@@ -140,16 +140,16 @@ class Parallel:
             raise RuntimeError(f"fit: the first process has failed: {content[1]}")
         return cast(T, content[0])
 
-    def seed(self, seed: int | None = None) -> int | None:
-        """The seed of the first process; of several a new one, if it has none."""
-        if self.size == 1 or seed is not None:
-            return self.first("a seed", lambda: seed)
-        return self.first("a seed", lambda: int(torch.randint(2**31, (), device="cpu")))
+    def seed(self, seed: int | None = None) -> int:
+        """The seed of the first process, or a new one."""
+        return self.first(
+            "a seed", lambda: int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        )
 
     def seed_apart(self) -> None:
         """Gives each of several processes random numbers of its own."""
         if self.size > 1:
-            pyro.set_rng_seed(cast(int, self.seed()) + self.rank)
+            pyro.set_rng_seed(self.seed() + self.rank)
 
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""

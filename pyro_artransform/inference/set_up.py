@@ -22,7 +22,6 @@ from .optimization.objective import (
     Objective,
     PathObjective,
     PyroObjective,
-    validation_batches,
 )
 from .optimization.schedule import Schedule
 from .optimization.training import Training
@@ -57,7 +56,9 @@ class SetUp:
     ) -> None:
         self.config, self.optim, self.parallel = config, optim, parallel
         self.deadline, self.guide_reason = Deadline(max_seconds), ""
-        batches = [arguments] if stream is None else validation_batches(stream, config.minibatch)
+        batches = [arguments]
+        if stream is not None:
+            batches = list(stream.whole.one_pass(config.minibatch.num_compared))
         is_minibatch = not (stream is None or stream.whole.is_all_data)
         if guide is None:
             given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)

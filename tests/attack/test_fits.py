@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_artransform import AutoMAF
-from pyro_artransform.inference.optimization.steps import FitError
+from pyro_artransform.inference.optimization.training import FitError
 from tests.attack.effort import attack
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK, quick_fit

@@ -20,7 +20,7 @@ from pyro_artransform import (
 )
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.inference import FitError, fit_draws
-from pyro_artransform.inference.optimization import steps
+from pyro_artransform.inference.optimization import training
 from pyro_artransform.transforms import chain, standardize, standardize_context
 from tests.inference import skewed
 
@@ -247,7 +247,7 @@ def test_skipped_steps_are_counted(monkeypatch):
 
 
 def test_many_steps_in_a_row_that_are_not_finite_end_it(monkeypatch):
-    monkeypatch.setattr(steps, "_MAX_SKIPS", 10)
+    monkeypatch.setattr(training, "_MAX_SKIPS", 10)
     data = skewed.sample(100)
     q = flow(data)
     with torch.no_grad():

@@ -35,7 +35,7 @@ _MOST_CHANGE = 4.0
 _MORE = 10.0
 
 
-class Batch(NamedTuple):
+class Sampled(NamedTuple):
     """Draws of S Gaussians, ``(S, B, D)``, with their noise, gradients and ELBOs, ``(S,)``.
 
     An ELBO is ``-inf`` where a draw has no density or gradient.
@@ -72,7 +72,7 @@ def match_scores(
         gain = drawn.elbo - batch.elbo
         is_worse, is_far = gain < -dim, gain > dim  # neither, where both have no density
         now = Gaussians(*(_where(is_worse, *pair) for pair in zip(now, moved)))
-        batch = Batch(*(_where(is_worse, *pair) for pair in zip(batch, drawn)))
+        batch = Sampled(*(_where(is_worse, *pair) for pair in zip(batch, drawn)))
         more = torch.where(is_far, _MORE * factor, (_MORE * factor).clamp_max(1.0))
         factor = torch.where(is_worse, factor / _MORE**2, more)
     return now.to(points.dtype)
@@ -82,7 +82,7 @@ def _where(chosen: Tensor, this: Tensor, other: Tensor) -> Tensor:
     return torch.where(chosen.reshape(-1, *(1,) * (this.dim() - 1)), this, other)
 
 
-def _matched(gaussians: Gaussians, batch: Batch, rate: Tensor) -> Gaussians:
+def _matched(gaussians: Gaussians, batch: Sampled, rate: Tensor) -> Gaussians:
     """Gaussians after a step of batch and match at rates ``(S,)``; the same where that is not finite."""
     (loc, scale), rate = gaussians, rate[:, None]
     weights = batch.is_finite.to(loc)[..., None]
@@ -150,7 +150,9 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
     return best.to(dtype)
 
 
-def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: torch.dtype) -> Batch:
+def _draw(
+    log_density: Density, gaussians: Gaussians, num_draws: int, dtype: torch.dtype
+) -> Sampled:
     loc = gaussians.loc
     noise = torch.randn((len(loc), num_draws, loc.shape[-1]), dtype=dtype, device=loc.device)
     noise = noise.to(loc)
@@ -160,4 +162,4 @@ def _draw(log_density: Density, gaussians: Gaussians, num_draws: int, dtype: tor
     is_finite = value.isfinite() & gradients.isfinite().all(-1)
     entropy = gaussians.log_volume() + 0.5 * noise.square().sum(-1).mean(-1)
     elbo = torch.where(is_finite.all(-1), value.mean(-1) + entropy, -torch.inf)
-    return Batch(noise, draws, gradients, is_finite, elbo)
+    return Sampled(noise, draws, gradients, is_finite, elbo)

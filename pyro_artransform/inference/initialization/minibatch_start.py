@@ -16,7 +16,7 @@ from ...joint import LogJoint
 from ...joint.protocols import MinibatchGuide
 from ..config import InitializationConfig
 from ..loader import Batch
-from ..optimization.steps import copies, copy_to
+from ..optimization.training import copies, copy_to
 from .gaussians import antithetic_noise
 from .points import starting_points
 from .start import FAR, NUM_DRAWS, UNCHANGED, GaussianSearch, InitialGuide, best_of

@@ -66,7 +66,9 @@ def ascend_with_graph(
     now = SparseGaussian.from_precision(pattern, loc, precision)
     noise = antithetic_noise(start.loc, _NUM_COMPARED)
     best, best_elbo = now, elbo_of(log_density, now, noise)
-    num_draws, settled, size = _num_draws(graph), 0, 1.0
+    num_draws = MOST_GRADIENTS // (2 * (graph.coloring.num_colors + 1)) * 2
+    num_draws = min(max(num_draws, _FEWEST_DRAWS), _MOST_DRAWS)
+    settled, size = 0, 1.0
     draws = loc + start.deviations(antithetic_noise(start.loc, num_draws))[0]
     curvature, gradient = expectations(log_density, graph, draws, sd)
     for _ in range(num_steps):
@@ -104,11 +106,6 @@ def _pairs_of(graph: MarkovGraph, device: torch.device) -> tuple[Tensor, Tensor,
     pairs = [*graph.edges, *((i, i) for i in range(len(graph.neighbours)))]
     rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
     return rows, columns, torch.tensor(graph.coloring.color, dtype=torch.long, device=device)
-
-
-def _num_draws(graph: MarkovGraph) -> int:
-    count = MOST_GRADIENTS // (2 * (graph.coloring.num_colors + 1)) * 2
-    return min(max(count, _FEWEST_DRAWS), _MOST_DRAWS)
 
 
 def expectations(

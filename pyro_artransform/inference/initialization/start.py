@@ -11,7 +11,7 @@ tried in other coordinates, from draws of the first one.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ...joint.coordinates import Coordinates, centered_by_curvature
 from ...joint.mean_density import MeanLogJoint
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ..config import InitializationConfig
-from ..optimization.steps import copies, copy_to
+from ..optimization.training import copies, copy_to
 from .batch_and_match import ascend, match_scores
 from .gaussians import Gaussians, antithetic_noise, elbos, evaluate_density
 from .points import starting_points
@@ -42,7 +42,7 @@ _GAIN_IN_SE, _GAIN = 2.0, 0.01
 # many independent Gaussians begin at the best of the points alone
 _NUM_INDEPENDENT = 4
 # draws of a Gaussian beyond one for each coordinate, and the fewest; by loop
-_MORE_DRAWS, _FEWEST_DRAWS, _MORE_BY_LOOP, _FEWEST_BY_LOOP = 16, 32, 2, 8
+_DRAWS, _DRAWS_BY_LOOP = (16, 32), (2, 8)
 _NUM_ROUGH = 64  # draws that candidates are compared on first
 _MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches beyond a finite density
 
@@ -103,10 +103,12 @@ def _in_other_coordinates(
 
 def best_of(guide: PriorGuide | MinibatchGuide, candidates: Iterable[InitialGuide]) -> InitialGuide:
     """Leaves a guide at the one with the largest ELBO of the candidates that it becomes in turn."""
-    found = [(candidate, copies(guide.parameters())) for candidate in candidates]
-    best, saved = max(found, key=lambda pair: pair[0].elbo)
+    best = None
+    for candidate in candidates:
+        if best is None or candidate.elbo > best.elbo:
+            best, saved = candidate, copies(guide.parameters())
     copy_to(guide.parameters(), saved)
-    return best
+    return cast(InitialGuide, best)
 
 
 def _start_from_points(
@@ -195,35 +197,22 @@ class GaussianSearch:
     config: InitializationConfig
 
     @property
-    def _is_by_loop(self) -> bool:
-        return self.density.strategy == "loop"
-
-    @property
-    def _is_dense(self) -> bool:
-        return self.density.latents.latent_dim <= self.config.max_dense_dim
-
-    @property
     def num_points(self) -> int:
         """Points that it begins at."""
-        config = self.config
-        return config.num_points_by_loop if self._is_by_loop else config.num_points
-
-    @property
-    def num_draws(self) -> int:
-        """Draws of a Gaussian, which is known from as many as it has dimensions."""
-        more, fewest = _MORE_DRAWS, _FEWEST_DRAWS
-        if self._is_by_loop:
-            more, fewest = _MORE_BY_LOOP, _FEWEST_BY_LOOP
-        return max(self.density.latents.latent_dim + more, fewest) if self._is_dense else fewest
+        config, is_by_loop = self.config, self.density.strategy == "loop"
+        return config.num_points_by_loop if is_by_loop else config.num_points
 
     def from_points(self, points: Tensor) -> Gaussians:
         """The best one from points ``(S, D)``, as S = 1."""
-        density, count = self.density, self.num_draws
-        if not self._is_dense:
+        density, dim = self.density, points.shape[-1]
+        more, fewest = _DRAWS_BY_LOOP if density.strategy == "loop" else _DRAWS
+        is_dense = dim <= self.config.max_dense_dim
+        count = max(dim + more, fewest) if is_dense else fewest
+        if not is_dense:
             order = evaluate_density(density, points).argsort(descending=True)
             points = points[order[:_NUM_INDEPENDENT]]
         given = density, points, count, self.config.num_matches
-        fitted = match_scores(*given, is_independent=not self._is_dense)
+        fitted = match_scores(*given, is_independent=not is_dense)
         fitted, bounds = self.finite(fitted, antithetic_noise(points, _NUM_ROUGH))
         best = fitted.take([int(bounds.argmax())])
         return ascend(density, best, 2 * count, self.config.num_ascents)

@@ -261,14 +261,6 @@ class PassEstimate(NamedTuple):
     loader_share: float = 1.0
 
 
-def validation_batches(stream: BatchStream, config: MinibatchConfig) -> list[Batch]:
-    """Some of the batches of an epoch, at least one, on which parameters are compared."""
-    found = list(stream.whole.one_pass(config.num_compared))
-    if not found:
-        raise ValueError("loader: expected at least one batch, got none")
-    return found
-
-
 @dataclass
 class MinibatchObjective(Objective):
     """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
@@ -366,10 +358,11 @@ def _mean_and_error(
     means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
 ) -> tuple[float, float]:
     """The weighted mean of independent means, a share of all that there are, and its error."""
-    total = sum(weights)
-    shares = [weight / total for weight in weights]
-    mean = math.fsum(s * own for s, own in zip(shares, means))
-    by_draws = math.fsum(s**2 * variance for s, variance in zip(shares, variances))
-    deviations = math.fsum(s**2 * (own - mean) ** 2 for s, own in zip(shares, means))
-    by_batches = deviations * len(shares) / max(len(shares) - 1, 1)
-    return mean, math.sqrt(by_draws + max(1 - share, 0.0) * by_batches)
+    mean, variance, weight = torch.tensor(
+        [means, variances, weights], dtype=torch.float64, device="cpu"
+    )
+    shares = weight / weight.sum()
+    found = shares @ mean
+    by_batches = shares.square() @ (mean - found).square() * len(means) / max(len(means) - 1, 1)
+    by_draws = shares.square() @ variance
+    return float(found), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())

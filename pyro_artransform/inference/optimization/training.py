@@ -1,12 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The steps of a fit to a model, and the choice of the parameters that it ends with."""
+"""The steps of a fit, and the choice of the parameters that it ends with."""
 
 import copy
 import math
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +15,120 @@ import torch
 from torch import Tensor
 
 from ...joint.protocols import ScaledSteps
-from ..parallel import Parallel
+from ..parallel import Gradients, Parallel
 from .objective import Objective
-from .optimizers import Adam, users_optimizer
+from .optimizers import Adam, Optimizer, users_optimizer
 from .schedule import Schedule, score_of
-from .steps import FitError, Steps
 
 _END = ("decay_start", "end", "reason")
 # standard errors by which the average has to be better than the last parameters
 _CLEAR = 2.0
 _COPIED = ("norms", "average", "best", "best_loss")
 _BLOCK = 50  # steps whose mean loss says which parameters were the best
+# steps whose median norm clips gradients
+_CLIP_WINDOW = 100
+# steps in a row that are not finite before a fit gives up, and skipped steps whose sites are named
+_MAX_SKIPS, _MAX_NAMED = 100, 20
+
+
+class FitError(RuntimeError):
+    """A fit that cannot go on."""
+
+
+class Steps:
+    """Steps of parameters by an optimizer, with what is needed to clip and to count them.
+
+    :param clip_factor: gradients are clipped to this multiple of the median norm of the last steps.
+    """
+
+    optimizer: Optimizer
+
+    def __init__(
+        self, parameters: Iterable[Tensor], clip_factor: float, parallel: Parallel | None = None
+    ) -> None:
+        self.trained, self._clip_factor = list(parameters), clip_factor
+        self._parallel = parallel or Parallel()
+        #: the loss of each step, NaN where the step was skipped
+        self.losses: list[float] = []
+        #: the sites because of which steps were skipped, with the number of times
+        self.culprits: Counter[str] = Counter()
+        self._norms: list[float] = []
+
+    @property
+    def num_steps(self) -> int:
+        """The steps taken so far, the skipped ones included."""
+        return len(self.losses)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(math.isnan, self.losses))
+
+    def last_are_skipped(self, count: int) -> bool:
+        """Whether so many steps in a row were skipped just now."""
+        return sum(map(math.isnan, self.losses[-count:])) == count
+
+    def take(self, loss: Tensor) -> float:
+        """Takes a step, or skips it where the loss or its gradient is not finite; returns the loss.
+
+        :raises FitError: if too many steps in a row were skipped.
+        """
+        value = loss.item()
+        gradients: Gradients | None = None
+        if math.isfinite(value):
+            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        value, gradients = self._parallel.mean(value, gradients, self.trained)
+        present = [gradient for gradient in gradients or () if gradient is not None]
+        norm = math.inf
+        if gradients is not None:
+            norms = torch._foreach_norm(present)
+            norm = torch.stack([*map(Tensor.double, norms)]).norm().item()
+        if gradients is None or not math.isfinite(norm):
+            self._skip()
+            return value
+        self.losses.append(value)
+        self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
+        limit = self._clip_factor * statistics.median(self._norms)
+        shrink = min(1.0, limit / norm) if norm > 0 else 1.0
+        if shrink < 1.0:
+            torch._foreach_mul_(present, shrink)
+        for parameter, gradient in zip(self.trained, gradients):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # PyTorch's fused Adam reads both in the order of memory
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
+        self.optimizer.step()
+        for parameter in self.trained:
+            parameter.grad = None
+        return value
+
+    def nonfinite_sites(self) -> list[str]:
+        """The sites that made the last loss other than finite, as far as they are known."""
+        return []
+
+    def _skip(self) -> None:
+        if self.num_skipped < _MAX_NAMED:  # naming a site runs the model again
+            self.culprits.update(self.nonfinite_sites() or ["the gradient"])
+        self.losses.append(math.nan)
+        if self.last_are_skipped(_MAX_SKIPS):
+            raise FitError(
+                f"the fit stopped: the loss or its gradient was not finite in {_MAX_SKIPS} steps "
+                f"in a row, because of {', '.join(self.culprits)}. The parameters are finite, as the "
+                "last good steps left them. Check the data, and that the model and its gradient are finite "
+                "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
+                "stays in its gradient"
+            )
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The values of tensors."""
+    return [*map(torch.clone, map(Tensor.detach, tensors))]
+
+
+@torch.no_grad()
+def copy_to(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Puts tensors at given values, one for each, in place."""
+    for tensor, value in zip(tensors, values):
+        tensor.copy_(value)
 
 
 class Training(Steps):
@@ -45,7 +149,6 @@ class Training(Steps):
     ) -> None:
         self.objective, self.num_particles = objective, num_particles
         self.schedule, self._config = schedule, schedule.config
-        self._parallel = parallel or Parallel()
         self.parameters = objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
@@ -56,12 +159,16 @@ class Training(Steps):
             self.optimizer = Adam(trained, step_size, scales)
         else:
             self.optimizer = users_optimizer(optim, trained)
-        super().__init__(trained, config.clip_factor)
+        super().__init__(trained, config.clip_factor, parallel)
         #: gradients of the model's log density, one for each draw
         self.num_gradients = 0
         self.start = ""  #: the name of the initial guide
         self.earlier_seconds = 0.0  #: the wall time that the fit took before it was resumed
-        self._average, self._best, self._best_loss = self.copies(), self.copies(), math.inf
+        self._average, self._best, self._best_loss = (
+            copies(self.trained),
+            copies(self.trained),
+            math.inf,
+        )
         # the weights say nothing of the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
 
@@ -97,18 +204,16 @@ class Training(Steps):
         self.num_gradients += count
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
-        value, gradients = self.value_and_gradients(loss)
         if isinstance(self.optimizer, Adam):
             self.optimizer.factor = self.schedule.factor(self.num_steps)
-        value, gradients = self._parallel.mean(value, gradients, self.trained)
-        self.take(value, gradients)
+        value = self.take(loss)
         self._remember()
         self.schedule = self.schedule.observe(self.losses)
         if self._has_checks and self.schedule.is_for_check(self.num_steps):
-            present = self.copies()
-            self.set_parameters(self._average)
+            present = copies(self.trained)
+            copy_to(self.trained, self._average)
             self.schedule = self.schedule.after_check(self.num_steps, self._gap())
-            self.set_parameters(present)
+            copy_to(self.trained, present)
         return value
 
     def _remember(self) -> None:
@@ -120,10 +225,10 @@ class Training(Steps):
             return
         loss = statistics.fmean(self.losses[-_BLOCK:])
         if loss < self._best_loss:
-            self._best, self._best_loss = self.copies(), loss
+            self._best, self._best_loss = copies(self.trained), loss
         elif isinstance(self.optimizer, Adam) and self._runs_away():
-            self.set_parameters(self._best)
-            self._average, self._norms = self.copies(), []
+            copy_to(self.trained, self._best)
+            self._average, self._norms = copies(self.trained), []
             self.optimizer.restart(self._config.retreat)
 
     def _runs_away(self) -> bool:
@@ -142,10 +247,10 @@ class Training(Steps):
         """Leaves the last parameters, or the averaged ones if their ELBO is clearly larger; says which."""
         if not self.losses:
             return "last"
-        last, state, draws = self.copies(), torch.get_rng_state(), list[Tensor]()
+        last, state, draws = copies(self.trained), torch.get_rng_state(), list[Tensor]()
         for values in (last, self._average):
             torch.set_rng_state(state)
-            self.set_parameters(values)
+            copy_to(self.trained, values)
             found = self.objective.elbo_draws(self._config.num_compared)
             draws.append(found.detach().double())
         gain = draws[1] - draws[0]
@@ -153,14 +258,14 @@ class Training(Steps):
             return "averaged"
         if not bool(draws[0].isfinite().all()) and bool(draws[1].isfinite().all()):
             return "averaged"
-        self.set_parameters(last)
+        copy_to(self.trained, last)
         return "last"
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, in tensors and plain data."""
         return {
             **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
-            "parameters": dict(zip(self.parameters, self.copies())),
+            "parameters": dict(zip(self.parameters, copies(self.trained))),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {name: getattr(self.schedule, name) for name in _END},
             "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
@@ -175,7 +280,7 @@ class Training(Steps):
         got = {name: tuple(p.shape) for name, p in state["parameters"].items()}
         if expected != got:
             raise ValueError(f"checkpoint: expected the parameters {expected}, got {got}")
-        self.set_parameters(state["parameters"].values())
+        copy_to(self.trained, state["parameters"].values())
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule = replace(self.schedule, **state["schedule"])
         self.losses = state["losses"].tolist()

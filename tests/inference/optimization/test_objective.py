@@ -19,7 +19,6 @@ from pyro_artransform.inference.optimization.objective import (
     PathObjective,
     PyroObjective,
     _mean_and_error,
-    validation_batches,
 )
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders, models
@@ -224,7 +223,7 @@ def objectives(kind=loaders.small, make_loader=loaders.listed, **numbers):
     else:
         arguments = Batch((x, y), {})
         objective = PyroObjective(loaders.regression, guide, arguments, log_joint, 4)
-    validation = validation_batches(batches, config)
+    validation = list(batches.one_pass(config.num_compared))
     by_batch = MinibatchObjective(objective, batches, log_joint, validation, config)
     return by_batch, objective.with_arguments(Batch((x, y), {}))
 

@@ -10,8 +10,7 @@ from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.steps import _MAX_SKIPS, FitError
-from pyro_artransform.inference.optimization.training import Training
+from pyro_artransform.inference.optimization.training import _MAX_SKIPS, FitError, Training, copy_to
 
 
 class Bowl(Objective):
@@ -221,7 +220,7 @@ def test_keeps_the_better(good):
     values = dict.fromkeys(("last", "averaged"), torch.full((4,), 2.0))
     values[good] = torch.full((4,), 3.0)
     training._average = [values["averaged"], torch.ones(2)]
-    training.set_parameters([values["last"], torch.ones(2)])
+    copy_to(training.trained, [values["last"], torch.ones(2)])
     assert training.select_parameters() == good
     assert torch.equal(training.objective.x, values[good])
 
@@ -229,7 +228,7 @@ def test_keeps_the_better(good):
 def test_what_is_not_finite_is_not_kept():
     assert training_of(Bowl()).select_parameters() == "last"
     training = run(training_of(Bowl(), 200))
-    training.set_parameters([torch.full((4,), torch.nan), torch.ones(2)])
+    copy_to(training.trained, [torch.full((4,), torch.nan), torch.ones(2)])
     assert training.select_parameters() == "averaged"
     assert training.objective.x.isfinite().all()
 
