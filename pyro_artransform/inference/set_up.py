@@ -94,7 +94,10 @@ class SetUp:
         #: draws for each step, of all processes
         self.num_particles = own * parallel.size
         #: why the model is run for one draw after the other, if it is
-        self.looped_because = _reason_of_loop(of_batch, log_joint.reason)
+        self.looped_because = log_joint.reason
+        if isinstance(of_batch, PyroObjective):
+            reason = log_joint.reason or "model and guide do not run in a plate of particles"
+            self.looped_because = "" if of_batch.is_vectorized else reason
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
         if self.looped_because:
@@ -181,12 +184,3 @@ def _objective_of_batch(
             return PathObjective(log_joint, guide)
     num = (config.minibatch if is_minibatch else config.optimization).num_estimates
     return PyroObjective(model, subject.guide, Batch(args, kwargs), log_joint, num)
-
-
-def _reason_of_loop(objective: BatchObjective, reason: str) -> str:
-    """Why the model is run for one draw after the other, if it is."""
-    if not isinstance(objective, PyroObjective):
-        return reason
-    if objective.is_vectorized:
-        return ""
-    return reason or "model and guide do not run in a plate of particles"

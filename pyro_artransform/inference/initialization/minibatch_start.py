@@ -6,7 +6,6 @@
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -80,7 +79,6 @@ def find_initial_minibatch_guide(
     share, run = 1 / structure.scale, partial(model, *batch[0], **batch[1])
     elements = log_joint.latents.sites.keys() - set(structure.global_latents)
     shared = SharedPrior(log_joint, share, elements)
-    few_points = replace(config, num_points=config.num_points_by_loop)
     before = copies(guide.parameters())
 
     def candidate(name: str) -> InitialGuide:
@@ -93,8 +91,8 @@ def find_initial_minibatch_guide(
     def move() -> Tensor | None:
         """Moves to a Gaussian in the guide's coordinates: draws of it on the unconstrained space."""
         density = shared.with_coordinates(guide.coordinates_of(shared.latents))
-        search = GaussianSearch(density, few_points)
-        points = starting_points(density, run, density.start, search.num_points)
+        search = GaussianSearch(density, config)
+        points = starting_points(density, run, density.start, config.num_points_by_loop)
         if not len(points):
             return None
         gaussian, bounds = search.finite(

@@ -115,10 +115,12 @@ def _start_from_points(
     search: "GaussianSearch", model: Callable[[], object], guide: FlowGuide
 ) -> InitialGuide:
     """The better one of a guide and what is found from points around it."""
-    density = search.density
-    elbo, needed, center = _judge(density, guide, search.config)
+    density, config = search.density, search.config
+    elbo, needed, center = _judge(density, guide, config)
     _check_gradient(density, center)
-    points = starting_points(density, model, center, search.num_points)
+    is_by_loop = density.strategy == "loop"
+    count = config.num_points_by_loop if is_by_loop else config.num_points
+    points = starting_points(density, model, center, count)
     if len(points):
         found = _start_at_best(search, guide, search.from_points(points), needed)
         if found.elbo > needed:
@@ -195,12 +197,6 @@ class GaussianSearch:
 
     density: LogJoint | MeanLogJoint
     config: InitializationConfig
-
-    @property
-    def num_points(self) -> int:
-        """Points that it begins at."""
-        config, is_by_loop = self.config, self.density.strategy == "loop"
-        return config.num_points_by_loop if is_by_loop else config.num_points
 
     def from_points(self, points: Tensor) -> Gaussians:
         """The best one from points ``(S, D)``, as S = 1."""
