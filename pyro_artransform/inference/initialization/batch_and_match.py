@@ -17,6 +17,7 @@ from afar. Linear algebra is in double precision: units of latents differ by man
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,8 @@ def match_scores(
         drawn = _draw(log_density, moved, num_draws, points.dtype)
         gain = drawn.elbo - batch.elbo
         is_worse, is_far = gain < -dim, gain > dim  # neither, where both have no density
-        now = Gaussians(*(_where(is_worse, *pair) for pair in zip(now, moved)))
-        batch = Sampled(*(_where(is_worse, *pair) for pair in zip(batch, drawn)))
+        now = Gaussians(*map(partial(_where, is_worse), now, moved))
+        batch = Sampled(*map(partial(_where, is_worse), batch, drawn))
         more = torch.where(is_far, _MORE * factor, (_MORE * factor).clamp_max(1.0))
         factor = torch.where(is_worse, factor / _MORE**2, more)
     return now.to(points.dtype)
@@ -87,9 +88,8 @@ def _matched(gaussians: Gaussians, batch: Sampled, rate: Tensor) -> Gaussians:
     (loc, scale), rate = gaussians, rate[:, None]
     weights = batch.is_finite.to(loc)[..., None]
     count = weights.sum(1).clamp_min(1)
-    draw, gradient = (
-        torch.where(weights > 0, each, 0.0) for each in (batch.draws, batch.gradients)
-    )
+    draw = torch.where(weights > 0, batch.draws, 0.0)
+    gradient = torch.where(weights > 0, batch.gradients, 0.0)
     mean, slope = draw.sum(1) / count, gradient.sum(1) / count
     share, root = rate / (1 + rate), weights * (rate / count).sqrt()[:, None]
     # the factors of V, the covariance before with that of the draws, and of U, that of the gradients
