@@ -33,11 +33,9 @@ class Adam:
         self.step_size, self._scales = step_size, scales
         #: of the step size, by the schedule
         self.factor = 1.0
-        self._is_fused, self._has_complex = True, False
-        for parameter in parameters:
-            is_fast = parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
-            self._is_fused &= is_fast
-            self._has_complex |= parameter.is_complex()
+        has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        self._is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
+        self._has_complex = any(map(torch.is_complex, parameters))
         #: of each parameter: the mean of its gradients, that of their squares, and the number of steps
         self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         for p in parameters:
@@ -59,15 +57,10 @@ class Adam:
             for trained, scale in self._scales.step_scales().items():
                 if trained in self._moments:
                     scaled.append((trained, scale, trained.detach().clone()))
-        moved, gradients = list[Tensor](), list[Tensor]()
-        means, squares, counts = list[Tensor](), list[Tensor](), list[Tensor]()
-        for parameter, (mean, square, count) in self._moments.items():
-            if parameter.grad is not None:
-                moved.append(parameter)
-                gradients.append(parameter.grad)
-                means.append(mean)
-                squares.append(square)
-                counts.append(count)
+        present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
+        if not present:
+            return
+        moved, gradients, means, squares, counts = map(list, zip(*present))
         adam(
             moved,
             gradients,
