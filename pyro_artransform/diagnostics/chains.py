@@ -8,7 +8,7 @@ turn out not to mix; only what comes after is kept.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
 from .convergence import plain_rhat, rhat_and_ess
 from .hamiltonian import HamiltonianChains, PulledBack, State, ToLatent
-from .importance_weights import check_same_latents, log_weights
+from .importance_weights import ModelAndGuide, check_same_latents
 from .preconditioning import Preconditioner
 from .psis import fit_tail
 
@@ -78,22 +78,15 @@ class GuideChains:
         another model, is a point, has discrete sites, or has too few draws of finite density.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., object],
-        guide: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        log_joint: LogJoint,
-        num_chains: int | None = None,
-    ) -> None:
+    def __init__(self, subject: ModelAndGuide, num_chains: int | None = None) -> None:
+        log_joint = subject.log_joint
         if log_joint.is_random:
             raise ValueError(
                 "model: expected one that sees all its data, got one that sub-samples them, or whose "
                 "density is random otherwise"
             )
         count = num_chains or _num_chains(log_joint)
-        base = _base_space(model, guide, args, kwargs, log_joint, count)
+        base = _base_space(subject, count)
         #: whether the guide is a Gaussian, so that a gradient costs as much as the model's
         self.is_affine = base.is_affine
         self._log_joint, self.target = log_joint, PulledBack(log_joint, base.to_latent)
@@ -252,28 +245,20 @@ class _BaseSpace(NamedTuple):
     is_affine: bool
 
 
-def _base_space(
-    model: Callable[..., object],
-    guide: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    log_joint: LogJoint,
-    count: int,
-) -> "_BaseSpace":
+def _base_space(subject: ModelAndGuide, count: int) -> _BaseSpace:
     """The transform of a standard normal that a guide is, and points ``(count, D)`` of the base space.
 
     A guide that offers none is taken by its means and sds.
     """
-    # an error if it is not a guide of this model
-    drawn = model, guide, args, kwargs, log_joint
-    draws, _ = log_weights(drawn[0], drawn[1], 2, *drawn[2:])
-    transform = _transform_of(guide, args, kwargs, log_joint)
+    draws = subject.draws(2)  # an error if it is not a guide of this model
+    transform = _transform_of(subject)
     if transform is not None:
-        check_same_latents(log_joint, partial(guide, *args, **kwargs))
+        guide = partial(subject.guide, *subject.args, **subject.kwargs)
+        check_same_latents(subject.log_joint, guide)
         start = torch.randn_like(draws[:1].expand(count, -1))
         affine = _affine(transform, start)
         return _BaseSpace(transform if affine is None else affine, start, affine is not None)
-    draws, _ = log_weights(drawn[0], drawn[1], max(_NUM_DRAWS, count), *drawn[2:])
+    draws = subject.draws(max(_NUM_DRAWS, count))
     draws = draws[draws.isfinite().all(-1)]
     if len(draws) < count:
         raise ValueError(
@@ -287,14 +272,13 @@ def _base_space(
     return _BaseSpace(to_latent, (draws[:count] - loc) / scale, True)
 
 
-def _transform_of(
-    guide: object, args: tuple[object, ...], kwargs: Mapping[str, object], log_joint: LogJoint
-) -> ToLatent | None:
+def _transform_of(subject: ModelAndGuide) -> ToLatent | None:
     """The transform of a standard normal that a guide is, to the coordinates of the log joint density.
 
     ``None`` if it does not offer one: a guide on the unconstrained space has none to the prior's units.
     """
-    in_units = log_joint.coordinates is not None
+    guide: object = subject.guide
+    in_units = subject.log_joint.coordinates is not None
     if not isinstance(guide, TransformedGuide) or (in_units and not isinstance(guide, PriorGuide)):
         return None
     try:
@@ -303,7 +287,7 @@ def _transform_of(
             if in_units and isinstance(guide, PriorGuide):
                 transform = guide.transform_in_coordinates()
             else:
-                transform = guide.get_transform(*args, **kwargs)
+                transform = guide.get_transform(*subject.args, **subject.kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
         return None
     return partial(call_and_ladj_over_vectors, transform)

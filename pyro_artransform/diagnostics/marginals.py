@@ -14,7 +14,7 @@ from ..arguments import check_integer
 from ..joint import Latents, LogJoint
 from .chains import GOOD_RHAT, GuideChains
 from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
-from .importance_weights import Values, log_joint_of, log_weights
+from .importance_weights import ModelAndGuide, Values
 from .marginal_errors import (
     MarginalErrors,
     critical_value,
@@ -122,11 +122,11 @@ def marginals(
     check_integer("num_samples", num_samples)
     if num_chains is not None:
         check_integer("num_chains", num_chains, 4)
-    log_joint = log_joint_of(model, guide, args, kwargs)
-    chains = GuideChains(model, guide, args, kwargs, log_joint, num_chains)
+    subject = ModelAndGuide.of(model, guide, args, kwargs)
+    chains = GuideChains(subject, num_chains)
     chains.run(num_samples)
-    draws, _ = log_weights(model, guide, _NUM_DRAWS, args, kwargs, log_joint)
-    return marginals_by_chains(chains, log_joint.to_unconstrained(draws)[0], log_joint)
+    of_guide, _ = subject.log_joint.to_unconstrained(subject.draws(_NUM_DRAWS))
+    return marginals_by_chains(chains, of_guide, subject.log_joint)
 
 
 @torch.no_grad()

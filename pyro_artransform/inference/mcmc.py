@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..arguments import check_integer, check_positive
 from ..diagnostics.chains import GOOD_RHAT, GuideChains
-from ..diagnostics.importance_weights import log_joint_of
+from ..diagnostics.importance_weights import ModelAndGuide
 from ..diagnostics.tails import MOST_LATENTS, missed_tail
 from ..joint import Latents, LogJoint
 from ..joint.coordinates import Coordinates, centered_by_curvature
 from ..joint.protocols import PriorGuide, StructuredGuide
 from ..posterior.arviz import chains_to_inference_data
 from .config import FitConfig, OptimizationConfig
-from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate
+from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.verdict import FitStatus
 from .initialization.start import NUM_DRAWS
 from .progress import noted_interrupts, progress_bar, seeded
@@ -150,15 +150,15 @@ def mcmc(
     deadline = Deadline(max_seconds)
     with seeded(seed), noted_interrupts() as interrupted, progress_bar(progress) as bar:
         deadline.interrupted = interrupted.is_set
-        log_joint = log_joint_of(model, guide, args, kwargs)
-        subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
+        subject = ModelAndGuide.of(model, guide, args, kwargs)
+        log_joint = subject.log_joint
         bar.say("chains")
-        chains = GuideChains(*subject, num_chains)
+        chains = GuideChains(subject, num_chains)
         if chains.is_affine and not isinstance(cast(object, guide), PriorGuide):
             # a Gaussian is no more than a place and a scale, which the prior's units can have
             subject = subject._replace(log_joint=_by_curvature(subject))
             if subject.log_joint is not log_joint:
-                chains = GuideChains(*subject, num_chains)
+                chains = GuideChains(subject, num_chains)
         chains.run(num_samples, deadline.is_over)
         bar.say("verdict")
         found = evaluate_with_chains(subject, FitStatus(), FitConfig(), chains)
@@ -268,7 +268,7 @@ class Sampling:
 
     def cost_less(self) -> bool:
         """Whether chains from the guide as it is would take fewer gradients than the next block of steps."""
-        self.chains = chains = GuideChains(*self._subject)
+        self.chains = chains = GuideChains(self._subject)
         chains.warm_up(self._deadline.is_over)
         chains.extend(_NUM_TRIED, self._deadline.is_over)
         if self._deadline.is_over():
@@ -286,7 +286,7 @@ class Sampling:
     ) -> tuple[Evaluation, Chains]:
         """The guide's evaluation, and the draws of chains: of those tried, if no step came after."""
         if self.chains is None or num_steps != self._num_steps:
-            self.chains = GuideChains(*self._subject)
+            self.chains = GuideChains(self._subject)
         self.chains.run(self._num_draws, self._deadline.is_over)
         found = evaluate_with_chains(self._subject, status, config, self.chains)
         latents = self._subject.log_joint.latents

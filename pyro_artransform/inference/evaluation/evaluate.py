@@ -4,7 +4,6 @@
 """The evaluation of a posterior: weighted draws of the guide, mass it misses, and single latents."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ from torch import Tensor
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.chains import GuideChains
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
-from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
+from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
-from ...joint import LogJoint
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.objective import PassEstimate
 from .missed_modes import MissedModeSearch
@@ -31,19 +29,6 @@ from .verdict import (
 
 _MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 _UNCLEAR_KHAT_IN_SE = 2.0
-
-
-class ModelAndGuide(NamedTuple):
-    """What is evaluated: a model, a guide, and the arguments of both."""
-
-    model: Callable[..., object]
-    guide: Callable[..., object]
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-    log_joint: LogJoint
-
-    def weighted_draws(self, count: int) -> Iterator[Weighted]:
-        return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
 
 
 class Drawn(NamedTuple):
@@ -246,12 +231,11 @@ def _judge_by_chains(
         if weights.trusted and weights.is_close:
             return MarginalVerdict()
     try:
-        chains = GuideChains(*subject)
+        chains = GuideChains(subject)
         chains.run(config.num_by_chains, most=config.max_by_chains)
         draws = None if evaluation.drawn is None else evaluation.drawn.latents
         if draws is None:
-            parts = [part.latent for part in subject.weighted_draws(config.num_samples)]
-            draws = torch.cat([part for part in parts if part is not None])
+            draws = subject.draws(config.num_samples)
         unconstrained, _ = log_joint.to_unconstrained(draws)
         found = marginals_by_chains(chains, unconstrained, log_joint)
     # a model without a gradient, or a guide that is a point

@@ -13,11 +13,10 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform.diagnostics import fit_tail
-from pyro_artransform.diagnostics.importance_weights import Weighted
+from pyro_artransform.diagnostics.importance_weights import ModelAndGuide, Weighted
 from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.evaluate import (
     MarginalVerdict,
-    ModelAndGuide,
     draw,
     evaluate,
     evaluate_minibatches,
