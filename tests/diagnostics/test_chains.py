@@ -48,7 +48,7 @@ def test_the_base_space_is_that_of_the_guide(make):
     """The density that a transform gives is the guide's, an affine one as a matrix too."""
     guide = make(_model, init_scale=0.5)
     subject = ModelAndGuide.of(_model, guide, (), {})
-    to_latent, start, _ = chains._base_space(subject, 7)
+    _, to_latent, start, _ = chains._base_space(subject, 7)
     assert start.shape == (7, 3)
     latent, ladj = to_latent(start)
     expected = guide.get_posterior().log_prob(latent)
@@ -81,7 +81,7 @@ def hand_written():
 )
 def test_a_guide_without_a_transform_is_taken_by_its_means_and_sds(guide):
     subject = ModelAndGuide.of(_model, guide, (), {})
-    to_latent, start, _ = chains._base_space(subject, 2000)
+    _, to_latent, start, _ = chains._base_space(subject, 2000)
     # of 10,000 draws: within five standard errors
     assert start.mean(0).abs().max() < 5 / 2000**0.5
     assert (start.std(0) - 1).abs().max() < 5 / 4000**0.5

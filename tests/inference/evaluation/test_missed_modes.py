@@ -11,6 +11,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.diagnostics.importance import GOOD_GAP
+from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.mixture import Shape
 from pyro_artransform.inference.evaluation.mode_search import drawn
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
@@ -70,7 +71,7 @@ MASSES = {
     "by gradients, of 2": (
         along([0.0, 20.0], [0.7, 0.3], 2),
         (0,),
-        {"config": replace(DEFAULTS, max_dense_dim=0)},
+        {"config": replace(DEFAULTS, evaluation=EvaluationConfig(max_dense_dim=0))},
         1,
         (0.25, 0.35),
     ),
@@ -261,7 +262,7 @@ def _without_gradient():
 )
 def test_models_without_a_part_of_what_a_search_needs(model, sd, log_evidence, searched_by, quick):
     draws = sd * torch.randn(2000, 1)
-    found = missed(model, draws, log_evidence, config=quick.evaluation)
+    found = missed(model, draws, log_evidence, config=quick)
     assert (found.num_lost, found.searched_by) == (0, searched_by)
 
 
