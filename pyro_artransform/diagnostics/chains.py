@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_integer
 from ..joint import LogJoint
 from ..joint.coordinates import coordinates_at, non_centered
 from ..joint.density import CACHED_WITH_GRADIENT
@@ -58,17 +59,21 @@ class GuideChains:
     ``draws`` are on the unconstrained space, shape ``(C, n, D)``; the chains move in the coordinates of
     ``log_joint``, which has some from the prior where a Gaussian guide of a hierarchy has none.
 
-    :raises ValueError: if the model sub-samples its data, or the guide lacks a latent, was made for
-        another model, is a point, has discrete sites, or has too few draws of finite density.
+    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
+        a latent, was made for another model, is a point, has discrete sites, or has too few draws of
+        finite density.
     """
 
     def __init__(self, subject: ModelAndGuide, num_chains: int | None = None) -> None:
+        if num_chains is not None:
+            check_integer("num_chains", num_chains, 4)
         if subject.log_joint.is_random:
             raise ValueError(
                 "model: expected one that sees all its data, got one that sub-samples them, or whose "
                 "density is random otherwise"
             )
         count = num_chains or _num_chains(subject.log_joint)
+        # of a Gaussian guide, which is affine, a gradient costs as much as the model's
         self.log_joint, to_latent, start, self.is_affine = _base_space(subject, count)
         self.target = PulledBack(self.log_joint, to_latent)
         self._chains = chains = HamiltonianChains(self.target, start)
@@ -206,23 +211,11 @@ def _num_chains(log_joint: LogJoint) -> int:
     return min(max(fast, FEWEST_CHAINS), MOST_CHAINS)
 
 
-class _BaseSpace(NamedTuple):
-    """The transform of a standard normal that a guide is, to the coordinates of a log joint density.
+def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, Tensor, bool]:
+    """A density, a transform of a standard normal to its coordinates, points ``(count, D)``, if it is affine.
 
-    ``start`` are points ``(count, D)`` of the base space. Of a Gaussian guide, which is affine, a gradient
-    costs as much as the model's.
-    """
-
-    log_joint: LogJoint
-    to_latent: ToLatent
-    start: Tensor
-    is_affine: bool
-
-
-def _base_space(subject: ModelAndGuide, count: int) -> _BaseSpace:
-    """A guide that offers no transform is taken by its means and sds, as is a Gaussian one of a hierarchy.
-
-    A Gaussian is no more than a place and a scale, which coordinates from the prior can have too.
+    A guide that offers no transform is taken by its means and sds, and so is a Gaussian one of a hierarchy:
+    it is no more than a place and a scale, which coordinates from the prior can have too.
     """
     log_joint, given = subject.log_joint, None
     draws = subject.draws(2)  # an error if it is not a guide of this model
@@ -232,7 +225,7 @@ def _base_space(subject: ModelAndGuide, count: int) -> _BaseSpace:
         check_same_latents(log_joint, guide)
         start = torch.randn_like(draws[:1].expand(count, -1))
         affine = _affine(transform, start)
-        given = _BaseSpace(log_joint, affine or transform, start, affine is not None)
+        given = log_joint, affine or transform, start, affine is not None
         if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
             return given
     unit = non_centered(log_joint)
@@ -240,20 +233,22 @@ def _base_space(subject: ModelAndGuide, count: int) -> _BaseSpace:
         return given
     draws = subject.draws(max(_NUM_DRAWS, count))
     draws = draws[draws.isfinite().all(-1)]
+    is_point = bool((draws == draws[:1]).all(0).any())  # whose sd is no zero, but round-off
+    if unit is not log_joint and len(draws):
+        found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
+        log_joint = log_joint.with_coordinates(found)
+        draws, _ = log_joint.from_unconstrained(draws)
+        draws = draws[draws.isfinite().all(-1)]
     if len(draws) < count:
         raise ValueError(
             f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
             "check supports"
         )
-    if bool((draws == draws[:1]).all(0).any()):  # whose sd is no zero, but round-off
+    if is_point:
         raise ValueError("guide: expected draws that differ, got one value of a latent in all")
-    if unit is not log_joint:
-        found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
-        log_joint = log_joint.with_coordinates(found)
-        draws, _ = log_joint.from_unconstrained(draws)
     loc, scale = draws.mean(0), draws.std(0)
     to_latent = Standardize(loc, scale).call_and_ladj
-    return _BaseSpace(log_joint, to_latent, (draws[:count] - loc) / scale, True)
+    return log_joint, to_latent, (draws[:count] - loc) / scale, True
 
 
 def _transform_of(subject: ModelAndGuide) -> ToLatent | None:

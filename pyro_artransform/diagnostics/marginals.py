@@ -132,8 +132,6 @@ def marginals(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("marginals: expected gradients, got torch.inference_mode: leave it")
     check_integer("num_samples", num_samples)
-    if num_chains is not None:
-        check_integer("num_chains", num_chains, 4)
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     chains = GuideChains(subject, num_chains)
     chains.run(num_samples)

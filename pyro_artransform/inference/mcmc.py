@@ -138,8 +138,6 @@ def mcmc(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("mcmc: expected gradients, got torch.inference_mode: leave it")
     check_integer("num_samples", num_samples)
-    if num_chains is not None:
-        check_integer("num_chains", num_chains, 4)
     if seed is not None:
         check_integer("seed", seed, 0)
     deadline = Deadline(max_seconds)

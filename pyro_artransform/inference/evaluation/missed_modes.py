@@ -21,7 +21,7 @@ from ..config import FitConfig
 from ..initialization.gaussians import Gaussians
 from .angles import find_circular, fold
 from .mixture import Mixture, Shape, Stratum
-from .mode_search import ModeSearch, drawn
+from .mode_search import ModeSearch
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
@@ -81,7 +81,7 @@ def find_missed_modes(
     log_evidence -= excess
     around = Shape(moments(draws, config.evaluation.max_dense_dim), False, is_circular)
     if ess is not None:  # chains may have more around them than a guide that nobody has trained
-        near = drawn(log_density, around, config.evaluation.num_for_mode).log_weights
+        near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
     search = ModeSearch(log_density, model, config, draws, around)
     points = torch.cat([heaviest, search.points()])
@@ -109,7 +109,7 @@ def _mixture(
             places, searched_by = [], "none"
         return Mixture.of(*guide, [], places), searched_by
     wide, modes = search.around._replace(is_heavy=True), None
-    around, searched_by = [drawn(search.log_density, wide, config.num_around)], "curvature"
+    around, searched_by = [wide.stratum(search.log_density, config.num_around)], "curvature"
     for _ in range(config.max_searches):
         try:
             modes = search.modes_above(points, modes)
@@ -123,7 +123,7 @@ def _mixture(
         points = search.points_afar()
     is_said, more = log_evidence - elbo > GOOD_GAP, found.log_evidence - elbo - GOOD_GAP
     if not is_said and abs(more) <= 2 * found.log_evidence_se < 2 * GOOD_GAP:
-        around.append(drawn(search.log_density, wide, _UNCLEAR * config.num_around))
+        around.append(wide.stratum(search.log_density, _UNCLEAR * config.num_around))
         found = Mixture.of(*guide, around, places)
     return found, searched_by
 

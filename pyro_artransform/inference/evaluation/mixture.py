@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..initialization.gaussians import Gaussians
+from ..initialization.gaussians import Density, Gaussians, evaluate_density
 from .angles import wrapped
 
 # the share of the draws in each tail that is looked at, and by how many standard errors there must be more
@@ -50,17 +50,19 @@ class Shape(NamedTuple):
     is_heavy: bool = False
     is_circular: Tensor | None = None
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draws ``(count, D)``, and which of them count, as they are within a turn."""
+    def stratum(self, log_density: Density, count: int) -> "Stratum":
+        """Draws, with their weights; those of angles beyond a turn have none."""
         noise = torch.randn_like(self.gaussian.loc.expand(count, -1))
         if self.is_heavy:
             far = noise[count // 2 :]
             far /= torch.randn_like(far[:, :1]).abs()
         away = self.gaussian.deviations(noise)[0]
-        is_inside = torch.ones_like(away[:, 0], dtype=torch.bool)
+        draws = self.gaussian.loc + away
+        log_p = evaluate_density(log_density, draws)
         if self.is_circular is not None:
-            is_inside = ~(self.is_circular & (away.abs() > math.pi)).any(-1)
-        return self.gaussian.loc + away, is_inside
+            is_beyond = (self.is_circular & (away.abs() > math.pi)).any(-1)
+            log_p = log_p.masked_fill(is_beyond, -torch.inf)
+        return Stratum(draws, log_p - self.log_probs(draws)[0], self)
 
     def log_probs(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The log density at points ``(n, D)``, and that of the Gaussian alone where its draws are."""

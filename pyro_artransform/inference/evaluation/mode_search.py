@@ -138,7 +138,7 @@ class ModeSearch:
         """Draws around each of S modes."""
         each = (modes.gaussians.take([k]) for k in range(len(modes.value)))
         shapes = (Shape(gaussian, True, self.around.is_circular) for gaussian in each)
-        return [drawn(self.log_density, s, self.config.evaluation.num_for_mode) for s in shapes]
+        return [s.stratum(self.log_density, self.config.evaluation.num_for_mode) for s in shapes]
 
     def moved_guides(self, points: Tensor, log_evidence: float) -> list[Stratum]:
         """The guide itself at the ends of climbs, as wide as the density is there, and mirrored.
@@ -188,10 +188,3 @@ class ModeSearch:
             ratio = drop / here if min(drop, here) > 0 else 1.0
             width *= min(max(math.sqrt(ratio), 0.1), 10.0)
         return width
-
-
-def drawn(log_density: LogDensity, shape: Shape, count: int) -> Stratum:
-    """Draws of a shape, with their weights."""
-    draws, is_inside = shape.sample(count)
-    log_p = evaluate_density(log_density, draws).masked_fill(~is_inside, -torch.inf)
-    return Stratum(draws, log_p - shape.log_probs(draws)[0], shape)
