@@ -40,9 +40,13 @@ class Convergence(NamedTuple):
         if draws.shape[1] < 4:
             none = draws.new_zeros(draws.shape[-1])
             return cls(torch.full_like(none, torch.inf), none, none)
-        halves, flat = _split(draws), _flat(draws).sort(0).values.double()
+        halves, flat = _split(draws), draws.flatten(0, 1).sort(0).values.double()
         scores, has_variance = _normal_scores(halves), _has_variance(halves)
-        folded = _normal_scores((halves - _median(_flat(halves))).abs())
+        # the mean of the two values in the middle, of which PyTorch takes the lower one
+        middle = 0.5 * (
+            halves.flatten(0, 1).median(0).values - (-halves).flatten(0, 1).median(0).values
+        )
+        folded = _normal_scores((halves - middle).abs())
         rhat = torch.stack([_rhat(scores), _rhat(folded), plain_rhat(draws)]).amax(0)
         bulk = _ess(scores)
         bulk = torch.where(has_variance, torch.minimum(bulk, _ess(halves)), bulk)
@@ -83,18 +87,10 @@ def _split(draws: Tensor) -> Tensor:
     return halves.double()
 
 
-def _flat(draws: Tensor) -> Tensor:
-    return draws.reshape(-1, draws.shape[-1])
-
-
-def _median(flat: Tensor) -> Tensor:
-    """The mean of the two values in the middle, of which PyTorch takes the lower one."""
-    return 0.5 * (flat.median(0).values - (-flat).median(0).values)
-
-
 def _has_variance(draws: Tensor) -> Tensor:
     """Which coordinates have a variance, by Hill's estimate of their tails, shape ``(D,)``."""
-    distances = (_flat(draws) - _flat(draws).median(0).values).abs()
+    flat = draws.flatten(0, 1)
+    distances = (flat - flat.median(0).values).abs()
     count = max(len(distances) // 50, 2)
     largest = distances.topk(count, 0).values.clamp_min(torch.finfo(draws.dtype).tiny).log()
     return largest.mean(0) - largest[-1] < _MOST_TAIL
@@ -102,7 +98,7 @@ def _has_variance(draws: Tensor) -> Tensor:
 
 def _normal_scores(draws: Tensor) -> Tensor:
     """Normal quantiles of the ranks, ties in their mean."""
-    values, order = _flat(draws).sort(0)
+    values, order = draws.flatten(0, 1).sort(0)
     count = len(values)
     position = torch.arange(1.0, count + 1, dtype=draws.dtype, device=draws.device)[:, None]
     is_new = torch.ones_like(values, dtype=torch.bool)

@@ -53,15 +53,12 @@ def draw(
         if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
-    if not is_noisy and more >= count and _is_unclear(torch.cat(parts)):
-        parts += [chunk.log_weights for chunk in subject.weighted_draws(more)]
+    if not is_noisy and more >= count:
+        found = Importance.from_log_weights(torch.cat(parts))
+        # k-hat alone decides, and is not clearly below its limit
+        if found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT:
+            parts += [chunk.log_weights for chunk in subject.weighted_draws(more)]
     return torch.cat(parts), torch.cat(latents) if latents else None
-
-
-def _is_unclear(log_weights: Tensor) -> bool:
-    """Whether k-hat alone decides, and is not clearly below its limit."""
-    found = Importance.from_log_weights(log_weights)
-    return found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT
 
 
 class MarginalVerdict(NamedTuple):
