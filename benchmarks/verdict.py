@@ -33,9 +33,9 @@ from verdict_targets import TARGETS, Model, Target
 
 from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import Importance
-from pyro_artransform.diagnostics.importance_weights import weighted_draws
+from pyro_artransform.diagnostics.importance_weights import ModelAndGuide, weighted_draws
 from pyro_artransform.inference import FitConfig, FitError
-from pyro_artransform.inference.evaluation.evaluate import ModelAndGuide, evaluate
+from pyro_artransform.inference.evaluation.evaluate import evaluate
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.joint import LogJoint
 

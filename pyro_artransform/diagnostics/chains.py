@@ -8,27 +8,28 @@ turn out not to mix; only what comes after is kept.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_integer
 from ..joint import LogJoint
+from ..joint.coordinates import coordinates_at, non_centered
 from ..joint.density import CACHED_WITH_GRADIENT
 from ..joint.protocols import PriorGuide, TransformedGuide
 from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from .convergence import plain_rhat, rhat_and_ess
+from .convergence import GOOD_RHAT, Convergence, plain_rhat
 from .hamiltonian import HamiltonianChains, PulledBack, State, ToLatent
-from .importance_weights import check_same_latents, log_weights
+from .importance_weights import ModelAndGuide, check_same_latents
 from .preconditioning import Preconditioner
 from .psis import fit_tail
 
-GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
-# that of chains that do not mix, and the rate of acceptance of those that do not move
+# R-hat of chains that do not mix, and the rate of acceptance of those that do not move
 _BAD_RHAT, _STUCK = 1.1, 0.01
 # the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
 # where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
@@ -43,27 +44,10 @@ _WARM_UP, _BLOCK = (8, 12, 20), 24
 _MOST_TRAJECTORIES = 2000
 # the share of the number so far that the next block has
 _GROWTH = 0.5
-# draws of a guide that offers no transform, whose means and sds are its coordinates
-_NUM_DRAWS = 10_000
+# draws of a guide that is taken by its means and sds, and those at which the curvature is asked
+_NUM_DRAWS, _NUM_CENTERED = 10_000, 8
 # the dimensions up to which an affine transform is a matrix, and points that tell whether it is affine
 _MOST_DENSE, _NUM_PROBES = 1200, 8
-
-
-class Convergence(NamedTuple):
-    """R-hat and effective numbers of draws of each latent, shape ``(D,)``, in its bulk and its tails."""
-
-    rhat: Tensor
-    bulk: Tensor
-    tail: Tensor
-
-    def is_enough(self, num_samples: int) -> bool:
-        """Whether there are so many effective draws of each latent, and chains agree."""
-        return self.min_ess >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
-
-    @property
-    def min_ess(self) -> float:
-        """The smallest effective number of draws, of bulk and tails: Vehtari et al. ask it of both."""
-        return float(torch.minimum(self.bulk, self.tail).min())
 
 
 class GuideChains:
@@ -72,32 +56,27 @@ class GuideChains:
     Where the guide is so good that most of its draws are accepted, these are the proposals, as in an
     independence sampler (Tierney, 1994, https://doi.org/10.1214/aos/1176325750); else trajectories are.
 
-    ``draws`` are on the unconstrained space, shape ``(C, n, D)``.
+    ``draws`` are on the unconstrained space, shape ``(C, n, D)``; the chains move in the coordinates of
+    ``log_joint``, which has some from the prior where a Gaussian guide of a hierarchy has none.
 
-    :raises ValueError: if the model sub-samples its data, or the guide lacks a latent, was made for
-        another model, is a point, has discrete sites, or has too few draws of finite density.
+    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
+        a latent, was made for another model, is a point, has discrete sites, or has too few draws of
+        finite density.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., object],
-        guide: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        log_joint: LogJoint,
-        num_chains: int | None = None,
-    ) -> None:
-        if log_joint.is_random:
+    def __init__(self, subject: ModelAndGuide, num_chains: int | None = None) -> None:
+        if num_chains is not None:
+            check_integer("num_chains", num_chains, 4)
+        if subject.log_joint.is_random:
             raise ValueError(
                 "model: expected one that sees all its data, got one that sub-samples them, or whose "
                 "density is random otherwise"
             )
-        count = num_chains or _num_chains(log_joint)
-        base = _base_space(model, guide, args, kwargs, log_joint, count)
-        #: whether the guide is a Gaussian, so that a gradient costs as much as the model's
-        self.is_affine = base.is_affine
-        self._log_joint, self.target = log_joint, PulledBack(log_joint, base.to_latent)
-        self._chains = chains = HamiltonianChains(self.target, base.start)
+        count = num_chains or _num_chains(subject.log_joint)
+        # of a Gaussian guide, which is affine, a gradient costs as much as the model's
+        self.log_joint, to_latent, start, self.is_affine = _base_space(subject, count)
+        self.target = PulledBack(self.log_joint, to_latent)
+        self._chains = chains = HamiltonianChains(self.target, start)
         usable = chains.state.is_finite.nonzero()[:, 0]
         if len(usable) < count:
             if len(usable) < 2:
@@ -160,7 +139,7 @@ class GuideChains:
         if not latents:
             return
         block = torch.stack(latents, 1)
-        u, _ = self._log_joint.to_unconstrained(block.flatten(0, 1))
+        u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
         self._known = None
         self.acceptance = math.fsum(rates) / len(rates)
@@ -168,20 +147,8 @@ class GuideChains:
     def convergence(self) -> Convergence:
         """What all draws that are kept say."""
         if self._known is None:
-            draws = self.draws
-            if draws.shape[1] < 4:
-                none = draws.new_zeros(draws.shape[-1])
-                self._known = Convergence(torch.full_like(none, torch.inf), none, none)
-            else:
-                self._known = Convergence(*rhat_and_ess(draws))
+            self._known = Convergence.of(self.draws)
         return self._known
-
-    def _is_enough(self, num_samples: int) -> bool:
-        # ranks of a thousand latents take seconds, and are of no use while means do not agree
-        draws = self.draws
-        if draws.shape[1] < 4 or float(plain_rhat(draws).max()) > GOOD_RHAT:
-            return False
-        return self.convergence().is_enough(num_samples)
 
     def run(
         self,
@@ -205,11 +172,13 @@ class GuideChains:
             if not self._blocks:
                 self.extend(1)
             size = self.draws.shape[1]
-            if is_over() or total + size >= most or self._is_enough(num_samples):
+            if is_over() or total + size >= most:
                 return self.convergence()
-            if self._is_heavy() or (
-                size >= patience and float(plain_rhat(self.draws).max()) > _BAD_RHAT
-            ):
+            # ranks of a thousand latents take seconds, and are of no use while means do not agree
+            rhat = float(plain_rhat(self.draws).max())
+            if rhat <= GOOD_RHAT and self.convergence().is_enough(num_samples):
+                return self.convergence()
+            if self._is_heavy() or (size >= patience and rhat > _BAD_RHAT):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 total, self._by_guide, before = total + size, False, self._blocks
@@ -222,17 +191,13 @@ class GuideChains:
         tail = fit_tail(torch.cat(self._chains.proposed))
         return tail.khat - tail.khat_se > _BOUNDED
 
-    def trajectories_left(self, num_samples: int) -> float:
-        """How many more are needed, about, as far as the draws so far tell."""
+    def gradients_left(self, num_samples: int) -> float:
+        """How many more each chain needs, about, as far as the draws so far tell."""
         size, found = self.draws.shape[1], self.convergence()
         by_ess = size * num_samples / max(found.min_ess, 1e-3)
         excess = float(found.rhat.max()) ** 2 - 1
-        return max(by_ess, size * excess / (GOOD_RHAT**2 - 1)) - size
-
-    @property
-    def leapfrogs(self) -> int:
-        """Gradients of a trajectory of one chain."""
-        return self._chains.num_leapfrogs
+        trajectories = max(by_ess, size * excess / (GOOD_RHAT**2 - 1)) - size
+        return self._chains.num_leapfrogs * trajectories
 
 
 def _num_chains(log_joint: LogJoint) -> int:
@@ -246,64 +211,58 @@ def _num_chains(log_joint: LogJoint) -> int:
     return min(max(fast, FEWEST_CHAINS), MOST_CHAINS)
 
 
-class _BaseSpace(NamedTuple):
-    to_latent: ToLatent
-    start: Tensor
-    is_affine: bool
+def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, Tensor, bool]:
+    """A density, a transform of a standard normal to its coordinates, points ``(count, D)``, if it is affine.
 
-
-def _base_space(
-    model: Callable[..., object],
-    guide: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    log_joint: LogJoint,
-    count: int,
-) -> "_BaseSpace":
-    """The transform of a standard normal that a guide is, and points ``(count, D)`` of the base space.
-
-    A guide that offers none is taken by its means and sds.
+    A guide that offers no transform is taken by its means and sds, and so is a Gaussian one of a hierarchy:
+    it is no more than a place and a scale, which coordinates from the prior can have too.
     """
-    # an error if it is not a guide of this model
-    drawn = model, guide, args, kwargs, log_joint
-    draws, _ = log_weights(drawn[0], drawn[1], 2, *drawn[2:])
-    transform = _transform_of(guide, args, kwargs, log_joint)
+    log_joint, given = subject.log_joint, None
+    draws = subject.draws(2)  # an error if it is not a guide of this model
+    transform = _transform_of(subject)
     if transform is not None:
-        check_same_latents(log_joint, partial(guide, *args, **kwargs))
+        guide = partial(subject.guide, *subject.args, **subject.kwargs)
+        check_same_latents(log_joint, guide)
         start = torch.randn_like(draws[:1].expand(count, -1))
         affine = _affine(transform, start)
-        return _BaseSpace(transform if affine is None else affine, start, affine is not None)
-    draws, _ = log_weights(drawn[0], drawn[1], max(_NUM_DRAWS, count), *drawn[2:])
+        given = log_joint, affine or transform, start, affine is not None
+        if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
+            return given
+    unit = non_centered(log_joint)
+    if given is not None and unit is log_joint:
+        return given
+    draws = subject.draws(max(_NUM_DRAWS, count))
     draws = draws[draws.isfinite().all(-1)]
+    is_point = bool((draws == draws[:1]).all(0).any())  # whose sd is no zero, but round-off
+    if unit is not log_joint and len(draws):
+        found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
+        log_joint = log_joint.with_coordinates(found)
+        draws, _ = log_joint.from_unconstrained(draws)
+        draws = draws[draws.isfinite().all(-1)]
     if len(draws) < count:
         raise ValueError(
             f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
             "check supports"
         )
-    loc, scale = draws.mean(0), draws.std(0)
-    if bool((draws == draws[:1]).all(0).any()):  # whose sd is no zero, but round-off
+    if is_point:
         raise ValueError("guide: expected draws that differ, got one value of a latent in all")
+    loc, scale = draws.mean(0), draws.std(0)
     to_latent = Standardize(loc, scale).call_and_ladj
-    return _BaseSpace(to_latent, (draws[:count] - loc) / scale, True)
+    return log_joint, to_latent, (draws[:count] - loc) / scale, True
 
 
-def _transform_of(
-    guide: object, args: tuple[object, ...], kwargs: Mapping[str, object], log_joint: LogJoint
-) -> ToLatent | None:
-    """The transform of a standard normal that a guide is, to the coordinates of the log joint density.
-
-    ``None`` if it does not offer one: a guide on the unconstrained space has none to the prior's units.
-    """
-    in_units = log_joint.coordinates is not None
-    if not isinstance(guide, TransformedGuide) or (in_units and not isinstance(guide, PriorGuide)):
+def _transform_of(subject: ModelAndGuide) -> ToLatent | None:
+    """The transform of a standard normal to the guide's draws; ``None`` where it offers none."""
+    guide: object = subject.guide
+    if not isinstance(guide, TransformedGuide):
         return None
     try:
         # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
         with torch.enable_grad():
-            if in_units and isinstance(guide, PriorGuide):
+            if subject.log_joint.coordinates is not None and isinstance(guide, PriorGuide):
                 transform = guide.transform_in_coordinates()
             else:
-                transform = guide.get_transform(*args, **kwargs)
+                transform = guide.get_transform(*subject.args, **subject.kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method
         return None
     return partial(call_and_ladj_over_vectors, transform)

@@ -116,15 +116,16 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
                 f"results['{name}']: expected a finite log evidence, got {found.log_evidence}. After a "
                 "fit by mini-batches it is not known: run diagnostics.importance with all data"
             )
-    best = max(results.values(), key=lambda found: found.log_evidence)
-    total = sum(math.exp(found.log_evidence - best.log_evidence) for found in results.values())
-    models = {}
-    for name, found in sorted(results.items(), key=lambda item: -item[1].log_evidence):
+    ordered = sorted(results.items(), key=lambda item: -item[1].log_evidence)
+    (_, best), models = ordered[0], {}
+    total = sum(math.exp(found.log_evidence - best.log_evidence) for _, found in ordered)
+    for name, found in ordered:
         evidence, se = found.log_evidence, found.log_evidence_se
         gap = evidence - best.log_evidence
         gap_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
-        ratio = math.exp(gap) / total
-        models[name] = ComparedModel(evidence, se, gap, gap_se, ratio, found.trusted)
+        models[name] = ComparedModel(
+            evidence, se, gap, gap_se, math.exp(gap) / total, found.trusted
+        )
     words = _conclusion(models) + "".join(_objection(name, results[name]) for name in models)
     return Comparison(models, all(model.trusted for model in models.values()), words)
 

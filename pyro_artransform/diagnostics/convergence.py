@@ -10,75 +10,70 @@
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
 _TAILS = (0.05, 0.95)
 _MANY = 2**21
 _MOST_TAIL = 0.5  # the tail index of values with a variance
 
 
-def rhat(draws: Tensor) -> Tensor:
-    """The split R-hat of draws ``(C, n, D)``, shape ``(D,)``: the largest of bulk, tails and the values.
+class Convergence(NamedTuple):
+    """R-hat and effective numbers of draws of each latent, shape ``(D,)``, in its bulk and its tails.
 
-    Those of bulk and tails are rank-normalized. It is 1 where a coordinate is constant, and infinite
-    where a value is not finite.
+    R-hat is the largest of bulk and tails, rank-normalized, and of the values themselves: 1 where all are
+    the same. The number of the bulk is the smaller one with ranks and without, which is that for the mean;
+    that of the tails the smaller one of the quantiles of 5 and 95 %. Where a value is not finite, and of
+    fewer than 4 draws, R-hat is infinite and the numbers are 0.
     """
-    halves = _split(draws)
-    return _largest_rhat(halves, _normal_scores(halves))
 
+    rhat: Tensor
+    bulk: Tensor
+    tail: Tensor
 
-def _largest_rhat(halves: Tensor, scores: Tensor) -> Tensor:
-    folded = (halves - _median(_flat(halves))).abs()
-    found = torch.maximum(_rhat(scores), _rhat(_normal_scores(folded)))
-    found = torch.maximum(found, _plain_rhat(halves))
-    return _where_finite(halves, found, torch.inf)
+    @classmethod
+    def of(cls, draws: Tensor) -> "Convergence":
+        """That of chains ``(C, n, D)``."""
+        if draws.shape[1] < 4:
+            none = draws.new_zeros(draws.shape[-1])
+            return cls(torch.full_like(none, torch.inf), none, none)
+        halves, flat = _split(draws), draws.flatten(0, 1).sort(0).values.double()
+        scores, has_variance = _normal_scores(halves), _has_variance(halves)
+        # the mean of the two values in the middle, of which PyTorch takes the lower one
+        middle = 0.5 * (
+            halves.flatten(0, 1).median(0).values - (-halves).flatten(0, 1).median(0).values
+        )
+        folded = _normal_scores((halves - middle).abs())
+        rhat = torch.stack([_rhat(scores), _rhat(folded), plain_rhat(draws)]).amax(0)
+        bulk = _ess(scores)
+        bulk = torch.where(has_variance, torch.minimum(bulk, _ess(halves)), bulk)
+        quantiles = [flat[math.floor(share * (len(flat) - 1))] for share in _TAILS]
+        tail = torch.minimum(*(_ess((halves <= quantile).to(halves)) for quantile in quantiles))
+        is_finite = halves.isfinite().all(1).all(0)
+        found = zip((rhat, bulk, tail), (torch.inf, 0.0, 0.0))
+        return cls(*(torch.where(is_finite, values, otherwise) for values, otherwise in found))
+
+    def is_enough(self, num_samples: int) -> bool:
+        """Whether there are so many effective draws of each latent, and chains agree."""
+        return self.min_ess >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
+
+    @property
+    def min_ess(self) -> float:
+        """The smallest effective number of draws, of bulk and tails: Vehtari et al. ask it of both."""
+        return float(torch.minimum(self.bulk, self.tail).min())
 
 
 def plain_rhat(draws: Tensor) -> Tensor:
     """The split R-hat without ranks, shape ``(D,)``; 1 of a coordinate without a variance."""
-    return _plain_rhat(_split(draws))
-
-
-def _plain_rhat(halves: Tensor) -> Tensor:
+    halves = _split(draws)
     return torch.where(_has_variance(halves), _rhat(halves), 1.0)
 
 
-def rhat_and_ess(draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`rhat`, :func:`bulk_ess` and :func:`tail_ess`, with one ranking for the first two."""
-    halves = _split(draws)
-    scores = _normal_scores(halves)
-    return _largest_rhat(halves, scores), _smallest_ess(halves, scores), tail_ess(draws)
-
-
-def bulk_ess(draws: Tensor) -> Tensor:
-    """The effective number of draws ``(C, n, D)`` for the centre of each coordinate, shape ``(D,)``.
-
-    The smaller one with ranks and without, which is that for the mean.
-    """
-    halves = _split(draws)
-    return _smallest_ess(halves, _normal_scores(halves))
-
-
-def _smallest_ess(halves: Tensor, scores: Tensor) -> Tensor:
-    found = _ess(scores)
-    found = torch.where(_has_variance(halves), torch.minimum(found, _ess(halves)), found)
-    return _where_finite(halves, found, 0.0)
-
-
-def tail_ess(draws: Tensor) -> Tensor:
-    """The same for its tails: the smaller one of the quantiles of 5 and 95 %."""
-    halves, flat = _split(draws), _flat(draws).sort(0).values.double()
-    found = []
-    for share in _TAILS:
-        quantile = flat[math.floor(share * (len(flat) - 1))]
-        found.append(_ess((halves <= quantile).to(halves)))
-    return _where_finite(halves, torch.minimum(*found), 0.0)
-
-
 def mean_ess(draws: Tensor) -> Tensor:
-    """The same for the mean, without ranks."""
+    """The effective number of draws ``(C, n, D)`` for the mean, without ranks, shape ``(D,)``."""
     return _ess(_split(draws))
 
 
@@ -92,22 +87,10 @@ def _split(draws: Tensor) -> Tensor:
     return halves.double()
 
 
-def _flat(draws: Tensor) -> Tensor:
-    return draws.reshape(-1, draws.shape[-1])
-
-
-def _median(flat: Tensor) -> Tensor:
-    """The mean of the two values in the middle, of which PyTorch takes the lower one."""
-    return 0.5 * (flat.median(0).values - (-flat).median(0).values)
-
-
-def _where_finite(draws: Tensor, found: Tensor, otherwise: float) -> Tensor:
-    return torch.where(draws.isfinite().all(1).all(0), found, otherwise)
-
-
 def _has_variance(draws: Tensor) -> Tensor:
     """Which coordinates have a variance, by Hill's estimate of their tails, shape ``(D,)``."""
-    distances = (_flat(draws) - _flat(draws).median(0).values).abs()
+    flat = draws.flatten(0, 1)
+    distances = (flat - flat.median(0).values).abs()
     count = max(len(distances) // 50, 2)
     largest = distances.topk(count, 0).values.clamp_min(torch.finfo(draws.dtype).tiny).log()
     return largest.mean(0) - largest[-1] < _MOST_TAIL
@@ -115,7 +98,7 @@ def _has_variance(draws: Tensor) -> Tensor:
 
 def _normal_scores(draws: Tensor) -> Tensor:
     """Normal quantiles of the ranks, ties in their mean."""
-    values, order = _flat(draws).sort(0)
+    values, order = draws.flatten(0, 1).sort(0)
     count = len(values)
     position = torch.arange(1.0, count + 1, dtype=draws.dtype, device=draws.device)[:, None]
     is_new = torch.ones_like(values, dtype=torch.bool)

@@ -53,19 +53,18 @@ class State(NamedTuple):
 class PulledBack:
     """The log density log p(T(x)) + log |det T'(x)| of a posterior p in the base space of a transform T.
 
-    ``num_batches`` and ``num_gradients`` count what was evaluated.
+    ``num_gradients`` counts the points where it was evaluated.
     """
 
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
         self.to_latent, self._log_joint = to_latent, log_joint
-        self.num_batches = self.num_gradients = 0
+        self.num_gradients = 0
 
     def __call__(self, base: Tensor) -> State:
         """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
         parts = []
         self.num_gradients += len(base)
         for part in base.detach().split(self._log_joint.chunk_size):
-            self.num_batches += 1
             with torch.enable_grad():
                 latent, ladj = self.to_latent(part.requires_grad_())
                 log_density = self._log_joint(latent) + ladj

@@ -87,19 +87,36 @@ def weighted_draws(
         yield draw(min(_CHUNK, num_samples - start))
 
 
-def log_joint_of(
-    model: Model, guide: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> LogJoint:
-    """The log joint density in the coordinates of a guide's draws, after a run of the guide.
+class ModelAndGuide(NamedTuple):
+    """A model of all its data, a guide of its latents, the arguments of both, and the log joint density."""
 
-    By that the guide learns the latents of its model, and enters its parameters into Pyro's store.
-    """
-    with torch.no_grad(), hidden_sites():
-        guide(*args, **kwargs)
-    log_joint, offered = LogJoint(model, args, kwargs), cast(object, guide)
-    if isinstance(offered, PriorGuide):
-        log_joint = log_joint.with_coordinates(offered.prior_coordinates)
-    return log_joint
+    model: Model
+    guide: Model
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    log_joint: LogJoint
+
+    @classmethod
+    def of(
+        cls, model: Model, guide: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> "ModelAndGuide":
+        """With the density in the coordinates of the guide's draws, after a run of the guide.
+
+        By that the guide learns the latents of its model, and enters its parameters into Pyro's store.
+        """
+        with torch.no_grad(), hidden_sites():
+            guide(*args, **kwargs)
+        log_joint, offered = LogJoint(model, args, kwargs), cast(object, guide)
+        if isinstance(offered, PriorGuide):
+            log_joint = log_joint.with_coordinates(offered.prior_coordinates)
+        return cls(model, guide, args, kwargs, log_joint)
+
+    def weighted_draws(self, count: int) -> Iterator[Weighted]:
+        return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
+
+    def draws(self, count: int) -> Tensor:
+        """Draws ``(count, latent_dim)`` of the guide, in the coordinates of the density."""
+        return log_weights(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)[0]
 
 
 def has_point(values: Values) -> bool:

@@ -1,33 +1,45 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How far means and standard deviations of a guide are off, one latent at a time."""
+"""How far means and standard deviations of a guide are off, one latent at a time, by chains or weights.
+
+An error is not known where the moments that it and its standard error rest on do not exist, as far as the
+tail's index says: a mean needs a second moment, a standard deviation a fourth one.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integer
 from ..joint import Latents, LogJoint
-from .chains import GOOD_RHAT, GuideChains
-from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
-from .importance_weights import Values, log_joint_of, log_weights
-from .marginal_errors import (
-    MarginalErrors,
-    critical_value,
-    errors_by_chains,
-    errors_by_weights,
-    indices_along_rays,
-    known,
-)
+from .chains import GuideChains
+from .convergence import GOOD_RHAT, mean_ess
+from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARIANCE
+from .importance_weights import ModelAndGuide, Values
+from .psis import fit_tail, fit_tails
 
 # draws of the guide whose means and sds are compared with those of chains
 _NUM_DRAWS = 10_000
 # that of 20 degrees of freedom; of an exponential tail along rays it is at most 0.01
 _INDEX_OF_LIGHT_TAIL = 0.05
+# the largest tail indices of values with a second and a fourth moment
+_INDEX_OF_SECOND, _INDEX_OF_FOURTH = 0.5, 0.25
+# sds between which the fall of a density says what its tail is
+_RADII = (30.0, 300.0)
+
+
+class MarginalErrors(NamedTuple):
+    """The errors in :class:`Marginals`, shape ``(D,)`` each."""
+
+    mean_shift: Tensor
+    mean_shift_se: Tensor
+    sd_ratio: Tensor
+    sd_ratio_se: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +132,11 @@ def marginals(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("marginals: expected gradients, got torch.inference_mode: leave it")
     check_integer("num_samples", num_samples)
-    if num_chains is not None:
-        check_integer("num_chains", num_chains, 4)
-    log_joint = log_joint_of(model, guide, args, kwargs)
-    chains = GuideChains(model, guide, args, kwargs, log_joint, num_chains)
+    subject = ModelAndGuide.of(model, guide, args, kwargs)
+    chains = GuideChains(subject, num_chains)
     chains.run(num_samples)
-    draws, _ = log_weights(model, guide, _NUM_DRAWS, args, kwargs, log_joint)
-    return marginals_by_chains(chains, log_joint.to_unconstrained(draws)[0], log_joint)
+    of_guide, _ = subject.log_joint.to_unconstrained(subject.draws(_NUM_DRAWS))
+    return marginals_by_chains(chains, of_guide, subject.log_joint)
 
 
 @torch.no_grad()
@@ -134,7 +144,7 @@ def marginals_by_chains(chains: GuideChains, of_guide: Tensor, log_joint: LogJoi
     """By chains from a guide, and draws of it ``(n, D)`` on the unconstrained space."""
     of_guide = of_guide[of_guide.isfinite().all(-1)]
     draws = chains.draws
-    index = _indices_along_rays(draws.flatten(0, 1), log_joint)
+    index = indices_along_rays(log_joint.with_coordinates(None), draws.flatten(0, 1))
     errors = known(errors_by_chains(draws, of_guide), index)
     return _judged(errors, chains.num_chains, log_joint.latents, chains.convergence().rhat)
 
@@ -145,15 +155,10 @@ def marginals_by_weights(draws: Tensor, log_weights: Tensor, log_joint: LogJoint
     Nothing is known of latents whose density falls as a power: a guide whose own tails are lighter has
     no draws beyond some distance, and weights that do not show it.
     """
-    index = _indices_along_rays(draws, log_joint)
+    index = indices_along_rays(log_joint.with_coordinates(None), draws)
     index = index.masked_fill(index > _INDEX_OF_LIGHT_TAIL, torch.inf)
     errors = known(errors_by_weights(draws, log_weights), index)
     return _judged(errors, len(draws), log_joint.latents)
-
-
-def _indices_along_rays(draws: Tensor, log_joint: LogJoint) -> Tensor:
-    density = log_joint.with_coordinates(None)
-    return indices_along_rays(density, draws.median(0).values, draws.std(0))
 
 
 def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
@@ -231,3 +236,93 @@ def _words_of_unknown(is_unknown: Tensor, bounds: tuple[float, float], latents: 
         f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with more "
         "num_samples knows more"
     )
+
+
+def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
+    """Errors of the guide that draws ``(n, D)`` are of, by those of chains ``(C, m, D)``."""
+    loc, scale = of_guide.mean(0), of_guide.std(0)
+    flat = ((draws - loc) / scale).flatten(0, 1)
+    mean, var, own = flat.mean(0), flat.var(0), (of_guide - loc) / scale
+    sd, squares = var.sqrt(), (flat - mean).square()
+    count, count_of_squares = mean_ess(draws), mean_ess(squares.reshape(draws.shape))
+    mean_se = (1 / count + 1 / (len(own) * var)).sqrt()
+    # of the log of a variance
+    log_var = squares.var(0) / var.square() / count_of_squares
+    log_var = log_var + own.square().var(0) / len(own)
+    ratio = 1 / sd
+    errors = MarginalErrors(-mean / sd, mean_se, ratio, ratio * log_var.sqrt() / 2)
+    of_draws, of_own = (_tail_indices(each.abs().log()) for each in (flat, own))
+    return known(errors, torch.maximum(of_draws, of_own))
+
+
+def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
+    """Errors of the guide that draws, ``(n, D)``, are of, by their weights and the delta method.
+
+    None of an error is known where the weights, or these times squares, have no variance.
+    """
+    weights, khat = (len(draws) * log_weights.softmax(0))[:, None], fit_tail(log_weights).khat
+    parts = []
+    for part in draws.split(256, 1):  # of 4,000 draws each array takes 8 MB
+        mean, other = (weights * part).mean(0), part.mean(0)
+        squares, others = (part - mean).square(), (part - other).square()
+        variance, own = (weights * squares).mean(0), others.mean(0)
+        sd, ratio = variance.sqrt(), (own / variance).sqrt()
+        # what each draw adds to an error
+        of_log_sd = 0.5 * weights * (squares / variance - 1)
+        of_shift = ((part - other) - weights * (part - mean)) / sd - (other - mean) / sd * of_log_sd
+        of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
+        shift_se, log_se = (each.std(0) / len(draws) ** 0.5 for each in (of_shift, of_log_ratio))
+        of_weights = _tail_indices(squares.log() + log_weights[:, None]).clamp(min=khat)
+        index = _tail_indices(others.log() / 2)
+        index = index.masked_fill(of_weights > KHAT_OF_VARIANCE, torch.inf)
+        errors = MarginalErrors((other - mean) / sd, shift_se, ratio, ratio * log_se)
+        parts.append(known(errors, index))
+    return MarginalErrors(*map(torch.cat, zip(*parts)))
+
+
+@torch.no_grad()
+def indices_along_rays(log_density: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
+    """The index of each latent's tail ``(D,)``, as far as a density far outside of draws ``(n, D)`` tells.
+
+    Along each coordinate, both ways from their median: a density that falls as the power -1 - 1 / k of the
+    distance has the index k. Draws of a guide, and short chains, do not get there.
+    """
+    center = draws.median(0).values
+    near, far = (radius * torch.diag_embed(draws.std(0)) for radius in _RADII)
+    found = []
+    for sign in (1, -1):
+        fall = log_density(center + sign * near) - log_density(center + sign * far)
+        power = fall / math.log(_RADII[1] / _RADII[0])
+        index = torch.where(power > 1, 1 / (power - 1), torch.inf)
+        # zero density, or none that can be evaluated, is no tail
+        found.append(index.masked_fill(power.isnan(), 0))
+    return torch.stack(found).amax(0)
+
+
+def known(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
+    """Not a number where the tail of this index ``(D,)`` has no moments that an error rests on."""
+    by_second = torch.where(index <= _INDEX_OF_SECOND, 0.0, torch.nan)
+    by_fourth = torch.where(index <= _INDEX_OF_FOURTH, 0.0, torch.nan)
+    shift, shift_se, ratio, ratio_se = errors
+    return MarginalErrors(shift + by_second, shift_se, ratio + by_fourth, ratio_se)
+
+
+def _tail_indices(log_values: Tensor) -> Tensor:
+    """The Pareto index of each column ``(n, D)``, less its standard error."""
+    return log_values.new_tensor([t.khat - t.khat_se for t in fit_tails(log_values)])
+
+
+def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:
+    """The half width of two-sided intervals that are all right, in standard errors (Bonferroni).
+
+    By the expansion of Student's quantile (Abramowitz and Stegun, 26.7.5), whose degrees of freedom
+    are the chains less two: fewer than those of all their draws.
+    """
+    tail = (1 - confidence) / (2 * num_statements)
+    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / (num_chains - 2) ** power for power, term in enumerate(terms, 1))

@@ -71,7 +71,7 @@ class Preconditioner(NamedTuple):
         else:
             count = min(_NUM_DIRECTIONS, len(draws) // 4)
             if count < 1:
-                return cls(scale, draws.new_zeros((dim, 0)), draws.new_ones(0))
+                return cls.identity(draws)._replace(scale=scale)
             leading = [torch.svd_lowrank(each, count, niter=2)[2] for each in (draws, gradients)]
             basis = torch.linalg.qr(torch.cat(leading, 1)).Q
             draws, gradients = draws @ basis, gradients @ basis

@@ -3,26 +3,23 @@
 
 """Draws of a posterior by Hamiltonian chains in the base space of a guide."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integer, check_positive
 from ..diagnostics.chains import GOOD_RHAT, GuideChains
-from ..diagnostics.importance_weights import log_joint_of
-from ..diagnostics.tails import MOST_LATENTS, missed_tail
-from ..joint import Latents, LogJoint
-from ..joint.coordinates import Coordinates, centered_by_curvature
-from ..joint.protocols import PriorGuide, StructuredGuide
+from ..diagnostics.importance_weights import ModelAndGuide
+from ..joint.protocols import StructuredGuide
 from ..posterior.arviz import chains_to_inference_data
 from .config import FitConfig, OptimizationConfig
-from .evaluation.evaluate import Evaluation, ModelAndGuide, evaluate
+from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.verdict import FitStatus
-from .initialization.start import NUM_DRAWS
 from .progress import noted_interrupts, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -36,8 +33,6 @@ CHAINS_COST_LESS = "chains from here cost less than more steps"
 _FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS = 300, 3, 12
 # trajectories that chains are judged by
 _NUM_TRIED = 24
-#: draws of the guide that modes are searched for with, where chains give the draws
-NUM_FOR_MODES = 2000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -143,82 +138,18 @@ def mcmc(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("mcmc: expected gradients, got torch.inference_mode: leave it")
     check_integer("num_samples", num_samples)
-    if num_chains is not None:
-        check_integer("num_chains", num_chains, 4)
     if seed is not None:
         check_integer("seed", seed, 0)
     deadline = Deadline(max_seconds)
     with seeded(seed), noted_interrupts() as interrupted, progress_bar(progress) as bar:
         deadline.interrupted = interrupted.is_set
-        log_joint = log_joint_of(model, guide, args, kwargs)
-        subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
+        subject = ModelAndGuide.of(model, guide, args, kwargs)
         bar.say("chains")
-        chains = GuideChains(*subject, num_chains)
-        if chains.is_affine and not isinstance(cast(object, guide), PriorGuide):
-            # a Gaussian is no more than a place and a scale, which the prior's units can have
-            subject = subject._replace(log_joint=_by_curvature(subject))
-            if subject.log_joint is not log_joint:
-                chains = GuideChains(*subject, num_chains)
+        chains = GuideChains(subject, num_chains)
         chains.run(num_samples, deadline.is_over)
         bar.say("verdict")
-        found = evaluate_with_chains(subject, FitStatus(), FitConfig(), chains)
-        return to_chains(chains, num_samples, log_joint.latents, found.outside, deadline)
-
-
-def evaluate_with_chains(
-    subject: ModelAndGuide,
-    status: FitStatus,
-    config: FitConfig,
-    chains: GuideChains,
-) -> Evaluation:
-    """Evaluates a guide by few draws, and what its chains lack, where these are the posterior's draws."""
-    flat = chains.draws.flatten(0, 1)
-    chosen = torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]
-    subject = subject._replace(log_joint=_non_centered(subject.log_joint))
-    found = evaluate(subject, status, for_modes(config), by_chains=flat[chosen])
-    return found._replace(outside=(*found.outside, *_about_tails(subject, found, chains)))
-
-
-def _non_centered(log_joint: LogJoint) -> LogJoint:
-    """In coordinates from the prior, where a narrow scale is as wide as others, and climbs end there."""
-    if log_joint.coordinates is not None or not (sites := log_joint.mapped_sites()):
-        return log_joint
-    ones = torch.ones_like(log_joint.start)
-    return log_joint.with_coordinates(
-        Coordinates(ones, ones, sites).non_centered(log_joint.latents)
-    )
-
-
-def _by_curvature(subject: ModelAndGuide) -> LogJoint:
-    """In coordinates from the prior, as far as the data at draws of a guide are weak."""
-    unit = _non_centered(subject.log_joint)
-    if unit.coordinates is None:
-        return unit
-    latent = next(subject._replace(log_joint=unit).weighted_draws(NUM_DRAWS)).latent
-    if latent is None or not bool(latent.isfinite().all()):
-        return unit
-    centered = centered_by_curvature(unit, latent)
-    u, _ = unit.to_unconstrained(latent)
-    found = unit.coordinates._replace(centered=centered, unit=unit.prior_scales(u.mean(0)))
-    return unit.with_coordinates(found)
-
-
-def _about_tails(subject: ModelAndGuide, found: Evaluation, chains: GuideChains) -> list[str]:
-    """What chains lack in the tails, in words; not asked where each draw takes long."""
-    log_joint, weights = subject.log_joint, found.weights
-    latents = log_joint.latents
-    is_slow = log_joint.strategy == "loop" or latents.latent_dim > MOST_LATENTS
-    if is_slow or weights is None:
-        return []
-    draws, _ = log_joint.from_unconstrained(chains.draws.flatten(0, 1))
-    missed = missed_tail(log_joint, draws, chains.convergence().tail, weights.log_evidence)
-    if missed is None:
-        return []
-    name, share = latents.name_of(missed[0]), missed[1]
-    return [
-        f"chains miss a tail of {name}: {100 * share:.1f} % of the posterior is beyond all but 0.5 % of "
-        "the draws. Train the guide for longer, or use one with coordinates from the prior"
-    ]
+        found = evaluate(subject, FitStatus(), FitConfig(), chains=chains)
+        return to_chains(chains, num_samples, found.outside, deadline)
 
 
 class Deadline:
@@ -255,25 +186,25 @@ class Sampling:
         self, subject: ModelAndGuide, num_draws: int, deadline: Deadline, ends_steps: bool
     ) -> None:
         self._subject, self._num_draws, self._deadline = subject, num_draws, deadline
-        self._ends_steps = ends_steps
-        self._next, self._block, self._num_steps = 0, _FIRST_BLOCK, -1
+        self._next = 0 if ends_steps else math.inf
+        self._block, self._num_steps = _FIRST_BLOCK, -1
         self.chains: GuideChains | None = None  #: those of the guide as it was last
 
     def is_due(self, num_steps: int) -> bool:
         """Whether, after a number of steps, it is to be asked what chains cost."""
-        if not self._ends_steps or num_steps < self._next:
+        if num_steps < self._next:
             return False
         self._num_steps, self._next = num_steps, num_steps + self._block
         return True
 
     def cost_less(self) -> bool:
         """Whether chains from the guide as it is would take fewer gradients than the next block of steps."""
-        self.chains = chains = GuideChains(*self._subject)
+        self.chains = chains = GuideChains(self._subject)
         chains.warm_up(self._deadline.is_over)
         chains.extend(_NUM_TRIED, self._deadline.is_over)
         if self._deadline.is_over():
             return False
-        left = chains.leapfrogs * chains.trajectories_left(self._num_draws)
+        left = chains.gradients_left(self._num_draws)
         guide: object = self._subject.guide
         many = self._subject.log_joint.latents.latent_dim >= OptimizationConfig.many_latents
         is_cheap = chains.is_affine and many and isinstance(guide, StructuredGuide)
@@ -286,34 +217,20 @@ class Sampling:
     ) -> tuple[Evaluation, Chains]:
         """The guide's evaluation, and the draws of chains: of those tried, if no step came after."""
         if self.chains is None or num_steps != self._num_steps:
-            self.chains = GuideChains(*self._subject)
+            self.chains = GuideChains(self._subject)
         self.chains.run(self._num_draws, self._deadline.is_over)
-        found = evaluate_with_chains(self._subject, status, config, self.chains)
-        latents = self._subject.log_joint.latents
-        given = self._num_draws, latents, found.outside, self._deadline
-        return found, to_chains(self.chains, *given)
-
-
-def for_modes(config: FitConfig) -> FitConfig:
-    """The settings of a verdict that rests on chains, so that the guide is looked at with fewer draws."""
-    settings = config.evaluation
-    few = min(settings.num_samples, NUM_FOR_MODES)
-    fewer = replace(settings, num_samples=few, num_more_samples=0, max_searches=2)
-    return replace(config, evaluation=fewer)
+        found = evaluate(self._subject, status, config, chains=self.chains)
+        return found, to_chains(self.chains, self._num_draws, found.outside, self._deadline)
 
 
 def to_chains(
-    chains: GuideChains,
-    num_samples: int,
-    latents: Latents,
-    outside: Sequence[str],
-    deadline: Deadline,
+    chains: GuideChains, num_samples: int, outside: Sequence[str], deadline: Deadline
 ) -> Chains:
     """Draws, their convergence, and whether they can be trusted, in words.
 
     :param outside: what they lack although chains agree, in words.
     """
-    found = chains.convergence()
+    found, latents = chains.convergence(), chains.log_joint.latents
     min_ess, max_rhat = float(found.bulk.min()), float(found.rhat.max())
     draws = chains.draws
     count, size, dim = draws.shape

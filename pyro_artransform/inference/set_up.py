@@ -10,10 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..diagnostics.importance_weights import log_joint_of
+from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from .config import FitConfig
-from .evaluation.evaluate import ModelAndGuide
 from .loader import Batch, BatchStream, check_use
 from .mcmc import Deadline, Sampling
 from .optimization.objective import (
@@ -163,10 +162,9 @@ def _run_once(
     (args, kwargs), given = batch, cast(object, guide)
     if isinstance(given, StoredGuide):  # a new guide is to be new, whatever was fitted before
         given.drop_orphans()
-    log_joint = log_joint_of(model, guide, args, kwargs)
+    subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
-        check_use(stream, guide, log_joint, batch)
-    subject = ModelAndGuide(model, guide, args, kwargs, log_joint)
+        check_use(stream, guide, subject.log_joint, batch)
     next(subject.weighted_draws(1))  # an error if the guide lacks a latent
     return subject
 

@@ -315,3 +315,25 @@ def centered_by_curvature(
     curvature = (weights * total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
     return torch.where(lam > _CENTERED, 1.0, lam)
+
+
+def non_centered(log_joint: Any) -> Any:
+    """A log joint density with lambda 0 for all latents that have coordinates, if it has none yet."""
+    if log_joint.coordinates is not None or not (sites := log_joint.mapped_sites()):
+        return log_joint
+    ones = torch.ones_like(log_joint.start)
+    found = Coordinates(ones, ones, sites).non_centered(log_joint.latents)
+    return log_joint.with_coordinates(found)
+
+
+@torch.no_grad()
+def coordinates_at(log_joint: Any, mapped: Coordinates, u: Tensor) -> Coordinates:
+    """As centred as the curvature at points ``(n, latent_dim)`` asks, with the units of the prior there.
+
+    :param mapped: which latents of the log joint density have coordinates.
+    :param u: the points, on the unconstrained space.
+    """
+    unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
+    x, _ = unit.from_unconstrained(u)
+    centered = centered_by_curvature(unit, x)
+    return mapped._replace(centered=centered, unit=log_joint.prior_scales(u.mean(0)))

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ..diagnostics import SBC, Importance, Marginals, fit_tail, simultaneous_bands
-from ..diagnostics.convergence import bulk_ess
+from ..diagnostics.convergence import Convergence
 from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
 from ..diagnostics.marginals import bounds_in_words
 from ..inference import Chains, FitResult
@@ -261,5 +261,5 @@ def _ranks_of_chains(
         ranks[name] = order.movedim(1, 0).flatten(1)
         # of each chain by itself: where they do not agree, bands are to say so
         alone = draws - draws.median(1, keepdim=True).values
-        worth = min(worth, float(bulk_ess(alone).min()) / count)
+        worth = min(worth, float(Convergence.of(alone).bulk.min()) / count)
     return ranks, max(round(worth), 1), count * size - 1

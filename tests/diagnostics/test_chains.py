@@ -21,18 +21,13 @@ from pyro.infer.autoguide import (
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import chains
 from pyro_artransform.diagnostics.chains import CHAINS_BY_LOOP, GOOD_RHAT, GuideChains
-from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.protocols import PriorGuide
+from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from tests.diagnostics import conjugate
 from tests.diagnostics.conjugate import PathGuide, path
 
 
 def chains_of(model, guide, *args, num_chains=None):
-    guide(*args)
-    log_joint = LogJoint(model, args)
-    if isinstance(guide, PriorGuide):
-        log_joint = log_joint.with_coordinates(guide.prior_coordinates)
-    return GuideChains(model, guide, args, {}, log_joint, num_chains)
+    return GuideChains(ModelAndGuide.of(model, guide, args, {}), num_chains)
 
 
 def _model():
@@ -52,9 +47,8 @@ def _model():
 def test_the_base_space_is_that_of_the_guide(make):
     """The density that a transform gives is the guide's, an affine one as a matrix too."""
     guide = make(_model, init_scale=0.5)
-    guide()
-    log_joint = LogJoint(_model)
-    to_latent, start, _ = chains._base_space(_model, guide, (), {}, log_joint, 7)
+    subject = ModelAndGuide.of(_model, guide, (), {})
+    _, to_latent, start, _ = chains._base_space(subject, 7)
     assert start.shape == (7, 3)
     latent, ladj = to_latent(start)
     expected = guide.get_posterior().log_prob(latent)
@@ -86,8 +80,8 @@ def hand_written():
     "guide", [hand_written, AutoNormal(_model), AutoLowRankMultivariateNormal(_model)]
 )
 def test_a_guide_without_a_transform_is_taken_by_its_means_and_sds(guide):
-    guide()
-    to_latent, start, _ = chains._base_space(_model, guide, (), {}, LogJoint(_model), 2000)
+    subject = ModelAndGuide.of(_model, guide, (), {})
+    _, to_latent, start, _ = chains._base_space(subject, 2000)
     # of 10,000 draws: within five standard errors
     assert start.mean(0).abs().max() < 5 / 2000**0.5
     assert (start.std(0) - 1).abs().max() < 5 / 4000**0.5

@@ -7,9 +7,8 @@ import arviz
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from pyro_artransform.diagnostics.convergence import bulk_ess, mean_ess, rhat, tail_ess
+from pyro_artransform.diagnostics.convergence import Convergence, mean_ess
 
 # numbers are computed alike, but for the order of sums
 EXACT = 1e-9
@@ -49,16 +48,18 @@ def test_numbers_are_those_of_arviz(num_chains, count, memory):
     draws = autoregressive(num_chains, count, memory)
     mean = ess_by_arviz(draws, "mean")
     assert torch.allclose(mean_ess(draws), mean, rtol=EXACT)
-    assert torch.allclose(bulk_ess(draws), mean.minimum(ess_by_arviz(draws, "bulk")), rtol=EXACT)
-    assert torch.allclose(tail_ess(draws), ess_by_arviz(draws, "tail"), rtol=EXACT)
-    assert torch.allclose(rhat(draws), rhat_by_arviz(draws), rtol=EXACT)
+    found = Convergence.of(draws)
+    assert torch.allclose(found.bulk, mean.minimum(ess_by_arviz(draws, "bulk")), rtol=EXACT)
+    assert torch.allclose(found.tail, ess_by_arviz(draws, "tail"), rtol=EXACT)
+    assert torch.allclose(found.rhat, rhat_by_arviz(draws), rtol=EXACT)
 
 
 def test_without_a_variance_ranks_alone_count():
     """The mean of Cauchy draws says nothing of chains."""
     draws = torch.distributions.Cauchy(0.0, 1.0).sample((16, 100, 3))
-    assert torch.allclose(bulk_ess(draws), ess_by_arviz(draws, "bulk"), rtol=EXACT)
-    assert torch.allclose(rhat(draws), by_arviz(arviz.rhat, draws, method="rank"), rtol=EXACT)
+    found = Convergence.of(draws)
+    assert torch.allclose(found.bulk, ess_by_arviz(draws, "bulk"), rtol=EXACT)
+    assert torch.allclose(found.rhat, by_arviz(arviz.rhat, draws, method="rank"), rtol=EXACT)
 
 
 def test_chains_that_stay_apart():
@@ -66,31 +67,32 @@ def test_chains_that_stay_apart():
     draws = torch.randn(8, 100, 2)
     draws[:4, :, 0] += 2
     draws[:4, :, 1] *= 4
-    assert (rhat(draws) > 1.2).all()
-    assert bulk_ess(draws)[0] < 20
+    found = Convergence.of(draws)
+    assert (found.rhat > 1.2).all()
+    assert found.bulk[0] < 20
     # both halves of a chain count
     drifting = torch.randn(8, 100, 1) + torch.linspace(0, 3, 100)[:, None]
-    assert rhat(drifting) > 1.2
+    assert Convergence.of(drifting).rhat > 1.2
 
 
 def test_what_is_constant_or_not_finite():
     draws = torch.randn(4, 50, 3)
     draws[..., 1] = 2.0
     draws[1, 7, 2] = torch.nan
-    assert rhat(draws)[1] == 1
-    assert bulk_ess(draws)[1] == 200
-    assert rhat(draws)[2] == torch.inf
-    for found in (bulk_ess(draws), tail_ess(draws)):
-        assert found[2] == 0
+    found = Convergence.of(draws)
+    assert found.rhat[1:].tolist() == [1, torch.inf]
+    assert found.bulk[1:].tolist() == [200, 0]
+    assert found.tail[2] == 0
     # constant by chain, at places that differ
-    assert rhat(torch.arange(4.0)[:, None, None].expand(4, 50, 1)) == torch.inf
+    apart = torch.arange(4.0)[:, None, None].expand(4, 50, 1)
+    assert Convergence.of(apart).rhat == torch.inf
 
 
 def test_single_precision_is_as_good():
     draws = autoregressive(16, 60, 0.5)
     rounded = draws.float()
-    for function in (mean_ess, bulk_ess, tail_ess, rhat):
-        found: Tensor = function(rounded)
+    of_rounded = mean_ess(rounded), *Convergence.of(rounded)
+    for found, expected in zip(of_rounded, (mean_ess(draws), *Convergence.of(draws))):
         assert found.dtype == torch.float64
         # ranks of draws that are next to each other may change
-        assert torch.allclose(found, function(draws), rtol=1e-3)
+        assert torch.allclose(found, expected, rtol=1e-3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_artransform.diagnostics.marginal_errors import (
+from pyro_artransform.diagnostics.marginals import (
     MarginalErrors,
     critical_value,
     errors_by_chains,
@@ -81,7 +81,7 @@ def test_the_density_far_outside_says_what_is_known(name):
         x = z / unit
         return law.log_prob(x[:, 0]) + torch.distributions.Normal(0.0, 1.0).log_prob(x[:, 1])
 
-    index = indices_along_rays(log_density, torch.zeros(2), 2 * unit)
+    index = indices_along_rays(log_density, 2 * unit * torch.tensor([[-1.0], [0.0], [1.0]]))
     found = known(MarginalErrors(*torch.ones(4, 2)), index)
     assert found.mean_shift.isfinite().tolist() == [has_mean, True]
     assert found.sd_ratio.isfinite().tolist() == [has_sd, True]
@@ -92,7 +92,7 @@ def test_no_density_far_outside_is_no_tail():
         return torch.where(z.abs() < 40, -z.square() / 2, -torch.inf).sum(-1)
 
     for density in (log_density, lambda z: torch.full((len(z),), torch.nan)):
-        assert indices_along_rays(density, torch.zeros(1), torch.ones(1)) == 0
+        assert indices_along_rays(density, torch.tensor([[-1.0], [0.0], [1.0]])) == 0
 
 
 def test_critical_values_are_students():

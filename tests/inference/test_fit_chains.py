@@ -3,6 +3,7 @@
 
 """Fits that end in draws by chains."""
 
+import math
 import signal
 
 import pyro
@@ -11,6 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_artransform import AutoIAF, fit
+from pyro_artransform.diagnostics import importance
 from tests.inference import loaders, models
 from tests.inference.models import small
 from tests.inference.test_mcmc import flat, flat_ess, regression_moments, schools, schools_moments
@@ -88,6 +90,15 @@ def test_any_guide(make):
     result = fitted(models.regression, make(models.regression))
     assert result.chains.trusted, result
     are_right(result.chains)
+
+
+def test_the_guide_is_weighed_in_its_own_coordinates():
+    """Modes are searched for in those of the prior, which a Gaussian guide has not."""
+    guide = AutoNormal(schools)
+    result = fitted(schools, guide, draws=50, num_steps=30)
+    expected = importance(schools, guide)
+    noise = math.hypot(result.elbo_se, expected.elbo_se)
+    assert abs(result.elbo - expected.elbo) < 5 * noise
 
 
 def test_a_model_that_is_run_by_loop():

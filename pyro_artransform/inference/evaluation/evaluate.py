@@ -4,9 +4,10 @@
 """The evaluation of a posterior: weighted draws of the guide, mass it misses, and single latents."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,50 +15,35 @@ from torch import Tensor
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.chains import GuideChains
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
-from ...diagnostics.importance_weights import Weighted, has_point, weighted_draws
+from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
-from ...joint import LogJoint
+from ...joint.coordinates import non_centered
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.objective import PassEstimate
-from .missed_modes import MissedModeSearch
+from .missed_modes import find_missed_modes
 from .verdict import (
     FitStatus,
     Verdict,
     about_coarse_sites,
     about_far_modes,
     about_minibatches,
+    about_missed_tail,
     judge,
 )
 
 _MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 _UNCLEAR_KHAT_IN_SE = 2.0
+# draws of the guide, and of its chains, where chains give the draws of the posterior
+NUM_FOR_MODES = 2000
 
 
-class ModelAndGuide(NamedTuple):
-    """What is evaluated: a model, a guide, and the arguments of both."""
+def draw(
+    subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """The log weights of a verdict's draws, more where k-hat is not known well enough, and the first latents.
 
-    model: Callable[..., object]
-    guide: Callable[..., object]
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-    log_joint: LogJoint
-
-    def weighted_draws(self, count: int) -> Iterator[Weighted]:
-        return weighted_draws(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)
-
-
-class Drawn(NamedTuple):
-    """Weighted draws of a guide, and the latents ``(m, latent_dim)`` of the first ones.
-
-    These are in the coordinates of the log joint density.
+    These, ``(m, latent_dim)``, are in the coordinates of the log joint density.
     """
-
-    log_weights: Tensor
-    latents: Tensor | None
-
-
-def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0) -> Drawn:
-    """The draws of a verdict; more where k-hat is not known well enough."""
     # the weights of mini-batches are noise, and draws for them come one at a time
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
@@ -67,15 +53,12 @@ def draw(subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int =
         if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
-    if not is_noisy and more >= count and _is_unclear(torch.cat(parts)):
-        parts += [chunk.log_weights for chunk in subject.weighted_draws(more)]
-    return Drawn(torch.cat(parts), torch.cat(latents) if latents else None)
-
-
-def _is_unclear(log_weights: Tensor) -> bool:
-    """Whether k-hat alone decides, and is not clearly below its limit."""
-    found = Importance.from_log_weights(log_weights)
-    return found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT
+    if not is_noisy and more >= count:
+        found = Importance.from_log_weights(torch.cat(parts))
+        # k-hat alone decides, and is not clearly below its limit
+        if found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT:
+            parts += [chunk.log_weights for chunk in subject.weighted_draws(more)]
+    return torch.cat(parts), torch.cat(latents) if latents else None
 
 
 class MarginalVerdict(NamedTuple):
@@ -92,7 +75,7 @@ class Evaluation(NamedTuple):
     :param weights: the importance weights; ``None`` where mini-batches make them unknown.
     :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
     :param is_of_minibatches: whether it is by a pass over a loader.
-    :param drawn: the draws behind it; ``None`` where they were of mini-batches.
+    :param latents: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches.
     :param outside: what draws of chains lack, in words, where they were looked at.
     """
 
@@ -104,8 +87,8 @@ class Evaluation(NamedTuple):
     verdict: Verdict
     lost_mass: float = 0.0
     is_of_minibatches: bool = False
-    drawn: Drawn | None = None
-    outside: tuple[str, ...] = ()
+    latents: Tensor | None = None
+    outside: Sequence[str] = ()
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known.
@@ -136,42 +119,49 @@ def evaluate(
     status: FitStatus,
     config: FitConfig,
     max_more_draws: int = 0,
-    by_chains: Tensor | None = None,
+    chains: GuideChains | None = None,
 ) -> Evaluation:
     """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
 
-    :param by_chains: draws ``(n, latent_dim)`` of chains on the unconstrained space, outside of which
-        modes are searched for, in place of outside of the guide.
+    :param chains: those that give the draws of the posterior: fewer ones of the guide tell of the guide, and
+        modes and tails are searched for outside of the chains.
     """
-    is_noisy, settings = subject.log_joint.is_random, config.evaluation
-    strategy = subject.log_joint.strategy
-    drawn = draw(subject, settings, max_more_draws)
-    found, missed = Importance.from_log_weights(drawn.log_weights), None
-    is_point, coarse = False, list[str]()
-    if drawn.latents is not None:
-        draws = drawn.latents
+    log_joint = subject.log_joint
+    if chains is not None:
+        flat = chains.draws.flatten(0, 1)
+        by_chains = flat[torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]]
+        few = min(config.evaluation.num_samples, NUM_FOR_MODES)
+        settings = replace(config.evaluation, num_samples=few, max_searches=2)
+        config = replace(config, evaluation=settings)
+    is_noisy, strategy = log_joint.is_random, log_joint.strategy
+    log_weights, latents = draw(subject, config.evaluation, max_more_draws)
+    found, missed = Importance.from_log_weights(log_weights), None
+    is_point, coarse, outside = False, list[str](), list[str]()
+    if latents is not None:
+        draws, ess = latents, None
         weights: Tensor | None = found.log_weights[: len(draws)]
-        if by_chains is not None:
-            draws, weights = subject.log_joint.from_unconstrained(by_chains)[0], None
+        if chains is not None:
+            # where a narrow scale is as wide as others, and climbs end there
+            log_joint = non_centered(chains.log_joint)
+            draws, weights = log_joint.from_unconstrained(by_chains)[0], None
+            ess = chains.convergence().tail.clamp_max(len(draws))
         is_point = bool((draws == draws[:1]).all(0).any())
         if not is_point:
-            unconstrained, _ = subject.log_joint.to_unconstrained(draws)
-            coarse = subject.log_joint.latents.coarse_sites(unconstrained)
+            coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
-            search = MissedModeSearch(subject.log_joint, model, settings, config.initialization)
-            log_evidence = found.log_evidence
-            if by_chains is not None:  # which find more than a guide that nobody has trained
-                log_evidence = max(log_evidence, search.log_evidence_around(draws))
-            missed = search.find(draws, log_evidence, weights, found.elbo)
+            missed = find_missed_modes(
+                log_joint, model, config, draws, found.log_evidence, found.elbo, weights, ess
+            )
+            outside += about_far_modes(missed)
+            if missed.tail is not None:
+                at, mass = missed.tail
+                outside.append(about_missed_tail(log_joint.latents.name_of(at), mass))
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(
         is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
     )
     verdict = judge(found, missed, status)
-    lost_mass = 0.0 if missed is None else missed.lost_mass
-    outside = list[str]() if missed is None else [*about_far_modes(missed)]
-    outside += [about_coarse_sites(coarse)] if coarse else []
     return Evaluation(
         found.elbo,
         found.elbo_se,
@@ -179,9 +169,9 @@ def evaluate(
         found,
         is_noisy,
         verdict,
-        lost_mass,
-        drawn=drawn,
-        outside=tuple(outside),
+        lost_mass=0.0 if missed is None else missed.lost_mass,
+        latents=latents,
+        outside=outside + [about_coarse_sites(coarse)] * bool(coarse),
     )
 
 
@@ -202,17 +192,15 @@ def evaluate_minibatches(
 
 
 def judge_marginals(
-    subject: ModelAndGuide,
-    evaluation: Evaluation,
-    config: EvaluationConfig,
+    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
     """Checks single latents by weights where these know them; else by chains."""
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
-    drawn = evaluation.drawn
-    if is_trusted and drawn is not None and drawn.latents is not None:
-        unconstrained, _ = subject.log_joint.to_unconstrained(drawn.latents)
-        weights = drawn.log_weights[: len(unconstrained)]
-        by_weights = marginals_by_weights(unconstrained, weights, subject.log_joint)
+    weights, latents = evaluation.weights, evaluation.latents
+    if is_trusted and weights is not None and latents is not None:
+        unconstrained, _ = subject.log_joint.to_unconstrained(latents)
+        log_weights = weights.log_weights[: len(latents)]
+        by_weights = marginals_by_weights(unconstrained, log_weights, subject.log_joint)
         words = f" Of single latents, as far as the guide draws: {by_weights.words}."
         found = MarginalVerdict(by_weights, by_weights.trusted, words)
         if found.trusted:
@@ -223,12 +211,10 @@ def judge_marginals(
 
 
 def _judge_by_chains(
-    subject: ModelAndGuide,
-    evaluation: Evaluation,
-    config: EvaluationConfig,
+    subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
     log_joint, is_trusted, reason = subject.log_joint, evaluation.verdict.trusted, ""
-    if evaluation.is_noisy or log_joint.is_random:
+    if log_joint.is_random:
         reason = "the model sub-samples its data, or is random otherwise"
     elif evaluation.is_of_minibatches:
         reason = "it was trained on mini-batches, and chains need a model of all data"
@@ -241,18 +227,13 @@ def _judge_by_chains(
     weights = evaluation.weights
     if not is_trusted:
         # chains tell more only where weights are known, and say that the joint posterior is not the guide
-        if weights is None or weights.num_nonfinite == weights.num_samples:
-            return MarginalVerdict()
-        if weights.trusted and weights.is_close:
+        is_known = weights is not None and weights.num_nonfinite < weights.num_samples
+        if weights is None or not is_known or (weights.trusted and weights.is_close):
             return MarginalVerdict()
     try:
-        chains = GuideChains(*subject)
+        chains = GuideChains(subject)
         chains.run(config.num_by_chains, most=config.max_by_chains)
-        draws = None if evaluation.drawn is None else evaluation.drawn.latents
-        if draws is None:
-            parts = [part.latent for part in subject.weighted_draws(config.num_samples)]
-            draws = torch.cat([part for part in parts if part is not None])
-        unconstrained, _ = log_joint.to_unconstrained(draws)
+        unconstrained, _ = log_joint.to_unconstrained(cast(Tensor, evaluation.latents))
         found = marginals_by_chains(chains, unconstrained, log_joint)
     # a model without a gradient, or a guide that is a point
     except (RuntimeError, ValueError) as error:

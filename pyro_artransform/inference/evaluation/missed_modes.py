@@ -10,7 +10,6 @@ around it, and from around each of these places (see ``mixture.py``).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
 from ...joint import LogDensity
-from ..config import EvaluationConfig, InitializationConfig
+from ..config import FitConfig
 from ..initialization.gaussians import Gaussians
 from .angles import find_circular, fold
 from .mixture import Mixture, Shape, Stratum
-from .mode_search import ModeSearch, drawn
+from .mode_search import ModeSearch
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
@@ -39,6 +38,7 @@ class MissedModes(NamedTuple):
         matter; ``num_lost`` is how many there are.
     :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, or "none".
     :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
+    :param tail: of chains, the latent with a tail that they do not enter, and the mass there.
     """
 
     log_evidence: float = math.nan
@@ -47,96 +47,94 @@ class MissedModes(NamedTuple):
     num_lost: int = 0
     searched_by: str = "curvature"
     excess_by_turns: float = 0.0
+    tail: tuple[int, float] | None = None
 
 
-@dataclass(frozen=True)
-class MissedModeSearch:
-    """A search for mass of the posterior that a guide has missed; the model has its arguments."""
+def find_missed_modes(
+    log_density: LogDensity,
+    model: Callable[[], object],
+    config: FitConfig,
+    draws: Tensor,
+    log_evidence: float,
+    elbo: float = math.nan,
+    log_weights: Tensor | None = None,
+    ess: Tensor | None = None,
+) -> MissedModes:
+    """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
-    log_density: LogDensity
-    model: Callable[[], object]
-    config: EvaluationConfig
-    initialization: InitializationConfig
+    :param model: with its arguments.
+    :param log_evidence: the log evidence according to them; those of the largest weights are starts.
+    :param elbo: that of the guide: where its bound is near, more draws around the guide decide.
+    :param ess: where draws are those of chains from the guide, their effective number in the tails of
+        each latent, shape ``(latent_dim,)``.
+    """
+    is_usable = draws.isfinite().all(-1)
+    heaviest = draws[:0]
+    if log_weights is not None:
+        weights = torch.where(is_usable, log_weights, -torch.inf).nan_to_num(-torch.inf)
+        heaviest = draws[weights.topk(min(_NUM_HEAVIEST, len(draws))).indices]
+    draws = draws[is_usable]
+    if len(draws) < 2:
+        return MissedModes(searched_by="none")
+    is_circular = find_circular(log_density, draws)
+    draws, excess = fold(draws, is_circular)
+    log_evidence -= excess
+    around = Shape(moments(draws, config.evaluation.max_dense_dim), False, is_circular)
+    if ess is not None:  # chains may have more around them than a guide that nobody has trained
+        near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
+        log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
+    search = ModeSearch(log_density, model, config, draws, around)
+    points = torch.cat([heaviest, search.points()])
+    found, searched_by = _mixture(search, points, log_evidence, elbo)
+    lost, count = _lost(found, log_evidence)
+    if not round(100 * lost):  # less than one says
+        lost, count = 0.0, 0
+    tail = None
+    if ess is not None and not (count or math.isnan(found.log_evidence)):
+        tail = found.missed_tail(draws, ess, log_evidence)
+    around_all = found.log_evidence, found.log_evidence_se
+    return MissedModes(*around_all, lost, count, searched_by, excess, tail)
 
-    def find(
-        self,
-        draws: Tensor,
-        log_evidence: float,
-        log_weights: Tensor | None = None,
-        elbo: float = math.nan,
-    ) -> MissedModes:
-        """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
-        :param log_evidence: the log evidence according to them; those of the largest weights are starts.
-        :param elbo: that of the guide: where its bound is near, more draws around the guide decide.
-        """
-        config, is_usable = self.config, draws.isfinite().all(-1)
-        heaviest = draws[:0]
-        if log_weights is not None:
-            weights = torch.where(is_usable, log_weights, -torch.inf).nan_to_num(-torch.inf)
-            heaviest = draws[weights.topk(min(_NUM_HEAVIEST, len(draws))).indices]
-        draws = draws[is_usable]
-        if len(draws) < 2:
-            return MissedModes(searched_by="none")
-        is_circular = find_circular(self.log_density, draws)
-        draws, excess = fold(draws, is_circular)
-        log_evidence -= excess
-        around = Shape(moments(draws, config.max_dense_dim), False, is_circular)
-        search = ModeSearch(
-            self.log_density, self.model, config, self.initialization, draws, around
-        )
-        points = torch.cat([heaviest, search.points()])
-        found, searched_by = self._mixture(search, points, log_evidence, elbo)
-        lost, count = self._lost(found, log_evidence)
-        if not round(100 * lost):  # less than one says
-            lost, count = 0.0, 0
-        around_all = found.log_evidence, found.log_evidence_se
-        return MissedModes(*around_all, lost, count, searched_by, excess)
+def _mixture(
+    search: ModeSearch, points: Tensor, log_evidence: float, elbo: float
+) -> tuple[Mixture, str]:
+    """What draws say all around a guide and above points, and how modes were searched for."""
+    config = search.config.evaluation
+    guide, places = (search.draws, search.around), list[Stratum]()
+    if search.around.gaussian.is_independent:
+        try:
+            places, searched_by = search.moved_guides(points, log_evidence), "gradients"
+        except RuntimeError:  # a model without a gradient
+            places, searched_by = [], "none"
+        return Mixture.of(*guide, [], places), searched_by
+    wide, modes = search.around._replace(is_heavy=True), None
+    around, searched_by = [wide.stratum(search.log_density, config.num_around)], "curvature"
+    for _ in range(config.max_searches):
+        try:
+            modes = search.modes_above(points, modes)
+            places = search.around_modes(modes)
+        except RuntimeError:
+            searched_by = "none"
+        found = Mixture.of(*guide, around, places)
+        # too much for none, and too little for a loss
+        if not _MIN_LOST < _lost(found, log_evidence)[0] <= GOOD_LOST_MASS:
+            break
+        points = search.points_afar()
+    is_said, more = log_evidence - elbo > GOOD_GAP, found.log_evidence - elbo - GOOD_GAP
+    if not is_said and abs(more) <= 2 * found.log_evidence_se < 2 * GOOD_GAP:
+        around.append(wide.stratum(search.log_density, _UNCLEAR * config.num_around))
+        found = Mixture.of(*guide, around, places)
+    return found, searched_by
 
-    def _mixture(
-        self, search: ModeSearch, points: Tensor, log_evidence: float, elbo: float
-    ) -> tuple[Mixture, str]:
-        """What draws say all around a guide and above points, and how modes were searched for."""
-        guide, places = (search.draws, search.around), list[Stratum]()
-        if search.around.gaussian.is_independent:
-            try:
-                places, searched_by = search.moved_guides(points, log_evidence), "gradients"
-            except RuntimeError:  # a model without a gradient
-                places, searched_by = [], "none"
-            return Mixture.of(*guide, [], places), searched_by
-        wide, modes = search.around._replace(is_heavy=True), None
-        around, searched_by = [drawn(self.log_density, wide, self.config.num_around)], "curvature"
-        for _ in range(self.config.max_searches):
-            try:
-                modes = search.modes_above(points, modes)
-                places = search.around_modes(modes)
-            except RuntimeError:
-                searched_by = "none"
-            found = Mixture.of(*guide, around, places)
-            # too much for none, and too little for a loss
-            if not _MIN_LOST < self._lost(found, log_evidence)[0] <= GOOD_LOST_MASS:
-                break
-            points = search.points_afar()
-        is_said, more = log_evidence - elbo > GOOD_GAP, found.log_evidence - elbo - GOOD_GAP
-        if not is_said and abs(more) <= 2 * found.log_evidence_se < 2 * GOOD_GAP:
-            around.append(drawn(self.log_density, wide, _UNCLEAR * self.config.num_around))
-            found = Mixture.of(*guide, around, places)
-        return found, searched_by
 
-    @staticmethod
-    def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
-        """The share of all mass in places with next to no draws, and the number of these places."""
-        log_masses = found.log_masses - log_evidence
-        is_lost = found.shares_of_draws < _MIN_SHARE * log_masses.sigmoid()
-        lost = log_masses[is_lost]
-        total = lost.logsumexp(0)
-        return total.sigmoid().item(), int((lost >= total + math.log(_MIN_COUNTED)).sum())
-
-    def log_evidence_around(self, draws: Tensor) -> float:
-        """The log evidence where draws ``(n, latent_dim)`` are, or a bound: by their Gaussian."""
-        shape = Shape(moments(draws, self.config.max_dense_dim))
-        weights = drawn(self.log_density, shape, self.config.num_for_mode).log_weights
-        return float(weights.logsumexp(0)) - math.log(len(weights))
+def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
+    """The share of all mass in places with next to no draws, and the number of these places."""
+    log_masses = found.log_masses - log_evidence
+    is_lost = found.shares_of_draws < _MIN_SHARE * log_masses.sigmoid()
+    lost = log_masses[is_lost]
+    total = lost.logsumexp(0)
+    return total.sigmoid().item(), int((lost >= total + math.log(_MIN_COUNTED)).sum())
 
 
 def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:

@@ -10,7 +10,9 @@ none of them: its density is known at its own draws alone, and what it leaves ou
 
 Places have regions: the share of the Gaussian of each, as far as it reaches, in the sum of all of them and
 that of the guide. Where the guide is the posterior both have the same mass in each region, whatever the
-regions are. What has much mass by the weights and few of the guide's draws is lost.
+regions are. What has much mass by the weights and few of the guide's draws is lost; and so is a tail, of
+chains in the place of a guide, with more mass beyond a quantile than they have draws. Chains that never
+enter a tail agree, whatever R-hat is asked of them.
 
 **References**
 
@@ -30,8 +32,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..initialization.gaussians import Gaussians
+from ..initialization.gaussians import Density, Gaussians, evaluate_density
 from .angles import wrapped
+
+# the share of the draws in each tail that is looked at, and by how many standard errors there must be more
+_TAIL, _NUM_SES = 0.005, 4.0
 
 
 class Shape(NamedTuple):
@@ -45,17 +50,19 @@ class Shape(NamedTuple):
     is_heavy: bool = False
     is_circular: Tensor | None = None
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """Draws ``(count, D)``, and which of them count, as they are within a turn."""
+    def stratum(self, log_density: Density, count: int) -> "Stratum":
+        """Draws, with their weights; those of angles beyond a turn have none."""
         noise = torch.randn_like(self.gaussian.loc.expand(count, -1))
         if self.is_heavy:
             far = noise[count // 2 :]
             far /= torch.randn_like(far[:, :1]).abs()
         away = self.gaussian.deviations(noise)[0]
-        is_inside = torch.ones_like(away[:, 0], dtype=torch.bool)
+        draws = self.gaussian.loc + away
+        log_p = evaluate_density(log_density, draws)
         if self.is_circular is not None:
-            is_inside = ~(self.is_circular & (away.abs() > math.pi)).any(-1)
-        return self.gaussian.loc + away, is_inside
+            is_beyond = (self.is_circular & (away.abs() > math.pi)).any(-1)
+            log_p = log_p.masked_fill(is_beyond, -torch.inf)
+        return Stratum(draws, log_p - self.log_probs(draws)[0], self)
 
     def log_probs(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The log density at points ``(n, D)``, and that of the Gaussian alone where its draws are."""
@@ -85,12 +92,16 @@ class Mixture(NamedTuple):
     :param log_evidence: the log evidence by all strata, ``nan`` without one around the guide.
     :param log_masses: the log mass of the posterior in the region of each place, shape ``(K,)``.
     :param shares_of_draws: the share of the guide's draws there.
+    :param points: the draws of all strata ``(n, D)``.
+    :param log_weights: their weights ``(n,)``, the sum of which is the evidence.
     """
 
     log_evidence: float
     log_evidence_se: float
     log_masses: Tensor
     shares_of_draws: Tensor
+    points: Tensor
+    log_weights: Tensor
 
     @classmethod
     def of(
@@ -99,7 +110,8 @@ class Mixture(NamedTuple):
         """Of strata around a guide and at K places; the guide's draws are ``(n, D)``."""
         strata = [*around, *places]
         if not strata:
-            return cls(math.nan, math.nan, draws.new_zeros(0), draws.new_zeros(0))
+            none = draws.new_zeros(0)
+            return cls(math.nan, math.nan, none, none, draws[:0], none)
         points = torch.cat([s.draws for s in strata])
         densities = [s.shape.log_probs(points) for s in strata]
         by_stratum, near = (torch.stack(each).double() for each in zip(*densities))
@@ -117,7 +129,26 @@ class Mixture(NamedTuple):
             math.sqrt(sum(variances)),
             (regions + log_weights).logsumexp(-1),
             torch.stack(of_draws).double().softmax(0)[1:].mean(-1),
+            points,
+            log_weights,
         )
+
+    def missed_tail(
+        self, draws: Tensor, ess: Tensor, log_evidence: float
+    ) -> tuple[int, float] | None:
+        """The latent with the clearest tail that draws ``(n, D)`` of chains lack, and the mass there.
+
+        :param ess: the effective number of draws in the tails of each latent, shape ``(D,)``.
+        :param log_evidence: that of a guide; where all strata find more, theirs counts.
+        """
+        weights = (self.log_weights - max(self.log_evidence, log_evidence)).exp()[:, None]
+        ordered, count = draws.sort(0).values, int(_TAIL * len(draws))
+        is_beyond = torch.cat([self.points < ordered[count], self.points > ordered[-1 - count]], 1)
+        masses = (weights * is_beyond).sum(0)
+        variances = (weights.square() * is_beyond).sum(0) + masses / ess.repeat(2)
+        num_ses = ((masses - _TAIL) / variances.sqrt()).nan_to_num(0.0)
+        at = int(num_ses.argmax())
+        return (at % len(ess), float(masses[at])) if num_ses[at] > _NUM_SES else None
 
 
 def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...joint import LogDensity
-from ..config import EvaluationConfig, InitializationConfig
+from ..config import FitConfig
 from ..initialization.gaussians import (
     Gaussians,
     Modes,
@@ -49,14 +49,13 @@ class ModeSearch:
 
     log_density: LogDensity
     model: Callable[[], object]
-    config: EvaluationConfig
-    initialization: InitializationConfig
+    config: FitConfig
     draws: Tensor
     around: Shape
 
     def points(self) -> Tensor:
         """Points around the guide and in the prior, as for an initial guide; afar; and mirror images."""
-        density, config = self.log_density, self.initialization
+        density, config = self.log_density, self.config.initialization
         center, loop = self.around.gaussian.loc[0], density.strategy == "loop"
         count = config.num_points_by_loop if loop else config.num_points
         near = starting_points(density, self.model, center, count)
@@ -69,7 +68,10 @@ class ModeSearch:
             self.around.gaussian.widened(_WIDENED),
             self.log_density.strategy == "loop",
         )
-        each, of_shell = self.config.num_screened // len(_SHELLS), 1 if by_loop else _OF_SHELL
+        each, of_shell = (
+            self.config.evaluation.num_screened // len(_SHELLS),
+            1 if by_loop else _OF_SHELL,
+        )
         sds = around.loc.new_tensor(_SHELLS).repeat_interleave(each)
         noise = torch.randn_like(around.loc.expand(len(sds), -1))
         points = around.loc + around.deviations(sds[:, None] * noise)[0]
@@ -85,7 +87,12 @@ class ModeSearch:
         """The distinct ends of climbs from points of finite density, the highest first, and their heights."""
         points = points[evaluate_density(self.log_density, points).isfinite()]
         gaussian, kept = self.around.gaussian, list[int]()
-        given = self.log_density, points, gaussian.scale_tril[0], self.config.max_climb_steps
+        given = (
+            self.log_density,
+            points,
+            gaussian.scale_tril[0],
+            self.config.evaluation.max_climb_steps,
+        )
         ends, values = climb_by_gradients(*given)
         units = gaussian.units(ends[None])[0]
         for i in values.argsort(descending=True).tolist():
@@ -107,7 +114,7 @@ class ModeSearch:
         order = modes.log_masses().argsort(descending=True).tolist()
         each, kept = [modes.gaussians.take([k]) for k in range(len(order))], list[int]()
         for i in order:
-            if len(kept) < self.config.max_modes and not any(
+            if len(kept) < self.config.evaluation.max_modes and not any(
                 self._are_same(each[i], each[k]) for k in kept
             ):
                 kept.append(i)
@@ -131,14 +138,14 @@ class ModeSearch:
         """Draws around each of S modes."""
         each = (modes.gaussians.take([k]) for k in range(len(modes.value)))
         shapes = (Shape(gaussian, True, self.around.is_circular) for gaussian in each)
-        return [drawn(self.log_density, s, self.config.num_for_mode) for s in shapes]
+        return [s.stratum(self.log_density, self.config.evaluation.num_for_mode) for s in shapes]
 
     def moved_guides(self, points: Tensor, log_evidence: float) -> list[Stratum]:
         """The guide itself at the ends of climbs, as wide as the density is there, and mirrored.
 
         Its draws count as those of the posterior, whose density is known: so noise of the weights cancels.
         """
-        draws = self.draws[: self.config.num_for_mode]
+        draws = self.draws[: self.config.evaluation.num_for_mode]
         base = evaluate_density(self.log_density, draws)
         draws, base = draws[base.isfinite()], base[base.isfinite()]
         gaussian, strata = self.around.gaussian, list[Stratum]()
@@ -181,10 +188,3 @@ class ModeSearch:
             ratio = drop / here if min(drop, here) > 0 else 1.0
             width *= min(max(math.sqrt(ratio), 0.1), 10.0)
         return width
-
-
-def drawn(log_density: LogDensity, shape: Shape, count: int) -> Stratum:
-    """Draws of a shape, with their weights."""
-    draws, is_inside = shape.sample(count)
-    log_p = evaluate_density(log_density, draws).masked_fill(~is_inside, -torch.inf)
-    return Stratum(draws, log_p - shape.log_probs(draws)[0], shape)

@@ -105,20 +105,16 @@ def judge(
         objections.append(about_minibatches)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
     if not (status.has_chains and objections) and (missing := status.missing()):
-        objections.append(_about_graph(missing))
+        objections.append(
+            "the guide's graph lacks dependencies that the model has where the posterior is: "
+            f"{first_of(missing)}. They were switched off where the graph was found: "
+            "make it anew with an init_loc_fn of values where they are on, such as "
+            "init_to_value(values=guide.median()), or use AutoIAF"
+        )
     note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
     if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, _about_success(weights, missed) + note)
-
-
-def _about_graph(missing: Sequence[str]) -> str:
-    return (
-        "the guide's graph lacks dependencies that the model has where the posterior is: "
-        f"{first_of(missing)}. They were switched off where the graph was found: "
-        "make it anew with an init_loc_fn of values where they are on, such as "
-        "init_to_value(values=guide.median()), or use AutoIAF"
-    )
 
 
 def about_coarse_sites(names: Sequence[str]) -> str:
@@ -194,6 +190,14 @@ def about_far_modes(missed: MissedModes) -> Iterator[str]:
             "disagree. Break the symmetry in the model (ordered supports, tighter priors), or sum "
             "out what switches"
         )
+
+
+def about_missed_tail(name: str, mass: float) -> str:
+    """The objection to draws of chains."""
+    return (
+        f"chains miss a tail of {name}: {100 * mass:.1f} % of the posterior is beyond all but 0.5 % of "
+        "the draws. Train the guide for longer, or use one with coordinates from the prior"
+    )
 
 
 def about_minibatches(found: PassEstimate, weights: Importance | None, is_of_all: bool) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.coordinates import Coordinates, centered_by_curvature
+from ...joint.coordinates import Coordinates, coordinates_at
 from ...joint.mean_density import MeanLogJoint
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ..config import InitializationConfig
@@ -84,18 +84,15 @@ def _in_other_coordinates(
     with torch.no_grad():
         few = min(NUM_DRAWS, max(_MOST_GRADIENTS // (2 * len(first)), 1))
         z, _ = guide.rsample_and_log_prob(few)
-        unit_scales = coordinates.non_centered(density.latents)
-        unit = density.with_coordinates(unit_scales)
         u, _ = density.to_unconstrained(z)
-        x, _ = unit.from_unconstrained(u)
-    second = centered_by_curvature(unit, x)
-    others = [second, torch.ones_like(first)]
-    if bool((second < _WEAK).any()):
-        others.append(unit_scales.centered)
+    second = coordinates_at(density, coordinates, u)
+    others = [second.centered, torch.ones_like(first)]
+    if bool((second.centered < _WEAK).any()):
+        others.append(coordinates.non_centered(density.latents).centered)
     for centered in others:
         if bool((centered - first).abs().max() > FAR):
             coordinates.centered.data.copy_(centered)
-            coordinates.unit.data.copy_(density.prior_scales(u.mean(0)))
+            coordinates.unit.data.copy_(second.unit)
             with torch.no_grad():
                 center, _ = density.from_unconstrained(u.mean(0, keepdim=True))
             yield _start_at_best(search, guide, search.from_points(center), -math.inf)

@@ -8,17 +8,15 @@ import pyro
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference.config import EvaluationConfig, InitializationConfig
-from pyro_artransform.inference.evaluation.missed_modes import MissedModeSearch
+from pyro_artransform.inference.config import FitConfig
+from pyro_artransform.inference.evaluation.missed_modes import find_missed_modes
 from pyro_artransform.joint import LogJoint
 
-DEFAULTS = EvaluationConfig()
-STARTS = InitializationConfig()
+DEFAULTS = FitConfig()
 
 
-def missed(model, draws, log_evidence=0.0, config=DEFAULTS, starts=STARTS, **found):
-    search = MissedModeSearch(LogJoint(model), model, config, starts)
-    return search.find(draws, log_evidence, **found)
+def missed(model, draws, log_evidence=0.0, config=DEFAULTS, **found):
+    return find_missed_modes(LogJoint(model), model, config, draws, log_evidence, **found)
 
 
 class Mixture:

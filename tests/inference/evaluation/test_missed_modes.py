@@ -11,8 +11,8 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.diagnostics.importance import GOOD_GAP
+from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.mixture import Shape
-from pyro_artransform.inference.evaluation.mode_search import drawn
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
 from pyro_artransform.joint import LogJoint
 from tests.inference import models
@@ -70,7 +70,7 @@ MASSES = {
     "by gradients, of 2": (
         along([0.0, 20.0], [0.7, 0.3], 2),
         (0,),
-        {"config": replace(DEFAULTS, max_dense_dim=0)},
+        {"config": replace(DEFAULTS, evaluation=EvaluationConfig(max_dense_dim=0))},
         1,
         (0.25, 0.35),
     ),
@@ -261,7 +261,7 @@ def _without_gradient():
 )
 def test_models_without_a_part_of_what_a_search_needs(model, sd, log_evidence, searched_by, quick):
     draws = sd * torch.randn(2000, 1)
-    found = missed(model, draws, log_evidence, config=quick.evaluation)
+    found = missed(model, draws, log_evidence, config=quick)
     assert (found.num_lost, found.searched_by) == (0, searched_by)
 
 
@@ -315,7 +315,7 @@ def test_draws_are_of_the_density_that_they_are_weighed_by(is_heavy):
     cov = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     target = dist.MultivariateNormal(torch.tensor([3.0, -2.0]), cov)
     tril = torch.tensor([[[1.2, 0.0], [0.9, 0.8]]])
-    found = drawn(target.log_prob, Shape(Gaussians(target.loc[None], tril), is_heavy), 20_000)
+    found = Shape(Gaussians(target.loc[None], tril), is_heavy).stratum(target.log_prob, 20_000)
     log_evidence = found.log_weights.logsumexp(0) - math.log(20_000)
     assert abs(log_evidence) < 0.03
 
@@ -324,5 +324,5 @@ def test_angles_of_a_shape_are_those_of_one_turn():
     """A Normal of an angle that is wider than a turn: what is beyond does not count."""
     gaussian = Gaussians(torch.tensor([[3.0]]), torch.tensor([[[2.0]]]))
     angle = dist.VonMises(torch.zeros(1), 1.0).to_event(1)
-    found = drawn(angle.log_prob, Shape(gaussian, True, torch.tensor([True])), 20_000)
+    found = Shape(gaussian, True, torch.tensor([True])).stratum(angle.log_prob, 20_000)
     assert abs(found.log_weights.logsumexp(0) - math.log(20_000)) < 0.05
