@@ -28,7 +28,7 @@ from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, resolve_conflicts
-from .spec import Arguments, GuideSpec, LeastState, State, check_finite, check_sizes
+from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
@@ -130,15 +130,15 @@ class PersistentGuide(AutoGuide):
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
-    def _least_state(self, spec: GuideSpec) -> LeastState:
-        """What the state dict of a guide of a spec has at least: it bounds what is built."""
+    def _least_numbers(self, spec: GuideSpec) -> int:
+        """How many numbers the state dict of a guide of a spec has at least: it bounds what is built."""
         raise NotImplementedError
 
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
         arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
         spec = replace(spec, arguments=arguments)
-        check_sizes(state, self._least_state(spec))
+        check_size(state, self._least_numbers(spec))
         self._set_up_from(spec, spec.zeros())
         self._ownership, self._model_is_checked = Ownership.CARRIED, False
 
