@@ -3,8 +3,8 @@
 
 r"""The score u of the value of an autoregressive transform, with its parameters held fixed.
 
-It solves :math:`J^\top u = r` with the triangular Jacobian J, where r is the score of x minus the gradient
-of the log-determinant: by substitution where the meta knows its derivative, else by iteration.
+It solves :math:`J^\top u = r` by substitution, with the triangular Jacobian J that the meta knows; r is the
+score of x minus the gradient of the log-determinant.
 """
 
 import torch
@@ -51,26 +51,3 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
         return Derivatives(y, ladj, inverse, None, None)
     volume = torch.autograd.grad(ladj, [point, params], torch.ones_like(ladj), **options)
     return Derivatives(y, ladj, inverse, *volume)
-
-
-def by_products(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Tensor:
-    r"""The score of y, by vector-Jacobian products through the graph between x and y.
-
-    With :math:`J = \mathrm{diag}(d) + N`, N strictly triangular, u is the limit of
-    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep.
-    """
-    # relative to the largest number of a score: far below the noise of gradient estimates
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-6}.get(x.dtype, 1e-3)
-    ones = torch.ones_like(ladj)
-    scale = ladj.detach().exp()
-    by_volume = None
-    if ladj.requires_grad:
-        by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
-    rest = score if by_volume is None else score - by_volume
-    u = rest / scale
-    for _ in range(depth - 1):
-        (pulled,) = torch.autograd.grad(y, x, u, retain_graph=True)
-        previous, u = u, u + (rest - pulled) / scale
-        if bool(((u - previous).abs().amax(-1) <= tolerance * u.abs().amax(-1)).all()):
-            break
-    return u
