@@ -111,14 +111,11 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             first, start = self.prototype_trace, self._init_loc()
             run = partial(self.model, *args, **kwargs)
             observed, dependent = prototype.refuse_moving_structure(first, run, rng_state)
-            sites, values = [], {}
-            for name, site in prototype.sites_by_name(first).items():
-                sites.append(site.to(Tensor.clone))
-                values[name] = first.nodes[name]["value"].detach().clone()
+            sites = [s.to(Tensor.clone) for s in prototype.sites_by_name(first).values()]
             arguments = self._resolved_arguments(len(start))
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
-            self._set_up_from(spec, start, values)
+            self._set_up_from(spec, start)
             if self._prior:
                 self._parts[1].loc.data.copy_(self._start_coordinates(start))
         except BaseException:

@@ -85,9 +85,9 @@ class StartMessenger(InitMessenger):
             check_continuous(site)
 
 
-def prototype_trace(latents: Latents, values: Mapping[str, Tensor]) -> poutine.Trace:
-    """Latents and their starting values as a trace, as Pyro and ``NeuTraReparam`` want it."""
-    trace = poutine.Trace()
+def prototype_trace(latents: Latents, z: Tensor) -> poutine.Trace:
+    """Latents as a trace, as Pyro and ``NeuTraReparam`` want it, with their values at z ``(latent_dim,)``."""
+    trace, values = poutine.Trace(), latents.constrain(z)
     rest = {"type": "sample", "is_observed": False, "args": (), "kwargs": {}}
     for name, site in latents.sites.items():
         # shapes and support of the site's distribution, without its data and graphs

@@ -8,7 +8,7 @@ import gc
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, cast
@@ -116,16 +116,13 @@ class PersistentGuide(AutoGuide):
             )
         return self._make_flow
 
-    def _set_up_from(
-        self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Builds the guide at a starting point, or at the value of each site."""
+    def _set_up_from(self, spec: GuideSpec, start: Tensor) -> None:
+        """Builds the guide at a starting point of shape ``(latent_dim,)``."""
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
-            values = values or spec.latents.constrain(start)
-            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, values)
+            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
@@ -260,9 +257,8 @@ class PersistentGuide(AutoGuide):
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
         if self._spec is not None:
-            self._spec, nodes = self._spec.to(fn), self.prototype_trace.nodes
-            values = {name: fn(node["value"]) for name, node in nodes.items()}
-            self.prototype_trace = prototype_trace(self._spec.latents, values)
+            spec = self._spec = self._spec.to(fn)
+            self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 
     def get_extra_state(self) -> Tensor:
