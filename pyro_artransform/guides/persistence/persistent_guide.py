@@ -186,14 +186,8 @@ class PersistentGuide(AutoGuide):
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership = Ownership.CARRIED
             return
-        in_call, is_free, is_adopted = bool(self._pyro_context.active), True, False
-        name = self._pyro_name
-        prefix = param_with_module_name(f"{name}.transform", "")
-        for key, _ in pyro.get_param_store().named_parameters():
-            is_free = is_free and not key.startswith(prefix)
-        if not is_free:
-            names, own = [name, self.first_name], self._trainable()
-            name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
+        in_call, names = bool(self._pyro_context.active), [self._pyro_name, self.first_name]
+        name, is_adopted = resolve_conflicts(self, self._trainable(), names, self._ownership)
         if in_call or is_adopted:
             store, stored = pyro.get_param_store(), dict(pyro.get_param_store().named_parameters())
             for short, parameter in self._trainable().items():
