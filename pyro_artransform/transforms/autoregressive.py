@@ -19,7 +19,7 @@ from .flow_module import (
     warn_user,
 )
 from .inversion import at_solution, invert, invert_with_score
-from .score import by_substitution as score_by_substitution
+from .score import closed_form
 from .structure_check import StructureCheck
 
 
@@ -83,7 +83,7 @@ class AutoregressiveTransform(FlowModule):
         self._check(x)
         meta, found = self.meta, None
         if isinstance(meta, StructuredMeta) and not meta.batch_shape:
-            found = score_by_substitution(meta, x, score.detach())
+            found = closed_form(meta, x, score.detach())
         return super().call_and_score(x, score) if found is None else found
 
     def _check(self, x: Tensor) -> None:

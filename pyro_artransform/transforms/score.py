@@ -16,10 +16,12 @@ from .conditioned import StructuredMeta
 from .flow_module import call_and_ladj
 
 
-def by_substitution(
+def closed_form(
     meta: StructuredMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The value, its log-determinant and its score; None if the meta has no linearization."""
+    """The value, its log-determinant and its score; None without a linearization."""
+    if meta.depth == 1:
+        return _by_coordinate(meta, x, score)
     linearization = meta.linearize(x)
     if linearization is None:
         return None
@@ -51,3 +53,19 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
         return Derivatives(y, ladj, inverse, None, None)
     volume = torch.autograd.grad(ladj, [point, params], torch.ones_like(ladj), **options)
     return Derivatives(y, ladj, inverse, *volume)
+
+
+def _by_coordinate(
+    meta: StructuredMeta, x: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same where no coordinate depends on others, so that J is diagonal; None of vectors."""
+    with torch.enable_grad():
+        point = x if x.requires_grad else x.detach().requires_grad_()
+        y, ladj = call_and_ladj(meta(point), point)
+    if ladj.shape != x.shape:
+        return None
+    if ladj.requires_grad:
+        options = {"retain_graph": True, "materialize_grads": True}
+        (by_volume,) = torch.autograd.grad(ladj, point, torch.ones_like(ladj), **options)
+        score = score - by_volume
+    return y, ladj.sum(-1), score / ladj.detach().exp()

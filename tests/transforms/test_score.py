@@ -6,12 +6,13 @@ import torch
 from torch import nn
 
 from pyro_artransform import conditional_affine_autoregressive
-from pyro_artransform.conditioners import MaskedInput, MaskedMLP, TiltedSiLU
+from pyro_artransform.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import (
     AutoregressiveTransform,
     ComposedTransform,
     ConditionedUnivariate,
+    StructuredMeta,
 )
 from pyro_artransform.transforms.score import _derivatives
 from pyro_artransform.univariate import Affine, Hinged, RationalQuadraticSpline
@@ -78,7 +79,22 @@ def test_the_score_by_substitution_is_that_of_the_jacobian(make):
     torch.testing.assert_close((y, ladj), t.call_and_ladj(x))
 
 
+class OfEach(StructuredMeta):
+    """The same vector transform at every x, which says that it acts on each coordinate alone."""
+
+    depth = 1
+
+    def __init__(self, family):
+        super().__init__()
+        self.transform = ComposedTransform(family(torch.randn(4, family.num_params)))
+
+    def forward(self, x):
+        return self.transform
+
+
 METAS = {
+    "of each coordinate, of vectors": lambda _: OfEach(Hinged()),
+    "of each coordinate": lambda _: ConditionedUnivariate(Unconditional(4, 6), Hinged()),
     "without a linearization": lambda net: ConditionedUnivariate(MaskedInput(net), Hinged()),
     "a function": lambda net: lambda x: Hinged()(MaskedInput(net)(x)),
     "of vectors": lambda net: lambda x: ComposedTransform(Hinged()(MaskedInput(net)(x))),
@@ -88,7 +104,7 @@ METAS = {
 @pytest.mark.parametrize("make", METAS.values(), ids=METAS.keys())
 def test_the_score_by_iteration_is_that_of_the_jacobian(make):
     net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 24), nn.Unflatten(-1, (4, 6)))
-    t = AutoregressiveTransform(make(net))
+    t = redraw(AutoregressiveTransform(make(net)))
     x, score = torch.randn(2, 3, 4)
     found = t.call_and_score(x, score)[2]
     torch.testing.assert_close(found, score_by_jacobian(t, x, score), rtol=1e-9, atol=1e-10)
