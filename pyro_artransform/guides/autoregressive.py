@@ -24,7 +24,7 @@ from ..transforms import ComposedTransform, LocationScale
 from . import prototype
 from .distributions import FlowDistribution, check_flow_argument, make_flow
 from .persistence.param_store import Ownership
-from .persistence.spec import Arguments, GuideSpec, LeastState
+from .persistence.spec import Arguments, GuideSpec
 from .prior_coordinates import (
     CoordinatesArgument,
     GuideInCoordinates,
@@ -104,13 +104,6 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         self._argument_shapes: Hashable = None
         self._make_flow = flow
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # as the base class does: here too since Pyro sets the plates in each call
-        if name == "model":
-            self._use_model(value)
-        else:
-            AutoContinuous.__setattr__(self, name, value)
-
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state = torch.get_rng_state()
         try:
@@ -118,14 +111,11 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             first, start = self.prototype_trace, self._init_loc()
             run = partial(self.model, *args, **kwargs)
             observed, dependent = prototype.refuse_moving_structure(first, run, rng_state)
-            sites, values = [], {}
-            for name, site in prototype.sites_by_name(first).items():
-                sites.append(site.to(Tensor.clone))
-                values[name] = first.nodes[name]["value"].detach().clone()
+            sites = [s.to(Tensor.clone) for s in prototype.sites_by_name(first).values()]
             arguments = self._resolved_arguments(len(start))
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
-            self._set_up_from(spec, start, values)
+            self._set_up_from(spec, start)
             if self._prior:
                 self._parts[1].loc.data.copy_(self._start_coordinates(start))
         except BaseException:
@@ -167,11 +157,11 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             with poutine.block():
                 self._create_plates()
 
-    def _least_state(self, spec: GuideSpec) -> LeastState:
+    def _least_numbers(self, spec: GuideSpec) -> int:
         dim = spec.latents.latent_dim
         # a plate has a latent for each of its elements
         sizes = [frame.size for site in spec.sites for frame in site.plates]
-        return LeastState([dim], max(dim * dim if spec.arguments["full_rank"] else dim, 0, *sizes))
+        return max(dim * dim if spec.arguments["full_rank"] else dim, *sizes, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
         super()._apply(fn, recurse)

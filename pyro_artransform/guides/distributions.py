@@ -15,10 +15,6 @@ from torch.distributions import Transform
 
 from ..transforms import FlowModule, check_structure
 
-_WANTED = (
-    "transforms: expected one transform of this package, got {}; chain([...]) makes one of several"
-)
-
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
     """Refuses what cannot make a flow, and a flow itself; ``wanted`` are its parameters in words."""
@@ -94,17 +90,11 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
-        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
-            raise TypeError(_WANTED.format(self.transforms))
-        flow = self.transforms[0]
+        flow = self._flow()
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
-        log_prob = self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims)
-        # edits of a tensor of inference mode leave no sign
-        is_sure = not value.is_inference()
-        self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
-        return value
+        return self._remembered(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density, of shape ``sample_shape + batch_shape``."""
@@ -115,12 +105,24 @@ class FlowDistribution(dist.TransformedDistribution):
                 return log_prob
         if self._validate_args:
             self._validate_sample(value)
-        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
-            raise TypeError(_WANTED.format(self.transforms))
-        flow = self.transforms[0]
+        flow = self._flow()
         x, ladj = flow.inverse_and_ladj(value)
         extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
+
+    def _flow(self) -> FlowModule:
+        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
+            raise TypeError(
+                f"transforms: expected one transform of this package, got {self.transforms}; "
+                "chain([...]) makes one of several"
+            )
+        return self.transforms[0]
+
+    def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
+        # edits of a tensor of inference mode leave no sign
+        is_sure = not value.is_inference()
+        self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
+        return value
 
 
 class PathDistribution(FlowDistribution):
@@ -154,9 +156,7 @@ class PathDistribution(FlowDistribution):
                 value = _moved_by(self.location, value)
             through = self.through(x.detach(), value)
             log_prob = log_prob.detach() + (through - through.detach())
-        is_sure = not value.is_inference()
-        self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
-        return value
+        return self._remembered(value, log_prob)
 
 
 def _in_pairs(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
-from .persistence.spec import Arguments, GuideSpec, LeastState
+from .persistence.spec import Arguments, GuideSpec
 from .prior_coordinates import CoordinatesArgument
 
 # of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
@@ -90,16 +90,12 @@ class PresetGuide(AutoAutoregressive):
         # three layers multiply their scales: unbounded, draws overflow models (benchmarks/float32.md)
         return chain([*hinges, layers, CompressedTails()])
 
-    def _least_state(self, spec: GuideSpec) -> LeastState:
-        least, count = super()._least_state(spec), spec.arguments["num_transforms"]
-        dim = spec.latents.latent_dim
-        if dim == 1:  # there are no networks
-            return least._replace(tensors=count)
-        widths = [dim, *spec.arguments["hidden_dims"], dim]
-        # of each network the graph and the weights
+    def _least_numbers(self, spec: GuideSpec) -> int:
+        dim, count = spec.latents.latent_dim, spec.arguments["num_transforms"]
+        widths = [dim, *spec.arguments["hidden_dims"], dim] if dim > 1 else []
+        # of each network the graph and the weights; in one dimension there are none
         size = dim * dim + sum(one * other for one, other in pairwise(widths))
-        numbers = max(least.numbers, count * size)
-        return least._replace(numbers=numbers, tensors=count * len(widths))
+        return max(super()._least_numbers(spec), count * size)
 
 
 class AutoIAF(PresetGuide):

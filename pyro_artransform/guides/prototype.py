@@ -5,12 +5,11 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
@@ -86,22 +85,14 @@ class StartMessenger(InitMessenger):
             check_continuous(site)
 
 
-class SiteShape(dist.TorchDistribution):
-    """The shapes and the support of a latent site's distribution, without its data and graphs."""
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    # each object has its own, as an attribute: a guide reads it in each call
-    support: constraints.Constraint = constraints.real
-
-
-def prototype_trace(latents: Latents, values: Mapping[str, Tensor]) -> poutine.Trace:
-    """Latents and their starting values as a trace, as Pyro and ``NeuTraReparam`` want it."""
-    trace = poutine.Trace()
+def prototype_trace(latents: Latents, z: Tensor) -> poutine.Trace:
+    """Latents as a trace, as Pyro and ``NeuTraReparam`` want it, with their values at z ``(latent_dim,)``."""
+    trace, values = poutine.Trace(), latents.constrain(z)
     rest = {"type": "sample", "is_observed": False, "args": (), "kwargs": {}}
     for name, site in latents.sites.items():
+        # shapes and support of the site's distribution, without its data and graphs
         event_shape = site.shape[len(site.batch_shape) :]
-        fn = SiteShape(site.batch_shape, event_shape, validate_args=False)
-        fn.support = site.support
+        fn = dist.ImproperUniform(site.support, site.batch_shape, event_shape)
         node = {"fn": fn, "value": values[name], "infer": {}, "cond_indep_stack": site.plates}
         trace.add_node(name, name=name, **node, **rest)
     return trace

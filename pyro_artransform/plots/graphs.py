@@ -10,12 +10,11 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..guides import AutoStructuredFlow
 from ..guides.structured.latent_graph import LatentGraph, Name
-from .panels import GRAY, new_axes
+from .panels import new_axes
 
 _MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
 _MIN_NAMED = 0.04  # the least part of an axis that is named
@@ -40,24 +39,20 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
     filled = {(one, two) for one in names for two in found.parents(*one)} - pairs
     levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
     gray = {pair: -1.0 for one, two in filled for pair in ((one, two), (two, one))}
-    ax, right, margin = new_axes(ax, (8.4, 4.2)), 1.14 * dim, 0.02 * dim
     colors = plt.get_cmap("viridis", num_levels).with_extremes(under="silver")
+    ax = new_axes(ax, (8.4, 4.2))
+    ax.set_axis_off()
     of_guide = "order of the guide" + " (gray: fill-in)" * bool(filled)
-    squares = (0.0, names, levels, "order of the model"), (right, by_level, gray | levels, of_guide)
-    for left, order, values, title in squares:
-        image = ax.imshow(_cells(order, values), colors, extent=(left, left + dim, dim, 0))
+    squares = (names, levels, "order of the model"), (by_level, gray | levels, of_guide)
+    labels = [str(name[0]) for name in names], [f"level {level[name]}" for name in by_level]
+    for left, (order, values, title), ticks in zip((0.0, 0.53), squares, map(_named_runs, labels)):
+        square = ax.inset_axes((left, 0.0, 0.47, 1.0))
+        image = square.imshow(_cells(order, values), colors, extent=(0, dim, dim, 0))
         image.set(interpolation="nearest", clim=(-0.5, num_levels - 0.5))
-        # beside the cells, so that it hides none
-        frame = Rectangle((left - margin / 2, -margin / 2), dim + margin, dim + margin, fill=False)
-        ax.add_patch(frame).set(edgecolor=GRAY, linewidth=0.8)
-        ax.text(left + dim / 2, -2 * margin, title, ha="center", va="bottom")
-    ax.set(xlim=(-margin, right + dim + margin), ylim=(dim + margin, -margin), aspect="equal")
-    sites = _named_runs([str(name[0]) for name in names])
-    runs = _named_runs([f"level {level[name]}" for name in by_level])
-    ticks = sites | {right + place: label for place, label in runs.items()}
-    ax.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticks(list(sites), sites.values())
-    ax.spines[:].set_visible(False)
+        square.set_title(title, fontsize="medium")
+        square.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right")
+        square.set_yticks(list(ticks), ticks.values())
+    square.set_yticks([])  # in the order of its columns
     bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, label="level")
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     return ax

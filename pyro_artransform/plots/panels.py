@@ -22,8 +22,6 @@ from ..diagnostics.marginals import bounds_in_words
 from ..inference import Chains, FitResult
 
 BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
-_PANEL = (4.4, 3.4)  # width and height in inches
-_LETTERS = 16  # of the verdict in an inch
 _MAX_NAMED = 8  # sites in the legend
 _MAX_BARS = 100  # coordinates: more error bars than that hide each other
 
@@ -59,10 +57,10 @@ def plot_fit(result: FitResult) -> Any:
     if not isinstance(result, FitResult):
         raise TypeError(f"result: expected what fit returns, got {type(result).__name__}")
     count = 1 + (result.importance is not None) + (result.marginals is not None)
-    words = textwrap.wrap(result.verdict, int(_LETTERS * count * _PANEL[0]))
-    size = count * _PANEL[0], _PANEL[1] + 0.15 * len(words)
+    words = textwrap.fill(result.verdict, 70 * count)
+    size = 4.4 * count, 3.4 + 0.15 * words.count("\n")
     figure, axes = plt.subplots(1, count, squeeze=False, figsize=size, layout="constrained")
-    figure.suptitle("\n".join(words), fontsize=8)
+    figure.suptitle(words, fontsize=8)
     _draw_elbo(result, axes[0, 0])
     if result.importance is not None:
         plot_khat(result.importance, axes[0, 1])

@@ -15,13 +15,11 @@ from .conditioned import ContextMeta, Meta, StructuredMeta, check_returned
 from .flow_module import (
     ConditionalFlowModule,
     FlowModule,
-    call_and_ladj,
     call_and_ladj_over_vectors,
     warn_user,
 )
 from .inversion import at_solution, invert, invert_with_score
-from .score import by_products as score_by_products
-from .score import by_substitution as score_by_substitution
+from .score import closed_form
 from .structure_check import StructureCheck
 
 
@@ -83,20 +81,10 @@ class AutoregressiveTransform(FlowModule):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._check(x)
-        meta, score = self.meta, score.detach()
+        meta, found = self.meta, None
         if isinstance(meta, StructuredMeta) and not meta.batch_shape:
-            found = score_by_substitution(meta, x, score)
-            if found is not None:
-                return found
-        with torch.enable_grad():
-            point = x if x.requires_grad else x.detach().requires_grad_()
-            transform = check_returned(meta(point))
-            y, ladj = call_and_ladj(transform, point)
-        if transform.event_dim > 0 or x.shape != y.shape:
-            return super().call_and_score(x, score)
-        depth = meta.depth if isinstance(meta, StructuredMeta) else None
-        score = score_by_products(point, y, ladj, score, depth or x.shape[-1])
-        return y, ladj.sum(-1), score
+            found = closed_form(meta, x, score.detach())
+        return super().call_and_score(x, score) if found is None else found
 
     def _check(self, x: Tensor) -> None:
         """Refuses what it cannot transform; warns, once, of a fault of the meta."""

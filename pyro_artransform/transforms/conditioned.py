@@ -62,8 +62,9 @@ def check_returned(value: object) -> Transform:
             f"{type(value).__name__}. For a network that returns parameters, "
             "ConditionedUnivariate(conditioner, family) is the meta"
         )
+    real = type(constraints.real)  # a copy of a meta has copies of constraints
     for side in (value.domain, value.codomain):
-        if getattr(side, "base_constraint", side) is not constraints.real or side.event_dim > 1:
+        if type(getattr(side, "base_constraint", side)) is not real or side.event_dim > 1:
             raise ValueError(
                 f"meta: expected a transform of real numbers or vectors, got {type(value).__name__} "
                 f"from {value.domain} to {value.codomain}"

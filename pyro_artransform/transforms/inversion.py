@@ -145,7 +145,7 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             "the gradient at a known pair is solved by iteration, which torch.jit, torch.compile and "
             "torch.func cannot follow; use inverse_and_ladj there"
         )
-    return _with_gradient(meta, x, y, None)
+    return _with_gradient(meta, x.expand(y.shape), y, None)
 
 
 def _with_gradient(

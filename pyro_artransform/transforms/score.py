@@ -3,8 +3,8 @@
 
 r"""The score u of the value of an autoregressive transform, with its parameters held fixed.
 
-It solves :math:`J^\top u = r` with the triangular Jacobian J, where r is the score of x minus the gradient
-of the log-determinant: by substitution where the meta knows its derivative, else by iteration.
+It solves :math:`J^\top u = r` by substitution, with the triangular Jacobian J that the meta knows; r is the
+score of x minus the gradient of the log-determinant.
 """
 
 import torch
@@ -16,10 +16,12 @@ from .conditioned import StructuredMeta
 from .flow_module import call_and_ladj
 
 
-def by_substitution(
+def closed_form(
     meta: StructuredMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The value, its log-determinant and its score; None if the meta has no linearization."""
+    """The value, its log-determinant and its score; None without a linearization."""
+    if meta.depth == 1:
+        return _by_coordinate(meta, x, score)
     linearization = meta.linearize(x)
     if linearization is None:
         return None
@@ -53,24 +55,17 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
     return Derivatives(y, ladj, inverse, *volume)
 
 
-def by_products(x: Tensor, y: Tensor, ladj: Tensor, score: Tensor, depth: int) -> Tensor:
-    r"""The score of y, by vector-Jacobian products through the graph between x and y.
-
-    With :math:`J = \mathrm{diag}(d) + N`, N strictly triangular, u is the limit of
-    :math:`u \leftarrow (r - N^\top u) / d`, exact after as many products as the graph is deep.
-    """
-    # relative to the largest number of a score: far below the noise of gradient estimates
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-6}.get(x.dtype, 1e-3)
-    ones = torch.ones_like(ladj)
-    scale = ladj.detach().exp()
-    by_volume = None
+def _by_coordinate(
+    meta: StructuredMeta, x: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same where no coordinate depends on others, so that J is diagonal; None of vectors."""
+    with torch.enable_grad():
+        point = x if x.requires_grad else x.detach().requires_grad_()
+        y, ladj = call_and_ladj(meta(point), point)
+    if ladj.shape != x.shape:
+        return None
     if ladj.requires_grad:
-        by_volume = torch.autograd.grad(ladj, x, ones, retain_graph=True, allow_unused=True)[0]
-    rest = score if by_volume is None else score - by_volume
-    u = rest / scale
-    for _ in range(depth - 1):
-        (pulled,) = torch.autograd.grad(y, x, u, retain_graph=True)
-        previous, u = u, u + (rest - pulled) / scale
-        if bool(((u - previous).abs().amax(-1) <= tolerance * u.abs().amax(-1)).all()):
-            break
-    return u
+        options = {"retain_graph": True, "materialize_grads": True}
+        (by_volume,) = torch.autograd.grad(ladj, point, torch.ones_like(ladj), **options)
+        score = score - by_volume
+    return y, ladj.sum(-1), score / ladj.detach().exp()

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_broadcast, check_positive
+from ..arguments import check_broadcast, check_positive, values_can_be_read
 from ..differentiation import gradients_with_graph
 from .base import (
     Derivatives,
     ElementwiseTransform,
     Univariate,
-    eager_autograd,
     shrink_of,
     soft_bound,
     unbind_params,
@@ -48,7 +47,7 @@ class MonotonicAffineTransform(ElementwiseTransform):
         self.shift, self.scale, self.bound = shift, scale, bound
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        evaluate = _BoundedAffine.apply if eager_autograd() else _bounded_affine
+        evaluate = _BoundedAffine.apply if values_can_be_read() else _bounded_affine
         y, log_scale = evaluate(x, self.shift, self.scale, self.bound)
         return y, log_scale.expand_as(y)
 
@@ -187,7 +186,7 @@ class HingedTransform(ElementwiseTransform):
         factors = 0.5 * torch.expm1(torch.stack(self._log_slopes))
         while factors.dim() <= x.dim():
             factors = factors.unsqueeze(1)
-        evaluate = _Bend.apply if eager_autograd() else partial(_Bend.forward, None)
+        evaluate = _Bend.apply if values_can_be_read() else partial(_Bend.forward, None)
         y, ladj = evaluate(x, factors, self._hinges, self.width)
         return y, ladj
 

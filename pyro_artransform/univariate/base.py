@@ -24,11 +24,6 @@ class Derivatives(NamedTuple):
     ladj_by_params: Tensor | None  # (B, D, P), None for zeros
 
 
-def eager_autograd() -> bool:
-    """Whether derivatives by hand can be used."""
-    return values_can_be_read()
-
-
 def soft_bound(x: Tensor, bound: float) -> Tensor:
     r"""Squashes the real line smoothly into ``(-bound, bound)``, with slope 1 at zero.
 
@@ -37,7 +32,7 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     It is 0 at 0 exactly, for x of any shape and a positive bound. The gradient decays like ``|x|**-3``: it
     is still positive where that of a hyperbolic tangent has long been rounded to zero.
     """
-    if eager_autograd():
+    if values_can_be_read():  # else derivatives by hand are not seen
         return _SoftBound.apply(x, bound)
     # the same function, in a form whose automatic derivatives are right to any order
     return torch.sin(torch.atan(x / bound)) * bound

@@ -25,7 +25,6 @@ from pyro_artransform.guides import (
     AutoIAF,
     AutoStructuredFlow,
 )
-from pyro_artransform.guides.prototype import SiteShape
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.transforms import AutoregressiveTransform, MonotonicAffineTransform
 from tests.guides import models
@@ -173,7 +172,7 @@ def test_the_prototype_holds_neither_data_nor_graph():
     guide(models.data())
     assert list(guide.prototype_trace.nodes) == ["a", "b"]
     for site in guide.prototype_trace.nodes.values():
-        assert isinstance(site["fn"], SiteShape)
+        assert isinstance(site["fn"], dist.ImproperUniform)
         assert not site["value"].requires_grad
     support = guide.prototype_trace.nodes["b"]["fn"].support
     assert not support.lower_bound.requires_grad

@@ -343,7 +343,11 @@ def guide_of_chain(size):
 
 def cells(ax):
     """In the order of the model, and in that of the guide; NaN where nothing is, -1 for fill-in."""
-    return [torch.from_numpy(image.get_array().filled(math.nan)) for image in ax.images]
+    return [
+        torch.from_numpy(image.get_array().filled(math.nan))
+        for square in ax.child_axes
+        for image in square.images
+    ]
 
 
 def test_graph(ax):

@@ -5,8 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
-from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform import conditional_affine_autoregressive
+from pyro_artransform.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
+from pyro_artransform.testing import redraw
+from pyro_artransform.transforms import (
+    AutoregressiveTransform,
+    ComposedTransform,
+    ConditionedUnivariate,
+    StructuredMeta,
+)
 from pyro_artransform.transforms.score import _derivatives
 from pyro_artransform.univariate import Affine, Hinged, RationalQuadraticSpline
 from tests.transforms.metas import Shift
@@ -70,6 +77,45 @@ def test_the_score_by_substitution_is_that_of_the_jacobian(make):
     # round-off of float64 through products of some hundred terms
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
     torch.testing.assert_close((y, ladj), t.call_and_ladj(x))
+
+
+class OfEach(StructuredMeta):
+    """The same vector transform at every x, which says that it acts on each coordinate alone."""
+
+    depth = 1
+
+    def __init__(self, family):
+        super().__init__()
+        self.transform = ComposedTransform(family(torch.randn(4, family.num_params)))
+
+    def forward(self, x):
+        return self.transform
+
+
+METAS = {
+    "of each coordinate, of vectors": lambda _: OfEach(Hinged()),
+    "of each coordinate": lambda _: ConditionedUnivariate(Unconditional(4, 6), Hinged()),
+    "without a linearization": lambda net: ConditionedUnivariate(MaskedInput(net), Hinged()),
+    "a function": lambda net: lambda x: Hinged()(MaskedInput(net)(x)),
+    "of vectors": lambda net: lambda x: ComposedTransform(Hinged()(MaskedInput(net)(x))),
+}
+
+
+@pytest.mark.parametrize("make", METAS.values(), ids=METAS.keys())
+def test_the_score_by_iteration_is_that_of_the_jacobian(make):
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 24), nn.Unflatten(-1, (4, 6)))
+    t = redraw(AutoregressiveTransform(make(net)))
+    x, score = torch.randn(2, 3, 4)
+    found = t.call_and_score(x, score)[2]
+    torch.testing.assert_close(found, score_by_jacobian(t, x, score), rtol=1e-9, atol=1e-10)
+
+
+def test_the_score_where_a_context_has_more_rows_than_x():
+    t = redraw(conditional_affine_autoregressive(3, 2)).condition(torch.randn(5, 2))
+    x, score = torch.randn(2, 3)
+    found = t.call_and_score(x, score)
+    expected = t.call_and_score(x.expand(5, 3), score.expand(5, 3))
+    torch.testing.assert_close(found, expected)
 
 
 def test_gradients_of_value_and_log_determinant_are_those_without_a_score():

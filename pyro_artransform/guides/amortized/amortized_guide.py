@@ -19,7 +19,7 @@ from ...arguments import check_callable, check_integer, check_positive, names_th
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model
-from ..persistence.spec import GuideSpec, LeastState
+from ..persistence.spec import GuideSpec
 from ..prior_coordinates import CoordinatesArgument, GuideInCoordinates, check_coordinates
 from ..prototype import compare_names, latents_of, refuse_moving_structure
 from .encoder import Encoder, check_encoder, first_feature_dims
@@ -192,11 +192,10 @@ class AutoAmortized(AmortizedInCoordinates):
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
-    def _least_state(self, spec: GuideSpec) -> LeastState:
-        feature_dims, dims, size = spec.arguments["feature_dims"], [], 0
+    def _least_numbers(self, spec: GuideSpec) -> int:
+        feature_dims, size = spec.arguments["feature_dims"], 0
         for group in LatentLayout(spec.latents).groups:
             dim = group.latents.latent_dim
-            dims.append(dim)
             if group.name == GLOBAL:
                 # flows of the user are not counted
                 is_default = self._make_flow is not None and self._make_flow[0] is default_flow
@@ -205,7 +204,7 @@ class AutoAmortized(AmortizedInCoordinates):
             features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
             rows = 0 if group.name in feature_dims else group.num_elements
             size += (dim + features) * dim + rows * (features + 2 * dim)
-        return LeastState(dims, max(size, spec.latents.latent_dim))
+        return size
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         (encoder,), make_flows = self._encoder, self._flow_maker()

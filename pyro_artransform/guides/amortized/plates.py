@@ -56,19 +56,15 @@ def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
 class Group:
     """The latent sites in the same plates: each element of the plates has one vector of them.
 
-    :param name: that of the innermost plate, or of all plates joined by "/" where another group has
-        that name; :data:`GLOBAL` for the global latents, a group with one element.
-    :param dims: the dimension of each plate, the outermost plate first.
-    :param full_sizes: the number of all elements of each plate.
-    :param latents: the latents of one element, without the dimensions of the plates.
-    :param parents: the groups in some of these plates, the global latents among them.
+    Its name is that of the innermost plate, or of all plates joined by "/" where another group has that
+    name; :data:`GLOBAL` for the global latents, a group with one element.
     """
 
     name: str
-    dims: dict[str, int]
-    full_sizes: dict[str, int]
-    latents: Latents
-    parents: tuple[str, ...]
+    dims: dict[str, int]  # of each plate, the outermost first
+    full_sizes: dict[str, int]  # how many elements each plate has
+    latents: Latents  # of one element, without the dimensions of the plates
+    parents: tuple[str, ...]  # the groups in some of these plates, the global latents among them
 
     @property
     def num_elements(self) -> int:
@@ -166,11 +162,10 @@ class LatentLayout:
         flat, ladj = whole.unconstrain_with_ladj(values, like.device)
         if flat.dim() != 2:
             name, site = next(iter(whole.sites.items()))
-            wanted, got = (
-                f"(n,) + site shape {tuple(site.shape)}",
-                tuple(flat.shape[:-1] + site.shape),
+            wanted, got = tuple(site.shape), tuple(flat.shape[:-1] + site.shape)
+            raise ValueError(
+                f"values: expected '{name}' of shape (n,) + site shape {wanted}, got {got}"
             )
-            raise ValueError(f"values: expected '{name}' of shape {wanted}, got {got}")
         parts, vectors = whole.split(flat), {}
         for group in self.groups:
             ones = (1,) * (self.batch_dims - group.batch_dims)

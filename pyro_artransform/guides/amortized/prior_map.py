@@ -55,20 +55,15 @@ class ElementMap(NamedTuple):
     """The map between coordinates of the prior and the unconstrained space, for all elements.
 
     A model whose plates hold other numbers of elements than there are runs for one part after the other.
-
-    :param model: with its arguments.
-    :param plates: in a run of this model, whose own indices are ``given``.
-    :param log_joint: that of the model for any arguments: how many draws are evaluated at once.
-    :param is_inverse: whether it is u that is mapped.
     """
 
-    model: Callable[[], object]
+    model: Callable[[], object]  # with its arguments
     layout: LatentLayout
     sites: Mapping[str, SiteCoordinates]
-    plates: PlateSizes
-    given: set[str]
-    log_joint: LogJoint
-    is_inverse: bool
+    plates: PlateSizes  # in a run of this model
+    given: set[str]  # the plates whose indices it gives itself
+    log_joint: LogJoint  # for any arguments: how many draws are evaluated at once
+    is_inverse: bool  # whether it is u that is mapped
 
     def __call__(self, vectors: Vectors) -> tuple[Vectors, Tensor]:
         """The vectors of each group, and the log-determinant of the map from x to u, shape ``(n,)``.
@@ -174,11 +169,7 @@ class AmortizedInCoordinates(GuideInCoordinates):
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
         """Sets lambda by the curvature of a mini-batch's density, the mean of all its elements.
 
-        The location is that of the starting values in these coordinates.
-
-        :param u: points of the unconstrained space, shape ``(n, latent_dim)``, or None for lambda = 1.
-        :param share: that of the mini-batch of all elements.
-        :return: the largest change.
+        The location is that of the starting values in these coordinates. See ``MinibatchGuide``.
         """
         own, latents, prior = self._checked_spec().latents, log_joint.latents, self._prior[0]
         before, now = prior.centered, torch.ones_like(prior.centered)

@@ -8,7 +8,7 @@ import gc
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, cast
@@ -28,7 +28,7 @@ from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, resolve_conflicts
-from .spec import Arguments, GuideSpec, LeastState, State, check_finite, check_sizes
+from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
@@ -116,29 +116,26 @@ class PersistentGuide(AutoGuide):
             )
         return self._make_flow
 
-    def _set_up_from(
-        self, spec: GuideSpec, start: Tensor, values: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Builds the guide at a starting point, or at the value of each site."""
+    def _set_up_from(self, spec: GuideSpec, start: Tensor) -> None:
+        """Builds the guide at a starting point of shape ``(latent_dim,)``."""
         # a parameter made in inference mode could never train
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
-            values = values or spec.latents.constrain(start)
-            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, values)
+            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
-    def _least_state(self, spec: GuideSpec) -> LeastState:
-        """What the state dict of a guide of a spec has at least: it bounds what is built."""
+    def _least_numbers(self, spec: GuideSpec) -> int:
+        """How many numbers the state dict of a guide of a spec has at least: it bounds what is built."""
         raise NotImplementedError
 
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
         arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
         spec = replace(spec, arguments=arguments)
-        check_sizes(state, self._least_state(spec))
+        check_size(state, self._least_numbers(spec))
         self._set_up_from(spec, spec.zeros())
         self._ownership, self._model_is_checked = Ownership.CARRIED, False
 
@@ -189,14 +186,8 @@ class PersistentGuide(AutoGuide):
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership = Ownership.CARRIED
             return
-        in_call, is_free, is_adopted = bool(self._pyro_context.active), True, False
-        name = self._pyro_name
-        prefix = param_with_module_name(f"{name}.transform", "")
-        for key, _ in pyro.get_param_store().named_parameters():
-            is_free = is_free and not key.startswith(prefix)
-        if not is_free:
-            names, own = [name, self.first_name], self._trainable()
-            name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
+        in_call, names = bool(self._pyro_context.active), [self._pyro_name, self.first_name]
+        name, is_adopted = resolve_conflicts(self, self._trainable(), names, self._ownership)
         if in_call or is_adopted:
             store, stored = pyro.get_param_store(), dict(pyro.get_param_store().named_parameters())
             for short, parameter in self._trainable().items():
@@ -260,9 +251,8 @@ class PersistentGuide(AutoGuide):
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
         if self._spec is not None:
-            self._spec, nodes = self._spec.to(fn), self.prototype_trace.nodes
-            values = {name: fn(node["value"]) for name, node in nodes.items()}
-            self.prototype_trace = prototype_trace(self._spec.latents, values)
+            spec = self._spec = self._spec.to(fn)
+            self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 
     def get_extra_state(self) -> Tensor:

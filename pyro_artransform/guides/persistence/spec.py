@@ -3,10 +3,10 @@
 
 """What a guide is built from, also as plain data, and checks of a state dict before it is built."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions import constraints
@@ -147,31 +147,15 @@ def from_plain(plain: Any, device: torch.device | None = None) -> Any:
     return plain
 
 
-class LeastState(NamedTuple):
-    """What the state dict of a guide has at least: lengths of vectors, and how many numbers and tensors."""
-
-    vectors: Sequence[int]
-    numbers: int
-    tensors: int = 1
-
-
-def check_sizes(state: State, least: LeastState) -> None:
-    """Refuses a state dict that a guide cannot have, before memory and time go into building that."""
-    lengths = {len(value) for value in state.values() if value.dim() == 1}
-    stored: dict[int, int] = {}
-    is_expanded = False
-    for value in state.values():
-        # by storage: an expanded tensor declares more numbers than there are
-        storage = value.untyped_storage()
-        stored[storage.data_ptr()] = storage.nbytes() // value.element_size()
-        is_expanded = is_expanded or value.numel() > stored[storage.data_ptr()]
-    numbers = sum(stored.values())
-    is_short = numbers < least.numbers or len(state) < least.tensors
-    if is_expanded or is_short or not lengths.issuperset(least.vectors):
+def check_size(state: State, least: int) -> None:
+    """Refuses a state dict smaller than that of its guide, before memory and time go into building it."""
+    # by storage: an expanded tensor declares more numbers than there are
+    storages = {value.untyped_storage().data_ptr(): value for value in state.values()}
+    numbers = sum(v.untyped_storage().nbytes() // v.element_size() for v in storages.values())
+    if numbers < least:
         raise RuntimeError(
-            "the state does not fit the sites and arguments of its guide: expected vectors of "
-            f"{list(least.vectors)} numbers, and at least {least.numbers} numbers in {least.tensors} "
-            f"tensors, got {numbers} in {len(state)}"
+            "the state does not fit the sites and arguments of its guide: expected at least "
+            f"{least} numbers, got {numbers}"
         )
 
 

@@ -20,7 +20,7 @@ from ...joint.coordinates import Coordinates
 from ...joint.density import Args, Kwargs
 from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import Arguments, GuideSpec, LeastState
+from ..persistence.spec import Arguments, GuideSpec
 from ..prior_coordinates import CoordinatesArgument
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
@@ -283,11 +283,11 @@ class AutoStructuredFlow(AutoAutoregressive):
         sizes = {affine.loc: affine.log_scale.detach().exp() * relative, affine.log_scale: relative}
         return {**sizes, **flow.step_scales()}
 
-    def _least_state(self, spec: GuideSpec) -> LeastState:
-        arguments, least = spec.arguments, super()._least_state(spec)
+    def _least_numbers(self, spec: GuideSpec) -> int:
+        arguments = spec.arguments
         graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
         weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
-        return least._replace(numbers=max(least.numbers, len(graph.root) ** 2 + weights))
+        return max(super()._least_numbers(spec), len(graph.root) ** 2 + weights)
 
 
 def _size(graph: LatentGraph) -> int:
