@@ -3,7 +3,6 @@
 
 """The set-up of a fit: one run of model and guide, and what follows from it and the options."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..diagnostics.importance_weights import log_joint_of
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
+from ..joint.speed import warn_if_slow
 from .config import FitConfig
 from .evaluation.evaluate import ModelAndGuide
 from .initialization.start import InitialGuide
@@ -188,13 +188,7 @@ def set_up(
     )
     if parallel is not None:
         _check_processes(made, parallel, batches[0], num_steps, num_particles)
-    if made.looped_because:
-        warnings.warn(
-            "the model cannot be evaluated at many draws at once, so that it is run for one draw "
-            f"after the other, which is slow ({made.looped_because}). Write it without branches on "
-            "values of its latents, and index from the right, or take fewer num_particles",
-            stacklevel=3,
-        )
+    warn_if_slow(log_joint, made.looped_because, stacklevel=3)
     return made
 
 
