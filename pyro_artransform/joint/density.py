@@ -139,6 +139,7 @@ class LogJoint(LogDensity):
             noise = torch.randn_like(self._start.expand(_NUM_COMPARED, -1))
             near = self._start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
+                #: the obstacle is why the next faster strategy does not suit the model
                 self.strategy, self.obstacle = choose_strategy(self._evaluate, {"z": near}, _nan)
                 self.is_random = self.is_random or self._changes_by_itself(near)
             if self.strategy != "loop":

@@ -41,8 +41,8 @@ class ManyPathsError(RuntimeError):
     """Draws take so many paths through a model that a run for each of them is as fast."""
 
 
-class BranchError(Exception):
-    """Ends a run of a model whose draws take different branches from here on."""
+class BranchError(BaseException):
+    """Ends a run of a model whose draws take different branches from here on; no model is to catch it."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(values)
@@ -106,7 +106,7 @@ class SingleDraw(TorchFunctionMode):
             args = (self._common(args[0], _READS[func]), *args[1:])
         elif func is torch.tensor and (first := _first_batched(args[0])) is not None:
             return _stacked(args[0], kwargs.get("dtype") or first.dtype)
-        elif func == _DATA:
+        elif func == _DATA:  # which vmap refuses
             return args[0].detach()
         if not self._has_copies:
             return func(*args, **kwargs)
@@ -132,6 +132,8 @@ class SingleDraw(TorchFunctionMode):
         if is_batchedtensor(plain):
             return value
         values = told(plain.detach().flatten())
+        if values.isnan().any():
+            raise ValueError("cannot convert float NaN to integer")  # as of Python
         if not bool((values == values[0]).all()):
             raise BranchError(values.cpu())
         return values[0]

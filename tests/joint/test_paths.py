@@ -164,6 +164,35 @@ def test_numbers_in_lists_keep_their_gradient():
     torch.testing.assert_close(slopes, torch.autograd.grad(expected.sum(), z)[0])
 
 
+def test_no_whole_number_of_a_draw():
+    """As for single draws, that one has no density."""
+
+    def model():
+        z = latent(1)
+        observe(z[0] * int((z[0] + 2).sqrt()))
+
+    log_joint = LogJoint(model)
+    log_joint.strategy = "vmap"
+    found = log_joint(torch.tensor([[4.0], [-3.0], [2.0]]))
+    assert found.isnan().tolist() == [False, True, False]
+
+
+def test_a_model_does_not_catch_its_branches():
+    def model():
+        z = latent(1)
+        try:
+            scale = 1.0 if z > 0 else 2.0
+        except Exception:
+            scale = 5.0
+        pyro.sample("y", dist.Normal(z[0], scale), obs=torch.tensor(0.3))
+
+    log_joint, z = LogJoint(model), torch.tensor([[1.0], [-1.0]])
+    expected = dist.Normal(z[:, 0], torch.tensor([1.0, 2.0])).log_prob(torch.tensor(0.3))
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(z[:, 0])
+    for log_joint.strategy in ("vmap", "loop"):
+        torch.testing.assert_close(log_joint(z), expected)
+
+
 def test_kalman_filter_of_pyro():
     """It reads ``data`` of its tensors."""
 
