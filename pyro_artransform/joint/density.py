@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,7 @@ from .coordinates import (
     map_draws,
     prior_scales,
 )
-from .enumeration import Enumeration, marginal_log_prob
+from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .protocols import LogDensity
 from .sites import Latents, initial_value
@@ -382,7 +383,7 @@ class LogJoint(LogDensity):
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """A run of the model with its discrete latents, if it has some, enumerated to the left of draws."""
-        return Enumeration(-2 - self.num_plates)(run) if self.is_enumerated else run
+        return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))

@@ -106,7 +106,7 @@ class SingleDraw(TorchFunctionMode):
             args = (self._common(args[0], _READS[func]), *args[1:])
         elif func is torch.tensor and (first := _first_batched(args[0])) is not None:
             return _stacked(args[0], kwargs.get("dtype") or first.dtype)
-        elif func == _DATA:  # which vmap refuses
+        elif func == _DATA:  # as Pyro's handler of enumerated sites does, and its Kalman filter
             return args[0].detach()
         if not self._has_copies:
             return func(*args, **kwargs)
