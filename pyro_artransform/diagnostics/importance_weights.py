@@ -137,7 +137,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
     log_weights = _log_ratio(density, latent, log_q)
-    log_joint.strategy, log_joint.reason = density.strategy, density.reason
+    log_joint.strategy, log_joint.obstacle = density.strategy, density.obstacle
     unconstrained, _ = density.to_unconstrained(latent)
     latent = unconstrained if log_joint.coordinates is None else latent
     return Weighted(latent, log_joint.latents.constrain(unconstrained), log_weights)

@@ -3,7 +3,6 @@
 
 """The set-up of a fit: one run of model and guide, and what follows from it and the options."""
 
-import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
+from ..joint.speed import warn_if_slow
 from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
 from .mcmc import Deadline, Sampling
@@ -99,13 +99,7 @@ class SetUp:
             self.looped_because = "" if of_batch.is_vectorized else reason
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
-        if self.looped_because:
-            warnings.warn(
-                "the model cannot be evaluated at many draws at once, so that it is run for one draw "
-                f"after the other, which is slow ({self.looped_because}). Write it without branches on "
-                "values of its latents, and index from the right, or take fewer num_particles",
-                stacklevel=3,
-            )
+        warn_if_slow(log_joint, self.looped_because, stacklevel=3)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:

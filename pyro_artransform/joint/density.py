@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +29,7 @@ from .coordinates import (
     map_draws,
     prior_scales,
 )
-from .enumeration import Enumeration, marginal_log_prob
+from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .protocols import LogDensity
 from .sites import Latents, initial_value
@@ -44,6 +45,7 @@ from .traces import (
 )
 from .vectorization import (
     DRAWS,
+    MIXED,
     STRATEGIES,
     DrawPlate,
     Draws,
@@ -51,14 +53,14 @@ from .vectorization import (
     Terms,
     agree,
     choose_strategy,
+    describe,
+    draws_at_a_time,
     evaluate_many,
 )
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
-# the most values of a tensor, draws included: five of them take 170 MB in float32
-_MAX_VALUES = 2**23
 # What part of them fits into a processor's cache: 4096 draws of a regression of 1,200 rows take a
 # sixth of the time in such parts. With gradients a part of a few milliseconds is worth a run of the model.
 _CACHED, CACHED_WITH_GRADIENT = 64, 32
@@ -130,7 +132,7 @@ class LogJoint(LogDensity):
         self._structures: dict[Any, ModelStructure] = {}
         self._checked = {argument_signature((args, kwargs))}
         #: how many draws are evaluated at once without gradients, which bounds the memory
-        self.chunk_size = _chunk_size(count_values(trace), args, kwargs)
+        self.chunk_size = draws_at_a_time(count_values(trace), args, kwargs)
         self._start = self._latent_vector(trace)
         self.coordinates: Coordinates | None = None
         # the draws at which strategies are compared take no random numbers of the caller
@@ -138,7 +140,8 @@ class LogJoint(LogDensity):
             noise = torch.randn_like(self._start.expand(_NUM_COMPARED, -1))
             near = self._start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
-                self.strategy, self.reason = choose_strategy(self._evaluate, {"z": near}, _nan)
+                #: the obstacle is why the next faster strategy does not suit the model
+                self.strategy, self.obstacle = choose_strategy(self._evaluate, {"z": near}, _nan)
                 self.is_random = self.is_random or self._changes_by_itself(near)
             if self.strategy != "loop":
                 noise = torch.randn_like(self._start.expand(_NUM_FAR, -1))
@@ -147,6 +150,11 @@ class LogJoint(LogDensity):
                     warnings.simplefilter("ignore")
                     far = [near, self._start + _FAR_SCALE * noise, *self._prior_draws()]
                     self.checked(torch.cat(far))
+
+    @property
+    def reason(self) -> str:
+        """Why the model is run for one draw after the other, if it is."""
+        return self.obstacle if self.strategy == "loop" else ""
 
     def _latent_vector(self, trace: Any) -> Tensor:
         sites = self.latents.sites
@@ -173,7 +181,7 @@ class LogJoint(LogDensity):
                 "guide that is told of the mini-batch, such as AutoAmortized"
             )
         other = self.bound_to(args, kwargs or {})
-        other.chunk_size = _chunk_size(structure.num_values, args, kwargs or {})
+        other.chunk_size = draws_at_a_time(structure.num_values, args, kwargs or {})
         return other
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
@@ -248,11 +256,11 @@ class LogJoint(LogDensity):
             except Exception as error:  # a branch that does not take many draws
                 if strategy == "loop":
                     raise
-                self.reason = f"{type(error).__name__}: {error}"
+                self.obstacle = describe(error)
                 continue
             if strategy == "loop" or self._agrees(z, values, log_q, state):
                 break
-            self.reason = "many draws at once give another log-density than one at a time"
+            self.obstacle = MIXED
         return values
 
     def _agrees(self, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
@@ -375,19 +383,12 @@ class LogJoint(LogDensity):
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """A run of the model with its discrete latents, if it has some, enumerated to the left of draws."""
-        return Enumeration(-2 - self.num_plates)(run) if self.is_enumerated else run
+        return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
         init = InitMessenger(partial(initial_value, self._init_loc_fn))
         with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
             return poutine.trace(self.model).get_trace(*args, **kwargs)
-
-
-def _chunk_size(num_values: int, args: Args, kwargs: Kwargs) -> int:
-    """How many draws are evaluated at once, by the values of a run and the entries of its arguments."""
-    for argument in (*args, *kwargs.values()):
-        num_values = max(num_values, argument.numel() if isinstance(argument, Tensor) else 1)
-    return max(_MAX_VALUES // num_values, 1)
 
 
 def _nan(draws: Draws) -> Terms:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Discrete latents summed out, also under ``torch.vmap``, where Pyro's own handler and sum raise errors."""
+"""Discrete latents summed out, also under ``torch.vmap``, where Pyro's own sum raises an error."""
 
 import math
 from collections import OrderedDict
@@ -26,19 +26,6 @@ Factors = OrderedDict[frozenset[str], list[Tensor]]
 
 class ScaleError(ValueError):
     """A model whose discrete latents cannot be summed out, whatever the draw."""
-
-
-class Enumeration(EnumMessenger):
-    """Pyro's handler of enumerated sites, which asks values for their ``data``: vmap's have none."""
-
-    def _pyro_post_sample(self, message: Any) -> None:
-        value = message["value"]
-        if isinstance(value, Tensor):  # only its shape is read
-            message = {
-                **message,
-                "value": torch.empty(value.shape, dtype=value.dtype, device="meta"),
-            }
-        super()._pyro_post_sample(message)
 
 
 class _LogSumExp(LogRing):
@@ -115,7 +102,7 @@ def marginal_log_prob(
     :param first_dim: the first dimension to the left of all plates, a negative number.
     :param kept_plates: the plates whose dimensions the result has.
     """
-    with hidden_sites(), Enumeration(first_dim):
+    with hidden_sites(), EnumMessenger(first_dim):
         trace = poutine.trace(run).get_trace()
     trace.compute_log_prob()
     trace.pack_tensors()

@@ -6,7 +6,8 @@
 There are four strategies, the fastest first:
 
 - ``"plate"``: one run with all draws in one more :class:`pyro.plate`, to the left of the model's own;
-- ``"vmap"``: one run under ``torch.vmap``;
+- ``"vmap"``: one run under ``torch.vmap``, or one for each path that draws take through the branches of a
+  model (see ``joint.paths``);
 - ``"copies"``: the same, where each draw has its own copy of each tensor that the model makes;
 - ``"loop"``: a run for each draw.
 
@@ -19,31 +20,32 @@ A function of draws by name and of their number, ``None`` for a single draw, is 
 by name: log-densities by datum, or their sum.
 """
 
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
-from torch.overrides import TorchFunctionMode
 
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs
+from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
 from .traces import latent_nodes, plate_nesting, runs_model
-
-Draws = Mapping[str, Tensor]
-Terms = dict[str, Tensor]
-Evaluate = Callable[[Draws, int | None], Terms]
 
 STRATEGIES = ("plate", "vmap", "copies", "loop")
 #: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
 DRAWS = "_draws"  #: the name of their plate
+MIXED = "many draws at once give another log-density than one at a time"
 _LOG_PROB = "_log_prob"
+# what is in their folders is no code of the user
+_LIBRARIES = (Path(__file__).parents[1], *(Path(str(m.__file__)).parent for m in (torch, pyro)))
+# the most values of a tensor, draws included: five of them take 170 MB in float32
+_MAX_VALUES = 2**23
 # how many draws are evaluated one at a time where one of them fails
 _FEW = 32
 _NUM_COMPARED = 3
@@ -70,9 +72,9 @@ def evaluate_many(
         if strategy == "plate":
             return evaluate(draws, num_draws)
         if strategy != "loop":
-            one = evaluate if strategy == "vmap" else partial(_with_copies, evaluate)
-            mapped: Terms = torch.vmap(one, in_dims=(0, None), randomness="same")(draws, None)
-            return mapped
+            return evaluate_by_path(evaluate, draws, has_copies=strategy == "copies")
+    except ManyPathsError:
+        pass
     except ModelFailures:
         if at_failure is None:
             raise
@@ -92,35 +94,11 @@ def evaluate_many(
     return stack(rows)
 
 
-class OwnCopies(TorchFunctionMode):
-    """Under ``torch.vmap``, gives each draw its own copy of the tensors that do not depend on draws.
-
-    A model may then write what depends on a draw into tensors of real numbers that it makes, as Pyro's
-    ``Multinomial`` does, not into those that were there before.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self._zero = torch.zeros_like(like.detach()).sum()  # for each draw
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.__setitem__:
-            tensor, index, value = args
-            is_mask = isinstance(index, Tensor) and index.dtype is torch.bool
-            if is_mask and index.dim() == tensor.dim() and isinstance(value, (int, float)):
-                func = Tensor.masked_fill_  # the same, and vmap knows it
-        found = func(*args, **(kwargs or {}))
-        if not isinstance(found, Tensor) or is_batchedtensor(found):
-            return found
-        is_copied = found.is_floating_point() and found.device == self._zero.device
-        return found + self._zero.to(found.dtype) if is_copied else found
-
-
-def _with_copies(evaluate: Evaluate, draws: Draws, size: int | None) -> Terms:
-    with OwnCopies(next(iter(draws.values()))):
-        return evaluate(draws, size)
+def draws_at_a_time(num_values: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many draws fit into memory, by the values of a run and the entries of its arguments."""
+    for argument in (*args, *kwargs.values()):
+        num_values = max(num_values, argument.numel() if isinstance(argument, Tensor) else 1)
+    return max(_MAX_VALUES // num_values, 1)
 
 
 def stack(rows: list[Terms]) -> Terms:
@@ -131,21 +109,31 @@ def stack(rows: list[Terms]) -> Terms:
 def choose_strategy(
     evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None = None
 ) -> tuple[str, str]:
-    """The fastest strategy that agrees with a loop at some draws, and for a loop the reason."""
+    """The fastest strategy that agrees with a loop at some draws, and why the next faster one does not."""
     state = torch.get_rng_state()
     expected = evaluate_many(evaluate, draws, "loop", at_failure)
-    reason = ""
+    obstacle = ""
     for strategy in STRATEGIES[:-1]:
         torch.set_rng_state(state)
         try:
             found = evaluate_many(evaluate, draws, strategy)
         except Exception as error:  # any error means that the model does not take many draws
-            reason = f"{type(error).__name__}: {error}"
+            obstacle = describe(error)
             continue
         if agree(found, expected):
-            return strategy, ""
-        reason = "many draws at once give another log-density than one at a time"
-    return "loop", reason
+            return strategy, obstacle
+        obstacle = MIXED
+    return "loop", obstacle
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, with the line of the user's code that it came from."""
+    words, *_ = f"{type(error).__name__}: {error}".splitlines()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if frame.line and not any(path.is_relative_to(library) for library in _LIBRARIES):
+            return f"{words} At {path.name}, line {frame.lineno}: {frame.line}"
+    return words
 
 
 def agree(found: Terms, expected: Terms, slack: float = 1.0) -> bool:

@@ -98,7 +98,9 @@ def test_numbers_of_chains():
 
     def branching():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z, 1.0 if z > 0 else 2.0), obs=torch.tensor(0.3))
+        pyro.sample(
+            "y", dist.Normal(z, 1.0 if float(z.detach()) > 0 else 2.0), obs=torch.tensor(0.3)
+        )
 
     assert chains_of(branching, AutoNormal(branching)).num_chains == CHAINS_BY_LOOP
 

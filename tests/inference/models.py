@@ -82,7 +82,7 @@ def subsampled():
 def branching():
     """Cannot be evaluated at many draws at once."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    scale = 1.0 if z > 0 else 2.0
+    scale = 1.0 if float(z.detach()) > 0 else 2.0
     pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.3))
 
 

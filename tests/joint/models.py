@@ -120,6 +120,12 @@ def python_branch():
     pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.3))
 
 
+def python_number():
+    """Another number for each draw, without a gradient."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1 + float(z.detach()) ** 2), obs=torch.tensor(0.3))
+
+
 @config_enumerate
 def chain():
     """A hidden Markov chain of two states from the first one, and two sequences of data."""

@@ -82,7 +82,7 @@ def test_mean_of_a_partition_is_that_of_all_data():
 @pytest.mark.parametrize("columns", [(), (4,)])
 def test_draws_of_much_data_are_evaluated_in_parts(columns, monkeypatch):
     """Rows times draws, or the entries of the arguments times draws, are bounded, whoever asks."""
-    monkeypatch.setattr("pyro_artransform.joint.density._MAX_VALUES", 8_000)
+    monkeypatch.setattr("pyro_artransform.joint.vectorization._MAX_VALUES", 8_000)
     counts = []
 
     def model(x):

@@ -22,7 +22,7 @@ def everywhere(draws, size):
 
 
 def single_only(draws, size):
-    if draws["x"][..., 0].sum() > 1e6:
+    if float(draws["x"][..., 0].sum()) > 1e6:
         raise ValueError("one draw only")
     return {"square": draws["x"] ** 2, "sum": draws["x"].sum()}
 

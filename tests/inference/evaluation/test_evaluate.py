@@ -150,7 +150,7 @@ def test_a_model_that_mixes_draws():
 
     guide = guide_at(model, torch.zeros(1), torch.eye(1), {"z": torch.tensor(0.0)})
     log_joint = LogJoint(model)
-    log_joint.strategy, log_joint.reason = "plate", ""
+    log_joint.strategy, log_joint.obstacle = "plate", ""
     subject = ModelAndGuide(model, guide, (), {}, log_joint)
     config = replace(QUICK, evaluation=replace(CONFIG, num_samples=2000))
     with pytest.warns(UserWarning, match="many draws at once"):
@@ -158,7 +158,7 @@ def test_a_model_that_mixes_draws():
     # 25 ± 5 draws take the branch; one by one, else all of them would
     assert abs(found.weights.log_evidence - math.log(0.98758)) < 0.02
     assert "one at a time" in found.verdict.words
-    assert log_joint.strategy == "loop"
+    assert log_joint.strategy == "vmap"
 
 
 @pytest.mark.parametrize(("dtype", "is_coarse"), [(torch.float32, True), (torch.float64, False)])
@@ -273,7 +273,7 @@ def test_chains_tell_where_weights_leave_it_open():
 
 def _by_loop():
     z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1))
-    if z[0] > 0:
+    if float(z[0].detach()) > 0:
         pyro.factor("none", torch.tensor(0.0))
 
 

@@ -1,0 +1,155 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A model under ``torch.vmap``, once for each path that draws take through its branches.
+
+``if z > 0``, ``while error > 1e-6`` and ``range(int(n))`` ask a tensor for its value, and under vmap it has
+one for each draw. Where all draws have the same the model gets it. Where they differ the run ends, and the
+draws of each value are run by themselves. Many draws take few paths, most often.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
+from torch.overrides import TorchFunctionMode
+
+Draws = Mapping[str, Tensor]
+Terms = dict[str, Tensor]
+Evaluate = Callable[[Draws, int | None], Terms]
+
+# how a model asks a tensor for a value that its path may depend on, and what it is told
+_READS: dict[Any, Callable[[Tensor], Tensor]] = {
+    Tensor.__bool__: Tensor.bool,
+    Tensor.__int__: Tensor.trunc,
+    Tensor.__index__: Tensor.trunc,
+    Tensor.item: Tensor.clone,
+}
+_DATA = vars(torch._C.TensorBase)["data"].__get__
+# the most runs, or one for so many draws: beyond, one draw after the other takes about as long
+_FEW_RUNS, _DRAWS_OF_RUN = 10, 4
+
+
+class ManyPathsError(RuntimeError):
+    """Draws take so many paths through a model that a run for each of them is as fast."""
+
+
+class BranchError(BaseException):
+    """Ends a run of a model whose draws take different branches from here on; no model is to catch it."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values)
+        self.values = values  #: what the model asked for, of each draw
+
+
+def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = False) -> Terms:
+    """The terms ``(n, ...)`` of many draws ``(n, ...)``, those of one path at a time.
+
+    :param has_copies: whether each draw has its own copy of the tensors that do not depend on draws.
+    :raises ManyPathsError: if there are so many paths that a loop is as fast.
+    """
+
+    def one(row: Draws, size: None) -> Terms:
+        with SingleDraw(next(iter(row.values())), has_copies):
+            return evaluate(row, size)
+
+    every = torch.arange(len(next(iter(draws.values()))), device="cpu")
+    most_runs, state = max(_FEW_RUNS, len(every) // _DRAWS_OF_RUN), torch.get_rng_state()
+    groups, found = [every], list[tuple[Tensor, Terms]]()
+    for _ in range(most_runs):
+        rows = groups.pop()
+        is_all = len(rows) == len(every)
+        part = draws if is_all else {name: value[rows] for name, value in draws.items()}
+        torch.set_rng_state(state)  # the same random numbers of a model for all draws
+        try:
+            terms: Terms = torch.vmap(one, in_dims=(0, None), randomness="same")(part, None)
+        except BranchError as branch:
+            groups += [rows[branch.values == value] for value in branch.values.unique()]
+        else:
+            if is_all:
+                return terms
+            found.append((rows, terms))
+        if not groups:
+            order = torch.cat([rows for rows, _ in found]).argsort()
+            return {name: torch.cat([t[name] for _, t in found])[order] for name in found[0][1]}
+    raise ManyPathsError(
+        f"the branches of the model part {len(every)} draws into more than {len(found)} paths"
+    )
+
+
+class SingleDraw(TorchFunctionMode):
+    """Lets a model under ``torch.vmap`` do what it may do with one draw.
+
+    :param like: a draw, batched.
+    :param has_copies: whether each draw has its own copy of the tensors that do not depend on draws. A model
+        may then write what depends on a draw into tensors of real numbers that it makes, as Pyro's
+        ``Multinomial`` does, not into those that were there before.
+    """
+
+    def __init__(self, like: Tensor, has_copies: bool = False) -> None:
+        super().__init__()
+        self._level, self._has_copies = maybe_get_level(like), has_copies
+        self._zero = torch.zeros_like(like.detach()).sum()  # for each draw
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS and is_batchedtensor(args[0]):
+            args = (self._common(args[0], _READS[func]), *args[1:])
+        elif func is torch.tensor and (first := _first_batched(args[0])) is not None:
+            return _stacked(args[0], kwargs.get("dtype") or first.dtype)
+        elif func == _DATA:  # as Pyro's handler of enumerated sites does, and its Kalman filter
+            return args[0].detach()
+        if not self._has_copies:
+            return func(*args, **kwargs)
+        if func is Tensor.__setitem__:
+            tensor, index, value = args
+            is_mask = isinstance(index, Tensor) and index.dtype is torch.bool
+            if is_mask and index.dim() == tensor.dim() and isinstance(value, (int, float)):
+                func = Tensor.masked_fill_  # the same, and vmap knows it
+        found = func(*args, **kwargs)
+        if not isinstance(found, Tensor) or is_batchedtensor(found):
+            return found
+        is_copied = found.is_floating_point() and found.device == self._zero.device
+        return found + self._zero.to(found.dtype) if is_copied else found
+
+    def _common(self, value: Tensor, told: Callable[[Tensor], Tensor]) -> Tensor:
+        """What all draws are told, or the tensor itself where that cannot be, or is another for each."""
+        plain = get_unwrapped(value)
+        is_real = told is Tensor.clone and value.is_floating_point()
+        if is_real or maybe_get_level(value) != self._level or value.numel() != 1:
+            return value
+        while is_functorch_wrapped_tensor(plain) and not is_batchedtensor(plain):
+            plain = get_unwrapped(plain)
+        if is_batchedtensor(plain):
+            return value
+        values = told(plain.detach().flatten())
+        if values.isnan().any():
+            raise ValueError("cannot convert float NaN to integer")  # as of Python
+        if not bool((values == values[0]).all()):
+            raise BranchError(values.cpu())
+        return values[0]
+
+
+def _first_batched(value: Any) -> Tensor | None:
+    """The first number that depends on a draw, in nested lists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return next((found for v in value if (found := _first_batched(v)) is not None), None)
+    return value if isinstance(value, Tensor) and is_batchedtensor(value) else None
+
+
+def _stacked(value: Any, dtype: torch.dtype) -> Tensor:
+    """What ``torch.tensor`` makes of nested lists of numbers, with the gradient that it cuts."""
+    if isinstance(value, (list, tuple)):
+        return torch.stack([_stacked(v, dtype) for v in value])
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(dtype)
+    return torch.full((), value, dtype=dtype)
