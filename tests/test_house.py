@@ -23,6 +23,7 @@ LICENCE = [
 # its place here when it is built.
 ARROWS: dict[str, set[str]] = {
     "arguments": set(),
+    "time_limit": {"arguments"},
     "differentiation": set(),
     "files": set(),
     "univariate": {"arguments", "differentiation"},
@@ -35,10 +36,11 @@ ARROWS: dict[str, set[str]] = {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "posterior", "files"),
     },
-    "diagnostics": {"arguments", "joint", "transforms"},
+    "diagnostics": {"arguments", "time_limit", "joint", "transforms"},
     "posterior": {"arguments", "joint"},
     "inference": {
-        *("arguments", "transforms", "graphs", "joint", "diagnostics", "posterior", "files"),
+        *("arguments", "time_limit", "transforms", "graphs", "joint", "diagnostics", "posterior"),
+        *("files",),
     },
     "plots": {"guides", "inference", "diagnostics"},
     "testing": {

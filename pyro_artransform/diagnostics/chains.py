@@ -8,7 +8,6 @@ turn out not to mix; only what comes after is kept.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean
 from typing import cast
@@ -21,6 +20,7 @@ from ..joint import LogJoint
 from ..joint.coordinates import coordinates_at, non_centered
 from ..joint.density import CACHED_WITH_GRADIENT
 from ..joint.protocols import PriorGuide, TransformedGuide
+from ..time_limit import is_out_of_time, limited
 from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
 from .convergence import GOOD_RHAT, Convergence, plain_rhat
@@ -98,46 +98,41 @@ class GuideChains:
         return torch.cat(self._blocks, 1)
 
     @torch.no_grad()
-    def warm_up(self, is_over: Callable[[], bool] = lambda: False) -> None:
+    def warm_up(self) -> None:
         """Learns masses and step size; draws so far are dropped."""
         self._blocks = []
         if self._by_guide:
             # draws of the guide itself, as chains begin, lack what its tails lack
-            for _ in range(_WARM_UP[0]):
-                if not is_over():
-                    self._chains.draw_from_guide()
+            for _ in limited(range(_WARM_UP[0])):
+                self._chains.draw_from_guide()
             return
-        for number in _WARM_UP:
-            self._adapt(number, is_over)
+        for number in limited(_WARM_UP):
+            self._adapt(number)
         sizes = [self._chains.step_size]
-        for _ in range(_WARM_UP[0]):
-            if is_over():
-                break
+        for _ in limited(range(_WARM_UP[0])):
             self._chains.step(adapts=True)
             sizes.append(self._chains.step_size)
         # the rate of a single trajectory depends on its length
         self._chains.step_size = geometric_mean(sizes[len(sizes) // 2 :])
 
-    def _adapt(self, number: int, is_over: Callable[[], bool]) -> None:
+    def _adapt(self, number: int) -> None:
         chains, states = self._chains, []
-        for _ in range(number):
-            if is_over():
-                return
+        for _ in limited(range(number)):
             chains.step(adapts=True)
             states.append(chains.state)
+        if len(states) < number:  # too few to learn from
+            return
         states = states[number // 4 :]
         base, gradient = (torch.cat(part) for part in zip(*((s.base, s.gradient) for s in states)))
         chains.preconditioner = Preconditioner.of(base, gradient)
 
     @torch.no_grad()
-    def extend(self, number: int, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Keeps the draws of so many trajectories more; fewer where it is over before."""
+    def extend(self, number: int) -> None:
+        """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""
         latents, rates = list[Tensor](), list[float]()
-        while len(latents) < number and not is_over():
+        for _ in limited(range(number), at_least=1):
             rates.append(self._chains.draw_from_guide() if self._by_guide else self._chains.step())
             latents.append(self._chains.state.latent)
-        if not latents:
-            return
         block = torch.stack(latents, 1)
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
@@ -150,13 +145,8 @@ class GuideChains:
             self._known = Convergence.of(self.draws)
         return self._known
 
-    def run(
-        self,
-        num_samples: int,
-        is_over: Callable[[], bool] = lambda: False,
-        most: int = _MOST_TRAJECTORIES,
-    ) -> Convergence:
-        """Goes on until there are enough effective draws of each latent, or it is over.
+    def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
+        """Goes on until there are enough effective draws of each latent, or the time is over.
 
         :param most: the most trajectories, warm-up included.
 
@@ -165,14 +155,12 @@ class GuideChains:
         size, patience, total, before = 0, 4 * _BLOCK, 0, list[Tensor]()
         while True:
             if not self._blocks:
-                self.warm_up(is_over)
-            self.extend(max(_BLOCK, math.ceil(_GROWTH * size)), is_over)
-            if is_over() and before and len(self._blocks) < 2:
+                self.warm_up()
+            self.extend(max(_BLOCK, math.ceil(_GROWTH * size)))
+            if is_out_of_time() and before and len(self._blocks) < 2:
                 self._blocks, self._known = before, None
-            if not self._blocks:
-                self.extend(1)
             size = self.draws.shape[1]
-            if is_over() or total + size >= most:
+            if is_out_of_time() or total + size >= most:
                 return self.convergence()
             # ranks of a thousand latents take seconds, and are of no use while means do not agree
             rhat = float(plain_rhat(self.draws).max())

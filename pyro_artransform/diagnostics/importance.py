@@ -6,7 +6,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, log, sqrt
+from math import exp, inf, log, sqrt
 
 import torch
 from torch import Tensor
@@ -81,6 +81,19 @@ class Importance:
     def trusted(self) -> bool:
         """Whether k-hat is at most 0.7, so that estimates with the weights are reliable."""
         return self.khat <= GOOD_KHAT
+
+    @property
+    def tail_share(self) -> float:
+        """How much of the sum of the weights is above the cutoff of their tail, from 0 to 1."""
+        weights = self.log_weights.to("cpu", torch.float64).softmax(0)
+        total = self.log_weights.double().logsumexp(0).item()
+        cutoff = exp(fit_tail(self.log_weights).log_cutoff - total)
+        return float((weights - cutoff).clamp_min(0).sum())
+
+    @property
+    def has_heavy_tail(self) -> bool:
+        """Whether k-hat is above 0.7, and the tail is large enough to matter."""
+        return not self.trusted and self.tail_share > GOOD_TAIL
 
     @property
     def is_close(self) -> bool:

@@ -23,7 +23,7 @@ Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-_CHUNK, _NUM_COMPARED = 1000, 3
+_CHUNK, _CHUNK_BY_LOOP, _NUM_COMPARED = 1000, 100, 3
 
 
 class Weighted(NamedTuple):
@@ -83,8 +83,9 @@ def weighted_draws(
         draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
     else:
         draw = _drawer(run_model, run_guide, log_joint)
-    for start in range(0, num_samples, _CHUNK):
-        yield draw(min(_CHUNK, num_samples - start))
+    chunk = _CHUNK if log_joint is None or log_joint.strategy != "loop" else _CHUNK_BY_LOOP
+    for start in range(0, num_samples, chunk):
+        yield draw(min(chunk, num_samples - start))
 
 
 class ModelAndGuide(NamedTuple):

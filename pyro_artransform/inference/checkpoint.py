@@ -23,7 +23,7 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
     state = {
         "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
         "options": _options(set_up),
-        "seconds": training.earlier_seconds + set_up.deadline.seconds,
+        "seconds": training.earlier_seconds + set_up.limit.seconds,
         "training": training.state(),
         "batches": stream and [stream.num_batches, stream.next_epoch],
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},

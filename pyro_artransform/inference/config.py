@@ -7,7 +7,10 @@ Numbers without a source were found by hand on the posteriors of ``benchmarks/fl
 for models that are run for one draw after the other.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+
+_FEWER = 8  # the share of draws by loop
 
 
 @dataclass(frozen=True)
@@ -106,3 +109,52 @@ class FitConfig:
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     minibatch: MinibatchConfig = field(default_factory=MinibatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def for_strategy(self, strategy: str) -> "FitConfig":
+        """The same for how a model is run: by "loop", one draw after the other, with fewer draws."""
+        if strategy != "loop":
+            return self
+        start, steps, verdict = self.initialization, self.optimization, self.evaluation
+        return replace(
+            self,
+            initialization=replace(
+                start,
+                num_points=start.num_points_by_loop,
+                num_compared=start.num_compared // _FEWER,
+            ),
+            optimization=replace(
+                steps,
+                num_particles=steps.num_particles // _FEWER,
+                num_compared=steps.num_compared // _FEWER,
+            ),
+            evaluation=replace(
+                verdict,
+                num_samples=verdict.num_samples // _FEWER,
+                num_more_samples=0,
+                num_around=verdict.num_around // _FEWER,
+                num_for_mode=verdict.num_for_mode // _FEWER,
+                num_screened=verdict.num_screened // _FEWER,
+                max_searches=1,
+            ),
+        )
+
+    def __new__(cls, *args: object, **kwargs: object) -> "FitConfig":
+        groups = {f.name: f.default_factory for f in fields(cls)}
+        for name in kwargs.keys() - groups.keys():
+            raise TypeError(
+                f"FitConfig: expected {', '.join(groups)}, got {name!r}. {_place_of(name)}"
+            )
+        return super().__new__(cls)
+
+
+def _place_of(name: str) -> str:
+    """Where a number that FitConfig itself does not have is set."""
+    groups = (InitializationConfig, OptimizationConfig, MinibatchConfig, EvaluationConfig)
+    by_name = {field.name: group for group in groups for field in fields(group)}
+    near = get_close_matches(name, by_name, 1)
+    if not near:
+        return "Its groups have the numbers"
+    group = by_name[near[0]].__name__
+    place = f"{group.removesuffix('Config').lower()}={group}({near[0]}=...)"
+    is_option = " or fit(num_particles=...)" if near[0] == "num_particles" else ""
+    return f"Did you mean FitConfig({place}){is_option}?"

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 
 from ..arguments import check_callable, check_integer
+from ..time_limit import TimeLimit
 from .checkpoint import resume as resumed
 from .config import FitConfig
 from .loader import Batch, BatchStream
 from .parallel import open_parallel
-from .progress import noted_interrupts, progress_bar, seeded
+from .progress import alone, progress_bar, seeded
 from .result import FitResult
 from .run import judge, start, train
 from .set_up import Chooser, Function, SetUp
@@ -75,7 +77,9 @@ def fit(
     trusts mini-batches; a loader of one batch with all data is as good as arguments. A short last batch
     has the weight of its rows.
 
-    Ctrl-C ends the steps, and the verdict is on what was learned until then; a second one interrupts.
+    Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
+    drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there
+    was no time for. A second Ctrl-C interrupts.
     Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit,
     with the same model, guide, data, options and result (``docs/many_processes.md``).
 
@@ -105,14 +109,16 @@ def fit(
     :param draws: how many effective draws of the posterior to return as ``result.draws``: steps then end
         as soon as chains from the guide cost less than more of them, and chains finish the work, as
         :func:`~pyro_artransform.inference.mcmc` does. The verdict is on these draws.
-    :param max_seconds: the wall time after which steps and chains end with what there is.
+    :param max_seconds: the wall time of the whole fit, but for the evaluation that it ends in and, for
+        ``AutoStructuredFlow``, the search for its graph: with what there is then.
     :param config: all numbers that a fit is tuned by.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :raises TypeError: if the arguments are not those of the model, or an option is of another type.
     :raises ValueError: if the model has no continuous latent, or a parameter of the name of an option; if
         model, guide, loader, ``optim`` and checkpoint do not go together, or the processes of a fit
         differ; if no initial guide has a finite density, or an option is out of its range.
-    :raises RuntimeError: in ``torch.inference_mode``, or if another process of the fit does not answer.
+    :raises RuntimeError: in ``torch.inference_mode``, inside of one of Pyro's handlers, or if another process
+        of the fit does not answer.
     :raises FitError: if the loss is not finite for many steps in a row.
 
     Example::
@@ -176,10 +182,11 @@ def fit(
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
+        alone("fit"),
         open_parallel() as parallel,
         seeded(seed if parallel.size == 1 else parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,
-        noted_interrupts() as interrupted,
+        TimeLimit(max_seconds, bar.tick) as limit,
         ExitStack() as stack,
     ):
         path = None if checkpoint is None else Path(checkpoint)
@@ -193,18 +200,18 @@ def fit(
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         set_up = SetUp(
-            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream, parallel),
+            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
+            *(parallel, limit),
             config=config or FitConfig(),
             num_steps=num_steps,
             num_particles=num_particles,
             optim=optim,
             draws=draws,
-            max_seconds=max_seconds,
         )
         bar.say("start")
         training = start(set_up) if resume is None else resumed(set_up, resume)
         bar.say("fit")
-        is_saved = train(set_up, training, path, callback, bar, interrupted)
+        is_saved = train(set_up, training, path, callback, bar)
         bar.say("verdict")
         return judge(set_up, training, is_saved)
 
@@ -232,8 +239,19 @@ def check_model(
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        hint = (
+            "What is callable in second place is the guide: give a callable of the model's own by its "
+            "name, or the guide as guide=..."
+        )
+        for name in kwargs.keys() - names:
+            if name in ("lr", "learning_rate", "step_size"):
+                hint = (
+                    "A fit finds its step size itself; optim= takes an optimizer with another one"
+                )
+            elif near := get_close_matches(name, options, 1):
+                hint = f"Did you mean {near[0]}=, an option of fit?"
         raise TypeError(
             f"fit: expected the arguments that the model takes, {signature}, after the model or its "
-            f"guide, got others ({error}). What is callable in second place is the guide: give a "
-            "callable of the model's own by its name, or the guide as guide=..."
+            f"guide, got others ({error}). {hint}"
         ) from None

@@ -6,7 +6,6 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from threading import Event
 from typing import Any
 
 import pyro.distributions as dist
@@ -19,13 +18,14 @@ from torch.utils.data import TensorDataset
 
 from ..arguments import check_integer
 from ..joint.protocols import ScaledSteps, StructuredGuide, UnconstrainingGuide
+from ..time_limit import TimeLimit
 from ..transforms.chain import ComposedTransform, ConditionalComposedTransform
 from ..transforms.flow_module import warn_user
 from ..transforms.scales_and_tails import check_rows, location_and_scale
 from .config import OptimizationConfig
 from .optimization.optimizers import Adam
 from .optimization.training import Steps, copies, copy_to
-from .progress import ProgressBar, noted_interrupts, progress_bar, seeded
+from .progress import ProgressBar, progress_bar, seeded
 from .result import DrawsResult
 
 # found by hand, on the skewed density of the tests and on two moons
@@ -105,7 +105,7 @@ def fit_draws(
     with (
         seeded(seed),
         progress_bar(progress, "log-likelihood") as bar,
-        noted_interrupts() as interrupted,
+        TimeLimit() as limit,
         torch.enable_grad(),
     ):
         if is_guide:
@@ -116,7 +116,7 @@ def fit_draws(
         bar.say("start")
         start = _start(density, training)
         bar.say("fit")
-        stopped_because = training.run(max_steps, bar, interrupted)
+        stopped_because = training.run(max_steps, bar, limit)
         found = training.log_probs(training.unseen).double()
     return DrawsResult(
         log_likelihood=found.mean().item(),
@@ -263,7 +263,7 @@ class _Training(Steps):
         chunks = zip(*(part.split(_CHUNK) for part in rows.tensors))
         return torch.cat([self.log_prob(*chunk) for chunk in chunks])
 
-    def run(self, max_steps: int, bar: ProgressBar, interrupted: Event) -> str:
+    def run(self, max_steps: int, bar: ProgressBar, limit: TimeLimit) -> str:
         """Takes steps until held-out draws gain nothing, and ends at the best parameters; says why."""
         start, at_start, reason = copies(self.trained), self.log_probs(self.held_out), ""
         best, at_best, batches = start, at_start, _batches(self.rows)
@@ -280,8 +280,8 @@ class _Training(Steps):
                 loss = -self.log_prob(*next(batches)).mean()
                 self.take(loss)
                 bar.update(self.losses, None)
-                if interrupted.is_set():
-                    reason = "it was interrupted"
+                if limit.is_over():
+                    reason = limit.reason
                 elif self.num_steps == max_steps:
                     reason = f"all {max_steps} steps that it may take were taken"
                 if reason or self.num_steps % _CHECK_EVERY == 0:

@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -135,6 +135,12 @@ class BatchStream:
                     f"loader: expected batches in each epoch, got none in epoch {self.epoch + 1}: an "
                     "iterable is needed that begins anew each time, as a DataLoader or a list does"
                 )
+            if self.whole is self and self.position != self.num_batches:
+                raise ValueError(
+                    f"loader: expected {self.num_batches} batches in each epoch, got {self.position} in "
+                    f"epoch {self.epoch + 1}: the weight of each batch would be wrong. Drop the last one "
+                    "in each epoch or in none"
+                )
             self._iterator, self.epoch = None, self.epoch + 1
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
@@ -218,6 +224,11 @@ class BatchStream:
         return iter(self._loader)
 
     def _arguments(self, batch: object) -> Batch:
+        parts = batch.values() if isinstance(batch, Mapping) else batch
+        parts = parts if isinstance(parts, (tuple, list, ValuesView)) else (parts,)
+        rows = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
+        if rows and not any(rows):
+            raise ValueError("loader: expected batches with rows, got an empty one: leave it out")
         if isinstance(batch, Tensor):
             return Batch((batch,), self._kwargs)
         if isinstance(batch, Mapping):

@@ -4,7 +4,6 @@
 """Draws of a posterior by Hamiltonian chains in the base space of a guide."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,25 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_integer, check_positive
+from ..arguments import check_integer
 from ..diagnostics.chains import GOOD_RHAT, GuideChains
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint.protocols import StructuredGuide
 from ..posterior.arviz import chains_to_inference_data
+from ..time_limit import TimeLimit
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.verdict import FitStatus
-from .progress import noted_interrupts, progress_bar, seeded
+from .progress import alone, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
-INTERRUPTED = "it was interrupted"
-OUT_OF_TIME = "the time was over"
 TOO_MANY = "so many trajectories were taken that more would hardly help"
 CHAINS_COST_LESS = "chains from here cost less than more steps"
 # whether chains cost less is asked after so many steps, and then each time after twice as many more; a
 # step costs as much as so many gradients of all chains
 # (a structured guide's of many latents, level by level, as so many more of a Gaussian's)
 _FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS = 300, 3, 12
+#: the share of the seconds after which chains end, so that the rest judges them
+CHAINS_UNTIL = 0.85
 # trajectories that chains are judged by
 _NUM_TRIED = 24
 
@@ -115,7 +115,7 @@ def mcmc(
     :raises ValueError: if a number is out of its range, the model sub-samples its data, or the guide
         lacks a latent, was made for another model, is a point, has discrete sites, or has too few
         draws of finite density.
-    :raises RuntimeError: in ``torch.inference_mode``.
+    :raises RuntimeError: in ``torch.inference_mode``, or inside of one of Pyro's handlers.
 
     Example::
 
@@ -140,39 +140,23 @@ def mcmc(
     check_integer("num_samples", num_samples)
     if seed is not None:
         check_integer("seed", seed, 0)
-    deadline = Deadline(max_seconds)
-    with seeded(seed), noted_interrupts() as interrupted, progress_bar(progress) as bar:
-        deadline.interrupted = interrupted.is_set
+    with (
+        alone("mcmc"),
+        seeded(seed),
+        progress_bar(progress) as bar,
+        TimeLimit(max_seconds, bar.tick) as limit,
+    ):
+        limit.enter_phase(CHAINS_UNTIL)
         subject = ModelAndGuide.of(model, guide, args, kwargs)
         bar.say("chains")
         chains = GuideChains(subject, num_chains)
-        chains.run(num_samples, deadline.is_over)
+        chains.run(num_samples)
+        reason = limit.reason
         bar.say("verdict")
-        found = evaluate(subject, FitStatus(), FitConfig(), chains=chains)
-        return to_chains(chains, num_samples, found.outside, deadline)
-
-
-class Deadline:
-    """When to end: after some seconds of wall time, or once interrupted."""
-
-    def __init__(self, max_seconds: float | None) -> None:
-        self.began = time.perf_counter()
-        self._most = None if max_seconds is None else check_positive("max_seconds", max_seconds)
-        self.interrupted: Callable[[], bool] = lambda: False
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    def is_over(self) -> bool:
-        return bool(self.reason)
-
-    @property
-    def reason(self) -> str:
-        """Why it is over, or an empty string."""
-        if self.interrupted():
-            return INTERRUPTED
-        return OUT_OF_TIME if self._most is not None and self.seconds >= self._most else ""
+        limit.enter_phase(1.0, has_grace=True)
+        config = FitConfig().for_strategy(subject.log_joint.strategy)
+        found = evaluate(subject, FitStatus(), config, chains=chains)
+        return to_chains(chains, num_samples, found.outside, limit, reason)
 
 
 class Sampling:
@@ -183,9 +167,9 @@ class Sampling:
     """
 
     def __init__(
-        self, subject: ModelAndGuide, num_draws: int, deadline: Deadline, ends_steps: bool
+        self, subject: ModelAndGuide, num_draws: int, limit: TimeLimit, ends_steps: bool
     ) -> None:
-        self._subject, self._num_draws, self._deadline = subject, num_draws, deadline
+        self._subject, self._num_draws, self._limit = subject, num_draws, limit
         self._next = 0 if ends_steps else math.inf
         self._block, self._num_steps = _FIRST_BLOCK, -1
         self.chains: GuideChains | None = None  #: those of the guide as it was last
@@ -200,9 +184,9 @@ class Sampling:
     def cost_less(self) -> bool:
         """Whether chains from the guide as it is would take fewer gradients than the next block of steps."""
         self.chains = chains = GuideChains(self._subject)
-        chains.warm_up(self._deadline.is_over)
-        chains.extend(_NUM_TRIED, self._deadline.is_over)
-        if self._deadline.is_over():
+        chains.warm_up()
+        chains.extend(_NUM_TRIED)
+        if self._limit.is_over():
             return False
         left = chains.gradients_left(self._num_draws)
         guide: object = self._subject.guide
@@ -218,17 +202,21 @@ class Sampling:
         """The guide's evaluation, and the draws of chains: of those tried, if no step came after."""
         if self.chains is None or num_steps != self._num_steps:
             self.chains = GuideChains(self._subject)
-        self.chains.run(self._num_draws, self._deadline.is_over)
+        self._limit.enter_phase(CHAINS_UNTIL)
+        self.chains.run(self._num_draws)
+        reason = self._limit.reason
+        self._limit.enter_phase(1.0, has_grace=True)
         found = evaluate(self._subject, status, config, chains=self.chains)
-        return found, to_chains(self.chains, self._num_draws, found.outside, self._deadline)
+        return found, to_chains(self.chains, self._num_draws, found.outside, self._limit, reason)
 
 
 def to_chains(
-    chains: GuideChains, num_samples: int, outside: Sequence[str], deadline: Deadline
+    chains: GuideChains, num_samples: int, outside: Sequence[str], limit: TimeLimit, reason: str
 ) -> Chains:
     """Draws, their convergence, and whether they can be trusted, in words.
 
     :param outside: what they lack although chains agree, in words.
+    :param reason: why the time was over, if it was.
     """
     found, latents = chains.convergence(), chains.log_joint.latents
     min_ess, max_rhat = float(found.bulk.min()), float(found.rhat.max())
@@ -268,6 +256,6 @@ def to_chains(
         verdict=words,
         num_chains=count,
         num_gradients=chains.target.num_gradients,
-        seconds=deadline.seconds,
-        stopped_because=ENOUGH if found.is_enough(num_samples) else deadline.reason or TOO_MANY,
+        seconds=limit.seconds,
+        stopped_because=ENOUGH if found.is_enough(num_samples) else reason or TOO_MANY,
     )

@@ -1,20 +1,42 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What surrounds a fit: its seed, Ctrl-C between two of its steps, and its progress bar."""
+"""What surrounds a fit: its seed, its progress bar, and what it cannot run beside."""
 
 import math
-import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import pyro
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import get_rng_state, set_rng_state
+
+_lock = threading.RLock()
+_SECONDS_OF_LINE = 30
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Waits for what runs in other threads, since Pyro has one stack of handlers for all of them.
+
+    :raises RuntimeError: inside of a handler that changes models, which would not reach this one.
+    """
+    with _lock:
+        harmless = TraceMessenger, BlockMessenger
+        found = [type(h).__name__ for h in _PYRO_STACK if not isinstance(h, harmless)]
+        if found:
+            raise RuntimeError(
+                f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(found)}, which "
+                f"would be ignored in part. Apply them to the model, as in {name}(poutine.condition(model, data), ...)"
+            )
+        yield
 
 
 @contextmanager
@@ -31,25 +53,15 @@ def seeded(seed: int | None) -> Iterator[None]:
         set_rng_state(state)
 
 
-@contextmanager
-def noted_interrupts() -> Iterator[threading.Event]:
-    """The first Ctrl-C only sets the event, so that no step is cut off; the second one interrupts."""
-    requested, old = threading.Event(), signal.getsignal(signal.SIGINT)
+class _Lines:
+    """A log, where each state of a bar is a line of its own."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if requested.is_set():
-            raise KeyboardInterrupt
-        requested.set()
+    def write(self, text: str) -> None:
+        if words := text.strip():
+            sys.stderr.write(f"{words}\n")
 
-    # no signal arrives in other threads, and a handler that is not Python's could not be put back
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and old is not None:
-        signal.signal(signal.SIGINT, handle)
-    try:
-        yield requested
-    finally:
-        if is_main and old is not None:
-            signal.signal(signal.SIGINT, old)
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @dataclass
@@ -57,13 +69,21 @@ class ProgressBar:
     """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing."""
 
     bar: Any
-    is_live: bool = True  #: on a terminal or in a notebook; elsewhere it is one line at the end
+    is_live: bool = (
+        True  #: on a terminal or in a notebook; elsewhere it is a line every half minute
+    )
     objective: str = "ELBO"  #: losses are the negative of it
 
     def say(self, what: str) -> None:
         """Shows what is being done."""
         if self.bar is not None:
             self.bar.set_description(what, refresh=self.is_live)
+
+    def tick(self) -> None:
+        """Shows the time in phases without steps."""
+        if self.bar is not None and time.time() - self.bar.last_print_t > self.bar.mininterval:
+            self.bar.last_print_t = time.time()
+            self.bar.refresh()
 
     def update(
         self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
@@ -94,8 +114,12 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
             is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
             is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
             is_live = is_notebook or sys.stderr.isatty()
-            wait = {} if is_live else {"mininterval": math.inf, "delay": 1e-9}
-            bar = tqdm(unit="step", dynamic_ncols=True, **wait)
+            wait = (
+                {}
+                if is_live
+                else {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
+            )
+            bar = tqdm(unit="step", dynamic_ncols=is_live, **wait)
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live, objective)
         if bar is not None:

@@ -79,11 +79,17 @@ class FitResult:
         rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
+            khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
             if self.khat > GOOD_KHAT:
-                evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
+                if weights is None or weights.has_heavy_tail:
+                    evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
+                else:
+                    khat += (
+                        f" of {100 * weights.tail_share:.1g} % of the weight, too little to matter"
+                    )
             rows |= {
                 "log evidence": evidence,
-                "k-hat": f"{self.khat:.2f} ± {self.khat_se:.2f}",
+                "k-hat": khat,
                 "ESS": f"{self.ess:.0f} of {self.num_samples}",
             }
         if (found := self.marginals) is not None:

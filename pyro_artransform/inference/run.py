@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from threading import Event
 from typing import Any
 
 from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
+from ..time_limit import INTERRUPTED
 from .checkpoint import save
 from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
@@ -27,11 +27,14 @@ from .result import FitResult
 from .set_up import SetUp
 
 _ASKED = "the callback asked to stop"
+# the shares of the seconds after which the start and the steps end, with the verdict or chains to come
+_START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.4, 0.75, 0.5
 
 
 def start(set_up: SetUp) -> Training:
     """Puts the guide at the best initial one; there may be nothing left to do."""
     parallel = set_up.parallel
+    set_up.limit.enter_phase(_START_UNTIL)
     initial = parallel.first("the initial guide", partial(_find_start, set_up))
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
@@ -80,14 +83,13 @@ def train(
     checkpoint: FilePath | None,
     callback: Callable[[int, float], object] | None,
     bar: ProgressBar,
-    interrupted: Event,
 ) -> bool:
     """Takes steps until there are enough, or the callback or Ctrl-C ends them: whether a file has them."""
-    deadline, parallel, stream = set_up.deadline, set_up.parallel, set_up.stream
-    deadline.interrupted = interrupted.is_set
+    limit, parallel, stream = set_up.limit, set_up.parallel, set_up.stream
+    limit.enter_phase(_STEPS_UNTIL if set_up.sampling is None else _STEPS_BEFORE_CHAINS_UNTIL)
     if parallel.rank > 0:
         checkpoint = None
-    is_asked, is_late = parallel.any(False, deadline.is_over())
+    is_asked, is_late = parallel.any(False, limit.is_over())
     is_saved = False
     while not (training.is_over() or is_asked or is_late):
         loss, step = training.step(), training.num_steps
@@ -98,19 +100,20 @@ def train(
         answer: Any = None if callback is None else callback(step, -loss)
         # True, or one of NumPy or PyTorch
         is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
-        is_asked, is_late = parallel.any(is_asked, deadline.is_over())
+        is_asked, is_late = parallel.any(is_asked, limit.is_over())
         if not (is_asked or is_late) and _chains_cost_less(set_up, step):
             training.schedule = training.schedule.ending_at(step, CHAINS_COST_LESS)
     if checkpoint is not None:
         is_saved |= save(set_up, training, checkpoint)
     if is_asked or not training.is_over():
-        reason = _ASKED if is_asked else deadline.reason
+        reason = _ASKED if is_asked else limit.reason
         training.schedule = training.schedule.ending_at(training.num_steps, reason)
     return is_saved
 
 
 def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     """The result of the fit, with the guide at the better parameters."""
+    set_up.limit.enter_phase(1.0, has_grace=True)
     if set_up.stream is not None:
         set_up.stream.close()
     # chains that were tried are those of the last parameters
@@ -128,9 +131,10 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     num_steps, num_gradients = training.num_steps, training.num_gradients
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
-        not set_up.deadline.is_over(),
+        training.schedule.reason != INTERRUPTED,
         is_saved,
         has_chains=sampling is not None,
+        point_estimates=set_up.point_estimates,
         missing=set_up.missing,
     )
     chains = None
@@ -151,7 +155,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         num_steps=num_steps,
         num_skipped=training.num_skipped,
         num_gradients=num_gradients,
-        seconds=training.earlier_seconds + set_up.deadline.seconds,
+        seconds=training.earlier_seconds + set_up.limit.seconds,
         stopped_because=training.schedule.reason,
         start=training.start,
         end=end,

@@ -4,17 +4,20 @@
 """The set-up of a fit: one run of model and guide, and what follows from it and the options."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..diagnostics.importance_weights import ModelAndGuide
+from ..joint.handlers import traced_parameters
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from ..joint.speed import warn_if_slow
+from ..time_limit import TimeLimit
 from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
-from .mcmc import Deadline, Sampling
+from .mcmc import Sampling
 from .optimization.objective import (
     BatchObjective,
     MinibatchObjective,
@@ -45,16 +48,16 @@ class SetUp:
         arguments: Batch,
         stream: BatchStream | None,
         parallel: Parallel,
+        limit: TimeLimit,
         *,
         config: FitConfig,
         num_steps: int | None,
         num_particles: int | None,
         optim: object,
         draws: int | None,
-        max_seconds: float | None,
     ) -> None:
-        self.config, self.optim, self.parallel = config, optim, parallel
-        self.deadline, self.guide_reason = Deadline(max_seconds), ""
+        self.optim, self.parallel = optim, parallel
+        self.limit, self.guide_reason = limit, ""
         batches = [arguments]
         if stream is not None:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
@@ -64,6 +67,7 @@ class SetUp:
             guide, self.guide_reason = given
         self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
+        self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject, config, self.stream is not None)
         #: that of this process alone
@@ -79,7 +83,7 @@ class SetUp:
                     "draws: expected a model of all data, since chains need its density, got one that sees "
                     "mini-batches, or is random otherwise: fit without draws"
                 )
-            self.sampling = Sampling(self.subject, draws, self.deadline, num_steps is None)
+            self.sampling = Sampling(self.subject, draws, limit, num_steps is None)
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim)
         epoch = 1 if self.stream is None else self.stream.num_batches
@@ -117,6 +121,15 @@ class SetUp:
                 scales = ScalesOfFirst(scales, self.parallel)
         options = self.num_particles, self.optim, scales, self.parallel
         return Training(objective, schedule, *options)
+
+    @property
+    def point_estimates(self) -> list[str]:
+        """The names of the model's own parameters, which are trained as well."""
+        model, _, args, kwargs, _ = self.subject
+        if self.objective.is_guide_alone():
+            return []
+        with torch.no_grad():
+            return [*traced_parameters(partial(model, *args, **kwargs))]
 
     def tensors(self) -> list[Tensor]:
         """All parameters and buffers, in an order that all processes have."""

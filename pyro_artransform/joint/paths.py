@@ -105,7 +105,7 @@ class SingleDraw(TorchFunctionMode):
         if func in _READS and is_batchedtensor(args[0]):
             args = (self._common(args[0], _READS[func]), *args[1:])
         elif func is torch.tensor and (first := _first_batched(args[0])) is not None:
-            return _stacked(args[0], kwargs.get("dtype") or first.dtype)
+            return _stacked(args[0], kwargs.get("dtype") or first.dtype, first.device)
         elif func == _DATA:  # as Pyro's handler of enumerated sites does, and its Kalman filter
             return args[0].detach()
         if not self._has_copies:
@@ -135,7 +135,7 @@ class SingleDraw(TorchFunctionMode):
         if values.isnan().any():
             raise ValueError("cannot convert float NaN to integer")  # as of Python
         if not bool((values == values[0]).all()):
-            raise BranchError(values.cpu())
+            raise BranchError(values.to("cpu"))
         return values[0]
 
 
@@ -146,10 +146,10 @@ def _first_batched(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and is_batchedtensor(value) else None
 
 
-def _stacked(value: Any, dtype: torch.dtype) -> Tensor:
+def _stacked(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What ``torch.tensor`` makes of nested lists of numbers, with the gradient that it cuts."""
     if isinstance(value, (list, tuple)):
-        return torch.stack([_stacked(v, dtype) for v in value])
+        return torch.stack([_stacked(v, dtype, device) for v in value])
     if isinstance(value, Tensor):
         return value.reshape(()).to(dtype)
-    return torch.full((), value, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)

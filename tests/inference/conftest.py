@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits that are quick, for tests of what a fit does and not of how well it does it."""
 
-import signal
 from functools import partial
 
 import pytest
@@ -44,11 +43,3 @@ quick_fit = partial(fit, config=QUICK)
 def quick() -> FitConfig:
     """The settings of a fit that is quick."""
     return QUICK
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Ctrl-C as Python has it, which a shell takes away from what it runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

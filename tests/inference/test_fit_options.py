@@ -4,6 +4,9 @@
 """The options and the guide of a fit, and parameters of a model of their names."""
 
 import inspect
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, wraps
 
@@ -17,8 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit, inference
-from pyro_artransform.inference import FitConfig
+from pyro_artransform.inference import FitConfig, mcmc
 from pyro_artransform.inference.fit import check_model
+from pyro_artransform.inference.progress import ProgressBar
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit
 
@@ -130,6 +134,43 @@ def test_settings_are_public():
     assert result.num_gradients == 4 * (8 + 12 * 4)  # more draws while the step size falls
 
 
+@pytest.mark.parametrize("run", [partial(fit), partial(mcmc, num_samples=4)])
+def test_handlers_around_a_fit_are_an_error(run):
+    """They would not reach the model where many draws are evaluated at once."""
+    expected = (
+        r"outside of Pyro's handlers, got ConditionMessenger.*poutine\.condition\(model, data\)"
+    )
+    with (
+        poutine.condition(data={"z": torch.tensor(0.0)}),
+        pytest.raises(RuntimeError, match=expected),
+    ):
+        run(models.location, AutoIAF(models.location))
+
+
+def test_fits_in_threads_wait_for_each_other():
+    with ThreadPoolExecutor(2) as pool:
+        fits = [
+            pool.submit(quick_fit, models.location, num_steps=5, progress=False) for _ in range(2)
+        ]
+        assert [found.result().num_steps for found in fits] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "num_particles",
+            r"FitConfig\(optimization=OptimizationConfig\(num_particles=\.\.\.\)\) or fit",
+        ),
+        ("num_sample", r"evaluation=EvaluationConfig\(num_samples="),
+        ("xyz", "Its groups have the numbers"),
+    ],
+)
+def test_numbers_that_are_not_of_the_settings_themselves(name, words):
+    with pytest.raises(TypeError, match=f"got '{name}'.*{words}"):
+        FitConfig(**{name: 3})
+
+
 def location(y, scale=1.0):
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("data", 12, subsample_size=len(y)):
@@ -179,6 +220,8 @@ WRONG = [
     ((Y,), {"config": FitConfig}, "config: expected a FitConfig, got"),
     ((Y,), {"optim": 0.01}, "optim"),
     ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
+    ((Y,), {"num_step": 3}, r"Did you mean num_steps=, an option of fit\?"),
+    ((Y,), {"lr": 0.01}, "finds its step size itself"),
 ]
 
 
@@ -229,3 +272,41 @@ def test_loader():
     assert isinstance(result.guide, AutoIAF)
     assert result.rows()["guide"] == "AutoIAF, for 1 latent and sub-sampled data"
     assert result.num_steps == 6
+
+
+@pytest.mark.parametrize("phase", ["start", "fit", "verdict"])
+@pytest.mark.parametrize("draws", [None, 20])
+def test_ctrl_c_in_each_phase_gives_a_verdict(monkeypatch, phase, draws):
+    say = ProgressBar.say
+
+    def interrupt(bar, what):
+        say(bar, what)
+        if what == phase:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ProgressBar, "say", interrupt)
+    # more seconds than the test has
+    result = quick_fit(
+        models.regression,
+        seed=0,
+        num_steps=10**6 if phase != "verdict" else 3,
+        draws=draws,
+        progress=False,
+    )
+    assert result.elbo > -100
+    if phase != "verdict":
+        assert result.num_steps == 0
+        assert result.stopped_because == "it was interrupted"
+        assert "the fit was interrupted before its end" in result.verdict
+    assert draws is None or len(result.draws["loc"]) > 0
+
+
+@pytest.mark.parametrize("draws", [None, 1000])
+def test_max_seconds_are_those_of_the_whole_fit(draws):
+    began = time.perf_counter()
+    result = fit(
+        models.regression, seed=0, num_steps=10**6, draws=draws, max_seconds=3.0, progress=False
+    )
+    assert time.perf_counter() - began < 4.5  # a tenth more is promised on an idle machine
+    assert 0 < result.num_steps < 10**6
+    assert result.stopped_because == "the time was over"

@@ -226,3 +226,25 @@ def test_a_distributed_sampler_of_the_user_and_a_single_batch():
     orders = [taken(stream, 3) for _ in range(2)]
     assert orders[0] != orders[1]  # it is told of the epochs
     assert [batch.args[0].tolist() for batch in stream.one_pass(3)] == orders[0]
+
+
+def test_batch_without_rows():
+    batches = BatchStream([numbers(), numbers()[:0]])
+    batches.next()
+    with pytest.raises(ValueError, match="expected batches with rows, got an empty one"):
+        batches.next()
+
+
+def test_epochs_of_other_lengths():
+    """The weight of a batch is its share of an epoch."""
+
+    class Loader:
+        sizes = itertools.chain([3], itertools.repeat(2))
+
+        def __iter__(self):
+            return iter([numbers()] * next(self.sizes))
+
+    batches = BatchStream(Loader())
+    assert batches.num_batches == 3
+    with pytest.raises(ValueError, match="expected 3 batches in each epoch, got 2 in epoch 1"):
+        taken(batches, 3)

@@ -5,15 +5,15 @@ import io
 import math
 import random
 import re
-import signal
 import sys
+import time
 from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
-from pyro_artransform.inference.progress import noted_interrupts, progress_bar, seeded
+from pyro_artransform.inference.progress import progress_bar, seeded
 
 
 def drawn():
@@ -36,26 +36,6 @@ def test_repeatable_and_without_trace():
         assert drawn() not in (first, expected)
 
 
-def test_first_is_noted_and_second_interrupts():
-    with noted_interrupts() as requested:
-        assert not requested.is_set()
-        signal.raise_signal(signal.SIGINT)
-        assert requested.is_set()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_handler_that_is_not_pythons(monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with noted_interrupts(), pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_shows_epochs_steps_and_elbo(capsys):
     pytest.importorskip("tqdm")
     with progress_bar(True) as bar:
@@ -76,6 +56,21 @@ def test_one_line_where_nobody_watches(capsys):
     shown = capsys.readouterr().err
     assert re.split("[\\r\\n]", shown.strip())[0] == shown.strip()
     assert "verdict" in shown
+
+
+def test_a_line_every_half_minute_in_a_log(capsys, monkeypatch):
+    """In phases without steps, too."""
+    pytest.importorskip("tqdm")
+    now = [0.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with progress_bar(True) as bar:
+        bar.say("start")
+        bar.bar.last_print_t = 0.0
+        for now[0] in range(100):
+            bar.tick()
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 3
+    assert all("start" in line and "\r" not in line for line in lines)
 
 
 @pytest.mark.parametrize("is_notebook", [False, True])

@@ -49,5 +49,5 @@ def test_what_went_wrong_is_shown(result):
     assert "2 steps, because of y (2)" in repr(odd)
     assert "one draw after the other (a branch)" in repr(odd)
     assert "too small" not in repr(replace(result, khat=0.6))
-    odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5)
+    odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)
     assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (most often too small: k-hat is above 0.7)"

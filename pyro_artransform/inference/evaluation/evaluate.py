@@ -18,6 +18,7 @@ from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint.coordinates import non_centered
+from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.objective import PassEstimate
 from .missed_modes import find_missed_modes
@@ -28,6 +29,7 @@ from .verdict import (
     about_far_modes,
     about_minibatches,
     about_missed_tail,
+    about_time,
     judge,
 )
 
@@ -48,7 +50,7 @@ def draw(
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, parts = list[Tensor](), list[Tensor]()
-    for chunk in subject.weighted_draws(count):
+    for chunk in limited(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
         if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
             latents.append(chunk.latent.clone())
@@ -57,7 +59,7 @@ def draw(
         found = Importance.from_log_weights(torch.cat(parts))
         # k-hat alone decides, and is not clearly below its limit
         if found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT:
-            parts += [chunk.log_weights for chunk in subject.weighted_draws(more)]
+            parts += [chunk.log_weights for chunk in limited(subject.weighted_draws(more))]
     return torch.cat(parts), torch.cat(latents) if latents else None
 
 
@@ -134,7 +136,8 @@ def evaluate(
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
     is_noisy, strategy = log_joint.is_random, log_joint.strategy
-    log_weights, latents = draw(subject, config.evaluation, max_more_draws)
+    with within(0.5):
+        log_weights, latents = draw(subject, config.evaluation, max_more_draws)
     found, missed = Importance.from_log_weights(log_weights), None
     is_point, coarse, outside = False, list[str](), list[str]()
     if latents is not None:
@@ -150,17 +153,23 @@ def evaluate(
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
-            missed = find_missed_modes(
-                log_joint, model, config, draws, found.log_evidence, found.elbo, weights, ess
-            )
-            outside += about_far_modes(missed)
-            if missed.tail is not None:
-                at, mass = missed.tail
-                outside.append(about_missed_tail(log_joint.latents.name_of(at), mass))
+            with cut_off("the search for mass elsewhere"), within(0.7):
+                missed = find_missed_modes(
+                    log_joint, model, config, draws, found.log_evidence, found.elbo, weights, ess
+                )
+                outside += about_far_modes(missed)
+                if missed.tail is not None:
+                    at, mass = missed.tail
+                    outside.append(about_missed_tail(log_joint.latents.name_of(at), mass))
     mixes_draws = subject.log_joint.strategy != strategy
     status = status._replace(
-        is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws, coarse=coarse
+        is_point=is_point,
+        is_random=is_noisy,
+        mixes_draws=mixes_draws,
+        coarse=coarse,
+        left_out=left_out(),
     )
+    outside += [about_time(left_out())] * bool(left_out())
     verdict = judge(found, missed, status)
     return Evaluation(
         found.elbo,
@@ -222,6 +231,8 @@ def _judge_by_chains(
         reason = (
             "the model runs for one draw after the other, which is slow; diagnostics.marginals does"
         )
+    elif is_out_of_time():
+        reason = "the time was over"
     if reason:
         return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
     weights = evaluation.weights

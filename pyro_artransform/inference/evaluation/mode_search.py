@@ -56,32 +56,25 @@ class ModeSearch:
     def points(self) -> Tensor:
         """Points around the guide and in the prior, as for an initial guide; afar; and mirror images."""
         density, config = self.log_density, self.config.initialization
-        center, loop = self.around.gaussian.loc[0], density.strategy == "loop"
-        count = config.num_points_by_loop if loop else config.num_points
-        near = starting_points(density, self.model, center, count)
+        center = self.around.gaussian.loc[0]
+        near = starting_points(density, self.model, center, config.num_points)
         images = torch.stack([-center, 2 * density.start - center])
         return torch.cat([near, self.points_afar(), images])
 
     def points_afar(self) -> Tensor:
         """Points in shells far outside of the guide: any, and those of the largest density."""
-        around, by_loop = (
-            self.around.gaussian.widened(_WIDENED),
-            self.log_density.strategy == "loop",
-        )
-        each, of_shell = (
-            self.config.evaluation.num_screened // len(_SHELLS),
-            1 if by_loop else _OF_SHELL,
-        )
+        around = self.around.gaussian.widened(_WIDENED)
+        each = max(self.config.evaluation.num_screened // len(_SHELLS), _OF_SHELL)
         sds = around.loc.new_tensor(_SHELLS).repeat_interleave(each)
         noise = torch.randn_like(around.loc.expand(len(sds), -1))
         points = around.loc + around.deviations(sds[:, None] * noise)[0]
         # by how much it exceeds the Gaussian's
         excess = evaluate_density(self.log_density, points)
         excess = excess + 0.5 * squared_distances(around, points)
-        best = excess.reshape(len(_SHELLS), each).topk(of_shell).indices
+        best = excess.reshape(len(_SHELLS), each).topk(_OF_SHELL).indices
         by_shell = points.reshape(len(_SHELLS), each, -1)
         chosen = by_shell.gather(1, best[:, :, None].expand(-1, -1, points.shape[-1]))
-        return torch.cat([by_shell[:, :of_shell], chosen], 1).flatten(0, 1)
+        return torch.cat([by_shell[:, :_OF_SHELL], chosen], 1).flatten(0, 1)
 
     def climbed(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct ends of climbs from points of finite density, the highest first, and their heights."""

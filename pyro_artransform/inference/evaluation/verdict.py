@@ -7,16 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
-
 from ...arguments import first_of
-from ...diagnostics import Importance, fit_tail
+from ...diagnostics import Importance
 from ...diagnostics.importance import (
     GOOD_ELBO_SE,
     GOOD_GAP,
     GOOD_KHAT,
     GOOD_LOST_MASS,
-    GOOD_TAIL,
 )
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.objective import PassEstimate
@@ -56,6 +53,8 @@ class FitStatus(NamedTuple):
     :param has_chains: whether draws are those of chains.
     :param missing: finds dependencies of the posterior that the guide's graph has not, in words.
     :param coarse: the sites whose draws their dtype hardly tells apart.
+    :param point_estimates: the parameters of the model that were trained.
+    :param left_out: what there was no time for, in words.
     """
 
     skipped_share: float = 0.0
@@ -67,6 +66,8 @@ class FitStatus(NamedTuple):
     has_chains: bool = False
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()
+    point_estimates: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 class Verdict(NamedTuple):
@@ -95,6 +96,8 @@ def judge(
         )
     if status.coarse:
         objections.append(about_coarse_sites(status.coarse))
+    if status.left_out:
+        objections.append(about_time(status.left_out))
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
@@ -112,9 +115,19 @@ def judge(
             "init_to_value(values=guide.median()), or use AutoIAF"
         )
     note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
+    if status.point_estimates:
+        names = first_of(status.point_estimates)
+        note += (
+            f" The model's own parameters are point estimates ({names}): all this is given them."
+        )
     if objections or weights is None:
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, _about_success(weights, missed) + note)
+
+
+def about_time(left_out: Sequence[str]) -> str:
+    """The objection to a verdict that had to end early."""
+    return f"there was no time for {' and '.join(left_out)}: let it run for longer"
 
 
 def about_coarse_sites(names: Sequence[str]) -> str:
@@ -140,7 +153,7 @@ def _about_weights(found: Importance) -> Iterator[str]:
             f"{round_off:.2g} nats of a log-density of {found.elbo:.3g}: nothing is known of their tail. "
             "Use float64"
         )
-    elif found.khat > GOOD_KHAT and _tail_share(found) > GOOD_TAIL:
+    elif found.has_heavy_tail:
         yield (
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
             "tails or corners that the guide does not reach. Use a flow guide if this one is a "
@@ -231,18 +244,13 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
         f"is {found.khat:.2f} ± {found.khat_se:.2f}"
     )
-    if found.khat > GOOD_KHAT:
-        words += f" (of a tail of {100 * _tail_share(found):.2g} % of the weight)"
+    if not found.trusted:
+        words += (
+            f" (of a tail of {100 * found.tail_share:.1g} % of the weight, too little to matter)"
+        )
     if missed is not None and missed.num_lost:
         return (
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
             "other mode(s) that the guide leaves out."
         )
     return words + _ELSEWHERE["none" if missed is None else missed.searched_by]
-
-
-def _tail_share(found: Importance) -> float:
-    """How much of the sum of the weights is above the cutoff of their tail, from 0 to 1."""
-    weights = found.log_weights.to("cpu", torch.float64).softmax(0)
-    cutoff = fit_tail(found.log_weights).log_cutoff - found.log_weights.double().logsumexp(0).item()
-    return float((weights - math.exp(cutoff)).clamp_min(0).sum())

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.dependencies import value_and_gradient
+from ...time_limit import limited
 from .gaussians import Density, Gaussians, lower_factor
 
 # the sd that one begins with, to stay within what a model can take
@@ -67,7 +68,7 @@ def match_scores(
     now = now if is_independent else now.dense()
     batch = _draw(log_density, now, num_draws, points.dtype)
     factor, first = torch.ones_like(batch.elbo), num_draws * (1 if is_independent else dim)
-    for step in range(num_steps):
+    for step in limited(range(num_steps)):
         moved = _matched(now, batch, factor * first / (step + 1))
         drawn = _draw(log_density, moved, num_draws, points.dtype)
         gain = drawn.elbo - batch.elbo
@@ -123,7 +124,7 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
     """A Gaussian after natural-gradient steps of the ELBO from S = 1; the best one on the way."""
     dtype, now = start.loc.dtype, start.to(torch.float64)
     best, best_elbo = now, -math.inf
-    for step in range(num_steps + 1):
+    for step in limited(range(num_steps + 1), at_least=1):
         batch = _draw(log_density, now, num_draws, dtype)
         if not bool(batch.is_finite.all()):
             break

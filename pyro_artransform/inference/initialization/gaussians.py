@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...graphs.dependencies import value_and_gradient
+from ...time_limit import check_time
 
 #: a log-density: a function of ``(n, D)`` that returns ``(n,)``
 Density = Callable[[Tensor], Tensor]
@@ -129,8 +130,11 @@ def elbos(log_density: Density, gaussians: Gaussians, noise: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     """A log-density at points of shape ``batch + (D,)``, ``-inf`` where it is not a finite number."""
-    chunks = points.reshape(-1, points.shape[-1]).split(_CHUNK)
-    values = torch.cat(list(map(log_density, chunks))).reshape(points.shape[:-1])
+    found = []
+    for chunk in points.reshape(-1, points.shape[-1]).split(_CHUNK):
+        check_time()
+        found.append(log_density(chunk))
+    values = torch.cat(found).reshape(points.shape[:-1])
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 

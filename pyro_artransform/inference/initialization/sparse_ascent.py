@@ -32,6 +32,7 @@ from ...graphs.dependencies import value_and_gradient
 from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogDensity
+from ...time_limit import limited
 from .gaussians import Gaussians, antithetic_noise, evaluate_density
 
 #: gradients that the curvature takes at most in a step, and the bounds of the number of its draws
@@ -71,7 +72,7 @@ def ascend_with_graph(
     settled, size = 0, 1.0
     draws = loc + start.deviations(antithetic_noise(start.loc, num_draws))[0]
     curvature, gradient = expectations(log_density, graph, draws, sd)
-    for _ in range(num_steps):
+    for _ in limited(range(num_steps)):
         share = size * _HALVED / (_HALVED + settled)
         mixed = torch.lerp(precision, curvature, share)
         moved = SparseGaussian.from_precision(pattern, now.loc, mixed)

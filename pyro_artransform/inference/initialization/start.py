@@ -115,9 +115,7 @@ def _start_from_points(
     density, config = search.density, search.config
     elbo, needed, center = _judge(density, guide, config)
     _check_gradient(density, center)
-    is_by_loop = density.strategy == "loop"
-    count = config.num_points_by_loop if is_by_loop else config.num_points
-    points = starting_points(density, model, center, count)
+    points = starting_points(density, model, center, config.num_points)
     if len(points):
         found = _start_at_best(search, guide, search.from_points(points), needed)
         if found.elbo > needed:

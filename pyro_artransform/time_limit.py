@@ -1,0 +1,172 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The wall time that a computation of several phases may take, and its end by Ctrl-C."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TypeVar
+
+from .arguments import check_positive
+
+INTERRUPTED = "it was interrupted"
+OUT_OF_TIME = "the time was over"
+# wall seconds that a phase with a result takes at most after Ctrl-C
+_GRACE = 1.0
+
+T = TypeVar("T")
+
+
+class OutOfTime(Exception):
+    """Raised and caught here: a computation without a result was cut off."""
+
+
+class TimeLimit:
+    """When the present phase ends: after a share of the seconds, or at Ctrl-C.
+
+    In a ``with`` block the first Ctrl-C only ends phases, so that what was reached is kept; the second
+    one interrupts. Loops in the phases go through :func:`limited`.
+
+    :param max_seconds: the wall time of all phases; ``None`` is no limit.
+    :param tick: called in each turn of a loop.
+    """
+
+    def __init__(
+        self, max_seconds: float | None = None, tick: Callable[[], object] = lambda: None
+    ) -> None:
+        self._began, self._most = time.perf_counter(), math.inf
+        if max_seconds is not None:
+            self._most = check_positive("max_seconds", max_seconds)
+        self._end, self._grace, self._interrupted = self._most, 0.0, math.inf
+        self.tick, self.cuts_off = tick, False
+        #: what there was no time for, in words
+        self.left_out: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        """The wall time so far."""
+        return time.perf_counter() - self._began
+
+    @property
+    def reason(self) -> str:
+        """Why the present phase is over, or an empty string."""
+        if self.seconds < self._end:
+            return ""
+        return INTERRUPTED if math.isfinite(self._interrupted) else OUT_OF_TIME
+
+    def is_over(self) -> bool:
+        """Whether the present phase is."""
+        return self.seconds >= self._end
+
+    def enter_phase(self, share: float, *, has_grace: bool = False) -> None:
+        """Begins a phase, which ends after a share of all seconds.
+
+        :param has_grace: whether it goes on for a second after Ctrl-C, since it makes the result.
+        """
+        self._end, self._grace = share * self._most, _GRACE if has_grace else 0.0
+        if math.isfinite(self._interrupted):
+            self._interrupted = self.seconds
+            self._end = min(self._end, self._interrupted + self._grace)
+
+    @contextmanager
+    def within(self, share: float) -> Iterator[None]:
+        """A part of the phase, for a share of what is left of it."""
+        whole, now = self._end, self.seconds
+        self._end = now + share * max(whole - now, 0.0)
+        try:
+            yield
+        finally:  # Ctrl-C meanwhile ends the whole
+            self._end = min(whole, self._interrupted + self._grace)
+
+    def interrupt(self, *_: object) -> None:
+        """Ends the phases; a second time it interrupts."""
+        if math.isfinite(self._interrupted):
+            raise KeyboardInterrupt
+        self._interrupted = self.seconds
+        self._end = min(self._end, self._interrupted + self._grace)
+
+    def __enter__(self) -> "TimeLimit":
+        self._token = _present.set(self)
+        self._handler = signal.getsignal(signal.SIGINT)
+        # no signal arrives in other threads, and a handler that is not Python's could not be put back
+        is_main = threading.current_thread() is threading.main_thread()
+        self._is_handling = is_main and self._handler is not None
+        if self._is_handling:
+            signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _present.reset(self._token)
+        if self._is_handling:
+            signal.signal(signal.SIGINT, self._handler)
+
+
+_present: ContextVar[TimeLimit | None] = ContextVar("time_limit", default=None)
+
+
+def limited(items: Iterable[T], what: str = "", *, at_least: int = 0) -> Iterator[T]:
+    """The items of a loop until the present phase is over.
+
+    :param what: what is left out then, in words, unless it does not matter.
+    :param at_least: how many of them in any case.
+    """
+    for index, item in enumerate(items):
+        if index >= at_least and is_out_of_time(what):
+            return
+        yield item
+
+
+def is_out_of_time(what: str = "") -> bool:
+    """Whether the present phase is over.
+
+    :param what: what is left out then, in words, unless it does not matter.
+    """
+    limit = _present.get()
+    if limit is None:
+        return False
+    limit.tick()
+    if limit.is_over() and what and what not in limit.left_out:
+        limit.left_out.append(what)
+    return limit.is_over()
+
+
+def check_time() -> None:
+    """Ends the block of :func:`cut_off`, if the present phase is over."""
+    limit = _present.get()
+    if limit is not None and limit.cuts_off and is_out_of_time():
+        raise OutOfTime
+
+
+@contextmanager
+def cut_off(what: str) -> Iterator[None]:
+    """A block that is left where the present phase is over: what it would find is left out."""
+    limit = _present.get()
+    if limit is None:
+        yield
+        return
+    limit.cuts_off = True
+    try:
+        yield
+    except OutOfTime:
+        limit.left_out.append(what)
+    finally:
+        limit.cuts_off = False
+
+
+@contextmanager
+def within(share: float) -> Iterator[None]:
+    """A part of the present phase, for a share of the time that is left of it."""
+    limit = _present.get()
+    with nullcontext() if limit is None else limit.within(share):
+        yield
+
+
+def left_out() -> list[str]:
+    """What there was no time for so far, in words."""
+    limit = _present.get()
+    return [] if limit is None else limit.left_out
