@@ -34,7 +34,8 @@ def alone(name: str) -> Iterator[None]:
         if found:
             raise RuntimeError(
                 f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(found)}, which "
-                f"would be ignored in part. Apply them to the model, as in {name}(poutine.condition(model, data), ...)"
+                "would be ignored in part. Apply them to the model, as in "
+                f"{name}(poutine.condition(model, data), ...)"
             )
         yield
 

@@ -121,12 +121,12 @@ def expectations(
     shifts = torch.zeros(coloring.num_colors, dim, dtype=draws.dtype, device=device)
     shifts[color, torch.arange(dim, device=device)] = step
     _, base = value_and_gradient(log_density, draws)
-    total, used = torch.zeros_like(shifts), 0
-    for draw, at_draw in zip(draws, base):
-        change = value_and_gradient(log_density, draw + shifts)[1] - at_draw
-        if bool(change.isfinite().all()):
-            total, used = total + change, used + 1
-    change = total / max(used, 1)
+    moved = draws[:, None] + shifts
+    _, gradients = value_and_gradient(log_density, moved.flatten(0, 1))
+    changes = gradients.reshape(moved.shape) - base[:, None]
+    # of the draws where all are finite
+    used = changes.isfinite().flatten(1).all(1)
+    change = changes[used].sum(0) / used.sum().clamp_min(1)
     one = change[color[columns], rows] / step[columns]
     other = change[color[rows], columns] / step[rows]
     # what others have in the rows of hubs is mixed, and the columns of hubs are not
