@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer import Predictive
 
 from ..arguments import check_integer
@@ -32,6 +33,10 @@ def to_inference_data(
     what a reparametrizer computes), ``posterior_predictive`` (by Pyro's ``Predictive``),
     ``log_likelihood`` (unless the model has discrete latents that are summed out) and
     ``observed_data``.
+
+    Sites without data that the guide has no draws of, as where the model is called with new predictors
+    and ``y=None``, are drawn given each draw of the others, and are the group ``predictions``. So are
+    deterministic sites if nothing else has data.
 
     :param num_samples: how many draws; ``args`` and ``kwargs`` are the arguments of model and guide.
     :return: an ``arviz.InferenceData``, from version 1 of ArviZ on an ``xarray.DataTree``.
@@ -74,18 +79,27 @@ def _import_arviz() -> Any:
 
 def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     """The groups of draws ``(C n, ...)``, one chain after the other."""
-    num_samples = len(next(iter(draws.values())))
+    num_samples, run = len(next(iter(draws.values()))), likelihood.run
+    predicted = likelihood.predicted(draws)
+    # how many draws are taken at once shows where predictions have values
+    scored = Likelihood(poutine.condition(run, data=predicted)) if predicted else likelihood
     # what is computed from data may not take many draws of them
-    parallel = not likelihood.has_deterministic and likelihood.strategy(draws) == "plate"
-    groups = {"posterior": {**draws, **({} if parallel else likelihood.deterministic(draws))}}
+    parallel = not likelihood.has_deterministic and scored.strategy(draws) == "plate"
+    placed = likelihood.in_plate(draws) if parallel else dict(draws)
+
+    def drawn(model: Callable[[], object], sites: Draws) -> Terms:
+        given: Any = {"posterior_samples": placed, "return_sites": list(sites)}
+        return _of_shapes(Predictive(model, parallel=parallel, **given)(), sites, num_samples)
+
+    groups = {"posterior": dict(draws)}
+    if predicted:
+        groups["predictions"] = drawn(run, predicted)
+    if not parallel:
+        computed = likelihood.deterministic({**draws, **groups.get("predictions", {})})
+        of_new = predicted and not likelihood.observed
+        groups["predictions" if of_new else "posterior"].update(computed)
     if likelihood.observed:
-        predictive = Predictive(
-            SimulatedData()(likelihood.run),
-            posterior_samples=likelihood.in_plate(draws) if parallel else dict(draws),
-            return_sites=list(likelihood.observed),
-            parallel=parallel,
-        )
-        groups["posterior_predictive"] = _of_shapes(predictive(), likelihood.observed, num_samples)
+        groups["posterior_predictive"] = drawn(SimulatedData()(run), likelihood.observed)
         if not likelihood.undrawn(draws):
             groups["log_likelihood"] = likelihood(draws)
     data = {

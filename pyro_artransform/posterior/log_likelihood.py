@@ -15,6 +15,7 @@ from ..joint.traces import (
     check_data,
     has_data,
     is_deterministic,
+    is_enumerated,
     latent_nodes,
     observed_nodes,
     plate_nesting,
@@ -83,6 +84,7 @@ class Likelihood:
         #: a value of each latent site, and of each that has data
         self.latents: Terms = {site["name"]: site["value"] for site in latents}
         self.observed: Terms = {s["name"]: s["value"] for s in observed if has_data(s)}
+        self._enumerated = {site["name"] for site in latents if is_enumerated(site)}
         self.has_deterministic = any(map(is_deterministic, observed))
 
     def __call__(self, draws: Draws) -> Terms:
@@ -101,6 +103,11 @@ class Likelihood:
     def undrawn(self, draws: Draws) -> list[str]:
         """The names of latents that have no draws."""
         return sorted(self.latents.keys() - draws.keys())
+
+    def predicted(self, draws: Draws) -> Terms:
+        """A value of each latent without draws but those that are summed out given data."""
+        hidden = self._enumerated if self.observed else ()
+        return {k: v for k, v in self.latents.items() if not (k in draws or k in hidden)}
 
     def strategy(self, draws: Draws) -> str:
         """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""

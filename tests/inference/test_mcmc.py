@@ -273,6 +273,19 @@ def test_an_arviz_data_set():
     assert float(chains.ess["loc"]) <= ess * (1 + 1e-6)
 
 
+def test_predictions_of_chains_for_new_rows():
+    def model(x, values=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 0.01), obs=values)
+
+    chains = mcmc(model, AutoNormal(model), 50, torch.ones(6), torch.ones(6), num_chains=4)
+    pytest.importorskip("arviz")
+    found = chains.to_inference_data(model, torch.tensor([2.0, 3.0])).predictions["y"].values
+    expected = chains.by_chain["slope"][..., None] * torch.tensor([2.0, 3.0])
+    assert torch.allclose(torch.tensor(found), expected, atol=0.1)
+
+
 def discrete():
     pyro.sample("kind", dist.Bernoulli(0.5))
     pyro.sample("loc", dist.Normal(0.0, 1.0))

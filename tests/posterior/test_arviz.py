@@ -148,6 +148,81 @@ def test_no_likelihood_of_discrete_latents_that_are_summed_out(arviz):
     assert found["posterior_predictive"]["y"].shape == (1, 20, 5)
 
 
+def regression(x, values=None):
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x * beta).sum(-1), 0.01), obs=values)
+
+
+def regression_with_mean(x, values=None):
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    mean = pyro.deterministic("mean", x @ beta)
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Normal(mean, 0.01), obs=values)
+    pyro.deterministic("residual", y - mean)
+
+
+def regression_by_loop(x, values=None):
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    for i, row in enumerate(x):
+        loc = row[0] * beta[0].item() + row[1] * beta[1].item()
+        pyro.sample(f"y_{i}", dist.Normal(loc, 0.01), obs=None if values is None else values[i])
+
+
+@pytest.mark.parametrize("model", [regression, regression_with_mean, regression_by_loop])
+def test_predictions_for_new_rows(arviz, model):
+    """As many new rows as coefficients, which would hide a dimension in the wrong place."""
+    guide = AutoIAF(model, init_scale=1.0)
+    guide(torch.randn(5, 2), torch.zeros(5))
+    new = torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+    found = sites_of(to_inference_data(model, guide, 2, new))
+    assert set(found) == {"posterior", "predictions"}
+    assert set(found["posterior"]) == {"beta"}
+    group = {name: value[0] for name, value in found["predictions"].items()}
+    y = group["y"] if "y" in group else torch.stack([group["y_0"], group["y_1"]], -1)
+    mean = found["posterior"]["beta"][0] @ new.T
+    assert torch.allclose(y, mean, atol=0.1)
+    assert not torch.allclose(y, mean, atol=1e-5)
+    if model is regression_with_mean:
+        assert set(group) == {"y", "mean", "residual"}
+        assert torch.allclose(group["mean"], mean, atol=1e-5)
+        assert torch.allclose(group["residual"], y - mean, atol=1e-5)
+
+
+def test_predictions_beside_data(arviz):
+    """They follow from the data, not from what the posterior predictive puts in place of these."""
+
+    def walk(first, second=None):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        y = pyro.sample("first", dist.Normal(z, 1.0), obs=first)
+        pyro.sample("second", dist.Normal(y, 0.01), obs=second)
+
+    guide = AutoIAF(walk)
+    guide(torch.tensor(9.0), torch.tensor(9.0))
+    found = sites_of(to_inference_data(walk, guide, 20, torch.tensor(9.0)))
+    assert set(found) == {"posterior", "predictions", "posterior_predictive", "observed_data"}
+    assert torch.allclose(found["predictions"]["second"], torch.tensor(9.0), atol=0.1)
+
+
+def test_predictions_with_discrete_latents(arviz):
+    """Of new rows the discrete latents are drawn, as they are not summed out there."""
+
+    @config_enumerate
+    def mixture(size, values=None):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", size):
+            kind = pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z + 10 * kind, 0.01), obs=values)
+
+    guide = AutoIAF(mixture)
+    guide(5, data())
+    found = sites_of(to_inference_data(mixture, guide, 20, 3))
+    group = {name: value[0] for name, value in found["predictions"].items()}
+    assert group["y"].shape == group["kind"].shape == (20, 3)
+    expected = found["posterior"]["z"][0][:, None] + 10 * group["kind"]
+    assert torch.allclose(group["y"], expected, atol=0.1)
+
+
 def test_newer_arviz_takes_one_dict(monkeypatch):
     given = {}
 
