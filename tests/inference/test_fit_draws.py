@@ -284,7 +284,12 @@ def bad_calls():
     fixed = dist.TransformedDistribution(base(), [standardize(data)])
     batch = dist.TransformedDistribution(base().expand((5,)), [maf(3, hidden_dims=8)])
     given = {"context": context}
+
+    def with_data(values):
+        skewed.model()
+
     return {
+        "never called": (AutoIAF(with_data), draws, {}, TypeError, "set_up, with the .* 'values'"),
         "no density": (maf(3), data, {}, TypeError, "density: expected a guide .* got Inverse"),
         "amortized": (amortized, draws, {}, TypeError, "one vector of all latents.* AutoAmortized"),
         "nothing to train": (fixed, data, {}, TypeError, "density: expected parameters to train"),

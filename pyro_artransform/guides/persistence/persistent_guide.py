@@ -98,7 +98,12 @@ class PersistentGuide(AutoGuide):
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
         if self._spec is None:
-            self._setup_prototype(*args, **kwargs)
+            try:
+                self._setup_prototype(*args, **kwargs)
+            except TypeError as error:
+                if args or kwargs or " missing " not in str(error):
+                    raise
+                raise TypeError(f"{self._unknown} ({error})") from error
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """Makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``."""
@@ -139,12 +144,16 @@ class PersistentGuide(AutoGuide):
         self._set_up_from(spec, spec.zeros())
         self._ownership, self._model_is_checked = Ownership.CARRIED, False
 
+    @property
+    def _unknown(self) -> str:
+        return (
+            f"this {type(self).__name__} does not know the model's latents yet: call it, or "
+            "set_up, with the model's arguments first"
+        )
+
     def _checked_spec(self) -> GuideSpec:
         if self._spec is None:
-            raise RuntimeError(
-                f"this {type(self).__name__} does not know the model's latents yet: call it, or "
-                "set_up, with the model's arguments first"
-            )
+            raise RuntimeError(self._unknown)
         return self._spec
 
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:

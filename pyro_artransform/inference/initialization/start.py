@@ -9,8 +9,11 @@ tried in other coordinates, from draws of the first one.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import NamedTuple, cast
 
 import torch
@@ -117,16 +120,38 @@ def _start_from_points(
     _check_gradient(density, center)
     points = starting_points(density, model, center, config.num_points)
     if len(points):
-        found = _start_at_best(search, guide, search.from_points(points), needed)
-        if found.elbo > needed:
-            return found
+        start = _start_at_best(search, guide, search.from_points(points), needed)
+        if start.elbo > needed:
+            return start
         if elbo > -torch.inf:
             return InitialGuide(UNCHANGED, elbo)
     sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
+    remedy = ". Give"
+    if found := ", ".join(_nonfinite_arguments(model)):
+        remedy = f", nor are arguments of the model: {found}. Mend or mask these, or give"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
-        f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
+        f"{sites} is not finite there{remedy} the guide an init_loc_fn with values that the data allow"
     )
+
+
+def _nonfinite_arguments(model: Callable[[], object]) -> list[str]:
+    """The tensors among the arguments of a run of a model that have infinite or NaN elements, in words."""
+    if not isinstance(model, partial):
+        return []
+    waiting: list[tuple[str, object]] = [("", model.keywords), ("", list(model.args))]
+    with suppress(TypeError, ValueError):  # not every callable says the names of its arguments
+        waiting = [("", signature(model.func).bind(*model.args, **model.keywords).arguments)]
+    found = []
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if count := int((~value.isfinite()).sum()):
+                found.append(f"{count} of {value.numel()} elements of {name}")
+        elif isinstance(value, (Mapping, list, tuple)):
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{name}[{key!r}]" if name else f"'{key}'", part) for key, part in parts]
+    return sorted(found)
 
 
 def _start_at_best(

@@ -148,6 +148,28 @@ def test_nothing_finite_names_the_site(quick):
     with pytest.raises(ValueError, match=r"finite log density.*broken is not finite") as error:
         find_start(LogJoint(model), model, guide, quick.initialization)
     assert "fine" not in str(error.value)
+    assert "arguments" not in str(error.value)
+
+
+def test_nothing_finite_names_arguments_that_are_not(quick):
+    def model(x, tables, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        loc = slope * (x + sum(tables["more"]))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    x = torch.tensor([0.0, 1.0, torch.inf])
+    tables = {"more": (torch.zeros(3), torch.full((3,), torch.nan))}
+    run = partial(model, x, tables, y=torch.zeros(3))
+    guide = small(model)
+    with pyro.validation_enabled(False):
+        guide.set_up(*run.args, **run.keywords)
+    words = (
+        r"y is not finite there, nor are arguments of the model: 1 of 3 elements of 'x', 3 of 3 elements of "
+        r"'tables'\['more'\]\[1\]\. Mend or mask these, or give the guide an init_loc_fn"
+    )
+    with pytest.raises(ValueError, match=words):
+        find_start(LogJoint(model, run.args, run.keywords), run, guide, quick.initialization)
 
 
 def test_diagonal_guide():
