@@ -30,6 +30,8 @@ _ROUND_OFF = 1e3
 _MAX_HALVINGS = 12
 # of coordinates, at draws and at a wider point: one shows what another hides
 _NUM_GROUPINGS = 4
+# a new pair counts if its change is the same in repeats this many ulps away, to so many standard deviations
+_NUM_REPEATED, _MOST_ULPS, _CLEAR = 6, 8.0, 6.0
 _SEED = 20260101
 # a generator of the CPU works for every device
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
@@ -132,6 +134,8 @@ class _Search:
         neighbours: list[set[int]] | None = None,
     ) -> None:
         self.log_density, self._eps, self._generator = log_density, eps, generator
+        #: whether there is a graph that the search adds to, so that each new pair is a finding
+        self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self._second: dict[tuple[int, int], float] = {}
 
@@ -149,6 +153,8 @@ class _Search:
                 shifts = point.new_zeros(len(part), dim)
                 shifts[torch.arange(len(part), device=point.device), part] = step[part]
                 changed, change = self._changes(point[None], shifts[None], base[:, None])
+                if self._is_known:
+                    changed = changed & self._confirmed(point, part, shifts, changed[0])
                 is_good, second = change[0].isfinite().all(-1), change[0] / step[part, None]
                 self._note(part[is_good], changed[0, is_good], second[is_good])
                 failed.append(part[~is_good])
@@ -186,6 +192,25 @@ class _Search:
         change = found - base
         size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
         return change.abs() > _ROUND_OFF * self._eps * size, change
+
+    def _confirmed(self, point: Tensor, columns: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
+        """Which changes are of neighbours, or more than round-off in repeats some ulps away.
+
+        An ill-conditioned gradient, as through a Cholesky factor, has more round-off than by its size.
+        """
+        confirmed = torch.zeros_like(changed)
+        for row, j in enumerate(columns.tolist()):
+            confirmed[row, [*self.neighbours[j], j]] = True
+        rows = (changed & ~confirmed).any(-1).nonzero()[:, 0]
+        if len(rows):
+            ends = torch.cat([point[None], point + shifts[rows]])
+            noise = torch.rand(_NUM_REPEATED, len(point), generator=self._generator, **_ON_CPU)
+            ulps = _MOST_ULPS * torch.finfo(point.dtype).eps * (2 * noise.to(point) - 1)
+            found = self._gradients((ends * (1 + ulps[:, None])).flatten(0, 1))
+            found = found.unflatten(0, (_NUM_REPEATED, -1))
+            change = found[:, 1:] - found[:, :1]
+            confirmed[rows] |= change.mean(0).abs() > _CLEAR * change.std(0)
+        return confirmed
 
     def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:
         """Moves coordinates without common neighbours at once; where other gradients change, one by one.

@@ -127,6 +127,37 @@ def test_a_dependency_that_is_switched_off_is_found_at_other_draws():
     assert missing_dependencies(log_joint, EPS, graph, far) == [(0, 1), (0, 2), (0, 3)]
 
 
+def neighbouring_cells(size=10):
+    cell = torch.arange(size * size).reshape(size, size)
+    pairs = [(cell[:, :-1], cell[:, 1:]), (cell[:-1], cell[1:])]
+    one, other = (torch.cat([part.flatten() for part in ends]) for ends in zip(*pairs))
+    adjacency = torch.zeros(size * size, size * size, dtype=torch.float32)
+    adjacency[one, other] = adjacency[other, one] = 1.0
+    return adjacency
+
+
+def ill_conditioned_field():
+    """A field on a grid with a nearly singular precision, in single precision."""
+    adjacency = neighbouring_cells()
+    precision = adjacency.sum(-1).diag() - adjacency + 1e-3 * torch.eye(100)
+    tau = pyro.sample("tau", dist.Gamma(adjacency.new_ones(()), 0.01))
+    precision, zero = tau[..., None, None] * precision.float(), adjacency.new_zeros(100)
+    field = pyro.sample("field", dist.MultivariateNormal(zero, precision_matrix=precision))
+    pyro.sample("y", dist.Exponential(field.exp()).to_event(1), obs=zero + 1.0)
+
+
+def test_round_off_of_an_ill_conditioned_sum_is_no_missing_dependency():
+    log_joint = LogJoint(ill_conditioned_field)
+    cells = [{0, *(1 + own.nonzero()[:, 0]).tolist()} for own in neighbouring_cells()]
+    graph = [set(range(1, 101)), *cells]
+    draws = log_joint.start + 0.5 * torch.randn(256, 101, dtype=torch.float32)
+    assert missing_dependencies(log_joint, log_joint.latents.eps, graph, draws) == []
+    graph[1].remove(2)
+    graph[2].remove(1)
+    found = missing_dependencies(log_joint, log_joint.latents.eps, graph, draws)
+    assert found == [(1, 2)]
+
+
 def test_missing_edges_of_a_model_that_draws_its_mini_batches():
     """One of them is looked at: what a batch has is missing, and what changes between batches is not."""
 
