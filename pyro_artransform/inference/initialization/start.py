@@ -27,6 +27,7 @@ from ..config import InitializationConfig
 from ..optimization.training import copies, copy_to
 from .batch_and_match import ascend, match_scores
 from .gaussians import Gaussians, antithetic_noise, elbos, evaluate_density
+from .gradient_check import check_gradient
 from .points import starting_points
 from .sparse_ascent import ascend_with_graph, elbo_of
 
@@ -117,7 +118,7 @@ def _start_from_points(
     """The better one of a guide and what is found from points around it."""
     density, config = search.density, search.config
     elbo, needed, center = _judge(density, guide, config)
-    _check_gradient(density, center)
+    check_gradient(density, center)
     points = starting_points(density, model, center, config.num_points)
     if len(points):
         start = _start_at_best(search, guide, search.from_points(points), needed)
@@ -182,17 +183,6 @@ def _start_at_best(
         if elbo > needed:
             guide.start_at(independent.loc[0], independent.scale_tril[0].diag())
     return InitialGuide(name, elbo)
-
-
-def _check_gradient(density: LogJoint | MeanLogJoint, center: Tensor) -> None:
-    z = center.detach()[None].requires_grad_()
-    with torch.enable_grad():
-        value = density(z).sum()
-    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
-        raise ValueError(
-            "expected a model whose log density has a gradient in its latents, got one without: does it "
-            "run in torch.no_grad, or detach them?"
-        )
 
 
 @torch.no_grad()

@@ -1,0 +1,92 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether the gradient of a model's log density is that of its values: no latent may be cut off from it.
+
+Along a line the values have to rise by the integral of the gradient (here by Simpson's rule). Where latents
+are cut off, as by ``float(z)``, what is missing is a smooth function, so it is proportional to the length of
+the line, at nearly each point. Kinks, steps, round-off and strong curvature are not.
+"""
+
+import torch
+from torch import Tensor
+
+from ...arguments import first_of
+from ...graphs.dependencies import value_and_gradient
+from ...joint import LogJoint
+from ...joint.mean_density import MeanLogJoint
+
+# distances of points from a center, and half the lengths of lines, in units of the unconstrained space
+_SPREADS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_STEPS = (0.1, 0.02, 0.004, 0.0008, 0.00016)
+# round-off of a density of about a thousand terms, in units of eps and its value
+_ROUND_OFF = 100.0
+# what is missing, as a share of the rise; how far it may differ by the lengths; how many have to show it
+_SHARE, _SLACK, _NUM_SHOWN = 0.01, 0.2, 3
+# the share of points that have to show it: what is missing may be zero at some
+_MOST = 0.65
+_MOST_NAMED = 256  # latents that are looked at one by one
+_SEED = 20260102
+
+
+def check_gradient(density: LogJoint | MeanLogJoint, center: Tensor) -> None:
+    """Refuses a model whose density has no gradient, or one that lacks the part of some latents.
+
+    :param center: shape ``(latent_dim,)``, in the coordinates of the density.
+    """
+    z = center.detach()[None].requires_grad_()
+    with torch.enable_grad():
+        value = density(z).sum()
+    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
+        raise ValueError(
+            "expected a model whose log density has a gradient in its latents, got one without: does it "
+            "run in torch.no_grad, or detach them?"
+        )
+    if not isinstance(density, LogJoint) or density.is_random:
+        return
+    with torch.no_grad():
+        u, _ = density.to_unconstrained(center.detach()[None])
+    written, latents = density.with_coordinates(None), density.latents
+    if _lacking(written, u, torch.ones_like(u)) > _MOST:
+        axes = torch.eye(latents.latent_dim, dtype=u.dtype, device=u.device)[:_MOST_NAMED]
+        found = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
+        names = first_of([latents.name_of(i) for i in found]) or "some latents"
+        raise ValueError(
+            "expected a model whose log density has a gradient in all latents that it depends on, got one "
+            f"whose gradient lacks a part in {names}: take no float(), .item(), .numpy() or .detach() "
+            "of what is made of latents, and no torch.no_grad"
+        )
+
+
+def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
+    """The share of points around a center at which a part of the gradient is missing, along coordinates."""
+    generator = torch.Generator().manual_seed(_SEED)
+    shape = len(_SPREADS), center.shape[-1]
+    drawn = torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu")
+    noise, direction = drawn.to(center)
+    spreads, steps = center.new_tensor(_SPREADS), center.new_tensor(_STEPS)
+    points = (center + spreads[:, None] * noise)[:, None]
+    shifts = steps[:, None] * (moved * direction.sign())[:, None]
+    lines = torch.cat([points, points - shifts, points + shifts], 1)
+    value, gradient = value_and_gradient(density, lines.flatten(0, 1))
+    dtype = value.dtype
+    value, gradient = value.unflatten(0, lines.shape[:2]), gradient.reshape(lines.shape)
+    value, gradient, lines = value.double(), gradient.double(), lines.double()
+    sizes = [1, len(_STEPS), len(_STEPS)]
+    (_, begin, end), (middle, first, last), (_, left, right) = (
+        part.split(sizes, 1) for part in (value, gradient, lines)
+    )
+    expected = ((right - left) * (first + 4 * middle + last)).sum(-1) / 6
+    missing, steps = end - begin - expected, steps.double()
+    usable = missing.isfinite().all(-1)
+    if int(usable.sum()) < 3:
+        return 0.0
+    rate, rise = missing[usable] / steps, expected[usable].abs() / steps
+    slope = rate.median(-1, keepdim=True).values
+    eps = max(density.latents.eps, torch.finfo(dtype).eps)
+    noise_level = _ROUND_OFF * eps * value[usable].abs().amax()
+    is_shown = slope.abs() * steps > noise_level
+    is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
+    is_large = slope.abs() > _SHARE * rise
+    found = (is_alike | ~is_shown).all(-1) & (is_shown.sum(-1) >= _NUM_SHOWN) & is_large.all(-1)
+    return found.double().mean().item()
