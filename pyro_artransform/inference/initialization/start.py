@@ -70,7 +70,7 @@ def find_start(
     model as it is written, and units of the prior throughout.
 
     :param density: the log joint density, in the coordinates of the guide, which change in place.
-    :raises ValueError: if none of the starts is finite, or the model has no gradient.
+    :raises ValueError: if none of the starts is finite, or the gradient of the model lacks a latent.
     """
     search, coordinates = GaussianSearch(density, config), density.coordinates
     initial = _start_from_points(search, model, guide)
