@@ -59,6 +59,11 @@ class TimeLimit:
             return ""
         return INTERRUPTED if math.isfinite(self._interrupted) else OUT_OF_TIME
 
+    @property
+    def ends(self) -> bool:
+        """Whether the present phase ends at some time."""
+        return math.isfinite(self._end)
+
     def is_over(self) -> bool:
         """Whether the present phase is."""
         return self.seconds >= self._end
@@ -164,6 +169,12 @@ def within(share: float) -> Iterator[None]:
     limit = _present.get()
     with nullcontext() if limit is None else limit.within(share):
         yield
+
+
+def has_limit() -> bool:
+    """Whether the present phase ends at some time, so that its work is to come in small parts."""
+    limit = _present.get()
+    return limit is not None and limit.ends
 
 
 def left_out() -> list[str]:

@@ -18,12 +18,13 @@ from ..joint.handlers import hidden_sites
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import GuideSampler, stack
+from ..time_limit import has_limit
 
 Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-_CHUNK, _CHUNK_BY_LOOP, _NUM_COMPARED = 1000, 100, 3
+_CHUNK, _SMALL_CHUNK, _NUM_COMPARED = 1000, 100, 3
 
 
 class Weighted(NamedTuple):
@@ -83,7 +84,8 @@ def weighted_draws(
         draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
     else:
         draw = _drawer(run_model, run_guide, log_joint)
-    chunk = _CHUNK if log_joint is None or log_joint.strategy != "loop" else _CHUNK_BY_LOOP
+    is_slow = log_joint is not None and log_joint.strategy == "loop"
+    chunk = _SMALL_CHUNK if is_slow or has_limit() else _CHUNK
     for start in range(0, num_samples, chunk):
         yield draw(min(chunk, num_samples - start))
 

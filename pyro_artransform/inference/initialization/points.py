@@ -13,6 +13,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from ...joint import LogDensity
+from ...time_limit import limited
 from .gaussians import evaluate_density
 
 # the innermost shell of points, in units of the space, and the ratio of two radii: eight reach to a hundred
@@ -35,7 +36,7 @@ def starting_points(
     for _ in range(max((count - 1) // 3, 1)):
         found.append(_prior_draw(log_density, model))
     num_tried = _NUM_TRIED_BY_LOOP if log_density.strategy == "loop" else _NUM_TRIED
-    for k in range(count - len(found)):
+    for k in limited(range(count - len(found))):
         noise = torch.randn_like(center.expand(num_tried, -1))
         shell = center + _RADIUS * _GROWTH**k * noise
         found.append(shell[evaluate_density(log_density, shell).argmax()])
