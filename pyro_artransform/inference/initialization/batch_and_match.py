@@ -108,9 +108,9 @@ def _matched(gaussians: Gaussians, batch: Sampled, rate: Tensor) -> Gaussians:
         # a difference of matrices whose sds differ by many orders would have no digits
         lower = torch.linalg.qr(torch.cat([scale.mT, of_draws], 1)).R.mT
         inner = of_gradients @ lower
-        is_good = is_good & inner.isfinite().all(-1).all(-1)
-        inner = _where(is_good, inner, torch.zeros_like(inner))
-        values, axes = torch.linalg.eigh(inner.mT @ inner)
+        squares = inner.mT @ inner  # from afar they overflow
+        is_good = is_good & squares.isfinite().all(-1).all(-1)
+        values, axes = torch.linalg.eigh(_where(is_good, squares, torch.zeros_like(squares)))
         factors = (0.5 + (values.clamp_min(0) + 0.25).sqrt()).rsqrt()
         axes = lower @ axes * factors[:, None]
         found, step = lower_factor(axes), (axes @ (axes.mT @ slope[..., None]))[..., 0]

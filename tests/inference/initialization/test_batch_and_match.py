@@ -96,6 +96,18 @@ def test_it_stays_where_the_density_is_finite():
         assert (found.scale_tril[k].norm(dim=-1) < 1.1).all()
 
 
+def test_gradients_whose_squares_overflow():
+    """Such a point stays where it is, and the others go on."""
+
+    def log_density(z):
+        return -0.5 * z.square().sum(-1) - (0.05 * z).exp().sum(-1)
+
+    points = torch.tensor([[1.0], [8000.0]]) * torch.ones(4)
+    found = match_scores(log_density, points, 20, STEPS)
+    assert found.loc[0].abs().max() < 1.0
+    assert found.loc[1].isfinite().all()
+
+
 def test_heavy_tails_from_far_away():
     """Student's t of 2 degrees from 1,000 sds: the best Gaussian is 0.12 nats off a coordinate."""
     student = dist.StudentT(2.0, torch.zeros(5), 1.0).to_event(1)
