@@ -274,6 +274,13 @@ def test_loader():
     assert result.num_steps == 6
 
 
+def test_parameters_of_the_model_are_said_to_be_point_estimates():
+    words = "The model's own parameters are point estimates"
+    guide = models.small(models.with_param)
+    assert words in quick_fit(models.with_param, guide, num_steps=2, progress=False).verdict
+    assert words not in quick_fit(models.location, num_steps=2, progress=False).verdict
+
+
 @pytest.mark.parametrize("phase", ["start", "fit", "verdict"])
 @pytest.mark.parametrize("draws", [None, 20])
 def test_ctrl_c_in_each_phase_gives_a_verdict(monkeypatch, phase, draws):
