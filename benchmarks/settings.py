@@ -206,10 +206,10 @@ def table(rows: list[Row]) -> str:
         by_case.setdefault(case, {})[row["posterior"]] = row
     noise = {
         (part, name): max(
-            (abs(change(by_case[part, "", 1.0, seed][name], base[name], "elbo")), seed)
+            abs(change(by_case[part, "", 1.0, seed][name], base[name], "elbo"))
             for seed in SEEDS
             if name in by_case.get((part, "", 1.0, seed), {})
-        )[0]
+        )
         for part in PARTS
         if (base := by_case.get((part, "", 1.0, 0))) and (part, "", 1.0, SEEDS[0]) in by_case
         for name in base

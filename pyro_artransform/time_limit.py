@@ -55,7 +55,7 @@ class TimeLimit:
     @property
     def reason(self) -> str:
         """Why the present phase is over, or an empty string."""
-        if self.seconds < self._end:
+        if not self.is_over():
             return ""
         return INTERRUPTED if math.isfinite(self._interrupted) else OUT_OF_TIME
 
@@ -114,29 +114,23 @@ class TimeLimit:
 _present: ContextVar[TimeLimit | None] = ContextVar("time_limit", default=None)
 
 
-def limited(items: Iterable[T], what: str = "", *, at_least: int = 0) -> Iterator[T]:
+def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
     """The items of a loop until the present phase is over.
 
-    :param what: what is left out then, in words, unless it does not matter.
     :param at_least: how many of them in any case.
     """
     for index, item in enumerate(items):
-        if index >= at_least and is_out_of_time(what):
+        if index >= at_least and is_out_of_time():
             return
         yield item
 
 
-def is_out_of_time(what: str = "") -> bool:
-    """Whether the present phase is over.
-
-    :param what: what is left out then, in words, unless it does not matter.
-    """
+def is_out_of_time() -> bool:
+    """Whether the present phase is over."""
     limit = _present.get()
     if limit is None:
         return False
     limit.tick()
-    if limit.is_over() and what and what not in limit.left_out:
-        limit.left_out.append(what)
     return limit.is_over()
 
 
@@ -158,7 +152,8 @@ def cut_off(what: str) -> Iterator[None]:
     try:
         yield
     except OutOfTime:
-        limit.left_out.append(what)
+        if what not in limit.left_out:
+            limit.left_out.append(what)
     finally:
         limit.cuts_off = False
 
