@@ -3,7 +3,7 @@
 
 """Gradients that are written by hand, or found ahead of time, and can be differentiated again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,31 @@ def evaluate_with_gradient(
         return values, False
     found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function, state)
     return found, True
+
+
+def sum_with_gradient(
+    parts: Callable[[], Iterable[Callable[[Tensor], Tensor]]], inputs: Tensor
+) -> Tensor:
+    """The sum of functions of rows ``(n, d)`` in double precision, holding the graph of one at a time.
+
+    :param parts: makes the functions, as often as it is called.
+    """
+
+    def total(rows: Tensor) -> Tensor:
+        return sum(part(rows).double() for part in parts())  # type: ignore[return-value]
+
+    if not (torch.is_grad_enabled() and inputs.requires_grad):
+        return total(inputs)
+    values, gradient = inputs.new_zeros(len(inputs), dtype=torch.float64), torch.zeros_like(inputs)
+    for part in parts():
+        rows = inputs.detach().requires_grad_()
+        found = part(rows)
+        if has_other_leaves([found], rows):
+            return total(inputs)
+        values = values + found.detach()
+        gradient = gradient + torch.autograd.grad(found.sum(), rows)[0]
+    known: Tensor = _KnownGradient.apply(inputs, values, gradient, total, torch.get_rng_state())
+    return known
 
 
 def has_other_leaves(values: Sequence[Tensor], inputs: Tensor) -> bool:
@@ -82,6 +107,6 @@ class _KnownGradient(torch.autograd.Function):
                 torch.set_rng_state(ctx.state)  # of a function with random numbers, the same ones
                 again = gradients_with_graph(lambda x: [ctx.function(x)], [inputs], weights)
             return again[0], None, None, None, None
-        by_row = weights[0][:, None]
+        by_row = weights[0][:, None].to(gradient)
         # what does not count may have an infinite gradient
         return torch.where(by_row == 0, 0.0, by_row * gradient), None, None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..arguments import check_integer
 from ..joint import LogJoint
 from ..joint.coordinates import coordinates_at, non_centered
-from ..joint.density import CACHED_WITH_GRADIENT
+from ..joint.density import CACHED
 from ..joint.protocols import PriorGuide, TransformedGuide
 from ..time_limit import is_out_of_time, limited
 from ..transforms import Standardize
@@ -193,7 +193,7 @@ def _num_chains(log_joint: LogJoint) -> int:
     if log_joint.strategy == "loop":
         return CHAINS_BY_LOOP
     fast = min(
-        log_joint.chunk_size // CACHED_WITH_GRADIENT,
+        log_joint.chunk_size // CACHED,
         _CACHED_COORDINATES // log_joint.latents.latent_dim,
     )
     return min(max(fast, FEWEST_CHAINS), MOST_CHAINS)

@@ -10,7 +10,7 @@ for models that are run for one draw after the other.
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
-_FEWER = 8  # the share of draws by loop
+_FEWER = 8  # the share of draws by loop, and of the start by passes
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class MinibatchConfig:
     max_batches: int = 500  #: batches of the pass at the end: time
     num_draws: int = 4000  #: its draws
     num_common_draws: int = 1000  #: its draws where all batches have the same
+    num_draws_of_all: int = 400  #: draws of a verdict on all data, and of a comparison by them
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,19 @@ class FitConfig:
                 num_screened=verdict.num_screened // _FEWER,
                 max_searches=1,
             ),
+        )
+
+    def for_passes(self) -> "FitConfig":
+        """The same where an evaluation of the density is a pass over a loader: with fewer draws."""
+        few, start = self.minibatch.num_draws_of_all, self.initialization
+        verdict = replace(
+            self.evaluation, num_samples=few, num_more_samples=0, num_around=few, max_searches=1
+        )
+        return replace(
+            self,
+            initialization=replace(start, num_compared=start.num_compared // _FEWER),
+            optimization=replace(self.optimization, num_compared=few),
+            evaluation=verdict,
         )
 
     def __new__(cls, *args: object, **kwargs: object) -> "FitConfig":

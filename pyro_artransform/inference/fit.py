@@ -66,8 +66,8 @@ def fit(
     A guide of this package is initialized by ELBO: it stays as it is, or becomes a Gaussian that is fitted
     to the density's gradients at draws, from several points. It is trained by the path gradient; any other
     Pyro guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
-    and the guide ends with the last or the averaged parameters, by ELBO. Parameters of the
-    model are trained as well. The verdict rests on draws that were not trained on.
+    and the guide ends with the last parameters, the averaged or the best ones, by ELBO. Parameters of
+    the model are trained as well. The verdict rests on draws that were not trained on.
 
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up

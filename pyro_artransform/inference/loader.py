@@ -29,6 +29,8 @@ from ..joint import LogJoint
 from ..joint.protocols import MinibatchGuide, ReparametrizedGuide
 
 _END = object()
+# bytes of batches that are held between passes over all of them
+_MOST_HELD = 2**29
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # what has a fixed order, or one that follows torch's generators
 _KNOWN = (list, tuple, range, SequentialSampler, DistributedSampler, *_SHUFFLED)
@@ -280,6 +282,33 @@ class BatchStream:
     def _set_own_states(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self._generators, states):
             generator.set_state(state)
+
+
+class AllBatches:
+    """The batches of a pass over a stream, the same ones each time; held where they take little memory."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        self._stream, self._held = stream, list[Batch]()
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._held:
+            yield from self._held
+            return
+        held, size = list[Batch](), 0
+        for batch in self._stream.one_pass(self._stream.num_batches):
+            size += sum(map(_num_bytes, (*batch.args, *batch.kwargs.values())))
+            if size <= _MOST_HELD:
+                held.append(batch)
+            yield batch
+        if len(held) == self._stream.num_batches:
+            self._held = held
+
+
+def _num_bytes(value: object) -> int:
+    """What an argument takes in memory: more than is held, where that is not known."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return 0 if isinstance(value, (int, float, str)) or value is None else _MOST_HELD + 1
 
 
 def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Batch) -> None:

@@ -47,7 +47,7 @@ class FitResult:
     seconds: float  #: wall time of the whole fit
     stopped_because: str  #: why the steps ended
     start: str  #: the candidate that the guide was initialized with
-    end: str  #: which parameters the guide has: the last ones, or their average
+    end: str  #: which parameters the guide has: the last ones, their average, or the best ones
     step_size: (
         float | None
     )  #: at the end of its constant phase; ``None`` where the optimizer is the user's

@@ -39,8 +39,8 @@ def start(set_up: SetUp) -> Training:
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
-    training.start = initial.name
-    training.check_start()
+    # of some mini-batches: what it is for all data is not known
+    training.check_start(initial.name, initial.elbo if set_up.has_all_data else math.nan)
     if not training.is_over() and _chains_cost_less(set_up, 0):
         training.schedule = training.schedule.ending_at(0, CHAINS_COST_LESS)
     return training
@@ -61,8 +61,11 @@ def _find_start(set_up: SetUp) -> InitialGuide:
     config = set_up.config.initialization
     of_batch = objective if minibatches is None else minibatches.objective
     if isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective):
-        density = log_joint if minibatches is None else minibatches.mean_log_joint()
-        return find_start(density, partial(model, *args, **kwargs), guide, config)
+        run, whole = partial(model, *args, **kwargs), None
+        density = log_joint
+        if minibatches is not None:
+            density, whole = minibatches.mean_log_joint(), minibatches.whole
+        return find_start(density, run, guide, config, whole)
     if isinstance(guide, MinibatchGuide):
         batch, elbo_draws = Batch(args, kwargs), objective.elbo_draws
         return find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, config)
@@ -138,13 +141,14 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         missing=set_up.missing,
     )
     chains = None
-    if set_up.minibatches is not None:
-        passed = set_up.minibatches.over_a_pass()
-        found = evaluate_minibatches(subject, passed, status)
+    minibatches = set_up.minibatches
+    if minibatches is not None and not set_up.has_all_data:
+        found = evaluate_minibatches(subject, minibatches.over_a_pass(), status)
     elif sampling is not None:
         found, chains = sampling.judge(status, config, num_steps)
     else:
-        found = evaluate(subject, status, config, num_gradients)
+        of_few = None if minibatches is None else minibatches.mean_log_joint()
+        found = evaluate(subject, status, config, num_gradients, of_few=of_few)
     # chains say themselves how well they know single latents
     marginals = MarginalVerdict()
     if sampling is None:

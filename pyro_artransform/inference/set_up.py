@@ -75,18 +75,25 @@ class SetUp:
         if self.stream is not None:
             of_stream = of_batch, self.stream, log_joint, batches, config.minibatch
             self.objective = MinibatchObjective(*of_stream)
+            if (whole := self.objective.whole) is not None:
+                self.subject = self.subject._replace(log_joint=whole)
+                self.config = config = config.for_passes()
+        #: whether the log joint density is that of all data
+        self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
         #: the draws that were asked for
         self.sampling: Sampling | None = None
         if draws is not None:
-            if self.stream is not None or log_joint.is_random:
+            if not self.has_all_data or self.subject.log_joint.is_random:
                 raise ValueError(
                     "draws: expected a model of all data, since chains need its density, got one that sees "
-                    "mini-batches, or is random otherwise: fit without draws"
+                    "mini-batches that are not known to be all data, or have latents of their own, or is "
+                    "random otherwise: fit without draws"
                 )
             self.sampling = Sampling(self.subject, draws, limit, num_steps is None)
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim)
-        epoch = 1 if self.stream is None else self.stream.num_batches
+        # where all data correct a batch, the noise of batches is too small to be averaged
+        epoch = 1 if self.stream is None or self.has_all_data else self.stream.num_batches
         self.schedule = Schedule(settings, epoch).of_length(num_steps)
         wanted = num_particles or settings.num_particles
         is_structured = isinstance(cast(object, guide), StructuredGuide)

@@ -1,81 +1,137 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The mean of a model's log joint densities for several arguments."""
+"""The log joint density of a model from mini-batches: their mean, and one that knows all data at a point."""
 
-import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .coordinates import Coordinates
+from ..differentiation import sum_with_gradient
 from .density import Args, Kwargs, LogJoint
-from .protocols import LogDensity
+
+# parts of draws are larger by this factor: each is a run of the model for each mini-batch
+_FEWER_PARTS = 4
 
 
-class MeanLogJoint(LogDensity):
-    """The log joint density of a model as the weighted mean of that for several arguments.
+class Anchor(NamedTuple):
+    """A log density ``()`` and its gradient ``(latent_dim,)`` at a point ``(latent_dim,)``."""
 
-    The density of one mini-batch is scaled up to all data, and its mode is many standard deviations
-    of the posterior away from that of all data. The more mini-batches, the closer their mean is.
+    point: Tensor
+    value: Tensor
+    gradient: Tensor
+
+    @classmethod
+    @torch.enable_grad()
+    def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor) -> "Anchor":
+        z = point.detach()[None].requires_grad_()
+        value = log_density(z)
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+        return cls(point.detach(), value.detach()[0], gradient[0])
+
+    def expand(self, z: Tensor) -> Tensor:
+        """The first-order expansion at points ``(n, latent_dim)``."""
+        return self.value + (z - self.point) @ self.gradient
+
+
+class MeanLogJoint(LogJoint):
+    """The log joint density of a model as the mean of that for several mini-batches, by their rows.
+
+    The density of one mini-batch is scaled up to all data, and its mode is many standard deviations of the
+    posterior away from that of all data. The more mini-batches, the closer their mean is, and that of all
+    of them is the density of all data. It is in double precision: the round-off of a million rows matters.
 
     :param log_joint: the log joint density for any arguments.
-    :param arguments: the positional and the keyword arguments of each mini-batch.
-    :param weights: the weight of each, positive.
+    :param batches: the positional and the keyword arguments of each mini-batch, the same ones each time
+        that they are gone through.
     :raises ValueError: if coordinates from the prior are others for other arguments.
     """
 
-    def __init__(
-        self,
-        log_joint: LogJoint,
-        arguments: Sequence[tuple[Args, Kwargs]],
-        weights: Sequence[float],
-    ) -> None:
-        self.latents, self.strategy = log_joint.latents, log_joint.strategy
-        self._parts = [log_joint.with_arguments(args, kwargs) for args, kwargs in arguments]
-        self._shares = [weight / sum(weights) for weight in weights]
-        ends = [part.from_unconstrained(log_joint.start[None])[0] for part in self._parts]
+    def __init__(self, log_joint: LogJoint, batches: Iterable[tuple[Args, Kwargs]]) -> None:
+        shares, ends, largest, is_even = list[float](), list[Tensor](), log_joint, True
+        for args, kwargs in batches:
+            part = log_joint.with_arguments(args, kwargs)
+            if not shares or part.chunk_size < largest.chunk_size:
+                largest = part
+            structure = log_joint.structure(args, kwargs)
+            is_even = is_even and structure.is_evenly_scaled
+            shares.append(1 / structure.scale)
+            ends.append(part.from_unconstrained(log_joint.start[None])[0])
         if not all(torch.equal(end, ends[0]) for end in ends):
             raise ValueError(
                 "expected priors that are the same for each mini-batch, got some whose location or scale "
                 "depends on its data: make the guide with coordinates='model'"
             )
+        vars(self).update(vars(largest))
+        self.chunk_size *= _FEWER_PARTS
+        #: the part of all data that the mini-batches are, by their scales
+        self.share = math.fsum(shares)
+        self._is_even = is_even
+        self._weights = [share / self.share for share in shares]
+        self._batches = batches
+        # a plate without data of its own draws indices that nobody asks for
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+            self.is_random = self.is_random and self._changes_by_itself(self.start[None])
+
+    @property
+    def is_of_all_data(self) -> bool:
+        """Whether the mini-batches are as many rows as the model says that there are."""
+        return self._is_even and math.isclose(self.share, 1.0, rel_tol=1e-6)
 
     def __call__(self, z: Tensor) -> Tensor:
-        values = [share * part(z) for share, part in zip(self._shares, self._parts)]
-        return sum(values[1:], values[0])
+        return sum_with_gradient(self._parts, z)
 
-    @property
-    def chunk_size(self) -> int:
-        """How many draws are evaluated at once without gradients."""
-        return self._parts[0].chunk_size
+    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        for weight, (args, kwargs) in zip(self._weights, self._batches):
+            yield partial(self._weighted, weight, self.bound_to(args, kwargs))
 
-    @property
-    def coordinates(self) -> Coordinates | None:
-        """Which latents have coordinates from the prior, and how centred."""
-        return self._parts[0].coordinates
+    @staticmethod
+    def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
+        return weight * LogJoint.__call__(part, z)
 
-    @property
-    def start(self) -> Tensor:
-        return self._parts[0].start
-
-    def with_coordinates(self, coordinates: Coordinates | None) -> "MeanLogJoint":
-        """See :meth:`LogJoint.with_coordinates`."""
-        other = copy.copy(self)
-        other._parts = [part.with_coordinates(coordinates) for part in self._parts]
-        return other
-
-    def prior_scales(self, u: Tensor) -> Tensor:
-        """See :meth:`LogJoint.prior_scales`."""
-        return self._parts[0].prior_scales(u)
-
-    def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`LogJoint.to_unconstrained`."""
-        return self._parts[0].to_unconstrained(z)
-
-    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return self._parts[0].from_unconstrained(u)
+    @torch.no_grad()
+    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:
+        """The log density of draws, by a strategy that agrees with single runs on one mini-batch."""
+        part = LogJoint.__new__(LogJoint)
+        vars(part).update(vars(self.bound_to(*next(iter(self._batches)))))
+        part.checked(z, log_q)
+        self.strategy, self.obstacle = part.strategy, part.obstacle
+        return self(z)
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        return list(dict.fromkeys(k for part in self._parts for k in part.nonfinite_sites(z)))
+        found = (LogJoint.nonfinite_sites(self.bound_to(*batch), z) for batch in self._batches)
+        return next(filter(None, found), [])
+
+
+class AnchoredLogJoint(LogJoint):
+    r"""The log joint density of a mini-batch with the value and the gradient of all data at a point a.
+
+    .. math::
+
+        f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
+
+    Its mean over mini-batches is that of all data, as that of :math:`f_b` is. But it differs from it by
+    what a mini-batch's curvature differs by alone, which is little where the posterior is.
+
+    **References**
+
+    1. Control Variates for Stochastic Gradient MCMC (Baker, Fearnhead, Fox, Nemeth, 2019),
+       https://arxiv.org/abs/1706.05439
+    2. Accelerating Stochastic Gradient Descent using Predictive Variance Reduction (Johnson, Zhang,
+       2013), https://papers.nips.cc/paper/4937
+    """
+
+    def __init__(self, of_batch: LogJoint, of_all: Anchor) -> None:
+        vars(self).update(vars(of_batch))
+        self._of_batch, self._of_all = of_batch, of_all
+        self._own = Anchor.of(of_batch, of_all.point)
+
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "AnchoredLogJoint":
+        return AnchoredLogJoint(self._of_batch.with_arguments(args, kwargs), self._of_all)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._of_batch(z) + (self._of_all.expand(z) - self._own.expand(z))

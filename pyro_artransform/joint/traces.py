@@ -87,6 +87,7 @@ class ModelStructure(NamedTuple):
     subsampled_latents: list[str]
     #: the largest scale of data, relative to the global latents': in a plate of 20 of 100 elements it is 5
     scale: float
+    is_evenly_scaled: bool  #: whether all data have this scale, or none
     num_values: int  #: how many values or log-densities all sites have, data included
 
     @classmethod
@@ -97,11 +98,14 @@ class ModelStructure(NamedTuple):
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
         in_part = [node for node in latents if parts.intersection(node["cond_indep_stack"])]
         data = [node for node in observed_nodes(trace) if not is_deterministic(node)] or nodes
+        scale = _largest_scale(data) / _largest_scale(in_no_plate)
+        scales = torch.cat([torch.as_tensor(node["scale"]).double().flatten() for node in data])
         return cls(
             shapes={node["name"]: tuple(node["value"].shape) for node in latents},
             global_latents=[node["name"] for node in in_no_plate],
             subsampled_latents=[node["name"] for node in in_part],
-            scale=_largest_scale(data) / _largest_scale(in_no_plate),
+            scale=scale,
+            is_evenly_scaled=bool(((scales == scales.max()) | (scales == 1)).all()),
             num_values=count_values(trace),
         )
 

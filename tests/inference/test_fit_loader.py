@@ -33,7 +33,7 @@ def check(result, steps):
     assert result.num_skipped == 0
     assert all(map(math.isfinite, result.history))
     assert math.isfinite(result.elbo)
-    assert result.elbo_se > 0
+    assert result.elbo_se >= 0
     return result
 
 
@@ -56,9 +56,9 @@ def test_regression_reaches_the_posterior(capfd):
     assert abs(result.elbo - evidence) < 0.05 + 4 * result.elbo_se
     assert result.start != "the guide as it stood"
     assert capfd.readouterr() == ("", "")
-    assert not result.trusted
-    words = ("mini-batches", "of all data is", "k-hat is", "mass elsewhere", "without a loader")
-    assert all(word in result.verdict for word in words)
+    assert result.trusted
+    assert "no climb in a few mini-batches found mass elsewhere" in result.verdict
+    assert abs(result.log_evidence - evidence) < 4 * result.log_evidence_se + 1e-6
     assert "nan" not in repr(result)
 
 
@@ -195,7 +195,8 @@ def test_ends_by_itself():
     optimization = replace(QUICK.optimization, window=18, check_every=1000)
     options = {"seed": 1, "config": replace(QUICK, optimization=optimization)}
     x, y = rows()
-    result = fitted(loaders.regression, small(loaders.regression), shuffled(x, y), **options)
+    guide = AutoNormal(loaders.regression)
+    result = fitted(loaders.regression, guide, shuffled(x, y), **options)
     assert result.stopped_because == "the ELBO stopped moving"
     assert 40 <= result.num_steps <= 500
     assert not result.num_steps % 5

@@ -68,14 +68,16 @@ def test_other_latents():
 
 def test_mean_of_a_partition_is_that_of_all_data():
     log_joint = LogJoint(of_batch, (Y[:3],))
-    mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})], [3, 2, 2])
+    mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})])
+    assert mean.is_of_all_data
     z = torch.randn(5, 2, requires_grad=True)
     found, expected = mean(z), LogJoint(of_batch, (Y,))(z)
     assert torch.allclose(found, expected)
     gradients = [torch.autograd.grad(value.sum(), z)[0] for value in (found, expected)]
     assert torch.allclose(*gradients)
     assert (mean.latents.latent_dim, mean.strategy) == (2, log_joint.strategy)
-    mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[:3] / 0,), {})], [1.0, 1.0])
+    mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[:3] / 0,), {})])
+    assert not mean.is_of_all_data
     assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
 
 

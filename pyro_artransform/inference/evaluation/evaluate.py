@@ -17,6 +17,7 @@ from ...diagnostics.chains import GuideChains
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
+from ...joint import MeanLogJoint
 from ...joint.coordinates import non_centered
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
 from ..config import EvaluationConfig, FitConfig
@@ -122,11 +123,13 @@ def evaluate(
     config: FitConfig,
     max_more_draws: int = 0,
     chains: GuideChains | None = None,
+    of_few: MeanLogJoint | None = None,
 ) -> Evaluation:
-    """Evaluates a posterior where the model sees all data, or draws mini-batches itself.
+    """Evaluates a posterior where the density is of all data, or the model draws mini-batches itself.
 
     :param chains: those that give the draws of the posterior: fewer ones of the guide tell of the guide, and
         modes and tails are searched for outside of the chains.
+    :param of_few: the density of a few mini-batches, in which modes are searched for.
     """
     log_joint = subject.log_joint
     if chains is not None:
@@ -154,9 +157,8 @@ def evaluate(
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
             with cut_off("the search for mass elsewhere"), within(0.7):
-                missed = find_missed_modes(
-                    log_joint, model, config, draws, found.log_evidence, found.elbo, weights, ess
-                )
+                known = found.log_evidence, found.elbo, weights, ess, of_few
+                missed = find_missed_modes(log_joint, model, config, draws, *known)
                 outside += about_far_modes(missed)
                 if missed.tail is not None:
                     at, mass = missed.tail
@@ -227,6 +229,8 @@ def _judge_by_chains(
         reason = "the model sub-samples its data, or is random otherwise"
     elif evaluation.is_of_minibatches:
         reason = "it was trained on mini-batches, and chains need a model of all data"
+    elif isinstance(log_joint, MeanLogJoint):
+        reason = "each step of chains is a pass over the loader; fit with draws= runs them"
     elif log_joint.strategy == "loop":
         reason = (
             "the model runs for one draw after the other, which is slow; diagnostics.marginals does"

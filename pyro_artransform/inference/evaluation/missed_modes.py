@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
-from ...joint import LogDensity
+from ...joint import LogDensity, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import Gaussians
 from .angles import find_circular, fold
@@ -36,7 +36,8 @@ class MissedModes(NamedTuple):
     :param log_evidence: the log evidence by all strata, ``nan`` without draws that can be used.
     :param lost_mass: the share of the posterior in modes without draws of the guide, 0 if too small to
         matter; ``num_lost`` is how many there are.
-    :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, or "none".
+    :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, in a few mini-
+        "batches", or "none".
     :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
     :param tail: of chains, the latent with a tail that they do not enter, and the mass there.
     """
@@ -59,6 +60,7 @@ def find_missed_modes(
     elbo: float = math.nan,
     log_weights: Tensor | None = None,
     ess: Tensor | None = None,
+    of_few: MeanLogJoint | None = None,
 ) -> MissedModes:
     """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
@@ -67,6 +69,7 @@ def find_missed_modes(
     :param elbo: that of the guide: where its bound is near, more draws around the guide decide.
     :param ess: where draws are those of chains from the guide, their effective number in the tails of
         each latent, shape ``(latent_dim,)``.
+    :param of_few: the density of a few mini-batches, where that of all data is too expensive to climb in.
     """
     is_usable = draws.isfinite().all(-1)
     heaviest = draws[:0]
@@ -84,7 +87,7 @@ def find_missed_modes(
         near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
     search = ModeSearch(log_density, model, config, draws, around)
-    points = torch.cat([heaviest, search.points()])
+    points = search.points_of_few(of_few) if of_few else torch.cat([heaviest, search.points()])
     found, searched_by = _mixture(search, points, log_evidence, elbo)
     lost, count = _lost(found, log_evidence)
     if not round(100 * lost):  # less than one says
@@ -92,6 +95,7 @@ def find_missed_modes(
     tail = None
     if ess is not None and not (count or math.isnan(found.log_evidence)):
         tail = found.missed_tail(draws, ess, log_evidence)
+    searched_by = "batches" if of_few else searched_by
     around_all = found.log_evidence, found.log_evidence_se
     return MissedModes(*around_all, lost, count, searched_by, excess, tail)
 
@@ -110,7 +114,8 @@ def _mixture(
         return Mixture.of(*guide, [], places), searched_by
     wide, modes = search.around._replace(is_heavy=True), None
     around, searched_by = [wide.stratum(search.log_density, config.num_around)], "curvature"
-    for _ in range(config.max_searches):
+    found = Mixture.of(*guide, around, [])
+    for _ in range(config.max_searches if len(points) else 0):
         try:
             modes = search.modes_above(points, modes)
             places = search.around_modes(modes)

@@ -10,12 +10,12 @@ is moved there, or mirrored. Places are proposed only: whether they have mass is
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...joint import LogDensity
+from ...joint import LogDensity, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import (
     Gaussians,
@@ -36,6 +36,8 @@ _MOST_MOVED = 4  # ends of climbs that a guide is moved to
 _NEWTON_STEPS = 10  # from the end of a climb by gradients to the mode
 # sds of each coordinate within which ends of climbs are one; squared distance of two modes that always differ
 _SAME_END, _DIFFERENT = 0.1, 16.0
+# nats, and standard deviations of what a part of the data makes of them, by which a mode may be lower
+_MOST_LOWER, _MOST_SDS = 20.0, 6.0
 _NUM_FOR_WIDTH, _WIDTH_STEPS = 32, 4  # draws and steps by which a moved guide gets its width
 
 
@@ -75,6 +77,22 @@ class ModeSearch:
         by_shell = points.reshape(len(_SHELLS), each, -1)
         chosen = by_shell.gather(1, best[:, :, None].expand(-1, -1, points.shape[-1]))
         return torch.cat([by_shell[:, :_OF_SHELL], chosen], 1).flatten(0, 1)
+
+    def points_of_few(self, of_few: MeanLogJoint) -> Tensor:
+        """Ends of climbs in a few mini-batches, other than the guide's, that may be a mode of all data.
+
+        The mode of a part is off by as much as its posterior is wider: then the density of all data is lower
+        by half a chi-squared variable over the part.
+        """
+        search, center = replace(self, log_density=of_few), self.around.gaussian.loc
+        own, _ = search.climbed(center)
+        ends, _ = search.climbed(search.points())
+        units = self.around.gaussian.units((ends - own)[None])[0]
+        ends = ends[units.abs().amax(-1) > _SAME_END]
+        heights = evaluate_density(self.log_density, torch.cat([center, ends]))
+        dim = ends.shape[-1]
+        most = 0.5 * (dim + _MOST_SDS * math.sqrt(2 * dim)) / of_few.share
+        return ends[heights[1:] > heights[0] - most - _MOST_LOWER]
 
     def climbed(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct ends of climbs from points of finite density, the highest first, and their heights."""

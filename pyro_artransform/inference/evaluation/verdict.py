@@ -30,6 +30,7 @@ _ELSEWHERE = {
         ", and no climb by gradients alone found mass elsewhere (curvatures, which see more, are too "
         "expensive for this many latents, or the model has none)."
     ),
+    "batches": ", and no climb in a few mini-batches found mass elsewhere.",
     "none": ", but mass elsewhere was not searched for.",
 }
 _SUBSAMPLED = (

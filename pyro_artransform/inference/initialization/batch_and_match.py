@@ -31,6 +31,8 @@ from .gaussians import Density, Gaussians, lower_factor
 _NARROW = 0.1
 # the share of a natural-gradient step falls after so many of them: less noise
 _STEPS_OF_WHOLE = 5
+# nats that are left to gain below which steps end
+_SETTLED = 1e-4
 # a step changes a precision by this factor at most, in any direction
 _MOST_CHANGE = 4.0
 # the rate of batch and match rises by this factor where the ELBO does, by a nat for each coordinate
@@ -136,19 +138,30 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
             left = batch.gradients * scale[:, None] + batch.noise
             mean = left.mean(1)
             change = (batch.noise * (left - mean[:, None])).mean(1)
+            if _is_settled(mean, change):
+                break
             values = (1 - share * change).clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
             now = Gaussians(now.loc + scale * share * mean / values, scale * values.rsqrt())
         else:
             left = batch.gradients @ scale + batch.noise
             mean = left.mean(1)
             change = batch.noise.mT @ (left - mean[:, None]) / num_draws
-            change = -0.5 * share * (change + change.mT)
-            values, axes = torch.linalg.eigh(change + torch.diag_embed(torch.ones_like(now.loc)))
+            change = 0.5 * (change + change.mT)
+            if _is_settled(mean, change):
+                break
+            values, axes = torch.linalg.eigh(
+                -share * change + torch.diag_embed(torch.ones_like(now.loc))
+            )
             values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
             shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
             root = scale @ axes * values.mT.rsqrt()
             now = Gaussians(now.loc + (scale @ shift)[..., 0], lower_factor(root))
     return best.to(dtype)
+
+
+def _is_settled(mean: Tensor, change: Tensor) -> bool:
+    """Whether what is left to gain, to second order, is next to nothing."""
+    return float(0.5 * mean.square().sum() + 0.25 * change.square().sum()) < _SETTLED
 
 
 def _draw(

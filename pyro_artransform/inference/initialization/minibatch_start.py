@@ -18,7 +18,7 @@ from ..loader import Batch
 from ..optimization.training import copies, copy_to
 from .gaussians import antithetic_noise
 from .points import starting_points
-from .start import FAR, NUM_DRAWS, UNCHANGED, GaussianSearch, InitialGuide, best_of
+from .start import FAR, NUM_DRAWS, UNCHANGED, GaussianSearch, InitialGuide, best_of, finite
 
 # latents of a mini-batch with a Gaussian at most: memory
 _MOST_LATENTS = 1000
@@ -95,8 +95,8 @@ def find_initial_minibatch_guide(
         points = starting_points(density, run, density.start, config.num_points_by_loop)
         if not len(points):
             return None
-        gaussian, bounds = search.finite(
-            search.from_points(points), antithetic_noise(points, config.num_compared)
+        gaussian, bounds = finite(
+            density, search.from_points(points), antithetic_noise(points, config.num_compared)
         )
         if not bool(bounds.isfinite()):
             return None

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates, coordinates_at
-from ...joint.mean_density import MeanLogJoint
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ..config import InitializationConfig
 from ..optimization.training import copies, copy_to
@@ -59,10 +58,11 @@ class InitialGuide(NamedTuple):
 
 
 def find_start(
-    density: LogJoint | MeanLogJoint,
+    density: LogJoint,
     model: Callable[[], object],
     guide: FlowGuide,
     config: InitializationConfig,
+    whole: LogJoint | None = None,
 ) -> InitialGuide:
     """Starts a flow guide at the best candidate for it, in the coordinates where this has the largest ELBO.
 
@@ -70,9 +70,11 @@ def find_start(
     model as it is written, and units of the prior throughout.
 
     :param density: the log joint density, in the coordinates of the guide, which change in place.
+    :param whole: that of all data, where the other one is of some mini-batches: what is found in these
+        goes on in it, and is judged by it.
     :raises ValueError: if none of the starts is finite, or the gradient of the model lacks a latent.
     """
-    search, coordinates = GaussianSearch(density, config), density.coordinates
+    search, coordinates = GaussianSearch(density, config, whole), density.coordinates
     initial = _start_from_points(search, model, guide)
     if coordinates is None or not (isinstance(guide, PriorGuide) and guide.chooses_coordinates):
         return initial
@@ -117,7 +119,7 @@ def _start_from_points(
 ) -> InitialGuide:
     """The better one of a guide and what is found from points around it."""
     density, config = search.density, search.config
-    elbo, needed, center = _judge(density, guide, config)
+    elbo, needed, center = _judge(search.target, guide, config)
     check_gradient(density, center)
     points = starting_points(density, model, center, config.num_points)
     if len(points):
@@ -159,7 +161,7 @@ def _start_at_best(
     search: "GaussianSearch", guide: FlowGuide, gaussian: Gaussians, needed: float
 ) -> InitialGuide:
     """Makes a guide the best Gaussian that it can be near S = 1 others, if its ELBO is as needed."""
-    density, config = search.density, search.config
+    density, config = search.target, search.config
     noise = antithetic_noise(gaussian.loc, config.num_compared)
     if isinstance(guide, StructuredGuide):
         steps = config.max_sparse_steps, config.num_ascents // 2
@@ -168,7 +170,7 @@ def _start_at_best(
         if elbo > needed:
             guide.start_at_gaussian(found)
         return InitialGuide("a Gaussian with the graph of the latents", elbo)
-    gaussian, bounds = search.finite(gaussian, noise)
+    gaussian, bounds = finite(density, gaussian, noise)
     elbo, name = bounds.item(), "a mean-field fit" if gaussian.is_independent else "a Gaussian"
     gaussian = gaussian.dense() if gaussian.is_independent else gaussian
     if not elbo > needed:
@@ -187,7 +189,7 @@ def _start_at_best(
 
 @torch.no_grad()
 def _judge(
-    density: LogJoint | MeanLogJoint, guide: FlowGuide, config: InitializationConfig
+    density: LogJoint, guide: FlowGuide, config: InitializationConfig
 ) -> tuple[float, float, Tensor]:
     """The ELBO of a guide as it is, the one that a candidate has to exceed, and the guide's median."""
     z, log_q = guide.rsample_and_log_prob(config.num_compared)
@@ -203,10 +205,18 @@ def _judge(
 
 @dataclass(frozen=True)
 class GaussianSearch:
-    """A search for the Gaussian with the largest ELBO: without correlations where latents are many."""
+    """A search for the Gaussian with the largest ELBO: without correlations where latents are many.
 
-    density: LogJoint | MeanLogJoint
+    :param whole: the density in which it ends, where the other one is of some mini-batches.
+    """
+
+    density: LogJoint
     config: InitializationConfig
+    whole: LogJoint | None = None
+
+    @property
+    def target(self) -> LogJoint:
+        return self.whole or self.density
 
     def from_points(self, points: Tensor) -> Gaussians:
         """The best one from points ``(S, D)``, as S = 1."""
@@ -219,17 +229,18 @@ class GaussianSearch:
             points = points[order[:_NUM_INDEPENDENT]]
         given = density, points, count, self.config.num_matches
         fitted = match_scores(*given, is_independent=not is_dense)
-        fitted, bounds = self.finite(fitted, antithetic_noise(points, _NUM_ROUGH))
+        fitted, bounds = finite(density, fitted, antithetic_noise(points, _NUM_ROUGH))
         best = fitted.take([int(bounds.argmax())])
-        return ascend(density, best, 2 * count, self.config.num_ascents)
+        return ascend(self.target, best, 2 * count, self.config.num_ascents)
 
-    def finite(self, gaussians: Gaussians, noise: Tensor) -> tuple[Gaussians, Tensor]:
-        """Gaussians, narrower where they reach beyond a finite density, and their ELBOs."""
-        for _ in range(_MAX_HALVINGS):
-            bounds = elbos(self.density, gaussians, noise)
-            if bool(bounds.isfinite().all()):
-                break
-            scale = torch.where(bounds.isfinite(), 1.0, 0.5).to(gaussians.scale_tril)
-            scale = scale.reshape(-1, *(1,) * (gaussians.scale_tril.dim() - 1))
-            gaussians = Gaussians(gaussians.loc, scale * gaussians.scale_tril)
-        return gaussians, bounds
+
+def finite(density: LogJoint, gaussians: Gaussians, noise: Tensor) -> tuple[Gaussians, Tensor]:
+    """Gaussians, narrower where they reach beyond a finite density, and their ELBOs."""
+    for _ in range(_MAX_HALVINGS):
+        bounds = elbos(density, gaussians, noise)
+        if bool(bounds.isfinite().all()):
+            break
+        scale = torch.where(bounds.isfinite(), 1.0, 0.5).to(gaussians.scale_tril)
+        scale = scale.reshape(-1, *(1,) * (gaussians.scale_tril.dim() - 1))
+        gaussians = Gaussians(gaussians.loc, scale * gaussians.scale_tril)
+    return gaussians, bounds

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ...joint import LogJoint, MeanLogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
+from ...joint.mean_density import Anchor, AnchoredLogJoint
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
 from ..config import MinibatchConfig
-from ..loader import Batch, BatchStream
+from ..loader import AllBatches, Batch, BatchStream
 
 _CHUNK = 1024
 # numbers of draws that are held at once, 64 MB in double precision
@@ -35,6 +36,7 @@ _NUM_TRACED = 16
 # how much more deviating log weights count for tails, the squared deviation where that ends, and how many
 # times as many draws a step has then: k-hat of gp_regr, hmm_example and garch11 is 0.46 to 0.82 with as many
 _TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 4
+_NUM_FOR_MEDIAN = 100  # draws of a guide
 # numbers of the draws of a step for the tails: memory, and time where latents are many
 _MOST_TRAINED = 2**14
 
@@ -266,7 +268,9 @@ class MinibatchObjective(Objective):
     """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
 
     A short last batch, which a model scales up to all data, makes a smaller step: then the steps of an
-    epoch add up to the gradient of all data. Parameters are compared on the batches for validation.
+    epoch add up to the gradient of all data. Where all rows share the latents, and a pass over the
+    stream is all data, parameters are compared on these, and a batch's density is corrected by that of
+    all data at the guide's median when the steps began; else on the batches for validation.
     """
 
     objective: BatchObjective
@@ -278,6 +282,17 @@ class MinibatchObjective(Objective):
     def __post_init__(self) -> None:
         self._last = self.objective
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
+        self._anchor: Anchor | None = None
+        #: the log joint density of all data, where it is known
+        self.whole = self._find_whole()
+        self.has_weights = self.whole is not None
+
+    def _find_whole(self) -> MeanLogJoint | None:
+        stream = self.stream.whole
+        if not (isinstance(self.objective, PathObjective) and stream.is_partition):
+            return None
+        whole = MeanLogJoint(self.log_joint, AllBatches(stream))
+        return whole if whole.is_of_all_data and not whole.is_random else None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
@@ -285,10 +300,23 @@ class MinibatchObjective(Objective):
 
     def loss(self, num_particles: int) -> Tensor:
         batch = self.stream.next()
-        self._last = self.objective.with_arguments(batch)
+        self._last = objective = self.objective.with_arguments(batch)
+        if self.whole is not None and isinstance(objective, PathObjective):
+            # plates draw indices that nobody asks for
+            with torch.random.fork_rng(devices=[]):
+                anchor = self._anchor_of(self.whole, objective.guide)
+                corrected = AnchoredLogJoint(objective.log_joint, anchor)
+            self._last = replace(objective, log_joint=corrected)
         loss, weight = self._last.loss(num_particles), self._weight(batch)
         # the value stays that of the ELBO
         return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
+
+    def _anchor_of(self, whole: MeanLogJoint, guide: ReparametrizedGuide) -> Anchor:
+        if self._anchor is None:
+            with torch.no_grad():
+                draws, _ = guide.rsample_and_log_prob(_NUM_FOR_MEDIAN)
+            self._anchor = Anchor.of(whole, draws.median(0).values)
+        return self._anchor
 
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()
@@ -298,7 +326,9 @@ class MinibatchObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        """Each of them the mean over the batches for validation."""
+        """Each of them by all data where that is known, else the mean over the batches for validation."""
+        if self.whole is not None and isinstance(self.objective, PathObjective):
+            return replace(self.objective, log_joint=self.whole).elbo_draws(count)
         estimate = self._estimator(max(count // len(self.validation), self.config.min_draws))
         weights = [*map(self._weight, self.validation)]
         total = sum(weights)
@@ -319,7 +349,7 @@ class MinibatchObjective(Objective):
     def mean_log_joint(self) -> MeanLogJoint:
         """The mean log joint density of several batches, in which an initial guide is found."""
         few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
-        return MeanLogJoint(self.log_joint, few, [self._weight(batch) for batch in few])
+        return MeanLogJoint(self.log_joint, few)
 
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:

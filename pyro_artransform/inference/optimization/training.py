@@ -21,7 +21,7 @@ from .optimizers import Adam, Optimizer, users_optimizer
 from .schedule import Schedule, score_of
 
 _END = ("decay_start", "end", "reason")
-# standard errors by which the average has to be better than the last parameters
+# standard errors by which others have to be better than the last parameters
 _CLEAR = 2.0
 _COPIED = ("norms", "average", "best", "best_loss")
 _BLOCK = 50  # steps whose mean loss says which parameters were the best
@@ -177,8 +177,14 @@ class Training(Steps):
         """The largest step size from now on; ``None`` where the optimizer is the user's."""
         return self.optimizer.step_size if isinstance(self.optimizer, Adam) else None
 
-    def check_start(self) -> None:
-        """Ends a fit before its first step that finds its end itself, and has nothing left to win."""
+    def check_start(self, name: str, elbo: float) -> None:
+        """Ends a fit before its first step that finds its end itself, and has nothing left to win.
+
+        :param elbo: that of the initial guide, ``nan`` where it is not known for all data.
+        """
+        self.start = name
+        if math.isfinite(elbo):
+            self._best_loss = -elbo
         is_asked = self.schedule.num_steps is not None or self.step_size is None
         if self._has_checks and not is_asked:
             self.schedule = self.schedule.after_check(0, self._gap())
@@ -244,22 +250,28 @@ class Training(Steps):
         return bool(first and last) and statistics.median(last) > max(first)
 
     def select_parameters(self) -> str:
-        """Leaves the last parameters, or the averaged ones if their ELBO is clearly larger; says which."""
+        """Leaves the last parameters, the averaged or the best ones if their ELBO is clearly larger."""
         if not self.losses:
             return "last"
-        last, state, draws = copies(self.trained), torch.get_rng_state(), list[Tensor]()
-        for values in (last, self._average):
+        last, state = copies(self.trained), torch.get_rng_state()
+        candidates = {"averaged": self._average}
+        if not self._best_loss >= statistics.fmean(self.losses[-_BLOCK:]):
+            candidates["best"] = self._best
+
+        def elbo_draws(values: list[Tensor]) -> Tensor:
             torch.set_rng_state(state)
             copy_to(self.trained, values)
-            found = self.objective.elbo_draws(self._config.num_compared)
-            draws.append(found.detach().double())
-        gain = draws[1] - draws[0]
-        if float(gain.mean()) > _CLEAR * float(gain.std()) / len(gain) ** 0.5:
-            return "averaged"
-        if not bool(draws[0].isfinite().all()) and bool(draws[1].isfinite().all()):
-            return "averaged"
-        copy_to(self.trained, last)
-        return "last"
+            return self.objective.elbo_draws(self._config.num_compared).detach().double()
+
+        name, chosen, draws = "last", last, elbo_draws(last)
+        for other, values in candidates.items():
+            found = elbo_draws(values)
+            gain = found - draws
+            is_clear = float(gain.mean()) > _CLEAR * float(gain.std()) / len(gain) ** 0.5
+            if is_clear or (bool(found.isfinite().all()) and not bool(draws.isfinite().all())):
+                name, chosen, draws = other, values, found
+        copy_to(self.trained, chosen)
+        return name
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, in tensors and plain data."""
