@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
 _FEWER = 8  # the share of draws by loop
+_FEWEST = (
+    100  # draws of each of many posteriors that their gaps are compared by: 20 of them are a tail
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,18 @@ class OptimizationConfig:
     num_estimates: int = 32  #: of an ELBO where draws have no log weights
     checkpoint_every: int = 100  #: steps between two checkpoints
 
-    def for_latents(self, latent_dim: int) -> "OptimizationConfig":
-        """The same with nats in proportion to the number of latents, from a hundred of them on."""
-        share = max(latent_dim / 100, 1.0)
-        improvement, gap = share * self.min_improvement, share * self.good_gap
-        return replace(self, min_improvement=improvement, good_gap=gap)
+    def for_latents(self, latent_dim: int, num_posteriors: int = 1) -> "OptimizationConfig":
+        """The same with nats in proportion to the number of latents, from a hundred of them on.
+
+        Of many posteriors at once each has these nats, and fewer draws tell of all of them.
+        """
+        share = max(latent_dim / 100, num_posteriors)
+        return replace(
+            self,
+            min_improvement=share * self.min_improvement,
+            good_gap=share * self.good_gap,
+            num_compared=max(self.num_compared // num_posteriors, min(self.num_compared, _FEWEST)),
+        )
 
 
 @dataclass(frozen=True)

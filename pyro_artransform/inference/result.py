@@ -13,6 +13,7 @@ from ..arguments import first_of
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
 from ..diagnostics.marginals import bounds_in_words
+from .evaluation.each_posterior import EachPosterior
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,6 +65,9 @@ class FitResult:
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
+    #: of many posteriors at once, in a plate with a graph that says so, what is known of each; then the
+    #: evidence is the product of theirs, k-hat the largest, and the effective number of draws the least
+    each: EachPosterior | None = None
     #: draws of the posterior by chains, each ``(draws,) + site shape``, where they were asked for; the
     #: verdict is about them first then, and ``trusted`` about the guide alone
     draws: dict[str, Tensor] | None = None

@@ -180,6 +180,9 @@ class AutoStructuredFlow(AutoAutoregressive):
         names = coordinate_names(tuple(log_joint.latents.sites.values()))
         return LatentGraph(names, markov, tuple(dropped))
 
+    def _colors(self) -> Tensor:
+        return torch.tensor(self._graph.markov.coloring.color, device=self._parts[1].loc.device)
+
     def check_graph(self, *args: object, **kwargs: object) -> None:
         """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.
 

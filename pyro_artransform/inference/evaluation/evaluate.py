@@ -18,9 +18,11 @@ from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint.coordinates import non_centered
+from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.objective import PassEstimate
+from .each_posterior import EachPosterior, weigh_each
 from .missed_modes import find_missed_modes
 from .verdict import (
     FitStatus,
@@ -79,6 +81,7 @@ class Evaluation(NamedTuple):
     :param is_of_minibatches: whether it is by a pass over a loader.
     :param latents: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches.
     :param outside: what draws of chains lack, in words, where they were looked at.
+    :param each: what is known of each of many posteriors, where the weights of all together know nothing.
     """
 
     elbo: float
@@ -91,6 +94,7 @@ class Evaluation(NamedTuple):
     is_of_minibatches: bool = False
     latents: Tensor | None = None
     outside: Sequence[str] = ()
+    each: EachPosterior | None = None
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known.
@@ -106,11 +110,13 @@ class Evaluation(NamedTuple):
             "elbo_se": self.elbo_se,
             "num_samples": self.num_samples,
             **{name: getattr(self.weights, name, math.nan) for name in by_weights},
+            **({} if self.each is None else self.each.numbers(self.elbo)),
             "trusted": self.verdict.trusted,
             "verdict": words,
             "chains": chains,
             "draws": None if chains is None else chains.draws,
             "importance": None if self.is_noisy else self.weights,
+            "each": self.each,
             "marginals": marginals.found,
             "marginals_trusted": marginals.trusted,
         }
@@ -136,6 +142,15 @@ def evaluate(
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
     is_noisy, strategy = log_joint.is_random, log_joint.strategy
+    many = Posteriors.of(log_joint, subject.guide) if chains is None else None
+    if many is not None:
+        each, joint, first = weigh_each(many, config.evaluation)
+        if not (joint.trusted and joint.is_close):
+            mixes_draws = log_joint.strategy != strategy
+            status = status._replace(mixes_draws=mixes_draws, left_out=left_out())
+            verdict = judge(None, None, status, each.objection, each.praise)
+            numbers = joint.elbo, joint.elbo_se, joint.num_samples
+            return Evaluation(*numbers, None, False, verdict, latents=first, each=each)
     with within(0.5):
         log_weights, latents = draw(subject, config.evaluation, max_more_draws)
     found, missed = Importance.from_log_weights(log_weights), None
@@ -205,6 +220,8 @@ def judge_marginals(
 ) -> MarginalVerdict:
     """Checks single latents by weights where these know them; else by chains."""
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
+    if evaluation.each is not None:
+        return MarginalVerdict(words=" Single latents were not checked.")
     weights, latents = evaluation.weights, evaluation.latents
     if is_trusted and weights is not None and latents is not None:
         unconstrained, _ = subject.log_joint.to_unconstrained(latents)

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ...arguments import first_of
 from ...diagnostics import Importance
@@ -24,7 +24,7 @@ _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
 )
-_ELSEWHERE = {
+ELSEWHERE = {
     "curvature": ", and no start found mass elsewhere.",
     "gradients": (
         ", and no climb by gradients alone found mass elsewhere (curvatures, which see more, are too "
@@ -81,9 +81,14 @@ def judge(
     weights: Importance | None,
     missed: MissedModes | None,
     status: FitStatus,
-    about_minibatches: str = "",
+    about_others: str = "",
+    praise: str = "",
 ) -> Verdict:
-    """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them."""
+    """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them.
+
+    :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
+    :param praise: the words without an objection, where those about the weights are not the ones.
+    """
     objections = []
     if not status.is_complete:
         hint = "resume it from its checkpoint" if status.is_saved else "fit again, or for longer"
@@ -104,8 +109,8 @@ def judge(
         objections += _about_weights(weights)
         if missed is not None:
             objections += _about_missed_modes(weights, missed)
-    if about_minibatches:
-        objections.append(about_minibatches)
+    if about_others:
+        objections.append(about_others)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
     if not (status.has_chains and objections) and (missing := status.missing()):
         objections.append(
@@ -120,9 +125,9 @@ def judge(
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
-    if objections or weights is None:
+    if objections or (weights is None and not praise):
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
-    return Verdict(True, _about_success(weights, missed) + note)
+    return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
 def about_time(left_out: Sequence[str]) -> str:
@@ -253,4 +258,4 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
             "other mode(s) that the guide leaves out."
         )
-    return words + _ELSEWHERE["none" if missed is None else missed.searched_by]
+    return words + ELSEWHERE["none" if missed is None else missed.searched_by]
