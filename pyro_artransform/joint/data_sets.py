@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .traces import is_deterministic, plate_nesting
@@ -109,7 +110,7 @@ class _DataSets:
         for k in range(0, self._size, max(self._size // _NUM_COMPARED, 1)):
             given = {}
             for name, site in sites.items():
-                if is_deterministic(site):
+                if is_deterministic(site) or site_is_subsample(site):
                     continue
                 value, event_dim = together.nodes[name]["value"], site["fn"].event_dim
                 given[name] = value.select(dim - event_dim, k).reshape(site["value"].shape)
