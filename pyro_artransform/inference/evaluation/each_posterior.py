@@ -8,6 +8,7 @@ The weights of all together are products, whose tail is hopeless where each alon
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from ...arguments import first_of
 from ...diagnostics import Importance
-from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP
+from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 from ...joint.posteriors import Posteriors
-from ...time_limit import has_limit, limited, within
-from ..config import EvaluationConfig
+from ...time_limit import cut_off, has_limit, limited, within
+from ..config import FitConfig
+from .modes_of_each import EachSearch
 from .verdict import ELSEWHERE
 
 _CHUNK, _SMALL_CHUNK = 1000, 100
@@ -40,6 +42,7 @@ class EachPosterior:
     :param khat: the Pareto index of the weights; ``khat_se`` is its standard error.
     :param ess: the effective number of the draws behind all this.
     :param objections: to those that are not trusted, in words, by element.
+    :param searched_by: how modes of each were searched for: by "curvature", or "none".
     """
 
     plate: str
@@ -51,6 +54,7 @@ class EachPosterior:
     khat_se: Tensor
     ess: Tensor
     objections: dict[int, str]
+    searched_by: str = "none"
 
     @property
     def trusted(self) -> Tensor:
@@ -88,7 +92,8 @@ class EachPosterior:
         gap, khat = (self.log_evidence - self.elbo).max(), self.khat.max()
         return (
             f"Trusted: each of the {len(self.elbo):,} posteriors of plate '{self.plate}'. Their ELBOs are at "
-            f"most {gap:.3f} nats below the log evidence, and k-hat is at most {khat:.2f}{ELSEWHERE['none']}"
+            f"most {gap:.3f} nats below the log evidence, and k-hat is at most "
+            f"{khat:.2f}{ELSEWHERE[self.searched_by]}"
         )
 
     def __repr__(self) -> str:
@@ -96,21 +101,35 @@ class EachPosterior:
 
 
 def weigh_each(
-    posteriors: Posteriors, config: EvaluationConfig
+    posteriors: Posteriors, model: Callable[[], object], config: FitConfig
 ) -> tuple[EachPosterior, Importance, Tensor]:
-    """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``."""
+    """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
+
+    :param model: with its arguments.
+    """
+    count = config.evaluation.num_samples
     with within(0.5):
-        weights, rest, latents = _draw(posteriors, config.num_samples)
+        weights, rest, latents = _draw(posteriors, count)
     found = [Importance.from_log_weights(own) for own in weights.T]
     suspects = [k for k, own in enumerate(found) if _fault_of(own)]
     if suspects:
-        again, _, _ = _draw(posteriors, config.num_samples, suspects)
+        again, _, _ = _draw(posteriors, count, suspects)
         for k, own in zip(suspects, again.T):
             found[k] = Importance.from_log_weights(own)
     names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
     numbers = {name: torch.tensor([getattr(own, name) for own in found]) for name in names}
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
-    each = EachPosterior(posteriors.plate, **numbers, objections=objections)
+    searched_by = "none"
+    if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
+        with cut_off("the search for mass elsewhere"), within(0.7):
+            search = EachSearch.of(posteriors, latents)
+            lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))
+            searched_by = "curvature"
+            for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
+                objections[k] = f"about {100 * lost[k]:.0f} % of it in a mode without draws"
+    each = EachPosterior(
+        posteriors.plate, **numbers, objections=objections, searched_by=searched_by
+    )
     return each, Importance.from_log_weights(weights.sum(1) + rest), latents
 
 

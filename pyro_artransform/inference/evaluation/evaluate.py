@@ -144,7 +144,8 @@ def evaluate(
     is_noisy, strategy = log_joint.is_random, log_joint.strategy
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
     if many is not None:
-        each, joint, first = weigh_each(many, config.evaluation)
+        model = partial(subject.model, *subject.args, **subject.kwargs)
+        each, joint, first = weigh_each(many, model, config)
         if not (joint.trusted and joint.is_close):
             mixes_draws = log_joint.strategy != strategy
             status = status._replace(mixes_draws=mixes_draws, left_out=left_out())

@@ -1,16 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 import math
+from functools import partial
 
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoStructuredFlow, fit
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.diagnostics.psis import fit_tails
-from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.config import EvaluationConfig, FitConfig
 from pyro_artransform.inference.evaluation.each_posterior import weigh_each
 from pyro_artransform.joint.posteriors import Posteriors
 from tests.inference.conftest import QUICK
@@ -85,7 +87,8 @@ def spread():
 def judged(posteriors, noise):
     type(posteriors).noise = noise
     torch.manual_seed(0)
-    return weigh_each(posteriors, EvaluationConfig(num_samples=2000))
+    model = posteriors.log_joint.run
+    return weigh_each(posteriors, model, FitConfig(evaluation=EvaluationConfig(num_samples=2000)))
 
 
 def test_many_good_posteriors_are_trusted_though_together_they_are_not(spread):
@@ -146,3 +149,25 @@ def test_a_fit_names_the_posterior_of_absurd_data():
     assert not found.trusted
     assert 3 in found.each.objections
     assert " 3 (" in found.verdict
+
+
+def test_a_mode_without_draws_is_named():
+    """Of squares of about 9 the posterior has two modes, of those of less than 0 one."""
+    y = torch.tensor([9.0, -1.0, 9.0, -2.0, -1.0]).double()
+
+    def squares(y):
+        with pyro.plate("sets", len(y)):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(()), 2.0))
+            w = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("y", dist.Normal(z**2, 0.5), obs=y)
+            pyro.sample("x", dist.Normal(w, 1.0), obs=z.new_zeros(()))
+
+    guide = AutoStructuredFlow(
+        squares, init_loc_fn=init_to_value(values={"z": y.sign(), "w": 0 * y})
+    )
+    fit(squares, guide, y, seed=0, progress=False, config=QUICK, num_steps=300)
+    log_joint = ModelAndGuide.of(squares, guide, (y,), {}).log_joint
+    each, _, _ = weigh_each(Posteriors.of(log_joint, guide), partial(squares, y), FitConfig())
+    assert {0, 2} <= each.objections.keys()
+    assert "50 % of it in a mode without draws" in each.objections[0]
+    assert not {1, 3, 4} & each.objections.keys()
