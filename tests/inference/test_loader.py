@@ -154,10 +154,10 @@ def test_the_rows_of_a_pass(kind):
     assert len(found) == stream.num_batches
     assert torch.equal(torch.get_rng_state(), states[0])
     assert all(map(torch.equal, stream._own_states(), states[1]))
-    for batch, rows in found:
-        assert (rows is None) == kind.startswith("a ")
-        if rows is not None:
-            assert torch.equal(batch.args[1], y[rows])
+    for batch, indices in found:
+        assert (indices is None) == kind.startswith("a ")
+        if indices is not None:
+            assert torch.equal(batch.args[1], y[indices])
 
 
 def test_one_pass_is_spread_over_the_epoch():

@@ -124,6 +124,16 @@ def test_heavy_tails_of_one_element_are_named():
     assert (~found.elements.trusted).nonzero().flatten().tolist() == [17]
 
 
+def test_draws_of_the_prior_find_an_element_that_the_guide_left():
+    """Where it is narrow and far off its own draws weigh nearly the same."""
+    torch.manual_seed(0)
+    far = partial(posterior, shift=20 * 5**-0.5, width=0.004, broken=17)
+    elements = weighed(far, num_shared=1000).elements
+    assert (~elements.trusted).nonzero().flatten().tolist() == [17]
+    # 20 deviations
+    assert 150 < elements.gap[17] < 210
+
+
 def test_much_noise_hides_what_all_share():
     torch.manual_seed(0)
     found = weighed(partial(posterior, width=1.4, shift=0.02), num_shared=500)
@@ -211,12 +221,25 @@ def test_what_is_not_known_is_said():
         with pyro.plate("rows", SIZE, subsample_size=len(y)):
             pyro.sample("y", dist.Normal(z, 0.5), obs=y)
 
+    def joined(y):
+        """Its elements depend on each other, against what the plate says."""
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", SIZE, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z.cumsum(-1), 0.5), obs=y)
+
+    def outside(y):
+        groups(y)
+        pyro.sample("more", dist.Normal(y.sum(), 1.0), obs=torch.tensor(0.0))
+
     double = partial(groups, size=2 * SIZE)
     for words, found in (
         ("is 90.7 % of the data", weighed(posterior, make_loader=most)),
         ("is 50 % of the data", weighed(partial(posterior, size=2 * SIZE), double)),
         ("is 50 % of the data", weighed(posterior, data_twice)),
         ("depend on the mini-batch", weighed(posterior, moved)),
+        ("depend on the mini-batch", weighed(posterior, outside)),
+        ("depend on each other", weighed(posterior, joined)),
         (r"those of ['groups', 'rows']", weighed(posterior, crossed)),
         ("a pass saw 60 % of the data, in 3 batches", weighed(posterior, max_batches=3)),
     ):
