@@ -80,10 +80,10 @@ def run(num_sets: int, num_steps: int | None, num_singles: int) -> None:
     print(found, flush=True)
     result: FitResult = kept["result"]
     print(result, flush=True)
-    each, levels = result.each, torch.tensor([0.5, 0.9, 0.99, 1.0])
+    each, levels = result.elements, torch.tensor([0.5, 0.9, 0.99, 1.0])
     if each is not None:
         print("k-hat, quantiles:", each.khat.quantile(levels).tolist())
-        gap = each.log_evidence - each.elbo
+        gap = each.gap
         print("gap, quantiles:", gap.quantile(levels).tolist())
         trusted = each.trusted
     mean, sd = moments(result.guide.sample_posterior(NUM_DRAWS))

@@ -86,6 +86,12 @@ class MinibatchConfig:
     max_batches: int = 500  #: batches of the pass at the end: time
     num_draws: int = 4000  #: its draws
     num_common_draws: int = 1000  #: its draws where all batches have the same
+    num_shared: int = (
+        250  #: draws of what the elements of all batches share, of a pass that weighs them
+    )
+    #: draws of each element given each of these, between them as many as a fit took gradients
+    min_inner: int = 4
+    max_inner: int = 16
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 """The log joint density of a model by element of a plate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -42,6 +42,31 @@ def sum_by_element(
         rows = term.movedim(frame.dim or -1, len(batch))
         elements = elements + rows.reshape((*batch, frame.size, -1)).sum(-1)
     return {"elements": elements, "rest": rest}
+
+
+def score_by_element(
+    run: Callable[[], object],
+    draws: DrawPlate,
+    values: Mapping[str, Tensor],
+    frame: CondIndepStackFrame,
+    like: Tensor,
+    is_enumerated: bool = False,
+) -> Terms:
+    """The log-density of one run of a model by element of a plate, without the factor of its sub-sampling.
+
+    :param values: of latents, placed in the plate of draws.
+    :param is_enumerated: whether the model has discrete latents, which are summed out.
+    :return: as of :func:`sum_by_element`.
+    """
+    if is_enumerated:
+        conditioned = partial(draws.run, poutine.condition(run, dict(values)))
+        is_single = draws.size is None
+        first_dim, kept = -2 - draws.num_plates + is_single, [] if is_single else [DRAWS]
+        return marginal_by_element(conditioned, first_dim, kept, frame)
+    with hidden_sites(), SiteLogProbs(values) as scored:
+        draws.run(run)
+    found = sum_by_element(draws, frame, scored.log_probs, scored.frames, like)
+    return {**found, "elements": found["elements"] / subsampling_scale(frame)}
 
 
 @torch.no_grad()
@@ -88,16 +113,7 @@ def _evaluate(
             values[name], ladjs[name] = site.constrain_with_ladj(values[name], batch)
     placed = prior.take(plate.place(values, latents.event_dims))
     run = prior(log_joint.run) if prior.sites else log_joint.run
-    if log_joint.is_enumerated:
-        conditioned = partial(plate.run, poutine.condition(run, placed))
-        first_dim, kept = -1 - plate.num_plates - (size is not None), [DRAWS] * (size is not None)
-        found = [marginal_by_element(conditioned, first_dim, kept, frame)]
-    else:
-        with hidden_sites(), SiteLogProbs(placed) as scored:
-            plate.run(run)
-        log_probs = sum_by_element(plate, frame, scored.log_probs, scored.frames, z)
-        elements = log_probs["elements"] / subsampling_scale(frame)
-        found = [{**log_probs, "elements": elements}]
+    found = [score_by_element(run, plate, placed, frame, z, log_joint.is_enumerated)]
     frames = {name: site.plates for name, site in latents.sites.items()}
     for terms in (plate.place(ladjs, dict.fromkeys(ladjs, 0)), prior.ladjs, prior.bijection_ladjs):
         found.append(sum_by_element(plate, frame, terms, frames, z))

@@ -57,6 +57,11 @@ class EachPosterior:
     searched_by: str = "none"
 
     @property
+    def gap(self) -> Tensor:
+        """The log evidence of each less its ELBO, in nats."""
+        return self.log_evidence - self.elbo
+
+    @property
     def trusted(self) -> Tensor:
         """Whether each is trusted, shape ``(E,)``."""
         found = torch.ones_like(self.elbo, dtype=torch.bool)
@@ -67,7 +72,7 @@ class EachPosterior:
         """Those of a result on all, of a given ELBO: the product's evidence, the worst of the rest."""
         worst = int(self.khat.argmax())
         return {
-            "log_evidence": elbo + float((self.log_evidence - self.elbo).sum()),
+            "log_evidence": elbo + float(self.gap.sum()),
             "log_evidence_se": float(self.log_evidence_se.square().sum().sqrt()),
             "khat": float(self.khat[worst]),
             "khat_se": float(self.khat_se[worst]),
@@ -83,13 +88,13 @@ class EachPosterior:
         named = first_of([f"{k} ({self.objections[k]})" for k in worst])
         return (
             f"{len(worst):,} of the {len(self.elbo):,} posteriors of plate '{self.plate}' are not good, "
-            f"those of elements {named}: result.each has them all"
+            f"those of elements {named}: result.elements has them all"
         )
 
     @property
     def praise(self) -> str:
         """The verdict on all where each is trusted."""
-        gap, khat = (self.log_evidence - self.elbo).max(), self.khat.max()
+        gap, khat = self.gap.max(), self.khat.max()
         return (
             f"Trusted: each of the {len(self.elbo):,} posteriors of plate '{self.plate}'. Their ELBOs are at "
             f"most {gap:.3f} nats below the log evidence, and k-hat is at most "

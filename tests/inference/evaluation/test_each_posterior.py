@@ -147,7 +147,7 @@ def test_a_fit_names_the_posterior_of_absurd_data():
         num_steps=200,
     )
     assert not found.trusted
-    assert 3 in found.each.objections
+    assert 3 in found.elements.objections
     assert " 3 (" in found.verdict
 
 
