@@ -213,8 +213,8 @@ class _Search:
                 if self._is_known:
                     changed = changed & self._confirmed(point, part, shifts, changed[0])
                 is_good, second = change[0].isfinite().all(-1), change[0] / step[part, None]
-                columns = part[:, None].expand_as(changed[0])
-                self._note(columns, changed[0] & is_good[:, None], second)
+                moving = part[:, None].expand_as(changed[0])
+                self._note(moving, changed[0] & is_good[:, None], second)
                 failed.append(part[~is_good])
             left, step = torch.cat(failed), 0.5 * step
         # of the rest nothing is known: they may depend on everything

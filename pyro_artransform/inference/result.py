@@ -65,8 +65,8 @@ class FitResult:
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
     #: how close the guide is to each element of a plate, of a fit by mini-batches with latents of their own
-    #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of the latents that all share.
-    #: Of many posteriors at once, in a plate with a graph that says so, what is known of each, where weights
+    #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share;
+    #: of many posteriors at once, in a plate with a graph that says so, what is known of each, where weights
     #: of all together know nothing; then ``khat`` is the largest, and ``ess`` the least
     elements: Elements | EachPosterior | None = None
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the

@@ -82,7 +82,7 @@ class _DataSets:
     def _set_up(self, run: Callable[[], object]) -> None:
         """Places the data to the left of the model's plates, and compares densities."""
         with torch.random.fork_rng(devices=[]), poutine.block():
-            single = poutine.trace(run).get_trace()
+            single: Any = poutine.trace(run).get_trace()
             sites = {name: node for name, node in single.nodes.items() if node["type"] == "sample"}
             if unknown := sorted(self._data.keys() - sites.keys()):
                 raise ValueError(f"data: expected sites of {sorted(sites)}, got {unknown}")
@@ -104,7 +104,7 @@ class _DataSets:
 
     def _fault(self, run: Callable[[], object], sites: Mapping[str, Any]) -> str:
         """The sites of a few data sets whose densities are others than alone, in words."""
-        together = poutine.trace(partial(self._run, run)).get_trace()
+        together: Any = poutine.trace(partial(self._run, run)).get_trace()
         together.compute_log_prob()
         dim, fault = -1 - (self._num_plates or 0), ""
         for k in range(0, self._size, max(self._size // _NUM_COMPARED, 1)):
@@ -114,7 +114,7 @@ class _DataSets:
                     continue
                 value, event_dim = together.nodes[name]["value"], site["fn"].event_dim
                 given[name] = value.select(dim - event_dim, k).reshape(site["value"].shape)
-            alone = poutine.trace(poutine.condition(run, given)).get_trace()
+            alone: Any = poutine.trace(poutine.condition(run, given)).get_trace()
             alone.compute_log_prob()
             for name in given:
                 log_prob = together.nodes[name]["log_prob"].select(dim, k).sum()

@@ -287,7 +287,7 @@ def _about_trusted_elements(found: ElementWeights) -> str:
     return (
         f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such distance is "
         f"{elements.gap.max():.3f} nats, and the largest k-hat {elements.khat.max():.2f}"
-        + _ELSEWHERE["none"]
+        + ELSEWHERE["none"]
     )
 
 
