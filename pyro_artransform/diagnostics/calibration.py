@@ -94,6 +94,7 @@ def sbc(
     num_simulations: int = 100,
     num_draws: int = 99,
     observed: Iterable[str] | None = None,
+    at_once: bool = False,
     seed: int | None = None,
     progress: bool = True,
     **kwargs: object,
@@ -110,6 +111,8 @@ def sbc(
         dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
         function of the number of draws that returns such a dict. Deterministic sites that have draws
         are ranked, too. It runs with a param store of its own, empty at first.
+    :param at_once: whether ``fit_one`` takes all data sets at once. It is called once, with data of shape
+        ``(num_simulations,) + site shape``; draws have ``(num_draws, num_simulations)`` in front.
     :param args: the model's arguments. Sites that have data with them are the data sites; the data
         are not used otherwise.
     :param num_simulations: the number of simulated data sets.
@@ -135,6 +138,17 @@ def sbc(
         >>> result.ranks["z"].shape, result.passed()
         (torch.Size([100]), True)
 
+    All data sets in one fit::
+
+        >>> from pyro_artransform import AutoStructuredFlow, fit
+        >>> from pyro_artransform.inference import over_data_sets
+        >>> def fit_all(data):
+        ...     many = over_data_sets(model, data)
+        ...     return fit(many, AutoStructuredFlow(many), num_steps=50, progress=False).guide
+        >>> options = {"observed": ["y"], "at_once": True, "progress": False}
+        >>> sbc(model, fit_all, **options).ranks["z"].shape
+        torch.Size([100])
+
     **References**
 
     1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
@@ -148,16 +162,20 @@ def sbc(
         pyro.set_rng_seed(seed)
     run = partial(model, *args, **kwargs)
     names = _data_sites(run, observed)
-    ranks: dict[str, list[Tensor]] = {}
-    for _ in trange(num_simulations, disable=not progress):
-        sites = _sites(SimulatedData()(run))
-        data = {name: sites[name]["value"] for name in sites if name in names}
-        truth = {name: sites[name]["value"] for name in sites if name not in names}
+
+    def ranks_of(values: Values) -> Values:
+        data = {name: value for name, value in values.items() if name in names}
+        truth = {name: value for name, value in values.items() if name not in names}
         with pyro.get_param_store().scope():
             draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
-        for name, rank in _ranks(truth, draws, num_draws).items():
-            ranks.setdefault(name, []).append(rank)
-    return SBC({name: torch.stack(found) for name, found in ranks.items()}, num_draws)
+        return _ranks(truth, draws, num_draws)
+
+    found = []
+    for _ in trange(num_simulations, disable=not progress):
+        values = {k: site["value"] for k, site in _sites(SimulatedData()(run)).items()}
+        found.append(values if at_once else ranks_of(values))
+    stacked = {name: torch.stack([each[name] for each in found]) for name in found[0]}
+    return SBC(ranks_of(stacked) if at_once else stacked, num_draws)
 
 
 @torch.no_grad()
@@ -194,18 +212,28 @@ def _draws_of(
     kwargs: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
     if isinstance(posterior, PosteriorGuide):
-        posterior = posterior.sample_posterior(num_draws)
+        posterior = _with_shapes(posterior.sample_posterior(num_draws), truth)
     elif isinstance(posterior, AutoGuide):
         drawn = Predictive(posterior, num_samples=num_draws)(*args, **kwargs)
-        # Predictive puts a dimension in place of each plate that a site is not in
-        shapes = {name: (num_draws, *truth[name].shape) for name in truth if name in drawn}
-        posterior = {name: drawn[name].reshape(shape) for name, shape in shapes.items()}
+        posterior = _with_shapes(drawn, truth)
     elif callable(posterior):
         posterior = posterior(num_draws)
     if isinstance(posterior, Mapping):
         return posterior
     kind = type(posterior).__name__
     raise TypeError(f"fit_one: expected a guide, a dict of draws, or a function, got {kind}")
+
+
+def _with_shapes(drawn: Values, truth: Values) -> Values:
+    """Draws without the dimensions in place of plates that a site is not in, as Predictive makes them.
+
+    Data sets in a plate to the left of all others have such dimensions, too.
+    """
+    found = {}
+    for name in [name for name in truth if name in drawn]:
+        value, shape = drawn[name], truth[name].shape
+        found[name] = value.reshape(-1, *shape) if value[0].numel() == shape.numel() else value
+    return found
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:

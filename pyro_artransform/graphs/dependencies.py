@@ -28,6 +28,8 @@ _MOST_ENTRIES = 2_000_000
 # round-off of a gradient of about a thousand terms, in units of its largest value
 _ROUND_OFF = 1e3
 _MAX_HALVINGS = 12
+# random halves of elements: two that depend on each other are in one half of all with probability 1e-6
+_NUM_HALVINGS = 20
 # of coordinates, at draws and at a wider point: one shows what another hides
 _NUM_GROUPINGS = 4
 # a new pair counts if its change is the same in repeats this many ulps away, to so many standard deviations
@@ -81,8 +83,16 @@ def value_and_gradient(
     return torch.cat(values), torch.cat(gradients)
 
 
-def find_dependencies(log_density: LogDensityOfRows, eps: float) -> DependencyGraph:
-    """The Markov graph of a log density of coordinates with relative round-off ``eps``."""
+def find_dependencies(
+    log_density: LogDensityOfRows, eps: float, elements: Tensor | None = None
+) -> DependencyGraph:
+    """The Markov graph of a log density of coordinates with relative round-off ``eps``.
+
+    :param elements: a guess of what is independent given the rest, as the elements of a plate: for each
+        coordinate its element, -1 for the rest. Where random halves of them have no influence on the others,
+        one coordinate of each is moved at a time, which takes as many gradients as an element has
+        coordinates; the graph is the same.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     search = _Search(log_density, eps, generator)
     # of points around the start: safe for most models, and as wide as priors
@@ -91,7 +101,10 @@ def find_dependencies(log_density: LogDensityOfRows, eps: float) -> DependencyGr
         if k == 0:
             _refuse_randomness(log_density, point)
             step = spread * _steps(point[None], generator)[0]
-            search.move_one_by_one(point, point + step, range(len(point)))
+            left: Sequence[int] = range(len(point))
+            if elements is not None:
+                left = search.move_elements(point, point + step, elements.to(point.device))
+            search.move_one_by_one(point, point + step, left)
         else:
             points = point.expand(_NUM_GROUPINGS, -1)
             search.move_groups(points, points + spread * _steps(points, generator), seed=k)
@@ -139,6 +152,48 @@ class _Search:
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self._second: dict[tuple[int, int], float] = {}
 
+    def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> list[int]:
+        """Moves one coordinate of each element at a time, and the rest one by one; returns what is left.
+
+        That is all, where elements depend on each other, or what moves to where the density is not finite.
+        """
+        step, is_rest = other - point, elements < 0
+        base = self._gradients(point[None])[:, None]
+        coin = torch.rand(
+            _NUM_HALVINGS, int(elements.max()) + 1, generator=self._generator, **_ON_CPU
+        )
+        is_moved = (coin < 0.5).to(point.device)[:, elements] & ~is_rest
+        changed, change = self._changes(point[None], (is_moved * step)[None], base)
+        if (changed[0] & ~is_moved & ~is_rest).any() or not change.isfinite().all():
+            return list(range(len(point)))
+        # where each coordinate is among those of its element, or of the rest
+        groups, counts = list[int](), dict[int, int]()
+        for element in elements.tolist():
+            groups.append(counts.get(element, 0))
+            counts[element] = groups[-1] + 1
+        group = torch.tensor(groups, device=point.device)
+        group[is_rest] += int(group[~is_rest].max()) + 1
+        count = int(group.max()) + 1
+        every = torch.arange(len(point), device=point.device)
+        # the coordinate that moves in each group and element; in the last column that of the rest
+        moving = torch.full((count, int(elements.max()) + 2), -1, device=point.device)
+        moving[group, elements] = every
+        of_rest, left = moving[:, -1], list[int]()
+        for part in torch.arange(count, device=point.device).split(
+            max(_MOST_ENTRIES // len(point), 1)
+        ):
+            moved = group == part[:, None]
+            changed, change = self._changes(point[None], (moved * step)[None], base)
+            # what moves a coordinate: of the rest everything, else what is of its own element
+            columns = torch.where(
+                of_rest[part, None] < 0, moving[part][:, elements], of_rest[part, None]
+            )
+            is_known = (columns >= 0) & ~(is_rest & (of_rest[part, None] < 0))
+            is_good = change[0].isfinite().all(-1)
+            self._note(columns, changed[0] & is_known & is_good[:, None], change[0] / step[columns])
+            left += moved[~is_good].any(0).nonzero()[:, 0].tolist()
+        return left
+
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
         """Moves coordinates of a point to another one, each by itself, and notes which gradients change.
 
@@ -148,6 +203,8 @@ class _Search:
         base = self._gradients(point[None])
         left = torch.tensor(columns, dtype=torch.long, device=point.device)
         for _ in range(_MAX_HALVINGS):
+            if not len(left):
+                return
             failed = []
             for part in left.split(max(_MOST_ENTRIES // dim, 1)):
                 shifts = point.new_zeros(len(part), dim)
@@ -156,14 +213,13 @@ class _Search:
                 if self._is_known:
                     changed = changed & self._confirmed(point, part, shifts, changed[0])
                 is_good, second = change[0].isfinite().all(-1), change[0] / step[part, None]
-                self._note(part[is_good], changed[0, is_good], second[is_good])
+                moving = part[:, None].expand_as(changed[0])
+                self._note(moving, changed[0] & is_good[:, None], second)
                 failed.append(part[~is_good])
             left, step = torch.cat(failed), 0.5 * step
-            if not len(left):
-                return
         # of the rest nothing is known: they may depend on everything
         everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
-        self._note(left, everything, torch.zeros_like(everything, dtype=point.dtype))
+        self._note(left[:, None].expand_as(everything), everything, 0.0 * everything)
 
     def _gradients(self, points: Tensor) -> Tensor:
         """Gradients with the same random numbers each time, so that they are of one mini-batch."""
@@ -172,9 +228,10 @@ class _Search:
             return value_and_gradient(self.log_density, points)[1]
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
+        """Notes which gradients have changed, by the coordinates that have moved, all of shape ``(m, D)``."""
         row, i = changed.nonzero().T
         values = second[row, i].tolist()
-        for j, k, value in zip(columns[row].tolist(), i.tolist(), values):
+        for j, k, value in zip(columns[row, i].tolist(), i.tolist(), values):
             pair = min(j, k), max(j, k)
             self._second[pair] = max(self._second.get(pair, 0.0), value, key=abs)
             if j != k:

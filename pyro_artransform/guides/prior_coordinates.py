@@ -170,6 +170,10 @@ class GuideInCoordinates(PersistentGuide):
                     f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
                 ) from error
 
+    def _colors(self) -> Tensor | None:
+        """Labels ``(latent_dim,)`` of latents whose curvatures can be told apart when they move at once."""
+        return None
+
     def _start_coordinates(self, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
         prior, log_joint = self._prior[0], cast(tuple[Args, Kwargs, LogJoint], self._bound)[2]
@@ -181,7 +185,7 @@ class GuideInCoordinates(PersistentGuide):
             else:
                 unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
                 point, _ = unit.from_unconstrained(start[None])
-                prior.centered.copy_(centered_by_curvature(unit, point))
+                prior.centered.copy_(centered_by_curvature(unit, point, self._colors()))
             mapped = log_joint.with_coordinates(prior.coordinates)
             return mapped.from_unconstrained(start[None])[0][0]
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
 _FEWER = 8  # the share of draws by loop, and of the start by passes
+_FEWEST = (
+    100  # draws of each of many posteriors that their gaps are compared by: 20 of them are a tail
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,18 @@ class OptimizationConfig:
     num_estimates: int = 32  #: of an ELBO where draws have no log weights
     checkpoint_every: int = 100  #: steps between two checkpoints
 
-    def for_latents(self, latent_dim: int) -> "OptimizationConfig":
-        """The same with nats in proportion to the number of latents, from a hundred of them on."""
-        share = max(latent_dim / 100, 1.0)
-        improvement, gap = share * self.min_improvement, share * self.good_gap
-        return replace(self, min_improvement=improvement, good_gap=gap)
+    def for_latents(self, latent_dim: int, num_posteriors: int = 1) -> "OptimizationConfig":
+        """The same with nats in proportion to the number of latents, from a hundred of them on.
+
+        Of many posteriors at once each has these nats, and fewer draws tell of all of them.
+        """
+        share = max(latent_dim / 100, num_posteriors)
+        return replace(
+            self,
+            min_improvement=share * self.min_improvement,
+            good_gap=share * self.good_gap,
+            num_compared=max(self.num_compared // num_posteriors, min(self.num_compared, _FEWEST)),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,12 @@ class MinibatchConfig:
     num_draws: int = 4000  #: its draws
     num_common_draws: int = 1000  #: its draws where all batches have the same
     num_draws_of_all: int = 400  #: draws of a verdict on all data, and of a comparison by them
+    num_shared: int = (
+        250  #: draws of what the elements of all batches share, of a pass that weighs them
+    )
+    #: draws of each element given each of these, between them as many as a fit took gradients
+    min_inner: int = 4
+    max_inner: int = 16
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,7 @@ class BatchStream:
         part = EveryNth(loader if order is None else order, self.num_batches, rank, size, seed)
         stream._loader = stream._by_epoch = part
         if isinstance(loader, DataLoader) and order is not None:  # it loads its own rows only
-            options = {name: getattr(loader, name) for name in _OPTIONS}
-            stream._loader = DataLoader(loader.dataset, batch_sampler=part, **options)
+            stream._loader = _with_batches(loader, part)
         stream.num_batches, stream.whole = len(part), self
         stream.restart()
         return stream
@@ -213,6 +212,19 @@ class BatchStream:
                     yield self._arguments(batch)
         finally:
             self._set_own_states(own)
+
+    def one_pass_with_rows(self) -> Iterator[tuple[Batch, Sequence[int] | None]]:
+        """All batches of an epoch, and which rows of all data each has, where the loader tells."""
+        stream, loader, order = copy.copy(self), self._loader, None
+        batches = self._batches
+        if type(loader) is DataLoader and type(batches) is BatchSampler:
+            states = self._own_states()
+            with torch.random.fork_rng(devices=[]):
+                order = [*batches]
+            self._set_own_states(states)
+            stream._loader = _with_batches(loader, order)
+        for k, batch in enumerate(stream.one_pass(self.num_batches)):
+            yield batch, None if order is None else order[k]
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
         """The epoch and the batch in words, of ``num_steps`` in all, if that is known."""
@@ -282,6 +294,12 @@ class BatchStream:
     def _set_own_states(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self._generators, states):
             generator.set_state(state)
+
+
+def _with_batches(loader: DataLoader[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
+    """A loader of the same data whose batches have other rows."""
+    options: Any = {name: getattr(loader, name) for name in _OPTIONS}
+    return DataLoader(loader.dataset, batch_sampler=batches, **options)
 
 
 class AllBatches:

@@ -13,6 +13,8 @@ from ..arguments import first_of
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
 from ..diagnostics.marginals import bounds_in_words
+from .evaluation.each_posterior import EachPosterior
+from .evaluation.elements import Elements
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,7 +24,8 @@ class FitResult:
     After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
     where the model scales its batches up, and otherwise that of a batch. Its standard error is from the
     draws, and from batches that the pass has left out. ``log_evidence``, ``khat`` and ``ess`` are ``nan``
-    unless the pass had all data, and the guide draws on the unconstrained space.
+    unless the pass had all data, and the guide draws on the unconstrained space, or has latents of the
+    elements of each batch, see ``elements``.
     """
 
     elbo: float  #: the evidence lower bound in nats, from draws that were not trained on
@@ -61,6 +64,11 @@ class FitResult:
     #: takes many draws at once
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
+    #: how close the guide is to each element of a plate, of a fit by mini-batches with latents of their own
+    #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share;
+    #: of many posteriors at once, in a plate with a graph that says so, what is known of each, where weights
+    #: of all together know nothing; then ``khat`` is the largest, and ``ess`` the least
+    elements: Elements | EachPosterior | None = None
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
 from ..time_limit import INTERRUPTED
 from .checkpoint import save
+from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
 from .initialization.minibatch_start import find_initial_minibatch_guide
@@ -143,7 +144,9 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     chains = None
     minibatches = set_up.minibatches
     if minibatches is not None and not set_up.has_all_data:
-        found = evaluate_minibatches(subject, minibatches.over_a_pass(), status)
+        passed = minibatches.over_a_pass()
+        elements = weigh_elements(minibatches, passed, num_gradients)
+        found = evaluate_minibatches(subject, passed, status, elements)
     elif sampling is not None:
         found, chains = sampling.judge(status, config, num_steps)
     else:

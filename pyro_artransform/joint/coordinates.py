@@ -327,13 +327,16 @@ def non_centered(log_joint: Any) -> Any:
 
 
 @torch.no_grad()
-def coordinates_at(log_joint: Any, mapped: Coordinates, u: Tensor) -> Coordinates:
+def coordinates_at(
+    log_joint: Any, mapped: Coordinates, u: Tensor, together: Tensor | None = None
+) -> Coordinates:
     """As centred as the curvature at points ``(n, latent_dim)`` asks, with the units of the prior there.
 
     :param mapped: which latents of the log joint density have coordinates.
     :param u: the points, on the unconstrained space.
+    :param together: see :func:`centered_by_curvature`.
     """
     unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
     x, _ = unit.from_unconstrained(u)
-    centered = centered_by_curvature(unit, x)
+    centered = centered_by_curvature(unit, x, together)
     return mapped._replace(centered=centered, unit=log_joint.prior_scales(u.mean(0)))

@@ -40,6 +40,7 @@ from .traces import (
     count_values,
     is_enumerated,
     latent_nodes,
+    plate_frames,
     plate_nesting,
     subsampled_plates,
 )
@@ -49,13 +50,13 @@ from .vectorization import (
     STRATEGIES,
     DrawPlate,
     Draws,
-    ModelFailures,
     Terms,
     agree,
     choose_strategy,
     describe,
     draws_at_a_time,
     evaluate_many,
+    nonfinite_sites,
 )
 
 Args = tuple[object, ...]
@@ -122,9 +123,11 @@ class LogJoint(LogDensity):
         check_data(trace)
         run = partial(model, *args, **kwargs)
         self.improper = improper_sites(run, trace)  #: the sites whose masks are left alone
-        self._run = UnmaskedLatents(self.improper)(run)
+        #: the model with its arguments, where masks of proper latents do not count
+        self.run = UnmaskedLatents(self.improper)(run)
         self._turn = 0
         self.num_plates = plate_nesting(trace)
+        self.plates = plate_frames(trace)  #: by name
         #: whether draws are weighed by mini-batches of their own, or by other random numbers of the model
         self.is_random = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
@@ -187,7 +190,7 @@ class LogJoint(LogDensity):
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
         """The same for other arguments, whose latents are not compared: some may have been data."""
         other = copy.copy(self)
-        other._run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
+        other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
@@ -301,35 +304,25 @@ class LogJoint(LogDensity):
         for _ in range(_NUM_FAR):
             with suppress(Exception):  # improper, or a draw that the model itself cannot take
                 with pyro.validation_enabled(False), torch.no_grad(), hidden_sites():
-                    z = self._latent_vector(poutine.trace(self._run).get_trace())[None]
+                    z = self._latent_vector(poutine.trace(self.run).get_trace())[None]
                 if bool(z.isfinite().all()):
                     found.append(z)
         return found
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        found: list[str] = []
-        for row in z:
-            u, _ = self.to_unconstrained(row[None])
-            scored = SiteLogProbs(self.latents.constrain(u[0]))
-            try:
-                with pyro.validation_enabled(False), hidden_sites(), scored:
-                    self._run()
-            except ModelFailures as error:
-                found.append(f"the model itself ({error})")
-            else:
-                found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
-        return list(dict.fromkeys(found))
+        u, _ = self.to_unconstrained(z)
+        return nonfinite_sites(self.run, self.latents.constrain(u))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
         if self.is_enumerated and size == 1:
             # Pyro's variable elimination has no dimension for a plate of one
             return {"total": self._evaluate({"z": z[0]}, None)["total"][None]}
-        plate, prior = DrawPlate(size, self.num_plates), PriorMap(self._mapped)
+        plate, prior = DrawPlate(size, self.num_plates), PriorMap(self.mapped_coordinates)
         values, total = self.latents.constrain_with_ladj(z, prior.sites)
         placed = prior.take(plate.place(values, self.latents.event_dims))
-        run = prior(self._run) if prior.sites else self._run
+        run = prior(self.run) if prior.sites else self.run
         if self.is_enumerated:
             run = partial(plate.run, poutine.condition(run, placed))
             first_dim = -1 - self.num_plates - (size is not None)
@@ -347,7 +340,8 @@ class LogJoint(LogDensity):
         return other
 
     @property
-    def _mapped(self) -> dict[str, SiteCoordinates]:
+    def mapped_coordinates(self) -> dict[str, SiteCoordinates]:
+        """The latents that have coordinates from the prior."""
         given = self.coordinates
         return {} if given is None or given.is_identity else given.of_sites(self.latents)
 
@@ -364,9 +358,9 @@ class LogJoint(LogDensity):
         return z, -ladj
 
     def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
-        if not (sites := self._mapped):
+        if not (sites := self.mapped_coordinates):
             return z, z.new_zeros(len(z))
-        run = self.enumerated(self._run)
+        run = self.enumerated(self.run)
         evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
         with pyro.validation_enabled(False):
             found = evaluate_many(evaluate, {"z": z}, self.strategy, _nan_at, self.chunk_size)
@@ -374,12 +368,12 @@ class LogJoint(LogDensity):
 
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
-        return prior_scales(self.enumerated(self._run), self.latents, u)
+        return prior_scales(self.enumerated(self.run), self.latents, u)
 
     def mapped_sites(self) -> dict[str, bool]:
         """The latents with coordinates from the prior, and whether it depends on other latents."""
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
-        return find_mapped(self.enumerated(self._run), self.latents, points)
+        return find_mapped(self.enumerated(self.run), self.latents, points)
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """A run of the model with its discrete latents, if it has some, enumerated to the left of draws."""

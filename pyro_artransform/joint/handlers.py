@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.distributions import validation_enabled
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
@@ -104,6 +105,7 @@ class SiteLogProbs(Messenger):
         self._given, self._data_only = given, data_only
         self.values: dict[str, Tensor] = {}  #: of each site, indices of plates included
         self.log_probs: dict[str, Tensor] = {}  #: of each site, of its batch shape
+        self.frames: dict[str, tuple[CondIndepStackFrame, ...]] = {}  #: of the plates around each
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] in self._given and not message["is_observed"]:
@@ -116,6 +118,7 @@ class SiteLogProbs(Messenger):
             return
         scale = 1.0 if self._data_only else message["scale"]
         self.log_probs[name] = scale_and_mask(_log_prob(message), scale, message["mask"])
+        self.frames[name] = message["cond_indep_stack"]
 
 
 def _log_prob(site: Any) -> Tensor:

@@ -128,6 +128,17 @@ class StructuredGuide(FlowGuide, Protocol):
 
 
 @runtime_checkable
+class GuideByCoordinate(StructuredGuide, Protocol):
+    """A guide with a graph that says how much each coordinate adds to the log density of a draw."""
+
+    def sample_and_log_prob_by_coordinate(self, n: int) -> tuple[Tensor, Tensor]:
+        """Draws and terms of their log densities, both ``(n, latent_dim)``.
+
+        The terms of coordinates that depend on no others add up to the log density of these.
+        """
+
+
+@runtime_checkable
 class MinibatchGuide(Protocol):
     """A guide of the elements of a mini-batch, such as ``AutoAmortized``."""
 

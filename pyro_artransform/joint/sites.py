@@ -132,6 +132,19 @@ class Latents:
             parts[site.name] = part.reshape(shape).to(site.dtype)
         return parts
 
+    def elements_of(self, frame: CondIndepStackFrame) -> Tensor:
+        """The element of a plate that each coordinate is of, shape ``(latent_dim,)``; -1 outside of it."""
+        parts = []
+        for site in self.sites.values():
+            shape = site.unconstrained_shape
+            found = torch.full(shape, -1, device="cpu")
+            if frame in site.plates and frame.dim is not None:
+                num_right = len(shape) - len(site.batch_shape) - frame.dim - 1
+                index = torch.arange(frame.size, device="cpu").reshape(-1, *(1,) * num_right)
+                found = index.expand(shape)
+            parts.append(found.reshape(-1))
+        return torch.cat(parts)
+
     def name_of(self, coordinate: int) -> str:
         """The site and place of a coordinate of the vector, as in ``z[3, 1]``."""
         for site in self.split(torch.arange(self.latent_dim, device="cpu") == coordinate).items():

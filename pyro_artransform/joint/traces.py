@@ -137,6 +137,17 @@ def plate_nesting(*traces: poutine.Trace) -> int:
     return nesting
 
 
+def plate_frames(trace: poutine.Trace) -> dict[str, CondIndepStackFrame]:
+    """The plates of a trace by name; of one that is a loop the frame of its last element."""
+    stacks = (node.get("cond_indep_stack", ()) for node in trace.nodes.values())
+    return {frame.name: frame for frames in stacks for frame in frames}
+
+
+def subsampling_scale(frame: CondIndepStackFrame) -> float:
+    """The factor by which a plate that holds a part of its elements scales their log-densities."""
+    return (frame.full_size or frame.size) / frame.size
+
+
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     """The frames of the plates of a trace that hold a part of their elements only, once a site."""
     found = []

@@ -32,7 +32,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .enumeration import ScaleError
-from .handlers import SiteLogProbs
+from .handlers import SiteLogProbs, hidden_sites
 from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
 from .traces import latent_nodes, plate_nesting, runs_model
 
@@ -124,6 +124,21 @@ def choose_strategy(
             return strategy, obstacle
         obstacle = MIXED
     return "loop", obstacle
+
+
+def nonfinite_sites(run: Callable[[], object], values: Draws) -> list[str]:
+    """The sites whose log-density is not finite at one of the values ``(n,) + site shape``."""
+    found = list[str]()
+    for row in zip(*values.values()):
+        scored = SiteLogProbs(dict(zip(values, row)))
+        try:
+            with pyro.validation_enabled(False), hidden_sites(), scored:
+                run()
+        except ModelFailures as error:
+            found.append(f"the model itself ({error})")
+        else:
+            found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
+    return list(dict.fromkeys(found))
 
 
 def describe(error: Exception) -> str:

@@ -107,7 +107,8 @@ def test_autoencoder():
     result = check(fitted(networks.model, guide, shuffled(x), epochs=20, seed=0), 100)
     assert all(not torch.equal(v, before[k]) for k, v in networks.named_parameters())
     assert sum(result.history[-10:]) > sum(result.history[:10]) + 1
-    assert "of a batch, on the average" in result.verdict
+    assert "of 43 elements of plate 'rows' are not fitted" in result.verdict
+    assert math.isnan(result.log_evidence)
     assert not guide.path
 
 
@@ -120,9 +121,18 @@ def test_amortized_locals_and_globals():
     covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
     distribution = dist.MultivariateNormal(torch.zeros(43), covariance)
     # a linear encoder can be exact; what is left is the noise of the batches
-    assert -1 < result.elbo - distribution.log_prob(y) < 4 * result.elbo_se
-    assert "of all data" in result.verdict
-    assert math.isnan(result.khat)
+    evidence = distribution.log_prob(y)
+    assert -1 < result.elbo - evidence < 4 * result.elbo_se
+    # the verdict by element
+    assert result.trusted, result
+    assert abs(result.log_evidence - evidence) < 0.1
+    assert len(result.elements.khat) == 43
+    assert result.importance.num_samples == result.num_samples == 250
+    assert "mass elsewhere was not searched for" in result.verdict
+    part = fitted(loaders.groups, guide, shuffled(y[:20]), epochs=1)
+    assert not part.trusted
+    assert part.elements is None
+    assert "a pass over the loader is 47 % of the data" in part.verdict
 
 
 def test_a_loader_of_one_batch_is_as_good_as_arguments():

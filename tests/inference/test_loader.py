@@ -143,6 +143,23 @@ def test_one_pass_changes_nothing(kind):
     assert len(passes[0]) == 5
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_the_rows_of_a_pass(kind):
+    """A loader of a sampler tells them, and a pass changes nothing."""
+    x, y = loaders.rows()
+    torch.manual_seed(3)
+    stream = BatchStream(KNOWN[kind](x, y))
+    states = torch.get_rng_state(), stream._own_states()
+    found = list(stream.one_pass_with_rows())
+    assert len(found) == stream.num_batches
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert all(map(torch.equal, stream._own_states(), states[1]))
+    for batch, indices in found:
+        assert (indices is None) == kind.startswith("a ")
+        if indices is not None:
+            assert torch.equal(batch.args[1], y[indices])
+
+
 def test_one_pass_is_spread_over_the_epoch():
     batches = BatchStream(list(numbers(100)[:, None]))
     assert [batch.args[0].item() for batch in batches.one_pass(4)] == [12, 37, 62, 87]

@@ -3,6 +3,7 @@
 
 """The guide with the conditional independences of the posterior."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates
 from ...joint.density import Args, Kwargs
+from ...joint.sites import Latents
 from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import Arguments, GuideSpec
@@ -171,11 +173,15 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     def _find_graph(self, log_joint: LogJoint) -> LatentGraph:
         with torch.random.fork_rng(devices=[]), poutine.block():
-            found = find_dependencies(log_joint, log_joint.latents.eps)
+            eps, elements = log_joint.latents.eps, _smallest_elements(log_joint.latents)
+            found = find_dependencies(log_joint, eps, elements)
         markov = MarkovGraph.from_neighbours(found.neighbours)
         dropped = weakest_parents(found, markov.elimination, self._arguments["max_parents"])
         names = coordinate_names(tuple(log_joint.latents.sites.values()))
         return LatentGraph(names, markov, tuple(dropped))
+
+    def _colors(self) -> Tensor:
+        return torch.tensor(self._graph.markov.coloring.color, device=self._parts[1].loc.device)
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
         """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.
@@ -225,6 +231,20 @@ class AutoStructuredFlow(AutoAutoregressive):
             parts.append(draw(min(chunk, n - start), path))
         z, log_q = zip(*parts)
         return torch.cat(z), torch.cat(log_q)
+
+    @torch.no_grad()
+    def sample_and_log_prob_by_coordinate(self, n: int) -> tuple[Tensor, Tensor]:
+        """Draws, and terms by coordinate of their log density, both of shape ``(n, latent_dim)``.
+
+        The terms of coordinates that depend on no others add up to the log density of these.
+        """
+        self.transform_in_coordinates()  # entries of the store that count more are adopted first
+        flow, affine = self._parts
+        x = torch.randn_like(affine.loc.expand(check_integer("n", n), -1))
+        parts = [flow.call_and_ladj_by_coordinate(part) for part in x.split(self._chunk_size())]
+        y, ladj = (torch.cat(each) for each in zip(*parts))
+        log_q = -0.5 * x.square() - 0.5 * math.log(2 * math.pi) - ladj - affine.log_scale
+        return affine(y), log_q
 
     # Where a fit starts
 
@@ -288,6 +308,15 @@ class AutoStructuredFlow(AutoAutoregressive):
         graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
         weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
         return max(super()._least_numbers(spec), len(graph.root) ** 2 + weights)
+
+
+def _smallest_elements(latents: Latents) -> Tensor | None:
+    """The elements of the plate that leaves the fewest latents in an element and outside of it together."""
+    frames = {f: None for site in latents.sites.values() for f in site.plates if f.dim is not None}
+    guesses = [latents.elements_of(frame) for frame in frames]
+    return min(
+        guesses, key=lambda own: int((own + 1).bincount()[1:].max() + (own < 0).sum()), default=None
+    )
 
 
 def _size(graph: LatentGraph) -> int:

@@ -19,9 +19,12 @@ from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import MeanLogJoint
 from ...joint.coordinates import non_centered
+from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.objective import PassEstimate
+from .each_posterior import EachPosterior, weigh_each
+from .elements import NOT_BY_ELEMENT, Elements, ElementWeights
 from .missed_modes import find_missed_modes
 from .verdict import (
     FitStatus,
@@ -80,6 +83,8 @@ class Evaluation(NamedTuple):
     :param is_of_minibatches: whether it is by a pass over a loader.
     :param latents: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches.
     :param outside: what draws of chains lack, in words, where they were looked at.
+    :param elements: what is known of each element of mini-batches, or of each of many posteriors where the
+        weights of all together know nothing.
     """
 
     elbo: float
@@ -92,6 +97,7 @@ class Evaluation(NamedTuple):
     is_of_minibatches: bool = False
     latents: Tensor | None = None
     outside: Sequence[str] = ()
+    elements: Elements | EachPosterior | None = None
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
         """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known.
@@ -101,17 +107,20 @@ class Evaluation(NamedTuple):
         words = self.verdict.words + marginals.words
         if chains is not None:
             words = f"{chains.verdict} Of the guide itself: {words}"
+        own = self.elements
         by_weights = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
         return {
             "elbo": self.elbo,
             "elbo_se": self.elbo_se,
             "num_samples": self.num_samples,
             **{name: getattr(self.weights, name, math.nan) for name in by_weights},
+            **(own.numbers(self.elbo) if isinstance(own, EachPosterior) else {}),
             "trusted": self.verdict.trusted,
             "verdict": words,
             "chains": chains,
             "draws": None if chains is None else chains.draws,
             "importance": None if self.is_noisy else self.weights,
+            "elements": self.elements,
             "marginals": marginals.found,
             "marginals_trusted": marginals.trusted,
         }
@@ -139,6 +148,16 @@ def evaluate(
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
     is_noisy, strategy = log_joint.is_random, log_joint.strategy
+    many = Posteriors.of(log_joint, subject.guide) if chains is None else None
+    if many is not None:
+        model = partial(subject.model, *subject.args, **subject.kwargs)
+        each, joint, first = weigh_each(many, model, config)
+        if not (joint.trusted and joint.is_close):
+            mixes_draws = log_joint.strategy != strategy
+            status = status._replace(mixes_draws=mixes_draws, left_out=left_out())
+            verdict = judge(None, None, status, each.objection, each.praise)
+            numbers = joint.elbo, joint.elbo_se, joint.num_samples
+            return Evaluation(*numbers, None, False, verdict, latents=first, elements=each)
     with within(0.5):
         log_weights, latents = draw(subject, config.evaluation, max_more_draws)
     found, missed = Importance.from_log_weights(log_weights), None
@@ -187,19 +206,33 @@ def evaluate(
 
 
 def evaluate_minibatches(
-    subject: ModelAndGuide, found: PassEstimate, status: FitStatus
+    subject: ModelAndGuide,
+    found: PassEstimate,
+    status: FitStatus,
+    by_element: ElementWeights | str = NOT_BY_ELEMENT,
 ) -> Evaluation:
-    """Evaluates a posterior by one pass over a loader: never trusted, as no modes are searched for."""
-    weights = None
+    """Evaluates a posterior by passes over a loader, without a search for modes.
+
+    It is trusted by the weights of its elements, where each mini-batch has latents of its own.
+
+    :param by_element: these weights, or why they are not known.
+    """
+    weights, elements, count = None, None, found.num_draws
     if found.log_weights is not None:
         weights = Importance.from_log_weights(found.log_weights)
     values = next(subject.weighted_draws(8)).values  # a few tell whether they are all the same
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
-    about = about_minibatches(found, weights, is_of_all)
-    verdict = judge(weights, None, status._replace(is_point=is_point), about)
-    numbers = found.elbo, found.elbo_se, found.num_draws
-    return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True)
+    about, status = "", status._replace(is_point=is_point)
+    if isinstance(by_element, str):
+        about = about_minibatches(found, weights, is_of_all, by_element)
+        verdict = judge(weights, None, status, about)
+    else:
+        elements, weights = by_element.elements, by_element.shared
+        count = count if weights is None else weights.num_samples
+        verdict = judge(weights, None, status, elements=by_element)
+    numbers = found.elbo, found.elbo_se, count
+    return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 
 
 def judge_marginals(
@@ -207,6 +240,8 @@ def judge_marginals(
 ) -> MarginalVerdict:
     """Checks single latents by weights where these know them; else by chains."""
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
+    if isinstance(evaluation.elements, EachPosterior):
+        return MarginalVerdict(words=" Single latents were not checked.")
     weights, latents = evaluation.weights, evaluation.latents
     if is_trusted and weights is not None and latents is not None:
         unconstrained, _ = subject.log_joint.to_unconstrained(latents)

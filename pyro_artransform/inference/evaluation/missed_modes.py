@@ -25,7 +25,7 @@ from .mode_search import ModeSearch
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
-_MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
+MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
 # lost mass that is a reason to search for more, and the part of it with which a mode is counted
 _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
 
@@ -136,7 +136,7 @@ def _mixture(
 def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
     """The share of all mass in places with next to no draws, and the number of these places."""
     log_masses = found.log_masses - log_evidence
-    is_lost = found.shares_of_draws < _MIN_SHARE * log_masses.sigmoid()
+    is_lost = found.shares_of_draws < MIN_SHARE * log_masses.sigmoid()
     lost = log_masses[is_lost]
     total = lost.logsumexp(0)
     return total.sigmoid().item(), int((lost >= total + math.log(_MIN_COUNTED)).sum())

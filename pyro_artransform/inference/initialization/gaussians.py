@@ -144,7 +144,7 @@ def climb(log_density: Density, points: Tensor, max_steps: int) -> Modes:
     for _ in range(max_steps):
         value, gradient, curvature = _expand(log_density, points, widths)
         widths = curvature.diagonal(dim1=-2, dim2=-1).abs().rsqrt().clamp(1e-6, 1.0)
-        here, steps, is_maximum = _newton_steps(points, gradient, curvature)
+        here, steps, is_maximum = newton_steps(points, gradient, curvature)
         expected_gain = (steps * gradient).sum(-1)
         points, gain = _search_line(log_density, points, value, steps)
         if bool(((gain < _SETTLED) | ~(expected_gain > _SETTLED)).all()):
@@ -237,7 +237,7 @@ def _expand(log_density: Density, points: Tensor, widths: Tensor) -> tuple[Tenso
     return value, torch.where(usable[:, None], gradient, 0.0), curvature
 
 
-def _newton_steps(
+def newton_steps(
     points: Tensor, gradient: Tensor, curvature: Tensor
 ) -> tuple[Gaussians, Tensor, Tensor]:
     """The Gaussian of the absolute curvature at each point, its Newton step, and where a maximum is."""

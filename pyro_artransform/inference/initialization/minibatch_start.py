@@ -36,7 +36,7 @@ class SharedPrior(LogJoint):
         vars(self).update(vars(log_joint))
         self._share, self._elements = share, elements
         if log_joint.is_random:
-            self._run = partial(_run_from, torch.get_rng_state(), log_joint._run)
+            self.run = partial(_run_from, torch.get_rng_state(), log_joint.run)
 
     def __call__(self, z: Tensor) -> Tensor:
         u, _ = self.to_unconstrained(z)

@@ -88,10 +88,14 @@ def _in_other_coordinates(
     yield initial
     density, first = search.density, coordinates.centered.detach().clone()
     with torch.no_grad():
-        few = min(NUM_DRAWS, max(_MOST_GRADIENTS // (2 * len(first)), 1))
+        colors = None
+        if isinstance(guide, StructuredGuide):
+            colors = torch.tensor(guide.markov_graph().coloring.color, device=first.device)
+        num_moves = len(first) if colors is None else int(colors.max()) + 1
+        few = min(NUM_DRAWS, max(_MOST_GRADIENTS // (2 * num_moves), 1))
         z, _ = guide.rsample_and_log_prob(few)
         u, _ = density.to_unconstrained(z)
-    second = coordinates_at(density, coordinates, u)
+    second = coordinates_at(density, coordinates, u, colors)
     others = [second.centered, torch.ones_like(first)]
     if bool((second.centered < _WEAK).any()):
         others.append(coordinates.non_centered(density.latents).centered)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...joint import LogJoint, MeanLogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.mean_density import Anchor, AnchoredLogJoint
+from ...joint.posteriors import Posteriors
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
@@ -67,6 +68,10 @@ class Objective(Protocol):
         Where single draws have no log weights, n is smaller than ``count``.
         """
 
+    def log_weights(self, count: int) -> Tensor:
+        """As :meth:`elbo_draws`, of each of E posteriors that are fitted at once, shape ``(n, E)``."""
+        return self.elbo_draws(count)[:, None]
+
     def nonfinite_sites(self) -> list[str]:
         """The sites that made the last loss other than finite, as far as that can be found."""
 
@@ -76,10 +81,13 @@ class PathObjective(Objective):
     """The ELBO with the path gradient, which vanishes where the guide is the posterior.
 
     See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
+
+    :param posteriors: where many posteriors are fitted at once, each of them.
     """
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
+    posteriors: Posteriors | None = None
     has_weights = True
 
     def __post_init__(self) -> None:
@@ -104,6 +112,8 @@ class PathObjective(Objective):
         https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
         (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
         """
+        if self.posteriors is not None:  # deviations of all together say nothing of each
+            return self.loss(num_particles), num_particles
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
         terms = self._terms(min(_TAIL_DRAWS * num_particles, most))
         value = terms.detach()
@@ -137,6 +147,13 @@ class PathObjective(Objective):
             z, log_q = self.guide.rsample_and_log_prob(min(most, count - start))
             found.append(self.log_density(z) - log_q)
         return torch.cat(found)
+
+    def log_weights(self, count: int) -> Tensor:
+        if self.posteriors is None:
+            return super().log_weights(count)
+        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        sizes = [min(most, count - start) for start in range(0, count, most)]
+        return torch.cat([self.posteriors.log_weights(size)[1] for size in sizes])
 
     @torch.no_grad()
     def log_density(self, z: Tensor) -> Tensor:

@@ -4,12 +4,13 @@
 """When the step size goes down, when a fit ends, and what its parameters are averaged over."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ...diagnostics import fit_tail
 from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.psis import fit_tails
 from ..config import OptimizationConfig
 from .objective import Objective
 
@@ -31,15 +32,16 @@ class Score(NamedTuple):
 
 
 def score_of(objective: Objective, num_draws: int) -> Score:
-    """The score of the present parameters by fresh draws."""
-    draws = objective.elbo_draws(num_draws)
-    elbo = draws.mean().item()
+    """The score of the present parameters by fresh draws: the sum of those of many posteriors at once."""
+    draws = objective.log_weights(num_draws)
+    elbo = draws.sum(1).mean().item()
     if not math.isfinite(elbo) or not objective.has_weights:
         return Score(elbo)
     # weights with a heavy tail know too little of the evidence
-    if fit_tail(draws).khat > GOOD_KHAT:
+    if statistics.median(tail.khat for tail in fit_tails(draws)) > GOOD_KHAT:
         return Score(elbo)
-    return Score(elbo, float(draws.logsumexp(0)) - math.log(len(draws)) - elbo)
+    gaps = draws.logsumexp(0) - math.log(len(draws)) - draws.mean(0)
+    return Score(elbo, float(gaps.sum()))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The verdict on many posteriors at once, on each by its own weights.
+
+The weights of all together are products, whose tail is hopeless where each alone is good: a thousand gaps of
+0.01 nats are one of 10. So k-hat and gap are those of each posterior.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...arguments import first_of
+from ...diagnostics import Importance
+from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
+from ...joint.posteriors import Posteriors
+from ...time_limit import cut_off, has_limit, limited, within
+from ..config import FitConfig
+from .modes_of_each import EachSearch
+from .verdict import ELSEWHERE
+
+_CHUNK, _SMALL_CHUNK = 1000, 100
+_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EachPosterior:
+    """What is known of each of E posteriors, which are those of the elements of a plate.
+
+    A posterior is not trusted for what would keep a fit of it alone from being trusted. Of a thousand good
+    ones some exceed a bound by chance: a k-hat of 0.5 with a standard error of 0.09 is above 0.7 once in
+    80. So what the first draws object to has to be seen again at as many new ones, which do not know that
+    it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases.
+
+    :param plate: the name of the plate.
+    :param elbo: that of each, in nats, shape ``(E,)``, as all others; with its standard error ``elbo_se``.
+    :param log_evidence: by Pareto-smoothed weights; ``log_evidence_se`` is its standard error.
+    :param khat: the Pareto index of the weights; ``khat_se`` is its standard error.
+    :param ess: the effective number of the draws behind all this.
+    :param objections: to those that are not trusted, in words, by element.
+    :param searched_by: how modes of each were searched for: by "curvature", or "none".
+    """
+
+    plate: str
+    elbo: Tensor
+    elbo_se: Tensor
+    log_evidence: Tensor
+    log_evidence_se: Tensor
+    khat: Tensor
+    khat_se: Tensor
+    ess: Tensor
+    objections: dict[int, str]
+    searched_by: str = "none"
+
+    @property
+    def gap(self) -> Tensor:
+        """The log evidence of each less its ELBO, in nats."""
+        return self.log_evidence - self.elbo
+
+    @property
+    def trusted(self) -> Tensor:
+        """Whether each is trusted, shape ``(E,)``."""
+        found = torch.ones_like(self.elbo, dtype=torch.bool)
+        found[list(self.objections)] = False
+        return found
+
+    def numbers(self, elbo: float) -> dict[str, float]:
+        """Those of a result on all, of a given ELBO: the product's evidence, the worst of the rest."""
+        worst = int(self.khat.argmax())
+        return {
+            "log_evidence": elbo + float(self.gap.sum()),
+            "log_evidence_se": float(self.log_evidence_se.square().sum().sqrt()),
+            "khat": float(self.khat[worst]),
+            "khat_se": float(self.khat_se[worst]),
+            "ess": float(self.ess.min()),
+        }
+
+    @property
+    def objection(self) -> str:
+        """To all of them, with the worst named; empty where each is trusted."""
+        if not self.objections:
+            return ""
+        worst = sorted(self.objections, key=lambda k: -self.khat[k])
+        named = first_of([f"{k} ({self.objections[k]})" for k in worst])
+        return (
+            f"{len(worst):,} of the {len(self.elbo):,} posteriors of plate '{self.plate}' are not good, "
+            f"those of elements {named}: result.elements has them all"
+        )
+
+    @property
+    def praise(self) -> str:
+        """The verdict on all where each is trusted."""
+        gap, khat = self.gap.max(), self.khat.max()
+        return (
+            f"Trusted: each of the {len(self.elbo):,} posteriors of plate '{self.plate}'. Their ELBOs are at "
+            f"most {gap:.3f} nats below the log evidence, and k-hat is at most "
+            f"{khat:.2f}{ELSEWHERE[self.searched_by]}"
+        )
+
+    def __repr__(self) -> str:
+        return f"EachPosterior: {self.objection or self.praise}"
+
+
+def weigh_each(
+    posteriors: Posteriors, model: Callable[[], object], config: FitConfig
+) -> tuple[EachPosterior, Importance, Tensor]:
+    """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
+
+    :param model: with its arguments.
+    """
+    count = config.evaluation.num_samples
+    with within(0.5):
+        weights, rest, latents = _draw(posteriors, count)
+    found = [Importance.from_log_weights(own) for own in weights.T]
+    suspects = [k for k, own in enumerate(found) if _fault_of(own)]
+    if suspects:
+        again, _, _ = _draw(posteriors, count, suspects)
+        for k, own in zip(suspects, again.T):
+            found[k] = Importance.from_log_weights(own)
+    names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
+    numbers = {name: torch.tensor([getattr(own, name) for own in found]) for name in names}
+    objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
+    searched_by = "none"
+    if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
+        with cut_off("the search for mass elsewhere"), within(0.7):
+            search = EachSearch.of(posteriors, latents)
+            lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))
+            searched_by = "curvature"
+            for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
+                objections[k] = f"about {100 * lost[k]:.0f} % of it in a mode without draws"
+    each = EachPosterior(
+        posteriors.plate, **numbers, objections=objections, searched_by=searched_by
+    )
+    return each, Importance.from_log_weights(weights.sum(1) + rest), latents
+
+
+def _draw(
+    posteriors: Posteriors, count: int, of: list[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weights ``(n, E)``, of some elements alone if these are given, the rest ``(n,)``, and draws."""
+    weights, rests, latents = list[Tensor](), list[Tensor](), list[Tensor]()
+    chunk = _SMALL_CHUNK if has_limit() else _CHUNK
+    for start in limited(range(0, count, chunk), at_least=1):
+        z, found, rest = posteriors.log_weights(min(chunk, count - start))
+        if not start and of is None:  # a model that mixes draws is found here
+            posteriors.log_joint.checked(z, torch.zeros_like(rest))
+            z, found, rest = posteriors.log_weights(len(z))
+        weights.append(found if of is None else found[:, of])
+        rests.append(rest)
+        if sum(each.numel() for each in latents) < _MOST_VALUES:
+            latents.append(z)
+    return torch.cat(weights), torch.cat(rests), torch.cat(latents)
+
+
+def _fault_of(found: Importance) -> str:
+    """What keeps a posterior from being trusted, in words; empty where nothing does."""
+    if found.num_nonfinite or not math.isfinite(found.elbo):
+        return f"the density is zero or fails at {found.num_nonfinite} of {found.num_samples} draws"
+    if found.has_heavy_tail:
+        return f"k-hat {found.khat:.2f} ± {found.khat_se:.2f}"
+    if found.elbo_se > GOOD_ELBO_SE:
+        return f"an ELBO known to {found.elbo_se:.2g} nats only"
+    gap = found.log_evidence - found.elbo
+    return f"an ELBO {gap:.2f} nats below the log evidence" if gap > GOOD_GAP else ""

@@ -1,0 +1,215 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Importance weights by mini-batches, where each batch has latents of its own elements.
+
+The elements i of a plate are independent given the latents theta that they share. With draws z_k of the
+guide q,
+
+.. math::
+
+    \hat p_i(\theta) = \frac{1}{K} \sum_k \frac{p(y_i, z_{ik} | \theta)}{q(z_{ik} | \theta)}, \qquad
+    \hat w(\theta) = \frac{p(\theta)}{q(\theta)} \prod_i \hat p_i(\theta)
+
+are unbiased, the former independently over i, so that the latter are importance weights of theta: exact
+ones, of a larger space that has all draws of the elements. One pass over a loader, with the same theta for
+each batch, makes them all.
+
+**References**
+
+1. The Pseudo-Marginal Approach for Efficient Monte Carlo Computations (Andrieu, Roberts, 2009),
+   https://doi.org/10.1214/07-AOS574
+2. Importance Sampling Squared for Bayesian Inference in Latent Variable Models (Tran, Scharth, Pitt, Kohn,
+   2013), https://arxiv.org/abs/1309.3339
+3. Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife Variational Inference
+   (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import validation_enabled
+from torch import Tensor
+
+from ...diagnostics import Importance
+from ...diagnostics.importance import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
+from ...diagnostics.psis import fit_tails
+from ...time_limit import is_out_of_time
+from ..optimization.objective import MinibatchObjective, PassEstimate, PyroObjective
+from .element_draws import ElementDraws, UnknownWeightsError
+
+#: the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (Doucet, Pitt,
+#: Deligiannidis, Kohn 2015, https://arxiv.org/abs/1210.1871)
+MOST_NOISE = 1.0
+#: why nothing is known where a guide has the latents that all data share alone
+NOT_BY_ELEMENT = "weights of mini-batches are noise"
+
+
+@dataclass(frozen=True, eq=False)
+class Elements:
+    """How close a guide is to the posterior of each element of a plate, given what all elements share.
+
+    :param plate: the name of the plate.
+    :param index: of each element in the plate, ascending, shape ``(size,)``; ``None`` where a loader does not
+        tell: then elements are in the order of a pass over it.
+    :param khat: the Pareto index of the weights of its draws, with its standard error ``khat_se``.
+    :param tail_share: how much of its weights is above the cutoff of their tail.
+    :param gap: the log evidence of its data less its ELBO, in nats: by the guide's draws, or by draws of the
+        prior where these find more, beyond what may be by chance.
+    """
+
+    plate: str
+    index: Tensor | None
+    khat: Tensor
+    khat_se: Tensor
+    tail_share: Tensor
+    gap: Tensor
+
+    @property
+    def trusted(self) -> Tensor:
+        """Whether each is within the bounds of trust, as those of a whole posterior.
+
+        The largest of many estimates of k-hat is large by chance. Its bound is increased by as many
+        standard errors as the largest of so many normal errors has as its median: elements with an index
+        at the bound, all of them, are trusted as often as a single one would be.
+        """
+        bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
+        is_heavy = (self.khat > bound) & (self.tail_share > GOOD_TAIL)
+        return (self.gap <= GOOD_GAP) & ~is_heavy
+
+    def name_of(self, place: int) -> str:
+        """An element in words."""
+        if self.index is None:
+            return f"element {place} of a pass over the loader"
+        return f"element {int(self.index[place])}"
+
+
+def _largest_error(count: int) -> float:
+    """The median of the largest of so many standard normal errors."""
+    return float(torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64) ** (1 / count)))
+
+
+class ElementWeights(NamedTuple):
+    """What a pass over a loader says of a guide with latents of the elements of mini-batches.
+
+    :param shared: the weights of the latents that all elements share, with the ELBO of these alone; ``None``
+        if there are none.
+    :param noise: the variance of their logarithms that is due to the draws of elements.
+    :param num_inner: how many draws of each element there were for each of these.
+    """
+
+    elements: Elements
+    shared: Importance | None
+    noise: float
+    num_inner: int
+
+
+@torch.no_grad()
+def weigh_elements(
+    minibatches: MinibatchObjective, passed: PassEstimate, num_gradients: int
+) -> ElementWeights | str:
+    """Weighs draws of the elements of all mini-batches, and of what these share.
+
+    :param passed: what a first pass over the loader has found.
+    :param num_gradients: the draws of mini-batches that a fit took: not many more are taken.
+    :return: or why that cannot be done, in words.
+    """
+    objective = minibatches.objective
+    if not isinstance(objective, PyroObjective):
+        return NOT_BY_ELEMENT
+    try:
+        _check_pass(passed)
+        with validation_enabled(False):
+            return _weigh(minibatches, objective, num_gradients)
+    except UnknownWeightsError as error:
+        return str(error)
+
+
+def _check_pass(passed: PassEstimate) -> None:
+    """Refuses a pass over a loader that is not one of all data, each row once."""
+    if not passed.share:
+        raise UnknownWeightsError("the loader is not known to have each row once in an epoch")
+    if abs(passed.loader_share - 1) > 1e-6:
+        share = 100 * passed.loader_share
+        raise UnknownWeightsError(
+            f"a pass over the loader is {share:.3g} % of the data that the model scales batches up to"
+        )
+    if passed.share < 1 - 1e-6:
+        raise UnknownWeightsError(
+            f"a pass saw {100 * passed.share:.3g} % of the data, in {passed.num_batches} batches"
+        )
+
+
+def _weigh(
+    minibatches: MinibatchObjective, objective: PyroObjective, num_gradients: int
+) -> ElementWeights:
+    stream, config, parts = minibatches.stream.whole, minibatches.config, list[_ElementsOfBatch]()
+    inner = num_gradients // (stream.num_batches * config.num_shared)
+    inner = min(max(inner, config.min_inner), config.max_inner)
+    first = next(stream.one_pass(1))
+    counts = config.num_shared, inner
+    weigher = ElementDraws.of(objective, minibatches.log_joint, first, counts)
+    total, noise = torch.zeros(config.num_shared, dtype=torch.float64, device="cpu"), 0.0
+    for batch, rows in stream.one_pass_with_rows():
+        if is_out_of_time():
+            raise UnknownWeightsError("there was no time for the draws of each element")
+        log_ratios, by_prior, index = weigher.log_ratios(batch)
+        log_sums, shares = log_ratios.logsumexp(1), log_ratios.softmax(1).nan_to_num(0.0)
+        log_means = log_sums - math.log(inner)
+        total += log_means.sum(-1)
+        # the relative variance of each mean over draws of an element
+        noise += float((inner * shares.square().sum(1) - 1).mean(0).sum()) / (inner - 1)
+        # to the second order without the bias of a mean of few
+        gap = inner / (inner - 1) * (log_means.mean(0) - log_ratios.mean((0, 1)))
+        if index is None and rows is not None and len(rows) == len(gap):
+            index = torch.as_tensor(rows, device="cpu")
+        # over the mean of the others: the evidence of an element varies with what all share
+        of_others = log_sums[:, None] + torch.log1p(-shares) - math.log(inner - 1)
+        relative = (log_ratios - of_others).flatten(0, 1)
+        # where the guide does not draw, its estimate of the evidence is too small, and the prior's larger
+        more = (by_prior - log_means[:, None]).flatten(0, 1)
+        parts.append(_ElementsOfBatch.of(relative, more, gap, index))
+    shared = None
+    if weigher.shared:
+        shared = Importance.from_log_weights(total + weigher.log_ratio_of_shared)
+        shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
+    return ElementWeights(_joined(weigher.plate, parts), shared, noise, inner)
+
+
+class _ElementsOfBatch(NamedTuple):
+    columns: Tensor  # k-hat, its standard error, the share of the tail, the gap, by element
+    more: Tensor  # the log evidence by the prior over that by the guide, and its standard error
+    place: Tensor | None  # their indices in the plate
+
+    @classmethod
+    def of(
+        cls, log_ratios: Tensor, more: Tensor, gap: Tensor, index: Tensor | None
+    ) -> "_ElementsOfBatch":
+        """Of the log ratios of the draws of each, and those of the prior's, shape ``(n, elements)``."""
+        tails = fit_tails(log_ratios)
+        cutoffs = torch.tensor([tail.log_cutoff for tail in tails], dtype=torch.float64)
+        above = log_ratios.softmax(0) - (cutoffs - log_ratios.logsumexp(0)).exp()
+        columns = [
+            torch.tensor([tail.khat for tail in tails], dtype=torch.float64),
+            torch.tensor([tail.khat_se for tail in tails], dtype=torch.float64),
+            above.clamp_min(0).sum(0).nan_to_num(1.0),
+            gap.nan_to_num(torch.inf, torch.inf),
+        ]
+        log_mean = more.logsumexp(0) - math.log(len(more))
+        error = (more.softmax(0).square().sum(0) - 1 / len(more)).clamp_min(0.0).sqrt()
+        return cls(torch.stack(columns), torch.stack([log_mean, error]).nan_to_num(0.0), index)
+
+
+def _joined(plate: str, parts: Sequence[_ElementsOfBatch]) -> Elements:
+    columns, index = torch.cat([part.columns for part in parts], 1), None
+    more, error = torch.cat([part.more for part in parts], 1)
+    is_more = more > GOOD_GAP + (2 + _largest_error(len(more))) * error
+    columns[-1] += torch.where(is_more, more, 0.0)
+    indices = [part.place for part in parts if part.place is not None]
+    if len(indices) == len(parts):
+        index, order = torch.cat(indices).sort()
+        columns = columns[:, order]
+    return Elements(plate, index, *columns)

@@ -1,0 +1,247 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Weights by mini-batches whose elements have latents of their own, against exact ones."""
+
+import math
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+
+from pyro_artransform import AutoAmortized
+from pyro_artransform.inference.config import MinibatchConfig
+from pyro_artransform.inference.evaluation.elements import Elements, weigh_elements
+from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
+from pyro_artransform.inference.loader import BatchStream
+from pyro_artransform.inference.optimization.objective import MinibatchObjective, PyroObjective
+from pyro_artransform.joint import LogJoint
+from tests.inference import loaders
+from tests.inference.loaders import SIZE, groups, shuffled
+
+Y = 3 * torch.randn(SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+PRECISION = 1 / 9 + SIZE / 1.25
+
+
+def evidence(y=Y):
+    covariance = 1.25 * torch.eye(SIZE) + 9 * torch.ones(SIZE, SIZE)
+    return dist.MultivariateNormal(torch.zeros(SIZE), covariance).log_prob(y).item()
+
+
+def posterior(y, size=SIZE, shift=0.0, width=1.0, of_mean=0.0, broken=None):
+    """That of :func:`loaders.groups`, if nothing is set.
+
+    :param broken: an index in the data, whose element alone is shifted and widened.
+    """
+    loc = pyro.param("loc", Y.sum() / 1.25 / PRECISION)  # a fit needs some parameter
+    mean = pyro.sample("mean", dist.Normal(loc + of_mean, PRECISION**-0.5))
+    is_other = torch.ones(len(y), dtype=torch.bool) if broken is None else y == Y[broken]
+    shift, width = torch.where(is_other, shift, 0.0), torch.where(is_other, width, 1.0)
+    with pyro.plate("groups", size, subsample_size=len(y)):
+        pyro.sample("z", dist.Normal((mean + 4 * y) / 5 + shift, width * 5**-0.5))
+
+
+def minibatches(guide, model=groups, make_loader=shuffled, data=Y, **numbers):
+    stream, config = BatchStream(make_loader(data)), MinibatchConfig(**numbers)
+    first = next(stream.one_pass(1))
+    log_joint = LogJoint(model, *first)
+    objective = PyroObjective(model, guide, first, log_joint, 4)
+    validation = list(stream.one_pass(config.num_compared))
+    return MinibatchObjective(objective, stream, log_joint, validation, config)
+
+
+def weighed(guide, *args, **options):
+    by_batch = minibatches(guide, *args, **options)
+    return weigh_elements(by_batch, by_batch.over_a_pass(), 0)
+
+
+def verdict(found):
+    return judge(found.shared, None, FitStatus(), elements=found)
+
+
+def test_the_posterior_itself():
+    """All weights are the evidence, and nothing is noise."""
+    found = weighed(posterior)
+    assert found.shared.log_evidence == pytest.approx(evidence(), abs=1e-9)
+    assert found.shared.elbo == pytest.approx(evidence(), abs=1e-9)
+    assert found.noise < 1e-12
+    elements = found.elements
+    assert elements.plate == "groups"
+    assert torch.equal(elements.index, torch.arange(SIZE))
+    assert elements.gap.abs().max() < 1e-12
+    assert elements.tail_share.max() < 1e-12
+    assert verdict(found).trusted
+    for words in ("Trusted: of the latents that all", "43 elements of plate 'groups'", "mass else"):
+        assert words in verdict(found).words
+
+
+def test_gaps_are_divergences():
+    """A shift of half a deviation is an eighth of a nat for each element, and of the shared latent."""
+    torch.manual_seed(0)
+    options = {"num_shared": 2000, "min_inner": 8}
+    wide = partial(posterior, width=1.3)
+    elements = weighed(wide, **options).elements
+    divergence = 1.3**2 / 2 - 0.5 - math.log(1.3)
+    assert (elements.gap - divergence).abs().max() < 0.01
+    found = weighed(partial(posterior, of_mean=0.5 * PRECISION**-0.5), **options)
+    assert found.shared.log_evidence == pytest.approx(evidence(), abs=0.06)
+    assert found.shared.log_evidence - found.shared.elbo == pytest.approx(0.125, abs=0.04)
+    assert found.elements.gap.max() < 0.01
+    assert "nats below the log evidence" in verdict(found).words
+
+
+def test_noise_of_elements_is_no_gap_of_what_they_share():
+    torch.manual_seed(0)
+    found = weighed(partial(posterior, width=1.1), num_shared=2000, min_inner=8)
+    assert found.shared.log_evidence == pytest.approx(evidence(), abs=0.03)
+    raw = found.shared.log_weights
+    assert raw.var() == pytest.approx(found.noise, rel=0.15)
+    assert raw.mean() < evidence() - 0.025
+    assert found.shared.elbo == pytest.approx(evidence(), abs=0.025)
+    assert verdict(found).trusted
+
+
+@pytest.mark.parametrize("shift", [1.0, 20.0])
+def test_one_element_is_named(shift):
+    torch.manual_seed(0)
+    found = weighed(partial(posterior, shift=shift, broken=17))
+    assert (~found.elements.trusted).nonzero().flatten().tolist() == [17]
+    judged = verdict(found)
+    assert not judged.trusted
+    assert (
+        "1 of 43 elements of plate 'groups' are not fitted: the ELBO of element 17" in judged.words
+    )
+
+
+def test_heavy_tails_of_one_element_are_named():
+    torch.manual_seed(0)
+    narrow = partial(posterior, width=0.6, broken=17)
+    found = weighed(narrow, num_shared=1000)
+    assert found.elements.gap.argmax() == found.elements.khat.argmax() == 17
+    assert (~found.elements.trusted).nonzero().flatten().tolist() == [17]
+
+
+def test_draws_of_the_prior_find_an_element_that_the_guide_left():
+    """Where it is narrow and far off its own draws weigh nearly the same."""
+    torch.manual_seed(0)
+    far = partial(posterior, shift=20 * 5**-0.5, width=0.004, broken=17)
+    elements = weighed(far, num_shared=1000).elements
+    assert (~elements.trusted).nonzero().flatten().tolist() == [17]
+    # 20 deviations
+    assert 150 < elements.gap[17] < 210
+
+
+def test_much_noise_hides_what_all_share():
+    torch.manual_seed(0)
+    found = weighed(partial(posterior, width=1.4, shift=0.02), num_shared=500)
+    good = found._replace(elements=weighed(posterior).elements)
+    assert found.noise > 1
+    assert "nothing is known of the latents that all elements share" in verdict(good).words
+
+
+def test_the_largest_of_many_khats():
+    """Those at the bound are trusted half of the time, however many there are."""
+    torch.manual_seed(0)
+    for size in (1, 50, 2000):
+        trusted = 0
+        for _ in range(200):
+            khat, zero = 0.7 + 0.1 * torch.randn(size), torch.zeros(size)
+            ones = torch.ones(size)
+            trusted += bool(Elements("a", None, khat, 0.1 * ones, ones, zero).trusted.all())
+        assert 70 < trusted < 130
+
+
+@pytest.mark.parametrize("kind", ["listed", "unknown order"])
+def test_elements_without_an_index(kind):
+    """Of a loader that does not tell its rows the place in a pass is known."""
+    make_loader = {"listed": lambda y: y.split(10), "unknown order": loaders.Unknown}[kind]
+    found = weighed(posterior, make_loader=make_loader)
+    if kind == "listed":
+        assert found.elements.index is None
+        assert found.elements.name_of(17) == "element 17 of a pass over the loader"
+    else:
+        assert "each row once" in found
+
+
+class OfPlate:
+    """Rows with their indices, in an order of their own."""
+
+    def __init__(self, y):
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(3))
+        self.batches = [(y[index], index) for index in order.split(10)]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def test_indices_of_the_plates_of_a_guide():
+    def model(y, index):
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", SIZE, subsample=index):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def create_plates(y, index):
+        return pyro.plate("groups", SIZE, subsample=index, dim=-1)
+
+    guide = AutoAmortized(model, flow=None, local_flow=None, create_plates=create_plates)
+    found = weighed(guide, model, make_loader=lambda y: OfPlate(y).batches)
+    assert torch.equal(found.elements.index, torch.arange(SIZE))
+
+
+def test_what_is_not_known_is_said():
+    def data_twice(y):
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", SIZE, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            with poutine.scale(scale=2.0):
+                pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def most(y):
+        rows = SubsetRandomSampler(range(39))
+        return DataLoader(TensorDataset(y), batch_size=10, sampler=rows)
+
+    def moved(y):
+        """Its prior depends on the batch."""
+        mean = pyro.sample("mean", dist.Normal(y.mean(), 3.0))
+        with pyro.plate("groups", SIZE, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def crossed(y):
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", SIZE, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+        with pyro.plate("rows", SIZE, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def joined(y):
+        """Its elements depend on each other, against what the plate says."""
+        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
+        with pyro.plate("groups", SIZE, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(z.cumsum(-1), 0.5), obs=y)
+
+    def outside(y):
+        groups(y)
+        pyro.sample("more", dist.Normal(y.sum(), 1.0), obs=torch.tensor(0.0))
+
+    double = partial(groups, size=2 * SIZE)
+    for words, found in (
+        ("is 90.7 % of the data", weighed(posterior, make_loader=most)),
+        ("is 50 % of the data", weighed(partial(posterior, size=2 * SIZE), double)),
+        ("is 50 % of the data", weighed(posterior, data_twice)),
+        ("depend on the mini-batch", weighed(posterior, moved)),
+        ("depend on the mini-batch", weighed(posterior, outside)),
+        ("depend on each other", weighed(posterior, joined)),
+        (r"those of ['groups', 'rows']", weighed(posterior, crossed)),
+        ("a pass saw 60 % of the data, in 3 batches", weighed(posterior, max_batches=3)),
+    ):
+        assert isinstance(found, str)
+        assert words in found
