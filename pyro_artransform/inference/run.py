@@ -150,7 +150,9 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     elif sampling is not None:
         found, chains = sampling.judge(status, config, num_steps)
     else:
-        of_few = None if minibatches is None else minibatches.mean_log_joint()
+        of_few = (
+            minibatches.mean_log_joint() if minibatches is not None and minibatches.whole else None
+        )
         found = evaluate(subject, status, config, num_gradients, of_few=of_few)
     # chains say themselves how well they know single latents
     marginals = MarginalVerdict()

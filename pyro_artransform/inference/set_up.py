@@ -19,13 +19,8 @@ from ..time_limit import TimeLimit
 from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
 from .mcmc import Sampling
-from .optimization.objective import (
-    BatchObjective,
-    MinibatchObjective,
-    Objective,
-    PathObjective,
-    PyroObjective,
-)
+from .optimization.minibatches import MinibatchObjective
+from .optimization.objective import BatchObjective, Objective, PathObjective, PyroObjective
 from .optimization.schedule import Schedule
 from .optimization.training import Training
 from .parallel import Parallel, ScalesOfFirst, SharedObjective
@@ -98,7 +93,9 @@ class SetUp:
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim, num_posteriors)
         # where all data correct a batch, the noise of batches is too small to be averaged
-        epoch = 1 if self.stream is None or self.has_all_data else self.stream.num_batches
+        epoch = 1
+        if self.minibatches is not None and self.minibatches.on_all is None:
+            epoch = self.minibatches.stream.num_batches
         self.schedule = Schedule(settings, epoch).of_length(num_steps)
         wanted = num_particles or settings.num_particles
         is_structured = isinstance(cast(object, guide), StructuredGuide)

@@ -38,14 +38,13 @@ from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.psis import fit_tails
 from ...time_limit import is_out_of_time
-from ..optimization.objective import MinibatchObjective, PassEstimate, PyroObjective
+from ..optimization.minibatches import MinibatchObjective, PassEstimate
+from ..optimization.objective import PyroObjective
 from .element_draws import ElementDraws, UnknownWeightsError
 
 #: the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (Doucet, Pitt,
 #: Deligiannidis, Kohn 2015, https://arxiv.org/abs/1210.1871)
 MOST_NOISE = 1.0
-#: why nothing is known where a guide has the latents that all data share alone
-NOT_BY_ELEMENT = "weights of mini-batches are noise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +117,10 @@ def weigh_elements(
     :return: or why that cannot be done, in words.
     """
     objective = minibatches.objective
-    if not isinstance(objective, PyroObjective):
-        return NOT_BY_ELEMENT
     try:
         _check_pass(passed)
+        if not isinstance(objective, PyroObjective):
+            raise UnknownWeightsError("weights of mini-batches are noise")
         with validation_enabled(False):
             return _weigh(minibatches, objective, num_gradients)
     except UnknownWeightsError as error:
@@ -135,7 +134,8 @@ def _check_pass(passed: PassEstimate) -> None:
     if abs(passed.loader_share - 1) > 1e-6:
         share = 100 * passed.loader_share
         raise UnknownWeightsError(
-            f"a pass over the loader is {share:.3g} % of the data that the model scales batches up to"
+            f"a pass over the loader is {share:.3g} % of the data that the model scales its batches up to: "
+            "check the size of the plate"
         )
     if passed.share < 1 - 1e-6:
         raise UnknownWeightsError(

@@ -22,9 +22,9 @@ from ...joint.coordinates import non_centered
 from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
 from ..config import EvaluationConfig, FitConfig
-from ..optimization.objective import PassEstimate
+from ..optimization.minibatches import PassEstimate
 from .each_posterior import EachPosterior, weigh_each
-from .elements import NOT_BY_ELEMENT, Elements, ElementWeights
+from .elements import Elements, ElementWeights
 from .missed_modes import find_missed_modes
 from .verdict import (
     FitStatus,
@@ -209,7 +209,7 @@ def evaluate_minibatches(
     subject: ModelAndGuide,
     found: PassEstimate,
     status: FitStatus,
-    by_element: ElementWeights | str = NOT_BY_ELEMENT,
+    by_element: ElementWeights | str,
 ) -> Evaluation:
     """Evaluates a posterior by passes over a loader, without a search for modes.
 
@@ -218,15 +218,13 @@ def evaluate_minibatches(
     :param by_element: these weights, or why they are not known.
     """
     weights, elements, count = None, None, found.num_draws
-    if found.log_weights is not None:
-        weights = Importance.from_log_weights(found.log_weights)
     values = next(subject.weighted_draws(8)).values  # a few tell whether they are all the same
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     about, status = "", status._replace(is_point=is_point)
     if isinstance(by_element, str):
-        about = about_minibatches(found, weights, is_of_all, by_element)
-        verdict = judge(weights, None, status, about)
+        about = about_minibatches(found, is_of_all, by_element)
+        verdict = judge(None, None, status, about)
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples

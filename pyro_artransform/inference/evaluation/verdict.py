@@ -16,7 +16,7 @@ from ...diagnostics.importance import (
     GOOD_LOST_MASS,
 )
 from ...diagnostics.psis import WORST_KHAT, round_off_of
-from ..optimization.objective import PassEstimate
+from ..optimization.minibatches import PassEstimate
 from .elements import MOST_NOISE, ElementWeights
 from .missed_modes import MissedModes
 
@@ -226,25 +226,12 @@ def about_missed_tail(name: str, mass: float) -> str:
     )
 
 
-def about_minibatches(
-    found: PassEstimate, weights: Importance | None, is_of_all: bool, reason: str
-) -> str:
+def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
     """The objection to a fit by mini-batches: what a pass over a loader leaves unknown, and why."""
     of = "of all data" if is_of_all else "of a batch, on the average,"
     known = (
         f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
     )
-    if abs(found.loader_share - 1) > 0.2:  # a last batch that a loader drops is less
-        known = (
-            f"a pass over the loader is {100 * found.loader_share:.0f} % of the data that the model scales "
-            f"its batches up to: check the size of the plate; {known}"
-        )
-    if weights is not None:
-        return (
-            f"{known}, and k-hat is {weights.khat:.2f} ± {weights.khat_se:.2f} by a pass over all of "
-            "them, but mass elsewhere was not searched for. On data that fit into memory fit "
-            "without a loader, which does"
-        )
     return (
         f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
         f"{reason}. On data that fit into memory run "

@@ -4,13 +4,12 @@
 """What a fit minimizes: the negative ELBO, of all data or of mini-batches."""
 
 import copy
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import pyro
 import torch
@@ -18,15 +17,13 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from ...joint import LogJoint, MeanLogJoint
+from ...joint import LogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
-from ...joint.mean_density import Anchor, AnchoredLogJoint
 from ...joint.posteriors import Posteriors
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
-from ..config import MinibatchConfig
-from ..loader import AllBatches, Batch, BatchStream
+from ..loader import Batch
 
 _CHUNK = 1024
 # numbers of draws that are held at once, 64 MB in double precision
@@ -37,7 +34,6 @@ _NUM_TRACED = 16
 # how much more deviating log weights count for tails, the squared deviation where that ends, and how many
 # times as many draws a step has then: k-hat of gp_regr, hmm_example and garch11 is 0.46 to 0.82 with as many
 _TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 4
-_NUM_FOR_MEDIAN = 100  # draws of a guide
 # numbers of the draws of a step for the tails: memory, and time where latents are many
 _MOST_TRAINED = 2**14
 
@@ -259,157 +255,3 @@ class PyroObjective(Objective):
 
 
 BatchObjective = PathObjective | PyroObjective
-
-
-class PassEstimate(NamedTuple):
-    """The ELBO as the mean over the batches of a pass.
-
-    :param elbo_se: its standard error, of draws, and of batches if not all of them were seen.
-    :param share: of all data that were seen; 0 where it is not known.
-    :param log_weights: of all data; ``None`` where they are not known.
-    :param loader_share: how much of the data that batches are scaled up to the whole loader has; 1 where
-        it is not known.
-    """
-
-    elbo: float
-    elbo_se: float
-    num_draws: int
-    num_batches: int
-    share: float
-    log_weights: Tensor | None = None
-    loader_share: float = 1.0
-
-
-@dataclass
-class MinibatchObjective(Objective):
-    """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
-
-    A short last batch, which a model scales up to all data, makes a smaller step: then the steps of an
-    epoch add up to the gradient of all data. Where all rows share the latents, and a pass over the
-    stream is all data, parameters are compared on these, and a batch's density is corrected by that of
-    all data at the guide's median when the steps began; else on the batches for validation.
-    """
-
-    objective: BatchObjective
-    stream: BatchStream
-    log_joint: LogJoint
-    validation: list[Batch]
-    config: MinibatchConfig
-
-    def __post_init__(self) -> None:
-        self._last = self.objective
-        self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
-        self._anchor: Anchor | None = None
-        #: the log joint density of all data, where it is known
-        self.whole = self._find_whole()
-        self.has_weights = self.whole is not None
-
-    def _find_whole(self) -> MeanLogJoint | None:
-        stream = self.stream.whole
-        if not (isinstance(self.objective, PathObjective) and stream.is_partition):
-            return None
-        whole = MeanLogJoint(self.log_joint, AllBatches(stream))
-        return whole if whole.is_of_all_data and not whole.is_random else None
-
-    def _weight(self, batch: Batch) -> float:
-        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
-        return self._least_scale / self.log_joint.structure(*batch).scale
-
-    def loss(self, num_particles: int) -> Tensor:
-        batch = self.stream.next()
-        self._last = objective = self.objective.with_arguments(batch)
-        if self.whole is not None and isinstance(objective, PathObjective):
-            # plates draw indices that nobody asks for
-            with torch.random.fork_rng(devices=[]):
-                anchor = self._anchor_of(self.whole, objective.guide)
-                corrected = AnchoredLogJoint(objective.log_joint, anchor)
-            self._last = replace(objective, log_joint=corrected)
-        loss, weight = self._last.loss(num_particles), self._weight(batch)
-        # the value stays that of the ELBO
-        return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
-
-    def _anchor_of(self, whole: MeanLogJoint, guide: ReparametrizedGuide) -> Anchor:
-        if self._anchor is None:
-            with torch.no_grad():
-                draws, _ = guide.rsample_and_log_prob(_NUM_FOR_MEDIAN)
-            self._anchor = Anchor.of(whole, draws.median(0).values)
-        return self._anchor
-
-    def parameters(self) -> dict[str, Tensor]:
-        return self.objective.parameters()
-
-    def is_guide_alone(self) -> bool:
-        return self.objective.is_guide_alone()
-
-    @torch.no_grad()
-    def elbo_draws(self, count: int) -> Tensor:
-        """Each of them by all data where that is known, else the mean over the batches for validation."""
-        if self.whole is not None and isinstance(self.objective, PathObjective):
-            return replace(self.objective, log_joint=self.whole).elbo_draws(count)
-        estimate = self._estimator(max(count // len(self.validation), self.config.min_draws))
-        weights = [*map(self._weight, self.validation)]
-        total = sum(weights)
-        draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
-        return torch.stack(draws).sum(0)
-
-    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
-        """Draws of the ELBO of a batch; the same draws for all, where all have the same latents."""
-        objective = self.objective
-        if not isinstance(objective, PathObjective):
-            return lambda batch: objective.with_arguments(batch).elbo_draws(count)
-        z, log_q = objective.guide.rsample_and_log_prob(count)
-        return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
-
-    def nonfinite_sites(self) -> list[str]:
-        return self._last.nonfinite_sites()
-
-    def mean_log_joint(self) -> MeanLogJoint:
-        """The mean log joint density of several batches, in which an initial guide is found."""
-        few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
-        return MeanLogJoint(self.log_joint, few)
-
-    @torch.no_grad()
-    def over_a_pass(self) -> PassEstimate:
-        """The ELBO from one pass over the loader, or from batches that are spread over it."""
-        config, whole = self.config, self.stream.whole
-        are_common = isinstance(self.objective, PathObjective)
-        count = config.num_draws // min(whole.num_batches, config.max_batches)
-        count = max(count, config.min_draws)
-        estimate = self._estimator(config.num_common_draws if are_common else count)
-        means, variances, weights, scales = [], [], [], []
-        weighted = list[Tensor]()
-        for batch in whole.one_pass(config.max_batches):
-            draws = estimate(batch)
-            means.append(draws.mean().item())
-            variances.append(0.0 if are_common else (draws.var() / len(draws)).item())
-            weights.append(self._weight(batch))
-            scales.append(self.log_joint.structure(*batch).scale)
-            weighted.append(weights[-1] * draws)
-        num_batches = len(means)
-        seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
-        is_scaled = any(scale != 1 for scale in scales)
-        share = num_batches / whole.num_batches if whole.is_partition else 0.0
-        loader_share = seen if is_scaled and share == 1 else 1.0
-        share = min(share, seen) if is_scaled else share
-        elbo, elbo_se = _mean_and_error(means, variances, weights, share)
-        num_draws, log_weights = count * num_batches, None
-        if are_common:
-            draws = sum(weighted[1:], weighted[0]) / sum(weights)
-            num_draws = len(draws)
-            elbo_se = math.hypot((draws.double().var() / num_draws).sqrt().item(), elbo_se)
-            log_weights = draws if abs(seen - 1) < 1e-6 and share > 0 else None
-        return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, log_weights, loader_share)
-
-
-def _mean_and_error(
-    means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
-) -> tuple[float, float]:
-    """The weighted mean of independent means, a share of all that there are, and its error."""
-    mean, variance, weight = torch.tensor(
-        [means, variances, weights], dtype=torch.float64, device="cpu"
-    )
-    shares = weight / weight.sum()
-    found = shares @ mean
-    by_batches = shares.square() @ (mean - found).square() * len(means) / max(len(means) - 1, 1)
-    by_draws = shares.square() @ variance
-    return float(found), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())

@@ -17,7 +17,8 @@ from pyro_artransform.inference.config import MinibatchConfig
 from pyro_artransform.inference.evaluation.elements import Elements, weigh_elements
 from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 from pyro_artransform.inference.loader import BatchStream
-from pyro_artransform.inference.optimization.objective import MinibatchObjective, PyroObjective
+from pyro_artransform.inference.optimization.minibatches import MinibatchObjective
+from pyro_artransform.inference.optimization.objective import PyroObjective
 from pyro_artransform.joint import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import SIZE, groups, shuffled

@@ -1,0 +1,176 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The negative ELBO by mini-batches, and by all of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...joint import LogJoint, MeanLogJoint
+from ...joint.mean_density import Anchor, AnchoredLogJoint
+from ..config import MinibatchConfig
+from ..loader import AllBatches, Batch, BatchStream
+from .objective import BatchObjective, Objective, PathObjective
+
+_NUM_FOR_MEDIAN = 100  # draws of a guide
+
+
+class PassEstimate(NamedTuple):
+    """The ELBO as the mean over the batches of a pass.
+
+    :param elbo_se: its standard error, of draws, and of batches if not all of them were seen.
+    :param share: of all data that were seen; 0 where it is not known.
+    :param loader_share: how much of the data that batches are scaled up to the whole loader has; 1 where
+        it is not known.
+    """
+
+    elbo: float
+    elbo_se: float
+    num_draws: int
+    num_batches: int
+    share: float
+    loader_share: float = 1.0
+
+
+@dataclass
+class MinibatchObjective(Objective):
+    """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
+
+    A short last batch, which a model scales up to all data, makes a smaller step: then the steps of an
+    epoch add up to the gradient of all data. Parameters are compared on the batches for validation; or,
+    where a guide has the path gradient of latents that all rows share, on all data, and a batch's
+    density is corrected by that of all data at the guide's median when the steps began.
+    """
+
+    objective: BatchObjective
+    stream: BatchStream
+    log_joint: LogJoint
+    validation: list[Batch]
+    config: MinibatchConfig
+
+    def __post_init__(self) -> None:
+        self._last = self.objective
+        self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
+        self._anchor: Anchor | None = None
+        #: the log joint density of all data, where it is known
+        self.whole = self._find_whole()
+        is_by_path = isinstance(self.objective, PathObjective) and self.objective.is_guide_alone()
+        #: the objective on all data, which steps know of, too
+        self.on_all: PathObjective | None = None
+        if self.whole is not None and isinstance(self.objective, PathObjective) and is_by_path:
+            self.on_all = replace(self.objective, log_joint=self.whole)
+        self.has_weights = self.on_all is not None
+
+    def _find_whole(self) -> MeanLogJoint | None:
+        """That of a pass over the stream, if it is all data, and these share the latents."""
+        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
+        is_shared = structure.is_scaled and not structure.subsampled_latents
+        if not (stream.is_partition and is_shared):
+            return None
+        whole = MeanLogJoint(self.log_joint, AllBatches(stream))
+        return whole if whole.is_of_all_data and not whole.is_random else None
+
+    def _weight(self, batch: Batch) -> float:
+        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
+        return self._least_scale / self.log_joint.structure(*batch).scale
+
+    def loss(self, num_particles: int) -> Tensor:
+        batch = self.stream.next()
+        self._last = self.objective.with_arguments(batch)
+        if self.on_all is not None and isinstance(self._last, PathObjective):
+            with torch.random.fork_rng(devices=[]):  # plates draw indices that nobody asks for
+                corrected = AnchoredLogJoint(self._last.log_joint, self._anchor_of(self.on_all))
+            self._last = replace(self._last, log_joint=corrected)
+        loss, weight = self._last.loss(num_particles), self._weight(batch)
+        # the value stays that of the ELBO
+        return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
+
+    def _anchor_of(self, on_all: PathObjective) -> Anchor:
+        if self._anchor is None:
+            with torch.no_grad():
+                draws, _ = on_all.guide.rsample_and_log_prob(_NUM_FOR_MEDIAN)
+            self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values)
+        return self._anchor
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.objective.parameters()
+
+    def is_guide_alone(self) -> bool:
+        return self.objective.is_guide_alone()
+
+    @torch.no_grad()
+    def elbo_draws(self, count: int) -> Tensor:
+        """Each of them on all data, or the mean over the batches for validation."""
+        if self.on_all is not None:
+            return self.on_all.elbo_draws(count)
+        estimate = self._estimator(max(count // len(self.validation), self.config.min_draws))
+        weights = [*map(self._weight, self.validation)]
+        total = sum(weights)
+        draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
+        return torch.stack(draws).sum(0)
+
+    def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
+        """Draws of the ELBO of a batch; the same draws for all, where all have the same latents."""
+        objective = self.objective
+        if not isinstance(objective, PathObjective):
+            return lambda batch: objective.with_arguments(batch).elbo_draws(count)
+        z, log_q = objective.guide.rsample_and_log_prob(count)
+        return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
+
+    def nonfinite_sites(self) -> list[str]:
+        return self._last.nonfinite_sites()
+
+    def mean_log_joint(self) -> MeanLogJoint:
+        """The mean log joint density of several batches, in which an initial guide is found."""
+        few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
+        return MeanLogJoint(self.log_joint, few)
+
+    @torch.no_grad()
+    def over_a_pass(self) -> PassEstimate:
+        """The ELBO from one pass over the loader, or from batches that are spread over it."""
+        config, whole = self.config, self.stream.whole
+        are_common = isinstance(self.objective, PathObjective)
+        count = config.num_draws // min(whole.num_batches, config.max_batches)
+        count = max(count, config.min_draws)
+        estimate = self._estimator(config.num_common_draws if are_common else count)
+        means, variances, weights, scales = [], [], [], []
+        weighted = list[Tensor]()
+        for batch in whole.one_pass(config.max_batches):
+            draws = estimate(batch)
+            means.append(draws.mean().item())
+            variances.append(0.0 if are_common else (draws.var() / len(draws)).item())
+            weights.append(self._weight(batch))
+            scales.append(self.log_joint.structure(*batch).scale)
+            weighted.append(weights[-1] * draws)
+        num_batches = len(means)
+        seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
+        is_scaled = any(scale != 1 for scale in scales)
+        share = num_batches / whole.num_batches if whole.is_partition else 0.0
+        loader_share = seen if is_scaled and share == 1 else 1.0
+        share = min(share, seen) if is_scaled else share
+        elbo, elbo_se = _mean_and_error(means, variances, weights, share)
+        num_draws = count * num_batches
+        if are_common:
+            draws = sum(weighted[1:], weighted[0]) / sum(weights)
+            num_draws = len(draws)
+            elbo_se = math.hypot((draws.double().var() / num_draws).sqrt().item(), elbo_se)
+        return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)
+
+
+def _mean_and_error(
+    means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
+) -> tuple[float, float]:
+    """The weighted mean of independent means, a share of all that there are, and its error."""
+    mean, variance, weight = torch.tensor(
+        [means, variances, weights], dtype=torch.float64, device="cpu"
+    )
+    shares = weight / weight.sum()
+    found = shares @ mean
+    by_batches = shares.square() @ (mean - found).square() * len(means) / max(len(means) - 1, 1)
+    by_draws = shares.square() @ variance
+    return float(found), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())
