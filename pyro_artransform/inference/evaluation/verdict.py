@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ...arguments import first_of
 from ...diagnostics import Importance
@@ -17,7 +17,6 @@ from ...diagnostics.importance import (
 )
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.objective import PassEstimate
-from .elements import MOST_NOISE, ElementWeights
 from .missed_modes import MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
@@ -25,7 +24,7 @@ _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
 )
-_ELSEWHERE = {
+ELSEWHERE = {
     "curvature": ", and no start found mass elsewhere.",
     "gradients": (
         ", and no climb by gradients alone found mass elsewhere (curvatures, which see more, are too "
@@ -82,12 +81,13 @@ def judge(
     weights: Importance | None,
     missed: MissedModes | None,
     status: FitStatus,
-    about_minibatches: str = "",
-    elements: ElementWeights | None = None,
+    about_others: str = "",
+    praise: str = "",
 ) -> Verdict:
     """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them.
 
-    :param elements: those of mini-batches, where these have latents of their own.
+    :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
+    :param praise: the words without an objection, where those about the weights are not the ones.
     """
     objections = []
     if not status.is_complete:
@@ -105,14 +105,12 @@ def judge(
         objections.append(about_time(status.left_out))
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
-    elif elements is not None:
-        objections += _about_elements(elements)
     elif weights is not None:
-        objections += _about_weights(weights)
+        objections += about_weights(weights)
         if missed is not None:
             objections += _about_missed_modes(weights, missed)
-    if about_minibatches:
-        objections.append(about_minibatches)
+    if about_others:
+        objections.append(about_others)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
     if not (status.has_chains and objections) and (missing := status.missing()):
         objections.append(
@@ -127,11 +125,9 @@ def judge(
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
-    if elements is not None and not objections:
-        return Verdict(True, _about_trusted_elements(elements) + note)
-    if objections or weights is None:
+    if objections or (weights is None and not praise):
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
-    return Verdict(True, _about_success(weights, missed) + note)
+    return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
 def about_time(left_out: Sequence[str]) -> str:
@@ -148,7 +144,8 @@ def about_coarse_sites(names: Sequence[str]) -> str:
     )
 
 
-def _about_weights(found: Importance) -> Iterator[str]:
+def about_weights(found: Importance) -> Iterator[str]:
+    """Objections to weights of a guide's draws."""
     if not math.isfinite(found.elbo) or found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
@@ -249,45 +246,6 @@ def about_minibatches(
     )
 
 
-def _about_elements(found: ElementWeights) -> Iterator[str]:
-    elements, bad = found.elements, (~found.elements.trusted).nonzero().flatten()
-    if len(bad):
-        worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
-        gap = elements.gap[worst]
-        about = f"the ELBO of {elements.name_of(worst)} is {gap:.3g} nats below its log evidence"
-        if gap <= GOOD_GAP:
-            khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
-            about = f"k-hat of {elements.name_of(heavy)} is {khat}"
-        yield (
-            f"{len(bad):,} of {len(elements.khat):,} elements of plate '{elements.plate}' are not fitted: "
-            f"{about}. Where these are few, look at their data; where they are many, use an encoder with "
-            "features that tell more, a more flexible local_flow, or more num_steps"
-        )
-    elif found.noise > MOST_NOISE:
-        yield (
-            f"nothing is known of the latents that all elements share: with {found.num_inner} draws of each "
-            f"element their log weights have a variance of {found.noise:.2g} by noise alone, above "
-            f"{MOST_NOISE:.0f}. Train for longer (num_steps), or use a more flexible local_flow"
-        )
-    elif found.shared is not None:
-        yield from _about_weights(found.shared)
-
-
-def _about_trusted_elements(found: ElementWeights) -> str:
-    elements, words = found.elements, "Trusted: "
-    if (shared := found.shared) is not None:
-        gap = max(shared.log_evidence - shared.elbo, 0.0)
-        words += (
-            f"of the latents that all elements share the ELBO is {gap:.3f} nats below the log evidence "
-            f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
-        )
-    return (
-        f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such distance is "
-        f"{elements.gap.max():.3f} nats, and the largest k-hat {elements.khat.max():.2f}"
-        + _ELSEWHERE["none"]
-    )
-
-
 def _about_success(found: Importance, missed: MissedModes | None) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
@@ -303,4 +261,4 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
             "other mode(s) that the guide leaves out."
         )
-    return words + _ELSEWHERE["none" if missed is None else missed.searched_by]
+    return words + ELSEWHERE["none" if missed is None else missed.searched_by]
