@@ -31,7 +31,7 @@ author = "Contributors to the pyro_artransform project"
 copyright = author
 version = release = __version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "bibliography", "mathml"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # names of others, which are no links, and the package's own that are for nobody to call

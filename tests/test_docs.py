@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 import runpy
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -188,12 +189,50 @@ def test_a_verdict_says_what_its_page_quotes() -> None:
         assert quote.removesuffix(" …") in said, quote
 
 
-def test_the_check_of_links_finds_faults(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("check_site", DOCS / "check_site.py")
+def script_of_the_site(name: str) -> Any:
+    """A script in the folder of the pages, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def comments(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        yield from (
+            t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT
+        )
+
+
+def test_every_paper_that_the_code_names_is_in_the_bibliography() -> None:
+    """A year in a docstring or a comment is that of a paper, whose first author stands before it."""
+    script = script_of_the_site("bibliography")
+    listed = {(paper.authors.split(",")[0].split()[0], paper.year) for paper in script.papers()}
+    assert len(listed) > 40
+    texts = [text for _, text in script.docstrings()]
+    texts += [" ".join(comments(path)) for path in sorted((ROOT / PACKAGE).rglob("*.py"))]
+    for text in (re.sub(r"https?://\S+", "", text) for text in texts):
+        for year in re.finditer(r"\b(?:19|20)\d\d(?=[),])", text):
+            before = text[max(year.start() - 100, 0) : year.start()]
+            known = any(author in before and year[0] == paper for author, paper in listed)
+            assert known, f"{before}{year[0]}: expected Title (Authors, {year[0]}) in a docstring"
+
+
+def test_a_paper_is_cited_as_docstrings_have_it() -> None:
+    script = script_of_the_site("bibliography")
+    text = "It bends. See The Bend: a Study (Doe, Roe, 2001), https://doi.org/1/x, and Bends (Poe, 1999)."
+    bend, bends = script.cited(text + " See also the loop (which has no year), and others.")
+    assert bend == ("Doe, Roe", "2001", "The Bend: a Study", "https://doi.org/1/x", ())
+    assert bends[:3] == ("Poe", "1999", "Bends")
+    assert script.as_markdown(bend._replace(places=("flows.iaf",))) == (
+        "- Doe, Roe (2001). [The Bend: a Study](https://doi.org/1/x). In `flows.iaf`."
+    )
+
+
+def test_the_check_of_links_finds_faults(tmp_path: Path) -> None:
+    script = script_of_the_site("check_site")
     with pytest.raises(ValueError, match="a folder with pages"):
         script.faults(tmp_path)
     (tmp_path / "other.html").write_text('<p id="here">')
