@@ -9,7 +9,7 @@ READY = $(VENV)/.installed
 # One thread for each of the two test processes: more of them only get in each other's way.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help install test test-all wheel demo lint format bench docs clean
+.PHONY: help install test test-all wheel release demo lint format bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ wheel: $(READY) ## build the wheel into dist/, and try it in an environment with
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 	$(ONE_THREAD) bash .ci/wheel $(BIN)/python
+
+release: wheel ## what a release needs: wheel and source distribution, checked, and all tests; uploads nothing
+	$(BIN)/python -m twine check --strict dist/*
+	$(MAKE) test-all
+	@! grep -nE "example\.org|filled in by a maintainer" pyproject.toml SECURITY.md || echo "Fill these in before an upload."
 
 demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
 	$(BIN)/python tutorials/eight_schools.py

@@ -31,7 +31,7 @@ author = "Contributors to the pyro_artransform project"
 copyright = author
 version = release = __version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "bibliography", "mathml"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # names of others, which are no links, and the package's own that are for nobody to call
@@ -63,11 +63,16 @@ html_copy_source = False
 html_show_sphinx = False
 
 
-def _from_the_readme(app: Any, path: Path, parent: str, content: list[str]) -> None:
-    """Links of the README to a page, where a page shows this part of the README."""
-    content[0] = content[0].replace("](docs/", "](")
+def _from_the_root(app: Any, path: Path, parent: str, content: list[str]) -> None:
+    """Links of the README and its like to pages, where a page shows a part of them."""
+    for at_root, page in {
+        "docs/": "",
+        "CONTRIBUTING": "contributing",
+        "SECURITY": "security",
+    }.items():
+        content[0] = content[0].replace(f"]({at_root}", f"]({page}")
 
 
 def setup(app: Any) -> None:
     """Has Sphinx ask about each file that a page includes."""
-    app.connect("include-read", _from_the_readme)
+    app.connect("include-read", _from_the_root)

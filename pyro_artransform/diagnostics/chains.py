@@ -54,7 +54,8 @@ class GuideChains:
     """Chains of a posterior that begin at draws of a guide.
 
     Where the guide is so good that most of its draws are accepted, these are the proposals, as in an
-    independence sampler (Tierney, 1994, https://doi.org/10.1214/aos/1176325750); else trajectories are.
+    independence sampler [1], which sticks in the tails where weights are not bounded [2]; else
+    trajectories are.
 
     ``draws`` are on the unconstrained space, shape ``(C, n, D)``; the chains move in the coordinates of
     ``log_joint``, which has some from the prior where a Gaussian guide of a hierarchy has none.
@@ -62,6 +63,13 @@ class GuideChains:
     :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
         a latent, was made for another model, is a point, has discrete sites, or has too few draws of
         finite density.
+
+    **References**
+
+    1. Markov Chains for Exploring Posterior Distributions (Tierney, 1994),
+       https://doi.org/10.1214/aos/1176325750
+    2. Rates of Convergence of the Hastings and Metropolis Algorithms (Mengersen, Tweedie, 1996),
+       https://doi.org/10.1214/aos/1033066201
     """
 
     def __init__(self, subject: ModelAndGuide, num_chains: int | None = None) -> None:

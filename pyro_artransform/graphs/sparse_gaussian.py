@@ -14,6 +14,8 @@ level by level, and a dense Gaussian of the root block. All coordinates of a lev
 **References**
 
 1. Gaussian Markov Random Fields: Theory and Applications (Rue, Held, 2005)
+2. Formation of a Sparse Bus Impedance Matrix and Its Application to Short Circuit Study (Takahashi, Fagan,
+   Chen, 1973)
 """
 
 import math

@@ -96,8 +96,7 @@ class Affine(Univariate):
 
     :param bound: the bound of the log-scale.
     :param multiplier: a factor of the parameters. Adam moves each weight at one pace, so that an output
-        of a wide network moves at the pace of their sum: with less than 1 it moves slower
-        (Tensor Programs V, Yang et al., 2022, https://arxiv.org/abs/2203.03466).
+        of a wide network moves at the pace of their sum: with less than 1 it moves slower.
     :raises ValueError: if one of them is not positive and finite.
 
     Example::
@@ -105,6 +104,11 @@ class Affine(Univariate):
         >>> transform = Affine()(torch.zeros(32, 5, 2))
         >>> transform(torch.randn(32, 5)).shape
         torch.Size([32, 5])
+
+    **References**
+
+    1. Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer (Yang et al.,
+       2022), https://arxiv.org/abs/2203.03466
     """
 
     num_params = 2

@@ -58,7 +58,10 @@ def fold(draws: Tensor, is_circular: Tensor | None) -> tuple[Tensor, float]:
 
 
 def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
-    """The entropy of turns given angles, by which an ELBO is too large (corrected: Miller, 1955)."""
+    """The entropy of turns given angles, by which an ELBO is too large, with Miller's correction.
+
+    See Note on the Bias of Information Estimates (Miller, 1955).
+    """
     total, size = 0.0, math.isqrt(len(draws))  # of pieces in which the angle counts as the same
     for angles, within in zip(draws.double().mT, folded.double().mT):
         turns, nats = ((angles - within) / (2 * math.pi)).round(), 0.0

@@ -157,7 +157,8 @@ def climb_by_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Climbs from each point without Hessians: by L-BFGS in the units of a Gaussian.
 
-    See Nocedal, 1980, https://doi.org/10.1090/S0025-5718-1980-0572855-7.
+    See Updating Quasi-Newton Matrices with Limited Storage (Nocedal, 1980),
+    https://doi.org/10.1090/S0025-5718-1980-0572855-7.
 
     :param scale_tril: shape ``(D, D)``, or ``(D,)`` where it is diagonal.
     :return: the ends, and the log-density there, shape ``(S,)``.

@@ -141,7 +141,8 @@ class Schedule:
     def average_weight(self, step: int) -> float:
         """The weight of the newest parameters in their average, by a share that of polynomial decay.
 
-        See Shamir, Zhang, 2013, https://arxiv.org/abs/1212.1824.
+        See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
+        Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
         reach = max(self.config.averaged_steps, self.config.averaged_share * step)
         return 1 / min(reach, step + 1)

@@ -1,0 +1,26 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""The code of the README and of pages, in a form that runs in seconds."""
+
+import re
+
+
+def python_blocks(page: str) -> str:
+    """The Python blocks of a page, one after the other."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
+
+
+def shortened(code: str) -> str:
+    """Code with fits of five steps and a second, a hundred draws by chains and thirty for weights."""
+
+    def short_fit(call: re.Match[str]) -> str:
+        arguments = re.sub(r", (epochs|seed|progress)=\w+", "", call[1])
+        if "draws=" in arguments:
+            arguments = re.sub(r"draws=\d+", "draws=100", arguments)
+        else:  # the verdict on so short a fit is of no interest
+            arguments += ", num_steps=5, max_seconds=1"
+        return f"= fit({arguments}, progress=False, seed=0)"
+
+    code = re.sub(r"= fit\((.*?)\)", short_fit, code)
+    code = re.sub(r"= mcmc\((.*?), \d+", r"= mcmc(\1, 100, progress=False", code)
+    return re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code)
