@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
     LIMIT,
     LITTLE_TO_WIN,
@@ -115,7 +116,7 @@ def test_the_average_reaches_back_a_share_of_the_steps():
 # Checks of what is left to win
 
 
-class Weights:
+class Weights(Objective):
     """An objective whose log weights are Gaussian, of a given standard deviation."""
 
     def __init__(self, sd, has_weights=True):
