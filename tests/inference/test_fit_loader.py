@@ -4,6 +4,7 @@
 """Fits by mini-batches: what they reach, see and say, and how they go on from a file."""
 
 import math
+import re
 from dataclasses import replace
 
 import pyro
@@ -196,6 +197,35 @@ def test_each_step_sees_the_next_batch(kind):
     batches = listed(*rows())
     fitted(model, kind(model), batches, epochs=3, callback=callback)
     assert at_step == [batch[0][0, 0].item() for batch in batches] * 3
+
+
+def test_modes_are_searched_for_by_few_batches():
+    """The other sign of z is as good, and the guide has one of them."""
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", 400, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z.square(), 1.0), obs=y)
+
+    y = 4 + torch.randn(400, generator=torch.Generator().manual_seed(0))
+    result = fitted(model, small(model), shuffled(y), num_steps=1, seed=0)
+    share = re.search(r"about (\d+) % of the posterior is in 1 other mode", result.verdict)
+    assert 45 <= int(share[1]) <= 55
+    assert not result.trusted
+
+
+def test_draws_by_passes_over_a_loader():
+    x, y = rows()
+    mean, sd, _ = loaders.exact(x, y)
+    guide = small(loaders.regression)
+    result = fitted(loaders.regression, guide, shuffled(x, y), draws=200, seed=0)
+    assert result.trusted, result
+    draws = result.draws["weights"]
+    assert draws.shape == (200, DIM)
+    # four standard errors of 200 effective draws
+    assert ((draws.mean(0) - mean).abs() < 4 * sd / 200**0.5).all()
+    with pytest.raises(ValueError, match=r"draws: expected a model of all data.*mini-batches"):
+        fitted(loaders.regression, guide, shuffled(x[:20], y[:20]), draws=200)
 
 
 def test_ends_by_itself():

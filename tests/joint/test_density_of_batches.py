@@ -9,6 +9,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.joint import LogJoint, MeanLogJoint
+from pyro_artransform.joint.mean_density import Anchor, AnchoredLogJoint
 from tests.joint.models import SIZE, Y, by_trace, of_batch
 
 
@@ -79,6 +80,54 @@ def test_mean_of_a_partition_is_that_of_all_data():
     mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[:3] / 0,), {})])
     assert not mean.is_of_all_data
     assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_is_in_double_precision_with_the_gradient_of_draws(dtype):
+    z = torch.randn(5, 2, dtype=dtype, requires_grad=True)
+    y = Y.to(dtype)
+    mean = MeanLogJoint(LogJoint(of_batch, (y[:3],)), [((y[:3],), {}), ((y[3:],), {})])
+    found = mean(z)
+    assert found.dtype == torch.float64
+    (gradient,) = torch.autograd.grad(found.sum(), z, create_graph=True)
+    assert gradient.dtype == dtype
+    again = torch.autograd.grad(gradient.square().sum(), z)[0]
+    whole = LogJoint(of_batch, (y,))
+    (slope,) = torch.autograd.grad(whole(z).sum(), z, create_graph=True)
+    expected = torch.autograd.grad(slope.square().sum(), z)[0]
+    assert torch.allclose(again, expected, rtol=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(mean.checked(z, found), whole(z).double(), rtol=1e-5)
+
+
+def test_data_of_two_plates_are_not_known_to_be_all():
+    """A batch has a fifth of the rows, and half of the others: no weight suits both."""
+
+    def two(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("some", 15, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        with pyro.plate("others", 6, subsample_size=len(y)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=y)
+
+    parts = [((Y[:3],), {})] * 5
+    assert not MeanLogJoint(LogJoint(two, (Y[:3],)), parts).is_of_all_data
+
+
+def test_an_anchor_makes_batches_alike():
+    batches = [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})]
+    log_joint = LogJoint(of_batch, (Y[:3],))
+    whole = MeanLogJoint(log_joint, batches)
+    anchor = Anchor.of(whole, torch.tensor([0.3, -0.2]))
+    near = anchor.point + 0.02 * torch.randn(6, 2)
+    plain = [log_joint.with_arguments(*batch) for batch in batches]
+    anchored = [AnchoredLogJoint(part, anchor) for part in plain]
+    shares = torch.tensor([3.0, 2.0, SIZE - 5.0])[:, None] / SIZE
+    found, noisy = (torch.stack([part(near) for part in parts]) for parts in (anchored, plain))
+    assert torch.allclose((shares * found).sum(0), whole(near).to(found), atol=1e-4)
+    assert (found - whole(near)).abs().max() < 0.1 * (noisy - whole(near)).abs().max()
+    other = anchored[0].with_arguments(*batches[1])
+    assert torch.allclose(other(near), anchored[1](near))
 
 
 @pytest.mark.parametrize("columns", [(), (4,)])

@@ -90,6 +90,24 @@ def test_a_loss_that_runs_away_goes_back_with_a_smaller_step():
     assert (objective.x - 3).abs().max() < 0.3
 
 
+def test_it_ends_with_the_best_parameters_where_steps_lose_them():
+    """Those of the start among them: the gradient of a wrong sign leads away from it."""
+
+    class Far(Bowl):
+        def loss(self, num_particles):
+            loss = super().loss(num_particles)
+            return 2 * loss.detach() - loss
+
+    objective = Far()
+    objective.x.data.fill_(3.0)
+    training = training_of(objective, 100)
+    training.check_start("a start", 0.0)
+    run(training, 90)
+    assert (objective.x - 3).abs().max() > 0.01
+    assert training.select_parameters() == "best"
+    assert torch.equal(objective.x, torch.full((4,), 3.0))
+
+
 def test_steps_that_are_not_finite_go_back_with_a_smaller_step():
     """As an autoencoder's were at a step size that is too large for it."""
 
