@@ -73,9 +73,9 @@ def fit(
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
     to all data, except where all latents belong to a batch's own rows, as in a variational autoencoder.
     Latents of the rows themselves need a guide that reads the batch, such as ``AutoAmortized``, and
-    ``AutoStructuredFlow`` has to be set up before, by ``guide.set_up(*all_data)``. The verdict trusts
-    mini-batches where each has latents of its own elements (``docs/minibatches.md``), and a loader of one
-    batch with all data is as good as arguments. A short last batch has the weight of its rows.
+    ``AutoStructuredFlow`` has to be set up before, by ``guide.set_up(*all_data)``. The verdict goes through
+    the loader again, for all data, or for each element that has latents of its own
+    (``docs/minibatches.md``), and a loader of one batch with all data is as good as arguments. A short last batch has the weight of its rows.
 
     Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
     drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there
