@@ -42,8 +42,6 @@ class OptimizationConfig:
     #: the same where the model has parameters, such as networks: with 2e-2 an autoencoder ended 5 nats an
     #: image lower (tutorials/vae_iaf.ipynb)
     model_step_size: float = 5e-3
-    warm_up: int = 20  #: steps in which the step size rises at first
-    constant_share: float = 0.4  #: the constant part of a given number of steps
     window: int = 300  #: steps whose mean ELBO is compared with that of the same number before
     min_improvement: float = 0.004  #: nats between windows below which a fit does not go on
     #: nats at which the step size falls: one mean that is 0.06 sd off costs so much
@@ -52,8 +50,8 @@ class OptimizationConfig:
     num_compared: int = 1000  #: draws of such an estimate, and of the comparison at the end
     max_constant: int = 3000  #: the longest constant phase
     decay_share: float = 0.6  #: the decay as a share of the constant phase
-    averaged_steps: int = 100  #: steps that the average of parameters reaches back, at least
-    averaged_share: float = 1 / 3  #: the same as a share of all steps (Shamir and Zhang 2013)
+    #: what the average of parameters reaches back as a share of all steps (Shamir and Zhang 2013)
+    averaged_share: float = 1 / 3
     clip_factor: float = 3.0  #: gradients are clipped to this multiple of the median norm
     #: the factor of the step size where the median loss of the last steps exceeds all of the first ones'
     #: (a Gaussian autoencoder, tutorials/vae_iaf.ipynb)
@@ -85,8 +83,9 @@ class MinibatchConfig:
     num_estimates: int = 4  #: independent ones of an ELBO where draws cannot be told apart
     max_batches: int = 500  #: batches of the pass at the end: time
     num_draws: int = 4000  #: its draws
-    num_common_draws: int = 1000  #: its draws where all batches have the same
-    num_draws_of_all: int = 400  #: draws of a verdict on all data, and of a comparison by them
+    num_common_draws: int = (
+        400  #: its draws where all batches have the same, and those of a verdict on all data
+    )
     num_shared: int = (
         250  #: draws of what the elements of all batches share, of a pass that weighs them
     )
@@ -109,7 +108,6 @@ class EvaluationConfig:
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches
     num_around: int = 10_000  #: draws all around the guide
     num_for_mode: int = 512  #: draws around each mode that was proposed
-    max_modes: int = 32  #: such modes
     num_screened: int = 500  #: points screened far outside of the guide
     max_climb_steps: int = 60  #: of a climb by gradients
     max_searches: int = 5  #: for modes, while they find too much for none and too little for a loss
@@ -157,7 +155,7 @@ class FitConfig:
 
     def for_passes(self) -> "FitConfig":
         """The same where an evaluation of the density is a pass over a loader: with fewer draws."""
-        few, start = self.minibatch.num_draws_of_all, self.initialization
+        few, start = self.minibatch.num_common_draws, self.initialization
         verdict = replace(
             self.evaluation, num_samples=few, num_more_samples=0, num_around=few, max_searches=1
         )

@@ -75,7 +75,8 @@ def fit(
     Latents of the rows themselves need a guide that reads the batch, such as ``AutoAmortized``, and
     ``AutoStructuredFlow`` has to be set up before, by ``guide.set_up(*all_data)``. The verdict goes through
     the loader again, for all data, or for each element that has latents of its own
-    (``docs/minibatches.md``), and a loader of one batch with all data is as good as arguments. A short last batch has the weight of its rows.
+    (``docs/minibatches.md``), and a loader of one batch with all data is as good as arguments. A short
+    last batch has the weight of its rows.
 
     Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
     drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there

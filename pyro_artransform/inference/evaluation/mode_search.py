@@ -32,6 +32,7 @@ from .mixture import Shape, Stratum, squared_distances
 _SHELLS, _WIDENED = (3.0, 10.0, 30.0, 100.0), 1.2  # around the guide, in sds of this factor
 _OF_SHELL = 2  # points of each that climbs start at, and of the best of each
 _MOST_MIRRORED = 8  # sites that are mirrored one at a time
+_MOST_MODES = 32  # modes that draws are taken around: memory
 _MOST_MOVED = 4  # ends of climbs that a guide is moved to
 _NEWTON_STEPS = 10  # from the end of a climb by gradients to the mode
 # sds of each coordinate within which ends of climbs are one; squared distance of two modes that always differ
@@ -125,9 +126,7 @@ class ModeSearch:
         order = modes.log_masses().argsort(descending=True).tolist()
         each, kept = [modes.gaussians.take([k]) for k in range(len(order))], list[int]()
         for i in order:
-            if len(kept) < self.config.evaluation.max_modes and not any(
-                self._are_same(each[i], each[k]) for k in kept
-            ):
+            if len(kept) < _MOST_MODES and not any(self._are_same(each[i], each[k]) for k in kept):
                 kept.append(i)
         return modes.take(kept)
 

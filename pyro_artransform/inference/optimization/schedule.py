@@ -20,6 +20,9 @@ LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
+# steps in which the step size rises at first, the constant part of a given number of steps, and the steps
+# that the average of parameters reaches back at least: half and twice as much are as good (settings.md)
+_WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -68,7 +71,7 @@ class Schedule:
             self,
             num_steps=num_steps,
             end=num_steps,
-            decay_start=math.ceil(self.config.constant_share * num_steps),
+            decay_start=math.ceil(_CONSTANT_SHARE * num_steps),
             reason=f"all {num_steps} steps that were asked for were taken",
         )
 
@@ -132,7 +135,7 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """What to multiply the step size by, after a number of steps."""
-        size = min(1.0, (step + 1) / self.config.warm_up)
+        size = min(1.0, (step + 1) / _WARM_UP)
         if self.end is None:
             return size
         share = max(step - self.decay_start, 0) / max(self.end - self.decay_start, 1)
@@ -144,7 +147,7 @@ class Schedule:
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        reach = max(self.config.averaged_steps, self.config.averaged_share * step)
+        reach = max(_AVERAGED_STEPS, self.config.averaged_share * step)
         return 1 / min(reach, step + 1)
 
 
