@@ -115,7 +115,7 @@ class ElementWeights(NamedTuple):
             worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
             gap = elements.gap[worst]
             about = (
-                f"the ELBO of {elements.name_of(worst)} is {gap:.3g} nats below its log evidence"
+                f"the ELBO of {elements.name_of(worst)} is {gap:,.2f} nats below its log evidence"
             )
             if gap <= GOOD_GAP:
                 khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
