@@ -40,10 +40,11 @@ from ...diagnostics.psis import fit_tails
 from ...time_limit import is_out_of_time
 from ..optimization.objective import MinibatchObjective, PassEstimate, PyroObjective
 from .element_draws import ElementDraws, UnknownWeightsError
+from .verdict import ELSEWHERE, about_weights
 
-#: the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (Doucet, Pitt,
-#: Deligiannidis, Kohn 2015, https://arxiv.org/abs/1210.1871)
-MOST_NOISE = 1.0
+# the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (Doucet, Pitt,
+# Deligiannidis, Kohn 2015, https://arxiv.org/abs/1210.1871)
+_MOST_NOISE = 1.0
 #: why nothing is known where a guide has the latents that all data share alone
 NOT_BY_ELEMENT = "weights of mini-batches are noise"
 
@@ -105,6 +106,49 @@ class ElementWeights(NamedTuple):
     shared: Importance | None
     noise: float
     num_inner: int
+
+    @property
+    def objection(self) -> str:
+        """To the guide, with the worst element named; empty where all is trusted."""
+        elements, bad = self.elements, (~self.elements.trusted).nonzero().flatten()
+        if len(bad):
+            worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
+            gap = elements.gap[worst]
+            about = (
+                f"the ELBO of {elements.name_of(worst)} is {gap:.3g} nats below its log evidence"
+            )
+            if gap <= GOOD_GAP:
+                khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
+                about = f"k-hat of {elements.name_of(heavy)} is {khat}"
+            return (
+                f"{len(bad):,} of {len(elements.khat):,} elements of plate '{elements.plate}' are not "
+                f"fitted: {about}. Where these are few, look at their data; where they are many, use an "
+                "encoder with features that tell more, a more flexible local_flow, or more num_steps"
+            )
+        if self.noise > _MOST_NOISE:
+            return (
+                "nothing is known of the latents that all elements share: with "
+                f"{self.num_inner} draws of each element their log weights have a variance of "
+                f"{self.noise:.2g} by noise alone, above {_MOST_NOISE:.0f}. Train for longer (num_steps), or "
+                "use a more flexible local_flow"
+            )
+        return "" if self.shared is None else "; ".join(about_weights(self.shared))
+
+    @property
+    def praise(self) -> str:
+        """The verdict where all is trusted."""
+        elements, words = self.elements, "Trusted: "
+        if (shared := self.shared) is not None:
+            gap = max(shared.log_evidence - shared.elbo, 0.0)
+            words += (
+                f"of the latents that all elements share the ELBO is {gap:.3f} nats below the log evidence "
+                f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
+            )
+        return (
+            f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such "
+            f"distance is {elements.gap.max():.3f} nats, and the largest k-hat {elements.khat.max():.2f}"
+            f"{ELSEWHERE['none']}"
+        )
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ def evaluate_minibatches(
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
-        verdict = judge(weights, None, status, elements=by_element)
+        verdict = judge(None, None, status, by_element.objection, by_element.praise)
     numbers = found.elbo, found.elbo_se, count
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 

@@ -17,7 +17,6 @@ from ...diagnostics.importance import (
 )
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.objective import PassEstimate
-from .elements import MOST_NOISE, ElementWeights
 from .missed_modes import MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
@@ -84,13 +83,11 @@ def judge(
     status: FitStatus,
     about_others: str = "",
     praise: str = "",
-    elements: ElementWeights | None = None,
 ) -> Verdict:
     """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them.
 
     :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
     :param praise: the words without an objection, where those about the weights are not the ones.
-    :param elements: those of mini-batches, where these have latents of their own.
     """
     objections = []
     if not status.is_complete:
@@ -108,10 +105,8 @@ def judge(
         objections.append(about_time(status.left_out))
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
-    elif elements is not None:
-        objections += _about_elements(elements)
     elif weights is not None:
-        objections += _about_weights(weights)
+        objections += about_weights(weights)
         if missed is not None:
             objections += _about_missed_modes(weights, missed)
     if about_others:
@@ -130,8 +125,6 @@ def judge(
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
-    if elements is not None and not objections:
-        return Verdict(True, _about_trusted_elements(elements) + note)
     if objections or (weights is None and not praise):
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
@@ -151,7 +144,8 @@ def about_coarse_sites(names: Sequence[str]) -> str:
     )
 
 
-def _about_weights(found: Importance) -> Iterator[str]:
+def about_weights(found: Importance) -> Iterator[str]:
+    """Objections to weights of a guide's draws."""
     if not math.isfinite(found.elbo) or found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
@@ -249,45 +243,6 @@ def about_minibatches(
         f"{reason}. On data that fit into memory run "
         "diagnostics.importance with all of them and a model that does not sub-sample; on "
         "others, diagnostics.sbc with simulated data"
-    )
-
-
-def _about_elements(found: ElementWeights) -> Iterator[str]:
-    elements, bad = found.elements, (~found.elements.trusted).nonzero().flatten()
-    if len(bad):
-        worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
-        gap = elements.gap[worst]
-        about = f"the ELBO of {elements.name_of(worst)} is {gap:.3g} nats below its log evidence"
-        if gap <= GOOD_GAP:
-            khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
-            about = f"k-hat of {elements.name_of(heavy)} is {khat}"
-        yield (
-            f"{len(bad):,} of {len(elements.khat):,} elements of plate '{elements.plate}' are not fitted: "
-            f"{about}. Where these are few, look at their data; where they are many, use an encoder with "
-            "features that tell more, a more flexible local_flow, or more num_steps"
-        )
-    elif found.noise > MOST_NOISE:
-        yield (
-            f"nothing is known of the latents that all elements share: with {found.num_inner} draws of each "
-            f"element their log weights have a variance of {found.noise:.2g} by noise alone, above "
-            f"{MOST_NOISE:.0f}. Train for longer (num_steps), or use a more flexible local_flow"
-        )
-    elif found.shared is not None:
-        yield from _about_weights(found.shared)
-
-
-def _about_trusted_elements(found: ElementWeights) -> str:
-    elements, words = found.elements, "Trusted: "
-    if (shared := found.shared) is not None:
-        gap = max(shared.log_evidence - shared.elbo, 0.0)
-        words += (
-            f"of the latents that all elements share the ELBO is {gap:.3f} nats below the log evidence "
-            f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
-        )
-    return (
-        f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such distance is "
-        f"{elements.gap.max():.3f} nats, and the largest k-hat {elements.khat.max():.2f}"
-        + ELSEWHERE["none"]
     )
 
 

@@ -59,7 +59,7 @@ def weighed(guide, *args, **options):
 
 
 def verdict(found):
-    return judge(found.shared, None, FitStatus(), elements=found)
+    return judge(None, None, FitStatus(), found.objection, found.praise)
 
 
 def test_the_posterior_itself():
