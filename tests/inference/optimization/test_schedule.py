@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
     LIMIT,
     LITTLE_TO_WIN,
@@ -115,7 +116,7 @@ def test_the_average_reaches_back_a_share_of_the_steps():
 # Checks of what is left to win
 
 
-class Weights:
+class Weights(Objective):
     """An objective whose log weights are Gaussian, of a given standard deviation."""
 
     def __init__(self, sd, has_weights=True):
@@ -133,6 +134,16 @@ def test_the_gap_of_gaussian_weights_is_half_their_variance():
     assert abs(score.gap - 0.02) < 0.002
     assert abs(score.elbo + 7.0) < 0.01
     assert score_of(Weights(0.2, has_weights=False), 100).gap == math.inf
+
+
+def test_the_gap_of_many_posteriors_is_the_sum_of_those_of_each():
+    class OfMany(Weights):
+        def log_weights(self, count):
+            return torch.stack([self.elbo_draws(count) for _ in range(400)], 1)
+
+    score = score_of(OfMany(0.2), 200)
+    assert abs(score.gap - 400 * 0.02) < 0.2
+    assert abs(score.elbo + 400 * 7.0) < 1.0
 
 
 def test_weights_with_a_heavy_tail_know_no_gap():
@@ -176,3 +187,6 @@ def test_nats_are_in_proportion_to_many_latents():
     assert few == CONFIG
     assert many.min_improvement == 10 * CONFIG.min_improvement
     assert many.good_gap == 10 * CONFIG.good_gap
+    of_each = CONFIG.for_latents(1000, 100)
+    assert of_each.good_gap == 100 * CONFIG.good_gap
+    assert of_each.num_compared < CONFIG.num_compared
