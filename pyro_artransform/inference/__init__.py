@@ -6,6 +6,8 @@
 from ..joint.data_sets import over_data_sets
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
+from .evaluation.each_posterior import EachPosterior
+from .evaluation.elements import Elements
 from .fit import fit
 from .fit_draws import fit_draws
 from .mcmc import Chains, mcmc
@@ -15,6 +17,8 @@ from .result import DrawsResult, FitResult
 __all__ = [
     "Chains",
     "DrawsResult",
+    "EachPosterior",
+    "Elements",
     "FitConfig",
     "FitError",
     "FitResult",

@@ -194,7 +194,9 @@ class ElementDraws:
         with poutine.block(), scored:
             draws.run(partial(self.guide, *batch.args, **batch.kwargs))
         stacks = scored.frames.values()
-        frame = next(f for frames in stacks for f in frames if f.name == self.plate)
+        frame = next((f for frames in stacks for f in frames if f.name == self.plate), None)
+        if frame is None:
+            raise UnknownWeightsError(f"the guide has no sites in plate '{self.plate}'")
         like = scored.values[next(iter(scored.log_probs))]
         log_q = sum_by_element(draws, frame, scored.log_probs, scored.frames, like)
         log_q["elements"] = log_q["elements"] / subsampling_scale(frame)

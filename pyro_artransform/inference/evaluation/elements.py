@@ -37,6 +37,7 @@ from torch import Tensor
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.psis import fit_tails
+from ...joint.vectorization import describe
 from ...time_limit import is_out_of_time
 from ..optimization.objective import MinibatchObjective, PassEstimate, PyroObjective
 from .element_draws import ElementDraws, UnknownWeightsError
@@ -115,7 +116,7 @@ class ElementWeights(NamedTuple):
             worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
             gap = elements.gap[worst]
             about = (
-                f"the ELBO of {elements.name_of(worst)} is {gap:.3g} nats below its log evidence"
+                f"the ELBO of {elements.name_of(worst)} is {gap:,.2f} nats below its log evidence"
             )
             if gap <= GOOD_GAP:
                 khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
@@ -170,6 +171,8 @@ def weigh_elements(
             return _weigh(minibatches, objective, num_gradients)
     except UnknownWeightsError as error:
         return str(error)
+    except Exception as error:  # a model or a guide that does not take many draws of a batch
+        return f"its elements could not be weighed ({describe(error)})"
 
 
 def _check_pass(passed: PassEstimate) -> None:

@@ -228,6 +228,10 @@ def test_what_is_not_known_is_said():
             z = pyro.sample("z", dist.Normal(mean, 1.0))
             pyro.sample("y", dist.Normal(z.cumsum(-1), 0.5), obs=y)
 
+    def in_no_plate(y):
+        mean = pyro.sample("mean", dist.Normal(pyro.param("other", torch.tensor(0.0)), 1.0))
+        pyro.sample("z", dist.Normal((mean + 4 * y) / 5, 5**-0.5).to_event(1))
+
     def outside(y):
         groups(y)
         pyro.sample("more", dist.Normal(y.sum(), 1.0), obs=torch.tensor(0.0))
@@ -239,9 +243,20 @@ def test_what_is_not_known_is_said():
         ("is 50 % of the data", weighed(posterior, data_twice)),
         ("depend on the mini-batch", weighed(posterior, moved)),
         ("depend on the mini-batch", weighed(posterior, outside)),
+        ("many elements at once in a plate", weighed(in_no_plate)),
         ("depend on each other", weighed(posterior, joined)),
         (r"those of ['groups', 'rows']", weighed(posterior, crossed)),
         ("a pass saw 60 % of the data, in 3 batches", weighed(posterior, max_batches=3)),
     ):
         assert isinstance(found, str)
         assert words in found
+
+
+def test_an_error_is_no_end_of_a_fit(monkeypatch):
+    """What a long fit has reached is kept."""
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("pyro_artransform.inference.evaluation.elements._weigh", fails)
+    assert "its elements could not be weighed (RuntimeError: out of memory" in weighed(posterior)
