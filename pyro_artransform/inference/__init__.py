@@ -6,6 +6,7 @@
 from ..joint.data_sets import over_data_sets
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
+from .evaluation.each_posterior import EachPosterior
 from .evaluation.elements import Elements
 from .fit import fit
 from .fit_draws import fit_draws
@@ -16,6 +17,7 @@ from .result import DrawsResult, FitResult
 __all__ = [
     "Chains",
     "DrawsResult",
+    "EachPosterior",
     "Elements",
     "FitConfig",
     "FitError",

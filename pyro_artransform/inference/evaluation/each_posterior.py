@@ -107,14 +107,19 @@ class EachPosterior:
 
 def weigh_each(
     posteriors: Posteriors, model: Callable[[], object], config: FitConfig
-) -> tuple[EachPosterior, Importance, Tensor]:
+) -> tuple[EachPosterior, Importance, Tensor] | None:
     """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
+
+    None where the weights of all together are good, so that those of each are.
 
     :param model: with its arguments.
     """
     count = config.evaluation.num_samples
     with within(0.5):
         weights, rest, latents = _draw(posteriors, count)
+    joint = Importance.from_log_weights(weights.sum(1) + rest)
+    if joint.trusted and joint.is_close:
+        return None
     found = [Importance.from_log_weights(own) for own in weights.T]
     suspects = [k for k, own in enumerate(found) if _fault_of(own)]
     if suspects:
@@ -135,7 +140,7 @@ def weigh_each(
     each = EachPosterior(
         posteriors.plate, **numbers, objections=objections, searched_by=searched_by
     )
-    return each, Importance.from_log_weights(weights.sum(1) + rest), latents
+    return each, joint, latents
 
 
 def _draw(

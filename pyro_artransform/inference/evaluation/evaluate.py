@@ -151,10 +151,13 @@ def evaluate(
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
     if many is not None:
         model = partial(subject.model, *subject.args, **subject.kwargs)
-        each, joint, first = weigh_each(many, model, config)
-        if not (joint.trusted and joint.is_close):
-            mixes_draws = log_joint.strategy != strategy
-            status = status._replace(mixes_draws=mixes_draws, left_out=left_out())
+        if (weighed := weigh_each(many, model, config)) is not None:
+            each, joint, first = weighed
+            status = status._replace(
+                mixes_draws=log_joint.strategy != strategy,
+                coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
+                left_out=left_out(),
+            )
             verdict = judge(None, None, status, each.objection, each.praise)
             numbers = joint.elbo, joint.elbo_se, joint.num_samples
             return Evaluation(*numbers, None, False, verdict, latents=first, elements=each)

@@ -154,13 +154,16 @@ class EachSearch:
 
 def _deviations(gaussians: Gaussians, noise: Tensor) -> Tensor:
     """The deviations ``(n, E, d)`` of E Gaussians."""
-    return (gaussians.scale_tril @ noise[..., None])[..., 0]
+    return torch.einsum("eij,nej->nei", gaussians.scale_tril, noise)
 
 
 def _log_normal(gaussians: Gaussians, points: Tensor) -> tuple[Tensor, Tensor]:
     """The log density of each at points ``(n, E, d)``, and that alone where its draws are."""
-    dim, away = points.shape[-1], (points - gaussians.loc)[..., None]
-    units = torch.linalg.solve_triangular(gaussians.scale_tril, away, upper=False)[..., 0]
+    dim, lower = points.shape[-1], gaussians.scale_tril
+    identity = torch.eye(dim, dtype=lower.dtype, device=lower.device)
+    # by the inverse: a solver would copy the matrices for all draws
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    units = torch.einsum("eij,nej->nei", inverse, points - gaussians.loc)
     squares = units.square().sum(-1)
     found = -0.5 * squares - 0.5 * dim * math.log(2 * math.pi) - gaussians.log_volume()
     return found, found.masked_fill(squares > dim + 3 * math.sqrt(2 * dim), -torch.inf)

@@ -23,6 +23,8 @@ from .schedule import Schedule, score_of
 _END = ("decay_start", "end", "reason")
 # standard errors by which others have to be better than the last parameters
 _CLEAR = 2.0
+# nats below its ELBO from which on steps have lost a start (a horseshoe of 403 latents loses a hundred)
+_LOST = 1.0
 _COPIED = ("norms", "average", "best", "best_loss")
 _BLOCK = 50  # steps whose mean loss says which parameters were the best
 # steps whose median norm clips gradients
@@ -184,7 +186,7 @@ class Training(Steps):
         """
         self.start = name
         if math.isfinite(elbo):
-            self._best_loss = -elbo
+            self._best_loss = -elbo + _LOST
         is_asked = self.schedule.num_steps is not None or self.step_size is None
         if self._has_checks and not is_asked:
             self.schedule = self.schedule.after_check(0, self._gap())

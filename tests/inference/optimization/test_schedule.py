@@ -136,6 +136,16 @@ def test_the_gap_of_gaussian_weights_is_half_their_variance():
     assert score_of(Weights(0.2, has_weights=False), 100).gap == math.inf
 
 
+def test_the_gap_of_many_posteriors_is_the_sum_of_those_of_each():
+    class OfMany(Weights):
+        def log_weights(self, count):
+            return torch.stack([self.elbo_draws(count) for _ in range(400)], 1)
+
+    score = score_of(OfMany(0.2), 200)
+    assert abs(score.gap - 400 * 0.02) < 0.2
+    assert abs(score.elbo + 400 * 7.0) < 1.0
+
+
 def test_weights_with_a_heavy_tail_know_no_gap():
     assert score_of(Weights(4.0), 5000).gap == math.inf
 
@@ -177,3 +187,6 @@ def test_nats_are_in_proportion_to_many_latents():
     assert few == CONFIG
     assert many.min_improvement == 10 * CONFIG.min_improvement
     assert many.good_gap == 10 * CONFIG.good_gap
+    of_each = CONFIG.for_latents(1000, 100)
+    assert of_each.good_gap == 100 * CONFIG.good_gap
+    assert of_each.num_compared < CONFIG.num_compared
