@@ -109,7 +109,8 @@ def fit(
     :param epochs: how often to go through the loader, instead of ``num_steps``.
     :param draws: how many effective draws of the posterior to return as ``result.draws``: steps then end
         as soon as chains from the guide cost less than more of them, and chains finish the work, as
-        :func:`~pyro_artransform.inference.mcmc` does. The verdict is on these draws.
+        :func:`~pyro_artransform.inference.mcmc` does. The verdict is on these draws. With a ``loader``
+        each of their gradients is a pass over it.
     :param max_seconds: the wall time of the whole fit, but for the evaluation that it ends in and, for
         ``AutoStructuredFlow``, the search for its graph: with what there is then.
     :param config: all numbers that a fit is tuned by.
