@@ -21,7 +21,7 @@ class InitializationConfig:
     """From where the initial Gaussian is fitted, how, and when a guide becomes it."""
 
     num_points: int = 12  #: points to start from, all side by side
-    num_points_by_loop: int = 4  #: the same by loop, or for one mini-batch
+    num_points_by_loop: int = 4  #: the same by loop, or by mini-batches
     max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
     num_matches: int = 20  #: steps of batch and match
     num_ascents: int = (
@@ -161,7 +161,11 @@ class FitConfig:
         )
         return replace(
             self,
-            initialization=replace(start, num_compared=start.num_compared // _FEWER),
+            initialization=replace(
+                start,
+                num_points=start.num_points_by_loop,
+                num_compared=start.num_compared // _FEWER,
+            ),
             optimization=replace(self.optimization, num_compared=few),
             evaluation=verdict,
         )

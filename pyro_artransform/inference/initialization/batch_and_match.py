@@ -32,7 +32,7 @@ _NARROW = 0.1
 # the share of a natural-gradient step falls after so many of them: less noise
 _STEPS_OF_WHOLE = 5
 # nats that are left to gain below which steps end
-_SETTLED = 1e-5
+_SETTLED = 1e-3
 # a step changes a precision by this factor at most, in any direction
 _MOST_CHANGE = 4.0
 # the rate of batch and match rises by this factor where the ELBO does, by a nat for each coordinate
