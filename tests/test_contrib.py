@@ -4,6 +4,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,23 @@ def test_it_is_short_and_names_nothing_outside(tree):
         assert not text or text.startswith("# Copyright Contributors to the Pyro project.\n"), path
         lines += len(text.splitlines()) if PLACE in str(path) else 0
     assert 0 < lines <= MOST_LINES
+
+
+def test_docstrings_refer_to_what_is_there(tree):
+    names, references = set(), set()
+    for path, text in _sources(tree / PLACE).items():
+        names |= {path.stem, path.parent.name}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.AnnAssign):
+                names.add(ast.unparse(node.target))
+        references |= {
+            name.split(".")[-1]
+            for name in re.findall(r":(?:attr|class|func|meth):`~?([\w.]+)`", text)
+        }
+        references |= set(re.findall(r"artransform(?:\.\w+)*\.(\w+)", text))
+    assert references <= names, references - names
 
 
 def test_it_is_in_the_syntax_of_python_3_8(tree):

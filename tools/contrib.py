@@ -5,7 +5,8 @@
 
 ``python tools/contrib.py TARGET``, with TARGET a checkout of Pyro or its unpacked source distribution, writes
 what ``AutoIAF`` and ``AutoregressiveTransform`` need for plain SVI, with tests, an example and a page of
-docs, and prints a table of its files. What is written follows from the source of the package and the lists of ``contrib_files/edits.py``, each entry of which is there because the package has no seam to cut along.
+docs, and prints a table of its files. What is written follows from the source of the package after the
+changes of ``contrib_files/seams.diff``, each of which is there because there is no seam to cut along.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from contrib_files.edits import EDITS, LEFT_OUT
 from contrib_files.reachable import Function, Module, Reach, is_text, read_package
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,13 @@ PUBLIC = {
     "iaf": ("flows", "iaf"),
     "inverse": ("transforms.flow_module", "inverse"),
 }
+#: members that would come along with their classes, since Pyro or torch may call them
+LEFT_OUT = {
+    f"{PACKAGE}.guides.autoregressive.AutoAutoregressive": ["_apply"],
+    f"{PACKAGE}.guides.persistence.persistent_guide.PersistentGuide": [
+        *("get_extra_state", "set_extra_state", "_load_from_state_dict"),
+    ],
+}
 #: methods that users call
 METHODS = {"sample_posterior", "log_prob", "quantiles", "median", "set_up"}
 #: files that are copied: those of tests, examples and docs
@@ -49,14 +56,18 @@ TYPING = {"list": "List", "dict": "Dict", "tuple": "Tuple", "set": "Set", "type"
 
 
 def edited(sources: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bool]]:
-    """The sources after the edits, each of which has to fit in one place."""
+    """The sources after the changes of ``seams.diff``, each of which has to fit in one place."""
     found = dict(sources)
-    for name, edits in EDITS.items():
+    for file in re.split(r"^--- ", (FILES / "seams.diff").read_text(), flags=re.M)[1:]:
+        head, *hunks = re.split(r"^@@\n", file, flags=re.M)
+        name = head.split()[0].removesuffix(".py").replace("/", ".")
         text, is_package = found[name]
-        for old, new in edits:
+        for hunk in hunks:
+            old, new = _side(hunk, "-"), _side(hunk, "+")
             if text.count(old) != 1:
+                got = f"it {text.count(old)} times"
                 raise ValueError(
-                    f"{name}: expected this text once, got it {text.count(old)} times:\n{old}"
+                    f"{name}: expected this text of seams.diff once, got {got}:\n{old}"
                 )
             text = text.replace(old, new)
         found[name] = text, is_package
@@ -67,6 +78,12 @@ def edited(sources: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bool]]:
             text = _without(text, owner, member)
         found[module] = text, is_package
     return found
+
+
+def _side(hunk: str, sign: str) -> str:
+    """The lines of a hunk before the change ("-"), or after it ("+")."""
+    lines = hunk.splitlines(keepends=True)
+    return "".join(line[line != "\n" :] for line in lines if line[0] in (" ", "\n", sign))
 
 
 def _without(text: str, owner: str, member: str) -> str:
