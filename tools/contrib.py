@@ -36,12 +36,13 @@ PUBLIC = {
     "iaf": ("flows", "iaf"),
     "inverse": ("transforms.flow_module", "inverse"),
 }
-#: members that would come along with their classes, since Pyro or torch may call them
+#: members that would come along with their classes: Pyro or torch may call them, or another has their name
 LEFT_OUT = {
     f"{PACKAGE}.guides.autoregressive.AutoAutoregressive": ["_apply"],
     f"{PACKAGE}.guides.persistence.persistent_guide.PersistentGuide": [
         *("get_extra_state", "set_extra_state", "_load_from_state_dict"),
     ],
+    f"{PACKAGE}.joint.sites.Latents": ["unconstrain"],
 }
 #: methods that users call
 METHODS = {"sample_posterior", "log_prob", "quantiles", "median", "set_up"}
@@ -251,6 +252,19 @@ def files(reach: Reach) -> Iterator[tuple[str, str]]:
     yield "tests/contrib/artransform/__init__.py", ""
 
 
+def with_page(index: str) -> str:
+    """The index of Pyro's docs with the page of the slice, in the order of the names."""
+    lines = index.splitlines(keepends=True)
+    pages = [k for k, line in enumerate(lines) if re.fullmatch(r"\s+contrib\.\w+\s*", line)]
+    names = [lines[k].strip() for k in pages]
+    page = "contrib.artransform"
+    if not pages or page in names:
+        return index
+    place = next((k for k, name in zip(pages, names) if name > page), pages[-1] + 1)
+    lines.insert(place, lines[pages[0]].replace(names[0], page))
+    return "".join(lines)
+
+
 def _front_door() -> str:
     head = (FILES / "front_door.py").read_text()
     lines = [f"from .{module} import {name}" for name, (module, _) in sorted(PUBLIC.items())]
@@ -267,6 +281,8 @@ def write(target: Path) -> dict[str, int]:
         paths.append(target / name)
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         paths[-1].write_text(text)
+    if (index := target / "docs/source/index.rst").exists():
+        index.write_text(with_page(index.read_text()))
     sources = [str(path) for path in paths if path.suffix == ".py"]
     for command in (["check", "--quiet", "--fix", "--select", "I"], ["format", "--quiet"]):
         subprocess.run([sys.executable, "-m", "ruff", *command, *sources], cwd=target, check=True)
