@@ -66,7 +66,7 @@ def test_it_is_short_and_names_nothing_outside(tree):
     lines = 0
     for path, text in _sources(tree).items():
         assert "pyro_artransform" not in text, path
-        assert not text or text.startswith("# Copyright Contributors to the Pyro project.\n"), path
+        assert text.startswith("# Copyright Contributors to the Pyro project.\n"), path
         lines += len(text.splitlines()) if PLACE in str(path) else 0
     assert 0 < lines <= MOST_LINES
 

@@ -11,9 +11,11 @@ changes of ``contrib_files/seams.diff``, each of which is there because there is
 
 import argparse
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -231,6 +233,20 @@ def for_pyro(text: str, *, is_module: bool = True) -> str:
     return text
 
 
+def _comments_above(text: str) -> str:
+    """The source with comments above lines that are too long for Pyro, in place of beside them."""
+    lines = text.splitlines(keepends=True)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    for token in [token for token in tokens if token.type == tokenize.COMMENT]:
+        row = token.start[0] - 1
+        code = lines[row][: token.start[1]]
+        is_setting = re.match("# (noqa|type:)", token.string)
+        if code.strip() and len(lines[row]) > 89 and not is_setting:
+            indent = code[: len(code) - len(code.lstrip())]
+            lines[row] = f"{indent}{token.string}\n{code.rstrip()}\n"
+    return "".join(lines)
+
+
 def files(reach: Reach) -> Iterator[tuple[str, str]]:
     """The path in a checkout of Pyro, and the text, of each file of the slice."""
     units = {
@@ -245,11 +261,15 @@ def files(reach: Reach) -> Iterator[tuple[str, str]]:
         module = reach.modules[name]
         path = place + name[len(PACKAGE) :].replace(".", "/")
         text = write_front(reach, module) if module.is_package else write_module(reach, module)
-        yield path + ("/__init__.py" if module.is_package else ".py"), for_pyro(text)
+        yield (
+            path + ("/__init__.py" if module.is_package else ".py"),
+            _comments_above(for_pyro(text)),
+        )
     yield f"{place}/__init__.py", _front_door()
     for source, target in COPIED.items():
         yield target, for_pyro((FILES / source).read_text(), is_module=False)
-    yield "tests/contrib/artransform/__init__.py", ""
+    header = "".join((FILES / "front_door.py").read_text().splitlines(keepends=True)[:2])
+    yield "tests/contrib/artransform/__init__.py", for_pyro(header, is_module=False)
 
 
 def with_page(index: str) -> str:
