@@ -27,16 +27,16 @@ FILES = Path(__file__).parent / "contrib_files"
 
 #: what users of the slice import, by the module that has it
 PUBLIC = {
-    "Affine": ("univariate.affine", "Affine"),
-    "AutoAutoregressive": ("guides.autoregressive", "AutoAutoregressive"),
-    "AutoIAF": ("guides.presets", "AutoIAF"),
-    "AutoregressiveTransform": ("transforms.autoregressive", "AutoregressiveTransform"),
-    "ConditionedUnivariate": ("transforms.conditioned", "ConditionedUnivariate"),
-    "FlowDistribution": ("guides.distributions", "FlowDistribution"),
-    "MaskedMLP": ("conditioners.masked_mlp", "MaskedMLP"),
-    "affine_autoregressive": ("flows", "affine_autoregressive"),
-    "iaf": ("flows", "iaf"),
-    "inverse": ("transforms.flow_module", "inverse"),
+    "Affine": "univariate.affine",
+    "AutoAutoregressive": "guides.autoregressive",
+    "AutoIAF": "guides.presets",
+    "AutoregressiveTransform": "transforms.autoregressive",
+    "ConditionedUnivariate": "transforms.conditioned",
+    "FlowDistribution": "guides.distributions",
+    "MaskedMLP": "conditioners.masked_mlp",
+    "affine_autoregressive": "flows",
+    "iaf": "flows",
+    "inverse": "transforms.flow_module",
 }
 #: members that would come along with their classes: Pyro or torch may call them, or another has their name
 LEFT_OUT = {
@@ -111,7 +111,7 @@ def _first_line(unit: ast.stmt, lines: list[str]) -> int:
 def reached() -> Reach:
     """What users of the slice reach of the package."""
     reach = Reach(edited(read_package(ROOT, PACKAGE)), METHODS)
-    for module, name in PUBLIC.values():
+    for name, module in PUBLIC.items():
         reach.add(f"{PACKAGE}.{module}", name)
     return reach
 
@@ -287,7 +287,7 @@ def with_page(index: str) -> str:
 
 def _front_door() -> str:
     head = (FILES / "front_door.py").read_text()
-    lines = [f"from .{module} import {name}" for name, (module, _) in sorted(PUBLIC.items())]
+    lines = [f"from .{module} import {name}" for name, module in sorted(PUBLIC.items())]
     return for_pyro(head + "\n".join(lines) + "\n" + _all(PUBLIC), is_module=False)
 
 
