@@ -1,0 +1,153 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+import copy
+import pickle
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_artransform import (
+    Affine,
+    AutoregressiveTransform,
+    ConditionedUnivariate,
+    FlowDistribution,
+    MaskedMLP,
+    iaf,
+    inverse,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_start():
+    pyro.set_rng_seed(0)
+    pyro.enable_validation(True)
+
+
+def layer(dim, **options):
+    conditioner = MaskedMLP(dim, 2, [16, 16], **options)
+    return redrawn(AutoregressiveTransform(ConditionedUnivariate(conditioner, Affine())))
+
+
+def redrawn(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_().div_(2 * parameter.shape[-1] ** 0.5)
+    return module.double()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 60])
+@pytest.mark.parametrize("make", [layer, lambda dim: redrawn(iaf(dim, hidden_dims=16))])
+def test_inverse(make, dim):
+    t = make(dim)
+    x = torch.randn(5, 3, dim, dtype=torch.float64)
+    y, ladj = t.call_and_ladj(x)
+    back, back_ladj = t.inverse_and_ladj(y)
+    assert ladj.shape == (5, 3)
+    assert torch.allclose(back, x, atol=1e-6)
+    assert torch.allclose(back_ladj, -ladj, atol=1e-6)
+    assert torch.allclose(t.inv(y), back)
+    assert torch.allclose(inverse(t).log_abs_det_jacobian(y, x), -ladj)
+    assert len(list(t.inv.parameters())) == len(list(t.parameters())) > 0
+
+
+def test_jacobian_is_triangular_and_its_determinant_right():
+    t = layer(6, order=[3, 1, 5, 0, 2, 4])
+    x = torch.randn(6, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(t, x)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    assert not jacobian[order][:, order].triu(1).any()
+    ladj = t.log_abs_det_jacobian(x, t(x))
+    assert torch.allclose(ladj, torch.linalg.slogdet(jacobian)[1])
+
+
+def test_adjacency():
+    adjacency = torch.zeros(5, 5, dtype=torch.bool)
+    adjacency[2, 0] = adjacency[4, 0] = adjacency[4, 2] = True
+    t = layer(5, adjacency=adjacency)
+    jacobian = torch.autograd.functional.jacobian(t, torch.randn(5, dtype=torch.float64))
+    assert not jacobian[~(adjacency | torch.eye(5, dtype=torch.bool))].any()
+    y = torch.randn(8, 5, dtype=torch.float64)
+    assert torch.allclose(t(t.inv(y)), y)
+
+
+def test_gradients_of_the_inverse():
+    t = layer(4)
+    y = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(t.inverse_and_ladj, y)
+    weight = next(t.parameters())
+
+    x, ladj = t.inverse_and_ladj(y)
+    (found,) = torch.autograd.grad(x.sum() + ladj.sum(), weight)
+    h = 1e-6
+    with torch.no_grad():
+        weight[1, 0] += h
+        x2, ladj2 = t.inverse_and_ladj(y)
+        weight[1, 0] -= 2 * h
+        x1, ladj1 = t.inverse_and_ladj(y)
+    expected = (x2.sum() - x1.sum() + ladj2.sum() - ladj1.sum()) / (2 * h)
+    assert torch.allclose(found[1, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_any_meta():
+    class Cumulative(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            earlier = x.cumsum(-1) - x
+            return dist.transforms.AffineTransform(self.scale * earlier, 2.0)
+
+    t = AutoregressiveTransform(Cumulative())
+    y = torch.randn(5, 8)
+    assert torch.allclose(t(t.inv(y)), y, atol=1e-4)
+    few = AutoregressiveTransform(Cumulative(), passes=2)
+    with pytest.warns(RuntimeWarning, match="has not converged after 2 passes"):
+        few.inv(y)
+
+
+def test_a_meta_that_is_not_autoregressive():
+    network = nn.Linear(3, 3)
+    t = AutoregressiveTransform(lambda x: dist.transforms.AffineTransform(network(x), 1.0))
+    with pytest.warns(UserWarning, match="not autoregressive"):
+        t(torch.randn(2, 3))
+
+
+def test_starts_as_the_identity_and_trains():
+    flow = iaf(3)
+    x = torch.randn(100, 3)
+    assert torch.equal(flow(x), x)
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    data = torch.stack([x[:, 0], x[:, 1] + x[:, 0] ** 2, x[:, 2].exp()], -1)
+    optim = torch.optim.Adam(flow.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        loss = -FlowDistribution(base, flow.inv).log_prob(data).mean()
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_draw_is_scored_without_an_inverse():
+    t = redrawn(iaf(4))
+    base = dist.Normal(torch.zeros(4, dtype=torch.float64), 1.0).to_event(1)
+    q = FlowDistribution(base, t)
+    value = q.rsample((6,))
+    expected = dist.TransformedDistribution(base, t).log_prob(value)
+    assert torch.allclose(q.log_prob(value), expected)
+    assert torch.allclose(q.log_prob(value.clone()), expected)
+
+
+def test_copies():
+    t = layer(3)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for twin in (copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
+        assert torch.equal(twin(x), t(x))
+        assert torch.equal(twin.inv(x), t.inv(x))
+        assert twin.inv.inv is twin
