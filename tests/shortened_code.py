@@ -11,7 +11,7 @@ def python_blocks(page: str) -> str:
 
 
 def shortened(code: str) -> str:
-    """Code with fits of five steps and a second, a hundred draws by chains and thirty for weights."""
+    """Code with fits of five steps and a second, and few draws and data sets."""
 
     def short_fit(call: re.Match[str]) -> str:
         arguments = re.sub(r", (epochs|seed|progress)=\w+", "", call[1])
@@ -22,5 +22,6 @@ def shortened(code: str) -> str:
         return f"= fit({arguments}, progress=False, seed=0)"
 
     code = re.sub(r"= fit\((.*?)\)", short_fit, code)
+    code = re.sub(r"num_simulations=\d+", "num_simulations=10", code)
     code = re.sub(r"= mcmc\((.*?), \d+", r"= mcmc(\1, 100, progress=False", code)
     return re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code)

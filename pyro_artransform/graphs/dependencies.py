@@ -171,12 +171,14 @@ class _Search:
         for element in elements.tolist():
             groups.append(counts.get(element, 0))
             counts[element] = groups[-1] + 1
-        group = torch.tensor(groups, device=point.device)
+        group = torch.tensor(groups, dtype=torch.long, device=point.device)
         group[is_rest] += int(group[~is_rest].max()) + 1
         count = int(group.max()) + 1
         every = torch.arange(len(point), device=point.device)
         # the coordinate that moves in each group and element; in the last column that of the rest
-        moving = torch.full((count, int(elements.max()) + 2), -1, device=point.device)
+        moving = torch.full(
+            (count, int(elements.max()) + 2), -1, dtype=torch.long, device=point.device
+        )
         moving[group, elements] = every
         of_rest, left = moving[:, -1], list[int]()
         for part in torch.arange(count, device=point.device).split(

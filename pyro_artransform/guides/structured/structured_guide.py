@@ -181,7 +181,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         return LatentGraph(names, markov, tuple(dropped))
 
     def _colors(self) -> Tensor:
-        return torch.tensor(self._graph.markov.coloring.color, device=self._parts[1].loc.device)
+        color, device = self._graph.markov.coloring.color, self._parts[1].loc.device
+        return torch.tensor(color, dtype=torch.long, device=device)
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
         """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.

@@ -23,6 +23,8 @@ each batch, makes them all.
    2013), https://arxiv.org/abs/1309.3339
 3. Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife Variational Inference
    (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
+4. Efficient Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet,
+   Pitt, Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
 """
 
 import math
@@ -44,8 +46,7 @@ from ..optimization.objective import PyroObjective
 from .element_draws import ElementDraws, UnknownWeightsError
 from .verdict import ELSEWHERE, about_weights
 
-# the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (Doucet, Pitt,
-# Deligiannidis, Kohn 2015, https://arxiv.org/abs/1210.1871)
+# the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (reference 4)
 _MOST_NOISE = 1.0
 
 
