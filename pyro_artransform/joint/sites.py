@@ -137,7 +137,7 @@ class Latents:
         parts = []
         for site in self.sites.values():
             shape = site.unconstrained_shape
-            found = torch.full(shape, -1, device="cpu")
+            found = torch.full(shape, -1, dtype=torch.long, device="cpu")
             if frame in site.plates and frame.dim is not None:
                 num_right = len(shape) - len(site.batch_shape) - frame.dim - 1
                 index = torch.arange(frame.size, device="cpu").reshape(-1, *(1,) * num_right)

@@ -127,7 +127,7 @@ def weigh_each(
         for k, own in zip(suspects, again.T):
             found[k] = Importance.from_log_weights(own)
     names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
-    numbers = {name: torch.tensor([getattr(own, name) for own in found]) for name in names}
+    numbers = {name: weights.new_tensor([getattr(own, name) for own in found]) for name in names}
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
     searched_by = "none"
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:

@@ -118,7 +118,13 @@ class ElementDraws:
         if not GuideSampler(run, num_plates).is_vectorized:
             raise UnknownWeightsError("the guide does not draw many elements at once in a plate")
         found = cls(
-            log_joint, objective.guide, counts, plate, num_plates, {}, torch.tensor(torch.nan)
+            log_joint,
+            objective.guide,
+            counts,
+            plate,
+            num_plates,
+            {},
+            log_joint.start.new_tensor(torch.nan),
         )
         values = [found._run_guide(batch, {}, len(rows)).values for rows in found._parts()]
         for node in latent_nodes(traces[1]):
@@ -140,8 +146,13 @@ class ElementDraws:
 
     def _check_independence(self, batch: Batch) -> None:
         """Refuses a model in which an element depends on others: it does not go with them to another draw."""
-        drawn = self._run_guide(batch, self._given(torch.zeros(2, dtype=torch.long)), 2)
-        values, is_odd = self._values_of(batch, drawn), torch.arange(drawn.frame.size) % 2 == 1
+        drawn = self._run_guide(
+            batch, self._given(torch.zeros(2, dtype=torch.long, device="cpu")), 2
+        )
+        values, is_odd = (
+            self._values_of(batch, drawn),
+            torch.arange(drawn.frame.size, device="cpu") % 2 == 1,
+        )
         mixed = dict(values)
         for name, value in values.items():
             dims = {frame.name: frame.dim or -1 for frame in drawn.frames[name]}

@@ -91,7 +91,9 @@ class Elements:
 
 def _largest_error(count: int) -> float:
     """The median of the largest of so many standard normal errors."""
-    return float(torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64) ** (1 / count)))
+    return float(
+        torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64, device="cpu") ** (1 / count))
+    )
 
 
 class ElementWeights(NamedTuple):
@@ -238,11 +240,11 @@ class _ElementsOfBatch(NamedTuple):
     ) -> "_ElementsOfBatch":
         """Of the log ratios of the draws of each, and those of the prior's, shape ``(n, elements)``."""
         tails = fit_tails(log_ratios)
-        cutoffs = torch.tensor([tail.log_cutoff for tail in tails], dtype=torch.float64)
+        cutoffs = log_ratios.new_tensor([tail.log_cutoff for tail in tails])
         above = log_ratios.softmax(0) - (cutoffs - log_ratios.logsumexp(0)).exp()
         columns = [
-            torch.tensor([tail.khat for tail in tails], dtype=torch.float64),
-            torch.tensor([tail.khat_se for tail in tails], dtype=torch.float64),
+            log_ratios.new_tensor([tail.khat for tail in tails]),
+            log_ratios.new_tensor([tail.khat_se for tail in tails]),
             above.clamp_min(0).sum(0).nan_to_num(1.0),
             gap.nan_to_num(torch.inf, torch.inf),
         ]
