@@ -139,3 +139,13 @@ def _log_prob(site: Any) -> Tensor:
         value = torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
     log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
     return log_prob
+
+
+class FirstIndices(Messenger):
+    """Gives plates their first indices, where nothing depends on them: to draw them permutes all."""
+
+    def _pyro_sample(self, message: Any) -> None:
+        if site_is_subsample(message) and message["value"] is None:
+            drawn = message["fn"]
+            size = min(drawn.subsample_size or drawn.size, drawn.size)
+            message["value"] = torch.arange(size, device=drawn.device)

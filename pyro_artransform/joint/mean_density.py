@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..differentiation import sum_with_gradient
 from .density import Args, Kwargs, LogJoint
+from .handlers import FirstIndices
 
 # parts of draws are larger by this factor: each is a run of the model for each mini-batch
 _FEWER_PARTS = 4
@@ -76,6 +77,12 @@ class MeanLogJoint(LogJoint):
         # a plate without data of its own draws indices that nobody asks for
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             self.is_random = self.is_random and self._changes_by_itself(self.start[None])
+
+    def bound_to(self, args: Args, kwargs: Kwargs) -> LogJoint:
+        other = super().bound_to(args, kwargs)
+        if not self.is_random:
+            other.run = FirstIndices()(other.run)
+        return other
 
     @property
     def is_of_all_data(self) -> bool:

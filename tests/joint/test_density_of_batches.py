@@ -114,6 +114,18 @@ def test_data_of_two_plates_are_not_known_to_be_all():
     assert not MeanLogJoint(LogJoint(two, (Y[:3],)), parts).is_of_all_data
 
 
+def test_no_permutations_of_a_million_rows(monkeypatch):
+    """Of indices that the model does not ask for."""
+    mean = MeanLogJoint(LogJoint(of_batch, (Y[:3],)), [((Y[:3],), {}), ((Y[3:],), {})])
+    expected = mean(torch.zeros(2, 2))
+
+    def refused(*args, **kwargs):
+        raise AssertionError("indices were drawn")
+
+    monkeypatch.setattr(torch, "randperm", refused)
+    assert torch.equal(mean(torch.zeros(2, 2)), expected)
+
+
 def test_an_anchor_makes_batches_alike():
     batches = [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})]
     log_joint = LogJoint(of_batch, (Y[:3],))
