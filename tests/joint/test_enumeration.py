@@ -4,7 +4,10 @@
 """Sums over the states of discrete latents, many draws at once, against single draws and Pyro's sums."""
 
 import copy
+import sys
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pyro
 import pytest
@@ -17,6 +20,42 @@ from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.enumeration import _elimination
 from tests.joint.enumerated_models import MODELS
 
+# those of Pyro's tutorials and examples, as benchmarks/vectorization.md has them, on fewer data
+SMALL = {
+    **{"SERIES": 3, "STEPS": 6, "TONES": 5, "HIDDEN": 4},
+    **{"ANIMALS": 20, "YEARS": 5, "ITEMS": 8},
+    **{"TOPICS": 3, "VOCABULARY": 10, "DOCUMENTS": 4, "WORDS": 6},
+}
+NAMES = (
+    *("gmm", "hmm_0", "hmm_1", "hmm_2", "hmm_3", "hmm_4", "cjs_1", "cjs_2", "cjs_3", "cjs_4"),
+    *("cjs_5", "experts", "dawid_skene", "hierarchical", "mace", "lda"),
+)
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import vectorization_models
+
+    for name, value in SMALL.items():
+        monkeypatch.setattr(vectorization_models, name, value)
+    yield vectorization_models
+    for name in ("vectorization_models", "coordinates_models"):
+        sys.modules.pop(name)
+
+
+@pytest.fixture(params=[*MODELS, *NAMES])
+def enumerated(request, examples):
+    """The name of a model, and the model with its arguments."""
+    if request.param in MODELS:
+        return request.param, MODELS[request.param]
+    model, args = examples.subject(request.param)
+    return request.param, partial(model, *args)
+
+
+def test_names(examples):
+    assert tuple(examples.EXAMPLES) == NAMES
+
 
 def value_and_gradient(log_joint, strategy, z):
     log_joint = copy.copy(log_joint)
@@ -27,20 +66,21 @@ def value_and_gradient(log_joint, strategy, z):
     return values.detach(), gradient
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_many_draws_at_once(model):
+def test_many_draws_at_once(enumerated):
+    name, model = enumerated
     log_joint = LogJoint(model)
-    assert log_joint.strategy == ("plate" if model.__name__ == "capture_recapture" else "vmap")
+    assert log_joint.strategy == ("plate" if name.startswith("cjs") else "vmap")
     z = torch.randn(5, log_joint.latents.latent_dim)
     values, gradient = value_and_gradient(log_joint, "loop", z)
+    assert values.isfinite().all()
     for strategy in {log_joint.strategy, "vmap", "copies"}:
         found = value_and_gradient(log_joint, strategy, z)
         assert torch.allclose(found[0], values, rtol=1e-12)
         assert torch.allclose(found[1], gradient, rtol=1e-9, atol=1e-9 * gradient.abs().max())
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_sums_of_pyro(model):
+def test_sums_of_pyro(enumerated):
+    _, model = enumerated
     log_joint = LogJoint(model)
     z = torch.randn(1, log_joint.latents.latent_dim)
     values, gradient = value_and_gradient(log_joint, log_joint.strategy, z)
