@@ -51,12 +51,14 @@ def sum_with_gradient(
     :param parts: makes the functions, as often as it is called.
     """
 
+    nothing = inputs.new_zeros(len(inputs), dtype=torch.float64)
+
     def total(rows: Tensor) -> Tensor:
-        return sum(part(rows).double() for part in parts())  # type: ignore[return-value]
+        return sum((part(rows) for part in parts()), nothing)
 
     if not (torch.is_grad_enabled() and inputs.requires_grad):
         return total(inputs)
-    values, gradient = inputs.new_zeros(len(inputs), dtype=torch.float64), torch.zeros_like(inputs)
+    values, gradient = nothing, torch.zeros_like(inputs)
     for part in parts():
         rows = inputs.detach().requires_grad_()
         found = part(rows)

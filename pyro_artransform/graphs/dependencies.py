@@ -279,7 +279,7 @@ class _Search:
         """
         coloring = color_columns(self.neighbours, seed)
         dim, count = points.shape[-1], coloring.num_colors
-        color = torch.tensor(coloring.color, dtype=torch.long, device=points.device)
+        color = coloring.on(points.device)
         groups = torch.nn.functional.one_hot(color, count).T.bool()
         pairs = [(i, j) for j, own in enumerate(self.neighbours) for i in (*own, j)]
         rows, columns = torch.tensor(pairs, dtype=torch.long, device=points.device).T

@@ -153,6 +153,10 @@ class Coloring:
     num_colors: int
     num_hubs: int
 
+    def on(self, device: torch.device) -> Tensor:
+        """The group of each column, a tensor of integers."""
+        return torch.tensor(self.color, dtype=torch.long, device=device)
+
 
 def color_columns(neighbours: Sequence[set[int]], seed: int = 0) -> Coloring:
     """Few groups of columns that share no rows but those of hubs.

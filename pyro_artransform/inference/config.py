@@ -30,6 +30,11 @@ class InitializationConfig:
     max_sparse_steps: int = 60  #: the most of those with a graph
     num_compared: int = 1024  #: draws that the best Gaussian is compared with the guide on
 
+    def with_fewer(self) -> "InitializationConfig":
+        """The same with fewer points and draws, where an evaluation is expensive."""
+        few = self.num_compared // _FEWER
+        return replace(self, num_points=self.num_points_by_loop, num_compared=few)
+
 
 @dataclass(frozen=True)
 class OptimizationConfig:
@@ -129,14 +134,10 @@ class FitConfig:
         """The same for how a model is run: by "loop", one draw after the other, with fewer draws."""
         if strategy != "loop":
             return self
-        start, steps, verdict = self.initialization, self.optimization, self.evaluation
+        steps, verdict = self.optimization, self.evaluation
         return replace(
             self,
-            initialization=replace(
-                start,
-                num_points=start.num_points_by_loop,
-                num_compared=start.num_compared // _FEWER,
-            ),
+            initialization=self.initialization.with_fewer(),
             optimization=replace(
                 steps,
                 num_particles=steps.num_particles // _FEWER,
@@ -155,17 +156,13 @@ class FitConfig:
 
     def for_passes(self) -> "FitConfig":
         """The same where an evaluation of the density is a pass over a loader: with fewer draws."""
-        few, start = self.minibatch.num_common_draws, self.initialization
+        few = self.minibatch.num_common_draws
         verdict = replace(
             self.evaluation, num_samples=few, num_more_samples=0, num_around=few, max_searches=1
         )
         return replace(
             self,
-            initialization=replace(
-                start,
-                num_points=start.num_points_by_loop,
-                num_compared=start.num_compared // _FEWER,
-            ),
+            initialization=self.initialization.with_fewer(),
             optimization=replace(self.optimization, num_compared=few),
             evaluation=verdict,
         )

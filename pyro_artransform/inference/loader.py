@@ -317,6 +317,8 @@ class AllBatches:
             size += sum(map(_num_bytes, (*batch.args, *batch.kwargs.values())))
             if size <= _MOST_HELD:
                 held.append(batch)
+            else:
+                held.clear()
             yield batch
         if len(held) == self._stream.num_batches:
             self._held = held

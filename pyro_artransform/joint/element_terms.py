@@ -69,6 +69,12 @@ def score_by_element(
     return {**found, "elements": found["elements"] / subsampling_scale(frame)}
 
 
+def unknown_terms(frame: CondIndepStackFrame, like: Tensor, draws: Draws) -> Terms:
+    """What :func:`score_by_element` returns, NaN for a draw at which the model fails."""
+    nan = like.new_full((), torch.nan)
+    return {"elements": nan.expand(frame.size), "rest": nan}
+
+
 @torch.no_grad()
 def log_density_by_element(log_joint: LogJoint, z: Tensor, plate: str) -> tuple[Tensor, Tensor]:
     """The log joint density of draws by element of a plate, and that of all sites outside of it.
@@ -87,11 +93,8 @@ def log_density_by_element(log_joint: LogJoint, z: Tensor, plate: str) -> tuple[
         names = [name for name, other in log_joint.plates.items() if other.dim is not None]
         raise ValueError(f"plate: expected one of {names}, got '{plate}', a loop or unknown")
 
-    def failed(draws: Draws) -> Terms:
-        nan = draws["z"].sum() * torch.nan
-        return {"elements": nan.expand(frame.size), "rest": nan}
-
     evaluate, size = partial(_evaluate, log_joint, frame), log_joint.chunk_size
+    failed = partial(unknown_terms, frame, z)
     with validation_enabled(False):
         found = evaluate_many(evaluate, {"z": z}, log_joint.strategy, failed, size)
     return found["elements"], found["rest"]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_artransform.inference.loader import BatchStream
+from pyro_artransform.inference.loader import AllBatches, BatchStream
 from tests.inference import loaders
 from tests.inference.loaders import KNOWN, rows, shuffled
 
@@ -265,3 +265,23 @@ def test_epochs_of_other_lengths():
     assert batches.num_batches == 3
     with pytest.raises(ValueError, match="expected 3 batches in each epoch, got 2 in epoch 1"):
         taken(batches, 3)
+
+
+@pytest.mark.parametrize("limit", [0, 50, 2**20])
+def test_passes_over_all_batches(limit, monkeypatch):
+    """The same ones each time, loaded once where they take little memory; else none are kept."""
+    monkeypatch.setattr("pyro_artransform.inference.loader._MOST_HELD", limit)
+    loaded = []
+
+    class Watched(list):
+        def __iter__(self):
+            loaded.append(len(self))
+            return super().__iter__()
+
+    y = torch.arange(12.0)
+    batches = AllBatches(BatchStream(Watched(y.split(5))))
+    loaded.clear()
+    for _ in range(3):
+        assert torch.equal(torch.cat([batch.args[0] for batch in batches]), y)
+    assert loaded == ([3] if limit == 2**20 else [3, 3, 3])
+    assert len(batches._held) == (3 if limit == 2**20 else 0)

@@ -181,8 +181,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         return LatentGraph(names, markov, tuple(dropped))
 
     def _colors(self) -> Tensor:
-        color, device = self._graph.markov.coloring.color, self._parts[1].loc.device
-        return torch.tensor(color, dtype=torch.long, device=device)
+        return self._graph.markov.coloring.on(self._parts[1].loc.device)
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
         """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.

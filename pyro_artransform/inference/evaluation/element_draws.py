@@ -16,7 +16,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.element_terms import Frames, score_by_element, sum_by_element
+from ...joint.element_terms import Frames, score_by_element, sum_by_element, unknown_terms
 from ...joint.handlers import SiteLogProbs, hidden_sites
 from ...joint.traces import (
     latent_nodes,
@@ -231,10 +231,7 @@ class ElementDraws:
             is_enumerated = log_joint.is_enumerated
             return score_by_element(log_joint.run, plate, placed, frame, like, is_enumerated)
 
-        def failed(draws: Draws) -> Terms:
-            nan = like.new_full((), torch.nan)
-            return {"elements": nan.expand(frame.size), "rest": nan}
-
+        failed = partial(unknown_terms, frame, like)
         return evaluate_many(evaluate, values, log_joint.strategy, failed)
 
     def _run_prior(self, batch: Batch, drawn: "_Drawn") -> Tensor:

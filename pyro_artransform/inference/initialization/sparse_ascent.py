@@ -106,7 +106,7 @@ def _pairs_of(graph: MarkovGraph, device: torch.device) -> tuple[Tensor, Tensor,
     """The rows and columns of all pairs of a graph and of its diagonal, and the colors of coordinates."""
     pairs = [*graph.edges, *((i, i) for i in range(len(graph.neighbours)))]
     rows, columns = torch.tensor(pairs, dtype=torch.long, device=device).T
-    return rows, columns, torch.tensor(graph.coloring.color, dtype=torch.long, device=device)
+    return rows, columns, graph.coloring.on(device)
 
 
 def expectations(

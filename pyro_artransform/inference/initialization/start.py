@@ -90,7 +90,7 @@ def _in_other_coordinates(
     with torch.no_grad():
         colors = None
         if isinstance(guide, StructuredGuide):
-            colors = first.new_tensor(guide.markov_graph().coloring.color, dtype=torch.long)
+            colors = guide.markov_graph().coloring.on(first.device)
         num_moves = len(first) if colors is None else int(colors.max()) + 1
         few = min(NUM_DRAWS, max(_MOST_GRADIENTS // (2 * num_moves), 1))
         z, _ = guide.rsample_and_log_prob(few)

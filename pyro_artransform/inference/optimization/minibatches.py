@@ -59,11 +59,11 @@ class MinibatchObjective(Objective):
         self._anchor: Anchor | None = None
         #: the log joint density of all data, where it is known
         self.whole = self._find_whole()
-        is_by_path = isinstance(self.objective, PathObjective) and self.objective.is_guide_alone()
         #: the objective on all data, which steps know of, too
         self.on_all: PathObjective | None = None
-        if self.whole is not None and isinstance(self.objective, PathObjective) and is_by_path:
-            self.on_all = replace(self.objective, log_joint=self.whole)
+        objective = self.objective
+        if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
+            self.on_all = replace(objective, log_joint=self.whole)
         self.has_weights = self.on_all is not None
 
     def _find_whole(self) -> MeanLogJoint | None:
