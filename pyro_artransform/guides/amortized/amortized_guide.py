@@ -22,7 +22,7 @@ from ..persistence.persistent_guide import Model
 from ..persistence.spec import GuideSpec
 from ..prior_coordinates import CoordinatesArgument, GuideInCoordinates, check_coordinates
 from ..prototype import compare_names, latents_of, refuse_moving_structure
-from .encoder import Encoder, check_encoder, first_feature_dims
+from .encoder import Encoder, check_encoder, first_feature_units
 from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
 from .plates import (
     GLOBAL,
@@ -75,7 +75,8 @@ class AutoAmortized(AmortizedInCoordinates):
         element, of the mini-batch or of all, shape ``(size, features)``, or ``(second, first,
         features)`` for nested plates in the dimensions -2 and -1; or a dict of such by the name of the
         (innermost) plate, where plates that it leaves out have embeddings. In it,
-        ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data.
+        ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data. Networks see features
+        that do not train in units of the first ones, of mean 0 and sd 1.
     :param flow: takes the number of global latents and returns a flow, by default an IAF; None for
         Gaussian global latents.
     :param local_flow: takes the number of an element's latents and the size of the context, and
@@ -126,7 +127,7 @@ class AutoAmortized(AmortizedInCoordinates):
 
     _num_quantile_draws = 2_000
     _functions = (*GuideInCoordinates._functions, "create_plates")
-    _found_arguments = (*AmortizedInCoordinates._found_arguments, "feature_dims")
+    _found_arguments = (*AmortizedInCoordinates._found_arguments, "feature_dims", "feature_units")
 
     @names_the_class
     def __init__(
@@ -179,12 +180,14 @@ class AutoAmortized(AmortizedInCoordinates):
         observed, dependent = refuse_moving_structure(self.prototype_trace, run, rng_state)
         sizes = plate_sizes(latents.sites.values())
         given.refuse(sizes, self, args, kwargs)
-        (encoder,), feature_dims = self._encoder, {}
+        (encoder,), units = self._encoder, {}
         if encoder is not None:
             plates = partial(complete_plates, {}, sizes, start.device)
             groups = LatentLayout(latents).local_groups
-            feature_dims = first_feature_dims(encoder, plates, groups, args, kwargs)
-        arguments = {**self._arguments, "feature_dims": feature_dims}
+            units = first_feature_units(encoder, plates, groups, args, kwargs)
+        feature_dims = {name: len(loc) for name, (loc, _) in units.items()}
+        found = {"feature_dims": feature_dims, "feature_units": units}
+        arguments = {**self._arguments, **found}
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         if self._prior:

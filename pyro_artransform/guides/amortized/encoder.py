@@ -84,10 +84,13 @@ def encode(
     return found
 
 
-def first_feature_dims(
+def first_feature_units(
     encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
-) -> dict[str, int]:
-    """The number of features of each group, by a first :func:`encode` that leaves no trace."""
+) -> dict[str, list[list[float]]]:
+    """The means and the sds of the features of each group, by a first :func:`encode` that leaves no trace.
+
+    They are 0 and 1 of features that train, and the sd is 1 of one that does not vary.
+    """
     tracer = poutine.trace(param_only=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
         found = encode(encoder, plates, groups, args, kwargs)
@@ -97,7 +100,14 @@ def first_feature_dims(
             "encoder: expected a torch module, or a function that registers its modules by "
             "pyro.module, got a function with parameters that are not registered: they would not train"
         )
-    return {name: features.shape[-1] for name, features in found.items()}
+    units = {}
+    for name, features in found.items():
+        rows = features.detach().reshape(-1, features.shape[-1]).double()
+        loc, scale = rows.mean(0), rows.std(0, correction=0)
+        is_known = scale.isfinite() & (not trains)
+        scale = scale.where(is_known & (scale > 0), 1.0)
+        units[name] = [loc.where(is_known, 0.0).tolist(), scale.tolist()]
+    return units
 
 
 def minibatch_rows(

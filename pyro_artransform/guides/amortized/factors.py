@@ -139,7 +139,10 @@ class LocalFactor(nn.Module):
 
     :param rest_dim: the size of the context without the features.
     :param table_shape: the full batch shape of the plates whose elements have embeddings.
+    :param units: the location and the scale of the features, which the networks see in these units.
     """
+
+    units: Tensor | None
 
     def __init__(
         self,
@@ -149,12 +152,16 @@ class LocalFactor(nn.Module):
         feature_dim: int,
         rest_dim: int,
         table_shape: Sequence[int] | None,
+        units: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         context_dim = feature_dim + rest_dim
         self.context_dim, self.feature_dim = len(loc), feature_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, scale, context_dim)
+        # not persistent: a guide's spec has them
+        given = None if units is None else loc.new_tensor(units)
+        self.register_buffer("units", given, persistent=False)
         self.table: nn.Parameter | None = None
         if table_shape is not None:
             self.table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
@@ -168,6 +175,8 @@ class LocalFactor(nn.Module):
         if self.table is not None:
             sizes = [self.feature_dim, self.context_dim, self.context_dim]
             features, *offsets = features.split(sizes, dim=-1)
+        if self.units is not None:
+            features = (features - self.units[0]) / self.units[1]
         parts = [features, *rest]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         context = torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], dim=-1)

@@ -43,6 +43,8 @@ class AmortizedPosterior(nn.Module):
         self.locals = nn.ModuleList()
         self._factors: dict[str, GlobalFactor | LocalFactor] = {}
         scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
+        # files of earlier versions have none
+        units = spec.arguments.get("feature_units", {})
         parts = spec.latents.split(start)
         for group in self.layout.groups:
             # one dtype inside, whatever those of the sites
@@ -54,7 +56,8 @@ class AmortizedPosterior(nn.Module):
             dim = feature_dims.get(group.name, spec.arguments["embedding_dim"])
             has_table = group.name not in feature_dims
             table_shape = group.batch_shape(group.full_sizes) if has_table else None
-            factor = LocalFactor(make_flows[1], loc, scale, dim, rest_dim, table_shape)
+            given = make_flows[1], loc, scale, dim, rest_dim, table_shape, units.get(group.name)
+            factor = LocalFactor(*given)
             self._factors[group.name] = factor
             self.locals.append(factor)
         self.prior = prior_layer(spec, start)

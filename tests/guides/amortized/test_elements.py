@@ -101,9 +101,34 @@ def test_rows_of_all_elements_are_indexed_as_the_mini_batch_is():
         guide = AutoAmortized(hierarchies.minibatch, function)
         guide.set_up(y)
         redraw(guide.transform.locals)
+        guide.transform.locals[0].units = None  # of a mini-batch they are others than of all data
         pyro.set_rng_seed(1)
         draws.append(guide(y)["z"])
     assert torch.allclose(*draws)
+
+
+def test_networks_see_features_in_units_of_the_first_ones(tmp_path):
+    """In any units of the features, but for those that train, and after a file, too."""
+    y, values = data(), []
+    for loc, scale in ((0.0, 1.0), (10.0, 0.1)):
+
+        def encoder(y, loc=loc, scale=scale):
+            return torch.stack([loc + scale * y, torch.full_like(y, loc)], -1)
+
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoAmortized(hierarchies.groups, encoder)
+        guide.set_up(y)
+        redraw(guide.transform.locals)
+        guide.save(tmp_path / "guide.pt")
+        again = AutoAmortized.load(tmp_path / "guide.pt", hierarchies.groups, encoder=encoder)
+        for each in (guide, again):
+            pyro.set_rng_seed(1)
+            values.append(each.sample_posterior(3, y)["z"])
+    assert all(torch.allclose(value, values[0], atol=1e-3) for value in values[1:])
+    trained = AutoAmortized(hierarchies.groups, Encoder())
+    trained.set_up(y)
+    assert torch.equal(trained.transform.locals[0].units, torch.tensor([[0.0] * 2, [1.0] * 2]))
 
 
 def test_features_of_some_plates_and_embeddings_of_others():

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 import math
+import warnings
 from functools import partial
 
 import pyro
@@ -10,6 +11,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoStructuredFlow, fit
+from pyro_artransform.diagnostics import psis_resample
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.diagnostics.psis import fit_tails
 from pyro_artransform.inference.config import EvaluationConfig, FitConfig
@@ -46,6 +48,34 @@ def test_small_gaps_of_many_posteriors_are_trusted(result):
     y, found = result
     assert found.trusted, found.verdict
     assert abs(found.log_evidence - float(log_evidence(y).sum())) < 0.01
+
+
+def test_each_posterior_is_resampled_by_its_own_weights():
+    """Of a guide whose rates are all too small and too wide, where all weights together are hopeless."""
+    y, one = torch.arange(SIZE).double(), torch.ones(SIZE).double()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = AutoStructuredFlow(gammas, coordinates="model")
+    guide.set_up(y)
+    posterior = dist.Gamma(y + 2, 2 * one)
+    loc = (y + 2).log() - math.log(2) - 0.3 / (y + 2).sqrt()
+    sd = (1.3 * (y + 2).rsqrt(), 1.3 * 0.5**0.5 * one)
+    guide.start_at(torch.cat([loc, 0.5 * one]), torch.cat(sd))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draws = psis_resample(gammas, guide, 2000, y)
+    rate, level = draws["rate"], draws["level"]
+    assert rate.shape == level.shape == (2000, SIZE)
+    # about 5,000 effective draws of 10,000; the guide's means are 0.3 sd off
+    sd = posterior.variance.sqrt()
+    assert ((rate.mean(0) - posterior.mean) / sd).abs().max() < 0.1
+    assert (rate.std(0) / sd - 1).abs().max() < 0.08
+    assert (level.mean(0) - 0.5).abs().max() < 0.07
+    # the latents of a data set stay together, those of others do not: both are independent here
+    assert torch.corrcoef(rate.T).fill_diagonal_(0.0).abs().max() < 0.1
+    guide.start_at(torch.cat([loc, 0.5 * one]), torch.cat((0.2 * sd / posterior.mean, 0.6 * one)))
+    with pytest.warns(UserWarning, match=r"k-hat of \d+ of 12 posteriors is up to \d.*above 0.7 resampling"):
+        psis_resample(gammas, guide, 100, y)
 
 
 class Spread(Posteriors):
