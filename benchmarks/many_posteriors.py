@@ -97,7 +97,11 @@ def run(num_sets: int, num_steps: int | None, num_singles: int) -> None:
     }.items():
         mean, sd = moments(draws)
         shift, ratio = ((mean - right) / right_sd).abs(), (sd / right_sd - 1).abs()
-        for name, part in {"mu": slice(0, 1), "log tau": slice(1, 2), "theta": slice(2, 10)}.items():
+        for name, part in {
+            "mu": slice(0, 1),
+            "log tau": slice(1, 2),
+            "theta": slice(2, 10),
+        }.items():
             for what, error in {"mean": shift[:, part], "sd": ratio[:, part]}.items():
                 quantiles = error.flatten().quantile(levels.double()).tolist()
                 rounded = json.dumps([round(q, 3) for q in quantiles])

@@ -74,7 +74,9 @@ def test_each_posterior_is_resampled_by_its_own_weights():
     # the latents of a data set stay together, those of others do not: both are independent here
     assert torch.corrcoef(rate.T).fill_diagonal_(0.0).abs().max() < 0.1
     guide.start_at(torch.cat([loc, 0.5 * one]), torch.cat((0.2 * sd / posterior.mean, 0.6 * one)))
-    with pytest.warns(UserWarning, match=r"k-hat of \d+ of 12 posteriors is up to \d.*above 0.7 resampling"):
+    with pytest.warns(
+        UserWarning, match=r"k-hat of \d+ of 12 posteriors is up to \d.*above 0.7 resampling"
+    ):
         psis_resample(gammas, guide, 100, y)
 
 
