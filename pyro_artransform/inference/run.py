@@ -139,6 +139,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         is_saved,
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
+        has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,
         missing=set_up.missing,
     )
     chains = None
