@@ -19,7 +19,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import importance, marginals
+from pyro_artransform.diagnostics import chains, importance, marginals
 from pyro_artransform.diagnostics.marginals import marginals_by_weights
 from pyro_artransform.joint import LogJoint
 from tests.diagnostics import conjugate
@@ -171,7 +171,7 @@ def test_no_bound_of_a_moment_that_does_not_exist(law, has_mean):
     def model():
         pyro.sample("z", law)
 
-    found = marginals(model, model)
+    found = marginals(model, model, num_chains=16, num_samples=100)
     assert not found.trusted
     assert math.isfinite(found.mean_bound) == has_mean
     assert found.sd_bound == math.inf
@@ -206,8 +206,10 @@ def test_single_precision():
     assert found.sd_ratio["z"].dtype == torch.float32
 
 
-def test_chains_that_do_not_move_are_not_trusted():
+def test_chains_that_do_not_move_are_not_trusted(monkeypatch):
     """A density without a gradient where the guide is: nothing is accepted, and nothing claimed."""
+    monkeypatch.setattr(chains, "_WARM_UP", (2, 3, 5))
+    monkeypatch.setattr(chains, "_BLOCK", 6)
 
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
