@@ -11,9 +11,10 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
-from pyro_artransform import AutoIAF, fit
+from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
 from tests.inference import loaders, models
+from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.inference.test_mcmc import flat, flat_ess, regression_moments, schools, schools_moments
 
@@ -179,7 +180,7 @@ def test_errors_are_those_of_so_many_effective_draws(name):
     errors = []
     for seed in range(12):
         pyro.clear_param_store()
-        chains = fitted(model, seed=seed).chains
+        chains = fitted(model, seed=seed, config=None).chains
         assert chains.trusted, chains
         if name == "schools":
             mean, sd = schools_moments()
