@@ -52,16 +52,6 @@ def test_draws_of_a_start_take_no_step():
     assert result.chains.verdict in repr(result)
 
 
-def test_eight_schools():
-    result = fitted(schools, draws=1000)
-    chains = result.chains
-    assert chains.trusted, result
-    mean, sd = schools_moments()
-    draws, ess = flat(chains), flat_ess(chains)
-    assert ((draws.mean(0) - mean).abs() < 5 * sd / ess.sqrt()).all()
-    assert ((draws.std(0) / sd - 1).abs() < 5 * 1.2 / ess.sqrt()).all()
-
-
 def test_a_posterior_that_a_guide_has():
     result = fitted(models.location)
     assert (result.num_steps, result.trusted) == (0, True)
