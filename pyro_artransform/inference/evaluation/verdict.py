@@ -129,7 +129,9 @@ def judge(
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
     if not status.has_data:
-        note += " The model has no data here, neither obs= nor a factor: all this is about its prior."
+        note += (
+            " The model has no data here, neither obs= nor a factor: all this is about its prior."
+        )
     if objections or (weights is None and not praise):
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
