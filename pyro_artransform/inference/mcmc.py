@@ -144,7 +144,7 @@ def mcmc(
         alone("mcmc"),
         seeded(seed),
         progress_bar(progress) as bar,
-        TimeLimit(max_seconds, bar.tick) as limit,
+        TimeLimit(max_seconds, bar.tick, bar.say) as limit,
     ):
         limit.enter_phase(CHAINS_UNTIL)
         subject = ModelAndGuide.of(model, guide, args, kwargs)
@@ -203,8 +203,10 @@ class Sampling:
         if self.chains is None or num_steps != self._num_steps:
             self.chains = GuideChains(self._subject)
         self._limit.enter_phase(CHAINS_UNTIL)
+        self._limit.say("chains")
         self.chains.run(self._num_draws)
         reason = self._limit.reason
+        self._limit.say("verdict")
         self._limit.enter_phase(1.0, has_grace=True)
         found = evaluate(self._subject, status, config, chains=self.chains)
         return found, to_chains(self.chains, self._num_draws, found.outside, self._limit, reason)

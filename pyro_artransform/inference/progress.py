@@ -78,7 +78,9 @@ class ProgressBar:
     def say(self, what: str) -> None:
         """Shows what is being done."""
         if self.bar is not None:
-            self.bar.set_description(what, refresh=self.is_live)
+            steps = ", {n_fmt} steps" if self.bar.n else ""
+            self.bar.bar_format = f"{{desc}} [{{elapsed}}{steps}{{postfix}}]"
+            self.bar.set_description_str(what, refresh=self.is_live)
 
     def tick(self) -> None:
         """Shows the time in phases without steps."""
@@ -92,9 +94,9 @@ class ProgressBar:
         """Goes on to the number of losses; in all there are ``total``, if that is known."""
         if self.bar is None:
             return
-        self.bar.total = total
+        self.bar.total, self.bar.bar_format = total, None
         if epoch:
-            self.bar.set_description(epoch, refresh=False)
+            self.bar.set_description_str(epoch, refresh=False)
         words = [batch] if batch else []
         recent = [loss for loss in losses[-50:] if math.isfinite(loss)]
         if recent:
@@ -120,7 +122,7 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
                 if is_live
                 else {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
             )
-            bar = tqdm(unit="step", dynamic_ncols=is_live, **wait)
+            bar = tqdm(unit=" step", dynamic_ncols=is_live, **wait)
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live, objective)
         if bar is not None:

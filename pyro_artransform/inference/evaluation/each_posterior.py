@@ -18,7 +18,7 @@ from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 from ...joint.posteriors import Posteriors
-from ...time_limit import cut_off, has_limit, limited, within
+from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
 from .modes_of_each import EachSearch
 from .verdict import ELSEWHERE
@@ -131,6 +131,7 @@ def weigh_each(
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
     searched_by = "none"
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
+        say("verdict: the search for mass elsewhere")
         with cut_off("the search for mass elsewhere"), within(0.7):
             search = EachSearch.of(posteriors, latents)
             lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
-from ...diagnostics.chains import GuideChains
+from ...diagnostics.chains import GOOD_RHAT, GuideChains
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import MeanLogJoint
 from ...joint.coordinates import non_centered
 from ...joint.posteriors import Posteriors
-from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
+from ...time_limit import cut_off, is_out_of_time, left_out, limited, say, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .each_posterior import EachPosterior, weigh_each
@@ -73,6 +73,9 @@ class MarginalVerdict(NamedTuple):
     found: Marginals | None = None
     trusted: bool | None = None
     words: str = ""
+
+
+_NO_TIME = MarginalVerdict(words=" Single latents were not checked: there was no time.")
 
 
 class Evaluation(NamedTuple):
@@ -178,6 +181,7 @@ def evaluate(
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
+            say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
                 missed = find_missed_modes(log_joint, model, config, draws, *known)
@@ -272,7 +276,7 @@ def _judge_by_chains(
             "the model runs for one draw after the other, which is slow; diagnostics.marginals does"
         )
     elif is_out_of_time():
-        reason = "the time was over"
+        return _NO_TIME
     if reason:
         return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
     weights = evaluation.weights
@@ -281,9 +285,12 @@ def _judge_by_chains(
         is_known = weights is not None and weights.num_nonfinite < weights.num_samples
         if weights is None or not is_known or (weights.trusted and weights.is_close):
             return MarginalVerdict()
+    say("verdict: single latents by chains")
     try:
         chains = GuideChains(subject)
-        chains.run(config.num_by_chains, most=config.max_by_chains)
+        convergence = chains.run(config.num_by_chains, most=config.max_by_chains)
+        if is_out_of_time() and not float(convergence.rhat.max()) <= GOOD_RHAT:
+            return _NO_TIME
         unconstrained, _ = log_joint.to_unconstrained(cast(Tensor, evaluation.latents))
         found = marginals_by_chains(chains, unconstrained, log_joint)
     # a model without a gradient, or a guide that is a point
