@@ -206,7 +206,6 @@ class Sampling:
         self._limit.say("chains")
         self.chains.run(self._num_draws)
         reason = self._limit.reason
-        self._limit.say("verdict")
         self._limit.enter_phase(1.0, has_grace=True)
         found = evaluate(self._subject, status, config, chains=self.chains)
         return found, to_chains(self.chains, self._num_draws, found.outside, self._limit, reason)

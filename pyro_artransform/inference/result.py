@@ -87,7 +87,10 @@ class FitResult:
         rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
-            khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
+            khat, weights, of = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance, ""
+            if self.elements is not None:
+                is_shared = isinstance(self.elements, Elements)
+                of = ", of what all elements share" if is_shared else ", of the worst posterior"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
                     evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
@@ -97,8 +100,8 @@ class FitResult:
                     )
             rows |= {
                 "log evidence": evidence,
-                "k-hat": khat,
-                "ESS": f"{self.ess:.0f} of {self.num_samples}",
+                "k-hat": khat + of,
+                "ESS": f"{self.ess:.0f} of {self.num_samples}{of}",
             }
         if (found := self.marginals) is not None:
             rows["marginals"] = bounds_in_words(found.mean_bound, found.sd_bound)

@@ -34,7 +34,8 @@ class EachPosterior:
     A posterior is not trusted for what would keep a fit of it alone from being trusted. Of a thousand good
     ones some exceed a bound by chance: a k-hat of 0.5 with a standard error of 0.09 is above 0.7 once in
     80. So what the first draws object to has to be seen again at as many new ones, which do not know that
-    it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases.
+    it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases; a bound that
+    grows with the number, as of :class:`Elements`, would let it pass.
 
     :param plate: the name of the plate.
     :param elbo: that of each, in nats, shape ``(E,)``, as all others; with its standard error ``elbo_se``.

@@ -33,6 +33,7 @@ from .verdict import (
     about_far_modes,
     about_minibatches,
     about_missed_tail,
+    about_some,
     about_time,
     judge,
 )
@@ -161,7 +162,8 @@ def evaluate(
                 coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
                 left_out=left_out(),
             )
-            verdict = judge(None, None, status, each.objection, each.praise)
+            objection = about_some(each.objection, status.remedy)
+            verdict = judge(None, None, status, objection, each.praise)
             numbers = joint.elbo, joint.elbo_se, joint.num_samples
             return Evaluation(*numbers, None, False, verdict, latents=first, elements=each)
     with within(0.5):
@@ -235,7 +237,8 @@ def evaluate_minibatches(
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
-        verdict = judge(None, None, status, by_element.objection, by_element.praise)
+        objection = by_element.objection(status.remedy)
+        verdict = judge(None, None, status, objection, by_element.praise)
     numbers = found.elbo, found.elbo_se, count
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 
