@@ -35,6 +35,15 @@ CHAINS_UNTIL = 0.85
 _NUM_TRIED = 24
 
 
+# what chains that do not agree speak for
+_LATE, _NOT_TRAINED = "Let them run for longer", "Train the guide for longer (num_steps)"
+_APART = (
+    "They move, but not to each other: the posterior may have several modes, as of labels or signs that can "
+    "be swapped. Break the symmetry in the model (ordered supports, tighter priors), bound what its priors "
+    "leave open, or train the guide for longer"
+)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Chains:
     """Draws of a posterior by chains, and whether they can be trusted.
@@ -228,10 +237,10 @@ def to_chains(
     chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
     objections, worst = [], latents.name_of(int(found.rhat.argmax()))
     if not max_rhat <= GOOD_RHAT:
+        cause = _LATE if reason else _NOT_TRAINED
         objections.append(
-            f"chains do not agree: R-hat is {max_rhat:.2f} for {worst}, above {GOOD_RHAT}. Train the "
-            "guide for longer, or write the model without what keeps chains apart (symmetric labels, "
-            "priors that bound nothing, funnels)"
+            f"chains do not agree: R-hat is {max_rhat:.2f} for {worst}, above {GOOD_RHAT}. "
+            f"{_APART if chains.stay_apart() else cause}"
         )
     for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
         if not float(ess.min()) >= num_samples:
