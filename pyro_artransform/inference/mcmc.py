@@ -19,7 +19,7 @@ from ..posterior.arviz import chains_to_inference_data
 from ..time_limit import TimeLimit
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, evaluate
-from .evaluation.verdict import FitStatus
+from .evaluation.verdict import BREAK_SYMMETRY, FitStatus
 from .progress import alone, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -33,14 +33,11 @@ _FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS = 300, 3, 12
 CHAINS_UNTIL = 0.85
 # trajectories that chains are judged by
 _NUM_TRIED = 24
-
-
 # what chains that do not agree speak for
 _LATE, _NOT_TRAINED = "Let them run for longer", "Train the guide for longer (num_steps)"
 _APART = (
     "They move, but not to each other: the posterior may have several modes, as of labels or signs that can "
-    "be swapped. Break the symmetry in the model (ordered supports, tighter priors), bound what its priors "
-    "leave open, or train the guide for longer"
+    f"be swapped. {BREAK_SYMMETRY}, bound what its priors leave open, or train the guide for longer"
 )
 
 

@@ -70,9 +70,7 @@ class ProgressBar:
     """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing."""
 
     bar: Any
-    is_live: bool = (
-        True  #: on a terminal or in a notebook; elsewhere it is a line every half minute
-    )
+    is_live: bool = True  #: on a terminal or in a notebook; elsewhere a line every half minute
     objective: str = "ELBO"  #: losses are the negative of it
 
     def say(self, what: str) -> None:
@@ -117,12 +115,8 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
             is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
             is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
             is_live = is_notebook or sys.stderr.isatty()
-            wait = (
-                {}
-                if is_live
-                else {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
-            )
-            bar = tqdm(unit=" step", dynamic_ncols=is_live, **wait)
+            wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
+            bar = tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait))
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live, objective)
         if bar is not None:

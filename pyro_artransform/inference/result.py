@@ -51,9 +51,8 @@ class FitResult:
     stopped_because: str  #: why the steps ended
     start: str  #: the candidate that the guide was initialized with
     end: str  #: which parameters the guide has: the last ones, their average, or the best ones
-    step_size: (
-        float | None
-    )  #: at the end of its constant phase; ``None`` where the optimizer is the user's
+    #: at the end of its constant phase; ``None`` where the optimizer is the user's
+    step_size: float | None
     #: the sites because of which steps were skipped, with the number of times
     culprits: dict[str, int] = field(default_factory=dict)
     one_at_a_time: str = ""  #: why the model was run for one draw after the other, if it was
@@ -95,9 +94,8 @@ class FitResult:
                 if weights is None or weights.has_heavy_tail:
                     evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
                 else:
-                    khat += (
-                        f" of {100 * weights.tail_share:.1g} % of the weight, too little to matter"
-                    )
+                    share = f"{100 * weights.tail_share:.1g} % of the weight"
+                    khat += f" of {share}, too little to matter"
             rows |= {
                 "log evidence": evidence,
                 "k-hat": khat + of,

@@ -132,11 +132,8 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
 def _cut_short(training: Training, is_saved: bool) -> str:
     """Why steps ended before the ELBO was seen to settle, if so, and what to do."""
     schedule, reason = training.schedule, training.schedule.reason
-    hints = {
-        INTERRUPTED: "resume it from its checkpoint" if is_saved else "fit again",
-        OUT_OF_TIME: "give more seconds",
-        _ASKED: "let it go on",
-    }
+    again = "resume it from its checkpoint" if is_saved else "fit again"
+    hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
     if reason != INTERRUPTED and schedule.is_still(training.losses[: schedule.decay_start]):
         return ""
     if reason in hints:
@@ -148,18 +145,14 @@ def _cut_short(training: Training, is_saved: bool) -> str:
 
 def _remedy(set_up: SetUp) -> str:
     """What to use where the guide is not the posterior, the surest first."""
-    ways, guide = list[str](), cast(object, set_up.subject.guide)
+    guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
+    if isinstance(guide, FlowGuide):
+        way = "more layers (num_transforms) or wider ones"
+    elif isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
+        way = "an encoder with features that tell more, or a more flexible local_flow"
     if set_up.sampling is None and set_up.has_all_data:
-        ways.append("draws=1000 (chains need no good k-hat)")
-    if isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
-        ways += ["an encoder with features that tell more", "a more flexible local_flow"]
-    elif isinstance(guide, FlowGuide):
-        ways.append("more layers (num_transforms) or wider ones")
-    else:
-        ways.append("a flow guide, such as AutoIAF")
-    if set_up.schedule.num_steps is not None:
-        ways.append("more steps")
-    return ", or ".join(ways)
+        way = f"draws=1000 (chains need no good k-hat), or {way}"
+    return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
 
 
 def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitResult:
@@ -171,8 +164,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason == INTERRUPTED,
-        cut_short,
-        "" if cut_short else _remedy(set_up),
+        *(cut_short, "" if cut_short else _remedy(set_up)),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
         missing=set_up.missing,
@@ -186,9 +178,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     elif sampling is not None:
         found, chains = sampling.judge(status, config, num_steps)
     else:
-        of_few = (
-            minibatches.mean_log_joint() if minibatches is not None and minibatches.whole else None
-        )
+        of_few = minibatches.mean_log_joint() if minibatches and minibatches.whole else None
         found = evaluate(subject, status, config, num_gradients, of_few=of_few)
     # chains say themselves how well they know single latents
     marginals = MarginalVerdict()

@@ -156,9 +156,10 @@ class ElementWeights(NamedTuple):
         elements, words, why = self.elements, "Trusted: ", ""
         worst = int(elements.khat.argmax())
         if elements.khat[worst] > GOOD_KHAT:
-            is_heavy = bool(elements.tail_share[worst] > GOOD_TAIL)
             why = "as the largest of so many good ones is by chance"
-            why = f" (above {GOOD_KHAT}, {why if is_heavy else 'of a tail too light to matter'})"
+            if elements.tail_share[worst] <= GOOD_TAIL:
+                why = "of a tail too light to matter"
+            why = f" (above {GOOD_KHAT}, {why})"
         if (shared := self.shared) is not None:
             gap = max(shared.log_evidence - shared.elbo, 0.0)
             words += (

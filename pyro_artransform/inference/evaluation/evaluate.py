@@ -192,26 +192,13 @@ def evaluate(
                     at, mass = missed.tail
                     outside.append(about_missed_tail(log_joint.latents.name_of(at), mass))
     mixes_draws = subject.log_joint.strategy != strategy
-    status = status._replace(
-        is_point=is_point,
-        is_random=is_noisy,
-        mixes_draws=mixes_draws,
-        coarse=coarse,
-        left_out=left_out(),
-    )
+    status = status._replace(is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws)
+    status = status._replace(coarse=coarse, left_out=left_out())
     outside += [about_time(left_out())] * bool(left_out())
-    verdict = judge(found, missed, status)
-    return Evaluation(
-        found.elbo,
-        found.elbo_se,
-        found.num_samples,
-        found,
-        is_noisy,
-        verdict,
-        lost_mass=0.0 if missed is None else missed.lost_mass,
-        latents=latents,
-        outside=outside + [about_coarse_sites(coarse)] * bool(coarse),
-    )
+    outside += [about_coarse_sites(coarse)] * bool(coarse)
+    verdict, lost = judge(found, missed, status), 0.0 if missed is None else missed.lost_mass
+    elbo = found.elbo, found.elbo_se, found.num_samples
+    return Evaluation(*elbo, found, is_noisy, verdict, lost, False, latents, outside)
 
 
 def evaluate_minibatches(
@@ -230,10 +217,9 @@ def evaluate_minibatches(
     values = next(subject.weighted_draws(8)).values  # a few tell whether they are all the same
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
-    about, status = "", status._replace(is_point=is_point)
+    status = status._replace(is_point=is_point)
     if isinstance(by_element, str):
-        about = about_minibatches(found, is_of_all, by_element)
-        verdict = judge(None, None, status, about)
+        verdict = judge(None, None, status, about_minibatches(found, is_of_all, by_element))
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
@@ -275,19 +261,18 @@ def _judge_by_chains(
     elif isinstance(log_joint, MeanLogJoint):
         reason = "each step of chains is a pass over the loader; fit with draws= runs them"
     elif log_joint.strategy == "loop":
-        reason = (
-            "the model runs for one draw after the other, which is slow; diagnostics.marginals does"
-        )
+        reason = "the model runs for one draw after the other; diagnostics.marginals checks them"
     elif is_out_of_time():
         return _NO_TIME
     if reason:
         return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
-    weights = evaluation.weights
-    if not is_trusted:
-        # chains tell more only where weights are known, and say that the joint posterior is not the guide
-        is_known = weights is not None and weights.num_nonfinite < weights.num_samples
-        if weights is None or not is_known or (weights.trusted and weights.is_close):
-            return MarginalVerdict()
+    # chains tell more only where weights are known, and say that the joint posterior is not the guide
+    if not is_trusted and (
+        (weights := evaluation.weights) is None
+        or weights.num_nonfinite == weights.num_samples
+        or (weights.trusted and weights.is_close)
+    ):
+        return MarginalVerdict()
     say("verdict: single latents by chains")
     try:
         chains = GuideChains(subject)

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "batches": ", and no climb in a few mini-batches found mass elsewhere.",
     "none": ", but mass elsewhere was not searched for.",
 }
+BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
 _SUBSAMPLED = (
     "the model sub-samples its data, or is random otherwise, so that the numbers below rest on the "
     "noisy density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. "
@@ -111,7 +112,7 @@ def judge(
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
         objections += about_weights(weights, status.remedy, missed)
-        objections += [] if missed is None else about_far_modes(missed)
+        objections += [] if missed is None else about_far_modes(missed, not status.cut_short)
     if about_others:
         objections.append(about_others)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
@@ -199,7 +200,7 @@ def about_weights(
         yield "; ".join(poor) + (f". Use {remedy}" if remedy else "")
 
 
-def about_far_modes(missed: MissedModes) -> Iterator[str]:
+def about_far_modes(missed: MissedModes, is_settled: bool = True) -> Iterator[str]:
     """Objections to draws, of a guide or of chains, that leave out modes or count some several times."""
     if missed.excess_by_turns > GOOD_GAP:
         yield (
@@ -212,8 +213,7 @@ def about_far_modes(missed: MissedModes) -> Iterator[str]:
         yield (
             f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "
             "mode(s), found from other starting points, of which the guide has no draws: the starts "
-            "disagree. Break the symmetry in the model (ordered supports, tighter priors), or sum "
-            "out what switches"
+            f"disagree{f'. {BREAK_SYMMETRY}, or sum out what switches' if is_settled else ''}"
         )
 
 
@@ -228,14 +228,11 @@ def about_missed_tail(name: str, mass: float) -> str:
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
     """The objection to a fit by mini-batches: what a pass over a loader leaves unknown, and why."""
     of = "of all data" if is_of_all else "of a batch, on the average,"
-    known = (
-        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
-    )
     return (
-        f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
-        f"{reason}. On data that fit into memory run "
-        "diagnostics.importance with all of them and a model that does not sub-sample; on "
-        "others, diagnostics.sbc with simulated data"
+        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f} "
+        f"({found.num_batches} batches), but k-hat and the evidence are not known, since {reason}. On "
+        "data that fit into memory run diagnostics.importance with all of them and a model that does "
+        "not sub-sample; on others, diagnostics.sbc with simulated data"
     )
 
 
@@ -246,9 +243,8 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
         f"is {found.khat:.2f} ± {found.khat_se:.2f}"
     )
     if not found.trusted:
-        words += (
-            f" (of a tail of {100 * found.tail_share:.1g} % of the weight, too little to matter)"
-        )
+        share = f"{100 * found.tail_share:.1g} % of the weight"
+        words += f" (of a tail of {share}, too little to matter)"
     if missed is not None and missed.num_lost:
         return (
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "

@@ -45,7 +45,7 @@ NOT_TRUSTED = {
         weights,
         MissedModes(math.nan, 0.1, 0.3, 2),
         {},
-        ["30 %", "2 other", "starts disagree"],
+        ["30 %", "2 other", "starts disagree. Break the symmetry in the model"],
     ),
     "turns": (
         weights,
@@ -56,6 +56,7 @@ NOT_TRUSTED = {
     "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more", "Use draws"]),
     "interrupted": (weights, NOTHING, {"is_interrupted": True, **LATE}, ["the time was over"]),
     "cut short": (lambda: heavy(1e-2), NOTHING, LATE, ["the time was over", "k-hat is"]),
+    "cut short, with modes": (weights, MissedModes(math.nan, 0.1, 0.3, 2), LATE, ["disagree."]),
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
     "random": (weights, None, {"is_random": True}, ["sub-samples", "diagnostics.importance"]),
@@ -99,6 +100,7 @@ def test_a_verdict_is_one_sentence_that_says_why(case):
         assert some in verdict.words
     if not verdict.trusted and "cut_short" in status:  # nothing is known of the guide
         assert verdict.words.startswith("Not trusted: the time was over after 0 steps: give more")
+        assert "Break" not in verdict.words
     assert ("Use draws=1000" in verdict.words) == (case in REMEDIED)
     if case in {"round-off", "point"}:  # no other objections, which rest on such weights
         assert "does not reach" not in verdict.words
