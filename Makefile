@@ -19,7 +19,7 @@ install: $(READY) ## make the environment in .venv
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 test: $(READY) ## run the quick tests and the doctests
@@ -30,7 +30,7 @@ test-all: $(READY) ## before a release: all tests, the slow ones too, with their
 
 wheel: $(READY) ## build the wheel into dist/, and try it in an environment without the checkout
 	rm -rf dist
-	$(BIN)/python -m build --quiet
+	$(BIN)/python -m build --quiet --no-isolation
 	$(ONE_THREAD) bash .ci/wheel $(BIN)/python
 
 release: wheel ## what a release needs: wheel and source distribution, checked, and all tests; uploads nothing
@@ -56,7 +56,6 @@ bench: $(READY) ## known failures of flow libraries, and what an inverse costs, 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inverse.py
 
 docs: $(READY) ## build the site into docs/_build/html, and check its links
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going --quiet -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 

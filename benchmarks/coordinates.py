@@ -223,9 +223,9 @@ def lambdas(rows: list[Row]) -> str:
 def of_fits(rows: list[Row]) -> str:
     """A line for each model and its coordinates: the least and the largest figures of all seeds."""
     lines = [
-        "| model, latents | guide | coordinates | ELBO | gap | k-hat | trusted | steps | CPU s |"
+        "| model, latents | guide | coordinates | lambda | ELBO | gap | k-hat | trusted | steps | CPU s |"
     ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for title, found in groups(rows):
         first = found[0]
         cells = [f"{title}, {first['latents']}", f"`{first['guide']}`"] if title else ["", ""]

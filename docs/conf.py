@@ -51,6 +51,7 @@ nb_execution_mode = "off"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_default_options = {"exclude-members": "extra_repr"}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 140
 add_module_names = False
@@ -73,6 +74,29 @@ def _from_the_root(app: Any, path: Path, parent: str, content: list[str]) -> Non
         content[0] = content[0].replace(f"]({at_root}", f"]({page}")
 
 
+def _without_aliases(
+    app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """A field of a named tuple has no docstring of its own but its number."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
+def _with_links(
+    app: Any,
+    what: str,
+    name: str,
+    value: Any,
+    options: Any,
+    arguments: str | None,
+    result: str | None,
+) -> tuple[str | None, str | None]:
+    """A signature with ``<factory>`` in it is no Python, so that its types would be no links."""
+    return arguments and arguments.replace("<factory>", "..."), result
+
+
 def setup(app: Any) -> None:
-    """Has Sphinx ask about each file that a page includes."""
+    """Has Sphinx ask about each file that a page includes, and about docstrings and signatures."""
     app.connect("include-read", _from_the_root)
+    app.connect("autodoc-process-docstring", _without_aliases)
+    app.connect("autodoc-process-signature", _with_links)

@@ -11,17 +11,16 @@ def python_blocks(page: str) -> str:
 
 
 def shortened(code: str) -> str:
-    """Code with fits of five steps and a second, and few draws and data sets."""
+    """Code with fits of five steps and a second, chains of a second, and few draws and data sets."""
 
     def short_fit(call: re.Match[str]) -> str:
         arguments = re.sub(r", (epochs|seed|progress)=\w+", "", call[1])
-        if "draws=" in arguments:
-            arguments = re.sub(r"draws=\d+", "draws=100", arguments)
-        else:  # the verdict on so short a fit is of no interest
-            arguments += ", num_steps=5, max_seconds=1"
-        return f"= fit({arguments}, progress=False, seed=0)"
+        arguments = re.sub(r"draws=\d+", "draws=50", arguments)
+        # the verdict on so short a fit is of no interest
+        return f"= fit({arguments}, num_steps=5, max_seconds=1, progress=False, seed=0)"
 
     code = re.sub(r"= fit\((.*?)\)", short_fit, code)
     code = re.sub(r"num_simulations=\d+", "num_simulations=10", code)
-    code = re.sub(r"= mcmc\((.*?), \d+", r"= mcmc(\1, 100, progress=False", code)
+    code = re.sub(r"= mcmc\((.*?), \d+", r"= mcmc(\1, 50, max_seconds=1, progress=False", code)
+    code = re.sub(r"range\(\d{3,}\)", "range(5)", code)
     return re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code)

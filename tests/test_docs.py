@@ -145,6 +145,26 @@ def test_the_fit_of_the_first_page_prints_its_verdict() -> None:
     assert names["result"].verdict.startswith(" ".join(printed.split()[1:3]))
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in (ROOT, DOCS, ROOT / "benchmarks") for path in folder.glob("*.md")),
+    ids=lambda path: f"{path.parent.name}/{path.name}" if path.parent != ROOT else path.name,
+)
+def test_rows_of_a_table_are_as_long_as_its_head(path: Path) -> None:
+    """A page leaves out the cells of a row that are too many, and columns stand below other names."""
+    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(widths) == 1, table.splitlines()[0]
+
+
+def test_a_fraction_of_two_digits_is_that_of_tex() -> None:
+    pytest.importorskip("sphinx")
+    script = script_of_the_site("mathml")
+    assert script.from_tex(r"\tfrac12 (x)") == script.from_tex(r"\tfrac{1}{2} (x)")
+    assert script.from_tex(r"s \log x").count("<mspace") == 2
+    assert script.from_tex(r"\log (x)").count("<mspace") == 1
+
+
 def test_the_plots_are_there() -> None:
     (row,) = re.findall(r"`plots\.(plot_\w+(?:, plot_\w+)+)`", PAGES["start.md"])
     assert set(row.split(", ")) == set(pyro_artransform.plots.__all__)

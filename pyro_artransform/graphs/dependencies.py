@@ -34,6 +34,8 @@ _NUM_HALVINGS = 20
 _NUM_GROUPINGS = 4
 # a new pair counts if its change is the same in repeats this many ulps away, to so many standard deviations
 _NUM_REPEATED, _MOST_ULPS, _CLEAR = 6, 8.0, 6.0
+# nats by which one sd of each of a pair interacts, below which a graph may lack it: half their square is lost
+_LEAST = 0.01
 _SEED = 20260101
 # a generator of the CPU works for every device
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
@@ -119,7 +121,8 @@ def missing_dependencies(
 ) -> list[tuple[int, int]]:
     """Pairs of coordinates that depend on each other at some draws and are not neighbours in a graph.
 
-    Coordinates of a draw are moved to where they are in the next draw.
+    Coordinates of a draw are moved to where they are in the next draw. Pairs that hardly depend on each
+    other are left out: their distance in a chain of coordinates is where round-off ends the graph.
 
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
@@ -130,9 +133,13 @@ def missing_dependencies(
     for k in range(min(_NUM_GROUPINGS, len(draws))):
         part = slice(k, None, _NUM_GROUPINGS)
         search.move_groups(draws[part], others[part], seed=k)
-    pairs = []
+    pairs, sd = [], draws.std(0).tolist()
     for i, own in enumerate(search.neighbours):
-        pairs += [(i, j) for j in sorted(own - known[i]) if i < j]
+        for j in sorted(own - known[i]):
+            # zero where nothing is known
+            strength = abs(search.second[i, j]) * sd[i] * sd[j] if i < j else -1.0
+            if strength == 0 or strength > _LEAST:
+                pairs.append((i, j))
     return pairs
 
 
@@ -150,7 +157,7 @@ class _Search:
         #: whether there is a graph that the search adds to, so that each new pair is a finding
         self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
-        self._second: dict[tuple[int, int], float] = {}
+        self.second: dict[tuple[int, int], float] = {}
 
     def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> list[int]:
         """Moves one coordinate of each element at a time, and the rest one by one; returns what is left.
@@ -235,7 +242,7 @@ class _Search:
         values = second[row, i].tolist()
         for j, k, value in zip(columns[row, i].tolist(), i.tolist(), values):
             pair = min(j, k), max(j, k)
-            self._second[pair] = max(self._second.get(pair, 0.0), value, key=abs)
+            self.second[pair] = max(self.second.get(pair, 0.0), value, key=abs)
             if j != k:
                 self.neighbours[j].add(k)
                 self.neighbours[k].add(j)
@@ -304,10 +311,10 @@ class _Search:
 
     def graph(self) -> DependencyGraph:
         like = self.log_density.start
-        pairs = sorted(pair for pair in self._second if pair[0] != pair[1])
-        curvature = like.new_tensor([self._second.get((i, i), 0.0) for i in range(len(like))])
+        pairs = sorted(pair for pair in self.second if pair[0] != pair[1])
+        curvature = like.new_tensor([self.second.get((i, i), 0.0) for i in range(len(like))])
         index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
-        second = like.new_tensor([self._second[pair] for pair in pairs])
+        second = like.new_tensor([self.second[pair] for pair in pairs])
         neighbours = tuple(map(frozenset, self.neighbours))
         return DependencyGraph(neighbours, index[:, 0], index[:, 1], second, curvature)
 

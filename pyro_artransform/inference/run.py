@@ -167,6 +167,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         *(cut_short, "" if cut_short else _remedy(set_up)),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
+        has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,
         missing=set_up.missing,
     )
     chains = None

@@ -18,9 +18,11 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from .traces import has_data, is_enumerated, latent_nodes
+
+_ROUND_OFF = 0.1  # nats by which the log of a probability may exceed 0
 
 
 def hidden_sites() -> BlockMessenger:
@@ -117,8 +119,21 @@ class SiteLogProbs(Messenger):
         if site_is_subsample(message) or (self._data_only and not has_data(message)):
             return
         scale = 1.0 if self._data_only else message["scale"]
-        self.log_probs[name] = scale_and_mask(_log_prob(message), scale, message["mask"])
+        log_prob = _possible(_log_prob(message), message)
+        self.log_probs[name] = scale_and_mask(log_prob, scale, message["mask"])
         self.frames[name] = message["cond_indep_stack"]
+
+
+def _possible(log_prob: Tensor, site: Any) -> Tensor:
+    """Zero probabilities in the place of those of counts that are above 1, which are round-off.
+
+    Differences of log-gammas make such: of NegativeBinomial in float32 from 1e6 failures on, where the
+    density else has a mode of nothing but them.
+    """
+    support = site["fn"].support if has_data(site) else constraints.real
+    if not support.is_discrete or support is constraints.boolean:
+        return log_prob
+    return log_prob.masked_fill(log_prob > _ROUND_OFF, -torch.inf)
 
 
 def _log_prob(site: Any) -> Tensor:

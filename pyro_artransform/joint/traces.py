@@ -89,6 +89,7 @@ class ModelStructure(NamedTuple):
     scale: float
     is_evenly_scaled: bool  #: whether all data have this scale, or none
     num_values: int  #: how many values or log-densities all sites have, data included
+    has_data: bool  #: whether there are data, or factors
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
@@ -97,7 +98,8 @@ class ModelStructure(NamedTuple):
         latents = [node for node in nodes if not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
         in_part = [node for node in latents if parts.intersection(node["cond_indep_stack"])]
-        data = [node for node in observed_nodes(trace) if not is_deterministic(node)] or nodes
+        observed = [node for node in observed_nodes(trace) if not is_deterministic(node)]
+        data = observed or nodes
         scale = _largest_scale(data) / _largest_scale(in_no_plate)
         scales = torch.cat([torch.as_tensor(node["scale"]).double().flatten() for node in data])
         return cls(
@@ -107,6 +109,7 @@ class ModelStructure(NamedTuple):
             scale=scale,
             is_evenly_scaled=bool(((scales == scales.max()) | (scales == 1)).all()),
             num_values=count_values(trace),
+            has_data=bool(observed),
         )
 
     @property

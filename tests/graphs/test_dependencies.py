@@ -158,6 +158,19 @@ def test_round_off_of_an_ill_conditioned_sum_is_no_missing_dependency():
     assert found == [(1, 2)]
 
 
+@pytest.mark.parametrize(("slope", "missing"), [(1e-3, []), (0.05, [(0, 1)])])
+def test_a_dependency_is_missing_from_where_on_it_matters(slope, missing):
+    """In coordinates of the prior all of a chain depend on each other, less and less down to round-off."""
+
+    def pair():
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 2.0))
+        pyro.sample("x", dist.Normal(slope * z / 2, 1.0))
+
+    log_joint = LogJoint(pair)
+    draws = torch.randn(64, 2) * torch.tensor([2.0, 1.0])
+    assert missing_dependencies(log_joint, EPS, [set(), set()], draws) == missing
+
+
 def test_missing_edges_of_a_model_that_draws_its_mini_batches():
     """One of them is looked at: what a batch has is missing, and what changes between batches is not."""
 

@@ -15,7 +15,7 @@ from pyro_artransform.inference.config import (
     OptimizationConfig,
 )
 
-#: Fewer draws, points and steps of searches, so that a fit takes a fraction of a second.
+#: Fewer draws, points and steps of searches and chains, so that a fit takes a fraction of a second.
 QUICK = FitConfig(
     initialization=InitializationConfig(
         num_points=4,
@@ -33,6 +33,8 @@ QUICK = FitConfig(
         num_around=500,
         num_screened=40,
         max_climb_steps=20,
+        num_by_chains=100,
+        max_by_chains=1,
     ),
 )
 

@@ -20,7 +20,8 @@ def cases(names, slow):
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
-@pytest.mark.parametrize("name", cases(DOUBTFUL, SLOW))
+# the fits below have quick cases of these two
+@pytest.mark.parametrize("name", cases(DOUBTFUL, SLOW | {"two modes of 1", "labels"}))
 def test_draws_of_chains(name):
     model, make_guide, words, _ = DOUBTFUL[name]
     chains = mcmc(model, make_guide(), 400, seed=0, progress=False, max_seconds=20)

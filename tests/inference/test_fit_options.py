@@ -281,6 +281,23 @@ def test_parameters_of_the_model_are_said_to_be_point_estimates():
     assert words not in quick_fit(models.location, num_steps=2, progress=False).verdict
 
 
+def test_a_model_without_data_is_said_to_be_its_prior():
+    """As where the argument with the data was forgotten: then the data are latents."""
+
+    def line(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 5.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    def with_factor():
+        pyro.factor("f", -0.5 * pyro.sample("z", dist.Normal(torch.zeros(()), 1.0)) ** 2)
+
+    words, options = "all this is about its prior", {"num_steps": 2, "progress": False}
+    assert words in quick_fit(line, Y, **options).verdict
+    assert words not in quick_fit(line, Y, Y, **options).verdict
+    assert words not in quick_fit(with_factor, **options).verdict
+
+
 @pytest.mark.parametrize("phase", ["start", "fit", "verdict"])
 @pytest.mark.parametrize("draws", [None, 20])
 def test_ctrl_c_in_each_phase_gives_a_verdict(monkeypatch, phase, draws):

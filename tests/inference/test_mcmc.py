@@ -146,7 +146,7 @@ def test_guides(kind):
 
 def test_a_model_that_is_run_by_loop():
     """Of a density with a jump, by quadrature."""
-    chains = mcmc(models.branching, AutoNormal(models.branching), 100)
+    chains = mcmc(models.branching, AutoNormal(models.branching), 50)
     assert chains.num_chains == 8
     assert chains.trusted, chains
     z = torch.linspace(-6, 6, 4001)

@@ -170,3 +170,26 @@ def test_two_scales_of_one_sum(model, got):
 def test_what_is_drawn_and_not_summed(options, got):
     with pytest.raises(ValueError, match=f"expected enumeration in parallel over all .*{got}"):
         LogJoint(config_enumerate(plain, **options))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        lambda size: dist.NegativeBinomial(size, logits=(5.0 / size).log()),
+        lambda size: dist.GammaPoisson(size, size / 5.0),
+    ],
+)
+def test_a_probability_above_one_is_round_off(counts):
+    """Of 65 million failures log-gammas cancel: in float32 log-probabilities are 128, in float64 -2."""
+
+    def model(y):
+        log_size = pyro.sample("log_size", dist.Normal(y.new_zeros(()), 10.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", counts(log_size.exp()), obs=y)
+
+    y, z = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([[1.0], [18.0]])
+    assert (counts(z[1].float().exp()).log_prob(y.float()) > 100).any()
+    assert LogJoint(model, (y.float(),))(z.float()).isfinite().tolist() == [True, False]
+    found = LogJoint(model, (y.double(),))(z.double())[1]
+    prior = dist.Normal(0.0, 10.0).log_prob(torch.tensor(18.0))
+    assert float(found - prior) == pytest.approx(-1.9634 - 1.7403 - 2.2591, abs=1e-3)

@@ -217,12 +217,12 @@ def f29_growing_state(subject: Subject) -> None:
     else:
         draws["guide"] = (guide, guide)
     for name, (owner, draw) in draws.items():
-        _check_flat(name, owner, draw, 1_000 if "spline" not in name else 300)
+        _check_flat(name, owner, draw)
 
 
-def _check_flat(name: str, owner, draw: Callable, times: int) -> None:
+def _check_flat(name: str, owner, draw: Callable, times: int = 300) -> None:
     for _ in range(2):  # looking at it leaves things behind too, once
-        for _ in range(100):
+        for _ in range(30):
             draw()
         size, objects, memory = _footprint(owner)
     for _ in range(times):

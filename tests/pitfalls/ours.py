@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 import pyro_artransform as art
 from pyro_artransform import conditioners, guides, transforms, univariate
+from pyro_artransform.inference import FitConfig
+from tests.inference.conftest import QUICK
 from tests.pitfalls.subject import Subject, load_whole, save_state, save_whole
 
 HIDDEN = 16
+SHORT_VERDICT = FitConfig(evaluation=QUICK.evaluation)
 UNIVARIATES = {
     "affine": univariate.Affine,
     "spline": univariate.RationalQuadraticSpline,
@@ -122,13 +125,12 @@ class Ours(Subject):
             **custom,
         }
 
-    def fit(self, model, guide, steps, callback=None):
-        return art.fit(
-            model, guide, num_steps=steps, num_particles=16, progress=False, callback=callback
-        )
+    def fit(self, model, guide, steps, callback=None, config=SHORT_VERDICT):
+        options = {"num_steps": steps, "num_particles": 16, "progress": False}
+        return art.fit(model, guide, callback=callback, config=config, **options)
 
-    def trusts(self, result):
-        return result.trusted
+    def trusts(self, model, guide, steps):
+        return self.fit(model, guide, steps, config=None).trusted
 
     def elbo(self, model, guide):
         found = art.diagnostics.importance(model, guide, 5_000)

@@ -162,8 +162,8 @@ class Subject:
             if callback is not None:
                 callback(step, -loss)
 
-    def trusts(self, result: Any) -> bool:
-        """Whether the package calls the result of a fit good."""
+    def trusts(self, model: Callable, guide, steps: int) -> bool:
+        """Trains a guide; whether the package calls it good."""
         raise NotApplicable("no verdict")
 
     def elbo(self, model: Callable, guide) -> tuple[float, float]:

@@ -60,6 +60,7 @@ class FitStatus(NamedTuple):
     :param coarse: the sites whose draws their dtype hardly tells apart.
     :param point_estimates: the parameters of the model that were trained.
     :param left_out: what there was no time for, in words.
+    :param has_data: whether the model has data, or factors.
     """
 
     skipped_share: float = 0.0
@@ -74,6 +75,7 @@ class FitStatus(NamedTuple):
     coarse: Sequence[str] = ()
     point_estimates: Sequence[str] = ()
     left_out: Sequence[str] = ()
+    has_data: bool = True
 
 
 class Verdict(NamedTuple):
@@ -130,6 +132,10 @@ def judge(
         names = first_of(status.point_estimates)
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
+        )
+    if not status.has_data:
+        note += (
+            " The model has no data here, neither obs= nor a factor: all this is about its prior."
         )
     if objections or (weights is None and not praise):
         return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")

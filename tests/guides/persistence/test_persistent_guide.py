@@ -120,7 +120,7 @@ torch.manual_seed(11)
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF
 from pyro_artransform import spline_autoregressive
 from tests.guides import models
-from tests.guides.persistence.test_persistent_guide import new_guide, score
+from tests.guides.persistence.test_persistent_guide import score
 from tests.guides.training import trains
 
 for path in sys.argv[1:]:
@@ -134,19 +134,14 @@ for path in sys.argv[1:]:
     assert {k: (tuple(v.shape), v.dtype) for k, v in draws.items()} == expected["draws"]
     guide = kind.load(path, models.regression, **flow)
     trains(guide, others=[])
-    if kind is AutoIAF:
-        pyro.clear_param_store()
-        pyro.get_param_store().load(path + ".store")
-        guide = new_guide()
-        guide.sample_posterior(2, models.data(torch.float64))
-        assert torch.equal(score(guide), expected["score"]), "store: another density"
-        guide = torch.load(path + ".pickle", weights_only=False)
-        assert torch.equal(score(guide), expected["score"]), "pickle: another density"
 """
 
 
 def test_files_in_another_process(tmp_path):
-    """F13, F14, F17, F20: other seed, other default dtype, no model, no data."""
+    """F13, F14, F17, F20: other seed, other default dtype, no model, no data.
+
+    Stores and pickles of one are among ``tests/pitfalls/saving_cases.py``.
+    """
     guides = {
         "iaf": new_guide(),
         "maf": AutoMAF(models.regression, hidden_dims=[8], init_scale=0.3, full_rank=False),
@@ -160,9 +155,6 @@ def test_files_in_another_process(tmp_path):
         shapes = {k: (tuple(v.shape), v.dtype) for k, v in draws.items()}
         torch.save({"score": score(guide), "draws": shapes}, tmp_path / f"{name}.score")
         torch.load(tmp_path / name)
-        if name == "iaf":
-            pyro.get_param_store().save(str(tmp_path / "iaf.store"))
-            torch.save(guide, tmp_path / "iaf.pickle")
     command = [sys.executable, "-c", OTHER_PROCESS, *(str(tmp_path / name) for name in guides)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

@@ -18,7 +18,7 @@ from pyro_artransform.inference.config import EvaluationConfig, FitConfig
 from pyro_artransform.inference.evaluation.each_posterior import weigh_each
 from pyro_artransform.inference.evaluation.modes_of_each import EachSearch
 from pyro_artransform.joint.posteriors import Posteriors
-from tests.inference.conftest import QUICK
+from tests.inference.conftest import quick_fit
 
 SIZE, MANY = 12, 300
 
@@ -170,15 +170,8 @@ def eight_schools(y):
 def test_a_fit_names_the_posterior_of_absurd_data():
     y = 10 * torch.randn(SIZE, 8)
     y[3] = 1e6 * torch.tensor([1.0, -1.0] * 4)
-    found = fit(
-        eight_schools,
-        AutoStructuredFlow(eight_schools),
-        y,
-        seed=0,
-        progress=False,
-        config=QUICK,
-        num_steps=200,
-    )
+    guide = AutoStructuredFlow(eight_schools)
+    found = quick_fit(eight_schools, guide, y, seed=0, progress=False, num_steps=50)
     assert not found.trusted
     assert 3 in found.elements.objections
     assert " 3 (" in found.verdict
@@ -198,7 +191,7 @@ def test_modes_without_draws_are_found_for_each():
     guide = AutoStructuredFlow(
         squares, init_loc_fn=init_to_value(values={"z": y.sign(), "w": 0 * y})
     )
-    fit(squares, guide, y, seed=0, progress=False, config=QUICK, num_steps=300)
+    quick_fit(squares, guide, y, seed=0, progress=False, num_steps=100)
     log_joint = ModelAndGuide.of(squares, guide, (y,), {}).log_joint
     search = EachSearch.of(Posteriors.of(log_joint, guide), guide.rsample_and_log_prob(1000)[0])
     log_evidence = search.posteriors.log_weights(1000)[1].logsumexp(0) - math.log(1000)

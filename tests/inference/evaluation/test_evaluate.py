@@ -32,7 +32,7 @@ from tests.inference import loaders, models
 from tests.inference.conftest import QUICK
 
 OFF = torch.cat([torch.zeros(39), torch.full((1,), 0.35)])
-CONFIG = QUICK.evaluation
+CONFIG = replace(QUICK.evaluation, num_by_chains=400, max_by_chains=150)
 
 
 def subject_of(model, guide, *args):
