@@ -34,16 +34,20 @@ class TimeLimit:
 
     :param max_seconds: the wall time of all phases; ``None`` is no limit.
     :param tick: called in each turn of a loop.
+    :param say: called with what is done now, in words.
     """
 
     def __init__(
-        self, max_seconds: float | None = None, tick: Callable[[], object] = lambda: None
+        self,
+        max_seconds: float | None = None,
+        tick: Callable[[], object] = lambda: None,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._began, self._most = time.perf_counter(), math.inf
         if max_seconds is not None:
             self._most = check_positive("max_seconds", max_seconds)
         self._end, self._grace, self._interrupted = self._most, 0.0, math.inf
-        self.tick, self.cuts_off = tick, False
+        self.tick, self.say, self.cuts_off = tick, say, False
         #: what there was no time for, in words
         self.left_out: list[str] = []
 
@@ -132,6 +136,13 @@ def is_out_of_time() -> bool:
         return False
     limit.tick()
     return limit.is_over()
+
+
+def say(what: str) -> None:
+    """Says what is done now, where somebody is told."""
+    limit = _present.get()
+    if limit is not None:
+        limit.say(what)
 
 
 def check_time() -> None:

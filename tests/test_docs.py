@@ -204,8 +204,8 @@ def sentences(path: Path) -> Iterator[str]:
 
 def test_a_verdict_says_what_its_page_quotes() -> None:
     package = ROOT / PACKAGE
-    paths = [*(package / "inference" / "evaluation").glob("*.py"), package / "inference/mcmc.py"]
-    paths.append(package / "diagnostics" / "marginals.py")
+    paths = [*(package / "inference").rglob("*.py"), package / "diagnostics" / "marginals.py"]
+    paths.append(package / "time_limit.py")
     said = "\n".join(text for path in paths for text in sentences(path))
     said = re.sub(r"\s+", " ", said)
     quotes = re.findall("“(.*?)”", PAGES["verdict.md"])

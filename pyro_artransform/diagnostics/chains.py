@@ -38,8 +38,8 @@ _GOOD_ACCEPTANCE, _BOUNDED = 0.8, 0.25
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # coordinates of all chains up to which a gradient hardly costs more than that of one
 _CACHED_COORDINATES = 2**14
-# trajectories of the rounds of warm-up, and of the first block that is kept
-_WARM_UP, _BLOCK = (8, 12, 20), 24
+# trajectories of the rounds of warm-up, of the first block that is kept, and after which chains should mix
+_WARM_UP, _BLOCK, _PATIENCE = (8, 12, 20), 24, 96
 # after so many they hardly agree any more
 _MOST_TRAJECTORIES = 2000
 # the share of the number so far that the next block has
@@ -100,6 +100,7 @@ class GuideChains:
         self._known: Convergence | None = None
         self.num_chains = count
         self.acceptance = 0.0  #: the mean rate of the last block
+        self.num_trajectories = 0  #: those of all blocks, of dropped ones too
 
     @property
     def draws(self) -> Tensor:
@@ -145,6 +146,7 @@ class GuideChains:
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
         self._known = None
+        self.num_trajectories += len(rates)
         self.acceptance = math.fsum(rates) / len(rates)
 
     def convergence(self) -> Convergence:
@@ -160,7 +162,7 @@ class GuideChains:
 
         Chains that do not agree although many trajectories were taken learn anew from where they are.
         """
-        size, patience, total, before = 0, 4 * _BLOCK, 0, list[Tensor]()
+        size, patience, before = 0, _PATIENCE, list[Tensor]()
         while True:
             if not self._blocks:
                 self.warm_up()
@@ -168,7 +170,7 @@ class GuideChains:
             if is_out_of_time() and before and len(self._blocks) < 2:
                 self._blocks, self._known = before, None
             size = self.draws.shape[1]
-            if is_out_of_time() or total + size >= most:
+            if is_out_of_time() or self.num_trajectories >= most:
                 return self.convergence()
             # ranks of a thousand latents take seconds, and are of no use while means do not agree
             rhat = float(plain_rhat(self.draws).max())
@@ -177,8 +179,13 @@ class GuideChains:
             if self._is_heavy() or (size >= patience and rhat > _BAD_RHAT):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
-                total, self._by_guide, before = total + size, False, self._blocks
+                self._by_guide, before = False, self._blocks
                 self._blocks, size, patience = [], 0, 2 * patience
+
+    def stay_apart(self) -> bool:
+        """Whether chains that move do not agree after many trajectories, as where there are modes."""
+        is_bad = float(self.convergence().rhat.max()) > _BAD_RHAT
+        return is_bad and self.num_trajectories >= _PATIENCE and self.acceptance >= _STUCK
 
     def _is_heavy(self) -> bool:
         """Whether the guide's draws are the proposals, and should not be."""

@@ -19,7 +19,7 @@ from ..posterior.arviz import chains_to_inference_data
 from ..time_limit import TimeLimit
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, evaluate
-from .evaluation.verdict import FitStatus
+from .evaluation.verdict import BREAK_SYMMETRY, FitStatus
 from .progress import alone, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -33,6 +33,12 @@ _FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS = 300, 3, 12
 CHAINS_UNTIL = 0.85
 # trajectories that chains are judged by
 _NUM_TRIED = 24
+# what chains that do not agree speak for
+_LATE, _NOT_TRAINED = "Let them run for longer", "Train the guide for longer (num_steps)"
+_APART = (
+    "They move, but not to each other: the posterior may have several modes, as of labels or signs that can "
+    f"be swapped. {BREAK_SYMMETRY}, bound what its priors leave open, or train the guide for longer"
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +150,7 @@ def mcmc(
         alone("mcmc"),
         seeded(seed),
         progress_bar(progress) as bar,
-        TimeLimit(max_seconds, bar.tick) as limit,
+        TimeLimit(max_seconds, bar.tick, bar.say) as limit,
     ):
         limit.enter_phase(CHAINS_UNTIL)
         subject = ModelAndGuide.of(model, guide, args, kwargs)
@@ -203,6 +209,7 @@ class Sampling:
         if self.chains is None or num_steps != self._num_steps:
             self.chains = GuideChains(self._subject)
         self._limit.enter_phase(CHAINS_UNTIL)
+        self._limit.say("chains")
         self.chains.run(self._num_draws)
         reason = self._limit.reason
         self._limit.enter_phase(1.0, has_grace=True)
@@ -227,10 +234,10 @@ def to_chains(
     chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
     objections, worst = [], latents.name_of(int(found.rhat.argmax()))
     if not max_rhat <= GOOD_RHAT:
+        cause = _LATE if reason else _NOT_TRAINED
         objections.append(
-            f"chains do not agree: R-hat is {max_rhat:.2f} for {worst}, above {GOOD_RHAT}. Train the "
-            "guide for longer, or write the model without what keeps chains apart (symmetric labels, "
-            "priors that bound nothing, funnels)"
+            f"chains do not agree: R-hat is {max_rhat:.2f} for {worst}, above {GOOD_RHAT}. "
+            f"{_APART if chains.stay_apart() else cause}"
         )
     for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
         if not float(ess.min()) >= num_samples:

@@ -70,15 +70,15 @@ class ProgressBar:
     """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing."""
 
     bar: Any
-    is_live: bool = (
-        True  #: on a terminal or in a notebook; elsewhere it is a line every half minute
-    )
+    is_live: bool = True  #: on a terminal or in a notebook; elsewhere a line every half minute
     objective: str = "ELBO"  #: losses are the negative of it
 
     def say(self, what: str) -> None:
         """Shows what is being done."""
         if self.bar is not None:
-            self.bar.set_description(what, refresh=self.is_live)
+            steps = ", {n_fmt} steps" if self.bar.n else ""
+            self.bar.bar_format = f"{{desc}} [{{elapsed}}{steps}{{postfix}}]"
+            self.bar.set_description_str(what, refresh=self.is_live)
 
     def tick(self) -> None:
         """Shows the time in phases without steps."""
@@ -92,9 +92,9 @@ class ProgressBar:
         """Goes on to the number of losses; in all there are ``total``, if that is known."""
         if self.bar is None:
             return
-        self.bar.total = total
+        self.bar.total, self.bar.bar_format = total, None
         if epoch:
-            self.bar.set_description(epoch, refresh=False)
+            self.bar.set_description_str(epoch, refresh=False)
         words = [batch] if batch else []
         recent = [loss for loss in losses[-50:] if math.isfinite(loss)]
         if recent:
@@ -115,12 +115,8 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
             is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
             is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
             is_live = is_notebook or sys.stderr.isatty()
-            wait = (
-                {}
-                if is_live
-                else {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
-            )
-            bar = tqdm(unit="step", dynamic_ncols=is_live, **wait)
+            wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
+            bar = tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait))
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live, objective)
         if bar is not None:

@@ -51,9 +51,8 @@ class FitResult:
     stopped_because: str  #: why the steps ended
     start: str  #: the candidate that the guide was initialized with
     end: str  #: which parameters the guide has: the last ones, their average, or the best ones
-    step_size: (
-        float | None
-    )  #: at the end of its constant phase; ``None`` where the optimizer is the user's
+    #: at the end of its constant phase; ``None`` where the optimizer is the user's
+    step_size: float | None
     #: the sites because of which steps were skipped, with the number of times
     culprits: dict[str, int] = field(default_factory=dict)
     one_at_a_time: str = ""  #: why the model was run for one draw after the other, if it was
@@ -87,18 +86,20 @@ class FitResult:
         rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
-            khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
+            khat, weights, of = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance, ""
+            if self.elements is not None:
+                is_shared = isinstance(self.elements, Elements)
+                of = ", of what all elements share" if is_shared else ", of the worst posterior"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
                     evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
                 else:
-                    khat += (
-                        f" of {100 * weights.tail_share:.1g} % of the weight, too little to matter"
-                    )
+                    share = f"{100 * weights.tail_share:.1g} % of the weight"
+                    khat += f" of {share}, too little to matter"
             rows |= {
                 "log evidence": evidence,
-                "k-hat": khat,
-                "ESS": f"{self.ess:.0f} of {self.num_samples}",
+                "k-hat": khat + of,
+                "ESS": f"{self.ess:.0f} of {self.num_samples}{of}",
             }
         if (found := self.marginals) is not None:
             rows["marginals"] = bounds_in_words(found.mean_bound, found.sd_bound)

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
-from ..time_limit import INTERRUPTED
+from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import save
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
@@ -22,6 +22,7 @@ from .initialization.start import UNCHANGED, InitialGuide, find_start
 from .loader import Batch
 from .mcmc import CHAINS_COST_LESS
 from .optimization.objective import PyroObjective
+from .optimization.schedule import LIMIT
 from .optimization.training import Training
 from .progress import ProgressBar
 from .result import FitResult
@@ -128,15 +129,42 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     return replace(set_up.parallel.first("the verdict", judged), guide=set_up.subject.guide)
 
 
+def _cut_short(training: Training, is_saved: bool) -> str:
+    """Why steps ended before the ELBO was seen to settle, if so, and what to do."""
+    schedule, reason = training.schedule, training.schedule.reason
+    again = "resume it from its checkpoint" if is_saved else "fit again"
+    hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
+    if reason != INTERRUPTED and schedule.is_still(training.losses[: schedule.decay_start]):
+        return ""
+    if reason in hints:
+        return f"{reason} after {training.num_steps:,} steps: {hints[reason]}"
+    if schedule.num_steps is not None:
+        return f"{reason}: give more, or none, so that the fit finds its end itself"
+    return f"{reason}: give more num_steps" if reason == LIMIT else ""
+
+
+def _remedy(set_up: SetUp) -> str:
+    """What to use where the guide is not the posterior, the surest first."""
+    guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
+    if isinstance(guide, FlowGuide):
+        way = "more layers (num_transforms) or wider ones"
+    elif isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
+        way = "an encoder with features that tell more, or a more flexible local_flow"
+    if set_up.sampling is None and set_up.has_all_data:
+        way = f"draws=1000 (chains need no good k-hat), or {way}"
+    return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
+
+
 def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitResult:
     """The result of the fit but for its guide."""
     subject, config, sampling = set_up.subject, set_up.config, set_up.sampling
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
+    cut_short = _cut_short(training, is_saved)
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
-        training.schedule.reason != INTERRUPTED,
-        is_saved,
+        training.schedule.reason == INTERRUPTED,
+        *(cut_short, "" if cut_short else _remedy(set_up)),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
         has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,
@@ -151,9 +179,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     elif sampling is not None:
         found, chains = sampling.judge(status, config, num_steps)
     else:
-        of_few = (
-            minibatches.mean_log_joint() if minibatches is not None and minibatches.whole else None
-        )
+        of_few = minibatches.mean_log_joint() if minibatches and minibatches.whole else None
         found = evaluate(subject, status, config, num_gradients, of_few=of_few)
     # chains say themselves how well they know single latents
     marginals = MarginalVerdict()

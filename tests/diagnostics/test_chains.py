@@ -161,6 +161,7 @@ def test_chains_that_do_not_agree_end_all_the_same():
     convergence = found.run(100, most=150)
     assert not convergence.is_enough(100)
     assert float(convergence.rhat) > 1.5
+    assert found.stay_apart()
     # what was learned anew, and what was kept
     assert found.draws.shape[1] <= 150
 

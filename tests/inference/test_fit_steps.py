@@ -61,6 +61,47 @@ def test_callbacks_that_stop(kind):
     assert math.isfinite(result.elbo)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "ways"),
+    [
+        (AutoNormal, {}, "Use draws=1000 (chains need no good k-hat), or a flow guide, such"),
+        (
+            AutoNormal,
+            {"draws": 5, "num_steps": 100},
+            "Use a flow guide, such as AutoIAF, or more steps.",
+        ),
+        (
+            partial(small, coordinates="model"),
+            {"num_steps": 100},
+            "need no good k-hat), or more layers (num_transforms) or wider ones, or more steps.",
+        ),
+    ],
+)
+def test_what_to_use_where_the_guide_is_not_the_posterior(kind, options, ways):
+    settled = replace(SOON, optimization=replace(SOON.optimization, min_improvement=1e6))
+    given = {"num_steps": None, "seed": 0, "config": settled, **options}
+    result = fitted(models.funnel, kind(models.funnel), **given)
+    assert ways in result.verdict
+    assert ("more steps" in result.verdict) == ("num_steps" in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"num_steps": 5},
+            "all 5 steps that were asked for were taken: give more, or none, so that",
+        ),
+        ({"callback": lambda *_: True}, "the callback asked to stop after 1 steps: let it go on; "),
+        ({"max_seconds": 1e-6}, "the time was over after 0 steps: give more seconds; "),
+    ],
+)
+def test_a_fit_that_is_cut_short_tells_nothing_of_its_guide(options, words):
+    result = fitted(models.funnel, AutoNormal(models.funnel), seed=0, **options)
+    assert result.verdict.startswith(f"Not trusted: {words}")
+    assert "Use " not in result.verdict
+
+
 @pytest.mark.parametrize("answer", [None, 1, "stop", torch.tensor(1.0)])
 def test_callbacks_that_do_not_stop(answer):
     model = models.location

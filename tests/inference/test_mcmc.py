@@ -21,7 +21,11 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_artransform import AutoIAF
+from pyro_artransform.diagnostics.chains import GuideChains
+from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.inference import mcmc as run
+from pyro_artransform.inference.mcmc import to_chains
+from pyro_artransform.time_limit import TimeLimit
 from tests.inference import models
 from tests.inference.models import small
 
@@ -222,7 +226,7 @@ def test_no_time_at_all():
     chains = mcmc(models.regression, AutoNormal(models.regression), 10, max_seconds=1e-9)
     assert not chains.trusted
     assert chains.by_chain["loc"].shape == (64, 1)
-    assert "chains do not agree" in chains.verdict
+    assert re.search(r"chains do not agree: .*above 1.02\. Let them run for longer", chains.verdict)
 
 
 def test_interrupt_keeps_what_there_is():
@@ -240,6 +244,19 @@ def test_interrupt_keeps_what_there_is():
     assert not chains.trusted
     assert chains.by_chain["loc"].shape[1] > 10
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_chains_in_two_modes_speak_for_modes_first():
+    """They move in each, and a better guide would not help."""
+    model, located = (
+        models.two_modes(1, 20.0, 0.5),
+        init_to_value(values={"z": torch.zeros(1) + 10}),
+    )
+    guide = started(AutoNormal(model, init_scale=10.0, init_loc_fn=located))
+    chains = GuideChains(ModelAndGuide.of(model, guide, (), {}), 16)
+    chains.run(100, most=150)
+    words = to_chains(chains, 100, [], TimeLimit(), "").verdict
+    assert re.search(r"chains do not agree: .*above 1.02\. They move, but .* several modes", words)
 
 
 def test_another_mode_is_reported():

@@ -12,8 +12,12 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform.inference.progress import progress_bar, seeded
+from pyro_artransform.inference import mcmc
+from pyro_artransform.inference.progress import ProgressBar, progress_bar, seeded
+from tests.inference import models
+from tests.inference.conftest import quick_fit
 
 
 def drawn():
@@ -44,6 +48,37 @@ def test_shows_epochs_steps_and_elbo(capsys):
     shown = capsys.readouterr().err
     for words in ("epoch 1/2", "3/10", "batch 2/5, ELBO -3.000"):
         assert words in shown
+
+
+def test_phases_without_steps_have_a_name_and_the_time(monkeypatch):
+    pytest.importorskip("tqdm")
+    shown = type("Stream", (io.StringIO,), {"isatty": lambda _: True})()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with progress_bar(True) as bar:
+        bar.say("start")
+        assert shown.getvalue().split("\r")[-1].startswith("start [00:00")
+        bar.say("fit")
+        bar.update([2.0] * 4, 4)
+        bar.bar.refresh()
+        assert "fit: 100%" in shown.getvalue().split("\r")[-1]
+        bar.say("chains")
+        assert shown.getvalue().split("\r")[-1].startswith("chains [00:00, 4 steps, ELBO -2.000]")
+    assert "0step" not in shown.getvalue()
+    assert ": :" not in shown.getvalue()
+
+
+def test_what_a_fit_does_is_shown(monkeypatch):
+    said = []
+    monkeypatch.setattr(ProgressBar, "say", lambda _, what: said.append(what))
+    quick_fit(models.funnel, AutoNormal(models.funnel), num_steps=1, seed=0)
+    verdict = ["verdict", "verdict: the search for mass elsewhere"]
+    assert said == ["start", "fit", *verdict, "verdict: single latents by chains"]
+    said.clear()
+    quick_fit(models.funnel, AutoNormal(models.funnel), num_steps=1, seed=0, draws=5)
+    assert said == ["start", "fit", "verdict", "chains", verdict[1]]
+    said.clear()
+    mcmc(models.location, AutoNormal(models.location), 5)
+    assert said == ["chains", *verdict]
 
 
 def test_one_line_where_nobody_watches(capsys):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pyro_artransform.inference.evaluation.elements import Elements
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 
@@ -49,5 +50,9 @@ def test_what_went_wrong_is_shown(result):
     assert "2 steps, because of y (2)" in repr(odd)
     assert "one draw after the other (a branch)" in repr(odd)
     assert "too small" not in repr(replace(result, khat=0.6))
+    zero = torch.zeros(3)
+    shared = replace(result, khat=0.6, elements=Elements("rows", None, *4 * [zero]))
+    assert shared.rows()["k-hat"].startswith("0.60 ± ")
+    assert shared.rows()["k-hat"].endswith(", of what all elements share")
     odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)
     assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (most often too small: k-hat is above 0.7)"

@@ -18,7 +18,7 @@ from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 from ...joint.posteriors import Posteriors
-from ...time_limit import cut_off, has_limit, limited, within
+from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
 from .modes_of_each import EachSearch
 from .verdict import ELSEWHERE
@@ -35,7 +35,8 @@ class EachPosterior:
     A posterior is not trusted for what would keep a fit of it alone from being trusted. Of a thousand good
     ones some exceed a bound by chance: a k-hat of 0.5 with a standard error of 0.09 is above 0.7 once in
     80. So what the first draws object to has to be seen again at as many new ones, which do not know that
-    it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases.
+    it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases; a bound that
+    grows with the number, as of :class:`Elements`, would let it pass.
 
     :param plate: the name of the plate.
     :param elbo: that of each, in nats, shape ``(E,)``, as all others; with its standard error ``elbo_se``.
@@ -132,6 +133,7 @@ def weigh_each(
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
     searched_by = "none"
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
+        say("verdict: the search for mass elsewhere")
         with cut_off("the search for mass elsewhere"), within(0.7):
             search = EachSearch.of(posteriors, latents[:_NUM_FOR_MODES])
             lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))

@@ -44,13 +44,13 @@ from ...time_limit import is_out_of_time
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective
 from .element_draws import ElementDraws, UnknownWeightsError
-from .verdict import ELSEWHERE, about_weights
+from .verdict import ELSEWHERE, about_some, about_weights
 
 # the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (reference 4)
 _MOST_NOISE = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Elements:
     """How close a guide is to the posterior of each element of a plate, given what all elements share.
 
@@ -76,11 +76,21 @@ class Elements:
 
         The largest of many estimates of k-hat is large by chance. Its bound is increased by as many
         standard errors as the largest of so many normal errors has as its median: elements with an index
-        at the bound, all of them, are trusted as often as a single one would be.
+        at the bound, all of them, are trusted as often as a single one would be. New draws of suspects,
+        by which :class:`EachPosterior` tells more, would be one more pass over the loader.
         """
         bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
         is_heavy = (self.khat > bound) & (self.tail_share > GOOD_TAIL)
         return (self.gap <= GOOD_GAP) & ~is_heavy
+
+    def __repr__(self) -> str:
+        count = f"{int(self.trusted.sum()):,} of {len(self.khat):,}"
+        lines = [f"Elements: {count} of plate '{self.plate}' are trusted"]
+        for name, values in (("gaps in nats", self.gap), ("k-hats", self.khat)):
+            worst = values.topk(min(5, len(values))).indices.tolist()
+            named = ", ".join(f"{values[k]:.3g} of {self.name_of(k)}" for k in worst)
+            lines.append(f"  largest {name:13}{named}")
+        return "\n".join(lines)
 
     def name_of(self, place: int) -> str:
         """An element in words."""
@@ -110,9 +120,11 @@ class ElementWeights(NamedTuple):
     noise: float
     num_inner: int
 
-    @property
-    def objection(self) -> str:
-        """To the guide, with the worst element named; empty where all is trusted."""
+    def objection(self, remedy: str) -> str:
+        """To the guide, with the worst element named; empty where all is trusted.
+
+        :param remedy: what to use where the guide is not the posterior, if that is known.
+        """
         elements, bad = self.elements, (~self.elements.trusted).nonzero().flatten()
         if len(bad):
             worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
@@ -123,24 +135,31 @@ class ElementWeights(NamedTuple):
             if gap <= GOOD_GAP:
                 khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
                 about = f"k-hat of {elements.name_of(heavy)} is {khat}"
-            return (
+            return about_some(
                 f"{len(bad):,} of {len(elements.khat):,} elements of plate '{elements.plate}' are not "
-                f"fitted: {about}. Where these are few, look at their data; where they are many, use an "
-                "encoder with features that tell more, a more flexible local_flow, or more num_steps"
+                f"fitted: {about}",
+                remedy,
             )
         if self.noise > _MOST_NOISE:
+            more = "more draws of each element (MinibatchConfig.min_inner)"
             return (
                 "nothing is known of the latents that all elements share: with "
                 f"{self.num_inner} draws of each element their log weights have a variance of "
-                f"{self.noise:.2g} by noise alone, above {_MOST_NOISE:.0f}. Train for longer (num_steps), or "
-                "use a more flexible local_flow"
+                f"{self.noise:.2g} by noise alone, above {_MOST_NOISE:.0f}"
+                + (f". Use {more}, or {remedy}" if remedy else "")
             )
-        return "" if self.shared is None else "; ".join(about_weights(self.shared))
+        return "" if self.shared is None else "; ".join(about_weights(self.shared, remedy))
 
     @property
     def praise(self) -> str:
         """The verdict where all is trusted."""
-        elements, words = self.elements, "Trusted: "
+        elements, words, why = self.elements, "Trusted: ", ""
+        worst = int(elements.khat.argmax())
+        if elements.khat[worst] > GOOD_KHAT:
+            why = "as the largest of so many good ones is by chance"
+            if elements.tail_share[worst] <= GOOD_TAIL:
+                why = "of a tail too light to matter"
+            why = f" (above {GOOD_KHAT}, {why})"
         if (shared := self.shared) is not None:
             gap = max(shared.log_evidence - shared.elbo, 0.0)
             words += (
@@ -149,8 +168,8 @@ class ElementWeights(NamedTuple):
             )
         return (
             f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such "
-            f"distance is {elements.gap.max():.3f} nats, and the largest k-hat {elements.khat.max():.2f}"
-            f"{ELSEWHERE['none']}"
+            f"distance is {elements.gap.max():.3f} nats, and the largest k-hat {elements.khat[worst]:.2f}"
+            f"{why}{ELSEWHERE['none']}"
         )
 
 

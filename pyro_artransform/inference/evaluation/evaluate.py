@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
-from ...diagnostics.chains import GuideChains
+from ...diagnostics.chains import GOOD_RHAT, GuideChains
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import MeanLogJoint
 from ...joint.coordinates import non_centered
 from ...joint.posteriors import Posteriors
-from ...time_limit import cut_off, is_out_of_time, left_out, limited, within
+from ...time_limit import cut_off, is_out_of_time, left_out, limited, say, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .each_posterior import EachPosterior, weigh_each
@@ -33,6 +33,7 @@ from .verdict import (
     about_far_modes,
     about_minibatches,
     about_missed_tail,
+    about_some,
     about_time,
     judge,
 )
@@ -73,6 +74,9 @@ class MarginalVerdict(NamedTuple):
     found: Marginals | None = None
     trusted: bool | None = None
     words: str = ""
+
+
+_NO_TIME = MarginalVerdict(words=" Single latents were not checked: there was no time.")
 
 
 class Evaluation(NamedTuple):
@@ -158,7 +162,8 @@ def evaluate(
                 coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
                 left_out=left_out(),
             )
-            verdict = judge(None, None, status, each.objection, each.praise)
+            objection = about_some(each.objection, status.remedy)
+            verdict = judge(None, None, status, objection, each.praise)
             numbers = joint.elbo, joint.elbo_se, joint.num_samples
             return Evaluation(*numbers, None, False, verdict, latents=first, elements=each)
     with within(0.5):
@@ -178,6 +183,7 @@ def evaluate(
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
         if not (is_point or is_noisy):
             model = partial(subject.model, *subject.args, **subject.kwargs)
+            say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
                 missed = find_missed_modes(log_joint, model, config, draws, *known)
@@ -186,26 +192,13 @@ def evaluate(
                     at, mass = missed.tail
                     outside.append(about_missed_tail(log_joint.latents.name_of(at), mass))
     mixes_draws = subject.log_joint.strategy != strategy
-    status = status._replace(
-        is_point=is_point,
-        is_random=is_noisy,
-        mixes_draws=mixes_draws,
-        coarse=coarse,
-        left_out=left_out(),
-    )
+    status = status._replace(is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws)
+    status = status._replace(coarse=coarse, left_out=left_out())
     outside += [about_time(left_out())] * bool(left_out())
-    verdict = judge(found, missed, status)
-    return Evaluation(
-        found.elbo,
-        found.elbo_se,
-        found.num_samples,
-        found,
-        is_noisy,
-        verdict,
-        lost_mass=0.0 if missed is None else missed.lost_mass,
-        latents=latents,
-        outside=outside + [about_coarse_sites(coarse)] * bool(coarse),
-    )
+    outside += [about_coarse_sites(coarse)] * bool(coarse)
+    verdict, lost = judge(found, missed, status), 0.0 if missed is None else missed.lost_mass
+    elbo = found.elbo, found.elbo_se, found.num_samples
+    return Evaluation(*elbo, found, is_noisy, verdict, lost, False, latents, outside)
 
 
 def evaluate_minibatches(
@@ -224,14 +217,14 @@ def evaluate_minibatches(
     values = next(subject.weighted_draws(8)).values  # a few tell whether they are all the same
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
-    about, status = "", status._replace(is_point=is_point)
+    status = status._replace(is_point=is_point)
     if isinstance(by_element, str):
-        about = about_minibatches(found, is_of_all, by_element)
-        verdict = judge(None, None, status, about)
+        verdict = judge(None, None, status, about_minibatches(found, is_of_all, by_element))
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
-        verdict = judge(None, None, status, by_element.objection, by_element.praise)
+        objection = by_element.objection(status.remedy)
+        verdict = judge(None, None, status, objection, by_element.praise)
     numbers = found.elbo, found.elbo_se, count
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 
@@ -268,22 +261,24 @@ def _judge_by_chains(
     elif isinstance(log_joint, MeanLogJoint):
         reason = "each step of chains is a pass over the loader; fit with draws= runs them"
     elif log_joint.strategy == "loop":
-        reason = (
-            "the model runs for one draw after the other, which is slow; diagnostics.marginals does"
-        )
+        reason = "the model runs for one draw after the other; diagnostics.marginals checks them"
     elif is_out_of_time():
-        reason = "the time was over"
+        return _NO_TIME
     if reason:
         return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
-    weights = evaluation.weights
-    if not is_trusted:
-        # chains tell more only where weights are known, and say that the joint posterior is not the guide
-        is_known = weights is not None and weights.num_nonfinite < weights.num_samples
-        if weights is None or not is_known or (weights.trusted and weights.is_close):
-            return MarginalVerdict()
+    # chains tell more only where weights are known, and say that the joint posterior is not the guide
+    if not is_trusted and (
+        (weights := evaluation.weights) is None
+        or weights.num_nonfinite == weights.num_samples
+        or (weights.trusted and weights.is_close)
+    ):
+        return MarginalVerdict()
+    say("verdict: single latents by chains")
     try:
         chains = GuideChains(subject)
-        chains.run(config.num_by_chains, most=config.max_by_chains)
+        convergence = chains.run(config.num_by_chains, most=config.max_by_chains)
+        if is_out_of_time() and not float(convergence.rhat.max()) <= GOOD_RHAT:
+            return _NO_TIME
         unconstrained, _ = log_joint.to_unconstrained(cast(Tensor, evaluation.latents))
         found = marginals_by_chains(chains, unconstrained, log_joint)
     # a model without a gradient, or a guide that is a point

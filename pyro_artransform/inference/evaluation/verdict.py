@@ -33,6 +33,7 @@ ELSEWHERE = {
     "batches": ", and no climb in a few mini-batches found mass elsewhere.",
     "none": ", but mass elsewhere was not searched for.",
 }
+BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
 _SUBSAMPLED = (
     "the model sub-samples its data, or is random otherwise, so that the numbers below rest on the "
     "noisy density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. "
@@ -48,6 +49,9 @@ _MIXES_DRAWS = (
 class FitStatus(NamedTuple):
     """How a fit ended, and of what kind its guide and model are.
 
+    :param is_interrupted: whether it was by Ctrl-C.
+    :param cut_short: why steps ended before the ELBO was seen to settle, if so, and what to do, in words.
+    :param remedy: what to use where the guide is not the posterior; empty where nothing is known of that.
     :param is_point: whether the guide is a single value at some site.
     :param is_random: whether the model draws mini-batches of its data itself, or is random otherwise.
     :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
@@ -60,8 +64,9 @@ class FitStatus(NamedTuple):
     """
 
     skipped_share: float = 0.0
-    is_complete: bool = True
-    is_saved: bool = False
+    is_interrupted: bool = False
+    cut_short: str = ""
+    remedy: str = ""
     is_point: bool = False
     is_random: bool = False
     mixes_draws: bool = False
@@ -89,13 +94,12 @@ def judge(
 ) -> Verdict:
     """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them.
 
+    A fit that was cut short is told so before anything else that speaks against it.
+
     :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
     :param praise: the words without an objection, where those about the weights are not the ones.
     """
     objections = []
-    if not status.is_complete:
-        hint = "resume it from its checkpoint" if status.is_saved else "fit again, or for longer"
-        objections.append(f"the fit was interrupted before its end: {hint}")
     if status.skipped_share > _MOST_SKIPPED:
         objections.append(
             f"{100 * status.skipped_share:.0f} % of the steps had to be skipped, since the loss or its "
@@ -109,9 +113,8 @@ def judge(
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
-        objections += about_weights(weights)
-        if missed is not None:
-            objections += _about_missed_modes(weights, missed)
+        objections += about_weights(weights, status.remedy, missed)
+        objections += [] if missed is None else about_far_modes(missed, not status.cut_short)
     if about_others:
         objections.append(about_others)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
@@ -122,6 +125,8 @@ def judge(
             "make it anew with an init_loc_fn of values where they are on, such as "
             "init_to_value(values=guide.median()), or use AutoIAF"
         )
+    if status.cut_short and (objections or status.is_interrupted):
+        objections.insert(0, status.cut_short)
     note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
     if status.point_estimates:
         names = first_of(status.point_estimates)
@@ -151,56 +156,57 @@ def about_coarse_sites(names: Sequence[str]) -> str:
     )
 
 
-def about_weights(found: Importance) -> Iterator[str]:
-    """Objections to weights of a guide's draws."""
+def about_some(words: str, remedy: str) -> str:
+    """An objection to some of many posteriors, if there is one, with what to do."""
+    hint = ". Where these are few, look at their data; where they are many, use "
+    return words + hint + remedy if words and remedy else words
+
+
+def about_weights(
+    found: Importance, remedy: str, missed: MissedModes | None = None
+) -> Iterator[str]:
+    """Objections to weights of a guide's draws, and of draws around it."""
     if not math.isfinite(found.elbo) or found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
             "draws of the guide: check supports and data"
         )
         return
-    round_off = round_off_of(found.log_weights)
+    poor, round_off = list[str](), round_off_of(found.log_weights)
     if round_off > GOOD_GAP and found.khat == WORST_KHAT:
+        remedy = ""
         yield (
             f"the weights are the round-off of {found.log_weights.dtype}, which is up to "
             f"{round_off:.2g} nats of a log-density of {found.elbo:.3g}: nothing is known of their tail. "
             "Use float64"
         )
     elif found.has_heavy_tail:
-        yield (
+        poor.append(
             f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
-            "tails or corners that the guide does not reach. Use a flow guide if this one is a "
-            "Gaussian, or write the model without funnels, for example in its non-centred form "
-            "(pyro.infer.reparam)"
+            "tails or corners that the guide does not reach"
         )
     if found.elbo_se > GOOD_ELBO_SE:
-        yield (
+        poor.append(
             f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
-            "vary too much. Use a flow guide, or write the model without funnels (pyro.infer.reparam)"
+            "vary too much"
         )
-    gap = found.log_evidence - found.elbo
+    around = missed or MissedModes()
+    gap, more = found.log_evidence - found.elbo, around.log_evidence - found.elbo
     if gap > GOOD_GAP:
-        yield (
+        poor.append(
             f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
-            "was not trained for long enough. Use a flow guide if this one is a Gaussian, else more "
-            "num_transforms or wider hidden_dims, or more num_steps if they are given"
+            "was not trained for long enough"
         )
-
-
-def _about_missed_modes(found: Importance, missed: MissedModes) -> Iterator[str]:
-    yield from about_far_modes(missed)
-    more = missed.log_evidence - found.elbo
-    noise = 2 * math.hypot(missed.log_evidence_se, found.elbo_se)
-    is_said = found.log_evidence - found.elbo > GOOD_GAP
-    if more > GOOD_GAP + noise and not is_said:
-        yield (
+    elif more > GOOD_GAP + 2 * math.hypot(around.log_evidence_se, found.elbo_se):
+        poor.append(
             f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
-            "mass of the posterior where the guide has none. Use a more flexible guide, or fit from "
-            "another init_loc_fn"
+            "mass of the posterior where the guide has none"
         )
+    if poor:
+        yield "; ".join(poor) + (f". Use {remedy}" if remedy else "")
 
 
-def about_far_modes(missed: MissedModes) -> Iterator[str]:
+def about_far_modes(missed: MissedModes, is_settled: bool = True) -> Iterator[str]:
     """Objections to draws, of a guide or of chains, that leave out modes or count some several times."""
     if missed.excess_by_turns > GOOD_GAP:
         yield (
@@ -213,8 +219,7 @@ def about_far_modes(missed: MissedModes) -> Iterator[str]:
         yield (
             f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "
             "mode(s), found from other starting points, of which the guide has no draws: the starts "
-            "disagree. Break the symmetry in the model (ordered supports, tighter priors), or sum "
-            "out what switches"
+            f"disagree{f'. {BREAK_SYMMETRY}, or sum out what switches' if is_settled else ''}"
         )
 
 
@@ -229,14 +234,11 @@ def about_missed_tail(name: str, mass: float) -> str:
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
     """The objection to a fit by mini-batches: what a pass over a loader leaves unknown, and why."""
     of = "of all data" if is_of_all else "of a batch, on the average,"
-    known = (
-        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f}"
-    )
     return (
-        f"{known} ({found.num_batches} batches), but k-hat and the evidence are not known, since "
-        f"{reason}. On data that fit into memory run "
-        "diagnostics.importance with all of them and a model that does not sub-sample; on "
-        "others, diagnostics.sbc with simulated data"
+        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f} "
+        f"({found.num_batches} batches), but k-hat and the evidence are not known, since {reason}. On "
+        "data that fit into memory run diagnostics.importance with all of them and a model that does "
+        "not sub-sample; on others, diagnostics.sbc with simulated data"
     )
 
 
@@ -247,9 +249,8 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
         f"is {found.khat:.2f} ± {found.khat_se:.2f}"
     )
     if not found.trusted:
-        words += (
-            f" (of a tail of {100 * found.tail_share:.1g} % of the weight, too little to matter)"
-        )
+        share = f"{100 * found.tail_share:.1g} % of the weight"
+        words += f" (of a tail of {share}, too little to matter)"
     if missed is not None and missed.num_lost:
         return (
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "

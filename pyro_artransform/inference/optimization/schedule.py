@@ -81,12 +81,10 @@ class Schedule:
 
     def observe(self, losses: Sequence[float]) -> "Schedule":
         """The schedule after the losses of all steps: once they stop falling the step size does."""
-        step, window = len(losses), self.whole_epochs(self.config.window, _MIN_EPOCHS)
-        if self.end is not None or step < 2 * window:
+        step = len(losses)
+        if self.end is not None or step % self.whole_epochs(self.config.window // 6):
             return self
-        if step % self.whole_epochs(self.config.window // 6):
-            return self
-        if self._is_still(losses[-2 * window : -window], losses[-window:]):
+        if self.is_still(losses):
             return self._decaying(step, PLATEAU)
         if step >= max(self.config.max_constant, _MAX_EPOCHS * self.epoch):
             return self._decaying(step, LIMIT)
@@ -120,8 +118,12 @@ class Schedule:
             return steps
         return self.epoch * max(math.ceil(steps / self.epoch), min_epochs)
 
-    def _is_still(self, before: Sequence[float], after: Sequence[float]) -> bool:
-        """Whether the mean did not fall by more than is worth while, or than can be seen."""
+    def is_still(self, losses: Sequence[float]) -> bool:
+        """Whether the mean fell by no more than is worth while, or can be seen; not of too few to tell."""
+        window = self.whole_epochs(self.config.window, _MIN_EPOCHS)
+        before, after = losses[-2 * window : -window], losses[-window:]
+        if len(losses) < 2 * window:
+            return False
         if self.epoch > 1:  # the differences between the batches of an epoch are no noise
             starts = range(0, len(before), self.epoch)
             before = [_mean_and_variance(before[k : k + self.epoch])[0] for k in starts]

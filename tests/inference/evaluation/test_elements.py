@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import MinibatchConfig
-from pyro_artransform.inference.evaluation.elements import Elements, weigh_elements
+from pyro_artransform.inference.evaluation.elements import Elements, ElementWeights, weigh_elements
 from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 from pyro_artransform.inference.loader import BatchStream
 from pyro_artransform.inference.optimization.minibatches import MinibatchObjective
@@ -60,7 +60,7 @@ def weighed(guide, *args, **options):
 
 
 def verdict(found):
-    return judge(None, None, FitStatus(), found.objection, found.praise)
+    return judge(None, None, FitStatus(), found.objection("a better one"), found.praise)
 
 
 def test_the_posterior_itself():
@@ -115,6 +115,7 @@ def test_one_element_is_named(shift):
     assert (
         "1 of 43 elements of plate 'groups' are not fitted: the ELBO of element 17" in judged.words
     )
+    assert "where they are many, use a better one." in judged.words
 
 
 def test_heavy_tails_of_one_element_are_named():
@@ -153,6 +154,30 @@ def test_the_largest_of_many_khats():
             ones = torch.ones(size)
             trusted += bool(Elements("a", None, khat, 0.1 * ones, ones, zero).trusted.all())
         assert 70 < trusted < 130
+
+
+@pytest.mark.parametrize(
+    ("share", "why"),
+    [
+        (1.0, "1.10 (above 0.7, as the largest of so many good ones is by chance), but mass else"),
+        (1e-4, "1.10 (above 0.7, of a tail too light to matter), but mass else"),
+    ],
+)
+def test_why_a_large_khat_is_trusted(share, why):
+    khat, zero = torch.linspace(0.2, 1.1, 1000), torch.zeros(1000)
+    elements = Elements("rows", None, khat, zero + 0.15, zero + share, zero)
+    assert bool(elements.trusted.all())
+    assert f"the largest k-hat {why}" in ElementWeights(elements, None, 0.0, 4).praise
+
+
+def test_the_worst_elements_are_shown():
+    index = torch.arange(10, 22)
+    khat, gap = torch.linspace(0.1, 1.2, 12), torch.linspace(0.5, 0.06, 12)
+    shown = repr(Elements("rows", index, khat, 0 * khat, 0 * khat + 1, gap)).split("\n")
+    assert shown[0] == "Elements: 0 of 12 of plate 'rows' are trusted"
+    assert shown[1].startswith("  largest gaps in nats 0.5 of element 10, 0.46 of element 11, ")
+    assert shown[2].startswith("  largest k-hats       1.2 of element 21, 1.1 of element 20, ")
+    assert [line.count("element") for line in shown[1:]] == [5, 5]
 
 
 @pytest.mark.parametrize("kind", ["listed", "unknown order"])

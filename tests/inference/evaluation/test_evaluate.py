@@ -26,6 +26,7 @@ from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.optimization.minibatches import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
+from pyro_artransform.time_limit import TimeLimit
 from tests.diagnostics.conjugate import PathGuide, path
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK
@@ -294,3 +295,20 @@ def test_a_density_without_a_gradient_is_said():
     _, found = checked(_stepwise, AutoNormal(_stepwise, init_scale=0.2))
     assert found.trusted is None
     assert "Single latents could not be checked" in found.words
+
+
+def test_chains_without_time_are_said():
+    """Ctrl-C at the first density of chains, which have one draw each then."""
+    limit, is_due = TimeLimit(), []
+
+    def model():
+        if is_due:
+            is_due.pop()
+            limit.interrupt()
+        return path(100)
+
+    subject, evaluation = evaluated(model, PathGuide(100, 0.7))
+    is_due.append(True)
+    with limit:
+        found = judge_marginals(subject, evaluation, CONFIG)
+    assert found == (None, None, " Single latents were not checked: there was no time.")

@@ -32,9 +32,10 @@ def rounded():
     return -1e7 + torch.randint(0, 3, (4000,), dtype=torch.float32)
 
 
+LATE = {"cut_short": "the time was over after 0 steps: give more seconds", "remedy": ""}
 #: log weights, what was found elsewhere, how the fit ended, and words of the verdict
 NOT_TRUSTED = {
-    "heavy tail": (lambda: heavy(1e-2), NOTHING, {}, ["k-hat is", "reparam"]),
+    "heavy tail": (lambda: heavy(1e-2), NOTHING, {}, ["k-hat is", "does not reach"]),
     "gap": (lambda: weights(1.0), NOTHING, {}, ["nats below the log evidence"]),
     "noise": (lambda: 0.5 * torch.randn(50), NOTHING, {}, ["is known to"]),
     "zero density": (some_zero, NOTHING, {}, ["zero or fails at 7 of 4007 draws"]),
@@ -44,7 +45,7 @@ NOT_TRUSTED = {
         weights,
         MissedModes(math.nan, 0.1, 0.3, 2),
         {},
-        ["30 %", "2 other", "starts disagree"],
+        ["30 %", "2 other", "starts disagree. Break the symmetry in the model"],
     ),
     "turns": (
         weights,
@@ -52,13 +53,16 @@ NOT_TRUSTED = {
         {},
         ["4.20 nats too large", "ProjectedNormal"],
     ),
-    "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more evidence"]),
-    "interrupted": (weights, NOTHING, {"is_complete": False}, ["interrupted", "fit again"]),
-    "checkpoint": (weights, NOTHING, {"is_complete": False, "is_saved": True}, ["resume it"]),
+    "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more", "Use draws"]),
+    "interrupted": (weights, NOTHING, {"is_interrupted": True, **LATE}, ["the time was over"]),
+    "cut short": (lambda: heavy(1e-2), NOTHING, LATE, ["the time was over", "k-hat is"]),
+    "cut short, with modes": (weights, MissedModes(math.nan, 0.1, 0.3, 2), LATE, ["disagree."]),
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
     "random": (weights, None, {"is_random": True}, ["sub-samples", "diagnostics.importance"]),
 }
+#: where a better guide, or chains, would help
+REMEDIED = {"heavy tail", "gap", "noise", "evidence around"}
 TRUSTED = {
     "good": (weights, NOTHING, {}, ["no start found mass elsewhere"]),
     "not searched": (weights, None, {}, ["mass elsewhere was not searched for"]),
@@ -77,6 +81,7 @@ TRUSTED = {
         {},
         ["but about 3 % of the posterior is in 1 other mode(s)"],
     ),
+    "cut short, and good": (weights, NOTHING, LATE, ["no start found mass elsewhere"]),
     # within its own noise it says nothing
     "noisy evidence around": (weights, MissedModes(0.4, 0.2), {}, []),
     "unknown evidence around": (weights, UNKNOWN, {}, []),
@@ -87,12 +92,16 @@ TRUSTED = {
 def test_a_verdict_is_one_sentence_that_says_why(case):
     log_weights, missed, status, words = {**NOT_TRUSTED, **TRUSTED}[case]
     found = Importance.from_log_weights(log_weights())
-    verdict = judge(found, missed, FitStatus(**status))
+    verdict = judge(found, missed, FitStatus(**{"remedy": "draws=1000", **status}))
     assert verdict.trusted == (case in TRUSTED)
     assert verdict.words.startswith("Trusted: " if verdict.trusted else "Not trusted: ")
     assert verdict.words.endswith(".")
     for some in words:
         assert some in verdict.words
+    if not verdict.trusted and "cut_short" in status:  # nothing is known of the guide
+        assert verdict.words.startswith("Not trusted: the time was over after 0 steps: give more")
+        assert "Break" not in verdict.words
+    assert ("Use draws=1000" in verdict.words) == (case in REMEDIED)
     if case in {"round-off", "point"}:  # no other objections, which rest on such weights
         assert "does not reach" not in verdict.words
         assert "density is zero" not in verdict.words

@@ -190,3 +190,11 @@ def test_nats_are_in_proportion_to_many_latents():
     of_each = CONFIG.for_latents(1000, 100)
     assert of_each.good_gap == 100 * CONFIG.good_gap
     assert of_each.num_compared < CONFIG.num_compared
+
+
+def test_a_few_losses_do_not_tell_whether_they_fall():
+    """Those before the step size falls, of a number of steps that was asked for, as of any other."""
+    plan, still = schedule(2000), noise(800)
+    assert plan.is_still(still)
+    assert not plan.is_still([x - 0.01 * step for step, x in enumerate(still)])
+    assert not plan.is_still(still[: 2 * CONFIG.window - 1])
