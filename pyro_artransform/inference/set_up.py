@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..arguments import describe_tensors
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint.handlers import traced_parameters
 from ..joint.posteriors import Posteriors
@@ -58,10 +59,17 @@ class SetUp:
         if stream is not None:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        if guide is None:
-            given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
-            guide, self.guide_reason = given
-        self.subject = _run_once(model, guide, batches[0], stream)
+        try:
+            if guide is None:
+                given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
+                guide, self.guide_reason = given
+            self.subject = _run_once(model, guide, batches[0], stream)
+        except (ValueError, RuntimeError) as error:
+            words = describe_tensors(model, *batches[0])
+            # what torch says of shapes, and Pyro of NaN, has no names of arguments
+            if words and (isinstance(error, RuntimeError) or any(words.values())):
+                error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
+            raise
         log_joint = self.subject.log_joint
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
