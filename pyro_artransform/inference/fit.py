@@ -210,8 +210,7 @@ def fit(
             raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")
         stream = None
         if loader is not None:
-            stream = BatchStream(loader, kwargs, partial(check_model, model))
-            stack.enter_context(closing(stream))
+            stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
             if parallel.size > 1:
                 stream = stream.share(parallel.rank, parallel.size, parallel.seed())
                 stack.enter_context(closing(stream))
@@ -219,6 +218,7 @@ def fit(
         set_up = SetUp(
             *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
             *(parallel, limit),
+            check_call=partial(check_model, model),
             config=config or FitConfig(),
             num_steps=num_steps,
             num_particles=num_particles,

@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -84,10 +84,7 @@ class BatchStream:
     """The mini-batches of a loader as arguments of a model, all with the same keyword arguments."""
 
     def __init__(
-        self,
-        loader: Iterable[object],
-        kwargs: Mapping[str, object] | None = None,
-        check: Callable[..., None] | None = None,  # of the first batch
+        self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
     ) -> None:
         is_data = isinstance(loader, (Tensor, Mapping, str, bytes))
         if is_data or isinstance(loader, Iterator) or not isinstance(loader, Iterable):
@@ -95,7 +92,7 @@ class BatchStream:
                 "loader: expected a DataLoader or another iterable of batches that begins anew in each "
                 f"epoch, got {type(loader).__name__}. A list will do, as [(x, y)], or x.split(100)"
             )
-        self._loader, self._kwargs, self._check = loader, dict(kwargs or {}), check
+        self._loader, self._kwargs = loader, dict(kwargs or {})
         #: what draws the batches, and what draws the rows in them, as far as they are known
         self._batches: object = None
         self._rows: object = loader
@@ -246,23 +243,20 @@ class BatchStream:
         rows = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
         if rows and not any(rows):
             raise ValueError("loader: expected batches with rows, got an empty one: leave it out")
-        if not isinstance(batch, (Tensor, Mapping, tuple, list)):
-            raise TypeError(
-                "loader: expected batches that are a tuple or list (positional arguments of the model), a "
-                f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
-            )
+        if isinstance(batch, Tensor):
+            return Batch((batch,), self._kwargs)
         if isinstance(batch, Mapping):
             for name in batch.keys() & self._kwargs.keys():
                 raise ValueError(
                     f"loader: expected batches without '{name}', as fit has {name}= too"
                 )
-            found = Batch((), {**self._kwargs, **batch})
-        else:
-            found = Batch((batch,) if isinstance(batch, Tensor) else tuple(batch), self._kwargs)
-        if self._check is not None:
-            self._check(*found)
-        self._check = None
-        return found
+            return Batch((), {**self._kwargs, **batch})
+        if isinstance(batch, (tuple, list)):
+            return Batch(tuple(batch), self._kwargs)
+        raise TypeError(
+            "loader: expected batches that are a tuple or list (positional arguments of the model), a "
+            f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
+        )
 
     def _count(self) -> int:
         try:

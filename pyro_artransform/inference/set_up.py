@@ -34,7 +34,8 @@ Chooser = Callable[..., tuple[Function, str]]
 class SetUp:
     """What a fit consists of before its start, from one run of model and guide.
 
-    What cannot be fitted is an error here. The last options are those of :func:`~pyro_artransform.fit`.
+    What cannot be fitted is an error here, batches that ``check_call`` refuses among it. The last options are
+    those of :func:`~pyro_artransform.fit`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class SetUp:
         parallel: Parallel,
         limit: TimeLimit,
         *,
+        check_call: Callable[..., None],
         config: FitConfig,
         num_steps: int | None,
         num_particles: int | None,
@@ -58,6 +60,7 @@ class SetUp:
         batches = [arguments]
         if stream is not None:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
+            check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
         try:
             if guide is None:
