@@ -254,6 +254,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
         :param args: the model's arguments, as ``kwargs`` needed only if the guide was never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
+        :raises ValueError: if with these arguments the model has other latents.
         """
         self.set_up(*args, **kwargs)
         self._check_latents(args, kwargs)

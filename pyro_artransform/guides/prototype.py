@@ -40,7 +40,7 @@ _DEPENDS_ON_LATENTS = {
 _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
     "guide is of another model, or of other data",
-    "shape": "site '{name}': expected the shape {expected}, for which the guide was set up, got {got}. "
+    "shape": "site '{name}': expected the shape for which the guide was set up, {expected}, got {got}. "
     "Make a new guide for other data",
     "support": "site '{name}': expected the support {expected}, for which the guide was set up, got "
     "{got}. The guide is of another model",

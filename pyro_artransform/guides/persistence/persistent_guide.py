@@ -322,7 +322,7 @@ class PersistentGuide(AutoGuide):
         """Reads a guide from a file that :meth:`save` wrote.
 
         :param model: the model, to train on; draws and densities need it where the guide has coordinates
-            from its prior. The first call of the guide checks that its latents are those of the file.
+            from its prior, the first ones with its data. The first call checks that its latents are these.
         :param map_location: as for ``torch.load``.
         :param arguments: those of the constructor that no file holds: ``flow`` of
             ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
