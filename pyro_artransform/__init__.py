@@ -55,7 +55,6 @@ __all__ = [
     "iaf",
     "inference",
     "maf",
-    "plots",
     "posterior",
     "spline_autoregressive",
     "spline_marginals",

@@ -5,7 +5,8 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
 from numbers import Real
@@ -79,6 +80,26 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
         ) from None
 
 
+def describe_tensors(
+    called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, int]:
+    """The tensors in the arguments of a call, in words, and how many elements of each are not finite."""
+    waiting: list[tuple[str, object]] = [("", kwargs), ("", list(args))]
+    with suppress(TypeError, ValueError):  # not every callable says the names of its arguments
+        waiting = [("", signature(called).bind(*args, **kwargs).arguments)]
+    found = {}
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            count = int((~value.isfinite()).sum())
+            share = f", {count} of {value.numel()} elements not finite" if count else ""
+            found[f"{name} of shape {tuple(value.shape)}{share}"] = count
+        elif isinstance(value, (Mapping, list, tuple)):
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{name}[{key!r}]" if name else f"'{key}'", part) for key, part in parts]
+    return dict(sorted(found.items()))
+
+
 def first_of(words: Sequence[str], most: int = 5) -> str:
     """The first of many words in a row, and how many more there are."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
@@ -103,6 +124,17 @@ def values_can_be_read(*tensors: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or any(tensor.device.type == "meta" for tensor in tensors)
     )
+
+
+@contextmanager
+def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) -> Iterator[None]:
+    """Says in these words that a call without arguments lacks some."""
+    try:
+        yield
+    except TypeError as error:
+        if args or kwargs or " missing " not in str(error):
+            raise
+        raise TypeError(f"{words} ({error})") from error
 
 
 def names_the_class(init: Init) -> Init:

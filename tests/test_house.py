@@ -207,6 +207,8 @@ after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, changed
 assert "matplotlib" not in sys.modules
+from pyro_artransform import *
+assert "matplotlib" not in sys.modules
 """
 
 

@@ -18,6 +18,7 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..joint.density import Args, Kwargs
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
@@ -101,7 +102,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         init_scale = check_positive("init_scale", init_scale)
         super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
         self.asked = check_coordinates(coordinates)
-        self._argument_shapes: Hashable = None
+        self._arguments_seen: Hashable = None
         self._make_flow = flow
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
@@ -123,7 +124,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             self.prototype_trace = None
             raise
         if args or kwargs:
-            self._argument_shapes = argument_signature((args, kwargs))
+            self._arguments_seen = argument_signature((args, kwargs))
         self._register()
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
@@ -176,17 +177,24 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         :raises ValueError: if a latent has another shape than at the first call (where Pyro's
             validation is on); if the model of a guide that was loaded has other latents than the file.
         """
-        spec, is_new = self._spec, bool(args or kwargs) or not self._model_is_checked
+        self._check_latents(args, kwargs, with_values=False)
+        return super().forward(*args, **kwargs)
+
+    def _check_latents(self, args: Args, kwargs: Kwargs, *, with_values: bool = True) -> None:
+        """Refuses other latents than the guide's, by a run of the model where shapes or values are new."""
+        spec, is_loaded = self._spec, not self._model_is_checked
+        is_new = bool(args or kwargs) or (is_loaded and not with_values)
         # a trace of JitTrace_ELBO does not run the model once more
         if spec and is_new and self._model is not None and not torch._C._get_tracing_state():
-            shapes, run = argument_signature((args, kwargs)), partial(self.model, *args, **kwargs)
-            if not self._model_is_checked:
-                prototype.refuse_other_model(spec.latents.sites, spec.observed, run)
+            signature = argument_signature((args, kwargs), with_values=with_values)
+            sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
+            if is_loaded:
+                prototype.refuse_other_model(sites, spec.observed, run)
                 self._model_is_checked = True
-            elif shapes != self._argument_shapes and dist.is_validation_enabled():
-                prototype.refuse_other_shapes(spec.latents.sites, run)
-            self._argument_shapes = shapes
-        return super().forward(*args, **kwargs)
+            elif signature != self._arguments_seen and dist.is_validation_enabled():
+                mapped = self._prior[0].with_location if self._prior else ()
+                prototype.refuse_other_latents(sites, mapped, run)
+            self._arguments_seen = signature
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard Normal."""
@@ -246,8 +254,10 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
         :param args: the model's arguments, as ``kwargs`` needed only if the guide was never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
+        :raises ValueError: if with these arguments the model has other latents.
         """
         self.set_up(*args, **kwargs)
+        self._check_latents(args, kwargs)
         base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
         # in chunks, which bounds the memory of the networks
         chunk = self._chunk_size()
@@ -271,6 +281,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             Pyro's validation is on, also if one is outside its support (its density means nothing).
         """
         latent, ladj = self.unconstrain(values, *args, **kwargs)
+        self._check_latents(args, kwargs)
         x, inverse_ladj = self.get_transform(*args, **kwargs).inverse_and_ladj(latent)
         normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
         # summed here: torch's Independent cannot sum over no draws

@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from ..arguments import asks_for_data
 from ..joint import LogJoint
 from ..joint.coordinates import Coordinates, centered_by_curvature
 from ..joint.density import Args, Kwargs
@@ -123,7 +124,10 @@ class GuideInCoordinates(PersistentGuide):
         """Gives the last layer the model at these arguments, by default those of the last call."""
         model = self._model and self._model[1]
         if self._bound is None or self._bound[2].model is not model:
-            self._bound = args, kwargs, self._log_joint(*args, **kwargs)
+            wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
+            of_file = "coordinates from the prior, which the model says at its data, and no file has these"
+            with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
+                self._bound = args, kwargs, self._log_joint(*args, **kwargs)
         if (args or kwargs) and _ids(args, kwargs) != _ids(*self._bound[:2]):
             self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
         self._prior[0].bind(self._bound[2])

@@ -39,9 +39,9 @@ _DEPENDS_ON_LATENTS = {
 }
 _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
-    "guide is of another model",
-    "shape": "site '{name}': the guide was set up for the shape {expected}, and for these arguments "
-    "of the model it is {got}: expected {expected}, got {got}. Make a new guide for other data",
+    "guide is of another model, or of other data",
+    "shape": "site '{name}': expected the shape for which the guide was set up, {expected}, got {got}. "
+    "Make a new guide for other data",
     "support": "site '{name}': expected the support {expected}, for which the guide was set up, got "
     "{got}. The guide is of another model",
 }
@@ -109,10 +109,15 @@ def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
     return {name: Site.from_node(node) for name, node in nodes if not is_hidden(node)}
 
 
-def latents_of(run: Callable[[], object]) -> dict[str, Site]:
-    """The latent sites of one more run of a model, which leaves no trace and no random state."""
+def one_more_run(run: Callable[[], object]) -> poutine.Trace:
+    """The trace of a run of a model that leaves no trace elsewhere, and no random state."""
     with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-        return sites_by_name(poutine.trace(poutine.block(run, is_hidden)).get_trace())
+        return poutine.trace(run).get_trace()
+
+
+def latents_of(run: Callable[[], object]) -> dict[str, Site]:
+    """The latent sites of :func:`one_more_run` of a model."""
+    return sites_by_name(one_more_run(run))
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:
@@ -149,15 +154,26 @@ def refuse_moving_structure(
     return tuple(second.observation_nodes), depend_on_latents(*scales)
 
 
-def refuse_other_shapes(sites: Mapping[str, Site], run: Callable[[], object]) -> None:
-    """Refuses arguments for which latents have other shapes: broadcasting may make the loss wrong."""
+def refuse_other_latents(
+    sites: Mapping[str, Site], mapped: Iterable[str], run: Callable[[], object]
+) -> None:
+    """Refuses arguments for which latents have other shapes, or one that is mapped is not there."""
     try:
-        now = latents_of(run)
+        trace = one_more_run(run)
     except Exception:  # such a model may need the guide's draws; else its own run raises it again
         return
     # sites that are latent only now are predicted, and those that have data now are conditioned on
-    refuse_subsampling(site for name, site in now.items() if name in sites)
-    _compare(sites, now, {"shape": _OF_ANOTHER_MODEL["shape"]})
+    now = {name: site for name, site in sites_by_name(trace).items() if name in sites}
+    refuse_subsampling(now.values())
+    expected, got = ({k: tuple(s.shape) for k, s in found.items()} for found in (sites, now))
+    others = [name for name in got if got[name] != expected[name]]
+    if others or not set(mapped) <= trace.nodes.keys():
+        left_out = f", without those of {others}" if others else ""
+        raise ValueError(
+            f"these arguments have the latents {got}, the guide has {expected}: expected the same. Make a "
+            "new guide for other data. For predictions, draws = guide.sample_posterior(n, *data of the fit)"
+            f"{left_out}, then Predictive(model, posterior_samples=draws)(*these arguments)"
+        )
 
 
 def refuse_other_model(

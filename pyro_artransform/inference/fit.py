@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..arguments import check_callable, check_integer
 from ..time_limit import TimeLimit
@@ -26,6 +27,19 @@ from .result import FitResult
 from .run import judge, start, train
 from .set_up import Chooser, Function, SetUp
 
+_STEP_SIZE = ". A fit finds its step size itself; optim= takes an optimizer with another one"
+_CHAINS = ". Effective draws of the posterior are draws=; a fit finds number and length of its chains itself"
+_CALLABLE = (
+    ". What is callable in second place is the guide: give a callable of the model's own by its name, or "
+    "the guide as guide=..."
+)
+# what options of other packages are here
+_OF_OTHERS = {
+    **dict.fromkeys(("lr", "learning_rate", "step_size"), _STEP_SIZE),
+    **dict.fromkeys(("num_samples", "num_warmup", "num_chains"), _CHAINS),
+    "num_epochs": ". Did you mean epochs=, an option of fit with a loader?",
+    "verbose": ". progress=False hides the progress bar, and nothing else is printed",
+}
 _default_choice: Chooser
 
 
@@ -204,6 +218,7 @@ def fit(
         set_up = SetUp(
             *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
             *(parallel, limit),
+            check_call=partial(check_model, model),
             config=config or FitConfig(),
             num_steps=num_steps,
             num_particles=num_particles,
@@ -231,29 +246,24 @@ def check_model(
         return
     bound = model.keywords.keys() if isinstance(model, partial) else set()
     parameters = inspect.signature(fit).parameters.values()
-    for name in sorted((names - bound) & {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}):
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in sorted((names - bound) & {*options}):
         raise ValueError(
             f"the model has a parameter '{name}', which is an option of fit: expected another "
             f"name, or bind it first, as in functools.partial(model, {name}=...)"
         )
     if args is None:
         return
+    if any(isinstance(value, DataLoader) for value in args):
+        raise TypeError("fit: expected the model's arguments, got a DataLoader: give it as loader=")
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        hint = (
-            "What is callable in second place is the guide: give a callable of the model's own by its "
-            "name, or the guide as guide=..."
-        )
-        for name in kwargs.keys() - names:
-            if name in ("lr", "learning_rate", "step_size"):
-                hint = (
-                    "A fit finds its step size itself; optim= takes an optimizer with another one"
-                )
-            elif near := get_close_matches(name, options, 1):
-                hint = f"Did you mean {near[0]}=, an option of fit?"
+        hint = _CALLABLE if args and "missing" in str(error) else ""
+        for name in sorted(kwargs.keys() - names):
+            near = "".join(get_close_matches(name, options, 1))
+            hint = _OF_OTHERS.get(name, near and f". Did you mean {near}=, an option of fit?")
         raise TypeError(
-            f"fit: expected the arguments that the model takes, {signature}, after the model or its "
-            f"guide, got others ({error}). {hint}"
+            f"fit: expected the arguments that the model takes, {signature}, got {len(args)} by their place "
+            f"and {sorted(kwargs)} by name ({error}){hint}"
         ) from None

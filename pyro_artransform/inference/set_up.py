@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..arguments import describe_tensors
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint.handlers import traced_parameters
 from ..joint.posteriors import Posteriors
@@ -33,7 +34,8 @@ Chooser = Callable[..., tuple[Function, str]]
 class SetUp:
     """What a fit consists of before its start, from one run of model and guide.
 
-    What cannot be fitted is an error here. The last options are those of :func:`~pyro_artransform.fit`.
+    What cannot be fitted is an error here, batches that ``check_call`` refuses among it. The last options are
+    those of :func:`~pyro_artransform.fit`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class SetUp:
         parallel: Parallel,
         limit: TimeLimit,
         *,
+        check_call: Callable[..., None],
         config: FitConfig,
         num_steps: int | None,
         num_particles: int | None,
@@ -57,11 +60,19 @@ class SetUp:
         batches = [arguments]
         if stream is not None:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
+            check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        if guide is None:
-            given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
-            guide, self.guide_reason = given
-        self.subject = _run_once(model, guide, batches[0], stream)
+        try:
+            if guide is None:
+                given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
+                guide, self.guide_reason = given
+            self.subject = _run_once(model, guide, batches[0], stream)
+        except (ValueError, RuntimeError) as error:
+            words = describe_tensors(model, *batches[0])
+            # what torch says of shapes, and Pyro of NaN, has no names of arguments
+            if words and (isinstance(error, RuntimeError) or any(words.values())):
+                error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
+            raise
         log_joint = self.subject.log_joint
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None

@@ -115,5 +115,9 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
 
 
 def _of_shapes(found: Draws, sites: Draws, n: int) -> Terms:
-    # Predictive puts a dimension in place of each plate that a site is not in
-    return {k: found[k].reshape((n, *v.shape)) for k, v in sites.items() if k in found}
+    shaped = {name: found[name] for name in sites if name in found}
+    for name, value in shaped.items():
+        # Predictive puts a dimension in place of each plate that a site is not in
+        if value[0].numel() == sites[name].numel():
+            shaped[name] = value.reshape((n, *sites[name].shape))
+    return shaped

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -179,3 +180,72 @@ def test_another_model_and_other_arguments_count_from_the_next_draw_on():
     sds = torch.stack(sds) / sds[0]
     # of 500 draws each, so that a ratio is known to 5 %
     assert torch.allclose(sds, torch.tensor([1.0, 10.0, 10.0, 10.0, 0.01]), rtol=0.3)
+
+
+def imputed(x, y=None):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    missing, filled = x.isnan(), x
+    if missing.any():
+        with pyro.plate("missing", int(missing.sum())):
+            values = pyro.sample("x_mis", dist.Normal(0.0, scale))
+        filled = x.clone()
+        filled[missing] = values
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=filled), obs=y)
+
+
+def rows_with(num_missing, size=3):
+    return torch.where(torch.arange(size) < num_missing, torch.nan, torch.arange(float(size)))
+
+
+@pytest.mark.parametrize("kind", [AutoIAF, AutoStructuredFlow])
+def test_arguments_with_other_latents(kind):
+    """Of the shape of the first ones too: how many latents there are follows from values."""
+    guide, data = kind(imputed), (rows_with(2), torch.ones(3))
+    guide(*data)
+    for x in (rows_with(0), rows_with(1), rows_with(1, 5), rows_with(4, 5)):
+        draws, count = guide.sample_posterior(4, *data), int(x.isnan().sum())
+        now = "" if count == 0 else rf", 'x_mis': \({count},\)"
+        words = rf"latents {{'scale': \(\){now}}}, the guide has {{'scale': \(\), 'x_mis': \(2,\)}}"
+        calls = [partial(guide.sample_posterior, 4), guide.median, partial(guide.log_prob, draws)]
+        for call in [*calls, *([guide] if len(x) == 5 else [])]:
+            with pytest.raises(ValueError, match=words) as refused:
+                call(x)
+        # the remedy
+        if "without those of ['x_mis']" in str(refused.value):
+            del draws["x_mis"]
+        assert ("x_mis" in draws) == (count == 0)
+        found = Predictive(imputed, posterior_samples=draws)(x)
+        assert found["y"].shape == (4, len(x))
+    assert guide.sample_posterior(4, *data)["x_mis"].shape == (4, 2)
+    # what is predicted now is no latent of the model
+    assert guide.sample_posterior(4, rows_with(2, 6))["x_mis"].shape == (4, 2)
+
+
+def test_latents_that_have_data_now_are_not_missing():
+    def model(theta=None):
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", 4):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau), obs=theta)
+            pyro.sample("y", dist.Normal(theta, SIGMA), obs=SIGMA)
+
+    guide = AutoIAF(model, num_transforms=1, hidden_dims=8)
+    guide()
+    assert (
+        guide.sample_posterior(2, torch.zeros(4))["tau"].shape
+        == guide(SIGMA)["tau"].expand(2).shape
+    )
+
+
+def test_a_loaded_guide_asks_for_the_data_that_its_prior_needs(tmp_path):
+    guide, data = AutoStructuredFlow(imputed), (rows_with(2), torch.ones(3))
+    guide(*data)
+    guide.save(tmp_path / "guide")
+    loaded = AutoStructuredFlow.load(tmp_path / "guide", imputed)
+    for call in (partial(loaded.sample_posterior, 3), loaded.median):
+        with pytest.raises(
+            TypeError, match=r"sample_posterior\(n, \*data\): this guide has coordinates from"
+        ):
+            call()
+    assert loaded.sample_posterior(3, *data)["x_mis"].shape == (3, 2)
+    assert loaded.sample_posterior(3)["x_mis"].shape == (3, 2)

@@ -138,7 +138,8 @@ def test_other_shapes_of_the_latents():
     guide = AutoIAF(models.locals_of)
     guide(models.data())
     for other in (models.data()[:1], models.data()[:3], models.data().repeat(2)):
-        with pytest.raises(ValueError, match=rf"site 'z': .* \(8,\), .* \({len(other)},\)"):
+        words = rf"have the latents .*'z': \({len(other)},\)}}, the guide has .*'z': \(8,\)}}"
+        with pytest.raises(ValueError, match=words):
             guide(other)
         guide(models.data())
     guide()

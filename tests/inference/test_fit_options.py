@@ -222,6 +222,13 @@ WRONG = [
     ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
     ((Y,), {"num_step": 3}, r"Did you mean num_steps=, an option of fit\?"),
     ((Y,), {"lr": 0.01}, "finds its step size itself"),
+    ((Y,), {"num_samples": 100}, r"draws of the posterior are draws="),
+    ((Y,), {"num_chains": 4}, r"draws=; a fit finds number and length of its chains"),
+    ((Y,), {"num_warmup": 500}, r"draws=; a fit finds number and length of its chains"),
+    ((Y,), {"num_epochs": 3}, r"Did you mean epochs=.* with a loader\?"),
+    ((Y,), {"verbose": True}, "progress=False"),
+    ((Y,), {"dtype": torch.float64}, r"\(got an unexpected keyword argument 'dtype'\)$"),
+    ((DataLoader(Y),), {}, "got a DataLoader: give it as loader="),
 ]
 
 
@@ -229,6 +236,40 @@ WRONG = [
 def test_arguments_of_another_type(args, options, words):
     with pytest.raises(TypeError, match=words):
         few(location, *args, **options)
+
+
+BATCHES = [
+    ([(Y, 1.0, Y)], {}, r"\(y, scale=1.0\), got 3 by their place.*too many positional"),
+    ([{"data": Y}], {}, r"got 0 by their place and \['data'\] by name"),
+    ([(Y,)], {"lr": 0.1}, "finds its step size itself"),
+    ([(Y,)], {"num_epochs": 3}, "Did you mean epochs="),
+]
+
+
+@pytest.mark.parametrize(("loader", "options", "words"), BATCHES)
+@pytest.mark.parametrize("guide", [None, AutoIAF(location)], ids=["chosen", "given"])
+def test_batches_that_are_not_the_models_arguments(loader, options, words, guide):
+    with pytest.raises(TypeError, match=words):
+        few(location, guide=guide, loader=2 * loader, **options)
+
+
+@pytest.mark.parametrize("guide", [None, AutoIAF], ids=["chosen", "given"])
+def test_errors_of_runs_name_the_arguments(guide):
+    """Those of torch, of shapes, and of Pyro, of parameters that are NaN, do not."""
+
+    def model(x, y):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    x, y = torch.ones(5), torch.ones(5)
+    first = r"The arguments of the model are 'x' of shape \(5,\)"
+    for kind, args, words in [
+        (RuntimeError, (x, torch.ones(4)), r"; 'y' of shape \(4,\)$"),
+        (ValueError, (x / 0 - x / 0, y), r", 5 of 5 elements not finite; 'y' of shape \(5,\)$"),
+    ]:
+        with pytest.raises(kind, match=first + words):
+            few(model, *([] if guide is None else [guide(model)]), *args)
 
 
 def test_decorated_models_take_what_their_decorator_takes():

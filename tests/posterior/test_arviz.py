@@ -204,6 +204,22 @@ def test_predictions_beside_data(arviz):
     assert torch.allclose(found["predictions"]["second"], torch.tensor(9.0), atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(AutoIAF, "these arguments have the latents"), (AutoNormal, "draws: expected 'z'")],
+)
+def test_predictions_with_latents_of_other_shapes(arviz, make, words):
+    def model(size, values=None):
+        with pyro.plate("data", size):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=values)
+
+    guide = make(model)
+    guide(5, data())
+    with pytest.raises(ValueError, match=rf"{words}.*3.*5"):
+        to_inference_data(model, guide, 20, 3)
+
+
 def test_predictions_with_discrete_latents(arviz):
     """Of new rows the discrete latents are drawn, as they are not summed out there."""
 

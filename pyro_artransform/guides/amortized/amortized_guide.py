@@ -272,6 +272,7 @@ class AutoAmortized(AmortizedInCoordinates):
             if not self._model_is_checked:
                 # what had data at the set-up may be predicted now
                 compare_names(known, now.keys() - set(spec.observed or ()))
+            compare_names(self._mapped(), self._mapped().keys() & now.keys())
             sites = [now[name] for name in known if name in now]
             for site in sites:
                 compare_elements(known[site.name], site)

@@ -62,9 +62,14 @@ def encode(
     encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> Features:
     """What an encoder returns, by group of local latents; ``pyro.subsample`` in it makes the plates."""
-    with MiniBatch(plates, groups):
-        found: object = encoder(*args, **kwargs)
-    names = [group.name for group in groups]
+    try:
+        with MiniBatch(plates, groups):
+            found: object = encoder(*args, **kwargs)
+    except TypeError as error:
+        wanted = "the model's arguments, as in sample_posterior(n, *data), and a function of them"
+        raise TypeError(f"encoder: expected {wanted}, got: {error}") from error
+    plates_of = {group.name: group.plates for group in groups}
+    names = list(plates_of)
     if isinstance(found, Tensor):
         if len(names) > 1:
             raise ValueError(
@@ -81,6 +86,11 @@ def encode(
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"encoder: expected features of '{name}' that are floats, got {got}")
+        shape, named = tuple(features.shape), plates_of[name]
+        if len(shape) != len(named) + 1:
+            remedy = f": add [..., None], for {(*shape, 1)}" if len(shape) == len(named) else ""
+            wanted = f"a dimension for each of the plates {named} and one of features"
+            raise ValueError(f"encoder: expected features with {wanted}, got shape {shape}{remedy}")
     return found
 
 
@@ -102,6 +112,12 @@ def first_feature_units(
         )
     units = {}
     for name, features in found.items():
+        if count := int((~features.isfinite()).sum()):
+            wanted, got = (
+                f"finite features of '{name}'",
+                f"{count} of {features.numel()} that are not",
+            )
+            raise ValueError(f"encoder: expected {wanted}, got {got}: y.nan_to_num() replaces NaN")
         rows = features.detach().reshape(-1, features.shape[-1]).double()
         loc, scale = rows.mean(0), rows.std(0, correction=0)
         is_known = scale.isfinite() & (not trains)
@@ -133,7 +149,7 @@ def minibatch_rows(
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:
     """The features of any number of elements, and the number of elements in each plate."""
     *found, columns = features.shape
-    if len(found) != len(group.plates) or columns != feature_dim:
+    if columns != feature_dim:
         names = ", ".join(f"elements of '{name}'" for name in group.plates)
         wanted, got = f"({names}, {feature_dim})", tuple(features.shape)
         raise ValueError(f"encoder: expected features of shape {wanted}, got {got}")

@@ -16,7 +16,7 @@ from ...joint.coordinates import Coordinates, SiteCoordinates, centered_by_curva
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
 from ..prior_coordinates import GuideInCoordinates
-from ..prototype import latents_of
+from ..prototype import compare_names, latents_of
 from .plates import (
     Args,
     GivenIndices,
@@ -234,8 +234,11 @@ class AmortizedInCoordinates(GuideInCoordinates):
     def _element_map(self, args: Args, kwargs: Kwargs, *, is_inverse: bool = False) -> ElementMap:
         """The map for all elements, by the model with these arguments, by default the last ones."""
         model, given, sites = self._bound_model(args, kwargs), GivenIndices(), self._mapped()
-        plates, layout = plate_sizes(latents_of(given(model)).values()), self._posterior.layout
-        log_joint = cast(Any, self._bound)[2]
+        layout, log_joint = self._posterior.layout, cast(Any, self._bound)[2]
+        # not those around what is predicted
+        now = latents_of(given(model))
+        compare_names(sites, sites.keys() & now.keys())
+        plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
         return ElementMap(model, layout, sites, plates, given.names, log_joint, is_inverse)
 
     def _mapped(self) -> dict[str, SiteCoordinates]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from ... import files
-from ...arguments import check_callable, check_integer
+from ...arguments import asks_for_data, check_callable, check_integer
 from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
@@ -98,12 +98,8 @@ class PersistentGuide(AutoGuide):
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
         if self._spec is None:
-            try:
+            with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
-            except TypeError as error:
-                if args or kwargs or " missing " not in str(error):
-                    raise
-                raise TypeError(f"{self._unknown} ({error})") from error
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         """Makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``."""
@@ -326,7 +322,7 @@ class PersistentGuide(AutoGuide):
         """Reads a guide from a file that :meth:`save` wrote.
 
         :param model: the model, to train on; draws and densities need it where the guide has coordinates
-            from its prior. The first call of the guide checks that its latents are those of the file.
+            from its prior, the first ones with its data. The first call checks that its latents are these.
         :param map_location: as for ``torch.load``.
         :param arguments: those of the constructor that no file holds: ``flow`` of
             ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.

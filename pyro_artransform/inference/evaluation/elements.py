@@ -199,7 +199,9 @@ def weigh_elements(
 def _check_pass(passed: PassEstimate) -> None:
     """Refuses a pass over a loader that is not one of all data, each row once."""
     if not passed.share:
-        raise UnknownWeightsError("the loader is not known to have each row once in an epoch")
+        raise UnknownWeightsError(
+            "the loader is not known to have each row once in an epoch (drop_last=True may leave rows out)"
+        )
     if abs(passed.loader_share - 1) > 1e-6:
         share = 100 * passed.loader_share
         raise UnknownWeightsError(

@@ -9,16 +9,15 @@ tried in other coordinates, from draws of the first one.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ...arguments import describe_tensors
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates, coordinates_at
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
@@ -134,31 +133,14 @@ def _start_from_points(
             return InitialGuide(UNCHANGED, elbo)
     sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
     remedy = ". Give"
-    if found := ", ".join(_nonfinite_arguments(model)):
-        remedy = f", nor are arguments of the model: {found}. Mend or mask these, or give"
+    if isinstance(model, partial):
+        given = describe_tensors(model.func, model.args, model.keywords)
+        if found := ", ".join(filter(given.get, given)):
+            remedy = f", nor are arguments of the model: {found}. Mend or mask these, or give"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
         f"{sites} is not finite there{remedy} the guide an init_loc_fn with values that the data allow"
     )
-
-
-def _nonfinite_arguments(model: Callable[[], object]) -> list[str]:
-    """The tensors among the arguments of a run of a model that have infinite or NaN elements, in words."""
-    if not isinstance(model, partial):
-        return []
-    waiting: list[tuple[str, object]] = [("", model.keywords), ("", list(model.args))]
-    with suppress(TypeError, ValueError):  # not every callable says the names of its arguments
-        waiting = [("", signature(model.func).bind(*model.args, **model.keywords).arguments)]
-    found = []
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, Tensor):
-            if count := int((~value.isfinite()).sum()):
-                found.append(f"{count} of {value.numel()} elements of {name}")
-        elif isinstance(value, (Mapping, list, tuple)):
-            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}[{key!r}]" if name else f"'{key}'", part) for key, part in parts]
-    return sorted(found)
 
 
 def _start_at_best(

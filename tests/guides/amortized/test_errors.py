@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an amortized guide refuses, in words that name the site, the plate and the shapes."""
 
+from functools import partial
+
 import pyro
 import pytest
 import torch
@@ -118,6 +120,32 @@ def test_arguments_that_change_the_latents(model, other, message):
     guide(first)
 
 
+def test_arguments_without_a_latent_that_the_prior_says():
+    def model(y, num=12):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        if num:
+            with pyro.plate("groups", num):
+                pyro.sample("z", dist.Normal(0.0, scale))
+        with pyro.plate("rows", 12):
+            pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    guide = AutoAmortized(model)
+    guide(data())
+    # the plate of what is predicted is none of the guide's
+    assert guide.sample_posterior(2, None)["z"].shape == (2, 12)
+    for call in (guide, partial(guide.sample_posterior, 2)):
+        with pytest.raises(ValueError, match="site 'z': the model has no such latent"):
+            call(data(), 0)
+
+
+def test_an_encoder_without_its_data():
+    guide = AutoAmortized(hierarchies.groups, Encoder())
+    guide(data())
+    for call in (guide.median, partial(guide.sample_posterior, 5)):
+        with pytest.raises(TypeError, match=r"encoder: .* as in sample_posterior\(n, \*data\)"):
+            call()
+
+
 # Indices that the model gives
 
 
@@ -189,7 +217,26 @@ def test_plates_that_do_not_fit(plates, kind, message):
     ("encoder", "kind", "message"),
     [
         (lambda y: y[:5, None], ValueError, r"\(12, 1\), a.*'groups' \(12\).*\['z'\].*\(5, 1\)"),
-        (lambda y: y, ValueError, r"expected features of shape \(12, 12\).*got \(12,\)"),
+        (
+            lambda y: y,
+            ValueError,
+            r"\['groups'\] and one.*got shape \(12,\): add \[..., None\], for \(12, 1\)",
+        ),
+        (
+            lambda y: y[:, None, None],
+            ValueError,
+            r"\['groups'\] and one of features.*got shape \(12, 1, 1\)$",
+        ),
+        (
+            lambda y: y[:, None] / 0,
+            ValueError,
+            "finite features of 'groups', got 12 of 12 that are not",
+        ),
+        (
+            lambda y, other: y,
+            TypeError,
+            "encoder: expected the model's arguments.*missing .*'other'",
+        ),
         (lambda y: {"rows": y[:, None]}, ValueError, r"of \['groups'\], got the key 'rows'"),
         (lambda y: [y], TypeError, "expected it to return a tensor or a dict of tensors.*list"),
         (lambda y: {"groups": 1.0}, TypeError, "features of 'groups' that are floats, got float"),

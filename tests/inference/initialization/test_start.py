@@ -198,8 +198,9 @@ def test_nothing_finite_names_arguments_that_are_not(quick):
     with pyro.validation_enabled(False):
         guide.set_up(*run.args, **run.keywords)
     words = (
-        r"y is not finite there, nor are arguments of the model: 1 of 3 elements of 'x', 3 of 3 elements of "
-        r"'tables'\['more'\]\[1\]\. Mend or mask these, or give the guide an init_loc_fn"
+        r"y is not finite there, nor are arguments of the model: 'tables'\['more'\]\[1\] of shape \(3,\), "
+        r"3 of 3 elements not finite, 'x' of shape \(3,\), 1 of 3 elements not finite\. Mend or mask these, "
+        r"or give the guide an init_loc_fn"
     )
     with pytest.raises(ValueError, match=words):
         find_start(LogJoint(model, run.args, run.keywords), run, guide, quick.initialization)
