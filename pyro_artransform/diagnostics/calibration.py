@@ -212,27 +212,27 @@ def _draws_of(
     kwargs: Mapping[str, object],
 ) -> Mapping[str, Tensor]:
     if isinstance(posterior, PosteriorGuide):
-        posterior = _with_shapes(posterior.sample_posterior(num_draws), truth)
+        posterior = posterior.sample_posterior(num_draws)
     elif isinstance(posterior, AutoGuide):
-        drawn = Predictive(posterior, num_samples=num_draws)(*args, **kwargs)
-        posterior = _with_shapes(drawn, truth)
+        posterior = Predictive(posterior, num_samples=num_draws)(*args, **kwargs)
     elif callable(posterior):
         posterior = posterior(num_draws)
     if isinstance(posterior, Mapping):
-        return posterior
+        return _with_shapes(posterior, truth)
     kind = type(posterior).__name__
     raise TypeError(f"fit_one: expected a guide, a dict of draws, or a function, got {kind}")
 
 
-def _with_shapes(drawn: Values, truth: Values) -> Values:
+def _with_shapes(drawn: Mapping[str, Tensor], truth: Values) -> Values:
     """Draws without the dimensions in place of plates that a site is not in, as Predictive makes them.
 
     Data sets in a plate to the left of all others have such dimensions, too.
     """
-    found = {}
-    for name in [name for name in truth if name in drawn]:
+    found = dict(drawn)
+    for name in truth.keys() & drawn.keys():
         value, shape = drawn[name], truth[name].shape
-        found[name] = value.reshape(-1, *shape) if value[0].numel() == shape.numel() else value
+        is_same = [d for d in value.shape[1:] if d > 1] == [d for d in shape if d > 1]
+        found[name] = value.reshape(-1, *shape) if is_same else value
     return found
 
 

@@ -18,7 +18,6 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
-from ..joint.density import Args, Kwargs
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
@@ -180,7 +179,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         self._check_latents(args, kwargs, with_values=False)
         return super().forward(*args, **kwargs)
 
-    def _check_latents(self, args: Args, kwargs: Kwargs, *, with_values: bool = True) -> None:
+    def _check_latents(self, args: Any, kwargs: Any, *, with_values: bool = True) -> None:
         """Refuses other latents than the guide's, by a run of the model where shapes or values are new."""
         spec, is_loaded = self._spec, not self._model_is_checked
         is_new = bool(args or kwargs) or (is_loaded and not with_values)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
+from functools import partial
 
 import pyro
 import pytest
@@ -11,7 +12,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
-from pyro_artransform.diagnostics import sbc, simultaneous_bands, uniformity_pvalue
+from pyro_artransform.diagnostics import psis_resample, sbc, simultaneous_bands, uniformity_pvalue
 from pyro_artransform.inference import over_data_sets
 
 NUM_DATA = 3
@@ -252,13 +253,15 @@ def test_draws_of_too_few_data_sets_are_refused():
         run(lambda data: {"mean": torch.zeros(99, 19)}, num_simulations=20, at_once=True)
 
 
-def test_all_data_sets_in_one_fit():
+@pytest.mark.parametrize("is_of_guide", [True, False])
+def test_all_data_sets_in_one_fit(is_of_guide):
+    """By draws of the guide, and by those that are resampled by the weights of each."""
     results = []
 
     def fit_all(data):
         many = over_data_sets(normal, data)
         results.append(fit(many, AutoStructuredFlow(many), progress=False))
-        return results[0].guide
+        return results[0].guide if is_of_guide else partial(psis_resample, many, results[0].guide)
 
     result = run(fit_all, 50, at_once=True)
     assert result.passed()

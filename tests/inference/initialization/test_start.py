@@ -302,7 +302,9 @@ def test_a_guide_that_is_better_already_stays():
     guide = AutoAmortized(hierarchy, Encoder(), flow=None, local_flow=None)
     _, first = started(hierarchy, y, guide)
     with torch.no_grad():
-        guide.transform.locals[0].units = None  # a slope in y as it is, which a Gaussian would shift
+        guide.transform.locals[
+            0
+        ].units = None  # a slope in y as it is, which a Gaussian would shift
         guide.transform.locals[0].affine.loc.zero_()
         guide.transform.locals[0].affine.linear.weight[0, 0] = 0.8
     before = values(guide)
