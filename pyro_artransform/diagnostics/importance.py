@@ -27,8 +27,8 @@ GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the gui
 GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
 GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
 CONFIDENCE = 0.975  #: the probability that the bounds of all errors of means and sds hold
-# draws at least that are resampled, of one posterior and of each of many, and so many of these at once
-_FEWEST, _FEWEST_OF_EACH, _CHUNK = 10_000, 2_000, 1_000
+# draws at least that are resampled, of one posterior and of each of many
+_FEWEST, _FEWEST_OF_EACH = 10_000, 2_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +194,8 @@ def psis_resample(
 @torch.no_grad()
 def _resample_each(posteriors: Posteriors, n: int) -> Values:
     """Draws of many posteriors at once, each by its own weights."""
-    count = max(_FEWEST_OF_EACH, 5 * n)
-    sizes = (min(_CHUNK, count - start) for start in range(0, count, _CHUNK))
-    z, weights = map(torch.cat, zip(*(posteriors.log_weights(size)[:2] for size in sizes)))
+    # guide and model take them in parts
+    z, weights, _ = posteriors.log_weights(max(_FEWEST_OF_EACH, 5 * n))
     drawn = z.gather(0, _chosen(weights, n).to(z.device)[:, posteriors.elements])
     log_joint = posteriors.log_joint
     return log_joint.latents.constrain(log_joint.to_unconstrained(drawn)[0])

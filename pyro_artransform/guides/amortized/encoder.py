@@ -113,11 +113,10 @@ def first_feature_units(
     units = {}
     for name, features in found.items():
         if count := int((~features.isfinite()).sum()):
-            wanted, got = (
-                f"finite features of '{name}'",
-                f"{count} of {features.numel()} that are not",
+            raise ValueError(
+                f"encoder: expected finite features of '{name}', got {count} of {features.numel()} that "
+                "are not: y.nan_to_num() replaces NaN"
             )
-            raise ValueError(f"encoder: expected {wanted}, got {got}: y.nan_to_num() replaces NaN")
         rows = features.detach().reshape(-1, features.shape[-1]).double()
         loc, scale = rows.mean(0), rows.std(0, correction=0)
         is_known = scale.isfinite() & (not trains)

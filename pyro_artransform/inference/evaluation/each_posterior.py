@@ -20,11 +20,11 @@ from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
+from .missed_modes import NUM_FOR_MODES
 from .modes_of_each import EachSearch
 from .verdict import ELSEWHERE
 
 _CHUNK, _SMALL_CHUNK = 1000, 100
-_NUM_FOR_MODES = 2000  # draws that say where a guide is
 _MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 
 
@@ -135,7 +135,7 @@ def weigh_each(
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
         say("verdict: the search for mass elsewhere")
         with cut_off("the search for mass elsewhere"), within(0.7):
-            search = EachSearch.of(posteriors, latents[:_NUM_FOR_MODES])
+            search = EachSearch.of(posteriors, latents[:NUM_FOR_MODES])
             lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))
             searched_by = "curvature"
             for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():

@@ -25,7 +25,7 @@ from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .each_posterior import EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
-from .missed_modes import find_missed_modes
+from .missed_modes import NUM_FOR_MODES, find_missed_modes
 from .verdict import (
     FitStatus,
     Verdict,
@@ -40,8 +40,6 @@ from .verdict import (
 
 _MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 _UNCLEAR_KHAT_IN_SE = 2.0
-# draws of the guide, and of its chains, where chains give the draws of the posterior
-NUM_FOR_MODES = 2000
 
 
 def draw(

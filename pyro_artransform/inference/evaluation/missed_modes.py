@@ -25,6 +25,8 @@ from .mode_search import ModeSearch
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
+# draws that say where a guide is, and its chains: where these give those of the posterior, and of many
+NUM_FOR_MODES = 2000
 MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
 # lost mass that is a reason to search for more, and the part of it with which a mode is counted
 _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
