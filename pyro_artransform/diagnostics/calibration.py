@@ -20,7 +20,7 @@ from torch import Tensor
 from ..arguments import check_integer
 from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
-from ..joint.traces import is_deterministic
+from ..joint.traces import in_shape_of_site, is_deterministic
 
 Values = dict[str, Tensor]
 
@@ -218,22 +218,10 @@ def _draws_of(
     elif callable(posterior):
         posterior = posterior(num_draws)
     if isinstance(posterior, Mapping):
-        return _with_shapes(posterior, truth)
+        known = posterior.keys() & truth.keys()
+        return {**posterior, **{k: in_shape_of_site(posterior[k], truth[k].shape) for k in known}}
     kind = type(posterior).__name__
     raise TypeError(f"fit_one: expected a guide, a dict of draws, or a function, got {kind}")
-
-
-def _with_shapes(drawn: Mapping[str, Tensor], truth: Values) -> Values:
-    """Draws without the dimensions in place of plates that a site is not in, as Predictive makes them.
-
-    Data sets in a plate to the left of all others have such dimensions, too.
-    """
-    found = dict(drawn)
-    for name in truth.keys() & drawn.keys():
-        value, shape = drawn[name], truth[name].shape
-        is_same = [d for d in value.shape[1:] if d > 1] == [d for d in shape if d > 1]
-        found[name] = value.reshape(-1, *shape) if is_same else value
-    return found
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:

@@ -118,6 +118,15 @@ class ModelStructure(NamedTuple):
         return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
 
 
+def in_shape_of_site(draws: Tensor, shape: torch.Size) -> Tensor:
+    """Draws of a site, of shape ``(n,) + shape``, without dimensions of size 1 in place of other plates.
+
+    Pyro's ``Predictive`` and plates to the left of all others make such; draws that differ otherwise stay.
+    """
+    got, expected = ([size for size in each if size != 1] for each in (draws.shape[1:], shape))
+    return draws.reshape(len(draws), *shape) if got == expected else draws
+
+
 def count_values(trace: poutine.Trace) -> int:
     """How many values or log-densities the sites of a trace have, data included."""
     count = 0

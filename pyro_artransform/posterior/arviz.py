@@ -15,6 +15,7 @@ from pyro.infer import Predictive
 from ..arguments import check_integer
 from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
+from ..joint.traces import in_shape_of_site
 from ..joint.vectorization import Draws, Terms
 from .log_likelihood import Likelihood
 
@@ -52,7 +53,7 @@ def to_inference_data(
         drawn = offered.sample_posterior(num_samples, *args, **kwargs)
     else:
         drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
-    return _data_set(likelihood, _of_shapes(drawn, likelihood.latents, num_samples), 1)
+    return _data_set(likelihood, _of_shapes(drawn, likelihood.latents), 1)
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def _import_arviz() -> Any:
 
 def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     """The groups of draws ``(C n, ...)``, one chain after the other."""
-    num_samples, run = len(next(iter(draws.values()))), likelihood.run
+    run = likelihood.run
     predicted = likelihood.predicted(draws)
     # how many draws are taken at once shows where predictions have values
     scored = Likelihood(poutine.condition(run, data=predicted)) if predicted else likelihood
@@ -89,7 +90,7 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
 
     def drawn(model: Callable[[], object], sites: Draws) -> Terms:
         given: Any = {"posterior_samples": placed, "return_sites": list(sites)}
-        return _of_shapes(Predictive(model, parallel=parallel, **given)(), sites, num_samples)
+        return _of_shapes(Predictive(model, parallel=parallel, **given)(), sites)
 
     groups = {"posterior": dict(draws)}
     if predicted:
@@ -114,10 +115,5 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     return from_dict(data)
 
 
-def _of_shapes(found: Draws, sites: Draws, n: int) -> Terms:
-    shaped = {name: found[name] for name in sites if name in found}
-    for name, value in shaped.items():
-        # Predictive puts a dimension in place of each plate that a site is not in
-        if value[0].numel() == sites[name].numel():
-            shaped[name] = value.reshape((n, *sites[name].shape))
-    return shaped
+def _of_shapes(found: Draws, sites: Draws) -> Terms:
+    return {k: in_shape_of_site(found[k], v.shape) for k, v in sites.items() if k in found}
