@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "arguments": set(),
     "time_limit": {"arguments"},
     "differentiation": set(),
+    "capture": set(),
     "files": set(),
     "univariate": {"arguments", "differentiation"},
     "conditioners": {"arguments", "differentiation", "graphs"},
@@ -36,11 +37,11 @@ ARROWS: dict[str, set[str]] = {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "posterior", "files"),
     },
-    "diagnostics": {"arguments", "time_limit", "joint", "transforms"},
+    "diagnostics": {"arguments", "capture", "time_limit", "joint", "transforms"},
     "posterior": {"arguments", "joint"},
     "inference": {
         *("arguments", "time_limit", "transforms", "graphs", "joint", "diagnostics", "posterior"),
-        *("files",),
+        *("files", "capture"),
     },
     "plots": {"guides", "inference", "diagnostics"},
     "testing": {

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture import Captured
 from ..joint import LogJoint
 from .preconditioning import Preconditioner
 
@@ -59,18 +60,22 @@ class PulledBack:
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
         self.to_latent, self._log_joint = to_latent, log_joint
         self.num_gradients = 0
+        is_fast = log_joint.strategy != "loop"
+        self._evaluate_part = Captured(self._with_gradient) if is_fast else self._with_gradient
 
     def __call__(self, base: Tensor) -> State:
         """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
-        parts = []
         self.num_gradients += len(base)
-        for part in base.detach().split(self._log_joint.chunk_size):
-            with torch.enable_grad():
-                latent, ladj = self.to_latent(part.requires_grad_())
-                log_density = self._log_joint(latent) + ladj
-                (gradient,) = torch.autograd.grad(log_density.sum(), part)
-            parts.append((part.detach(), latent.detach(), log_density.detach(), gradient))
-        return State(*map(torch.cat, zip(*parts)))
+        parts = base.detach().split(self._log_joint.chunk_size)
+        return State(base.detach(), *map(torch.cat, zip(*map(self._evaluate_part, parts))))
+
+    def _with_gradient(self, base: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            base = base.detach().requires_grad_()
+            latent, ladj = self.to_latent(base)
+            log_density = self._log_joint(latent) + ladj
+            (gradient,) = torch.autograd.grad(log_density.sum(), base)
+        return latent.detach(), log_density.detach(), gradient
 
 
 class HamiltonianChains:

@@ -92,6 +92,9 @@ def fit(
     (``docs/minibatches.md``), and a loader of one batch with all data is as good as arguments. A short
     last batch has the weight of its rows.
 
+    Operations that are the same in each step are captured and replayed, so that the model's Python runs
+    only now and then: what it prints or counts is no number of steps.
+
     Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
     drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there
     was no time for. A second Ctrl-C interrupts.

@@ -26,9 +26,10 @@ ENOUGH = "there are enough effective draws of each latent, and chains agree"
 TOO_MANY = "so many trajectories were taken that more would hardly help"
 CHAINS_COST_LESS = "chains from here cost less than more steps"
 # whether chains cost less is asked after so many steps, and then each time after twice as many more; a
-# step costs as much as so many gradients of all chains
-# (a structured guide's of many latents, level by level, as so many more of a Gaussian's)
-_FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS = 300, 3, 12
+# step costs as much as so many gradients of all chains through a Gaussian
+# (a structured guide's of many latents, level by level, as so many more), and a gradient through a flow
+# as half a step, of which chains take as many as this at least (72 draws of three leapfrog steps)
+_FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS, _FEWEST_GRADIENTS = 300, 4, 12, 216
 #: the share of the seconds after which chains end, so that the rest judges them
 CHAINS_UNTIL = 0.85
 # trajectories that chains are judged by
@@ -188,7 +189,7 @@ class Sampling:
         return True
 
     def cost_less(self) -> bool:
-        """Whether chains from the guide as it is would take fewer gradients than the next block of steps."""
+        """Whether chains from the guide as it is would cost less than steps, and chains after them."""
         self.chains = chains = GuideChains(self._subject)
         chains.warm_up()
         chains.extend(_NUM_TRIED)
@@ -197,10 +198,13 @@ class Sampling:
         left = chains.gradients_left(self._num_draws)
         guide: object = self._subject.guide
         many = self._subject.log_joint.latents.latent_dim >= OptimizationConfig.many_latents
-        is_cheap = chains.is_affine and many and isinstance(guide, StructuredGuide)
-        price = (_PRICE_BY_LEVELS if is_cheap else _PRICE_OF_STEP) * self._block
+        by_levels = chains.is_affine and many and isinstance(guide, StructuredGuide)
+        price = _PRICE_BY_LEVELS if by_levels else _PRICE_OF_STEP
+        if not chains.is_affine:
+            left *= price / 2
+        cost_of_steps = price * (self._block + _FEWEST_GRADIENTS / 2)
         self._block *= 2
-        return left <= price
+        return left <= cost_of_steps
 
     def judge(
         self, status: FitStatus, config: FitConfig, num_steps: int

@@ -83,7 +83,7 @@ class Coordinates(NamedTuple):
     @property
     def is_identity(self) -> bool:
         """Whether all latents are as the model is written."""
-        return bool((self.centered == 1).all())
+        return min(self.centered.tolist()) == 1
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each of these latents, among all in the vector."""

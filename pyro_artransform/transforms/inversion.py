@@ -185,18 +185,23 @@ class _Implicit(torch.autograd.Function):
         ladj: Tensor,
         x: Tensor,
         ladj_at_x: Tensor,
-        solve: Callable[[Tensor, Tensor], Tensor],
+        solve: Callable[[Tensor, Tensor | None], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        ctx.solve = solve
+        ctx.solve, ctx.like = solve, x
+        ctx.set_materialize_grads(
+            False
+        )  # what is not used is None, which costs no reading of zeros
         return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
 
     @staticmethod
-    def backward(ctx: Any, g_out: Tensor, g_ladj: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of an inverse cannot be differentiated again (create_graph=True). "
                 "Inside a torch.func transform, such as torch.func.hessian, it can"
             )
+        g_out, g_ladj = gradients
+        g_out = torch.zeros_like(ctx.like) if g_out is None else g_out
         return ctx.solve(g_out, g_ladj), g_ladj, None, None, None
 
 
@@ -206,12 +211,12 @@ def _solve_by_linearization(
     out: Tensor,
     ladj: Tensor,
     g_out: Tensor,
-    g_ladj: Tensor,
+    g_ladj: Tensor | None,
 ) -> Tensor:
     """:func:`_solve` by substitution along the graph."""
     shape = (-1, *params.shape[-2:])
     right = g_out.reshape(-1, g_out.shape[-1])
-    if ladj.requires_grad and bool(g_ladj.any()):
+    if ladj.requires_grad and g_ladj is not None:
         (weights,) = torch.autograd.grad(ladj, params, g_ladj, retain_graph=True, allow_unused=True)
         if weights is not None:
             right = right + linearization.pull_back(weights.reshape(shape))
@@ -220,11 +225,16 @@ def _solve_by_linearization(
     return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
 
 
-def _solve(out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor) -> Tensor:
+def _solve(
+    out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor | None
+) -> Tensor:
     """The adjoint of the fixed point, by vector-Jacobian products until nothing moves."""
     v = g_out
     for _ in range(out.shape[-1]):
-        values, weights = zip(*((t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad))
+        used = [(t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad and g is not None]
+        if not used:
+            break
+        values, weights = zip(*used)
         options = {"retain_graph": True, "allow_unused": True}
         pulled: Any = torch.autograd.grad(values, point, weights, **options)[0]
         if pulled is None:

@@ -20,7 +20,7 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 
-from pyro_artransform import AutoIAF
+from pyro_artransform import AutoIAF, capture
 from pyro_artransform.diagnostics.chains import GuideChains
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.inference import mcmc as run
@@ -210,7 +210,8 @@ def test_what_it_says(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_max_seconds_ends_with_what_there_is():
+def test_max_seconds_ends_with_what_there_is(monkeypatch):
+    monkeypatch.setattr(capture, "_PATIENCE", 10**9)  # else they end before the time does
     chains = mcmc(models.regression, AutoNormal(models.regression), 10**6, max_seconds=3.0)
     assert not chains.trusted
     assert chains.stopped_because == "the time was over"
@@ -229,7 +230,8 @@ def test_no_time_at_all():
     assert re.search(r"chains do not agree: .*above 1.02\. Let them run for longer", chains.verdict)
 
 
-def test_interrupt_keeps_what_there_is():
+def test_interrupt_keeps_what_there_is(monkeypatch):
+    monkeypatch.setattr(capture, "_PATIENCE", 10**9)  # the model runs at each gradient
     count = 0
 
     def model():

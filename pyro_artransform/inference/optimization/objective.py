@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
+from ...capture import CapturedLoss
 from ...joint import LogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.posteriors import Posteriors
@@ -79,22 +80,38 @@ class PathObjective(Objective):
     See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
 
     :param posteriors: where many posteriors are fitted at once, each of them.
+    :param is_one: whether it is the objective of all steps, so that capturing its operations is worth while.
     """
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
     posteriors: Posteriors | None = None
+    is_one: bool = True
     has_weights = True
 
     def __post_init__(self) -> None:
         self._last = self.log_joint.start[None]
+        self._captured: dict[object, CapturedLoss] = {}
 
     def with_arguments(self, batch: Batch) -> "PathObjective":
         """The same objective, of the same parameters, for other arguments of model and guide."""
-        return replace(self, log_joint=self.log_joint.with_arguments(*batch))
+        return replace(self, log_joint=self.log_joint.with_arguments(*batch), is_one=False)
 
     def loss(self, num_particles: int) -> Tensor:
+        return self._replayed(self._mean, num_particles)
+
+    def _mean(self, num_particles: int) -> Tensor:
         return self._terms(num_particles).mean()
+
+    def _replayed(self, loss: Callable[[int], Tensor], num_particles: int) -> Tensor:
+        """A loss of so many draws, whose operations are captured."""
+        if not self.is_one or self.log_joint.strategy == "loop":
+            return loss(num_particles)
+        key = loss.__name__, num_particles
+        if key not in self._captured:
+            parameters = self.parameters().values()
+            self._captured[key] = CapturedLoss(partial(loss, num_particles), parameters)
+        return self._captured[key]()
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
         r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
@@ -111,13 +128,17 @@ class PathObjective(Objective):
         if self.posteriors is not None:  # deviations of all together say nothing of each
             return self.loss(num_particles), num_particles
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
-        terms = self._terms(min(_TAIL_DRAWS * num_particles, most))
+        count = min(_TAIL_DRAWS * num_particles, most)
+        return self._replayed(self._tail_loss, count), count
+
+    def _tail_loss(self, num_particles: int) -> Tensor:
+        terms = self._terms(num_particles)
         value = terms.detach()
         deviation = (value - value.median()).abs()
         spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
         weights = 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
         weighted = (weights * terms).mean()
-        return value.mean() + (weighted - weighted.detach()), len(terms)
+        return value.mean() + (weighted - weighted.detach())
 
     def _terms(self, num_particles: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
@@ -130,7 +151,7 @@ class PathObjective(Objective):
             found.update(self.guide.named_parameters(prefix="guide"))
         known = set(found.values())
         with torch.no_grad():
-            traced = traced_parameters(partial(self.loss, 1))
+            traced = traced_parameters(partial(self._mean, 1))
         return found | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:

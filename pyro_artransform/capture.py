@@ -1,0 +1,220 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Functions of tensors whose operations are captured once, and replayed without the Python around them.
+
+The gradient of a small model is a thousand operations of a few microseconds. Pyro's handlers, ``torch.vmap``
+and autograd take several times as long to find out which these are, and find the same ones each time.
+"""
+
+import math
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+#: a function of tensors that returns tensors without a graph
+Function = Callable[..., tuple[Tensor, ...]]
+
+# calls with the same shapes after which it is worth while: capturing takes as long as some hundred of them
+_PATIENCE = 24
+# every so many replays one is compared with a call of the function, the first ones more often
+_CHECK_EVERY = 64
+# differences that are no round-off, in units of the square root of the dtype's precision
+_SLACK = 10.0
+
+
+class Captured:
+    """A function of tensors that replays its operations once it was called often enough.
+
+    The function may read parameters and other tensors, which are seen as they are at each replay, and draw
+    random numbers from PyTorch's own generators, of which a replay takes the same ones. It is called as it
+    is where its operations cannot be captured, as where its path depends on values, and at inputs where a
+    replay fails. Now and then it is called to compare a replay with it: one that differs is the last.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._calls: Counter[Hashable] = Counter()
+        self._replays: dict[Hashable, Callable[..., tuple[Tensor, ...] | None]] = {}
+        self.is_fixed = True  #: whether the function has been the same, as far as is known
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.is_fixed:
+            return self._function(*inputs)
+        key = tuple((value.shape, value.dtype, value.device) for value in inputs)
+        self._calls[key] += 1
+        count = self._calls[key] - _PATIENCE
+        if count == 0:
+            try:
+                self._replays[key] = _capture(self._function, inputs)
+            except Exception:  # any error means that it cannot be captured
+                self.is_fixed = False
+        if count < 0 or not self.is_fixed:
+            return self._function(*inputs)
+        if count % _CHECK_EVERY and not math.log2(count).is_integer():
+            return self._replays[key](*inputs) or self._function(*inputs)
+        devices = {value.device.index for value in inputs if value.is_cuda}
+        with torch.random.fork_rng(devices=devices):
+            found = self._replays[key](*inputs)
+        expected = self._function(*inputs)
+        self.is_fixed = found is None or all(map(_is_close, found, expected))
+        return expected
+
+
+class CapturedLoss:
+    """A function of parameters, a scalar, with gradients that are found along with it.
+
+    :param loss: returns the scalar, differentiable in the parameters.
+    """
+
+    def __init__(self, loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> None:
+        self._loss, self._parameters = loss, list(parameters)
+        self._used = list[Tensor]()  # those that it depends on
+        self._captured = Captured(self._with_gradients)
+
+    def __call__(self) -> Tensor:
+        value, *gradients = self._captured()
+        found: Tensor = _KnownGradients.apply(value, gradients, *self._used)
+        return found
+
+    def _with_gradients(self) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            value = self._loss()
+            found = torch.autograd.grad(value, self._parameters, allow_unused=True)
+        pairs = [(p, g) for p, g in zip(self._parameters, found) if g is not None]
+        self._used = [parameter for parameter, _ in pairs]
+        return value.detach(), *(gradient for _, gradient in pairs)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A value whose gradients are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(weights[0] * gradient for gradient in ctx.gradients)
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    slack = _SLACK * torch.finfo(expected.dtype).eps ** 0.5
+    unit = expected.abs().nan_to_num(0.0, 0.0).amax() if expected.numel() else 0.0
+    return torch.allclose(found, expected, slack, slack * float(unit), equal_nan=True)
+
+
+def _capture(
+    function: Function, inputs: Sequence[Tensor]
+) -> Callable[..., tuple[Tensor, ...] | None]:
+    """The operations of a call, to be replayed; ``None`` is what a replay returns where it fails."""
+    recorder = _Recorder(inputs)
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.jit.optimized_execution(False),  # which changes the order of sums
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        with recorder:
+            found = function(*inputs)
+        module = recorder.module_returning(found)
+        script = torch.jit.trace(module, tuple(inputs), check_trace=False)
+
+    def replay(*values: Tensor) -> tuple[Tensor, ...] | None:
+        try:
+            with torch.jit.optimized_execution(False):
+                outputs: tuple[Tensor, ...] = script(*values)
+        except RuntimeError:
+            return None
+        results, codes = outputs[: len(found)], outputs[len(found) :]
+        return None if any(bool(code.any()) for code in codes) else results
+
+    return replay
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operations on tensors, those of a backward pass and inside of ``torch.vmap`` as well.
+
+    :param inputs: what a replay gets in their place; all other tensors are taken by reference.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._graph, self._constants = Graph(), nn.Module()
+        # tensors are known by their identity, for which they have to be held
+        self._nodes: dict[int, Node] = {}
+        self._held = list[Tensor](inputs)
+        for i, value in enumerate(inputs):
+            self._nodes[id(value)] = self._graph.placeholder(f"input_{i}")
+        self._varying = {
+            *self._nodes.values()
+        }  # what depends on inputs, parameters or random numbers
+        self._codes = list[Node]()  # of errors of linear algebra, which nobody would read otherwise
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        node_args, node_kwargs = tree_map_only(Tensor, self._node, (args, kwargs))
+        used = [value for value in tree_leaves((node_args, node_kwargs)) if isinstance(value, Node)]
+        is_varying = not self._varying.isdisjoint(used)
+        if func is torch.ops.aten._linalg_check_errors.default:
+            self._codes.append(used[0])
+            return func(*args, **kwargs)
+        if self._reads_values(func, args, used):
+            raise RuntimeError(f"{func} makes of values what is no tensor, or the shape of one")
+        found = func(*args, **kwargs)
+        node = self._graph.call_function(func, node_args, node_kwargs)
+        if isinstance(found, Tensor):
+            parts = [(found, node)]
+        else:
+            several = enumerate(found if isinstance(found, (tuple, list)) else ())
+            parts = [(value, self._item(node, i)) for i, value in several if value is not None]
+        for value, part in parts:
+            self._held.append(value)
+            self._nodes[id(value)] = part
+            if is_varying or torch.Tag.nondeterministic_seeded in func.tags:
+                self._varying.add(part)
+        return found
+
+    def _reads_values(self, func: Any, args: Sequence[Any], used: Sequence[Node]) -> bool:
+        """Whether what varies gives Python a value, or a tensor its shape."""
+        tags = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
+        if not any(tag in func.tags for tag in tags):
+            return False
+        if func is torch.ops.aten.index.Tensor:
+            masks = [each for each in args[1] if each is not None and each.dtype is torch.bool]
+            used = [*map(self._node, masks)]
+        return not self._varying.isdisjoint(used)
+
+    def _item(self, node: Node, index: int) -> Node:
+        return self._graph.call_function(operator.getitem, (node, index))
+
+    def _node(self, value: Tensor) -> Node:
+        """The node that makes a tensor; one that was there before is a constant, if it is no parameter."""
+        if id(value) not in self._nodes:
+            name = f"constant_{len(self._held)}"
+            self._constants.register_buffer(name, value)
+            self._held.append(value)
+            self._nodes[id(value)] = node = self._graph.get_attr(name)
+            if value.requires_grad:
+                self._varying.add(node)
+        return self._nodes[id(value)]
+
+    def module_returning(self, values: Sequence[Tensor]) -> GraphModule:
+        """A module of what was recorded that returns these values, and then codes of errors."""
+        self._graph.output((*map(self._node, values), *self._codes))
+        self._graph.eliminate_dead_code()
+        return GraphModule(self._constants, self._graph)

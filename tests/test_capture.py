@@ -1,0 +1,223 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Captured operations: what a replay gives is what a call gives, or the function is called."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_artransform import AutoIAF, AutoStructuredFlow, capture, fit
+from pyro_artransform.capture import Captured, CapturedLoss
+from pyro_artransform.inference import mcmc
+
+_MANY = 3 * capture._PATIENCE
+
+
+class Counted:
+    """A function, and how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.count = function, 0
+
+    def __call__(self, *inputs):
+        self.count += 1
+        return self.function(*inputs)
+
+
+def gradient(function):
+    def evaluate(x: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = function(x)
+            (found,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), found
+
+    return evaluate
+
+
+def check_replays(function, *, is_captured=True, shape=(7, 3)):
+    """Compares calls at fresh inputs with the function's own."""
+    counted = Counted(function)
+    captured = Captured(counted)
+    for _ in range(_MANY):
+        x = torch.randn(shape)
+        for found, expected in zip(captured(x), function(x), strict=True):
+            torch.testing.assert_close(found, expected, equal_nan=True)
+    assert captured.is_fixed == is_captured
+    assert (counted.count < _MANY) == is_captured
+    return captured
+
+
+def test_replays_give_values_and_gradients():
+    weight, law = torch.randn(3, 3), dist.StudentT(4.0, validate_args=False)
+    check_replays(gradient(lambda x: law.log_prob(torch.tanh(x @ weight)).sum(-1)))
+
+
+def test_replays_of_vmap():
+    def one(row):
+        return torch.where(row > 0, row.exp(), row).prod()
+
+    check_replays(gradient(torch.vmap(one)))
+
+
+def test_parameters_are_seen_as_they_are():
+    layer = nn.Linear(3, 2)
+
+    def evaluate(x):
+        return (layer(x).detach(),)
+
+    captured = check_replays(evaluate)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    layer.bias.data = layer.bias.data + 1.0
+    x = torch.randn(7, 3)
+    assert torch.equal(captured(x)[0], evaluate(x)[0])
+
+
+def test_random_numbers_are_those_of_calls():
+    def draw() -> tuple[Tensor, ...]:
+        return (torch.randn(4) + torch.rand(4),)
+
+    torch.manual_seed(0)
+    expected = [draw()[0] for _ in range(_MANY)]
+    torch.manual_seed(0)
+    captured = Captured(draw)
+    assert all(torch.equal(captured()[0], each) for each in expected)
+    assert captured.is_fixed
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x * 2 if x.sum() > 0 else x,),
+        lambda x: (x[x > 0].sum(),),
+        lambda x: (x * x.nonzero().shape[0],),
+    ],
+)
+def test_a_path_that_depends_on_values_is_not_captured(function):
+    check_replays(function, is_captured=False)
+
+
+def test_a_value_that_python_took_is_found_at_the_first_replay():
+    check_replays(lambda x: (x * sum(x.flatten().tolist()),), is_captured=False)
+
+
+def test_what_data_alone_decide_is_captured():
+    data = torch.tensor([1.0, -1.0, 2.0])
+
+    def evaluate(x):
+        scale = 2.0 if data.sum() > 0 else 1.0
+        return (scale * x[:, data > 0],)
+
+    check_replays(evaluate)
+
+
+def test_writing_into_a_new_tensor_is_captured():
+    def evaluate(x):
+        out = torch.zeros(len(x), 4)
+        out[:, 1:] = x
+        out += 1.0
+        return (out,)
+
+    check_replays(evaluate)
+
+
+def test_a_failure_of_linear_algebra_is_the_functions_own():
+    def evaluate(x):
+        return (torch.linalg.cholesky(x @ x.mT + torch.eye(3)),)
+
+    captured = check_replays(evaluate, shape=(7, 3, 3))
+    with pytest.raises(torch.linalg.LinAlgError):
+        captured(torch.full((7, 3, 3), torch.nan))
+    x = torch.randn(7, 3, 3)
+    assert torch.equal(captured(x)[0], evaluate(x)[0])
+
+
+def test_each_shape_is_captured_by_itself():
+    captured = Captured(lambda x: (x.sum(0) / len(x),))
+    for _ in range(_MANY):
+        for size in (2, 5):
+            x = torch.randn(size, 3)
+            assert torch.equal(captured(x)[0], x.sum(0) / size)
+    assert captured.is_fixed
+
+
+def test_a_function_that_changes_is_found_out():
+    calls = []
+
+    def evaluate(x):
+        calls.append(1)
+        return (x * (1.0 if len(calls) < capture._PATIENCE + 6 else 2.0),)
+
+    captured = Captured(evaluate)
+    for _ in range(_MANY + 2 * capture._CHECK_EVERY):
+        (found,) = captured(torch.ones(3))
+    assert found[0] == 2.0
+    assert not captured.is_fixed
+
+
+def test_a_loss_has_its_gradients():
+    used, unused = (nn.Parameter(torch.randn(3)) for _ in range(2))
+    loss = CapturedLoss(lambda: (used.exp() * torch.randn(5, 3)).sum(), [used, unused])
+    for seed in range(_MANY):
+        torch.manual_seed(seed)
+        found = torch.autograd.grad(2 * loss(), [used, unused], allow_unused=True)
+        torch.manual_seed(seed)
+        expected = 2 * torch.randn(5, 3).sum(0) * used.detach().exp()
+        torch.testing.assert_close(found[0], expected)
+        assert found[1] is None
+
+
+def branching():
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    scale = 2.0 if z.sum() > 0 else 1.0
+    pyro.sample("y", dist.Normal(z[0], scale), obs=torch.tensor(1.0))
+
+
+def hierarchy():
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([0.5, -1.0, 2.0, 0.1]))
+
+
+def gaussian_process():
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    x = torch.linspace(0.0, 1.0, 4)
+    covariance = torch.exp(-((x - x[:, None]) ** 2) / scale**2) + 0.1 * torch.eye(4)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(4), covariance), obs=x.sin())
+
+
+@pytest.mark.parametrize(
+    ("model", "guide"),
+    [
+        (branching, AutoIAF),
+        (hierarchy, AutoIAF),
+        (gaussian_process, AutoIAF),
+        (hierarchy, AutoStructuredFlow),
+    ],
+)
+def test_a_fit_is_the_same_with_and_without(model, guide, monkeypatch):
+    found = []
+    for patience in (10**9, capture._PATIENCE):
+        monkeypatch.setattr(capture, "_PATIENCE", patience)
+        pyro.clear_param_store()
+        found.append(fit(model, guide(model), seed=0, num_steps=60, progress=False))
+    one, other = found
+    # sums of gradients in another order
+    assert one.history == pytest.approx(other.history, rel=1e-4, abs=1e-4)
+    assert one.elbo == pytest.approx(other.elbo, rel=1e-4)
+
+
+def test_chains_are_the_same_with_and_without(monkeypatch):
+    guide, found = AutoIAF(hierarchy), []
+    guide()  # its set-up draws numbers
+    for patience in (10**9, capture._PATIENCE):
+        monkeypatch.setattr(capture, "_PATIENCE", patience)
+        found.append(mcmc(hierarchy, guide, 100, seed=0, progress=False, num_chains=8))
+    assert found[1].trusted
+    # chains amplify round-off
+    torch.testing.assert_close(*(each.by_chain["z"] for each in found), rtol=1e-4, atol=1e-4)
