@@ -8,22 +8,19 @@ and autograd take several times as long to find out which these are, and find th
 """
 
 import math
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: a function of tensors that returns tensors without a graph
 Function = Callable[..., tuple[Tensor, ...]]
 
-# calls with the same shapes after which it is worth while: capturing takes as long as some hundred of them
+# calls with the same shapes after which it is worth while: capturing takes as long as about so many
 _PATIENCE = 24
 # every so many replays one is compared with a call of the function, the first ones more often
 _CHECK_EVERY = 64
@@ -120,17 +117,16 @@ def _capture(
     function: Function, inputs: Sequence[Tensor]
 ) -> Callable[..., tuple[Tensor, ...] | None]:
     """The operations of a call, to be replayed; ``None`` is what a replay returns where it fails."""
-    recorder = _Recorder(inputs)
+    operations = _Operations(inputs)
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         torch.jit.optimized_execution(False),  # which changes the order of sums
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        with recorder:
+        with operations:
             found = function(*inputs)
-        module = recorder.module_returning(found)
-        script = torch.jit.trace(module, tuple(inputs), check_trace=False)
+        script = torch.jit.trace(_Replay(operations, found), tuple(inputs), check_trace=False)
 
     def replay(*values: Tensor) -> tuple[Tensor, ...] | None:
         try:
@@ -144,77 +140,105 @@ def _capture(
     return replay
 
 
-class _Recorder(TorchDispatchMode):
+class _Slot(NamedTuple):
+    """The place of a tensor among all those of a call."""
+
+    place: int
+
+
+class _Operations(TorchDispatchMode):
     """Records the operations on tensors, those of a backward pass and inside of ``torch.vmap`` as well.
 
-    :param inputs: what a replay gets in their place; all other tensors are taken by reference.
+    :param inputs: what a replay gets other ones for; all other tensors are taken by reference.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self._graph, self._constants = Graph(), nn.Module()
+        self.recorded = list[tuple[Any, Any, Any, Any]]()
+        self.codes = list[_Slot]()  # of errors of linear algebra, which nobody would read otherwise
+        self.constants: dict[_Slot, Tensor] = {}
         # tensors are known by their identity, for which they have to be held
-        self._nodes: dict[int, Node] = {}
-        self._held = list[Tensor](inputs)
-        for i, value in enumerate(inputs):
-            self._nodes[id(value)] = self._graph.placeholder(f"input_{i}")
-        self._varying = {
-            *self._nodes.values()
-        }  # what depends on inputs, parameters or random numbers
-        self._codes = list[Node]()  # of errors of linear algebra, which nobody would read otherwise
+        self._held, self._slots = list[Tensor](), dict[int, _Slot]()
+        # what depends on inputs, parameters or random numbers
+        self._varying = {self._new_slot(value) for value in inputs}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # importing it takes a second, and nothing here is compiled
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        node_args, node_kwargs = tree_map_only(Tensor, self._node, (args, kwargs))
-        used = [value for value in tree_leaves((node_args, node_kwargs)) if isinstance(value, Node)]
-        is_varying = not self._varying.isdisjoint(used)
-        if func is torch.ops.aten._linalg_check_errors.default:
-            self._codes.append(used[0])
-            return func(*args, **kwargs)
+        used = list[_Slot]()
+        slots = _replaced((args, kwargs), Tensor, lambda value: self.slot_of(value, used))
         if self._reads_values(func, args, used):
             raise RuntimeError(f"{func} makes of values what is no tensor, or the shape of one")
         found = func(*args, **kwargs)
-        node = self._graph.call_function(func, node_args, node_kwargs)
-        if isinstance(found, Tensor):
-            parts = [(found, node)]
-        else:
-            several = enumerate(found if isinstance(found, (tuple, list)) else ())
-            parts = [(value, self._item(node, i)) for i, value in several if value is not None]
-        for value, part in parts:
-            self._held.append(value)
-            self._nodes[id(value)] = part
-            if is_varying or torch.Tag.nondeterministic_seeded in func.tags:
-                self._varying.add(part)
+        if func is torch.ops.aten._linalg_check_errors.default:
+            self.codes += used
+            return found
+        several = found if isinstance(found, (tuple, list)) else [found]
+        new = [self._new_slot(v) if isinstance(v, Tensor) else None for v in several]
+        self.recorded.append((func, *slots, new))
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if is_random or not self._varying.isdisjoint(used):
+            self._varying.update(slot for slot in new if slot is not None)
         return found
 
-    def _reads_values(self, func: Any, args: Sequence[Any], used: Sequence[Node]) -> bool:
+    def _reads_values(self, func: Any, args: Sequence[Any], used: Sequence[_Slot]) -> bool:
         """Whether what varies gives Python a value, or a tensor its shape."""
         tags = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
         if not any(tag in func.tags for tag in tags):
             return False
         if func is torch.ops.aten.index.Tensor:
             masks = [each for each in args[1] if each is not None and each.dtype is torch.bool]
-            used = [*map(self._node, masks)]
+            used = [*map(self.slot_of, masks)]
         return not self._varying.isdisjoint(used)
 
-    def _item(self, node: Node, index: int) -> Node:
-        return self._graph.call_function(operator.getitem, (node, index))
+    def _new_slot(self, value: Tensor) -> _Slot:
+        self._slots[id(value)] = slot = _Slot(len(self._held))
+        self._held.append(value)
+        return slot
 
-    def _node(self, value: Tensor) -> Node:
-        """The node that makes a tensor; one that was there before is a constant, if it is no parameter."""
-        if id(value) not in self._nodes:
-            name = f"constant_{len(self._held)}"
-            self._constants.register_buffer(name, value)
-            self._held.append(value)
-            self._nodes[id(value)] = node = self._graph.get_attr(name)
+    def slot_of(self, value: Tensor, used: list[_Slot] | None = None) -> _Slot:
+        """The place of a tensor, that of a constant if it was there before; it is added to those used."""
+        slot = self._slots.get(id(value))
+        if slot is None:
+            slot = self._new_slot(value)
+            self.constants[slot] = value
             if value.requires_grad:
-                self._varying.add(node)
-        return self._nodes[id(value)]
+                self._varying.add(slot)
+        if used is not None:
+            used.append(slot)
+        return slot
 
-    def module_returning(self, values: Sequence[Tensor]) -> GraphModule:
-        """A module of what was recorded that returns these values, and then codes of errors."""
-        self._graph.output((*map(self._node, values), *self._codes))
-        self._graph.eliminate_dead_code()
-        return GraphModule(self._constants, self._graph)
+
+class _Replay(nn.Module):
+    """Repeats operations, and returns these tensors of them, then the codes of errors."""
+
+    def __init__(self, operations: _Operations, results: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._outputs = [*map(operations.slot_of, results), *operations.codes]
+        self._recorded, self._constants = operations.recorded, operations.constants
+        for slot, value in self._constants.items():
+            self.register_buffer(f"constant_{slot.place}", value)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        known = self._constants | {_Slot(i): value for i, value in enumerate(inputs)}
+        for func, args, kwargs, slots in self._recorded:
+            args, kwargs = _replaced((args, kwargs), _Slot, known.__getitem__)
+            found = func(*args, **kwargs)
+            known.update(zip(slots, found if isinstance(found, (tuple, list)) else [found]))
+        return tuple(known[slot] for slot in self._outputs)
+
+
+def _replaced(values: Any, kind: type, new: Callable[[Any], Any]) -> Any:
+    """Arguments of an operation with new ones for all of a kind."""
+    if isinstance(values, kind):
+        return new(values)
+    if type(values) in (tuple, list):
+        return type(values)(_replaced(value, kind, new) for value in values)
+    if type(values) is dict:
+        return {name: _replaced(value, kind, new) for name, value in values.items()}
+    return values
