@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .markov_graph import color_columns
 
@@ -95,8 +96,8 @@ def find_dependencies(
         one coordinate of each is moved at a time, which takes as many gradients as an element has
         coordinates; the graph is the same.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density, eps, generator)
+    search = _Search(log_density, eps)
+    generator = search.generator
     # of points around the start: safe for most models, and as wide as priors
     for k, spread in enumerate((0.1, 1.0, 2.0)):
         point = _finite_point(log_density, spread, generator)
@@ -126,19 +127,16 @@ def missing_dependencies(
 
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density, eps, generator, [set(own) for own in neighbours])
-    known = [set(own) for own in search.neighbours]
+    search = _Search(log_density, eps, [set(own) for own in neighbours])
     others = draws.roll(-1, 0)
     for k in range(min(_NUM_GROUPINGS, len(draws))):
         part = slice(k, None, _NUM_GROUPINGS)
         search.move_groups(draws[part], others[part], seed=k)
     pairs, sd = [], draws.std(0).tolist()
     for i, own in enumerate(search.neighbours):
-        for j in sorted(own - known[i]):
-            # zero where nothing is known
-            strength = abs(search.second[i, j]) * sd[i] * sd[j] if i < j else -1.0
-            if strength == 0 or strength > _LEAST:
+        for j in sorted(j for j in own - neighbours[i] if i < j):
+            strength = abs(search.second[i, j]) * sd[i] * sd[j]
+            if strength == 0 or strength > _LEAST:  # zero where nothing is known
                 pairs.append((i, j))
     return pairs
 
@@ -150,57 +148,44 @@ class _Search:
         self,
         log_density: LogDensityOfRows,
         eps: float,
-        generator: torch.Generator,
         neighbours: list[set[int]] | None = None,
     ) -> None:
-        self.log_density, self._eps, self._generator = log_density, eps, generator
+        self.log_density, self._eps = log_density, eps
+        self.generator = torch.Generator().manual_seed(_SEED)
         #: whether there is a graph that the search adds to, so that each new pair is a finding
         self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self.second: dict[tuple[int, int], float] = {}
 
     def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> list[int]:
-        """Moves one coordinate of each element at a time, and the rest one by one; returns what is left.
+        """Moves one coordinate of each element at a time; returns what is left, the rest included.
 
         That is all, where elements depend on each other, or what moves to where the density is not finite.
         """
+        device, count = point.device, int(elements.max()) + 1
         step, is_rest = other - point, elements < 0
         base = self._gradients(point[None])[:, None]
-        coin = torch.rand(
-            _NUM_HALVINGS, int(elements.max()) + 1, generator=self._generator, **_ON_CPU
-        )
-        is_moved = (coin < 0.5).to(point.device)[:, elements] & ~is_rest
+        coin = torch.rand(_NUM_HALVINGS, count, generator=self.generator, **_ON_CPU)
+        is_moved = (coin < 0.5).to(device)[:, elements] & ~is_rest
         changed, change = self._changes(point[None], (is_moved * step)[None], base)
         if (changed[0] & ~is_moved & ~is_rest).any() or not change.isfinite().all():
             return list(range(len(point)))
-        # where each coordinate is among those of its element, or of the rest
-        groups, counts = list[int](), dict[int, int]()
-        for element in elements.tolist():
-            groups.append(counts.get(element, 0))
-            counts[element] = groups[-1] + 1
-        group = torch.tensor(groups, dtype=torch.long, device=point.device)
-        group[is_rest] += int(group[~is_rest].max()) + 1
-        count = int(group.max()) + 1
-        every = torch.arange(len(point), device=point.device)
-        # the coordinate that moves in each group and element; in the last column that of the rest
-        moving = torch.full(
-            (count, int(elements.max()) + 2), -1, dtype=torch.long, device=point.device
-        )
-        moving[group, elements] = every
-        of_rest, left = moving[:, -1], list[int]()
-        for part in torch.arange(count, device=point.device).split(
-            max(_MOST_ENTRIES // len(point), 1)
-        ):
-            moved = group == part[:, None]
+        # the coordinates of each element, padded by -1; one more row for those of the rest, which has none
+        members: list[list[int]] = [[] for _ in range(count + 1)]
+        for i, element in enumerate(elements.tolist()):
+            if element >= 0:
+                members[element].append(i)
+        padded = [torch.tensor(own, dtype=torch.long, device=device) for own in members]
+        moving = pad_sequence(padded, padding_value=-1)
+        left = is_rest.nonzero()[:, 0].tolist()
+        for rows in moving.split(max(_MOST_ENTRIES // len(point), 1)):
+            # for each coordinate that of its own element that moves
+            columns = rows[:, elements]
+            moved = columns == torch.arange(len(point), device=device)
             changed, change = self._changes(point[None], (moved * step)[None], base)
-            # what moves a coordinate: of the rest everything, else what is of its own element
-            columns = torch.where(
-                of_rest[part, None] < 0, moving[part][:, elements], of_rest[part, None]
-            )
-            is_known = (columns >= 0) & ~(is_rest & (of_rest[part, None] < 0))
-            is_good = change[0].isfinite().all(-1)
-            self._note(columns, changed[0] & is_known & is_good[:, None], change[0] / step[columns])
-            left += moved[~is_good].any(0).nonzero()[:, 0].tolist()
+            is_good = change[0].isfinite().all(-1, keepdim=True)
+            self._note(columns, changed[0] & (columns >= 0) & is_good, change[0] / step[columns])
+            left += (moved & ~is_good).any(0).nonzero()[:, 0].tolist()
         return left
 
     def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
@@ -270,7 +255,7 @@ class _Search:
         rows = (changed & ~confirmed).any(-1).nonzero()[:, 0]
         if len(rows):
             ends = torch.cat([point[None], point + shifts[rows]])
-            noise = torch.rand(_NUM_REPEATED, len(point), generator=self._generator, **_ON_CPU)
+            noise = torch.rand(_NUM_REPEATED, len(point), generator=self.generator, **_ON_CPU)
             ulps = _MOST_ULPS * torch.finfo(point.dtype).eps * (2 * noise.to(point) - 1)
             found = self._gradients((ends * (1 + ulps[:, None])).flatten(0, 1))
             found = found.unflatten(0, (_NUM_REPEATED, -1))
@@ -292,7 +277,7 @@ class _Search:
         rows, columns = torch.tensor(pairs, dtype=torch.long, device=points.device).T
         most = max(_MOST_ENTRIES // (dim * count), 1)
         for point, other in zip(points.split(most), others.split(most)):
-            coin = torch.rand(len(point), dim, generator=self._generator, **_ON_CPU)
+            coin = torch.rand(len(point), dim, generator=self.generator, **_ON_CPU)
             half = coin.to(point.device) < 0.5
             half |= color >= count - coloring.num_hubs
             moved = groups & half[:, None]
