@@ -169,27 +169,6 @@ class PriorMap(Messenger):
             message["fn"] = dist.Delta(value, log_prob, event_dim)
 
 
-class PriorScales(Messenger):
-    """Notes the location and scale of each latent's prior in a run of a model, and the plates' indices.
-
-    :param latents: the latents of the model.
-    """
-
-    def __init__(self, latents: Latents) -> None:
-        super().__init__()
-        self._latents = latents
-        self.found: dict[str, PriorScale] = {}
-        self.indices: dict[str, Tensor] = {}
-
-    def _pyro_post_sample(self, message: Any) -> None:
-        if site_is_subsample(message):
-            self.indices[message["name"]] = message["value"]
-        prior = PriorScale.of(message["fn"]) if message["name"] in self._latents.sites else None
-        # more dimensions are those of discrete latents that are summed out
-        if prior is not None and prior.loc.dim() <= message["value"].dim():
-            self.found[message["name"]] = prior
-
-
 def map_sites(
     run: Callable[[], object],
     sites: Mapping[str, SiteCoordinates],
@@ -236,20 +215,16 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     """
-    notes: list[dict[str, PriorScale]] = []
-    state, indices = torch.get_rng_state(), dict[str, Tensor]()
-    for z in (*points, points[1]):
-        if len(notes) < 2:
-            torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-        with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
-            poutine.condition(run, {**latents.constrain(z), **indices})()
-        notes.append(note.found)
-        indices = note.indices
+    state, given = torch.get_rng_state(), list(map(latents.constrain, points))
+    first, indices = _priors(run, latents, given[0])
+    torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+    second, indices = _priors(run, latents, {**given[1], **indices})
+    again, _ = _priors(run, latents, {**given[1], **indices})
     torch.set_rng_state(state)
     # that of a latent which depends on one that is hidden is no function of the latents
-    random = depend_on_latents(*notes[1:])
-    priors = {name: prior for name, prior in notes[0].items() if name not in random}
-    dependent = depend_on_latents(priors, notes[1])
+    random = depend_on_latents(second, again)
+    priors = {name: prior for name, prior in first.items() if name not in random}
+    dependent = depend_on_latents(priors, second)
     shaped = [name for name, prior in priors.items() if prior.shape is not None and dependent]
     return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
 
@@ -257,26 +232,40 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
 @torch.no_grad()
 def prior_scales(run: Callable[[], object], latents: Latents, u: Tensor) -> Tensor:
     """The scale of each prior at a point of the unconstrained space, shape ``(latent_dim,)``; else 1."""
-    with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
-        poutine.condition(run, latents.constrain(u))()
+    priors, _ = _priors(run, latents, latents.constrain(u))
     found = torch.ones_like(u)
     for name, part in latents.split(found).items():
-        if name in note.found:
-            part.copy_(note.found[name].diagonal)
+        if name in priors:
+            part.copy_(priors[name].diagonal)
     return torch.where(found.isfinite() & (found > 0), found, 1.0)
 
 
-Priors = Mapping[str, PriorScale | None]
+def _priors(
+    run: Callable[[], object], latents: Latents, values: dict[str, Tensor]
+) -> tuple[dict[str, PriorScale], dict[str, Tensor]]:
+    """The priors with a location and a scale in a run at values of sites, and the plates' indices."""
+    with validation_enabled(False), hidden_sites():
+        trace = poutine.trace(poutine.condition(run, values)).get_trace()
+    priors, indices = dict[str, PriorScale](), {}
+    site: Any
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site_is_subsample(site):
+            indices[name] = site["value"]
+        prior = PriorScale.of(site["fn"]) if name in latents.sites else None
+        # more dimensions are those of discrete latents that are summed out
+        if prior is not None and prior.loc.dim() <= site["value"].dim():
+            priors[name] = prior
+    return priors, indices
 
 
-def depend_on_latents(one: Priors, other: Priors) -> list[str]:
+def depend_on_latents(
+    one: Mapping[str, PriorScale | None], other: Mapping[str, PriorScale | None]
+) -> list[str]:
     """The latents whose location or scale differs between runs with other values of the latents."""
     found = []
     for name, prior in one.items():
         second = other.get(name)
-        if prior is None or second is None:
-            continue
-        if not all(map(torch.equal, prior[:2], second[:2])):
+        if prior and second and not all(map(torch.equal, prior[:2], second[:2])):
             found.append(name)
     return found
 
