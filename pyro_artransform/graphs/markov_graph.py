@@ -242,11 +242,11 @@ def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> lis
             members.setdefault(_rounded(widest if as_one else count), []).append((k, i))
     groups, padding = [], len(parents)
     for width, pairs in sorted(members.items()):
-        levels, coordinates = zip(*sorted(pairs))
+        levels, inside = zip(*sorted(pairs))
         slices = {k: slice(bisect_left(levels, k), bisect_right(levels, k)) for k in levels}
-        rows = [[*parents[i], *[padding] * (width - len(parents[i]))] for i in coordinates]
+        rows = [[*parents[i], *[padding] * (width - len(parents[i]))] for i in inside]
         index = torch.tensor(rows, dtype=torch.long, device="cpu")
-        groups.append(PaddedGroup(coordinates, slices, index, index < padding))
+        groups.append(PaddedGroup(inside, slices, index, index < padding))
     return groups
 
 

@@ -23,7 +23,7 @@ from .handlers import hidden_sites
 from .paths import Terms
 from .traces import is_enumerated, subsampling_scale
 
-Factors = OrderedDict[frozenset[str], list[Tensor]]
+Factors = OrderedDict[frozenset[str], list[Any]]
 
 
 class ScaleError(ValueError):
@@ -152,25 +152,21 @@ class _Factored(NamedTuple):
 
     def split(self, symbol: str) -> tuple["_Factored", "_Factored"]:
         """The factors in a plate, and those outside of it."""
-        parts = []
+        parts, summed = [], self.summed
         for is_in in (True, False):
             inside, outside = (
                 Factors((key, terms) for key, terms in factors.items() if (symbol in key) == is_in)
                 for factors in (self.inside, self.outside)
             )
             parts.append(self._replace(inside=inside, outside=outside))
-        found = [self.summed & _dims_of(part.inside) for part in parts]
-        if found[0] & found[1]:
+            dims = [term._pyro_dims for terms in inside.values() for term in terms]
+            summed = summed.intersection("".join(dims))
+        if summed:
             raise ScaleError(
                 "expected elements of a plate that are independent given the continuous latents, got a "
                 "discrete latent outside of the plate that all of them depend on"
             )
         return parts[0], parts[1]
-
-
-def _dims_of(factors: Factors) -> set[str]:
-    found: list[Any] = [term for terms in factors.values() for term in terms]
-    return {name for term in found for name in term._pyro_dims}
 
 
 def marginal_log_prob(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..differentiation import sum_with_gradient
+from ..graphs.dependencies import value_and_gradient
 from .density import Args, Kwargs, LogJoint
 from .handlers import FirstIndices
 
@@ -27,12 +28,9 @@ class Anchor(NamedTuple):
     gradient: Tensor
 
     @classmethod
-    @torch.enable_grad()
     def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor) -> "Anchor":
-        z = point.detach()[None].requires_grad_()
-        value = log_density(z)
-        (gradient,) = torch.autograd.grad(value.sum(), z)
-        return cls(point.detach(), value.detach()[0], gradient[0])
+        value, gradient = value_and_gradient(log_density, point[None])
+        return cls(point.detach(), value[0], gradient[0])
 
     def expand(self, z: Tensor) -> Tensor:
         """The first-order expansion at points ``(n, latent_dim)``."""

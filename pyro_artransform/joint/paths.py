@@ -56,9 +56,9 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
     :raises ManyPathsError: if there are so many paths that a loop is as fast.
     """
 
-    def one(row: Draws, size: None) -> Terms:
+    def one(row: Draws) -> Terms:
         with SingleDraw(next(iter(row.values())), has_copies):
-            return evaluate(row, size)
+            return evaluate(row, None)
 
     every = torch.arange(len(next(iter(draws.values()))), device="cpu")
     most_runs, state = max(_FEW_RUNS, len(every) // _DRAWS_OF_RUN), torch.get_rng_state()
@@ -69,7 +69,7 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
         part = draws if is_all else {name: value[rows] for name, value in draws.items()}
         torch.set_rng_state(state)  # the same random numbers of a model for all draws
         try:
-            terms: Terms = torch.vmap(one, in_dims=(0, None), randomness="same")(part, None)
+            terms: Terms = torch.vmap(one, randomness="same")(part)
         except BranchError as branch:
             groups += [rows[branch.values == value] for value in branch.values.unique()]
         else:

@@ -1,20 +1,130 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Many posteriors in one: data sets in a plate, each with latents of its own."""
+"""The log joint density of a model by element of a plate, and many posteriors in one, each of an element."""
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from pyro import poutine
+from pyro.distributions import validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from ..graphs.markov_graph import MarkovGraph
+from .coordinates import PriorMap
 from .density import LogJoint
-from .element_terms import log_density_by_element
+from .enumeration import marginal_by_element
+from .handlers import SiteLogProbs, hidden_sites
 from .protocols import GuideByCoordinate
+from .traces import subsampling_scale
+from .vectorization import DRAWS, DrawPlate, Draws, Terms, evaluate_many
 
 _NUM_COMPARED = 4  # draws at which what is outside of a plate is compared
+
+Frames = Mapping[str, tuple[CondIndepStackFrame, ...]]
+
+
+def sum_by_element(
+    draws: DrawPlate, frame: CondIndepStackFrame, terms: Draws, frames: Frames, like: Tensor
+) -> Terms:
+    """The sums of terms of sites, of their batch shapes, by element of a plate, and of the rest.
+
+    :param frames: those of the plates around each site.
+    :param like: of the dtype and the device of the sums.
+    :return: "elements", shape ``(n, size)``, and "rest", shape ``(n,)``, without n of a single draw.
+    """
+    batch = () if draws.size is None else (draws.size,)
+    elements, rest = like.new_zeros((*batch, frame.size)), like.new_zeros(batch)
+    for name, term in terms.items():
+        if frame not in frames[name]:
+            rest = draws.total({name: term}, rest)
+            continue
+        if batch and term.dim() != 1 + draws.num_plates:
+            raise ValueError(f"expected {1 + draws.num_plates} batch dimensions, got {term.dim()}")
+        rows = term.movedim(frame.dim or -1, len(batch))
+        elements = elements + rows.reshape((*batch, frame.size, -1)).sum(-1)
+    return {"elements": elements, "rest": rest}
+
+
+def score_by_element(
+    run: Callable[[], object],
+    draws: DrawPlate,
+    values: Mapping[str, Tensor],
+    frame: CondIndepStackFrame,
+    like: Tensor,
+    is_enumerated: bool = False,
+) -> Terms:
+    """The log-density of one run of a model by element of a plate, without the factor of its sub-sampling.
+
+    :param values: of latents, placed in the plate of draws.
+    :param is_enumerated: whether the model has discrete latents, which are summed out.
+    :return: as of :func:`sum_by_element`.
+    """
+    if is_enumerated:
+        conditioned = partial(draws.run, poutine.condition(run, dict(values)))
+        is_single = draws.size is None
+        first_dim, kept = -2 - draws.num_plates + is_single, [] if is_single else [DRAWS]
+        return marginal_by_element(conditioned, first_dim, kept, frame)
+    with hidden_sites(), SiteLogProbs(values) as scored:
+        draws.run(run)
+    found = sum_by_element(draws, frame, scored.log_probs, scored.frames, like)
+    return {**found, "elements": found["elements"] / subsampling_scale(frame)}
+
+
+def unknown_terms(frame: CondIndepStackFrame, like: Tensor, draws: Draws) -> Terms:
+    """What :func:`score_by_element` returns, NaN for a draw at which the model fails."""
+    nan = like.new_full((), torch.nan)
+    return {"elements": nan.expand(frame.size), "rest": nan}
+
+
+@torch.no_grad()
+def log_density_by_element(log_joint: LogJoint, z: Tensor, plate: str) -> tuple[Tensor, Tensor]:
+    """The log joint density of draws by element of a plate, and that of all sites outside of it.
+
+    That of an element is the sum over the sites in the plate, their Jacobians included, without the factor
+    of a sub-sampled plate: where it is not sub-sampled, both add up to the log joint density.
+
+    :param z: draws, shape ``(n, latent_dim)``, in the coordinates of the log joint density.
+    :param plate: its name.
+    :return: shapes ``(n, elements)`` and ``(n,)``, NaN where the model fails.
+    :raises ValueError: if the model has no such plate, it is a loop, or discrete latents outside of it
+        make its elements depend on each other.
+    """
+    known = {name: frame for name, frame in log_joint.plates.items() if frame.dim is not None}
+    if (frame := known.get(plate)) is None:
+        raise ValueError(f"plate: expected one of {list(known)}, got '{plate}', a loop or unknown")
+    evaluate, size = partial(_evaluate, log_joint, frame), log_joint.chunk_size
+    failed = partial(unknown_terms, frame, z)
+    with validation_enabled(False):
+        found = evaluate_many(evaluate, {"z": z}, log_joint.strategy, failed, size)
+    return found["elements"], found["rest"]
+
+
+def _evaluate(
+    log_joint: LogJoint, frame: CondIndepStackFrame, draws: Draws, size: int | None
+) -> Terms:
+    """One run of the model for many draws "z", or a single one, as ``evaluate_many`` takes it."""
+    z, latents = draws["z"], log_joint.latents
+    if log_joint.is_enumerated and size == 1:  # as for the log joint density
+        one = _evaluate(log_joint, frame, {"z": z[0]}, None)
+        return {name: term[None] for name, term in one.items()}
+    plate, prior = DrawPlate(size, log_joint.num_plates), PriorMap(log_joint.mapped_coordinates)
+    values, ladjs = latents.split(z), dict[str, Tensor]()
+    for name, site in latents.sites.items():
+        if not (name in prior.sites or site.is_unconstrained):
+            batch = z.shape[:-1] + site.batch_shape
+            values[name], ladjs[name] = site.constrain_with_ladj(values[name], batch)
+    placed = prior.take(plate.place(values, latents.event_dims))
+    run = prior(log_joint.run) if prior.sites else log_joint.run
+    found = [score_by_element(run, plate, placed, frame, z, log_joint.is_enumerated)]
+    frames = {name: site.plates for name, site in latents.sites.items()}
+    for terms in (plate.place(ladjs, dict.fromkeys(ladjs, 0)), prior.ladjs, prior.bijection_ladjs):
+        found.append(sum_by_element(plate, frame, terms, frames, z))
+    return {name: sum((t[name] for t in found[1:]), found[0][name]) for name in found[0]}
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,17 +89,14 @@ class Latents:
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
-        self.sites: dict[str, Site] = {}
-        self.event_dims: dict[str, int] = {}
-        self._sizes: list[int] = []
-        self.eps = 0.0  #: the relative round-off of the coarsest dtype
-        for site in sites:
-            self.sites[site.name], self.event_dims[site.name] = site, site.event_dim
-            self._sizes.append(site.size)
-            self.eps = max(self.eps, torch.finfo(site.dtype).eps)
+        self.sites = {site.name: site for site in sites}
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
+        self.event_dims = {name: site.event_dim for name, site in self.sites.items()}
+        self._sizes = [site.size for site in self.sites.values()]
         self.latent_dim = sum(self._sizes)
+        #: the relative round-off of the coarsest dtype
+        self.eps = max(torch.finfo(site.dtype).eps for site in self.sites.values())
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "Latents":
