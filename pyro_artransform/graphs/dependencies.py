@@ -98,19 +98,16 @@ def find_dependencies(
     """
     search = _Search(log_density, eps)
     generator = search.generator
-    # of points around the start: safe for most models, and as wide as priors
-    for k, spread in enumerate((0.1, 1.0, 2.0)):
-        point = _finite_point(log_density, spread, generator)
-        if k == 0:
-            _refuse_randomness(log_density, point)
-            step = spread * _steps(point[None], generator)[0]
-            left: Sequence[int] = range(len(point))
-            if elements is not None:
-                left = search.move_elements(point, point + step, elements.to(point.device))
-            search.move_one_by_one(point, point + step, left)
-        else:
-            points = point.expand(_NUM_GROUPINGS, -1)
-            search.move_groups(points, points + spread * _steps(points, generator), seed=k)
+    point = _finite_point(log_density, 0.1, generator)
+    _refuse_randomness(log_density, point)
+    other = point + 0.1 * _steps(point, generator)
+    left = torch.arange(len(point), device=point.device)
+    if elements is not None:
+        left = search.move_elements(point, other, elements.to(point.device))
+    search.move_one_by_one(point, other, left)
+    for k, spread in ((1, 1.0), (2, 2.0)):  # as wide as priors
+        points = _finite_point(log_density, spread, generator).expand(_NUM_GROUPINGS, -1)
+        search.move_groups(points, points + spread * _steps(points, generator), seed=k)
     return search.graph()
 
 
@@ -157,8 +154,8 @@ class _Search:
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self.second: dict[tuple[int, int], float] = {}
 
-    def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> list[int]:
-        """Moves one coordinate of each element at a time; returns what is left, the rest included.
+    def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> Tensor:
+        """Moves one coordinate of each element at a time, and the rest one by one; returns what is left.
 
         That is all, where elements depend on each other, or what moves to where the density is not finite.
         """
@@ -169,51 +166,51 @@ class _Search:
         is_moved = (coin < 0.5).to(device)[:, elements] & ~is_rest
         changed, change = self._changes(point[None], (is_moved * step)[None], base)
         if (changed[0] & ~is_moved & ~is_rest).any() or not change.isfinite().all():
-            return list(range(len(point)))
-        # the coordinates of each element, padded by -1; one more row for those of the rest, which has none
+            return torch.arange(len(point), device=device)
+        # what moves in each element, one after the other, and -1 after its last; nothing in the rest
         members: list[list[int]] = [[] for _ in range(count + 1)]
         for i, element in enumerate(elements.tolist()):
             if element >= 0:
                 members[element].append(i)
         padded = [torch.tensor(own, dtype=torch.long, device=device) for own in members]
-        moving = pad_sequence(padded, padding_value=-1)
-        left = is_rest.nonzero()[:, 0].tolist()
-        for rows in moving.split(max(_MOST_ENTRIES // len(point), 1)):
-            # for each coordinate that of its own element that moves
-            columns = rows[:, elements]
-            moved = columns == torch.arange(len(point), device=device)
-            changed, change = self._changes(point[None], (moved * step)[None], base)
-            is_good = change[0].isfinite().all(-1, keepdim=True)
-            self._note(columns, changed[0] & (columns >= 0) & is_good, change[0] / step[columns])
-            left += (moved & ~is_good).any(0).nonzero()[:, 0].tolist()
-        return left
+        of_rest = is_rest.nonzero().expand(-1, count + 1)
+        moving = torch.cat([pad_sequence(padded, padding_value=-1), of_rest])
+        return self._move(point, step, moving, elements, base)
 
-    def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
+    def move_one_by_one(self, point: Tensor, other: Tensor, coordinates: Tensor) -> None:
         """Moves coordinates of a point to another one, each by itself, and notes which gradients change.
 
         Where the density there is not finite, the step is halved.
         """
-        dim, step = len(point), other - point
-        base = self._gradients(point[None])
-        left = torch.tensor(columns, dtype=torch.long, device=point.device)
+        left, step, base = coordinates, other - point, self._gradients(point[None])[:, None]
+        all_of_one = torch.zeros(len(point), dtype=torch.long, device=point.device)
         for _ in range(_MAX_HALVINGS):
-            if not len(left):
-                return
-            failed = []
-            for part in left.split(max(_MOST_ENTRIES // dim, 1)):
-                shifts = point.new_zeros(len(part), dim)
-                shifts[torch.arange(len(part), device=point.device), part] = step[part]
-                changed, change = self._changes(point[None], shifts[None], base[:, None])
-                if self._is_known:
-                    changed = changed & self._confirmed(point, part, shifts, changed[0])
-                is_good, second = change[0].isfinite().all(-1), change[0] / step[part, None]
-                moving = part[:, None].expand_as(changed[0])
-                self._note(moving, changed[0] & is_good[:, None], second)
-                failed.append(part[~is_good])
-            left, step = torch.cat(failed), 0.5 * step
+            if len(left):
+                left, step = self._move(point, step, left[:, None], all_of_one, base), 0.5 * step
         # of the rest nothing is known: they may depend on everything
-        everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
+        everything = torch.ones(len(left), len(point), dtype=torch.bool, device=point.device)
         self._note(left[:, None].expand_as(everything), everything, 0.0 * everything)
+
+    def _move(
+        self, point: Tensor, step: Tensor, moving: Tensor, elements: Tensor, base: Tensor
+    ) -> Tensor:
+        """Notes which gradients change; returns what moves to where the density is not finite.
+
+        :param moving: the coordinate that moves beside those of each element, in each of m moves, or -1.
+        :param base: the gradients at the point, shape ``(1, 1, D)``.
+        """
+        every = torch.arange(len(point), device=point.device)
+        failed = list[Tensor]()
+        for rows in moving.split(max(_MOST_ENTRIES // len(point), 1)):
+            columns = rows[:, elements]
+            moved = columns == every
+            (changed,), (change,) = self._changes(point[None], (moved * step)[None], base)
+            if self._is_known:
+                changed = changed & self._confirmed(point, moved, moved * step, changed)
+            is_good = change.isfinite().all(-1, keepdim=True)
+            self._note(columns, changed & (columns >= 0) & is_good, change / step[columns])
+            failed.append((moved & ~is_good).any(0).nonzero()[:, 0])
+        return torch.cat(failed)
 
     def _gradients(self, points: Tensor) -> Tensor:
         """Gradients with the same random numbers each time, so that they are of one mini-batch."""
@@ -244,13 +241,13 @@ class _Search:
         size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
         return change.abs() > _ROUND_OFF * self._eps * size, change
 
-    def _confirmed(self, point: Tensor, columns: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
+    def _confirmed(self, point: Tensor, moved: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
         """Which changes are of neighbours, or more than round-off in repeats some ulps away.
 
         An ill-conditioned gradient, as through a Cholesky factor, has more round-off than by its size.
         """
         confirmed = torch.zeros_like(changed)
-        for row, j in enumerate(columns.tolist()):
+        for row, j in moved.nonzero().tolist():
             confirmed[row, [*self.neighbours[j], j]] = True
         rows = (changed & ~confirmed).any(-1).nonzero()[:, 0]
         if len(rows):
@@ -289,8 +286,8 @@ class _Search:
             changed, _ = self._changes(point, shifts, base)
             # rows of hubs are seen through the columns of hubs
             for i, k in (changed & ~expected).any(-1).nonzero().tolist():
-                own = moved[i, k].nonzero()[:, 0].tolist()
-                known = set(own).union(*(self.neighbours[j] for j in own))
+                own = moved[i, k].nonzero()[:, 0]
+                known = set(own.tolist()).union(*(self.neighbours[j] for j in own.tolist()))
                 if not known.issuperset(changed[i, k].nonzero()[:, 0].tolist()):
                     self.move_one_by_one(point[i], other[i], own)
 
