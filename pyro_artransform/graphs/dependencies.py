@@ -43,17 +43,15 @@ _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class LogDensityOfRows(Protocol):
-    """The log density whose graph is wanted."""
+    """The log density of points ``(n, D)`` whose graph is wanted, with a point ``(D,)`` where it is finite.
+
+    It names its parts that are not finite at one of some points.
+    """
 
     @property
-    def start(self) -> Tensor:
-        """A point where it is finite, shape ``(D,)``."""
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The log density at points ``(n, D)``, shape ``(n,)``."""
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The names of the parts that are not finite at one of the points ``(n, D)``."""
+    def start(self) -> Tensor: ...
+    def __call__(self, z: Tensor) -> Tensor: ...
+    def nonfinite_sites(self, z: Tensor) -> list[str]: ...
 
 
 @dataclass(frozen=True)

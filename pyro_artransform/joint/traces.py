@@ -99,14 +99,13 @@ class ModelStructure(NamedTuple):
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
         in_part = [node for node in latents if parts.intersection(node["cond_indep_stack"])]
         observed = [node for node in observed_nodes(trace) if not is_deterministic(node)]
-        data = observed or nodes
-        scale = _largest_scale(data) / _largest_scale(in_no_plate)
-        scales = torch.cat([torch.as_tensor(node["scale"]).double().flatten() for node in data])
+        scales = torch.cat([_scales(node) for node in observed or nodes])
+        largest = max((float(_scales(node).max()) for node in in_no_plate), default=1.0)
         return cls(
             shapes={node["name"]: tuple(node["value"].shape) for node in latents},
             global_latents=[node["name"] for node in in_no_plate],
             subsampled_latents=[node["name"] for node in in_part],
-            scale=scale,
+            scale=float(scales.max()) / largest,
             is_evenly_scaled=bool(((scales == scales.max()) | (scales == 1)).all()),
             num_values=count_values(trace),
             has_data=bool(observed),
@@ -135,8 +134,8 @@ def count_values(trace: poutine.Trace) -> int:
     )
 
 
-def _largest_scale(nodes: list[Any]) -> float:
-    return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
+def _scales(node: Any) -> Tensor:
+    return torch.as_tensor(node["scale"]).double().flatten()
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:

@@ -96,9 +96,8 @@ def evaluate_many(
 
 def draws_at_a_time(num_values: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """How many draws fit into memory, by the values of a run and the entries of its arguments."""
-    for argument in (*args, *kwargs.values()):
-        num_values = max(num_values, argument.numel() if isinstance(argument, Tensor) else 1)
-    return max(_MAX_VALUES // num_values, 1)
+    sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return max(_MAX_VALUES // max(num_values, *sizes, 1), 1)
 
 
 def stack(rows: list[Terms]) -> Terms:

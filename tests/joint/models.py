@@ -6,8 +6,6 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer import config_enumerate
-from pyro.ops.indexing import Vindex
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
@@ -124,29 +122,6 @@ def python_number():
     """Another number for each draw, without a gradient."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(z, 1 + float(z.detach()) ** 2), obs=torch.tensor(0.3))
-
-
-@config_enumerate
-def chain():
-    """A hidden Markov chain of two states from the first one, and two sequences of data."""
-    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
-    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    state = torch.tensor(0)
-    with pyro.plate("sequences", 2):
-        for t in pyro.markov(range(5)):
-            distribution = dist.Categorical(Vindex(rows)[..., state, :])
-            state = pyro.sample(f"state_{t}", distribution)
-            emitted = dist.Normal(Vindex(locs)[..., state], 1.0)
-            pyro.sample(f"y_{t}", emitted, obs=torch.stack([data()[t], -data()[t]]))
-
-
-def marginal_chain():
-    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
-    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    start = torch.tensor([0.0, -torch.inf])
-    for name, sign in (("first", 1), ("second", -1)):
-        distribution = dist.DiscreteHMM(start, rows.log(), dist.Normal(locs, 1.0))
-        pyro.sample(name, distribution, obs=sign * data())
 
 
 SIZE, Y = 7, torch.linspace(-1.0, 2.0, 7)
