@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .traces import is_deterministic, plate_nesting
-from .vectorization import describe
+from .vectorization import DrawPlate, Terms, describe
 
 DATA_SETS = "data_sets"  #: the name of their plate
 _NUM_COMPARED = 3
@@ -66,7 +66,7 @@ class _DataSets:
         self._model, self._data = model, data
         self._size = len(next(iter(data.values())))
         self._num_plates: int | None = None
-        self._placed: dict[str, Tensor] = {}
+        self._placed: Terms = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         run = partial(self._model, *args, **kwargs)
@@ -87,10 +87,8 @@ class _DataSets:
             if unknown := sorted(self._data.keys() - sites.keys()):
                 raise ValueError(f"data: expected sites of {sorted(sites)}, got {unknown}")
             self._num_plates = plate_nesting(single)
-            for name, value in self._data.items():
-                num_right = self._num_plates + sites[name]["fn"].event_dim
-                shape = (1,) * (num_right + 1 - value.dim()) + value.shape[1:]
-                self._placed[name] = value.reshape(self._size, *shape)
+            event_dims = {name: sites[name]["fn"].event_dim for name in self._data}
+            self._placed = DrawPlate(self._size, self._num_plates).place(self._data, event_dims)
             try:
                 fault = self._fault(run, sites)
             except Exception as error:  # any means that the model does not take many data sets

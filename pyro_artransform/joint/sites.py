@@ -260,7 +260,7 @@ def check_continuous(site: Any) -> None:
 def bijection_onto(support: Any, name: str) -> Transform:
     """Pyro's bijection from the unconstrained space onto the support of a site of that name."""
     try:
-        bijection: Transform = biject_to(support)
+        return biject_to(support)
     except NotImplementedError as error:
         raise ValueError(
             f"site '{name}': expected a support with a bijection from the reals onto it "
@@ -268,7 +268,6 @@ def bijection_onto(support: Any, name: str) -> Transform:
             "scales and LKJCholesky, a mixture as a Categorical that is enumerated, a direction as a "
             "ProjectedNormal with ProjectedNormalReparam (pyro.infer.reparam)"
         ) from error
-    return bijection
 
 
 def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:

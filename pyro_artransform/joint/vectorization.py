@@ -168,11 +168,11 @@ class DrawPlate(NamedTuple):
     size: int | None  #: the number of draws, or ``None`` for a single draw, without this plate
     num_plates: int  #: the number of dimensions that the plates of the model take
 
-    def place(self, values: Draws, event_dims: Mapping[str, int]) -> Draws:
+    def place(self, values: Draws, event_dims: Mapping[str, int]) -> Terms:
         """Values of shape ``(n,) + site shape`` with the draws to the left of all plates."""
+        placed = dict(values)
         if self.size is None:
-            return values
-        placed = {}
+            return placed
         for name, value in values.items():
             padding = (1,) * (self.num_plates + 1 + event_dims[name] - value.dim())
             placed[name] = value.reshape(value.shape[:1] + padding + value.shape[1:])

@@ -105,17 +105,6 @@ def test_refuses():
         LogJoint(lambda: pyro.sample("S", matrix))
 
 
-def test_start_of_an_improper_prior_is_the_origin():
-    def model():
-        improper = dist.ImproperUniform(dist.constraints.positive, torch.Size(), torch.Size([2]))
-        z = pyro.sample("z", improper)
-        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
-
-    log_joint = LogJoint(model)
-    assert log_joint.start.tolist() == [0.0, 0.0]
-    assert log_joint.strategy == "plate"
-
-
 def branch_above(bound):
     """A model that is legal in Pyro, one draw at a time; in a plate one draw decides for all."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
