@@ -15,8 +15,7 @@ coordinates that share no neighbour are moved together.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,15 +53,14 @@ class LogDensityOfRows(Protocol):
     def nonfinite_sites(self, z: Tensor) -> list[str]: ...
 
 
-@dataclass(frozen=True)
-class DependencyGraph:
+class DependencyGraph(NamedTuple):
     """The Markov graph of a density, with the largest second derivatives that were seen."""
 
     neighbours: tuple[frozenset[int], ...]
-    rows: Tensor  #: the smaller coordinate of each pair of neighbours
-    columns: Tensor  #: the larger one
+    pairs: (
+        Tensor  #: of neighbours, the smaller coordinate first, and of each coordinate with itself
+    )
     second: Tensor  #: of each pair
-    curvature: Tensor  #: of each coordinate with itself, shape ``(D,)``
 
 
 def value_and_gradient(
@@ -106,7 +104,9 @@ def find_dependencies(
     for k, spread in ((1, 1.0), (2, 2.0)):  # as wide as priors
         points = _finite_point(log_density, spread, generator).expand(_NUM_GROUPINGS, -1)
         search.move_groups(points, points + spread * _steps(points, generator), seed=k)
-    return search.graph()
+    pairs = torch.tensor([*search.second], dtype=torch.long, device=point.device).reshape(-1, 2)
+    second = point.new_tensor([*search.second.values()])
+    return DependencyGraph(tuple(map(frozenset, search.neighbours)), pairs.T, second)
 
 
 def missing_dependencies(
@@ -288,15 +288,6 @@ class _Search:
                 known = set(own.tolist()).union(*(self.neighbours[j] for j in own.tolist()))
                 if not known.issuperset(changed[i, k].nonzero()[:, 0].tolist()):
                     self.move_one_by_one(point[i], other[i], own)
-
-    def graph(self) -> DependencyGraph:
-        like = self.log_density.start
-        pairs = sorted(pair for pair in self.second if pair[0] != pair[1])
-        curvature = like.new_tensor([self.second.get((i, i), 0.0) for i in range(len(like))])
-        index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
-        second = like.new_tensor([self.second[pair] for pair in pairs])
-        neighbours = tuple(map(frozenset, self.neighbours))
-        return DependencyGraph(neighbours, index[:, 0], index[:, 1], second, curvature)
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:

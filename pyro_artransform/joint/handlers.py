@@ -62,14 +62,11 @@ class UnmaskedLatents(Messenger):
 @torch.no_grad()
 def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
     """The latents whose masked elements the rest of the density depends on: as in Pyro, without a prior."""
-    values, masked, found = {}, [], set[str]()
-    for node in latent_nodes(trace):
-        values[node["name"]] = node["value"]
-        if isinstance(node["mask"], Tensor) and not is_enumerated(node):
-            masked.append(node)
+    nodes, found = latent_nodes(trace), set[str]()
+    values, state = {node["name"]: node["value"] for node in nodes}, torch.get_rng_state()
+    masked = [n for n in nodes if isinstance(n["mask"], Tensor) and not is_enumerated(n)]
     if not masked:
         return found
-    state = torch.get_rng_state()
 
     def total(given: Mapping[str, Any]) -> Tensor:
         torch.set_rng_state(state)  # the same random numbers of a model for all

@@ -72,27 +72,6 @@ def mixed_dtypes():
     pyro.sample("double", dist.HalfNormal(torch.tensor(1.0, dtype=torch.float64)))
 
 
-def matrix_product():
-    """Its matrix-vector product cannot take draws on the left."""
-    x = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=data())
-
-
-def ordinal():
-    """An index of groups takes no draws on the left, and the likelihood writes into zeros."""
-    rows = dist.Normal(0.0, 2.0).expand([3]).to_event(1)
-    ordered = dist.TransformedDistribution(rows, dist.transforms.OrderedTransform())
-    cutpoints = pyro.sample("cutpoints", ordered)
-    with pyro.plate("groups", 2):
-        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
-    predictor = effect[torch.tensor([0, 1, 1, 0, 1])]
-    with pyro.plate("data", 5):
-        distribution = dist.OrderedLogistic(predictor, cutpoints)
-        pyro.sample("y", distribution, obs=torch.tensor([0, 2, 3, 1, 1]))
-
-
 def accumulated():
     """Its mean is a sum in place, on a number that depends on no draw; then a diagonal."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))

@@ -22,9 +22,7 @@ STRATEGIES = {
     "scaled_and_masked": "plate",
     "given_indices": "plate",
     "mixed_dtypes": "plate",
-    "matrix_product": "vmap",
     "silently_wrong_in_a_plate": "vmap",
-    "ordinal": "copies",
     "accumulated": "copies",
     "python_branch": "vmap",
     "python_number": "loop",
@@ -179,7 +177,7 @@ def trained():
     pyro.factor("curve", -((z[..., 0] - z[..., 1] ** 2) ** 2) * scale)
 
 
-@pytest.mark.parametrize("model", [trained, models.ordinal, models.python_branch])
+@pytest.mark.parametrize("model", [trained, models.accumulated, models.python_branch])
 def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
     """Values, gradients of draws and parameters, and Hessians, in parts for the cache and for the memory."""
     log_joint = LogJoint(model)
