@@ -124,13 +124,12 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
         for _, i in candidates:
             if i not in blocked:
                 chosen.append(i)
-                blocked |= around[i]
-        for i in chosen:
-            own = around[i]
-            parents[i] = tuple(sorted(own))
-            for j in own:  # its neighbours become neighbours of each other
-                around[j] |= own
-                around[j] -= {i, j}
+                own = around[i]
+                blocked |= own
+                parents[i] = tuple(sorted(own))
+                for j in own:  # its neighbours become neighbours of each other
+                    around[j] |= own
+                    around[j] -= {i, j}
         left.difference_update(chosen)
         rounds.append(chosen)
     root = sorted(left)

@@ -41,6 +41,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform
 
+from ..graphs.dependencies import value_and_gradient
 from .handlers import hidden_sites
 from .prior_scale import PriorScale
 from .sites import Latents
@@ -124,11 +125,9 @@ class PriorMap(Messenger):
         super().__init__()
         self.sites, self._is_inverse, self._is_alone = sites, is_inverse, is_alone
         self._given: dict[str, Tensor] = {}
-        #: what was not given, u or x, by site
-        self.found: dict[str, Tensor] = {}
-        #: the log-determinant of the map from x to u, of the batch shape of a site
+        self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
+        #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
         self.ladjs: dict[str, Tensor] = {}
-        #: that of the bijection from u to the value
         self.bijection_ladjs: dict[str, Tensor] = {}
 
     def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -296,10 +295,8 @@ def centered_by_curvature(
         for part in labels[lam < 1].unique().split(size):
             moved = (labels == part[:, None]) & (lam < 1)
             steps = _DIFFERENCE * moved.to(x.dtype)
-            ends = torch.cat([point + steps, point - steps]).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(non_centered(ends).sum(), ends)
-            ahead, behind = gradient.chunk(2)
+            ends = torch.cat([point + steps, point - steps])
+            ahead, behind = value_and_gradient(non_centered, ends)[1].chunk(2)
             total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
     curvature = (weights * total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)

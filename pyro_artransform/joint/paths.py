@@ -42,11 +42,10 @@ class ManyPathsError(RuntimeError):
 
 
 class BranchError(BaseException):
-    """Ends a run of a model whose draws take different branches from here on; no model is to catch it."""
+    """Ends a run of a model whose draws take different branches from here on; no model is to catch it.
 
-    def __init__(self, values: Tensor) -> None:
-        super().__init__(values)
-        self.values = values  #: what the model asked for, of each draw
+    Its argument is what the model asked for, of each draw.
+    """
 
 
 def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = False) -> Terms:
@@ -71,7 +70,8 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
         try:
             terms: Terms = torch.vmap(one, randomness="same")(part)
         except BranchError as branch:
-            groups += [rows[branch.values == value] for value in branch.values.unique()]
+            (asked,) = branch.args
+            groups += [rows[asked == value] for value in asked.unique()]
         else:
             if is_all:
                 return terms
