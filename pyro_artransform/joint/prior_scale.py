@@ -202,10 +202,9 @@ class PriorScale(NamedTuple):
             shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
             away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
         if self._is_matrix:
-            away = (powers @ away[..., None])[..., 0]
-            residual = torch.linalg.solve_triangular(self.scale, away[..., None], upper=False)[
-                ..., 0
-            ]
+            column = powers @ away[..., None]
+            residual = torch.linalg.solve_triangular(self.scale, column, upper=False)[..., 0]
+            away = column[..., 0]
         else:
             residual = away / (self.scale**centered * unit ** (1 - centered))
             away = powers * away
