@@ -15,11 +15,11 @@ coordinates that share no neighbour are moved together.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .markov_graph import color_columns
 
@@ -42,28 +42,25 @@ _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class LogDensityOfRows(Protocol):
-    """The log density whose graph is wanted."""
+    """The log density of points ``(n, D)`` whose graph is wanted, with a point ``(D,)`` where it is finite.
+
+    It names its parts that are not finite at one of some points.
+    """
 
     @property
-    def start(self) -> Tensor:
-        """A point where it is finite, shape ``(D,)``."""
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The log density at points ``(n, D)``, shape ``(n,)``."""
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The names of the parts that are not finite at one of the points ``(n, D)``."""
+    def start(self) -> Tensor: ...
+    def __call__(self, z: Tensor) -> Tensor: ...
+    def nonfinite_sites(self, z: Tensor) -> list[str]: ...
 
 
-@dataclass(frozen=True)
-class DependencyGraph:
+class DependencyGraph(NamedTuple):
     """The Markov graph of a density, with the largest second derivatives that were seen."""
 
     neighbours: tuple[frozenset[int], ...]
-    rows: Tensor  #: the smaller coordinate of each pair of neighbours
-    columns: Tensor  #: the larger one
+    pairs: (
+        Tensor  #: of neighbours, the smaller coordinate first, and of each coordinate with itself
+    )
     second: Tensor  #: of each pair
-    curvature: Tensor  #: of each coordinate with itself, shape ``(D,)``
 
 
 def value_and_gradient(
@@ -95,22 +92,21 @@ def find_dependencies(
         one coordinate of each is moved at a time, which takes as many gradients as an element has
         coordinates; the graph is the same.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density, eps, generator)
-    # of points around the start: safe for most models, and as wide as priors
-    for k, spread in enumerate((0.1, 1.0, 2.0)):
-        point = _finite_point(log_density, spread, generator)
-        if k == 0:
-            _refuse_randomness(log_density, point)
-            step = spread * _steps(point[None], generator)[0]
-            left: Sequence[int] = range(len(point))
-            if elements is not None:
-                left = search.move_elements(point, point + step, elements.to(point.device))
-            search.move_one_by_one(point, point + step, left)
-        else:
-            points = point.expand(_NUM_GROUPINGS, -1)
-            search.move_groups(points, points + spread * _steps(points, generator), seed=k)
-    return search.graph()
+    search = _Search(log_density, eps)
+    generator = search.generator
+    point = _finite_point(log_density, 0.1, generator)
+    _refuse_randomness(log_density, point)
+    other = point + 0.1 * _steps(point, generator)
+    left = torch.arange(len(point), device=point.device)
+    if elements is not None:
+        left = search.move_elements(point, other, elements.to(point.device))
+    search.move_one_by_one(point, other, left)
+    for k, spread in ((1, 1.0), (2, 2.0)):  # as wide as priors
+        points = _finite_point(log_density, spread, generator).expand(_NUM_GROUPINGS, -1)
+        search.move_groups(points, points + spread * _steps(points, generator), seed=k)
+    pairs = torch.tensor([*search.second], dtype=torch.long, device=point.device).reshape(-1, 2)
+    second = point.new_tensor([*search.second.values()])
+    return DependencyGraph(tuple(map(frozenset, search.neighbours)), pairs.T, second)
 
 
 def missing_dependencies(
@@ -126,19 +122,16 @@ def missing_dependencies(
 
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
-    generator = torch.Generator().manual_seed(_SEED)
-    search = _Search(log_density, eps, generator, [set(own) for own in neighbours])
-    known = [set(own) for own in search.neighbours]
+    search = _Search(log_density, eps, [set(own) for own in neighbours])
     others = draws.roll(-1, 0)
     for k in range(min(_NUM_GROUPINGS, len(draws))):
         part = slice(k, None, _NUM_GROUPINGS)
         search.move_groups(draws[part], others[part], seed=k)
     pairs, sd = [], draws.std(0).tolist()
     for i, own in enumerate(search.neighbours):
-        for j in sorted(own - known[i]):
-            # zero where nothing is known
-            strength = abs(search.second[i, j]) * sd[i] * sd[j] if i < j else -1.0
-            if strength == 0 or strength > _LEAST:
+        for j in sorted(j for j in own - neighbours[i] if i < j):
+            strength = abs(search.second[i, j]) * sd[i] * sd[j]
+            if strength == 0 or strength > _LEAST:  # zero where nothing is known
                 pairs.append((i, j))
     return pairs
 
@@ -150,85 +143,72 @@ class _Search:
         self,
         log_density: LogDensityOfRows,
         eps: float,
-        generator: torch.Generator,
         neighbours: list[set[int]] | None = None,
     ) -> None:
-        self.log_density, self._eps, self._generator = log_density, eps, generator
+        self.log_density, self._eps = log_density, eps
+        self.generator = torch.Generator().manual_seed(_SEED)
         #: whether there is a graph that the search adds to, so that each new pair is a finding
         self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self.second: dict[tuple[int, int], float] = {}
 
-    def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> list[int]:
+    def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> Tensor:
         """Moves one coordinate of each element at a time, and the rest one by one; returns what is left.
 
         That is all, where elements depend on each other, or what moves to where the density is not finite.
         """
+        device, count = point.device, int(elements.max()) + 1
         step, is_rest = other - point, elements < 0
         base = self._gradients(point[None])[:, None]
-        coin = torch.rand(
-            _NUM_HALVINGS, int(elements.max()) + 1, generator=self._generator, **_ON_CPU
-        )
-        is_moved = (coin < 0.5).to(point.device)[:, elements] & ~is_rest
+        coin = torch.rand(_NUM_HALVINGS, count, generator=self.generator, **_ON_CPU)
+        is_moved = (coin < 0.5).to(device)[:, elements] & ~is_rest
         changed, change = self._changes(point[None], (is_moved * step)[None], base)
         if (changed[0] & ~is_moved & ~is_rest).any() or not change.isfinite().all():
-            return list(range(len(point)))
-        # where each coordinate is among those of its element, or of the rest
-        groups, counts = list[int](), dict[int, int]()
-        for element in elements.tolist():
-            groups.append(counts.get(element, 0))
-            counts[element] = groups[-1] + 1
-        group = torch.tensor(groups, dtype=torch.long, device=point.device)
-        group[is_rest] += int(group[~is_rest].max()) + 1
-        count = int(group.max()) + 1
-        every = torch.arange(len(point), device=point.device)
-        # the coordinate that moves in each group and element; in the last column that of the rest
-        moving = torch.full(
-            (count, int(elements.max()) + 2), -1, dtype=torch.long, device=point.device
-        )
-        moving[group, elements] = every
-        of_rest, left = moving[:, -1], list[int]()
-        for part in torch.arange(count, device=point.device).split(
-            max(_MOST_ENTRIES // len(point), 1)
-        ):
-            moved = group == part[:, None]
-            changed, change = self._changes(point[None], (moved * step)[None], base)
-            # what moves a coordinate: of the rest everything, else what is of its own element
-            columns = torch.where(
-                of_rest[part, None] < 0, moving[part][:, elements], of_rest[part, None]
-            )
-            is_known = (columns >= 0) & ~(is_rest & (of_rest[part, None] < 0))
-            is_good = change[0].isfinite().all(-1)
-            self._note(columns, changed[0] & is_known & is_good[:, None], change[0] / step[columns])
-            left += moved[~is_good].any(0).nonzero()[:, 0].tolist()
-        return left
+            return torch.arange(len(point), device=device)
+        # what moves in each element, one after the other, and -1 after its last; nothing in the rest
+        members: list[list[int]] = [[] for _ in range(count + 1)]
+        for i, element in enumerate(elements.tolist()):
+            if element >= 0:
+                members[element].append(i)
+        padded = [torch.tensor(own, dtype=torch.long, device=device) for own in members]
+        of_rest = is_rest.nonzero().expand(-1, count + 1)
+        moving = torch.cat([pad_sequence(padded, padding_value=-1), of_rest])
+        return self._move(point, step, moving, elements, base)
 
-    def move_one_by_one(self, point: Tensor, other: Tensor, columns: Sequence[int]) -> None:
+    def move_one_by_one(self, point: Tensor, other: Tensor, coordinates: Tensor) -> None:
         """Moves coordinates of a point to another one, each by itself, and notes which gradients change.
 
         Where the density there is not finite, the step is halved.
         """
-        dim, step = len(point), other - point
-        base = self._gradients(point[None])
-        left = torch.tensor(columns, dtype=torch.long, device=point.device)
+        left, step, base = coordinates, other - point, self._gradients(point[None])[:, None]
+        all_of_one = torch.zeros(len(point), dtype=torch.long, device=point.device)
         for _ in range(_MAX_HALVINGS):
-            if not len(left):
-                return
-            failed = []
-            for part in left.split(max(_MOST_ENTRIES // dim, 1)):
-                shifts = point.new_zeros(len(part), dim)
-                shifts[torch.arange(len(part), device=point.device), part] = step[part]
-                changed, change = self._changes(point[None], shifts[None], base[:, None])
-                if self._is_known:
-                    changed = changed & self._confirmed(point, part, shifts, changed[0])
-                is_good, second = change[0].isfinite().all(-1), change[0] / step[part, None]
-                moving = part[:, None].expand_as(changed[0])
-                self._note(moving, changed[0] & is_good[:, None], second)
-                failed.append(part[~is_good])
-            left, step = torch.cat(failed), 0.5 * step
+            if len(left):
+                left, step = self._move(point, step, left[:, None], all_of_one, base), 0.5 * step
         # of the rest nothing is known: they may depend on everything
-        everything = torch.ones(len(left), dim, dtype=torch.bool, device=point.device)
+        everything = torch.ones(len(left), len(point), dtype=torch.bool, device=point.device)
         self._note(left[:, None].expand_as(everything), everything, 0.0 * everything)
+
+    def _move(
+        self, point: Tensor, step: Tensor, moving: Tensor, elements: Tensor, base: Tensor
+    ) -> Tensor:
+        """Notes which gradients change; returns what moves to where the density is not finite.
+
+        :param moving: the coordinate that moves beside those of each element, in each of m moves, or -1.
+        :param base: the gradients at the point, shape ``(1, 1, D)``.
+        """
+        every = torch.arange(len(point), device=point.device)
+        failed = list[Tensor]()
+        for rows in moving.split(max(_MOST_ENTRIES // len(point), 1)):
+            columns = rows[:, elements]
+            moved = columns == every
+            (changed,), (change,) = self._changes(point[None], (moved * step)[None], base)
+            if self._is_known:
+                changed = changed & self._confirmed(point, moved, moved * step, changed)
+            is_good = change.isfinite().all(-1, keepdim=True)
+            self._note(columns, changed & (columns >= 0) & is_good, change / step[columns])
+            failed.append((moved & ~is_good).any(0).nonzero()[:, 0])
+        return torch.cat(failed)
 
     def _gradients(self, points: Tensor) -> Tensor:
         """Gradients with the same random numbers each time, so that they are of one mini-batch."""
@@ -259,18 +239,18 @@ class _Search:
         size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
         return change.abs() > _ROUND_OFF * self._eps * size, change
 
-    def _confirmed(self, point: Tensor, columns: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
+    def _confirmed(self, point: Tensor, moved: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
         """Which changes are of neighbours, or more than round-off in repeats some ulps away.
 
         An ill-conditioned gradient, as through a Cholesky factor, has more round-off than by its size.
         """
         confirmed = torch.zeros_like(changed)
-        for row, j in enumerate(columns.tolist()):
+        for row, j in moved.nonzero().tolist():
             confirmed[row, [*self.neighbours[j], j]] = True
         rows = (changed & ~confirmed).any(-1).nonzero()[:, 0]
         if len(rows):
             ends = torch.cat([point[None], point + shifts[rows]])
-            noise = torch.rand(_NUM_REPEATED, len(point), generator=self._generator, **_ON_CPU)
+            noise = torch.rand(_NUM_REPEATED, len(point), generator=self.generator, **_ON_CPU)
             ulps = _MOST_ULPS * torch.finfo(point.dtype).eps * (2 * noise.to(point) - 1)
             found = self._gradients((ends * (1 + ulps[:, None])).flatten(0, 1))
             found = found.unflatten(0, (_NUM_REPEATED, -1))
@@ -292,7 +272,7 @@ class _Search:
         rows, columns = torch.tensor(pairs, dtype=torch.long, device=points.device).T
         most = max(_MOST_ENTRIES // (dim * count), 1)
         for point, other in zip(points.split(most), others.split(most)):
-            coin = torch.rand(len(point), dim, generator=self._generator, **_ON_CPU)
+            coin = torch.rand(len(point), dim, generator=self.generator, **_ON_CPU)
             half = coin.to(point.device) < 0.5
             half |= color >= count - coloring.num_hubs
             moved = groups & half[:, None]
@@ -304,19 +284,10 @@ class _Search:
             changed, _ = self._changes(point, shifts, base)
             # rows of hubs are seen through the columns of hubs
             for i, k in (changed & ~expected).any(-1).nonzero().tolist():
-                own = moved[i, k].nonzero()[:, 0].tolist()
-                known = set(own).union(*(self.neighbours[j] for j in own))
+                own = moved[i, k].nonzero()[:, 0]
+                known = set(own.tolist()).union(*(self.neighbours[j] for j in own.tolist()))
                 if not known.issuperset(changed[i, k].nonzero()[:, 0].tolist()):
                     self.move_one_by_one(point[i], other[i], own)
-
-    def graph(self) -> DependencyGraph:
-        like = self.log_density.start
-        pairs = sorted(pair for pair in self.second if pair[0] != pair[1])
-        curvature = like.new_tensor([self.second.get((i, i), 0.0) for i in range(len(like))])
-        index = torch.tensor(pairs, dtype=torch.long, device=like.device).reshape(-1, 2)
-        second = like.new_tensor([self.second[pair] for pair in pairs])
-        neighbours = tuple(map(frozenset, self.neighbours))
-        return DependencyGraph(neighbours, index[:, 0], index[:, 1], second, curvature)
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,10 +29,10 @@ entries of others in the rows of hubs are known by symmetry.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
     :param root: coordinates of level 0; all others are of level 1 at least if there is one.
     :raises ValueError: if the graph has a cycle, which is named, or a parent is out of range.
     """
-    dim, first = len(parents), list(root)
+    dim, first = len(parents), set(root)
     children: list[list[int]] = [[] for _ in range(dim)]
     missing = [len(own) for own in parents]
     for i, own in enumerate(parents):
@@ -78,9 +78,7 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
             if not 0 <= j < dim:
                 raise ValueError(f"parents: expected coordinates from 0 to {dim - 1}, got {j}")
             children[j].append(i)
-    level = [1 if first else 0] * dim
-    for i in first:
-        level[i] = 0
+    level = [int(bool(first) and i not in first) for i in range(dim)]
     ready = [i for i in range(dim) if not missing[i]]
     while ready:
         j = ready.pop()
@@ -126,13 +124,12 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
         for _, i in candidates:
             if i not in blocked:
                 chosen.append(i)
-                blocked |= around[i]
-        for i in chosen:
-            own = around[i]
-            parents[i] = tuple(sorted(own))
-            for j in own:  # its neighbours become neighbours of each other
-                around[j] |= own
-                around[j] -= {i, j}
+                own = around[i]
+                blocked |= own
+                parents[i] = tuple(sorted(own))
+                for j in own:  # its neighbours become neighbours of each other
+                    around[j] |= own
+                    around[j] -= {i, j}
         left.difference_update(chosen)
         rounds.append(chosen)
     root = sorted(left)
@@ -158,41 +155,34 @@ class Coloring:
         return torch.tensor(self.color, dtype=torch.long, device=device)
 
 
-def color_columns(neighbours: Sequence[set[int]], seed: int = 0) -> Coloring:
+def color_columns(neighbours: Sequence[Set[int]], seed: int = 0) -> Coloring:
     """Few groups of columns that share no rows but those of hubs.
 
     :param neighbours: for each column the rows of its entries off the diagonal.
     """
-    degrees = sorted({len(own) for own in neighbours}, reverse=True)
-    best = _with_hubs(neighbours, -1, seed)
+    degrees = [len(own) for own in neighbours]
     # the degrees above which a column is a hub; each halving is tried
-    for most in {degrees[0] >> k for k in range(degrees[0].bit_length() + 1)} | {degrees[-1]}:
-        found = _with_hubs(neighbours, most, seed)
-        if found.num_colors < best.num_colors:
-            best = found
-    return best
+    limits = {max(degrees) >> k for k in range(max(degrees).bit_length() + 1)} | {min(degrees)}
+    tried = [_with_hubs(neighbours, most, seed) for most in (-1, *limits)]
+    return min(tried, key=lambda found: found.num_colors)
 
 
-def _with_hubs(neighbours: Sequence[set[int]], most: int, seed: int) -> Coloring:
+def _with_hubs(neighbours: Sequence[Set[int]], most: int, seed: int) -> Coloring:
     """The greedy groups where columns with more than ``most`` entries are hubs."""
     hubs = {i for i, own in enumerate(neighbours) if len(own) > most}
-    others = [i for i in range(len(neighbours)) if i not in hubs]
-    near = {i: neighbours[i] - hubs for i in others}
+    near = {i: own - hubs for i, own in enumerate(neighbours) if i not in hubs}
     if sum(len(own) ** 2 for own in near.values()) > 10_000_000:  # a second of time
         return _with_hubs(neighbours, -1, seed)
+    others = list(near)
     random.Random(seed).shuffle(others)
-    color = [0] * len(neighbours)
-    count, done = 0, set[int]()
+    color, count = dict[int, int](), 0
     for i in others:
-        taken = {color[j] for j in near[i] if j in done}
-        for j in near[i]:
-            taken.update(color[k] for k in near[j] if k in done)
+        taken = {color.get(k) for j in near[i] for k in (j, *near[j])}
         color[i] = next(k for k in range(count + 1) if k not in taken)
         count = max(count, color[i] + 1)
-        done.add(i)
-    for k, i in enumerate(sorted(hubs)):
-        color[i] = count + k
-    return Coloring(tuple(color), count + len(hubs), len(hubs))
+    color.update((i, count + k) for k, i in enumerate(sorted(hubs)))
+    colors = tuple(color[i] for i in range(len(neighbours)))
+    return Coloring(colors, count + len(hubs), len(hubs))
 
 
 @dataclass(frozen=True)
@@ -211,7 +201,7 @@ class MarkovGraph:
     @cached_property
     def coloring(self) -> Coloring:
         """Groups of coordinates whose second derivatives can be told apart when they move at once."""
-        return color_columns([set(own) for own in self.neighbours])
+        return color_columns(self.neighbours)
 
     @cached_property
     def edges(self) -> tuple[tuple[int, int], ...]:
@@ -249,25 +239,17 @@ def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> lis
         as_one = len(counts) * widest <= max(2 * sum(counts), 256)
         for i, count in zip(coordinates, counts):
             members.setdefault(_rounded(widest if as_one else count), []).append((k, i))
-    return [_group(width, sorted(own), parents) for width, own in sorted(members.items())]
+    groups, padding = [], len(parents)
+    for width, pairs in sorted(members.items()):
+        levels, inside = zip(*sorted(pairs))
+        slices = {k: slice(bisect_left(levels, k), bisect_right(levels, k)) for k in levels}
+        rows = [[*parents[i], *[padding] * (width - len(parents[i]))] for i in inside]
+        index = torch.tensor(rows, dtype=torch.long, device="cpu")
+        groups.append(PaddedGroup(inside, slices, index, index < padding))
+    return groups
 
 
 def _rounded(count: int) -> int:
     """The next number of the sequence 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
-
-
-def _group(
-    width: int, members: list[tuple[int, int]], parents: Sequence[Sequence[int]]
-) -> PaddedGroup:
-    """The group of pairs of a level and a coordinate, sorted."""
-    padding, slices, rows, start = len(parents), dict[int, slice](), [], 0
-    for k, some in groupby(members, lambda member: member[0]):
-        count = len(list(some))
-        slices[k] = slice(start, start + count)
-        start += count
-    for _, i in members:
-        rows.append([*parents[i], *[padding] * (width - len(parents[i]))])
-    index = torch.tensor(rows, dtype=torch.long, device="cpu")
-    return PaddedGroup(tuple(i for _, i in members), slices, index, index < padding)

@@ -33,6 +33,8 @@ from .markov_graph import Elimination, padded_groups
 # definite; the second takes their place, a sd three times the conditional one. By hand.
 _FLAT, _RAISED = {torch.float64: 1e-9, torch.float32: 1e-5}, 0.1
 
+_Part = tuple[int, slice, Tensor, Tensor]
+
 
 class PrecisionPattern:
     """The entries of a symmetric matrix with the pattern of an eliminated graph.
@@ -53,14 +55,13 @@ class PrecisionPattern:
         pairs = [index, every.expand(2, -1), torch.combinations(self.root).T]
         self._keys = self._key(torch.cat(pairs, 1)).unique()
         self.num_entries = len(self._keys)
-        alone = {i for i, own in enumerate(elimination.parents) if not own} - set(root)
+        alone = [i for i, k in enumerate(elimination.level) if k and not elimination.parents[i]]
         #: coordinates without parents that are not in the root block
-        self.alone = torch.tensor(sorted(alone), **as_index)
+        self.alone = torch.tensor(alone, **as_index)
         self.groups = padded_groups(elimination.parents, elimination.level)
         #: for each level below the root block: a group, its rows of the level, these coordinates, and
         #: their parents, shapes ``(m,)`` and ``(m, k)``
-        self.levels: list[list[tuple[int, slice, Tensor, Tensor]]] = []
-        self.levels += [[] for _ in elimination.levels[1:]]
+        self.levels: list[list[_Part]] = [[] for _ in elimination.levels[1:]]
         for g, group in enumerate(self.groups):
             coordinates = torch.tensor(group.coordinates, **as_index)
             parents = group.parents.to(self.device)
@@ -129,27 +130,23 @@ class SparseGaussian:
         unit = torch.where(diagonal.abs() > floor, diagonal.abs(), 1.0).rsqrt()
         rows, columns = pattern.pairs()
         entries = torch.cat([precision * unit[rows] * unit[columns], precision.new_zeros(1)])
-        scale = torch.ones_like(loc)
+        scale, units = torch.ones_like(loc), torch.cat([unit, unit.new_ones(1)])
         coefficients = [loc.new_zeros(group.parents.shape) for group in pattern.groups]
-        units = torch.cat([unit, unit.new_ones(1)])
         for parts in reversed(pattern.levels):
             for g, part, own, above in parts:
                 pivot = _raised(entries[pattern.diagonal[own]])
                 row = entries[pattern.index(own[:, None], above)]
-                coefficient = -row / pivot[:, None]
+                coefficients[g][part] = -row / pivot[:, None] * unit[own, None] / units[above]
+                scale[own] = unit[own] * pivot.rsqrt()
                 # the Schur complement
-                count = above.shape[1]
-                one, other = torch.triu_indices(count, count, device=above.device)
+                one, other = torch.triu_indices(above.shape[1], above.shape[1], device=above.device)
                 index = pattern.among(above)[:, one, other]
                 update = row[:, one] * row[:, other] / pivot[:, None]
                 entries.index_add_(0, index.reshape(-1), -update.reshape(-1))
                 entries[-1] = 0.0
-                coefficients[g][part] = coefficient * unit[own, None] / units[above]
-                scale[own] = unit[own] * pivot.rsqrt()
         alone = pattern.alone
         scale[alone] = unit[alone] * _raised(entries[pattern.diagonal[alone]]).rsqrt()
-        root_tril = _dense_tril(pattern, entries, unit)
-        return cls(pattern, loc, coefficients, scale, root_tril)
+        return cls(pattern, loc, coefficients, scale, _dense_tril(pattern, entries, unit))
 
     def at(self, loc: Tensor) -> "SparseGaussian":
         """The same Gaussian with another mean, shape ``(D,)``."""
@@ -187,9 +184,8 @@ class SparseGaussian:
     def entropy(self) -> Tensor:
         """The entropy in nats."""
         log_scale = self.scale.log()
-        is_root = torch.zeros_like(log_scale, dtype=torch.bool)
-        is_root[self.pattern.root] = True
-        total = log_scale.masked_fill(is_root, 0.0).sum() + self.root_tril.diagonal().log().sum()
+        log_scale[self.pattern.root] = 0.0
+        total = log_scale.sum() + self.root_tril.diagonal().log().sum()
         return total + 0.5 * len(self.loc) * (1 + math.log(2 * math.pi))
 
     @cached_property
@@ -232,9 +228,8 @@ class SparseGaussian:
 
     def _regression(self, i: int, on: Sequence[int]) -> tuple[Tensor, Tensor]:
         pattern, covariance = self.pattern, self.covariance
-        own, others = (
-            torch.tensor(x, dtype=torch.long, device=pattern.device) for x in ([i], list(on))
-        )
+        own = pattern.diagonal.new_tensor([i])
+        others = pattern.diagonal.new_tensor(on)
         among = covariance[pattern.index(others[:, None], others)]
         across = covariance[pattern.index(own, others)]
         coefficients = torch.linalg.solve(among, across) if len(on) else across

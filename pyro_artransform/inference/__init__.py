@@ -3,7 +3,7 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
-from ..joint.data_sets import over_data_sets
+from ..joint.posteriors import over_data_sets
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
 from .evaluation.each_posterior import EachPosterior

@@ -4,8 +4,8 @@
 """A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
 
 from .density import LogJoint
-from .element_terms import log_density_by_element
 from .mean_density import MeanLogJoint
+from .posteriors import log_density_by_element
 from .protocols import LogDensity
 from .sites import Latents, Site
 from .traces import ModelStructure

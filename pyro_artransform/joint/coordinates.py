@@ -41,6 +41,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform
 
+from ..graphs.dependencies import value_and_gradient
 from .handlers import hidden_sites
 from .prior_scale import PriorScale
 from .sites import Latents
@@ -124,11 +125,9 @@ class PriorMap(Messenger):
         super().__init__()
         self.sites, self._is_inverse, self._is_alone = sites, is_inverse, is_alone
         self._given: dict[str, Tensor] = {}
-        #: what was not given, u or x, by site
-        self.found: dict[str, Tensor] = {}
-        #: the log-determinant of the map from x to u, of the batch shape of a site
+        self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
+        #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
         self.ladjs: dict[str, Tensor] = {}
-        #: that of the bijection from u to the value
         self.bijection_ladjs: dict[str, Tensor] = {}
 
     def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,27 +166,6 @@ class PriorMap(Messenger):
             log_prob = log_prob.expand_as(u)
             log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
             message["fn"] = dist.Delta(value, log_prob, event_dim)
-
-
-class PriorScales(Messenger):
-    """Notes the location and scale of each latent's prior in a run of a model, and the plates' indices.
-
-    :param latents: the latents of the model.
-    """
-
-    def __init__(self, latents: Latents) -> None:
-        super().__init__()
-        self._latents = latents
-        self.found: dict[str, PriorScale] = {}
-        self.indices: dict[str, Tensor] = {}
-
-    def _pyro_post_sample(self, message: Any) -> None:
-        if site_is_subsample(message):
-            self.indices[message["name"]] = message["value"]
-        prior = PriorScale.of(message["fn"]) if message["name"] in self._latents.sites else None
-        # more dimensions are those of discrete latents that are summed out
-        if prior is not None and prior.loc.dim() <= message["value"].dim():
-            self.found[message["name"]] = prior
 
 
 def map_sites(
@@ -236,20 +214,16 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     """
-    notes: list[dict[str, PriorScale]] = []
-    state, indices = torch.get_rng_state(), dict[str, Tensor]()
-    for z in (*points, points[1]):
-        if len(notes) < 2:
-            torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-        with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
-            poutine.condition(run, {**latents.constrain(z), **indices})()
-        notes.append(note.found)
-        indices = note.indices
+    state, given = torch.get_rng_state(), list(map(latents.constrain, points))
+    first, indices = _priors(run, latents, given[0])
+    torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+    second, indices = _priors(run, latents, {**given[1], **indices})
+    again, _ = _priors(run, latents, {**given[1], **indices})
     torch.set_rng_state(state)
     # that of a latent which depends on one that is hidden is no function of the latents
-    random = depend_on_latents(*notes[1:])
-    priors = {name: prior for name, prior in notes[0].items() if name not in random}
-    dependent = depend_on_latents(priors, notes[1])
+    random = depend_on_latents(second, again)
+    priors = {name: prior for name, prior in first.items() if name not in random}
+    dependent = depend_on_latents(priors, second)
     shaped = [name for name, prior in priors.items() if prior.shape is not None and dependent]
     return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
 
@@ -257,26 +231,40 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
 @torch.no_grad()
 def prior_scales(run: Callable[[], object], latents: Latents, u: Tensor) -> Tensor:
     """The scale of each prior at a point of the unconstrained space, shape ``(latent_dim,)``; else 1."""
-    with validation_enabled(False), hidden_sites(), PriorScales(latents) as note:
-        poutine.condition(run, latents.constrain(u))()
+    priors, _ = _priors(run, latents, latents.constrain(u))
     found = torch.ones_like(u)
     for name, part in latents.split(found).items():
-        if name in note.found:
-            part.copy_(note.found[name].diagonal)
+        if name in priors:
+            part.copy_(priors[name].diagonal)
     return torch.where(found.isfinite() & (found > 0), found, 1.0)
 
 
-Priors = Mapping[str, PriorScale | None]
+def _priors(
+    run: Callable[[], object], latents: Latents, values: dict[str, Tensor]
+) -> tuple[dict[str, PriorScale], dict[str, Tensor]]:
+    """The priors with a location and a scale in a run at values of sites, and the plates' indices."""
+    with validation_enabled(False), hidden_sites():
+        trace = poutine.trace(poutine.condition(run, values)).get_trace()
+    priors, indices = dict[str, PriorScale](), {}
+    site: Any
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and site_is_subsample(site):
+            indices[name] = site["value"]
+        prior = PriorScale.of(site["fn"]) if name in latents.sites else None
+        # more dimensions are those of discrete latents that are summed out
+        if prior is not None and prior.loc.dim() <= site["value"].dim():
+            priors[name] = prior
+    return priors, indices
 
 
-def depend_on_latents(one: Priors, other: Priors) -> list[str]:
+def depend_on_latents(
+    one: Mapping[str, PriorScale | None], other: Mapping[str, PriorScale | None]
+) -> list[str]:
     """The latents whose location or scale differs between runs with other values of the latents."""
     found = []
     for name, prior in one.items():
         second = other.get(name)
-        if prior is None or second is None:
-            continue
-        if not all(map(torch.equal, prior[:2], second[:2])):
+        if prior and second and not all(map(torch.equal, prior[:2], second[:2])):
             found.append(name)
     return found
 
@@ -307,10 +295,8 @@ def centered_by_curvature(
         for part in labels[lam < 1].unique().split(size):
             moved = (labels == part[:, None]) & (lam < 1)
             steps = _DIFFERENCE * moved.to(x.dtype)
-            ends = torch.cat([point + steps, point - steps]).requires_grad_()
-            with torch.enable_grad():
-                (gradient,) = torch.autograd.grad(non_centered(ends).sum(), ends)
-            ahead, behind = gradient.chunk(2)
+            ends = torch.cat([point + steps, point - steps])
+            ahead, behind = value_and_gradient(non_centered, ends)[1].chunk(2)
             total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
     curvature = (weights * total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)

@@ -23,7 +23,7 @@ from .handlers import hidden_sites
 from .paths import Terms
 from .traces import is_enumerated, subsampling_scale
 
-Factors = OrderedDict[frozenset[str], list[Tensor]]
+Factors = OrderedDict[frozenset[str], list[Any]]
 
 
 class ScaleError(ValueError):
@@ -38,8 +38,7 @@ class _LogSumExp(LogRing):
         named = tuple((term._pyro_dims, term.shape) for term in terms)
         for name, members in _elimination(named, frozenset(dims)):
             factors.append(_sum_out([factors[i] for i in members], name))
-        result: Tensor = factors[-1]
-        return result
+        return factors[-1]
 
 
 @lru_cache(maxsize=256)
@@ -87,10 +86,8 @@ def _aligned(term: Any, dims: str) -> Tensor:
     """A factor with all of these dimensions, of size one where it has none."""
     sizes = dict(zip(term._pyro_dims, term.shape))
     present = "".join(name for name in dims if name in sizes)
-    found: Tensor = term
-    if present != term._pyro_dims:
-        found = term.permute(*map(term._pyro_dims.index, present))
-    return found if dims.endswith(present) else found.reshape([sizes.get(name, 1) for name in dims])
+    permuted = term.permute(*map(term._pyro_dims.index, present)) if present else term
+    return permuted.reshape([sizes.get(name, 1) for name in dims])
 
 
 class _Factored(NamedTuple):
@@ -142,35 +139,30 @@ class _Factored(NamedTuple):
 
     def total(self, kept: str) -> Any:
         """The sum of all, with the dimensions of these plates, in this order; 0 if there are none."""
-        parts, ring = list[Tensor](), _LogSumExp
+        total: Any = 0.0
         for factors, scale in ((self.inside, self.scale), (self.outside, 1.0)):
             if factors:
-                of, dims = frozenset(kept), self.summed
-                part = contract_to_tensor(factors, dims, target_ordinal=of, ring=ring())
-                parts.append(scale * _aligned(part, kept))
-        return sum(parts)
+                part = contract_to_tensor(factors, self.summed, frozenset(kept), ring=_LogSumExp())
+                total = total + scale * _aligned(part, kept)
+        return total
 
     def split(self, symbol: str) -> tuple["_Factored", "_Factored"]:
         """The factors in a plate, and those outside of it."""
-        parts = []
+        parts, summed = [], self.summed
         for is_in in (True, False):
             inside, outside = (
                 Factors((key, terms) for key, terms in factors.items() if (symbol in key) == is_in)
                 for factors in (self.inside, self.outside)
             )
             parts.append(self._replace(inside=inside, outside=outside))
-        found = [self.summed & _dims_of(part.inside) for part in parts]
-        if found[0] & found[1]:
+            dims = [term._pyro_dims for terms in inside.values() for term in terms]
+            summed = summed.intersection("".join(dims))
+        if summed:
             raise ScaleError(
                 "expected elements of a plate that are independent given the continuous latents, got a "
                 "discrete latent outside of the plate that all of them depend on"
             )
         return parts[0], parts[1]
-
-
-def _dims_of(factors: Factors) -> set[str]:
-    found: list[Any] = [term for terms in factors.values() for term in terms]
-    return {name for term in found for name in term._pyro_dims}
 
 
 def marginal_log_prob(
@@ -185,8 +177,7 @@ def marginal_log_prob(
     :param kept_plates: the plates whose dimensions the result has.
     """
     found = _Factored.of(run, first_dim)
-    total: Tensor = found.total("".join(found.symbols[name] for name in kept_plates))
-    return total
+    return found.total("".join(found.symbols[name] for name in kept_plates))
 
 
 def marginal_by_element(

@@ -62,14 +62,11 @@ class UnmaskedLatents(Messenger):
 @torch.no_grad()
 def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
     """The latents whose masked elements the rest of the density depends on: as in Pyro, without a prior."""
-    values, masked, found = {}, [], set[str]()
-    for node in latent_nodes(trace):
-        values[node["name"]] = node["value"]
-        if isinstance(node["mask"], Tensor) and not is_enumerated(node):
-            masked.append(node)
+    nodes, found = latent_nodes(trace), set[str]()
+    values, state = {node["name"]: node["value"] for node in nodes}, torch.get_rng_state()
+    masked = [n for n in nodes if isinstance(n["mask"], Tensor) and not is_enumerated(n)]
     if not masked:
         return found
-    state = torch.get_rng_state()
 
     def total(given: Mapping[str, Any]) -> Tensor:
         torch.set_rng_state(state)  # the same random numbers of a model for all
@@ -119,27 +116,17 @@ class SiteLogProbs(Messenger):
         if site_is_subsample(message) or (self._data_only and not has_data(message)):
             return
         scale = 1.0 if self._data_only else message["scale"]
-        log_prob = _possible(_log_prob(message), message)
-        self.log_probs[name] = scale_and_mask(log_prob, scale, message["mask"])
+        self.log_probs[name] = scale_and_mask(_log_prob(message), scale, message["mask"])
         self.frames[name] = message["cond_indep_stack"]
-
-
-def _possible(log_prob: Tensor, site: Any) -> Tensor:
-    """Zero probabilities in the place of those of counts that are above 1, which are round-off.
-
-    Differences of log-gammas make such: of NegativeBinomial in float32 from 1e6 failures on, where the
-    density else has a mode of nothing but them.
-    """
-    support = site["fn"].support if has_data(site) else constraints.real
-    if not support.is_discrete or support is constraints.boolean:
-        return log_prob
-    return log_prob.masked_fill(log_prob > _ROUND_OFF, -torch.inf)
 
 
 def _log_prob(site: Any) -> Tensor:
     """The log-density of a site before its mask, with data that count in the place of those that it hides.
 
-    NaN, or a zero without a logarithm, would go out of the density, but not out of the gradient.
+    NaN, or a zero without a logarithm, would go out of the density, but not out of the gradient. Counts
+    have a probability of zero in the place of one above 1, which is round-off: differences of log-gammas
+    make such, of NegativeBinomial in float32 from 1e6 failures on, where the density else has a mode of
+    nothing but them.
     """
     fn, value, mask = site["fn"], site["value"], site["mask"]
     if isinstance(mask, Tensor) and has_data(site) and not is_functorch_wrapped_tensor(mask):
@@ -153,6 +140,8 @@ def _log_prob(site: Any) -> Tensor:
         counted = value.reshape(-1, *event)[is_counted.flatten().int().argmax()]
         value = torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
     log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
+    if has_data(site) and fn.support.is_discrete and fn.support is not constraints.boolean:
+        log_prob = log_prob.masked_fill(log_prob > _ROUND_OFF, -torch.inf)
     return log_prob
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..differentiation import sum_with_gradient
+from ..graphs.dependencies import value_and_gradient
 from .density import Args, Kwargs, LogJoint
 from .handlers import FirstIndices
 
@@ -27,12 +28,9 @@ class Anchor(NamedTuple):
     gradient: Tensor
 
     @classmethod
-    @torch.enable_grad()
     def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor) -> "Anchor":
-        z = point.detach()[None].requires_grad_()
-        value = log_density(z)
-        (gradient,) = torch.autograd.grad(value.sum(), z)
-        return cls(point.detach(), value.detach()[0], gradient[0])
+        value, gradient = value_and_gradient(log_density, point[None])
+        return cls(point.detach(), value[0], gradient[0])
 
     def expand(self, z: Tensor) -> Tensor:
         """The first-order expansion at points ``(n, latent_dim)``."""
@@ -79,10 +77,11 @@ class MeanLogJoint(LogJoint):
             self.is_random = self.is_random and self._changes_by_itself(self.start[None])
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> LogJoint:
-        other = super().bound_to(args, kwargs)
+        part = LogJoint.__new__(LogJoint)
+        vars(part).update(vars(super().bound_to(args, kwargs)))
         if not self.is_random:
-            other.run = FirstIndices()(other.run)
-        return other
+            part.run = FirstIndices()(part.run)
+        return part
 
     @property
     def is_of_all_data(self) -> bool:
@@ -93,25 +92,24 @@ class MeanLogJoint(LogJoint):
         return sum_with_gradient(self._parts, z)
 
     def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        for weight, (args, kwargs) in zip(self._weights, self._batches):
-            yield partial(self._weighted, weight, self.bound_to(args, kwargs))
-
-    @staticmethod
-    def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
-        return weight * LogJoint.__call__(part, z)
+        for weight, batch in zip(self._weights, self._batches):
+            yield partial(_weighted, weight, self.bound_to(*batch))
 
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:
         """The log density of draws, by a strategy that agrees with single runs on one mini-batch."""
-        part = LogJoint.__new__(LogJoint)
-        vars(part).update(vars(self.bound_to(*next(iter(self._batches)))))
+        part = self.bound_to(*next(iter(self._batches)))
         part.checked(z, log_q)
         self.strategy, self.obstacle = part.strategy, part.obstacle
         return self(z)
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        found = (LogJoint.nonfinite_sites(self.bound_to(*batch), z) for batch in self._batches)
+        found = (self.bound_to(*batch).nonfinite_sites(z) for batch in self._batches)
         return next(filter(None, found), [])
+
+
+def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
+    return weight * part(z)
 
 
 class AnchoredLogJoint(LogJoint):

@@ -42,11 +42,10 @@ class ManyPathsError(RuntimeError):
 
 
 class BranchError(BaseException):
-    """Ends a run of a model whose draws take different branches from here on; no model is to catch it."""
+    """Ends a run of a model whose draws take different branches from here on; no model is to catch it.
 
-    def __init__(self, values: Tensor) -> None:
-        super().__init__(values)
-        self.values = values  #: what the model asked for, of each draw
+    Its argument is what the model asked for, of each draw.
+    """
 
 
 def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = False) -> Terms:
@@ -56,9 +55,9 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
     :raises ManyPathsError: if there are so many paths that a loop is as fast.
     """
 
-    def one(row: Draws, size: None) -> Terms:
+    def one(row: Draws) -> Terms:
         with SingleDraw(next(iter(row.values())), has_copies):
-            return evaluate(row, size)
+            return evaluate(row, None)
 
     every = torch.arange(len(next(iter(draws.values()))), device="cpu")
     most_runs, state = max(_FEW_RUNS, len(every) // _DRAWS_OF_RUN), torch.get_rng_state()
@@ -69,9 +68,10 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
         part = draws if is_all else {name: value[rows] for name, value in draws.items()}
         torch.set_rng_state(state)  # the same random numbers of a model for all draws
         try:
-            terms: Terms = torch.vmap(one, in_dims=(0, None), randomness="same")(part, None)
+            terms: Terms = torch.vmap(one, randomness="same")(part)
         except BranchError as branch:
-            groups += [rows[branch.values == value] for value in branch.values.unique()]
+            (asked,) = branch.args
+            groups += [rows[asked == value] for value in asked.unique()]
         else:
             if is_all:
                 return terms

@@ -1,8 +1,22 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The location, the scale and the shape of a prior on the unconstrained space."""
+r"""The location, the scale and the shape of a prior on the unconstrained space.
 
+The shape is a family with location 0 and scale 1 as a function of a standard normal,
+
+.. math::
+
+    r = F^{-1}(\Phi(x))
+
+with the distribution function F. In x what the data leave open of a half-Cauchy scale, whose logarithm has
+long tails, is normal.
+
+**Reference**: Embedded-Model Flows (Silvestri, Fertig, Moore, Ambrogioni, 2022),
+https://arxiv.org/abs/2110.06021
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +24,90 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import AffineTransform, ExpTransform, TransformedDistribution
+from torch.nn.functional import softplus
+from torch.special import erfcx, ndtri
 
-from . import standard_families as families
-from .standard_families import StandardFamily
 from .traces import unwrapped
+
+# below this lambda a prior with a shape is taken to a normal one (benchmarks/coordinates.md)
+_SHAPED = 0.9
+
+
+class StandardFamily(NamedTuple):
+    """A family of distributions of one number.
+
+    :param lower: the quantile function in x at x of at most 0, given log Phi(x).
+    :param upper: the same at x of at least 0, given the logarithm of 1 - Phi(x); ``None`` for a symmetric
+        family.
+    :param tails: the probabilities of less and of more than r.
+    :param log_prob: the log density at r.
+    """
+
+    lower: Callable[[Tensor], Tensor]
+    upper: Callable[[Tensor], Tensor] | None
+    tails: Callable[[Tensor], tuple[Tensor, Tensor]]
+    log_prob: Callable[[Tensor], Tensor]
+
+    def from_normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """r and log dr/dx, each side by its own tail: the other one has lost its digits."""
+        is_low = x < 0
+        size = torch.where(is_low, -x, x)
+        tail = torch.log(0.5 * erfcx(math.sqrt(0.5) * size)) - 0.5 * size.square()
+        lower = self.lower(tail)
+        r = torch.where(is_low, lower, -lower if self.upper is None else self.upper(tail))
+        return r, normal_log_prob(x) - self.log_prob(r)
+
+    def to_normal(self, r: Tensor) -> Tensor:
+        """x at r, as far out as a probability has a number."""
+        less, more = self.tails(r)
+        least = torch.finfo(r.dtype).tiny
+        return torch.where(less < more, ndtri(less.clamp_min(least)), -ndtri(more.clamp_min(least)))
+
+
+def normal_log_prob(x: Tensor) -> Tensor:
+    """The log density of a standard normal number."""
+    return -0.5 * (x.square() + math.log(2 * math.pi))
+
+
+def _log_ratio(log_tail: Tensor, function: Callable[[Tensor], Tensor], slope: float) -> Tensor:
+    """log f(p) at a probability p, of a function with f(0) = 0 and that slope, if p has no number too."""
+    p = log_tail.exp()
+    is_small = p < 1e-9 if p.dtype == torch.float64 else p < 1e-5
+    return torch.where(
+        is_small, log_tail + math.log(slope), function(p.masked_fill(is_small, 0.1)).log()
+    )
+
+
+#: the logarithm of a half-Cauchy number
+HALF_CAUCHY = StandardFamily(
+    lambda tail: _log_ratio(tail, lambda p: torch.tan(0.5 * math.pi * p), 0.5 * math.pi),
+    None,
+    lambda r: (torch.atan(r.exp()) * (2 / math.pi), torch.atan((-r).exp()) * (2 / math.pi)),
+    lambda r: math.log(2 / math.pi) + r - softplus(2 * r),
+)
+#: the logarithm of the absolute value of a normal number
+HALF_NORMAL = StandardFamily(
+    lambda tail: _log_ratio(
+        tail, lambda p: math.sqrt(2) * torch.erfinv(p), math.sqrt(0.5 * math.pi)
+    ),
+    lambda tail: (-ndtri(0.5 * tail.exp().clamp_min(torch.finfo(tail.dtype).tiny))).log(),
+    lambda r: (torch.erf(math.sqrt(0.5) * r.exp()), torch.erfc(math.sqrt(0.5) * r.exp())),
+    lambda r: 0.5 * math.log(2 / math.pi) + r - 0.5 * (2 * r).exp(),
+)
+#: the logarithm of an exponential number
+EXPONENTIAL = StandardFamily(
+    lambda tail: _log_ratio(tail, lambda p: -torch.log1p(-p), 1.0),
+    lambda tail: (-tail).log(),
+    lambda r: (-torch.expm1(-r.exp()), (-r.exp()).exp()),
+    lambda r: r - r.exp(),
+)
+#: the logit of a uniform number
+LOGISTIC = StandardFamily(
+    lambda tail: tail - torch.log1p(-tail.exp()),
+    None,
+    lambda r: (r.sigmoid(), (-r).sigmoid()),
+    lambda r: r - 2 * softplus(r),
+)
 
 # on the real line, with the attributes loc and scale
 _WITH_LOCATION: tuple[Any, ...] = (
@@ -24,16 +118,15 @@ _WITH_LOCATION: tuple[Any, ...] = (
     dist.Logistic,
     dist.SoftLaplace,
 )
-# of positive numbers: their logarithm has a location, which is the logarithm of this scale
-_POSITIVE: dict[type, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
-    dist.HalfNormal: (lambda fn: fn.scale, families.HALF_NORMAL),
-    dist.HalfCauchy: (lambda fn: fn.scale, families.HALF_CAUCHY),
-    dist.Exponential: (lambda fn: fn.rate.reciprocal(), families.EXPONENTIAL),
-    dist.Gamma: (lambda fn: fn.rate.reciprocal(), None),
-    dist.InverseGamma: (lambda fn: fn.rate, None),
+# of bounded numbers: the location on the unconstrained space, where the scale is 1, and the shape
+_BOUNDED: dict[type, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
+    dist.HalfNormal: (lambda fn: fn.scale.log(), HALF_NORMAL),
+    dist.HalfCauchy: (lambda fn: fn.scale.log(), HALF_CAUCHY),
+    dist.Exponential: (lambda fn: fn.rate.reciprocal().log(), EXPONENTIAL),
+    dist.Gamma: (lambda fn: fn.rate.reciprocal().log(), None),
+    dist.InverseGamma: (lambda fn: fn.rate.log(), None),
+    dist.Uniform: (lambda fn: torch.zeros_like(fn.low), LOGISTIC),
 }
-# below it a prior with a shape is taken to a normal one (benchmarks/coordinates.md)
-_SHAPED = 0.9
 
 
 class PriorScale(NamedTuple):
@@ -55,12 +148,10 @@ class PriorScale(NamedTuple):
     def of(cls, fn: Any) -> "PriorScale | None":
         """That of a distribution; ``None`` where it is not a location-scale family."""
         fn = unwrapped(fn)
-        for kind, (scale, shape) in _POSITIVE.items():
+        for kind, (location, shape) in _BOUNDED.items():
             if isinstance(fn, kind):
-                loc = scale(fn).log()
+                loc = location(fn)
                 return cls(loc, torch.ones_like(loc), None, shape)
-        if isinstance(fn, dist.Uniform):
-            return cls(torch.zeros_like(fn.low), torch.ones_like(fn.low), None, families.LOGISTIC)
         found = cls._on_the_line(fn)
         if found is None and isinstance(fn, TransformedDistribution):
             return cls._of_transformed(fn)
@@ -70,9 +161,9 @@ class PriorScale(NamedTuple):
     def _on_the_line(cls, distribution: Any) -> "PriorScale | None":
         fn: Any = unwrapped(distribution)
         if isinstance(fn, dist.MultivariateNormal):
-            return cls(fn.loc, fn.scale_tril, families.normal_log_prob)
+            return cls(fn.loc, fn.scale_tril, normal_log_prob)
         if isinstance(fn, dist.Normal):
-            return cls(fn.loc, fn.scale, families.normal_log_prob)
+            return cls(fn.loc, fn.scale, normal_log_prob)
         for kind in _WITH_LOCATION:
             if isinstance(fn, kind):
                 given = {"df": fn.df} if kind is dist.StudentT else {}
@@ -106,20 +197,20 @@ class PriorScale(NamedTuple):
         zero: the density is that of the residual before both are added.
         """
         centered, is_shaped = self._gated(centered)
-        away, (powers, ladj), log_prob = x - centered * self.loc, self._powers(centered, unit), None
+        away, (powers, ladj) = x - centered * self.loc, self._powers(centered, unit)
         if is_shaped is not None and self.shape is not None:
             shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
             away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
         if self._is_matrix:
-            away = (powers @ away[..., None])[..., 0]
-            if self.log_prob is not None:
-                parts = torch.linalg.solve_triangular(self.scale, away[..., None], upper=False)
-                log_prob = self.log_prob(parts[..., 0]) - self.diagonal.log()
+            column = powers @ away[..., None]
+            residual = torch.linalg.solve_triangular(self.scale, column, upper=False)[..., 0]
+            away = column[..., 0]
         else:
-            if self.log_prob is not None:
-                log_prob = self.log_prob(away / (self.scale**centered * unit ** (1 - centered)))
-                log_prob = log_prob - self.scale.log()
+            residual = away / (self.scale**centered * unit ** (1 - centered))
             away = powers * away
+        if self.log_prob is None:
+            return self.loc + away, ladj.expand_as(away), None
+        log_prob = self.log_prob(residual) - self.diagonal.log()
         return self.loc + away, ladj.expand_as(away), log_prob
 
     def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,17 +89,14 @@ class Latents:
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
-        self.sites: dict[str, Site] = {}
-        self.event_dims: dict[str, int] = {}
-        self._sizes: list[int] = []
-        self.eps = 0.0  #: the relative round-off of the coarsest dtype
-        for site in sites:
-            self.sites[site.name], self.event_dims[site.name] = site, site.event_dim
-            self._sizes.append(site.size)
-            self.eps = max(self.eps, torch.finfo(site.dtype).eps)
+        self.sites = {site.name: site for site in sites}
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
+        self.event_dims = {name: site.event_dim for name, site in self.sites.items()}
+        self._sizes = [site.size for site in self.sites.values()]
         self.latent_dim = sum(self._sizes)
+        #: the relative round-off of the coarsest dtype
+        self.eps = max(torch.finfo(site.dtype).eps for site in self.sites.values())
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "Latents":
@@ -263,7 +260,7 @@ def check_continuous(site: Any) -> None:
 def bijection_onto(support: Any, name: str) -> Transform:
     """Pyro's bijection from the unconstrained space onto the support of a site of that name."""
     try:
-        bijection: Transform = biject_to(support)
+        return biject_to(support)
     except NotImplementedError as error:
         raise ValueError(
             f"site '{name}': expected a support with a bijection from the reals onto it "
@@ -271,7 +268,6 @@ def bijection_onto(support: Any, name: str) -> Transform:
             "scales and LKJCholesky, a mixture as a Categorical that is enumerated, a direction as a "
             "ProjectedNormal with ProjectedNormalReparam (pyro.infer.reparam)"
         ) from error
-    return bijection
 
 
 def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:

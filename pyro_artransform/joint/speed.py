@@ -52,16 +52,13 @@ def seconds_of_gradient(log_joint: LogJoint) -> float:
     # the draws take no random numbers of the caller
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         start = log_joint.start.detach()
-        z = start + _SPREAD * torch.randn_like(start.expand(_NUM_DRAWS, -1))
-        of_few = _seconds(log_joint, z[:_FEW_DRAWS]) * (_NUM_DRAWS // _FEW_DRAWS)
-        if of_few < _SLOW or log_joint.strategy == "loop":
-            return of_few
-        return _seconds(log_joint, z)
-
-
-def _seconds(log_joint: LogJoint, z: torch.Tensor) -> float:
-    began = time.perf_counter()
-    total = log_joint(z.requires_grad_()).sum()
-    if total.requires_grad:
-        torch.autograd.grad(total, z, allow_unused=True)
-    return time.perf_counter() - began
+        draws = start + _SPREAD * torch.randn_like(start.expand(_NUM_DRAWS, -1))
+        for count in (_FEW_DRAWS, _NUM_DRAWS):
+            z, began = draws[:count].requires_grad_(), time.perf_counter()
+            total = log_joint(z).sum()
+            if total.requires_grad:
+                torch.autograd.grad(total, z, allow_unused=True)
+            seconds = (time.perf_counter() - began) * (_NUM_DRAWS // count)
+            if seconds < _SLOW or log_joint.strategy == "loop":
+                break
+    return seconds

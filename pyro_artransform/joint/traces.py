@@ -99,14 +99,13 @@ class ModelStructure(NamedTuple):
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
         in_part = [node for node in latents if parts.intersection(node["cond_indep_stack"])]
         observed = [node for node in observed_nodes(trace) if not is_deterministic(node)]
-        data = observed or nodes
-        scale = _largest_scale(data) / _largest_scale(in_no_plate)
-        scales = torch.cat([torch.as_tensor(node["scale"]).double().flatten() for node in data])
+        scales = torch.cat([_scales(node) for node in observed or nodes])
+        largest = max((float(_scales(node).max()) for node in in_no_plate), default=1.0)
         return cls(
             shapes={node["name"]: tuple(node["value"].shape) for node in latents},
             global_latents=[node["name"] for node in in_no_plate],
             subsampled_latents=[node["name"] for node in in_part],
-            scale=scale,
+            scale=float(scales.max()) / largest,
             is_evenly_scaled=bool(((scales == scales.max()) | (scales == 1)).all()),
             num_values=count_values(trace),
             has_data=bool(observed),
@@ -129,30 +128,30 @@ def in_shape_of_site(draws: Tensor, shape: torch.Size) -> Tensor:
 
 def count_values(trace: poutine.Trace) -> int:
     """How many values or log-densities the sites of a trace have, data included."""
-    count = 0
-    for node in (*latent_nodes(trace), *observed_nodes(trace)):
-        count += max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
-    return count
+    return sum(
+        max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
+        for node in (*latent_nodes(trace), *observed_nodes(trace))
+    )
 
 
-def _largest_scale(nodes: list[Any]) -> float:
-    return max((float(torch.as_tensor(node["scale"]).max()) for node in nodes), default=1.0)
+def _scales(node: Any) -> Tensor:
+    return torch.as_tensor(node["scale"]).double().flatten()
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:
     """How many dimensions the plates of traces take, counted from the right."""
-    nesting = 0
-    for trace in traces:
-        for node in trace.nodes.values():
-            for frame in node.get("cond_indep_stack", ()):
-                nesting = max(nesting, -(frame.dim or 0))
-    return nesting
+    return max((-(f.dim or 0) for trace in traces for f in _all_frames(trace)), default=0)
 
 
 def plate_frames(trace: poutine.Trace) -> dict[str, CondIndepStackFrame]:
     """The plates of a trace by name; of one that is a loop the frame of its last element."""
+    return {frame.name: frame for frame in _all_frames(trace)}
+
+
+def _all_frames(trace: poutine.Trace) -> list[CondIndepStackFrame]:
+    """The frames of the plates around each site, site by site."""
     stacks = (node.get("cond_indep_stack", ()) for node in trace.nodes.values())
-    return {frame.name: frame for frames in stacks for frame in frames}
+    return [frame for frames in stacks for frame in frames]
 
 
 def subsampling_scale(frame: CondIndepStackFrame) -> float:
@@ -162,11 +161,7 @@ def subsampling_scale(frame: CondIndepStackFrame) -> float:
 
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     """The frames of the plates of a trace that hold a part of their elements only, once a site."""
-    found = []
-    for node in trace.nodes.values():
-        frames = node.get("cond_indep_stack", ())
-        found += [frame for frame in frames if frame.full_size not in (None, frame.size)]
-    return found
+    return [f for f in _all_frames(trace) if f.full_size not in (None, f.size)]
 
 
 def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:

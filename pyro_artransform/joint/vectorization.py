@@ -96,9 +96,8 @@ def evaluate_many(
 
 def draws_at_a_time(num_values: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """How many draws fit into memory, by the values of a run and the entries of its arguments."""
-    for argument in (*args, *kwargs.values()):
-        num_values = max(num_values, argument.numel() if isinstance(argument, Tensor) else 1)
-    return max(_MAX_VALUES // num_values, 1)
+    sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return max(_MAX_VALUES // max(num_values, *sizes, 1), 1)
 
 
 def stack(rows: list[Terms]) -> Terms:
@@ -169,11 +168,11 @@ class DrawPlate(NamedTuple):
     size: int | None  #: the number of draws, or ``None`` for a single draw, without this plate
     num_plates: int  #: the number of dimensions that the plates of the model take
 
-    def place(self, values: Draws, event_dims: Mapping[str, int]) -> Draws:
+    def place(self, values: Draws, event_dims: Mapping[str, int]) -> Terms:
         """Values of shape ``(n,) + site shape`` with the draws to the left of all plates."""
+        placed = dict(values)
         if self.size is None:
-            return values
-        placed = {}
+            return placed
         for name, value in values.items():
             padding = (1,) * (self.num_plates + 1 + event_dims[name] - value.dim())
             placed[name] = value.reshape(value.shape[:1] + padding + value.shape[1:])

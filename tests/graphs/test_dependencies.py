@@ -16,12 +16,6 @@ def found(log_joint):
     return find_dependencies(log_joint, log_joint.latents.eps)
 
 
-def chain(length=30):
-    z = pyro.sample("z0", dist.Normal(0.0, 1.0))
-    for t in range(1, length):
-        z = pyro.sample(f"z{t}", dist.Normal(0.9 * z, 0.1))
-
-
 def vector_chain():
     z = pyro.sample("z", dist.Normal(torch.zeros(30), 10.0).to_event(1))
     pyro.factor("steps", -0.5 * (z[..., 1:] - z[..., :-1]).square().sum(-1) / 0.01)
@@ -52,22 +46,13 @@ def mixture(y):
         pyro.sample("y", dist.Normal(locs[..., kind], 1.0), obs=y)
 
 
-def one_at_a_time():
-    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    if float(x.detach().sum()) > 1e9:
-        raise ValueError("never")
-    pyro.sample("y", dist.Normal(x[..., 0], 1.0))
-
-
 def edges(model, *args):
     log_joint = LogJoint(model, args)
     return {(i, j) for i, own in enumerate(found(log_joint).neighbours) for j in own if i < j}
 
 
-STEPS = {(i, i + 1) for i in range(29)}
 CASES = {
-    "chain of sites": (chain, (), STEPS),
-    "chain in a vector": (vector_chain, (), STEPS),
+    "chain": (vector_chain, (), {(i, i + 1) for i in range(29)}),
     "hierarchy": (
         hierarchy,
         (torch.randn(5),),
@@ -79,7 +64,6 @@ CASES = {
         {(i, 3 + j) for i in range(3) for j in range(4)},
     ),
     "enumerated": (mixture, (torch.randn(6),), {(0, 1)}),
-    "one draw at a time": (one_at_a_time, (), {(0, 3)}),
 }
 
 
@@ -105,8 +89,10 @@ def test_second_derivatives_of_a_gaussian_and_no_random_numbers_taken():
     state = torch.get_rng_state()
     graph = found(log_joint)
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.allclose(graph.second, torch.full((29,), 100.0))
-    assert torch.allclose(graph.curvature[1:-1], torch.full((28,), -200.01))
+    rows, columns = graph.pairs
+    assert torch.allclose(graph.second[rows < columns], torch.full((29,), 100.0))
+    is_inner = (rows == columns) & (rows > 0) & (rows < 29)
+    assert torch.allclose(graph.second[is_inner], torch.full((28,), -200.01))
 
 
 def switched(y):
@@ -250,7 +236,7 @@ def test_elements_that_move_at_once_give_the_same_graph(model, is_quick, monkeyp
     counts.append(0)
     at_once = find_dependencies(log_joint, log_joint.latents.eps, elements)
     assert at_once.neighbours == one_by_one.neighbours
-    assert torch.equal(at_once.rows, one_by_one.rows)
+    assert set(map(tuple, at_once.pairs.T.tolist())) == set(map(tuple, one_by_one.pairs.T.tolist()))
     # all but the rest and one element, and as many halves of elements
     saved = (log_joint.latents.latent_dim * 39 // 40 if is_quick else 0) - 22
     assert counts[0] - counts[1] >= saved - 10

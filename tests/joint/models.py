@@ -6,8 +6,6 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer import config_enumerate
-from pyro.ops.indexing import Vindex
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
@@ -74,27 +72,6 @@ def mixed_dtypes():
     pyro.sample("double", dist.HalfNormal(torch.tensor(1.0, dtype=torch.float64)))
 
 
-def matrix_product():
-    """Its matrix-vector product cannot take draws on the left."""
-    x = torch.linspace(-1.0, 1.0, 10).reshape(5, 2)
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=data())
-
-
-def ordinal():
-    """An index of groups takes no draws on the left, and the likelihood writes into zeros."""
-    rows = dist.Normal(0.0, 2.0).expand([3]).to_event(1)
-    ordered = dist.TransformedDistribution(rows, dist.transforms.OrderedTransform())
-    cutpoints = pyro.sample("cutpoints", ordered)
-    with pyro.plate("groups", 2):
-        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
-    predictor = effect[torch.tensor([0, 1, 1, 0, 1])]
-    with pyro.plate("data", 5):
-        distribution = dist.OrderedLogistic(predictor, cutpoints)
-        pyro.sample("y", distribution, obs=torch.tensor([0, 2, 3, 1, 1]))
-
-
 def accumulated():
     """Its mean is a sum in place, on a number that depends on no draw; then a diagonal."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -124,29 +101,6 @@ def python_number():
     """Another number for each draw, without a gradient."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(z, 1 + float(z.detach()) ** 2), obs=torch.tensor(0.3))
-
-
-@config_enumerate
-def chain():
-    """A hidden Markov chain of two states from the first one, and two sequences of data."""
-    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
-    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    state = torch.tensor(0)
-    with pyro.plate("sequences", 2):
-        for t in pyro.markov(range(5)):
-            distribution = dist.Categorical(Vindex(rows)[..., state, :])
-            state = pyro.sample(f"state_{t}", distribution)
-            emitted = dist.Normal(Vindex(locs)[..., state], 1.0)
-            pyro.sample(f"y_{t}", emitted, obs=torch.stack([data()[t], -data()[t]]))
-
-
-def marginal_chain():
-    rows = pyro.sample("rows", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
-    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    start = torch.tensor([0.0, -torch.inf])
-    for name, sign in (("first", 1), ("second", -1)):
-        distribution = dist.DiscreteHMM(start, rows.log(), dist.Normal(locs, 1.0))
-        pyro.sample(name, distribution, obs=sign * data())
 
 
 SIZE, Y = 7, torch.linspace(-1.0, 2.0, 7)

@@ -130,15 +130,6 @@ def by_loop():
 
 
 @config_enumerate
-def mixture():
-    scale = pyro.sample("scale", dist.HalfNormal(1.0))
-    z = pyro.sample("z", dist.Normal(0.0, scale))
-    with pyro.plate("data", 4):
-        k = pyro.sample("k", dist.Bernoulli(0.3))
-        pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.arange(4.0))
-
-
-@config_enumerate
 def kinds_before_locations():
     """Does not broadcast, and the map of its latents comes by a discrete one."""
     probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
@@ -149,7 +140,7 @@ def kinds_before_locations():
     pyro.sample("y", dist.Normal(z[k], 1.0), obs=torch.tensor(0.3))
 
 
-@pytest.mark.parametrize("model", [by_index, by_loop, mixture, kinds_before_locations])
+@pytest.mark.parametrize("model", [by_index, by_loop, kinds_before_locations])
 def test_many_draws_are_evaluated_as_single_ones(model):
     log_joint = LogJoint(model)
     density = in_coordinates(log_joint, torch.tensor(0.3))

@@ -18,7 +18,6 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.enumeration import _elimination
-from tests.joint.enumerated_models import MODELS
 
 # those of Pyro's tutorials and examples, as benchmarks/vectorization.md has them, on fewer data
 SMALL = {
@@ -30,6 +29,20 @@ NAMES = (
     *("gmm", "hmm_0", "hmm_1", "hmm_2", "hmm_3", "hmm_4", "cjs_1", "cjs_2", "cjs_3", "cjs_4"),
     *("cjs_5", "experts", "dawid_skene", "hierarchical", "mace", "lda"),
 )
+
+
+@config_enumerate
+def changepoint():
+    """Rates of counts before and after an unknown year, all at once in the one site of data."""
+    early, late = (
+        pyro.sample("early", dist.Exponential(1.0)),
+        pyro.sample("late", dist.Exponential(1.0)),
+    )
+    year = pyro.sample("year", dist.Categorical(torch.ones(8)))
+    with pyro.plate("years", 8) as t:
+        rates = torch.stack([early, late])
+        is_late = (t >= year).long()
+        pyro.sample("y", dist.Poisson(rates[is_late]), obs=torch.tensor([4.0, 5, 4, 1, 0, 1, 2, 0]))
 
 
 @pytest.fixture
@@ -44,11 +57,11 @@ def examples(monkeypatch):
         sys.modules.pop(name)
 
 
-@pytest.fixture(params=[*MODELS, *NAMES])
+@pytest.fixture(params=["changepoint", *NAMES])
 def enumerated(request, examples):
     """The name of a model, and the model with its arguments."""
-    if request.param in MODELS:
-        return request.param, MODELS[request.param]
+    if request.param == "changepoint":
+        return request.param, changepoint
     model, args = examples.subject(request.param)
     return request.param, partial(model, *args)
 

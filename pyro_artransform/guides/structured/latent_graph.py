@@ -140,12 +140,11 @@ def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> lis
     """Pairs of a coordinate and a parent beyond its ``most`` strongest, by partial correlations."""
     if max(map(len, full.parents), default=0) <= most:
         return []
-    pattern = PrecisionPattern(full, found.curvature.device)
-    every = torch.arange(len(found.curvature), device=found.curvature.device)
-    rows, columns = torch.cat([found.rows, every]), torch.cat([found.columns, every])
-    entries = torch.cat([-found.second, found.curvature.abs()])
+    pattern, (rows, columns) = PrecisionPattern(full, found.second.device), found.pairs
+    entries = torch.where(rows == columns, found.second.abs(), -found.second)
     precision = pattern.from_pairs(rows, columns, entries)
-    gaussian = SparseGaussian.from_precision(pattern, torch.zeros_like(found.curvature), precision)
+    loc = found.second.new_zeros(len(full.parents))
+    gaussian = SparseGaussian.from_precision(pattern, loc, precision)
     coefficients, _ = gaussian.given(full.parents)
     pairs = []
     for i, own in enumerate(full.parents):

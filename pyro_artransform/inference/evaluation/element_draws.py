@@ -16,8 +16,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.element_terms import Frames, score_by_element, sum_by_element, unknown_terms
 from ...joint.handlers import SiteLogProbs, hidden_sites
+from ...joint.posteriors import Frames, score_by_element, sum_by_element, unknown_terms
 from ...joint.traces import (
     latent_nodes,
     plate_nesting,
