@@ -33,24 +33,22 @@ _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
 
 
 class MissedModes(NamedTuple):
-    """What was found outside of a guide.
+    """What was found outside of a guide."""
 
-    :param log_evidence: the log evidence by all strata, ``nan`` without draws that can be used.
-    :param lost_mass: the share of the posterior in modes without draws of the guide, 0 if too small to
-        matter; ``num_lost`` is how many there are.
-    :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, in a few mini-
-        "batches", or "none".
-    :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
-    :param tail: of chains, the latent with a tail that they do not enter, and the mass there.
-    """
-
-    log_evidence: float = math.nan
+    log_evidence: float = math.nan  #: by all strata, ``nan`` without draws that can be used
     log_evidence_se: float = math.nan
+    #: the share of the posterior in modes without draws of the guide, 0 if too small to matter
     lost_mass: float = 0.0
-    num_lost: int = 0
+    num_lost: int = 0  #: how many these modes are
+    #: how they were searched for: by "curvature", "gradients" alone, in a few mini-"batches", or "none"
     searched_by: str = "curvature"
+    #: nats by which the guide's own evidence counts several turns of angles
     excess_by_turns: float = 0.0
-    tail: tuple[int, float] | None = None
+    #: of chains, the latent with a tail that they do not enter, and the mass there
+    tail: tuple[str, float] | None = None
+
+
+NOT_SEARCHED = MissedModes(searched_by="none")
 
 
 def find_missed_modes(
@@ -80,7 +78,7 @@ def find_missed_modes(
         heaviest = draws[weights.topk(min(_NUM_HEAVIEST, len(draws))).indices]
     draws = draws[is_usable]
     if len(draws) < 2:
-        return MissedModes(searched_by="none")
+        return NOT_SEARCHED
     is_circular = find_circular(log_density, draws)
     draws, excess = fold(draws, is_circular)
     log_evidence -= excess
@@ -96,7 +94,8 @@ def find_missed_modes(
         lost, count = 0.0, 0
     tail = None
     if ess is not None and not (count or math.isnan(found.log_evidence)):
-        tail = found.missed_tail(draws, ess, log_evidence)
+        at = found.missed_tail(draws, ess, log_evidence)
+        tail = None if at is None else (log_density.latents.name_of(at[0]), at[1])
     searched_by = "batches" if of_few else searched_by
     around_all = found.log_evidence, found.log_evidence_se
     return MissedModes(*around_all, lost, count, searched_by, excess, tail)

@@ -73,7 +73,7 @@ class ModeSearch:
         points = around.loc + around.deviations(sds[:, None] * noise)[0]
         # by how much it exceeds the Gaussian's
         excess = evaluate_density(self.log_density, points)
-        excess = excess + 0.5 * squared_distances(around, points)
+        excess = excess + 0.5 * squared_distances(around, points)[0]
         best = excess.reshape(len(_SHELLS), each).topk(_OF_SHELL).indices
         by_shell = points.reshape(len(_SHELLS), each, -1)
         chosen = by_shell.gather(1, best[:, :, None].expand(-1, -1, points.shape[-1]))
@@ -99,13 +99,8 @@ class ModeSearch:
         """The distinct ends of climbs from points of finite density, the highest first, and their heights."""
         points = points[evaluate_density(self.log_density, points).isfinite()]
         gaussian, kept = self.around.gaussian, list[int]()
-        given = (
-            self.log_density,
-            points,
-            gaussian.scale_tril[0],
-            self.config.evaluation.max_climb_steps,
-        )
-        ends, values = climb_by_gradients(*given)
+        most = self.config.evaluation.max_climb_steps
+        ends, values = climb_by_gradients(self.log_density, points, gaussian.scale_tril[0], most)
         units = gaussian.units(ends[None])[0]
         for i in values.argsort(descending=True).tolist():
             is_new = ((units[kept] - units[i]).abs().amax(-1) > _SAME_END).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_artransform.diagnostics import Importance
-from pyro_artransform.inference.evaluation.missed_modes import MissedModes
+from pyro_artransform.inference.evaluation.missed_modes import NOT_SEARCHED, MissedModes
 from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 
 NOTHING = MissedModes(0.0, 0.001, 0.0, 0)
@@ -92,7 +92,8 @@ TRUSTED = {
 def test_a_verdict_is_one_sentence_that_says_why(case):
     log_weights, missed, status, words = {**NOT_TRUSTED, **TRUSTED}[case]
     found = Importance.from_log_weights(log_weights())
-    verdict = judge(found, missed, FitStatus(**{"remedy": "draws=1000", **status}))
+    how = FitStatus(**{"remedy": "draws=1000", **status})
+    verdict = judge(how, found, missed or NOT_SEARCHED)
     assert verdict.trusted == (case in TRUSTED)
     assert verdict.words.startswith("Trusted: " if verdict.trusted else "Not trusted: ")
     assert verdict.words.endswith(".")
