@@ -101,7 +101,7 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
         groups["predictions" if of_new else "posterior"].update(computed)
     if likelihood.observed:
         groups["posterior_predictive"] = drawn(SimulatedData()(run), likelihood.observed)
-        if not likelihood.undrawn(draws):
+        if likelihood.latents.keys() <= draws.keys():
             groups["log_likelihood"] = likelihood(draws)
     data = {
         name: {k: v.unflatten(0, (num_chains, -1)).numpy(force=True) for k, v in group.items()}

@@ -118,10 +118,12 @@ class ModeSearch:
                 torch.cat([modes.value, before.value]),
                 torch.cat([modes.converged, before.converged]),
             )
-        order = modes.log_masses().argsort(descending=True).tolist()
-        each, kept = [modes.gaussians.take([k]) for k in range(len(order))], list[int]()
-        for i in order:
-            if len(kept) < _MOST_MODES and not any(self._are_same(each[i], each[k]) for k in kept):
+        # each is within the other: a spike inside of a wide mode is another one
+        loc, kept = modes.gaussians.loc, list[int]()
+        distances = squared_distances(modes.gaussians, loc, self.around.is_circular)
+        is_same = torch.maximum(distances, distances.T) <= min(loc.shape[-1], _DIFFERENT)
+        for i in modes.log_masses().argsort(descending=True).tolist():
+            if len(kept) < _MOST_MODES and not bool(is_same[i, kept].any()):
                 kept.append(i)
         return modes.take(kept)
 
@@ -132,12 +134,6 @@ class ModeSearch:
         axes, scales, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, own, upper=False))
         root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
         return Gaussians(loc, torch.where(modes.converged[:, None, None], own, lower_factor(root)))
-
-    def _are_same(self, one: Gaussians, other: Gaussians) -> bool:
-        """Whether each mode is within the other: a spike inside of a wide mode is another one."""
-        least, is_circular = min(one.loc.shape[-1], _DIFFERENT), self.around.is_circular
-        there, back = (one, other.loc, is_circular), (other, one.loc, is_circular)
-        return max(squared_distances(*there).item(), squared_distances(*back).item()) <= least
 
     def around_modes(self, modes: Modes) -> list[Stratum]:
         """Draws around each of S modes."""
@@ -170,9 +166,7 @@ class ModeSearch:
                 found.append((end + width * away, end + width * center, width))
         for moved, loc, width in found:
             log_q = base - log_evidence - draws.shape[-1] * math.log(width)
-            shape = Shape(
-                Gaussians(loc, width * gaussian.scale_tril), False, self.around.is_circular
-            )
+            shape = self.around._replace(gaussian=Gaussians(loc, width * gaussian.scale_tril))
             strata.append(Stratum(moved, evaluate_density(self.log_density, moved) - log_q, shape))
         return strata
 
