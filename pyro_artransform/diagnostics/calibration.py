@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributions import Binomial
 
 from ..arguments import check_integer
+from ..joint.density import Args, Kwargs
 from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site, is_deterministic
-
-Values = dict[str, Tensor]
+from .importance_weights import Values
 
 _MAX_POINTS = 100  # at which the distribution functions of ranks are compared
 _ABOVE_TIES = 1 + 1e-9  # so that ties are as far out as the worst point, despite round-off
@@ -206,11 +206,7 @@ def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> se
 
 @torch.no_grad()
 def _draws_of(
-    posterior: object,
-    num_draws: int,
-    truth: Values,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
+    posterior: object, num_draws: int, truth: Values, args: Args, kwargs: Kwargs
 ) -> Mapping[str, Tensor]:
     if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)

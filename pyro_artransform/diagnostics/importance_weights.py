@@ -4,7 +4,7 @@
 """Draws of a guide with their importance weights, the model's density over the guide's."""
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
+from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
@@ -43,12 +44,12 @@ def log_weights(
     model: Model,
     guide: Model,
     num_samples: int,
-    args: tuple[object, ...] = (),
-    kwargs: Mapping[str, object] | None = None,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
     log_joint: LogJoint | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws ``(n, latent_dim)`` of a guide on the unconstrained space, and their log weights ``(n,)``."""
-    chunks = list(weighted_draws(model, guide, num_samples, args, kwargs, log_joint))
+    chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
     if len(latents) < len(chunks):
         raise ValueError("guide: expected neither discrete sites nor latents of a minibatch")
@@ -57,12 +58,7 @@ def log_weights(
 
 @torch.no_grad()
 def weighted_draws(
-    model: Model,
-    guide: Model,
-    num_samples: int,
-    args: tuple[object, ...] = (),
-    kwargs: Mapping[str, object] | None = None,
-    log_joint: LogJoint | None = None,
+    model: Model, guide: Model, n: int, args: Args, kwargs: Kwargs, log_joint: LogJoint | None
 ) -> Iterator[Weighted]:
     """Draws of a guide with their weights, a chunk at a time; discrete sites are allowed.
 
@@ -70,7 +66,6 @@ def weighted_draws(
     is traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
     there, despite its trace: its log weights are ``-inf``.
     """
-    kwargs = dict(kwargs or {})
     offered: object = guide
     run_model, run_guide = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
     if isinstance(offered, ReparametrizedGuide):
@@ -86,8 +81,8 @@ def weighted_draws(
         draw = _drawer(run_model, run_guide, log_joint)
     is_slow = log_joint is not None and log_joint.strategy == "loop"
     chunk = _SMALL_CHUNK if is_slow or has_limit() else _CHUNK
-    for start in range(0, num_samples, chunk):
-        yield draw(min(chunk, num_samples - start))
+    for start in range(0, n, chunk):
+        yield draw(min(chunk, n - start))
 
 
 class ModelAndGuide(NamedTuple):
@@ -95,14 +90,12 @@ class ModelAndGuide(NamedTuple):
 
     model: Model
     guide: Model
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
+    args: Args
+    kwargs: Kwargs
     log_joint: LogJoint
 
     @classmethod
-    def of(
-        cls, model: Model, guide: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> "ModelAndGuide":
+    def of(cls, model: Model, guide: Model, args: Args, kwargs: Kwargs) -> "ModelAndGuide":
         """With the density in the coordinates of the guide's draws, after a run of the guide.
 
         By that the guide learns the latents of its model, and enters its parameters into Pyro's store.

@@ -10,6 +10,7 @@ tail's index says: a mean needs a second moment, a standard deviation a fourth o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -307,8 +308,7 @@ def critical_value(num_statements: int, num_chains: int, confidence: float) -> f
     By the expansion of Student's quantile (Abramowitz and Stegun, 26.7.5), whose degrees of freedom
     are the chains less two: fewer than those of all their draws.
     """
-    tail = (1 - confidence) / (2 * num_statements)
-    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))
+    z = -NormalDist().inv_cdf((1 - confidence) / (2 * num_statements))
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

@@ -34,7 +34,7 @@ from .mixture import Shape
 from .verdict import ELSEWHERE
 
 _CHUNK, _SMALL_CHUNK = 1000, 100
-_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
+MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 _NUM_STEPS = 26  # of a climb
 _SETTLED = 1e-4  # nats below which none of a row of points has gained
 _SHELLS = (3.0, 10.0, 30.0)  # where points are far outside, in sds
@@ -125,8 +125,6 @@ def weigh_each(
     """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
 
     None where the weights of all together are good, so that those of each are.
-
-    :param model: with its arguments.
     """
     count, log_joint = config.evaluation.num_samples, posteriors.log_joint
     chunk = min(count, _SMALL_CHUNK if has_limit() else _CHUNK)
@@ -168,7 +166,7 @@ def _draw(posteriors: Posteriors, count: int, chunk: int) -> tuple[Tensor, Tenso
         z, of_each, rest = posteriors.log_weights(min(chunk, count - start))
         weights.append(of_each)
         rests.append(rest)
-        if sum(each.numel() for each in latents) < _MOST_VALUES:
+        if sum(each.numel() for each in latents) < MOST_VALUES:
             latents.append(z)
     return torch.cat(weights), torch.cat(rests), torch.cat(latents)
 
@@ -186,10 +184,7 @@ def _fault_of(found: Importance) -> str:
 
 
 class EachSearch:
-    """A search for modes of E posteriors of d latents each.
-
-    :param draws: draws of the guide, shape ``(m, latent_dim)``.
-    """
+    """A search for modes of E posteriors of d latents each, by draws ``(m, latent_dim)`` of a guide."""
 
     def __init__(self, posteriors: Posteriors, draws: Tensor) -> None:
         self.posteriors = posteriors
@@ -209,8 +204,8 @@ class EachSearch:
         lost = torch.zeros_like(log_evidence)
         points = self._points(model, config.initialization.num_points)
         modes, is_maximum = self._climbed(points)
-        rows = torch.arange(len(is_maximum)).split(len(lost))
-        for row in limited(rows):
+        for k in limited(range(len(points))):
+            row = slice(k * len(lost), (k + 1) * len(lost))
             mass, of_draws = self._mass_at(modes.take(row), config.evaluation.num_for_mode)
             share = (mass - log_evidence).sigmoid()
             is_lost = is_maximum[row] & (of_draws < MIN_SHARE * share)

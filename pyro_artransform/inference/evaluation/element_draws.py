@@ -56,9 +56,10 @@ def _plate_of_elements(model: poutine.Trace) -> str:
         raise UnknownWeightsError(
             f"mini-batches are not known to be the elements of one plate, but {got}"
         )
-    if not any(frame.name == names[0] for frames in latents for frame in frames):
+    found = [frame for frames in latents for frame in frames if frame.name == names[0]]
+    if not found:
         raise UnknownWeightsError(f"there are no latents in plate '{names[0]}'")
-    if any(frame.name == names[0] and frame.dim is None for frames in latents for frame in frames):
+    if any(frame.dim is None for frame in found):
         raise UnknownWeightsError(f"plate '{names[0]}' is a loop")
     return names[0]
 

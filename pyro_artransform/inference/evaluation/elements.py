@@ -29,6 +29,7 @@ each batch, makes them all.
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -100,9 +101,7 @@ class Elements:
 
 def _largest_error(count: int) -> float:
     """The median of the largest of so many standard normal errors."""
-    return float(
-        torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64, device="cpu") ** (1 / count))
-    )
+    return NormalDist().inv_cdf(0.5 ** (1 / count))
 
 
 class ElementWeights(NamedTuple):
@@ -115,10 +114,7 @@ class ElementWeights(NamedTuple):
     num_inner: int  #: how many draws of each element there were for each of these
 
     def objection(self, remedy: str) -> str:
-        """To the guide, with the worst element named; empty where all is trusted.
-
-        :param remedy: what to use where the guide is not the posterior, if that is known.
-        """
+        """To the guide, with the worst element named and a remedy, if known; empty where all is trusted."""
         elements, bad = self.elements, (~self.elements.trusted).nonzero().flatten()
         if len(bad):
             worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))

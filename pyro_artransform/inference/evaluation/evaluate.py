@@ -23,29 +23,25 @@ from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, say, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
-from .each_posterior import EachPosterior, weigh_each
+from .each_posterior import MOST_VALUES, EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
 from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, find_missed_modes
 from .verdict import FitStatus, Verdict, about_chains, about_minibatches, about_some, judge
 
-_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 _UNCLEAR_KHAT_IN_SE = 2.0
 
 
 def draw(
     subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The log weights of a verdict's draws, more where k-hat is not known well enough, and the first latents.
-
-    These, ``(m, latent_dim)``, are in the coordinates of the log joint density.
-    """
+    """The log weights of draws, more where k-hat is hardly known, and the first latents ``(m, D)``."""
     # the weights of mini-batches are noise, and draws for them come one at a time
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, parts = list[Tensor](), list[Tensor]()
     for chunk in limited(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
-        if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
+        if chunk.latent is not None and sum(each.numel() for each in latents) < MOST_VALUES:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
     if not is_noisy and more >= count:
@@ -86,10 +82,7 @@ class Evaluation(NamedTuple):
     elements: Elements | EachPosterior | None = None
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
-        """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known.
-
-        :param chains: the ``Chains`` that the verdict is on, if there are some.
-        """
+        """The fields of a ``FitResult`` about the posterior, or ``Chains`` of it; ``nan`` where not known."""
         words = self.verdict.words + marginals.words
         if chains is not None:
             words = f"{chains.verdict} Of the guide itself: {words}"

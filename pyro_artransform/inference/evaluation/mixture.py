@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from ..initialization.gaussians import Density, Gaussians, evaluate_density
-from .angles import wrapped
 
 # the share of the draws in each tail that is looked at, and by how many standard errors there must be more
 _TAIL, _NUM_SES = 0.005, 4.0
@@ -149,10 +148,7 @@ class Mixture(NamedTuple):
 
 
 def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:
-    """Log weights of all draws, of the model over all strata together; their sum is the evidence.
-
-    :param by_stratum: the log density of each stratum at all draws.
-    """
+    """Log weights of all draws, of the model over the densities of all strata: their sum is the evidence."""
     sizes = [len(s.draws) for s in strata]
     own = torch.cat([log_q.split(sizes)[k] for k, log_q in enumerate(by_stratum)])
     of_all = (by_stratum + by_stratum.new_tensor(sizes).log()[:, None]).logsumexp(0)
@@ -170,3 +166,8 @@ def squared_distances(
     if is_circular is not None:
         away = torch.where(is_circular, wrapped(away), away)
     return gaussian.units(away).square().sum(-1)
+
+
+def wrapped(angles: Tensor) -> Tensor:
+    """Angles less whole turns, from -pi to pi."""
+    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi

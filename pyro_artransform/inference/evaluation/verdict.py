@@ -89,10 +89,7 @@ def judge(
             "gradient was not finite: result.culprits has the sites. Use tighter priors, or supports "
             "that keep scales away from zero"
         )
-    if status.coarse:
-        objections.append(_about_coarse_sites(status.coarse))
-    if status.left_out:
-        objections.append(_about_time(status.left_out))
+    objections += _about_draws(status)
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
@@ -125,18 +122,16 @@ def judge(
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
-def _about_time(left_out: Sequence[str]) -> str:
-    """The objection to a verdict that had to end early."""
-    return f"there was no time for {' and '.join(left_out)}: let it run for longer"
-
-
-def _about_coarse_sites(names: Sequence[str]) -> str:
-    """The objection to draws that are rounded to a few values."""
-    return (
-        f"the posterior of site {first_of(names)} is about as narrow as the spacing of "
-        "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
-        "the site on the scale of its posterior"
-    )
+def _about_draws(status: FitStatus) -> Iterator[str]:
+    """Objections to draws that are rounded to a few values, and to a verdict that had to end early."""
+    if status.coarse:
+        yield (
+            f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
+            "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
+            "the site on the scale of its posterior"
+        )
+    if status.left_out:
+        yield f"there was no time for {' and '.join(status.left_out)}: let it run for longer"
 
 
 def about_some(words: str, remedy: str) -> str:
@@ -214,10 +209,7 @@ def about_chains(missed: MissedModes, status: FitStatus) -> Iterator[str]:
             f"chains miss a tail of {name}: {100 * mass:.1f} % of the posterior is beyond all but 0.5 % of "
             "the draws. Train the guide for longer, or use one with coordinates from the prior"
         )
-    if status.left_out:
-        yield _about_time(status.left_out)
-    if status.coarse:
-        yield _about_coarse_sites(status.coarse)
+    yield from _about_draws(status)
 
 
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
