@@ -77,12 +77,14 @@ def weighted_draws(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             check_same_latents(log_joint, run_guide)
         draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
+        is_point = False
     else:
-        draw = _drawer(run_model, run_guide, log_joint)
+        draw, is_point = _drawer(run_model, run_guide, log_joint)
     is_slow = log_joint is not None and log_joint.strategy == "loop"
     chunk = _SMALL_CHUNK if is_slow or has_limit() else _CHUNK
     for start in range(0, n, chunk):
-        yield draw(min(chunk, n - start))
+        drawn = draw(min(chunk, n - start))
+        yield drawn._replace(log_weights=drawn.log_weights - torch.inf) if is_point else drawn
 
 
 class ModelAndGuide(NamedTuple):
@@ -139,8 +141,8 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
     return Weighted(latent, log_joint.latents.constrain(unconstrained), log_weights)
 
 
-def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
-    """A function of n that makes n weighted draws of a guide that does not give its density."""
+def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer, bool]:
+    """A function of n that makes n draws of a guide without a density of its own; if it is a point."""
     trace = _trace(guide)
     check_data(trace)
     is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
@@ -158,12 +160,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
         values = guide_draws(_NUM_COMPARED)[0]
         # the only entry of a simplex is not a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
-    return partial(_draw_point, draw) if has_point(values) else draw
-
-
-def _draw_point(draw: Drawer, n: int) -> Weighted:
-    drawn = draw(n)
-    return drawn._replace(log_weights=drawn.log_weights - torch.inf)
+    return draw, has_point(values)
 
 
 def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:
