@@ -95,7 +95,7 @@ def target_of(name: str) -> Target:
 
 def measured(target: Target, guide: Any) -> tuple[Importance, float]:
     """The weights of many draws of a guide, and the mass of the modes without any."""
-    chunks = list(weighted_draws(target.model, guide, NUM_DRAWS))
+    chunks = list(weighted_draws(target.model, guide, NUM_DRAWS, (), {}, None))
     values = {name: torch.cat([c.values[name] for c in chunks]) for name in chunks[0].values}
     weights = Importance.from_log_weights(torch.cat([c.log_weights for c in chunks]))
     return weights, target.lost_mass(values)

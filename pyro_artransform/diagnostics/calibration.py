@@ -16,13 +16,14 @@ from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.distributions import Binomial
 
 from ..arguments import check_integer
+from ..joint.density import Args, Kwargs
 from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site, is_deterministic
-
-Values = dict[str, Tensor]
+from .importance_weights import Values
 
 _MAX_POINTS = 100  # at which the distribution functions of ranks are compared
 _ABOVE_TIES = 1 + 1e-9  # so that ties are as far out as the worst point, despite round-off
@@ -205,11 +206,7 @@ def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> se
 
 @torch.no_grad()
 def _draws_of(
-    posterior: object,
-    num_draws: int,
-    truth: Values,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
+    posterior: object, num_draws: int, truth: Values, args: Args, kwargs: Kwargs
 ) -> Mapping[str, Tensor]:
     if isinstance(posterior, PosteriorGuide):
         posterior = posterior.sample_posterior(num_draws)
@@ -278,12 +275,9 @@ def simultaneous_bands(
     """
     levels = _levels(num_draws)
     tails = _two_sided_tails(levels, num_ranks)
-    candidates = (tails[tails <= 1 - level].unique() * _ABOVE_TIES).tolist()
-
+    candidates = list(tails[tails <= 1 - level].unique() * _ABOVE_TIES)
     reaching = partial(_probability_of_reaching, tails=tails, levels=levels)
-    num_rare = bisect_right(
-        candidates, 1 - level, key=lambda worst: float(reaching(levels.new_tensor([worst])))
-    )
+    num_rare = bisect_right(candidates, 1 - level, key=lambda worst: float(reaching(worst[None])))
     inside = (tails > candidates[num_rare - 1] if num_rare else tails >= 0).long()
     lower, upper = inside.argmax(1), num_ranks - inside.flip(1).argmax(1)
     return levels, lower.to(levels) / num_ranks, upper.to(levels) / num_ranks
@@ -299,9 +293,7 @@ def _levels(num_draws: int) -> Tensor:
 def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
     """Tail probabilities of each number of ranks up to each point, shape ``(P, S + 1)``."""
     hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
-    left, probability = num_ranks - hits, levels[:, None]
-    log_choices = (left[:1] + 1).lgamma() - (hits + 1).lgamma() - (left + 1).lgamma()
-    mass = (log_choices + hits * probability.log() + left * (-probability).log1p()).exp()
+    mass = Binomial(num_ranks, levels[:, None]).log_prob(hits).exp()
     below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
     return (2 * below.minimum(above)).clamp(max=1)
 

@@ -123,9 +123,8 @@ def compare(results: Mapping[str, Evidence]) -> Comparison:
         evidence, se = found.log_evidence, found.log_evidence_se
         gap = evidence - best.log_evidence
         gap_se = 0.0 if found is best else math.hypot(se, best.log_evidence_se)
-        models[name] = ComparedModel(
-            evidence, se, gap, gap_se, math.exp(gap) / total, found.trusted
-        )
+        share = math.exp(gap) / total
+        models[name] = ComparedModel(evidence, se, gap, gap_se, share, found.trusted)
     words = _conclusion(models) + "".join(_objection(name, results[name]) for name in models)
     return Comparison(models, all(model.trusted for model in models.values()), words)
 

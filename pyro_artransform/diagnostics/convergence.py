@@ -40,17 +40,16 @@ class Convergence(NamedTuple):
         if draws.shape[1] < 4:
             none = draws.new_zeros(draws.shape[-1])
             return cls(torch.full_like(none, torch.inf), none, none)
-        halves, flat = _split(draws), draws.flatten(0, 1).sort(0).values.double()
+        halves, ordered = _split(draws), draws.flatten(0, 1).sort(0).values.double()
         scores, has_variance = _normal_scores(halves), _has_variance(halves)
+        flat = halves.flatten(0, 1)
         # the mean of the two values in the middle, of which PyTorch takes the lower one
-        middle = 0.5 * (
-            halves.flatten(0, 1).median(0).values - (-halves).flatten(0, 1).median(0).values
-        )
+        middle = 0.5 * (flat.median(0).values - (-flat).median(0).values)
         folded = _normal_scores((halves - middle).abs())
         rhat = torch.stack([_rhat(scores), _rhat(folded), plain_rhat(draws)]).amax(0)
         bulk = _ess(scores)
         bulk = torch.where(has_variance, torch.minimum(bulk, _ess(halves)), bulk)
-        quantiles = [flat[math.floor(share * (len(flat) - 1))] for share in _TAILS]
+        quantiles = [ordered[math.floor(share * (len(ordered) - 1))] for share in _TAILS]
         tail = torch.minimum(*(_ess((halves <= quantile).to(halves)) for quantile in quantiles))
         is_finite = halves.isfinite().all(1).all(0)
         found = zip((rhat, bulk, tail), (torch.inf, 0.0, 0.0))
@@ -125,10 +124,8 @@ def _ess(chains: Tensor) -> Tensor:
     num_chains, count, _ = chains.shape
     total = num_chains * count
     centered = chains - chains.mean(1, keepdim=True)
-    spectrum = torch.fft.rfft(centered, 2 * count, dim=1)
-    covariance = (
-        torch.fft.irfft(spectrum.abs().square(), 2 * count, dim=1)[:, :count].mean(0) / count
-    )
+    power = torch.fft.rfft(centered, 2 * count, dim=1).abs().square()
+    covariance = torch.fft.irfft(power, 2 * count, dim=1)[:, :count].mean(0) / count
     within = covariance[0] * count / (count - 1)
     variance = covariance[0] + (chains.mean(1).var(0) if num_chains > 1 else 0.0)
     correlation = 1 - (within - covariance) / variance

@@ -152,7 +152,7 @@ def importance(
        2018), https://arxiv.org/abs/1802.02538
     """
     check_integer("num_samples", num_samples)
-    chunks = weighted_draws(model, guide, num_samples, args, kwargs)
+    chunks = weighted_draws(model, guide, num_samples, args, kwargs, None)
     return Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
 
 
@@ -184,21 +184,15 @@ def psis_resample(
     if isinstance(cast(object, guide), GuideByCoordinate):
         log_joint = ModelAndGuide.of(model, guide, args, kwargs).log_joint
         if (posteriors := Posteriors.of(log_joint, guide)) is not None:
-            return _resample_each(posteriors, n)
-    chunks = list(weighted_draws(model, guide, max(_FEWEST, 5 * n), args, kwargs))
+            # guide and model take them in parts
+            z, weights, _ = posteriors.log_weights(max(_FEWEST_OF_EACH, 5 * n))
+            drawn = z.gather(0, _chosen(weights, n).to(z.device)[:, posteriors.elements])
+            with torch.no_grad():
+                return log_joint.latents.constrain(log_joint.to_unconstrained(drawn)[0])
+    chunks = list(weighted_draws(model, guide, max(_FEWEST, 5 * n), args, kwargs, None))
     (chosen,) = _chosen(torch.cat([chunk.log_weights for chunk in chunks])[:, None], n).T
     values = {name: torch.cat([c.values[name] for c in chunks]) for name in chunks[0].values}
     return {name: value[chosen.to(value.device)] for name, value in values.items()}
-
-
-@torch.no_grad()
-def _resample_each(posteriors: Posteriors, n: int) -> Values:
-    """Draws of many posteriors at once, each by its own weights."""
-    # guide and model take them in parts
-    z, weights, _ = posteriors.log_weights(max(_FEWEST_OF_EACH, 5 * n))
-    drawn = z.gather(0, _chosen(weights, n).to(z.device)[:, posteriors.elements])
-    log_joint = posteriors.log_joint
-    return log_joint.latents.constrain(log_joint.to_unconstrained(drawn)[0])
 
 
 def _chosen(log_weights: Tensor, n: int) -> Tensor:
@@ -215,7 +209,7 @@ def _chosen(log_weights: Tensor, n: int) -> Tensor:
         warnings.warn(
             f"k-hat{of} {max(tails[k].khat for k in bad):.2f}: above {GOOD_KHAT} resampling is no better "
             "than the guide. Fit the guide for longer, or a more expressive one",
-            stacklevel=3 + (len(tails) > 1),
+            stacklevel=3,
         )
     for weights, tail in zip(log_weights.T, tails):
         cumulative = smooth_tail(weights, tail).softmax(0).cumsum(0)

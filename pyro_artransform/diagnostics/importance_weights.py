@@ -4,7 +4,7 @@
 """Draws of a guide with their importance weights, the model's density over the guide's."""
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from ..joint import LogJoint
+from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
@@ -43,12 +44,12 @@ def log_weights(
     model: Model,
     guide: Model,
     num_samples: int,
-    args: tuple[object, ...] = (),
-    kwargs: Mapping[str, object] | None = None,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
     log_joint: LogJoint | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws ``(n, latent_dim)`` of a guide on the unconstrained space, and their log weights ``(n,)``."""
-    chunks = list(weighted_draws(model, guide, num_samples, args, kwargs, log_joint))
+    chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
     if len(latents) < len(chunks):
         raise ValueError("guide: expected neither discrete sites nor latents of a minibatch")
@@ -57,12 +58,7 @@ def log_weights(
 
 @torch.no_grad()
 def weighted_draws(
-    model: Model,
-    guide: Model,
-    num_samples: int,
-    args: tuple[object, ...] = (),
-    kwargs: Mapping[str, object] | None = None,
-    log_joint: LogJoint | None = None,
+    model: Model, guide: Model, n: int, args: Args, kwargs: Kwargs, log_joint: LogJoint | None
 ) -> Iterator[Weighted]:
     """Draws of a guide with their weights, a chunk at a time; discrete sites are allowed.
 
@@ -70,7 +66,6 @@ def weighted_draws(
     is traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
     there, despite its trace: its log weights are ``-inf``.
     """
-    kwargs = dict(kwargs or {})
     offered: object = guide
     run_model, run_guide = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
     if isinstance(offered, ReparametrizedGuide):
@@ -82,12 +77,14 @@ def weighted_draws(
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             check_same_latents(log_joint, run_guide)
         draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
+        is_point = False
     else:
-        draw = _drawer(run_model, run_guide, log_joint)
+        draw, is_point = _drawer(run_model, run_guide, log_joint)
     is_slow = log_joint is not None and log_joint.strategy == "loop"
     chunk = _SMALL_CHUNK if is_slow or has_limit() else _CHUNK
-    for start in range(0, num_samples, chunk):
-        yield draw(min(chunk, num_samples - start))
+    for start in range(0, n, chunk):
+        drawn = draw(min(chunk, n - start))
+        yield drawn._replace(log_weights=drawn.log_weights - torch.inf) if is_point else drawn
 
 
 class ModelAndGuide(NamedTuple):
@@ -95,14 +92,12 @@ class ModelAndGuide(NamedTuple):
 
     model: Model
     guide: Model
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
+    args: Args
+    kwargs: Kwargs
     log_joint: LogJoint
 
     @classmethod
-    def of(
-        cls, model: Model, guide: Model, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> "ModelAndGuide":
+    def of(cls, model: Model, guide: Model, args: Args, kwargs: Kwargs) -> "ModelAndGuide":
         """With the density in the coordinates of the guide's draws, after a run of the guide.
 
         By that the guide learns the latents of its model, and enters its parameters into Pyro's store.
@@ -146,8 +141,8 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
     return Weighted(latent, log_joint.latents.constrain(unconstrained), log_weights)
 
 
-def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
-    """A function of n that makes n weighted draws of a guide that does not give its density."""
+def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer, bool]:
+    """A function of n that makes n draws of a guide without a density of its own; if it is a point."""
     trace = _trace(guide)
     check_data(trace)
     is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
@@ -165,12 +160,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> Drawer:
         values = guide_draws(_NUM_COMPARED)[0]
         # the only entry of a simplex is not a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
-    return partial(_draw_point, draw) if has_point(values) else draw
-
-
-def _draw_point(draw: Drawer, n: int) -> Weighted:
-    drawn = draw(n)
-    return drawn._replace(log_weights=drawn.log_weights - torch.inf)
+    return draw, has_point(values)
 
 
 def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:

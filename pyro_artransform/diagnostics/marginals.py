@@ -10,6 +10,7 @@ tail's index says: a mean needs a second moment, a standard deviation a fourth o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -23,14 +24,12 @@ from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARI
 from .importance_weights import ModelAndGuide, Values
 from .psis import fit_tail, fit_tails
 
-# draws of the guide whose means and sds are compared with those of chains
-_NUM_DRAWS = 10_000
+_NUM_DRAWS = 10_000  # of the guide whose means and sds are compared with those of chains
 # that of 20 degrees of freedom; of an exponential tail along rays it is at most 0.01
 _INDEX_OF_LIGHT_TAIL = 0.05
 # the largest tail indices of values with a second and a fourth moment
 _INDEX_OF_SECOND, _INDEX_OF_FOURTH = 0.5, 0.25
-# sds between which the fall of a density says what its tail is
-_RADII = (30.0, 300.0)
+_RADII = (30.0, 300.0)  # sds between which the fall of a density says what its tail is
 
 
 class MarginalErrors(NamedTuple):
@@ -178,7 +177,9 @@ def _judged(
     width = critical_value(2 * latents.latent_dim, num_samples, CONFIDENCE)
     shift, shift_width = errors.mean_shift, width * errors.mean_shift_se
     ratio, ratio_width = errors.sd_ratio, width * errors.sd_ratio_se
-    bounds = _bound(shift, shift_width), _bound(ratio - 1, ratio_width)
+    # beyond doubt; infinite where an error is not known
+    most = torch.stack([shift.abs() + shift_width, (ratio - 1).abs() + ratio_width])
+    mean_bound, sd_bound = most.nan_to_num(torch.inf, torch.inf).amax(1).tolist()
     objections = []
     is_off = shift.abs() - shift_width > GOOD_MEAN_SHIFT
     if is_off.any():
@@ -197,24 +198,27 @@ def _judged(
             f"chains do not agree, R-hat is {max_rhat:.2f} for {name}, so that errors may be larger: "
             "give them more time, or fit the guide for longer"
         )
-    is_known = bounds[0] <= 2 * GOOD_MEAN_SHIFT and bounds[1] <= 2 * GOOD_SD_ERROR
+    is_known = mean_bound <= 2 * GOOD_MEAN_SHIFT and sd_bound <= 2 * GOOD_SD_ERROR
     if objections:
         words = "; ".join(objections)
     elif is_known:
         dim = latents.latent_dim
         of = " of the only latent" if dim == 1 else f" of all {dim:,} latents"
-        words = bounds_in_words(*bounds, of)
+        words = bounds_in_words(mean_bound, sd_bound, of)
+    elif (is_unknown := (shift + ratio).isnan()).any():
+        name = latents.name_of(int(is_unknown.int().argmax()))
+        words = (
+            f"errors of {int(is_unknown.sum()):,} of {len(is_unknown):,} latents are not known, such as "
+            f"that of {name}: its tail, or that of the weights, is too heavy"
+        )
     else:
-        words = _words_of_unknown((shift + ratio).isnan(), bounds, latents)
+        words = (
+            f"errors are known too little ({bounds_in_words(mean_bound, sd_bound)}): "
+            "diagnostics.marginals with more num_samples knows more"
+        )
     shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
-    by_site = shifts, shift_ses, ratios, ratio_ses
-    trusted = is_known and not objections
-    return Marginals(*by_site, *bounds, num_chains, max_rhat, trusted, words)
-
-
-def _bound(errors: Tensor, widths: Tensor) -> float:
-    """All errors are within this, beyond doubt; infinite where one is not known."""
-    return float((errors.abs() + widths).nan_to_num(torch.inf, torch.inf).max())
+    judged = mean_bound, sd_bound, num_chains, max_rhat, is_known and not objections, words
+    return Marginals(shifts, shift_ses, ratios, ratio_ses, *judged)
 
 
 def _worst(values: Tensor, is_off: Tensor, what: str, latents: Latents) -> tuple[int, str, str]:
@@ -223,19 +227,6 @@ def _worst(values: Tensor, is_off: Tensor, what: str, latents: Latents) -> tuple
     count = int(is_off.sum())
     those = f"{count:,} of {len(is_off):,} {what} {'is' if count == 1 else 'are'}"
     return at, those, latents.name_of(at)
-
-
-def _words_of_unknown(is_unknown: Tensor, bounds: tuple[float, float], latents: Latents) -> str:
-    if is_unknown.any():
-        name = latents.name_of(int(is_unknown.int().argmax()))
-        return (
-            f"errors of {int(is_unknown.sum()):,} of {len(is_unknown):,} latents are not known, such as "
-            f"that of {name}: its tail, or that of the weights, is too heavy"
-        )
-    return (
-        f"errors are known too little ({bounds_in_words(*bounds)}): diagnostics.marginals with more "
-        "num_samples knows more"
-    )
 
 
 def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
@@ -301,10 +292,9 @@ def indices_along_rays(log_density: Callable[[Tensor], Tensor], draws: Tensor) -
 
 def known(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
     """Not a number where the tail of this index ``(D,)`` has no moments that an error rests on."""
-    by_second = torch.where(index <= _INDEX_OF_SECOND, 0.0, torch.nan)
-    by_fourth = torch.where(index <= _INDEX_OF_FOURTH, 0.0, torch.nan)
-    shift, shift_se, ratio, ratio_se = errors
-    return MarginalErrors(shift + by_second, shift_se, ratio + by_fourth, ratio_se)
+    shift = errors.mean_shift.masked_fill(~(index <= _INDEX_OF_SECOND), torch.nan)
+    ratio = errors.sd_ratio.masked_fill(~(index <= _INDEX_OF_FOURTH), torch.nan)
+    return errors._replace(mean_shift=shift, sd_ratio=ratio)
 
 
 def _tail_indices(log_values: Tensor) -> Tensor:
@@ -318,8 +308,7 @@ def critical_value(num_statements: int, num_chains: int, confidence: float) -> f
     By the expansion of Student's quantile (Abramowitz and Stegun, 26.7.5), whose degrees of freedom
     are the chains less two: fewer than those of all their draws.
     """
-    tail = (1 - confidence) / (2 * num_statements)
-    z = -float(torch.special.ndtri(torch.tensor(tail, dtype=torch.float64, device="cpu")))
+    z = -NormalDist().inv_cdf((1 - confidence) / (2 * num_statements))
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

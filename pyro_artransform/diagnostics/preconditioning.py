@@ -54,8 +54,6 @@ class Preconditioner(NamedTuple):
         return self._stretched(self.scale * vectors)
 
     def _stretched(self, vectors: Tensor) -> Tensor:
-        if not len(self.factors):
-            return vectors
         return vectors + (vectors @ self.directions * (self.factors - 1)) @ self.directions.T
 
     @classmethod

@@ -4,7 +4,7 @@
 """Draws of a posterior, with predictions and likelihoods, as an ArviZ data set."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import Predictive
 
 from ..arguments import check_integer
+from ..joint.density import Args, Kwargs
 from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site
@@ -58,13 +59,9 @@ def to_inference_data(
 
 @torch.no_grad()
 def chains_to_inference_data(
-    model: Callable[..., object],
-    by_chain: Draws,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
+    model: Callable[..., object], by_chain: Draws, args: Args, kwargs: Kwargs
 ) -> Any:
     """The same of draws of chains, each of shape ``(num_chains, n) + site shape``."""
-    _import_arviz()
     num_chains = len(next(iter(by_chain.values())))
     draws = {name: value.flatten(0, 1) for name, value in by_chain.items()}
     return _data_set(Likelihood(partial(model, *args, **kwargs)), draws, num_chains)
@@ -80,7 +77,7 @@ def _import_arviz() -> Any:
 
 def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     """The groups of draws ``(C n, ...)``, one chain after the other."""
-    run = likelihood.run
+    from_dict, run = _import_arviz().from_dict, likelihood.run
     predicted = likelihood.predicted(draws)
     # how many draws are taken at once shows where predictions have values
     scored = Likelihood(poutine.condition(run, data=predicted)) if predicted else likelihood
@@ -101,7 +98,7 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
         groups["predictions" if of_new else "posterior"].update(computed)
     if likelihood.observed:
         groups["posterior_predictive"] = drawn(SimulatedData()(run), likelihood.observed)
-        if not likelihood.undrawn(draws):
+        if likelihood.latents.keys() <= draws.keys():
             groups["log_likelihood"] = likelihood(draws)
     data = {
         name: {k: v.unflatten(0, (num_chains, -1)).numpy(force=True) for k, v in group.items()}
@@ -109,7 +106,6 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     }
     if likelihood.observed:
         data["observed_data"] = {k: v.numpy(force=True) for k, v in likelihood.observed.items()}
-    from_dict: Any = _import_arviz().from_dict
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
     return from_dict(data)

@@ -89,7 +89,7 @@ class Likelihood:
 
     def __call__(self, draws: Draws) -> Terms:
         """The log-likelihoods of each site with data, of shape ``(n,) + batch shape``."""
-        if undrawn := self.undrawn(draws):
+        if undrawn := sorted(self.latents.keys() - draws.keys()):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         chosen, rows = self._compared(draws)
         expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
@@ -99,10 +99,6 @@ class Likelihood:
             if agree(_part(found, rows), expected, slack=10):
                 break
         return found
-
-    def undrawn(self, draws: Draws) -> list[str]:
-        """The names of latents that have no draws."""
-        return sorted(self.latents.keys() - draws.keys())
 
     def predicted(self, draws: Draws) -> Terms:
         """A value of each latent without draws but those that are summed out given data."""

@@ -23,7 +23,8 @@ from pyro_artransform.diagnostics import chains, importance, marginals
 from pyro_artransform.diagnostics.marginals import marginals_by_weights
 from pyro_artransform.joint import LogJoint
 from tests.diagnostics import conjugate
-from tests.diagnostics.conjugate import PathGuide, path
+from tests.diagnostics.conjugate import PathGuide, alternating, path
+from tests.inference import models
 
 SLOW = pytest.mark.slow
 
@@ -62,16 +63,9 @@ def test_of_a_correlated_path(name, dim):
         assert found.words.startswith(f"means of all {dim:,} latents within 0.")
 
 
-def _alternating(x):
-    """Too wide and too narrow by 15 % in turns, which cancels along a path, but not at its start."""
-    scale = 1 + 0.15 * (1 - 2 * (torch.arange(x.shape[-1]) % 2))
-    scale = torch.cat([torch.ones(1), scale[1:]])
-    return scale * x, scale.log().sum().expand(len(x))
-
-
 def test_weights_are_useless_and_marginals_right():
     """The sum of 120 small errors: k-hat is bad, and every mean and sd right to a few percent."""
-    model, guide = partial(path, 120), PathGuide(120, distort=_alternating)
+    model, guide = partial(path, 120), PathGuide(120, distort=alternating)
     assert importance(model, guide, 2000).khat > 0.7
     found = marginals(model, guide)
     assert found.trusted
@@ -231,16 +225,10 @@ def test_chains_that_do_not_move_are_not_trusted(monkeypatch):
     assert found.max_rhat > 2
 
 
-def _subsampled():
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=2) as indices:
-        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
-
-
 @pytest.mark.parametrize(
     ("model", "guide", "options", "words"),
     [
-        (_subsampled, AutoNormal, {}, "one that sees all its data"),
+        (models.subsampled, AutoNormal, {}, "one that sees all its data"),
         (conjugate.local_normals, AutoDelta, {}, "one value of a latent in all"),
         (conjugate.local_normals, AutoLaplaceApproximation, {}, "one value of a latent in all"),
         (_normals, AutoNormal, {"num_chains": 3}, "num_chains: expected an integer of at least 4"),

@@ -5,6 +5,11 @@
 
 The weights of all together are products, whose tail is hopeless where each alone is good: a thousand gaps of
 0.01 nats are one of 10. So k-hat and gap are those of each posterior.
+
+Modes that a guide has missed are searched for in all at once: a row of points is one for each of them, a
+gradient at it has the gradients of all, and each climbs by its own. Where climbs end, draws of the Gaussian
+of the curvature say how much mass there is, as of a single posterior (``mixture.py``): much where the guide
+has few draws is lost.
 """
 
 import math
@@ -17,15 +22,22 @@ from torch import Tensor
 from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
+from ...graphs.dependencies import value_and_gradient
+from ...joint import log_density_by_element
 from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
-from .missed_modes import NUM_FOR_MODES
-from .modes_of_each import EachSearch
+from ..initialization.gaussians import Gaussians, concatenate, newton_steps
+from ..initialization.points import starting_points
+from .missed_modes import MIN_SHARE, NUM_FOR_MODES, moments
+from .mixture import Shape
 from .verdict import ELSEWHERE
 
 _CHUNK, _SMALL_CHUNK = 1000, 100
-_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
+MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
+_NUM_STEPS = 26  # of a climb
+_SETTLED = 1e-4  # nats below which none of a row of points has gained
+_SHELLS = (3.0, 10.0, 30.0)  # where points are far outside, in sds
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,21 +125,22 @@ def weigh_each(
     """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
 
     None where the weights of all together are good, so that those of each are.
-
-    :param model: with its arguments.
     """
-    count = config.evaluation.num_samples
+    count, log_joint = config.evaluation.num_samples, posteriors.log_joint
+    chunk = min(count, _SMALL_CHUNK if has_limit() else _CHUNK)
     with within(0.5):
-        weights, rest, latents = _draw(posteriors, count)
+        z, _, rest = posteriors.log_weights(chunk)
+        log_joint.checked(z, torch.zeros_like(rest))  # a model that mixes draws is found here
+        weights, rest, latents = _draw(posteriors, count, chunk)
     joint = Importance.from_log_weights(weights.sum(1) + rest)
     if joint.trusted and joint.is_close:
         return None
     found = [Importance.from_log_weights(own) for own in weights.T]
     suspects = [k for k, own in enumerate(found) if _fault_of(own)]
     if suspects:
-        again, _, _ = _draw(posteriors, count, suspects)
-        for k, own in zip(suspects, again.T):
-            found[k] = Importance.from_log_weights(own)
+        again, _, _ = _draw(posteriors, count, chunk)
+        for k in suspects:
+            found[k] = Importance.from_log_weights(again[:, k])
     names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
     numbers = {name: weights.new_tensor([getattr(own, name) for own in found]) for name in names}
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
@@ -135,7 +148,7 @@ def weigh_each(
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
         say("verdict: the search for mass elsewhere")
         with cut_off("the search for mass elsewhere"), within(0.7):
-            search = EachSearch.of(posteriors, latents[:NUM_FOR_MODES])
+            search = EachSearch(posteriors, latents[:NUM_FOR_MODES])
             lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))
             searched_by = "curvature"
             for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
@@ -146,20 +159,14 @@ def weigh_each(
     return each, joint, latents
 
 
-def _draw(
-    posteriors: Posteriors, count: int, of: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log weights ``(n, E)``, of some elements alone if these are given, the rest ``(n,)``, and draws."""
+def _draw(posteriors: Posteriors, count: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weights of each ``(n, E)`` and of the rest ``(n,)``, and the first draws ``(m, latent_dim)``."""
     weights, rests, latents = list[Tensor](), list[Tensor](), list[Tensor]()
-    chunk = _SMALL_CHUNK if has_limit() else _CHUNK
     for start in limited(range(0, count, chunk), at_least=1):
-        z, found, rest = posteriors.log_weights(min(chunk, count - start))
-        if not start and of is None:  # a model that mixes draws is found here
-            posteriors.log_joint.checked(z, torch.zeros_like(rest))
-            z, found, rest = posteriors.log_weights(len(z))
-        weights.append(found if of is None else found[:, of])
+        z, of_each, rest = posteriors.log_weights(min(chunk, count - start))
+        weights.append(of_each)
         rests.append(rest)
-        if sum(each.numel() for each in latents) < _MOST_VALUES:
+        if sum(each.numel() for each in latents) < MOST_VALUES:
             latents.append(z)
     return torch.cat(weights), torch.cat(rests), torch.cat(latents)
 
@@ -174,3 +181,109 @@ def _fault_of(found: Importance) -> str:
         return f"an ELBO known to {found.elbo_se:.2g} nats only"
     gap = found.log_evidence - found.elbo
     return f"an ELBO {gap:.2f} nats below the log evidence" if gap > GOOD_GAP else ""
+
+
+class EachSearch:
+    """A search for modes of E posteriors of d latents each, by draws ``(m, latent_dim)`` of a guide."""
+
+    def __init__(self, posteriors: Posteriors, draws: Tensor) -> None:
+        self.posteriors = posteriors
+        #: the coordinates of each, shape ``(E, d)``
+        self.index = posteriors.elements.argsort(stable=True).reshape(posteriors.size, -1)
+        self.draws = draws[:, self.index].movedim(1, 0)  #: shape ``(E, m, d)``
+        dim = self.index.shape[1]
+        self.around = Shape(concatenate(moments(own, dim) for own in self.draws))
+
+    def shares_lost(
+        self, model: Callable[[], object], config: FitConfig, log_evidence: Tensor
+    ) -> Tensor:
+        """The share of each posterior in its largest mode without draws of the guide, 0 without one.
+
+        :param log_evidence: according to draws of the guide, shape ``(E,)``.
+        """
+        lost = torch.zeros_like(log_evidence)
+        points = self._points(model, config.initialization.num_points)
+        modes, is_maximum = self._climbed(points)
+        for k in limited(range(len(points))):
+            row = slice(k * len(lost), (k + 1) * len(lost))
+            mass, of_draws = self._mass_at(modes.take(row), config.evaluation.num_for_mode)
+            share = (mass - log_evidence).sigmoid()
+            is_lost = is_maximum[row] & (of_draws < MIN_SHARE * share)
+            lost = torch.where(is_lost, torch.maximum(lost, share), lost)
+        return lost
+
+    def _points(self, model: Callable[[], object], count: int) -> Tensor:
+        """Points of the prior, around the guide, far outside and mirrored, shape ``(P, E, d)``."""
+        density, around = self.posteriors.log_joint, self.around.gaussian
+        center = torch.empty_like(density.start)
+        center[self.index] = around.loc
+        near = starting_points(density, model, center, count)
+        images = torch.stack([-center, 2 * density.start - center])
+        rows = torch.cat([near, images])[:, self.index]
+        noise = torch.randn_like(around.loc.expand(len(_SHELLS), -1, -1))
+        noise *= noise.new_tensor(_SHELLS)[:, None, None]
+        afar = around.loc + around.deviations(noise.movedim(1, 0)).movedim(1, 0)
+        points = torch.cat([rows, afar])
+        is_finite = self._log_densities(points).isfinite()[..., None]
+        return torch.where(is_finite, points, around.loc)
+
+    def _packed(self, points: Tensor) -> Tensor:
+        """Points ``(..., E, d)`` as rows of all latents ``(n, latent_dim)``."""
+        rows = points.reshape(-1, self.index.numel())
+        return torch.empty_like(rows).index_copy_(1, self.index.flatten(), rows)
+
+    def _log_densities(self, points: Tensor) -> Tensor:
+        """The log density of each at points ``(..., E, d)``; ``-inf`` where it is not finite."""
+        log_joint, plate = self.posteriors.log_joint, self.posteriors.plate
+        found, _ = log_density_by_element(log_joint, self._packed(points), plate)
+        found = found.reshape(points.shape[:-1])
+        return found.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+
+    def _climbed(self, points: Tensor) -> tuple[Gaussians, Tensor]:
+        """The Gaussians of the curvature where Newton steps end, P times E, and where a maximum is."""
+        widths, value = torch.ones_like(points), self._log_densities(points)
+        sizes = points.new_tensor([4.0**-k for k in range(12)])[:, None, None, None]
+        for _ in range(_NUM_STEPS):
+            gradient, curvature = self._expanded(points, widths)
+            widths = curvature.diagonal(dim1=-2, dim2=-1).abs().rsqrt().clamp(1e-6, 1.0)
+            expanded = (each.flatten(0, 1) for each in (points, gradient, curvature))
+            gaussians, steps, is_maximum = newton_steps(*expanded)
+            trials = points + sizes * steps.view_as(points)
+            gain, k = (self._log_densities(trials) - value).max(0)
+            moved = trials.take_along_dim(k[None, ..., None], 0)[0]
+            points = torch.where(gain[..., None] > 0, moved, points)
+            value = torch.where(gain > 0, value + gain, value)
+            if bool((gain < _SETTLED).all()):
+                break
+        return gaussians, is_maximum
+
+    def _expanded(self, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of each at points ``(P, E, d)``, and its curvature by differences of gradients."""
+        dim = points.shape[-1]
+        size = widths * (1e-4 if points.dtype == torch.float64 else 1e-2)
+        shifts = torch.diag_embed(size).movedim(-2, 1)
+        around = torch.cat([points[:, None], points[:, None] + shifts, points[:, None] - shifts], 1)
+        _, gradient = value_and_gradient(self.posteriors.log_joint, self._packed(around))
+        gradient = gradient[:, self.index].reshape(around.shape)
+        here, ahead, behind = gradient.split([1, dim, dim], 1)
+        hessian = ((ahead - behind) / (2 * size.movedim(-1, 1)[..., None])).movedim(1, 2)
+        curvature, here = -0.5 * (hessian + hessian.mT), here[:, 0]
+        usable = curvature.isfinite().all(-1).all(-1) & here.isfinite().all(-1)
+        saddle = -torch.diag_embed(torch.ones_like(here))
+        curvature = torch.where(usable[..., None, None], curvature, saddle)
+        return torch.where(usable[..., None], here, 0.0), curvature
+
+    def _mass_at(self, mode: Gaussians, count: int) -> tuple[Tensor, Tensor]:
+        """The log mass ``(E,)`` in the region of a mode of each, and the share of the guide's draws there."""
+        noise = torch.randn_like(mode.loc.expand(count, -1, -1)).movedim(1, 0)
+        draws, shape = mode.loc[:, None] + mode.deviations(noise), Shape(mode)
+        log_weights = self._log_densities(draws.movedim(1, 0)).T - shape.log_probs(draws)[0]
+        # no draw decides alone
+        total = log_weights.logsumexp(1, keepdim=True)
+        log_weights = log_weights.clamp_max(total - 0.5 * math.log(count))
+        of_mode, of_draws = (
+            (shape.log_probs(each)[1] - self.around.log_probs(each)[0]).sigmoid()
+            for each in (draws, self.draws)
+        )
+        mass = (log_weights + of_mode.log()).logsumexp(1) - math.log(count)
+        return mass, of_draws.mean(1)

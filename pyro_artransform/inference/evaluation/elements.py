@@ -28,8 +28,8 @@ each batch, makes them all.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -101,30 +101,20 @@ class Elements:
 
 def _largest_error(count: int) -> float:
     """The median of the largest of so many standard normal errors."""
-    return float(
-        torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64, device="cpu") ** (1 / count))
-    )
+    return NormalDist().inv_cdf(0.5 ** (1 / count))
 
 
 class ElementWeights(NamedTuple):
-    """What a pass over a loader says of a guide with latents of the elements of mini-batches.
-
-    :param shared: the weights of the latents that all elements share, with the ELBO of these alone; ``None``
-        if there are none.
-    :param noise: the variance of their logarithms that is due to the draws of elements.
-    :param num_inner: how many draws of each element there were for each of these.
-    """
+    """What a pass over a loader says of a guide with latents of the elements of mini-batches."""
 
     elements: Elements
+    #: the weights of the latents that all elements share, if there are some, with the ELBO of these alone
     shared: Importance | None
-    noise: float
-    num_inner: int
+    noise: float  #: the variance of their logarithms that is due to the draws of elements
+    num_inner: int  #: how many draws of each element there were for each of these
 
     def objection(self, remedy: str) -> str:
-        """To the guide, with the worst element named; empty where all is trusted.
-
-        :param remedy: what to use where the guide is not the posterior, if that is known.
-        """
+        """To the guide, with the worst element named and a remedy, if known; empty where all is trusted."""
         elements, bad = self.elements, (~self.elements.trusted).nonzero().flatten()
         if len(bad):
             worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
@@ -217,70 +207,61 @@ def _check_pass(passed: PassEstimate) -> None:
 def _weigh(
     minibatches: MinibatchObjective, objective: PyroObjective, num_gradients: int
 ) -> ElementWeights:
-    stream, config, parts = minibatches.stream.whole, minibatches.config, list[_ElementsOfBatch]()
+    stream, config = minibatches.stream.whole, minibatches.config
     inner = num_gradients // (stream.num_batches * config.num_shared)
     inner = min(max(inner, config.min_inner), config.max_inner)
-    first = next(stream.one_pass(1))
-    counts = config.num_shared, inner
-    weigher = ElementDraws.of(objective, minibatches.log_joint, first, counts)
-    total, noise = torch.zeros(config.num_shared, dtype=torch.float64, device="cpu"), 0.0
+    first, counts = next(stream.one_pass(1)), (config.num_shared, inner)
+    weigher = ElementDraws(objective, minibatches.log_joint, first, counts)
+    total = torch.zeros(config.num_shared, dtype=torch.float64, device="cpu")
+    parts, indices = list[Tensor](), list[Tensor]()
     for batch, rows in stream.one_pass_with_rows():
         if is_out_of_time():
             raise UnknownWeightsError("there was no time for the draws of each element")
         log_ratios, by_prior, index = weigher.log_ratios(batch)
-        log_sums, shares = log_ratios.logsumexp(1), log_ratios.softmax(1).nan_to_num(0.0)
-        log_means = log_sums - math.log(inner)
-        total += log_means.sum(-1)
-        # the relative variance of each mean over draws of an element
-        noise += float((inner * shares.square().sum(1) - 1).mean(0).sum()) / (inner - 1)
-        # to the second order without the bias of a mean of few
-        gap = inner / (inner - 1) * (log_means.mean(0) - log_ratios.mean((0, 1)))
-        if index is None and rows is not None and len(rows) == len(gap):
+        log_weights, columns = _weigh_batch(log_ratios, by_prior)
+        total += log_weights
+        parts.append(columns)
+        if index is None and rows is not None and len(rows) == columns.shape[1]:
             index = torch.as_tensor(rows, device="cpu")
-        # over the mean of the others: the evidence of an element varies with what all share
-        of_others = log_sums[:, None] + torch.log1p(-shares) - math.log(inner - 1)
-        relative = (log_ratios - of_others).flatten(0, 1)
-        # where the guide does not draw, its estimate of the evidence is too small, and the prior's larger
-        more = (by_prior - log_means[:, None]).flatten(0, 1)
-        parts.append(_ElementsOfBatch.of(relative, more, gap, index))
-    shared = None
-    if weigher.shared:
+        indices += [] if index is None else [index]
+    *tails, gaps, noises, more, error = torch.cat(parts, 1)
+    is_more = more > GOOD_GAP + (2 + _largest_error(len(more))) * error
+    elements = torch.stack([*tails, gaps + torch.where(is_more, more, 0.0)])
+    places, noise, shared = None, float(noises.sum()), None
+    if len(indices) == len(parts):
+        places, order = torch.cat(indices).sort()
+        elements = elements[:, order]
+    if weigher.log_ratio_of_shared is not None and weigher.shared:
         shared = Importance.from_log_weights(total + weigher.log_ratio_of_shared)
         shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
-    return ElementWeights(_joined(weigher.plate, parts), shared, noise, inner)
+    return ElementWeights(Elements(weigher.plate, places, *elements), shared, noise, inner)
 
 
-class _ElementsOfBatch(NamedTuple):
-    columns: Tensor  # k-hat, its standard error, the share of the tail, the gap, by element
-    more: Tensor  # the log evidence by the prior over that by the guide, and its standard error
-    place: Tensor | None  # their indices in the plate
+def _weigh_batch(log_ratios: Tensor, by_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """What a batch adds to the log weights of shared draws; and by element, in rows, what is known of each.
 
-    @classmethod
-    def of(
-        cls, log_ratios: Tensor, more: Tensor, gap: Tensor, index: Tensor | None
-    ) -> "_ElementsOfBatch":
-        """Of the log ratios of the draws of each, and those of the prior's, shape ``(n, elements)``."""
-        tails = fit_tails(log_ratios)
-        cutoffs = log_ratios.new_tensor([tail.log_cutoff for tail in tails])
-        above = log_ratios.softmax(0) - (cutoffs - log_ratios.logsumexp(0)).exp()
-        columns = [
-            log_ratios.new_tensor([tail.khat for tail in tails]),
-            log_ratios.new_tensor([tail.khat_se for tail in tails]),
-            above.clamp_min(0).sum(0).nan_to_num(1.0),
-            gap.nan_to_num(torch.inf, torch.inf),
-        ]
-        log_mean = more.logsumexp(0) - math.log(len(more))
-        error = (more.softmax(0).square().sum(0) - 1 / len(more)).clamp_min(0.0).sqrt()
-        return cls(torch.stack(columns), torch.stack([log_mean, error]).nan_to_num(0.0), index)
+    That is k-hat, its standard error, the share of the tail, the gap, the noise of the log weights, and the
+    log evidence by the prior over that by the guide, with its standard error.
 
-
-def _joined(plate: str, parts: Sequence[_ElementsOfBatch]) -> Elements:
-    columns, index = torch.cat([part.columns for part in parts], 1), None
-    more, error = torch.cat([part.more for part in parts], 1)
-    is_more = more > GOOD_GAP + (2 + _largest_error(len(more))) * error
-    columns[-1] += torch.where(is_more, more, 0.0)
-    indices = [part.place for part in parts if part.place is not None]
-    if len(indices) == len(parts):
-        index, order = torch.cat(indices).sort()
-        columns = columns[:, order]
-    return Elements(plate, index, *columns)
+    :param log_ratios: shape ``(shared draws, draws, elements)``, as those by the prior.
+    """
+    inner = log_ratios.shape[1]
+    log_sums, shares = log_ratios.logsumexp(1), log_ratios.softmax(1).nan_to_num(0.0)
+    log_means = log_sums - math.log(inner)
+    # to the second order without the bias of a mean of few
+    gap = inner / (inner - 1) * (log_means.mean(0) - log_ratios.mean((0, 1)))
+    # the relative variance of each mean over draws of an element
+    noise = (inner * shares.square().sum(1) - 1).mean(0) / (inner - 1)
+    # over the mean of the others: the evidence of an element varies with what all share
+    of_others = log_sums[:, None] + torch.log1p(-shares) - math.log(inner - 1)
+    relative = (log_ratios - of_others).flatten(0, 1)
+    tails = [(tail.khat, tail.khat_se, tail.log_cutoff) for tail in fit_tails(relative)]
+    khat, khat_se, log_cutoff = relative.new_tensor(tails).T
+    above = relative.softmax(0) - (log_cutoff - relative.logsumexp(0)).exp()
+    tail_share = above.clamp_min(0).sum(0).nan_to_num(1.0)
+    # where the guide does not draw, its estimate of the evidence is too small, and the prior's larger
+    more = (by_prior - log_means[:, None]).flatten(0, 1)
+    error = (more.softmax(0).square().sum(0) - 1 / len(more)).clamp_min(0.0).sqrt().nan_to_num(0.0)
+    log_mean = (more.logsumexp(0) - math.log(len(more))).nan_to_num(0.0)
+    gap = gap.nan_to_num(torch.inf, torch.inf)
+    return log_means.sum(-1), torch.stack([khat, khat_se, tail_share, gap, noise, log_mean, error])

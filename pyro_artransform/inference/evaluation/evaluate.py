@@ -23,39 +23,25 @@ from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, say, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
-from .each_posterior import EachPosterior, weigh_each
+from .each_posterior import MOST_VALUES, EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
-from .missed_modes import NUM_FOR_MODES, find_missed_modes
-from .verdict import (
-    FitStatus,
-    Verdict,
-    about_coarse_sites,
-    about_far_modes,
-    about_minibatches,
-    about_missed_tail,
-    about_some,
-    about_time,
-    judge,
-)
+from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, find_missed_modes
+from .verdict import FitStatus, Verdict, about_chains, about_minibatches, about_some, judge
 
-_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 _UNCLEAR_KHAT_IN_SE = 2.0
 
 
 def draw(
     subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The log weights of a verdict's draws, more where k-hat is not known well enough, and the first latents.
-
-    These, ``(m, latent_dim)``, are in the coordinates of the log joint density.
-    """
+    """The log weights of draws, more where k-hat is hardly known, and the first latents ``(m, D)``."""
     # the weights of mini-batches are noise, and draws for them come one at a time
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, parts = list[Tensor](), list[Tensor]()
     for chunk in limited(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
-        if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
+        if chunk.latent is not None and sum(each.numel() for each in latents) < MOST_VALUES:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
     if not is_noisy and more >= count:
@@ -74,38 +60,29 @@ class MarginalVerdict(NamedTuple):
     words: str = ""
 
 
-_NO_TIME = MarginalVerdict(words=" Single latents were not checked: there was no time.")
+def _not_checked(reason: str) -> MarginalVerdict:
+    return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
 
 
 class Evaluation(NamedTuple):
-    """What is known of a posterior after a fit.
-
-    :param weights: the importance weights; ``None`` where mini-batches make them unknown.
-    :param is_noisy: whether these weights are the noise of mini-batches that the model draws.
-    :param is_of_minibatches: whether it is by a pass over a loader.
-    :param latents: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches.
-    :param outside: what draws of chains lack, in words, where they were looked at.
-    :param elements: what is known of each element of mini-batches, or of each of many posteriors where the
-        weights of all together know nothing.
-    """
+    """What is known of a posterior after a fit."""
 
     elbo: float
     elbo_se: float
     num_samples: int
-    weights: Importance | None
-    is_noisy: bool
+    weights: Importance | None  #: ``None`` where mini-batches make them unknown
+    is_noisy: bool  #: whether they are the noise of mini-batches that the model draws
     verdict: Verdict
     lost_mass: float = 0.0
-    is_of_minibatches: bool = False
+    is_of_minibatches: bool = False  #: whether it is by a pass over a loader
+    #: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches
     latents: Tensor | None = None
-    outside: Sequence[str] = ()
+    outside: Sequence[str] = ()  #: objections to draws of chains, where they were looked at
+    #: of mini-batches, or of many posteriors where the weights of all together know nothing
     elements: Elements | EachPosterior | None = None
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
-        """The fields of a ``FitResult`` that are about the posterior, ``nan`` where not known.
-
-        :param chains: the ``Chains`` that the verdict is on, if there are some.
-        """
+        """The fields of a ``FitResult`` about the posterior, or ``Chains`` of it; ``nan`` where not known."""
         words = self.verdict.words + marginals.words
         if chains is not None:
             words = f"{chains.verdict} Of the guide itself: {words}"
@@ -142,32 +119,32 @@ def evaluate(
         modes and tails are searched for outside of the chains.
     :param of_few: the density of a few mini-batches, in which modes are searched for.
     """
-    log_joint = subject.log_joint
+    log_joint, is_noisy = subject.log_joint, subject.log_joint.is_random
+    strategy = log_joint.strategy
+    model = partial(subject.model, *subject.args, **subject.kwargs)
     if chains is not None:
         flat = chains.draws.flatten(0, 1)
         by_chains = flat[torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]]
         few = min(config.evaluation.num_samples, NUM_FOR_MODES)
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
-    is_noisy, strategy = log_joint.is_random, log_joint.strategy
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
-    if many is not None:
-        model = partial(subject.model, *subject.args, **subject.kwargs)
-        if (weighed := weigh_each(many, model, config)) is not None:
-            each, joint, first = weighed
-            status = status._replace(
-                mixes_draws=log_joint.strategy != strategy,
-                coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
-                left_out=left_out(),
-            )
-            objection = about_some(each.objection, status.remedy)
-            verdict = judge(None, None, status, objection, each.praise)
-            numbers = joint.elbo, joint.elbo_se, joint.num_samples
-            return Evaluation(*numbers, None, False, verdict, latents=first, elements=each)
+    weighed = weigh_each(many, model, config) if many else None
+    if weighed is not None:
+        each, joint, first = weighed
+        status = status._replace(
+            mixes_draws=log_joint.strategy != strategy,
+            coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
+            left_out=left_out(),
+        )
+        objection = about_some(each.objection, status.remedy)
+        verdict = judge(status, about_others=objection, praise=each.praise)
+        numbers = joint.elbo, joint.elbo_se, joint.num_samples
+        return Evaluation(*numbers, None, False, verdict, elements=each)
     with within(0.5):
         log_weights, latents = draw(subject, config.evaluation, max_more_draws)
-    found, missed = Importance.from_log_weights(log_weights), None
-    is_point, coarse, outside = False, list[str](), list[str]()
+    found, missed = Importance.from_log_weights(log_weights), NOT_SEARCHED
+    is_point, coarse = False, list[str]()
     if latents is not None:
         draws, ess = latents, None
         weights: Tensor | None = found.log_weights[: len(draws)]
@@ -180,22 +157,19 @@ def evaluate(
         if not is_point:
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
         if not (is_point or is_noisy):
-            model = partial(subject.model, *subject.args, **subject.kwargs)
             say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
                 missed = find_missed_modes(log_joint, model, config, draws, *known)
-                outside += about_far_modes(missed)
-                if missed.tail is not None:
-                    at, mass = missed.tail
-                    outside.append(about_missed_tail(log_joint.latents.name_of(at), mass))
-    mixes_draws = subject.log_joint.strategy != strategy
-    status = status._replace(is_point=is_point, is_random=is_noisy, mixes_draws=mixes_draws)
-    status = status._replace(coarse=coarse, left_out=left_out())
-    outside += [about_time(left_out())] * bool(left_out())
-    outside += [about_coarse_sites(coarse)] * bool(coarse)
-    verdict, lost = judge(found, missed, status), 0.0 if missed is None else missed.lost_mass
-    elbo = found.elbo, found.elbo_se, found.num_samples
+    status = status._replace(
+        is_point=is_point,
+        is_random=is_noisy,
+        mixes_draws=subject.log_joint.strategy != strategy,
+        coarse=coarse,
+        left_out=left_out(),
+    )
+    verdict, outside = judge(status, found, missed), list(about_chains(missed, status))
+    elbo, lost = (found.elbo, found.elbo_se, found.num_samples), missed.lost_mass
     return Evaluation(*elbo, found, is_noisy, verdict, lost, False, latents, outside)
 
 
@@ -217,12 +191,12 @@ def evaluate_minibatches(
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     status = status._replace(is_point=is_point)
     if isinstance(by_element, str):
-        verdict = judge(None, None, status, about_minibatches(found, is_of_all, by_element))
+        verdict = judge(status, about_others=about_minibatches(found, is_of_all, by_element))
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
         objection = by_element.objection(status.remedy)
-        verdict = judge(None, None, status, objection, by_element.praise)
+        verdict = judge(status, about_others=objection, praise=by_element.praise)
     numbers = found.elbo, found.elbo_se, count
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 
@@ -261,9 +235,9 @@ def _judge_by_chains(
     elif log_joint.strategy == "loop":
         reason = "the model runs for one draw after the other; diagnostics.marginals checks them"
     elif is_out_of_time():
-        return _NO_TIME
+        reason = "there was no time"
     if reason:
-        return MarginalVerdict(words=f" Single latents were not checked: {reason}.")
+        return _not_checked(reason)
     # chains tell more only where weights are known, and say that the joint posterior is not the guide
     if not is_trusted and (
         (weights := evaluation.weights) is None
@@ -276,7 +250,7 @@ def _judge_by_chains(
         chains = GuideChains(subject)
         convergence = chains.run(config.num_by_chains, most=config.max_by_chains)
         if is_out_of_time() and not float(convergence.rhat.max()) <= GOOD_RHAT:
-            return _NO_TIME
+            return _not_checked("there was no time")
         unconstrained, _ = log_joint.to_unconstrained(cast(Tensor, evaluation.latents))
         found = marginals_by_chains(chains, unconstrained, log_joint)
     # a model without a gradient, or a guide that is a point

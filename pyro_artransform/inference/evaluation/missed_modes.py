@@ -6,6 +6,8 @@
 A guide never draws where it has no mass, so that its weights are good where a whole mode is missing. A
 search proposes places where there may be mass. What is there says one sample from the guide, from all
 around it, and from around each of these places (see ``mixture.py``).
+
+Coordinates may be angles: whole turns leave the density as it is, and count the same mass again.
 """
 
 import math
@@ -18,9 +20,8 @@ from torch import Tensor
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
 from ...joint import LogDensity, MeanLogJoint
 from ..config import FitConfig
-from ..initialization.gaussians import Gaussians
-from .angles import find_circular, fold
-from .mixture import Mixture, Shape, Stratum
+from ..initialization.gaussians import Gaussians, evaluate_density
+from .mixture import Mixture, Shape, Stratum, wrapped
 from .mode_search import ModeSearch
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
@@ -30,27 +31,30 @@ NUM_FOR_MODES = 2000
 MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
 # lost mass that is a reason to search for more, and the part of it with which a mode is counted
 _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
+# the density of an angle is the same after these turns, that of a proper prior is not where they lead
+# beyond some standard deviations of the draws
+_TURNS, _BEYOND = (1.0, -32.0), 4.0
+_TOLERANCE = 1e-3  # nats, to which round-off is added
+_MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
 
 
 class MissedModes(NamedTuple):
-    """What was found outside of a guide.
+    """What was found outside of a guide."""
 
-    :param log_evidence: the log evidence by all strata, ``nan`` without draws that can be used.
-    :param lost_mass: the share of the posterior in modes without draws of the guide, 0 if too small to
-        matter; ``num_lost`` is how many there are.
-    :param searched_by: how modes were searched for: by "curvature", by "gradients" alone, in a few mini-
-        "batches", or "none".
-    :param excess_by_turns: nats by which the guide's own evidence counts several turns of angles.
-    :param tail: of chains, the latent with a tail that they do not enter, and the mass there.
-    """
-
-    log_evidence: float = math.nan
+    log_evidence: float = math.nan  #: by all strata, ``nan`` without draws that can be used
     log_evidence_se: float = math.nan
+    #: the share of the posterior in modes without draws of the guide, 0 if too small to matter
     lost_mass: float = 0.0
-    num_lost: int = 0
+    num_lost: int = 0  #: how many these modes are
+    #: how they were searched for: by "curvature", "gradients" alone, in a few mini-"batches", or "none"
     searched_by: str = "curvature"
+    #: nats by which the guide's own evidence counts several turns of angles
     excess_by_turns: float = 0.0
-    tail: tuple[int, float] | None = None
+    #: of chains, the latent with a tail that they do not enter, and the mass there
+    tail: tuple[str, float] | None = None
+
+
+NOT_SEARCHED = MissedModes(searched_by="none")
 
 
 def find_missed_modes(
@@ -66,7 +70,6 @@ def find_missed_modes(
 ) -> MissedModes:
     """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
-    :param model: with its arguments.
     :param log_evidence: the log evidence according to them; those of the largest weights are starts.
     :param elbo: that of the guide: where its bound is near, more draws around the guide decide.
     :param ess: where draws are those of chains from the guide, their effective number in the tails of
@@ -80,7 +83,7 @@ def find_missed_modes(
         heaviest = draws[weights.topk(min(_NUM_HEAVIEST, len(draws))).indices]
     draws = draws[is_usable]
     if len(draws) < 2:
-        return MissedModes(searched_by="none")
+        return NOT_SEARCHED
     is_circular = find_circular(log_density, draws)
     draws, excess = fold(draws, is_circular)
     log_evidence -= excess
@@ -96,7 +99,8 @@ def find_missed_modes(
         lost, count = 0.0, 0
     tail = None
     if ess is not None and not (count or math.isnan(found.log_evidence)):
-        tail = found.missed_tail(draws, ess, log_evidence)
+        at = found.missed_tail(draws, ess, log_evidence)
+        tail = None if at is None else (log_density.latents.name_of(at[0]), at[1])
     searched_by = "batches" if of_few else searched_by
     around_all = found.log_evidence, found.log_evidence_se
     return MissedModes(*around_all, lost, count, searched_by, excess, tail)
@@ -155,3 +159,54 @@ def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
         jitter = 1e-6 * torch.eye(len(sd), dtype=sd.dtype, device=sd.device)
         scale = sd[:, None] * torch.linalg.cholesky(covariance + jitter)
     return Gaussians(loc[None], scale[None])
+
+
+def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
+    """Which coordinates ``(D,)`` of draws ``(n, D)`` are angles; ``None`` without."""
+    points, spread = draws[:1], draws.std(0) / (2 * math.pi)
+    value = evaluate_density(log_density, points)
+    tolerance = _TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
+    circular = spread.isfinite().nonzero()[:, 0]
+    for turns in _TURNS:
+        if not len(circular):
+            return None
+        kept = []
+        for some in circular.split(max(_MOST_VALUES // points.shape[-1], 1)):
+            # a wide density changes little within its own width
+            size = turns * (_BEYOND * spread[some] / abs(turns)).ceil().clamp_min(1)
+            shifts = torch.zeros_like(points.expand(len(some), -1))
+            shifts.scatter_(1, some[:, None], 2 * math.pi * size[:, None])
+            change = evaluate_density(log_density, points + shifts) - value
+            kept.append(some[change.abs() <= tolerance])
+        circular = torch.cat(kept)
+    if not len(circular):
+        return None
+    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
+    is_circular[circular] = True
+    return is_circular
+
+
+def fold(draws: Tensor, is_circular: Tensor | None) -> tuple[Tensor, float]:
+    """Draws ``(n, D)`` with each angle within half a turn of its mean, and the entropy of the turns."""
+    if is_circular is None:
+        return draws, 0.0
+    center = torch.atan2(draws.sin().mean(0), draws.cos().mean(0))
+    folded = torch.where(is_circular, center + wrapped(draws - center), draws)
+    return folded, _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
+
+
+def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
+    """The entropy of turns given angles, by which an ELBO is too large, with Miller's correction.
+
+    See Note on the Bias of Information Estimates (Miller, 1955).
+    """
+    total, size = 0.0, math.isqrt(len(draws))  # of pieces in which the angle counts as the same
+    for angles, within in zip(draws.double().mT, folded.double().mT):
+        turns, nats = ((angles - within) / (2 * math.pi)).round(), 0.0
+        for piece in turns[within.argsort()].split(size):
+            counts = piece.unique(return_counts=True)[1]
+            shares = counts / len(piece)
+            entropy = -(shares * shares.log()).sum() + (len(counts) - 1) / (2 * len(piece))
+            nats += entropy.item() * len(piece)
+        total += nats / len(turns)
+    return total

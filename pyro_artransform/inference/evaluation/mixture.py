@@ -33,14 +33,13 @@ import torch
 from torch import Tensor
 
 from ..initialization.gaussians import Density, Gaussians, evaluate_density
-from .angles import wrapped
 
 # the share of the draws in each tail that is looked at, and by how many standard errors there must be more
 _TAIL, _NUM_SES = 0.005, 4.0
 
 
 class Shape(NamedTuple):
-    """A density: one Gaussian, or, where it is heavy, half of that and half of a Cauchy of its scale.
+    """A density: a Gaussian, or, where it is heavy, half of that and half of a Cauchy of its scale.
 
     The multivariate Cauchy has draws at all distances, so that a spike sees a wide part around it; the
     Gaussian half is what is left of such draws in many dimensions. Angles are those of one turn.
@@ -62,13 +61,17 @@ class Shape(NamedTuple):
         if self.is_circular is not None:
             is_beyond = (self.is_circular & (away.abs() > math.pi)).any(-1)
             log_p = log_p.masked_fill(is_beyond, -torch.inf)
-        return Stratum(draws, log_p - self.log_probs(draws)[0], self)
+        return Stratum(draws, log_p - self.log_probs(draws)[0][0], self)
 
     def log_probs(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The log density at points ``(n, D)``, and that of the Gaussian alone where its draws are."""
+        """The log density, and that of the Gaussian alone where its draws are.
+
+        :param points: shape ``(n, D)``; of S densities ``(S, n, D)``, each has its own.
+        :return: shape ``(S, n)``.
+        """
         dim = points.shape[-1]
         squares = squared_distances(self.gaussian, points, self.is_circular)
-        log_volume = self.gaussian.log_volume()
+        log_volume = self.gaussian.log_volume()[:, None]
         normal = -0.5 * squares - 0.5 * dim * math.log(2 * math.pi) - log_volume
         near = normal.masked_fill(squares > dim + 3 * math.sqrt(2 * dim), -torch.inf)
         if not self.is_heavy:
@@ -87,21 +90,14 @@ class Stratum(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """What strata say together.
+    """What strata say together."""
 
-    :param log_evidence: the log evidence by all strata, ``nan`` without one around the guide.
-    :param log_masses: the log mass of the posterior in the region of each place, shape ``(K,)``.
-    :param shares_of_draws: the share of the guide's draws there.
-    :param points: the draws of all strata ``(n, D)``.
-    :param log_weights: their weights ``(n,)``, the sum of which is the evidence.
-    """
-
-    log_evidence: float
+    log_evidence: float  #: by all strata, ``nan`` without one around the guide
     log_evidence_se: float
-    log_masses: Tensor
-    shares_of_draws: Tensor
-    points: Tensor
-    log_weights: Tensor
+    log_masses: Tensor  #: of the posterior in the region of each place, shape ``(K,)``
+    shares_of_draws: Tensor  #: of the guide there
+    points: Tensor  #: the draws of all strata ``(n, D)``
+    log_weights: Tensor  #: theirs ``(n,)``, the sum of the weights is the evidence
 
     @classmethod
     def of(
@@ -114,7 +110,7 @@ class Mixture(NamedTuple):
             return cls(math.nan, math.nan, none, none, draws[:0], none)
         points = torch.cat([s.draws for s in strata])
         densities = [s.shape.log_probs(points) for s in strata]
-        by_stratum, near = (torch.stack(each).double() for each in zip(*densities))
+        by_stratum, near = (torch.cat(each).double() for each in zip(*densities))
         log_weights = _balanced_weights(strata, by_stratum)
         log_evidence = log_weights.logsumexp(0)
         variances = [
@@ -122,13 +118,13 @@ class Mixture(NamedTuple):
             for each in log_weights.split([len(s.draws) for s in strata])
         ]
         by_guide = guide.log_probs(points)[0].double()
-        regions = torch.cat([by_guide[None], near[len(around) :]]).log_softmax(0)[1:]
+        regions = torch.cat([by_guide, near[len(around) :]]).log_softmax(0)[1:]
         of_draws = [guide.log_probs(draws)[0], *(s.shape.log_probs(draws)[1] for s in places)]
         return cls(
             log_evidence.item() if around else math.nan,
             math.sqrt(sum(variances)),
             (regions + log_weights).logsumexp(-1),
-            torch.stack(of_draws).double().softmax(0)[1:].mean(-1),
+            torch.cat(of_draws).double().softmax(0)[1:].mean(-1),
             points,
             log_weights,
         )
@@ -152,10 +148,7 @@ class Mixture(NamedTuple):
 
 
 def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:
-    """Log weights of all draws, of the model over all strata together; their sum is the evidence.
-
-    :param by_stratum: the log density of each stratum at all draws.
-    """
+    """Log weights of all draws, of the model over the densities of all strata: their sum is the evidence."""
     sizes = [len(s.draws) for s in strata]
     own = torch.cat([log_q.split(sizes)[k] for k, log_q in enumerate(by_stratum)])
     of_all = (by_stratum + by_stratum.new_tensor(sizes).log()[:, None]).logsumexp(0)
@@ -168,8 +161,13 @@ def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:
 def squared_distances(
     gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None
 ) -> Tensor:
-    """Squared distances ``(n,)`` of points ``(n, D)`` from the mean of a Gaussian, in its units."""
-    away = points - gaussian.loc
+    """Squared distances ``(S, n)`` of points from the means of Gaussians, in their units."""
+    away = points - gaussian.loc[:, None]
     if is_circular is not None:
         away = torch.where(is_circular, wrapped(away), away)
-    return gaussian.units(away[None])[0].square().sum(-1)
+    return gaussian.units(away).square().sum(-1)
+
+
+def wrapped(angles: Tensor) -> Tensor:
+    """Angles less whole turns, from -pi to pi."""
+    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi

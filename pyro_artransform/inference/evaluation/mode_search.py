@@ -73,7 +73,7 @@ class ModeSearch:
         points = around.loc + around.deviations(sds[:, None] * noise)[0]
         # by how much it exceeds the Gaussian's
         excess = evaluate_density(self.log_density, points)
-        excess = excess + 0.5 * squared_distances(around, points)
+        excess = excess + 0.5 * squared_distances(around, points)[0]
         best = excess.reshape(len(_SHELLS), each).topk(_OF_SHELL).indices
         by_shell = points.reshape(len(_SHELLS), each, -1)
         chosen = by_shell.gather(1, best[:, :, None].expand(-1, -1, points.shape[-1]))
@@ -99,13 +99,8 @@ class ModeSearch:
         """The distinct ends of climbs from points of finite density, the highest first, and their heights."""
         points = points[evaluate_density(self.log_density, points).isfinite()]
         gaussian, kept = self.around.gaussian, list[int]()
-        given = (
-            self.log_density,
-            points,
-            gaussian.scale_tril[0],
-            self.config.evaluation.max_climb_steps,
-        )
-        ends, values = climb_by_gradients(*given)
+        most = self.config.evaluation.max_climb_steps
+        ends, values = climb_by_gradients(self.log_density, points, gaussian.scale_tril[0], most)
         units = gaussian.units(ends[None])[0]
         for i in values.argsort(descending=True).tolist():
             is_new = ((units[kept] - units[i]).abs().amax(-1) > _SAME_END).all()
@@ -123,10 +118,12 @@ class ModeSearch:
                 torch.cat([modes.value, before.value]),
                 torch.cat([modes.converged, before.converged]),
             )
-        order = modes.log_masses().argsort(descending=True).tolist()
-        each, kept = [modes.gaussians.take([k]) for k in range(len(order))], list[int]()
-        for i in order:
-            if len(kept) < _MOST_MODES and not any(self._are_same(each[i], each[k]) for k in kept):
+        # each is within the other: a spike inside of a wide mode is another one
+        loc, kept = modes.gaussians.loc, list[int]()
+        distances = squared_distances(modes.gaussians, loc, self.around.is_circular)
+        is_same = torch.maximum(distances, distances.T) <= min(loc.shape[-1], _DIFFERENT)
+        for i in modes.log_masses().argsort(descending=True).tolist():
+            if len(kept) < _MOST_MODES and not bool(is_same[i, kept].any()):
                 kept.append(i)
         return modes.take(kept)
 
@@ -137,12 +134,6 @@ class ModeSearch:
         axes, scales, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, own, upper=False))
         root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
         return Gaussians(loc, torch.where(modes.converged[:, None, None], own, lower_factor(root)))
-
-    def _are_same(self, one: Gaussians, other: Gaussians) -> bool:
-        """Whether each mode is within the other: a spike inside of a wide mode is another one."""
-        least, is_circular = min(one.loc.shape[-1], _DIFFERENT), self.around.is_circular
-        there, back = (one, other.loc, is_circular), (other, one.loc, is_circular)
-        return max(squared_distances(*there).item(), squared_distances(*back).item()) <= least
 
     def around_modes(self, modes: Modes) -> list[Stratum]:
         """Draws around each of S modes."""
@@ -175,9 +166,7 @@ class ModeSearch:
                 found.append((end + width * away, end + width * center, width))
         for moved, loc, width in found:
             log_q = base - log_evidence - draws.shape[-1] * math.log(width)
-            shape = Shape(
-                Gaussians(loc, width * gaussian.scale_tril), False, self.around.is_circular
-            )
+            shape = self.around._replace(gaussian=Gaussians(loc, width * gaussian.scale_tril))
             strata.append(Stratum(moved, evaluate_density(self.log_density, moved) - log_q, shape))
         return strata
 

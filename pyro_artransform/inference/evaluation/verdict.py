@@ -9,15 +9,10 @@ from typing import NamedTuple, cast
 
 from ...arguments import first_of
 from ...diagnostics import Importance
-from ...diagnostics.importance import (
-    GOOD_ELBO_SE,
-    GOOD_GAP,
-    GOOD_KHAT,
-    GOOD_LOST_MASS,
-)
+from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.minibatches import PassEstimate
-from .missed_modes import MissedModes
+from .missed_modes import NOT_SEARCHED, MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
 _POINT = (
@@ -47,35 +42,23 @@ _MIXES_DRAWS = (
 
 
 class FitStatus(NamedTuple):
-    """How a fit ended, and of what kind its guide and model are.
+    """How a fit ended, and of what kind its guide and model are."""
 
-    :param is_interrupted: whether it was by Ctrl-C.
-    :param cut_short: why steps ended before the ELBO was seen to settle, if so, and what to do, in words.
-    :param remedy: what to use where the guide is not the posterior; empty where nothing is known of that.
-    :param is_point: whether the guide is a single value at some site.
-    :param is_random: whether the model draws mini-batches of its data itself, or is random otherwise.
-    :param mixes_draws: whether the model turned out to mix draws at once, after the fit.
-    :param has_chains: whether draws are those of chains.
-    :param missing: finds dependencies of the posterior that the guide's graph has not, in words.
-    :param coarse: the sites whose draws their dtype hardly tells apart.
-    :param point_estimates: the parameters of the model that were trained.
-    :param left_out: what there was no time for, in words.
-    :param has_data: whether the model has data, or factors.
-    """
-
-    skipped_share: float = 0.0
-    is_interrupted: bool = False
+    skipped_share: float = 0.0  #: of the steps
+    is_interrupted: bool = False  #: whether it was by Ctrl-C
+    #: why steps ended before the ELBO was seen to settle, if so, and what to do, in words
     cut_short: str = ""
-    remedy: str = ""
-    is_point: bool = False
-    is_random: bool = False
-    mixes_draws: bool = False
-    has_chains: bool = False
+    remedy: str = ""  #: what to use where the guide is not the posterior, if that is known
+    is_point: bool = False  #: whether the guide is a single value at some site
+    is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
+    mixes_draws: bool = False  #: whether the model turned out to mix draws at once, after the fit
+    has_chains: bool = False  #: whether draws are those of chains
+    #: finds dependencies of the posterior that the guide's graph has not, in words
     missing: Callable[[], Sequence[str]] = tuple
-    coarse: Sequence[str] = ()
-    point_estimates: Sequence[str] = ()
-    left_out: Sequence[str] = ()
-    has_data: bool = True
+    coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
+    point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
+    left_out: Sequence[str] = ()  #: what there was no time for, in words
+    has_data: bool = True  #: whether the model has data, or factors
 
 
 class Verdict(NamedTuple):
@@ -86,16 +69,16 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    weights: Importance | None,
-    missed: MissedModes | None,
     status: FitStatus,
+    weights: Importance | None = None,
+    missed: MissedModes = NOT_SEARCHED,
+    *,
     about_others: str = "",
     praise: str = "",
 ) -> Verdict:
-    """The verdict on a fit, by the weights of the guide's own draws unless mini-batches hide them.
+    """The verdict on a fit, which is told that it was cut short before anything else.
 
-    A fit that was cut short is told so before anything else that speaks against it.
-
+    :param weights: those of the guide's own draws, unless mini-batches hide them.
     :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
     :param praise: the words without an objection, where those about the weights are not the ones.
     """
@@ -106,15 +89,12 @@ def judge(
             "gradient was not finite: result.culprits has the sites. Use tighter priors, or supports "
             "that keep scales away from zero"
         )
-    if status.coarse:
-        objections.append(about_coarse_sites(status.coarse))
-    if status.left_out:
-        objections.append(about_time(status.left_out))
+    objections += _about_draws(status)
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
         objections += about_weights(weights, status.remedy, missed)
-        objections += [] if missed is None else about_far_modes(missed, not status.cut_short)
+        objections += about_far_modes(missed, not status.cut_short)
     if about_others:
         objections.append(about_others)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
@@ -142,18 +122,16 @@ def judge(
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
-def about_time(left_out: Sequence[str]) -> str:
-    """The objection to a verdict that had to end early."""
-    return f"there was no time for {' and '.join(left_out)}: let it run for longer"
-
-
-def about_coarse_sites(names: Sequence[str]) -> str:
-    """The objection to draws that are rounded to a few values."""
-    return (
-        f"the posterior of site {first_of(names)} is about as narrow as the spacing of "
-        "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
-        "the site on the scale of its posterior"
-    )
+def _about_draws(status: FitStatus) -> Iterator[str]:
+    """Objections to draws that are rounded to a few values, and to a verdict that had to end early."""
+    if status.coarse:
+        yield (
+            f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
+            "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
+            "the site on the scale of its posterior"
+        )
+    if status.left_out:
+        yield f"there was no time for {' and '.join(status.left_out)}: let it run for longer"
 
 
 def about_some(words: str, remedy: str) -> str:
@@ -163,7 +141,7 @@ def about_some(words: str, remedy: str) -> str:
 
 
 def about_weights(
-    found: Importance, remedy: str, missed: MissedModes | None = None
+    found: Importance, remedy: str, around: MissedModes = NOT_SEARCHED
 ) -> Iterator[str]:
     """Objections to weights of a guide's draws, and of draws around it."""
     if not math.isfinite(found.elbo) or found.num_nonfinite:
@@ -190,7 +168,6 @@ def about_weights(
             f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
             "vary too much"
         )
-    around = missed or MissedModes()
     gap, more = found.log_evidence - found.elbo, around.log_evidence - found.elbo
     if gap > GOOD_GAP:
         poor.append(
@@ -223,12 +200,16 @@ def about_far_modes(missed: MissedModes, is_settled: bool = True) -> Iterator[st
         )
 
 
-def about_missed_tail(name: str, mass: float) -> str:
-    """The objection to draws of chains."""
-    return (
-        f"chains miss a tail of {name}: {100 * mass:.1f} % of the posterior is beyond all but 0.5 % of "
-        "the draws. Train the guide for longer, or use one with coordinates from the prior"
-    )
+def about_chains(missed: MissedModes, status: FitStatus) -> Iterator[str]:
+    """Objections to draws of chains."""
+    yield from about_far_modes(missed)
+    if missed.tail is not None:
+        name, mass = missed.tail
+        yield (
+            f"chains miss a tail of {name}: {100 * mass:.1f} % of the posterior is beyond all but 0.5 % of "
+            "the draws. Train the guide for longer, or use one with coordinates from the prior"
+        )
+    yield from _about_draws(status)
 
 
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
@@ -242,7 +223,7 @@ def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
     )
 
 
-def _about_success(found: Importance, missed: MissedModes | None) -> str:
+def _about_success(found: Importance, missed: MissedModes) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
@@ -251,9 +232,9 @@ def _about_success(found: Importance, missed: MissedModes | None) -> str:
     if not found.trusted:
         share = f"{100 * found.tail_share:.1g} % of the weight"
         words += f" (of a tail of {share}, too little to matter)"
-    if missed is not None and missed.num_lost:
+    if missed.num_lost:
         return (
             f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
             "other mode(s) that the guide leaves out."
         )
-    return words + ELSEWHERE["none" if missed is None else missed.searched_by]
+    return words + ELSEWHERE[missed.searched_by]

@@ -15,8 +15,7 @@ from pyro_artransform.diagnostics import psis_resample
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.diagnostics.psis import fit_tails
 from pyro_artransform.inference.config import EvaluationConfig, FitConfig
-from pyro_artransform.inference.evaluation.each_posterior import weigh_each
-from pyro_artransform.inference.evaluation.modes_of_each import EachSearch
+from pyro_artransform.inference.evaluation.each_posterior import EachSearch, weigh_each
 from pyro_artransform.joint.posteriors import Posteriors
 from tests.inference.conftest import quick_fit
 
@@ -193,7 +192,7 @@ def test_modes_without_draws_are_found_for_each():
     )
     quick_fit(squares, guide, y, seed=0, progress=False, num_steps=100)
     log_joint = ModelAndGuide.of(squares, guide, (y,), {}).log_joint
-    search = EachSearch.of(Posteriors.of(log_joint, guide), guide.rsample_and_log_prob(1000)[0])
+    search = EachSearch(Posteriors.of(log_joint, guide), guide.rsample_and_log_prob(1000)[0])
     log_evidence = search.posteriors.log_weights(1000)[1].logsumexp(0) - math.log(1000)
     lost = search.shares_lost(partial(squares, y), FitConfig(), log_evidence)
     assert torch.allclose(lost, torch.tensor([0.5, 0.0, 0.5, 0.0, 0.0]).double(), atol=0.05)

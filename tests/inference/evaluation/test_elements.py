@@ -60,7 +60,8 @@ def weighed(guide, *args, **options):
 
 
 def verdict(found):
-    return judge(None, None, FitStatus(), found.objection("a better one"), found.praise)
+    objection = found.objection("a better one")
+    return judge(FitStatus(), about_others=objection, praise=found.praise)
 
 
 def test_the_posterior_itself():

@@ -27,7 +27,7 @@ from pyro_artransform.inference.optimization.minibatches import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.time_limit import TimeLimit
-from tests.diagnostics.conjugate import PathGuide, path
+from tests.diagnostics.conjugate import PathGuide, alternating, path
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK
 
@@ -174,13 +174,6 @@ def checked(model, guide, config=CONFIG):
     return evaluation, judge_marginals(subject, evaluation, config)
 
 
-def alternating(x):
-    """Useless weights, and marginals that are right: errors that cancel along a path."""
-    scale = 1 + 0.15 * (1 - 2 * (torch.arange(x.shape[-1]) % 2))
-    scale = torch.cat([torch.ones(1), scale[1:]])
-    return scale * x, scale.log().sum().expand(len(x))
-
-
 def test_single_latents_are_right_where_the_joint_is_not():
     config = replace(CONFIG, num_samples=4000)
     guide = PathGuide(100, distort=alternating)
@@ -268,14 +261,8 @@ def _by_loop():
         pyro.factor("none", torch.tensor(0.0))
 
 
-def _subsampled():
-    loc = pyro.sample("loc", dist.Normal(torch.zeros(30), 1.0).to_event(1))
-    with pyro.plate("data", 10, subsample_size=5) as indices:
-        pyro.sample("y", dist.Normal(loc[..., :1], 1.0), obs=torch.ones(10)[indices])
-
-
 @pytest.mark.parametrize(
-    ("model", "words"), [(_by_loop, "one draw after the other"), (_subsampled, "sub-samples")]
+    ("model", "words"), [(_by_loop, "one draw after the other"), (models.subsampled, "sub-samples")]
 )
 def test_where_chains_are_not_run_it_is_said(model, words):
     _, found = checked(model, AutoNormal(model, init_scale=0.2))

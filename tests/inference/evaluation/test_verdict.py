@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from pyro_artransform.diagnostics import Importance
-from pyro_artransform.inference.evaluation.missed_modes import MissedModes
+from pyro_artransform.inference.evaluation.missed_modes import NOT_SEARCHED, MissedModes
 from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 
 NOTHING = MissedModes(0.0, 0.001, 0.0, 0)
 UNKNOWN = MissedModes(math.nan, math.nan, 0.0, 0)
+BY_GRADIENTS = NOTHING._replace(searched_by="gradients")
+SOME, TURNS = NOTHING._replace(lost_mass=0.03, num_lost=1), NOTHING._replace(excess_by_turns=4.2)
+LOST = MissedModes(math.nan, 0.1, 0.3, 2)
 
 
 def weights(spread=0.05, size=4000):
@@ -41,22 +44,12 @@ NOT_TRUSTED = {
     "zero density": (some_zero, NOTHING, {}, ["zero or fails at 7 of 4007 draws"]),
     "nothing": (lambda: torch.full((100,), torch.nan), UNKNOWN, {}, ["100 of 100"]),
     "round-off": (rounded, NOTHING, {}, ["round-off of torch.float32"]),
-    "lost modes": (
-        weights,
-        MissedModes(math.nan, 0.1, 0.3, 2),
-        {},
-        ["30 %", "2 other", "starts disagree. Break the symmetry in the model"],
-    ),
-    "turns": (
-        weights,
-        NOTHING._replace(excess_by_turns=4.2),
-        {},
-        ["4.20 nats too large", "ProjectedNormal"],
-    ),
+    "lost modes": (weights, LOST, {}, ["30 %", "2 other", "starts disagree. Break the symmetry"]),
+    "turns": (weights, TURNS, {}, ["4.20 nats too large", "ProjectedNormal"]),
     "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more", "Use draws"]),
     "interrupted": (weights, NOTHING, {"is_interrupted": True, **LATE}, ["the time was over"]),
     "cut short": (lambda: heavy(1e-2), NOTHING, LATE, ["the time was over", "k-hat is"]),
-    "cut short, with modes": (weights, MissedModes(math.nan, 0.1, 0.3, 2), LATE, ["disagree."]),
+    "cut short, with modes": (weights, LOST, LATE, ["disagree."]),
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
     "random": (weights, None, {"is_random": True}, ["sub-samples", "diagnostics.importance"]),
@@ -67,20 +60,10 @@ TRUSTED = {
     "good": (weights, NOTHING, {}, ["no start found mass elsewhere"]),
     "not searched": (weights, None, {}, ["mass elsewhere was not searched for"]),
     "not searchable": (weights, NOTHING._replace(searched_by="none"), {}, ["not searched for"]),
-    "by gradients": (
-        weights,
-        NOTHING._replace(searched_by="gradients"),
-        {},
-        ["by gradients alone"],
-    ),
+    "by gradients": (weights, BY_GRADIENTS, {}, ["by gradients alone"]),
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
-    "some mass elsewhere": (
-        weights,
-        MissedModes(0.0, 0.001, 0.03, 1),
-        {},
-        ["but about 3 % of the posterior is in 1 other mode(s)"],
-    ),
+    "mass elsewhere": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
     "cut short, and good": (weights, NOTHING, LATE, ["no start found mass elsewhere"]),
     # within its own noise it says nothing
     "noisy evidence around": (weights, MissedModes(0.4, 0.2), {}, []),
@@ -92,7 +75,8 @@ TRUSTED = {
 def test_a_verdict_is_one_sentence_that_says_why(case):
     log_weights, missed, status, words = {**NOT_TRUSTED, **TRUSTED}[case]
     found = Importance.from_log_weights(log_weights())
-    verdict = judge(found, missed, FitStatus(**{"remedy": "draws=1000", **status}))
+    how = FitStatus(**{"remedy": "draws=1000", **status})
+    verdict = judge(how, found, missed or NOT_SEARCHED)
     assert verdict.trusted == (case in TRUSTED)
     assert verdict.words.startswith("Trusted: " if verdict.trusted else "Not trusted: ")
     assert verdict.words.endswith(".")
