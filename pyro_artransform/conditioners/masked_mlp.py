@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .activations import ELEMENTWISE, slope_of
-from .adjoint import MLPLinearization
 from .base import Conditioner
-from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
+from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights, block_layout
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
 Layer = Callable[[Tensor], Tensor]
@@ -153,9 +152,8 @@ class MaskedMLP(Conditioner):
         self._read_levels()
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
         masks[-1] = masks[-1].repeat(self.num_params, 1)
-        self.layers = nn.ModuleList()
-        for mask in masks:
-            self.layers.append(last := MaskedLinear(mask.shape[1], mask.shape[0], mask))
+        self.layers = nn.ModuleList(MaskedLinear(m.shape[1], m.shape[0], m) for m in masks)
+        last = self.layers[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.context_layer = self.skip = None
@@ -211,16 +209,13 @@ class MaskedMLP(Conditioner):
             return None
         # masked once, for the values and for their derivatives
         masked, skip = self._masked()
-        layers = []
-        for layer, weight in zip(self.layers, masked):
-            layers.append(partial(F.linear, weight=weight, bias=layer.bias))
+        layers = [partial(F.linear, weight=w, bias=own.bias) for w, own in zip(masked, self.layers)]
         through_skip = None if skip is None else partial(F.linear, weight=skip)
         *hidden, params = self._outputs(layers, through_skip, x, context)
         slopes = [slope_of(self.nonlinearity, layer) for layer in hidden]
         with torch.no_grad():
             weights = self._weights(masked, skip, None)
-        order = None if self._layout.natural else self.order
-        return MLPLinearization(params, self._layout, order, weights, slopes)
+        return MLPLinearization(params, self._layout, self._order(), weights, slopes)
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
@@ -229,9 +224,11 @@ class MaskedMLP(Conditioner):
         if not self._is_of_its_layers():
             return None
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
-        order = None if self._layout.natural else self.order
-        weights = self._weights(*self._masked(), context).sorted_by(order)
-        return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
+        weights = self._weights(*self._masked(), context).sorted_by(self._order())
+        return MLPBlocks(self._layout, self._order(), weights, self.nonlinearity, x, in_place)
+
+    def _order(self) -> Tensor | None:
+        return None if self._layout.natural else self.order
 
     def _is_of_its_layers(self) -> bool:
         """Whether masked layers and activations alone make its parameters."""
@@ -275,8 +272,7 @@ class Unconditional(Conditioner):
         self.input_dim = check_integer("input_dim", input_dim)
         self.num_params = check_integer("num_params", num_params)
         # a layer of PyTorch knows where new parameters go, and of what dtype they are
-        linear = nn.Linear(self.num_params, self.input_dim, bias=False)
-        self.params = nn.Parameter(linear.weight.detach())
+        self.params = nn.Linear(self.num_params, self.input_dim, bias=False).weight
         nn.init.zeros_(self.params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
