@@ -39,12 +39,8 @@ class MonotonicAffineTransform(ElementwiseTransform):
 
     def __init__(self, shift: Tensor, scale: Tensor, *, bound: float = 3.0) -> None:
         super().__init__()
-        # two comparisons in place of two checks: a network calls this at each evaluation
-        if not torch.jit.is_tracing() and shift.shape != scale.shape:
-            check_broadcast("shift and scale", shift.shape, scale.shape)
-        if not (type(bound) is float and 0 < bound < math.inf):
-            bound = check_positive("bound", bound)
-        self.shift, self.scale, self.bound = shift, scale, bound
+        check_broadcast("shift and scale", shift.shape, scale.shape)
+        self.shift, self.scale, self.bound = shift, scale, check_positive("bound", bound)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         evaluate = _BoundedAffine.apply if values_can_be_read() else _bounded_affine
@@ -179,11 +175,8 @@ class HingedTransform(ElementwiseTransform):
         super().__init__()
         if len(knots) == 0:
             raise ValueError("knots: expected at least one, got none")
-        self._log_slopes: list[Tensor] = []
-        self._hinges: list[tuple[float, float]] = []  # the side and the knot of each
-        for k, knot in enumerate(knots):
-            self._log_slopes += [right[k], left[k]]
-            self._hinges += [(1.0, knot), (-1.0, knot)]
+        self._hinges = [(side, knot) for knot in knots for side in (1.0, -1.0)]
+        self._log_slopes = [of_side[k] for k in range(len(knots)) for of_side in (right, left)]
         self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +184,7 @@ class HingedTransform(ElementwiseTransform):
         while factors.dim() <= x.dim():
             factors = factors.unsqueeze(1)
         evaluate = _Bend.apply if values_can_be_read() else partial(_Bend.forward, None)
-        y, ladj = evaluate(x, factors, self._hinges, self.width)
-        return y, ladj
+        return evaluate(x, factors, self._hinges, self.width)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(y.dtype).max ** 0.4  # v * v must not overflow
@@ -220,11 +212,10 @@ class _Bend(torch.autograd.Function):
         arguments, roots = [], []
         for factor, (side, knot) in zip(factors.unbind(), hinges):
             # clamped, so that infinity stays itself
-            u = (y - knot if side > 0 else -knot - y).clamp(-large, large)
+            arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
             # several times as fast as the root of a sum of squares
-            roots.append(torch.hypot(u, width_of_all))
-            arguments.append(u)
-            y = torch.addcmul(y, factor, u + roots[-1], value=side)
+            roots.append(torch.hypot(arguments[-1], width_of_all))
+            y = torch.addcmul(y, factor, arguments[-1] + roots[-1], value=side)
         root = torch.stack(roots)
         derivative = 1 + torch.stack(arguments) / root  # that of 2h
         slope = 1 + factors * derivative

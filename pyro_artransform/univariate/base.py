@@ -88,11 +88,7 @@ def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
 
     :raises ValueError: if there are not ``count`` of them.
     """
-    if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
-        return [params[..., k] for k in range(count)]
-    if params.shape[-1:] != (count,):
-        raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
-    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
+    return [part.squeeze(-1) for part in split_params(params, [1] * count)]
 
 
 class ElementwiseTransform(Transform):
