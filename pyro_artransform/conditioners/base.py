@@ -24,7 +24,6 @@ class Linearization(Protocol):
         r"""The adjoint v of an inverse, by the structure of the graph.
 
         .. math::
-
             v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}
 
         :param slopes: s, shape ``(B, D, P)``.
@@ -61,9 +60,7 @@ class Blocks(Protocol):
 class Conditioner(torch.nn.Module, ABC):
     r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 
-    .. math::
-
-        \theta_i = c_i(x_{<i}, \mathrm{context})
+    .. math:: \theta_i = c_i(x_{<i}, \mathrm{context})
 
     A subclass implements ``forward(x, context=None)`` for ``x`` of shape ``(*, D)`` and an optional
     context of shape ``(*, C)``, whose batch shapes broadcast, and returns parameters of shape

@@ -10,10 +10,8 @@ alone. All blocks together touch each weight about once: the price of one forwar
 system in the Jacobian is solved likewise, from the last block of levels to the first.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,24 +23,12 @@ _SIZE = 16
 
 
 class BlockLayout(NamedTuple):
-    """Where each level begins, among the sorted coordinates and among the units of each layer."""
+    """Where levels begin, among coordinates and units sorted by level: integers, as tracing needs them."""
 
     natural: bool  # whether the coordinates are in the order of their levels
     levels: list[int]  # levels[k] coordinates come before level k; depth + 1 entries
     #: ``units[i][k]`` units of hidden layer i are known once the coordinates before level k are.
     units: list[list[int]]
-
-
-def block_layout(level: Sequence[int], *unit_levels: Sequence[int]) -> BlockLayout:
-    """The layout of a network; plain integers, so that it can be made while tensors are traced.
-
-    :param unit_levels: for each hidden layer, the level before which all that a unit reads is known.
-    """
-    starts = []
-    for members in (level, *unit_levels):
-        counts = Counter(members)
-        starts.append(list(accumulate(counts[k] for k in range(max(level) + 1))))
-    return BlockLayout(list(level) == sorted(level), [0, *starts[0]], starts[1:])
 
 
 class Weights(NamedTuple):

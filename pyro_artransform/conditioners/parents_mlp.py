@@ -30,9 +30,7 @@ class Activations(NamedTuple):
 class ParentsMLP(Conditioner):
     r"""A network of its own for each coordinate, of the coordinates that it depends on.
 
-    .. math::
-
-        \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
+    .. math:: \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
     The number of parameters is proportional to that of edges of the graph. The inverse of a transform goes
     through the graph level by level. L and V start at zero; :math:`\sigma` is SiLU.

@@ -160,12 +160,6 @@ class RationalQuadraticSpline(Univariate):
     :param count_bins: the number of bins, K, at least 2.
     :param bound: the spline's domain is ``[-bound, bound]``.
     :raises ValueError: if an argument is out of its range.
-
-    Example::
-
-        >>> transform = RationalQuadraticSpline(count_bins=8)(torch.zeros(32, 5, 23))
-        >>> transform(torch.randn(32, 5)).shape
-        torch.Size([32, 5])
     """
 
     def __init__(self, *, count_bins: int = 8, bound: float = 5.0) -> None:

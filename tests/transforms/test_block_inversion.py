@@ -10,7 +10,7 @@ from torch.distributions import AffineTransform
 from pyro_artransform import affine_autoregressive, hinged_marginals
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform
-from pyro_artransform.transforms.block_inversion import block_size
+from pyro_artransform.transforms.inversion import block_size
 
 
 @pytest.mark.parametrize(("depth", "num_params"), [(1, 2), (8, 23), (512, 2)])
