@@ -97,7 +97,7 @@ class Conditioner(torch.nn.Module, ABC):
 
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
-        :param in_place: whether values are written in place: faster, but nothing can differentiate it.
+        :param in_place: whether values may be written in place, where nothing has to differentiate it.
         """
         return None
 

@@ -50,30 +50,6 @@ class Weights(NamedTuple):
         return Weights([first[:, order], *others], last, skip, self.biases, last_bias)
 
 
-class KnownColumns:
-    """Columns of a tensor of shape ``(B, width)`` that become known from left to right."""
-
-    def __init__(self, like: Tensor, width: int, in_place: bool) -> None:
-        self.count = 0
-        self._columns = like.new_empty((like.shape[0], width)) if in_place else like[:, :0]
-        self._in_place = in_place
-
-    def append(self, columns: Tensor, count: int) -> None:
-        """Adds the first ``count`` of some columns, whose sizes are tensors while they are traced."""
-        columns = columns[:, :count]
-        if self._in_place:
-            self._columns[:, self.count : self.count + count] = columns
-        else:
-            self._columns = torch.cat([self._columns, columns], -1)
-        self.count += count
-
-    def add_product(self, bias: Tensor, weight: Tensor) -> Tensor:
-        """``bias + known @ weight``; the bias alone, which broadcasts, while nothing is known."""
-        if not self.count:
-            return bias
-        return torch.addmm(bias, self._columns[:, : self.count], weight)
-
-
 class MLPBlocks:
     """The :class:`~.base.Blocks` of one network at one batch."""
 
@@ -84,22 +60,21 @@ class MLPBlocks:
         weights: Weights,
         nonlinearity: Callable[[Tensor], Tensor],
         like: Tensor,
-        in_place: bool,
     ) -> None:
         self.order, self.levels = order, layout.levels
         self.work: int | None = sum(w.numel() for w in (*weights.inner, weights.last))
         self._units, self._weights, self._act = layout.units, weights, nonlinearity
         self._batch = like.shape[0]
-        # the inputs, then the units of each hidden layer
-        widths = [layout.levels[-1], *(units[-1] for units in layout.units)]
-        self._known = [KnownColumns(like, width, in_place) for width in widths]
+        # what is known of the inputs, then of the units of each hidden layer, and how many columns these are
+        self._known = [like[:, :0]] * (1 + len(layout.units))
+        self._counts = [0] * len(self._known)
 
     def open(self, start: int, stop: int) -> None:
         # the units whose inputs are known by now
-        for i, (hidden, units) in enumerate(zip(self._known[1:], self._units)):
-            if count := units[start] - hidden.count:
-                new = self._act(self._affine(i, slice(hidden.count, units[start])))
-                hidden.append(new.expand(self._batch, count), count)
+        for i, units in enumerate(self._units):
+            if count := units[start] - self._counts[i + 1]:
+                new = self._act(self._affine(i, slice(units[start] - count, units[start])))
+                self._add_known(i + 1, new.expand(self._batch, count), count)
         # the block's own coordinates, and the units of each layer that depend on them
         own = [slice(self.levels[start], self.levels[stop])]
         own += [slice(units[start], units[stop - 1]) for units in self._units]
@@ -112,15 +87,12 @@ class MLPBlocks:
                 self._square.append(weight[own[i + 1], own[i]].T)
         self._width = own[0].stop - own[0].start
         # the part of the block's parameters that is known, and the weights of the rest
-        weights, inputs, hidden = self._weights, self._known[0], self._known[-1]
-        rows = weights.last[:, own[0]]
-        known = rows[..., : hidden.count].flatten(0, 1).T
-        self._out_base = hidden.add_product(weights.last_bias[:, own[0]].reshape(-1), known)
+        rows, bias = self._weights.last[:, own[0]], self._weights.last_bias[:, own[0]]
+        self._out_base = self._with_known(-1, bias.reshape(-1), rows)
         self._out, self._skip = rows[..., own[-1]].flatten(0, 1).T, None
-        if weights.skip is not None:
-            rows = weights.skip[:, own[0]]
-            known = rows[..., : inputs.count].flatten(0, 1).T
-            self._out_base = inputs.add_product(self._out_base, known)
+        if self._weights.skip is not None:
+            rows = self._weights.skip[:, own[0]]
+            self._out_base = self._with_known(0, self._out_base, rows)
             self._skip = rows[..., own[0]].flatten(0, 1).T
 
     def params(self, x: Tensor | None) -> Tensor:
@@ -140,19 +112,27 @@ class MLPBlocks:
 
     def close(self, x: Tensor, levels: int) -> None:
         """See :class:`~.base.Blocks`; the units are those of the last evaluation."""
-        inputs, *layers = self._known
-        inputs.append(x, self.levels[levels] - inputs.count)
-        for hidden, moved, units in zip(layers, self._moved, self._units):
-            hidden.append(moved, units[levels - 1] - hidden.count)
+        self._add_known(0, x, self.levels[levels] - self._counts[0])
+        for i, (moved, units) in enumerate(zip(self._moved, self._units), 1):
+            self._add_known(i, moved, units[levels - 1] - self._counts[i])
 
     def linearization(self) -> None:
         """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
 
+    def _add_known(self, i: int, columns: Tensor, count: int) -> None:
+        """Adds the first columns, whose number is a tensor while they are traced."""
+        self._known[i] = torch.cat([self._known[i], columns[:, :count]], -1)
+        self._counts[i] += count
+
+    def _with_known(self, i: int, bias: Tensor, weight: Tensor) -> Tensor:
+        """``bias + known @ weight.T`` of a weight ``(*, N)``; the bias, which broadcasts, of nothing known."""
+        if not (count := self._counts[i]):
+            return bias
+        return torch.addmm(bias, self._known[i], weight[..., :count].reshape(-1, count).T)
+
     def _affine(self, i: int, rows: slice) -> Tensor:
         """The known part of some units of a layer, shape ``(B, number of units)``."""
-        known = self._known[i]
-        weight = self._weights.inner[i][rows, : known.count]
-        return known.add_product(self._weights.biases[i][..., rows], weight.T)
+        return self._with_known(i, self._weights.biases[i][..., rows], self._weights.inner[i][rows])
 
 
 @dataclass(eq=False)

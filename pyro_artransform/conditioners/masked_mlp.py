@@ -219,7 +219,7 @@ class MaskedMLP(Conditioner):
             return None
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
         weights = self._weights(*self._masked(), context).sorted_by(self._order())
-        return MLPBlocks(self._layout, self._order(), weights, self.nonlinearity, x, in_place)
+        return MLPBlocks(self._layout, self._order(), weights, self.nonlinearity, x)
 
     def _order(self) -> Tensor | None:
         return None if self._layout.natural else self.order
