@@ -125,7 +125,7 @@ class MLPBlocks:
         self._counts[i] += count
 
     def _with_known(self, i: int, bias: Tensor, weight: Tensor) -> Tensor:
-        """``bias + known @ weight.T`` of a weight ``(*, N)``; the bias, which broadcasts, of nothing known."""
+        """``bias + known @ weight.T`` of a weight ``(*, N)``; the bias, which broadcasts, if none is."""
         if not (count := self._counts[i]):
             return bias
         return torch.addmm(bias, self._known[i], weight[..., :count].reshape(-1, count).T)
