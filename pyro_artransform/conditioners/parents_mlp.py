@@ -42,12 +42,6 @@ class ParentsMLP(Conditioner):
     :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are not
         coordinates.
 
-    Example::
-
-        >>> chain = ParentsMLP([[], [0], [1]], 2, hidden_dim=4)
-        >>> chain(torch.zeros(5, 3)).shape, chain.depth
-        (torch.Size([5, 3, 2]), 3)
-
     **References**
 
     1. Inference via Low-Dimensional Couplings (Spantini, Bigoni, Marzouk, 2018),

@@ -129,10 +129,9 @@ class _Check:
         """A method that returns both, where there is one, must give y and its log-derivative at x."""
         if not hasattr(transform, method):
             return
-        value, ladj_too = getattr(transform, method)(x)
-        limits = 10 * self.tolerance * (1 + torch.stack([y, ladj]).abs())
-        ok = ((torch.stack([value, ladj_too]) - torch.stack([y, ladj])).abs() <= limits).all(0)
-        values = {"at": x, "value": value, "expected_value": y, "ladj": ladj_too}
+        found, expected = torch.stack(getattr(transform, method)(x)), torch.stack([y, ladj])
+        ok = ((found - expected).abs() <= 10 * self.tolerance * (1 + expected.abs())).all(0)
+        values = {"at": x, "value": found[0], "expected_value": y, "ladj": found[1]}
         message = f"{method} must agree with the methods of torch, such as log_abs_det_jacobian"
         self.require(ok, message, **values, expected_ladj=ladj)
 

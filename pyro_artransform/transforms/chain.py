@@ -178,11 +178,6 @@ class PermutationTransform(FlowModule):
     .. math:: y_k = x_{\mathrm{order}_k}
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
-
-    Example::
-
-        >>> PermutationTransform([2, 0, 1])(torch.tensor([1.0, 2.0, 3.0]))
-        tensor([3., 1., 2.])
     """
 
     order: Tensor
