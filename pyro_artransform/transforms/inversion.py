@@ -106,9 +106,9 @@ def _by_passes(
         point = _finite(x)
         transform = check_returned(meta(point))
         new = transform.inv(y)
-        # by more than round-off, which the map may amplify from pass to pass; infinities and NaN do not move
-        still = (new - x).abs_() <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
-        moved = ~(still | (new == x) | (new.isnan() & x.isnan()))
+        # by more than round-off, which the map may amplify from pass to pass
+        unit = 2 * torch.finfo(new.dtype).eps
+        moved = ~torch.isclose(x, new, rtol=unit, atol=unit, equal_nan=True)
         x = torch.where(moved, new, x)
         if not bool(moved.any()):
             break

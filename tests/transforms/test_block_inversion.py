@@ -50,6 +50,14 @@ def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate():
     assert torch.allclose(x[1, :1], expected[1, :1])
 
 
+def test_infinity_stays_one_where_passes_invert():
+    t = AutoregressiveTransform(
+        lambda x: AffineTransform(nn.functional.pad(x[:, :-1], (1, 0)), 2.0)
+    )
+    x = t.inv(torch.tensor([[0.3, torch.inf, 0.1], [0.1, -torch.inf, 0.2]]))
+    assert x[:, :2].tolist() == [[0.15, torch.inf], [0.05, -torch.inf]]
+
+
 def test_nan_has_no_finite_consequences():
     """Not by passes over a meta from elsewhere, nor under torch.func; independent coordinates stay."""
     y = torch.tensor([[0.3, torch.nan, -0.2], [0.1, 0.2, 0.3]])
