@@ -172,10 +172,9 @@ def by_blocks(
     depth = len(levels) - 1
     if blocks.work is None:
         size = 1
-    elif size is None and y.device.type == "cpu":
-        size = block_size(depth, len(rows), y.shape[-1], family.num_params, blocks.work)
-    elif size is None:
-        size = depth  # a call costs far more than arithmetic
+    elif size is None:  # on an accelerator a call costs far more than arithmetic
+        sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
+        size = block_size(*sizes) if y.device.type == "cpu" else depth
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)
@@ -214,7 +213,7 @@ def _settle(
         # early passes may overflow, and infinity times a masked zero would spoil what is exact
         new = new.clamp(-large, large)
         # it takes more than three passes to see that nothing moves by more than round-off
-        if 3 < k < depth and bool(((new - x).abs_() <= unit * (1 + new.abs())).all()):
+        if 3 < k < depth and torch.allclose(x, new, rtol=unit, atol=unit):
             return new, ladj, depth
         x = new
     return x, ladj, k
