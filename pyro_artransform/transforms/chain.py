@@ -109,11 +109,11 @@ class ComposedTransform(FlowModule):
         return self._each("call_and_score", x, score)
 
     def _each(self, method: str, x: Tensor, *score: Tensor) -> tuple[Tensor, ...]:
-        total: Any = 0
+        ladjs = []
         for flow, dims in self._steps:
             x, ladj, *score = getattr(flow, method)(x, *score)
-            total = total + (ladj.sum(dims) if dims else ladj)
-        return x, total, *score
+            ladjs.append(ladj.sum(dims) if dims else ladj)
+        return x, sum(ladjs[1:], ladjs[0]), *score
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known = [x.detach()]
@@ -126,11 +126,11 @@ class ComposedTransform(FlowModule):
         self, y: Tensor, known: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         # known: the argument of each part
-        total: Any = 0
+        ladjs = []
         for flow, dims in reversed(self._steps):
             y, ladj = flow.inverse_and_ladj(y) if known is None else flow.inverse_at(known.pop(), y)
-            total = total + (ladj.sum(dims) if dims else ladj)
-        return y, total
+            ladjs.append(ladj.sum(dims) if dims else ladj)
+        return y, sum(ladjs[1:], ladjs[0])
 
     # of the parts, one after the other
     forward_shape = ComposeTransform.forward_shape

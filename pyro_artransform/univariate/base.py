@@ -48,15 +48,17 @@ class _SoftBound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bound = bound
         shrink, clamped = shrink_of(x, bound)
-        return shrink.mul_(clamped)
+        ctx.save_for_backward(x, shrink)
+        ctx.bound = bound
+        return shrink * clamped
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return gradient * shrink_of(x, ctx.bound)[0].pow(3), None
+        x, shrink = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            shrink = shrink_of(x, ctx.bound)[0]
+        return gradient * shrink.pow(3), None
 
 
 def shrink_of(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,11 @@ def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
 
     :raises ValueError: if there are not ``count`` of them.
     """
-    return [part.squeeze(-1) for part in split_params(params, [1] * count)]
+    if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+        return [params[..., k] for k in range(count)]
+    if params.shape[-1:] != (count,):
+        raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
+    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
 class Bijection(Transform):
