@@ -24,7 +24,6 @@ class Linearization(Protocol):
         r"""The adjoint v of an inverse, by the structure of the graph.
 
         .. math::
-
             v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}
 
         :param slopes: s, shape ``(B, D, P)``.
@@ -61,9 +60,7 @@ class Blocks(Protocol):
 class Conditioner(torch.nn.Module, ABC):
     r"""Maps x to the parameters of each coordinate's univariate transform, reading only earlier coordinates.
 
-    .. math::
-
-        \theta_i = c_i(x_{<i}, \mathrm{context})
+    .. math:: \theta_i = c_i(x_{<i}, \mathrm{context})
 
     A subclass implements ``forward(x, context=None)`` for ``x`` of shape ``(*, D)`` and an optional
     context of shape ``(*, C)``, whose batch shapes broadcast, and returns parameters of shape
@@ -100,7 +97,7 @@ class Conditioner(torch.nn.Module, ABC):
 
         :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
-        :param in_place: whether values are written in place: faster, but nothing can differentiate it.
+        :param in_place: whether values may be written in place, where nothing has to differentiate it.
         """
         return None
 

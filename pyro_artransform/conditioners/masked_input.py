@@ -17,9 +17,7 @@ from .masks import check_graph
 class MaskedInput(Conditioner):
     r"""Makes any network autoregressive by evaluating it on D masked copies of its input.
 
-    .. math::
-
-        \theta_i = \mathrm{net}(x \odot m_i)_i,
+    .. math:: \theta_i = \mathrm{net}(x \odot m_i)_i,
 
     where the mask :math:`m_i` keeps the coordinates before i and sets the rest to zero. It costs D
     evaluations of the network, as one batch. If ``net`` returns parameters, shape ``(*, D, P)``, this is a

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from .activations import ELEMENTWISE, slope_of
-from .adjoint import MLPLinearization
 from .base import Conditioner
-from .blocks import BlockLayout, MLPBlocks, Weights, block_layout
+from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
 Layer = Callable[[Tensor], Tensor]
@@ -47,20 +46,12 @@ def check_input(
 class MaskedLinear(nn.Linear):
     r"""A linear layer whose weight is masked whenever it is evaluated.
 
-    .. math::
-
-        y = (M \odot W) x + b
+    .. math:: y = (M \odot W) x + b
 
     Overwriting the weight, by whatever means, leaves masked connections cut.
 
     :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists.
     :raises ValueError: if the mask has another shape.
-
-    Example::
-
-        >>> layer = MaskedLinear(3, 2, torch.tensor([[1, 0, 0], [1, 1, 0]]))
-        >>> layer(torch.zeros(5, 3)).shape
-        torch.Size([5, 2])
     """
 
     mask: Tensor
@@ -120,9 +111,6 @@ class MaskedMLP(Conditioner):
     adjacency: Tensor
     order: Tensor  # the coordinates sorted by level
     layers: Any  # a ModuleList of MaskedLinear
-    context_layer: nn.Linear | None
-    skip: MaskedLinear | None
-    _layout: BlockLayout
 
     def __init__(
         self,
@@ -153,14 +141,14 @@ class MaskedMLP(Conditioner):
         self._read_levels()
         masks = mlp_masks(self.adjacency, self.hidden_dims, self.context_dim > 0)
         masks[-1] = masks[-1].repeat(self.num_params, 1)
-        self.layers = nn.ModuleList()
-        for mask in masks:
-            self.layers.append(last := MaskedLinear(mask.shape[1], mask.shape[0], mask))
+        self.layers = nn.ModuleList(MaskedLinear(m.shape[1], m.shape[0], m) for m in masks)
+        last = self.layers[-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.context_layer = self.skip = None
+        self.context_layer: nn.Linear | None = None
         if self.context_dim:
             self.context_layer = nn.Linear(self.context_dim, self.hidden_dims[0], bias=False)
+        self.skip: MaskedLinear | None = None
         if check_flag("skip_connections", skip_connections) or self._is_narrow:
             mask = self.adjacency.repeat(self.num_params, 1)
             self.skip = MaskedLinear(self.input_dim, len(mask), mask, bias=False)
@@ -178,12 +166,14 @@ class MaskedMLP(Conditioner):
             return  # it has no values; the layout stays
         adjacency = self.adjacency.to("cpu")
         level, sets = levels(adjacency), hidden_sets(adjacency, self.context_dim > 0)
-        found = [level.tolist()]  # of the coordinates, then of the units of each hidden layer
-        for width in self.hidden_dims:
-            found.append(set_levels(spread(sets, width), level).tolist())
-        self._layout = block_layout(*found)
-        self._is_narrow = min(self.hidden_dims) < len(sets)
         self.depth = int(level.max()) + 1
+        units = [set_levels(spread(sets, width), level) for width in self.hidden_dims]
+        starts = [
+            some.bincount(minlength=self.depth).cumsum(0).tolist() for some in (level, *units)
+        ]
+        is_natural = bool((level.diff() >= 0).all())
+        self._layout = BlockLayout(is_natural, [0, *starts[0]], starts[1:])
+        self._is_narrow = min(self.hidden_dims) < len(sets)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._outputs(self.layers, self.skip, x, context)[-1]
@@ -194,10 +184,7 @@ class MaskedMLP(Conditioner):
         """What each layer returns, before the activation; the parameters are the last."""
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
         first, *others = layers
-        outputs = [first(x)]
-        if self.context_layer is not None and context is not None:
-            context = context.to(self.context_layer.weight.dtype)
-            outputs[0] = outputs[0] + self.context_layer(context)
+        outputs = [self._with_context(first(x), context)]
         for layer in others:
             outputs.append(layer(self.nonlinearity(outputs[-1])))
         last = outputs[-1] if skip is None else outputs[-1] + skip(x)
@@ -205,22 +192,24 @@ class MaskedMLP(Conditioner):
         rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
         return [*outputs[:-1], rows.transpose(-1, -2)]
 
+    def _with_context(self, hidden: Tensor, context: Tensor | None) -> Tensor:
+        if self.context_layer is None or context is None:
+            return hidden
+        return hidden + self.context_layer(context.to(self.context_layer.weight.dtype))
+
     def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
         """None where :meth:`blocks` is."""
         if not self._is_of_its_layers():
             return None
         # masked once, for the values and for their derivatives
         masked, skip = self._masked()
-        layers = []
-        for layer, weight in zip(self.layers, masked):
-            layers.append(partial(F.linear, weight=weight, bias=layer.bias))
+        layers = [partial(F.linear, weight=w, bias=own.bias) for w, own in zip(masked, self.layers)]
         through_skip = None if skip is None else partial(F.linear, weight=skip)
         *hidden, params = self._outputs(layers, through_skip, x, context)
         slopes = [slope_of(self.nonlinearity, layer) for layer in hidden]
         with torch.no_grad():
             weights = self._weights(masked, skip, None)
-        order = None if self._layout.natural else self.order
-        return MLPLinearization(params, self._layout, order, weights, slopes)
+        return MLPLinearization(params, self._layout, self._order(), weights, slopes)
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
@@ -229,9 +218,11 @@ class MaskedMLP(Conditioner):
         if not self._is_of_its_layers():
             return None
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
-        order = None if self._layout.natural else self.order
-        weights = self._weights(*self._masked(), context).sorted_by(order)
-        return MLPBlocks(self._layout, order, weights, self.nonlinearity, x, in_place)
+        weights = self._weights(*self._masked(), context).sorted_by(self._order())
+        return MLPBlocks(self._layout, self._order(), weights, self.nonlinearity, x)
+
+    def _order(self) -> Tensor | None:
+        return None if self._layout.natural else self.order
 
     def _is_of_its_layers(self) -> bool:
         """Whether masked layers and activations alone make its parameters."""
@@ -248,8 +239,7 @@ class MaskedMLP(Conditioner):
     ) -> Weights:
         rows = (self.num_params, self.input_dim)
         *biases, last_bias = [layer.bias for layer in self.layers]
-        if self.context_layer is not None and context is not None:
-            biases[0] = biases[0] + self.context_layer(context.to(biases[0].dtype))
+        biases[0] = self._with_context(biases[0], context)
         *inner, last = masked
         skip = None if skip is None else skip.view(*rows, -1)
         return Weights(inner, last.view(*rows, -1), skip, biases, last_bias.view(rows))
@@ -259,11 +249,6 @@ class Unconditional(Conditioner):
     """Parameters that are the same for every x: a univariate flow of each marginal.
 
     :raises ValueError: for a size that is not positive, see :class:`MaskedMLP`.
-
-    Example::
-
-        >>> Unconditional(3, 2)(torch.zeros(5, 3)).shape
-        torch.Size([5, 3, 2])
     """
 
     autoregressive = True
@@ -275,8 +260,7 @@ class Unconditional(Conditioner):
         self.input_dim = check_integer("input_dim", input_dim)
         self.num_params = check_integer("num_params", num_params)
         # a layer of PyTorch knows where new parameters go, and of what dtype they are
-        linear = nn.Linear(self.num_params, self.input_dim, bias=False)
-        self.params = nn.Parameter(linear.weight.detach())
+        self.params = nn.Linear(self.num_params, self.input_dim, bias=False).weight
         nn.init.zeros_(self.params)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A small network for each coordinate, of its parents alone, and its evaluation level by level."""
+"""A small network for each coordinate, of its parents alone, evaluated and differentiated by levels."""
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,24 @@ from torch.nn.functional import embedding, silu
 
 from ..arguments import check_integer
 from ..graphs.markov_graph import PaddedGroup, graph_levels, padded_groups
-from .adjoint import Activations, ParentsLinearization, with_padding
+from .activations import slope_of
 from .base import Blocks, Conditioner
 from .masked_mlp import check_input, runs_only
+
+
+class Activations(NamedTuple):
+    """Networks of n coordinates at B points."""
+
+    x: Tensor  # the values of the parents, (n, k, B)
+    before: Tensor  # the hidden units before the activation, (n, h, B)
+    hidden: Tensor  # and after it
+    params: Tensor  # (n, P, B)
 
 
 class ParentsMLP(Conditioner):
     r"""A network of its own for each coordinate, of the coordinates that it depends on.
 
-    .. math::
-
-        \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
+    .. math:: \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
     The number of parameters is proportional to that of edges of the graph. The inverse of a transform goes
     through the graph level by level. L and V start at zero; :math:`\sigma` is SiLU.
@@ -34,12 +41,6 @@ class ParentsMLP(Conditioner):
     :param bias: whether there is a b.
     :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are not
         coordinates.
-
-    Example::
-
-        >>> chain = ParentsMLP([[], [0], [1]], 2, hidden_dim=4)
-        >>> chain(torch.zeros(5, 3)).shape, chain.depth
-        (torch.Size([5, 3, 2]), 3)
 
     **References**
 
@@ -73,9 +74,9 @@ class ParentsMLP(Conditioner):
         self.depth = max(level) + 1
         graph = [*map(len, parents), *(j for own in parents for j in own)]
         self.register_buffer("graph", _indices(graph))
-        self.groups = nn.ModuleList()
-        for group in padded_groups(parents, level):
-            self.groups.append(ParentsGroup(group, self.num_params, self.hidden_dim))
+        sizes = self.num_params, self.hidden_dim
+        groups = (ParentsGroup(group, *sizes) for group in padded_groups(parents, level))
+        self.groups = nn.ModuleList(groups)
         self._arrange(level)
         like = nn.Linear(1, 1).weight  # PyTorch knows where new parameters go
         zeros = torch.zeros(self.input_dim, self.num_params, dtype=like.dtype, device=like.device)
@@ -90,16 +91,14 @@ class ParentsMLP(Conditioner):
         order = sorted(range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i))
         self.levels = [0, *accumulate(level.count(k) for k in range(self.depth))]
         # the outputs of all groups, one after the other, then a row of zeros
-        place = [len(of_group)] * self.input_dim
-        for row, i in enumerate(of_group):
-            place[i] = row
-        rank = [0] * (self.input_dim + 1)
-        for position, i in enumerate(order, 1):
-            rank[i] = position  # padding reads the first row
+        rows = {i: row for row, i in enumerate(of_group)}
+        place = [rows.get(i, len(rows)) for i in range(self.input_dim)]
         self.register_buffer("order", _indices(order), persistent=False)
         self.register_buffer("place", _indices(place), persistent=False)
+        # padding reads the first row
+        ranks = torch.cat([self.order.argsort() + 1, _indices([0])])
         for group in self.groups:
-            group.register_buffer("ranks", _indices(rank)[group.parents], persistent=False)
+            group.register_buffer("ranks", ranks[group.parents], persistent=False)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         graph = state_dict.get(f"{prefix}graph")
@@ -110,7 +109,7 @@ class ParentsMLP(Conditioner):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         check_input(x, context, self.input_dim, 0, next(self.parameters(), x).dtype)
         known = with_padding(x.reshape(-1, self.input_dim).T)
-        outputs = [group(known, group.parents, slice(None)) for group in self.groups]
+        outputs = [group(known, group.parents, slice(None)).params for group in self.groups]
         params = self.assembled(outputs, known)
         params = params if self.bias is None else params + self.bias
         return params.reshape(x.shape + (self.num_params,))
@@ -172,66 +171,129 @@ class ParentsGroup(nn.Module):
         self.outer = nn.Parameter(torch.zeros(m, num_params, hidden_dim, **options))
         self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
 
-    def forward(self, known: Tensor, index: Tensor, rows: slice) -> Tensor:
-        """The parameters of n of the coordinates, shape ``(n, P, B)``.
+    def forward(self, known: Tensor, index: Tensor, rows: slice) -> Activations:
+        """The networks of some rows.
 
         :param known: coordinates and padding, shape ``(*, B)``, with the parents at ``index``, ``(m, k)``.
         """
         x = embedding(index[rows], known)
-        hidden = silu(torch.baddbmm(self.inner_bias[rows], self.inner[rows], x))
-        return torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
+        before = torch.baddbmm(self.inner_bias[rows], self.inner[rows], x)
+        hidden = silu(before)
+        params = torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
+        return Activations(x, before, hidden, params)
+
+
+class ParentsLinearization:
+    """The :class:`~.base.Linearization` of a :class:`ParentsMLP`, of the activations of each group."""
+
+    def __init__(self, network: ParentsMLP, parts: list[Activations], like: Tensor) -> None:
+        self.network, self.parts = network, parts
+        self.outputs = network.assembled([part.params for part in parts], like)
+        self.slopes = [slope_of(nn.SiLU(), part.before) for part in parts]
+
+    @property
+    def params(self) -> Tensor:
+        """See :class:`~.base.Linearization`; not kept, since its graph keeps this object."""
+        found: Tensor = _Params.apply(self, *self.network.groups.parameters())
+        bias = self.network.bias
+        return found if bias is None else found + bias
+
+    def by_group(self, weights: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
+        """Each group, with its weights of shape ``(m, P, B)`` and those of its units before activation."""
+        rows, found = weights.permute(1, 2, 0).contiguous(), []
+        for group, slope in zip(self.network.groups, self.slopes):
+            own = rows[group.coordinates]
+            found.append((group, own, (group.outer.mT @ own).mul_(slope)))
+        return found
+
+    def edges(self, weights: Tensor) -> list[tuple[Any, Tensor]]:
+        """Each group, with the gradient in its parents of a sum with weights, shape ``(m, k, B)``."""
+        return [
+            (group, torch.baddbmm(group.linear.mT @ own, group.inner.mT, moved))
+            for group, own, moved in self.by_group(weights)
+        ]
+
+    def pull_back(self, weights: Tensor) -> Tensor:
+        total = with_padding(torch.zeros_like(weights[..., 0].T))
+        for group, edge in self.edges(weights):
+            total.index_add_(0, group.parents.reshape(-1), edge.flatten(0, 1))
+        return total[:-1].T
+
+    def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
+        """See :class:`~.base.Linearization`: one sweep from the last level to the first."""
+        edges, v = self.edges(slopes), with_padding(gradient.T)
+        for level in range(self.network.depth - 1, 0, -1):
+            for group, edge in edges:
+                if (rows := group.layout.slices.get(level)) is not None:
+                    moved = edge[rows] * v[group.coordinates[rows], None]
+                    v.index_add_(0, group.parents[rows].reshape(-1), moved.flatten(0, 1))
+        return v[:-1].T
+
+
+class _Params(torch.autograd.Function):
+    """The parameters at known points, with their gradients in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, linearization: ParentsLinearization, *_: Tensor) -> Tensor:
+        ctx.linearization = linearization
+        return linearization.outputs.view_as(linearization.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        found, linearization = [], ctx.linearization
+        for part, (_, own, moved) in zip(linearization.parts, linearization.by_group(weights)):
+            x = part.x.mT
+            found += [moved @ x, moved.sum(-1, keepdim=True), own @ part.hidden.mT, own @ x]
+        return None, *found
 
 
 class ParentsBlocks:
-    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch."""
+    """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch; each level is a block."""
 
     work: int | None = None
 
-    def __init__(self, network: "ParentsMLP", like: Tensor, in_place: bool) -> None:
+    def __init__(self, network: ParentsMLP, like: Tensor, in_place: bool) -> None:
         self.order: Tensor | None = network.order
         self.levels = network.levels
-        self._network = network
-        self._parts: list[Activations] | None = None
-        if in_place:
-            self._parts = [Activations(group, like) for group in network.groups]
+        self._network, self._in_place = network, in_place
+        self._parts: list[list[Activations]] = [[] for _ in network.groups]
         # padding reads the first row
         self._known = like.new_zeros(like.shape[1] + 1 if in_place else 1, like.shape[0])
 
     def open(self, start: int, stop: int) -> None:
-        self._start, self._stop = start, stop
+        self._level, self._own = start, slice(self.levels[start], self.levels[stop])
 
     def params(self, x: Tensor | None) -> Tensor:
         known, network, found = self._known, self._network, list[Tensor]()
-        if x is not None:
-            known = torch.cat([known[: self.levels[self._start] + 1], x.T])
-        if self._start == 0:
+        if self._level == 0:
             found.append(known.new_zeros(self.levels[1], network.num_params, known.shape[1]))
-        for level in range(max(self._start, 1), self._stop):
-            for g, group in enumerate(network.groups):
-                if (own := group.layout.slices.get(level)) is None:
-                    continue
-                if self._parts is None:
-                    found.append(group(known, group.ranks, own))
-                else:
-                    self._parts[g].fill(known, group.ranks, own)
-                    found.append(self._parts[g].outputs(own))
-        rows = found[0] if len(found) == 1 else torch.cat(found)
+        for group, parts in zip(network.groups, self._parts):
+            if (rows := group.layout.slices.get(self._level)) is not None:
+                values = group(known, group.ranks, rows)
+                found.append(values.params)
+                if self._in_place:
+                    parts.append(values)
+        params = torch.cat(found)
         if network.bias is not None:
-            own = slice(self.levels[self._start], self.levels[self._stop])
-            rows = rows + network.bias[network.order[own], :, None]
-        return rows.permute(2, 0, 1)
+            params = params + network.bias[network.order[self._own], :, None]
+        return params.permute(2, 0, 1)
 
     def close(self, x: Tensor, levels: int) -> None:
-        start, stop = self.levels[self._start], self.levels[levels]
-        rows = x[:, : stop - start].T
-        if self._parts is not None:
-            self._known[start + 1 : stop + 1] = rows
+        if self._in_place:
+            self._known[self._own.start + 1 : self._own.stop + 1] = x.T
         else:
-            self._known = torch.cat([self._known, rows])
+            self._known = torch.cat([self._known, x.T])
 
     def linearization(self) -> ParentsLinearization | None:
-        parts = self._parts
-        return None if parts is None else ParentsLinearization(self._network, parts, self._known)
+        if not self._in_place:
+            return None
+        parts = [Activations(*map(torch.cat, zip(*levels))) for levels in self._parts]
+        return ParentsLinearization(self._network, parts, self._known)
+
+
+def with_padding(rows: Tensor) -> Tensor:
+    """Coordinates of shape ``(D, B)`` and a row of zeros, which padding reads."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
 def _indices(values: Sequence[int]) -> Tensor:

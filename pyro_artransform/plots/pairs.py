@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .panels import BLUE, GRAY, tidied
 
-_COLORS = {"guide": BLUE, "reference": GRAY}
-_GUIDE: dict[str, Any] = {"histtype": "step", "linewidth": 1.4}
-_REFERENCE: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.45}
+_STYLES: dict[str, dict[str, Any]] = {
+    "guide": {"color": BLUE, "histtype": "step", "linewidth": 1.4},
+    "reference": {"color": GRAY, "histtype": "stepfilled", "alpha": 0.45},
+}
 _MAX_COORDINATES, _MAX_POINTS = 8, 2000
 
 
@@ -49,16 +50,13 @@ def plot_pairs(
     for (i, row), (j, column) in product(enumerate(chosen), enumerate(chosen)):
         ax = tidied(axes[i, j], column, row)
         for label in series if i >= j else reversed(series):
-            x, y, color = series[label][column], series[label][row], _COLORS[label]
+            x, y, style = series[label][column], series[label][row], _STYLES[label]
             if i == j:
                 bins = max(10, min(40, int(len(x) ** 0.5)))
-                style = _GUIDE if label == "guide" else _REFERENCE
-                ax.hist(
-                    x, bins, density=True, range=ranges[column], color=color, label=label, **style
-                )
+                ax.hist(x, bins, range=ranges[column], density=True, label=label, **style)
             else:
                 step = max(1, -(-len(x) // _MAX_POINTS))
-                ax.scatter(x[::step], y[::step], color=color, s=3, alpha=0.35, linewidths=0)
+                ax.scatter(x[::step], y[::step], s=3, c=style["color"], alpha=0.35, linewidths=0)
         ax.set_xlim(ranges[column])
         ax.tick_params(labelsize=7)
         ax.locator_params(nbins=4)

@@ -221,23 +221,22 @@ def plot_ranks(
     names = list(given) if names is None else list(names)
     if unknown := [name for name in names if name not in given]:
         raise ValueError(f"names: expected some of {list(given)}, got {unknown}")
+    style: dict[str, Any] = {"where": "mid", "linewidth": 1.1}
     if isinstance(found, SBC):
         what, num_ranks, num_draws = "right posteriors", found.num_simulations, found.num_draws
         ranks = {name: found.ranks[name].reshape(num_ranks, -1) for name in names}
     else:
         what, (ranks, num_ranks, num_draws) = "chains that agree", _ranks_of_chains(found, names)
+        style.update(linewidth=0.7, alpha=0.4)
     points, lower, upper = simultaneous_bands(num_ranks, num_draws, level)
     ax = new_axes(ax)
     band: dict[str, Any] = {"step": "mid", "color": GRAY, "alpha": 0.25, "linewidth": 0}
-    ax.fill_between(
-        points, lower - points, upper - points, label=f"{100 * level:g} % of {what}", **band
-    )
+    band["label"] = f"{100 * level:g} % of {what}"
+    ax.fill_between(points, lower - points, upper - points, **band)
     ax.axhline(0, color=GRAY, linewidth=0.8)
-    thin: dict[str, Any] = {} if isinstance(found, SBC) else {"alpha": 0.4, "linewidth": 0.7}
     for k, (name, each) in enumerate(ranks.items()):
         below = (each.to("cpu")[..., None] < points * (num_draws + 1) - 1e-6).double().mean(0)
-        style: dict[str, Any] = {"where": "mid", "color": f"C{k}", "linewidth": 1.1} | thin
-        lines = ax.step(points, (below - points).T, **style)
+        lines = ax.step(points, (below - points).T, color=f"C{k}", **style)
         lines[0].set_label(name)
     ax.set(xlim=(0, 1))
     place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}

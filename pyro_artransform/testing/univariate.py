@@ -32,11 +32,6 @@ def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float
     :param univariate: the family, which is copied. The global random state stays as it is.
     :param dtype: the dtype for the checks of values; float32 has wider tolerances.
     :raises AssertionError: that says which contract broke, and for which input.
-
-    Example::
-
-        >>> from pyro_artransform.univariate import Affine
-        >>> check_univariate(Affine())
     """
     check = _Check(univariate, dtype)
     check.interface()
@@ -77,10 +72,9 @@ class _Check:
         if not bad.any():
             return
         where = tuple(bad.nonzero()[0].tolist())
-        shown = []
-        for name, value in values.items():
-            shown.append(f"{name} = {value.detach().broadcast_to(bad.shape)[where].item():.9g}")
-        at = f" for {', '.join(shown)}" if shown else ""
+        entries = {name: v.detach().broadcast_to(bad.shape)[where] for name, v in values.items()}
+        shown = ", ".join(f"{name} = {entry.item():.9g}" for name, entry in entries.items())
+        at = f" for {shown}" if shown else ""
         raise AssertionError(f"{self.who}: {contract} (contract broken{at}; entry {where})")
 
     def params(self, *shape: int, gain: float = 1.0) -> Tensor:
@@ -91,8 +85,8 @@ class _Check:
 
     def grid(self, low: float, high: float, count: int, columns: int = 1) -> Tensor:
         """Points of shape ``(count, columns)``, with equal columns."""
-        points = torch.linspace(low, high, count, dtype=self.dtype, device="cpu").unsqueeze(-1)
-        return points.repeat(1, columns)
+        points = torch.linspace(low, high, count, dtype=self.dtype, device="cpu")
+        return points.unsqueeze(-1).repeat(1, columns)
 
     def interface(self) -> None:
         count = self.family.num_params
@@ -135,10 +129,9 @@ class _Check:
         """A method that returns both, where there is one, must give y and its log-derivative at x."""
         if not hasattr(transform, method):
             return
-        value, ladj_too = getattr(transform, method)(x)
-        limits = 10 * self.tolerance * (1 + torch.stack([y, ladj]).abs())
-        ok = ((torch.stack([value, ladj_too]) - torch.stack([y, ladj])).abs() <= limits).all(0)
-        values = {"at": x, "value": value, "expected_value": y, "ladj": ladj_too}
+        found, expected = torch.stack(getattr(transform, method)(x)), torch.stack([y, ladj])
+        ok = ((found - expected).abs() <= 10 * self.tolerance * (1 + expected.abs())).all(0)
+        values = {"at": x, "value": found[0], "expected_value": y, "ladj": found[1]}
         message = f"{method} must agree with the methods of torch, such as log_abs_det_jacobian"
         self.require(ok, message, **values, expected_ladj=ladj)
 

@@ -12,12 +12,7 @@ from torch.distributions import Transform
 
 from ..arguments import check_broadcast, check_callable, check_integer
 from .conditioned import ContextMeta, Meta, StructuredMeta, check_returned
-from .flow_module import (
-    ConditionalFlowModule,
-    FlowModule,
-    call_and_ladj_over_vectors,
-    warn_user,
-)
+from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors, warn_user
 from .inversion import at_solution, invert, invert_with_score
 from .score import closed_form
 from .structure_check import StructureCheck
@@ -26,9 +21,7 @@ from .structure_check import StructureCheck
 class AutoregressiveTransform(FlowModule):
     r"""Transforms each coordinate by a univariate transform that depends on the coordinates before it.
 
-    .. math::
-
-        y_i = f(x_i \mid x_{<i})
+    .. math:: y_i = f(x_i \mid x_{<i})
 
     This direction costs one evaluation of the network; the inverse costs a few, since each coordinate needs
     those before it. As the transform of a base distribution it is an inverse autoregressive flow (cheap to
@@ -46,7 +39,6 @@ class AutoregressiveTransform(FlowModule):
 
     Example::
 
-        >>> import torch
         >>> from pyro_artransform.conditioners import MaskedMLP
         >>> from pyro_artransform.transforms import ConditionedUnivariate
         >>> from pyro_artransform.univariate import Affine
@@ -114,9 +106,7 @@ class AutoregressiveTransform(FlowModule):
 class ConditionalAutoregressiveTransform(ConditionalFlowModule):
     r"""An autoregressive transform whose univariate transforms depend on a context too.
 
-    .. math::
-
-        y_i = f(x_i \mid x_{<i}, \mathrm{context})
+    .. math:: y_i = f(x_i \mid x_{<i}, \mathrm{context})
 
     :param meta: a function ``meta(x, context)`` that returns a transform. A module is registered.
     :param passes: as for :class:`AutoregressiveTransform`.

@@ -40,7 +40,7 @@ class ForeignTransform(FlowModule):
         return self.transform.inverse_shape(shape)
 
 
-def _as_modules(parts: Sequence[Any], *kinds: type) -> nn.ModuleList:
+def _as_modules(parts: Sequence[Any], *kinds: type) -> Any:
     """Transforms of these kinds as modules that own whatever parameters there are."""
     if not parts:
         raise ValueError("expected at least one transform, got none")
@@ -73,16 +73,12 @@ def _as_module(transform: Any) -> nn.Module:
 class ComposedTransform(FlowModule):
     r"""Applies transforms one after the other, the first one first.
 
-    .. math::
-
-        T = T_n \circ \cdots \circ T_1
+    .. math:: T = T_n \circ \cdots \circ T_1
 
     :param transforms: torch transforms; those that are modules are registered.
     :raises TypeError: if a part is not a transform, or would lose parameters.
     :raises ValueError: if there are no parts.
     """
-
-    transforms: Any  # a list of modules, each a transform
 
     def __init__(self, *transforms: Transform) -> None:
         super().__init__()
@@ -93,7 +89,7 @@ class ComposedTransform(FlowModule):
         self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
         self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
-        #: the parts as flows, with the dimensions of their log-determinants that are events here
+        # the parts as flows, with the dimensions of their log-determinants that are events here
         self._steps: list[tuple[FlowModule, tuple[int, ...]]] = []
         event_dim = self.domain.event_dim
         for part in self.transforms:
@@ -113,12 +109,11 @@ class ComposedTransform(FlowModule):
         return self._each("call_and_score", x, score)
 
     def _each(self, method: str, x: Tensor, *score: Tensor) -> tuple[Tensor, ...]:
-        total: Any = None
+        ladjs = []
         for flow, dims in self._steps:
             x, ladj, *score = getattr(flow, method)(x, *score)
-            ladj = ladj.sum(dims) if dims else ladj
-            total = ladj if total is None else total + ladj
-        return x, total, *score
+            ladjs.append(ladj.sum(dims) if dims else ladj)
+        return x, sum(ladjs[1:], ladjs[0]), *score
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         known = [x.detach()]
@@ -131,22 +126,15 @@ class ComposedTransform(FlowModule):
         self, y: Tensor, known: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         # known: the argument of each part
-        total: Any = None
+        ladjs = []
         for flow, dims in reversed(self._steps):
             y, ladj = flow.inverse_and_ladj(y) if known is None else flow.inverse_at(known.pop(), y)
-            ladj = ladj.sum(dims) if dims else ladj
-            total = ladj if total is None else total + ladj
-        return y, total
+            ladjs.append(ladj.sum(dims) if dims else ladj)
+        return y, sum(ladjs[1:], ladjs[0])
 
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        for part in self.transforms:
-            shape = part.forward_shape(shape)
-        return shape
-
-    def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        for part in reversed(self.transforms):
-            shape = part.inverse_shape(shape)
-        return shape
+    # of the parts, one after the other
+    forward_shape = ComposeTransform.forward_shape
+    inverse_shape = ComposeTransform.inverse_shape
 
 
 class ConditionalComposedTransform(ConditionalFlowModule):
@@ -162,20 +150,15 @@ class ConditionalComposedTransform(ConditionalFlowModule):
     def condition(self, context: Tensor) -> ComposedTransform:
         """The composition for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         parts: list[Any] = [*self.transforms]
-        for k, part in enumerate(parts):
-            if isinstance(part, ConditionalTransform):
-                parts[k] = part.condition(context)
-        return ComposedTransform(*parts)
+        given = [t.condition(context) if isinstance(t, ConditionalTransform) else t for t in parts]
+        return ComposedTransform(*given)
 
 
-def chain(
-    transforms: Sequence[AnyTransform],
-) -> ComposedTransform | ConditionalComposedTransform:
+def chain(transforms: Sequence[AnyTransform]) -> ComposedTransform | ConditionalComposedTransform:
     """Composes transforms as :class:`ComposedTransform`; if one is conditional, so is the result.
 
     Example::
 
-        >>> import torch
         >>> from pyro_artransform import affine_autoregressive
         >>> t = chain([affine_autoregressive(3), affine_autoregressive(3, order=[2, 1, 0])])
         >>> t.inv(torch.zeros(5, 3)).shape
@@ -192,17 +175,9 @@ def chain(
 class PermutationTransform(FlowModule):
     r"""Reorders the coordinates.
 
-    .. math::
-
-        y_k = x_{\mathrm{order}_k}
+    .. math:: y_k = x_{\mathrm{order}_k}
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
-
-    Example::
-
-        >>> import torch
-        >>> PermutationTransform([2, 0, 1])(torch.tensor([1.0, 2.0, 3.0]))
-        tensor([3., 1., 2.])
     """
 
     order: Tensor
@@ -232,9 +207,7 @@ class PermutationTransform(FlowModule):
 class PartitionTransform(FlowModule):
     r"""Transforms disjoint sets of coordinates, each by a transform of its own.
 
-    .. math::
-
-        y_{S_k} = T_k(x_{S_k})
+    .. math:: y_{S_k} = T_k(x_{S_k})
 
     :param parts: for each set its coordinates, and a transform of this package of vectors of their number.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.

@@ -79,9 +79,7 @@ SELF_DESCRIBING = (StructuredMeta, Conditioner)
 class ConditionedUnivariate(StructuredMeta):
     r"""Conditioner, then univariate family: the ``meta`` of an autoregressive transform.
 
-    .. math::
-
-        x \mapsto f(\cdot; \theta(x)), \qquad \theta_i = c_i(x_{<i}, \mathrm{context})
+    .. math:: x \mapsto f(\cdot; \theta(x)), \qquad \theta_i = c_i(x_{<i}, \mathrm{context})
 
     :param conditioner: a module that returns parameters of shape ``(*, D, P)``.
     :param univariate: the family that turns them into a transform.
@@ -174,9 +172,9 @@ class ContextMeta(StructuredMeta):
         return None
 
     def linearize(self, x: Tensor) -> Linearization | None:
-        if not isinstance(self.meta, ConditionedUnivariate):
-            return None
-        return self.meta.linearize(x, self._context_for(x.dim()))
+        if isinstance(self.meta, ConditionedUnivariate):
+            return self.meta.linearize(x, self._context_for(x.dim()))
+        return None
 
     def forward(self, x: Tensor) -> Transform:
         return self.meta(x, self._context_for(x.dim()))

@@ -7,6 +7,7 @@ import copy
 import sys
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
-from ..univariate.base import ElementwiseTransform
+from ..univariate.base import Bijection
 
 
-class FlowModule(TransformModule):
+class FlowModule(Bijection, TransformModule):
     r"""A bijection of real vectors that owns its parameters.
 
     A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`.
@@ -33,8 +34,6 @@ class FlowModule(TransformModule):
 
     domain: constraints.Constraint = constraints.real_vector
     codomain: constraints.Constraint = constraints.real_vector
-    bijective = True
-    sign = +1
     #: A weak reference to the inverse, where torch keeps the inverse itself: there is no cycle.
     _inv: Any
 
@@ -55,9 +54,7 @@ class FlowModule(TransformModule):
 
         If x has density p, ``y = T(x)`` has the density q with
 
-        .. math::
-
-            \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log |\det J|)
+        .. math:: \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log |\det J|)
 
         whose parameters are held fixed: with it the gradient of an ELBO flows through draws alone.
 
@@ -71,20 +68,12 @@ class FlowModule(TransformModule):
            https://arxiv.org/abs/2207.08219
         """
         y, ladj = self.call_and_ladj(x)
-        with torch.enable_grad():
-            point = y.detach().requires_grad_()
-            back, back_ladj = self.inverse_at(x.detach(), point)
-            log_prob = (back * score.detach()).sum() + back_ladj.sum()
-            return y, ladj, torch.autograd.grad(log_prob, point)[0]
+        return y, ladj, _score_at(y, partial(self.inverse_at, x.detach()), score)
 
     def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`call_and_score` of the inverse: x, its log-determinant, and the score of x."""
         x, ladj = self.inverse_and_ladj(y)
-        with torch.enable_grad():
-            point = x.detach().requires_grad_()
-            back, back_ladj = self.call_and_ladj(point)
-            log_prob = (back * score.detach()).sum() + back_ladj.sum()
-            return x, ladj, torch.autograd.grad(log_prob, point)[0]
+        return x, ladj, _score_at(x, self.call_and_ladj, score)
 
     @property
     def inv(self) -> "FlowModule":
@@ -94,24 +83,6 @@ class FlowModule(TransformModule):
             inverse = InverseTransformModule(self)
             self._inv = weakref.ref(inverse)
         return inverse
-
-    def _call(self, x: Tensor) -> Tensor:
-        return self.call_and_ladj(x)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.inverse_and_ladj(y)[0]
-
-    # torch's own go through its cache, which compares the identities of tensors alone
-    __call__ = _call
-    _inv_call = _inverse
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """``log |det dy/dx|`` of shape ``(*,)`` at x, whose value y is not needed here."""
-        return self.call_and_ladj(x)[1]
-
-    def with_cache(self, cache_size: int = 1) -> "FlowModule":
-        """Returns itself, since nothing is remembered."""
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowModule":
         twin = type(self).__new__(type(self))
@@ -129,6 +100,15 @@ class FlowModule(TransformModule):
     __repr__ = torch.nn.Module.__repr__
 
 
+def _score_at(y: Tensor, inverse: Any, score: Tensor) -> Tensor:
+    """The score at y, whose inverse has this score."""
+    with torch.enable_grad():
+        point = y.detach().requires_grad_()
+        x, ladj = inverse(point)
+        log_prob = (x * score.detach()).sum() + ladj.sum()
+        return torch.autograd.grad(log_prob, point)[0]
+
+
 class InverseTransformModule(FlowModule):
     """The inverse of a transform, which becomes its submodule ``transform``, see :func:`inverse`."""
 
@@ -142,8 +122,8 @@ class InverseTransformModule(FlowModule):
 
     @property
     def inv(self) -> FlowModule:
-        reference = self.transform._inv
-        if reference is None or reference() is None:
+        inverse = self.transform._inv
+        if inverse is None or inverse() is None:
             self.transform._inv = weakref.ref(self)
         return self.transform
 
@@ -155,9 +135,6 @@ class InverseTransformModule(FlowModule):
 
     def call_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.inverse_and_score(y, score)
-
-    def inverse_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.transform.call_and_score(x, score)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         # both ends are known, so nothing is inverted
@@ -194,7 +171,7 @@ def inverse(transform: FlowModule) -> FlowModule:
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """``y`` and ``log |dy/dx|`` of any torch transform, over its event dimensions."""
-    if isinstance(transform, (ElementwiseTransform, FlowModule)):
+    if isinstance(transform, Bijection):
         y, ladj = transform.call_and_ladj(x)
     else:
         # torch's cache compares identities only: after an optimizer step it would answer with old values

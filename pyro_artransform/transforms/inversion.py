@@ -5,13 +5,14 @@ r"""Inverses of autoregressive transforms, and their gradients.
 
 The inverse of ``y = meta(x)(x)`` is the fixed point of
 
-.. math::
-
-    u(x) = \mathrm{meta}(x)^{-1}(y).
+.. math:: u(x) = \mathrm{meta}(x)^{-1}(y).
 
 Each pass makes the next level of the graph exact. With :math:`M = \partial u / \partial x`, strictly
 triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`: it is the limit of
 :math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the graph is deep.
+
+By blocks of levels of the graph an exact inverse costs about one evaluation. Large blocks are best where
+calls dominate (small batches, accelerators), small ones where arithmetic does.
 
 **References**
 
@@ -20,8 +21,7 @@ triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`: it
 2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
 """
 
-from collections.abc import Callable
-from functools import partial
+from functools import lru_cache
 from math import nan
 from typing import Any
 
@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import values_can_be_read
-from ..conditioners import Linearization
+from ..conditioners import Blocks, Linearization
 from ..differentiation import has_other_leaves
 from ..univariate import Univariate
-from .block_inversion import by_blocks, largest
 from .conditioned import Meta, StructuredMeta, check_returned
 from .flow_module import call_and_ladj, call_and_ladj_over_vectors, warn_user
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing
+_MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
 
 
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
@@ -106,9 +106,9 @@ def _by_passes(
         point = _finite(x)
         transform = check_returned(meta(point))
         new = transform.inv(y)
-        # by more than round-off, which the map may amplify from pass to pass; infinities and NaN do not move
-        still = (new - x).abs_() <= new.abs().add_(1).mul_(2 * torch.finfo(new.dtype).eps)
-        moved = ~(still | (new == x) | (new.isnan() & x.isnan()))
+        # by more than round-off, which the map may amplify from pass to pass
+        unit = 2 * torch.finfo(new.dtype).eps
+        moved = ~torch.isclose(x, new, rtol=unit, atol=unit, equal_nan=True)
         x = torch.where(moved, new, x)
         if not bool(moved.any()):
             break
@@ -138,6 +138,92 @@ def _finite(x: Tensor) -> Tensor:
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
+@lru_cache(maxsize=1024)
+def block_size(depth: int, batch: int, input_dim: int, num_params: int, work: int) -> int:
+    """The number of levels in a block that is expected to be the fastest on a CPU.
+
+    :param work: the number of multiplications in an evaluation of one row.
+    """
+
+    def cost(size: int) -> float:
+        # in nanoseconds on one core
+        blocks = -(-depth // size)
+        passes = min(size, 5)  # 5 to 7 for networks at PyTorch's default scale, for D of 8 to 512
+        # opening and closing a block, and reading its rows again; calls; products and elements
+        calls = 70e3 + batch * 120.0 + passes * 15e3 * num_params
+        products = work * ((1 - 1 / blocks) / 2 + passes / blocks)
+        elements = input_dim * num_params * passes
+        return blocks * calls + batch * (0.032 * products + 4.0 * elements)
+
+    return min({-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}, key=cost)
+
+
+def by_blocks(
+    family: Univariate, blocks: Blocks, y: Tensor, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inverse by blocks of levels, by default of the best size.
+
+    With a size of 1 no value is read, and autograd can differentiate.
+    """
+    large = largest(y)
+    clean = y.nan_to_num(0.0, large, -large)
+    rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
+    rows = rows if blocks.order is None else rows[:, blocks.order]
+    depth = len(levels) - 1
+    if blocks.work is None:
+        size = 1
+    elif size is None:  # on an accelerator a call costs far more than arithmetic
+        sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
+        size = block_size(*sizes) if y.device.type == "cpu" else depth
+    start, done = 0, []
+    while start < depth:
+        stop = min(start + size, depth)
+        blocks.open(start, stop)
+        block = rows[:, levels[start] : levels[stop]]
+        x, ladj, exact = _settle(family, blocks, block, stop - start)
+        if exact < stop - start:
+            # the passes converge slowly here: exact levels are kept, and smaller blocks follow
+            stop, size = start + exact, max(size // 4, 1)
+            count = levels[stop] - levels[start]
+            x, ladj = x[:, :count], ladj[:, :count]
+        done.append((x, ladj))
+        if stop < depth:
+            blocks.close(x, stop)
+        start = stop
+    x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
+    undefined = y.reshape(x.shape)
+    undefined = (undefined if blocks.order is None else undefined[:, blocks.order]).isnan()
+    # what may depend on NaN was found with a number in its place
+    after = undefined.cumsum(-1) > undefined
+    x, ladj = x.masked_fill(after, nan), ladj.masked_fill(after, nan)
+    x = x if blocks.order is None else x[:, blocks.order.argsort()]
+    return x.reshape(y.shape) + (y - clean), ladj.sum(-1).reshape(y.shape[:-1])
+
+
+def _settle(
+    family: Univariate, blocks: Blocks, y: Tensor, depth: int
+) -> tuple[Tensor, Tensor, int]:
+    """x and log-determinants by coordinate in the open block, and the number of its levels that are exact."""
+    if depth == 1:
+        return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
+    large, unit = largest(y), 2 * torch.finfo(y.dtype).eps
+    x = y  # a better guess than zeros: a trained layer is not far from the identity
+    for k in range(1, min(depth, _MAX_PASSES) + 1):
+        new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
+        # early passes may overflow, and infinity times a masked zero would spoil what is exact
+        new = new.clamp(-large, large)
+        # it takes more than three passes to see that nothing moves by more than round-off
+        if 3 < k < depth and torch.allclose(x, new, rtol=unit, atol=unit):
+            return new, ladj, depth
+        x = new
+    return x, ladj, k
+
+
+def largest(y: Tensor) -> float:
+    """A bound beyond all sensible numbers, with which sums of products stay finite."""
+    return torch.finfo(y.dtype).max ** 0.75
+
+
 def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`invert` where the inverse x is known, from one evaluation."""
     if not values_can_be_read(y):
@@ -157,7 +243,28 @@ def _with_gradient(
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or has_other_leaves([out, ladj], point)):
         return values
-    return _Implicit.apply(out, ladj, *values, partial(_solve, out, ladj, point))
+
+    def solve(g_out: Tensor, g_ladj: Tensor | None) -> Tensor:
+        """The adjoint of the fixed point, by vector-Jacobian products until nothing moves."""
+        v = g_out
+        for _ in range(out.shape[-1]):
+            weighted = [(t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad]
+            weighted = [(t, g) for t, g in weighted if g is not None]
+            if not weighted:
+                break
+            ends, weights = zip(*weighted)
+            options = {"retain_graph": True, "allow_unused": True}
+            pulled: Any = torch.autograd.grad(ends, point, weights, **options)[0]
+            if pulled is None:
+                break
+            previous, v = v, g_out + pulled
+            # relative to the row: the scale of a gradient is that of the loss, which may be any
+            change, size = (t.abs().amax(-1) for t in (v - previous, v))
+            if bool((change <= 2 * torch.finfo(v.dtype).eps * size).all()):
+                break
+        return v
+
+    return _Implicit.apply(out, ladj, *values, solve)
 
 
 def _with_known_gradient(
@@ -171,7 +278,19 @@ def _with_known_gradient(
         params = params.detach().requires_grad_()
     out, ladj = call_and_ladj(family(params).inv, y)
     ladj = ladj.sum(-1)
-    solve = partial(_solve_by_linearization, linearization, params, out, ladj)
+
+    def solve(g_out: Tensor, g_ladj: Tensor | None) -> Tensor:
+        """The adjoint of the fixed point, by substitution along the graph."""
+        shape = (-1, *params.shape[-2:])
+        right = g_out.reshape(-1, g_out.shape[-1])
+        if ladj.requires_grad and g_ladj is not None:
+            options = {"retain_graph": True, "allow_unused": True}
+            weights: Any = torch.autograd.grad(ladj, params, g_ladj, **options)[0]
+            if weights is not None:
+                right = right + linearization.pull_back(weights.reshape(shape))
+        (slopes,) = torch.autograd.grad(out, params, torch.ones_like(out), retain_graph=True)
+        return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
+
     return _Implicit.apply(out, ladj, *values, solve)
 
 
@@ -180,17 +299,10 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        out: Tensor,
-        ladj: Tensor,
-        x: Tensor,
-        ladj_at_x: Tensor,
-        solve: Callable[[Tensor, Tensor | None], Tensor],
+        ctx: Any, out: Tensor, ladj: Tensor, x: Tensor, ladj_at_x: Tensor, solve: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.solve, ctx.like = solve, x
-        ctx.set_materialize_grads(
-            False
-        )  # what is not used is None, which costs no reading of zeros
+        ctx.set_materialize_grads(False)  # a log-determinant that is not used has none
         return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
 
     @staticmethod
@@ -203,45 +315,3 @@ class _Implicit(torch.autograd.Function):
         g_out, g_ladj = gradients
         g_out = torch.zeros_like(ctx.like) if g_out is None else g_out
         return ctx.solve(g_out, g_ladj), g_ladj, None, None, None
-
-
-def _solve_by_linearization(
-    linearization: Linearization,
-    params: Tensor,
-    out: Tensor,
-    ladj: Tensor,
-    g_out: Tensor,
-    g_ladj: Tensor | None,
-) -> Tensor:
-    """:func:`_solve` by substitution along the graph."""
-    shape = (-1, *params.shape[-2:])
-    right = g_out.reshape(-1, g_out.shape[-1])
-    if ladj.requires_grad and g_ladj is not None:
-        (weights,) = torch.autograd.grad(ladj, params, g_ladj, retain_graph=True, allow_unused=True)
-        if weights is not None:
-            right = right + linearization.pull_back(weights.reshape(shape))
-    ones = torch.ones_like(out)
-    (slopes,) = torch.autograd.grad(out, params, ones, retain_graph=True)
-    return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
-
-
-def _solve(
-    out: Tensor, ladj: Tensor, point: Tensor, g_out: Tensor, g_ladj: Tensor | None
-) -> Tensor:
-    """The adjoint of the fixed point, by vector-Jacobian products until nothing moves."""
-    v = g_out
-    for _ in range(out.shape[-1]):
-        used = [(t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad and g is not None]
-        if not used:
-            break
-        values, weights = zip(*used)
-        options = {"retain_graph": True, "allow_unused": True}
-        pulled: Any = torch.autograd.grad(values, point, weights, **options)[0]
-        if pulled is None:
-            break
-        previous, v = v, g_out + pulled
-        # relative to the row: the scale of a gradient is that of the loss, which may be any
-        change, size = (t.abs().amax(-1) for t in (v - previous, v))
-        if bool((change <= 2 * torch.finfo(v.dtype).eps * size).all()):
-            break
-    return v

@@ -18,9 +18,7 @@ from .flow_module import ConditionalFlowModule, FlowModule
 class LocationScale(FlowModule):
     r"""A learnable location and lower-triangular scale.
 
-    .. math::
-
-        y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
+    .. math:: y = \mathrm{loc} + \mathrm{diag}(s) (I + A) x, \qquad s = \exp(\mathrm{log\_scale})
 
     A is strictly lower triangular and starts at zero.
 
@@ -33,12 +31,10 @@ class LocationScale(FlowModule):
 
     def __init__(self, loc: Tensor, scale: float, *, full_rank: bool) -> None:
         super().__init__()
-        loc = loc.detach().clone()
-        self.loc = nn.Parameter(loc)
+        self.loc = nn.Parameter(loc.detach().clone())
         self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
         # at D = 1 nothing is off the diagonal, and a parameter without effect is left out
-        full_rank = full_rank and len(loc) > 1
-        lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank else None
+        lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank and len(loc) > 1 else None
         self.register_parameter("lower", lower)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +87,7 @@ def _solve_unitriangular(matrix: Tensor, x: Tensor, *, upper: bool) -> Tensor:
 class Standardize(FlowModule):
     r"""The way from standardized values to data, as the last layer of a flow.
 
-    .. math::
-
-        y = \mathrm{loc} + L x
+    .. math:: y = \mathrm{loc} + L x
 
     It has no parameters to train: ``loc`` and ``scale_tril`` are buffers, saved with the state.
     :func:`standardize` takes them from data.
@@ -155,7 +149,6 @@ def standardize(data: Tensor, *, full_rank: bool | None = None) -> Standardize:
 
     Example::
 
-        >>> import torch
         >>> from pyro_artransform import maf
         >>> from pyro_artransform.transforms import chain
         >>> flow = chain([maf(3), standardize(1000 + torch.randn(50, 3))])
@@ -203,8 +196,7 @@ def check_rows(name: str, rows: Any) -> Tensor:
     if rows.dim() != 2 or len(rows) < 2 or not rows.shape[-1]:
         got = tuple(rows.shape)
         raise ValueError(f"{name}: expected shape (n, D) with two rows or more, got {got}")
-    if not rows.isfinite().all():
-        count = int((~rows.isfinite()).any(-1).sum())
+    if count := int((~rows.isfinite()).any(-1).sum()):
         raise ValueError(
             f"{name}: expected finite numbers, got others in {count} of {len(rows)} rows"
         )
@@ -221,12 +213,10 @@ def location_and_scale(
     :return: shapes ``(D,)`` and ``(D, D)``, or ``(D,)`` and ``(D,)``.
     """
     loc, scale = rows.mean(0), rows.std(0)
-    constant = (~(scale > 0)).nonzero().flatten().tolist()
-    if constant:
+    if constant := (~(scale > 0)).nonzero().flatten().tolist():
         raise ValueError(f"{name}: expected coordinates that vary, got constant ones: {constant}")
     if full_rank is None:
-        num_rows, dim = rows.shape
-        full_rank = dim <= 200 and num_rows >= 10 * dim
+        full_rank = rows.shape[1] <= 200 and len(rows) >= 10 * rows.shape[1]
     if not full_rank:
         return loc, scale
     # in units of each coordinate: the covariance of raw numbers may have lost all digits
@@ -243,9 +233,7 @@ def location_and_scale(
 class CompressedTails(FlowModule):
     r"""The identity up to a knot, and beyond it a distance that grows like a logarithm.
 
-    .. math::
-
-        y = \pm \left(c + w \operatorname{arsinh} \frac{|x| - c}{w}\right) \qquad |x| > c
+    .. math:: y = \pm \left(c + w \operatorname{arsinh} \frac{|x| - c}{w}\right) \qquad |x| > c
 
     It acts on each coordinate, has two continuous derivatives, and no parameters. The knot c is 40, and
     over the distance w = 2 the slope falls from 1 to :math:`1/\sqrt2`: 100 goes to 48 and 1,000 to 54.

@@ -26,9 +26,8 @@ def closed_form(
     if linearization is None:
         return None
     rows = x.reshape(-1, x.shape[-1])
-    at = meta.family.derivatives(linearization.params, rows)
-    if at is None:
-        at = _derivatives(meta.family, linearization.params, rows)
+    family, params = meta.family, linearization.params
+    at = family.derivatives(params, rows) or _derivatives(family, params, rows)
     rest = score.reshape(rows.shape)
     if at.ladj_by_x is not None:
         rest = rest - at.ladj_by_x

@@ -23,7 +23,24 @@ from .base import (
 )
 
 
-class MonotonicAffineTransform(ElementwiseTransform):
+class GivenLocationScale(ElementwiseTransform):
+    """An affine transform with a given location and log-scale, shape ``(*, D)`` each."""
+
+    def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
+        super().__init__()
+        self.loc, self.log_scale = loc, log_scale
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.addcmul(self.loc, x, self.log_scale.exp())
+        return y, self.log_scale.expand_as(y)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        ladj = -self.log_scale
+        x = (y - self.loc) * ladj.exp()
+        return x, ladj.expand_as(x)
+
+
+class MonotonicAffineTransform(GivenLocationScale):
     r"""An affine transform whose scale is positive and bounded.
 
     .. math:: y = x \exp(b(\text{scale})) + \text{shift}
@@ -38,57 +55,9 @@ class MonotonicAffineTransform(ElementwiseTransform):
     """
 
     def __init__(self, shift: Tensor, scale: Tensor, *, bound: float = 3.0) -> None:
-        super().__init__()
-        # two comparisons in place of two checks: a network calls this at each evaluation
-        if not torch.jit.is_tracing() and shift.shape != scale.shape:
-            check_broadcast("shift and scale", shift.shape, scale.shape)
-        if not (type(bound) is float and 0 < bound < math.inf):
-            bound = check_positive("bound", bound)
-        self.shift, self.scale, self.bound = shift, scale, bound
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        evaluate = _BoundedAffine.apply if values_can_be_read() else _bounded_affine
-        y, log_scale = evaluate(x, self.shift, self.scale, self.bound)
-        return y, log_scale.expand_as(y)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = -soft_bound(self.scale, self.bound)
-        x = (y - self.shift) * ladj.exp()
-        return x, ladj.expand_as(x)
-
-
-def _bounded_affine(x: Tensor, shift: Tensor, scale: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    log_scale = soft_bound(scale, bound)
-    return torch.addcmul(shift, x, log_scale.exp()), log_scale
-
-
-class _BoundedAffine(torch.autograd.Function):
-    """The same with its derivative by hand, which saves half of the operations."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, bound: float
-    ) -> tuple[Tensor, Tensor]:
-        shrink, clamped = shrink_of(scale, bound)
-        log_scale = shrink * clamped
-        factor = log_scale.exp()
-        ctx.save_for_backward(x, shift, scale, shrink, factor)
-        ctx.bound = bound
-        return torch.addcmul(shift, x, factor), log_scale
-
-    @staticmethod
-    def backward(ctx: Any, g_y: Tensor, g_log_scale: Tensor) -> tuple[Tensor | None, ...]:
-        x, shift, scale, shrink, factor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will be differentiated
-            function = partial(_bounded_affine, bound=ctx.bound)
-            return *gradients_with_graph(function, (x, shift, scale), (g_y, g_log_scale)), None
-        g_x = g_y * factor
-        if g_x.shape == scale.shape:
-            g_scale = torch.addcmul(g_log_scale, g_x, x)
-        else:  # the log-scale was not broadcast, so its own gradient must not be summed
-            g_scale = g_log_scale + (g_x * x).sum_to_size(scale.shape)
-        g_scale = g_scale * shrink.pow(3)
-        return g_x.sum_to_size(x.shape), g_y.sum_to_size(shift.shape), g_scale, None
+        check_broadcast("shift and scale", shift.shape, scale.shape)
+        self.shift, self.scale, self.bound = shift, scale, check_positive("bound", bound)
+        super().__init__(shift, soft_bound(scale, self.bound))
 
 
 class Affine(Univariate):
@@ -155,9 +124,7 @@ class Standardizing(Affine):
 class HingedTransform(ElementwiseTransform):
     r"""Smooth hinges, one after the other, each of which changes the slope beyond its knot.
 
-    .. math::
-
-        x \mapsto x \pm (e^a - 1) h(\pm x - c), \qquad h(u) = \tfrac12 (u + \sqrt{u^2 + w^2})
+    .. math:: x \mapsto x \pm (e^a - 1) h(\pm x - c), \qquad h(u) = \tfrac12 (u + \sqrt{u^2 + w^2})
 
     A hinge has slope 1 on one side of its knot and :math:`e^a` on the other. There are two for each knot
     c, to the right at c and to the left at -c. The inverse of each is in closed form.
@@ -179,11 +146,8 @@ class HingedTransform(ElementwiseTransform):
         super().__init__()
         if len(knots) == 0:
             raise ValueError("knots: expected at least one, got none")
-        self._log_slopes: list[Tensor] = []
-        self._hinges: list[tuple[float, float]] = []  # the side and the knot of each
-        for k, knot in enumerate(knots):
-            self._log_slopes += [right[k], left[k]]
-            self._hinges += [(1.0, knot), (-1.0, knot)]
+        self._hinges = [(side, knot) for knot in knots for side in (1.0, -1.0)]
+        self._log_slopes = [of_side[k] for k in range(len(knots)) for of_side in (right, left)]
         self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +155,7 @@ class HingedTransform(ElementwiseTransform):
         while factors.dim() <= x.dim():
             factors = factors.unsqueeze(1)
         evaluate = _Bend.apply if values_can_be_read() else partial(_Bend.forward, None)
-        y, ladj = evaluate(x, factors, self._hinges, self.width)
-        return y, ladj
+        return evaluate(x, factors, self._hinges, self.width)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(y.dtype).max ** 0.4  # v * v must not overflow
@@ -220,11 +183,10 @@ class _Bend(torch.autograd.Function):
         arguments, roots = [], []
         for factor, (side, knot) in zip(factors.unbind(), hinges):
             # clamped, so that infinity stays itself
-            u = (y - knot if side > 0 else -knot - y).clamp(-large, large)
+            arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
             # several times as fast as the root of a sum of squares
-            roots.append(torch.hypot(u, width_of_all))
-            arguments.append(u)
-            y = torch.addcmul(y, factor, u + roots[-1], value=side)
+            roots.append(torch.hypot(arguments[-1], width_of_all))
+            y = torch.addcmul(y, factor, arguments[-1] + roots[-1], value=side)
         root = torch.stack(roots)
         derivative = 1 + torch.stack(arguments) / root  # that of 2h
         slope = 1 + factors * derivative
@@ -262,11 +224,6 @@ class Hinged(Univariate):
     :param knots: where the slopes change, positive or zero, mirrored to the left.
     :param width: how smoothly.
     :raises ValueError: without a knot, for a negative one, or if ``width`` is not positive.
-
-    Example::
-
-        >>> Hinged(knots=[0.0])(torch.zeros(32, 5, 2))(torch.randn(32, 5)).shape
-        torch.Size([32, 5])
 
     **References**
 

@@ -112,12 +112,10 @@ class MonotoneNeuralTransform(MonotoneTransform):
             check_broadcast("batch shapes of shift, slopes, knots and softness", *shapes)
         count = knots.shape[-1]
         spacing = 6.0 / count  # three standard deviations on both sides
-        speeds = torch.exp(soft_bound(slopes, 2.5))
+        self.shift, self.speeds = shift, torch.exp(soft_bound(slopes, 2.5))
         centers = torch.arange(count, dtype=knots.dtype, device=knots.device) - 0.5 * (count - 1)
-        self.shift = shift
-        self.speeds = speeds
-        self.left, self.right = speeds[..., 0], speeds[..., -1]
-        self.jumps = 0.5 * (speeds[..., 1:] - speeds[..., :-1])
+        self.left, self.right = self.speeds[..., 0], self.speeds[..., -1]
+        self.jumps = 0.5 * self.speeds.diff()
         self.knots = centers * spacing + soft_bound(knots, 0.5 * spacing)
         softness = spacing * torch.exp(soft_bound(softness, 1.5))
         self.softness = softness.square().unsqueeze(-1)
@@ -156,12 +154,6 @@ class MonotoneNeural(Univariate):
 
     :param count_units: the number of hidden units, K, at least 1.
     :raises ValueError: if ``count_units`` is out of its range.
-
-    Example::
-
-        >>> transform = MonotoneNeural(count_units=8)(torch.zeros(32, 5, 19))
-        >>> transform(torch.randn(32, 5)).shape
-        torch.Size([32, 5])
 
     **References**
 

@@ -64,21 +64,19 @@ class MonotonicRQSTransform(ElementwiseTransform):
         self, widths: Tensor, heights: Tensor, derivatives: Tensor, *, bound: float = 5.0
     ) -> None:
         super().__init__()
+        tables = widths, heights, derivatives
         if not torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
             bins = widths.shape[-1] if widths.dim() else 0
-            rest = heights, derivatives
-            if bins < 2 or [t.shape[-1:] for t in rest] != [(bins,), (bins - 1,)]:
+            if bins < 2 or [t.shape[-1:] for t in tables[1:]] != [(bins,), (bins - 1,)]:
                 wanted = "widths, heights and derivatives of shapes (*, K), (*, K) and (*, K - 1)"
-                got = ", ".join(str(tuple(t.shape)) for t in (widths, *rest))
+                got = ", ".join(str(tuple(t.shape)) for t in tables)
                 raise ValueError(f"expected {wanted} with K >= 2, got {got}")
-            batches = [t.shape[:-1] for t in (widths, *rest)]
-            check_broadcast("batch shapes of widths, heights and derivatives", *batches)
+        batches = [t.shape[:-1] for t in tables]
+        check_broadcast("batch shapes of widths, heights and derivatives", *batches)
         self.bound = check_positive("bound", bound)
         # The bins go before the last dimension, where softmax and cumsum work on whole vectors; a table
         # without coordinates gets one.
-        widths, heights, self.derivatives = (
-            torch.atleast_2d(table).mT for table in (widths, heights, derivatives)
-        )
+        widths, heights, self.derivatives = (torch.atleast_2d(table).mT for table in tables)
         # The arc tangent bounds as softly as soft_bound, at a quarter of the cost for tables that
         # are K times as large as the data. In place, since the table is the cost.
         logits = torch.atan(widths)
@@ -162,12 +160,6 @@ class RationalQuadraticSpline(Univariate):
     :param count_bins: the number of bins, K, at least 2.
     :param bound: the spline's domain is ``[-bound, bound]``.
     :raises ValueError: if an argument is out of its range.
-
-    Example::
-
-        >>> transform = RationalQuadraticSpline(count_bins=8)(torch.zeros(32, 5, 23))
-        >>> transform(torch.randn(32, 5)).shape
-        torch.Size([32, 5])
     """
 
     def __init__(self, *, count_bins: int = 8, bound: float = 5.0) -> None:

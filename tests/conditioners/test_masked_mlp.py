@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_artransform import (
-    conditional_affine_autoregressive,
-    hinged_marginals,
-    spline_marginals,
-)
+from pyro_artransform import conditional_affine_autoregressive, hinged_marginals, spline_marginals
 from pyro_artransform.conditioners import MaskedLinear, MaskedMLP, TiltedSiLU, Unconditional
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.conditioners.test_masks import random_dag

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pyro_artransform.conditioners import ParentsMLP
-from pyro_artransform.conditioners.adjoint import Activations
-from pyro_artransform.conditioners.parents_mlp import ParentsBlocks
+from pyro_artransform.conditioners.parents_mlp import ParentsBlocks, ParentsLinearization
 from pyro_artransform.graphs.markov_graph import eliminate
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionedUnivariate
@@ -138,13 +137,13 @@ def test_bad_arguments_and_inputs():
 
 def test_a_step_leaves_nothing_for_the_garbage_collector(monkeypatch):
     """A cycle between a graph and what it was made of would hold all activations of many steps."""
-    found, init = [], Activations.__init__
+    found, init = [], ParentsLinearization.__init__
 
     def counted(self, *args):
         init(self, *args)
         found.append(weakref.ref(self))
 
-    monkeypatch.setattr(Activations, "__init__", counted)
+    monkeypatch.setattr(ParentsLinearization, "__init__", counted)
     transform = layer(PARENTS["sparse"])
     gc.collect()
     gc.disable()

@@ -285,11 +285,7 @@ def test_pairs_of_all_coordinates():
     axes = plots.plot_pairs(given)
     assert axes.shape == (6, 6)
     bottom = [ax.get_xlabel() for ax in axes[-1]]
-    assert bottom == [
-        "tau",
-        *(f"theta[{i}, {j}]" for i in range(2) for j in range(2)),
-        "count",
-    ]
+    assert bottom == ["tau", *(f"theta[{i}, {j}]" for i in range(2) for j in range(2)), "count"]
     assert [ax.get_ylabel() for ax in axes[:, 0]] == bottom
     assert all(bool(axes[i, j].collections) == (i != j) for i in range(6) for j in range(6))
     x = axes[2, 0].collections[0].get_offsets()

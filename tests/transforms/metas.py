@@ -16,6 +16,7 @@ from pyro_artransform.univariate import (
     RationalQuadraticSpline,
     Univariate,
 )
+from tests.conditioners.test_masks import random_dag
 
 
 class Shift(Univariate):
@@ -76,18 +77,11 @@ class CumulativeConditioner(Conditioner):
         return params if context is None else params + self.context(context)[..., None, :]
 
 
-def _graph(input_dim):
-    generator = torch.Generator().manual_seed(input_dim)
-    order = torch.randperm(input_dim, generator=generator)
-    dag = (torch.rand(input_dim, input_dim, generator=generator) < 0.4).tril(-1)
-    return dag[order][:, order]
-
-
 CONDITIONERS = {
     "mlp": lambda d, p, c: MaskedMLP(d, p, hidden_dims=[16, 16], context_dim=c),
     "narrow": lambda d, p, c: MaskedMLP(d, p, hidden_dims=3, context_dim=c),
     "reverse": lambda d, p, c: MaskedMLP(d, p, context_dim=c, order=range(d - 1, -1, -1)),
-    "graph": lambda d, p, c: MaskedMLP(d, p, context_dim=c, adjacency=_graph(d)),
+    "graph": lambda d, p, c: MaskedMLP(d, p, context_dim=c, adjacency=random_dag(d, 0.4, seed=d)),
     "masked input": lambda d, p, c: MaskedInput(Dense(d, p, c)),
     "unconditional": lambda d, p, c: Unconditional(d, p),
     "foreign": CumulativeConditioner,

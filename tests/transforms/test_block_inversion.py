@@ -10,7 +10,7 @@ from torch.distributions import AffineTransform
 from pyro_artransform import affine_autoregressive, hinged_marginals
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform
-from pyro_artransform.transforms.block_inversion import block_size
+from pyro_artransform.transforms.inversion import block_size
 
 
 @pytest.mark.parametrize(("depth", "num_params"), [(1, 2), (8, 23), (512, 2)])
@@ -48,6 +48,14 @@ def test_infinity_and_nan_stay_in_their_row_and_after_their_coordinate():
     assert torch.equal(x[2], expected[2])
     assert torch.allclose(x[0, :2], expected[0, :2])
     assert torch.allclose(x[1, :1], expected[1, :1])
+
+
+def test_infinity_stays_one_where_passes_invert():
+    t = AutoregressiveTransform(
+        lambda x: AffineTransform(nn.functional.pad(x[:, :-1], (1, 0)), 2.0)
+    )
+    x = t.inv(torch.tensor([[0.3, torch.inf, 0.1], [0.1, -torch.inf, 0.2]]))
+    assert x[:, :2].tolist() == [[0.15, torch.inf], [0.05, -torch.inf]]
 
 
 def test_nan_has_no_finite_consequences():

@@ -18,7 +18,6 @@ from pyro_artransform import (
 )
 from pyro_artransform.testing import check_transform, redraw
 from pyro_artransform.transforms import (
-    AutoregressiveTransform,
     ComposedTransform,
     ConditionalComposedTransform,
     PartitionTransform,
@@ -40,8 +39,7 @@ def nested():
 
 
 @pytest.mark.parametrize(
-    ("make", "dim"),
-    [(nested, 3), (partition, 5), (lambda: PermutationTransform([2, 0, 3, 1]), 4)],
+    ("make", "dim"), [(nested, 3), (partition, 5), (lambda: PermutationTransform([2, 0, 3, 1]), 4)]
 )
 def test_contract(make, dim):
     check_transform(make, dim)
@@ -172,22 +170,12 @@ def test_bad_parts():
     assert len(chain(affine_autoregressive(3) for _ in range(2)).parts) == 2
 
 
-def before(x):
-    """A location and a scale that depend on the coordinate before."""
-    previous = torch.nn.functional.pad(x[..., :-1], (1, 0))
-    return previous, 1 + previous.square()
-
-
 SCORED = {
     "splines": lambda: chain([spline_autoregressive(5), PermutationTransform([2, 0, 1, 4, 3])]),
     "inverse": lambda: chain([affine_autoregressive(5).inv, affine_autoregressive(5)]),
     "parts of Pyro": lambda: chain([dist.transforms.affine_autoregressive(5, [8]), iaf(5)]),
     "other support": lambda: chain([iaf(5), ExpTransform()]),
     "partition": partition,
-    "foreign meta": lambda: AutoregressiveTransform(lambda x: AffineTransform(*before(x))),
-    "foreign vector meta": lambda: AutoregressiveTransform(
-        lambda x: AffineTransform(*before(x), event_dim=1)
-    ),
 }
 
 

@@ -16,6 +16,7 @@ from pyro_artransform.transforms import (
 )
 from pyro_artransform.transforms.score import _derivatives
 from pyro_artransform.univariate import Affine, Hinged, RationalQuadraticSpline
+from tests.conditioners.test_masks import random_dag
 from tests.transforms.metas import Shift
 
 FAMILIES = {
@@ -24,13 +25,6 @@ FAMILIES = {
     "hinged": Hinged(),
     "spline": RationalQuadraticSpline(),
 }
-
-
-def sparse(dim):
-    """An acyclic graph whose order is not that of the coordinates."""
-    graph = torch.rand(dim, dim).tril(-1) > 0.7
-    order = torch.randperm(dim)
-    return graph[order][:, order]
 
 
 def layer(dim, hidden_dims, family="affine", gain=0.5, **options):
@@ -60,7 +54,7 @@ LAYERS = {
     "with skip connections": lambda: layer(40, 130, skip_connections=True),
     "many blocks, three layers": lambda: layer(40, [130, 100, 90]),
     "reversed": lambda: layer(20, [64], order=range(19, -1, -1)),
-    "sparse graph": lambda: layer(50, [300, 300], adjacency=sparse(50)),
+    "sparse graph": lambda: layer(50, [300, 300], adjacency=random_dag(50, 0.3)),
     "spline": lambda: layer(6, [64, 64], "spline"),
     "hinged": lambda: layer(6, 64, "hinged"),
     "shift": lambda: layer(20, 64, "shift"),
@@ -128,7 +122,7 @@ def test_gradients_of_value_and_log_determinant_are_those_without_a_score():
 
 
 def test_second_derivatives_of_a_layer_are_those_of_torch_func():
-    """Its parameters depend on its input, and its first derivative is written by hand."""
+    """Its parameters depend on its input, and part of its first derivative is written by hand."""
     t = layer(3, 8)
 
     def density(x):

@@ -49,24 +49,6 @@ def test_slopes_are_continuous_at_knots_and_ends():
     assert left[[0, -1]].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("gain", [1.0, 10.0, 1000.0])
-def test_edges_in_float32(gain):
-    """F27: a negative discriminant, and values on the knots and outside of the bounds."""
-    transform = _spline(16, gain=gain, dtype=torch.float32)
-    special = torch.tensor([5.0, -5.0, 4.9999995, 1e4, -1e4, 0.0, 1e-8], dtype=torch.float32)
-    draws = 4 * torch.randn(100_000 // 16, 16, dtype=torch.float32)
-    x = torch.cat([_knots(transform), special.unsqueeze(-1).expand(-1, 16), draws])
-    assert transform.widths.dtype == torch.float32
-    for function in (transform, transform.inv):
-        y, ladj = function.call_and_ladj(x)
-        assert y.isfinite().all()
-        assert ladj.isfinite().all()
-        assert torch.equal(y[x.abs() >= 5], x[x.abs() >= 5])
-        assert (y.abs() <= 5 + 1e-5)[x.abs() < 5].all()
-        back = function.inv(y)
-        assert ((back - x).abs() * ladj.exp().clamp(max=1) < 5e-5).all()
-
-
 @pytest.mark.parametrize("direction", ["call_and_ladj", "inverse_and_ladj"])
 def test_points_in_the_tails_have_finite_gradients(direction):
     params = (100 * torch.randn(6, 3 * K - 1)).requires_grad_()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_marginals
 from ...transforms import ComposedTransform, LocationScale, chain
-from ...univariate.base import ElementwiseTransform, soft_bound
+from ...univariate.affine import GivenLocationScale
+from ...univariate.base import soft_bound
 from ..distributions import make_flow
 
 # of more global latents than this the local ones depend on a linear summary of this size
@@ -78,23 +79,6 @@ class GlobalFactor(nn.Module):
         """Becomes a Gaussian with the mean of draws ``(n, D)``, and a share of their covariance."""
         tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
         self.affine.set_(z.mean(0), tril.diagonal() if self.affine.lower is None else tril)
-
-
-class GivenLocationScale(ElementwiseTransform):
-    """An affine transform with a given location and unbounded log-scale, shape ``(*, D)`` each."""
-
-    def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
-        super().__init__()
-        self.loc, self.log_scale = loc, log_scale
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = torch.addcmul(self.loc, x, self.log_scale.exp())
-        return y, self.log_scale.expand_as(y)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = -self.log_scale
-        x = (y - self.loc) * ladj.exp()
-        return x, ladj.expand_as(x)
 
 
 class AmortizedLocationScale(nn.Module):
