@@ -113,8 +113,8 @@ class TimeLimit:
             signal.signal(signal.SIGINT, self._handler)
 
 
-# without a computation that has a limit: one that never ends
-_present = ContextVar("time_limit", default=TimeLimit())
+_ENDLESS = TimeLimit()
+_present = ContextVar("time_limit", default=_ENDLESS)
 
 
 def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:

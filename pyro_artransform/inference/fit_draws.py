@@ -4,7 +4,6 @@
 """Fits a density to given draws by maximum likelihood, until held-out draws become no more probable."""
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -100,7 +99,6 @@ def fit_draws(
     if is_conditional != (context is not None):
         wanted = "one for each draw" if is_conditional else "none, for a density without one"
         raise ValueError(f"context: expected {wanted}, got {'none' if context is None else 'one'}")
-    began = time.perf_counter()
     check_integer("max_steps", max_steps)
     with (
         seeded(seed),
@@ -125,7 +123,7 @@ def fit_draws(
         history=training.history,
         num_steps=training.num_steps,
         num_skipped=training.num_skipped,
-        seconds=time.perf_counter() - began,
+        seconds=limit.seconds,
         stopped_because=stopped_because,
         start=start,
     )

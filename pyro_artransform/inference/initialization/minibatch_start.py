@@ -91,7 +91,7 @@ def find_initial_minibatch_guide(
     def move() -> Tensor | None:
         """Moves to a Gaussian in the guide's coordinates: draws of it on the unconstrained space."""
         density = shared.with_coordinates(guide.coordinates_of(shared.latents))
-        search = GaussianSearch(density, config)
+        search = GaussianSearch(density, density, config)
         points = starting_points(density, run, density.start, config.num_points_by_loop)
         if not len(points):
             return None

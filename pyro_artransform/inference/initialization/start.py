@@ -73,7 +73,7 @@ def find_start(
         goes on in it, and is judged by it.
     :raises ValueError: if none of the starts is finite, or the gradient of the model lacks a latent.
     """
-    search, coordinates = GaussianSearch(density, config, whole), density.coordinates
+    search, coordinates = GaussianSearch(density, whole or density, config), density.coordinates
     initial = _start_from_points(search, model, guide)
     if coordinates is None or not (isinstance(guide, PriorGuide) and guide.chooses_coordinates):
         return initial
@@ -191,18 +191,11 @@ def _judge(
 
 @dataclass(frozen=True)
 class GaussianSearch:
-    """A search for the Gaussian with the largest ELBO: without correlations where latents are many.
-
-    :param whole: the density in which it ends, where the other one is of some mini-batches.
-    """
+    """A search for the Gaussian with the largest ELBO: without correlations where latents are many."""
 
     density: LogJoint
+    target: LogJoint  #: the density in which it ends, that of all data where there are mini-batches
     config: InitializationConfig
-    whole: LogJoint | None = None
-
-    @property
-    def target(self) -> LogJoint:
-        return self.whole or self.density
 
     def from_points(self, points: Tensor) -> Gaussians:
         """The best one from points ``(S, D)``, as S = 1."""

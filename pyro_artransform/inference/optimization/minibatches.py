@@ -138,27 +138,25 @@ class MinibatchObjective(Objective):
         count = config.num_draws // min(whole.num_batches, config.max_batches)
         count = max(count, config.min_draws)
         estimate = self._estimator(config.num_common_draws if are_common else count)
-        means, variances, weights, scales = [], [], [], []
-        weighted = list[Tensor]()
+        draws, scales = list[Tensor](), list[float]()
         for batch in whole.one_pass(config.max_batches):
-            draws = estimate(batch)
-            means.append(draws.mean().item())
-            variances.append(0.0 if are_common else (draws.var() / len(draws)).item())
-            weights.append(self._weight(batch))
+            draws.append(estimate(batch))
             scales.append(self.log_joint.structure(*batch).scale)
-            weighted.append(weights[-1] * draws)
-        num_batches = len(means)
+        weights, num_batches = [self._least_scale / scale for scale in scales], len(draws)
         seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
         is_scaled = any(scale != 1 for scale in scales)
         share = num_batches / whole.num_batches if whole.is_partition else 0.0
         loader_share = seen if is_scaled and share == 1 else 1.0
         share = min(share, seen) if is_scaled else share
+        variances = [0.0 if are_common else (part.var() / len(part)).item() for part in draws]
+        means = [part.mean().item() for part in draws]
         elbo, elbo_se = _mean_and_error(means, variances, weights, share)
         num_draws = count * num_batches
         if are_common:
-            draws = sum(weighted[1:], weighted[0]) / sum(weights)
-            num_draws = len(draws)
-            elbo_se = math.hypot((draws.double().var() / num_draws).sqrt().item(), elbo_se)
+            total = torch.stack([weight * part for weight, part in zip(weights, draws)]).sum(0)
+            num_draws = len(total)
+            variance = (total / sum(weights)).double().var() / num_draws
+            elbo_se = math.hypot(variance.sqrt().item(), elbo_se)
         return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)
 
 

@@ -52,11 +52,8 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step along each ``grad``; a parameter without one stays where it is."""
-        scaled = []
-        if self._scales is not None:
-            for trained, scale in self._scales.step_scales().items():
-                if trained in self._moments:
-                    scaled.append((trained, scale, trained.detach().clone()))
+        scales = {} if self._scales is None else self._scales.step_scales()
+        scaled = [(p, scales[p], p.detach().clone()) for p in scales if p in self._moments]
         present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
         if not present:
             return

@@ -18,7 +18,7 @@ from ...joint.protocols import ScaledSteps
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, Optimizer, users_optimizer
-from .schedule import Schedule, score_of
+from .schedule import Schedule, remaining_gap
 
 _END = ("decay_start", "end", "reason")
 # standard errors by which others have to be better than the last parameters
@@ -192,7 +192,7 @@ class Training(Steps):
             self.schedule = self.schedule.after_check(0, self._gap())
 
     def _gap(self) -> float:
-        return score_of(self.objective, self._config.num_compared).gap
+        return remaining_gap(self.objective, self._config.num_compared)
 
     def nonfinite_sites(self) -> list[str]:
         return self.objective.nonfinite_sites()

@@ -221,7 +221,7 @@ def test_diagonal_guide():
 def test_guide_without_correlations_stays_where_it_is_better():
     guide = small(models.gaussian, full_rank=False)
     guide.set_up()
-    search = GaussianSearch(LogJoint(models.gaussian), DEFAULTS)
+    search = GaussianSearch(LogJoint(models.gaussian), LogJoint(models.gaussian), DEFAULTS)
     # a good one with correlations, and what is left without them is not good enough
     gaussian = Gaussians(torch.ones(1, 3), torch.tensor(models.SCALE_TRIL)[None])
     before = state(guide)
