@@ -182,7 +182,6 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[Any, Any, 
 
 
 def _trained(flow: Any) -> list[Tensor]:
-    """The parameters that are trained."""
     found = [parameter for parameter in flow.parameters() if parameter.requires_grad]
     if not found:
         raise TypeError(

@@ -5,7 +5,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -213,25 +213,20 @@ class BatchStream:
         return iter(self._loader)
 
     def _arguments(self, batch: object) -> Batch:
-        parts = batch.values() if isinstance(batch, Mapping) else batch
-        parts = parts if isinstance(parts, (tuple, list, ValuesView)) else (parts,)
+        if not isinstance(batch, (tuple, list, Mapping, Tensor)):
+            raise TypeError(
+                "loader: expected batches that are a tuple or list (positional arguments of the model), a "
+                f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
+            )
+        named = batch if isinstance(batch, Mapping) else {}
+        args = (batch,) if isinstance(batch, Tensor) else () if named else tuple(batch)
+        parts = *args, *named.values()
         rows = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
         if rows and not any(rows):
             raise ValueError("loader: expected batches with rows, got an empty one: leave it out")
-        if isinstance(batch, Tensor):
-            return Batch((batch,), self._kwargs)
-        if isinstance(batch, Mapping):
-            for name in batch.keys() & self._kwargs.keys():
-                raise ValueError(
-                    f"loader: expected batches without '{name}', as fit has {name}= too"
-                )
-            return Batch((), {**self._kwargs, **batch})
-        if isinstance(batch, (tuple, list)):
-            return Batch(tuple(batch), self._kwargs)
-        raise TypeError(
-            "loader: expected batches that are a tuple or list (positional arguments of the model), a "
-            f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
-        )
+        for name in named.keys() & self._kwargs.keys():
+            raise ValueError(f"loader: expected batches without '{name}', as fit has {name}= too")
+        return Batch(args, {**self._kwargs, **named})
 
     def _count(self) -> int:
         try:

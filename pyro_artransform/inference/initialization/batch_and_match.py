@@ -96,10 +96,9 @@ def _matched(gaussians: Gaussians, batch: Sampled, rate: Tensor) -> Gaussians:
     mean, slope = draw.sum(1) / count, gradient.sum(1) / count
     share, root = rate / (1 + rate), weights * (rate / count).sqrt()[:, None]
     # the factors of V, the covariance before with that of the draws, and of U, that of the gradients
-    parts = [(draw - mean[:, None]) * root, (share.sqrt() * (loc - mean))[:, None]]
-    of_draws = torch.cat(parts, 1)
-    parts = [(gradient - slope[:, None]) * root, (share.sqrt() * slope)[:, None]]
-    of_gradients = torch.cat(parts, 1)
+    away, steeper = (draw - mean[:, None]) * root, (gradient - slope[:, None]) * root
+    of_draws = torch.cat([away, (share.sqrt() * (loc - mean))[:, None]], 1)
+    of_gradients = torch.cat([steeper, (share.sqrt() * slope)[:, None]], 1)
     is_good = batch.is_finite.any(-1)
     # the S with S U S + S = V
     if gaussians.is_independent:
@@ -134,34 +133,28 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
             best, best_elbo = now, batch.elbo.item()
         share, scale = _STEPS_OF_WHOLE / (_STEPS_OF_WHOLE + step), now.scale_tril
         # what is left of the gradient in units of the Gaussian: nothing, if it is the posterior
+        slopes = batch.gradients * scale[:, None] if now.is_independent else batch.gradients @ scale
+        left = slopes + batch.noise
+        mean = left.mean(1)
         if now.is_independent:
-            left = batch.gradients * scale[:, None] + batch.noise
-            mean = left.mean(1)
             change = (batch.noise * (left - mean[:, None])).mean(1)
-            if _is_settled(mean, change):
-                break
+        else:
+            change = batch.noise.mT @ (left - mean[:, None]) / num_draws
+            change = 0.5 * (change + change.mT)
+        # to second order, what is left to gain
+        if float(0.5 * mean.square().sum() + 0.25 * change.square().sum()) < _SETTLED:
+            break
+        if now.is_independent:
             values = (1 - share * change).clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
             now = Gaussians(now.loc + scale * share * mean / values, scale * values.rsqrt())
         else:
-            left = batch.gradients @ scale + batch.noise
-            mean = left.mean(1)
-            change = batch.noise.mT @ (left - mean[:, None]) / num_draws
-            change = 0.5 * (change + change.mT)
-            if _is_settled(mean, change):
-                break
-            values, axes = torch.linalg.eigh(
-                -share * change + torch.diag_embed(torch.ones_like(now.loc))
-            )
+            identity = torch.diag_embed(torch.ones_like(now.loc))
+            values, axes = torch.linalg.eigh(-share * change + identity)
             values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
             shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
             root = scale @ axes * values.mT.rsqrt()
             now = Gaussians(now.loc + (scale @ shift)[..., 0], lower_factor(root))
     return best.to(dtype)
-
-
-def _is_settled(mean: Tensor, change: Tensor) -> bool:
-    """Whether what is left to gain, to second order, is next to nothing."""
-    return float(0.5 * mean.square().sum() + 0.25 * change.square().sum()) < _SETTLED
 
 
 def _draw(
