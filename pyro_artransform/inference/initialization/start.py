@@ -23,11 +23,10 @@ from ...joint.coordinates import Coordinates, coordinates_at
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ..config import InitializationConfig
 from ..optimization.training import copies, copy_to
-from .batch_and_match import ascend, match_scores
+from .gaussian_approximation import ascend, ascend_with_graph, elbo_of, match_scores
 from .gaussians import Gaussians, antithetic_noise, elbos, evaluate_density
 from .gradient_check import check_gradient
 from .points import starting_points
-from .sparse_ascent import ascend_with_graph, elbo_of
 
 #: the name of the candidate that is the guide itself, which then does not change
 UNCHANGED = "initial guide"
