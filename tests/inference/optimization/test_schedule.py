@@ -17,7 +17,6 @@ from pyro_artransform.inference.optimization.schedule import (
     Schedule,
     remaining_gap,
 )
-from pyro_artransform.inference.optimization.training import _END
 
 CONFIG = OptimizationConfig()
 
@@ -54,12 +53,6 @@ def test_a_given_number_of_steps():
     assert schedule(1).is_over(1)
 
 
-def test_a_fit_that_ends_now():
-    ended = schedule(500).ending_at(120, "now")
-    assert [ended.is_over(step) for step in (119, 120)] == [False, True]
-    assert ended.reason == "now"
-
-
 def test_ends_where_nothing_moves():
     plan, taken = steps(schedule(), noise(20_000))
     assert plan.reason == PLATEAU
@@ -73,16 +66,6 @@ def test_limit():
     plan, _ = steps(schedule(max_constant=1000), falling)
     assert plan.reason == LIMIT
     assert 1000 <= plan.decay_start <= 1000 + CONFIG.window
-
-
-def test_state():
-    losses = noise(20_000)
-    whole, taken = steps(schedule(max_constant=900), losses)
-    first, _ = steps(schedule(max_constant=900), losses[: taken // 2])
-    second = replace(schedule(max_constant=900), **{name: getattr(first, name) for name in _END})
-    for step in range(taken // 2, taken + 1):
-        second = second.observe(losses[:step])
-    assert second == whole
 
 
 @pytest.mark.parametrize("epoch", [7, 250])
