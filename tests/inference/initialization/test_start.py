@@ -17,14 +17,12 @@ from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
 from pyro_artransform.inference.initialization.gradient_check import check_gradient
-from pyro_artransform.inference.initialization.minibatch_start import (
-    SharedPrior,
-    find_initial_minibatch_guide,
-)
 from pyro_artransform.inference.initialization.start import (
     UNCHANGED,
     GaussianSearch,
+    SharedPrior,
     _start_at_best,
+    find_initial_minibatch_guide,
     find_start,
 )
 from pyro_artransform.inference.loader import Batch
