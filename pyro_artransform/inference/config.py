@@ -155,8 +155,8 @@ class FitConfig:
         )
 
     def __new__(cls, *args: object, **kwargs: object) -> "FitConfig":
-        groups = {f.name: f.default_factory for f in fields(cls)}
-        for name in kwargs.keys() - groups.keys():
+        groups = [group.name for group in fields(cls)]
+        for name in kwargs.keys() - {*groups}:
             raise TypeError(
                 f"FitConfig: expected {', '.join(groups)}, got {name!r}. {_place_of(name)}"
             )
@@ -170,12 +170,12 @@ def _with_fewer(group: Any, *names: str) -> Any:
 
 def _place_of(name: str) -> str:
     """Where a number that FitConfig itself does not have is set."""
-    groups = (InitializationConfig, OptimizationConfig, MinibatchConfig, EvaluationConfig)
-    by_name = {field.name: group for group in groups for field in fields(group)}
+    groups: Any = fields(FitConfig)
+    by_name = {number.name: group for group in groups for number in fields(group.default_factory)}
     near = get_close_matches(name, by_name, 1)
     if not near:
         return "Its groups have the numbers"
-    group = by_name[near[0]].__name__
-    place = f"{group.removesuffix('Config').lower()}={group}({near[0]}=...)"
+    group = by_name[near[0]]
+    place = f"{group.name}={group.default_factory.__name__}({near[0]}=...)"
     is_option = " or fit(num_particles=...)" if near[0] == "num_particles" else ""
     return f"Did you mean FitConfig({place}){is_option}?"

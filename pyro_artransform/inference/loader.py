@@ -95,11 +95,9 @@ class BatchStream:
         owners: list[object] = [loader]
         if isinstance(loader, DataLoader):
             self._batches = batches = loader.batch_sampler
-            if isinstance(batches, BatchSampler):
-                self._rows = batches.sampler
-            else:
-                self._rows = loader.sampler if batches is None else batches
-            owners += batches, self._rows, loader.sampler
+            rows = batches.sampler if isinstance(batches, BatchSampler) else batches
+            self._rows = loader.sampler if rows is None else rows
+            owners += batches, rows, loader.sampler
         # PyTorch's loaders and samplers all call them by this name
         found = [getattr(owner, "generator", None) for owner in owners]
         own = {generator for generator in found if isinstance(generator, torch.Generator)}
