@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ...joint.protocols import ScaledSteps
 
-_BETAS = 0.9, 0.99  # of Adam; the second is short since steps are few
+# of Adam; the memory of squares is short since steps are few
+_RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
 
 
 class Adam:
@@ -34,12 +35,13 @@ class Adam:
         #: of the step size, by the schedule
         self.factor = 1.0
         has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        self._is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
-        self._has_complex = any(map(torch.is_complex, parameters))
+        is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
+        has_complex = any(map(torch.is_complex, parameters))
+        self._kind = {"fused": is_fused, "has_complex": has_complex}
         #: of each parameter: the mean of its gradients, that of their squares, and the number of steps
         self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         for p in parameters:
-            device = p.device if self._is_fused else "cpu"
+            device = p.device if is_fused else "cpu"
             steps = torch.zeros((), dtype=torch.float32, device=device)
             self._moments[p] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach()), steps
 
@@ -58,23 +60,9 @@ class Adam:
         if not present:
             return
         moved, gradients, means, squares, counts = map(list, zip(*present))
-        adam(
-            moved,
-            gradients,
-            means,
-            squares,
-            [],
-            counts,
-            fused=self._is_fused,
-            has_complex=self._has_complex,
-            amsgrad=False,
-            beta1=_BETAS[0],
-            beta2=_BETAS[1],
-            lr=self.step_size * self.factor,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
+        options: Any = {**_RATES, **self._kind, "amsgrad": False, "maximize": False}
+        options["lr"] = self.step_size * self.factor
+        adam(moved, gradients, means, squares, [], counts, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 
