@@ -9,7 +9,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import ConditionalTransformedDistribution
 from pyro.distributions.conditional import ConstantConditionalTransform
 from torch import Tensor
 from torch.distributions import TransformedDistribution
@@ -95,7 +94,7 @@ def fit_draws(
     is_guide = isinstance(density, UnconstrainingGuide)
     if (args or kwargs) and not is_guide:
         raise ValueError("expected arguments of a model for a guide only, got some for a density")
-    is_conditional = isinstance(density, ConditionalTransformedDistribution)
+    is_conditional = isinstance(density, dist.ConditionalTransformedDistribution)
     if is_conditional != (context is not None):
         wanted = "one for each draw" if is_conditional else "none, for a density without one"
         raise ValueError(f"context: expected {wanted}, got {'none' if context is None else 'one'}")
@@ -154,7 +153,7 @@ def _of_guide(
 
 def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[Any, Any, TensorDataset]:
     """The base and flow of a distribution, conditional or not, and rows of its dtype and on its device."""
-    kinds: Any = TransformedDistribution, ConditionalTransformedDistribution
+    kinds: Any = TransformedDistribution, dist.ConditionalTransformedDistribution
     if not isinstance(density, kinds):
         raise TypeError(
             "density: expected a guide that has one vector of all latents, such as AutoMAF, or a "

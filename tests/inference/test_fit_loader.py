@@ -6,6 +6,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import pyro
 import pytest
@@ -23,6 +24,8 @@ from tests.inference.loaders import DIM, KNOWN, Autoencoder, listed, rows, shuff
 from tests.inference.test_fit import parameters
 from tests.inference.test_fit_resume import fresh, same, stop_at
 
+quick_adam = partial(torch.optim.Adam, lr=0.02)
+
 
 def fitted(model, guide, loader, **kwargs):
     options = {"num_particles": 4, "progress": False}
@@ -36,10 +39,6 @@ def check(result, steps):
     assert math.isfinite(result.elbo)
     assert result.elbo_se >= 0
     return result
-
-
-def quick_adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.02)
 
 
 def test_regression_reaches_the_posterior(capfd):

@@ -60,28 +60,24 @@ def test_what_is_no_loader():
             BatchStream(loader)
 
 
-class Given(list):
-    """A loader of one batch, that iterates over something else."""
-
-    def __iter__(self):
-        return self.iterator
-
-
 def test_a_loader_that_ends_for_good():
-    loader = Given([torch.zeros(2)])
-    loader.iterator = iter([torch.zeros(2)])
-    batches = BatchStream(loader)
+    class Once(list):
+        iterator = iter([torch.zeros(2)])
+
+        def __iter__(self):
+            return self.iterator
+
+    batches = BatchStream(Once([torch.zeros(2)]))
     batches.next()
     with pytest.raises(ValueError, match="none in epoch 2"):
         batches.next()
 
 
-class Rows(IterableDataset):
-    def __iter__(self):
-        return iter(numbers(5))
-
-
 def test_a_loader_without_a_length_is_counted():
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return iter(numbers(5))
+
     before = torch.get_rng_state()
     batches = BatchStream(DataLoader(Rows(), batch_size=2))
     assert torch.equal(torch.get_rng_state(), before)

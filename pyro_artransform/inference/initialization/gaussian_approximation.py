@@ -202,11 +202,7 @@ def _draw(
 
 @torch.no_grad()
 def ascend_with_graph(
-    log_density: LogDensity,
-    graph: MarkovGraph,
-    start: Gaussians,
-    num_steps: int,
-    num_settled: int,
+    log_density: LogDensity, graph: MarkovGraph, start: Gaussians, num_steps: int, num_settled: int
 ) -> SparseGaussian:
     """The best Gaussian on the way of natural-gradient steps from S = 1 others.
 

@@ -7,10 +7,7 @@ import pyro.optim
 import pytest
 import torch
 
-from pyro_artransform.inference.optimization.optimizers import (
-    Adam,
-    users_optimizer,
-)
+from pyro_artransform.inference.optimization.optimizers import Adam, users_optimizer
 
 
 def parameters():
