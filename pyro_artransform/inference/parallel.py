@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, reduce
@@ -47,13 +47,9 @@ def open_parallel() -> "Iterator[Parallel]":
     is_made = distributed.is_available() and is_launched and not distributed.is_initialized()
     if is_made:
         _make_group()
-    is_group = distributed.is_available() and distributed.is_initialized()
-    if not is_group or distributed.get_world_size() == 1:
-        yield Parallel()
-        return
     try:
-        parallel = Parallel(is_group=True)
-        with warnings.catch_warnings():
+        parallel = Parallel(distributed.is_available() and distributed.is_initialized())
+        with warnings.catch_warnings() if parallel.rank > 0 else nullcontext():
             if parallel.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns
             yield parallel
