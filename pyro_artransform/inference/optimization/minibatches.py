@@ -57,23 +57,18 @@ class MinibatchObjective(Objective):
         self._last = self.objective
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
-        #: the log joint density of all data, where it is known
-        self.whole = self._find_whole()
+        #: the log joint density of all data, where a pass over the stream has them and they share latents
+        self.whole: MeanLogJoint | None = None
+        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
+        if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
+            whole = MeanLogJoint(self.log_joint, AllBatches(stream))
+            self.whole = whole if whole.is_of_all_data and not whole.is_random else None
         #: the objective on all data, which steps know of, too
         self.on_all: PathObjective | None = None
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
         self.has_weights = self.on_all is not None
-
-    def _find_whole(self) -> MeanLogJoint | None:
-        """That of a pass over the stream, if it is all data, and these share the latents."""
-        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
-        is_shared = structure.is_scaled and not structure.subsampled_latents
-        if not (stream.is_partition and is_shared):
-            return None
-        whole = MeanLogJoint(self.log_joint, AllBatches(stream))
-        return whole if whole.is_of_all_data and not whole.is_random else None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
