@@ -229,7 +229,7 @@ class _Training(Steps):
     def __init__(self, base: Any, flow: Any, rows: TensorDataset, scales: object) -> None:
         super().__init__(_trained(flow), OptimizationConfig.clip_factor)
         self._base, self._flow = base, flow
-        self._scales = scales if isinstance(scales, ScaledSteps) else None
+        self._scales = scales.step_scales if isinstance(scales, ScaledSteps) else None
         count = len(rows)
         if count < 20:
             raise ValueError(f"draws: expected 20 or more, got {count}")

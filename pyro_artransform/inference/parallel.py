@@ -24,8 +24,8 @@ import pyro
 import torch
 from torch import Tensor, distributed, nn
 
-from ..joint.protocols import ScaledSteps
 from .optimization.objective import Objective
+from .optimization.optimizers import Scales
 
 T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
@@ -171,6 +171,12 @@ class Parallel:
                 distributed.broadcast(sent, src=0)
             tensor.copy_(sent)
 
+    def scales_of_first(self, scales: Scales) -> dict[nn.Parameter, Tensor]:
+        """The scales of a guide's steps in the first process, whose mini-batch may be another."""
+        found = {parameter: scale.clone() for parameter, scale in scales().items()}
+        self.copy_first(found.values)
+        return found
+
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
     ) -> tuple[float, Gradients | None]:
@@ -237,16 +243,3 @@ class SharedObjective(Objective):
     def nonfinite_sites(self) -> list[str]:
         found = self.parallel.gather_objects("the sites", self.objective.nonfinite_sites())
         return list(dict.fromkeys(name for names in found for name in names))
-
-
-@dataclass
-class ScalesOfFirst(ScaledSteps):
-    """The scales of steps that a guide gives in the first process, whose mini-batch may be another."""
-
-    guide: ScaledSteps
-    parallel: Parallel
-
-    def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        scales = {parameter: scale.clone() for parameter, scale in self.guide.step_scales().items()}
-        self.parallel.copy_first(scales.values)
-        return scales

@@ -3,17 +3,18 @@
 
 """The optimizers of a fit: its own Adam, and those that users bring."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ...joint.protocols import ScaledSteps
+#: the ``step_scales`` of a guide
+Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
 
 # of Adam; the memory of squares is short since steps are few
 _RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
@@ -29,7 +30,7 @@ class Adam:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], step_size: float, scales: ScaledSteps | None = None
+        self, parameters: Sequence[Tensor], step_size: float, scales: Scales | None = None
     ) -> None:
         self.step_size, self._scales = step_size, scales
         #: of the step size, by the schedule
@@ -54,7 +55,7 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step along each ``grad``; a parameter without one stays where it is."""
-        scales = {} if self._scales is None else self._scales.step_scales()
+        scales = {} if self._scales is None else self._scales()
         scaled = [(p, scales[p], p.detach().clone()) for p in scales if p in self._moments]
         present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
         if not present:
