@@ -32,8 +32,9 @@ def starting_points(
 
     Those without a finite density are moved towards one that has it.
     """
-    of_prior = [_prior_draw(log_density, model) for _ in range(max((count - 1) // 3, 1))]
-    found = [center, log_density.start, *of_prior]
+    found = [center, log_density.start]
+    for _ in range(max((count - 1) // 3, 1)):
+        found.append(_prior_draw(log_density, model))
     num_tried = _NUM_TRIED_BY_LOOP if log_density.strategy == "loop" else _NUM_TRIED
     for k in limited(range(count - len(found))):
         noise = torch.randn_like(center.expand(num_tried, -1))
@@ -43,7 +44,9 @@ def starting_points(
     points = points[points.isfinite().all(-1)]
     is_good = evaluate_density(log_density, points).isfinite()
     good = points[is_good]
-    for _ in range(_MAX_HALVINGS if len(good) else 0):
+    for _ in range(_MAX_HALVINGS):
+        if not len(good) or bool(is_good.all()):
+            break
         points = torch.where(is_good[:, None], points, 0.5 * (points + good[0]))
         is_good = evaluate_density(log_density, points).isfinite()
     return points[is_good]
