@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -46,7 +46,7 @@ class TimeLimit:
         self._began, self._most = time.perf_counter(), math.inf
         if max_seconds is not None:
             self._most = check_positive("max_seconds", max_seconds)
-        self._end, self._grace, self._interrupted = self._most, 0.0, math.inf
+        self._phase_end, self._grace, self._interrupted = self._most, 0.0, math.inf
         self.tick, self.say, self.cuts_off = tick, say, False
         #: what there was no time for, in words
         self.left_out: list[str] = []
@@ -64,40 +64,38 @@ class TimeLimit:
         return INTERRUPTED if math.isfinite(self._interrupted) else OUT_OF_TIME
 
     @property
-    def ends(self) -> bool:
-        """Whether the present phase ends at some time."""
-        return math.isfinite(self._end)
+    def end(self) -> float:
+        """When the present phase ends, in seconds, by its share or by Ctrl-C."""
+        return min(self._phase_end, self._interrupted + self._grace)
 
     def is_over(self) -> bool:
         """Whether the present phase is."""
-        return self.seconds >= self._end
+        return self.seconds >= self.end
 
     def enter_phase(self, share: float, *, has_grace: bool = False) -> None:
         """Begins a phase, which ends after a share of all seconds.
 
         :param has_grace: whether it goes on for a second after Ctrl-C, since it makes the result.
         """
-        self._end, self._grace = share * self._most, _GRACE if has_grace else 0.0
+        self._phase_end, self._grace = share * self._most, _GRACE if has_grace else 0.0
         if math.isfinite(self._interrupted):
             self._interrupted = self.seconds
-            self._end = min(self._end, self._interrupted + self._grace)
 
     @contextmanager
     def within(self, share: float) -> Iterator[None]:
         """A part of the phase, for a share of what is left of it."""
-        whole, now = self._end, self.seconds
-        self._end = now + share * max(whole - now, 0.0)
+        whole, now = self._phase_end, self.seconds
+        self._phase_end = now + share * max(self.end - now, 0.0)
         try:
             yield
-        finally:  # Ctrl-C meanwhile ends the whole
-            self._end = min(whole, self._interrupted + self._grace)
+        finally:
+            self._phase_end = whole
 
     def interrupt(self, *_: object) -> None:
         """Ends the phases; a second time it interrupts."""
         if math.isfinite(self._interrupted):
             raise KeyboardInterrupt
         self._interrupted = self.seconds
-        self._end = min(self._end, self._interrupted + self._grace)
 
     def __enter__(self) -> "TimeLimit":
         self._token = _present.set(self)
@@ -115,7 +113,8 @@ class TimeLimit:
             signal.signal(signal.SIGINT, self._handler)
 
 
-_present: ContextVar[TimeLimit | None] = ContextVar("time_limit", default=None)
+_ENDLESS = TimeLimit()
+_present = ContextVar("time_limit", default=_ENDLESS)
 
 
 def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
@@ -132,23 +131,18 @@ def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
 def is_out_of_time() -> bool:
     """Whether the present phase is over."""
     limit = _present.get()
-    if limit is None:
-        return False
     limit.tick()
     return limit.is_over()
 
 
 def say(what: str) -> None:
     """Says what is done now, where somebody is told."""
-    limit = _present.get()
-    if limit is not None:
-        limit.say(what)
+    _present.get().say(what)
 
 
 def check_time() -> None:
     """Ends the block of :func:`cut_off`, if the present phase is over."""
-    limit = _present.get()
-    if limit is not None and limit.cuts_off and is_out_of_time():
+    if _present.get().cuts_off and is_out_of_time():
         raise OutOfTime
 
 
@@ -156,9 +150,6 @@ def check_time() -> None:
 def cut_off(what: str) -> Iterator[None]:
     """A block that is left where the present phase is over: what it would find is left out."""
     limit = _present.get()
-    if limit is None:
-        yield
-        return
     limit.cuts_off = True
     try:
         yield
@@ -169,21 +160,16 @@ def cut_off(what: str) -> Iterator[None]:
         limit.cuts_off = False
 
 
-@contextmanager
-def within(share: float) -> Iterator[None]:
+def within(share: float) -> AbstractContextManager[None]:
     """A part of the present phase, for a share of the time that is left of it."""
-    limit = _present.get()
-    with nullcontext() if limit is None else limit.within(share):
-        yield
+    return _present.get().within(share)
 
 
 def has_limit() -> bool:
     """Whether the present phase ends at some time, so that its work is to come in small parts."""
-    limit = _present.get()
-    return limit is not None and limit.ends
+    return math.isfinite(_present.get().end)
 
 
 def left_out() -> list[str]:
     """What there was no time for so far, in words."""
-    limit = _present.get()
-    return [] if limit is None else limit.left_out
+    return _present.get().left_out

@@ -42,11 +42,11 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
 
 def _options(set_up: SetUp) -> dict[str, Any]:
     """What a fit that goes on has to have as before."""
-    given = {"optim": set_up.optim, "loader": set_up.stream}
     return {
         "num_steps": set_up.schedule.num_steps,
         "num_particles": set_up.num_particles,
-        **{name: "none" if value is None else "one" for name, value in given.items()},
+        "optim": "none" if set_up.optim is None else "one",
+        "loader": "none" if set_up.stream is None else "one",
     }
 
 

@@ -9,11 +9,11 @@ for models that are run for one draw after the other.
 
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from typing import Any
 
 _FEWER = 8  # the share of draws by loop, and of the start by passes
-_FEWEST = (
-    100  # draws of each of many posteriors that their gaps are compared by: 20 of them are a tail
-)
+# draws of each of many posteriors that their gaps are compared by: 20 of them are a tail
+_FEWEST = 100
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class InitializationConfig:
     num_points_by_loop: int = 4  #: the same by loop, or by mini-batches
     max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
     num_matches: int = 20  #: steps of batch and match
-    num_ascents: int = (
-        8  #: natural-gradient steps after that, with a graph once the ELBO has settled
-    )
+    #: natural-gradient steps after that, with a graph once the ELBO has settled
+    num_ascents: int = 8
     max_sparse_steps: int = 60  #: the most of those with a graph
     num_compared: int = 1024  #: draws that the best Gaussian is compared with the guide on
 
@@ -88,12 +87,10 @@ class MinibatchConfig:
     num_estimates: int = 4  #: independent ones of an ELBO where draws cannot be told apart
     max_batches: int = 500  #: batches of the pass at the end: time
     num_draws: int = 4000  #: its draws
-    num_common_draws: int = (
-        400  #: its draws where all batches have the same, and those of a verdict on all data
-    )
-    num_shared: int = (
-        250  #: draws of what the elements of all batches share, of a pass that weighs them
-    )
+    #: its draws where all batches have the same, and those of a verdict on all data
+    num_common_draws: int = 400
+    #: draws of what the elements of all batches share, of a pass that weighs them
+    num_shared: int = 250
     #: draws of each element given each of these, between them as many as a fit took gradients
     min_inner: int = 4
     max_inner: int = 16
@@ -134,23 +131,13 @@ class FitConfig:
         """The same for how a model is run: by "loop", one draw after the other, with fewer draws."""
         if strategy != "loop":
             return self
-        steps, verdict = self.optimization, self.evaluation
+        verdict = replace(self.evaluation, num_more_samples=0, max_searches=1)
         return replace(
             self,
             initialization=self.initialization.with_fewer(),
-            optimization=replace(
-                steps,
-                num_particles=steps.num_particles // _FEWER,
-                num_compared=steps.num_compared // _FEWER,
-            ),
-            evaluation=replace(
-                verdict,
-                num_samples=verdict.num_samples // _FEWER,
-                num_more_samples=0,
-                num_around=verdict.num_around // _FEWER,
-                num_for_mode=verdict.num_for_mode // _FEWER,
-                num_screened=verdict.num_screened // _FEWER,
-                max_searches=1,
+            optimization=_with_fewer(self.optimization, "num_particles", "num_compared"),
+            evaluation=_with_fewer(
+                verdict, "num_samples", "num_around", "num_for_mode", "num_screened"
             ),
         )
 
@@ -168,22 +155,27 @@ class FitConfig:
         )
 
     def __new__(cls, *args: object, **kwargs: object) -> "FitConfig":
-        groups = {f.name: f.default_factory for f in fields(cls)}
-        for name in kwargs.keys() - groups.keys():
+        groups = [group.name for group in fields(cls)]
+        for name in kwargs.keys() - {*groups}:
             raise TypeError(
                 f"FitConfig: expected {', '.join(groups)}, got {name!r}. {_place_of(name)}"
             )
         return super().__new__(cls)
 
 
+def _with_fewer(group: Any, *names: str) -> Any:
+    """A group of settings with a share of these numbers."""
+    return replace(group, **{name: getattr(group, name) // _FEWER for name in names})
+
+
 def _place_of(name: str) -> str:
     """Where a number that FitConfig itself does not have is set."""
-    groups = (InitializationConfig, OptimizationConfig, MinibatchConfig, EvaluationConfig)
-    by_name = {field.name: group for group in groups for field in fields(group)}
+    groups: Any = fields(FitConfig)
+    by_name = {number.name: group for group in groups for number in fields(group.default_factory)}
     near = get_close_matches(name, by_name, 1)
     if not near:
         return "Its groups have the numbers"
-    group = by_name[near[0]].__name__
-    place = f"{group.removesuffix('Config').lower()}={group}({near[0]}=...)"
+    group = by_name[near[0]]
+    place = f"{group.name}={group.default_factory.__name__}({near[0]}=...)"
     is_option = " or fit(num_particles=...)" if near[0] == "num_particles" else ""
     return f"Did you mean FitConfig({place}){is_option}?"

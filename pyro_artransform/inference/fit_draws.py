@@ -4,13 +4,11 @@
 """Fits a density to given draws by maximum likelihood, until held-out draws become no more probable."""
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import ConditionalTransformedDistribution
 from pyro.distributions.conditional import ConstantConditionalTransform
 from torch import Tensor
 from torch.distributions import TransformedDistribution
@@ -96,11 +94,10 @@ def fit_draws(
     is_guide = isinstance(density, UnconstrainingGuide)
     if (args or kwargs) and not is_guide:
         raise ValueError("expected arguments of a model for a guide only, got some for a density")
-    is_conditional = isinstance(density, ConditionalTransformedDistribution)
+    is_conditional = isinstance(density, dist.ConditionalTransformedDistribution)
     if is_conditional != (context is not None):
         wanted = "one for each draw" if is_conditional else "none, for a density without one"
         raise ValueError(f"context: expected {wanted}, got {'none' if context is None else 'one'}")
-    began = time.perf_counter()
     check_integer("max_steps", max_steps)
     with (
         seeded(seed),
@@ -125,7 +122,7 @@ def fit_draws(
         history=training.history,
         num_steps=training.num_steps,
         num_skipped=training.num_skipped,
-        seconds=time.perf_counter() - began,
+        seconds=limit.seconds,
         stopped_because=stopped_because,
         start=start,
     )
@@ -156,7 +153,7 @@ def _of_guide(
 
 def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[Any, Any, TensorDataset]:
     """The base and flow of a distribution, conditional or not, and rows of its dtype and on its device."""
-    kinds: Any = TransformedDistribution, ConditionalTransformedDistribution
+    kinds: Any = TransformedDistribution, dist.ConditionalTransformedDistribution
     if not isinstance(density, kinds):
         raise TypeError(
             "density: expected a guide that has one vector of all latents, such as AutoMAF, or a "
@@ -184,7 +181,6 @@ def _of_distribution(density: Any, draws: Any, context: Any) -> tuple[Any, Any, 
 
 
 def _trained(flow: Any) -> list[Tensor]:
-    """The parameters that are trained."""
     found = [parameter for parameter in flow.parameters() if parameter.requires_grad]
     if not found:
         raise TypeError(
@@ -233,7 +229,7 @@ class _Training(Steps):
     def __init__(self, base: Any, flow: Any, rows: TensorDataset, scales: object) -> None:
         super().__init__(_trained(flow), OptimizationConfig.clip_factor)
         self._base, self._flow = base, flow
-        self._scales = scales if isinstance(scales, ScaledSteps) else None
+        self._scales = scales.step_scales if isinstance(scales, ScaledSteps) else None
         count = len(rows)
         if count < 20:
             raise ValueError(f"draws: expected 20 or more, got {count}")

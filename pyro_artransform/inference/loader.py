@@ -5,9 +5,10 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -65,19 +66,14 @@ class EveryNth:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
-        return math.ceil(self.num_batches / self.size)
-
     def __iter__(self) -> Iterator[Any]:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + self.epoch)
             iterator = iter(self.batches)
             # samplers draw their order, or its seed, with the first one
-            batch, k = next(iterator, _END), self.epoch * self.num_batches
-        while batch is not _END:
-            if k % self.size == self.rank:
-                yield batch
-            batch, k = next(iterator, _END), k + 1
+            first = [*islice(iterator, 1)]
+        start = (self.rank - self.epoch * self.num_batches) % self.size
+        yield from islice(chain(first, iterator), start, None, self.size)
 
 
 class BatchStream:
@@ -94,28 +90,22 @@ class BatchStream:
             )
         self._loader, self._kwargs = loader, dict(kwargs or {})
         #: what draws the batches, and what draws the rows in them, as far as they are known
-        self._batches: object = None
+        self._batches: Any = None
         self._rows: object = loader
         owners: list[object] = [loader]
         if isinstance(loader, DataLoader):
             self._batches = batches = loader.batch_sampler
-            if isinstance(batches, BatchSampler):
-                self._rows = batches.sampler
-            else:
-                self._rows = loader.sampler if batches is None else batches
-            owners += batches, self._rows, loader.sampler
+            rows = batches.sampler if isinstance(batches, BatchSampler) else batches
+            self._rows = loader.sampler if rows is None else rows
+            owners += batches, rows, loader.sampler
         # PyTorch's loaders and samplers all call them by this name
         found = [getattr(owner, "generator", None) for owner in owners]
-        self._generators = list({g for g in found if isinstance(g, torch.Generator)})
-        #: what has to know the epoch, since its order depends on it
-        self._by_epoch: DistributedSampler[Any] | EveryNth | None = None
-        if isinstance(self._rows, DistributedSampler):
-            self._by_epoch = self._rows
+        own = {generator for generator in found if isinstance(generator, torch.Generator)}
+        self._generators = [*own | {torch.default_generator}]
         self.whole = self  #: the stream of all processes that this one is a share of
         self._iterator: Iterator[object] | None = None
-        #: the state of torch's generator, and of the loader's own ones, at the beginning
-        self._origin = torch.get_rng_state(), self._own_states()
-        self.is_partition = self._is_partition()
+        #: the states of torch's generator, and of the loader's own ones, at the beginning
+        self._origin = self._states()
         self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
         self.num_batches = self._count()  #: in an epoch
         if not self.num_batches:
@@ -147,29 +137,20 @@ class BatchStream:
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
         """The :class:`EveryNth` batches; a single one, or a ``DistributedSampler``, is left as it is."""
-        if self.num_batches == 1 or isinstance(self._by_epoch, DistributedSampler):
+        if self.num_batches == 1 or isinstance(self._rows, DistributedSampler):
             return self
         if self.num_batches < size:
             raise ValueError(
                 f"loader: expected at least one batch for each of {size} processes, got {self.num_batches}"
             )
         stream, loader = copy.copy(self), self._loader
-        order: Any = None
-        if type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset):
-            order = loader.batch_sampler
-        part = EveryNth(loader if order is None else order, self.num_batches, rank, size, seed)
-        stream._loader = stream._by_epoch = part
-        if isinstance(loader, DataLoader) and order is not None:  # it loads its own rows only
-            stream._loader = _with_batches(loader, part)
-        stream.num_batches, stream.whole = len(part), self
-        stream.restart()
+        part = EveryNth(loader, self.num_batches, rank, size, seed)
+        stream._loader = stream._rows = part
+        is_loader = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+        if is_loader and self._batches is not None:  # it loads its own rows only
+            part.batches, stream._loader = self._batches, _with_batches(loader, part)
+        stream.num_batches, stream.whole = math.ceil(self.num_batches / size), self
         return stream
-
-    def restart(self) -> None:
-        """Goes back to the beginning; what is left to torch's own generator is drawn from there."""
-        self.close()
-        self._set_own_states(self._origin[1])
-        self.epoch, self.position = 0, 0
 
     @property
     def next_epoch(self) -> int:
@@ -177,12 +158,11 @@ class BatchStream:
         return self.epoch + (self.position > 0)
 
     def go_on(self, num_batches: int, epoch: int) -> None:
-        """Goes on from an epoch of another stream."""
+        """Begins with an epoch of another stream."""
         if num_batches != self.num_batches:
             raise ValueError(
                 f"resume: expected a loader of {num_batches} batches, as before, got {self.num_batches}"
             )
-        self.restart()
         self.epoch = epoch
 
     def close(self) -> None:
@@ -195,33 +175,26 @@ class BatchStream:
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
         if isinstance(self._rows, _SHUFFLED):
             wanted = set(range(count))
-        own, (state, first), iterator = self._own_states(), self._origin, None
-        self._set_own_states(first)
-        try:
-            for k in range(max(wanted) + 1):
-                with torch.random.fork_rng(devices=[]):
-                    torch.set_rng_state(state)
-                    iterator = self._iterate(0) if iterator is None else iterator
-                    batch = next(iterator, _END)
-                    state = torch.get_rng_state()
-                if batch is _END and k == 0:
-                    raise ValueError("loader: expected at least one batch, got none")
-                if batch is _END:
-                    return
-                if k in wanted:
-                    yield self._arguments(batch)
-        finally:
-            self._set_own_states(own)
+        states, iterator = self._origin, None
+        for k in range(max(wanted) + 1):
+            with self._generators_at(states):
+                iterator = self._iterate(0) if iterator is None else iterator
+                batch = next(iterator, _END)
+                states = self._states()
+            if batch is _END and k == 0:
+                raise ValueError("loader: expected at least one batch, got none")
+            if batch is _END:
+                return
+            if k in wanted:
+                yield self._arguments(batch)
 
     def one_pass_with_rows(self) -> Iterator[tuple[Batch, Sequence[int] | None]]:
         """All batches of an epoch, and which rows of all data each has, where the loader tells."""
         stream, loader, order = copy.copy(self), self._loader, None
         batches = self._batches
         if type(loader) is DataLoader and type(batches) is BatchSampler:
-            states = self._own_states()
-            with torch.random.fork_rng(devices=[]):
+            with self._generators_at(self._states()):
                 order = [*batches]
-            self._set_own_states(states)
             stream._loader = _with_batches(loader, order)
         for k, batch in enumerate(stream.one_pass(self.num_batches)):
             yield batch, None if order is None else order[k]
@@ -233,39 +206,33 @@ class BatchStream:
         return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
 
     def _iterate(self, epoch: int) -> Iterator[object]:
-        if self._by_epoch is not None:
-            self._by_epoch.set_epoch(epoch)
+        if isinstance(self._rows, (DistributedSampler, EveryNth)):  # their order depends on it
+            self._rows.set_epoch(epoch)
         return iter(self._loader)
 
     def _arguments(self, batch: object) -> Batch:
-        parts = batch.values() if isinstance(batch, Mapping) else batch
-        parts = parts if isinstance(parts, (tuple, list, ValuesView)) else (parts,)
+        if not isinstance(batch, (tuple, list, Mapping, Tensor)):
+            raise TypeError(
+                "loader: expected batches that are a tuple or list (positional arguments of the model), a "
+                f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
+            )
+        named = batch if isinstance(batch, Mapping) else {}
+        args = (batch,) if isinstance(batch, Tensor) else () if named else tuple(batch)
+        parts = *args, *named.values()
         rows = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
         if rows and not any(rows):
             raise ValueError("loader: expected batches with rows, got an empty one: leave it out")
-        if isinstance(batch, Tensor):
-            return Batch((batch,), self._kwargs)
-        if isinstance(batch, Mapping):
-            for name in batch.keys() & self._kwargs.keys():
-                raise ValueError(
-                    f"loader: expected batches without '{name}', as fit has {name}= too"
-                )
-            return Batch((), {**self._kwargs, **batch})
-        if isinstance(batch, (tuple, list)):
-            return Batch(tuple(batch), self._kwargs)
-        raise TypeError(
-            "loader: expected batches that are a tuple or list (positional arguments of the model), a "
-            f"mapping (its keyword arguments) or a tensor, got {type(batch).__name__}"
-        )
+        for name in named.keys() & self._kwargs.keys():
+            raise ValueError(f"loader: expected batches without '{name}', as fit has {name}= too")
+        return Batch(args, {**self._kwargs, **named})
 
     def _count(self) -> int:
         try:
             return len(self._loader)  # type: ignore[arg-type]  # any iterable may lack a length
         except TypeError:
-            own, most = self._own_states(), 100_000
-            with torch.random.fork_rng(devices=[]):
+            most = 100_000
+            with self._generators_at(self._origin):
                 count = sum(1 for _ in islice(self._loader, most + 1))
-            self._set_own_states(own)
             if count > most:
                 raise ValueError(
                     f"loader: expected an epoch that ends, got {most} batches and no end: give the "
@@ -273,7 +240,8 @@ class BatchStream:
                 ) from None
             return count
 
-    def _is_partition(self) -> bool:
+    @property
+    def is_partition(self) -> bool:
         """Whether an epoch is known to have each row once; a subset that the user chose is all rows."""
         loader, batches, rows = self._loader, self._batches, self._rows
         is_drawn = isinstance(rows, WeightedRandomSampler) or getattr(rows, "replacement", False)
@@ -288,17 +256,25 @@ class BatchStream:
             return len(rows) % batches.batch_size == 0
         return True
 
-    def _own_states(self) -> list[Tensor]:
+    def _states(self) -> list[Tensor]:
         return [generator.get_state() for generator in self._generators]
 
-    def _set_own_states(self, states: Sequence[Tensor]) -> None:
-        for generator, state in zip(self._generators, states):
-            generator.set_state(state)
+    @contextmanager
+    def _generators_at(self, states: Sequence[Tensor]) -> Iterator[None]:
+        """Generators at given states, and in the end where they were."""
+        before = self._states()
+        try:
+            for generator, state in zip(self._generators, states):
+                generator.set_state(state)
+            yield
+        finally:
+            for generator, state in zip(self._generators, before):
+                generator.set_state(state)
 
 
-def _with_batches(loader: DataLoader[Any], batches: Iterable[list[int]]) -> DataLoader[Any]:
+def _with_batches(loader: Any, batches: Iterable[list[int]]) -> DataLoader[Any]:
     """A loader of the same data whose batches have other rows."""
-    options: Any = {name: getattr(loader, name) for name in _OPTIONS}
+    options = {name: getattr(loader, name) for name in _OPTIONS}
     return DataLoader(loader.dataset, batch_sampler=batches, **options)
 
 

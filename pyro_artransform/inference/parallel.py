@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, reduce
@@ -24,8 +24,8 @@ import pyro
 import torch
 from torch import Tensor, distributed, nn
 
-from ..joint.protocols import ScaledSteps
 from .optimization.objective import Objective
+from .optimization.optimizers import Scales
 
 T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
@@ -47,13 +47,9 @@ def open_parallel() -> "Iterator[Parallel]":
     is_made = distributed.is_available() and is_launched and not distributed.is_initialized()
     if is_made:
         _make_group()
-    is_group = distributed.is_available() and distributed.is_initialized()
-    if not is_group or distributed.get_world_size() == 1:
-        yield Parallel()
-        return
     try:
-        parallel = Parallel(is_group=True)
-        with warnings.catch_warnings():
+        parallel = Parallel(distributed.is_available() and distributed.is_initialized())
+        with warnings.catch_warnings() if parallel.rank > 0 else nullcontext():
             if parallel.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns
             yield parallel
@@ -175,6 +171,12 @@ class Parallel:
                 distributed.broadcast(sent, src=0)
             tensor.copy_(sent)
 
+    def scales_of_first(self, scales: Scales) -> dict[nn.Parameter, Tensor]:
+        """The scales of a guide's steps in the first process, whose mini-batch may be another."""
+        found = {parameter: scale.clone() for parameter, scale in scales().items()}
+        self.copy_first(found.values)
+        return found
+
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
     ) -> tuple[float, Gradients | None]:
@@ -241,16 +243,3 @@ class SharedObjective(Objective):
     def nonfinite_sites(self) -> list[str]:
         found = self.parallel.gather_objects("the sites", self.objective.nonfinite_sites())
         return list(dict.fromkeys(name for names in found for name in names))
-
-
-@dataclass
-class ScalesOfFirst(ScaledSteps):
-    """The scales of steps that a guide gives in the first process, whose mini-batch may be another."""
-
-    guide: ScaledSteps
-    parallel: Parallel
-
-    def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        scales = {parameter: scale.clone() for parameter, scale in self.guide.step_scales().items()}
-        self.parallel.copy_first(scales.values)
-        return scales

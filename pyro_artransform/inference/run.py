@@ -17,8 +17,7 @@ from .checkpoint import save
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
-from .initialization.minibatch_start import find_initial_minibatch_guide
-from .initialization.start import UNCHANGED, InitialGuide, find_start
+from .initialization.start import UNCHANGED, InitialGuide, find_initial_minibatch_guide, find_start
 from .loader import Batch
 from .mcmc import CHAINS_COST_LESS
 from .optimization.objective import PyroObjective

@@ -6,6 +6,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import pyro
 import pytest
@@ -23,6 +24,8 @@ from tests.inference.loaders import DIM, KNOWN, Autoencoder, listed, rows, shuff
 from tests.inference.test_fit import parameters
 from tests.inference.test_fit_resume import fresh, same, stop_at
 
+quick_adam = partial(torch.optim.Adam, lr=0.02)
+
 
 def fitted(model, guide, loader, **kwargs):
     options = {"num_particles": 4, "progress": False}
@@ -36,10 +39,6 @@ def check(result, steps):
     assert math.isfinite(result.elbo)
     assert result.elbo_se >= 0
     return result
-
-
-def quick_adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.02)
 
 
 def test_regression_reaches_the_posterior(capfd):
@@ -178,8 +177,6 @@ def test_arguments_of_all_kinds():
         seen.clear()
         check(fitted(model, small(model), loader, num_steps=7, size=43), 7)
         assert set(seen) == {(10, 43), (3, 43)}
-    with pytest.raises(ValueError, match="without 'x'"):
-        fitted(model, small(model), by_name, num_steps=7, size=43, x=x)
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
@@ -279,7 +276,7 @@ def test_checkpoints_of_another_loader(tmp_path):
         return fitted(*fresh(loaders.regression, small), loader, **options)
 
     run(shuffled(x, y), epochs=2, checkpoint=path, callback=stop_at(3))
-    with pytest.raises(ValueError, match="expected a loader of 5 batches"):
+    with pytest.raises(ValueError, match="expected a loader of 5 batches, as before, got 3"):
         run(shuffled(x, y, batch_size=20), num_steps=10, resume=path)
     with pytest.raises(ValueError, match="num_steps=10, as before, got 15"):
         run(shuffled(x, y), epochs=3, resume=path)

@@ -57,23 +57,18 @@ class MinibatchObjective(Objective):
         self._last = self.objective
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
-        #: the log joint density of all data, where it is known
-        self.whole = self._find_whole()
+        #: the log joint density of all data, where a pass over the stream has them and they share latents
+        self.whole: MeanLogJoint | None = None
+        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
+        if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
+            whole = MeanLogJoint(self.log_joint, AllBatches(stream))
+            self.whole = whole if whole.is_of_all_data and not whole.is_random else None
         #: the objective on all data, which steps know of, too
         self.on_all: PathObjective | None = None
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
         self.has_weights = self.on_all is not None
-
-    def _find_whole(self) -> MeanLogJoint | None:
-        """That of a pass over the stream, if it is all data, and these share the latents."""
-        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
-        is_shared = structure.is_scaled and not structure.subsampled_latents
-        if not (stream.is_partition and is_shared):
-            return None
-        whole = MeanLogJoint(self.log_joint, AllBatches(stream))
-        return whole if whole.is_of_all_data and not whole.is_random else None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
@@ -138,27 +133,25 @@ class MinibatchObjective(Objective):
         count = config.num_draws // min(whole.num_batches, config.max_batches)
         count = max(count, config.min_draws)
         estimate = self._estimator(config.num_common_draws if are_common else count)
-        means, variances, weights, scales = [], [], [], []
-        weighted = list[Tensor]()
+        draws, scales = list[Tensor](), list[float]()
         for batch in whole.one_pass(config.max_batches):
-            draws = estimate(batch)
-            means.append(draws.mean().item())
-            variances.append(0.0 if are_common else (draws.var() / len(draws)).item())
-            weights.append(self._weight(batch))
+            draws.append(estimate(batch))
             scales.append(self.log_joint.structure(*batch).scale)
-            weighted.append(weights[-1] * draws)
-        num_batches = len(means)
+        weights, num_batches = [self._least_scale / scale for scale in scales], len(draws)
         seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
         is_scaled = any(scale != 1 for scale in scales)
         share = num_batches / whole.num_batches if whole.is_partition else 0.0
         loader_share = seen if is_scaled and share == 1 else 1.0
         share = min(share, seen) if is_scaled else share
+        variances = [0.0 if are_common else (part.var() / len(part)).item() for part in draws]
+        means = [part.mean().item() for part in draws]
         elbo, elbo_se = _mean_and_error(means, variances, weights, share)
         num_draws = count * num_batches
         if are_common:
-            draws = sum(weighted[1:], weighted[0]) / sum(weights)
-            num_draws = len(draws)
-            elbo_se = math.hypot((draws.double().var() / num_draws).sqrt().item(), elbo_se)
+            total = torch.stack([weight * part for weight, part in zip(weights, draws)]).sum(0)
+            num_draws = len(total)
+            variance = (total / sum(weights)).double().var() / num_draws
+            elbo_se = math.hypot(variance.sqrt().item(), elbo_se)
         return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)
 
 

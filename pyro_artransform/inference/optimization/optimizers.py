@@ -3,19 +3,21 @@
 
 """The optimizers of a fit: its own Adam, and those that users bring."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ...joint.protocols import ScaledSteps
+#: the ``step_scales`` of a guide
+Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
 
-_BETAS = 0.9, 0.99  # of Adam; the second is short since steps are few
+# of Adam; the memory of squares is short since steps are few
+_RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
 
 
 class Adam:
@@ -28,18 +30,19 @@ class Adam:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], step_size: float, scales: ScaledSteps | None = None
+        self, parameters: Sequence[Tensor], step_size: float, scales: Scales | None = None
     ) -> None:
         self.step_size, self._scales = step_size, scales
         #: of the step size, by the schedule
         self.factor = 1.0
         has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
-        self._is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
-        self._has_complex = any(map(torch.is_complex, parameters))
+        is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
+        has_complex = any(map(torch.is_complex, parameters))
+        self._kind = {"fused": is_fused, "has_complex": has_complex}
         #: of each parameter: the mean of its gradients, that of their squares, and the number of steps
         self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         for p in parameters:
-            device = p.device if self._is_fused else "cpu"
+            device = p.device if is_fused else "cpu"
             steps = torch.zeros((), dtype=torch.float32, device=device)
             self._moments[p] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach()), steps
 
@@ -52,32 +55,15 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step along each ``grad``; a parameter without one stays where it is."""
-        scaled = []
-        if self._scales is not None:
-            for trained, scale in self._scales.step_scales().items():
-                if trained in self._moments:
-                    scaled.append((trained, scale, trained.detach().clone()))
+        scales = {} if self._scales is None else self._scales()
+        scaled = [(p, scales[p], p.detach().clone()) for p in scales if p in self._moments]
         present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
         if not present:
             return
         moved, gradients, means, squares, counts = map(list, zip(*present))
-        adam(
-            moved,
-            gradients,
-            means,
-            squares,
-            [],
-            counts,
-            fused=self._is_fused,
-            has_complex=self._has_complex,
-            amsgrad=False,
-            beta1=_BETAS[0],
-            beta2=_BETAS[1],
-            lr=self.step_size * self.factor,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
+        options: Any = {**_RATES, **self._kind, "amsgrad": False, "maximize": False}
+        options["lr"] = self.step_size * self.factor
+        adam(moved, gradients, means, squares, [], counts, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 

@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.psis import fit_tails
@@ -27,24 +26,14 @@ _WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-class Score(NamedTuple):
-    """What parameters are judged by; an unknown gap to the evidence is infinite."""
-
-    elbo: float
-    gap: float = math.inf
-
-
-def score_of(objective: Objective, num_draws: int) -> Score:
-    """The score of the present parameters by fresh draws: the sum of those of many posteriors at once."""
+def remaining_gap(objective: Objective, num_draws: int) -> float:
+    """What the ELBO lacks to the evidence in nats, by fresh draws, summed over posteriors; inf if unknown."""
     draws = objective.log_weights(num_draws)
-    elbo = draws.sum(1).mean().item()
-    if not math.isfinite(elbo) or not objective.has_weights:
-        return Score(elbo)
     # weights with a heavy tail know too little of the evidence
-    if statistics.median(tail.khat for tail in fit_tails(draws)) > GOOD_KHAT:
-        return Score(elbo)
-    gaps = draws.logsumexp(0) - math.log(len(draws)) - draws.mean(0)
-    return Score(elbo, float(gaps.sum()))
+    is_finite = math.isfinite(draws.sum(1).mean().item())
+    if not is_finite or statistics.median(tail.khat for tail in fit_tails(draws)) > GOOD_KHAT:
+        return math.inf
+    return float((draws.logsumexp(0) - math.log(len(draws)) - draws.mean(0)).sum())
 
 
 @dataclass(frozen=True)
@@ -92,14 +81,15 @@ class Schedule:
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""
-        decay = self.whole_epochs(math.ceil(self.config.decay_share * step))
-        return replace(self, decay_start=step, end=step + decay, reason=reason)
+        return replace(self, decay_start=step, end=self._end_of_decay(step), reason=reason)
+
+    def _end_of_decay(self, start: int) -> int:
+        return start + self.whole_epochs(math.ceil(self.config.decay_share * start))
 
     def expected_end(self, step: int) -> int:
         """The number of steps in all; while it is not known, that of a fit that stops moving now."""
         still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
-        plan = self if self.end is not None else self._decaying(still, PLATEAU)
-        return step if plan.end is None else plan.end
+        return self._end_of_decay(still) if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
         """Whether to check, after a number of steps, what is left to win."""

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...joint.protocols import ScaledSteps
 from ..parallel import Gradients, Parallel
 from .objective import Objective
-from .optimizers import Adam, Optimizer, users_optimizer
-from .schedule import Schedule, score_of
+from .optimizers import Adam, Optimizer, Scales, users_optimizer
+from .schedule import Schedule, remaining_gap
 
 _END = ("decay_start", "end", "reason")
 # standard errors by which others have to be better than the last parameters
@@ -137,7 +136,7 @@ class Training(Steps):
     """The state of a fit between two steps, all of which can be saved and restored.
 
     :param optim: the user's optimizer; ``None`` for Adam with the step size of the settings.
-    :param scales: the guide, where it scales the steps of its parameters.
+    :param scales: those of the steps of a guide's parameters, where it has them.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class Training(Steps):
         schedule: Schedule,
         num_particles: int,
         optim: object = None,
-        scales: ScaledSteps | None = None,
+        scales: Scales | None = None,
         parallel: Parallel | None = None,
     ) -> None:
         self.objective, self.num_particles = objective, num_particles
@@ -192,7 +191,7 @@ class Training(Steps):
             self.schedule = self.schedule.after_check(0, self._gap())
 
     def _gap(self) -> float:
-        return score_of(self.objective, self._config.num_compared).gap
+        return remaining_gap(self.objective, self._config.num_compared)
 
     def nonfinite_sites(self) -> list[str]:
         return self.objective.nonfinite_sites()

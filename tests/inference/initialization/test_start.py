@@ -17,14 +17,12 @@ from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
 from pyro_artransform.inference.initialization.gradient_check import check_gradient
-from pyro_artransform.inference.initialization.minibatch_start import (
-    SharedPrior,
-    find_initial_minibatch_guide,
-)
 from pyro_artransform.inference.initialization.start import (
     UNCHANGED,
     GaussianSearch,
+    SharedPrior,
     _start_at_best,
+    find_initial_minibatch_guide,
     find_start,
 )
 from pyro_artransform.inference.loader import Batch
@@ -221,7 +219,7 @@ def test_diagonal_guide():
 def test_guide_without_correlations_stays_where_it_is_better():
     guide = small(models.gaussian, full_rank=False)
     guide.set_up()
-    search = GaussianSearch(LogJoint(models.gaussian), DEFAULTS)
+    search = GaussianSearch(LogJoint(models.gaussian), LogJoint(models.gaussian), DEFAULTS)
     # a good one with correlations, and what is left without them is not good enough
     gaussian = Gaussians(torch.ones(1, 3), torch.tensor(models.SCALE_TRIL)[None])
     before = state(guide)
@@ -264,10 +262,6 @@ def started(model, y, guide=None):
     return guide, start
 
 
-def values(guide):
-    return {name: p.detach().clone() for name, p in guide.named_parameters()}
-
-
 @pytest.mark.parametrize("unit", [1.0, 1e4])
 def test_globals_are_near_the_posterior_of_all_data(unit):
     y, model = unit * (70.0 + torch.randn(BATCH) * 1.25**0.5), partial(hierarchy, unit=unit)
@@ -278,9 +272,10 @@ def test_globals_are_near_the_posterior_of_all_data(unit):
     # a mini-batch knows as much as this
     assert (draws["mean"].mean() - y.mean()).abs() < 0.2 * scale
     assert (draws["mean"].std() / scale - 1).abs() < 0.1
-    assert (guide.transform.locals[0].affine.log_scale.exp() / (unit * 0.2**0.5) - 1).abs() < 0.1
+    local = guide.transform.locals[0].affine
+    assert (local.log_scale.exp() / (unit * 0.2**0.5) - 1).abs() < 0.1
     # 1 / 5 is what the prior's mean weighs, beside an element's data; by 4,000 draws to about 0.05
-    slope = (guide.transform.locals[0].affine.linear.weight[0, -1] / math.sqrt(SIZE)).item()
+    slope = (local.linear.weight[0, -1] / math.sqrt(SIZE)).item()
     assert abs(slope / (0.2 * scale) - 1) < 0.15
     if unit == 1.0:
         steps_follow_the_noise_of_mini_batches(guide)
@@ -301,17 +296,16 @@ def test_a_guide_that_is_better_already_stays():
     y = torch.randn(BATCH)
     guide = AutoAmortized(hierarchy, Encoder(), flow=None, local_flow=None)
     _, first = started(hierarchy, y, guide)
+    local = guide.transform.locals[0]
+    local.units = None  # a slope in y as it is, which a Gaussian would shift
     with torch.no_grad():
-        guide.transform.locals[
-            0
-        ].units = None  # a slope in y as it is, which a Gaussian would shift
-        guide.transform.locals[0].affine.loc.zero_()
-        guide.transform.locals[0].affine.linear.weight[0, 0] = 0.8
-    before = values(guide)
+        local.affine.loc.zero_()
+        local.affine.linear.weight[0, 0] = 0.8
+    before = state(guide)
     _, start = started(hierarchy, y, guide)
     assert start.name == UNCHANGED
     assert start.elbo > first.elbo
-    assert all(torch.equal(p, before[name]) for name, p in guide.named_parameters())
+    assert same(before, state(guide))
 
 
 def test_of_a_plate_that_draws_its_mini_batch():
