@@ -90,10 +90,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
-        flow = self._flow()
+        flow, extra_dims = self._flow()
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
-        extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self._remembered(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -105,18 +104,19 @@ class FlowDistribution(dist.TransformedDistribution):
                 return log_prob
         if self._validate_args:
             self._validate_sample(value)
-        flow = self._flow()
+        flow, extra_dims = self._flow()
         x, ladj = flow.inverse_and_ladj(value)
-        extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
 
-    def _flow(self) -> FlowModule:
+    def _flow(self) -> tuple[FlowModule, int]:
+        """The flow, and how many event dimensions there are besides its own."""
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
             raise TypeError(
                 f"transforms: expected one transform of this package, got {self.transforms}; "
                 "chain([...]) makes one of several"
             )
-        return self.transforms[0]
+        flow = self.transforms[0]
+        return flow, len(self.event_shape) - flow.codomain.event_dim
 
     def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
         # edits of a tensor of inference mode leave no sign

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import asks_for_data
 from ..joint import LogJoint
-from ..joint.coordinates import Coordinates, centered_by_curvature
+from ..joint.coordinates import Coordinates, coordinates_at
 from ..joint.density import Args, Kwargs
 from ..joint.sites import Latents
 from ..transforms import FlowModule
@@ -102,10 +102,8 @@ class GuideInCoordinates(PersistentGuide):
 
     def centered_by_site(self) -> dict[str, Tensor]:
         """lambda by site, of its unconstrained shape; empty without coordinates from the prior."""
-        found, latents = self.prior_coordinates, self._checked_spec().latents
-        if found is None:
-            return {}
-        sites = found.of_sites(latents)
+        found = self.prior_coordinates
+        sites = {} if found is None else found.of_sites(self._checked_spec().latents)
         return {name: site.centered.clone() for name, site in sites.items()}
 
     @property
@@ -128,15 +126,12 @@ class GuideInCoordinates(PersistentGuide):
             of_file = "coordinates from the prior, which the model says at its data, and no file has these"
             with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
                 self._bound = args, kwargs, self._log_joint(*args, **kwargs)
-        if (args or kwargs) and _ids(args, kwargs) != _ids(*self._bound[:2]):
+        elif args or kwargs:
             self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
         self._prior[0].bind(self._bound[2])
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """Arguments of the specification that the density of the model says.
-
-        :param depends: whether the prior of some latent was seen to depend on others.
-        """
+        """Arguments of the specification that the density of the model says; see :meth:`_mapped_sites`."""
         found = self._mapped_sites(args, kwargs, depends)
         return self._coordinate_arguments(dict.fromkeys(found, True))
 
@@ -146,7 +141,10 @@ class GuideInCoordinates(PersistentGuide):
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
-        """The sites with coordinates from the prior, and whether this depends on other latents."""
+        """The sites with coordinates from the prior, and whether this depends on other latents.
+
+        :param depends: whether the prior of some latent was seen to depend on others.
+        """
         if self.asked == "model" or not (depends or isinstance(self.asked, Mapping)):
             return {}
         log_joint = self._log_joint(*args, **kwargs)
@@ -160,7 +158,7 @@ class GuideInCoordinates(PersistentGuide):
                     "coordinates: expected latents whose prior has a location or a scale that depends "
                     f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
                 )
-            found = {name: depends for name, depends in found.items() if name in self.asked}
+            found = {name: found[name] for name in found if name in self.asked}
         return found
 
     def _center_as_asked(self, latents: Latents) -> None:
@@ -181,22 +179,16 @@ class GuideInCoordinates(PersistentGuide):
     def _start_coordinates(self, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
         prior, log_joint = self._prior[0], cast(tuple[Args, Kwargs, LogJoint], self._bound)[2]
-        latents = log_joint.latents
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-            prior.unit.copy_(log_joint.prior_scales(start))
             if isinstance(self.asked, Mapping):
-                self._center_as_asked(latents)
+                prior.unit.copy_(log_joint.prior_scales(start))
+                self._center_as_asked(log_joint.latents)
             else:
-                unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
-                point, _ = unit.from_unconstrained(start[None])
-                prior.centered.copy_(centered_by_curvature(unit, point, self._colors()))
+                found = coordinates_at(log_joint, prior.coordinates, start[None], self._colors())
+                prior.unit.copy_(found.unit)
+                prior.centered.copy_(found.centered)
             mapped = log_joint.with_coordinates(prior.coordinates)
             return mapped.from_unconstrained(start[None])[0][0]
-
-
-def _ids(args: Args, kwargs: Kwargs) -> tuple[list[int], dict[str, int]]:
-    """Which objects the arguments are."""
-    return [*map(id, args)], {name: id(value) for name, value in kwargs.items()}
 
 
 def check_coordinates(coordinates: CoordinatesArgument) -> CoordinatesArgument:

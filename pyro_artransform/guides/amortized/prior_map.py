@@ -13,35 +13,24 @@ from torch import Tensor
 
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates, SiteCoordinates, centered_by_curvature, map_sites
+from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
 from ..prior_coordinates import GuideInCoordinates
-from ..prototype import compare_names, latents_of
+from ..prototype import compare_names, one_more_run, sites_by_name
 from .plates import (
-    Args,
     GivenIndices,
-    Kwargs,
     LatentLayout,
     Plates,
     PlateSizes,
     Vectors,
+    mean_element,
     plate_sizes,
 )
-from .variational_posterior import AmortizedPosterior, place_sites
+from .variational_posterior import AmortizedPosterior
 
 # in which the map of an element in two places of a mini-batch may differ
 _TOLERANCE = 1e-4
-
-
-def mean_element(latents: Latents, z: Tensor) -> Tensor:
-    """The mean over the elements of plates of a vector ``(latent_dim,)`` of all latents."""
-    parts = []
-    for name, part in latents.split(z).items():
-        site = latents.sites[name]
-        if site.plates:
-            part = part.reshape(site.batch_shape.numel(), -1).mean(0)
-        parts.append(part.flatten())
-    return torch.cat(parts)
 
 
 def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
@@ -216,19 +205,26 @@ class AmortizedInCoordinates(GuideInCoordinates):
         self, vectors: Vectors, plates: Plates, args: Args, kwargs: Kwargs
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The value of each site at the vectors of a call, and its log-determinant, of its batch shape."""
-        sites, placed, found = self._mapped(), dict[str, Tensor](), {}
+        mapped, placed, found = self._mapped(), dict[str, Tensor](), {}
         for group in self._posterior.layout.groups:
-            for name, (part, batch) in place_sites(group.latents, vectors[group.name]).items():
+            z = vectors[group.name]
+            for name, part in group.latents.split(z).items():
+                site = group.latents.sites[name]
+                # batch dimensions of a site outside all plates lie where those of plates lie
+                event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
+                ones = z.shape[:-1] + (1,) * event_dim
+                part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
                 placed[name] = part
-                if name not in sites:
-                    found[name] = group.latents.sites[name].constrain_with_ladj(part, batch)
+                if name not in mapped:
+                    batch = part.shape[: part.dim() - event_dim]
+                    found[name] = site.constrain_with_ladj(part, batch)
                     placed[name] = found[name][0]
-        if sites:
+        if mapped:
             indices = {name: plate.indices for name, plate in plates.items()}
-            prior = map_sites(self._bound_model(args, kwargs), sites, {**placed, **indices})
+            prior = map_sites(self._bound_model(args, kwargs), mapped, {**placed, **indices})
             for name, u in prior.found.items():
                 ladj = prior.ladjs[name] + prior.bijection_ladjs[name]
-                found[name] = sites[name].bijection(u), ladj
+                found[name] = mapped[name].bijection(u), ladj
         return found
 
     def _element_map(self, args: Args, kwargs: Kwargs, *, is_inverse: bool = False) -> ElementMap:
@@ -236,7 +232,7 @@ class AmortizedInCoordinates(GuideInCoordinates):
         model, given, sites = self._bound_model(args, kwargs), GivenIndices(), self._mapped()
         layout, log_joint = self._posterior.layout, cast(Any, self._bound)[2]
         # not those around what is predicted
-        now = latents_of(given(model))
+        now = sites_by_name(one_more_run(given(model)))
         compare_names(sites, sites.keys() & now.keys())
         plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
         return ElementMap(model, layout, sites, plates, given.names, log_joint, is_inverse)
@@ -250,6 +246,6 @@ class AmortizedInCoordinates(GuideInCoordinates):
 
     def _bound_model(self, args: Args, kwargs: Kwargs) -> Callable[[], object]:
         """The model with these arguments, by default those of the last call."""
-        self._bind(tuple(args), kwargs)
+        self._bind(args, kwargs)
         args, kwargs, _ = cast(Any, self._bound)
         return partial(cast(Any, self._model)[1], *args, **kwargs)

@@ -118,13 +118,9 @@ class AutoStructuredFlow(AutoAutoregressive):
             init_scale=init_scale,
             coordinates=coordinates,
         )
-        sizes = {
-            "hidden_dim": hidden_dim,
-            "max_parents": max_parents,
-            "num_transforms": num_transforms,
-        }
-        for name, size in sizes.items():
-            self._arguments[name] = check_integer(name, size)
+        self._arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
+        self._arguments["max_parents"] = check_integer("max_parents", max_parents)
+        self._arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
 
     @property
     def graph(self) -> LatentGraph:
