@@ -11,7 +11,6 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform.guides import AutoIAF
 from tests.guides import models
@@ -32,14 +31,6 @@ def test_a_new_guide_is_the_normal(new, model):
     assert torch.allclose(guide.get_posterior().log_prob(latent), expected, atol=1e-6)
     x = guide.get_base_dist().sample((20,))
     assert torch.allclose(guide.get_transform()(x), loc + 0.3 * x, atol=1e-6)
-
-
-def test_init_loc_is_honoured():
-    values = {"loc": torch.tensor(-40.0), "scale": torch.tensor(20.0)}
-    guide = AutoIAF(models.regression, init_loc_fn=init_to_value(values=values), init_scale=1e-3)
-    draws = guide.sample_posterior(1000, models.data())
-    assert torch.allclose(draws["loc"], values["loc"], atol=0.01)
-    assert torch.allclose(draws["scale"].log(), values["scale"].log(), atol=0.01)
 
 
 # Draws and densities

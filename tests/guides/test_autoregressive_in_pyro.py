@@ -8,11 +8,9 @@ import math
 import pyro
 import pytest
 import torch
-from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import (
     JitTrace_ELBO,
-    Predictive,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
@@ -48,43 +46,6 @@ def test_elbos(kind, options):
     assert not unmoved(guide, before)
 
 
-def test_jit_is_the_same():
-    """F23: the loss and the gradients, at parameters that move."""
-    guide = AutoIAF(models.regression, hidden_dims=8)
-    compiled = JitTrace_ELBO(ignore_jit_warnings=True)
-    train(guide, 1, elbo=compiled)
-    for seed in range(4):
-        results = []
-        for elbo in (Trace_ELBO(), compiled):
-            pyro.set_rng_seed(seed)
-            guide.zero_grad()
-            loss = elbo.loss_and_grads(models.regression, guide, models.data())
-            results.append([torch.tensor(loss), *(p.grad for p in guide.parameters())])
-        for plain, jit in zip(*results, strict=True):
-            assert torch.allclose(plain, jit)
-        with torch.no_grad():
-            for parameter in guide.parameters():
-                parameter.sub_(0.02 * parameter.grad.sign())
-
-
-def test_vectorised_particles_have_a_density_each():
-    """F26."""
-    guide = redraw_after_call(AutoIAF(models.shapes, hidden_dims=8))
-    with torch.no_grad(), pyro.plate("particles", 11, dim=-3):
-        trace = poutine.trace(guide).get_trace(models.data())
-    trace.compute_log_prob()
-    assert trace.nodes["_AutoIAF_latent"]["log_prob"].shape == (11, 1, 1)
-    assert trace.nodes["_AutoIAF_latent"]["infer"]["is_auxiliary"]
-    losses = {}
-    for vectorized in (False, True):
-        elbo = Trace_ELBO(10, vectorize_particles=vectorized, max_plate_nesting=2)
-        with torch.no_grad():
-            draws = [elbo.loss(models.shapes, guide, models.data()) for _ in range(12)]
-        losses[vectorized] = torch.tensor(draws)
-    error = (losses[False].var() / 12 + losses[True].var() / 12).sqrt()
-    assert abs(losses[False].mean() - losses[True].mean()) < 4 * error
-
-
 def test_enumerated_model():
     model = config_enumerate(models.mixture)
     guide = AutoIAF(model, hidden_dims=8)
@@ -92,25 +53,6 @@ def test_enumerated_model():
     losses = train(guide, 100, model, elbo)
     assert sum(losses[-20:]) < sum(losses[:20])
     assert set(guide(models.data())) == {"locs", "probs"}
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_predictive(parallel):
-    """F25: also for data of another size, where the latents are not in the plate."""
-
-    def predict(values, obs=None):
-        loc = pyro.sample("loc", dist.Normal(values.new_zeros(()), 3.0))
-        scale = pyro.sample("scale", dist.LogNormal(values.new_zeros(()), 1.0))
-        with pyro.plate("data", len(values)):
-            pyro.sample("obs", dist.Normal(loc, scale), obs=obs)
-
-    guide = AutoIAF(predict, hidden_dims=8)
-    guide(models.data(), models.data())
-    for size in (8, 3, 20):
-        predictive = Predictive(predict, guide=guide, num_samples=5, parallel=parallel)
-        draws = predictive(torch.zeros(size))
-        assert draws["obs"].shape == (5, size)
-        assert draws["loc"].numel() == 5
 
 
 def test_in_a_list():

@@ -35,11 +35,11 @@ def trains(guide, others=()):
         assert len(unmoved(other, old)) == len(old)
 
 
-def redraw(guide):
-    """The guide, which is not a Gaussian any more."""
+def redraw(guide, part="transforms.0"):
+    """The guide, which is not a Gaussian any more, or depends on all that it can depend on."""
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
-            if "transforms.0" in name:
+            if part in name:
                 parameter.add_(0.3 * torch.randn_like(parameter) / max(parameter.shape) ** 0.5)
     return guide
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The amortized guide in Pyro: where it starts, plates, scales and gradients."""
 
-import math
 from functools import partial
 
 import pyro
@@ -16,6 +15,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_mean, init_t
 from pyro_artransform import AutoAmortized, conditional_iaf, conditional_maf, maf
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import BatchEncoder, Encoder, data, redraw, traces, train
+from tests.guides.training import parameters, unmoved
 
 # Where it starts
 
@@ -125,24 +125,6 @@ def test_gradient_of_mini_batches_averages_to_that_of_all_data(monkeypatch, enco
     assert (average - whole).abs().max() < 1e-9 * whole.abs().max()
 
 
-def test_vectorised_particles():
-    """F26: the same mean of the loss, within five standard errors; and the density is `log_prob`."""
-    y = data()
-    for encoder in (None, Encoder()):
-        guide = AutoAmortized(hierarchies.groups, encoder)
-        guide(y)
-        redraw(guide)
-        trace = poutine.trace(guide).get_trace(y)
-        values = {name: trace.nodes[name]["value"][None] for name in ("mean", "z")}
-        assert torch.allclose(guide.log_prob(values, y), trace.log_prob_sum(), atol=1e-8)
-        one = Trace_ELBO()
-        loop = torch.tensor([one.loss(hierarchies.groups, guide, y) for _ in range(60)])
-        many = Trace_ELBO(num_particles=1200, vectorize_particles=True, max_plate_nesting=1)
-        vectorised = many.loss(hierarchies.groups, guide, y)
-        assert (loop.mean() - vectorised).abs() < 5 * loop.std() / 60**0.5
-        pyro.clear_param_store()
-
-
 FLOWS = {
     "iaf": ({"local_flow": lambda d, c: conditional_iaf(d, c, 1, 8)}, True),
     "maf": (
@@ -160,12 +142,11 @@ def test_every_parameter_trains(options, path):
     guide = AutoAmortized(hierarchies.nested, **options)
     guide.path = path
     guide()
-    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    before = parameters(guide)
     elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=2)
     svi = SVI(hierarchies.nested, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
     assert all(torch.tensor(svi.step()).isfinite() for _ in range(6))
-    now = dict(guide.named_parameters())
-    still = [name for name, value in before.items() if torch.equal(value, now[name])]
+    now, still = dict(guide.named_parameters()), unmoved(guide, before)
     # in one dimension nothing comes before, and the mask of a first layer is empty
     assert not [n for n in still if not n.endswith("layers.0.weight") or now[n].shape[1] > 1]
     assert len(still) < len(before) / 4
@@ -264,26 +245,6 @@ def gradient(guide, y, path, particles=1):
     loss = elbo.differentiable_loss(hierarchies.groups, guide, y)
     found = torch.autograd.grad(loss, list(guide.parameters()), allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])
-
-
-def test_path_gradient_at_the_posterior_is_zero_in_each_draw():
-    y = data()
-    guide = AutoAmortized(hierarchies.groups, flow=None, local_flow=None, coordinates="model")
-    guide(y)
-    # y given the mean is Normal(mean, 1.25), and z given both Normal((mean + 4 y) / 5, 1 / 5)
-    precision = 1 / 9 + 12 / 1.25
-    mean, scale, shrink = y.sum() / 1.25 / precision, precision**-0.5, 1 / 5
-    with torch.no_grad():
-        local, globals_ = guide.transform.locals[0], guide.transform.globals
-        globals_.transform.parts[-1].set_(mean.reshape(1), torch.tensor([[scale]]))
-        local.affine.log_scale.fill_(-0.5 * math.log(5.0))
-        local.affine.loc.fill_(shrink * mean)
-        # the context is in units of what a single element knows of the mean
-        local.affine.linear.weight[0, -1] = shrink * scale * math.sqrt(12)
-        local.table[:, -2] = (1 - shrink) * y
-    assert gradient(guide, y, True).abs().max() < 1e-10
-    assert gradient(guide, y, True, 5).abs().max() < 1e-10
-    assert gradient(guide, y, False).abs().max() > 0.1
 
 
 def test_path_gradient_has_the_same_mean(monkeypatch):
