@@ -22,7 +22,7 @@ from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
 from . import prototype
-from .distributions import FlowDistribution, check_flow_argument, make_flow
+from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
 from .persistence.param_store import Ownership
 from .persistence.spec import Arguments, GuideSpec
 from .prior_coordinates import (
@@ -193,9 +193,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard Normal."""
         self._checked_spec()
-        # values are never checked: that reads them, in each step
-        zeros = torch.zeros_like(self._parts[1].loc)
-        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+        return standard_normal(torch.zeros_like(self._parts[1].loc))
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""

@@ -61,6 +61,11 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
     return flow
 
 
+def standard_normal(zeros: Tensor) -> Any:
+    """Standard Normals, whose values are never checked: that would read them, in each step."""
+    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+
 class FlowDistribution(dist.TransformedDistribution):
     """A transformed distribution that keeps its last draw together with the log-density there.
 

@@ -194,7 +194,7 @@ class AutoAmortized(AmortizedInCoordinates):
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         if self._prior:
-            self._posterior.locate_at(self._start_coordinates(start))
+            self._center_at_start(args, kwargs)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,8 +16,8 @@ from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform, LocationScale, chain
 from ...univariate.base import ElementwiseTransform, soft_bound
-from ..distributions import FlowDistribution, PathDistribution, make_flow
-from ..persistence.spec import GuideSpec
+from ..distributions import FlowDistribution, PathDistribution, make_flow, standard_normal
+from ..persistence.spec import Arguments, GuideSpec
 from ..prior_coordinates import prior_layer
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
@@ -147,34 +146,33 @@ class LocalFactor(nn.Module):
     can have any location and scale by itself.
 
     :param rest_dim: the size of the context without the features.
-    :param table_shape: the full batch shape of the plates whose elements have embeddings.
-    :param units: the location and the scale of the features, which the networks see in these units.
+    :param arguments: those of the guide's specification.
     """
 
-    units: Tensor | None
-    table: nn.Parameter | None
+    units: Tensor | None  # the location and the scale of the features, which networks see in these
+    table: Tensor | None  # the embeddings of all elements
 
     def __init__(
         self,
         make: MakeLocalFlow | None,
         loc: Tensor,
-        scale: float,
-        feature_dim: int,
         rest_dim: int,
-        table_shape: Sequence[int] | None,
-        units: Sequence[Sequence[float]] | None,
+        group: Group,
+        arguments: Arguments,
     ) -> None:
         super().__init__()
-        context_dim = feature_dim + rest_dim
-        self.context_dim, self.feature_dim = len(loc), feature_dim
+        dims, name, self.context_dim = arguments["feature_dims"], group.name, len(loc)
+        self.feature_dim = dims.get(name, arguments["embedding_dim"])
+        context_dim = self.feature_dim + rest_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
-        self.affine = AmortizedLocationScale(loc, scale, context_dim)
-        # not persistent: a guide's spec has them
-        given = None if units is None else loc.new_tensor(units)
-        self.register_buffer("units", given, persistent=False)
-        self.table = None
-        if table_shape is not None:
-            self.table = nn.Parameter(loc.new_zeros((*table_shape, feature_dim + 2 * len(loc))))
+        self.affine = AmortizedLocationScale(loc, arguments["init_scale"], context_dim)
+        # files of earlier versions have none; not persistent, as the specification has them
+        units = arguments.get("feature_units", {}).get(name)
+        units = None if units is None else loc.new_tensor(units)
+        self.register_buffer("units", units, persistent=False)
+        shape = *group.batch_shape(group.full_sizes), self.feature_dim + 2 * len(loc)
+        table = None if name in dims else nn.Parameter(loc.new_zeros(shape))
+        self.register_parameter("table", table)
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
         """From the base to the unconstrained space, for features or embeddings, shape ``(*, F)``.
@@ -227,22 +225,18 @@ class AmortizedPosterior(nn.Module):
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
         self._factors: dict[str, GlobalFactor | LocalFactor] = {}
-        scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
-        # files of earlier versions have none
-        units = spec.arguments.get("feature_units", {})
+        (make_global, make_local), arguments = make_flows, spec.arguments
         parts = spec.latents.split(start)
         for group in self.layout.groups:
             # one dtype inside, whatever those of the sites
             loc = torch.cat([parts[name].flatten().to(spec.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
-                self._factors[GLOBAL] = self.globals = GlobalFactor(make_flows[0], loc, scale)
+                self.globals = GlobalFactor(make_global, loc, arguments["init_scale"])
+                self._factors[GLOBAL] = self.globals
                 continue
             rest_dim = sum(self._factors[name].context_dim for name in group.parents)
-            dim = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-            has_table = group.name not in feature_dims
-            table_shape = group.batch_shape(group.full_sizes) if has_table else None
-            given = make_flows[1], loc, scale, dim, rest_dim, table_shape, units.get(group.name)
-            self._factors[group.name] = factor = LocalFactor(*given)
+            factor = LocalFactor(make_local, loc, rest_dim, group, arguments)
+            self._factors[group.name] = factor
             self.locals.append(factor)
         self.prior = prior_layer(spec, start)
         self.encoder: Any = encoder
@@ -325,7 +319,7 @@ class AmortizedPosterior(nn.Module):
         """The distribution after :meth:`condition`; with ``path``, its density has the path gradient."""
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
-        base = base_of(self.like, (*batch, group.latents.latent_dim))
+        base = standard_normal(self.like.new_zeros((*batch, group.latents.latent_dim)))
         transform = self.condition(group, features, vectors)
         if not path:
             return FlowDistribution(base, transform, validate_args=False)
@@ -346,7 +340,7 @@ class AmortizedPosterior(nn.Module):
     ) -> Tensor:
         """The log-density of one factor, shape ``(*,)``, at argument x and value z of its transform."""
         x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
-        return base_of(x, x.shape).log_prob(x) + ladj
+        return standard_normal(torch.zeros_like(x)).log_prob(x) + ladj
 
     def draw(self, features: Vectors, n: int) -> Vectors:
         """Draws of the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``."""
@@ -382,12 +376,6 @@ class AmortizedPosterior(nn.Module):
         latents = Latents(site.to(fn) for site in self.layout.latents.sites.values())
         self.layout = LatentLayout(latents)
         return self
-
-
-def base_of(like: Tensor, shape: Sequence[int]) -> Any:
-    """Standard Normals, whose values are never checked: that would read them."""
-    zeros = like.new_zeros(shape)
-    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
 
 def _linear(like: Tensor, inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:

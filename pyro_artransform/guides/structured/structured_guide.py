@@ -139,7 +139,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         it is a chain in units of the scale.
         """
         mapped = self._mapped_sites(args, kwargs, depends)
-        log_joint = self._bound[2] if self._bound else self._log_joint(*args, **kwargs)
+        log_joint = self._bound or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
@@ -151,8 +151,8 @@ class AutoStructuredFlow(AutoAutoregressive):
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
         self._graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
-        sizes = arguments["hidden_dim"], arguments["num_transforms"]
-        self._make_flow = lambda _: StructuredFlow(self._graph.elimination, *sizes)
+        given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
+        self._make_flow = lambda _: StructuredFlow(*given)
         super()._build(spec, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
