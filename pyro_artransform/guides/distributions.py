@@ -150,18 +150,17 @@ class PathDistribution(FlowDistribution):
         return expanded
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        if not torch.is_grad_enabled():
+            return super().rsample(sample_shape)
         (transform,) = self.transforms
         x = self.base_dist.rsample(sample_shape)
-        if self.location is not None and torch.is_grad_enabled():
-            x = _in_pairs(x)
+        x = x if self.location is None else _in_pairs(x)
         value, ladj = transform.call_and_ladj(x)
-        log_prob = self.base_dist.log_prob(x) - ladj
-        if torch.is_grad_enabled():
-            if self.location is not None:
-                value = _moved_by(self.location, value)
-            through = self.through(x.detach(), value)
-            log_prob = log_prob.detach() + (through - through.detach())
-        return self._remembered(value, log_prob)
+        log_prob = (self.base_dist.log_prob(x) - ladj).detach()
+        if self.location is not None:
+            value = _moved_by(self.location, value)
+        through = self.through(x.detach(), value)
+        return self._remembered(value, log_prob + (through - through.detach()))
 
 
 def _in_pairs(x: Tensor) -> Tensor:

@@ -79,12 +79,9 @@ def prior_layer(spec: GuideSpec, start: Tensor) -> PriorCoordinates | None:
 
 
 class GuideInCoordinates(PersistentGuide):
-    """A guide that draws in coordinates of the prior, where the prior of a latent depends on others.
+    """A guide that draws in coordinates of the prior, where the prior of a latent depends on others."""
 
-    :cvar asked: the argument ``coordinates`` of the guide.
-    """
-
-    asked: CoordinatesArgument
+    asked: CoordinatesArgument  #: the argument ``coordinates``
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _functions = (*PersistentGuide._functions, "_bound")
     # the model's log joint density for the arguments of the last call, where draws need the model

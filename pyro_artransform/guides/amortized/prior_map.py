@@ -164,9 +164,7 @@ class AmortizedInCoordinates(GuideInCoordinates):
         if u is not None:
             coordinates = cast(Coordinates, self.coordinates_of(latents))
             unit = log_joint.with_coordinates(coordinates.non_centered(latents))
-            labels = every_element(
-                own, torch.arange(own.latent_dim, device=u.device).to(u), latents
-            )
+            labels = every_element(own, now.cumsum(0), latents)
             weights = torch.ones_like(labels)
             for name, part in latents.split(weights).items():
                 part.fill_(share if own.sites[name].plates else 1.0)
@@ -195,10 +193,10 @@ class AmortizedInCoordinates(GuideInCoordinates):
             if isinstance(self.asked, Mapping):
                 self._set_unit(log_joint, log_joint.start)
                 self._center_as_asked(self._checked_spec().latents)
-                self._locate(log_joint)
             else:
                 share = 1 / log_joint.structure(args, kwargs).scale
                 self.center_at(log_joint.start[None], log_joint, share)
+            self._locate(log_joint)
 
     def _values_and_ladjs(
         self, vectors: Vectors, plates: Plates, args: Args, kwargs: Kwargs

@@ -48,11 +48,7 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
 
 
 class GlobalFactor(nn.Module):
-    """The posterior of the global latents: a flow, if any, then location and scale.
-
-    :param loc: the initial location, shape ``(D,)``.
-    :param scale: the initial standard deviation.
-    """
+    """The posterior of the global latents: a flow, if any, then location and scale."""
 
     def __init__(self, make: MakeFlow | None, loc: Tensor, scale: float) -> None:
         super().__init__()
@@ -208,11 +204,7 @@ class LocalFactor(nn.Module):
 
 
 class AmortizedPosterior(nn.Module):
-    r"""The factors of an amortized posterior, and the encoder.
-
-    .. math::
-
-        q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
+    """The factors of an amortized posterior, one for each group given its features and parents; the encoder.
 
     :param start: the initial location, that of one element of each group, in the order of the sites.
     """

@@ -21,14 +21,13 @@ Arguments = dict[str, Any]
 State = Mapping[str, Tensor]
 
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
-_NAME_TO_CLASS: dict[str, type] = {}
-for _name in (
+_NAMES = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than", "interval"),
     *("half_open_interval", "simplex", "corr_cholesky", "corr_matrix", "ordered_vector"),
     *("positive_ordered_vector", "softplus_positive"),
-):
-    _support = getattr(constraints, _name)
-    _NAME_TO_CLASS[_name] = _support if isinstance(_support, type) else type(_support)
+)
+_SUPPORTS = {name: getattr(constraints, name) for name in _NAMES}
+_NAME_TO_CLASS = {k: v if isinstance(v, type) else type(v) for k, v in _SUPPORTS.items()}
 _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
 
 
