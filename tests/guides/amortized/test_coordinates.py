@@ -19,6 +19,7 @@ from pyro_artransform.inference.initialization.minibatch_start import SharedPrio
 from pyro_artransform.joint import LogJoint
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data, redraw, traces, train
+from tests.guides.training import particles_agree
 
 SIZE = 12
 X = torch.linspace(-1.0, 1.0, SIZE).double().cos()
@@ -77,17 +78,7 @@ def test_draws_and_densities_are_of_the_sites(encoder):
 
 @pytest.mark.parametrize("encoder", [None, encode], ids=["embeddings", "encoder"])
 def test_particles_at_once_and_one_by_one_have_the_same_mean(encoder):
-    """F26."""
-    guide = set_up(hierarchy, data(), encoder=encoder)
-    means, variances = [], []
-    for vectorized in (True, False):
-        elbo = Trace_ELBO(20, vectorize_particles=vectorized, max_plate_nesting=2)
-        with torch.no_grad():
-            losses = torch.tensor([elbo.loss(hierarchy, guide, data()) for _ in range(8)])
-        means.append(losses.mean())
-        variances.append(losses.var() / 8)
-    # five standard errors
-    assert abs(means[0] - means[1]) < 5 * sum(variances) ** 0.5
+    particles_agree(hierarchy, set_up(hierarchy, data(), encoder=encoder), data())
 
 
 def test_the_exact_posterior_has_equal_weights():
