@@ -157,8 +157,9 @@ class LocalFactor(nn.Module):
         arguments: Arguments,
     ) -> None:
         super().__init__()
-        dims, name, self.context_dim = arguments["feature_dims"], group.name, len(loc)
-        self.feature_dim = dims.get(name, arguments["embedding_dim"])
+        name, feature_dims = group.name, arguments["feature_dims"]
+        self.context_dim = len(loc)
+        self.feature_dim = feature_dims.get(name, arguments["embedding_dim"])
         context_dim = self.feature_dim + rest_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, arguments["init_scale"], context_dim)
@@ -167,7 +168,7 @@ class LocalFactor(nn.Module):
         units = None if units is None else loc.new_tensor(units)
         self.register_buffer("units", units, persistent=False)
         shape = *group.batch_shape(group.full_sizes), self.feature_dim + 2 * len(loc)
-        table = None if name in dims else nn.Parameter(loc.new_zeros(shape))
+        table = None if name in feature_dims else nn.Parameter(loc.new_zeros(shape))
         self.register_parameter("table", table)
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
