@@ -22,7 +22,7 @@ from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
 from . import prototype
-from .distributions import FlowDistribution, check_flow_argument, make_flow
+from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
 from .persistence.param_store import Ownership
 from .persistence.spec import Arguments, GuideSpec
 from .prior_coordinates import (
@@ -138,20 +138,15 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         affine = LocationScale(start, arguments["init_scale"], full_rank=arguments["full_rank"])
         self._parts: tuple[TransformModule, LocationScale] = flow, affine
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
-        inner = transform = ComposedTransform(flow, affine)
-        self._prior = ()
-        if prior := prior_layer(spec, start):
-            self._prior, transform = (prior,), ComposedTransform(inner, prior)
-        self._inner = (inner,)  # in a tuple, as it may be a part of the transform
-        self.transform = transform
+        inner, prior = ComposedTransform(flow, affine), prior_layer(spec, start)
+        # in tuples, as they may be parts of the transform
+        self._inner, self._prior = (inner,), () if prior is None else (prior,)
+        self.transform = ComposedTransform(inner, prior) if prior else inner
         # what Pyro's autoguides remember of a run of the model
-        self.latent_dim = spec.latents.latent_dim
-        self._prototype_frames, self._unconstrained_shapes, self._cond_indep_stacks = {}, {}, {}
-        for name, site in spec.latents.sites.items():
-            self._unconstrained_shapes[name] = site.unconstrained_shape
-            self._cond_indep_stacks[name] = site.plates
-            for frame in site.plates:
-                self._prototype_frames[frame.name] = frame
+        sites, self.latent_dim = spec.latents.sites, spec.latents.latent_dim
+        self._unconstrained_shapes = {name: s.unconstrained_shape for name, s in sites.items()}
+        self._cond_indep_stacks = {name: site.plates for name, site in sites.items()}
+        self._prototype_frames = {f.name: f for site in spec.sites for f in site.plates}
         if self.master is None:
             # NeuTraReparam reads the plates, and may come before the first call
             with poutine.block():
@@ -197,11 +192,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard Normal."""
-        if self._spec is None:
-            self._checked_spec()
-        # values are never checked: that reads them, in each step
-        zeros = torch.zeros_like(self._parts[1].loc)
-        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+        self._checked_spec()
+        return standard_normal(torch.zeros_like(self._parts[1].loc))
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
@@ -213,8 +205,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
     def transform_in_coordinates(self) -> ComposedTransform:
         """The flow, then location and scale: from the base to the coordinates that fits work in."""
-        if self._spec is None:
-            self._checked_spec()
+        self._checked_spec()
         # not in a function of its own, since it is done in each step
         stored = dict(pyro.get_param_store().named_parameters())
         owner, is_settled = f"{self._pyro_name}.transform", self._ownership is Ownership.SETTLED

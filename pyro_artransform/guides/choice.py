@@ -6,8 +6,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import torch
-from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 
 from ..joint.sites import Latents, initial_value
@@ -15,6 +13,7 @@ from ..joint.traces import subsampled_plates
 from .amortized.amortized_guide import AutoAmortized
 from .persistence.persistent_guide import PersistentGuide
 from .presets import AutoIAF
+from .prototype import one_more_run
 from .structured.structured_guide import AutoStructuredFlow
 
 # On chains AutoIAF is better by 0.01 nats at 43 latents, and worse and slower at 83 (benchmarks/choice.md).
@@ -39,8 +38,7 @@ def choose_guide(
     """
     # from the values that guides start at: draws of the prior may be extreme, or impossible
     start = InitMessenger(partial(initial_value, init_to_median))
-    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad(), start:
-        trace = poutine.trace(model).get_trace(*args, **(kwargs or {}))
+    trace = one_more_run(partial(start(model), *args, **(kwargs or {})))
     latents = Latents.from_trace(trace)
     parts = {plate.name for plate in subsampled_plates(trace)}
     count = "1 latent" if latents.latent_dim == 1 else f"{latents.latent_dim} latents"

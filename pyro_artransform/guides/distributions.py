@@ -61,6 +61,11 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
     return flow
 
 
+def standard_normal(zeros: Tensor) -> Any:
+    """Standard Normals, whose values are never checked: that would read them, in each step."""
+    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+
 class FlowDistribution(dist.TransformedDistribution):
     """A transformed distribution that keeps its last draw together with the log-density there.
 
@@ -90,10 +95,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
-        flow = self._flow()
+        flow, extra_dims = self._flow()
         x = self.base_dist.rsample(sample_shape)
         value, ladj = flow.call_and_ladj(x)
-        extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self._remembered(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -105,18 +109,19 @@ class FlowDistribution(dist.TransformedDistribution):
                 return log_prob
         if self._validate_args:
             self._validate_sample(value)
-        flow = self._flow()
+        flow, extra_dims = self._flow()
         x, ladj = flow.inverse_and_ladj(value)
-        extra_dims = len(self.event_shape) - flow.codomain.event_dim
         return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
 
-    def _flow(self) -> FlowModule:
+    def _flow(self) -> tuple[FlowModule, int]:
+        """The flow, and how many event dimensions there are besides its own."""
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
             raise TypeError(
                 f"transforms: expected one transform of this package, got {self.transforms}; "
                 "chain([...]) makes one of several"
             )
-        return self.transforms[0]
+        flow = self.transforms[0]
+        return flow, len(self.event_shape) - flow.codomain.event_dim
 
     def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
         # edits of a tensor of inference mode leave no sign
@@ -145,18 +150,17 @@ class PathDistribution(FlowDistribution):
         return expanded
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        if not torch.is_grad_enabled():
+            return super().rsample(sample_shape)
         (transform,) = self.transforms
         x = self.base_dist.rsample(sample_shape)
-        if self.location is not None and torch.is_grad_enabled():
-            x = _in_pairs(x)
+        x = x if self.location is None else _in_pairs(x)
         value, ladj = transform.call_and_ladj(x)
-        log_prob = self.base_dist.log_prob(x) - ladj
-        if torch.is_grad_enabled():
-            if self.location is not None:
-                value = _moved_by(self.location, value)
-            through = self.through(x.detach(), value)
-            log_prob = log_prob.detach() + (through - through.detach())
-        return self._remembered(value, log_prob)
+        log_prob = (self.base_dist.log_prob(x) - ladj).detach()
+        if self.location is not None:
+            value = _moved_by(self.location, value)
+        through = self.through(x.detach(), value)
+        return self._remembered(value, log_prob + (through - through.detach()))
 
 
 def _in_pairs(x: Tensor) -> Tensor:

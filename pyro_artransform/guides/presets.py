@@ -64,20 +64,18 @@ class PresetGuide(AutoAutoregressive):
             "nonlinearity": nonlinearity,
             "skip_connections": check_flag("skip_connections", skip_connections),
         }
-        flow = partial(self._preset_flow, arguments)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        flow = partial(self._preset_flow, given)
         start: Arguments = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
         super().__init__(model, flow=flow, full_rank=full_rank, coordinates=coordinates, **start)
-        self._arguments.update(arguments)
+        self._arguments.update(given)
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
         # a version with other defaults reads the same flow from a file
-        arguments = super()._resolved_arguments(latent_dim)
-        given = {name: value for name, value in arguments.items() if value is not None}
-        return {**self._network(latent_dim), **given}
+        return {**self._network(latent_dim), **super()._resolved_arguments(latent_dim)}
 
     @classmethod
-    def _preset_flow(cls, arguments: Arguments, latent_dim: int) -> nn.Module:
-        given = {name: value for name, value in arguments.items() if value is not None}
+    def _preset_flow(cls, given: Arguments, latent_dim: int) -> nn.Module:
         network = {**cls._network(latent_dim), **given}
         count = network.pop("num_transforms")
         if latent_dim == 1:

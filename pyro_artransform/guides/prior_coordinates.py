@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import asks_for_data
 from ..joint import LogJoint
-from ..joint.coordinates import Coordinates, centered_by_curvature
+from ..joint.coordinates import Coordinates, coordinates_at
 from ..joint.density import Args, Kwargs
 from ..joint.sites import Latents
 from ..transforms import FlowModule
@@ -28,14 +28,13 @@ class PriorCoordinates(FlowModule):
     It runs the model, whose log joint density :meth:`bind` gives it. No gradient flows to lambda and to the
     unit, which are parameters so that files and the param store hold them.
 
-    :param coordinates: which latents, and how centred.
+    :param like: a vector of all latents.
     """
 
-    def __init__(self, coordinates: Coordinates) -> None:
-        super().__init__(cache_size=0)
-        self.centered = nn.Parameter(coordinates.centered.clone())
-        self.unit = nn.Parameter(coordinates.unit.clone())
-        self.with_location = dict(coordinates.with_location)
+    def __init__(self, with_location: Mapping[str, bool], like: Tensor) -> None:
+        super().__init__()
+        self.centered, self.unit = (nn.Parameter(torch.ones_like(like)) for _ in range(2))
+        self.with_location = dict(with_location)
         self._log_joint: LogJoint | None = None
 
     @property
@@ -76,21 +75,17 @@ def prior_layer(spec: GuideSpec, start: Tensor) -> PriorCoordinates | None:
         raise ValueError(
             f"coordinates: expected sites of {list(spec.latents.sites)}, got {unknown}"
         )
-    ones = torch.ones_like(start)
-    return PriorCoordinates(Coordinates(ones, ones, with_location))
+    return PriorCoordinates(with_location, start)
 
 
 class GuideInCoordinates(PersistentGuide):
-    """A guide that draws in coordinates of the prior, where the prior of a latent depends on others.
+    """A guide that draws in coordinates of the prior, where the prior of a latent depends on others."""
 
-    :cvar asked: the argument ``coordinates`` of the guide.
-    """
-
-    asked: CoordinatesArgument
+    asked: CoordinatesArgument  #: the argument ``coordinates``
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _functions = (*PersistentGuide._functions, "_bound")
-    # the model's arguments and its log joint density, where draws need the model
-    _bound: tuple[Args, Kwargs, LogJoint] | None = None
+    # the model's log joint density for the arguments of the last call, where draws need the model
+    _bound: LogJoint | None = None
     # the last layer in a tuple: as a part of the transform it is registered already
     _prior: tuple[PriorCoordinates, ...] = ()
 
@@ -102,10 +97,8 @@ class GuideInCoordinates(PersistentGuide):
 
     def centered_by_site(self) -> dict[str, Tensor]:
         """lambda by site, of its unconstrained shape; empty without coordinates from the prior."""
-        found, latents = self.prior_coordinates, self._checked_spec().latents
-        if found is None:
-            return {}
-        sites = found.of_sites(latents)
+        found = self.prior_coordinates
+        sites = {} if found is None else found.of_sites(self._checked_spec().latents)
         return {name: site.centered.clone() for name, site in sites.items()}
 
     @property
@@ -116,27 +109,24 @@ class GuideInCoordinates(PersistentGuide):
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
         """The log density of the model, whose runs leave no trace and take no random numbers."""
         self.model  # noqa: B018 (raises where there is none)
-        _, model, init_loc_fn = self._model
         with torch.random.fork_rng(devices=[]), poutine.block():
-            return LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
+            return LogJoint(self._model[1], args, kwargs, init_loc_fn=self._model[2])
 
-    def _bind(self, args: Args, kwargs: Kwargs) -> None:
+    def _bind(self, args: Args, kwargs: Kwargs) -> LogJoint:
         """Gives the last layer the model at these arguments, by default those of the last call."""
         model = self._model and self._model[1]
-        if self._bound is None or self._bound[2].model is not model:
+        if self._bound is None or self._bound.model is not model:
             wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
             of_file = "coordinates from the prior, which the model says at its data, and no file has these"
             with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
-                self._bound = args, kwargs, self._log_joint(*args, **kwargs)
-        if (args or kwargs) and _ids(args, kwargs) != _ids(*self._bound[:2]):
-            self._bound = args, kwargs, self._bound[2].bound_to(args, kwargs)
-        self._prior[0].bind(self._bound[2])
+                self._bound = self._log_joint(*args, **kwargs)
+        elif args or kwargs:
+            self._bound = self._bound.bound_to(args, kwargs)
+        self._prior[0].bind(self._bound)
+        return self._bound
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """Arguments of the specification that the density of the model says.
-
-        :param depends: whether the prior of some latent was seen to depend on others.
-        """
+        """Arguments of the specification that the density of the model says; see :meth:`_mapped_sites`."""
         found = self._mapped_sites(args, kwargs, depends)
         return self._coordinate_arguments(dict.fromkeys(found, True))
 
@@ -146,13 +136,15 @@ class GuideInCoordinates(PersistentGuide):
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
-        """The sites with coordinates from the prior, and whether this depends on other latents."""
+        """The sites with coordinates from the prior, and whether this depends on other latents.
+
+        :param depends: whether the prior of some latent was seen to depend on others.
+        """
         if self.asked == "model" or not (depends or isinstance(self.asked, Mapping)):
             return {}
-        log_joint = self._log_joint(*args, **kwargs)
-        self._bound = args, kwargs, log_joint
+        self._bound = self._log_joint(*args, **kwargs)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            found = log_joint.mapped_sites()
+            found = self._bound.mapped_sites()
         if isinstance(self.asked, Mapping):
             unknown = sorted(self.asked.keys() - found.keys())
             if unknown:
@@ -160,7 +152,7 @@ class GuideInCoordinates(PersistentGuide):
                     "coordinates: expected latents whose prior has a location or a scale that depends "
                     f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
                 )
-            found = {name: depends for name, depends in found.items() if name in self.asked}
+            found = {name: found[name] for name in found if name in self.asked}
         return found
 
     def _center_as_asked(self, latents: Latents) -> None:
@@ -180,23 +172,17 @@ class GuideInCoordinates(PersistentGuide):
 
     def _start_coordinates(self, start: Tensor) -> Tensor:
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
-        prior, log_joint = self._prior[0], cast(tuple[Args, Kwargs, LogJoint], self._bound)[2]
-        latents = log_joint.latents
+        prior, log_joint = self._prior[0], cast(LogJoint, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-            prior.unit.copy_(log_joint.prior_scales(start))
             if isinstance(self.asked, Mapping):
-                self._center_as_asked(latents)
+                prior.unit.copy_(log_joint.prior_scales(start))
+                self._center_as_asked(log_joint.latents)
             else:
-                unit = log_joint.with_coordinates(prior.coordinates.non_centered(latents))
-                point, _ = unit.from_unconstrained(start[None])
-                prior.centered.copy_(centered_by_curvature(unit, point, self._colors()))
+                found = coordinates_at(log_joint, prior.coordinates, start[None], self._colors())
+                prior.unit.copy_(found.unit)
+                prior.centered.copy_(found.centered)
             mapped = log_joint.with_coordinates(prior.coordinates)
             return mapped.from_unconstrained(start[None])[0][0]
-
-
-def _ids(args: Args, kwargs: Kwargs) -> tuple[list[int], dict[str, int]]:
-    """Which objects the arguments are."""
-    return [*map(id, args)], {name: id(value) for name, value in kwargs.items()}
 
 
 def check_coordinates(coordinates: CoordinatesArgument) -> CoordinatesArgument:

@@ -115,11 +115,6 @@ def one_more_run(run: Callable[[], object]) -> poutine.Trace:
         return poutine.trace(run).get_trace()
 
 
-def latents_of(run: Callable[[], object]) -> dict[str, Site]:
-    """The latent sites of :func:`one_more_run` of a model."""
-    return sites_by_name(one_more_run(run))
-
-
 def refuse_subsampling(sites: Iterable[Site]) -> None:
     """Refuses a latent in a sub-sampled plate, which would be another one in each mini-batch."""
     for site in sites:
@@ -148,9 +143,8 @@ def refuse_moving_structure(
     expected, got = sites_by_name(first), sites_by_name(second)
     compare_names(expected, got, _DEPENDS_ON_LATENTS["names"])
     _compare(expected, got, _DEPENDS_ON_LATENTS)
-    scales = [
-        {name: PriorScale.of(run.nodes[name]["fn"]) for name in got} for run in (first, second)
-    ]
+    traces = first, second
+    scales = ({name: PriorScale.of(run.nodes[name]["fn"]) for name in got} for run in traces)
     return tuple(second.observation_nodes), depend_on_latents(*scales)
 
 
@@ -177,13 +171,12 @@ def refuse_other_latents(
 
 
 def refuse_other_model(
-    sites: Mapping[str, Site], observed: Collection[str] | None, run: Callable[[], object]
+    sites: Mapping[str, Site], observed: Collection[str], run: Callable[[], object]
 ) -> None:
     """Refuses a model whose latents are not the guide's; sites that had data may be predicted now."""
-    now = latents_of(run)
-    for name in now.keys() - sites.keys():
-        if observed is None or name in observed:
-            del now[name]
+    now = sites_by_name(one_more_run(run))
+    for name in now.keys() & set(observed):
+        del now[name]
     compare_names(sites, now)
     refuse_subsampling(now.values())
     # bounds are compared in one place, and equally exact
@@ -205,13 +198,12 @@ def compare_names(
 def _compare(
     expected: Mapping[str, Site], got: Mapping[str, Site], messages: Mapping[str, str]
 ) -> None:
-    """Refuses common sites that differ in something that there is a message for."""
-    for name in filter(got.__contains__, expected):
-        site = expected[name]
+    """Refuses sites whose shapes or supports differ."""
+    for name, site in expected.items():
         shapes = tuple(site.shape), tuple(got[name].shape)
         if shapes[0] != shapes[1]:
             raise ValueError(messages["shape"].format(name=name, expected=shapes[0], got=shapes[1]))
-        if "support" in messages and not same_support(site.support, got[name].support):
+        if not same_support(site.support, got[name].support):
             one, other = map(describe_support, (site.support, got[name].support))
             raise ValueError(messages["support"].format(name=name, expected=one, got=other))
 

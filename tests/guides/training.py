@@ -35,11 +35,11 @@ def trains(guide, others=()):
         assert len(unmoved(other, old)) == len(old)
 
 
-def redraw(guide):
-    """The guide, which is not a Gaussian any more."""
+def redraw(guide, part="transforms.0"):
+    """The guide, which is not a Gaussian any more, or depends on all that it can depend on."""
     with torch.no_grad():
         for name, parameter in guide.named_parameters():
-            if "transforms.0" in name:
+            if part in name:
                 parameter.add_(0.3 * torch.randn_like(parameter) / max(parameter.shape) ** 0.5)
     return guide
 
@@ -47,3 +47,15 @@ def redraw(guide):
 def redraw_after_call(guide):
     guide(models.data())
     return redraw(guide)
+
+
+def particles_agree(model, guide, *args):
+    """F26: particles at once and one by one have losses of one mean, within five standard errors."""
+    means, variances = [], []
+    for vectorized in (True, False):
+        elbo = Trace_ELBO(20, vectorize_particles=vectorized, max_plate_nesting=2)
+        with torch.no_grad():
+            losses = torch.tensor([elbo.loss(model, guide, *args) for _ in range(8)])
+        means.append(losses.mean())
+        variances.append(losses.var() / 8)
+    assert abs(means[0] - means[1]) < 5 * sum(variances) ** 0.5

@@ -16,19 +16,17 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive, names_the_class
+from ...joint.density import Args, Kwargs
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model
 from ..persistence.spec import GuideSpec
 from ..prior_coordinates import CoordinatesArgument, GuideInCoordinates, check_coordinates
-from ..prototype import compare_names, latents_of, refuse_moving_structure
+from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
 from .encoder import Encoder, check_encoder, first_feature_units
-from .factors import MakeFlow, MakeLocalFlow, default_flow, default_local_flow
 from .plates import (
     GLOBAL,
-    Args,
     GivenIndices,
-    Kwargs,
     LatentLayout,
     Plates,
     PlateSizes,
@@ -42,7 +40,13 @@ from .plates import (
     plates_were_dropped,
 )
 from .prior_map import AmortizedInCoordinates
-from .variational_posterior import AmortizedPosterior
+from .variational_posterior import (
+    AmortizedPosterior,
+    MakeFlow,
+    MakeLocalFlow,
+    default_flow,
+    default_local_flow,
+)
 
 # latent vectors that are drawn at a time
 _CHUNK = 2**16
@@ -186,12 +190,11 @@ class AutoAmortized(AmortizedInCoordinates):
             groups = LatentLayout(latents).local_groups
             units = first_feature_units(encoder, plates, groups, args, kwargs)
         feature_dims = {name: len(loc) for name, (loc, _) in units.items()}
-        found = {"feature_dims": feature_dims, "feature_units": units}
-        arguments = {**self._arguments, **found}
+        arguments = {**self._arguments, "feature_dims": feature_dims, "feature_units": units}
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         if self._prior:
-            self._posterior.locate_at(self._start_coordinates(start))
+            self._center_at_start(args, kwargs)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
@@ -241,11 +244,10 @@ class AutoAmortized(AmortizedInCoordinates):
         # read as an attribute, which tells Pyro of the parameters
         posterior: AmortizedPosterior = self.transform
         make = cache(lambda: self._plates_for(args, kwargs))
-        features = posterior.encode(lambda: make()[0], args, kwargs)
+        features = posterior.encode(make, args, kwargs)
         if not (make.cache_info().currsize or posterior.fits(features, self._sizes)):
             self._update_sizes(args, kwargs, again=True)  # they may follow from values
-        plates, indices = make()
-        rows = posterior.minibatch_rows(features, plates, indices)
+        rows = posterior.minibatch_rows(features, plates := make())
         vectors, values = Vectors(), dict[str, Tensor]()
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
@@ -268,35 +270,31 @@ class AutoAmortized(AmortizedInCoordinates):
         shapes = argument_signature((args, kwargs))
         if again or shapes not in self._sizes_by_shapes:
             given, spec = GivenIndices(), self._checked_spec()
-            known, now = spec.latents.sites, latents_of(partial(given(self.model), *args, **kwargs))
+            now = sites_by_name(one_more_run(partial(given(self.model), *args, **kwargs)))
+            known = spec.latents.sites
             if not self._model_is_checked:
                 # what had data at the set-up may be predicted now
-                compare_names(known, now.keys() - set(spec.observed or ()))
+                compare_names(known, now.keys() - set(spec.observed))
             compare_names(self._mapped(), self._mapped().keys() & now.keys())
-            sites = [now[name] for name in known if name in now]
-            for site in sites:
-                compare_elements(known[site.name], site)
-            self._model_is_checked, sizes = True, plate_sizes(sites)
+            common = [name for name in known if name in now]
+            for name in common:
+                compare_elements(known[name], now[name])
+            self._model_is_checked, sizes = True, plate_sizes(map(now.__getitem__, common))
             given.refuse(sizes, self, args, kwargs)
             if len(self._sizes_by_shapes) >= _MAX_SHAPES:
                 self._sizes_by_shapes.clear()
             self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]
 
-    def _plates_for(self, args: Args, kwargs: Kwargs) -> tuple[Plates, dict[str, Tensor]]:
-        """The plates, and the indices of those whose elements are not all, in their order."""
+    def _plates_for(self, args: Args, kwargs: Kwargs) -> Plates:
         if self.master is not None:
-            plates = {name: self.master().plates[name] for name in self._sizes}
-            return plates, {name: plate.indices for name, plate in plates.items()}
+            return {name: self.master().plates[name] for name in self._sizes}
         made = plates_of_user(self, args, kwargs)
-        for name in made.keys() & self._sizes.keys():
-            if (made[name].subsample_size, made[name].size) != self._sizes[name][1:]:
-                self._update_sizes(args, kwargs, again=True)
-                break
-        sizes = self._sizes
-        self.plates = complete_plates(made, sizes, self._posterior.like.device)
-        moved = [n for n, plate in sizes.items() if n in made or plate.size != plate.full_size]
-        return self.plates, {name: self.plates[name].indices for name in moved}
+        now = {name: (plate.subsample_size, plate.size) for name, plate in made.items()}
+        if any(self._sizes[name][1:] != now[name] for name in now.keys() & self._sizes.keys()):
+            self._update_sizes(args, kwargs, again=True)
+        self.plates: Plates = complete_plates(made, self._sizes, self._posterior.like.device)
+        return self.plates
 
     # Fits, draws and densities
 

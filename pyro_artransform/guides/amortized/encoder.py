@@ -3,7 +3,7 @@
 
 """What an encoder returns: the features of each element of the plates of a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from ...arguments import check_callable
-from .plates import Args, Group, Kwargs, Plates
+from ...joint.density import Args, Kwargs
+from .plates import Group, Plates
 
 Features = dict[str, Tensor]
 Encoder = Callable[..., Tensor | Features]
@@ -125,18 +126,17 @@ def first_feature_units(
     return units
 
 
-def minibatch_rows(
-    group: Group, features: Tensor, feature_dim: int, plates: Plates, indices: Mapping[str, Tensor]
-) -> Tensor:
+def minibatch_rows(group: Group, features: Tensor, feature_dim: int, plates: Plates) -> Tensor:
     """Features of a mini-batch, shape ``batch shape + (feature_dim,)``, from its rows or all rows."""
     sizes = {name: plates[name].subsample_size for name in group.plates}
-    full_sizes = {name: plates[name].size for name in group.plates}
-    of_batch, of_all = ((*s.values(), feature_dim) for s in (sizes, full_sizes))
+    of_batch = (*sizes.values(), feature_dim)
+    of_all = (*(plates[name].size for name in group.plates), feature_dim)
     got = tuple(features.shape)
     if torch.jit.is_tracing() or got == of_batch:
         return features.reshape(*group.batch_shape(sizes), feature_dim)
     if got == of_all:
-        return group.select(features.reshape(*group.batch_shape(full_sizes), feature_dim), indices)
+        indices = {name: plates[name].indices for name in group.plates}
+        return group.select(given_rows(group, features, feature_dim), indices)
     described = " and ".join(f"plate '{name}' ({size})" for name, size in sizes.items())
     raise ValueError(
         f"encoder: expected features of shape {of_batch}, a row for each element of {described} "
@@ -145,12 +145,11 @@ def minibatch_rows(
     )
 
 
-def given_rows(group: Group, features: Tensor, feature_dim: int) -> tuple[Tensor, dict[str, int]]:
-    """The features of any number of elements, and the number of elements in each plate."""
+def given_rows(group: Group, features: Tensor, feature_dim: int) -> Tensor:
+    """The features of any number of elements, shape ``batch shape + (feature_dim,)``."""
     *found, columns = features.shape
     if columns != feature_dim:
         names = ", ".join(f"elements of '{name}'" for name in group.plates)
         wanted, got = f"({names}, {feature_dim})", tuple(features.shape)
         raise ValueError(f"encoder: expected features of shape {wanted}, got {got}")
-    sizes = dict(zip(group.plates, found))
-    return features.reshape(*group.batch_shape(sizes), feature_dim), sizes
+    return features.reshape(*group.batch_shape(dict(zip(group.plates, found))), feature_dim)

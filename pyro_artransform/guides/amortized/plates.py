@@ -4,7 +4,7 @@
 """The plates of a model: which latents lie in which, how many elements each has, and which are drawn."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,12 +18,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents, Site, describe_support, map_bounds
 from ..prototype import sites_by_name
-
-# the model's arguments
-Args = Sequence[object]
-Kwargs = Mapping[str, object]
 
 Plates = dict[str, pyro.plate]
 # by the name of a group, the vectors of its elements, shape ``batch + (latent_dim,)``
@@ -73,7 +70,6 @@ class Group:
 
     @property
     def batch_dims(self) -> int:
-        """The number of batch dimensions, with those of size 1."""
         return -min(self.dims.values(), default=0)
 
     @property
@@ -117,7 +113,7 @@ class LatentLayout:
             members.setdefault(frozenset(plate_sizes([site])), []).append(site)
         innermost = Counter(sites[0].plates[-1].name for key, sites in members.items() if key)
         names: dict[frozenset[str], str] = {}
-        groups = []
+        self.groups: list[Group] = []
         for key in sorted(members, key=len):
             sizes = plate_sizes(members[key][:1])
             stack, start = list(sizes), -min((plate.dim for plate in sizes.values()), default=0)
@@ -130,10 +126,9 @@ class LatentLayout:
                 latents=Latents(replace(s, shape=s.shape[start:], plates=()) for s in members[key]),
                 parents=tuple(names[other] for other in names if other < key),
             )
-            groups.append(group)
-        self.groups = tuple(groups)
-        self.local_groups = tuple(group for group in groups if group.name != GLOBAL)
-        self.batch_dims = max(group.batch_dims for group in groups)
+            self.groups.append(group)
+        self.local_groups = [group for group in self.groups if group.name != GLOBAL]
+        self.batch_dims = max(group.batch_dims for group in self.groups)
 
     def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
         """The values of all sites, each of shape ``(n,) + site shape``.
@@ -178,29 +173,39 @@ class LatentLayout:
 
 def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
     """The latents with each plate reduced to one element, and the mean of the starting values of all."""
-    sites, starts = [], []
-    for name, site in sites_by_name(trace).items():
+    sites = sites_by_name(trace)
+    for name, site in sites.items():
         for frame in site.plates:
             if frame.full_size is None or frame.full_size < 1:
                 raise ValueError(
                     f"site '{name}' is in plate '{frame.name}', which has no size: expected "
                     "pyro.plate(name, size)"
                 )
-        z = site.bijection.inv(trace.nodes[name]["value"].detach())
-        if site.plates:
-            z = z.reshape(site.batch_shape.numel(), -1).mean(0)
-        starts.append(z.flatten())
-        sites.append(_one_element(site) if site.plates else site.to(Tensor.clone))
-    if not any(site.plates for site in sites):
+    if not any(site.plates for site in sites.values()):
         raise ValueError(
             "AutoAmortized: expected a model with latents in a plate, got one with no latents in a "
-            f"plate, only {sorted(site.name for site in sites)}. AutoIAF is the guide of such a model"
+            f"plate, only {sorted(sites)}. AutoIAF is the guide of such a model"
         )
-    return Latents(sites), torch.cat(starts)
+    latents = Latents(sites.values())
+    start = latents.unconstrain({name: trace.nodes[name]["value"].detach() for name in sites})
+    return Latents(map(_one_element, sites.values())), mean_element(latents, start)
+
+
+def mean_element(latents: Latents, z: Tensor) -> Tensor:
+    """The mean over the elements of plates of a vector ``(latent_dim,)`` of all latents."""
+    parts = []
+    for name, part in latents.split(z).items():
+        site = latents.sites[name]
+        if site.plates:
+            part = part.reshape(site.batch_shape.numel(), -1).mean(0)
+        parts.append(part.flatten())
+    return torch.cat(parts)
 
 
 def _one_element(site: Site) -> Site:
     """The site with its plates reduced to a single element, and bounds that share no memory."""
+    if not site.plates:
+        return site.to(Tensor.clone)
     plates = plate_sizes([site])
     sizes = {plate.dim: plate.size for plate in plates.values()}
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))

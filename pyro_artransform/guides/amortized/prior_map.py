@@ -3,9 +3,9 @@
 
 """Coordinates from the model's prior for the elements of plates: lambda is the same for all elements."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from pyro import poutine
@@ -13,35 +13,24 @@ from torch import Tensor
 
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates, SiteCoordinates, centered_by_curvature, map_sites
+from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
 from ..prior_coordinates import GuideInCoordinates
-from ..prototype import compare_names, latents_of
+from ..prototype import compare_names, one_more_run, sites_by_name
 from .plates import (
-    Args,
     GivenIndices,
-    Kwargs,
     LatentLayout,
     Plates,
     PlateSizes,
     Vectors,
+    mean_element,
     plate_sizes,
 )
-from .variational_posterior import AmortizedPosterior, place_sites
+from .variational_posterior import AmortizedPosterior
 
 # in which the map of an element in two places of a mini-batch may differ
 _TOLERANCE = 1e-4
-
-
-def mean_element(latents: Latents, z: Tensor) -> Tensor:
-    """The mean over the elements of plates of a vector ``(latent_dim,)`` of all latents."""
-    parts = []
-    for name, part in latents.split(z).items():
-        site = latents.sites[name]
-        if site.plates:
-            part = part.reshape(site.batch_shape.numel(), -1).mean(0)
-        parts.append(part.flatten())
-    return torch.cat(parts)
 
 
 def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
@@ -57,12 +46,11 @@ class ElementMap(NamedTuple):
     A model whose plates hold other numbers of elements than there are runs for one part after the other.
     """
 
-    model: Callable[[], object]  # with its arguments
+    log_joint: LogJoint  # of the model with its arguments
     layout: LatentLayout
     sites: Mapping[str, SiteCoordinates]
     plates: PlateSizes  # in a run of this model
     given: set[str]  # the plates whose indices it gives itself
-    log_joint: LogJoint  # for any arguments: how many draws are evaluated at once
     is_inverse: bool  # whether it is u that is mapped
 
     def __call__(self, vectors: Vectors) -> tuple[Vectors, Tensor]:
@@ -132,7 +120,7 @@ class ElementMap(NamedTuple):
             for name, part in parts.items()
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
-        model = self.log_joint.enumerated(self.model)
+        model = self.log_joint.enumerated(self.log_joint.run)
         prior = map_sites(model, self.sites, {**placed, **indices}, self.is_inverse)
         found = {}
         for group in self.layout.groups:
@@ -176,9 +164,7 @@ class AmortizedInCoordinates(GuideInCoordinates):
         if u is not None:
             coordinates = cast(Coordinates, self.coordinates_of(latents))
             unit = log_joint.with_coordinates(coordinates.non_centered(latents))
-            labels = every_element(
-                own, torch.arange(own.latent_dim, device=u.device).to(u), latents
-            )
+            labels = every_element(own, now.cumsum(0), latents)
             weights = torch.ones_like(labels)
             for name, part in latents.split(weights).items():
                 part.fill_(share if own.sites[name].plates else 1.0)
@@ -187,22 +173,22 @@ class AmortizedInCoordinates(GuideInCoordinates):
             self._set_unit(log_joint, u.mean(0))
         change = (now - before).abs().max().item()
         before.copy_(now)
-        self._posterior.locate_at(self._start_in_coordinates(log_joint))
+        self._locate(log_joint)
         return change
 
     def _set_unit(self, log_joint: LogJoint, u: Tensor) -> None:
         scales = log_joint.prior_scales(u)
         self._prior[0].unit.copy_(mean_element(log_joint.latents, scales.log()).exp())
 
-    def _start_in_coordinates(self, log_joint: LogJoint) -> Tensor:
-        """The starting values of one element."""
+    def _locate(self, log_joint: LogJoint) -> None:
+        """Moves the location to the starting values of one element."""
         mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
-        return mean_element(log_joint.latents, mapped.start)
+        self._posterior.locate_at(mean_element(log_joint.latents, mapped.start))
 
     @torch.no_grad()
-    def _start_coordinates(self, start: Tensor) -> Tensor:
-        """Sets lambda as asked for, or by the curvature at the start, and returns this for one element."""
-        args, kwargs, log_joint = cast(Any, self._bound)
+    def _center_at_start(self, args: Args, kwargs: Kwargs) -> None:
+        """Sets lambda as asked for, or by the curvature at the starting values, and the location there."""
+        log_joint = cast(LogJoint, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block():
             if isinstance(self.asked, Mapping):
                 self._set_unit(log_joint, log_joint.start)
@@ -210,36 +196,43 @@ class AmortizedInCoordinates(GuideInCoordinates):
             else:
                 share = 1 / log_joint.structure(args, kwargs).scale
                 self.center_at(log_joint.start[None], log_joint, share)
-            return self._start_in_coordinates(log_joint)
+            self._locate(log_joint)
 
     def _values_and_ladjs(
         self, vectors: Vectors, plates: Plates, args: Args, kwargs: Kwargs
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The value of each site at the vectors of a call, and its log-determinant, of its batch shape."""
-        sites, placed, found = self._mapped(), dict[str, Tensor](), {}
+        mapped, placed, found = self._mapped(), dict[str, Tensor](), {}
         for group in self._posterior.layout.groups:
-            for name, (part, batch) in place_sites(group.latents, vectors[group.name]).items():
+            z = vectors[group.name]
+            for name, part in group.latents.split(z).items():
+                site = group.latents.sites[name]
+                # batch dimensions of a site outside all plates lie where those of plates lie
+                event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
+                ones = z.shape[:-1] + (1,) * event_dim
+                part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
                 placed[name] = part
-                if name not in sites:
-                    found[name] = group.latents.sites[name].constrain_with_ladj(part, batch)
+                if name not in mapped:
+                    batch = part.shape[: part.dim() - event_dim]
+                    found[name] = site.constrain_with_ladj(part, batch)
                     placed[name] = found[name][0]
-        if sites:
+        if mapped:
             indices = {name: plate.indices for name, plate in plates.items()}
-            prior = map_sites(self._bound_model(args, kwargs), sites, {**placed, **indices})
+            prior = map_sites(self._bind(args, kwargs).run, mapped, {**placed, **indices})
             for name, u in prior.found.items():
                 ladj = prior.ladjs[name] + prior.bijection_ladjs[name]
-                found[name] = sites[name].bijection(u), ladj
+                found[name] = mapped[name].bijection(u), ladj
         return found
 
     def _element_map(self, args: Args, kwargs: Kwargs, *, is_inverse: bool = False) -> ElementMap:
         """The map for all elements, by the model with these arguments, by default the last ones."""
-        model, given, sites = self._bound_model(args, kwargs), GivenIndices(), self._mapped()
-        layout, log_joint = self._posterior.layout, cast(Any, self._bound)[2]
-        # not those around what is predicted
-        now = latents_of(given(model))
+        log_joint, given, sites = self._bind(args, kwargs), GivenIndices(), self._mapped()
+        now = sites_by_name(one_more_run(given(log_joint.run)))
         compare_names(sites, sites.keys() & now.keys())
+        # not those around what is predicted
+        layout = self._posterior.layout
         plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
-        return ElementMap(model, layout, sites, plates, given.names, log_joint, is_inverse)
+        return ElementMap(log_joint, layout, sites, plates, given.names, is_inverse)
 
     def _mapped(self) -> dict[str, SiteCoordinates]:
         """The sites with coordinates from the prior."""
@@ -247,9 +240,3 @@ class AmortizedInCoordinates(GuideInCoordinates):
         if coordinates is None or coordinates.is_identity:
             return {}
         return coordinates.of_sites(self._posterior.layout.latents)
-
-    def _bound_model(self, args: Args, kwargs: Kwargs) -> Callable[[], object]:
-        """The model with these arguments, by default those of the last call."""
-        self._bind(tuple(args), kwargs)
-        args, kwargs, _ = cast(Any, self._bound)
-        return partial(cast(Any, self._model)[1], *args, **kwargs)

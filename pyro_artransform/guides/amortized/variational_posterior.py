@@ -3,33 +3,193 @@
 
 """An amortized posterior on the unconstrained space: global latents, then each local group."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_marginals
+from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents
-from ...transforms import ComposedTransform
-from ..distributions import FlowDistribution, PathDistribution
-from ..persistence.spec import GuideSpec
+from ...transforms import ComposedTransform, LocationScale, chain
+from ...univariate.affine import GivenLocationScale
+from ...univariate.base import soft_bound
+from ..distributions import FlowDistribution, PathDistribution, make_flow, standard_normal
+from ..persistence.spec import Arguments, GuideSpec
 from ..prior_coordinates import prior_layer
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
-from .factors import GlobalFactor, LocalFactor, MakeFlows
-from .plates import GLOBAL, Args, Group, Kwargs, LatentLayout, Plates, PlateSizes, Vectors
+from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
 _OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
 _OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
+# of more global latents than this the local ones depend on a linear summary of this size
+_MAX_GLOBALS = 64
+_FULL_RANK_LIMIT = 200
+# the largest change of a log-scale by the context
+_LOG_SCALE_BOUND = 7.0
+
+MakeFlow = Callable[[int], nn.Module]
+MakeLocalFlow = Callable[[int, int], nn.Module]
+MakeFlows = tuple[MakeFlow | None, MakeLocalFlow | None]
 
 
-class AmortizedPosterior(nn.Module):
-    r"""The factors of an amortized posterior, and the encoder.
+def default_flow(latent_dim: int) -> nn.Module:
+    """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
+    return iaf(latent_dim, 3) if latent_dim > 1 else chain([spline_marginals(1) for _ in range(3)])
+
+
+def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
+    """A conditional IAF of two layers; in one dimension a conditional spline."""
+    if latent_dim > 1:
+        return conditional_iaf(latent_dim, context_dim, 2)
+    return conditional_spline_autoregressive(1, context_dim)
+
+
+class GlobalFactor(nn.Module):
+    """The posterior of the global latents: a flow, if any, then location and scale."""
+
+    def __init__(self, make: MakeFlow | None, loc: Tensor, scale: float) -> None:
+        super().__init__()
+        dim = len(loc)
+        affine = LocationScale(loc, scale, full_rank=dim <= _FULL_RANK_LIMIT)
+        flows = [] if make is None else [make_flow("flow", make, loc)]
+        self.transform = ComposedTransform(*flows, affine)
+        self.context_dim = min(dim, _MAX_GLOBALS)
+        is_large = dim > _MAX_GLOBALS
+        self.summary = _linear(loc, dim, _MAX_GLOBALS, bias=False) if is_large else None
+
+    @property
+    def affine(self) -> Any:
+        return self.transform.transforms[-1]
+
+    def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
+        return self.transform
+
+    def as_context(self, z: Tensor, num_elements: int) -> Tensor:
+        """The context, shape ``(*, context_dim)``, of the elements that depend on global latents z.
+
+        Its units are the sd that one element alone would leave, that of all times the root of their
+        number. In smaller ones a random initial dependence costs so much that the posterior collapses.
+        """
+        deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
+        context = deviation if self.summary is None else self.summary(deviation)
+        return context / math.sqrt(num_elements)
+
+    @torch.no_grad()
+    def start_near(self, z: Tensor, share: float) -> None:
+        """Becomes a Gaussian with the mean of draws ``(n, D)``, and a share of their covariance."""
+        tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
+        self.affine.set_(z.mean(0), tril.diagonal() if self.affine.lower is None else tril)
+
+
+class AmortizedLocationScale(nn.Module):
+    r"""A location and a scale that are functions of a context h, constant at first.
 
     .. math::
 
-        q(g) \prod_k \prod_i q(z^k_i \mid g, z^{\mathrm{parents\ of\ } k}_i, h^k_i)
+        y = \mathrm{loc} + W h + s \, (b(h) + x), \qquad \log s = \log s_0 + a(h)
+
+    a and b are a network whose last layer starts at zero, as W does. b is in units of s, so that its
+    error counts the same for a narrow posterior as for a wide one.
+    """
+
+    def __init__(self, loc: Tensor, scale: float, context_dim: int) -> None:
+        super().__init__()
+        loc = loc.detach().clone()
+        latent_dim, width = len(loc), max(64, 2 * len(loc))
+        self.loc = nn.Parameter(loc)
+        self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
+        self.linear = _linear(loc, context_dim, latent_dim, bias=False)
+        first, second = _linear(loc, context_dim, width), _linear(loc, width, width)
+        last = _linear(loc, width, 2 * latent_dim)
+        self.network = nn.Sequential(first, nn.ELU(), second, nn.ELU(), last)
+        for parameter in (self.linear.weight, *last.parameters()):
+            nn.init.zeros_(parameter)
+
+    def condition(self, context: Tensor, offsets: Sequence[Tensor]) -> GivenLocationScale:
+        """The transform for contexts ``(*, C)``; offsets ``(*, D)`` add to location and log-scale."""
+        shift, bend = self.network(context).tensor_split(2, dim=-1)
+        loc = self.loc + self.linear(context)
+        log_scale = self.log_scale + soft_bound(bend, _LOG_SCALE_BOUND)
+        if offsets:
+            loc, log_scale = loc + offsets[0], log_scale + offsets[1]
+        return GivenLocationScale(torch.addcmul(loc, shift, log_scale.exp()), log_scale)
+
+
+class LocalFactor(nn.Module):
+    """The posterior of one group of local latents, of each element given its features and the rest.
+
+    An embedding is features, and offsets of the location and of the log-scale, so that each element
+    can have any location and scale by itself.
+
+    :param rest_dim: the size of the context without the features.
+    :param arguments: those of the guide's specification.
+    """
+
+    units: Tensor | None  # the location and the scale of the features, which networks see in these
+    table: Tensor | None  # the embeddings of all elements
+
+    def __init__(
+        self,
+        make: MakeLocalFlow | None,
+        loc: Tensor,
+        rest_dim: int,
+        group: Group,
+        arguments: Arguments,
+    ) -> None:
+        super().__init__()
+        name, feature_dims = group.name, arguments["feature_dims"]
+        self.context_dim = len(loc)
+        self.feature_dim = feature_dims.get(name, arguments["embedding_dim"])
+        context_dim = self.feature_dim + rest_dim
+        self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
+        self.affine = AmortizedLocationScale(loc, arguments["init_scale"], context_dim)
+        # files of earlier versions have none; not persistent, as the specification has them
+        units = arguments.get("feature_units", {}).get(name)
+        units = None if units is None else loc.new_tensor(units)
+        self.register_buffer("units", units, persistent=False)
+        shape = *group.batch_shape(group.full_sizes), self.feature_dim + 2 * len(loc)
+        table = None if name in feature_dims else nn.Parameter(loc.new_zeros(shape))
+        self.register_parameter("table", table)
+
+    def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
+        """From the base to the unconstrained space, for features or embeddings, shape ``(*, F)``.
+
+        :param rest: the rest of the context, each shape ``(*, C)``; batch shapes broadcast.
+        """
+        offsets: list[Tensor] = []
+        if self.table is not None:
+            sizes = [self.feature_dim, self.context_dim, self.context_dim]
+            features, *offsets = features.split(sizes, dim=-1)
+        if self.units is not None:
+            features = (features - self.units[0]) / self.units[1]
+        parts = [features, *rest]
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        context = torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], dim=-1)
+        affine = self.affine.condition(context, offsets)
+        flows = [] if self.flow is None else [self.flow.condition(context)]
+        return ComposedTransform(*flows, affine)
+
+    def as_context(self, z: Tensor, num_elements: int) -> Tensor:
+        return z - self.affine.loc
+
+    @torch.no_grad()
+    def start_near(self, context: Tensor, elements: Tensor) -> None:
+        """Fits to draws of elements ``(n, elements, D)``, and of their global context ``(n, C)``."""
+        loc, centered = elements.mean(0), context - context.mean(0)
+        # the mean over elements first: their slopes are linear in it
+        slopes = torch.linalg.lstsq(centered, (elements - loc).mean(1)).solution
+        rest = elements - loc - (centered @ slopes)[:, None]
+        self.affine.linear.weight[:, self.feature_dim :][:, : context.shape[1]] = slopes.T
+        self.affine.loc.copy_(loc.mean(0))
+        self.affine.log_scale.copy_(rest.square().mean((0, 1)).sqrt().log())
+
+
+class AmortizedPosterior(nn.Module):
+    """The factors of an amortized posterior, one for each group given its features and parents; the encoder.
 
     :param start: the initial location, that of one element of each group, in the order of the sites.
     """
@@ -42,22 +202,17 @@ class AmortizedPosterior(nn.Module):
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
         self._factors: dict[str, GlobalFactor | LocalFactor] = {}
-        scale, feature_dims = spec.arguments["init_scale"], spec.arguments["feature_dims"]
-        # files of earlier versions have none
-        units = spec.arguments.get("feature_units", {})
+        (make_global, make_local), arguments = make_flows, spec.arguments
         parts = spec.latents.split(start)
         for group in self.layout.groups:
             # one dtype inside, whatever those of the sites
             loc = torch.cat([parts[name].flatten().to(spec.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
-                self._factors[GLOBAL] = self.globals = GlobalFactor(make_flows[0], loc, scale)
+                self.globals = GlobalFactor(make_global, loc, arguments["init_scale"])
+                self._factors[GLOBAL] = self.globals
                 continue
             rest_dim = sum(self._factors[name].context_dim for name in group.parents)
-            dim = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-            has_table = group.name not in feature_dims
-            table_shape = group.batch_shape(group.full_sizes) if has_table else None
-            given = make_flows[1], loc, scale, dim, rest_dim, table_shape, units.get(group.name)
-            factor = LocalFactor(*given)
+            factor = LocalFactor(make_local, loc, rest_dim, group, arguments)
             self._factors[group.name] = factor
             self.locals.append(factor)
         self.prior = prior_layer(spec, start)
@@ -73,7 +228,6 @@ class AmortizedPosterior(nn.Module):
 
     @property
     def local_factors(self) -> list[tuple[Group, Any]]:
-        """The groups of local latents, each with its factor."""
         return [(group, self._factors[group.name]) for group in self.layout.local_groups]
 
     @property
@@ -100,19 +254,18 @@ class AmortizedPosterior(nn.Module):
                 return False
         return True
 
-    def minibatch_rows(
-        self, features: Features, plates: Plates, indices: Mapping[str, Tensor]
-    ) -> Vectors:
+    def minibatch_rows(self, features: Features, plates: Plates) -> Vectors:
         """The features or embeddings of the elements of a mini-batch, by group."""
         like = self.like
         rows = {GLOBAL: like.new_empty(0)}
         for group, factor in self.local_factors:
             if factor.table is None:
-                given, dim = features[group.name], factor.feature_dim
-                rows[group.name] = minibatch_rows(group, given, dim, plates, indices).to(like.dtype)
+                row = minibatch_rows(group, features[group.name], factor.feature_dim, plates)
+                rows[group.name] = row.to(like.dtype)
             else:
                 sizes = {name: plates[name].size for name in group.dims}
                 group.check_sizes(group.sizes_of(factor.table), sizes, _OTHER_TABLE)
+                indices = {name: plates[name].indices for name in group.dims}
                 rows[group.name] = group.select(factor.table, indices)
         return rows
 
@@ -121,10 +274,10 @@ class AmortizedPosterior(nn.Module):
         like, sizes = self.like, dict[str, int]()
         rows = {GLOBAL: like.new_empty(0)}
         for group, factor in self.local_factors:
-            if factor.table is None:
-                row, now = given_rows(group, features[group.name], factor.feature_dim)
-            else:
-                row, now = factor.table, group.sizes_of(factor.table)
+            row = factor.table
+            if row is None:
+                row = given_rows(group, features[group.name], factor.feature_dim)
+            now = group.sizes_of(row)
             group.check_sizes(sizes, now, _OTHER_ELEMENTS)
             sizes.update(now)
             rows[group.name] = row.to(like.dtype)
@@ -138,12 +291,12 @@ class AmortizedPosterior(nn.Module):
         return self._factors[group.name].condition(features, rest)
 
     def distribution(
-        self, group: Group, features: Tensor, vectors: Vectors, *, path: bool
+        self, group: Group, features: Tensor, vectors: Vectors, *, path: bool = False
     ) -> FlowDistribution:
         """The distribution after :meth:`condition`; with ``path``, its density has the path gradient."""
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
-        base = base_of(self.like, (*batch, group.latents.latent_dim))
+        base = standard_normal(self.like.new_zeros((*batch, group.latents.latent_dim)))
         transform = self.condition(group, features, vectors)
         if not path:
             return FlowDistribution(base, transform, validate_args=False)
@@ -164,26 +317,25 @@ class AmortizedPosterior(nn.Module):
     ) -> Tensor:
         """The log-density of one factor, shape ``(*,)``, at argument x and value z of its transform."""
         x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
-        return base_of(x, x.shape).log_prob(x) + ladj
+        return standard_normal(torch.zeros_like(x)).log_prob(x) + ladj
 
     def draw(self, features: Vectors, n: int) -> Vectors:
         """Draws of the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``."""
-        lead = (n,) + (1,) * self.layout.batch_dims
         vectors = Vectors()
         for group in self.layout.groups:
-            batch = torch.broadcast_shapes(lead, features[group.name].shape[:-1])
-            x = base_of(self.like, (*batch, group.latents.latent_dim)).sample()
-            transform = self.condition(group, features[group.name], vectors)
-            vectors[group.name] = transform.call_and_ladj(x)[0]
+            # those of parents have the number of draws already
+            ones = (1,) * (self.layout.batch_dims - group.batch_dims)
+            lead = torch.Size([] if group.parents else [n, *ones])
+            distribution = self.distribution(group, features[group.name], vectors)
+            vectors[group.name] = distribution.sample(lead)
         return vectors
 
     def log_prob(self, features: Vectors, vectors: Vectors) -> Tensor:
         """The log-density of the latents of each group as :meth:`draw` returns them, shape ``(n,)``."""
         parts = []
         for group in self.layout.groups:
-            transform = self.condition(group, features[group.name], vectors)
-            x, ladj = transform.inverse_and_ladj(vectors[group.name])
-            parts.append((base_of(x, x.shape).log_prob(x) + ladj).flatten(1).sum(-1))
+            distribution = self.distribution(group, features[group.name], vectors)
+            parts.append(distribution.log_prob(vectors[group.name]).flatten(1).sum(-1))
         return torch.stack(parts).sum(0)
 
     def start_near(self, vectors: Vectors, share: float) -> None:
@@ -203,20 +355,5 @@ class AmortizedPosterior(nn.Module):
         return self
 
 
-def place_sites(latents: Latents, z: Tensor) -> dict[str, tuple[Tensor, torch.Size]]:
-    """The part of each site of a latent vector ``batch + (latent_dim,)``, and its batch shape."""
-    placed = {}
-    for name, part in latents.split(z).items():
-        site = latents.sites[name]
-        # batch dimensions of a site outside all plates lie where those of plates lie
-        event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
-        ones = z.shape[:-1] + (1,) * event_dim
-        part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
-        placed[name] = part, part.shape[: part.dim() - event_dim]
-    return placed
-
-
-def base_of(like: Tensor, shape: Sequence[int]) -> Any:
-    """Standard Normals, whose values are never checked: that would read them."""
-    zeros = like.new_zeros(shape)
-    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+def _linear(like: Tensor, inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias, dtype=like.dtype, device=like.device)

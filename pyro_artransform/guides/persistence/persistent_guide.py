@@ -49,10 +49,7 @@ class PersistentGuide(AutoGuide):
     _found_arguments: ClassVar[tuple[str, ...]] = ()
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
-    #: the name before any suffix
-    first_name: str
-    #: the flow, or what makes the flows
-    _make_flow: Any
+    _make_flow: Any  #: makes the flow, or the flows
 
     def __init__(self, model: Model, init_loc_fn: Callable[..., Any], arguments: Arguments) -> None:
         if not callable(model):
@@ -66,7 +63,9 @@ class PersistentGuide(AutoGuide):
         check_callable("init_loc_fn", init_loc_fn)
         # not that of AutoContinuous, which would wrap the model once more
         AutoGuide.__init__(self, model)
-        self.first_name, self._arguments = self._pyro_name, arguments
+        #: the name before any suffix
+        self.first_name: str = self._pyro_name
+        self._arguments = arguments
         self._spec: GuideSpec | None = None
         self._ownership = Ownership.NEW
         #: whether the latents are known to be the model's, and not only a file's

@@ -21,14 +21,13 @@ Arguments = dict[str, Any]
 State = Mapping[str, Tensor]
 
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
-_NAME_TO_CLASS: dict[str, type] = {}
-for _name in (
+_NAMES = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than", "interval"),
     *("half_open_interval", "simplex", "corr_cholesky", "corr_matrix", "ordered_vector"),
     *("positive_ordered_vector", "softplus_positive"),
-):
-    _support = getattr(constraints, _name)
-    _NAME_TO_CLASS[_name] = _support if isinstance(_support, type) else type(_support)
+)
+_SUPPORTS = {name: getattr(constraints, name) for name in _NAMES}
+_NAME_TO_CLASS = {k: v if isinstance(v, type) else type(v) for k, v in _SUPPORTS.items()}
 _CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
 
 
@@ -37,13 +36,13 @@ class GuideSpec:
     """What a guide is built from, a file holds, and a loaded guide is built from again.
 
     :param arguments: those of the constructor that decide which parameters there are.
-    :param observed: the sites that had data at the set-up, None where that is not known.
+    :param observed: the sites that had data at the set-up.
     """
 
     latents: Latents
     arguments: Arguments
-    observed: tuple[str, ...] | None = None
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    observed: tuple[str, ...]
+    device: torch.device
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -76,13 +75,12 @@ class GuideSpec:
             plain["plates"] = [list(frame) for frame in site.plates]
             sites.append(plain)
         arguments = {name: to_plain(name, value) for name, value in self.arguments.items()}
-        observed = None if self.observed is None else list(self.observed)
-        return {"sites": sites, "arguments": arguments, "observed": observed}
+        return {"sites": sites, "arguments": arguments, "observed": list(self.observed)}
 
     @classmethod
     def from_plain(cls, plain: Arguments, device: torch.device) -> "GuideSpec":
         """The spec from what :meth:`to_plain` made of it, with bounds of supports on a device."""
-        sites, observed = [], plain["observed"]
+        sites = []
         for site in plain["sites"]:
             support = from_plain(site["support"], device)
             shape, dtype = torch.Size(site["shape"]), getattr(torch, site["dtype"])
@@ -96,8 +94,7 @@ class GuideSpec:
                 where, got = f"site '{site['name']}'", tuple(value.shape)
                 raise ValueError(f"{where}: expected values of shape {tuple(shape)}, got {got}")
         arguments = {key: from_plain(value, device) for key, value in plain["arguments"].items()}
-        observed = None if observed is None else tuple(observed)
-        return cls(Latents(sites), arguments, observed, device)
+        return cls(Latents(sites), arguments, tuple(plain["observed"]), device)
 
 
 def to_plain(name: str, value: Any) -> Any:

@@ -27,22 +27,15 @@ _ROOT_LAYERS, _MOST_WIDTH = 3, 800
 
 
 class StructuredFlow(ComposedTransform):
-    r"""A flow with the conditional independences of a factorization.
+    r"""A flow with the conditional independences of a factorization, the identity at first.
 
-    Its layers, from the standard Normal on, each of which is the identity at first:
+    After hinges of each coordinate come, for the root block, an inverse autoregressive flow with a
+    triangular location and scale; for each other coordinate a location and a scale of its own, and
+    ``num_transforms`` layers
 
-    1. :func:`~pyro_artransform.hinged_marginals`, for skewness and tails of each coordinate.
-    2. For the root block an inverse autoregressive flow with a triangular location and scale; for each
-       other coordinate a location and a scale of its own.
-    3. For all coordinates but the root block ``num_transforms`` layers
+    .. math:: z_i = m_i(z_{\mathrm{pa}(i)}) + \exp(b(r_i(z_{\mathrm{pa}(i)}))) \, v_i
 
-       .. math::
-
-           z_i = m_i(z_{\mathrm{pa}(i)}) + \exp(b(r_i(z_{\mathrm{pa}(i)}))) \, v_i
-
-       of which m and r are a linear function and a small network, and b bounds r to 3.
-
-    :param hidden_dim: the number of hidden units of each coordinate.
+    of which m and r are a linear function and a small network, and b bounds r to 3.
     """
 
     def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:

@@ -118,13 +118,9 @@ class AutoStructuredFlow(AutoAutoregressive):
             init_scale=init_scale,
             coordinates=coordinates,
         )
-        sizes = {
-            "hidden_dim": hidden_dim,
-            "max_parents": max_parents,
-            "num_transforms": num_transforms,
-        }
-        for name, size in sizes.items():
-            self._arguments[name] = check_integer(name, size)
+        self._arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
+        self._arguments["max_parents"] = check_integer("max_parents", max_parents)
+        self._arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
 
     @property
     def graph(self) -> LatentGraph:
@@ -143,7 +139,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         it is a chain in units of the scale.
         """
         mapped = self._mapped_sites(args, kwargs, depends)
-        log_joint = self._bound[2] if self._bound else self._log_joint(*args, **kwargs)
+        log_joint = self._bound or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
@@ -155,8 +151,8 @@ class AutoStructuredFlow(AutoAutoregressive):
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
         self._graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
-        sizes = arguments["hidden_dim"], arguments["num_transforms"]
-        self._make_flow = lambda _: StructuredFlow(self._graph.elimination, *sizes)
+        given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
+        self._make_flow = lambda _: StructuredFlow(*given)
         super()._build(spec, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:

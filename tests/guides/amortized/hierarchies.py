@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with plates, of which guides can be pickled, and what is done with guides of them."""
 
+from functools import partial
+
 import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
+
+from tests.guides import training
 
 SIZE = 12
 
@@ -114,9 +118,4 @@ def train(model, guide, *args, steps=4, **elbo):
     return [svi.step(*args) for _ in range(steps)]
 
 
-def redraw(guide):
-    """A guide that depends on everything that it can depend on."""
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) / max(parameter.shape) ** 0.5)
-    return guide
+redraw = partial(training.redraw, part="")

@@ -1,8 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The amortized guide in Pyro: where it starts, plates, scales and gradients."""
+"""The amortized guide in Pyro: where it starts, plates, scales and gradients; copies, and files."""
 
-import math
+import copy
+import pickle
 from functools import partial
 
 import pyro
@@ -13,9 +14,10 @@ from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_mean, init_to_value
 
-from pyro_artransform import AutoAmortized, conditional_iaf, conditional_maf, maf
+from pyro_artransform import AutoAmortized, AutoIAF, conditional_iaf, conditional_maf, maf
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import BatchEncoder, Encoder, data, redraw, traces, train
+from tests.guides.training import parameters, unmoved
 
 # Where it starts
 
@@ -125,24 +127,6 @@ def test_gradient_of_mini_batches_averages_to_that_of_all_data(monkeypatch, enco
     assert (average - whole).abs().max() < 1e-9 * whole.abs().max()
 
 
-def test_vectorised_particles():
-    """F26: the same mean of the loss, within five standard errors; and the density is `log_prob`."""
-    y = data()
-    for encoder in (None, Encoder()):
-        guide = AutoAmortized(hierarchies.groups, encoder)
-        guide(y)
-        redraw(guide)
-        trace = poutine.trace(guide).get_trace(y)
-        values = {name: trace.nodes[name]["value"][None] for name in ("mean", "z")}
-        assert torch.allclose(guide.log_prob(values, y), trace.log_prob_sum(), atol=1e-8)
-        one = Trace_ELBO()
-        loop = torch.tensor([one.loss(hierarchies.groups, guide, y) for _ in range(60)])
-        many = Trace_ELBO(num_particles=1200, vectorize_particles=True, max_plate_nesting=1)
-        vectorised = many.loss(hierarchies.groups, guide, y)
-        assert (loop.mean() - vectorised).abs() < 5 * loop.std() / 60**0.5
-        pyro.clear_param_store()
-
-
 FLOWS = {
     "iaf": ({"local_flow": lambda d, c: conditional_iaf(d, c, 1, 8)}, True),
     "maf": (
@@ -160,12 +144,11 @@ def test_every_parameter_trains(options, path):
     guide = AutoAmortized(hierarchies.nested, **options)
     guide.path = path
     guide()
-    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    before = parameters(guide)
     elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=2)
     svi = SVI(hierarchies.nested, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
     assert all(torch.tensor(svi.step()).isfinite() for _ in range(6))
-    now = dict(guide.named_parameters())
-    still = [name for name, value in before.items() if torch.equal(value, now[name])]
+    now, still = dict(guide.named_parameters()), unmoved(guide, before)
     # in one dimension nothing comes before, and the mask of a first layer is empty
     assert not [n for n in still if not n.endswith("layers.0.weight") or now[n].shape[1] > 1]
     assert len(still) < len(before) / 4
@@ -222,38 +205,6 @@ def test_many_globals_are_seen_as_a_summary():
     assert guide.transform.locals[0].affine.linear.weight.shape == (1, 8 + 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_the_models(dtype):
-    """F21: whatever the default is."""
-    torch.set_default_dtype(torch.float64 if dtype is torch.float32 else torch.float32)
-    y = data().to(dtype)
-    for encoder in (None, Encoder().to(dtype)):
-        guide = AutoAmortized(hierarchies.groups, encoder)
-        train(hierarchies.groups, guide, y, steps=2)
-        assert {p.dtype for p in guide.parameters()} == {dtype}
-        assert {v.dtype for v in guide.sample_posterior(2, y).values()} == {dtype}
-        pyro.clear_param_store()
-
-
-def test_latents_of_two_dtypes_share_one_inside():
-    """As in other guides: the larger one, and each site has its own."""
-
-    def mixed(y):
-        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
-        with pyro.plate("groups", len(y)):
-            z = pyro.sample("z", dist.Normal(mean.double(), 1.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
-    y = data().double()
-    guide = AutoAmortized(mixed, lambda y: y[:, None])
-    guide.path = True
-    train(mixed, guide, y, steps=2)
-    assert {p.dtype for p in guide.parameters()} == {torch.float64}
-    draws = guide.sample_posterior(3, y)
-    assert (draws["mean"].dtype, draws["z"].dtype) == (torch.float32, torch.float64)
-    assert guide.log_prob(draws, y).isfinite().all()
-
-
 # The path gradient
 
 
@@ -264,26 +215,6 @@ def gradient(guide, y, path, particles=1):
     loss = elbo.differentiable_loss(hierarchies.groups, guide, y)
     found = torch.autograd.grad(loss, list(guide.parameters()), allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])
-
-
-def test_path_gradient_at_the_posterior_is_zero_in_each_draw():
-    y = data()
-    guide = AutoAmortized(hierarchies.groups, flow=None, local_flow=None, coordinates="model")
-    guide(y)
-    # y given the mean is Normal(mean, 1.25), and z given both Normal((mean + 4 y) / 5, 1 / 5)
-    precision = 1 / 9 + 12 / 1.25
-    mean, scale, shrink = y.sum() / 1.25 / precision, precision**-0.5, 1 / 5
-    with torch.no_grad():
-        local, globals_ = guide.transform.locals[0], guide.transform.globals
-        globals_.transform.parts[-1].set_(mean.reshape(1), torch.tensor([[scale]]))
-        local.affine.log_scale.fill_(-0.5 * math.log(5.0))
-        local.affine.loc.fill_(shrink * mean)
-        # the context is in units of what a single element knows of the mean
-        local.affine.linear.weight[0, -1] = shrink * scale * math.sqrt(12)
-        local.table[:, -2] = (1 - shrink) * y
-    assert gradient(guide, y, True).abs().max() < 1e-10
-    assert gradient(guide, y, True, 5).abs().max() < 1e-10
-    assert gradient(guide, y, False).abs().max() > 0.1
 
 
 def test_path_gradient_has_the_same_mean(monkeypatch):
@@ -328,3 +259,124 @@ def test_noise_that_all_draws_share_moves_the_location_alone():
     # of a single draw there is no mean to tell apart: the scale learns from all of it
     loss = Trace_ELBO().differentiable_loss(hierarchies.groups, guide, y)
     assert torch.autograd.grad(loss, globals_.affine.log_scale)[0].abs() > 1e-3
+
+
+# In the param store, in copies, state dicts and files
+
+
+def trained(encoder=None, model=hierarchies.groups, **options):
+    guide = AutoAmortized(model, encoder, **options)
+    train(model, guide, data())
+    return redraw(guide)
+
+
+def trains(guide, *others):
+    """Whether a guide trains, and others stay as they are."""
+    before, rest = parameters(guide), [parameters(other) for other in others]
+    train(hierarchies.groups, guide, data())
+    stay = [unmoved(other, old) == list(old) for other, old in zip(others, rest, strict=True)]
+    return len(unmoved(guide, before)) < len(before) and all(stay)
+
+
+def score(guide):
+    values = {"mean": torch.linspace(-1, 1, 5), "z": torch.linspace(-2, 2, 60).reshape(5, 12)}
+    with torch.no_grad():
+        return guide.log_prob(values, data())
+
+
+both = pytest.mark.parametrize("new", [lambda: None, Encoder], ids=["embeddings", "encoder"])
+
+
+@both
+def test_copies(new):
+    guide = trained(new())
+    guide(data())
+    density = score(guide)
+    twin, unpickled = copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))
+    with pytest.raises(RuntimeError, match="this AutoAmortized has no model: pickle drops it"):
+        _ = unpickled.model
+    unpickled.model = hierarchies.groups
+    for other in (twin, unpickled):
+        assert torch.equal(score(other), density)
+        assert trains(other, guide)
+
+
+def test_copies_of_a_guide_that_was_never_called():
+    guide = AutoAmortized(hierarchies.groups, local_flow=lambda d, c: conditional_iaf(d, c, 1, 8))
+    copy.deepcopy(guide)(data())
+    unpickled = pickle.loads(pickle.dumps(AutoAmortized(hierarchies.groups)))
+    with pytest.raises(RuntimeError, match="has no model"):
+        unpickled(data())
+    unpickled.model = hierarchies.groups
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="pickled before its first call, without its flow"):
+            unpickled(data())
+
+
+def plates(y):
+    return pyro.plate("groups", 12, dim=-1)
+
+
+def test_copies_with_plates():
+    guide = trained(create_plates=plates, coordinates="model")
+    assert copy.deepcopy(guide).create_plates is plates
+    unpickled = pickle.loads(pickle.dumps(guide))
+    with pytest.raises(RuntimeError, match="has no create_plates: pickle drops it"):
+        unpickled(data())
+    unpickled.create_plates = plates
+    assert unpickled(data())["z"].shape == (12,)
+
+
+def test_without_a_model_the_plates_stay_as_they_are():
+    guide = pickle.loads(pickle.dumps(trained(Encoder(), hierarchies.batched, coordinates="model")))
+    assert guide(data())["z"].shape == (12,)
+    assert guide.sample_posterior(2, data(5))["z"].shape == (2, 5)
+    with pytest.raises(ValueError, match=r"plate 'groups' \(12\).*got \(5, 2\)"):
+        guide(data(5))
+
+
+@both
+def test_state_dict(new):
+    guide = trained(new(), embedding_dim=3)
+    other, called = (AutoAmortized(hierarchies.groups, new(), embedding_dim=d) for d in (8, 3))
+    called(data())
+    for loaded in (other, called):
+        loaded.load_state_dict(guide.state_dict())
+        assert torch.equal(score(loaded), score(guide))
+
+
+@both
+def test_save_and_load(new, tmp_path):
+    """F13, F17: without the model and, where there are embeddings, without data."""
+    options = {"init_scale": 0.2, "embedding_dim": 3, "coordinates": "model"}
+    guide, path = trained(new(), **options), tmp_path / "guide.pt"
+    guide.save(path)
+    loaded = AutoAmortized.load(path, encoder=new())
+    assert torch.equal(score(loaded), score(guide))
+    if new is not Encoder:
+        assert loaded.sample_posterior(3)["z"].shape == (3, 12)
+    assert trains(AutoAmortized.load(path, hierarchies.groups, encoder=new()))
+    nested = AutoAmortized(hierarchies.nested)
+    nested()
+    redraw(nested).save(path)
+    draws, loaded = nested.sample_posterior(4), AutoAmortized.load(path, hierarchies.nested)
+    assert torch.equal(loaded.log_prob(draws), nested.log_prob(draws))
+
+
+def test_what_does_not_load(tmp_path):
+    def flow(d, c):
+        return conditional_iaf(d, c, 1, 8)
+
+    trained(Encoder()).save(tmp_path / "encoder.pt")
+    trained(local_flow=flow).save(tmp_path / "flow.pt")
+    with pytest.raises(ValueError, match="had an encoder for plate 'groups': expected it as"):
+        AutoAmortized.load(tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="expected a guide of class AutoIAF, got AutoAmortized"):
+        AutoIAF.load(tmp_path / "flow.pt")
+    with pytest.raises(ValueError, match="expected a guide with this flow"):
+        AutoAmortized.load(tmp_path / "flow.pt")
+    guide = AutoAmortized.load(tmp_path / "flow.pt", hierarchies.standard, local_flow=flow)
+    with pytest.raises(ValueError, match="site 'cell': the guide has no such site"):
+        guide()
+    with pytest.raises(RuntimeError, match="call it, or set_up"):
+        AutoAmortized(hierarchies.groups).save(tmp_path / "never.pt")

@@ -289,3 +289,35 @@ def test_values_that_do_not_fit(mean, z, message):
         guide.log_prob(values)
     with pytest.raises(ValueError, match="n: expected a positive integer, got 0"):
         guide.sample_posterior(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_the_models(dtype):
+    """F21: whatever the default is."""
+    torch.set_default_dtype(torch.float64 if dtype is torch.float32 else torch.float32)
+    y = data().to(dtype)
+    for encoder in (None, Encoder().to(dtype)):
+        guide = AutoAmortized(hierarchies.groups, encoder)
+        train(hierarchies.groups, guide, y, steps=2)
+        assert {p.dtype for p in guide.parameters()} == {dtype}
+        assert {v.dtype for v in guide.sample_posterior(2, y).values()} == {dtype}
+        pyro.clear_param_store()
+
+
+def test_latents_of_two_dtypes_share_one_inside():
+    """As in other guides: the larger one, and each site has its own."""
+
+    def mixed(y):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+        with pyro.plate("groups", len(y)):
+            z = pyro.sample("z", dist.Normal(mean.double(), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = data().double()
+    guide = AutoAmortized(mixed, lambda y: y[:, None])
+    guide.path = True
+    train(mixed, guide, y, steps=2)
+    assert {p.dtype for p in guide.parameters()} == {torch.float64}
+    draws = guide.sample_posterior(3, y)
+    assert (draws["mean"].dtype, draws["z"].dtype) == (torch.float32, torch.float64)
+    assert guide.log_prob(draws, y).isfinite().all()
