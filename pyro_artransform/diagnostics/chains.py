@@ -42,7 +42,7 @@ _CACHED_COORDINATES = 2**14
 _WARM_UP, _BLOCK, _PATIENCE = (8, 12, 20), 24, 96
 # after so many they hardly agree any more
 _MOST_TRAJECTORIES = 2000
-# the share of the number so far that the next block has
+# the share of the number so far that the next block has at most
 _GROWTH = 0.5
 # draws of a guide that is taken by its means and sds, and those at which the curvature is asked
 _NUM_DRAWS, _NUM_CENTERED = 10_000, 8
@@ -162,11 +162,11 @@ class GuideChains:
 
         Chains that do not agree although many trajectories were taken learn anew from where they are.
         """
-        size, patience, before = 0, _PATIENCE, list[Tensor]()
+        size, patience, before, left = 0, _PATIENCE, list[Tensor](), 0.0
         while True:
             if not self._blocks:
                 self.warm_up()
-            self.extend(max(_BLOCK, math.ceil(_GROWTH * size)))
+            self.extend(max(_BLOCK, math.ceil(min(_GROWTH * size, left))))
             if is_out_of_time() and before and len(self._blocks) < 2:
                 self._blocks, self._known = before, None
             size = self.draws.shape[1]
@@ -176,6 +176,9 @@ class GuideChains:
             rhat = float(plain_rhat(self.draws).max())
             if rhat <= GOOD_RHAT and self.convergence().is_enough(num_samples):
                 return self.convergence()
+            left = (
+                size * _excess(rhat) if rhat > GOOD_RHAT else self._trajectories_left(num_samples)
+            )
             if self._is_heavy() or (size >= patience and rhat > _BAD_RHAT):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
@@ -196,11 +199,17 @@ class GuideChains:
 
     def gradients_left(self, num_samples: int) -> float:
         """How many more each chain needs, about, as far as the draws so far tell."""
-        size, found = self.draws.shape[1], self.convergence()
-        by_ess = size * num_samples / max(found.min_ess, 1e-3)
-        excess = float(found.rhat.max()) ** 2 - 1
-        trajectories = max(by_ess, size * excess / (GOOD_RHAT**2 - 1)) - size
-        return self._chains.num_leapfrogs * trajectories
+        return self._chains.num_leapfrogs * self._trajectories_left(num_samples)
+
+    def _trajectories_left(self, num_samples: int) -> float:
+        found = self.convergence()
+        by_ess = num_samples / max(found.min_ess, 1e-3) - 1
+        return self.draws.shape[1] * max(by_ess, _excess(float(found.rhat.max())))
+
+
+def _excess(rhat: float) -> float:
+    """How many times as many more draws R-hat needs, which goes to one as their inverse number does."""
+    return (rhat**2 - 1) / (GOOD_RHAT**2 - 1) - 1
 
 
 def _num_chains(log_joint: LogJoint) -> int:

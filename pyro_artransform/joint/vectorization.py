@@ -30,6 +30,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
@@ -69,15 +70,15 @@ def evaluate_many(
         found = [evaluate_many(evaluate, dict(zip(draws, v)), strategy, at_failure) for v in parts]
         return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
     try:
-        if strategy == "plate":
-            return evaluate(draws, num_draws)
         if strategy != "loop":
-            return evaluate_by_path(evaluate, draws, has_copies=strategy == "copies")
+            return _at_once(evaluate, draws, strategy)
     except ManyPathsError:
         pass
     except ModelFailures:
         if at_failure is None:
             raise
+        with suppress(ManyPathsError, *ModelFailures), CholeskyOrNan():
+            return _at_once(evaluate, draws, strategy)
         if num_draws > _FEW:
             return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
     # each run starts from the same random state: a model draws one mini-batch for all draws
@@ -92,6 +93,24 @@ def evaluate_many(
                 raise
             rows.append(at_failure(row))
     return stack(rows)
+
+
+def _at_once(evaluate: Evaluate, draws: Draws, strategy: str) -> Terms:
+    if strategy == "plate":
+        return evaluate(draws, len(next(iter(draws.values()))))
+    return evaluate_by_path(evaluate, draws, has_copies=strategy == "copies")
+
+
+class CholeskyOrNan(TorchFunctionMode):
+    """Gives draws without a Cholesky factor one of NaN, where one of them is an error for all."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.linalg.cholesky:
+            return func(*args, **(kwargs or {}))
+        factor, info = torch.linalg.cholesky_ex(*args, **(kwargs or {}))
+        return torch.where(info[..., None, None] == 0, factor, torch.nan)
 
 
 def draws_at_a_time(num_values: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -53,9 +53,9 @@ def test_draws_that_the_model_cannot_take():
 
     def model():
         z = pyro.sample("z", dist.Normal(1.0, 1.0))
-        torch.linalg.cholesky((10 - z)[..., None, None] * torch.eye(2))
+        factor = torch.linalg.cholesky((10 - z)[..., None, None] * torch.eye(2))
         pyro.sample("root", dist.Normal(z.sqrt(), 1.0), obs=torch.tensor(1.0))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Normal(factor[..., 0, 0], 1.0), obs=torch.tensor(1.0))
 
     log_joint = LogJoint(model)
     z = torch.tensor([[1.0], [25.0], [2.0], [-1.0]])
@@ -65,6 +65,26 @@ def test_draws_that_the_model_cannot_take():
     assert "model itself" in log_joint.nonfinite_sites(z[:3])[0]
     assert log_joint.nonfinite_sites(z[2:]) == ["root"]
     assert log_joint.nonfinite_sites(z[:1]) == []
+
+
+def test_draws_without_a_cholesky_factor_take_no_run_each():
+    runs = []
+
+    def model():
+        z = pyro.sample("z", dist.Normal(1.0, 1.0))
+        runs.append(1)
+        factor = torch.linalg.cholesky((10 - z)[..., None, None] * torch.eye(2))
+        pyro.sample("y", dist.Normal(factor[..., 0, 0], 1.0), obs=torch.tensor(1.0))
+
+    log_joint = LogJoint(model)
+    z = torch.linspace(-5.0, 25.0, 200)[:, None].requires_grad_()
+    runs.clear()
+    found = log_joint(z)
+    assert len(runs) == 2  # the first of which ended in an error
+    assert found.isnan().tolist() == (z[:, 0] > 10).tolist()
+    (gradient,) = torch.autograd.grad(found[z[:, 0] < 10].sum(), z)
+    expected = -(z - 1) - 0.5 * (1 - (10 - z).sqrt()) / (10 - z).sqrt()
+    assert torch.allclose(gradient[z < 10], expected[z < 10])
 
 
 def test_minibatch_is_the_same_for_all_draws():
