@@ -22,6 +22,9 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 # calls with the same shapes after which it is worth while: capturing takes as long as about so many
 _PATIENCE = 24
+# numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
+# takes the time, and not what is around it
+_MOST_NUMBERS = 2**25
 # every so many replays one is compared with a call of the function, the first ones more often
 _CHECK_EVERY = 64
 # differences that are no round-off, in units of the square root of the dtype's precision
@@ -41,11 +44,11 @@ class Captured:
         self._function = function
         self._calls: Counter[Hashable] = Counter()
         self._replays: dict[Hashable, Callable[..., tuple[Tensor, ...] | None]] = {}
-        self.is_fixed = True  #: whether the function has been the same, as far as is known
+        self.can_replay = True  #: whether replays are what calls are, as far as is known
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if not self.is_fixed:
+        if not self.can_replay:
             return self._function(*inputs)
         key = tuple((value.shape, value.dtype, value.device) for value in inputs)
         self._calls[key] += 1
@@ -54,8 +57,8 @@ class Captured:
             try:
                 self._replays[key] = _capture(self._function, inputs)
             except Exception:  # any error means that it cannot be captured
-                self.is_fixed = False
-        if count < 0 or not self.is_fixed:
+                self.can_replay = False
+        if count < 0 or not self.can_replay:
             return self._function(*inputs)
         if count % _CHECK_EVERY and not math.log2(count).is_integer():
             return self._replays[key](*inputs) or self._function(*inputs)
@@ -63,7 +66,7 @@ class Captured:
         with torch.random.fork_rng(devices=devices):
             found = self._replays[key](*inputs)
         expected = self._function(*inputs)
-        self.is_fixed = found is None or all(map(_is_close, found, expected))
+        self.can_replay = found is None or all(map(_is_close, found, expected))
         return expected
 
 
@@ -157,6 +160,7 @@ class _Operations(TorchDispatchMode):
         self.recorded = list[tuple[Any, Any, Any, Any]]()
         self.codes = list[_Slot]()  # of errors of linear algebra, which nobody would read otherwise
         self.constants: dict[_Slot, Tensor] = {}
+        self._num_numbers = 0
         # tensors are known by their identity, for which they have to be held
         self._held, self._slots = list[Tensor](), dict[int, _Slot]()
         # what depends on inputs, parameters or random numbers
@@ -199,6 +203,9 @@ class _Operations(TorchDispatchMode):
     def _new_slot(self, value: Tensor) -> _Slot:
         self._slots[id(value)] = slot = _Slot(len(self._held))
         self._held.append(value)
+        self._num_numbers += value.numel()
+        if self._num_numbers > _MOST_NUMBERS:
+            raise RuntimeError(f"a call has tensors of more than {_MOST_NUMBERS} numbers in all")
         return slot
 
     def slot_of(self, value: Tensor, used: list[_Slot] | None = None) -> _Slot:
