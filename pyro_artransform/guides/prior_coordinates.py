@@ -156,7 +156,7 @@ class GuideInCoordinates(PersistentGuide):
         return found
 
     def _center_as_asked(self, latents: Latents) -> None:
-        parts = latents.split(self._prior[0].centered)
+        parts = latents.views(self._prior[0].centered)
         for name, value in cast(Mapping[str, Tensor], self.asked).items():
             try:
                 parts[name].copy_(value)

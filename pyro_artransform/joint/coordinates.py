@@ -98,7 +98,7 @@ class Coordinates(NamedTuple):
     def non_centered(self, latents: Latents) -> "Coordinates":
         """The same with lambda 0 for all of these latents, in units of their priors."""
         found = torch.ones_like(self.centered)
-        for name, part in latents.split(found).items():
+        for name, part in latents.views(found).items():
             if name in self.with_location:
                 part.zero_()
         return self._replace(centered=found, unit=torch.ones_like(found))
@@ -233,7 +233,7 @@ def prior_scales(run: Callable[[], object], latents: Latents, u: Tensor) -> Tens
     """The scale of each prior at a point of the unconstrained space, shape ``(latent_dim,)``; else 1."""
     priors, _ = _priors(run, latents, latents.constrain(u))
     found = torch.ones_like(u)
-    for name, part in latents.split(found).items():
+    for name, part in latents.views(found).items():
         if name in priors:
             part.copy_(priors[name].diagonal)
     return torch.where(found.isfinite() & (found > 0), found, 1.0)

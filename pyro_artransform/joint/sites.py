@@ -123,11 +123,12 @@ class Latents:
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
         """The parts ``batch + unconstrained shape`` of z ``batch + (latent_dim,)``, in the sites' dtypes."""
-        parts = {}
-        for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
-            shape = z.shape[:-1] + site.unconstrained_shape
-            parts[site.name] = part.reshape(shape).to(site.dtype)
-        return parts
+        return {name: part.to(self.sites[name].dtype) for name, part in self.views(z).items()}
+
+    def views(self, z: Tensor) -> dict[str, Tensor]:
+        """As :meth:`split`, in the dtype of z: what is written into a part of a vector is written into it."""
+        parts = zip(self.sites.values(), z.split(self._sizes, -1))
+        return {s.name: part.reshape(z.shape[:-1] + s.unconstrained_shape) for s, part in parts}
 
     def elements_of(self, frame: CondIndepStackFrame) -> Tensor:
         """The element of a plate that each coordinate is of, shape ``(latent_dim,)``; -1 outside of it."""

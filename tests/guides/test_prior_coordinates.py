@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
-from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow
+from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.joint import LogJoint
 from tests.guides.training import particles_agree
@@ -112,6 +112,22 @@ def test_lambda_is_as_asked_for():
         AutoIAF(schools, coordinates={"theta": torch.zeros(3)})()
     with pytest.raises(ValueError, match=r"\['tau', 'theta'\], got \['mu'\]"):
         AutoIAF(schools, coordinates={"mu": 0.5})()
+
+
+def test_latents_of_several_dtypes_have_them_too():
+    def model():
+        tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(5.0, dtype=torch.float64)))
+        with pyro.plate("schools", 4):
+            theta = pyro.sample(
+                "theta", dist.Normal(torch.zeros(4, dtype=torch.float32), tau.float())
+            )
+            pyro.sample("y", dist.Normal(theta, SIGMA), obs=torch.tensor([28.0, 8.0, -3.0, 7.0]))
+
+    guide = AutoIAF(model, coordinates={"theta": 0.25})
+    guide()
+    assert guide.prior_coordinates.centered.tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
+    found = fit(model, AutoIAF(model), num_steps=1, seed=0, progress=False)
+    assert found.coordinates["theta"].max() < 0.5  # the data are weak
 
 
 def test_a_model_whose_priors_stand_alone_has_no_map():

@@ -166,7 +166,7 @@ class AmortizedInCoordinates(GuideInCoordinates):
             unit = log_joint.with_coordinates(coordinates.non_centered(latents))
             labels = every_element(own, now.cumsum(0), latents)
             weights = torch.ones_like(labels)
-            for name, part in latents.split(weights).items():
+            for name, part in latents.views(weights).items():
                 part.fill_(share if own.sites[name].plates else 1.0)
             x, _ = unit.from_unconstrained(u)
             now = mean_element(latents, centered_by_curvature(unit, x, labels, weights)).to(now)
