@@ -109,7 +109,9 @@ class PathObjective(Objective):
             return loss(num_particles)
         key = loss.__name__, num_particles
         if key not in self._captured:
-            parameters = self.parameters().values()
+            # when that is must not show in the draws that follow
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                parameters = self.parameters().values()
             self._captured[key] = CapturedLoss(partial(loss, num_particles), parameters)
         return self._captured[key]()
 
