@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: a function of tensors that returns tensors without a graph
 Function = Callable[..., tuple[Tensor, ...]]
 
-# calls with the same shapes after which it is worth while: capturing takes as long as about so many
-_PATIENCE = 24
+# calls with the same shapes after which it is worth while: capturing takes as long as 5 to 30 calls
+_PATIENCE = 12
 # numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
 # takes the time, and not what is around it
 _MOST_NUMBERS = 2**25

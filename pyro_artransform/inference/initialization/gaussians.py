@@ -15,11 +15,13 @@ together. Hessians are differences of gradients, which each model has.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...capture import Captured
 from ...graphs.dependencies import value_and_gradient
 from ...time_limit import check_time
 
@@ -168,14 +170,15 @@ def climb_by_gradients(
     def density(y: Tensor) -> Tensor:
         return log_density(around.deviations(y)[0])
 
+    expand = Captured(partial(value_and_gradient, density))
     here = around.units(points[None])[0]
     memory: list[tuple[Tensor, Tensor, Tensor]] = []
-    value, gradient = value_and_gradient(density, here)
+    value, gradient = expand(here)
     num_settled = 0
     for _ in range(max_steps):
         steps = _quasi_newton(gradient, memory)
         moved = here + steps
-        after, slope = value_and_gradient(density, moved)
+        after, slope = expand(moved)
         # a shorter step only for those that it does not take up
         short = ~(after > value)
         if bool(short.any()):
