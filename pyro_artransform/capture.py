@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: a function of tensors that returns tensors without a graph
@@ -129,12 +129,17 @@ def _capture(
         warnings.simplefilter("ignore")
         with operations:
             found = function(*inputs)
-        script = torch.jit.trace(_Replay(operations, found), tuple(inputs), check_trace=False)
+        repeat = operations.repeating(found)
+        given = tuple(operations.constants.values())
+        # as torch.jit.trace does it, which holds what it made for as long as Python runs
+        values, unnamed = (*inputs, *given), lambda value: ""
+        graph, _ = torch._C._create_graph_by_tracing(repeat, values, unnamed, True, False)
+        script = torch._C._create_function_from_graph("replay", graph)
 
     def replay(*values: Tensor) -> tuple[Tensor, ...] | None:
         try:
             with torch.jit.optimized_execution(False):
-                outputs: tuple[Tensor, ...] = script(*values)
+                outputs: tuple[Tensor, ...] = script(*values, *given)
         except RuntimeError:
             return None
         results, codes = outputs[: len(found)], outputs[len(found) :]
@@ -164,7 +169,8 @@ class _Operations(TorchDispatchMode):
         # tensors are known by their identity, for which they have to be held
         self._held, self._slots = list[Tensor](), dict[int, _Slot]()
         # what depends on inputs, parameters or random numbers
-        self._varying = {self._new_slot(value) for value in inputs}
+        self._inputs = [*map(self._new_slot, inputs)]
+        self._varying = {*self._inputs}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -220,24 +226,20 @@ class _Operations(TorchDispatchMode):
             used.append(slot)
         return slot
 
+    def repeating(self, results: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        """A function of inputs and constants that repeats the operations, for these results and the codes."""
+        outputs = [*map(self.slot_of, results), *self.codes]
+        recorded, slots = self.recorded, [*self._inputs, *self.constants]
 
-class _Replay(nn.Module):
-    """Repeats operations, and returns these tensors of them, then the codes of errors."""
+        def repeat(*given: Tensor) -> tuple[Tensor, ...]:
+            known = dict(zip(slots, given))
+            for func, args, kwargs, new in recorded:
+                args, kwargs = _replaced((args, kwargs), _Slot, known.__getitem__)
+                found = func(*args, **kwargs)
+                known.update(zip(new, found if isinstance(found, (tuple, list)) else [found]))
+            return tuple(known[slot] for slot in outputs)
 
-    def __init__(self, operations: _Operations, results: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._outputs = [*map(operations.slot_of, results), *operations.codes]
-        self._recorded, self._constants = operations.recorded, operations.constants
-        for slot, value in self._constants.items():
-            self.register_buffer(f"constant_{slot.place}", value)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        known = self._constants | {_Slot(i): value for i, value in enumerate(inputs)}
-        for func, args, kwargs, slots in self._recorded:
-            args, kwargs = _replaced((args, kwargs), _Slot, known.__getitem__)
-            found = func(*args, **kwargs)
-            known.update(zip(slots, found if isinstance(found, (tuple, list)) else [found]))
-        return tuple(known[slot] for slot in self._outputs)
+        return repeat
 
 
 def _replaced(values: Any, kind: type, new: Callable[[Any], Any]) -> Any:
