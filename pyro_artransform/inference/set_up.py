@@ -21,11 +21,11 @@ from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
 from .mcmc import Sampling
 from .optimization.minibatches import MinibatchObjective
-from .optimization.objective import BatchObjective, Objective, PathObjective, PyroObjective
+from .optimization.objective import BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
 from .optimization.schedule import Schedule
 from .optimization.training import Training
-from .parallel import Parallel, SharedObjective
+from .parallel import Parallel
 
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
@@ -133,15 +133,12 @@ class SetUp:
 
     def new_training(self, schedule: Schedule) -> Training:
         """A training that begins at the present parameters."""
-        objective: Objective = self.objective
         guide: object = self.subject.guide
         scales: Scales | None = guide.step_scales if isinstance(guide, ScaledSteps) else None
-        if self.parallel.size > 1:
-            objective = SharedObjective(objective, self.parallel)
-            if scales is not None and self.stream is not None:
-                scales = partial(self.parallel.scales_of_first, scales)
+        if self.parallel.size > 1 and scales is not None and self.stream is not None:
+            scales = partial(self.parallel.scales_of_first, scales)
         options = self.num_particles, self.optim, scales, self.parallel
-        return Training(objective, schedule, *options)
+        return Training(self.objective, schedule, *options)
 
     @property
     def point_estimates(self) -> list[str]:
