@@ -27,7 +27,7 @@ from ...joint import log_density_by_element
 from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
-from ..initialization.gaussians import Gaussians, concatenate, newton_steps
+from ..initialization.gaussians import Gaussians, climb, concatenate
 from ..initialization.points import starting_points
 from .missed_modes import MIN_SHARE, NUM_FOR_MODES, moments
 from .mixture import Shape
@@ -203,12 +203,11 @@ class EachSearch:
         """
         lost = torch.zeros_like(log_evidence)
         points = self._points(model, config.initialization.num_points)
-        modes, is_maximum = self._climbed(points)
+        modes = climb(self._log_densities, points, _NUM_STEPS, self._gradients, _SETTLED)
         for k in limited(range(len(points))):
-            row = slice(k * len(lost), (k + 1) * len(lost))
-            mass, of_draws = self._mass_at(modes.take(row), config.evaluation.num_for_mode)
+            mass, of_draws = self._mass_at(modes.gaussians.take(k), config.evaluation.num_for_mode)
             share = (mass - log_evidence).sigmoid()
-            is_lost = is_maximum[row] & (of_draws < MIN_SHARE * share)
+            is_lost = modes.converged[k] & (of_draws < MIN_SHARE * share)
             lost = torch.where(is_lost, torch.maximum(lost, share), lost)
         return lost
 
@@ -239,39 +238,10 @@ class EachSearch:
         found = found.reshape(points.shape[:-1])
         return found.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
-    def _climbed(self, points: Tensor) -> tuple[Gaussians, Tensor]:
-        """The Gaussians of the curvature where Newton steps end, P times E, and where a maximum is."""
-        widths, value = torch.ones_like(points), self._log_densities(points)
-        sizes = points.new_tensor([4.0**-k for k in range(12)])[:, None, None, None]
-        for _ in range(_NUM_STEPS):
-            gradient, curvature = self._expanded(points, widths)
-            widths = curvature.diagonal(dim1=-2, dim2=-1).abs().rsqrt().clamp(1e-6, 1.0)
-            expanded = (each.flatten(0, 1) for each in (points, gradient, curvature))
-            gaussians, steps, is_maximum = newton_steps(*expanded)
-            trials = points + sizes * steps.view_as(points)
-            gain, k = (self._log_densities(trials) - value).max(0)
-            moved = trials.take_along_dim(k[None, ..., None], 0)[0]
-            points = torch.where(gain[..., None] > 0, moved, points)
-            value = torch.where(gain > 0, value + gain, value)
-            if bool((gain < _SETTLED).all()):
-                break
-        return gaussians, is_maximum
-
-    def _expanded(self, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of each at points ``(P, E, d)``, and its curvature by differences of gradients."""
-        dim = points.shape[-1]
-        size = widths * (1e-4 if points.dtype == torch.float64 else 1e-2)
-        shifts = torch.diag_embed(size).movedim(-2, 1)
-        around = torch.cat([points[:, None], points[:, None] + shifts, points[:, None] - shifts], 1)
-        _, gradient = value_and_gradient(self.posteriors.log_joint, self._packed(around))
-        gradient = gradient[:, self.index].reshape(around.shape)
-        here, ahead, behind = gradient.split([1, dim, dim], 1)
-        hessian = ((ahead - behind) / (2 * size.movedim(-1, 1)[..., None])).movedim(1, 2)
-        curvature, here = -0.5 * (hessian + hessian.mT), here[:, 0]
-        usable = curvature.isfinite().all(-1).all(-1) & here.isfinite().all(-1)
-        saddle = -torch.diag_embed(torch.ones_like(here))
-        curvature = torch.where(usable[..., None, None], curvature, saddle)
-        return torch.where(usable[..., None], here, 0.0), curvature
+    def _gradients(self, points: Tensor) -> Tensor:
+        """The gradients of the log densities of each at points ``(..., E, d)``."""
+        _, gradients = value_and_gradient(self.posteriors.log_joint, self._packed(points))
+        return gradients[:, self.index].reshape(points.shape)
 
     def _mass_at(self, mode: Gaussians, count: int) -> tuple[Tensor, Tensor]:
         """The log mass ``(E,)`` in the region of a mode of each, and the share of the guide's draws there."""
