@@ -15,11 +15,11 @@ has few draws is lost.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 from ...graphs.dependencies import value_and_gradient
@@ -29,6 +29,7 @@ from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
 from ..initialization.gaussians import Gaussians, climb, concatenate
 from ..initialization.points import starting_points
+from .elements import Elements
 from .missed_modes import MIN_SHARE, NUM_FOR_MODES, moments
 from .mixture import Shape
 from .verdict import ELSEWHERE
@@ -40,8 +41,8 @@ _SETTLED = 1e-4  # nats below which none of a row of points has gained
 _SHELLS = (3.0, 10.0, 30.0)  # where points are far outside, in sds
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EachPosterior:
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class EachPosterior(Elements):
     """What is known of each of E posteriors, which are those of the elements of a plate.
 
     A posterior is not trusted for what would keep a fit of it alone from being trusted. Of a thousand good
@@ -50,37 +51,18 @@ class EachPosterior:
     it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases; a bound that
     grows with the number, as of :class:`Elements`, would let it pass.
 
-    :param plate: the name of the plate.
     :param elbo: that of each, in nats, shape ``(E,)``, as all others; with its standard error ``elbo_se``.
     :param log_evidence: by Pareto-smoothed weights; ``log_evidence_se`` is its standard error.
-    :param khat: the Pareto index of the weights; ``khat_se`` is its standard error.
     :param ess: the effective number of the draws behind all this.
-    :param objections: to those that are not trusted, in words, by element.
     :param searched_by: how modes of each were searched for: by "curvature", or "none".
     """
 
-    plate: str
     elbo: Tensor
     elbo_se: Tensor
     log_evidence: Tensor
     log_evidence_se: Tensor
-    khat: Tensor
-    khat_se: Tensor
     ess: Tensor
-    objections: dict[int, str]
     searched_by: str = "none"
-
-    @property
-    def gap(self) -> Tensor:
-        """The log evidence of each less its ELBO, in nats."""
-        return self.log_evidence - self.elbo
-
-    @property
-    def trusted(self) -> Tensor:
-        """Whether each is trusted, shape ``(E,)``."""
-        found = torch.ones_like(self.elbo, dtype=torch.bool)
-        found[list(self.objections)] = False
-        return found
 
     def numbers(self, elbo: float) -> dict[str, float]:
         """Those of a result on all, of a given ELBO: the product's evidence, the worst of the rest."""
@@ -94,18 +76,6 @@ class EachPosterior:
         }
 
     @property
-    def objection(self) -> str:
-        """To all of them, with the worst named; empty where each is trusted."""
-        if not self.objections:
-            return ""
-        worst = sorted(self.objections, key=lambda k: -self.khat[k])
-        named = first_of([f"{k} ({self.objections[k]})" for k in worst])
-        return (
-            f"{len(worst):,} of the {len(self.elbo):,} posteriors of plate '{self.plate}' are not good, "
-            f"those of elements {named}: result.elements has them all"
-        )
-
-    @property
     def praise(self) -> str:
         """The verdict on all where each is trusted."""
         gap, khat = self.gap.max(), self.khat.max()
@@ -114,9 +84,6 @@ class EachPosterior:
             f"most {gap:.3f} nats below the log evidence, and k-hat is at most "
             f"{khat:.2f}{ELSEWHERE[self.searched_by]}"
         )
-
-    def __repr__(self) -> str:
-        return f"EachPosterior: {self.objection or self.praise}"
 
 
 def weigh_each(
@@ -142,7 +109,9 @@ def weigh_each(
         for k in suspects:
             found[k] = Importance.from_log_weights(again[:, k])
     names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
-    numbers = {name: weights.new_tensor([getattr(own, name) for own in found]) for name in names}
+    numbers: dict[str, Any] = {
+        name: weights.new_tensor([getattr(own, name) for own in found]) for name in names
+    }
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
     searched_by = "none"
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
@@ -153,10 +122,9 @@ def weigh_each(
             searched_by = "curvature"
             for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
                 objections[k] = f"about {100 * lost[k]:.0f} % of it in a mode without draws"
-    each = EachPosterior(
-        posteriors.plate, **numbers, objections=objections, searched_by=searched_by
-    )
-    return each, joint, latents
+    gap, places = numbers["log_evidence"] - numbers["elbo"], torch.arange(len(found))
+    numbers |= {"objections": objections, "gap": gap, "index": places, "searched_by": searched_by}
+    return EachPosterior(plate=posteriors.plate, **numbers), joint, latents
 
 
 def _draw(posteriors: Posteriors, count: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:

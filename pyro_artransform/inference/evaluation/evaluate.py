@@ -26,7 +26,7 @@ from ..optimization.minibatches import PassEstimate
 from .each_posterior import MOST_VALUES, EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
 from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, find_missed_modes
-from .verdict import FitStatus, Verdict, about_chains, about_minibatches, about_some, judge
+from .verdict import FitStatus, Verdict, about_chains, about_minibatches, judge
 
 _UNCLEAR_KHAT_IN_SE = 2.0
 
@@ -79,7 +79,7 @@ class Evaluation(NamedTuple):
     latents: Tensor | None = None
     outside: Sequence[str] = ()  #: objections to draws of chains, where they were looked at
     #: of mini-batches, or of many posteriors where the weights of all together know nothing
-    elements: Elements | EachPosterior | None = None
+    elements: Elements | None = None
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
         """The fields of a ``FitResult`` about the posterior, or ``Chains`` of it; ``nan`` where not known."""
@@ -137,7 +137,7 @@ def evaluate(
             coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
             left_out=left_out(),
         )
-        objection = about_some(each.objection, status.remedy)
+        objection = each.objection(status.remedy)
         verdict = judge(status, about_others=objection, praise=each.praise)
         numbers = joint.elbo, joint.elbo_se, joint.num_samples
         return Evaluation(*numbers, None, False, verdict, elements=each)
