@@ -13,7 +13,6 @@ has few draws is lost.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +86,7 @@ class EachPosterior(Elements):
 
 
 def weigh_each(
-    posteriors: Posteriors, model: Callable[[], object], config: FitConfig
+    posteriors: Posteriors, config: FitConfig
 ) -> tuple[EachPosterior, Importance, Tensor] | None:
     """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
 
@@ -118,7 +117,7 @@ def weigh_each(
         say("verdict: the search for mass elsewhere")
         with cut_off("the search for mass elsewhere"), within(0.7):
             search = EachSearch(posteriors, latents[:NUM_FOR_MODES])
-            lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))
+            lost = search.shares_lost(config, numbers["log_evidence"].to(latents))
             searched_by = "curvature"
             for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
                 objections[k] = f"about {100 * lost[k]:.0f} % of it in a mode without draws"
@@ -162,15 +161,13 @@ class EachSearch:
         dim = self.index.shape[1]
         self.around = Shape(concatenate(moments(own, dim) for own in self.draws))
 
-    def shares_lost(
-        self, model: Callable[[], object], config: FitConfig, log_evidence: Tensor
-    ) -> Tensor:
+    def shares_lost(self, config: FitConfig, log_evidence: Tensor) -> Tensor:
         """The share of each posterior in its largest mode without draws of the guide, 0 without one.
 
         :param log_evidence: according to draws of the guide, shape ``(E,)``.
         """
         lost = torch.zeros_like(log_evidence)
-        points = self._points(model, config.initialization.num_points)
+        points = self._points(config.initialization.num_points)
         modes = climb(self._log_densities, points, _NUM_STEPS, self._gradients, _SETTLED)
         for k in limited(range(len(points))):
             mass, of_draws = self._mass_at(modes.gaussians.take(k), config.evaluation.num_for_mode)
@@ -179,12 +176,12 @@ class EachSearch:
             lost = torch.where(is_lost, torch.maximum(lost, share), lost)
         return lost
 
-    def _points(self, model: Callable[[], object], count: int) -> Tensor:
+    def _points(self, count: int) -> Tensor:
         """Points of the prior, around the guide, far outside and mirrored, shape ``(P, E, d)``."""
         density, around = self.posteriors.log_joint, self.around.gaussian
         center = torch.empty_like(density.start)
         center[self.index] = around.loc
-        near = starting_points(density, model, center, count)
+        near = starting_points(density, center, count)
         images = torch.stack([-center, 2 * density.start - center])
         rows = torch.cat([near, images])[:, self.index]
         noise = torch.randn_like(around.loc.expand(len(_SHELLS), -1, -1))

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -121,7 +120,6 @@ def evaluate(
     """
     log_joint, is_noisy = subject.log_joint, subject.log_joint.is_random
     strategy = log_joint.strategy
-    model = partial(subject.model, *subject.args, **subject.kwargs)
     if chains is not None:
         flat = chains.draws.flatten(0, 1)
         by_chains = flat[torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]]
@@ -129,7 +127,7 @@ def evaluate(
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
-    weighed = weigh_each(many, model, config) if many else None
+    weighed = weigh_each(many, config) if many else None
     if weighed is not None:
         each, joint, first = weighed
         status = status._replace(
@@ -160,7 +158,7 @@ def evaluate(
             say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
-                missed = find_missed_modes(log_joint, model, config, draws, *known)
+                missed = find_missed_modes(log_joint, config, draws, *known)
     status = status._replace(
         is_point=is_point,
         is_random=is_noisy,

@@ -11,14 +11,13 @@ Coordinates may be angles: whole turns leave the density as it is, and count the
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
-from ...joint import LogDensity, MeanLogJoint
+from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import Gaussians, evaluate_density
 from .mixture import Mixture, Shape, Stratum, wrapped
@@ -58,8 +57,7 @@ NOT_SEARCHED = MissedModes(searched_by="none")
 
 
 def find_missed_modes(
-    log_density: LogDensity,
-    model: Callable[[], object],
+    log_density: LogJoint,
     config: FitConfig,
     draws: Tensor,
     log_evidence: float,
@@ -91,7 +89,7 @@ def find_missed_modes(
     if ess is not None:  # chains may have more around them than a guide that nobody has trained
         near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
-    search = ModeSearch(log_density, model, config, draws, around)
+    search = ModeSearch(log_density, config, draws, around)
     points = search.points_of_few(of_few) if of_few else torch.cat([heaviest, search.points()])
     found, searched_by = _mixture(search, points, log_evidence, elbo)
     lost, count = _lost(found, log_evidence)
@@ -161,7 +159,7 @@ def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
     return Gaussians(loc[None], scale[None])
 
 
-def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
+def find_circular(log_density: LogJoint, draws: Tensor) -> Tensor | None:
     """Which coordinates ``(D,)`` of draws ``(n, D)`` are angles; ``None`` without."""
     points, spread = draws[:1], draws.std(0) / (2 * math.pi)
     value = evaluate_density(log_density, points)

@@ -9,13 +9,12 @@ is moved there, or mirrored. Places are proposed only: whether they have mass is
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...joint import LogDensity, MeanLogJoint
+from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import (
     Gaussians,
@@ -50,8 +49,7 @@ class ModeSearch:
     :param around: the Gaussian of their moments.
     """
 
-    log_density: LogDensity
-    model: Callable[[], object]
+    log_density: LogJoint
     config: FitConfig
     draws: Tensor
     around: Shape
@@ -60,7 +58,7 @@ class ModeSearch:
         """Points around the guide and in the prior, as for an initial guide; afar; and mirror images."""
         density, config = self.log_density, self.config.initialization
         center = self.around.gaussian.loc[0]
-        near = starting_points(density, self.model, center, config.num_points)
+        near = starting_points(density, center, config.num_points)
         images = torch.stack([-center, 2 * density.start - center])
         return torch.cat([near, self.points_afar(), images])
 
