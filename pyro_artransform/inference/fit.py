@@ -44,7 +44,7 @@ _default_choice: Chooser
 
 
 def choose_guides_by(choice: Chooser) -> None:
-    """Sets how a guide is chosen where none is given: this part of the package does not import guides."""
+    """Sets the default of ``choose_guide``: this part of the package does not import guides."""
     global _default_choice
     _default_choice = choice
 
@@ -53,6 +53,7 @@ def fit(
     model: Callable[..., Any],
     *args: Any,
     guide: Callable[..., Any] | None = None,
+    choose_guide: Callable[..., tuple[Callable[..., Any], str]] | None = None,
     num_steps: int | None = None,
     num_particles: int | None = None,
     seed: int | None = None,
@@ -104,6 +105,8 @@ def fit(
     :param args: the guide, if one is given, and, without a loader, the arguments of model and guide.
     :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in
         :mod:`pyro_artransform.joint.protocols`.
+    :param choose_guide: another way to choose the guide where none is given: a function of the model, its
+        ``args``, its ``kwargs`` and ``is_minibatch=``, that returns a new guide, and why in words.
     :param num_steps: the number of steps; by default the fit finds its end itself.
     :param num_particles: draws for each step; by default 64, and 16 for ``AutoStructuredFlow`` from 200
         latents on.
@@ -216,7 +219,7 @@ def fit(
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         set_up = SetUp(
-            *(model, guide, _default_choice, Batch(args, kwargs), stream),
+            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
             *(parallel, limit),
             check_call=partial(check_model, model),
             config=config or FitConfig(),

@@ -276,20 +276,19 @@ def test_the_choice_is_in_the_result_and_as_good_as_the_same_guide_given():
     assert (result.history, result.elbo) == (given.history, given.elbo)
 
 
-def test_what_a_choice_is_told_and_says(monkeypatch):
-    """That of ``pyro_artransform`` is also the one of ``inference.fit``."""
-    result = inference.fit(location, Y, num_steps=2, config=QUICK, progress=False)
-    assert result.rows()["guide"] == "AutoIAF, for 1 latent"
+def test_another_way_to_choose():
+    """That of ``pyro_artransform`` is also the default of ``inference.fit``."""
     asked = []
 
     def choose(model, args, kwargs, *, is_minibatch):
         asked.append((args, kwargs, is_minibatch))
         return AutoNormal(model), "for a test"
 
-    monkeypatch.setitem(fit.__globals__, "_default_choice", choose)
-    result = few(location, Y, scale=0.5, num_steps=2)
+    result = few(location, Y, scale=0.5, choose_guide=choose, num_steps=2)
     assert asked == [((Y,), {"scale": 0.5}, False)]
     assert result.rows()["guide"] == "AutoNormal, for a test"
+    result = inference.fit(location, Y, num_steps=2, config=QUICK, progress=False)
+    assert result.rows()["guide"] == "AutoIAF, for 1 latent"
 
 
 def test_loader():

@@ -31,7 +31,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import validation_enabled
@@ -46,7 +46,7 @@ from ...time_limit import is_out_of_time
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective
 from .element_draws import ElementDraws, UnknownWeightsError
-from .verdict import ELSEWHERE, about_weights
+from .verdict import ELSEWHERE, about_some, about_weights
 
 # the largest variance of log weights by noise: of pseudo-marginal chains it is about the best (reference 4)
 _MOST_NOISE = 1.0
@@ -60,6 +60,7 @@ class Elements:
     :param khat: the Pareto index of the weights of its draws, with its standard error ``khat_se``.
     :param gap: the log evidence of its data less its ELBO, in nats: by the guide's draws, or by draws of the
         prior where these find more, beyond what may be by chance.
+    :param tail_share: how much of its weights is above the cutoff of their tail, by mini-batches.
     :param objections: to those that are not trusted, in words, by their place in these.
     :param index: of each element in the plate, ascending, shape ``(size,)``; ``None`` where a loader does not
         tell: then elements are in the order of a pass over it.
@@ -71,6 +72,7 @@ class Elements:
     gap: Tensor
     objections: Mapping[int, str]
     index: Tensor | None
+    tail_share: Tensor | None = None
 
     @property
     def trusted(self) -> Tensor:
@@ -79,18 +81,17 @@ class Elements:
         found[list(self.objections)] = False
         return found
 
-    def objection(self, remedy: str) -> str:
-        """To all of them, with the worst named and a remedy, if known; empty where each is trusted."""
+    @property
+    def objection(self) -> str:
+        """To all of them, with the worst named; empty where each is trusted."""
         if not self.objections:
             return ""
         worst = self.gap.nan_to_num(torch.inf, torch.inf).argsort(descending=True).tolist()
         named = [f"{self.name_of(k)} ({self.objections[k]})" for k in worst if k in self.objections]
-        words = (
+        return (
             f"{len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}' are not good: "
             f"{first_of(named)}: result.elements has them all"
         )
-        hint = ". Where these are few, look at their data; where they are many, use "
-        return words + hint + remedy if remedy else words
 
     def __repr__(self) -> str:
         count = f"{int(self.trusted.sum()):,} of {len(self.khat):,}"
@@ -115,8 +116,6 @@ def objections_to(khat: Tensor, khat_se: Tensor, tail_share: Tensor, gap: Tensor
     errors as the largest of so many normal errors has as its median: elements with an index at the bound,
     all of them, are trusted as often as a single one would be. New draws of suspects, by which
     :class:`EachPosterior` tells more, would be one more pass over the loader.
-
-    :param tail_share: how much of the weights is above the cutoff of their tail.
     """
     bound = GOOD_KHAT + _largest_error(len(khat)) * khat_se
     is_heavy, is_far = (khat > bound) & (tail_share > GOOD_TAIL), ~(gap <= GOOD_GAP)
@@ -137,7 +136,6 @@ class ElementWeights(NamedTuple):
     """What a pass over a loader says of a guide with latents of the elements of mini-batches."""
 
     elements: Elements
-    tail_share: Tensor  #: how much of the weights of each is above the cutoff of their tail
     #: the weights of the latents that all elements share, if there are some, with the ELBO of these alone
     shared: Importance | None
     noise: float  #: the variance of their logarithms that is due to the draws of elements
@@ -146,7 +144,7 @@ class ElementWeights(NamedTuple):
     def objection(self, remedy: str) -> str:
         """To the guide, with a remedy, if known; empty where all is trusted."""
         if self.elements.objections:
-            return self.elements.objection(remedy)
+            return about_some(self.elements.objection, remedy)
         if self.noise > _MOST_NOISE:
             more = "more draws of each element (MinibatchConfig.min_inner)"
             return (
@@ -164,7 +162,7 @@ class ElementWeights(NamedTuple):
         worst = int(elements.khat.argmax())
         if elements.khat[worst] > GOOD_KHAT:
             why = "as the largest of so many good ones is by chance"
-            if self.tail_share[worst] <= GOOD_TAIL:
+            if elements.tail_share is not None and elements.tail_share[worst] <= GOOD_TAIL:
                 why = "of a tail too light to matter"
             why = f" (above {GOOD_KHAT}, {why})"
         if (shared := self.shared) is not None:
@@ -251,11 +249,10 @@ def _weigh(
     if weigher.log_ratio_of_shared is not None and weigher.shared:
         shared = Importance.from_log_weights(total + weigher.log_ratio_of_shared)
         shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
-    khat, khat_se, tail_share, gap = found
-    numbers = {"khat": khat, "khat_se": khat_se, "gap": gap, "index": places}
-    objections = objections_to(*found)
-    elements = Elements(plate=weigher.plate, objections=objections, **numbers)
-    return ElementWeights(elements, tail_share, shared, noise, inner)
+    numbers = dict(zip(("khat", "khat_se", "tail_share", "gap"), found))
+    about: Any = {"objections": objections_to(**numbers), "index": places}
+    elements = Elements(plate=weigher.plate, **about, **numbers)
+    return ElementWeights(elements, shared, noise, inner)
 
 
 def _weigh_batch(log_ratios: Tensor, by_prior: Tensor) -> tuple[Tensor, Tensor]:

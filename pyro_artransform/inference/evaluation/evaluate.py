@@ -25,7 +25,7 @@ from ..optimization.minibatches import PassEstimate
 from .each_posterior import MOST_VALUES, EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
 from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, find_missed_modes
-from .verdict import FitStatus, Verdict, about_chains, about_minibatches, judge
+from .verdict import FitStatus, Verdict, about_chains, about_minibatches, about_some, judge
 
 _UNCLEAR_KHAT_IN_SE = 2.0
 
@@ -135,7 +135,7 @@ def evaluate(
             coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
             left_out=left_out(),
         )
-        objection = each.objection(status.remedy)
+        objection = about_some(each.objection, status.remedy)
         verdict = judge(status, about_others=objection, praise=each.praise)
         numbers = joint.elbo, joint.elbo_se, joint.num_samples
         return Evaluation(*numbers, None, False, verdict, elements=each)

@@ -134,6 +134,12 @@ def _about_draws(status: FitStatus) -> Iterator[str]:
         yield f"there was no time for {' and '.join(status.left_out)}: let it run for longer"
 
 
+def about_some(words: str, remedy: str) -> str:
+    """An objection to some of many posteriors, if there is one, with what to do."""
+    hint = ". Where these are few, look at their data; where they are many, use "
+    return words + hint + remedy if words and remedy else words
+
+
 def about_weights(
     found: Importance, remedy: str, around: MissedModes = NOT_SEARCHED
 ) -> Iterator[str]:

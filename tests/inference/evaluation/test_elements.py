@@ -65,9 +65,8 @@ def weighed(guide, *args, **options):
 
 
 def elements(khat, khat_se, tail_share, gap, index=None):
-    objections = objections_to(khat, khat_se, tail_share, gap)
-    numbers = {"khat": khat, "khat_se": khat_se, "gap": gap, "index": index}
-    return Elements(plate="rows", objections=objections, **numbers)
+    numbers = {"khat": khat, "khat_se": khat_se, "tail_share": tail_share, "gap": gap}
+    return Elements(plate="rows", objections=objections_to(**numbers), index=index, **numbers)
 
 
 def verdict(found):
@@ -85,7 +84,7 @@ def test_the_posterior_itself():
     assert elements.plate == "groups"
     assert torch.equal(elements.index, torch.arange(SIZE))
     assert elements.gap.abs().max() < 1e-12
-    assert found.tail_share.max() < 1e-12
+    assert elements.tail_share.max() < 1e-12
     assert verdict(found).trusted
     for words in ("Trusted: of the latents that all", "43 elements of plate 'groups'", "mass else"):
         assert words in verdict(found).words
@@ -178,7 +177,7 @@ def test_why_a_large_khat_is_trusted(share, why):
     khat, zero = torch.linspace(0.2, 1.1, 1000), torch.zeros(1000)
     numbers = khat, zero + 0.15, zero + share, zero
     assert not objections_to(*numbers)
-    found = ElementWeights(elements(*numbers), numbers[2], None, 0.0, 4)
+    found = ElementWeights(elements(*numbers), None, 0.0, 4)
     assert f"the largest k-hat {why}" in found.praise
 
 
