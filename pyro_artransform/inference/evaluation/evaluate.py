@@ -128,21 +128,14 @@ def evaluate(
         config = replace(config, evaluation=settings)
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
     weighed = weigh_each(many, config) if many else None
+    each, latents = None, cast("Tensor | None", None)
     if weighed is not None:
-        each, joint, first = weighed
-        status = status._replace(
-            mixes_draws=log_joint.strategy != strategy,
-            coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
-            left_out=left_out(),
-        )
-        objection = about_some(each.objection, status.remedy)
-        verdict = judge(status, about_others=objection, praise=each.praise)
-        numbers = joint.elbo, joint.elbo_se, joint.num_samples
-        return Evaluation(*numbers, None, False, verdict, elements=each)
-    with within(0.5):
-        log_weights, latents = draw(subject, config.evaluation, max_more_draws)
-    found, missed = Importance.from_log_weights(log_weights), NOT_SEARCHED
-    is_point, coarse = False, list[str]()
+        each, found, latents = weighed
+    else:
+        with within(0.5):
+            log_weights, latents = draw(subject, config.evaluation, max_more_draws)
+        found = Importance.from_log_weights(log_weights)
+    missed, is_point, coarse = NOT_SEARCHED, False, list[str]()
     if latents is not None:
         draws, ess = latents, None
         weights: Tensor | None = found.log_weights[: len(draws)]
@@ -154,7 +147,7 @@ def evaluate(
         is_point = bool((draws == draws[:1]).all(0).any())
         if not is_point:
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
-        if not (is_point or is_noisy):
+        if not (is_point or is_noisy or each):
             say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
@@ -166,9 +159,14 @@ def evaluate(
         coarse=coarse,
         left_out=left_out(),
     )
+    numbers = found.elbo, found.elbo_se, found.num_samples
+    if each is not None:
+        objection = about_some(each.objection, status.remedy)
+        verdict = judge(status, about_others=objection, praise=each.praise)
+        return Evaluation(*numbers, None, False, verdict, elements=each)
     verdict, outside = judge(status, found, missed), list(about_chains(missed, status))
-    elbo, lost = (found.elbo, found.elbo_se, found.num_samples), missed.lost_mass
-    return Evaluation(*elbo, found, is_noisy, verdict, lost, False, latents, outside)
+    lost = missed.lost_mass
+    return Evaluation(*numbers, found, is_noisy, verdict, lost, False, latents, outside)
 
 
 def evaluate_minibatches(
