@@ -128,7 +128,8 @@ def evaluate(
         config = replace(config, evaluation=settings)
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
     weighed = weigh_each(many, config) if many else None
-    each, latents = None, cast("Tensor | None", None)
+    each: EachPosterior | None = None
+    latents: Tensor | None
     if weighed is not None:
         each, found, latents = weighed
     else:
