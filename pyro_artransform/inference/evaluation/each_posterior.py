@@ -26,7 +26,7 @@ from ...joint import log_density_by_element
 from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
-from ..initialization.gaussians import Gaussians, climb, concatenate
+from ..initialization.gaussians import Gaussians, climb
 from ..initialization.points import starting_points
 from .elements import Elements
 from .missed_modes import MIN_SHARE, NUM_FOR_MODES, moments
@@ -158,8 +158,7 @@ class EachSearch:
         #: the coordinates of each, shape ``(E, d)``
         self.index = posteriors.elements.argsort(stable=True).reshape(posteriors.size, -1)
         self.draws = draws[:, self.index].movedim(1, 0)  #: shape ``(E, m, d)``
-        dim = self.index.shape[1]
-        self.around = Shape(concatenate(moments(own, dim) for own in self.draws))
+        self.around = Shape(moments(self.draws, self.index.shape[1]))
 
     def shares_lost(self, config: FitConfig, log_evidence: Tensor) -> Tensor:
         """The share of each posterior in its largest mode without draws of the guide, 0 without one.

@@ -85,7 +85,7 @@ def find_missed_modes(
     is_circular = find_circular(log_density, draws)
     draws, excess = fold(draws, is_circular)
     log_evidence -= excess
-    around = Shape(moments(draws, config.evaluation.max_dense_dim), False, is_circular)
+    around = Shape(moments(draws[None], config.evaluation.max_dense_dim), False, is_circular)
     if ess is not None:  # chains may have more around them than a guide that nobody has trained
         near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
@@ -147,16 +147,16 @@ def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
 
 
 def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
-    """The Gaussian of the moments of draws ``(n, D)``; of more latents than the most, their sds alone."""
-    loc = draws.mean(0)
-    centered = draws - loc
-    scale = sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    if len(sd) <= max_dense_dim:
-        scaled = centered / sd
-        covariance = scaled.T @ scaled / (len(draws) - 1)
-        jitter = 1e-6 * torch.eye(len(sd), dtype=sd.dtype, device=sd.device)
-        scale = sd[:, None] * torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(loc[None], scale[None])
+    """The Gaussians of the moments of draws ``(S, n, D)``; of more latents than the most, sds alone."""
+    loc = draws.mean(1)
+    centered = draws - loc[:, None]
+    sd = centered.std(1).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    if sd.shape[1] > max_dense_dim:
+        return Gaussians(loc, sd)
+    scaled = centered / sd[:, None]
+    covariance = scaled.mT @ scaled / (draws.shape[1] - 1)
+    jitter = 1e-6 * torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device)
+    return Gaussians(loc, sd[..., None] * torch.linalg.cholesky(covariance + jitter))
 
 
 def find_circular(log_density: LogJoint, draws: Tensor) -> Tensor | None:

@@ -21,7 +21,6 @@ from ..initialization.gaussians import (
     Modes,
     climb,
     climb_by_gradients,
-    concatenate,
     evaluate_density,
     lower_factor,
 )
@@ -109,29 +108,24 @@ class ModeSearch:
     def modes_above(self, points: Tensor, before: Modes | None = None) -> Modes:
         """The modes that climbs end at, and those before, with the most mass by their curvature first."""
         modes = climb(self.log_density, self.climbed(points)[0], _NEWTON_STEPS)
-        modes = modes._replace(gaussians=self._no_wider_off_maxima(modes))
+        modes, kept = modes._replace(scale_tril=self._no_wider_off_maxima(modes)), list[int]()
         if before is not None:
-            modes = Modes(
-                concatenate([modes.gaussians, before.gaussians]),
-                torch.cat([modes.value, before.value]),
-                torch.cat([modes.converged, before.converged]),
-            )
+            modes = Modes(*map(torch.cat, zip(modes, before)))
         # each is within the other: a spike inside of a wide mode is another one
-        loc, kept = modes.gaussians.loc, list[int]()
-        distances = squared_distances(modes.gaussians, loc, self.around.is_circular)
-        is_same = torch.maximum(distances, distances.T) <= min(loc.shape[-1], _DIFFERENT)
+        distances = squared_distances(modes.gaussians, modes.loc, self.around.is_circular)
+        is_same = torch.maximum(distances, distances.T) <= min(modes.loc.shape[-1], _DIFFERENT)
         for i in modes.log_masses().argsort(descending=True).tolist():
             if len(kept) < _MOST_MODES and not bool(is_same[i, kept].any()):
                 kept.append(i)
-        return modes.take(kept)
+        return Modes(*(each[kept] for each in modes))
 
-    def _no_wider_off_maxima(self, modes: Modes) -> Gaussians:
+    def _no_wider_off_maxima(self, modes: Modes) -> Tensor:
         """What is no maximum, as on a ridge, is no wider in any direction than the guide."""
-        loc, own = modes.gaussians
+        own = modes.scale_tril
         lower = self.around.gaussian.scale_tril[0]
         axes, scales, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, own, upper=False))
         root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
-        return Gaussians(loc, torch.where(modes.converged[:, None, None], own, lower_factor(root)))
+        return torch.where(modes.converged[:, None, None], own, lower_factor(root))
 
     def around_modes(self, modes: Modes) -> list[Stratum]:
         """Draws around each of S modes."""

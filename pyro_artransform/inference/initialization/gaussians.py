@@ -14,7 +14,7 @@ together. Hessians are differences of gradients, which each model has.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -90,16 +90,18 @@ class Modes(NamedTuple):
     ``value`` is the log-density, shape ``(S,)``; ``converged`` says where it is a maximum.
     """
 
-    gaussians: Gaussians
+    loc: Tensor
+    scale_tril: Tensor
     value: Tensor
     converged: Tensor
 
-    def take(self, index: list[int]) -> "Modes":
-        return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
+    @property
+    def gaussians(self) -> Gaussians:
+        return Gaussians(self.loc, self.scale_tril)
 
     def log_masses(self) -> Tensor:
         """The log evidence of each mode by its curvature (Laplace's approximation)."""
-        dim = self.gaussians.loc.shape[-1]
+        dim = self.loc.shape[-1]
         return self.value + self.gaussians.log_volume() + 0.5 * dim * math.log(2 * math.pi)
 
 
@@ -108,12 +110,6 @@ def lower_factor(root: Tensor) -> Tensor:
     lower = torch.linalg.qr(root.mT).R.mT
     signs = lower.diagonal(dim1=-2, dim2=-1).sign()
     return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]
-
-
-def concatenate(parts: Iterable[Gaussians]) -> Gaussians:
-    """The Gaussians of all parts."""
-    locs, scale_trils = zip(*parts)
-    return Gaussians(torch.cat(locs), torch.cat(scale_trils))
 
 
 def antithetic_noise(like: Tensor, count: int) -> Tensor:
@@ -165,7 +161,7 @@ def climb(
         gain = torch.where(value > height, value - height, 0.0)
         if bool(((gain < settled) | ~(expected_gain > settled)).all()):
             break
-    return Modes(here, height, is_maximum & (expected_gain < _CONVERGED))
+    return Modes(*here, height, is_maximum & (expected_gain < _CONVERGED))
 
 
 def _gradients_of_rows(log_density: Density, points: Tensor) -> Tensor:
