@@ -8,8 +8,8 @@ The weights of all together are products, whose tail is hopeless where each alon
 
 Modes that a guide has missed are searched for in all at once: a row of points is one for each of them, a
 gradient at it has the gradients of all, and each climbs by its own. Where climbs end, draws of the Gaussian
-of the curvature say how much mass there is, as of a single posterior (``mixture.py``): much where the guide
-has few draws is lost.
+of the curvature say how much mass there is, as of a single posterior (``missed_modes.py``): much where the
+guide has few draws is lost.
 """
 
 import math
@@ -30,7 +30,7 @@ from ..initialization.gaussians import Gaussians, climb
 from ..initialization.points import starting_points
 from .elements import Elements
 from .missed_modes import MIN_SHARE, NUM_FOR_MODES, moments
-from .mixture import Shape
+from .mode_search import Shape
 from .verdict import ELSEWHERE
 
 _CHUNK, _SMALL_CHUNK = 1000, 100
@@ -121,7 +121,7 @@ def weigh_each(
             searched_by = "curvature"
             for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
                 objections[k] = f"about {100 * lost[k]:.0f} % of it in a mode without draws"
-    gap, places = numbers["log_evidence"] - numbers["elbo"], torch.arange(len(found))
+    gap, places = numbers["log_evidence"] - numbers["elbo"], torch.arange(len(found), device="cpu")
     numbers |= {"objections": objections, "gap": gap, "index": places, "searched_by": searched_by}
     return EachPosterior(plate=posteriors.plate, **numbers), joint, latents
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference.evaluation.missed_modes import moments
-from pyro_artransform.inference.evaluation.mixture import Mixture, Shape
+from pyro_artransform.inference.evaluation.missed_modes import Mixture, moments
+from pyro_artransform.inference.evaluation.mode_search import Shape
 from pyro_artransform.joint import LogJoint
 
 NUM_DRAWS = 2000
