@@ -14,7 +14,7 @@ from .. import files
 from .optimization.training import Training
 from .set_up import SetUp
 
-_FORMAT = "pyro_artransform fit 7"
+_FORMAT = "pyro_artransform fit 8"
 
 
 def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:

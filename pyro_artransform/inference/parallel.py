@@ -14,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, reduce
 from itertools import count
@@ -24,7 +23,6 @@ import pyro
 import torch
 from torch import Tensor, distributed, nn
 
-from .optimization.objective import Objective
 from .optimization.optimizers import Scales
 
 T = TypeVar("T")
@@ -149,10 +147,22 @@ class Parallel:
 
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""
+        if self.size == 1:
+            return [own]
         found: list[Any] = [None] * self.size
         with _waiting(f"{what} of all processes"):
             distributed.all_gather_object(found, own)
         return found
+
+    def gather(self, draws: Tensor) -> Tensor:
+        """The draws ``(n, ...)`` of all processes, by rank."""
+        if self.size == 1:
+            return draws
+        own = draws.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with _waiting("the draws of all processes"):
+            distributed.all_gather(parts, own)
+        return torch.cat(parts)
 
     def check_same(self, content: Mapping[str, object]) -> None:
         """Checks that each of these, by name, is the same in all processes."""
@@ -208,38 +218,3 @@ class Parallel:
         with _waiting("the end of a step in all processes"):
             distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return tuple(map(bool, found.tolist()))
-
-
-@dataclass
-class SharedObjective(Objective):
-    """An objective with losses of the own share of draws, and draws of the ELBO of all processes."""
-
-    objective: Objective
-    parallel: Parallel
-
-    def __post_init__(self) -> None:
-        self.has_weights = self.objective.has_weights
-
-    def loss(self, num_particles: int) -> Tensor:
-        return self.objective.loss(self.parallel.share(num_particles))
-
-    def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
-        loss, own = self.objective.tail_loss(self.parallel.share(num_particles))
-        return loss, own * self.parallel.size
-
-    def parameters(self) -> dict[str, Tensor]:
-        return self.objective.parameters()
-
-    def is_guide_alone(self) -> bool:
-        return self.objective.is_guide_alone()
-
-    def elbo_draws(self, count: int) -> Tensor:
-        own = self.objective.elbo_draws(self.parallel.share(count)).detach().contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.parallel.size)]
-        with _waiting("the draws of all processes"):
-            distributed.all_gather(parts, own)
-        return torch.cat(parts)
-
-    def nonfinite_sites(self) -> list[str]:
-        found = self.parallel.gather_objects("the sites", self.objective.nonfinite_sites())
-        return list(dict.fromkeys(name for names in found for name in names))

@@ -67,7 +67,7 @@ class FitResult:
     #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share;
     #: of many posteriors at once, in a plate with a graph that says so, what is known of each, where weights
     #: of all together know nothing; then ``khat`` is the largest, and ``ess`` the least
-    elements: Elements | EachPosterior | None = None
+    elements: Elements | None = None
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
@@ -88,8 +88,8 @@ class FitResult:
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
             khat, weights, of = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance, ""
             if self.elements is not None:
-                is_shared = isinstance(self.elements, Elements)
-                of = ", of what all elements share" if is_shared else ", of the worst posterior"
+                is_apart = isinstance(self.elements, EachPosterior)
+                of = ", of the worst posterior" if is_apart else ", of what all elements share"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
                     evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"

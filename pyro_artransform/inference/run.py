@@ -25,7 +25,7 @@ from .optimization.schedule import LIMIT
 from .optimization.training import Training
 from .progress import ProgressBar
 from .result import FitResult
-from .set_up import SetUp
+from .set_up import SetUp, naming_arguments
 
 _ASKED = "the callback asked to stop"
 # the shares of the seconds after which the start and the steps end, with the verdict or chains to come
@@ -60,16 +60,18 @@ def _find_start(set_up: SetUp) -> InitialGuide:
     model, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
     config = set_up.config.initialization
-    of_batch = objective if minibatches is None else minibatches.objective
+    batch, of_batch = (
+        Batch(args, kwargs),
+        objective if minibatches is None else minibatches.objective,
+    )
     if isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective):
-        run, whole = partial(model, *args, **kwargs), None
-        density = log_joint
+        density, whole = log_joint, None
         if minibatches is not None:
             density, whole = minibatches.mean_log_joint(), minibatches.whole
-        return find_start(density, run, guide, config, whole)
+        with naming_arguments(model, batch):
+            return find_start(density, guide, config, whole)
     if isinstance(guide, MinibatchGuide):
-        batch, elbo_draws = Batch(args, kwargs), objective.elbo_draws
-        return find_initial_minibatch_guide(log_joint, model, guide, batch, elbo_draws, config)
+        return find_initial_minibatch_guide(log_joint, guide, batch, objective.elbo_draws, config)
     return InitialGuide(UNCHANGED, math.nan)
 
 

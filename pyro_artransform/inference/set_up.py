@@ -3,7 +3,8 @@
 
 """The set-up of a fit: one run of model and guide, and what follows from it and the options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -21,11 +22,11 @@ from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
 from .mcmc import Sampling
 from .optimization.minibatches import MinibatchObjective
-from .optimization.objective import BatchObjective, Objective, PathObjective, PyroObjective
+from .optimization.objective import BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
 from .optimization.schedule import Schedule
 from .optimization.training import Training
-from .parallel import Parallel, SharedObjective
+from .parallel import Parallel
 
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
@@ -63,17 +64,11 @@ class SetUp:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
             check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        try:
+        with naming_arguments(model, batches[0]):
             if guide is None:
                 given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
                 guide, self.guide_reason = given
             self.subject = _run_once(model, guide, batches[0], stream)
-        except (ValueError, RuntimeError) as error:
-            words = describe_tensors(model, *batches[0])
-            # what torch says of shapes, and Pyro of NaN, has no names of arguments
-            if words and (isinstance(error, RuntimeError) or any(words.values())):
-                error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
-            raise
         log_joint = self.subject.log_joint
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
@@ -133,15 +128,12 @@ class SetUp:
 
     def new_training(self, schedule: Schedule) -> Training:
         """A training that begins at the present parameters."""
-        objective: Objective = self.objective
         guide: object = self.subject.guide
         scales: Scales | None = guide.step_scales if isinstance(guide, ScaledSteps) else None
-        if self.parallel.size > 1:
-            objective = SharedObjective(objective, self.parallel)
-            if scales is not None and self.stream is not None:
-                scales = partial(self.parallel.scales_of_first, scales)
+        if self.parallel.size > 1 and scales is not None and self.stream is not None:
+            scales = partial(self.parallel.scales_of_first, scales)
         options = self.num_particles, self.optim, scales, self.parallel
-        return Training(objective, schedule, *options)
+        return Training(self.objective, schedule, *options)
 
     @property
     def point_estimates(self) -> list[str]:
@@ -181,6 +173,19 @@ class SetUp:
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
         self.parallel.check_same(same)
         self.parallel.copy_first(self.tensors)
+
+
+@contextmanager
+def naming_arguments(model: Function, batch: Batch) -> Iterator[None]:
+    """Adds the arguments of a model to errors of its runs, where these may be of their shapes or values."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        words = describe_tensors(model, *batch)
+        # what torch says of shapes, and Pyro of NaN, has no names of arguments
+        if words and (isinstance(error, RuntimeError) or any(words.values())):
+            error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
+        raise
 
 
 def _run_once(

@@ -104,7 +104,7 @@ def test_autoencoder():
     result = check(fitted(networks.model, guide, shuffled(x), epochs=20, seed=0), 100)
     assert all(not torch.equal(v, before[k]) for k, v in networks.named_parameters())
     assert sum(result.history[-10:]) > sum(result.history[:10]) + 1
-    assert "of 43 elements of plate 'rows' are not fitted" in result.verdict
+    assert "of the 43 elements of plate 'rows' are not good" in result.verdict
     assert math.isnan(result.log_evidence)
     assert not guide.path
 

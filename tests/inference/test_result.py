@@ -46,7 +46,9 @@ def test_what_went_wrong_is_shown(result):
     assert "one draw after the other (a branch)" in repr(odd)
     assert "too small" not in repr(replace(result, khat=0.6))
     zero = torch.zeros(3)
-    shared = replace(result, khat=0.6, elements=Elements("rows", None, *4 * [zero]))
+    numbers = {**dict.fromkeys(("khat", "khat_se", "gap"), zero), "index": None}
+    elements = Elements(plate="rows", objections={}, **numbers)
+    shared = replace(result, khat=0.6, elements=elements)
     assert shared.rows()["k-hat"].startswith("0.60 ± ")
     assert shared.rows()["k-hat"].endswith(", of what all elements share")
     odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)

@@ -8,18 +8,17 @@ The weights of all together are products, whose tail is hopeless where each alon
 
 Modes that a guide has missed are searched for in all at once: a row of points is one for each of them, a
 gradient at it has the gradients of all, and each climbs by its own. Where climbs end, draws of the Gaussian
-of the curvature say how much mass there is, as of a single posterior (``mixture.py``): much where the guide
-has few draws is lost.
+of the curvature say how much mass there is, as of a single posterior (``missed_modes.py``): much where the
+guide has few draws is lost.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_LOST_MASS
 from ...graphs.dependencies import value_and_gradient
@@ -27,10 +26,11 @@ from ...joint import log_density_by_element
 from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, has_limit, limited, say, within
 from ..config import FitConfig
-from ..initialization.gaussians import Gaussians, concatenate, newton_steps
+from ..initialization.gaussians import Gaussians, climb
 from ..initialization.points import starting_points
+from .elements import Elements
 from .missed_modes import MIN_SHARE, NUM_FOR_MODES, moments
-from .mixture import Shape
+from .mode_search import Shape
 from .verdict import ELSEWHERE
 
 _CHUNK, _SMALL_CHUNK = 1000, 100
@@ -40,8 +40,8 @@ _SETTLED = 1e-4  # nats below which none of a row of points has gained
 _SHELLS = (3.0, 10.0, 30.0)  # where points are far outside, in sds
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EachPosterior:
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class EachPosterior(Elements):
     """What is known of each of E posteriors, which are those of the elements of a plate.
 
     A posterior is not trusted for what would keep a fit of it alone from being trusted. Of a thousand good
@@ -50,37 +50,18 @@ class EachPosterior:
     it was chosen: once in 6,000. A k-hat of 0.9 is above 0.7 both times in 95 of 100 cases; a bound that
     grows with the number, as of :class:`Elements`, would let it pass.
 
-    :param plate: the name of the plate.
     :param elbo: that of each, in nats, shape ``(E,)``, as all others; with its standard error ``elbo_se``.
     :param log_evidence: by Pareto-smoothed weights; ``log_evidence_se`` is its standard error.
-    :param khat: the Pareto index of the weights; ``khat_se`` is its standard error.
     :param ess: the effective number of the draws behind all this.
-    :param objections: to those that are not trusted, in words, by element.
     :param searched_by: how modes of each were searched for: by "curvature", or "none".
     """
 
-    plate: str
     elbo: Tensor
     elbo_se: Tensor
     log_evidence: Tensor
     log_evidence_se: Tensor
-    khat: Tensor
-    khat_se: Tensor
     ess: Tensor
-    objections: dict[int, str]
     searched_by: str = "none"
-
-    @property
-    def gap(self) -> Tensor:
-        """The log evidence of each less its ELBO, in nats."""
-        return self.log_evidence - self.elbo
-
-    @property
-    def trusted(self) -> Tensor:
-        """Whether each is trusted, shape ``(E,)``."""
-        found = torch.ones_like(self.elbo, dtype=torch.bool)
-        found[list(self.objections)] = False
-        return found
 
     def numbers(self, elbo: float) -> dict[str, float]:
         """Those of a result on all, of a given ELBO: the product's evidence, the worst of the rest."""
@@ -94,18 +75,6 @@ class EachPosterior:
         }
 
     @property
-    def objection(self) -> str:
-        """To all of them, with the worst named; empty where each is trusted."""
-        if not self.objections:
-            return ""
-        worst = sorted(self.objections, key=lambda k: -self.khat[k])
-        named = first_of([f"{k} ({self.objections[k]})" for k in worst])
-        return (
-            f"{len(worst):,} of the {len(self.elbo):,} posteriors of plate '{self.plate}' are not good, "
-            f"those of elements {named}: result.elements has them all"
-        )
-
-    @property
     def praise(self) -> str:
         """The verdict on all where each is trusted."""
         gap, khat = self.gap.max(), self.khat.max()
@@ -115,12 +84,9 @@ class EachPosterior:
             f"{khat:.2f}{ELSEWHERE[self.searched_by]}"
         )
 
-    def __repr__(self) -> str:
-        return f"EachPosterior: {self.objection or self.praise}"
-
 
 def weigh_each(
-    posteriors: Posteriors, model: Callable[[], object], config: FitConfig
+    posteriors: Posteriors, config: FitConfig
 ) -> tuple[EachPosterior, Importance, Tensor] | None:
     """What is known of each, the importance of all together, and the first draws ``(m, latent_dim)``.
 
@@ -142,21 +108,22 @@ def weigh_each(
         for k in suspects:
             found[k] = Importance.from_log_weights(again[:, k])
     names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
-    numbers = {name: weights.new_tensor([getattr(own, name) for own in found]) for name in names}
+    numbers: dict[str, Any] = {
+        name: weights.new_tensor([getattr(own, name) for own in found]) for name in names
+    }
     objections = {k: words for k in suspects if (words := _fault_of(found[k]))}
     searched_by = "none"
     if len(posteriors.elements) <= posteriors.size * config.evaluation.max_dense_dim:
         say("verdict: the search for mass elsewhere")
         with cut_off("the search for mass elsewhere"), within(0.7):
             search = EachSearch(posteriors, latents[:NUM_FOR_MODES])
-            lost = search.shares_lost(model, config, numbers["log_evidence"].to(latents))
+            lost = search.shares_lost(config, numbers["log_evidence"].to(latents))
             searched_by = "curvature"
             for k in (lost > GOOD_LOST_MASS).nonzero()[:, 0].tolist():
                 objections[k] = f"about {100 * lost[k]:.0f} % of it in a mode without draws"
-    each = EachPosterior(
-        posteriors.plate, **numbers, objections=objections, searched_by=searched_by
-    )
-    return each, joint, latents
+    gap, places = numbers["log_evidence"] - numbers["elbo"], torch.arange(len(found), device="cpu")
+    numbers |= {"objections": objections, "gap": gap, "index": places, "searched_by": searched_by}
+    return EachPosterior(plate=posteriors.plate, **numbers), joint, latents
 
 
 def _draw(posteriors: Posteriors, count: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,33 +158,29 @@ class EachSearch:
         #: the coordinates of each, shape ``(E, d)``
         self.index = posteriors.elements.argsort(stable=True).reshape(posteriors.size, -1)
         self.draws = draws[:, self.index].movedim(1, 0)  #: shape ``(E, m, d)``
-        dim = self.index.shape[1]
-        self.around = Shape(concatenate(moments(own, dim) for own in self.draws))
+        self.around = Shape(moments(self.draws, self.index.shape[1]))
 
-    def shares_lost(
-        self, model: Callable[[], object], config: FitConfig, log_evidence: Tensor
-    ) -> Tensor:
+    def shares_lost(self, config: FitConfig, log_evidence: Tensor) -> Tensor:
         """The share of each posterior in its largest mode without draws of the guide, 0 without one.
 
         :param log_evidence: according to draws of the guide, shape ``(E,)``.
         """
         lost = torch.zeros_like(log_evidence)
-        points = self._points(model, config.initialization.num_points)
-        modes, is_maximum = self._climbed(points)
+        points = self._points(config.initialization.num_points)
+        modes = climb(self._log_densities, points, _NUM_STEPS, self._gradients, _SETTLED)
         for k in limited(range(len(points))):
-            row = slice(k * len(lost), (k + 1) * len(lost))
-            mass, of_draws = self._mass_at(modes.take(row), config.evaluation.num_for_mode)
+            mass, of_draws = self._mass_at(modes.gaussians.take(k), config.evaluation.num_for_mode)
             share = (mass - log_evidence).sigmoid()
-            is_lost = is_maximum[row] & (of_draws < MIN_SHARE * share)
+            is_lost = modes.converged[k] & (of_draws < MIN_SHARE * share)
             lost = torch.where(is_lost, torch.maximum(lost, share), lost)
         return lost
 
-    def _points(self, model: Callable[[], object], count: int) -> Tensor:
+    def _points(self, count: int) -> Tensor:
         """Points of the prior, around the guide, far outside and mirrored, shape ``(P, E, d)``."""
         density, around = self.posteriors.log_joint, self.around.gaussian
         center = torch.empty_like(density.start)
         center[self.index] = around.loc
-        near = starting_points(density, model, center, count)
+        near = starting_points(density, center, count)
         images = torch.stack([-center, 2 * density.start - center])
         rows = torch.cat([near, images])[:, self.index]
         noise = torch.randn_like(around.loc.expand(len(_SHELLS), -1, -1))
@@ -239,39 +202,10 @@ class EachSearch:
         found = found.reshape(points.shape[:-1])
         return found.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
-    def _climbed(self, points: Tensor) -> tuple[Gaussians, Tensor]:
-        """The Gaussians of the curvature where Newton steps end, P times E, and where a maximum is."""
-        widths, value = torch.ones_like(points), self._log_densities(points)
-        sizes = points.new_tensor([4.0**-k for k in range(12)])[:, None, None, None]
-        for _ in range(_NUM_STEPS):
-            gradient, curvature = self._expanded(points, widths)
-            widths = curvature.diagonal(dim1=-2, dim2=-1).abs().rsqrt().clamp(1e-6, 1.0)
-            expanded = (each.flatten(0, 1) for each in (points, gradient, curvature))
-            gaussians, steps, is_maximum = newton_steps(*expanded)
-            trials = points + sizes * steps.view_as(points)
-            gain, k = (self._log_densities(trials) - value).max(0)
-            moved = trials.take_along_dim(k[None, ..., None], 0)[0]
-            points = torch.where(gain[..., None] > 0, moved, points)
-            value = torch.where(gain > 0, value + gain, value)
-            if bool((gain < _SETTLED).all()):
-                break
-        return gaussians, is_maximum
-
-    def _expanded(self, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of each at points ``(P, E, d)``, and its curvature by differences of gradients."""
-        dim = points.shape[-1]
-        size = widths * (1e-4 if points.dtype == torch.float64 else 1e-2)
-        shifts = torch.diag_embed(size).movedim(-2, 1)
-        around = torch.cat([points[:, None], points[:, None] + shifts, points[:, None] - shifts], 1)
-        _, gradient = value_and_gradient(self.posteriors.log_joint, self._packed(around))
-        gradient = gradient[:, self.index].reshape(around.shape)
-        here, ahead, behind = gradient.split([1, dim, dim], 1)
-        hessian = ((ahead - behind) / (2 * size.movedim(-1, 1)[..., None])).movedim(1, 2)
-        curvature, here = -0.5 * (hessian + hessian.mT), here[:, 0]
-        usable = curvature.isfinite().all(-1).all(-1) & here.isfinite().all(-1)
-        saddle = -torch.diag_embed(torch.ones_like(here))
-        curvature = torch.where(usable[..., None, None], curvature, saddle)
-        return torch.where(usable[..., None], here, 0.0), curvature
+    def _gradients(self, points: Tensor) -> Tensor:
+        """The gradients of the log densities of each at points ``(..., E, d)``."""
+        _, gradients = value_and_gradient(self.posteriors.log_joint, self._packed(points))
+        return gradients[:, self.index].reshape(points.shape)
 
     def _mass_at(self, mode: Gaussians, count: int) -> tuple[Tensor, Tensor]:
         """The log mass ``(E,)`` in the region of a mode of each, and the share of the guide's draws there."""

@@ -28,14 +28,16 @@ each batch, makes them all.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import validation_enabled
 from torch import Tensor
 
+from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.psis import fit_tails
@@ -50,42 +52,50 @@ from .verdict import ELSEWHERE, about_some, about_weights
 _MOST_NOISE = 1.0
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Elements:
     """How close a guide is to the posterior of each element of a plate, given what all elements share.
 
     :param plate: the name of the plate.
-    :param index: of each element in the plate, ascending, shape ``(size,)``; ``None`` where a loader does not
-        tell: then elements are in the order of a pass over it.
     :param khat: the Pareto index of the weights of its draws, with its standard error ``khat_se``.
-    :param tail_share: how much of its weights is above the cutoff of their tail.
     :param gap: the log evidence of its data less its ELBO, in nats: by the guide's draws, or by draws of the
         prior where these find more, beyond what may be by chance.
+    :param tail_share: how much of its weights is above the cutoff of their tail, by mini-batches.
+    :param objections: to those that are not trusted, in words, by their place in these.
+    :param index: of each element in the plate, ascending, shape ``(size,)``; ``None`` where a loader does not
+        tell: then elements are in the order of a pass over it.
     """
 
     plate: str
-    index: Tensor | None
     khat: Tensor
     khat_se: Tensor
-    tail_share: Tensor
     gap: Tensor
+    objections: Mapping[int, str]
+    index: Tensor | None
+    tail_share: Tensor | None = None
 
     @property
     def trusted(self) -> Tensor:
-        """Whether each is within the bounds of trust, as those of a whole posterior.
+        """Whether each is trusted, shape ``(size,)``."""
+        found = torch.ones_like(self.gap, dtype=torch.bool)
+        found[list(self.objections)] = False
+        return found
 
-        The largest of many estimates of k-hat is large by chance. Its bound is increased by as many
-        standard errors as the largest of so many normal errors has as its median: elements with an index
-        at the bound, all of them, are trusted as often as a single one would be. New draws of suspects,
-        by which :class:`EachPosterior` tells more, would be one more pass over the loader.
-        """
-        bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
-        is_heavy = (self.khat > bound) & (self.tail_share > GOOD_TAIL)
-        return (self.gap <= GOOD_GAP) & ~is_heavy
+    @property
+    def objection(self) -> str:
+        """To all of them, with the worst named; empty where each is trusted."""
+        if not self.objections:
+            return ""
+        worst = self.gap.nan_to_num(torch.inf, torch.inf).argsort(descending=True).tolist()
+        named = [f"{self.name_of(k)} ({self.objections[k]})" for k in worst if k in self.objections]
+        return (
+            f"{len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}' are not good: "
+            f"{first_of(named)}: result.elements has them all"
+        )
 
     def __repr__(self) -> str:
         count = f"{int(self.trusted.sum()):,} of {len(self.khat):,}"
-        lines = [f"Elements: {count} of plate '{self.plate}' are trusted"]
+        lines = [f"{type(self).__name__}: {count} of plate '{self.plate}' are trusted"]
         for name, values in (("gaps in nats", self.gap), ("k-hats", self.khat)):
             worst = values.topk(min(5, len(values))).indices.tolist()
             named = ", ".join(f"{values[k]:.3g} of {self.name_of(k)}" for k in worst)
@@ -97,6 +107,24 @@ class Elements:
         if self.index is None:
             return f"element {place} of a pass over the loader"
         return f"element {int(self.index[place])}"
+
+
+def objections_to(khat: Tensor, khat_se: Tensor, tail_share: Tensor, gap: Tensor) -> dict[int, str]:
+    """What keeps elements from being trusted, in words: the bounds are those of a whole posterior.
+
+    The largest of many estimates of k-hat is large by chance. Its bound is increased by as many standard
+    errors as the largest of so many normal errors has as its median: elements with an index at the bound,
+    all of them, are trusted as often as a single one would be. New draws of suspects, by which
+    :class:`EachPosterior` tells more, would be one more pass over the loader.
+    """
+    bound = GOOD_KHAT + _largest_error(len(khat)) * khat_se
+    is_heavy, is_far = (khat > bound) & (tail_share > GOOD_TAIL), ~(gap <= GOOD_GAP)
+    return {
+        k: f"an ELBO {gap[k]:,.2f} nats below the log evidence"
+        if is_far[k]
+        else f"k-hat {khat[k]:.2f} ± {khat_se[k]:.2f}"
+        for k in (is_heavy | is_far).nonzero()[:, 0].tolist()
+    }
 
 
 def _largest_error(count: int) -> float:
@@ -114,22 +142,9 @@ class ElementWeights(NamedTuple):
     num_inner: int  #: how many draws of each element there were for each of these
 
     def objection(self, remedy: str) -> str:
-        """To the guide, with the worst element named and a remedy, if known; empty where all is trusted."""
-        elements, bad = self.elements, (~self.elements.trusted).nonzero().flatten()
-        if len(bad):
-            worst, heavy = (int(bad[part[bad].argmax()]) for part in (elements.gap, elements.khat))
-            gap = elements.gap[worst]
-            about = (
-                f"the ELBO of {elements.name_of(worst)} is {gap:,.2f} nats below its log evidence"
-            )
-            if gap <= GOOD_GAP:
-                khat = f"{elements.khat[heavy]:.2f} ± {elements.khat_se[heavy]:.2f}"
-                about = f"k-hat of {elements.name_of(heavy)} is {khat}"
-            return about_some(
-                f"{len(bad):,} of {len(elements.khat):,} elements of plate '{elements.plate}' are not "
-                f"fitted: {about}",
-                remedy,
-            )
+        """To the guide, with a remedy, if known; empty where all is trusted."""
+        if self.elements.objections:
+            return about_some(self.elements.objection, remedy)
         if self.noise > _MOST_NOISE:
             more = "more draws of each element (MinibatchConfig.min_inner)"
             return (
@@ -147,7 +162,7 @@ class ElementWeights(NamedTuple):
         worst = int(elements.khat.argmax())
         if elements.khat[worst] > GOOD_KHAT:
             why = "as the largest of so many good ones is by chance"
-            if elements.tail_share[worst] <= GOOD_TAIL:
+            if elements.tail_share is not None and elements.tail_share[worst] <= GOOD_TAIL:
                 why = "of a tail too light to matter"
             why = f" (above {GOOD_KHAT}, {why})"
         if (shared := self.shared) is not None:
@@ -226,15 +241,18 @@ def _weigh(
         indices += [] if index is None else [index]
     *tails, gaps, noises, more, error = torch.cat(parts, 1)
     is_more = more > GOOD_GAP + (2 + _largest_error(len(more))) * error
-    elements = torch.stack([*tails, gaps + torch.where(is_more, more, 0.0)])
+    found = torch.stack([*tails, gaps + torch.where(is_more, more, 0.0)])
     places, noise, shared = None, float(noises.sum()), None
     if len(indices) == len(parts):
         places, order = torch.cat(indices).sort()
-        elements = elements[:, order]
+        found = found[:, order]
     if weigher.log_ratio_of_shared is not None and weigher.shared:
         shared = Importance.from_log_weights(total + weigher.log_ratio_of_shared)
         shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
-    return ElementWeights(Elements(weigher.plate, places, *elements), shared, noise, inner)
+    numbers = dict(zip(("khat", "khat_se", "tail_share", "gap"), found))
+    about: Any = {"objections": objections_to(**numbers), "index": places}
+    elements = Elements(plate=weigher.plate, **about, **numbers)
+    return ElementWeights(elements, shared, noise, inner)
 
 
 def _weigh_batch(log_ratios: Tensor, by_prior: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -79,7 +78,7 @@ class Evaluation(NamedTuple):
     latents: Tensor | None = None
     outside: Sequence[str] = ()  #: objections to draws of chains, where they were looked at
     #: of mini-batches, or of many posteriors where the weights of all together know nothing
-    elements: Elements | EachPosterior | None = None
+    elements: Elements | None = None
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
         """The fields of a ``FitResult`` about the posterior, or ``Chains`` of it; ``nan`` where not known."""
@@ -121,7 +120,6 @@ def evaluate(
     """
     log_joint, is_noisy = subject.log_joint, subject.log_joint.is_random
     strategy = log_joint.strategy
-    model = partial(subject.model, *subject.args, **subject.kwargs)
     if chains is not None:
         flat = chains.draws.flatten(0, 1)
         by_chains = flat[torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]]
@@ -129,22 +127,16 @@ def evaluate(
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
     many = Posteriors.of(log_joint, subject.guide) if chains is None else None
-    weighed = weigh_each(many, model, config) if many else None
+    weighed = weigh_each(many, config) if many else None
+    each: EachPosterior | None = None
+    latents: Tensor | None
     if weighed is not None:
-        each, joint, first = weighed
-        status = status._replace(
-            mixes_draws=log_joint.strategy != strategy,
-            coarse=log_joint.latents.coarse_sites(log_joint.to_unconstrained(first)[0]),
-            left_out=left_out(),
-        )
-        objection = about_some(each.objection, status.remedy)
-        verdict = judge(status, about_others=objection, praise=each.praise)
-        numbers = joint.elbo, joint.elbo_se, joint.num_samples
-        return Evaluation(*numbers, None, False, verdict, elements=each)
-    with within(0.5):
-        log_weights, latents = draw(subject, config.evaluation, max_more_draws)
-    found, missed = Importance.from_log_weights(log_weights), NOT_SEARCHED
-    is_point, coarse = False, list[str]()
+        each, found, latents = weighed
+    else:
+        with within(0.5):
+            log_weights, latents = draw(subject, config.evaluation, max_more_draws)
+        found = Importance.from_log_weights(log_weights)
+    missed, is_point, coarse = NOT_SEARCHED, False, list[str]()
     if latents is not None:
         draws, ess = latents, None
         weights: Tensor | None = found.log_weights[: len(draws)]
@@ -156,11 +148,11 @@ def evaluate(
         is_point = bool((draws == draws[:1]).all(0).any())
         if not is_point:
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
-        if not (is_point or is_noisy):
+        if not (is_point or is_noisy or each):
             say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
-                missed = find_missed_modes(log_joint, model, config, draws, *known)
+                missed = find_missed_modes(log_joint, config, draws, *known)
     status = status._replace(
         is_point=is_point,
         is_random=is_noisy,
@@ -168,9 +160,14 @@ def evaluate(
         coarse=coarse,
         left_out=left_out(),
     )
+    numbers = found.elbo, found.elbo_se, found.num_samples
+    if each is not None:
+        objection = about_some(each.objection, status.remedy)
+        verdict = judge(status, about_others=objection, praise=each.praise)
+        return Evaluation(*numbers, None, False, verdict, elements=each)
     verdict, outside = judge(status, found, missed), list(about_chains(missed, status))
-    elbo, lost = (found.elbo, found.elbo_se, found.num_samples), missed.lost_mass
-    return Evaluation(*elbo, found, is_noisy, verdict, lost, False, latents, outside)
+    lost = missed.lost_mass
+    return Evaluation(*numbers, found, is_noisy, verdict, lost, False, latents, outside)
 
 
 def evaluate_minibatches(

@@ -4,25 +4,43 @@
 """Mass of a posterior that a guide has missed, by draws that are not the guide's.
 
 A guide never draws where it has no mass, so that its weights are good where a whole mode is missing. A
-search proposes places where there may be mass. What is there says one sample from the guide, from all
-around it, and from around each of these places (see ``mixture.py``).
+search proposes places where there may be mass. What is there says one sample that has strata: draws of all
+widths around those of the guide, and draws at each of these places. A draw counts by the density of all
+strata together, whichever it came from (the balance heuristic of a deterministic mixture), so that no
+weight is larger than that of the best stratum. The guide itself is none of them: its density is known at
+its own draws alone, and what it leaves out it has no draws of.
+
+Places have regions: the share of the Gaussian of each, as far as it reaches, in the sum of all of them and
+that of the guide. Where the guide is the posterior both have the same mass in each region, whatever the
+regions are. What has much mass by the weights and few of the guide's draws is lost; and so is a tail, of
+chains in the place of a guide, with more mass beyond a quantile than they have draws. Chains that never
+enter a tail agree, whatever R-hat is asked of them.
 
 Coordinates may be angles: whole turns leave the density as it is, and count the same mass again.
+
+**References**
+
+1. Optimally Combining Sampling Techniques for Monte Carlo Rendering (Veach, Guibas, 1995),
+   https://doi.org/10.1145/218380.218498
+2. Safe and Effective Importance Sampling (Owen, Zhou, 2000),
+   https://doi.org/10.1080/01621459.2000.10473909
+3. Generalized Multiple Importance Sampling (Elvira, Martino, Luengo, Bugallo, 2019),
+   https://doi.org/10.1214/18-STS668
+4. Truncated Importance Sampling (Ionides, 2008), https://doi.org/10.1198/106186008X320456
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
-from ...joint import LogDensity, MeanLogJoint
+from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import Gaussians, evaluate_density
-from .mixture import Mixture, Shape, Stratum, wrapped
-from .mode_search import ModeSearch
+from .mode_search import ModeSearch, Shape, Stratum, wrapped
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
@@ -35,6 +53,8 @@ _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
 # beyond some standard deviations of the draws
 _TURNS, _BEYOND = (1.0, -32.0), 4.0
 _TOLERANCE = 1e-3  # nats, to which round-off is added
+# the share of the draws in each tail that is looked at, and by how many standard errors there must be more
+_TAIL, _NUM_SES = 0.005, 4.0
 _MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
 
 
@@ -57,9 +77,77 @@ class MissedModes(NamedTuple):
 NOT_SEARCHED = MissedModes(searched_by="none")
 
 
+class Mixture(NamedTuple):
+    """What strata say together."""
+
+    log_evidence: float  #: by all strata, ``nan`` without one around the guide
+    log_evidence_se: float
+    log_masses: Tensor  #: of the posterior in the region of each place, shape ``(K,)``
+    shares_of_draws: Tensor  #: of the guide there
+    points: Tensor  #: the draws of all strata ``(n, D)``
+    log_weights: Tensor  #: theirs ``(n,)``, the sum of the weights is the evidence
+
+    @classmethod
+    def of(
+        cls, draws: Tensor, guide: Shape, around: Sequence[Stratum], places: Sequence[Stratum]
+    ) -> "Mixture":
+        """Of strata around a guide and at K places; the guide's draws are ``(n, D)``."""
+        strata = [*around, *places]
+        if not strata:
+            none = draws.new_zeros(0)
+            return cls(math.nan, math.nan, none, none, draws[:0], none)
+        points = torch.cat([s.draws for s in strata])
+        densities = [s.shape.log_probs(points) for s in strata]
+        by_stratum, near = (torch.cat(each).double() for each in zip(*densities))
+        log_weights = _balanced_weights(strata, by_stratum)
+        log_evidence = log_weights.logsumexp(0)
+        variances = [
+            len(each) * (each - log_evidence).exp().var(correction=0).item()
+            for each in log_weights.split([len(s.draws) for s in strata])
+        ]
+        by_guide = guide.log_probs(points)[0].double()
+        regions = torch.cat([by_guide, near[len(around) :]]).log_softmax(0)[1:]
+        of_draws = [guide.log_probs(draws)[0], *(s.shape.log_probs(draws)[1] for s in places)]
+        return cls(
+            log_evidence.item() if around else math.nan,
+            math.sqrt(sum(variances)),
+            (regions + log_weights).logsumexp(-1),
+            torch.cat(of_draws).double().softmax(0)[1:].mean(-1),
+            points,
+            log_weights,
+        )
+
+    def missed_tail(
+        self, draws: Tensor, ess: Tensor, log_evidence: float
+    ) -> tuple[int, float] | None:
+        """The latent with the clearest tail that draws ``(n, D)`` of chains lack, and the mass there.
+
+        :param ess: the effective number of draws in the tails of each latent, shape ``(D,)``.
+        :param log_evidence: that of a guide; where all strata find more, theirs counts.
+        """
+        weights = (self.log_weights - max(self.log_evidence, log_evidence)).exp()[:, None]
+        ordered, count = draws.sort(0).values, int(_TAIL * len(draws))
+        is_beyond = torch.cat([self.points < ordered[count], self.points > ordered[-1 - count]], 1)
+        masses = (weights * is_beyond).sum(0)
+        variances = (weights.square() * is_beyond).sum(0) + masses / ess.repeat(2)
+        num_ses = ((masses - _TAIL) / variances.sqrt()).nan_to_num(0.0)
+        at = int(num_ses.argmax())
+        return (at % len(ess), float(masses[at])) if num_ses[at] > _NUM_SES else None
+
+
+def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:
+    """Log weights of all draws, of the model over the densities of all strata: their sum is the evidence."""
+    sizes = [len(s.draws) for s in strata]
+    own = torch.cat([log_q.split(sizes)[k] for k, log_q in enumerate(by_stratum)])
+    of_all = (by_stratum + by_stratum.new_tensor(sizes).log()[:, None]).logsumexp(0)
+    log_weights = torch.cat([s.log_weights for s in strata]).double() + own - of_all
+    log_weights = log_weights.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    # no draw decides alone: truncated as in the last reference
+    return log_weights.clamp_max(log_weights.logsumexp(0) - 0.5 * math.log(len(own)))
+
+
 def find_missed_modes(
-    log_density: LogDensity,
-    model: Callable[[], object],
+    log_density: LogJoint,
     config: FitConfig,
     draws: Tensor,
     log_evidence: float,
@@ -87,11 +175,11 @@ def find_missed_modes(
     is_circular = find_circular(log_density, draws)
     draws, excess = fold(draws, is_circular)
     log_evidence -= excess
-    around = Shape(moments(draws, config.evaluation.max_dense_dim), False, is_circular)
+    around = Shape(moments(draws[None], config.evaluation.max_dense_dim), False, is_circular)
     if ess is not None:  # chains may have more around them than a guide that nobody has trained
         near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
-    search = ModeSearch(log_density, model, config, draws, around)
+    search = ModeSearch(log_density, config, draws, around)
     points = search.points_of_few(of_few) if of_few else torch.cat([heaviest, search.points()])
     found, searched_by = _mixture(search, points, log_evidence, elbo)
     lost, count = _lost(found, log_evidence)
@@ -149,19 +237,19 @@ def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
 
 
 def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
-    """The Gaussian of the moments of draws ``(n, D)``; of more latents than the most, their sds alone."""
-    loc = draws.mean(0)
-    centered = draws - loc
-    scale = sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    if len(sd) <= max_dense_dim:
-        scaled = centered / sd
-        covariance = scaled.T @ scaled / (len(draws) - 1)
-        jitter = 1e-6 * torch.eye(len(sd), dtype=sd.dtype, device=sd.device)
-        scale = sd[:, None] * torch.linalg.cholesky(covariance + jitter)
-    return Gaussians(loc[None], scale[None])
+    """The Gaussians of the moments of draws ``(S, n, D)``; of more latents than the most, sds alone."""
+    loc = draws.mean(1)
+    centered = draws - loc[:, None]
+    sd = centered.std(1).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    if sd.shape[1] > max_dense_dim:
+        return Gaussians(loc, sd)
+    scaled = centered / sd[:, None]
+    covariance = scaled.mT @ scaled / (draws.shape[1] - 1)
+    jitter = 1e-6 * torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device)
+    return Gaussians(loc, sd[..., None] * torch.linalg.cholesky(covariance + jitter))
 
 
-def find_circular(log_density: LogDensity, draws: Tensor) -> Tensor | None:
+def find_circular(log_density: LogJoint, draws: Tensor) -> Tensor | None:
     """Which coordinates ``(D,)`` of draws ``(n, D)`` are angles; ``None`` without."""
     points, spread = draws[:1], draws.std(0) / (2 * math.pi)
     value = evaluate_density(log_density, points)

@@ -5,29 +5,28 @@
 
 Climbs start in shells around the guide, at its draws of the largest weights, at mirror images, and at draws
 of the prior. Up to some hundred latents a place has the Gaussian of its curvature; beyond, the guide itself
-is moved there, or mirrored. Places are proposed only: whether they have mass is not asked here.
+is moved there, or mirrored. Draws are taken at each place; whether they have mass is not asked here.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...joint import LogDensity, MeanLogJoint
+from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import (
+    Density,
     Gaussians,
     Modes,
     climb,
     climb_by_gradients,
-    concatenate,
     evaluate_density,
     lower_factor,
 )
 from ..initialization.points import starting_points
-from .mixture import Shape, Stratum, squared_distances
 
 _SHELLS, _WIDENED = (3.0, 10.0, 30.0, 100.0), 1.2  # around the guide, in sds of this factor
 _OF_SHELL = 2  # points of each that climbs start at, and of the best of each
@@ -42,6 +41,57 @@ _MOST_LOWER, _MOST_SDS = 20.0, 6.0
 _NUM_FOR_WIDTH, _WIDTH_STEPS = 32, 4  # draws and steps by which a moved guide gets its width
 
 
+class Shape(NamedTuple):
+    """A density: a Gaussian, or, where it is heavy, half of that and half of a Cauchy of its scale.
+
+    The multivariate Cauchy has draws at all distances, so that a spike sees a wide part around it; the
+    Gaussian half is what is left of such draws in many dimensions. Angles are those of one turn.
+    """
+
+    gaussian: Gaussians
+    is_heavy: bool = False
+    is_circular: Tensor | None = None
+
+    def stratum(self, log_density: Density, count: int) -> "Stratum":
+        """Draws, with their weights; those of angles beyond a turn have none."""
+        noise = torch.randn_like(self.gaussian.loc.expand(count, -1))
+        if self.is_heavy:
+            far = noise[count // 2 :]
+            far /= torch.randn_like(far[:, :1]).abs()
+        away = self.gaussian.deviations(noise)[0]
+        draws = self.gaussian.loc + away
+        log_p = evaluate_density(log_density, draws)
+        if self.is_circular is not None:
+            is_beyond = (self.is_circular & (away.abs() > math.pi)).any(-1)
+            log_p = log_p.masked_fill(is_beyond, -torch.inf)
+        return Stratum(draws, log_p - self.log_probs(draws)[0][0], self)
+
+    def log_probs(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The log density, and that of the Gaussian alone where its draws are.
+
+        :param points: shape ``(n, D)``; of S densities ``(S, n, D)``, each has its own.
+        :return: shape ``(S, n)``.
+        """
+        dim = points.shape[-1]
+        squares = squared_distances(self.gaussian, points, self.is_circular)
+        log_volume = self.gaussian.log_volume()[:, None]
+        normal = -0.5 * squares - 0.5 * dim * math.log(2 * math.pi) - log_volume
+        near = normal.masked_fill(squares > dim + 3 * math.sqrt(2 * dim), -torch.inf)
+        if not self.is_heavy:
+            return normal, near
+        half = 0.5 * (1 + dim)
+        cauchy = math.lgamma(half) - half * (math.log(math.pi) + squares.log1p()) - log_volume
+        return torch.logaddexp(normal, cauchy) - math.log(2), near
+
+
+class Stratum(NamedTuple):
+    """Draws ``(n, D)``, the density of the model over their own ``(n,)``, and what they look like."""
+
+    draws: Tensor
+    log_weights: Tensor
+    shape: Shape
+
+
 @dataclass(frozen=True)
 class ModeSearch:
     """A search for modes far from a guide.
@@ -50,8 +100,7 @@ class ModeSearch:
     :param around: the Gaussian of their moments.
     """
 
-    log_density: LogDensity
-    model: Callable[[], object]
+    log_density: LogJoint
     config: FitConfig
     draws: Tensor
     around: Shape
@@ -60,7 +109,7 @@ class ModeSearch:
         """Points around the guide and in the prior, as for an initial guide; afar; and mirror images."""
         density, config = self.log_density, self.config.initialization
         center = self.around.gaussian.loc[0]
-        near = starting_points(density, self.model, center, config.num_points)
+        near = starting_points(density, center, config.num_points)
         images = torch.stack([-center, 2 * density.start - center])
         return torch.cat([near, self.points_afar(), images])
 
@@ -111,29 +160,24 @@ class ModeSearch:
     def modes_above(self, points: Tensor, before: Modes | None = None) -> Modes:
         """The modes that climbs end at, and those before, with the most mass by their curvature first."""
         modes = climb(self.log_density, self.climbed(points)[0], _NEWTON_STEPS)
-        modes = modes._replace(gaussians=self._no_wider_off_maxima(modes))
+        modes, kept = modes._replace(scale_tril=self._no_wider_off_maxima(modes)), list[int]()
         if before is not None:
-            modes = Modes(
-                concatenate([modes.gaussians, before.gaussians]),
-                torch.cat([modes.value, before.value]),
-                torch.cat([modes.converged, before.converged]),
-            )
+            modes = Modes(*map(torch.cat, zip(modes, before)))
         # each is within the other: a spike inside of a wide mode is another one
-        loc, kept = modes.gaussians.loc, list[int]()
-        distances = squared_distances(modes.gaussians, loc, self.around.is_circular)
-        is_same = torch.maximum(distances, distances.T) <= min(loc.shape[-1], _DIFFERENT)
+        distances = squared_distances(modes.gaussians, modes.loc, self.around.is_circular)
+        is_same = torch.maximum(distances, distances.T) <= min(modes.loc.shape[-1], _DIFFERENT)
         for i in modes.log_masses().argsort(descending=True).tolist():
             if len(kept) < _MOST_MODES and not bool(is_same[i, kept].any()):
                 kept.append(i)
-        return modes.take(kept)
+        return Modes(*(each[kept] for each in modes))
 
-    def _no_wider_off_maxima(self, modes: Modes) -> Gaussians:
+    def _no_wider_off_maxima(self, modes: Modes) -> Tensor:
         """What is no maximum, as on a ridge, is no wider in any direction than the guide."""
-        loc, own = modes.gaussians
+        own = modes.scale_tril
         lower = self.around.gaussian.scale_tril[0]
         axes, scales, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower, own, upper=False))
         root = lower @ (axes * (scales / (1 + scales**2).sqrt())[:, None])
-        return Gaussians(loc, torch.where(modes.converged[:, None, None], own, lower_factor(root)))
+        return torch.where(modes.converged[:, None, None], own, lower_factor(root))
 
     def around_modes(self, modes: Modes) -> list[Stratum]:
         """Draws around each of S modes."""
@@ -187,3 +231,18 @@ class ModeSearch:
             ratio = drop / here if min(drop, here) > 0 else 1.0
             width *= min(max(math.sqrt(ratio), 0.1), 10.0)
         return width
+
+
+def squared_distances(
+    gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None
+) -> Tensor:
+    """Squared distances ``(S, n)`` of points from the means of Gaussians, in their units."""
+    away = points - gaussian.loc[:, None]
+    if is_circular is not None:
+        away = torch.where(is_circular, wrapped(away), away)
+    return gaussian.units(away).square().sum(-1)
+
+
+def wrapped(angles: Tensor) -> Tensor:
+    """Angles less whole turns, from -pi to pi."""
+    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi

@@ -40,7 +40,7 @@ from torch import Tensor
 from ...graphs.dependencies import value_and_gradient
 from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from ...joint import LogDensity
+from ...joint import LogJoint
 from ...time_limit import limited
 from .gaussians import Density, Gaussians, antithetic_noise, evaluate_density, lower_factor
 
@@ -202,7 +202,7 @@ def _draw(
 
 @torch.no_grad()
 def ascend_with_graph(
-    log_density: LogDensity, graph: MarkovGraph, start: Gaussians, num_steps: int, num_settled: int
+    log_density: LogJoint, graph: MarkovGraph, start: Gaussians, num_steps: int, num_settled: int
 ) -> SparseGaussian:
     """The best Gaussian on the way of natural-gradient steps from S = 1 others.
 
@@ -259,7 +259,7 @@ def _pairs_of(graph: MarkovGraph, device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def expectations(
-    log_density: LogDensity, graph: MarkovGraph, draws: Tensor, sd: Tensor
+    log_density: LogJoint, graph: MarkovGraph, draws: Tensor, sd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The means over draws ``(n, D)`` of the negative curvature, by its entries, and of the gradient."""
     pattern = pattern_of(graph.elimination, draws.device)
@@ -285,7 +285,7 @@ def expectations(
     return curvature, base[base.isfinite().all(-1)].mean(0).nan_to_num(0.0)
 
 
-def elbo_of(log_density: LogDensity, gaussian: SparseGaussian, noise: Tensor) -> float:
+def elbo_of(log_density: LogJoint, gaussian: SparseGaussian, noise: Tensor) -> float:
     """The ELBO of a Gaussian on noise of shape ``(K, D)``; ``-inf`` where it is not finite."""
     values = evaluate_density(log_density, gaussian.transform(noise))
     # of the same draws as the density, so that the constant of a Gaussian cancels

@@ -14,7 +14,7 @@ together. Hessians are differences of gradients, which each model has.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class Gaussians(NamedTuple):
         """Whether there are standard deviations alone."""
         return self.scale_tril.dim() == 2
 
-    def take(self, index: Tensor | list[int] | slice) -> "Gaussians":
+    def take(self, index: Tensor | list[int] | int) -> "Gaussians":
         return Gaussians(self.loc[index], self.scale_tril[index])
 
     def to(self, dtype: torch.dtype) -> "Gaussians":
@@ -90,16 +90,18 @@ class Modes(NamedTuple):
     ``value`` is the log-density, shape ``(S,)``; ``converged`` says where it is a maximum.
     """
 
-    gaussians: Gaussians
+    loc: Tensor
+    scale_tril: Tensor
     value: Tensor
     converged: Tensor
 
-    def take(self, index: list[int] | slice) -> "Modes":
-        return Modes(self.gaussians.take(index), self.value[index], self.converged[index])
+    @property
+    def gaussians(self) -> Gaussians:
+        return Gaussians(self.loc, self.scale_tril)
 
     def log_masses(self) -> Tensor:
         """The log evidence of each mode by its curvature (Laplace's approximation)."""
-        dim = self.gaussians.loc.shape[-1]
+        dim = self.loc.shape[-1]
         return self.value + self.gaussians.log_volume() + 0.5 * dim * math.log(2 * math.pi)
 
 
@@ -108,12 +110,6 @@ def lower_factor(root: Tensor) -> Tensor:
     lower = torch.linalg.qr(root.mT).R.mT
     signs = lower.diagonal(dim1=-2, dim2=-1).sign()
     return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]
-
-
-def concatenate(parts: Iterable[Gaussians]) -> Gaussians:
-    """The Gaussians of all parts."""
-    locs, scale_trils = zip(*parts)
-    return Gaussians(torch.cat(locs), torch.cat(scale_trils))
 
 
 def antithetic_noise(like: Tensor, count: int) -> Tensor:
@@ -140,18 +136,37 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-def climb(log_density: Density, points: Tensor, max_steps: int) -> Modes:
-    """Climbs from each point by Newton steps, to modes: a Hessian takes two gradients a coordinate."""
-    widths = torch.ones_like(points)
+def climb(
+    log_density: Density,
+    points: Tensor,
+    max_steps: int,
+    gradients: Density | None = None,
+    settled: float = _SETTLED,
+) -> Modes:
+    """Climbs from each point by Newton steps, to modes: a Hessian takes two gradients a coordinate.
+
+    :param points: shape ``batch + (D,)``.
+    :param gradients: of the log density, where points are no rows of it: both get ``(n,) + batch + (D,)``.
+    :param settled: steps end where no point gains as many nats.
+    """
+    values = log_density if gradients else partial(evaluate_density, log_density)
+    gradients = gradients or partial(_gradients_of_rows, log_density)
+    widths, value = torch.ones_like(points), values(points[None])[0]
     for _ in range(max_steps):
-        value, gradient, curvature = _expand(log_density, points, widths)
+        gradient, curvature = _expand(gradients, points, widths)
         widths = curvature.diagonal(dim1=-2, dim2=-1).abs().rsqrt().clamp(1e-6, 1.0)
         here, steps, is_maximum = newton_steps(points, gradient, curvature)
-        expected_gain = (steps * gradient).sum(-1)
-        points, gain = _search_line(log_density, points, value, steps)
-        if bool(((gain < _SETTLED) | ~(expected_gain > _SETTLED)).all()):
+        expected_gain, height = (steps * gradient).sum(-1), value
+        points, value = _search_line(values, points, height, steps)
+        gain = torch.where(value > height, value - height, 0.0)
+        if bool(((gain < settled) | ~(expected_gain > settled)).all()):
             break
-    return Modes(here, value, is_maximum & (expected_gain < _CONVERGED))
+    return Modes(*here, height, is_maximum & (expected_gain < _CONVERGED))
+
+
+def _gradients_of_rows(log_density: Density, points: Tensor) -> Tensor:
+    _, gradients = value_and_gradient(log_density, points.reshape(-1, points.shape[-1]))
+    return gradients.reshape(points.shape)
 
 
 def climb_by_gradients(
@@ -182,7 +197,8 @@ def climb_by_gradients(
         # a shorter step only for those that it does not take up
         short = ~(after > value)
         if bool(short.any()):
-            moved[short], _ = _search_line(density, here[short], value[short], steps[short] / 4)
+            line = here[short], value[short], steps[short] / 4
+            moved[short], _ = _search_line(partial(evaluate_density, density), *line)
             after[short], slope[short] = value_and_gradient(density, moved[short])
         gain = (after - value).nan_to_num(0.0)
         settled = gain < _SETTLED + 4 * torch.finfo(value.dtype).eps * value.abs()
@@ -219,26 +235,24 @@ def _quasi_newton(gradient: Tensor, memory: list[tuple[Tensor, Tensor, Tensor]])
     return step
 
 
-def _expand(log_density: Density, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-density at each point, its gradient, and its curvature (minus the Hessian).
+def _expand(gradients: Density, points: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient at each point, and the curvature there (minus the Hessian).
 
-    That is by differences of gradients, over a part of the widths, shape ``(S, D)``: all in one batch,
-    while a second derivative of the gradient takes a pass for each coordinate.
+    That is by differences of gradients, over a part of the widths, shape ``batch + (D,)``: all in one
+    batch, while a second derivative of the gradient takes a pass for each coordinate.
     """
-    num_points, dim = points.shape
+    dim = points.shape[-1]
     size = widths * (1e-4 if points.dtype == torch.float64 else 1e-2)
-    shifts = torch.diag_embed(size)
-    around = torch.cat([points[:, None], points[:, None] + shifts, points[:, None] - shifts], 1)
-    value, gradient = value_and_gradient(log_density, around.reshape(-1, dim))
-    value = value.reshape(num_points, -1)[:, 0]
-    gradient, ahead, behind = gradient.reshape(num_points, -1, dim).split([1, dim, dim], 1)
-    hessian = (ahead - behind) / (2 * size[:, :, None])
-    gradient, curvature = gradient[:, 0], -0.5 * (hessian + hessian.mT)
+    shifts = torch.diag_embed(size).movedim(-2, 0)
+    around = gradients(torch.cat([points[None], points + shifts, points - shifts]))
+    gradient, ahead, behind = around[0], around[1 : 1 + dim], around[1 + dim :]
+    hessian = ((ahead - behind) / (2 * size.movedim(-1, 0)[..., None])).movedim(0, -2)
+    curvature = -0.5 * (hessian + hessian.mT)
     usable = curvature.isfinite().all(-1).all(-1) & gradient.isfinite().all(-1)
     # a unit Gaussian stands for what is not finite; the sign says that it is no maximum
     saddle = -torch.diag_embed(torch.ones_like(gradient))
-    curvature = torch.where(usable[:, None, None], curvature, saddle)
-    return value, torch.where(usable[:, None], gradient, 0.0), curvature
+    curvature = torch.where(usable[..., None, None], curvature, saddle)
+    return torch.where(usable[..., None], gradient, 0.0), curvature
 
 
 def newton_steps(
@@ -250,23 +264,23 @@ def newton_steps(
     diagonal, by_row = curvature.diagonal(dim1=-2, dim2=-1).abs(), curvature.abs().amax(-1)
     tiny = diagonal <= 1e-12 * diagonal.amax(-1, keepdim=True)
     units = torch.where(tiny, torch.where(by_row > 0, by_row, 1.0), diagonal).rsqrt()
-    values, vectors = torch.linalg.eigh(curvature * units[:, :, None] * units[:, None, :])
+    values, vectors = torch.linalg.eigh(curvature * units[..., None] * units[..., None, :])
     floored = values.abs().clamp_min(_ROUND_OFF)
-    axes = units[:, :, None] * vectors
+    axes = units[..., None] * vectors
     along = (axes.mT @ gradient[..., None])[..., 0]
     steps = (axes @ (along / floored)[..., None])[..., 0]
-    lower = lower_factor(axes * floored.rsqrt()[:, None])
+    lower = lower_factor(axes * floored.rsqrt()[..., None, :])
     return Gaussians(points, lower), steps, (values > _FLAT).all(-1)
 
 
 def _search_line(
-    log_density: Density, points: Tensor, value: Tensor, steps: Tensor
+    values: Density, points: Tensor, value: Tensor, steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each point moved along its step by the best of several sizes, and what that gained."""
+    """Each point moved along its step by the best of several sizes, and the log density there."""
     # from a whole Newton step down to a ten-millionth of one
     sizes = points.new_tensor([4.0**-k for k in range(12)])
-    trials = points[:, None] + sizes[:, None] * steps[:, None]
-    gain, k = (evaluate_density(log_density, trials) - value[:, None]).max(-1)
-    moved = trials[torch.arange(len(points), device=points.device), k]
-    up = gain > 0
-    return torch.where(up[:, None], moved, points), torch.where(up, gain, 0.0)
+    trials = points + sizes.reshape(-1, *(1,) * points.dim()) * steps
+    best, k = values(trials).max(0)
+    moved = trials.take_along_dim(k[None, ..., None], 0)[0]
+    up = best > value
+    return torch.where(up[..., None], moved, points), torch.where(up, best, value)

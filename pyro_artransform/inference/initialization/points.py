@@ -3,7 +3,6 @@
 
 """Overdispersed points of finite density that a search for a start, or for modes, begins at."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -12,7 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from ...joint import LogDensity
+from ...joint import LogJoint
 from ...time_limit import limited
 from .gaussians import evaluate_density
 
@@ -25,16 +24,14 @@ _IMPROPER_RADIUS = 2.0
 _MAX_HALVINGS = 12  # of the way to a point of finite density
 
 
-def starting_points(
-    log_density: LogDensity, model: Callable[[], object], center: Tensor, count: int
-) -> Tensor:
+def starting_points(log_density: LogJoint, center: Tensor, count: int) -> Tensor:
     """Points ``(n, D)``, n at most ``count``: the center, draws of the prior, and of shells around it.
 
     Those without a finite density are moved towards one that has it.
     """
     found = [center, log_density.start]
     for _ in range(max((count - 1) // 3, 1)):
-        found.append(_prior_draw(log_density, model))
+        found.append(_prior_draw(log_density))
     num_tried = _NUM_TRIED_BY_LOOP if log_density.strategy == "loop" else _NUM_TRIED
     for k in limited(range(count - len(found))):
         noise = torch.randn_like(center.expand(num_tried, -1))
@@ -52,7 +49,7 @@ def starting_points(
     return points[is_good]
 
 
-def _prior_draw(log_density: LogDensity, model: Callable[[], object]) -> Tensor:
+def _prior_draw(log_density: LogJoint) -> Tensor:
     """A draw of the prior; the start where the model refuses it."""
     latents, start = log_density.latents, log_density.start
 
@@ -68,7 +65,7 @@ def _prior_draw(log_density: LogDensity, model: Callable[[], object]) -> Tensor:
     quiet = pyro.validation_enabled(False)
     try:
         with quiet, torch.no_grad(), poutine.block(), InitMessenger(sampled):
-            trace = poutine.trace(model).get_trace()
+            trace = poutine.trace(log_density.run).get_trace()
     except (torch.linalg.LinAlgError, ValueError):
         return start
     values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in latents.sites}

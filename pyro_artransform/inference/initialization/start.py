@@ -19,7 +19,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...arguments import describe_tensors
 from ...joint import LogJoint
 from ...joint.coordinates import Coordinates, coordinates_at
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
@@ -64,7 +63,6 @@ class InitialGuide(NamedTuple):
 
 def find_start(
     density: LogJoint,
-    model: Callable[[], object],
     guide: FlowGuide,
     config: InitializationConfig,
     whole: LogJoint | None = None,
@@ -80,7 +78,7 @@ def find_start(
     :raises ValueError: if none of the starts is finite, or the gradient of the model lacks a latent.
     """
     search, coordinates = GaussianSearch(density, whole or density, config), density.coordinates
-    initial = _start_from_points(search, model, guide)
+    initial = _start_from_points(search, guide)
     if coordinates is None or not (isinstance(guide, PriorGuide) and guide.chooses_coordinates):
         return initial
     return best_of(guide, _in_other_coordinates(search, guide, coordinates, initial))
@@ -123,14 +121,12 @@ def best_of(guide: PriorGuide | MinibatchGuide, candidates: Iterable[InitialGuid
     return cast(InitialGuide, best)
 
 
-def _start_from_points(
-    search: "GaussianSearch", model: Callable[[], object], guide: FlowGuide
-) -> InitialGuide:
+def _start_from_points(search: "GaussianSearch", guide: FlowGuide) -> InitialGuide:
     """The better one of a guide and what is found from points around it."""
     density, config = search.density, search.config
     elbo, needed, center = _judge(search.target, guide, config)
     check_gradient(density, center)
-    points = starting_points(density, model, center, config.num_points)
+    points = starting_points(density, center, config.num_points)
     if len(points):
         start = _start_at_best(search, guide, search.from_points(points), needed)
         if start.elbo > needed:
@@ -138,14 +134,9 @@ def _start_from_points(
         if elbo > -torch.inf:
             return InitialGuide(UNCHANGED, elbo)
     sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
-    remedy = ". Give"
-    if isinstance(model, partial):
-        given = describe_tensors(model.func, model.args, model.keywords)
-        if found := ", ".join(filter(given.get, given)):
-            remedy = f", nor are arguments of the model: {found}. Mend or mask these, or give"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
-        f"{sites} is not finite there{remedy} the guide an init_loc_fn with values that the data allow"
+        f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
     )
 
 
@@ -265,7 +256,6 @@ def _run_from(state: Tensor, run: Callable[[], object]) -> None:
 
 def find_initial_minibatch_guide(
     log_joint: LogJoint,
-    model: Callable[..., object],
     guide: MinibatchGuide,
     batch: Batch,
     elbo_draws: Callable[[int], Tensor],
@@ -281,7 +271,7 @@ def find_initial_minibatch_guide(
     is_large = log_joint.latents.latent_dim > _MOST_LATENTS
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
         return InitialGuide(UNCHANGED, math.nan)
-    share, run = 1 / structure.scale, partial(model, *batch[0], **batch[1])
+    share = 1 / structure.scale
     elements = log_joint.latents.sites.keys() - set(structure.global_latents)
     shared = SharedPrior(log_joint, share, elements)
     before = copies(guide.parameters())
@@ -297,7 +287,7 @@ def find_initial_minibatch_guide(
         """Moves to a Gaussian in the guide's coordinates: draws of it on the unconstrained space."""
         density = shared.with_coordinates(guide.coordinates_of(shared.latents))
         search = GaussianSearch(density, density, config)
-        points = starting_points(density, run, density.start, config.num_points_by_loop)
+        points = starting_points(density, density.start, config.num_points_by_loop)
         if not len(points):
             return None
         gaussian, bounds = _finite(

@@ -115,7 +115,7 @@ class MinibatchObjective(Objective):
         if not isinstance(objective, PathObjective):
             return lambda batch: objective.with_arguments(batch).elbo_draws(count)
         z, log_q = objective.guide.rsample_and_log_prob(count)
-        return lambda batch: objective.with_arguments(batch).log_density(z) - log_q
+        return lambda batch: objective.with_arguments(batch).log_joint(z) - log_q
 
     def nonfinite_sites(self) -> list[str]:
         return self._last.nonfinite_sites()

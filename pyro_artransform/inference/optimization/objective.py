@@ -26,7 +26,6 @@ from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
 from ..loader import Batch
 
-_CHUNK = 1024
 # numbers of draws that are held at once, 64 MB in double precision
 _MOST_VALUES = 2**23
 # runs of the model in which a site that is not finite is searched for
@@ -161,23 +160,21 @@ class PathObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        found, most = [], max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
-        for start in range(0, count, most):
-            z, log_q = self.guide.rsample_and_log_prob(min(most, count - start))
-            found.append(self.log_density(z) - log_q)
-        return torch.cat(found)
+        return self._in_parts(count, self._draw)
 
     def log_weights(self, count: int) -> Tensor:
-        if self.posteriors is None:
+        if (posteriors := self.posteriors) is None:
             return super().log_weights(count)
-        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
-        sizes = [min(most, count - start) for start in range(0, count, most)]
-        return torch.cat([self.posteriors.log_weights(size)[1] for size in sizes])
+        return self._in_parts(count, lambda n: posteriors.log_weights(n)[1])
 
-    @torch.no_grad()
-    def log_density(self, z: Tensor) -> Tensor:
-        """The log joint density of draws ``(n, latent_dim)``, without gradients, shape ``(n,)``."""
-        return torch.cat([*map(self.log_joint, z.split(_CHUNK))])
+    def _draw(self, count: int) -> Tensor:
+        z, log_q = self.guide.rsample_and_log_prob(count)
+        return self.log_joint(z) - log_q
+
+    def _in_parts(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """Draws, as many at a time as fit into memory."""
+        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        return torch.cat([draw(min(most, count - start)) for start in range(0, count, most)])
 
     def nonfinite_sites(self) -> list[str]:
         if not bool(self._last.isfinite().all()):

@@ -5,10 +5,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
+from pyro.optim.optim import _get_state_dict, _load_state_dict
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -82,7 +83,11 @@ class PyroOptimizer:
     """An optimizer of Pyro, as one of PyTorch; a scheduler goes on after each step."""
 
     def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
-        self._optimizer, self._parameters = optimizer, list(parameters)
+        self._parameters, self._optimizer = list(parameters), cast(Any, optimizer)
+        # Pyro does this at the first step only, before which a state could not be loaded
+        for parameter in set(parameters) - optimizer.optim_objs.keys():
+            optimizer.optim_objs[parameter] = self._optimizer._get_optim(parameter)
+            optimizer.grad_clip[parameter] = self._optimizer._get_grad_clip(parameter)
 
     def step(self) -> None:
         self._optimizer(self._parameters)
@@ -90,26 +95,11 @@ class PyroOptimizer:
             self._optimizer.step()
 
     def state_dict(self) -> Any:
-        return [[part.state_dict() for part in self._parts(p)] for p in self._parameters]
+        return [_get_state_dict(self._optimizer.optim_objs[p]) for p in self._parameters]
 
-    def _parts(self, parameter: Tensor) -> list[Any]:
-        """The optimizer of a parameter, after its scheduler if it has one; empty before a step."""
-        made = self._optimizer.optim_objs.get(parameter)
-        if made is None:
-            return []
-        return [made, made.optimizer] if isinstance(self._optimizer, PyroLRScheduler) else [made]
-
-    @torch.no_grad()
     def load_state_dict(self, state: Any) -> None:
         for parameter, saved in zip(self._parameters, state):
-            if saved:
-                # Pyro makes the optimizer of a parameter at its first step, which must not move it
-                before, parameter.grad = parameter.clone(), torch.zeros_like(parameter)
-                self._optimizer([parameter])
-                parameter.copy_(before)
-                parameter.grad = None
-            for part, values in zip(self._parts(parameter), saved):
-                part.load_state_dict(values)
+            _load_state_dict(self._optimizer.optim_objs[parameter], saved)
 
 
 Optimizer = Adam | PyroOptimizer | torch.optim.Optimizer

@@ -8,10 +8,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.psis import fit_tails
 from ..config import OptimizationConfig
-from .objective import Objective
 
 PLATEAU = "the ELBO stopped moving"
 NOTHING_TO_WIN = "the guide is the posterior, as far as its weights tell: nothing is left to win"
@@ -26,9 +27,11 @@ _WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-def remaining_gap(objective: Objective, num_draws: int) -> float:
-    """What the ELBO lacks to the evidence in nats, by fresh draws, summed over posteriors; inf if unknown."""
-    draws = objective.log_weights(num_draws)
+def remaining_gap(draws: Tensor) -> float:
+    """What the ELBO lacks to the evidence in nats, by log weights ``(n, E)``, summed over posteriors.
+
+    It is inf where they do not know it.
+    """
     # weights with a heavy tail know too little of the evidence
     is_finite = math.isfinite(draws.sum(1).mean().item())
     if not is_finite or statistics.median(tail.khat for tail in fit_tails(draws)) > GOOD_KHAT:

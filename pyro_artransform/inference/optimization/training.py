@@ -191,10 +191,12 @@ class Training(Steps):
             self.schedule = self.schedule.after_check(0, self._gap())
 
     def _gap(self) -> float:
-        return remaining_gap(self.objective, self._config.num_compared)
+        own = self._parallel.share(self._config.num_compared)
+        return remaining_gap(self._parallel.gather(self.objective.log_weights(own)))
 
     def nonfinite_sites(self) -> list[str]:
-        return self.objective.nonfinite_sites()
+        found = self._parallel.gather_objects("the sites", self.objective.nonfinite_sites())
+        return list(dict.fromkeys(name for names in found for name in names))
 
     def is_over(self) -> bool:
         """Whether the schedule is at its end."""
@@ -203,12 +205,12 @@ class Training(Steps):
     @torch.enable_grad()
     def step(self) -> float:
         """Takes one step, or skips it; returns the loss, the negative ELBO in nats."""
-        count = self.num_particles
+        own = self._parallel.share(self.num_particles)
         if self.schedule.end is not None and self.num_steps >= self.schedule.decay_start:
-            loss, count = self.objective.tail_loss(count)
+            loss, own = self.objective.tail_loss(own)
         else:
-            loss = self.objective.loss(count)
-        self.num_gradients += count
+            loss = self.objective.loss(own)
+        self.num_gradients += own * self._parallel.size
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
         if isinstance(self.optimizer, Adam):
@@ -262,7 +264,8 @@ class Training(Steps):
         def elbo_draws(values: list[Tensor]) -> Tensor:
             torch.set_rng_state(state)
             copy_to(self.trained, values)
-            return self.objective.elbo_draws(self._config.num_compared).detach().double()
+            own = self._parallel.share(self._config.num_compared)
+            return self._parallel.gather(self.objective.elbo_draws(own).detach()).double()
 
         name, chosen, draws = "last", last, elbo_draws(last)
         for other, values in candidates.items():

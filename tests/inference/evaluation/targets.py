@@ -16,7 +16,7 @@ DEFAULTS = FitConfig()
 
 
 def missed(model, draws, log_evidence=0.0, config=DEFAULTS, **found):
-    return find_missed_modes(LogJoint(model), model, config, draws, log_evidence, **found)
+    return find_missed_modes(LogJoint(model), config, draws, log_evidence, **found)
 
 
 class Mixture:

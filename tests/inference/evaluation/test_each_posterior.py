@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 import warnings
-from functools import partial
 
 import pyro
 import pytest
@@ -119,8 +118,7 @@ def spread():
 def judged(posteriors, noise):
     type(posteriors).noise = noise
     torch.manual_seed(0)
-    model = posteriors.log_joint.run
-    return weigh_each(posteriors, model, FitConfig(evaluation=EvaluationConfig(num_samples=2000)))
+    return weigh_each(posteriors, FitConfig(evaluation=EvaluationConfig(num_samples=2000)))
 
 
 def test_many_good_posteriors_are_trusted_though_together_they_are_not(spread):
@@ -144,7 +142,7 @@ def test_bad_ones_are_named(spread):
     each, _, _ = judged(spread, normal(sds))
     assert each.objections.keys() == {17, 204}
     assert not each.trusted[17]
-    assert "2 of the 300 posteriors of plate 'sets' are not good" in each.objection
+    assert "2 of the 300 elements of plate 'sets' are not good" in each.objection
     assert "17 (k-hat" in each.objection
     assert "204 (an ELBO 0.1" in each.objection
 
@@ -194,5 +192,5 @@ def test_modes_without_draws_are_found_for_each():
     log_joint = ModelAndGuide.of(squares, guide, (y,), {}).log_joint
     search = EachSearch(Posteriors.of(log_joint, guide), guide.rsample_and_log_prob(1000)[0])
     log_evidence = search.posteriors.log_weights(1000)[1].logsumexp(0) - math.log(1000)
-    lost = search.shares_lost(partial(squares, y), FitConfig(), log_evidence)
+    lost = search.shares_lost(FitConfig(), log_evidence)
     assert torch.allclose(lost, torch.tensor([0.5, 0.0, 0.5, 0.0, 0.0]).double(), atol=0.05)

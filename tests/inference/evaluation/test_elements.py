@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import MinibatchConfig
-from pyro_artransform.inference.evaluation.elements import Elements, ElementWeights, weigh_elements
+from pyro_artransform.inference.evaluation.elements import (
+    Elements,
+    ElementWeights,
+    objections_to,
+    weigh_elements,
+)
 from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 from pyro_artransform.inference.loader import BatchStream
 from pyro_artransform.inference.optimization.minibatches import MinibatchObjective
@@ -57,6 +62,11 @@ def minibatches(guide, model=groups, make_loader=shuffled, data=Y, **numbers):
 def weighed(guide, *args, **options):
     by_batch = minibatches(guide, *args, **options)
     return weigh_elements(by_batch, by_batch.over_a_pass(), 0)
+
+
+def elements(khat, khat_se, tail_share, gap, index=None):
+    numbers = {"khat": khat, "khat_se": khat_se, "tail_share": tail_share, "gap": gap}
+    return Elements(plate="rows", objections=objections_to(**numbers), index=index, **numbers)
 
 
 def verdict(found):
@@ -113,9 +123,8 @@ def test_one_element_is_named(shift):
     assert (~found.elements.trusted).nonzero().flatten().tolist() == [17]
     judged = verdict(found)
     assert not judged.trusted
-    assert (
-        "1 of 43 elements of plate 'groups' are not fitted: the ELBO of element 17" in judged.words
-    )
+    words = "1 of the 43 elements of plate 'groups' are not good: element 17 (an ELBO "
+    assert words in judged.words
     assert "where they are many, use a better one." in judged.words
 
 
@@ -153,7 +162,7 @@ def test_the_largest_of_many_khats():
         for _ in range(200):
             khat, zero = 0.7 + 0.1 * torch.randn(size), torch.zeros(size)
             ones = torch.ones(size)
-            trusted += bool(Elements("a", None, khat, 0.1 * ones, ones, zero).trusted.all())
+            trusted += not objections_to(khat, 0.1 * ones, ones, zero)
         assert 70 < trusted < 130
 
 
@@ -166,15 +175,16 @@ def test_the_largest_of_many_khats():
 )
 def test_why_a_large_khat_is_trusted(share, why):
     khat, zero = torch.linspace(0.2, 1.1, 1000), torch.zeros(1000)
-    elements = Elements("rows", None, khat, zero + 0.15, zero + share, zero)
-    assert bool(elements.trusted.all())
-    assert f"the largest k-hat {why}" in ElementWeights(elements, None, 0.0, 4).praise
+    numbers = khat, zero + 0.15, zero + share, zero
+    assert not objections_to(*numbers)
+    found = ElementWeights(elements(*numbers), None, 0.0, 4)
+    assert f"the largest k-hat {why}" in found.praise
 
 
 def test_the_worst_elements_are_shown():
     index = torch.arange(10, 22)
     khat, gap = torch.linspace(0.1, 1.2, 12), torch.linspace(0.5, 0.06, 12)
-    shown = repr(Elements("rows", index, khat, 0 * khat, 0 * khat + 1, gap)).split("\n")
+    shown = repr(elements(khat, 0 * khat, 0 * khat + 1, gap, index)).split("\n")
     assert shown[0] == "Elements: 0 of 12 of plate 'rows' are trusted"
     assert shown[1].startswith("  largest gaps in nats 0.5 of element 10, 0.46 of element 11, ")
     assert shown[2].startswith("  largest k-hats       1.2 of element 21, 1.1 of element 20, ")

@@ -12,7 +12,7 @@ from pyro import distributions as dist
 
 from pyro_artransform.diagnostics.importance import GOOD_GAP
 from pyro_artransform.inference.config import EvaluationConfig
-from pyro_artransform.inference.evaluation.mixture import Shape
+from pyro_artransform.inference.evaluation.mode_search import Shape
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
 from pyro_artransform.joint import LogJoint
 from tests.inference import models

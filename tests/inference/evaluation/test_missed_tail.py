@@ -8,8 +8,8 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference.evaluation.missed_modes import moments
-from pyro_artransform.inference.evaluation.mixture import Mixture, Shape
+from pyro_artransform.inference.evaluation.missed_modes import Mixture, moments
+from pyro_artransform.inference.evaluation.mode_search import Shape
 from pyro_artransform.joint import LogJoint
 
 NUM_DRAWS = 2000
@@ -36,7 +36,7 @@ def exact(model, count=NUM_DRAWS):
 
 
 def missed(model, draws, log_evidence=0.0):
-    around, ess = Shape(moments(draws, 100)), torch.full(draws.shape[1:], float(len(draws)))
+    around, ess = Shape(moments(draws[None], 100)), torch.full(draws.shape[1:], float(len(draws)))
     wide = around._replace(is_heavy=True).stratum(LogJoint(model), 10_000)
     return Mixture.of(draws, around, [wide], []).missed_tail(draws, ess, log_evidence)
 

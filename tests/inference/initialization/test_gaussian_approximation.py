@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from functools import partial
 
 import pyro
 import pytest
@@ -224,7 +223,7 @@ def started(model, *args):
     guide = AutoStructuredFlow(model, hidden_dim=4)
     guide.set_up(*args)
     log_joint = LogJoint(model, args)
-    initial = find_start(log_joint, partial(model, *args), guide, FEW)
+    initial = find_start(log_joint, guide, FEW)
     return guide, log_joint, initial
 
 
@@ -296,6 +295,6 @@ def test_a_guide_that_is_better_stays_as_it_is():
     loc, precision = gaussian_of(chain(10))
     guide, log_joint, _ = started(linear_model, loc, precision)
     before = {name: value.clone() for name, value in guide.state_dict().items()}
-    initial = find_start(log_joint, partial(linear_model, loc, precision), guide, FEW)
+    initial = find_start(log_joint, guide, FEW)
     assert initial.name == UNCHANGED
     assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())

@@ -112,7 +112,7 @@ class Weights(Objective):
 
 def test_the_gap_of_gaussian_weights_is_half_their_variance():
     # the standard errors of both means are 0.2 / sqrt(5000) = 0.003, and nearly cancel
-    assert abs(remaining_gap(Weights(0.2), 5000) - 0.02) < 0.002
+    assert abs(remaining_gap(Weights(0.2).log_weights(5000)) - 0.02) < 0.002
 
 
 def test_the_gap_of_many_posteriors_is_the_sum_of_those_of_each():
@@ -120,12 +120,12 @@ def test_the_gap_of_many_posteriors_is_the_sum_of_those_of_each():
         def log_weights(self, count):
             return torch.stack([self.elbo_draws(count) for _ in range(400)], 1)
 
-    assert abs(remaining_gap(OfMany(0.2), 200) - 400 * 0.02) < 0.2
+    assert abs(remaining_gap(OfMany(0.2).log_weights(200)) - 400 * 0.02) < 0.2
 
 
 @pytest.mark.parametrize("sd", [4.0, math.nan, math.inf])
 def test_weights_with_a_heavy_tail_or_not_finite_know_no_gap(sd):
-    assert remaining_gap(Weights(sd), 5000) == math.inf
+    assert remaining_gap(Weights(sd).log_weights(5000)) == math.inf
 
 
 NEAR = 0.0015
