@@ -4,7 +4,6 @@
 """Many posteriors in one: models of many data sets, densities by element of a plate, and their weights."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +19,11 @@ from torch import Tensor
 from ..graphs.markov_graph import MarkovGraph
 from .coordinates import PriorMap
 from .density import LogJoint
-from .enumeration import marginal_by_element
+from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
 from .protocols import GuideByCoordinate
 from .traces import is_deterministic, plate_nesting, subsampling_scale
-from .vectorization import DRAWS, DrawPlate, Draws, Terms, describe, evaluate_many
+from .vectorization import DrawPlate, Draws, Terms, describe, evaluate_many
 
 # data sets that are compared with single runs, and the tolerance of a log density, relative and in nats
 _NUM_DATA_SETS, _TOLERANCE = 3, 1e-3
@@ -169,12 +168,13 @@ def score_by_element(
     :param values: of latents, placed in the plate of draws.
     :param is_enumerated: whether the model has discrete latents, which are summed out.
     :return: as of :func:`sum_by_element`.
+    :raises ValueError: if it has.
     """
     if is_enumerated:
-        conditioned = partial(draws.run, poutine.condition(run, dict(values)))
-        is_single = draws.size is None
-        first_dim, kept = -2 - draws.num_plates + is_single, [] if is_single else [DRAWS]
-        return marginal_by_element(conditioned, first_dim, kept, frame)
+        raise ScaleError(
+            "expected a model without discrete latents that are summed out, whose density by element of a "
+            "plate is not known"
+        )
     with hidden_sites(), SiteLogProbs(values) as scored:
         draws.run(run)
     found = sum_by_element(draws, frame, scored.log_probs, scored.frames, like)
@@ -197,8 +197,8 @@ def log_density_by_element(log_joint: LogJoint, z: Tensor, plate: str) -> tuple[
     :param z: draws, shape ``(n, latent_dim)``, in the coordinates of the log joint density.
     :param plate: its name.
     :return: shapes ``(n, elements)`` and ``(n,)``, NaN where the model fails.
-    :raises ValueError: if the model has no such plate, it is a loop, or discrete latents outside of it
-        make its elements depend on each other.
+    :raises ValueError: if the model has no such plate, it is a loop, or the model has discrete latents
+        that are summed out.
     """
     known = {name: frame for name, frame in log_joint.plates.items() if frame.dim is not None}
     if (frame := known.get(plate)) is None:
@@ -215,9 +215,6 @@ def _evaluate(
 ) -> Terms:
     """One run of the model for many draws "z", or a single one, as ``evaluate_many`` takes it."""
     z, latents = draws["z"], log_joint.latents
-    if log_joint.is_enumerated and size == 1:  # as for the log joint density
-        one = _evaluate(log_joint, frame, {"z": z[0]}, None)
-        return {name: term[None] for name, term in one.items()}
     plate, prior = DrawPlate(size, log_joint.num_plates), PriorMap(log_joint.mapped_coordinates)
     values, ladjs = latents.split(z), dict[str, Tensor]()
     for name, site in latents.sites.items():
@@ -250,16 +247,16 @@ class Posteriors:
     def of(cls, log_joint: LogJoint, guide: object) -> "Posteriors | None":
         """Those of the plate with the most elements; None where no graph says that there are some."""
         found = None
-        if not isinstance(guide, GuideByCoordinate) or log_joint.is_random:
+        is_known = not (log_joint.is_random or log_joint.is_enumerated)
+        if not (isinstance(guide, GuideByCoordinate) and is_known):
             return None
         for name, frame in log_joint.plates.items():
             elements = log_joint.latents.elements_of(frame).to(log_joint.start.device)
             is_more = found is None or frame.size > found.size
             if frame.size > 1 and is_more and _are_apart(guide.markov_graph(), elements.tolist()):
                 candidate = cls(log_joint, guide, name, elements)
-                with suppress(ValueError):  # discrete latents outside of the plate
-                    rest = candidate.log_weights(_NUM_COMPARED)[2]
-                    found = candidate if bool((rest == rest[0]).all()) else found
+                rest = candidate.log_weights(_NUM_COMPARED)[2]
+                found = candidate if bool((rest == rest[0]).all()) else found
         return found
 
     @property
