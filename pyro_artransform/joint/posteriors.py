@@ -21,7 +21,7 @@ from .coordinates import PriorMap
 from .density import LogJoint
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
-from .protocols import GuideByCoordinate
+from .protocols import StructuredGuide
 from .traces import is_deterministic, plate_nesting, subsampling_scale
 from .vectorization import DrawPlate, Draws, Terms, describe, evaluate_many
 
@@ -113,21 +113,21 @@ class _DataSets:
 
     def _fault(self, run: Callable[[], object], sites: Mapping[str, Any]) -> str:
         """The sites of a few data sets whose densities are others than alone, in words."""
-        together: Any = poutine.trace(partial(self._run, run)).get_trace()
-        together.compute_log_prob()
+        with SiteLogProbs({}) as together:
+            self._run(run)
         dim, fault = -1 - (self._num_plates or 0), ""
         for k in range(0, self._size, max(self._size // _NUM_DATA_SETS, 1)):
             given = {}
             for name, site in sites.items():
                 if is_deterministic(site) or site_is_subsample(site):
                     continue
-                value, event_dim = together.nodes[name]["value"], site["fn"].event_dim
-                given[name] = value.select(dim - event_dim, k).reshape(site["value"].shape)
-            alone: Any = poutine.trace(poutine.condition(run, given)).get_trace()
-            alone.compute_log_prob()
+                value = together.values[name].select(dim - site["fn"].event_dim, k)
+                given[name] = value.reshape(site["value"].shape)
+            with SiteLogProbs({}) as alone:
+                poutine.condition(run, given)()
             for name in given:
-                log_prob = together.nodes[name]["log_prob"].select(dim, k).sum()
-                expected = alone.nodes[name]["log_prob"].sum()
+                log_prob = together.log_probs[name].select(dim, k).sum()
+                expected = alone.log_probs[name].sum()
                 if not torch.allclose(log_prob, expected, _TOLERANCE, _TOLERANCE, equal_nan=True):
                     fault = f"other densities of site '{name}' than for each data set alone"
         return fault
@@ -239,7 +239,7 @@ class Posteriors:
     """
 
     log_joint: LogJoint
-    guide: GuideByCoordinate
+    guide: StructuredGuide
     plate: str
     elements: Tensor
 
@@ -248,7 +248,7 @@ class Posteriors:
         """Those of the plate with the most elements; None where no graph says that there are some."""
         found = None
         is_known = not (log_joint.is_random or log_joint.is_enumerated)
-        if not (isinstance(guide, GuideByCoordinate) and is_known):
+        if not (isinstance(guide, StructuredGuide) and is_known):
             return None
         for name, frame in log_joint.plates.items():
             elements = log_joint.latents.elements_of(frame).to(log_joint.start.device)
