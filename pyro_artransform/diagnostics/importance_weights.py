@@ -40,23 +40,6 @@ Drawer = Callable[[int], Weighted]
 
 
 @torch.no_grad()
-def log_weights(
-    model: Model,
-    guide: Model,
-    num_samples: int,
-    args: Args = (),
-    kwargs: Kwargs | None = None,
-    log_joint: LogJoint | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draws ``(n, latent_dim)`` of a guide on the unconstrained space, and their log weights ``(n,)``."""
-    chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
-    latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
-    if len(latents) < len(chunks):
-        raise ValueError("guide: expected neither discrete sites nor latents of a minibatch")
-    return torch.cat(latents), torch.cat([chunk.log_weights for chunk in chunks])
-
-
-@torch.no_grad()
 def weighted_draws(
     model: Model, guide: Model, n: int, args: Args, kwargs: Kwargs, log_joint: LogJoint | None
 ) -> Iterator[Weighted]:
@@ -114,7 +97,14 @@ class ModelAndGuide(NamedTuple):
 
     def draws(self, count: int) -> Tensor:
         """Draws ``(count, latent_dim)`` of the guide, in the coordinates of the density."""
-        return log_weights(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)[0]
+        latents = list[Tensor]()
+        for chunk in self.weighted_draws(count):
+            if chunk.latent is None:
+                raise ValueError(
+                    "guide: expected neither discrete sites nor latents of a minibatch"
+                )
+            latents.append(chunk.latent)
+        return torch.cat(latents)
 
 
 def has_point(values: Values) -> bool:
