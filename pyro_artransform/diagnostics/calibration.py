@@ -20,7 +20,6 @@ from torch.distributions import Binomial
 
 from ..arguments import check_integer
 from ..joint.density import Args, Kwargs
-from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site, is_deterministic
 from .importance_weights import Values
@@ -176,7 +175,7 @@ def sbc(
 
     found = []
     for _ in trange(num_simulations, disable=not progress):
-        values = {k: site["value"] for k, site in _sites(SimulatedData()(run)).items()}
+        values = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
         found.append(values if at_once else ranks_of(values))
     stacked = {name: torch.stack([each[name] for each in found]) for name in found[0]}
     return SBC(ranks_of(stacked) if at_once else stacked, num_draws)
