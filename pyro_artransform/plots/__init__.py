@@ -10,12 +10,13 @@ except ImportError as error:
 
 from .graphs import plot_graph
 from .pairs import plot_pairs
-from .panels import plot_elbo, plot_khat, plot_ranks
+from .panels import plot_elbo, plot_khat, plot_marginals, plot_ranks
 
 __all__ = [
     "plot_elbo",
     "plot_graph",
     "plot_khat",
+    "plot_marginals",
     "plot_pairs",
     "plot_ranks",
 ]

@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from ..diagnostics import SBC, Importance, fit_tail, simultaneous_bands
+from ..diagnostics import SBC, Importance, Marginals, fit_tail, simultaneous_bands
 from ..diagnostics.convergence import Convergence
-from ..diagnostics.importance import GOOD_KHAT
+from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
+from ..diagnostics.marginals import bounds_in_words
 from ..inference import Chains, FitResult
 
 BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
+_MAX_NAMED = 8  # sites in the legend
+_MAX_BARS = 100  # coordinates: more error bars than that hide each other
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (6, 3.6)) -> Axes:
@@ -98,6 +102,39 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
     ax.legend(frameon=False)
     return ax
+
+
+def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
+    """How far each latent's standard deviation is off, over how far its mean is.
+
+    Each dot is a coordinate on the unconstrained space, with standard errors where there are up to 100
+    of them. Those of the posterior itself would be in the middle. The gray box holds errors that are
+    small enough to be trusted.
+
+    :param result: what :func:`~pyro_artransform.diagnostics.marginals` found.
+    :param ax: where to draw; by default new Axes.
+    """
+    ax = new_axes(ax)
+    width, height = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
+    style: dict[str, Any] = {"color": GRAY, "alpha": 0.2, "linewidth": 0}
+    ax.add_patch(Rectangle((-width, -height), 2 * width, 2 * height, **style))
+    ax.axhline(0, color=GRAY, linewidth=0.8)
+    ax.axvline(0, color=GRAY, linewidth=0.8)
+    limits = torch.tensor([2 * width, 2 * height], dtype=torch.float64, device="cpu")
+    has_bars = sum(shift.numel() for shift in result.mean_shift.values()) <= _MAX_BARS
+    for k, (name, shift) in enumerate(result.mean_shift.items()):
+        x, y = doubles(shift), 100 * doubles(result.sd_ratio[name] - 1)
+        style = {"fmt": ".", "elinewidth": 0.6, "alpha": 0.7, "color": f"C{k % 10}"}
+        if has_bars:
+            style["xerr"] = doubles(result.mean_shift_se[name])
+            style["yerr"] = 100 * doubles(result.sd_ratio_se[name])
+        ax.errorbar(x, y, label=name if k < _MAX_NAMED else None, **style)
+        limits = limits.maximum(torch.stack([x, y]).abs().nan_to_num(0, 0).amax(1))
+    width, height = (1.1 * limits).tolist()
+    ax.set(xlim=(-width, width), ylim=(-height, height))
+    ax.set_title(bounds_in_words(result.mean_bound, result.sd_bound), fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
+    return tidied(ax, "mean too large by (sd)", "sd too large by (%)")
 
 
 def plot_ranks(

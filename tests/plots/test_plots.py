@@ -14,7 +14,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoStructuredFlow
-from pyro_artransform.diagnostics import SBC, Importance, fit_tail
+from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
 from pyro_artransform.inference import mcmc
 
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -27,6 +27,10 @@ from pyro_artransform import plots  # noqa: E402
 def ax():
     yield plt.subplots()[1]
     plt.close("all")
+
+
+def limits(ax):
+    return (*ax.get_xlim(), *ax.get_ylim())
 
 
 # The ELBO
@@ -94,6 +98,36 @@ def test_khat_of_odd_weights(weights):
     ax = plots.plot_khat(Importance.from_log_weights(weights))
     ax.figure.canvas.draw()
     assert ax.get_title().startswith("k-hat = ")
+
+
+# Means and sds
+
+
+def known_marginals(size=40):
+    """Errors of a scalar ``m`` and of ``z``, whose last coordinates are off by most."""
+    shift = {"m": torch.tensor(0.02), "z": torch.linspace(-0.1, 0.5, size)}
+    ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
+    small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
+    bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
+    bounds |= {"num_chains": 64, "max_rhat": 1.01}
+    return Marginals(shift, small, ratio, small, **bounds, trusted=False, words="")
+
+
+def test_marginals(ax):
+    found = known_marginals()
+    assert plots.plot_marginals(found, ax=ax) is ax
+    assert ax.get_title() == "means within 0.55 sd, sds within 45 %"
+    m, z = ax.containers
+    assert (m.get_label(), z.get_label()) == ("m", "z")
+    x, y = (torch.as_tensor(list(values)) for values in z.lines[0].get_data())
+    torch.testing.assert_close(x, found.mean_shift["z"])
+    torch.testing.assert_close(y, 100 * (found.sd_ratio["z"] - 1))
+    segment = z.lines[2][0].get_segments()[0]
+    assert segment[1, 0] - segment[0, 0] == pytest.approx(2 * 0.02)
+    # all dots are there, and the box of errors that are small enough
+    assert limits(ax) == pytest.approx((-0.55, 0.55, -44.0, 44.0))
+    (box,) = ax.patches
+    assert (box.get_xy(), box.get_width(), box.get_height()) == ((-0.15, -15.0), 0.3, 30.0)
 
 
 # Ranks
