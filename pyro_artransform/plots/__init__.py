@@ -10,10 +10,11 @@ except ImportError as error:
 
 from .graphs import plot_graph
 from .pairs import plot_pairs
-from .panels import plot_elbo, plot_khat, plot_marginals, plot_ranks
+from .panels import plot_elbo, plot_fit, plot_khat, plot_marginals, plot_ranks
 
 __all__ = [
     "plot_elbo",
+    "plot_fit",
     "plot_graph",
     "plot_khat",
     "plot_marginals",

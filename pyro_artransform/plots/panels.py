@@ -1,10 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of results."""
+"""Single pictures of results, and the picture of a fit that puts them side by side."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -40,6 +41,51 @@ def tidied(ax: Axes, x: str, y: str) -> Axes:
 def doubles(value: Tensor) -> Tensor:
     """All numbers of a tensor, as matplotlib takes them."""
     return value.detach().to("cpu", torch.float64).flatten()
+
+
+def plot_fit(result: FitResult) -> Any:
+    """A fit in one picture, under its verdict.
+
+    The panels are those of :func:`plot_elbo`, with the ELBO and the log evidence at the end; of
+    :func:`plot_khat`, where there are weights of all data; and of :func:`plot_marginals`, where the
+    fit has checked single latents.
+
+    :param result: what :func:`~pyro_artransform.fit` has returned.
+    :return: an array of Axes, one for each panel.
+    :raises TypeError: if it is not the result of a fit.
+    """
+    if not isinstance(result, FitResult):
+        raise TypeError(f"result: expected what fit returns, got {type(result).__name__}")
+    count = 1 + (result.importance is not None) + (result.marginals is not None)
+    words = textwrap.fill(result.verdict, 70 * count)
+    size = 4.4 * count, 3.4 + 0.15 * words.count("\n")
+    figure, axes = plt.subplots(1, count, squeeze=False, figsize=size, layout="constrained")
+    figure.suptitle(words, fontsize=8)
+    _draw_elbo(result, axes[0, 0])
+    if result.importance is not None:
+        plot_khat(result.importance, axes[0, 1])
+    if result.marginals is not None:
+        plot_marginals(result.marginals, axes[0, -1])
+    return axes[0]
+
+
+def _draw_elbo(result: FitResult, ax: Axes) -> None:
+    """The ELBO of each step, if there were any, over the one at the end and the log evidence."""
+    low, high = inf, -inf
+    if result.history:
+        low, high = plot_elbo(result.history, ax).get_ylim()
+    else:
+        tidied(ax, "step", "ELBO (nats)").set(xticks=[])
+    ends = {"ELBO at the end": (result.elbo, ORANGE), "log evidence": (result.log_evidence, GRAY)}
+    for name, (value, color) in ends.items():
+        if isfinite(value):
+            ax.axhline(value, color=color, linewidth=1.2, linestyle="--", label=name)
+            low, high = min(low, value), max(high, value)
+    if isfinite(high - low):
+        margin = 0.05 * (high - low) or 1.0
+        ax.set_ylim(low - margin, high + margin)
+        ax.legend(frameon=False, loc="lower right", fontsize=8)
+    ax.set_title(f"ELBO = {result.elbo:.3f} ± {result.elbo_se:.3f}")
 
 
 def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = None) -> Axes:

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import importlib
 import math
 import sys
@@ -13,7 +14,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform import AutoStructuredFlow
+from pyro_artransform import AutoStructuredFlow, FitResult
 from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
 from pyro_artransform.inference import mcmc
 
@@ -58,8 +59,6 @@ def test_elbo(ax, kind):
 @pytest.mark.parametrize("steps", [[1.0], [2.0] * 30, [math.nan, 1.0, 2.0], [math.nan] * 3])
 def test_elbo_of_odd_histories(steps):
     assert isinstance(plots.plot_elbo(steps), plt.Axes)
-    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
-        plots.plot_elbo([])
 
 
 # The tail of weights
@@ -202,6 +201,65 @@ def test_ranks_of_the_chains_of_a_posterior():
         plots.plot_ranks(chains, names=["c"])
     with pytest.raises(ValueError, match="at least 4 draws of each chain, got 3"):
         plots.plot_ranks({"z": torch.zeros(4, 3)})
+
+
+# A fit
+
+
+def result(weights=None, marginals=None, steps=500):
+    """What a fit returns, of given log weights; without them it is that of mini-batches."""
+    found = None if weights is None else Importance.from_log_weights(weights)
+    fields = dict.fromkeys([field.name for field in dataclasses.fields(FitResult)])
+    numbers = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
+    fields.update(dict.fromkeys(numbers, math.nan), elbo=-30.9, elbo_se=0.1)
+    fields.update({} if found is None else {name: vars(found)[name] for name in numbers})
+    if found is not None:
+        fields.update(elbo=found.elbo, elbo_se=found.elbo_se)
+    verdict = "Not trusted: " + "a long sentence that says why, and " * 12
+    fields.update(verdict=verdict, history=history(steps), importance=found, marginals=marginals)
+    return FitResult(**fields)
+
+
+def weights(n=2000):
+    return 0.3 * torch.empty(n).exponential_() - 31
+
+
+def test_fit_of_many_latents():
+    found = result(weights(), known_marginals())
+    elbo, tail, marginals = plots.plot_fit(found)
+    assert elbo.get_title() == f"ELBO = {found.elbo:.3f} ± {found.elbo_se:.3f}"
+    ends = {line.get_label(): line.get_ydata()[0] for line in elbo.get_lines()[2:]}
+    assert ends == {"ELBO at the end": found.elbo, "log evidence": found.log_evidence}
+    low, high = elbo.get_ylim()
+    assert low < min(ends.values()) < max(ends.values()) < high
+    assert tail.get_title().startswith("k-hat = ")
+    assert marginals.get_ylabel() == "sd too large by (%)"
+    words = elbo.figure.get_suptitle()
+    assert words.replace("\n", " ") == found.verdict.strip()
+    elbo.figure.canvas.draw()
+
+
+def test_fit_without_weights_and_bad_results():
+    (elbo,) = plots.plot_fit(result())
+    labels = [line.get_label() for line in elbo.get_lines()]
+    assert labels == ["step", "running median", "ELBO at the end"]
+    with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
+        plots.plot_fit(Importance.from_log_weights(weights()))
+    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
+        plots.plot_elbo([])
+
+
+def test_fit_without_steps():
+    found = result(1.5 * weights(), steps=0)
+    assert found.log_evidence > found.elbo + 0.05
+    elbo, _ = plots.plot_fit(found)
+    assert [line.get_label() for line in elbo.get_lines()] == ["ELBO at the end", "log evidence"]
+    low, high = elbo.get_ylim()
+    assert all(low < line.get_ydata()[0] < high for line in elbo.get_lines())
+    # without a finite density
+    elbo, _ = plots.plot_fit(result(torch.full((100,), -math.inf), steps=0))
+    assert elbo.get_title() == "ELBO = -inf ± inf"
+    elbo.figure.canvas.draw()
 
 
 def test_without_matplotlib(monkeypatch):
