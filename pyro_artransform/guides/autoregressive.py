@@ -25,7 +25,12 @@ from . import prototype
 from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
 from .persistence.param_store import Ownership
 from .persistence.spec import Arguments, GuideSpec
-from .prior_coordinates import GuideInCoordinates, check_coordinates, prior_layer
+from .prior_coordinates import (
+    CoordinatesArgument,
+    GuideInCoordinates,
+    check_coordinates,
+    prior_layer,
+)
 
 
 class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
@@ -51,12 +56,14 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latents.
     :param init_loc_fn: one of Pyro's functions of starting values, by default the prior's median.
     :param init_scale: the standard deviation to start with, on the unconstrained space.
-    :param coordinates: "prior" for coordinates from the model's own prior, or "model" for the latents as the
-        model has them. See ``guide.prior_coordinates``. A guide that has such coordinates needs its model to
-        draw.
+    :param coordinates: "prior" for coordinates from the model's own prior; "model" for the latents as the
+        model has them; or, by site, how centred they are, numbers or tensors that broadcast to the site on
+        the unconstrained space: 0 in units of its prior, 1 as the model has it. See
+        ``guide.prior_coordinates``. A guide that has such coordinates needs its model to draw.
     :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
         is not a module, or has no parameters.
-    :raises ValueError: if ``init_scale`` is not positive; at the first call, for discrete latents that are
+    :raises ValueError: if ``init_scale`` is not positive, or a number of ``coordinates`` not from 0 to 1; at
+        the first call, for sites of ``coordinates`` that have none from the prior, discrete latents that are
         not enumerated, latents in a sub-sampled plate, a support that depends on another latent, or a flow
         that is not autoregressive.
 
@@ -86,7 +93,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
-        coordinates: str = "prior",
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         check_flow_argument("flow", flow, "the latent dimension")
         if full_rank not in (None, True, False):

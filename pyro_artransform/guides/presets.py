@@ -24,6 +24,7 @@ from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
+from .prior_coordinates import CoordinatesArgument
 
 # of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
 # models in some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
@@ -54,7 +55,7 @@ class PresetGuide(AutoAutoregressive):
         full_rank: bool | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
-        coordinates: str = "prior",
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         given_or_named: Any = nonlinearity
         nonlinearity = _ACTIVATIONS.get(given_or_named, given_or_named)

@@ -14,9 +14,12 @@ from ..arguments import asks_for_data
 from ..joint import LogJoint
 from ..joint.coordinates import Coordinates, coordinates_at
 from ..joint.density import Args, Kwargs
+from ..joint.sites import Latents
 from ..transforms import FlowModule
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
+
+CoordinatesArgument = str | Mapping[str, Any]
 
 
 class PriorCoordinates(FlowModule):
@@ -78,8 +81,8 @@ def prior_layer(spec: GuideSpec, start: Tensor) -> PriorCoordinates | None:
 class GuideInCoordinates(PersistentGuide):
     """A guide that draws in coordinates of the prior, where the prior of a latent depends on others."""
 
-    asked: str  #: the argument ``coordinates``
-    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates",)
+    asked: CoordinatesArgument  #: the argument ``coordinates``
+    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _functions = (*PersistentGuide._functions, "_bound")
     # the model's log joint density for the arguments of the last call, where draws need the model
     _bound: LogJoint | None = None
@@ -100,8 +103,8 @@ class GuideInCoordinates(PersistentGuide):
 
     @property
     def chooses_coordinates(self) -> bool:
-        """Whether a fit chooses how centred they are, which it does where there are some."""
-        return self.prior_coordinates is not None
+        """Whether a fit chooses how centred they are: not where the user has said it."""
+        return bool(self._checked_spec().arguments.get("chooses_coordinates"))
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
         """The log density of the model, whose runs leave no trace and take no random numbers."""
@@ -125,36 +128,75 @@ class GuideInCoordinates(PersistentGuide):
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
         """Arguments of the specification that the density of the model says; see :meth:`_mapped_sites`."""
         found = self._mapped_sites(args, kwargs, depends)
-        return {"coordinates": dict.fromkeys(found, True)} if found else {}
+        return self._coordinate_arguments(dict.fromkeys(found, True))
+
+    def _coordinate_arguments(self, with_location: dict[str, bool]) -> Arguments:
+        if not with_location:
+            return {}
+        return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """The sites with coordinates from the prior, and whether this depends on other latents.
 
         :param depends: whether the prior of some latent was seen to depend on others.
         """
-        if self.asked == "model" or not depends:
+        if self.asked == "model" or not (depends or isinstance(self.asked, Mapping)):
             return {}
         self._bound = self._log_joint(*args, **kwargs)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            return self._bound.mapped_sites()
+            found = self._bound.mapped_sites()
+        if isinstance(self.asked, Mapping):
+            unknown = sorted(self.asked.keys() - found.keys())
+            if unknown:
+                raise ValueError(
+                    "coordinates: expected latents whose prior has a location or a scale that depends "
+                    f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
+                )
+            found = {name: found[name] for name in found if name in self.asked}
+        return found
+
+    def _center_as_asked(self, latents: Latents) -> None:
+        parts = latents.views(self._prior[0].centered)
+        for name, value in cast(Mapping[str, Tensor], self.asked).items():
+            try:
+                parts[name].copy_(value)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"coordinates['{name}']: expected a number, or some that broadcast to shape "
+                    f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
+                ) from error
 
     def _colors(self) -> Tensor | None:
         """Labels ``(latent_dim,)`` of latents whose curvatures can be told apart when they move at once."""
         return None
 
     def _start_coordinates(self, start: Tensor) -> Tensor:
-        """Sets lambda by the curvature at a start, and returns this in coordinates."""
+        """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
         prior, log_joint = self._prior[0], cast(LogJoint, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-            found = coordinates_at(log_joint, prior.coordinates, start[None], self._colors())
-            prior.unit.copy_(found.unit)
-            prior.centered.copy_(found.centered)
+            if isinstance(self.asked, Mapping):
+                prior.unit.copy_(log_joint.prior_scales(start))
+                self._center_as_asked(log_joint.latents)
+            else:
+                found = coordinates_at(log_joint, prior.coordinates, start[None], self._colors())
+                prior.unit.copy_(found.unit)
+                prior.centered.copy_(found.centered)
             mapped = log_joint.with_coordinates(prior.coordinates)
             return mapped.from_unconstrained(start[None])[0][0]
 
 
-def check_coordinates(coordinates: str) -> str:
-    """The argument ``coordinates`` of a guide: a ``ValueError`` unless it is "prior" or "model"."""
-    if coordinates not in ("prior", "model"):
-        raise ValueError(f"coordinates: expected 'prior' or 'model', got {coordinates!r}")
-    return coordinates
+def check_coordinates(coordinates: CoordinatesArgument) -> CoordinatesArgument:
+    """The argument ``coordinates`` of a guide, with numbers as tensors.
+
+    :raises ValueError: if it is neither "prior", "model" nor a mapping of sites to numbers from 0 to 1.
+    """
+    if isinstance(coordinates, str) and coordinates in ("prior", "model"):
+        return coordinates
+    if isinstance(coordinates, Mapping):
+        given = {name: torch.as_tensor(value) for name, value in coordinates.items()}
+        if all(bool(((value >= 0) & (value <= 1)).all()) for value in given.values()):
+            return given
+    raise ValueError(
+        "coordinates: expected 'prior', 'model', or a mapping of sites to how centred they are, between 0 "
+        f"(in units of the prior) and 1 (as the model is written), got {coordinates!r}"
+    )

@@ -78,6 +78,11 @@ def test_it_survives(make, tmp_path):
     twins[-1].model = schools
     for twin in twins:
         assert torch.equal(twin.log_prob(draws), expected)
+        assert twin.chooses_coordinates
+    given = trained(make, coordinates={"theta": 0.3})
+    given.save(path)
+    assert not type(given).load(path, schools).chooses_coordinates
+    guide.save(path)
     with pytest.raises(RuntimeError, match=r"load\(path, model\)"):
         type(guide).load(path).sample_posterior(2)
     guide._prior[0].centered.data[2:] = 0.7
@@ -90,15 +95,23 @@ def test_it_survives(make, tmp_path):
     assert torch.equal(again.log_prob(draws), expected)
 
 
-def test_the_model_as_it_is_written():
+def test_lambda_is_as_asked_for():
+    theta = torch.tensor([0.0, 0.2, 0.5, 1.0])
+    guide = GUIDES["iaf"](coordinates={"theta": theta})
+    guide()
+    assert torch.equal(guide.prior_coordinates.centered[2:], theta)
+    assert not guide.chooses_coordinates
     guide = GUIDES["iaf"](coordinates="model")
     guide()
     assert guide.prior_coordinates is None
-    assert not guide.chooses_coordinates
     assert "centered" not in "".join(dict(guide.named_parameters()))
-    for wrong in ("centred", {"theta": 0.5}, 0.5):
-        with pytest.raises(ValueError, match="coordinates: expected 'prior' or 'model', got"):
+    for wrong in ("centred", {"theta": 1.5}, 0.5):
+        with pytest.raises(ValueError, match="expected 'prior', 'model', or a mapping"):
             AutoIAF(schools, coordinates=wrong)
+    with pytest.raises(ValueError, match=r"broadcast to shape \(4,\), got shape \(3,\)"):
+        AutoIAF(schools, coordinates={"theta": torch.zeros(3)})()
+    with pytest.raises(ValueError, match=r"\['tau', 'theta'\], got \['mu'\]"):
+        AutoIAF(schools, coordinates={"mu": 0.5})()
 
 
 def test_latents_of_several_dtypes_have_them_too():
@@ -110,9 +123,9 @@ def test_latents_of_several_dtypes_have_them_too():
             )
             pyro.sample("y", dist.Normal(theta, SIGMA), obs=torch.tensor([28.0, 8.0, -3.0, 7.0]))
 
-    guide = AutoIAF(model)
+    guide = AutoIAF(model, coordinates={"theta": 0.25})
     guide()
-    assert list(guide.prior_coordinates.with_location) == ["tau", "theta"]
+    assert guide.prior_coordinates.centered.tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
     found = fit(model, AutoIAF(model), num_steps=1, seed=0, progress=False)
     assert found.coordinates["theta"].max() < 0.5  # the data are weak
 
@@ -124,6 +137,8 @@ def test_a_model_whose_priors_stand_alone_has_no_map():
     guide = AutoIAF(model)
     guide()
     assert guide.prior_coordinates is None
+    with pytest.raises(ValueError, match=r"\[\], got \['z'\]"):
+        AutoIAF(model, coordinates={"z": 0.0})()
 
 
 def test_a_chain_stays_a_chain():
@@ -142,6 +157,9 @@ def test_a_chain_stays_a_chain():
     assert found.pop("scale")
     assert set(found.values()) == {False}
     assert len(guide.graph.elimination.root) < 5
+    asked = AutoStructuredFlow(walk, coordinates={"z3": 0.0})
+    asked()
+    assert dict(asked.prior_coordinates.with_location) == {"z3": True}
 
 
 def test_predictions_for_other_arguments():
@@ -158,7 +176,7 @@ def test_another_model_and_other_arguments_count_from_the_next_draw_on():
         tau = pyro.sample("tau", dist.LogNormal(0.0, 0.1))
         pyro.sample("z", dist.Normal(0.0, scale * tau))
 
-    guide = AutoIAF(scaled, num_transforms=1, hidden_dims=8)
+    guide = AutoIAF(scaled, num_transforms=1, hidden_dims=8, coordinates={"z": 0.0})
     one, ten = torch.tensor(1.0), torch.tensor(10.0)
     sds = [guide.sample_posterior(500, scale)["z"].std() for scale in (one, ten)]
     sds += [

@@ -21,7 +21,7 @@ from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model
 from ..persistence.spec import GuideSpec
-from ..prior_coordinates import GuideInCoordinates, check_coordinates
+from ..prior_coordinates import CoordinatesArgument, GuideInCoordinates, check_coordinates
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
 from .encoder import Encoder, check_encoder, first_feature_units
 from .plates import (
@@ -145,7 +145,7 @@ class AutoAmortized(AmortizedInCoordinates):
         init_loc_fn: Model = init_to_median,
         init_scale: float = 0.1,
         create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None = None,
-        coordinates: str = "prior",
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         if flow is not None:
             check_flow_argument("flow", flow, "the latent dimension")

@@ -187,11 +187,15 @@ class AmortizedInCoordinates(GuideInCoordinates):
 
     @torch.no_grad()
     def _center_at_start(self, args: Args, kwargs: Kwargs) -> None:
-        """Sets lambda by the curvature at the starting values, and the location there."""
+        """Sets lambda as asked for, or by the curvature at the starting values, and the location there."""
         log_joint = cast(LogJoint, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            share = 1 / log_joint.structure(args, kwargs).scale
-            self.center_at(log_joint.start[None], log_joint, share)
+            if isinstance(self.asked, Mapping):
+                self._set_unit(log_joint, log_joint.start)
+                self._center_as_asked(self._checked_spec().latents)
+            else:
+                share = 1 / log_joint.structure(args, kwargs).scale
+                self.center_at(log_joint.start[None], log_joint, share)
             self._locate(log_joint)
 
     def _values_and_ladjs(

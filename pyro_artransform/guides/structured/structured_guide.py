@@ -23,6 +23,7 @@ from ...joint.sites import Latents
 from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import Arguments, GuideSpec
+from ..prior_coordinates import CoordinatesArgument
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
@@ -108,7 +109,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         num_transforms: int = 1,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
-        coordinates: str = "prior",
+        coordinates: CoordinatesArgument = "prior",
     ) -> None:
         super().__init__(
             model,
@@ -133,7 +134,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         return self.graph.markov
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """The graph, in coordinates of the prior where these bring few more edges.
+        """The graph, in coordinates of the prior where these bring few more edges, or are asked for.
 
         A chain whose location is the state before is dense in units of its prior: without the location
         it is a chain in units of the scale.
@@ -144,8 +145,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
             found = self._graph_in(log_joint, sites)
-            if _size(found) <= _MOST_FILL_IN * _size(graph):
-                return {"coordinates": sites, "graph": found.to_plain()}
+            if self.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
+                return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
         return {"graph": graph.to_plain()}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:

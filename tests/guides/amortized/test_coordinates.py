@@ -84,12 +84,12 @@ def test_particles_at_once_and_one_by_one_have_the_same_mean(encoder):
 def test_the_exact_posterior_has_equal_weights():
     """In units of the prior, z = mean + x: given the mean, x is Normal(4 (y - mean) / 5, 1 / 5)."""
     y = data()
-    guide = AutoAmortized(hierarchies.groups, flow=None, local_flow=None)
+    options = {"flow": None, "local_flow": None, "coordinates": {"z": 0.0}}
+    guide = AutoAmortized(hierarchies.groups, **options)
     guide(y)
     precision = 1 / 9 + 12 / 1.25
     mean, scale = y.sum() / 1.25 / precision, precision**-0.5
     with torch.no_grad():
-        guide.prior_coordinates.centered[1:] = 0.0
         local, globals_ = guide.transform.locals[0], guide.transform.globals
         globals_.transform.parts[-1].set_(mean.reshape(1), torch.tensor([[scale]]))
         local.affine.log_scale.fill_(-0.5 * math.log(5.0))
@@ -156,13 +156,16 @@ def test_it_survives(tmp_path):
     train(hierarchy, twins[0], data())
 
 
-def test_lambda_is_by_the_data():
+def test_lambda_is_by_the_data_or_as_asked_for():
     for noise, least, most in ((10.0, 0.0, 0.1), (0.01, 0.9, 1.0)):
         guide = AutoAmortized(lambda y, noise=noise: hierarchy(y, noise=noise))
         guide(data())
         child = guide.prior_coordinates.centered[-1]
         pyro.clear_param_store()
         assert least <= child <= most
+    guide = set_up(hierarchy, data(), coordinates={"local": 0.25})
+    assert list(guide.prior_coordinates.with_location) == ["local"]
+    assert not guide.chooses_coordinates
     for model, coordinates in ((hierarchy, "model"), (hierarchies.standard, "prior")):
         guide = AutoAmortized(model, coordinates=coordinates)
         guide(*[data()][: model is hierarchy])
