@@ -18,7 +18,7 @@ from ..arguments import (
     check_integer,
     names_the_class,
 )
-from ..conditioners import TiltedSiLU, default_activation
+from ..conditioners import default_activation
 from ..flows import hinged_marginals, iaf, maf, spline_marginals
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
@@ -29,8 +29,6 @@ from .prior_coordinates import CoordinatesArgument
 # of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
 # models in some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
 _MULTIPLIER = 0.1
-# the defaults of this version and of others, by their names in files
-_ACTIVATIONS = {repr(each): each for each in (nn.SiLU(), nn.ELU(), TiltedSiLU())}
 
 
 class PresetGuide(AutoAutoregressive):
@@ -57,8 +55,6 @@ class PresetGuide(AutoAutoregressive):
         init_scale: float = 0.1,
         coordinates: CoordinatesArgument = "prior",
     ) -> None:
-        given_or_named: Any = nonlinearity
-        nonlinearity = _ACTIVATIONS.get(given_or_named, given_or_named)
         if nonlinearity is not None:
             wanted = "a function or a module such as torch.nn.ELU()"
             check_callable("nonlinearity", nonlinearity, wanted)
@@ -123,8 +119,8 @@ class AutoIAF(PresetGuide):
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()`` up to 64 latents, which is of
         second order near zero, as the skewness of a posterior is, and
-        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. Another one is given to
-        :meth:`~AutoAutoregressive.load` again.
+        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, an activation
+        of ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
     :param skip_connections: whether each network has a linear layer from its inputs to its outputs
         too; by default it has none. A regression on many columns ends nearer with
         ``nonlinearity=TiltedSiLU(0.0), skip_connections=True``, a funnel further off.

@@ -28,12 +28,12 @@ from ...files import FilePath
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, resolve_conflicts
-from .spec import Arguments, GuideSpec, State, check_finite, check_size, to_plain
+from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
 
-_FORMAT = 9
+_FORMAT = 8
 
 
 class PersistentGuide(AutoGuide):
@@ -133,13 +133,9 @@ class PersistentGuide(AutoGuide):
 
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
-        own, written = self._resolved_arguments(spec.latents.latent_dim), spec.arguments
-        spec = replace(spec, arguments={**written, **own})
+        arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
+        spec = replace(spec, arguments=arguments)
         check_size(state, self._least_numbers(spec))
-        for name, value in own.items():
-            expected, got = written.get(name), to_plain(name, value)
-            if callable(value) and got != expected:
-                raise ValueError(f"{name}: expected {expected}, to be given again, got {got}")
         self._set_up_from(spec, spec.zeros())
         self._ownership, self._model_is_checked = Ownership.CARRIED, False
 
@@ -266,8 +262,11 @@ class PersistentGuide(AutoGuide):
     def get_extra_state(self) -> Tensor:
         """The spec as bytes; null before the first call, or where a support cannot be written."""
         plain = None
-        with suppress(ValueError):
-            plain = None if self._spec is None else self._spec.to_plain()
+        if self._spec is not None:
+            # a guide has its functions before it loads a state dict
+            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
+            with suppress(ValueError):
+                plain = replace(self._spec, arguments=known).to_plain()
         return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -300,7 +299,7 @@ class PersistentGuide(AutoGuide):
         """Writes the guide to a file of tensors and plain data: where that fails, an old file stays.
 
         :raises RuntimeError: if the guide was never called.
-        :raises ValueError: if a support is not plain data, or a parameter not finite.
+        :raises ValueError: if a support or an argument is not plain data, or a parameter not finite.
         """
         content = {"format": _FORMAT, "class": type(self).__name__}
         content["spec"] = self._checked_spec().to_plain()
@@ -325,8 +324,7 @@ class PersistentGuide(AutoGuide):
             from its prior, the first ones with its data. The first call checks that its latents are these.
         :param map_location: as for ``torch.load``.
         :param arguments: those of the constructor that no file holds: ``flow`` of
-            ``AutoAutoregressive``, ``encoder`` and ``create_plates`` of ``AutoAmortized``, and a
-            ``nonlinearity`` other than the default.
+            ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, is of another
             class of guide, holds NaN, or is of another flow.
         """

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import activation
 
+from ...conditioners import TiltedSiLU
 from ...joint.sites import Latents, Site
 
 Arguments = dict[str, Any]
 State = Mapping[str, Tensor]
 
+_FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
 _NAMES = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than", "interval"),
     *("half_open_interval", "simplex", "corr_cholesky", "corr_matrix", "ordered_vector"),
@@ -95,7 +98,7 @@ class GuideSpec:
 
 
 def to_plain(name: str, value: Any) -> Any:
-    """A support or an argument of a guide as plain data, functions by name; ``name`` is for errors."""
+    """A support or an argument of a guide as plain data; ``name`` is for errors."""
     if type(value) in _CLASS_TO_NAME:
         bounds = {key: to_plain(name, bound) for key, bound in vars(value).items()}
         return {"support": _CLASS_TO_NAME[type(value)], "bounds": bounds}
@@ -104,17 +107,40 @@ def to_plain(name: str, value: Any) -> Any:
         raise ValueError(f"{name} cannot be written to a file: expected one of {wanted}, got {got}")
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    return getattr(value, "__name__", repr(value)) if callable(value) else value
+    if not callable(value):
+        return value
+    kind = getattr(value, "__name__", type(value).__name__)
+    for owner, functions in _FUNCTIONS.items():
+        if value is getattr(functions, kind, None):
+            return {"function": kind, "owner": owner}
+    if type(value) in (TiltedSiLU, getattr(activation, kind, None)):
+        names = getattr(value, "__constants__", ())
+        plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
+        if repr(from_plain(plain)) == repr(value):
+            return plain
+    raise ValueError(
+        f"{name}: expected an activation of torch.nn or a function of torch, which can be written "
+        f"to a file by its name, got {value!r}; save the guide's state_dict() instead"
+    )
 
 
 def from_plain(plain: Any, device: torch.device | None = None) -> Any:
-    """What :func:`to_plain` made plain data of but functions, with tensors on a device."""
+    """What :func:`to_plain` made plain data of, with tensors on a device."""
     match plain:
         case {"support": str(kind), "bounds": dict(bounds)}:
             given = {key: from_plain(value, device) for key, value in bounds.items()}
             return _NAME_TO_CLASS[kind](**given)
         case {"tensor": values, "dtype": str(dtype)}:
             return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
+        case {"function": str(kind), "owner": str(owner)}:
+            return getattr(_FUNCTIONS[owner], kind)
+        case {"module": str(kind), "constants": dict(constants)}:
+            make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(activation, kind)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in make(**constants).parameters())
+            if size > 2**16:
+                raise ValueError(f"expected an activation, got {kind} of {size} parameters")
+            return make(**constants)
     return plain
 
 
