@@ -15,7 +15,7 @@ from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint.handlers import traced_parameters
 from ..joint.posteriors import Posteriors
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
-from ..joint.vectorization import warn_of_loop
+from ..joint.speed import warn_if_slow
 from ..time_limit import TimeLimit
 from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
@@ -124,8 +124,7 @@ class SetUp:
             self.looped_because = "" if of_batch.is_vectorized else reason
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
-        if self.looped_because:
-            warn_of_loop(self.looped_because, stacklevel=3)
+        warn_if_slow(log_joint, self.looped_because, stacklevel=3)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:

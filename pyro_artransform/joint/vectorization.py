@@ -21,7 +21,6 @@ by name: log-densities by datum, or their sum.
 """
 
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -168,16 +167,6 @@ def describe(error: Exception) -> str:
         if frame.line and not any(path.is_relative_to(library) for library in _LIBRARIES):
             return f"{words} At {path.name}, line {frame.lineno}: {frame.line}"
     return words
-
-
-def warn_of_loop(because: str, stacklevel: int = 1) -> None:
-    """Warns of a model that is run for one draw after the other."""
-    warnings.warn(
-        "the model cannot be evaluated at many draws at once, so that it is run for one draw after the "
-        f"other, which is slow ({because}). Write it without branches on values of its latents, and index "
-        "from the right (docs/vectorization.md), or take fewer num_particles",
-        stacklevel=stacklevel + 1,
-    )
 
 
 def agree(found: Terms, expected: Terms, slack: float = 1.0) -> bool:

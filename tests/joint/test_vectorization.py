@@ -8,7 +8,6 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform import AutoIAF, fit
 from pyro_artransform.joint.vectorization import (
     STRATEGIES,
     GuideSampler,
@@ -132,18 +131,3 @@ def test_guide_draws(guide, is_vectorized):
         row = {name: value[i] for name, value in values.items()}
         trace = pyro.poutine.trace(pyro.poutine.condition(guide, row)).get_trace()
         assert torch.allclose(log_q[i], trace.log_prob_sum())
-
-
-def by_loop():
-    beta = pyro.sample("beta", dist.Normal(0.0, 1.0))
-    scale = 2.0 if float(beta.detach()) > 9 else 1.0
-    pyro.sample("y", dist.Normal(beta, scale), obs=torch.tensor(1.0))
-
-
-def test_a_fit_says_once_what_keeps_a_model_to_the_loop():
-    with pytest.warns(UserWarning, match="test_vectorization.py, line") as caught:
-        fit(by_loop, AutoIAF(by_loop), num_steps=1, num_particles=1, progress=False)
-    (warning,) = caught
-    assert "one draw after the other" in str(warning.message)
-    assert "scale = 2.0 if float(beta.detach()) > 9 else 1.0" in str(warning.message)
-    assert warning.filename == __file__
