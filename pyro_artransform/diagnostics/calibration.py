@@ -20,7 +20,6 @@ from torch.distributions import Binomial
 
 from ..arguments import check_integer
 from ..joint.density import Args, Kwargs
-from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site, is_deterministic
 from .importance_weights import Values
@@ -142,10 +141,13 @@ def sbc(
     All data sets in one fit::
 
         >>> from pyro_artransform import AutoStructuredFlow, fit
-        >>> from pyro_artransform.inference import over_data_sets
+        >>> def many(y):
+        ...     with pyro.plate("data_sets", len(y)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
         >>> def fit_all(data):
-        ...     many = over_data_sets(model, data)
-        ...     return fit(many, AutoStructuredFlow(many), num_steps=50, progress=False).guide
+        ...     guide = AutoStructuredFlow(many)
+        ...     return fit(many, guide, data["y"], num_steps=50, progress=False).guide
         >>> options = {"observed": ["y"], "at_once": True, "progress": False}
         >>> sbc(model, fit_all, **options).ranks["z"].shape
         torch.Size([100])
@@ -173,7 +175,7 @@ def sbc(
 
     found = []
     for _ in trange(num_simulations, disable=not progress):
-        values = {k: site["value"] for k, site in _sites(SimulatedData()(run)).items()}
+        values = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
         found.append(values if at_once else ranks_of(values))
     stacked = {name: torch.stack([each[name] for each in found]) for name in found[0]}
     return SBC(ranks_of(stacked) if at_once else stacked, num_draws)

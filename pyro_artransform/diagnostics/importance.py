@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import check_integer
 from ..joint.posteriors import Posteriors
-from ..joint.protocols import GuideByCoordinate
+from ..joint.protocols import StructuredGuide
 from .importance_weights import ModelAndGuide, Values, weighted_draws
 from .psis import fit_tail, fit_tails, smooth_tail
 
@@ -181,7 +181,7 @@ def psis_resample(
        1996), https://doi.org/10.2307/1390750
     """
     check_integer("n", n)
-    if isinstance(cast(object, guide), GuideByCoordinate):
+    if isinstance(cast(object, guide), StructuredGuide):
         log_joint = ModelAndGuide.of(model, guide, args, kwargs).log_joint
         if (posteriors := Posteriors.of(log_joint, guide)) is not None:
             # guide and model take them in parts

@@ -18,14 +18,7 @@ from torch.distributions import biject_to
 
 from ..joint.coordinates import depend_on_latents
 from ..joint.prior_scale import PriorScale
-from ..joint.sites import (
-    Latents,
-    Site,
-    check_continuous,
-    describe_support,
-    initial_value,
-    same_support,
-)
+from ..joint.sites import Latents, Site, check_continuous, initial_value, same_support
 from ..joint.traces import is_enumerated
 
 _DEPENDS_ON_LATENTS = {
@@ -204,8 +197,8 @@ def _compare(
         if shapes[0] != shapes[1]:
             raise ValueError(messages["shape"].format(name=name, expected=shapes[0], got=shapes[1]))
         if not same_support(site.support, got[name].support):
-            one, other = map(describe_support, (site.support, got[name].support))
-            raise ValueError(messages["support"].format(name=name, expected=one, got=other))
+            both = {"expected": site.support, "got": got[name].support}
+            raise ValueError(messages["support"].format(name=name, **both))
 
 
 class ShiftedLatents(Messenger):
@@ -224,7 +217,7 @@ class ShiftedLatents(Messenger):
                 raise ValueError(f"site '{name}': expected {wanted} {got}")
             if not bijection(latent).isfinite().all():
                 wanted = "a support onto which the real numbers can be mapped"
-                got = describe_support(node["fn"].support)
+                got = node["fn"].support
                 raise ValueError(f"site '{name}': expected {wanted}, got {got}")
             self._latents[name] = latent
 

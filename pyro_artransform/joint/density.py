@@ -222,17 +222,11 @@ class LogJoint(LogDensity):
         for part in z.split(math.ceil(len(z) / math.ceil(len(z) / size))):
             torch.set_rng_state(state)  # the same random numbers of a model for all draws
             values, is_found = evaluate_with_gradient(self._at, part)
+            if not is_found and len(z) > self.chunk_size:
+                # the graph for the model's own parameters may not fit into memory: it is made again
+                torch.set_rng_state(state)
+                values = checkpoint(self._at, part, use_reentrant=False)
             found.append(values)
-            if not is_found:
-                break
-        rest = z[sum(map(len, found)) :]
-        if len(rest):  # the gradient of the model's own parameters needs a graph
-            torch.set_rng_state(state)
-            if len(z) <= self.chunk_size:
-                found.append(self._at(rest))
-            else:  # which may not fit into memory: it is made again, part by part
-                parts = rest.split(self.chunk_size)
-                found += [checkpoint(self._at, part, use_reentrant=False) for part in parts]
         return torch.cat(found)
 
     def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -15,13 +15,11 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .handlers import hidden_sites
-from .paths import Terms
-from .traces import is_enumerated, subsampling_scale
+from .traces import is_enumerated
 
 Factors = OrderedDict[frozenset[str], list[Any]]
 
@@ -90,81 +88,6 @@ def _aligned(term: Any, dims: str) -> Tensor:
     return permuted.reshape([sizes.get(name, 1) for name in dims])
 
 
-class _Factored(NamedTuple):
-    """The log-densities of a run by the plates that they are in, by their symbols.
-
-    :param inside: of the sites that depend on discrete latents, without the scale.
-    :param outside: of all others.
-    """
-
-    inside: Factors
-    outside: Factors
-    scale: float | Tensor
-    symbols: dict[str, str]
-    summed: set[str]
-
-    @classmethod
-    def of(cls, run: Callable[[], object], first_dim: int) -> "_Factored":
-        with hidden_sites(), EnumMessenger(first_dim):
-            trace = poutine.trace(run).get_trace()
-        trace.compute_log_prob()
-        trace.pack_tensors()
-        symbols = trace.plate_to_symbol
-        summed = set(trace.symbol_to_dim) - set(symbols.values())
-        inside, outside = Factors(), Factors()
-        scales: dict[float, float | Tensor] = {}
-        site: Any
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            plates = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
-            terms = site["packed"]
-            if summed.isdisjoint(terms["log_prob"]._pyro_dims):
-                outside.setdefault(plates, []).append(terms["log_prob"])
-                continue
-            # a masked discrete latent is still one of its values
-            mask = None if is_enumerated(site) else terms["mask"]
-            log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
-            inside.setdefault(plates, []).append(log_prob)
-            scale = site["scale"]
-            is_number = torch.as_tensor(scale).dim() == 0
-            scales.setdefault(float(scale) if is_number else math.nan, scale)
-        if len(scales) > 1 or math.nan in scales:
-            raise ScaleError(
-                "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
-                f"got {sorted(scales)}: sites of different scales, such as a discrete latent outside of a "
-                "sub-sampled plate, cannot be summed out"
-            )
-        return cls(inside, outside, next(iter(scales.values()), 1.0), symbols, summed)
-
-    def total(self, kept: str) -> Any:
-        """The sum of all, with the dimensions of these plates, in this order; 0 if there are none."""
-        total: Any = 0.0
-        for factors, scale in ((self.inside, self.scale), (self.outside, 1.0)):
-            if factors:
-                part = contract_to_tensor(factors, self.summed, frozenset(kept), ring=_LogSumExp())
-                total = total + scale * _aligned(part, kept)
-        return total
-
-    def split(self, symbol: str) -> tuple["_Factored", "_Factored"]:
-        """The factors in a plate, and those outside of it."""
-        parts, summed = [], self.summed
-        for is_in in (True, False):
-            inside, outside = (
-                Factors((key, terms) for key, terms in factors.items() if (symbol in key) == is_in)
-                for factors in (self.inside, self.outside)
-            )
-            parts.append(self._replace(inside=inside, outside=outside))
-            dims = [term._pyro_dims for terms in inside.values() for term in terms]
-            summed = summed.intersection("".join(dims))
-        if summed:
-            raise ScaleError(
-                "expected elements of a plate that are independent given the continuous latents, got a "
-                "discrete latent outside of the plate that all of them depend on"
-            )
-        return parts[0], parts[1]
-
-
 def marginal_log_prob(
     run: Callable[[], object], first_dim: int, kept_plates: Sequence[str] = ()
 ) -> Tensor:
@@ -176,24 +99,41 @@ def marginal_log_prob(
     :param first_dim: the first dimension to the left of all plates, a negative number.
     :param kept_plates: the plates whose dimensions the result has.
     """
-    found = _Factored.of(run, first_dim)
-    return found.total("".join(found.symbols[name] for name in kept_plates))
-
-
-def marginal_by_element(
-    run: Callable[[], object],
-    first_dim: int,
-    kept_plates: Sequence[str],
-    plate: CondIndepStackFrame,
-) -> Terms:
-    """The same by element of a plate, without the factor of its sub-sampling, and of the rest.
-
-    :return: "elements", shape ``(*, size)``, and "rest".
-    :raises ValueError: if elements depend on each other by a discrete latent outside of the plate.
-    """
-    found = _Factored.of(run, first_dim)
-    kept, symbol = "".join(found.symbols[name] for name in kept_plates), found.symbols[plate.name]
-    within, rest = found.split(symbol)
-    # there is no dimension for a plate of one
-    elements = within.total(kept + symbol) if plate.size > 1 else within.total(kept)[..., None]
-    return {"elements": elements / subsampling_scale(plate), "rest": rest.total(kept)}
+    with hidden_sites(), EnumMessenger(first_dim):
+        trace = poutine.trace(run).get_trace()
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    symbols = trace.plate_to_symbol
+    summed = set(trace.symbol_to_dim) - set(symbols.values())
+    # log-densities by the plates that they are in: inside of the sums, without their scale, and outside
+    inside, outside = Factors(), Factors()
+    scales: dict[float, float | Tensor] = {}
+    site: Any
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        plates = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+        terms = site["packed"]
+        if summed.isdisjoint(terms["log_prob"]._pyro_dims):
+            outside.setdefault(plates, []).append(terms["log_prob"])
+            continue
+        # a masked discrete latent is still one of its values
+        mask = None if is_enumerated(site) else terms["mask"]
+        log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
+        inside.setdefault(plates, []).append(log_prob)
+        scale = site["scale"]
+        is_number = torch.as_tensor(scale).dim() == 0
+        scales.setdefault(float(scale) if is_number else math.nan, scale)
+    if len(scales) > 1 or math.nan in scales:
+        raise ScaleError(
+            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
+            f"got {sorted(scales)}: sites of different scales, such as a discrete latent outside of a "
+            "sub-sampled plate, cannot be summed out"
+        )
+    total: Any = 0.0
+    kept = "".join(symbols[name] for name in kept_plates)
+    for factors, scale in ((inside, next(iter(scales.values()), 1.0)), (outside, 1.0)):
+        if factors:
+            part = contract_to_tensor(factors, summed, frozenset(kept), ring=_LogSumExp())
+            total = total + scale * _aligned(part, kept)
+    return total

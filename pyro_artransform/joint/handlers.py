@@ -14,7 +14,6 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -83,14 +82,6 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
             if not torch.allclose(before, after, rtol=0.0, atol=0.0, equal_nan=True):
                 found.add(name)
     return found
-
-
-class SimulatedData(UnconditionMessenger):
-    """Draws data anew; deterministic sites follow from the draws, and factors stay."""
-
-    def _pyro_sample(self, message: Message) -> None:
-        if has_data(message):
-            super()._pyro_sample(message)
 
 
 class SiteLogProbs(Messenger):

@@ -1,137 +1,30 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Many posteriors in one: models of many data sets, densities by element of a plate, and their weights."""
+"""Many posteriors in one: densities by element of a plate, and the weights of each."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..graphs.markov_graph import MarkovGraph
 from .coordinates import PriorMap
 from .density import LogJoint
-from .enumeration import marginal_by_element
+from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
-from .protocols import GuideByCoordinate
-from .traces import is_deterministic, plate_nesting, subsampling_scale
-from .vectorization import DRAWS, DrawPlate, Draws, Terms, describe, evaluate_many
+from .protocols import StructuredGuide
+from .traces import subsampling_scale
+from .vectorization import DrawPlate, Draws, Terms, evaluate_many
 
 # data sets that are compared with single runs, and the tolerance of a log density, relative and in nats
-_NUM_DATA_SETS, _TOLERANCE = 3, 1e-3
 _NUM_COMPARED = 4  # draws at which what is outside of a plate is compared
 
 Frames = Mapping[str, tuple[CondIndepStackFrame, ...]]
-
-
-def over_data_sets(
-    model: Callable[..., object], data: Mapping[str, Tensor]
-) -> Callable[..., object]:
-    """The model of many data sets at once: a plate of them, with latents of its own for each.
-
-    The plate is to the left of the model's own plates, so that the model is run once for all data sets. It
-    has to be written for that, as for the draws of many guides: reductions over dimensions counted from the
-    right, no branches on values, no index to the left of the last plate (``docs/vectorization.md``). The
-    first call compares a few data sets with single runs.
-
-    :param model: a Pyro model of one data set.
-    :param data: the data by site, each of shape ``(S,) + site shape``; what the arguments of the model have
-        for these sites is replaced.
-    :return: a model with the arguments of this one. Its latents have the shape ``(S, ...)``, with
-        dimensions of size 1 for plates that they are not in.
-    :raises ValueError: if sites have different numbers of data sets or there are none; at a call, if the
-        model has no such sites, or gives another density for many data sets than for each alone.
-
-    Example::
-
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> from pyro_artransform.inference import over_data_sets
-        >>> def model(sigma):
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        ...     with pyro.plate("rows", 4):
-        ...         pyro.sample("y", dist.Normal(mu, sigma))
-        >>> many = over_data_sets(model, {"y": torch.randn(20, 4)})
-        >>> pyro.poutine.trace(many).get_trace(2.0).nodes["mu"]["value"].shape
-        torch.Size([20, 1])
-    """
-    sizes = {name: len(value) for name, value in data.items()}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ValueError(
-            f"data: expected as many data sets of each site, at least one, got {sizes}"
-        )
-    return _DataSets(model, dict(data))
-
-
-class _DataSets:
-    """See :func:`over_data_sets`."""
-
-    def __init__(self, model: Callable[..., object], data: dict[str, Tensor]) -> None:
-        self._model, self._data = model, data
-        self._size = len(next(iter(data.values())))
-        self._num_plates: int | None = None
-        self._placed: Terms = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
-        run = partial(self._model, *args, **kwargs)
-        if self._num_plates is None:
-            self._set_up(run)
-        return self._run(run)
-
-    def _run(self, run: Callable[[], object]) -> object:
-        with pyro.plate("data_sets", self._size, dim=-1 - (self._num_plates or 0)):
-            return poutine.condition(run, self._placed)()
-
-    @torch.no_grad()
-    def _set_up(self, run: Callable[[], object]) -> None:
-        """Places the data to the left of the model's plates, and compares densities."""
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            single: Any = poutine.trace(run).get_trace()
-            sites = {name: node for name, node in single.nodes.items() if node["type"] == "sample"}
-            if unknown := sorted(self._data.keys() - sites.keys()):
-                raise ValueError(f"data: expected sites of {sorted(sites)}, got {unknown}")
-            self._num_plates = plate_nesting(single)
-            event_dims = {name: sites[name]["fn"].event_dim for name in self._data}
-            self._placed = DrawPlate(self._size, self._num_plates).place(self._data, event_dims)
-            try:
-                fault = self._fault(run, sites)
-            except Exception as error:  # any means that the model does not take many data sets
-                fault = describe(error)
-        if fault:
-            self._num_plates = None
-            raise ValueError(
-                f"model: expected one that takes data sets in a plate to the left of its own, got {fault}. "
-                "Write it with dimensions counted from the right, or with the plate of data sets in it"
-            )
-
-    def _fault(self, run: Callable[[], object], sites: Mapping[str, Any]) -> str:
-        """The sites of a few data sets whose densities are others than alone, in words."""
-        together: Any = poutine.trace(partial(self._run, run)).get_trace()
-        together.compute_log_prob()
-        dim, fault = -1 - (self._num_plates or 0), ""
-        for k in range(0, self._size, max(self._size // _NUM_DATA_SETS, 1)):
-            given = {}
-            for name, site in sites.items():
-                if is_deterministic(site) or site_is_subsample(site):
-                    continue
-                value, event_dim = together.nodes[name]["value"], site["fn"].event_dim
-                given[name] = value.select(dim - event_dim, k).reshape(site["value"].shape)
-            alone: Any = poutine.trace(poutine.condition(run, given)).get_trace()
-            alone.compute_log_prob()
-            for name in given:
-                log_prob = together.nodes[name]["log_prob"].select(dim, k).sum()
-                expected = alone.nodes[name]["log_prob"].sum()
-                if not torch.allclose(log_prob, expected, _TOLERANCE, _TOLERANCE, equal_nan=True):
-                    fault = f"other densities of site '{name}' than for each data set alone"
-        return fault
 
 
 def sum_by_element(
@@ -169,12 +62,13 @@ def score_by_element(
     :param values: of latents, placed in the plate of draws.
     :param is_enumerated: whether the model has discrete latents, which are summed out.
     :return: as of :func:`sum_by_element`.
+    :raises ValueError: if it has.
     """
     if is_enumerated:
-        conditioned = partial(draws.run, poutine.condition(run, dict(values)))
-        is_single = draws.size is None
-        first_dim, kept = -2 - draws.num_plates + is_single, [] if is_single else [DRAWS]
-        return marginal_by_element(conditioned, first_dim, kept, frame)
+        raise ScaleError(
+            "expected a model without discrete latents that are summed out, whose density by element of a "
+            "plate is not known"
+        )
     with hidden_sites(), SiteLogProbs(values) as scored:
         draws.run(run)
     found = sum_by_element(draws, frame, scored.log_probs, scored.frames, like)
@@ -197,8 +91,8 @@ def log_density_by_element(log_joint: LogJoint, z: Tensor, plate: str) -> tuple[
     :param z: draws, shape ``(n, latent_dim)``, in the coordinates of the log joint density.
     :param plate: its name.
     :return: shapes ``(n, elements)`` and ``(n,)``, NaN where the model fails.
-    :raises ValueError: if the model has no such plate, it is a loop, or discrete latents outside of it
-        make its elements depend on each other.
+    :raises ValueError: if the model has no such plate, it is a loop, or the model has discrete latents
+        that are summed out.
     """
     known = {name: frame for name, frame in log_joint.plates.items() if frame.dim is not None}
     if (frame := known.get(plate)) is None:
@@ -215,9 +109,6 @@ def _evaluate(
 ) -> Terms:
     """One run of the model for many draws "z", or a single one, as ``evaluate_many`` takes it."""
     z, latents = draws["z"], log_joint.latents
-    if log_joint.is_enumerated and size == 1:  # as for the log joint density
-        one = _evaluate(log_joint, frame, {"z": z[0]}, None)
-        return {name: term[None] for name, term in one.items()}
     plate, prior = DrawPlate(size, log_joint.num_plates), PriorMap(log_joint.mapped_coordinates)
     values, ladjs = latents.split(z), dict[str, Tensor]()
     for name, site in latents.sites.items():
@@ -242,7 +133,7 @@ class Posteriors:
     """
 
     log_joint: LogJoint
-    guide: GuideByCoordinate
+    guide: StructuredGuide
     plate: str
     elements: Tensor
 
@@ -250,16 +141,16 @@ class Posteriors:
     def of(cls, log_joint: LogJoint, guide: object) -> "Posteriors | None":
         """Those of the plate with the most elements; None where no graph says that there are some."""
         found = None
-        if not isinstance(guide, GuideByCoordinate) or log_joint.is_random:
+        is_known = not (log_joint.is_random or log_joint.is_enumerated)
+        if not (isinstance(guide, StructuredGuide) and is_known):
             return None
         for name, frame in log_joint.plates.items():
             elements = log_joint.latents.elements_of(frame).to(log_joint.start.device)
             is_more = found is None or frame.size > found.size
             if frame.size > 1 and is_more and _are_apart(guide.markov_graph(), elements.tolist()):
                 candidate = cls(log_joint, guide, name, elements)
-                with suppress(ValueError):  # discrete latents outside of the plate
-                    rest = candidate.log_weights(_NUM_COMPARED)[2]
-                    found = candidate if bool((rest == rest[0]).all()) else found
+                rest = candidate.log_weights(_NUM_COMPARED)[2]
+                found = candidate if bool((rest == rest[0]).all()) else found
         return found
 
     @property

@@ -126,11 +126,6 @@ class StructuredGuide(FlowGuide, Protocol):
         :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
         """
 
-
-@runtime_checkable
-class GuideByCoordinate(StructuredGuide, Protocol):
-    """A guide with a graph that says how much each coordinate adds to the log density of a draw."""
-
     def sample_and_log_prob_by_coordinate(self, n: int) -> tuple[Tensor, Tensor]:
         """Draws and terms of their log densities, both ``(n, latent_dim)``.
 

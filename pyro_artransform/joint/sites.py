@@ -216,8 +216,8 @@ class Latents:
                 inside = site.support.check(value)
                 if not inside.all():
                     raise ValueError(
-                        f"values: expected '{name}' inside its support "
-                        f"{describe_support(site.support)}, got {value[~inside][0].tolist()}"
+                        f"values: expected '{name}' inside its support {site.support}, got "
+                        f"{value[~inside][0].tolist()}"
                     )
             z = site.bijection.inv(value)
             latents.append(z.reshape((*batch, -1)))
@@ -306,11 +306,3 @@ def same_support(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     same = a == b
     return bool(same.all() if isinstance(same, Tensor) else same)
-
-
-def describe_support(support: object) -> str:
-    """A support in words, with its bounds; or one of its bounds."""
-    if not isinstance(support, Constraint):
-        return str(support.tolist() if isinstance(support, Tensor) else support)
-    bounds = [f"{key}={describe_support(bound)}" for key, bound in vars(support).items()]
-    return f"{type(support).__name__.lstrip('_')}({', '.join(bounds)})"

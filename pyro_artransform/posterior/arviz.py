@@ -14,7 +14,6 @@ from pyro.infer import Predictive
 
 from ..arguments import check_integer
 from ..joint.density import Args, Kwargs
-from ..joint.handlers import SimulatedData
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site
 from ..joint.vectorization import Draws, Terms
@@ -97,7 +96,7 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
         of_new = predicted and not likelihood.observed
         groups["predictions" if of_new else "posterior"].update(computed)
     if likelihood.observed:
-        groups["posterior_predictive"] = drawn(SimulatedData()(run), likelihood.observed)
+        groups["posterior_predictive"] = drawn(poutine.uncondition(run), likelihood.observed)
         if likelihood.latents.keys() <= draws.keys():
             groups["log_likelihood"] = likelihood(draws)
     data = {

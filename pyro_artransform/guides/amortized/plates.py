@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...joint.density import Args, Kwargs
-from ...joint.sites import Latents, Site, describe_support, map_bounds
+from ...joint.sites import Latents, Site, map_bounds
 from ..prototype import sites_by_name
 
 Plates = dict[str, pyro.plate]
@@ -223,7 +223,7 @@ def _one_element(site: Site) -> Site:
             raise ValueError(
                 f"the support of site '{site.name}' differs between the elements of its plates "
                 f"{sorted(plates)}: expected the same for all, got "
-                f"{describe_support(site.support)}. Draw it on a fixed scale and transform it"
+                f"{site.support}. Draw it on a fixed scale and transform it"
             )
         return rows[0].clone()
 
