@@ -163,21 +163,22 @@ def color_columns(neighbours: Sequence[Set[int]], seed: int = 0) -> Coloring:
     degrees = [len(own) for own in neighbours]
     # the degrees above which a column is a hub; each halving is tried
     limits = {max(degrees) >> k for k in range(max(degrees).bit_length() + 1)} | {min(degrees)}
-    tried = [_with_hubs(neighbours, most, seed) for most in (-1, *limits)]
+    hubs = {frozenset(i for i, k in enumerate(degrees) if k > most) for most in (-1, *limits)}
+    tried = [_with_hubs(neighbours, own, seed) for own in sorted(hubs, key=len, reverse=True)]
     return min(tried, key=lambda found: found.num_colors)
 
 
-def _with_hubs(neighbours: Sequence[Set[int]], most: int, seed: int) -> Coloring:
-    """The greedy groups where columns with more than ``most`` entries are hubs."""
-    hubs = {i for i, own in enumerate(neighbours) if len(own) > most}
+def _with_hubs(neighbours: Sequence[Set[int]], hubs: frozenset[int], seed: int) -> Coloring:
+    """The greedy groups of all columns but hubs."""
     near = {i: own - hubs for i, own in enumerate(neighbours) if i not in hubs}
     if sum(len(own) ** 2 for own in near.values()) > 10_000_000:  # a second of time
-        return _with_hubs(neighbours, -1, seed)
+        return _with_hubs(neighbours, frozenset(range(len(neighbours))), seed)
     others = list(near)
     random.Random(seed).shuffle(others)
     color, count = dict[int, int](), 0
     for i in others:
-        taken = {color.get(k) for j in near[i] for k in (j, *near[j])}
+        at_most_two_away = near[i].union(*(near[j] for j in near[i]))
+        taken = {color.get(k) for k in at_most_two_away}
         color[i] = next(k for k in range(count + 1) if k not in taken)
         count = max(count, color[i] + 1)
     color.update((i, count + k) for k, i in enumerate(sorted(hubs)))
