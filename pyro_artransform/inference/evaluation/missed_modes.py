@@ -55,6 +55,8 @@ _TURNS, _BEYOND = (1.0, -32.0), 4.0
 _TOLERANCE = 1e-3  # nats, to which round-off is added
 # the share of the draws in each tail that is looked at, and by how many standard errors there must be more
 _TAIL, _NUM_SES = 0.005, 4.0
+# draws whose density is taken again, so many ulps away, and nats by which it may change
+_NUM_REPEATED, _ULPS, _MOST_ROUND_OFF = 32, 4, 1.0
 _MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
 
 
@@ -183,7 +185,8 @@ def find_missed_modes(
     points = search.points_of_few(of_few) if of_few else torch.cat([heaviest, search.points()])
     found, searched_by = _mixture(search, points, log_evidence, elbo)
     lost, count = _lost(found, log_evidence)
-    if not round(100 * lost):  # less than one says
+    # less than one says, or what a climb has made of the round-off of a density
+    if not round(100 * lost) or _is_round_off(log_density, found):
         lost, count = 0.0, 0
     tail = None
     if ess is not None and not (count or math.isnan(found.log_evidence)):
@@ -234,6 +237,15 @@ def _lost(found: Mixture, log_evidence: float) -> tuple[float, int]:
     lost = log_masses[is_lost]
     total = lost.logsumexp(0)
     return total.sigmoid().item(), int((lost >= total + math.log(_MIN_COUNTED)).sum())
+
+
+def _is_round_off(log_density: LogJoint, found: Mixture) -> bool:
+    """Whether the density of the draws that weigh most is another one some ulps away, as in large lgammas."""
+    heaviest = found.points[found.log_weights.topk(min(_NUM_REPEATED, len(found.points))).indices]
+    ulps = _ULPS * torch.finfo(heaviest.dtype).eps * (2 * torch.rand_like(heaviest) - 1)
+    values = evaluate_density(log_density, torch.cat([heaviest, heaviest * (1 + ulps)]))
+    before, after = values.chunk(2)
+    return float((after - before).abs().median()) > _MOST_ROUND_OFF
 
 
 def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:

@@ -46,6 +46,22 @@ def opposite(num_flipped, scales):
 
 # Lost mass
 
+
+def test_round_off_is_no_mass():
+    """Far away the density of single precision is noise, of which a climb finds the largest."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+        large = (10 * z).exp()
+        pyro.factor("noise", (1.1 * large - large) - 0.1 * large)
+
+    draws = torch.randn(2000, 1, dtype=torch.float32).clamp(-3, 1)
+    found = missed(model, draws)
+    assert found.searched_by == "curvature"
+    assert found.num_lost == 0
+    assert found.lost_mass == 0.0
+
+
 #: the target, the parts that the guide has, how many modes are lost, and bounds of their mass
 MASSES = {
     "far, of 1": (along([0.0, 8.0], [0.5, 0.5]), (0,), 1, (0.45, 0.55)),
