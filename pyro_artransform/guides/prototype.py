@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -104,7 +105,8 @@ def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
 
 def one_more_run(run: Callable[[], object]) -> poutine.Trace:
     """The trace of a run of a model that leaves no trace elsewhere, and no random state."""
-    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+    rng, checks = torch.random.fork_rng(devices=[]), pyro.validation_enabled(False)
+    with rng, checks, poutine.block(), torch.no_grad():
         return poutine.trace(run).get_trace()
 
 

@@ -279,5 +279,5 @@ def _check_support(node: Any) -> None:
             f"site '{node['name']}': expected data within the support of {type(fn).__name__} "
             f"({fn.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
             "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
-            "that are not whole numbers"
+            "that are not whole numbers, or do not add up to total_count"
         )

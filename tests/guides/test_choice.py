@@ -69,3 +69,16 @@ def test_models_that_no_guide_covers():
         choose_guide(lambda: None)
     with pytest.raises(ValueError, match="site 'k' is discrete: expected continuous latents"):
         choose_guide(lambda: pyro.sample("k", dist.Bernoulli(0.5)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_density_that_is_not_a_number_for_some_values(seed):
+    """A start of the fit is found elsewhere, as Pyro's own guides are set up."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("log", z.log())
+
+    torch.manual_seed(seed)
+    guide, _ = choose_guide(model)
+    assert isinstance(guide, AutoIAF)
