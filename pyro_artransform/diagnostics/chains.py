@@ -29,19 +29,26 @@ from .importance_weights import ModelAndGuide, check_same_latents
 from .preconditioning import Preconditioner
 from .psis import fit_tail
 
-# R-hat of chains that do not mix, and the rate of acceptance of those that do not move
-_BAD_RHAT, _STUCK = 1.1, 0.01
+# R-hat of chains that do not mix, and the rate of acceptance of those that hardly move, of which steps
+# are the smallest by then
+_BAD_RHAT, _STUCK = 1.1, 0.1
 # the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
 # where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
 _GOOD_ACCEPTANCE, _BOUNDED = 0.8, 0.25
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
+# effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more
+# than were asked for (6 takes up to twice the time, 25 as long as 12: benchmarks/chains.md)
+_DRAWS_BY_CHAIN = 12
 # coordinates of all chains up to which a gradient hardly costs more than that of one
 _CACHED_COORDINATES = 2**14
 # trajectories of the rounds of warm-up, of the first block that is kept, and after which chains should mix
 _WARM_UP, _BLOCK, _PATIENCE = (8, 12, 20), 24, 96
 # after so many they hardly agree any more
 _MOST_TRAJECTORIES = 2000
+# the factor of the length of trajectories that do not mix, and the greatest length, in quarters of an
+# oscillation: a regularized horseshoe has its draws with 8, and not with 1 (benchmarks/chains.md)
+_LONGER, _LONGEST = 4, 8
 # the share of the number so far that the next block has at most
 _GROWTH = 0.5
 # draws of a guide that is taken by its means and sds, and those at which the curvature is asked
@@ -60,6 +67,8 @@ class GuideChains:
     ``draws`` are on the unconstrained space, shape ``(C, n, D)``; the chains move in the coordinates of
     ``log_joint``, which has some from the prior where a Gaussian guide of a hierarchy has none.
 
+    :param num_chains: how many, 4 at least; found where it is not given.
+    :param num_samples: how many effective draws will be asked for, where that is known.
     :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
         a latent, was made for another model, is a point, has discrete sites, or has too few draws of
         finite density.
@@ -72,7 +81,12 @@ class GuideChains:
        https://doi.org/10.1214/aos/1033066201
     """
 
-    def __init__(self, subject: ModelAndGuide, num_chains: int | None = None) -> None:
+    def __init__(
+        self,
+        subject: ModelAndGuide,
+        num_chains: int | None = None,
+        num_samples: float = math.inf,
+    ) -> None:
         if num_chains is not None:
             check_integer("num_chains", num_chains, 4)
         if subject.log_joint.is_random:
@@ -80,7 +94,7 @@ class GuideChains:
                 "model: expected one that sees all its data, got one that sub-samples them, or whose "
                 "density is random otherwise"
             )
-        count = num_chains or _num_chains(subject.log_joint)
+        count = num_chains or _num_chains(subject.log_joint, num_samples)
         # of a Gaussian guide, which is affine, a gradient costs as much as the model's
         self.log_joint, to_latent, start, self.is_affine = _base_space(subject, count)
         self.target = PulledBack(self.log_joint, to_latent)
@@ -100,7 +114,7 @@ class GuideChains:
         self._known: Convergence | None = None
         self.num_chains = count
         self.acceptance = 0.0  #: the mean rate of the last block
-        self.num_trajectories = 0  #: those of all blocks, of dropped ones too
+        self.num_trajectories = 0  #: those of all blocks, of dropped ones too, longer ones as several
 
     @property
     def draws(self) -> Tensor:
@@ -146,7 +160,7 @@ class GuideChains:
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
         self._known = None
-        self.num_trajectories += len(rates)
+        self.num_trajectories += len(rates) * self._chains.length
         self.acceptance = math.fsum(rates) / len(rates)
 
     def convergence(self) -> Convergence:
@@ -160,9 +174,13 @@ class GuideChains:
 
         :param most: the most trajectories, warm-up included.
 
-        Chains that do not agree although many trajectories were taken learn anew from where they are.
+        Chains that would take more trajectories than that to agree learn anew from where they are, with longer
+        ones as long as these help: a random walk of steps four times as long takes 16 times fewer. What
+        changes with the energy alone, as the scale of a thousand latents, is no faster by them. Those that
+        are no better after that end.
         """
         size, patience, before, left = 0, _PATIENCE, list[Tensor](), 0.0
+        chains, longest, best, least = self._chains, _LONGEST, 1, math.inf
         while True:
             if not self._blocks:
                 self.warm_up()
@@ -179,8 +197,19 @@ class GuideChains:
             left = (
                 size * _excess(rhat) if rhat > GOOD_RHAT else self._trajectories_left(num_samples)
             )
-            if self._is_heavy() or (size >= patience and rhat > _BAD_RHAT):
+            # in trajectories of unit length, what it takes to forget a place, and to agree
+            cost = chains.length * size * (rhat**2 - 1)
+            is_hopeless = cost > (GOOD_RHAT**2 - 1) * (_MOST_TRAJECTORIES - self.num_trajectories)
+            if self._is_heavy() or (is_hopeless and chains.length * size >= patience):
                 if self.acceptance < _STUCK and not self._by_guide:
+                    return self.convergence()
+                if cost < least and not self._by_guide:
+                    least, best = cost, chains.length
+                    if self.num_trajectories + 2 * patience <= most:
+                        chains.length = min(_LONGER * best, longest)
+                elif chains.length > best:
+                    chains.length = longest = best
+                elif not self._by_guide:
                     return self.convergence()
                 self._by_guide, before = False, self._blocks
                 self._blocks, size, patience = [], 0, 2 * patience
@@ -212,15 +241,16 @@ def _excess(rhat: float) -> float:
     return (rhat**2 - 1) / (GOOD_RHAT**2 - 1) - 1
 
 
-def _num_chains(log_joint: LogJoint) -> int:
-    """Many where model and guide take many draws in the time of one."""
+def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
+    """Many where model and guide take many draws in the time of one, and many draws are wanted."""
     if log_joint.strategy == "loop":
         return CHAINS_BY_LOOP
     fast = min(
         log_joint.chunk_size // CACHED,
         _CACHED_COORDINATES // log_joint.latents.latent_dim,
+        MOST_CHAINS,
     )
-    return min(max(fast, FEWEST_CHAINS), MOST_CHAINS)
+    return int(max(min(fast, num_samples // _DRAWS_BY_CHAIN), FEWEST_CHAINS))
 
 
 def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, Tensor, bool]:

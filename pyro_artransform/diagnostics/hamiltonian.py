@@ -27,7 +27,7 @@ from .preconditioning import Preconditioner
 
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
-# an oscillator of unit frequency is stable up to 2; a trajectory has 72 gradients at most
+# an oscillator of unit frequency is stable up to 2; a trajectory of unit length has 72 gradients at most
 _MIN_STEP_SIZE, _MAX_STEP_SIZE = 0.025, 1.4
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -86,6 +86,7 @@ class HamiltonianChains:
         self.preconditioner = Preconditioner.identity(start)
         # the error of the energy grows as h^2 sqrt(D)
         self.step_size = min(1.4 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
+        self.length = 1  #: the mean length of trajectories, in quarters of an oscillation
         self._num_steps = 0
         #: the log weights of all draws of the guide that were proposed, up to a constant, each ``(C,)``
         self.proposed: list[Tensor] = []
@@ -115,7 +116,8 @@ class HamiltonianChains:
         """One trajectory of all chains, accepted or not; the mean probability of that."""
         self._num_steps += 1
         # in all steps the same length may be a whole period
-        length = math.pi / 2 * (0.85 + 0.3 * (self._num_steps * _GOLDEN_RATIO % 1))
+        share = self._num_steps * _GOLDEN_RATIO % 1
+        length = math.pi / 2 * (0.85 + (2 * self.length - 1.7) * share)
         count = self.num_leapfrogs = max(math.ceil(length / self.step_size), 2)
         size = min(length / count, self.step_size)
         momentum = torch.randn_like(self.state.base)

@@ -114,8 +114,8 @@ def mcmc(
     :param model: a Pyro model that sees all its data.
     :param guide: a guide of it; ``args`` and ``kwargs`` are the arguments of both.
     :param num_samples: how many effective draws of each latent.
-    :param num_chains: how many chains, 4 at least; by default 64, fewer where many draws at once take
-        long, and 8 where the model runs for one draw after the other.
+    :param num_chains: how many chains, 4 at least; by default one for each 12 draws, 16 to 64, fewer where
+        many draws at once take long, and 8 where the model runs for one draw after the other.
     :param seed: makes the draws repeatable, and leaves the generators as they were.
     :param progress: whether to show a progress bar, where ``tqdm`` is installed.
     :param max_seconds: the wall time after which chains end with what there is.
@@ -156,7 +156,7 @@ def mcmc(
         limit.enter_phase(CHAINS_UNTIL)
         subject = ModelAndGuide.of(model, guide, args, kwargs)
         bar.say("chains")
-        chains = GuideChains(subject, num_chains)
+        chains = GuideChains(subject, num_chains, num_samples)
         chains.run(num_samples)
         reason = limit.reason
         bar.say("verdict")
@@ -190,7 +190,7 @@ class Sampling:
 
     def cost_less(self) -> bool:
         """Whether chains from the guide as it is would cost less than steps, and chains after them."""
-        self.chains = chains = GuideChains(self._subject)
+        self.chains = chains = GuideChains(self._subject, None, self._num_draws)
         chains.warm_up()
         chains.extend(_NUM_TRIED)
         if self._limit.is_over():
@@ -211,7 +211,7 @@ class Sampling:
     ) -> tuple[Evaluation, Chains]:
         """The guide's evaluation, and the draws of chains: of those tried, if no step came after."""
         if self.chains is None or num_steps != self._num_steps:
-            self.chains = GuideChains(self._subject)
+            self.chains = GuideChains(self._subject, None, self._num_draws)
         self._limit.enter_phase(CHAINS_UNTIL)
         self._limit.say("chains")
         self.chains.run(self._num_draws)
@@ -240,7 +240,7 @@ def to_chains(
     if not max_rhat <= GOOD_RHAT:
         cause = _LATE if reason else _NOT_TRAINED
         objections.append(
-            f"chains do not agree: R-hat is {max_rhat:.2f} for {worst}, above {GOOD_RHAT}. "
+            f"chains do not agree: R-hat is {max_rhat:.3f} for {worst}, above {GOOD_RHAT}. "
             f"{_APART if chains.stay_apart() else cause}"
         )
     for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):

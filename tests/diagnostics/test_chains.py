@@ -27,8 +27,8 @@ from tests.diagnostics import conjugate
 from tests.diagnostics.conjugate import PathGuide, path
 
 
-def chains_of(model, guide, *args, num_chains=None):
-    return GuideChains(ModelAndGuide.of(model, guide, args, {}), num_chains)
+def chains_of(model, guide, *args, **options):
+    return GuideChains(ModelAndGuide.of(model, guide, args, {}), **options)
 
 
 def _model():
@@ -221,3 +221,38 @@ def test_flows_of_pyro():
     """Their transform, in whose base space the posterior is no Gaussian."""
     guide = AutoIAFNormal(_model, hidden_dim=[8])
     assert chains_of(_model, guide).run(400).is_enough(400)
+
+
+@pytest.mark.parametrize(
+    "num_samples, num_chains", [(50, 16), (400, 33), (1000, 64), (math.inf, 64)]
+)
+def test_few_draws_are_of_few_chains(num_samples, num_chains):
+    """Each needs so many draws that chains agree, whatever their number is."""
+    found = chains_of(_model, AutoNormal(_model), num_samples=num_samples)
+    assert found.num_chains == num_chains
+
+
+@pytest.mark.parametrize(
+    "by_length, length",
+    [
+        ({1: 3.0, 4: 1.0}, 4),  # longer ones agree
+        ({1: 3.0, 4: 5.0}, 1),  # are slower: back to shorter ones, which learn once more
+        ({1: 1.2}, 1),  # agree after some more of them
+    ],
+    ids=["longer", "not longer", "patience"],
+)
+def test_slow_chains_take_longer_trajectories(by_length, length, monkeypatch):
+    """R-hat of a first block is given, and falls as it does for chains that mix."""
+    slow = chains_of(_model, AutoNormal(_model), num_chains=4)
+    slow._by_guide = False
+
+    def rhat(draws):
+        excess = by_length[slow._chains.length] ** 2 - 1
+        return torch.tensor([(1 + excess * 96 / max(draws.shape[1], 96)) ** 0.5])
+
+    monkeypatch.setattr(chains, "plain_rhat", rhat)
+    slow.run(10)
+    assert slow._chains.length == length
+    # those that are no better end long before the others would
+    assert slow.num_trajectories < (1000 if by_length[1] > 2 else 2600)
+    assert (float(rhat(slow.draws)) <= GOOD_RHAT) == (min(by_length.values()) < 2)

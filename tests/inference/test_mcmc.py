@@ -204,9 +204,9 @@ def test_what_it_says(capsys):
     assert "effective draws of the worst latent, R-hat at most 1.0" in chains.verdict
     text = repr(chains)
     assert text.startswith(f"Chains: {chains.verdict}")
-    assert "64 of " in text
+    assert "16 of " in text
     assert "there are enough effective draws" in text
-    assert chains.num_gradients > 64 * chains.by_chain["loc"].shape[1]
+    assert chains.num_gradients > 16 * chains.by_chain["loc"].shape[1]
     assert capsys.readouterr().out == ""
 
 
@@ -226,7 +226,7 @@ def test_max_seconds_ends_with_what_there_is(monkeypatch):
 def test_no_time_at_all():
     chains = mcmc(models.regression, AutoNormal(models.regression), 10, max_seconds=1e-9)
     assert not chains.trusted
-    assert chains.by_chain["loc"].shape == (64, 1)
+    assert chains.by_chain["loc"].shape == (16, 1)
     assert re.search(r"chains do not agree: .*above 1.02\. Let them run for longer", chains.verdict)
 
 
